@@ -1,0 +1,72 @@
+"""Transom runs language models on whatever hardware there is.
+
+    import transom
+
+    model = transom.load("model.gguf")
+    print(model.generate("Why is the sky blue?", max_new_tokens=64).text)
+    print(model.report)
+
+Importing this package imports nothing heavy: each name is loaded when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transom.api import backends, devices, explain
+    from transom.artifacts import Cache
+    from transom.contract import Cancelled, Device
+    from transom.errors import TransomError
+    from transom.runtime.loading import load
+    from transom.runtime.model import Model
+    from transom.runtime.params import SamplingParams
+    from transom.runtime.results import Generation
+    from transom.sources.torch import TorchSource
+
+_HOME = {
+    "Cache": "transom.artifacts",
+    "Cancelled": "transom.contract",
+    "Device": "transom.contract",
+    "Generation": "transom.runtime.results",
+    "Model": "transom.runtime.model",
+    "SamplingParams": "transom.runtime.params",
+    "TorchSource": "transom.sources.torch",
+    "TransomError": "transom.errors",
+    "backends": "transom.api",
+    "devices": "transom.api",
+    "explain": "transom.api",
+    "load": "transom.runtime.loading",
+}
+
+__all__ = [
+    "Cache",
+    "Cancelled",
+    "Device",
+    "Generation",
+    "Model",
+    "SamplingParams",
+    "TorchSource",
+    "TransomError",
+    "backends",
+    "devices",
+    "explain",
+    "load",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("transom")
+    if name not in _HOME:
+        raise AttributeError(f"module 'transom' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

@@ -1,0 +1,528 @@
+"""The cache as the runtime uses it: look an artifact up, build it once, keep it, and go on when the disk says no."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from transom.artifacts.entries import SCRATCH, VERDICTS, Draft, Entry, Shelf, Verify
+from transom.artifacts.files import MARK, delete, hold, is_held, unique
+from transom.artifacts.keys import canonical, check_key, content_hash, parse_size
+from transom.artifacts.notebook import Notebook
+from transom.contract import Artifact
+from transom.errors import CacheError
+
+if TYPE_CHECKING:
+    from transom.artifacts.housekeeping import Item, Removed, Stats
+    from transom.contract import Device, Progress
+
+DEFAULT_LIMIT = 20 * 1000**3
+
+_log = logging.getLogger("transom.artifacts")
+_TAG = b"Signature: 8a477f597d28d172789f06886806bc55\n# Made by transom; backup programs may leave it out.\n"
+_OVERFLOW = "transom-overflow-"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where an artifact comes from: everything in its manifest that `contract.Artifact` does not say."""
+
+    source: str
+    """The model's name or path, for people."""
+    backend: str
+    backend_version: str
+    """Of the distribution that brought the backend."""
+    device: Mapping[str, str] = field(default_factory=dict)
+    """`kind`, `id`, `arch`, `identity`, `name`."""
+    drivers: Mapping[str, str] = field(default_factory=dict)
+    options: Mapping[str, object] = field(default_factory=dict)
+    ingredients: Mapping[str, object] = field(default_factory=dict)
+    """What `artifact_key` made the key from."""
+
+    @classmethod
+    def on(
+        cls,
+        device: Device,
+        *,
+        source: str,
+        backend: str,
+        backend_version: str,
+        options: Mapping[str, object] | None = None,
+        ingredients: Mapping[str, object] | None = None,
+    ) -> Origin:
+        """The origin of an artifact compiled for `device`."""
+        named = {name: str(getattr(device, name)) for name in ("kind", "id", "arch", "identity", "name")}
+        return cls(source, backend, backend_version, named, dict(device.drivers), options or {}, ingredients or {})
+
+
+class StoredArtifact:
+    """An artifact in the cache, open: it is not evicted until `release`, the end of a `with`, or the object's end."""
+
+    def __init__(self, cache: Cache, entry: Entry, *, temporary: bool) -> None:
+        self._cache = cache
+        self._entry = entry
+        self.temporary = temporary
+        """The cache could not keep it: it is gone when this process ends."""
+        facts = entry.manifest.facts
+        self.artifact = Artifact(
+            files=entry.files,
+            requires=_strings(facts.get("requires")),
+            notes=tuple(str(note) for note in _sequence(facts.get("notes"))),
+        )
+        self.origin = Origin(
+            source=str(facts.get("source", "")),
+            backend=str(facts.get("backend", "")),
+            backend_version=str(facts.get("backend_version", "")),
+            device=_strings(facts.get("device")),
+            drivers=_strings(facts.get("drivers")),
+            options=_mapping(facts.get("options")),
+            ingredients=_mapping(facts.get("ingredients")),
+        )
+
+    @property
+    def key(self) -> str:
+        return self._entry.key
+
+    @property
+    def path(self) -> Path:
+        return self._entry.path
+
+    @property
+    def created(self) -> float:
+        """Seconds since 1970."""
+        return self._entry.manifest.created
+
+    @property
+    def bytes(self) -> int:
+        return self._entry.manifest.bytes
+
+    @property
+    def scratch(self) -> Path:
+        """The folder for `Backend.load`: made on demand, lasts as long as the artifact does."""
+        root = self.path.parent.parent
+        try:
+            folder = root / SCRATCH / self.key
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            folder = self._cache._overflow(error).root / SCRATCH / self.key
+            folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def verdict(self, where: str) -> object:
+        """What `record_verdict` kept for this place (device identity, driver and SDK versions), or None."""
+        return self._verdicts.recall(where)
+
+    def record_verdict(self, where: str, verdict: object) -> None:
+        """Keep the self-check's verdict (JSON types) beside the artifact; it goes when the artifact goes."""
+        self._cache._remember(self._verdicts, where, verdict)
+
+    @property
+    def verdicts(self) -> dict[str, object]:
+        return self._verdicts.all()
+
+    @property
+    def _verdicts(self) -> Notebook:
+        return self._cache._notebook(self.path / VERDICTS)
+
+    def touch(self) -> None:
+        """Count as used now; `lookup` has done so already."""
+        self._entry.touch()
+
+    def discard(self, reason: str) -> None:
+        """Remove it with its scratch folder, as after the verdict "rebuild"; logs the reason."""
+        self._entry.discard(reason)
+
+    def release(self) -> None:
+        """Let it be evicted. Call it when the session that uses the files is closed."""
+        self._entry.release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.release()
+
+
+class Slot:
+    """The right to build one artifact, while no other process builds it."""
+
+    def __init__(self, cache: Cache, key: str, found: StoredArtifact | None) -> None:
+        self._cache = cache
+        self._key = key
+        self._draft: Draft | None = None
+        self.found = found
+        """The artifact, when another process finished it while this one waited: there is nothing left to do."""
+
+    @property
+    def work(self) -> Path:
+        """A folder for the compiler's files. They are moved into the entry when `store` is given their paths."""
+        if self._draft is None:
+            self._draft = self._cache._begin("artifacts", self._key)
+        return self._draft.work
+
+    def outside(self, error: OSError) -> Path:
+        """A new work folder outside the cache, after writing into `work` failed with `error` (a full disk)."""
+        self._abandon()
+        self._draft = self._cache._overflow(error).shelf("artifacts").begin(self._key)
+        return self._draft.work
+
+    def store(self, artifact: Artifact, origin: Origin, progress: Progress | None = None) -> StoredArtifact:
+        """Keep an artifact. When the cache cannot, it is kept in a temporary folder for this run, with a warning.
+
+        Raises CacheError when there is no room there either, ValueError for a file name that leads out of the
+        artifact, TypeError when the origin is not made of JSON types.
+        """
+        facts = {name: canonical(value) for name, value in vars(origin).items()}
+        facts |= {"requires": canonical(artifact.requires), "notes": canonical(tuple(artifact.notes))}
+        draft = self._draft or self._cache._begin("artifacts", self._key)
+        self._draft = None
+        entry = self._cache._commit(draft, artifact.files, facts, progress)
+        return self._cache._stored(entry)
+
+    def _abandon(self) -> None:
+        if self._draft is not None:
+            self._draft.abandon()
+            self._draft = None
+
+
+class Blobs:
+    """Named blobs under a key: prepared sources, golden logits. Written as a whole or not at all."""
+
+    def __init__(self, cache: Cache, kind: str) -> None:
+        self._cache = cache
+        self._kind = kind
+
+    def lookup(self, key: str, *, verify: Verify = "auto") -> Entry | None:
+        """The entry (`read(name)`, `files`, `manifest.facts`), held, or None."""
+        return self._cache._lookup(self._kind, key, verify, None)
+
+    def write(
+        self, key: str, blobs: Mapping[str, bytes | str | Path], facts: Mapping[str, object] | None = None
+    ) -> Entry:
+        """Keep blobs (str as UTF-8) and facts (JSON types), replacing what the key had. Raises as `Slot.store`."""
+        files = {name: blob.encode() if isinstance(blob, str) else blob for name, blob in blobs.items()}
+        draft = self._cache._begin(self._kind, key)
+        return self._cache._commit(draft, files, {k: canonical(v) for k, v in (facts or {}).items()}, None)
+
+
+class Cache:
+    """One cache folder. Making the object touches nothing on the disk.
+
+    Where the folder cannot be written (read-only, full, not a directory), what it has is still read; what is new goes
+    to a temporary folder for this process, and `warnings` says so once.
+
+    Args:
+        root: the folder.
+        limit: bytes to keep, None for no limit; the least recently used entries go first.
+    """
+
+    def __init__(self, root: Path, *, limit: int | None = DEFAULT_LIMIT) -> None:
+        self.root = Path(os.path.abspath(root.expanduser()))
+        self.limit = limit
+        self.warnings: list[str] = []
+        """For the report: at most one sentence, why this run keeps nothing."""
+        self.sources = Blobs(self, "sources")
+        self.golden = Blobs(self, "golden")
+        self._notebooks: dict[Path, Notebook] = {}
+        self._temporary: Overflow | None = None
+
+    @classmethod
+    def default(cls) -> Cache:
+        """The cache of `TRANSOM_CACHE` (else the user's cache directory) and `TRANSOM_CACHE_SIZE` (else 20 GB).
+
+        One object per process for the same settings. Raises OptionError for a size that is none.
+        """
+        limit = DEFAULT_LIMIT
+        if size := os.environ.get("TRANSOM_CACHE_SIZE", "").strip():
+            return _opened(_default_root(), parse_size(size, "TRANSOM_CACHE_SIZE"))
+        return _opened(_default_root(), limit)
+
+    # --- artifacts ---
+
+    def lookup(self, key: str, *, verify: Verify = "auto", progress: Progress | None = None) -> StoredArtifact | None:
+        """The artifact, held and counted as used, or None. A corrupt or foreign one is removed and logged."""
+        entry = self._lookup("artifacts", key, verify, progress)
+        return None if entry is None else self._stored(entry)
+
+    @contextmanager
+    def building(self, key: str, progress: Progress | None = None) -> Iterator[Slot]:
+        """Build an artifact while no other process does; look at `slot.found` first.
+
+        While another process builds the same key, `progress("wait", None)` is called about four times a second; it
+        may raise to give up. A process that was killed blocks nobody. Leaving the `with` without `store` removes
+        what was written.
+        """
+        from transom.artifacts import housekeeping
+
+        check_key(key)
+        with self._lock(key, progress):
+            housekeeping.sweep(self.root)
+            slot = Slot(self, key, self.lookup(key, progress=progress))
+            try:
+                yield slot
+            finally:
+                slot._abandon()
+
+    # --- hashes and facts ---
+
+    def content_hash(self, path: Path, progress: Progress | None = None) -> str:
+        """The hash of a file's content, memoised by path, size, modification time and inode. Raises SourceError."""
+        return content_hash(path, self._notebook(self.root / "remembered" / "hashes.json"), progress)
+
+    def recall(self, name: str, key: str) -> object:
+        """What was remembered in the notebook `name`, or None."""
+        return self._notebook(self.root / "remembered" / f"{check_key(name)}.json").recall(key)
+
+    def remember(self, name: str, key: str, value: object) -> None:
+        """Remember a value (JSON types) for later processes; for this one alone when the cache cannot be written."""
+        self._remember(self._notebook(self.root / "remembered" / f"{check_key(name)}.json"), key, value)
+
+    # --- housekeeping ---
+
+    def list(self) -> list[Item]:
+        """Every entry, least recently used first."""
+        from transom.artifacts import housekeeping
+
+        return housekeeping.items(self.root)
+
+    def stats(self) -> Stats:
+        """Entries and bytes by kind, the limit, and the room that is left on the disk."""
+        from transom.artifacts import housekeeping
+
+        return housekeeping.stats(self.root, self.limit)
+
+    def prune(self, *, limit: int | None = None, unused_since: float | None = None) -> Removed:
+        """Remove left-overs, then the least recently used entries until the cache fits in `limit` (else its own limit).
+
+        `unused_since` (seconds since 1970): entries last used before go in any case. What is in use stays. Raises
+        CacheError when the cache cannot be written.
+        """
+        from transom.artifacts import housekeeping
+
+        if not os.path.lexists(self.root):
+            return housekeeping.Removed(0, 0)
+        self.require_writable()
+        swept = housekeeping.sweep(self.root)
+        done = housekeeping.evict(self.root, limit=self.limit if limit is None else limit, unused_since=unused_since)
+        return housekeeping.Removed(done.entries, done.bytes + swept, done.kept)
+
+    def clear(self) -> Removed:
+        """Remove every entry that is not in use and everything remembered. Raises CacheError as `prune` does."""
+        done = self.prune(unused_since=float("inf"))
+        for notebook in (self.root / "remembered").glob("*.json"):
+            delete(notebook)
+        self._notebooks.clear()
+        return done
+
+    def require_writable(self) -> None:
+        """Make the folder and try to write there. Raises CacheError, saying what is wrong and what to do."""
+        probe = self.root / f".{unique('probe')}"
+        try:
+            self._make_root()
+            probe.write_bytes(b"transom")
+            probe.unlink()
+        except OSError as error:
+            delete(probe)
+            raise CacheError(f"The cache folder {self.root} cannot be written: {_reason(error)}", _WAY_OUT) from error
+
+    # --- shared by the classes of this file ---
+
+    def _lookup(self, kind: str, key: str, verify: Verify, progress: Progress | None) -> Entry | None:
+        entry = Shelf(self.root, kind).lookup(key, verify=verify, progress=progress)
+        if entry is None and self._temporary is not None:
+            entry = self._temporary.shelf(kind).lookup(key, verify=verify, progress=progress)
+        return entry
+
+    def _stored(self, entry: Entry) -> StoredArtifact:
+        return StoredArtifact(self, entry, temporary=not entry.path.is_relative_to(self.root))
+
+    def _begin(self, kind: str, key: str) -> Draft:
+        try:
+            self._make_root()
+            return Shelf(self.root, kind).begin(key)
+        except OSError as error:
+            return self._begin_outside(kind, key, error)
+
+    def _begin_outside(self, kind: str, key: str, error: OSError) -> Draft:
+        overflow = self._overflow(error)
+        try:
+            return overflow.shelf(kind).begin(key)
+        except OSError as second:
+            raise self._no_room(error, second) from second
+
+    def _commit(
+        self, draft: Draft, files: Mapping[str, bytes | Path], facts: Mapping[str, object], progress: Progress | None
+    ) -> Entry:
+        try:
+            try:
+                entry = draft.commit(files, facts, progress)
+            except OSError as error:
+                if draft.shelf.root != self.root:
+                    raise self._no_room(error, error) from error
+                entry = self._commit_outside(draft, files, facts, error)
+            else:
+                if draft.shelf.root == self.root:
+                    self._make_room()
+        finally:
+            draft.abandon()
+        return entry
+
+    def _commit_outside(
+        self, failed: Draft, files: Mapping[str, bytes | Path], facts: Mapping[str, object], error: OSError
+    ) -> Entry:
+        draft = self._begin_outside(failed.shelf.kind, failed.key, error)
+        try:
+            here = {name: failed.where(f) if isinstance(f, Path) else f for name, f in files.items()}
+            return draft.commit(here, facts)
+        except OSError as second:
+            raise self._no_room(error, second) from second
+        finally:
+            draft.abandon()
+
+    def _no_room(self, error: OSError, second: OSError) -> CacheError:
+        import tempfile
+
+        return CacheError(
+            f"What was compiled can be kept neither in the cache {self.root} ({_reason(error)}) "
+            f"nor in {tempfile.gettempdir()} ({_reason(second)})",
+            "Free space on the disk, or set TRANSOM_CACHE to a folder that has some",
+        )
+
+    def _overflow(self, error: OSError) -> Overflow:
+        """The temporary root of this process, made when `error` shows that the cache itself cannot be used."""
+        if self._temporary is None:
+            try:
+                self._temporary = Overflow()
+            except OSError as second:
+                raise self._no_room(error, second) from second
+        self._warn(error)
+        return self._temporary
+
+    def _warn(self, error: OSError) -> None:
+        if not self.warnings:
+            self.warnings.append(
+                f"The cache {self.root} cannot be written ({_reason(error)}): what this run makes is kept in a "
+                f"temporary folder and gone when the process ends. {_WAY_OUT}."
+            )
+            _log.warning("%s", self.warnings[0])
+
+    def _notebook(self, path: Path) -> Notebook:
+        return self._notebooks.setdefault(path, Notebook(path))
+
+    def _remember(self, notebook: Notebook, key: str, value: object) -> None:
+        notebook.remember(key, value)
+        if notebook.unwritable is not None:
+            self._warn(notebook.unwritable)
+
+    def _make_root(self) -> None:
+        if not self.root.is_dir():
+            if os.path.lexists(self.root):
+                raise NotADirectoryError(errno.ENOTDIR, "it is not a directory", str(self.root))
+            self.root.mkdir(parents=True, exist_ok=True)
+            (self.root / "CACHEDIR.TAG").write_bytes(_TAG)
+
+    def _make_room(self) -> None:
+        if self.limit is None:
+            return
+        from filelock import FileLock, Timeout
+
+        from transom.artifacts import housekeeping
+
+        try:
+            with FileLock(self.root / "locks" / "evict.lock", timeout=0):
+                housekeeping.evict(self.root, limit=self.limit)
+        except Timeout:
+            return  # another process is at it
+        except OSError as error:
+            _log.debug("the cache %s cannot be pruned: %s", self.root, error)
+
+    def _lock(self, key: str, progress: Progress | None) -> AbstractContextManager[object]:
+        """The lock of one key, acquired. Where there can be none, nothing can be written either: no lock."""
+        from filelock import FileLock, Timeout
+
+        try:
+            self._make_root()
+            (self.root / "locks").mkdir(exist_ok=True)
+            lock = FileLock(self.root / "locks" / f"{key}.lock")
+        except OSError:
+            return nullcontext()
+        wait = 0.0
+        while True:
+            try:
+                return lock.acquire(timeout=wait)
+            except Timeout:
+                wait = 0.25
+                if progress is not None:
+                    progress("wait", None)
+            except OSError:
+                return nullcontext()
+
+
+class Overflow:
+    """A temporary root beside the cache. Removed when nothing refers to it any more, at the latest when Python ends."""
+
+    def __init__(self) -> None:
+        import tempfile
+
+        _sweep_overflow(Path(tempfile.gettempdir()))
+        self.root = Path(tempfile.mkdtemp(prefix=_OVERFLOW))
+        self._hold = hold(self.root, create=True)
+        self._remove = weakref.finalize(self, _remove_own, self.root, os.getpid())
+
+    def shelf(self, kind: str) -> Shelf:
+        return Shelf(self.root, kind, owner=self)
+
+
+def _remove_own(root: Path, maker: int) -> None:
+    if os.getpid() == maker:  # a forked child runs this too, and must leave its parent's files alone
+        delete(root)
+
+
+def _sweep_overflow(parent: Path) -> None:
+    """Remove the temporary roots of processes that were killed; a living process holds its own."""
+    owner = os.getuid() if hasattr(os, "getuid") else None
+    for folder in parent.glob(_OVERFLOW + "*"):
+        with suppress(FileNotFoundError):  # another process sweeps too
+            mine = owner is None or folder.lstat().st_uid == owner
+            if mine and not folder.is_symlink() and (folder / MARK).exists() and not is_held(folder):
+                delete(folder)
+
+
+_OPENED: dict[tuple[Path, int | None], Cache] = {}
+_WAY_OUT = "Free space there, or set TRANSOM_CACHE to a folder that can be written"
+
+
+def _opened(root: Path, limit: int | None) -> Cache:
+    return _OPENED.setdefault((root, limit), Cache(root, limit=limit))
+
+
+def _default_root() -> Path:
+    if root := os.environ.get("TRANSOM_CACHE", "").strip():
+        return Path(root)
+    from platformdirs import user_cache_path
+
+    return user_cache_path("transom", appauthor=False)
+
+
+def _reason(error: OSError) -> str:
+    return error.strerror or str(error) or type(error).__name__
+
+
+def _mapping(value: object) -> dict[str, object]:
+    return {str(k): v for k, v in value.items()} if isinstance(value, dict) else {}
+
+
+def _strings(value: object) -> dict[str, str]:
+    return {key: str(item) for key, item in _mapping(value).items()}
+
+
+def _sequence(value: object) -> list[object]:
+    return value if isinstance(value, list) else []

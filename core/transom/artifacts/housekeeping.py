@@ -1,0 +1,173 @@
+"""Keeping the cache small and clean: what is in it, what goes first, and what killed processes left behind.
+
+Not imported on a warm start.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transom.artifacts.entries import SCRATCH, Doubt, Manifest, Shelf
+from transom.artifacts.files import MARK, delete, folder_size, is_held, remove_unless_held
+
+KINDS = ("artifacts", "sources", "golden")
+_ORPHAN_SECONDS = 3600.0
+
+
+@dataclass(frozen=True)
+class Item:
+    """One entry of the cache, as a person wants to see it."""
+
+    kind: str
+    """`"artifacts"`, `"sources"`, `"golden"`, or `"scratch"` for a scratch folder without its artifact."""
+    key: str
+    path: Path
+    bytes: int
+    """On disk, with the scratch folder."""
+    created: float
+    """Seconds since 1970; 0 when unknown."""
+    last_used: float
+    in_use: bool
+    facts: Mapping[str, Any]
+    """From the manifest: for an artifact its source, backend, device, options, requires and notes."""
+    problem: str = ""
+    """Why the entry will not be used; empty when its manifest is sound."""
+
+
+@dataclass(frozen=True)
+class Removed:
+    """What `prune` or `clear` did."""
+
+    entries: int
+    bytes: int
+    kept: tuple[str, ...] = ()
+    """"kind/key" of what should have gone but is in use or cannot be removed."""
+
+
+@dataclass(frozen=True)
+class KindStats:
+    entries: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Stats:
+    root: Path
+    exists: bool
+    bytes: int
+    """All entries and their scratch folders."""
+    limit_bytes: int | None
+    """None: unlimited."""
+    free_bytes: int | None
+    """On the disk that holds the cache; None when it cannot be asked."""
+    kinds: Mapping[str, KindStats]
+
+
+def items(root: Path, *, usage: bool = True) -> list[Item]:
+    """Every entry, least recently used first. Without `usage`, `in_use` is False."""
+    found = [_item(root, kind, folder, usage) for kind in KINDS for folder in Shelf(root, kind).folders()]
+    artifacts = {item.key for item in found if item.kind == "artifacts"}
+    for folder in Shelf(root, SCRATCH).folders():
+        if folder.name not in artifacts:
+            found.append(_item(root, SCRATCH, folder, usage))
+    return sorted(found, key=lambda item: (item.last_used, item.kind, item.key))
+
+
+def _item(root: Path, kind: str, folder: Path, usage: bool) -> Item:
+    size = folder_size(folder)
+    if kind == "artifacts":
+        size += folder_size(root / SCRATCH / folder.name)
+    created, facts, problem = 0.0, {}, ""
+    if kind != SCRATCH:
+        try:
+            manifest = Manifest.read(folder)
+            created, facts = manifest.created, dict(manifest.facts)
+            if manifest.key != folder.name:
+                problem = f"it belongs to the key {manifest.key}"
+        except Doubt as doubt:
+            problem = str(doubt)
+    used = _modified(folder / MARK) or _modified(folder)
+    return Item(kind, folder.name, folder, size, created, used, usage and is_held(folder), facts, problem)
+
+
+def _modified(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def evict(root: Path, *, limit: int | None = None, unused_since: float | None = None) -> Removed:
+    """Remove entries, least recently used first, until all fit in `limit` bytes; what is in use stays.
+
+    With `unused_since` (seconds since 1970) what was last used before goes too.
+    """
+    all_items = items(root, usage=False)
+    total = sum(item.bytes for item in all_items)
+    entries, size, kept = 0, 0, []
+    for item in all_items:
+        old = unused_since is not None and item.last_used < unused_since
+        if not old and (limit is None or total - size <= limit):
+            continue
+        if _remove(root, item):
+            entries += 1
+            size += item.bytes
+        elif item.path.exists():
+            kept.append(f"{item.kind}/{item.key}")
+    return Removed(entries, size, tuple(kept))
+
+
+def _remove(root: Path, item: Item) -> bool:
+    if item.kind == SCRATCH and (root / "artifacts" / item.key).exists():
+        return False  # its artifact was made since the list was
+    if not remove_unless_held(item.path, root / "trash"):
+        return False
+    if item.kind == "artifacts":
+        remove_unless_held(root / SCRATCH / item.key, root / "trash")
+    return True
+
+
+def sweep(root: Path) -> int:
+    """Remove what killed processes left in `building/` and `trash/`; the number of bytes freed."""
+    freed = 0
+    for folder in _children(root / "building"):
+        size = folder_size(folder)
+        if remove_unless_held(folder, root / "trash", unmarked_age=_ORPHAN_SECONDS):
+            freed += size
+    for folder in _children(root / "trash"):
+        freed += folder_size(folder)
+        delete(folder)
+    for parent in (root / "remembered", *(f for kind in KINDS for f in Shelf(root, kind).folders())):
+        for file in _children(parent):
+            half_written = file.name.startswith(".") and file.name != MARK
+            if half_written and time.time() - _modified(file) > _ORPHAN_SECONDS:
+                freed += folder_size(file)
+                delete(file)
+    return freed
+
+
+def _children(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except OSError:
+        return []
+
+
+def stats(root: Path, limit: int | None) -> Stats:
+    import shutil
+
+    found = items(root, usage=False)
+    kinds = {
+        kind: KindStats(len(of := [item for item in found if item.kind == kind]), sum(item.bytes for item in of))
+        for kind in (*KINDS, SCRATCH)
+    }
+    try:
+        existing = next(p for p in (root, *root.parents) if p.exists())
+        free: int | None = shutil.disk_usage(existing).free
+    except OSError:
+        free = None
+    return Stats(root, root.is_dir(), sum(item.bytes for item in found), limit, free, kinds)

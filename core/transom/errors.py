@@ -1,0 +1,86 @@
+"""Errors for people: one sentence of cause, one of what to do.
+
+Every error that a user can cause derives from `TransomError`. The command line prints it without a traceback and
+exits with status 2. This module imports nothing of ours, so that every room may raise its errors.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+
+class TransomError(Exception):
+    """A failure the user can do something about.
+
+    Args:
+        cause: one sentence, what is wrong, with the name of the file, device or option.
+        fix: one sentence, what to do next; a command where there is one. May be empty.
+        details: further lines, such as what each backend said. Shown below the sentence.
+    """
+
+    def __init__(self, cause: str, fix: str = "", details: Sequence[str] = ()) -> None:
+        self.cause = cause.rstrip()
+        self.fix = fix.rstrip()
+        self.details = tuple(details)
+        super().__init__(cause, fix, self.details)
+
+    def __str__(self) -> str:
+        def sentence(text: str) -> str:
+            return text if text.endswith((".", "!", "?")) else text + "."
+
+        lines = [" ".join(sentence(t) for t in (self.cause, self.fix) if t)]
+        lines += [f"  {line}" for line in self.details]
+        return "\n".join(lines)
+
+
+class SourceError(TransomError):
+    """The model cannot be read: no such path, cut short, wrong magic, unknown architecture."""
+
+
+class OptionError(TransomError):
+    """An argument, option or environment variable has a value that is not allowed."""
+
+
+class SelectionError(TransomError):
+    """No backend and device can run the model as asked; the details list what each backend said."""
+
+
+class UnsupportedError(TransomError):
+    """The graph holds an operator or a form that the chosen backend cannot run and that has no decomposition."""
+
+
+class DoesNotFit(TransomError):
+    """The model and its cache need more memory than the device has free."""
+
+
+class EngineError(TransomError):
+    """A backend broke: it raised, died of a signal, or broke its contract while compiling, loading or running."""
+
+
+class SelfCheckFailed(TransomError):
+    """The compiled model does not agree with the reference on the check prompt."""
+
+
+class ContextExceeded(TransomError):
+    """Prompt and requested output are longer than the context the model was loaded with."""
+
+
+class CacheError(TransomError):
+    """The artifact cache cannot be used, for example because its directory cannot be written."""
+
+
+class MissingExtra(TransomError):
+    """An optional dependency is not installed; the fix is the pip command."""
+
+    def __init__(self, what: str, extra: str) -> None:
+        self.extra = extra
+        super().__init__(what, f"Install it with: pip install 'transom[{extra}]'")
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """A sentence that helps after a misspelling: 'Did you mean "x"? Known: a, b, x.'"""
+    names = sorted(known)
+    match = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
+    hint = f'Did you mean "{match[0]}"? ' if match else ""
+    return f"{hint}Known: {', '.join(names) or 'none'}."

@@ -1,0 +1,80 @@
+"""What a node is made of: its function body, from the graph itself, from the registry, or from ONNX.
+
+A model-local function of the graph comes first. An operator of the registry writes its own body. Many of ONNX's own
+operators (RMSNormalization, RotaryEmbedding, Attention, Swish, Softmax …) carry a definition in simpler ones.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import onnx_ir as ir
+
+from transom.ops import find
+from transom.ops.functions import OPSET
+
+
+def body_of(model: ir.Model, node: ir.Node) -> ir.Function | None:
+    """The node's body, specialised to its attributes and inputs where it is not a function of the model; else None."""
+    own = model.functions.get(node.op_identifier())
+    if own is not None:
+        return own
+    schema = find(node.domain, node.op_type)
+    if schema is None:
+        return None
+    if schema.body is not None:
+        from transom.graph.reading import attributes_of
+
+        return schema.body(attributes_of(node), tuple(v is not None for v in node.inputs))
+    return _body_in_onnx(node) if node.domain in ("", "ai.onnx") else None
+
+
+def has_body(model: ir.Model, node: ir.Node) -> bool:
+    """Whether `transom.graph.passes.decompose` can replace the node."""
+    if node.op_identifier() in model.functions:
+        return True
+    schema = find(node.domain, node.op_type)
+    if schema is None or node.domain not in ("", "ai.onnx"):
+        return schema is not None and schema.body is not None
+    import onnx
+
+    theirs: Any = onnx.defs.get_schema(node.op_type, OPSET, "")
+    return bool(theirs.has_function or theirs.has_context_dependent_function)
+
+
+def _body_in_onnx(node: ir.Node) -> ir.Function | None:
+    import onnx
+
+    schema: Any = onnx.defs.get_schema(node.op_type, OPSET, "")
+    if schema.has_context_dependent_function:
+        types = []
+        for value in node.inputs:
+            proto = onnx.TypeProto()
+            if value is not None:
+                if value.dtype is None:
+                    return None  # ONNX writes this body for given element types only
+                proto.tensor_type.elem_type = int(value.dtype)
+                if value.shape is not None:
+                    proto.tensor_type.shape.SetInParent()
+                    for dim in value.shape:
+                        known = {"dim_value": dim} if isinstance(dim, int) else {}
+                        proto.tensor_type.shape.dim.add(**known)
+            types.append(proto.SerializeToString())
+        version = max(v for v in schema.context_dependent_function_opset_versions if v <= OPSET)
+        data = schema.get_context_dependent_function_with_opset_version(
+            version, ir.to_proto(node).SerializeToString(), types
+        )
+    elif schema.has_function:
+        version = max(v for v in schema.function_opset_versions if v <= OPSET)
+        data = schema.get_function_with_opset_version(version).SerializeToString()
+    else:
+        return None
+    if not data:
+        return None
+    proto = onnx.FunctionProto.FromString(data)
+    for imported in proto.opset_import:  # written for an older opset, whose operators it uses mean the same at ours
+        if imported.domain == "":
+            imported.version = OPSET
+    body = ir.from_proto(proto)
+    assert isinstance(body, ir.Function)
+    return body

@@ -1,0 +1,80 @@
+"""Changing a graph that exists: a `GraphBuilder` that writes into it, and replaces values where they are used."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass, TopologicalSortPass
+
+from transom.graph.builder import GraphBuilder
+
+
+class Editor(GraphBuilder):
+    """Writes new nodes at the end of the graph; `finish_edit` brings everything into an order that can run."""
+
+    def __init__(self, model: ir.Model) -> None:
+        super().__init__(model.graph.name or "model")
+        self.model = model
+        self.graph = model.graph
+        self.functions = model.functions
+        self._taken = {str(n.name) for n in all_nodes(model.graph)} | {str(v.name) for v in all_values(model.graph)}
+
+    def _name(self, base: str) -> str:
+        full, number = ".".join([*self._scope, base]), 0
+        name = full
+        while name in self._taken:
+            number += 1
+            name = f"{full}_{number}"
+        self._taken.add(name)
+        return name
+
+    def replace(self, old: ir.Value, new: ir.Value) -> None:
+        """Use `new` wherever `old` was used; a graph output keeps its name. `new` must not be computed from `old`."""
+        if old.is_graph_output():
+            name = str(old.name)
+            if new.producer() is None or new.is_graph_output():
+                new = self.op("Identity", new, name=f"{name}.copy")
+            old.name = self._name(f"{name}.replaced")
+            new.name = name
+            old.replace_all_uses_with(new, replace_graph_outputs=True)
+        else:
+            old.replace_all_uses_with(new)
+
+    def remove(self, node: ir.Node) -> None:
+        """Drop a node that nothing uses any more."""
+        parent = node.graph
+        assert parent is not None
+        parent.remove(node, safe=True)
+
+    def finish_edit(self) -> None:
+        """Remove what no output needs and sort the rest."""
+        RemoveUnusedNodesPass()(self.model)
+        TopologicalSortPass()(self.model)
+
+
+def all_nodes(graph: ir.Graph) -> Iterator[ir.Node]:
+    """The nodes of a graph and of the graphs inside its nodes, outer ones first."""
+    for node in graph:
+        yield node
+        for inner in subgraphs(node):
+            yield from all_nodes(inner)
+
+
+def all_values(graph: ir.Graph) -> Iterator[ir.Value]:
+    """Inputs, initializers and results of a graph and of the graphs inside its nodes."""
+    yield from graph.inputs
+    yield from graph.initializers.values()
+    for node in graph:
+        yield from node.outputs
+        for inner in subgraphs(node):
+            yield from all_values(inner)
+
+
+def subgraphs(node: ir.Node) -> Iterator[ir.Graph]:
+    """The graphs that a node carries as attributes (If, Loop, Scan)."""
+    for attribute in node.attributes.values():
+        if attribute.type == ir.AttributeType.GRAPH:
+            yield attribute.as_graph()
+        elif attribute.type == ir.AttributeType.GRAPHS:
+            yield from attribute.as_graphs()

@@ -1,0 +1,127 @@
+"""The neutral graph: an `onnx_ir.Model` that is always a valid ONNX model, with lazy weights.
+
+Backends read `graph.model` (never change it); the host rewrites it through named passes (`transom.graph.passes`).
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from transom.errors import SourceError
+from transom.graph.digest import SMALL, digest
+from transom.signature import METADATA_KEY, Decoder
+
+PRODUCER = "transom"
+
+
+class Graph:
+    """A model as every backend sees it.
+
+    Attributes:
+        model: the ONNX model; standard operators at opset 24, and the domain `transom`.
+        weights_hash: names the content of the weights: a hash of the file they came from.
+        notes: what was changed on the way in (a tensor that was dequantised, a checkpoint's quirk), for the report.
+    """
+
+    def __init__(self, model: ir.Model, *, weights_hash: str, notes: Sequence[str] = ()) -> None:
+        self.model = model
+        self.weights_hash = weights_hash
+        self.notes = tuple(notes)
+
+    @property
+    def name(self) -> str:
+        return self.model.graph.name or "model"
+
+    @functools.cached_property
+    def decoder(self) -> Decoder | None:
+        """Sizes and cache shapes where the graph is a decoder with the fixed inputs and outputs; else None."""
+        text = self.model.metadata_props.get(METADATA_KEY)
+        return Decoder.from_json(text) if text else None
+
+    def nodes(self) -> Iterator[ir.Node]:
+        """The nodes of the main graph, in an order in which they can run."""
+        return iter(self.model.graph)
+
+    @property
+    def input_names(self) -> list[str]:
+        return [str(v.name) for v in self.model.graph.inputs]
+
+    @property
+    def output_names(self) -> list[str]:
+        return [str(v.name) for v in self.model.graph.outputs]
+
+    def digest(self) -> str:
+        """A hash of structure, function bodies, decoder signature and weights: equal graphs compute the same function.
+
+        Names of nodes count (claims use them); docs, notes and other metadata do not. Saving and opening again keeps
+        it. Weights count by `weights_hash`; where that is empty they are read.
+        """
+        return digest(self.model, self.weights_hash)
+
+    def check(self) -> None:
+        """Run ONNX's checker and strict shape inference over the graph, weights left unread.
+
+        Raises:
+            onnx.checker.ValidationError, onnx.shape_inference.InferenceError: the graph is not valid ONNX.
+        """
+        import onnx
+
+        onnx.checker.check_model(self.structure(), full_check=True)
+
+    def structure(self) -> Any:
+        """The graph as `onnx.ModelProto` with its weights turned into inputs, so that none of them is read."""
+        import onnx
+
+        graph = self.model.graph
+        small: dict[str, ir.Value] = {}
+        large: list[ir.Value] = []
+        for name, value in graph.initializers.items():
+            tensor = value.const_value
+            assert tensor is not None
+            if tensor.nbytes <= SMALL:
+                small[name] = value
+            else:
+                large.append(value)
+        proto = onnx.ModelProto(ir_version=self.model.ir_version, producer_name=PRODUCER)
+        for domain, version in graph.opset_imports.items():
+            proto.opset_import.add(domain=domain, version=version)
+        proto.functions.extend(ir.to_proto(f) for f in self.model.functions.values())
+        proto.graph.name = self.name
+        proto.graph.node.extend(ir.to_proto(n) for n in self.nodes())
+        proto.graph.input.extend(ir.to_proto(v) for v in graph.inputs)
+        proto.graph.input.extend(ir.to_proto(v) for v in large)
+        proto.graph.output.extend(ir.to_proto(v) for v in graph.outputs)
+        for name, value in small.items():
+            assert value.const_value is not None
+            tensor_proto = ir.to_proto(value.const_value)
+            tensor_proto.name = name
+            proto.graph.initializer.append(tensor_proto)
+        return proto
+
+    def save(self, path: Path) -> None:
+        """Write the graph as an ONNX file with its weights beside it in `<name>.data`."""
+        model = self.model.clone()  # the metadata belongs to the file; whoever reads the model must not see it change
+        model.metadata_props["transom.weights_hash"] = self.weights_hash
+        model.metadata_props["transom.notes"] = json.dumps(self.notes)
+        ir.save(model, path, external_data=f"{path.name}.data", size_threshold_bytes=SMALL)
+
+    @classmethod
+    def open(cls, path: Path) -> Graph:
+        """Read a graph that `save` wrote; weights are mapped, not read.
+
+        Raises:
+            SourceError: the file is missing or is not an ONNX model.
+        """
+        try:
+            model = ir.load(path)
+        except Exception as e:  # onnx_ir and protobuf raise many kinds; all mean the same to the user
+            raise SourceError(f"{path} cannot be read as an ONNX graph: {e}", "Write it again") from e
+        props = model.metadata_props
+        weights_hash = props.get("transom.weights_hash", "")
+        return cls(model, weights_hash=weights_hash, notes=json.loads(props.get("transom.notes", "[]")))

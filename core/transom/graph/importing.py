@@ -1,0 +1,198 @@
+"""Taking in a model that others wrote: any `onnx_ir.Model` becomes a neutral graph, or is refused with the node's name.
+
+Steps: constants and the weights of inner graphs move to the main graph; local functions are inlined; operators are
+converted to opset 24; ONNX Runtime's own operators are expanded. Weights are never read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import onnx_ir as ir
+from onnx_ir.passes.common import (
+    IdentityEliminationPass,
+    InlinePass,
+    LiftConstantsToInitializersPass,
+    LiftSubgraphInitializersToMainGraphPass,
+    RemoveInitializersFromInputsPass,
+    RemoveUnusedFunctionsPass,
+    RemoveUnusedNodesPass,
+    RemoveUnusedOpsetsPass,
+    TopologicalSortPass,
+)
+
+from transom.errors import SourceError, UnsupportedError
+from transom.graph.builder import IR_VERSION
+from transom.graph.contrib import expand_contrib, is_contrib, knows
+from transom.graph.editing import all_nodes, all_values
+from transom.graph.graph import Graph
+from transom.ops import find
+from transom.ops.functions import OPSET
+
+ML_OPSET = 5
+"""The version of `ai.onnx.ml` in a neutral graph."""
+
+
+def import_model(model: ir.Model, *, name: str, weights_hash: str, notes: Sequence[str] = ()) -> Graph:
+    """The model as a neutral graph; the model is changed in place.
+
+    Raises:
+        UnsupportedError: an operator is unknown, or has no equal at opset 24; the node is named.
+        SourceError: the model is not valid ONNX.
+    """
+    noted = list(notes)
+    graph = model.graph
+    graph.name = graph.name or name
+    for old in ("ai.onnx",):
+        if old in graph.opset_imports:
+            graph.opset_imports[""] = graph.opset_imports.pop(old)
+    RemoveInitializersFromInputsPass()(model)
+    LiftSubgraphInitializersToMainGraphPass()(model)
+    LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    _name_nodes(model)
+    version = graph.opset_imports.get("", OPSET)
+    _same_versions_inside_functions(model, version)
+    InlinePass(criteria=lambda f: find(f.domain, f.name) is None)(model)
+    RemoveUnusedFunctionsPass()(model)
+    _name_nodes(model)
+    _check_operators(model, version)
+    model = _to_opset(model, version, noted)
+    LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    expand_contrib(model)
+    IdentityEliminationPass()(model)
+    RemoveUnusedNodesPass()(model)
+    TopologicalSortPass()(model)
+    RemoveUnusedOpsetsPass()(model)
+    _name_nodes(model)
+    model.graph.opset_imports[""] = OPSET
+    model.ir_version = IR_VERSION
+    model.producer_name = "transom"
+    return Graph(model, weights_hash=weights_hash, notes=noted)
+
+
+def _name_nodes(model: ir.Model) -> None:
+    """Give every node a name of its own: claims, errors and edits go by it."""
+    taken: set[str] = set()
+    for node in all_nodes(model.graph):
+        base = node.name or next((str(v.name) for v in node.outputs if v.name), node.op_type)
+        name, number = base, 0
+        while name in taken:
+            number += 1
+            name = f"{base}_{number}"
+        taken.add(name)
+        node.name = name
+    used = {str(v.name) for v in all_values(model.graph) if v.name}
+    for node in all_nodes(model.graph):
+        for i, value in enumerate(node.outputs):
+            if value.name == "" and not value.uses():
+                continue  # an optional output that nobody wants
+            if not value.name:
+                name = f"{node.name}.{i}"
+                while name in used:
+                    name += "_"
+                value.name = name
+                used.add(name)
+
+
+def _same_versions_inside_functions(model: ir.Model, version: int) -> None:
+    """A function body may be written for another opset than the model; that only works where both mean the same."""
+    for function in model.functions.values():
+        own = function.opset_imports.get("", version)
+        if own == version:
+            continue
+        for node in function:
+            if not node.domain and _since(node.op_type, own) != _since(node.op_type, version):
+                raise UnsupportedError(
+                    f"the function {function.domain}::{function.name} uses {node.op_type} of opset {own}, "
+                    f"the model is opset {version}",
+                    "Export the model again with one opset, 23 or 24",
+                )
+        function.opset_imports[""] = version
+
+
+def _since(op_type: str, version: int, domain: str = "") -> int | None:
+    import onnx
+
+    try:
+        return int(onnx.defs.get_schema(op_type, version, domain).since_version)
+    except onnx.defs.SchemaError:
+        return None
+
+
+def _check_operators(model: ir.Model, version: int) -> None:
+    import onnx
+
+    for node in all_nodes(model.graph):
+        domain = "" if node.domain == "ai.onnx" else node.domain
+        if is_contrib(node) and knows(node.op_type):
+            continue
+        if domain == "":
+            if _since(node.op_type, version) is not None:
+                continue
+            if version > onnx.defs.onnx_opset_version():
+                raise UnsupportedError(
+                    f"the model is opset {version}, the installed onnx package knows {onnx.defs.onnx_opset_version()}",
+                    "pip install --upgrade onnx",
+                )
+        elif domain == "ai.onnx.ml":
+            if _since(node.op_type, ML_OPSET, domain) is not None:
+                continue
+        elif find(domain, node.op_type) is not None:
+            continue
+        raise UnsupportedError(
+            f"the node {node.name} uses the operator {domain or 'ai.onnx'}::{node.op_type}, which Transom does not know "
+            "and for which the model brings no function",
+            "Register it through the hook transom_ops, give the model a function body for it, or export the model "
+            "without it",
+        )
+
+
+def _to_opset(model: ir.Model, version: int, notes: list[str]) -> ir.Model:
+    """Stamp the model opset 24 where every operator means the same there; else convert it."""
+    if version == OPSET:
+        return model
+    changed = [
+        n
+        for n in all_nodes(model.graph)
+        if n.domain in ("", "ai.onnx") and not is_contrib(n) and _since(n.op_type, version) != _since(n.op_type, OPSET)
+    ]
+    if not changed:
+        model.graph.opset_imports[""] = OPSET
+        return model
+    if version > OPSET:
+        raise UnsupportedError(
+            f"the node {changed[0].name} uses {changed[0].op_type} as opset {version} defines it; "
+            f"Transom's graphs are opset {OPSET}",
+            f"Export the model with opset {OPSET} or lower",
+        )
+    notes.append(f"converted from opset {version} to {OPSET}")
+    return _convert(model, version)
+
+
+def _convert(model: ir.Model, version: int) -> ir.Model:
+    import onnx
+    from onnx import version_converter
+
+    tensors = {name: v.const_value for name, v in model.graph.initializers.items()}
+    model.ir_version = max(model.ir_version, 4)
+    structure = Graph(model, weights_hash="").structure()
+    try:
+        converted = version_converter.convert_version(structure, OPSET)
+    except (RuntimeError, onnx.version_converter.ConvertError, onnx.checker.ValidationError) as e:
+        raise UnsupportedError(
+            f"the model is opset {version} and cannot be converted to {OPSET}: {str(e).strip().splitlines()[-1]}",
+            "Export the model again with opset 18 or later",
+        ) from e
+    try:
+        result = ir.from_proto(converted)
+    except (ValueError, TypeError, KeyError) as e:
+        raise SourceError(f"the model is not valid ONNX of opset {version}: {e}", "Export the model again") from e
+    for value in list(result.graph.inputs):
+        tensor = tensors.get(str(value.name))
+        if tensor is not None and str(value.name) not in result.graph.initializers:
+            result.graph.inputs.remove(value)
+            value.const_value = tensor
+            result.graph.register_initializer(value)
+    result.metadata_props.update(model.metadata_props)
+    _name_nodes(result)
+    return result

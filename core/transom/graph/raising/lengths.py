@@ -1,0 +1,170 @@
+"""The inputs of an exported decoder: which is which, and what they hold for a choice of lengths."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from transom.graph.raising.abstract import Fact
+from transom.graph.raising.reasons import CannotRaise
+from transom.graph.weights import Array
+
+FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+_INTEGERS = (ir.DataType.INT64, ir.DataType.INT32)
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """One choice: a batch of one sequence with so many new and so many cached tokens."""
+
+    new: int
+    past: int
+
+    @property
+    def total(self) -> int:
+        return self.new + self.past
+
+
+@dataclass(frozen=True)
+class Cache:
+    """A graph input that holds cached keys or values."""
+
+    value: ir.Value
+    axis: int
+    """The axis along which tokens are appended."""
+    present: ir.Value
+    """The graph output that holds the cache with the new tokens."""
+
+    def shape(self, lengths: Lengths) -> tuple[int, ...]:
+        """Raises CannotRaise when the file leaves a size other than batch and length open."""
+        assert self.value.shape is not None
+        dims: list[int] = []
+        for axis, dim in enumerate(self.value.shape):
+            if axis == self.axis:
+                dims.append(lengths.past)
+            elif axis == 0:
+                dims.append(1)
+            elif isinstance(dim, int) and dim > 0:
+                dims.append(dim)
+            else:
+                raise CannotRaise(f"the cache input {self.value.name} does not say its size along axis {axis}")
+        return tuple(dims)
+
+
+def find_caches(graph: ir.Graph) -> list[Cache]:
+    """The cache inputs, by what is done with them: appended to with Concat, or given to `Attention` as past."""
+    caches = []
+    outputs = {id(v) for v in graph.outputs}
+    for value in graph.inputs:
+        if value.dtype not in FLOATS or value.shape is None or len(value.shape) < 3:
+            continue
+        for node, index in value.uses():
+            if node.domain or node.graph is not graph:
+                continue
+            if node.op_type == "Concat" and index == 0 and len(node.inputs) == 2:
+                axis, present = node.attributes.get_int("axis", 0) % len(value.shape), node.outputs[0]
+            elif node.op_type == "Attention" and index in (4, 5) and len(node.outputs) > index - 3:
+                axis, present = 2, node.outputs[index - 3]
+            else:
+                continue
+            if id(present) in outputs:
+                caches.append(Cache(value, axis, present))
+    return caches
+
+
+def _named(*patterns: str) -> re.Pattern[str]:
+    return re.compile("|".join(patterns), re.IGNORECASE)
+
+
+_IDS = _named(r"input_ids$", r"^ids$", r"^tokens$", r"^input$", r"^inputs$")
+_MASK = _named(r"attention_mask$", r"^mask$")
+_POSITIONS = _named(r"position_ids$", r"cache_position$", r"^positions$", r"^input_pos$")
+_TOTAL = _named(r"total_sequence_length$", r"total_seq_len$")
+_LAST_KEY = _named(r"seqlens_k$")
+_PAST = _named(r"past_sequence_length$", r"past_seq_len$", r"^past_length$")
+_NOUGHT = _named(r"logits_to_keep$", r"token_type_ids$")
+_FLAG = _named(r"use_cache_branch$")
+
+
+def find_ids(graph: ir.Graph) -> ir.Value:
+    """The input of token ids: named so, or the one integer input that picks rows of an embedding table."""
+    integers = [v for v in graph.inputs if v.dtype in _INTEGERS]
+    for value in integers:
+        if _IDS.search(str(value.name)) and (value.shape is None or len(value.shape) == 2):
+            return value
+    picks = [
+        v
+        for v in integers
+        if any(n.op_type == "Gather" and i == 1 and not n.domain for n, i in v.uses())
+        and not _POSITIONS.search(str(v.name))
+        and not _MASK.search(str(v.name))
+    ]
+    if len(picks) == 1 and picks[0].shape is not None and len(picks[0].shape) == 2:
+        return picks[0]
+    raise CannotRaise(
+        "it takes no token ids" + (" but embeddings" if any("embeds" in str(v.name) for v in graph.inputs) else "")
+    )
+
+
+def facts_of_inputs(graph: ir.Graph, ids: ir.Value, caches: Sequence[Cache], lengths: Lengths) -> dict[str, Fact]:
+    """What each input holds. Token ids and caches are known by shape only.
+
+    Raises:
+        CannotRaise: an input whose meaning is not known.
+    """
+    facts: dict[str, Fact] = {}
+    by_cache = {id(c.value): c for c in caches}
+    for value in graph.inputs:
+        name = str(value.name)
+        if value is ids:
+            facts[name] = Fact(value.dtype, (1, lengths.new))
+        elif id(value) in by_cache:
+            facts[name] = Fact(value.dtype, by_cache[id(value)].shape(lengths))
+        else:
+            facts[name] = Fact.of(_array(value, lengths))
+    return facts
+
+
+def _array(value: ir.Value, lengths: Lengths) -> Array:
+    name, rank = str(value.name), -1 if value.shape is None else len(value.shape)
+    dtype = value.dtype or ir.DataType.INT64
+    new = np.arange(lengths.past, lengths.total)
+    if _MASK.search(name):
+        array = _mask(dtype, rank, lengths)
+    elif _POSITIONS.search(name):
+        array = new if rank == 1 else np.broadcast_to(new, _leading(value) + new.shape)
+    elif _TOTAL.search(name):
+        array = np.full((1,) * max(rank, 0), lengths.total)
+    elif _PAST.search(name):
+        array = np.full((1,) * max(rank, 0), lengths.past)
+    elif _LAST_KEY.search(name):
+        array = np.full((1,) * max(rank, 1), lengths.total - 1)
+    elif _NOUGHT.search(name):
+        array = np.zeros((1, lengths.new) if rank == 2 else (1,) * max(rank, 0))
+    elif _FLAG.search(name):
+        array = np.ones((1,) * max(rank, 0))
+    else:
+        raise CannotRaise(f"the meaning of its input {name} is not known")
+    return np.ascontiguousarray(array).astype(dtype.numpy())
+
+
+def _leading(value: ir.Value) -> tuple[int, ...]:
+    """Axes before the last: 1 where they are the batch, a number where the file gives one (3 for text in mrope)."""
+    if value.shape is None:
+        return (1,)
+    dims = list(value.shape)[:-1]
+    return tuple(d if isinstance(d, int) else 1 for d in dims)
+
+
+def _mask(dtype: ir.DataType, rank: int, lengths: Lengths) -> Array:
+    """All tokens count. A mask of rank 4 is one that the caller makes: causal."""
+    if rank != 4:
+        return np.ones((1, lengths.total))
+    visible = np.tril(np.ones((lengths.new, lengths.total), bool), lengths.past)[None, None]
+    if dtype == ir.DataType.BOOL:
+        return visible
+    return np.where(visible, 0, np.finfo(dtype.numpy()).min)

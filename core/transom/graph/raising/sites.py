@@ -1,0 +1,119 @@
+"""Finding the attention of each layer: the nodes between its cache and its output, whatever they are.
+
+From each cache everything computed from it is followed until the keys' side and the values' side meet in one node. That
+node's output is the attention's; what flows in from outside is the new key, the new value, the query, and numbers that
+depend on lengths alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from transom.graph.raising.abstract import Facts
+from transom.graph.raising.lengths import Cache
+from transom.graph.raising.reasons import CannotRaise
+
+
+@dataclass
+class Site:
+    """One layer's attention."""
+
+    layer: int
+    key: Cache
+    value: Cache
+    new_key: ir.Value
+    new_value: ir.Value
+    query: ir.Value
+    output: ir.Value
+    region: list[ir.Node]
+    """The nodes from cache to output, in an order in which they run."""
+
+    def outside(self) -> list[ir.Value]:
+        """What the region reads and does not compute itself, each value once."""
+        inner = {id(v) for node in self.region for v in node.outputs}
+        seen: dict[int, ir.Value] = {}
+        for node in self.region:
+            for v in node.inputs:
+                if v is not None and id(v) not in inner:
+                    seen.setdefault(id(v), v)
+        return list(seen.values())
+
+
+def find_sites(graph: ir.Graph, caches: Sequence[Cache], facts: Facts) -> list[Site]:
+    """The attentions in the order in which they run.
+
+    Raises:
+        CannotRaise: a cache is used in a form that is no attention.
+    """
+    from_caches: dict[int, frozenset[int]] = {id(c.value): frozenset([i]) for i, c in enumerate(caches)}
+    paths: dict[int, list[ir.Node]] = {i: [] for i in range(len(caches))}
+    sites: list[Site] = []
+    used: set[int] = set()
+    for node in graph:
+        if node.op_type in ("Shape", "Size") and not node.domain:
+            continue
+        origins: frozenset[int] = frozenset().union(*(from_caches.get(id(v), frozenset()) for v in node.inputs))
+        if not origins:
+            continue
+        if len(origins) == 1:
+            (origin,) = origins
+            paths[origin].append(node)
+            for value in node.outputs:
+                from_caches[id(value)] = origins
+            continue
+        if len(origins) > 2 or origins & used:
+            raise CannotRaise(f"the node {node.name} reads the caches of several layers")
+        used |= origins
+        order = {id(n): i for i, n in enumerate(graph)}
+        region = sorted([n for i in origins for n in paths[i]] + [node], key=lambda n: order[id(n)])
+        key, value = _key_and_value(node, origins, from_caches)
+        sites.append(_site(len(sites), caches[key], caches[value], region, node, facts))
+    if left := [str(c.value.name) for i, c in enumerate(caches) if i not in used]:
+        raise CannotRaise(f"the cache input {left[0]} meets no other in an attention")
+    return sites
+
+
+def _key_and_value(node: ir.Node, origins: frozenset[int], sides: dict[int, frozenset[int]]) -> tuple[int, int]:
+    """Which cache holds keys: the past slots of `Attention` say so; else the values are multiplied last, from the right."""
+    first, second = sorted(origins)
+    if node.op_type == "Attention" and not node.domain:
+        for index in (4, 1):
+            value = node.inputs[index] if len(node.inputs) > index else None
+            origin = sides.get(id(value), frozenset()) if value is not None else frozenset()
+            if len(origin) == 1:
+                (key,) = origin
+                return key, second if key == first else first
+    right = node.inputs[1] if len(node.inputs) > 1 else None
+    (value,) = sides.get(id(right), frozenset([second]))
+    return (first, second) if value == second else (second, first)
+
+
+def _site(layer: int, key: Cache, value: Cache, region: list[ir.Node], merge: ir.Node, facts: Facts) -> Site:
+    output = merge.outputs[0]
+    new = [_appended(cache, region) for cache in (key, value)]
+    site = Site(layer, key, value, new[0], new[1], output, output, region)
+    known = {id(key.value), id(value.value), id(new[0]), id(new[1])}
+    hidden = [
+        v for v in site.outside() if id(v) not in known and v.const_value is None and facts[id(v)].array is None
+    ]
+    if not hidden and facts[id(merge.inputs[0])].array is None and merge.inputs[0] is not None:
+        hidden = [merge.inputs[0]] if id(merge.inputs[0]) in {id(n) for n in new} else []
+    if len(hidden) != 1:
+        names = ", ".join(str(v.name) for v in hidden) or "nothing"
+        raise CannotRaise(f"the attention of layer {layer} should read one query; it reads {names}")
+    site.query = hidden[0]
+    return site
+
+
+def _appended(cache: Cache, region: list[ir.Node]) -> ir.Value:
+    """What is appended to a cache."""
+    for node in region:
+        for index, value in enumerate(node.inputs):
+            if value is cache.value:
+                new = node.inputs[1] if node.op_type == "Concat" else node.inputs[index - 3]
+                if new is not None:
+                    return new
+    raise CannotRaise(f"nothing is appended to the cache input {cache.value.name}")

@@ -1,0 +1,194 @@
+"""Reading a neutral graph back: the weight behind a value, what a constant holds, what a node's attributes are.
+
+Backends use these to keep quantised weights compressed; they work on graphs that Transom built and on graphs read from
+an ONNX file alike.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, cast
+
+import numpy as np
+import onnx_ir as ir
+
+from transom.graph.builder import WEIGHT_META
+from transom.graph.weights import DENSE_DTYPES, Array, Blocked, BlockedArrays, Dense, Weight
+from transom.ops import find
+
+_BLOCKED: dict[ir.DataType, Literal["int4", "uint4", "int8", "uint8"]] = {
+    ir.DataType.INT4: "int4",
+    ir.DataType.UINT4: "uint4",
+    ir.DataType.INT8: "int8",
+    ir.DataType.UINT8: "uint8",
+}
+_DENSE = {ir.DataType.FLOAT: "float32", ir.DataType.FLOAT16: "float16", ir.DataType.BFLOAT16: "bfloat16"}
+
+
+def attributes_of(node: ir.Node) -> dict[str, Any]:
+    """A node's attributes as Python values (tensors as NumPy arrays, subgraphs as `ir.Graph`), defaults filled in for
+    operators outside ONNX's own domain."""
+    result: dict[str, Any] = {}
+    for name, attribute in node.attributes.items():
+        if attribute.type == ir.AttributeType.TENSOR:
+            result[name] = attribute.as_tensor().numpy()
+        else:
+            result[name] = attribute.value
+    schema = find(node.domain, node.op_type)
+    if schema is not None and node.domain not in ("", "ai.onnx.ml"):
+        result = schema.attributes_with_defaults(result)
+    return result
+
+
+def constant_of(value: ir.Value | None) -> Array | None:
+    """The array behind an initializer or a `Constant` node; None where the value is computed."""
+    if value is None:
+        return None
+    if value.const_value is not None:
+        return value.const_value.numpy()
+    node = value.producer()
+    if node is not None and node.op_type == "Constant" and not node.domain:
+        for name in ("value", "value_int", "value_ints", "value_float", "value_floats"):
+            if name in node.attributes:
+                attribute = node.attributes[name]
+                if name == "value":
+                    return attribute.as_tensor().numpy()
+                return np.asarray(attribute.value, np.int64 if "int" in name else np.float32)
+    return None
+
+
+def weight_of(value: ir.Value | None) -> Weight | None:
+    """The weight that a value holds, seen through block dequantisation, added minimums and casts to float32; else None.
+
+    The pattern is the one `GraphBuilder.weight` writes: `DequantizeLinear(block_size)` along the last axis of a matrix,
+    then optionally Reshape to [N, K / block, block], Add of [N, K / block, 1], Reshape to [N, K].
+    """
+    if value is None:
+        return None
+    if value.const_value is not None:
+        return _initializer(value)
+    node = value.producer()
+    if node is None or node.domain:
+        return None
+    if node.op_type == "Identity" or (node.op_type == "Cast" and node.attributes.get_int("to", 0) == ir.DataType.FLOAT):
+        return weight_of(node.inputs[0])
+    if node.op_type == "DequantizeLinear":
+        return _dequantized(node)
+    if node.op_type == "Reshape":
+        return _shifted(node)
+    return None
+
+
+def _initializer(value: ir.Value) -> Weight | None:
+    kept = value.meta.get(WEIGHT_META)
+    if isinstance(kept, Dense):
+        return kept
+    tensor = value.const_value
+    assert tensor is not None
+    dtype = _DENSE.get(tensor.dtype)
+    if dtype is None:
+        return None
+    shape = tuple(int(d) for d in tensor.shape.numpy())
+    return Dense(shape, cast(Any, dtype), lambda: tensor.numpy().view(DENSE_DTYPES[dtype]))
+
+
+def _dequantized(node: ir.Node) -> Weight | None:
+    quants, scales = node.inputs[0], node.inputs[1]
+    zeros = node.inputs[2] if len(node.inputs) > 2 else None
+    if quants is None or scales is None or quants.const_value is None or scales.const_value is None:
+        return None
+    kept = quants.meta.get(WEIGHT_META)
+    if isinstance(kept, Blocked):
+        if not kept.has_minimums:
+            return kept
+        inner = kept.load
+
+        def without_minimums() -> BlockedArrays:
+            return inner()._replace(minimums=None)
+
+        return Blocked(
+            kept.shape,
+            kept.block,
+            kept.dtype,
+            kept.scale_dtype,
+            without_minimums,
+            has_zero_points=kept.has_zero_points,
+        )
+    tensor, scale = quants.const_value, scales.const_value
+    attributes = attributes_of(node)
+    block, axis = int(attributes.get("block_size", 0)), int(attributes.get("axis", 1))
+    shape = tuple(int(d) for d in tensor.shape.numpy())
+    if tensor.dtype not in _BLOCKED or scale.dtype not in _DENSE or len(shape) != 2 or not block or axis % 2 != 1:
+        return None
+    if shape[1] % block or scale.dtype == ir.DataType.BFLOAT16:
+        return None
+    if zeros is not None and zeros.const_value is None:
+        return None
+    if tuple(scale.shape.numpy()) != (shape[0], shape[1] // block):
+        return None
+    zero = None if zeros is None else zeros.const_value
+    dtype = _BLOCKED[tensor.dtype]
+    plain = np.uint8 if dtype.startswith("u") else np.int8
+
+    def load() -> BlockedArrays:
+        zero_points = None if zero is None else zero.numpy().astype(plain)
+        return BlockedArrays(tensor.numpy().astype(plain), scale.numpy(), None, zero_points)
+
+    return Blocked(
+        (shape[0], shape[1]), block, dtype, cast(Any, _DENSE[scale.dtype]), load, has_zero_points=zero is not None
+    )
+
+
+def _shifted(node: ir.Node) -> Weight | None:
+    """`node` is the last of Reshape, Add, Reshape: the matrix whose blocks got their minimums."""
+    add = _producer(node.inputs[0], "Add")
+    split = None if add is None else _producer(add.inputs[0], "Reshape")
+    source = None if split is None else _producer(split.inputs[0], "DequantizeLinear")
+    if add is None or split is None or source is None or source.inputs[0] is None:
+        return None
+    blocks, minimums = _dequantized(source), weight_of(add.inputs[1])
+    if not isinstance(blocks, Blocked) or not isinstance(minimums, Dense):
+        return None
+    rows, columns = blocks.shape
+    count = columns // blocks.block
+    if minimums.shape != (rows, count, 1) or minimums.dtype != blocks.scale_dtype:
+        return None
+    if not _reshapes_to(split, (rows, count, blocks.block)) or not _reshapes_to(node, (rows, columns)):
+        return None
+    kept = source.inputs[0].meta.get(WEIGHT_META)
+    if isinstance(kept, Blocked) and kept.has_minimums:
+        return kept
+    inner, shift = blocks.load, minimums.load
+
+    def load() -> BlockedArrays:
+        return inner()._replace(minimums=shift().reshape(rows, -1))
+
+    return Blocked(blocks.shape, blocks.block, blocks.dtype, blocks.scale_dtype, load, True, blocks.has_zero_points)
+
+
+def _producer(value: ir.Value | None, op_type: str) -> ir.Node | None:
+    node = None if value is None else value.producer()
+    return node if node is not None and not node.domain and node.op_type == op_type else None
+
+
+def _reshapes_to(node: ir.Node, shape: tuple[int, ...]) -> bool:
+    target = constant_of(node.inputs[1])
+    return target is not None and tuple(target.reshape(-1).tolist()) == shape
+
+
+def element_type(value: ir.Value | None) -> ir.DataType | None:
+    """The element type of a weight seen through casts and dequantisation, where the graph's values carry none."""
+    if value is None:
+        return None
+    if value.const_value is not None:
+        return value.const_value.dtype
+    if value.dtype is not None:
+        return value.dtype
+    node = value.producer()
+    if node is None or node.domain:
+        return None
+    if node.op_type == "Cast":
+        return ir.DataType(node.attributes.get_int("to", 0))
+    if node.op_type == "DequantizeLinear":
+        told = node.attributes.get_int("output_dtype", 0)
+        return ir.DataType(told) if told else element_type(node.inputs[1])
+    return element_type(node.inputs[0]) if node.op_type in ("Identity", "Reshape", "Add") else None

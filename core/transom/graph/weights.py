@@ -1,0 +1,146 @@
+"""Weights as the neutral graph keeps them: lazy, memory-mapped where the file allows, quantised ones still quantised.
+
+`Dense` is a plain tensor. `Blocked` is a matrix quantised in blocks along its last axis,
+
+    w[n, k] = scale[n, k // block] * (q[n, k] - zero_point[n, k // block]) + minimum[n, k // block]
+
+which the graph writes as a block `DequantizeLinear` (and an `Add` for the minimums). Nothing is read from the file
+before `load` is called, and nothing is kept after: each caller decides how long it needs the arrays.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import ml_dtypes
+import numpy as np
+
+Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
+
+DENSE_DTYPES = {
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+}
+BITS = {"int4": 4, "uint4": 4, "int8": 8, "uint8": 8}
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A plain tensor, read on demand."""
+
+    shape: tuple[int, ...]
+    dtype: Literal["float32", "float16", "bfloat16"]
+    load: Callable[[], Array]
+    """Returns an array of `shape` and `dtype`; may be a view of a memory map, so it must not be written to."""
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * int(DENSE_DTYPES[self.dtype].itemsize)
+
+
+class BlockedArrays(NamedTuple):
+    """The parts of a `Blocked` matrix [N, K], unpacked to one number per element."""
+
+    quants: Array
+    """int8 or uint8 [N, K]; 4-bit values too."""
+    scales: Array
+    """float16 or float32 [N, K / block]."""
+    minimums: Array | None = None
+    """Like `scales`; added after scaling."""
+    zero_points: Array | None = None
+    """Like `quants` [N, K / block]; subtracted before scaling."""
+
+
+@dataclass(frozen=True)
+class Blocked:
+    """A matrix quantised in blocks of `block` along its last axis."""
+
+    shape: tuple[int, int]
+    block: int
+    dtype: Literal["int4", "uint4", "int8", "uint8"]
+    scale_dtype: Literal["float16", "float32"]
+    load: Callable[[], BlockedArrays]
+    has_minimums: bool = False
+    has_zero_points: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        rows, columns = self.shape
+        blocks = rows * columns // self.block
+        scale = DENSE_DTYPES[self.scale_dtype].itemsize * (2 if self.has_minimums else 1)
+        zero = BITS[self.dtype] / 8 if self.has_zero_points else 0
+        return int(rows * columns * BITS[self.dtype] / 8 + blocks * (scale + zero))
+
+
+Weight: TypeAlias = Dense | Blocked
+
+
+def dense(array: Array) -> Dense:
+    """A tensor that is in memory already."""
+    names = {v: k for k, v in DENSE_DTYPES.items()}
+    if array.dtype not in names:
+        raise ValueError(f"a dense weight is float32, float16 or bfloat16, not {array.dtype}")
+    return Dense(tuple(array.shape), names[array.dtype], lambda: array)  # type: ignore[arg-type]
+
+
+def dequantize(weight: Weight, rows: Array | slice | None = None) -> Array:
+    """The weight in float32; with `rows`, only those rows of its first axis."""
+    pick: Any = slice(None) if rows is None else rows
+    if isinstance(weight, Dense):
+        part: Array = weight.load()[pick].astype(np.float32)
+        return part
+    q, scales, minimums, zeros = weight.load()
+    q = q[pick]
+    n, k = q.shape
+    out: Array = q.reshape(n, k // weight.block, weight.block).astype(np.float32)
+    if zeros is not None:
+        out -= zeros[pick][..., None].astype(np.float32)
+    out *= scales[pick][..., None].astype(np.float32)
+    if minimums is not None:
+        out += minimums[pick][..., None].astype(np.float32)
+    return out.reshape(n, k)
+
+
+def take_rows(weight: Weight, index: Array | slice) -> Weight:
+    """The same weight with its first axis reordered or cut; lossless for both forms.
+
+    Used to undo GGUF's interleaving of rotated heads and to split fused projections.
+    """
+    rows = len(range(*index.indices(weight.shape[0]))) if isinstance(index, slice) else len(index)
+    if isinstance(weight, Dense):
+        whole = weight.load
+        return replace(weight, shape=(rows, *weight.shape[1:]), load=lambda: whole()[index])
+    inner = weight.load
+
+    def load() -> BlockedArrays:
+        quants, scales, minimums, zeros = inner()
+        cut = [None if part is None else part[index] for part in (minimums, zeros)]
+        return BlockedArrays(quants[index], scales[index], *cut)
+
+    return replace(weight, shape=(rows, weight.shape[1]), load=load)
+
+
+def concat_rows(weights: Sequence[Weight]) -> Weight | None:
+    """The weights stacked along the first axis, or None where their forms differ."""
+    first = weights[0]
+    parts = [w.load for w in weights]
+    rows = sum(w.shape[0] for w in weights)
+    if isinstance(first, Dense):
+        if any(not isinstance(w, Dense) or w.dtype != first.dtype or w.shape[1:] != first.shape[1:] for w in weights):
+            return None
+        return replace(first, shape=(rows, *first.shape[1:]), load=lambda: np.concatenate([p() for p in parts]))
+    form = replace(first, shape=(0, first.shape[1]), load=first.load)
+    for w in weights:
+        if not isinstance(w, Blocked) or replace(w, shape=(0, w.shape[1]), load=first.load) != form:
+            return None
+
+    def load() -> BlockedArrays:
+        loaded = [p() for p in parts]
+        columns = zip(*loaded, strict=True)
+        return BlockedArrays(*(None if c[0] is None else np.concatenate(c) for c in columns))  # type: ignore[arg-type]
+
+    return replace(first, shape=(rows, first.shape[1]), load=load)

@@ -1,0 +1,116 @@
+"""The host's one probe: what hardware this machine has, and the catalogue of targets that are elsewhere.
+
+Backends judge the records made here and never detect again, so selection is a pure function of them. Each family of
+hardware has its file; each is cheap, imports what it needs only when something hints that the hardware exists, and
+says what it could not find out as a note instead of raising.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from transom.contract import Device
+from transom.errors import OptionError, nearest
+from transom.hardware.catalogue import PREFIX, catalogue
+from transom.hardware.probe_file import from_json, read_probe_file, to_json, write_probe_file
+
+__all__ = [
+    "Found",
+    "catalogue",
+    "find",
+    "from_json",
+    "probe",
+    "probe_devices",
+    "read_probe_file",
+    "to_json",
+    "with_target",
+    "write_probe_file",
+]
+
+_LOCAL_NAME = re.compile(r"(cpu|cuda|gpu|npu)(:\d+)?")
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a probe found."""
+
+    devices: tuple[Device, ...]
+    """The CPU first, then NVIDIA GPUs, other GPUs, NPUs."""
+    notes: tuple[str, ...] = ()
+    """What stood in the way, with what to do about it: a driver that does not answer, a device without permission."""
+    source: str = "this machine"
+    """`"this machine"` or the path of the probe file."""
+
+
+def probe(probe_file: Path | None = None) -> Found:
+    """Look at this machine, or read what another one's probe wrote.
+
+    Args:
+        probe_file: a JSON file as `transom doctor --json` writes it; None: `TRANSOM_PROBE_FILE`, else this machine.
+
+    Raises:
+        OptionError: the file cannot be read; names the file and the key.
+    """
+    chosen = probe_file or os.environ.get("TRANSOM_PROBE_FILE", "").strip()
+    if chosen:
+        return Found(read_probe_file(Path(chosen)), source=str(chosen))
+
+    from transom.hardware import cpu, intel, nvidia
+
+    host = cpu.probe_cpu()
+    gpus, gpu_notes = nvidia.probe_nvidia(host)
+    others, other_notes = intel.probe_intel(host)
+    return Found((host, *gpus, *others), (*gpu_notes, *other_notes))
+
+
+def probe_devices(probe_file: Path | None = None) -> tuple[Device, ...]:
+    """The devices alone; see `probe`."""
+    return probe(probe_file).devices
+
+
+def find(devices: Sequence[Device], name: str, notes: Sequence[str] = ()) -> Device:
+    """The device that a name means.
+
+    Args:
+        devices: what the probe found.
+        name: an id (`"cuda:1"`), a kind for its first device (`"cuda"`), a remote target (`"remote:v100"`), or a bare
+            name from the catalogue (`"snapdragon-8-gen-2"`). Upper case and lower case are the same.
+        notes: the probe's notes, shown when a device is missing.
+
+    Raises:
+        OptionError: there is no such device; names the nearest one and lists those there are.
+    """
+    wanted = name.strip().lower()
+    targets = catalogue()
+    for device in (*devices, *targets):
+        if device.id.lower() in (wanted, PREFIX + wanted):
+            return device
+    for device in devices:
+        if device.kind == wanted:
+            return device
+    ids = [device.id for device in devices]
+    if _LOCAL_NAME.fullmatch(wanted):
+        raise OptionError(
+            f'This machine has no device "{name}"', f"It has: {', '.join(ids) or 'none'}", [f"note: {n}" for n in notes]
+        )
+    known = [*ids, *dict.fromkeys(d.kind for d in devices), *(target.id.removeprefix(PREFIX) for target in targets)]
+    raise OptionError(f'Unknown device "{name}"', nearest(wanted.removeprefix(PREFIX), dict.fromkeys(known)))
+
+
+def with_target(devices: Sequence[Device], name: str, notes: Sequence[str] = ()) -> tuple[Device, ...]:
+    """The devices that backends should be asked about when the user named one.
+
+    A remote target is added to what the probe found; the catalogue is otherwise left out, so that nobody is asked about
+    thirty phones and cards in vain.
+
+    Raises:
+        OptionError: as `find`; never for `"auto"` or an empty name.
+    """
+    if name.strip().lower() in ("", "auto"):
+        return tuple(devices)
+    device = find(devices, name, notes)
+    return tuple(devices) if any(device is d for d in devices) else (*devices, device)

@@ -1,0 +1,67 @@
+"""NumPy reference of ONNX `DequantizeLinear` (opset 24): per tensor, axis or block; fast enough for weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import ml_dtypes
+import numpy as np
+
+from transom.ops.schema import Array, Attributes, Sample
+
+_OUTPUT = {0: None, 1: np.float32, 10: np.float16, 16: ml_dtypes.bfloat16}
+
+
+def reference(inputs: Sequence[Array | None], attributes: Attributes) -> tuple[Array, ...]:
+    """`(x - zero_point) * scale` in float32, rounded to `output_dtype` or to the scale's type."""
+    x, scale = inputs[0], inputs[1]
+    assert x is not None
+    assert scale is not None
+    zero = inputs[2] if len(inputs) > 2 else None
+    dtype = _OUTPUT[int(attributes.get("output_dtype", 0))] or scale.dtype
+    axis, block = int(attributes.get("axis", 1)), int(attributes.get("block_size", 0))
+    values = x.astype(np.float32)
+    if block:
+        axis %= x.ndim
+        blocks = scale.shape[axis]
+        if blocks * block == x.shape[axis]:
+            values = values.reshape(*x.shape[:axis], blocks, block, *x.shape[axis + 1 :])
+
+            def spread(s: Array) -> Array:
+                return np.expand_dims(s.astype(np.float32), axis + 1)
+        else:
+
+            def spread(s: Array) -> Array:
+                return np.repeat(s.astype(np.float32), block, axis)[
+                    tuple(slice(None) if a != axis else slice(x.shape[axis]) for a in range(x.ndim))
+                ]
+    else:
+
+        def spread(s: Array) -> Array:
+            if s.size == 1:
+                return s.astype(np.float32).reshape(())
+            shape = [1] * x.ndim
+            shape[axis] = s.size
+            return s.astype(np.float32).reshape(shape)
+
+    if zero is not None:
+        values = values - spread(zero)
+    values = values * spread(scale)
+    return (values.reshape(x.shape).astype(dtype, copy=False),)
+
+
+def samples(rng: np.random.Generator) -> Iterator[Sample]:
+    n, k, block = 24, 64, 32
+    scale = (rng.random((n, k // block)).astype(np.float16) + np.float16(0.5)) / np.float16(50)
+    ranges = {"int4": (-8, 8), "uint4": (0, 16), "int8": (-128, 128), "uint8": (0, 256)}
+    for name, (low, high) in ranges.items():
+        q = rng.integers(low, high, (n, k)).astype(np.uint8 if name.startswith("u") else np.int8)
+        zero = rng.integers(low, high, (n, k // block)).astype(q.dtype)
+        attributes = {"axis": 1, "block_size": block, "output_dtype": 1}
+        dtypes = {0: name, 2: name}
+        yield Sample(f"{name} blocks", (q, scale), attributes, constant_inputs=(0, 1), dtypes=dtypes)
+        yield Sample(f"{name} blocks, zero points", (q, scale, zero), attributes, 1, (0, 1, 2), dtypes)
+    q8 = rng.integers(-128, 128, (n, k)).astype(np.int8)
+    channel = rng.random(n).astype(np.float32) / 50
+    yield Sample("int8 per channel", (q8, channel), {"axis": 0}, 1, (0, 1))
+    yield Sample("int8 per tensor", (q8, np.array(0.02, np.float32)), {}, 1, (0, 1))

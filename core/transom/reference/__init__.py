@@ -1,0 +1,76 @@
+"""The reference backend: NumPy, exact, in the core, band `fallback`. The smallest example of the contract.
+
+It is found through the same entry-point group as every other backend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from transom.contract import Artifact, Backend, Claim, Device, Offer, Options, Progress, Refusal, Session, Verdict
+from transom.contract import hookimpl as hookimpl
+
+if TYPE_CHECKING:
+    from transom.graph import Graph
+
+FORMAT = "1"
+"""Rises when artifacts are written in another way."""
+
+
+class ReferenceBackend:
+    name = "reference"
+    api = (1, 0)
+
+    def probe(self, devices: Sequence[Device]) -> Sequence[Offer | Refusal]:
+        return [
+            Offer(d.id, "fallback", "NumPy reference: exact, float32, slow")
+            if d.kind == "cpu"
+            else Refusal(d.id, "wrong_device", f"runs on the CPU only, not on {d.kind}", "Use device='cpu'")
+            for d in devices
+        ]
+
+    def claim(self, graph: Graph, device: Device, options: Options) -> Sequence[Claim]:
+        from transom.reference.executor import unsupported
+
+        reasons = ((str(node.name), unsupported(node)) for node in graph.nodes())
+        return [Claim(name, not reason, reason) for name, reason in reasons]
+
+    def compile(self, part: Graph, device: Device, options: Options, progress: Progress) -> Artifact:
+        import shutil
+        import tempfile
+
+        progress("write", 0.0)
+        folder = Path(tempfile.mkdtemp(prefix="transom-reference-"))
+        try:
+            part.save(folder / "graph.onnx")
+            progress("write", 1.0)
+        except BaseException:  # cancelled or failed: nothing half-done stays behind
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        files: dict[str, bytes | Path] = {p.name: p for p in folder.iterdir()}
+        return Artifact(files, {"format": FORMAT}, ("float32, NumPy",))
+
+    def check(self, artifact: Artifact, device: Device) -> Verdict:
+        if dict(artifact.requires) != {"format": FORMAT}:
+            return Verdict("rebuild", f"made for {dict(artifact.requires)}, this is format {FORMAT}")
+        return Verdict("ok")
+
+    def load(self, artifact: Artifact, device: Device, options: Options, scratch: Path) -> Session:
+        from transom.contract import Limits
+        from transom.graph import Graph
+        from transom.reference.executor import Executor
+        from transom.sessions import PackedSession
+
+        path = artifact.files["graph.onnx"]
+        assert isinstance(path, Path)
+        executor = Executor(Graph.open(path), keep_weights=True)
+        decoder = executor.graph.decoder
+        limits = Limits(64, 4096, context=decoder.context if decoder else 0, page_tokens=0)
+        return PackedSession(executor.run, decoder, limits)
+
+
+@hookimpl
+def transom_backends() -> Iterable[Backend]:
+    return [ReferenceBackend()]

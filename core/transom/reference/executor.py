@@ -1,0 +1,236 @@
+"""Runs a neutral graph in NumPy, exactly, node by node, holding no more weights than the node at hand needs.
+
+Weights are read when their node runs and dropped after it, so a model of any size streams through the memory of its
+largest layer. This is the oracle that every backend is compared with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from transom.errors import UnsupportedError
+from transom.graph import Graph
+from transom.graph.passes import inline_functions
+from transom.graph.reading import attributes_of, element_type, weight_of
+from transom.graph.weights import DENSE_DTYPES, Dense, dequantize
+from transom.ops import Array, find
+
+Values = dict[int, Any]
+
+CONTROL = ("If", "Loop")
+HELD = 1 << 16
+"""Bytes up to which a value computed from constants is held: recomputing a chain of them may double at each step."""
+_RANDOM = {"Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"}
+_SEQUENCES = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
+
+
+def unsupported(node: ir.Node) -> str:
+    """Why the node cannot run in NumPy, naming the inner node where it is inside a subgraph; empty when it can."""
+    if not node.domain and node.op_type in CONTROL:
+        for attribute in node.attributes.values():
+            if attribute.type == ir.AttributeType.GRAPH:
+                for inner in attribute.as_graph():
+                    if reason := unsupported(inner):
+                        return f"{reason} (node {inner.name} in {attribute.name})"
+        return ""
+    operator = f"{node.domain or 'ai.onnx'}::{node.op_type}"
+    if find(node.domain, node.op_type) is None:
+        return f"no NumPy reference of {operator}"
+    if any(a.type in _SEQUENCES for a in node.attributes.values()):
+        return f"{operator} runs a subgraph, and only If and Loop may"
+    return ""
+
+
+class Executor:
+    """A graph made ready to run in NumPy.
+
+    Args:
+        graph: any valid neutral graph; model-local functions of unregistered operators are inlined first.
+        keep_weights: hold dequantised weights between runs (fast, as large as float32) in place of streaming them.
+
+    Raises:
+        UnsupportedError: the graph holds an operator that has no reference, named with its node.
+    """
+
+    def __init__(self, graph: Graph, *, keep_weights: bool = False) -> None:
+        if any(find(f.domain, f.name) is None for f in graph.model.functions.values()):
+            graph = inline_functions(graph)
+        self.graph = graph
+        self._keep = keep_weights
+        self._kept: dict[int, Array] = {}
+        for node in graph.nodes():
+            if reason := unsupported(node):
+                raise UnsupportedError(
+                    f"the node {node.name} cannot run on the reference: {reason}",
+                    "Register the operator through the hook transom_ops, or give the model a function body for it",
+                )
+        self._constant = self._constant_nodes()
+        self._last_use = self._lifetimes()
+
+    def _constant_nodes(self) -> set[int]:
+        """Nodes that depend on weights alone. They run when a consumer asks, and their results are not held."""
+        found: set[int] = set()
+        for node in self.graph.nodes():
+            if node.op_type in CONTROL or node.op_type in _RANDOM or (not node.inputs and node.op_type != "Constant"):
+                continue
+            if all(_fixed(v, found) for v in node.inputs):
+                found.add(id(node))
+        return found
+
+    def _lifetimes(self) -> dict[int, int]:
+        last: dict[int, int] = {}
+        for index, node in enumerate(self.graph.nodes()):
+            for value in _reads(node):
+                last[id(value)] = index
+        for value in self.graph.model.graph.outputs:
+            last[id(value)] = -1
+        return last
+
+    def run(self, inputs: Mapping[str, Any], *, progress: Callable[[float], None] | None = None) -> dict[str, Array]:
+        """All outputs by name: arrays of the caller's own, which alias neither weights nor inputs.
+
+        Raises:
+            ValueError: an input is missing, unknown or of another element type; the message names it.
+        """
+        graph = self.graph.model.graph
+        names = {str(v.name) for v in graph.inputs}
+        if missing := names - set(inputs):
+            raise ValueError(f"missing inputs: {', '.join(sorted(missing))}")
+        if unknown := set(inputs) - names:
+            raise ValueError(f"unknown inputs: {', '.join(sorted(unknown))}")
+        values: Values = {id(v): _as_array(inputs[str(v.name)], v) for v in graph.inputs}
+        count = len(graph)
+        for index, node in enumerate(graph):
+            if id(node) not in self._constant:
+                self._execute(node, values)
+            for value in _reads(node):
+                if self._last_use.get(id(value)) == index:
+                    values.pop(id(value), None)
+            if progress is not None:
+                progress((index + 1) / count)
+        return {str(v.name): self._owned(v, values) for v in graph.outputs}
+
+    def _owned(self, value: ir.Value, values: Values) -> Any:
+        array = self._value(value, values)
+        shared = value.is_graph_input() or value.is_initializer() or id(value) in self._kept
+        if isinstance(array, np.ndarray) and (shared or array.base is not None):
+            return array.copy()
+        return array
+
+    def _value(self, value: ir.Value | None, values: Values) -> Any:
+        if value is None:
+            return None
+        if id(value) in values:
+            return values[id(value)]
+        if id(value) in self._kept:
+            return self._kept[id(value)]
+        if value.const_value is not None:
+            array = value.const_value.numpy()
+        else:
+            node = value.producer()
+            if node is None or id(node) not in self._constant:
+                raise ValueError(f"the value {value.name} is read before it is computed")
+            local: Values = {}
+            self._execute(node, local)
+            array = local[id(value)]
+        if self._keep or (value.const_value is None and getattr(array, "nbytes", HELD + 1) <= HELD):
+            self._kept[id(value)] = array
+        return array
+
+    def _execute(self, node: ir.Node, values: Values) -> None:
+        if not node.domain and node.op_type in CONTROL:
+            self._control(node, values)
+            return
+        if node.op_type == "Gather" and not node.domain and not self._keep and _fixed(node.inputs[0], self._constant):
+            weight, axis = weight_of(node.inputs[0]), node.attributes.get_int("axis", 0)
+            dtype = element_type(node.inputs[0])
+            same = isinstance(weight, Dense) and dtype == ir.DataType.from_numpy(DENSE_DTYPES[weight.dtype])
+            if weight is not None and dtype is not None and axis == 0 and (dtype == ir.DataType.FLOAT or same):
+                # a few rows of an embedding table, not all of it
+                ids = np.asarray(self._value(node.inputs[1], values))
+                rows = dequantize(weight, ids.reshape(-1)).astype(dtype.numpy(), copy=False)
+                values[id(node.outputs[0])] = rows.reshape(*ids.shape, *weight.shape[1:])
+                return
+        schema = find(node.domain, node.op_type)
+        assert schema is not None
+        attributes = attributes_of(node)
+        attributes["__outputs__"] = len(node.outputs)
+        arguments = [self._value(v, values) for v in node.inputs]
+        try:
+            results = schema.reference(arguments, attributes)
+        except (ValueError, IndexError, TypeError, KeyError) as e:
+            raise ValueError(f"node {node.name} ({node.op_type}): {e}") from e
+        for value, array in zip(node.outputs, results, strict=False):
+            values[id(value)] = array
+
+    def _control(self, node: ir.Node, values: Values) -> None:
+        if node.op_type == "If":
+            branch = "then_branch" if bool(np.all(self._value(node.inputs[0], values))) else "else_branch"
+            body = node.attributes[branch].as_graph()
+            outputs = self._subgraph(body, [], values)
+        else:
+            outputs = self._loop(node, values)
+        for value, array in zip(node.outputs, outputs, strict=False):
+            values[id(value)] = array
+
+    def _loop(self, node: ir.Node, values: Values) -> list[Any]:
+        limit, condition, *carried = (self._value(v, values) for v in node.inputs)
+        body = node.attributes["body"].as_graph()
+        kept = len(carried)
+        scans: list[list[Any]] = [[] for _ in range(len(node.outputs) - kept)]
+        index, going = 0, condition is None or bool(np.all(condition))
+        while going and (limit is None or index < int(np.asarray(limit).reshape(-1)[0])):
+            going_value, *rest = self._subgraph(
+                body, [np.asarray(np.int64(index)), np.asarray(going), *carried], values
+            )
+            going, carried = bool(np.all(going_value)), rest[:kept]
+            for scan, item in zip(scans, rest[kept:], strict=True):
+                scan.append(item)
+            index += 1
+        return [*carried, *(np.stack(s) if s else np.zeros((0,), np.float32) for s in scans)]
+
+    def _subgraph(self, body: ir.Graph, inputs: Sequence[Any], outer: Values) -> list[Any]:
+        values = dict(outer)
+        for value, array in zip(body.inputs, inputs, strict=True):
+            values[id(value)] = array
+        for node in body:
+            self._execute(node, values)
+        return [self._value(v, values) for v in body.outputs]
+
+
+def _as_array(given: Any, value: ir.Value) -> Array:
+    """The input as NumPy reads it, through the array protocol or DLPack, in the graph's element type."""
+    if not hasattr(given, "__array__") and hasattr(given, "__dlpack__"):
+        given = np.from_dlpack(given)
+    array = np.asarray(given)
+    if value.dtype is None:
+        return array
+    wanted = value.dtype.numpy()
+    if array.dtype == wanted:
+        return array
+    # numbers of the same kind may be converted (a list of floats is float64); anything else is a mistake
+    if array.dtype.kind != np.dtype(wanted).kind or array.dtype.kind not in "iuf":
+        raise ValueError(f"the input {value.name} is {array.dtype}; the graph takes {wanted}")
+    return array.astype(wanted)
+
+
+def _fixed(value: ir.Value | None, constant_nodes: set[int]) -> bool:
+    if value is None or value.const_value is not None:
+        return True
+    node = value.producer()
+    return node is not None and id(node) in constant_nodes
+
+
+def _reads(node: ir.Node) -> list[ir.Value]:
+    """The values a node needs, those of its subgraphs included."""
+    reads = [v for v in node.inputs if v is not None]
+    for attribute in node.attributes.values():
+        if attribute.type == ir.AttributeType.GRAPH:
+            for inner in attribute.as_graph():
+                reads += _reads(inner)
+            reads += list(attribute.as_graph().outputs)
+    return reads

@@ -1,0 +1,74 @@
+"""What the host knows of a decoder without opening its graph: sizes, layers, cache shapes.
+
+A `Decoder` is stored as JSON in the graph's metadata and beside each artifact, so that a warm start plans memory and
+drives a session without reading ONNX. Imports nothing of ours and no third-party package.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+METADATA_KEY = "transom.decoder"
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """One attention layer's cache: shapes per token, and the tokens that can still be seen."""
+
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    """Columns of one key head."""
+    value_dim: int
+    """Columns of one value head."""
+    sliding_window: int = 0
+    """Tokens a query sees, itself included; 0: all."""
+
+    @property
+    def elements(self) -> int:
+        """Cached numbers per token, keys and values together."""
+        return self.kv_heads * (self.head_dim + self.value_dim)
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """The signature of a decoder graph. Names of inputs and outputs are fixed; see `docs/architecture.md`."""
+
+    family: str
+    """The model family, `"llama"`, or `"onnx"` where the graph came as one."""
+    vocabulary: int
+    hidden: int
+    context: int
+    """Longest sequence the model was made for, in tokens."""
+    layers: tuple[LayerCache, ...]
+    parameters: int = 0
+    weight_bytes: int = 0
+    """Bytes of all weights in the form the graph keeps them."""
+
+    @property
+    def cache_elements(self) -> int:
+        """Cached numbers per token over all layers."""
+        return sum(layer.elements for layer in self.layers)
+
+    def cache_bytes(self, tokens: int, bytes_per_element: float) -> int:
+        """Bytes that `tokens` cached tokens take."""
+        return int(tokens * self.cache_elements * bytes_per_element)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> Decoder:
+        raw: dict[str, Any] = json.loads(text)
+        raw["layers"] = tuple(LayerCache(**layer) for layer in raw["layers"])
+        return cls(**raw)
+
+
+def cache_input_names(layer: int) -> tuple[str, str]:
+    return f"past_key.{layer}", f"past_value.{layer}"
+
+
+def cache_output_names(layer: int) -> tuple[str, str]:
+    return f"present_key.{layer}", f"present_value.{layer}"

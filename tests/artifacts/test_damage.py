@@ -1,0 +1,166 @@
+"""A corrupt or foreign entry is absent: one log line, removed, and built again."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from transom.artifacts import Cache, StoredArtifact, files
+
+Build = Callable[..., StoredArtifact]
+Damage = Callable[[Path], object]
+
+
+def edit(entry: Path, **changes: object) -> None:
+    manifest = json.loads((entry / "manifest.json").read_text())
+    (entry / "manifest.json").write_text(json.dumps(manifest | changes))
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[random.randrange(len(data))] ^= 1 << random.randrange(8)
+    path.write_bytes(data)
+
+
+def empty(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+def turn_into_folder(file: Path) -> None:
+    file.unlink()
+    file.mkdir()
+
+
+def point_elsewhere(entry: Path) -> None:
+    target = entry / "files" / "model.xml"
+    copy = entry.parent.parent / "elsewhere"
+    shutil.copy(target, copy)
+    target.unlink()
+    target.symlink_to(copy)
+
+
+DAMAGES: dict[str, Damage] = {
+    "cut manifest": lambda e: os.truncate(e / "manifest.json", 40),
+    "empty manifest": lambda e: os.truncate(e / "manifest.json", 0),
+    "manifest of zeros": lambda e: (e / "manifest.json").write_bytes(bytes(500)),
+    "manifest is a list": lambda e: (e / "manifest.json").write_text("[]"),
+    "manifest too deep": lambda e: (e / "manifest.json").write_text("[" * 100_000),
+    "manifest not utf-8": lambda e: (e / "manifest.json").write_bytes(b'{"format": "\xff"}'),
+    "manifest is a folder": lambda e: turn_into_folder(e / "manifest.json"),
+    "no manifest": lambda e: (e / "manifest.json").unlink(),
+    "files is a number": lambda e: edit(e, files=1),
+    "no facts": lambda e: edit(e, facts=None),
+    "other format": lambda e: edit(e, format=2),
+    "other key": lambda e: edit(e, key="other"),
+    "path out of the entry": lambda e: edit(e, files={"../manifest.json": {"bytes": 1, "blake2b": "0"}}),
+    "missing file": lambda e: (e / "files" / "weights" / "0.bin").unlink(),
+    "missing folder": lambda e: shutil.rmtree(e / "files"),
+    "cut file": lambda e: os.truncate(e / "files" / "model.xml", 999),
+    "longer file": lambda e: os.truncate(e / "files" / "model.xml", 1001),
+    "flipped bit": lambda e: flip(e / "files" / "weights" / "0.bin"),
+    "file is a link": point_elsewhere,
+    "no mark": lambda e: (e / ".used").unlink(),
+    "empty folder": empty,
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_entry_is_absent_with_one_log_line_and_is_built_again(
+    cache: Cache, build: Build, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    path = build(cache, "key").path
+    DAMAGES[name](path)
+    assert cache.lookup("key") is None
+    [record] = caplog.records
+    assert record.name == "transom.artifacts"
+    assert record.levelname == "WARNING"
+    assert "artifacts/key" in record.getMessage()
+    assert "it was removed" in record.getMessage()
+    assert not path.exists()
+    assert list((cache.root / "trash").iterdir()) == []
+    assert cache.lookup("key") is None
+    assert len(caplog.records) == 1
+    build(cache, "key")
+    assert cache.lookup("key", verify="full") is not None
+    assert len(caplog.records) == 1
+
+
+def test_a_damaged_source_is_absent_too(cache: Cache, caplog: pytest.LogCaptureFixture) -> None:
+    flip(cache.sources.write("print", {"tokenizer.json": "{}"}).files["tokenizer.json"])
+    assert cache.sources.lookup("print") is None
+    assert len(caplog.records) == 1
+
+
+def test_contents_are_hashed_on_first_use_and_after_a_change_and_not_otherwise(
+    cache: Cache, build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = build(cache, "key").path
+    hashed: list[str] = []
+
+    def counting(path: Path, progress: object = None) -> str:
+        hashed.append(path.name)
+        return files.hash_file(path)
+
+    monkeypatch.setattr("transom.artifacts.entries.hash_file", counting)
+    assert Cache(cache.root).lookup("key", verify="sizes") is not None
+    assert hashed == []
+    assert Cache(cache.root).lookup("key") is not None
+    assert len(hashed) == 2
+    assert Cache(cache.root).lookup("key") is not None
+    assert len(hashed) == 2
+    assert Cache(cache.root).lookup("key", verify="full") is not None
+    assert len(hashed) == 4
+    os.utime(path / "files" / "model.xml", (1000, 1000))
+    assert Cache(cache.root).lookup("key") is not None
+    assert len(hashed) == 6
+
+
+def test_a_damaged_record_of_the_hashing_means_hashing_again(cache: Cache, build: Build) -> None:
+    path = build(cache, "key").path
+    assert cache.lookup("key") is not None
+    (path / "verified.json").write_text("{")
+    flip(path / "files" / "model.xml")
+    assert Cache(cache.root).lookup("key") is None
+
+
+def test_a_flipped_bit_under_an_old_time_is_found_by_a_full_check(cache: Cache, build: Build) -> None:
+    path = build(cache, "key").path / "files" / "model.xml"
+    assert cache.lookup("key") is not None
+    stat = path.stat()
+    flip(path)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert Cache(cache.root).lookup("key") is not None
+    assert Cache(cache.root).lookup("key", verify="full") is None
+
+
+def test_an_entry_that_another_process_mended_meanwhile_is_left_alone(cache: Cache, build: Build) -> None:
+    stale = build(cache, "key")
+    stale.discard("stale")
+    mended = build(cache, "key")
+    assert not stale._entry._hold.keeps(stale.path)
+    assert mended._entry._hold.keeps(mended.path)
+
+
+def test_a_plain_file_in_the_place_of_an_entry_is_replaced(cache: Cache, build: Build) -> None:
+    (cache.root / "artifacts").mkdir(parents=True)
+    (cache.root / "artifacts" / "key").write_text("junk")
+    assert cache.lookup("key") is None
+    build(cache, "key")
+    assert cache.lookup("key") is not None
+
+
+def test_foreign_files_in_the_cache_folder_harm_nothing(cache: Cache, build: Build) -> None:
+    build(cache, "key")
+    (cache.root / "notes.txt").write_text("mine")
+    (cache.root / "artifacts" / "README").write_text("mine")
+    assert cache.lookup("key") is not None
+    assert len(cache.list()) >= 1
+    cache.clear()
+    assert (cache.root / "notes.txt").exists()

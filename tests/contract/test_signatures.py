@@ -1,0 +1,131 @@
+"""The contract's signatures change only together with `API_VERSION`.
+
+When this fails and the change is meant: raise `API_VERSION` in `transom/contract.py` (the major number when a plugin
+written for the old one would break), then run `python tests/contract/test_signatures.py` and put the line it prints
+into `DIGESTS`. The lines of older versions stay: they are history.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import inspect
+from typing import Any, get_args
+
+import pytest
+
+from transom import contract
+
+DIGESTS: dict[tuple[int, int], str] = {
+    (1, 0): "801ac1555b3e3ff3d19c7d2c5108b196",
+}
+
+
+def described(module: Any = contract) -> list[str]:
+    """One line for each public name a plugin or the host can depend on: fields, methods, hooks, types, constants.
+
+    Annotations are taken as they are written, so that no optional import is needed; docstrings and order of
+    definitions do not count, the order of fields and arguments does.
+    """
+    lines: list[str] = []
+    for name in sorted(vars(module)):
+        thing = getattr(module, name)
+        if name.startswith("_") or inspect.ismodule(thing):
+            continue
+        if inspect.isclass(thing) and thing.__module__ == module.__name__:
+            lines += _class_lines(name, thing)
+        elif get_args(thing) or (isinstance(thing, str) and name != "API_VERSION"):
+            lines.append(f"{name} = {thing!r}")
+    return lines
+
+
+def _class_lines(name: str, cls: type) -> list[str]:
+    bases = ", ".join(base.__name__ for base in cls.__bases__)
+    lines = [f"class {name}({bases})"]
+    if dataclasses.is_dataclass(cls):
+        parameters = cls.__dataclass_params__  # type: ignore[attr-defined]
+        lines[0] += f" frozen={parameters.frozen} eq={parameters.eq}"
+        for field in dataclasses.fields(cls):
+            default = repr(field.default) if field.default is not dataclasses.MISSING else ""
+            if field.default_factory is not dataclasses.MISSING:
+                default = f"{field.default_factory.__name__}()"  # type: ignore[attr-defined]
+            lines.append(f"  {name}.{field.name}: {field.type} = {default}")
+    for attribute in sorted(vars(cls)):
+        member = vars(cls)[attribute]
+        if attribute.startswith("_") or (dataclasses.is_dataclass(cls) and attribute in cls.__annotations__):
+            continue
+        if isinstance(member, property) and member.fget:
+            lines.append(f"  {name}.{attribute} -> {inspect.signature(member.fget).return_annotation}")
+        elif inspect.isfunction(member):
+            options = {k: v for k, v in (getattr(member, "transom_spec", None) or {}).items() if v}
+            lines.append(f"  {name}.{attribute}{inspect.signature(member)} {options or ''}".rstrip())
+    return lines
+
+
+def digest(module: Any = contract) -> str:
+    return hashlib.sha256("\n".join(described(module)).encode()).hexdigest()[:32]
+
+
+def test_the_signatures_are_those_of_the_api_version() -> None:
+    expected = DIGESTS.get(contract.API_VERSION)
+    now = "\n".join(described())
+    assert digest() == expected, (
+        f"The contract changed and API_VERSION is still {contract.API_VERSION}; see the top of this file. Now:\n{now}"
+    )
+
+
+def test_every_public_class_of_the_contract_is_covered() -> None:
+    text = "\n".join(described())
+    for name in ("Device", "Offer", "Refusal", "Claim", "Artifact", "Verdict", "State", "Work", "Limits", "Session"):
+        assert f"class {name}(" in text
+    for method in ("probe", "claim", "compile", "check", "load"):
+        assert f"  Backend.{method}(self" in text
+    for hook in ("transom_backends", "transom_ops", "transom_choose"):
+        assert f"  Specs.{hook}(self" in text
+    assert "{'firstresult': True}" in text
+    assert "  Device.kind: Literal['cpu', 'cuda', 'gpu', 'npu', 'remote']" in text.replace('"', "'")
+
+
+CHANGES = {
+    "a new field": ("    cores: int = 0\n", "    cores: int = 0\n    clock: int = 0\n"),
+    "a field of another type": ("    cores: int = 0\n", "    cores: float = 0\n"),
+    "another default": ("    cores: int = 0\n", "    cores: int = 1\n"),
+    "a new allowed value": ('"fallback", "generic"', '"worst", "fallback", "generic"'),
+    "a new method": ("    def close(self)", "    def pause(self) -> None: ...\n\n    def close(self)"),
+    "another argument": ("def new_state(self)", "def new_state(self, seed: int)"),
+    "another hook argument": ("def transom_ops(self)", "def transom_ops(self, domain: str)"),
+    "another hook option": ("@hookspec(firstresult=True)", "@hookspec"),
+    "another entry-point group": ('"transom.backends"', '"transom.engines"'),
+    "another result": ("-> Verdict:", "-> bool:"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=[change.replace(" ", "-") for change in CHANGES])
+def test_a_change_that_a_plugin_could_notice_changes_the_digest(change: str) -> None:
+    assert digest(_edited(*CHANGES[change])) != digest()
+
+
+def test_words_do_not_change_the_digest() -> None:
+    assert digest(_edited("One piece of hardware", "A piece of hardware")) == digest()
+
+
+def _edited(old: str, new: str) -> Any:
+    """The contract with its text changed, as a module of the same name."""
+    import sys
+    import types
+
+    source = inspect.getsource(contract)
+    assert old in source
+    module = types.ModuleType(contract.__name__)
+    original = sys.modules[contract.__name__]
+    sys.modules[contract.__name__] = module  # dataclasses look their module up
+    try:
+        exec(compile(source.replace(old, new, 1), contract.__file__, "exec"), module.__dict__)
+    finally:
+        sys.modules[contract.__name__] = original
+    return module
+
+
+if __name__ == "__main__":
+    print("\n".join(described()))
+    print(f'\n    {contract.API_VERSION}: "{digest()}",')
