@@ -157,7 +157,9 @@ def test_kill_9_at_any_moment_of_storing_leaves_no_entry_that_is_broken(
             assert contents == {int(stored.artifact.requires["n"]) % 256}
     assert caplog.records == []
     cache.prune()
-    assert [p for name in ("building", "trash") for p in (cache.root / name).glob("*")] == []
+    # A folder that was made but not yet marked may belong to a living process: it is empty, and goes after an hour.
+    assert all(list(folder.iterdir()) == [] for folder in (cache.root / "building").glob("*"))
+    assert list((cache.root / "trash").glob("*")) == []
 
 
 def test_many_processes_building_one_key_build_it_once(cache: Cache, python: Start) -> None:

@@ -17,6 +17,10 @@ person calls to change the cache (`prune`, `clear`, `require_writable`) raise `C
 This package knows nothing of graphs, models or backends, and imports only what a warm start can afford.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from transom.artifacts.cache import Blobs, Cache, Origin, Slot, StoredArtifact
 from transom.artifacts.entries import Entry, FileRecord, Manifest, Verify
 from transom.artifacts.files import hash_file
@@ -24,15 +28,22 @@ from transom.artifacts.handover import receive, spill
 from transom.artifacts.keys import artifact_key, content_hash, parse_size
 from transom.artifacts.notebook import Notebook
 
+if TYPE_CHECKING:
+    from transom.artifacts.housekeeping import Item, KindStats, Removed, Stats
+
 __all__ = [
     "Blobs",
     "Cache",
     "Entry",
     "FileRecord",
+    "Item",
+    "KindStats",
     "Manifest",
     "Notebook",
     "Origin",
+    "Removed",
     "Slot",
+    "Stats",
     "StoredArtifact",
     "Verify",
     "artifact_key",
@@ -42,3 +53,11 @@ __all__ = [
     "receive",
     "spill",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name in ("Item", "KindStats", "Removed", "Stats"):  # a warm start does without housekeeping
+        from transom.artifacts import housekeeping
+
+        return getattr(housekeeping, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

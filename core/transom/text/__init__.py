@@ -1,0 +1,21 @@
+"""Text in and out of a model: tokenizers, chat templates, streaming, and what generation does by default.
+
+Importing this package imports none of its heavy parts; `tokenizers` and `jinja2` come in when first needed.
+"""
+
+from __future__ import annotations
+
+from transom.text.chat_template import ChatTemplate, ChatTemplateError
+from transom.text.defaults import GenerationDefaults
+from transom.text.detokenizer import Detokenizer
+from transom.text.tokenizer import SpecialIds, Tokenizer, TokenPiece
+
+__all__ = [
+    "ChatTemplate",
+    "ChatTemplateError",
+    "Detokenizer",
+    "GenerationDefaults",
+    "SpecialIds",
+    "TokenPiece",
+    "Tokenizer",
+]

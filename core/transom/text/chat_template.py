@@ -1,0 +1,264 @@
+"""Chat templates: messages to the prompt text a model was trained on.
+
+Rendering is what `transformers` does with the same template, to the character. A template is untrusted code; see
+`transom.text.template_sandbox`. Jinja is imported on the first rendering.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from transom.errors import OptionError, TransomError, nearest
+
+if TYPE_CHECKING:
+    import jinja2
+
+    from transom.text.template_sandbox import Sandbox
+
+_CONTINUE_HERE = "TRANSOM_CONTINUES_HERE"
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+
+
+class ChatTemplateError(TransomError):
+    """The chat template is no valid Jinja, refuses the messages, or does what templates may not do."""
+
+
+class ChatTemplate:
+    """A model's chat template, or several by name.
+
+    Args:
+        templates: Jinja source, or sources by name, one of them "default" or the only one.
+        variables: what templates may refer to besides messages, such as `bos_token` and `eos_token`.
+        seconds: how long one rendering may take.
+    """
+
+    def __init__(
+        self, templates: str | Mapping[str, str], variables: Mapping[str, Any] | None = None, *, seconds: float = 5.0
+    ) -> None:
+        self.templates = {"default": templates} if isinstance(templates, str) else dict(templates)
+        if not self.templates:
+            raise ValueError("a chat template needs at least one source")
+        self.variables = dict(variables or {})
+        self.seconds = seconds
+        self._compiled: dict[str, jinja2.Template] = {}
+
+    @property
+    def names(self) -> list[str]:
+        return sorted(self.templates)
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        continue_final_message: bool = False,
+        template: str | None = None,
+        **variables: Any,
+    ) -> str:
+        """The prompt text of a conversation, special tokens included: encode it with `add_special=False`.
+
+        Args:
+            messages: `{"role": …, "content": …}` and what else the template knows (`tool_calls`, …). Plain data.
+            add_generation_prompt: end with the beginning of an answer.
+            tools: JSON schemas of functions the model may call.
+            continue_final_message: leave the last message open, so that the model goes on with it.
+            template: which of several templates; by default "tool_use" with tools where there is one, else "default".
+            variables: further variables for the template, such as `enable_thinking=False`.
+
+        Raises:
+            OptionError: messages or tools of the wrong form, or a template name that does not exist.
+            ChatTemplateError: the template is not valid, refuses the messages, reaches out of its sandbox, or does not
+                come to an end.
+        """
+        chat = [_message(place, message) for place, message in enumerate(messages)]
+        name = self._choose(template, bool(tools))
+        data = {
+            **self.variables,
+            **{key: _plain(value, key) for key, value in variables.items()},
+            "messages": chat,
+            "tools": _tools(tools),
+            "add_generation_prompt": add_generation_prompt and not continue_final_message,
+        }
+        data.setdefault("documents", None)
+        if tools and "tools" not in (read := self._variables(name)):
+            other = sorted(variable for variable in read if "tools" in variable and variable not in variables)
+            raise OptionError(
+                f"The model's chat template {name!r} has no place for tools",
+                f"Pass them under the name it has for them: {', '.join(other)}"
+                if other
+                else "Describe the tools in the system message, or choose a model that was trained to use tools",
+            )
+        if not continue_final_message:
+            return self._render(name, data)
+        return self._render_open(name, data, chat)
+
+    def uses(self, variable: str, *, template: str | None = None) -> bool:
+        """Whether the template reads a variable, such as `tools` or `enable_thinking`.
+
+        Raises:
+            ChatTemplateError: the template is no valid Jinja.
+        """
+        return variable in self._variables(self._choose(template, False))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON data; `from_json` reads it back."""
+        return {"templates": self.templates, "variables": self.variables}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> ChatTemplate:
+        """The inverse of `to_json`."""
+        return cls(data["templates"], data["variables"])
+
+    def __repr__(self) -> str:
+        return f"<ChatTemplate {', '.join(self.names)}>"
+
+    # ---------------------------------------------------------------- inside
+
+    def _choose(self, name: str | None, tools: bool) -> str:
+        if name is not None:
+            if name not in self.templates:
+                raise OptionError(f'The model has no chat template named "{name}"', nearest(name, self.templates))
+            return name
+        if tools and "tool_use" in self.templates:
+            return "tool_use"
+        if "default" in self.templates:
+            return "default"
+        if len(self.templates) == 1:
+            return next(iter(self.templates))
+        raise OptionError("The model has several chat templates and no default", f"Name one: {', '.join(self.names)}")
+
+    def _variables(self, name: str) -> set[str]:
+        from jinja2 import TemplateSyntaxError, meta
+
+        try:
+            return meta.find_undeclared_variables(_sandbox().parse(self.templates[name]))
+        except TemplateSyntaxError as error:
+            raise _syntax_error(error) from error
+
+    def _render(self, name: str, data: Mapping[str, Any]) -> str:
+        from jinja2.exceptions import SecurityError, TemplateSyntaxError, UndefinedError
+
+        from transom.text.template_sandbox import TemplateLimit, TemplateRefusal, time_limit
+
+        try:
+            compiled = self._compiled.get(name)
+            if compiled is None:
+                compiled = self._compiled[name] = _sandbox().from_string(self.templates[name])
+            with time_limit(self.seconds):
+                return compiled.render(data)
+        except TemplateSyntaxError as error:
+            raise _syntax_error(error) from error
+        except TemplateRefusal as error:
+            raise ChatTemplateError(
+                f"The model's chat template refuses these messages: {error}",
+                "Change the messages to what the model was trained on",
+            ) from error
+        except SecurityError as error:
+            raise ChatTemplateError(
+                f"The model's chat template tries to reach outside its sandbox: {error}",
+                "Do not trust this file; use a template of your own, or prompt the model without one (--raw)",
+            ) from error
+        except (TemplateLimit, OverflowError, MemoryError, RecursionError) as error:
+            raise ChatTemplateError(
+                f"The model's chat template was stopped: {error or type(error).__name__}",
+                "Use a template of your own, or prompt the model without one (--raw)",
+            ) from error
+        except UndefinedError as error:
+            raise ChatTemplateError(
+                f"The model's chat template uses what the messages do not have: {error}",
+                "Give the messages the missing field, or pass the missing variable",
+            ) from error
+        except Exception as error:  # a template is a program: it can fail in any way a program can
+            raise ChatTemplateError(
+                f"The model's chat template fails on these messages ({type(error).__name__}: {error})",
+                "Check that the messages have the form the model was trained on",
+            ) from error
+
+    def _render_open(self, name: str, data: dict[str, Any], chat: list[dict[str, Any]]) -> str:
+        """Render with a mark at the end of the last message, and cut the text there (as transformers does)."""
+        content = chat[-1].get("content") if chat else None
+        if not isinstance(content, str) or not content.strip():
+            raise OptionError("There is no message text to continue", "Let the last message have text as its content")
+        marked = {**chat[-1], "content": content + _CONTINUE_HERE}
+        text = self._render(name, {**data, "messages": [*chat[:-1], marked]})
+        head, mark, _ = text.rpartition(_CONTINUE_HERE)
+        if not mark or content.strip() not in head:
+            raise OptionError(
+                "The model's chat template leaves out or changes the last message, so it cannot be continued",
+                "Leave continue_final_message off",
+            )
+        return head
+
+
+_shared: Sandbox | None = None
+
+
+def _sandbox() -> Sandbox:
+    global _shared
+    if _shared is None:
+        from transom.text.template_sandbox import Sandbox
+
+        _shared = Sandbox()
+    return _shared
+
+
+def _syntax_error(error: jinja2.TemplateSyntaxError) -> ChatTemplateError:
+    return ChatTemplateError(
+        f"The model's chat template is not valid Jinja: {error.message} (line {error.lineno})",
+        "Correct the template, use one of your own, or prompt the model without one (--raw)",
+    )
+
+
+def _message(place: int, message: object) -> dict[str, Any]:
+    plain = _plain(message, f"message {place}")
+    if not isinstance(plain, dict):
+        raise OptionError(
+            f"Message {place} is of type {type(message).__name__}, not a mapping",
+            'Write it like {"role": "user", "content": "Hello"}',
+        )
+    if not isinstance(plain.get("role"), str):
+        raise OptionError(f"Message {place} has no role", 'Write it like {"role": "user", "content": "Hello"}')
+    # Servers pass `content: null` beside tool calls; templates take an absent key and print "None" for a null
+    kept = {key: value for key, value in plain.items() if value is not None}
+    thought = next((kept[key] for key in _REASONING if key in kept), None)
+    # Templates read the reasoning under different names; the first is the common one, gpt-oss reads the second
+    return kept if thought is None else {"thinking": thought, **kept, "reasoning_content": thought}
+
+
+def _tools(tools: Sequence[Mapping[str, Any]] | None) -> list[Any] | None:
+    if tools is None:
+        return None
+    for place, tool in enumerate(tools):
+        if not isinstance(tool, Mapping):
+            raise OptionError(
+                f"Tool {place} is of type {type(tool).__name__}, not a mapping",
+                'Pass its JSON schema: {"type": "function", "function": {"name": …, "parameters": …}}',
+            )
+    return [_plain(tool, f"tool {place}") for place, tool in enumerate(tools)]
+
+
+def _plain(value: Any, where: str) -> Any:
+    """A copy made of JSON types only, so that a template meets no object whose methods do anything."""
+    if value is None or type(value) in (str, int, float, bool):
+        return value
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, float):
+        return float(value)
+    if isinstance(value, Mapping):
+        return {_plain(key, where): _plain(item, where) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item, where) for item in value]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _plain(getattr(value, field.name), where) for field in dataclasses.fields(value)}
+    if callable(dump := getattr(value, "model_dump", None)):  # pydantic, as the OpenAI client returns
+        return _plain(dump(), where)
+    raise OptionError(
+        f"In {where} there is a value of type {type(value).__name__}, which a chat template cannot take",
+        "Pass text, numbers, lists and mappings only",
+    )

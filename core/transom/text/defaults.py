@@ -1,0 +1,198 @@
+"""What generation does unless told otherwise: where it ends, and the sampling its authors recommend.
+
+Read from `generation_config.json`, `config.json`, GGUF metadata and the vocabulary, and kept in the artifact cache.
+On the warm start-up path, so it imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+from transom.errors import SourceError
+
+if TYPE_CHECKING:
+    from transom.text.tokenizer import Tokenizer
+
+END_MARKERS = frozenset(
+    {
+        *("<|eot_id|>", "<|eom_id|>", "<|end_of_text|>"),  # llama 3, granite
+        *("<|im_end|>", "<|endoftext|>"),  # ChatML: qwen, SmolLM; GPT-2
+        *("<end_of_turn>", "<eos>", "<turn|>"),  # gemma
+        "<|end|>",  # phi
+        *("<|return|>", "<|call|>"),  # gpt-oss
+        *("<|flush|>", "<|calls|>"),  # solar-open
+        *("<EOT>", "_<EOT>", "[EOT]", "[EOS]"),
+        *("<end_of_utterance>", "<｜end▁of▁sentence｜>", "[e~["),  # docling, deepseek, minimax
+    }
+)
+"""Special tokens after which a model has said all it will say. The list is llama.cpp's (src/llama-vocab.cpp, tokens
+that end generation), less `</s>`, which is an HTML tag in some vocabularies and the `eos` of the others."""
+
+
+@dataclass(frozen=True)
+class GenerationDefaults:
+    """Defaults of generation; None where the model's authors said nothing."""
+
+    eos_ids: tuple[int, ...] = ()
+    """Tokens that end generation, ascending."""
+    bos_id: int | None = None
+    pad_id: int | None = None
+    sample: bool | None = None
+    """False: greedy, whatever the sampling values say."""
+    temperature: float | None = None
+    top_k: int | None = None
+    """0 means no limit."""
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    max_new_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+    suppress_ids: tuple[int, ...] = ()
+    """Tokens that are never generated."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON data; `from_json` reads it back."""
+        return {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> GenerationDefaults:
+        """The inverse of `to_json`.
+
+        Raises:
+            SourceError: a key that is not known.
+        """
+        unknown = set(data) - {field.name for field in fields(cls)}
+        if unknown:
+            raise SourceError(
+                f"The cached generation defaults hold the unknown key {sorted(unknown)[0]!r}", "Clear the cache"
+            )
+        values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in data.items()}
+        return cls(**values)
+
+
+def end_ids(tokenizer: Tokenizer) -> set[int]:
+    """Ids of the vocabulary after which a turn or text is over: `eos` and the end markers that are special tokens."""
+    ids = {marker: tokenizer.token_to_id(marker) for marker in END_MARKERS}
+    ends = {marker: token for marker, token in ids.items() if token is not None and token in tokenizer.special_ids}
+    if "<|end|>" in ends and ends.keys() & {"<|call|>", "<|calls|>"} and ends.keys() & {"<|return|>", "<|flush|>"}:
+        del ends["<|end|>"]  # there it ends one message of several (gpt-oss, solar-open)
+    found = set(ends.values())
+    return found | ({tokenizer.eos_id} if tokenizer.eos_id is not None else set())
+
+
+def defaults_from_hf(
+    generation_config: Mapping[str, Any], config: Mapping[str, Any], tokenizer: Tokenizer | None
+) -> GenerationDefaults:
+    """Defaults of a Hugging Face model.
+
+    Args:
+        generation_config: the content of generation_config.json, or an empty mapping.
+        config: the content of config.json; asked where generation_config is silent about special tokens.
+        tokenizer: its end-of-turn tokens are added, for the many models whose files name only the end of text.
+
+    Raises:
+        SourceError: a value of the wrong type or out of range.
+    """
+    text = config.get("text_config")
+    config = {**(text if isinstance(text, Mapping) else {}), **config}
+
+    def token(key: str) -> int | None:
+        value = generation_config.get(key, config.get(key))
+        return _ids(key, value)[0] if value is not None and value != [] else None
+
+    eos = generation_config.get("eos_token_id")
+    ends = set(_ids("eos_token_id", config.get("eos_token_id") if eos is None else eos))
+    values = _Values(generation_config, "generation_config.json")
+    stop = generation_config.get("stop_strings") or ()
+    return GenerationDefaults(
+        eos_ids=tuple(sorted(ends | (end_ids(tokenizer) if tokenizer else set()))),
+        bos_id=token("bos_token_id") if tokenizer is None or tokenizer.bos_id is None else tokenizer.bos_id,
+        pad_id=token("pad_token_id") if tokenizer is None or tokenizer.pad_id is None else tokenizer.pad_id,
+        sample=values.flag("do_sample"),
+        temperature=values.number("temperature", 0.0),
+        top_k=values.count("top_k"),
+        top_p=values.number("top_p", 0.0, 1.0),
+        min_p=values.number("min_p", 0.0, 1.0),
+        repetition_penalty=values.number("repetition_penalty", 0.0),
+        max_new_tokens=values.count("max_new_tokens"),
+        stop=(stop,) if isinstance(stop, str) else tuple(map(str, stop)),
+        suppress_ids=tuple(_ids("suppress_tokens", generation_config.get("suppress_tokens"))),
+    )
+
+
+def defaults_from_gguf(metadata: Mapping[str, Any], tokenizer: Tokenizer | None) -> GenerationDefaults:
+    """Defaults of a GGUF file: `general.sampling.*`, and the end tokens of its vocabulary.
+
+    Raises:
+        SourceError: a value of the wrong type or out of range.
+    """
+    ends = end_ids(tokenizer) if tokenizer else set()
+    for key in ("eos", "eot", "eom"):
+        value = metadata.get(f"tokenizer.ggml.{key}_token_id")
+        if value is not None and tokenizer is not None and 0 <= int(value) < tokenizer.vocabulary_size:
+            ends.add(int(value))
+    values = _Values(metadata, "the GGUF metadata", "general.sampling.")
+    suppress = metadata.get("tokenizer.ggml.suppress_tokens")
+    return GenerationDefaults(
+        eos_ids=tuple(sorted(ends)),
+        bos_id=tokenizer.bos_id if tokenizer else None,
+        pad_id=tokenizer.pad_id if tokenizer else None,
+        temperature=values.number("temp", 0.0),
+        top_k=values.count("top_k"),
+        top_p=values.number("top_p", 0.0, 1.0),
+        min_p=values.number("min_p", 0.0, 1.0),
+        repetition_penalty=values.number("penalty_repeat", 0.0),
+        suppress_ids=tuple(_ids("suppress_tokens", None if suppress is None else list(suppress))),
+    )
+
+
+@dataclass(frozen=True)
+class _Values:
+    """Reads settings and says which one is wrong."""
+
+    data: Mapping[str, Any]
+    where: str
+    prefix: str = ""
+
+    def number(self, key: str, low: float, high: float = math.inf) -> float | None:
+        value = self.data.get(self.prefix + key)
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+            wanted = f"from {low:g} to {high:g}" if high < math.inf else f"of at least {low:g}"
+            raise self._wrong(key, value, f"a number {wanted}")
+        if not math.isfinite(value):
+            raise self._wrong(key, value, "a finite number")
+        return float(value)
+
+    def count(self, key: str) -> int | None:
+        value = self.data.get(self.prefix + key)
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, int | float) or value != value or value % 1:
+            raise self._wrong(key, value, "a whole number")
+        return max(int(value), 0)  # -1 means "no limit" to some
+
+    def flag(self, key: str) -> bool | None:
+        value = self.data.get(self.prefix + key)
+        if value is not None and not isinstance(value, bool):
+            raise self._wrong(key, value, "true or false")
+        return value
+
+    def _wrong(self, key: str, value: object, wanted: str) -> SourceError:
+        return SourceError(
+            f"{self.prefix}{key} in {self.where} is {value!r}, not {wanted}", "Correct the value or remove the key"
+        )
+
+
+def _ids(key: str, value: Any) -> list[int]:
+    """One id, a list of ids or nothing, as a list."""
+    values = [] if value is None else list(value) if isinstance(value, Iterable) else [value]
+    if any(isinstance(one, bool) or not isinstance(one, int) for one in values):
+        raise SourceError(f"{key} is {value!r}, not a token id or a list of them", "Correct generation_config.json")
+    return values

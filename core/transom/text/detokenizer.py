@@ -1,0 +1,101 @@
+"""Text out of a stream of token ids, piece by piece, never splitting a character.
+
+A token may end in the middle of a UTF-8 character. `ByteDetokenizer` works on each token's bytes and holds back only
+an unfinished character, so the cost per token does not grow with the text. `WindowDetokenizer` is for decoders whose
+tokens have no bytes of their own (WordPiece and such): it decodes a short window twice and emits the difference.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Callable, Container, Mapping, Sequence
+from typing import Protocol
+
+
+class Detokenizer(Protocol):
+    """Turns ids into text as they come. The concatenated pieces equal `Tokenizer.decode` of all the ids."""
+
+    def push(self, token: int) -> str:
+        """The text that became certain with this token; empty while a character is unfinished."""
+
+    def finish(self) -> str:
+        """What was held back: a character that never got finished comes out as U+FFFD. Starts afresh afterwards."""
+
+
+class ByteDetokenizer:
+    """Detokenizer over the bytes of each token.
+
+    Args:
+        pieces: id → bytes. Must answer any id that may be pushed.
+        skip: ids that yield no text.
+        strip_start: how many spaces to drop from the start of the text.
+    """
+
+    def __init__(self, pieces: Mapping[int, bytes], skip: Container[int] = (), strip_start: int = 0) -> None:
+        self._pieces = pieces
+        self._skip = skip
+        self._strip_start = strip_start
+        self._strip = strip_start
+        # The standard library's incremental decoder replaces maximal invalid parts, as the Unicode standard
+        # recommends (chapter 3.9, U+FFFD substitution) and as decoding the whole does.
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token: int) -> str:
+        if token in self._skip:
+            return ""
+        piece = self._pieces[token]
+        if self._strip:
+            piece = self._stripped(piece)
+        return self._decoder.decode(piece)
+
+    def finish(self) -> str:
+        rest = self._decoder.decode(b"", final=True)
+        self._decoder.reset()
+        self._strip = self._strip_start
+        return rest
+
+    def _stripped(self, piece: bytes) -> bytes:
+        while self._strip and piece:
+            if not piece.startswith(b" "):
+                self._strip = 0
+                break
+            piece = piece[1:]
+            self._strip -= 1
+        return piece
+
+
+class WindowDetokenizer:
+    """Detokenizer over a decoding function, for vocabularies without a `Spelling`.
+
+    Args:
+        decode: ids → text. Text of a longer sequence must begin with the text of a shorter one, an unfinished
+            character at its end excepted.
+        skip: ids that yield no text.
+    """
+
+    def __init__(self, decode: Callable[[Sequence[int]], str], skip: Container[int] = ()) -> None:
+        self._decode = decode
+        self._skip = skip
+        self._window: list[int] = []
+        self._emitted = 0  # how many ids of the window have been emitted; they stay for context
+
+    def push(self, token: int) -> str:
+        if token in self._skip:
+            return ""
+        self._window.append(token)
+        text = self._decode(self._window)
+        if text.endswith("\ufffd"):
+            return ""
+        return self._emit(text)
+
+    def finish(self) -> str:
+        rest = self._emit(self._decode(self._window)) if self._window else ""
+        self._window, self._emitted = [], 0
+        return rest
+
+    def _emit(self, text: str) -> str:
+        piece = text[len(self._decode(self._window[: self._emitted])) :] if self._emitted else text
+        if piece:
+            self._window = self._window[self._emitted :]
+            self._emitted = len(self._window)
+        return piece

@@ -1,0 +1,261 @@
+"""Tokenizer and chat template out of a GGUF file's metadata.
+
+Takes a plain mapping of metadata keys to Python values, so that it needs no file and no `gguf` package. The keys are
+those of the GGUF specification (`tokenizer.ggml.*`); what they mean is what llama.cpp makes of them, except where the
+model's own tokenizer is known to differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from transom.errors import SourceError, nearest
+from transom.text import spm
+from transom.text.chat_template import ChatTemplate
+from transom.text.defaults import END_MARKERS
+from transom.text.pre_tokenizers import pre_tokenizer
+from transom.text.tokenizer import SpecialIds, Tokenizer
+
+if TYPE_CHECKING:
+    import tokenizers
+
+_NO_ID = 0xFFFFFFFF
+_REPAIR = "Download the file again, or convert the model again with a current llama.cpp"
+
+
+def tokenizer_from_gguf(metadata: Mapping[str, Any], *, pre: str | None = None) -> Tokenizer:
+    """Build the tokenizer that a GGUF file describes.
+
+    Args:
+        metadata: metadata keys to values: strings, numbers, lists. Keys that are not about the tokenizer are ignored,
+            except `general.architecture`.
+        pre: the pre-tokenizer's name, for files that lack or misname it.
+
+    Raises:
+        SourceError: no vocabulary, a kind of tokenizer or a pre-tokenizer that is not known, or damaged metadata.
+    """
+    model = metadata.get("tokenizer.ggml.model")
+    if model is None:
+        raise SourceError(
+            "The GGUF file has no tokenizer (tokenizer.ggml.model is missing)",
+            "Use a file that was converted together with its vocabulary",
+        )
+    builder = _BUILDERS.get(str(model))
+    if builder is None:
+        raise SourceError(
+            f'The GGUF file has a tokenizer of the kind "{model}" (tokenizer.ggml.model), which Transom cannot build',
+            f"Load the Hugging Face directory of the model instead. {nearest(str(model), _BUILDERS)}",
+        )
+    tokens = _tokens(metadata)
+    types = _numbers(metadata, "token_type", len(tokens)) or [spm.NORMAL] * len(tokens)
+    return builder(metadata, tokens, [int(kind) for kind in types], pre)
+
+
+def chat_template_from_gguf(metadata: Mapping[str, Any], tokenizer: Tokenizer | None) -> ChatTemplate | None:
+    """The chat template, named ones included (`tokenizer.chat_template.<name>`), or None where the file has none.
+
+    The template is parsed when first rendered, which is when a `ChatTemplateError` comes.
+    """
+    key = "tokenizer.chat_template"
+    templates = {name[len(key) + 1 :]: text for name, text in metadata.items() if name.startswith(f"{key}.")}
+    if metadata.get(key):
+        templates["default"] = metadata[key]
+    templates = {name: text for name, text in templates.items() if isinstance(text, str) and text}
+    return ChatTemplate(templates, tokenizer.special_tokens if tokenizer else {}) if templates else None
+
+
+# -------------------------------------------------------------------- kinds
+
+
+def _byte_level(metadata: Mapping[str, Any], tokens: list[str], types: list[int], pre: str | None) -> Tokenizer:
+    from tokenizers import Tokenizer as Rust
+    from tokenizers import decoders, models, normalizers
+
+    name = pre or metadata.get("tokenizer.ggml.pre")
+    if not name:
+        raise SourceError(
+            "The GGUF file does not name its pre-tokenizer (tokenizer.ggml.pre), so its text cannot be cut as the "
+            "model learnt it",
+            "Convert the model again with a current llama.cpp, or use its Hugging Face directory",
+        )
+    cut = pre_tokenizer(str(name))
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    merges = _merges(metadata, vocabulary)
+    if merges is None:
+        raise SourceError("The GGUF file has a BPE vocabulary without merges (tokenizer.ggml.merges)", _REPAIR)
+    rust = Rust(models.BPE(vocabulary, merges, ignore_merges=cut.ignore_merges))
+    if cut.nfc:
+        rust.normalizer = normalizers.NFC()
+    rust.pre_tokenizer = cut.build()
+    rust.decoder = decoders.ByteLevel()
+    return _finish(rust, metadata, tokens, types, _ids(metadata, tokens, SpecialIds(add_bos=cut.add_bos)))
+
+
+def _sentencepiece(metadata: Mapping[str, Any], tokens: list[str], types: list[int], pre: str | None) -> Tokenizer:
+    ids = _ids(metadata, tokens, SpecialIds(bos=1, eos=2, unk=0, add_bos=True))
+    model = spm.SentencePieces(
+        tokens,
+        _numbers(metadata, "scores", len(tokens)) or [0.0] * len(tokens),
+        types,
+        unk_id=ids.unk,
+        add_space_prefix=_flag(metadata, "add_space_prefix", True),
+    )
+    return _finish(spm.build(model), metadata, tokens, types, ids)
+
+
+def _gemma4(metadata: Mapping[str, Any], tokens: list[str], types: list[int], pre: str | None) -> Tokenizer:
+    """BPE over raw text with `▁` for spaces, like SentencePiece, but with merges of its own."""
+    ids = _ids(metadata, tokens, SpecialIds(add_bos=True))
+    merges = _merges(metadata, {token: index for index, token in enumerate(tokens)})
+    if merges is None:
+        raise SourceError("The GGUF file has a BPE vocabulary without merges (tokenizer.ggml.merges)", _REPAIR)
+    scores = [0.0] * len(tokens)
+    model = spm.SentencePieces(tokens, scores, types, unk_id=ids.unk, add_space_prefix=False, merges=merges)
+    return _finish(spm.build(model), metadata, tokens, types, ids)
+
+
+def _unigram(metadata: Mapping[str, Any], tokens: list[str], types: list[int], pre: str | None) -> Tokenizer:
+    ids = _ids(metadata, tokens, SpecialIds(eos=1, unk=2, pad=0, add_eos=True))
+    scores = _numbers(metadata, "scores", len(tokens))
+    if scores is None:
+        raise SourceError("The GGUF file has a unigram vocabulary without scores (tokenizer.ggml.scores)", _REPAIR)
+    model = spm.SentencePieces(
+        tokens,
+        scores,
+        types,
+        kind="unigram",
+        unk_id=ids.unk,
+        add_space_prefix=_flag(metadata, "add_space_prefix", True),
+        remove_extra_spaces=_flag(metadata, "remove_extra_whitespaces", False),
+        charsmap=bytes(value & 0xFF for value in metadata.get("tokenizer.ggml.precompiled_charsmap", ())),
+    )
+    return _finish(spm.build(model), metadata, tokens, types, ids)
+
+
+_Builder = Callable[[Mapping[str, Any], list[str], list[int], "str | None"], Tokenizer]
+_BUILDERS: dict[str, _Builder] = {
+    "gpt2": _byte_level,
+    "llama": _sentencepiece,
+    "gemma4": _gemma4,
+    "t5": _unigram,
+}
+
+# -------------------------------------------------------------------- parts
+
+
+def _finish(
+    rust: tokenizers.Tokenizer, metadata: Mapping[str, Any], tokens: list[str], types: list[int], ids: SpecialIds
+) -> Tokenizer:
+    """Added tokens and the special tokens at the ends, which all kinds share."""
+    from tokenizers import AddedToken
+
+    # Phi-3's tokenizer.json has its control tokens swallow the white space that follows; a GGUF cannot say so
+    phi3 = metadata.get("general.architecture") == "phi3" and metadata["tokenizer.ggml.model"] == "llama"
+    added = []
+    for token, kind in zip(tokens, types, strict=True):
+        # Converters have marked end-of-turn tokens as user-defined before; printed, they would end no turn
+        special = kind in (spm.CONTROL, spm.UNKNOWN) or (kind == spm.USER_DEFINED and token in END_MARKERS)
+        if special or kind == spm.USER_DEFINED:
+            swallow = phi3 and special and token not in ("<unk>", "<s>", "<|endoftext|>")
+            added.append(AddedToken(token, normalized=False, special=special, rstrip=swallow))
+    rust.add_tokens(added)
+    set_ends(rust, ids)
+    return Tokenizer(rust, ids, len(tokens))
+
+
+def set_ends(rust: tokenizers.Tokenizer, ids: SpecialIds) -> None:
+    """Have the encoder add the beginning and end tokens that `ids` asks for."""
+    from tokenizers import processors
+
+    ends = {}
+    first = last = ""
+    if ids.add_bos and ids.bos is not None:
+        ends[token := rust.id_to_token(ids.bos)] = ids.bos
+        first = f"{token}:0 "
+    if ids.add_eos and ids.eos is not None:
+        ends[token := rust.id_to_token(ids.eos)] = ids.eos
+        last = f" {token}:0"
+    if ends:
+        rust.post_processor = processors.TemplateProcessing(
+            single=f"{first}$A:0{last}", pair=f"{first}$A:0{last} $B:1", special_tokens=list(ends.items())
+        )
+
+
+def _tokens(metadata: Mapping[str, Any]) -> list[str]:
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    if not isinstance(tokens, Sequence) or isinstance(tokens, str) or not tokens:
+        raise SourceError("The GGUF file has no vocabulary (tokenizer.ggml.tokens)", _REPAIR)
+    # llama.cpp names an empty token so; two tokens may not share a name
+    tokens = [token or f"[EMPTY_{index}]" for index, token in enumerate(tokens)]
+    if len(set(tokens)) != len(tokens):
+        seen: dict[str, int] = {}
+        for index, token in enumerate(tokens):
+            if token in seen:
+                raise SourceError(
+                    f"The GGUF file's vocabulary is damaged: ids {seen[token]} and {index} are both {token!r}", _REPAIR
+                )
+            seen[token] = index
+    return tokens
+
+
+def _numbers(metadata: Mapping[str, Any], key: str, count: int) -> Sequence[float] | None:
+    values = metadata.get(f"tokenizer.ggml.{key}")
+    if values is None or not len(values):
+        return None
+    if len(values) < count:
+        raise SourceError(
+            f"The GGUF file's vocabulary is damaged: {count} tokens but {len(values)} values in tokenizer.ggml.{key}",
+            _REPAIR,
+        )
+    return list(values[:count])
+
+
+def _merges(metadata: Mapping[str, Any], vocabulary: Mapping[str, int]) -> list[tuple[str, str]] | None:
+    lines = metadata.get("tokenizer.ggml.merges")
+    if not lines:
+        return None
+    merges = []
+    for line in lines:
+        cut = line.find(" ", 1)  # a part may itself begin with a space
+        left, right = line[:cut], line[cut + 1 :]
+        if cut < 0 or left not in vocabulary or right not in vocabulary or left + right not in vocabulary:
+            raise SourceError(
+                f"The GGUF file's vocabulary is damaged: the merge {line!r} (tokenizer.ggml.merges) is not of tokens",
+                _REPAIR,
+            )
+        merges.append((left, right))
+    return merges
+
+
+def _flag(metadata: Mapping[str, Any], key: str, default: bool) -> bool:
+    return bool(metadata.get(f"tokenizer.ggml.{key}", default))
+
+
+def _ids(metadata: Mapping[str, Any], tokens: list[str], default: SpecialIds) -> SpecialIds:
+    def role(key: str, fallback: int | None) -> int | None:
+        value = metadata.get(f"tokenizer.ggml.{key}_token_id")
+        if value is None:
+            return fallback if fallback is not None and fallback < len(tokens) else None
+        value = int(value)
+        if value in (_NO_ID, -1):  # -1 written as an unsigned number: the model has none
+            return None
+        if not 0 <= value < len(tokens):
+            if key == "padding":  # some converters point one past the vocabulary; nothing here pads with it
+                return None
+            raise SourceError(
+                f"The GGUF file's vocabulary is damaged: tokenizer.ggml.{key}_token_id is {value}, "
+                f"but there are {len(tokens)} tokens",
+                _REPAIR,
+            )
+        return value
+
+    bos, eos = role("bos", default.bos), role("eos", default.eos)
+    return SpecialIds(
+        bos=bos,
+        eos=eos,
+        unk=role("unknown", default.unk),
+        pad=role("padding", default.pad),
+        add_bos=_flag(metadata, "add_bos_token", default.add_bos) and bos is not None,
+        add_eos=_flag(metadata, "add_eos_token", default.add_eos) and eos is not None,
+    )

@@ -1,0 +1,271 @@
+"""Tokenizer, chat template and generation defaults out of a Hugging Face model directory.
+
+`tokenizer.json` is what the `tokenizers` package reads itself; around it, `tokenizer_config.json` and its older
+companions say which tokens have which role. A directory with only a SentencePiece `tokenizer.model` works as well.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transom.errors import SourceError
+from transom.text import spm
+from transom.text.chat_template import ChatTemplate
+from transom.text.defaults import GenerationDefaults, defaults_from_hf
+from transom.text.from_gguf import set_ends
+from transom.text.sentencepiece_model import read_sentencepiece
+from transom.text.tokenizer import SpecialIds, Tokenizer
+
+if TYPE_CHECKING:
+    import tokenizers
+
+_ROLES = ("bos", "eos", "unk", "pad")
+_CONVERT = (
+    "Write a tokenizer.json with the transformers package: "
+    "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
+)
+
+
+def tokenizer_from_hf(folder: Path) -> Tokenizer:
+    """The tokenizer of a Hugging Face model directory.
+
+    Raises:
+        SourceError: no tokenizer in the directory, or a file that is missing, not JSON or damaged.
+    """
+    config = read_json(folder / "tokenizer_config.json", {})
+    if (folder / "tokenizer.json").exists():
+        return _from_tokenizer_json(folder, config)
+    if (folder / "tokenizer.model").exists():
+        return _from_sentencepiece(folder, config)
+    found = [name for name in ("vocab.json", "merges.txt", "tekken.json", "tiktoken.model") if (folder / name).exists()]
+    if found:
+        raise SourceError(f"{folder} has no tokenizer.json, only {' and '.join(found)}", _CONVERT)
+    raise SourceError(
+        f"{folder} has no tokenizer (tokenizer.json or tokenizer.model)",
+        "Download the tokenizer's files of the model into the directory",
+    )
+
+
+def chat_template_from_hf(folder: Path, tokenizer: Tokenizer | None) -> ChatTemplate | None:
+    """The chat template of a model directory, or None where it has none.
+
+    As transformers looks for it: `chat_template.jinja` and `additional_chat_templates/*.jinja`, else
+    `chat_template.json`, else `chat_template` in `tokenizer_config.json`, there also as a list with names.
+
+    Raises:
+        SourceError: a file that is not JSON or not UTF-8.
+    """
+    templates = {"default": folder / "chat_template.jinja"}
+    templates.update({path.stem: path for path in sorted(folder.glob("additional_chat_templates/*.jinja"))})
+    sources = {name: _read(path) for name, path in templates.items() if path.exists()}
+    if not sources:
+        config = read_json(folder / "tokenizer_config.json", {})
+        stated = read_json(folder / "chat_template.json", {}).get("chat_template") or config.get("chat_template")
+        if isinstance(stated, str):
+            sources = {"default": stated}
+        elif isinstance(stated, list):
+            try:
+                sources = {str(entry["name"]): str(entry["template"]) for entry in stated}
+            except (KeyError, TypeError) as error:
+                raise SourceError(
+                    f"The chat templates in {folder} are not a list of names and templates",
+                    "Correct chat_template in tokenizer_config.json",
+                ) from error
+        elif isinstance(stated, Mapping):
+            sources = {str(name): str(source) for name, source in stated.items()}
+    if not sources:
+        return None
+    variables: dict[str, Any] = dict(tokenizer.special_tokens) if tokenizer else {}
+    # Templates may also refer to tokens of the model's own, such as `image_token`
+    config = {**read_json(folder / "special_tokens_map.json", {}), **read_json(folder / "tokenizer_config.json", {})}
+    for key, value in config.items():
+        text = _content(value)
+        if key.endswith("_token") and text is not None:
+            variables.setdefault(key, text)
+    return ChatTemplate(sources, variables)
+
+
+def generation_from_hf(folder: Path, tokenizer: Tokenizer | None) -> GenerationDefaults:
+    """The generation defaults of a model directory.
+
+    Raises:
+        SourceError: a file that is not JSON, or a value that cannot be.
+    """
+    generation = read_json(folder / "generation_config.json", {})
+    return defaults_from_hf(generation, read_json(folder / "config.json", {}), tokenizer)
+
+
+def read_json(path: Path, default: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A JSON file that holds an object.
+
+    Args:
+        path: the file.
+        default: what an absent file stands for; without it, that is an error.
+
+    Raises:
+        SourceError: absent without a default, unreadable, not JSON, or no object.
+    """
+    if default is not None and not path.exists():
+        return default
+    try:
+        value = json.loads(_read(path))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise SourceError(f"{path} is not valid JSON: {error}", "Download the file again") from error
+    if not isinstance(value, dict):
+        raise SourceError(f"{path} does not hold a JSON object", "Download the file again")
+    return value
+
+
+# -------------------------------------------------------------------- kinds
+
+
+def _from_tokenizer_json(folder: Path, config: Mapping[str, Any]) -> Tokenizer:
+    from tokenizers import Tokenizer as Rust
+
+    path = folder / "tokenizer.json"
+    text = _read(path)
+    try:
+        rust = Rust.from_str(text)
+    except Exception as error:  # the package raises plain Exception (and nothing finer) on a bad description
+        if "{" not in text[:1000]:
+            detail = "it is not JSON; a Git LFS pointer file looks like this" if "git-lfs" in text else "it is not JSON"
+        else:
+            detail = str(error)
+        raise SourceError(
+            f"{path} cannot be read: {detail}", "Download the file again, or update the tokenizers package"
+        ) from error
+    names = {**_role_names(read_json(folder / "special_tokens_map.json", {})), **_role_names(config)}
+    _add_tokens(rust, folder, config, names)
+    roles = {role: rust.token_to_id(name) for role, name in names.items()}
+    if roles.get("unk") is None and (unk := getattr(rust.model, "unk_token", None)):
+        roles["unk"] = rust.token_to_id(unk)
+    before, after = _ends(rust.post_processor)
+    model_config = read_json(folder / "config.json", {})
+    for role in ("bos", "eos", "pad"):  # the tokenizer's files may leave this to the model's
+        if role not in names and isinstance(token := model_config.get(f"{role}_token_id"), int):
+            roles.setdefault(role, token if rust.id_to_token(token) is not None else None)
+    bos, eos = roles.get("bos"), roles.get("eos")
+    # add_bos_token and add_eos_token of the configuration are not asked: the post-processor rules, as in transformers 5
+    ids = SpecialIds(bos, eos, roles.get("unk"), roles.get("pad"), bos in before, eos in after)
+    return Tokenizer(rust, ids)
+
+
+def _from_sentencepiece(folder: Path, config: Mapping[str, Any]) -> Tokenizer:
+    model, own = read_sentencepiece(folder / "tokenizer.model")
+    rust = spm.build(model)
+    from tokenizers import AddedToken
+
+    control = [
+        AddedToken(token, normalized=False, special=True)
+        for token, kind in zip(model.tokens, model.types, strict=True)
+        if kind in (spm.CONTROL, spm.UNKNOWN)
+    ]
+    rust.add_tokens(control)
+    names = {**_role_names(read_json(folder / "special_tokens_map.json", {})), **_role_names(config)}
+    _add_tokens(rust, folder, config, names)
+    roles: dict[str, int | None] = {**own, "unk": model.unk_id}
+    roles.update({role: rust.token_to_id(name) for role, name in names.items()})
+    bos, eos = roles.get("bos"), roles.get("eos")
+    ids = SpecialIds(
+        bos,
+        eos,
+        roles.get("unk"),
+        roles.get("pad"),
+        # LlamaTokenizer and those after it begin with the beginning token unless told otherwise
+        bool(_stated(config, "add_bos_token", True)) and bos is not None,
+        bool(_stated(config, "add_eos_token", False)) and eos is not None,
+    )
+    set_ends(rust, ids)
+    return Tokenizer(rust, ids)
+
+
+# -------------------------------------------------------------------- parts
+
+
+def _add_tokens(rust: tokenizers.Tokenizer, folder: Path, config: Mapping[str, Any], names: Mapping[str, str]) -> None:
+    """Tokens that the companions name but the vocabulary lacks, and special ones that it does not know as special."""
+    from tokenizers import AddedToken
+
+    stated: dict[int, Any] = {}
+    for content, token in read_json(folder / "added_tokens.json", {}).items():
+        stated[int(token)] = {"content": content, "normalized": False, "special": content in names.values()}
+    try:
+        stated.update({int(token): entry for token, entry in (config.get("added_tokens_decoder") or {}).items()})
+        known = rust.get_added_tokens_decoder()
+        for token, entry in sorted(stated.items()):
+            content, special = str(entry["content"]), bool(entry.get("special", False))
+            if token in known and known[token].special >= special:
+                continue
+            flags = {key: bool(entry.get(key, False)) for key in ("lstrip", "rstrip", "single_word")}
+            normalized = bool(entry.get("normalized", not special))
+            rust.add_tokens([AddedToken(content, normalized=normalized, special=special, **flags)])
+            if rust.token_to_id(content) != token:
+                raise SourceError(
+                    f"The tokenizer in {folder} is inconsistent: {content!r} has the id {token} in one file and "
+                    f"{rust.token_to_id(content)} in another",
+                    "Download the tokenizer's files again, all from the same place",
+                )
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
+        raise SourceError(
+            f"added_tokens_decoder in {folder / 'tokenizer_config.json'} is damaged ({error!r})",
+            "Download the file again",
+        ) from error
+    missing = [
+        AddedToken(name, normalized=False, special=True)
+        for name in names.values()
+        if (token := rust.token_to_id(name)) is not None and token not in rust.get_added_tokens_decoder()
+    ]
+    rust.add_tokens(missing)
+
+
+def _role_names(config: Mapping[str, Any]) -> dict[str, str]:
+    texts = {role: _content(config.get(f"{role}_token")) for role in _ROLES}
+    return {role: text for role, text in texts.items() if text is not None}
+
+
+def _content(value: Any) -> str | None:
+    """A token written as a string or as an object with `content`."""
+    if isinstance(value, Mapping):
+        value = value.get("content")
+    return value if isinstance(value, str) and value else None
+
+
+def _stated(config: Mapping[str, Any], key: str, default: bool) -> object:
+    value = config.get(key)
+    return default if value is None else value
+
+
+def _ends(processor: tokenizers.processors.PostProcessor | None) -> tuple[set[int], set[int]]:
+    """Ids that a post-processor puts before and after one text."""
+    before: set[int] = set()
+    after: set[int] = set()
+    for step in _steps(json.loads(processor.__getstate__())) if processor is not None else ():
+        if step["type"] in ("BertProcessing", "RobertaProcessing"):
+            before.add(step["cls"][1])
+            after.add(step["sep"][1])
+        elif step["type"] == "TemplateProcessing":
+            target = before
+            for item in step["single"]:
+                if "Sequence" in item:
+                    target = after
+                else:
+                    target.update(step["special_tokens"][item["SpecialToken"]["id"]]["ids"])
+    return before, after
+
+
+def _steps(processor: dict[str, Any]) -> list[dict[str, Any]]:
+    if processor["type"] == "Sequence":
+        return [step for inner in processor["processors"] for step in _steps(inner)]
+    return [processor]
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise SourceError(f"{path} cannot be read: {error.strerror}", "Check the path and its permissions") from error
+    except UnicodeDecodeError as error:
+        raise SourceError(f"{path} is not a text file in UTF-8", "Download the file again") from error

@@ -1,0 +1,148 @@
+"""SentencePiece vocabularies as `tokenizers` objects: BPE by score, and unigram, both with byte fallback.
+
+A SentencePiece BPE model has scores in place of merges (Kudo and Richardson 2018). Merging the pair whose joint
+token scores best is the same as running merges in the order of their result's score, so the merges are made up here.
+Serves both GGUF files and `tokenizer.model` files.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    import tokenizers
+    from tokenizers import decoders, normalizers, pre_tokenizers
+
+SPACE = "▁"
+_NEVER = -1e6
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+"""Token types: the same numbers in sentencepiece_model.proto and in GGUF (`tokenizer.ggml.token_type`)."""
+
+
+@dataclass(frozen=True)
+class SentencePieces:
+    """A SentencePiece model, wherever it was read from."""
+
+    tokens: Sequence[str]
+    """Index is id. Distinct."""
+    scores: Sequence[float]
+    types: Sequence[int]
+    kind: Literal["bpe", "unigram"] = "bpe"
+    unk_id: int | None = 0
+    byte_fallback: bool = True
+    add_space_prefix: bool = True
+    remove_extra_spaces: bool = False
+    charsmap: bytes = b""
+    """Precompiled normalisation rules (a Darts trie), as SentencePiece stores them."""
+    merges: Sequence[tuple[str, str]] | None = None
+    """Where the file has merges after all; otherwise they come from the scores."""
+    isolate_user_defined: bool = False
+    """Cut user-defined tokens out of the normalised text here, as SentencePiece does. Otherwise the caller adds them
+    as tokens that are cut out of the text before normalisation, as llama.cpp does."""
+
+
+def build(model: SentencePieces) -> tokenizers.Tokenizer:
+    """The encoder and decoder, without its added tokens and post-processor."""
+    from tokenizers import Tokenizer, models
+
+    vocabulary = {token: index for index, token in enumerate(model.tokens)}
+    unk = None if model.unk_id is None else model.tokens[model.unk_id]
+    # Byte tokens can only be used when all 256 are there
+    byte_fallback = model.byte_fallback and all(f"<0x{byte:02X}>" in vocabulary for byte in range(256))
+    cut = _cut(model)
+    if model.kind == "unigram":
+        # Control and byte tokens never come out of plain text; the package has no other way to say so
+        pieces = [
+            (token, float(score) if kind in (NORMAL, USER_DEFINED) else _NEVER)
+            for token, score, kind in zip(model.tokens, model.scores, model.types, strict=True)
+        ]
+        inner: models.Model = models.Unigram(pieces, model.unk_id, byte_fallback)
+    else:
+        merges = list(model.merges) if model.merges is not None else merges_by_score(model)
+        inner = models.BPE(
+            vocabulary,
+            merges,
+            unk_token=unk,
+            fuse_unk=True,
+            byte_fallback=byte_fallback,
+            ignore_merges=cut is not None,
+        )
+    rust = Tokenizer(inner)
+    if cut is not None:
+        rust.pre_tokenizer = cut
+    rust.normalizer = _normalizer(model)
+    rust.decoder = _decoder(model, byte_fallback)
+    return rust
+
+
+def merges_by_score(model: SentencePieces) -> list[tuple[str, str]]:
+    """Merges in the order SentencePiece would make them: best score first, then smaller id, then longer left part.
+
+    Only normal tokens take part: control tokens can never come out of plain text, and user-defined ones are matched
+    whole before any merge. Where one token can be made of two pairs SentencePiece takes the leftmost in the text,
+    which a fixed order cannot say; the longer left part first is right wherever a character repeats.
+    """
+    normal = {
+        token: (-float(score), index)
+        for index, (token, score, kind) in enumerate(zip(model.tokens, model.scores, model.types, strict=True))
+        if kind == NORMAL
+    }
+    ranked = [
+        (*rank, -cut, token[:cut], token[cut:])
+        for token, rank in normal.items()
+        for cut in range(1, len(token))
+        if token[:cut] in normal and token[cut:] in normal
+    ]
+    ranked.sort()
+    return [(left, right) for *_, left, right in ranked]
+
+
+def _normalizer(model: SentencePieces) -> normalizers.Normalizer:
+    from tokenizers import Regex, normalizers
+
+    steps: list[normalizers.Normalizer] = []
+    if model.charsmap:
+        steps.append(normalizers.Precompiled(model.charsmap))
+    if model.remove_extra_spaces:
+        # Only spaces count: SentencePiece leaves newlines alone
+        steps.append(normalizers.Replace(Regex(r"\A +| +\z"), ""))
+        steps.append(normalizers.Replace(Regex(" {2,}"), " "))
+    if model.add_space_prefix:
+        # Always, also before a space and after a special token: as SentencePiece and llama.cpp do
+        steps.append(normalizers.Prepend(SPACE))
+    steps.append(normalizers.Replace(" ", SPACE))
+    return normalizers.Sequence(steps)
+
+
+def _decoder(model: SentencePieces, byte_fallback: bool) -> decoders.Decoder:
+    from tokenizers import decoders
+
+    steps: list[decoders.Decoder] = [decoders.Replace(SPACE, " ")]
+    if byte_fallback:
+        steps.append(decoders.ByteFallback())
+    steps.append(decoders.Fuse())
+    if model.add_space_prefix:
+        steps.append(decoders.Strip(content=" ", left=1, right=0))
+    return decoders.Sequence(steps)
+
+
+def _cut(model: SentencePieces) -> pre_tokenizers.PreTokenizer | None:
+    """Makes every user-defined token in the text a word, the longest first.
+
+    Such words are then taken whole, so a control token spelled out in the text must not be a word: the last
+    alternatives cut it after its first character.
+    """
+    from tokenizers import Regex, pre_tokenizers
+
+    defined = [token for token, kind in zip(model.tokens, model.types, strict=True) if kind == USER_DEFINED]
+    if not model.isolate_user_defined or not defined:
+        return None
+    alternatives = [re.escape(token) for token in sorted(defined, key=len, reverse=True)]
+    for token, kind in zip(model.tokens, model.types, strict=True):
+        if kind in (CONTROL, UNKNOWN) and len(token) > 1:
+            alternatives.append(f"{re.escape(token[0])}(?={re.escape(token[1:])})")
+    return pre_tokenizers.Split(Regex("|".join(alternatives)), "isolated")
