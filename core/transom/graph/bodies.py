@@ -66,7 +66,7 @@ def _body_in_onnx(node: ir.Node) -> ir.Function | None:
         )
     elif schema.has_function:
         version = max(v for v in schema.function_opset_versions if v <= OPSET)
-        data = schema.get_function_with_opset_version(version).SerializeToString()
+        data = schema.get_function_with_opset_version(version)
     else:
         return None
     if not data:
@@ -75,6 +75,15 @@ def _body_in_onnx(node: ir.Node) -> ir.Function | None:
     for imported in proto.opset_import:  # written for an older opset, whose operators it uses mean the same at ours
         if imported.domain == "":
             imported.version = OPSET
+    made = {output for inner in proto.node for output in inner.output} | set(proto.input)
+    kept = [name for name in proto.output[: len(node.outputs)] if name in made]  # optional outputs may not be computed
+    if len(kept) < len(node.outputs):
+        return None
+    del proto.output[:]
+    proto.output.extend(kept)
     body = ir.from_proto(proto)
     assert isinstance(body, ir.Function)
+    for name, formal in schema.attributes.items():  # the body refers to them whether the node gives them or not
+        if name in body.attributes and body.attributes[name].value is None and formal.default_value.name:
+            body.attributes[name] = ir.from_proto(formal.default_value)
     return body

@@ -18,6 +18,14 @@ class Editor(GraphBuilder):
         self.model = model
         self.graph = model.graph
         self.functions = model.functions
+        self._taken: set[str] = set()
+        self._refresh()
+
+    def _refresh(self) -> None:
+        self._constants.clear()
+        self._weights.clear()
+        self._shared.clear()
+        model = self.model
         self._taken = {str(n.name) for n in all_nodes(model.graph)} | {str(v.name) for v in all_values(model.graph)}
 
     def _name(self, base: str) -> str:
@@ -51,6 +59,7 @@ class Editor(GraphBuilder):
         """Remove what no output needs and sort the rest."""
         RemoveUnusedNodesPass()(self.model)
         TopologicalSortPass()(self.model)
+        self._refresh()
 
 
 def all_nodes(graph: ir.Graph) -> Iterator[ir.Node]:

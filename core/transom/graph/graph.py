@@ -84,7 +84,7 @@ class Graph:
         for name, value in graph.initializers.items():
             tensor = value.const_value
             assert tensor is not None
-            if tensor.nbytes <= SMALL:
+            if tensor.nbytes <= SMALL and not isinstance(tensor, ir.LazyTensor):
                 small[name] = value
             else:
                 large.append(value)

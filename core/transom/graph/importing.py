@@ -26,6 +26,7 @@ from transom.graph.builder import IR_VERSION
 from transom.graph.contrib import expand_contrib, is_contrib, knows
 from transom.graph.editing import all_nodes, all_values
 from transom.graph.graph import Graph
+from transom.graph.shapes import infer_shapes
 from transom.ops import find
 from transom.ops.functions import OPSET
 
@@ -59,6 +60,7 @@ def import_model(model: ir.Model, *, name: str, weights_hash: str, notes: Sequen
     model = _to_opset(model, version, noted)
     LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     expand_contrib(model)
+    _single_concats(model)
     IdentityEliminationPass()(model)
     RemoveUnusedNodesPass()(model)
     TopologicalSortPass()(model)
@@ -67,7 +69,16 @@ def import_model(model: ir.Model, *, name: str, weights_hash: str, notes: Sequen
     model.graph.opset_imports[""] = OPSET
     model.ir_version = IR_VERSION
     model.producer_name = "transom"
-    return Graph(model, weights_hash=weights_hash, notes=noted)
+    result = Graph(model, weights_hash=weights_hash, notes=noted)
+    infer_shapes(result)
+    return result
+
+
+def _single_concats(model: ir.Model) -> None:
+    """A Concat of one input, which torch writes for an empty cache, is a copy."""
+    for node in all_nodes(model.graph):
+        if node.op_type == "Concat" and not node.domain and len(node.inputs) == 1 and not node.outputs[0].is_graph_output():
+            node.outputs[0].replace_all_uses_with(node.inputs[0])
 
 
 def _name_nodes(model: ir.Model) -> None:

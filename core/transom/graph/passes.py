@@ -91,8 +91,11 @@ def infer_types(graph: Graph) -> Graph:
     import onnx
 
     model = graph.model.clone()
-    proto = onnx.shape_inference.infer_shapes(graph.structure(), data_prop=True)
-    told = {info.name: info.type for info in proto.graph.value_info}
+    structure = graph.structure()
+    told: dict[str, onnx.TypeProto] = {}
+    for follow_data in (True, False):  # following the data tells more, but stumbles over broadcast index arithmetic
+        proto = onnx.shape_inference.infer_shapes(structure, data_prop=follow_data)
+        told = {info.name: info.type for info in (*proto.graph.value_info, *proto.graph.output)} | told
     for node in model.graph:
         for value in node.outputs:
             type_proto = told.get(str(value.name))

@@ -192,14 +192,21 @@ def samples(rng: np.random.Generator) -> Iterator[Sample]:
         {"softcap": 20.0},
         {"scale": 0.3},
         {"is_causal": 0},
+        {"no_past": True},
+        {"one_token_each": True},
         {"sinks": True},
         {"bias": True},
         {"softcap": 30.0, "sliding_window": 4, "sinks": True, "bias": True},
     )
+    known = {a.name for a in ATTRIBUTES}
     for variant in variants:
         q_heads, kv_heads = [(4, 4), (6, 2), (8, 1)][rng.integers(3)]
         dim, value_dim = int(rng.choice([16, 32])), int(rng.choice([16, 32]))
         new, old = [1, int(rng.integers(2, 9)), 1], [int(rng.integers(1, 12)), 0, 3]
+        if variant.get("no_past"):
+            old = [0, 0, 0]
+        if variant.get("one_token_each"):
+            new = [1, 1, 1]
         seq, past_seq = np.repeat([4, 0, 9], new), np.repeat([4, 0, 9], old)
         pos = np.concatenate([o + np.arange(n) for n, o in zip(new, old, strict=True)])
         past_pos = np.concatenate([np.arange(o) for o in old])
@@ -229,7 +236,7 @@ def samples(rng: np.random.Generator) -> Iterator[Sample]:
                 *optional,
             ),
             {"q_num_heads": q_heads, "kv_num_heads": kv_heads}
-            | {k: v for k, v in variant.items() if k not in ("bias", "sinks")},
+            | {k: v for k, v in variant.items() if k in known},
             outputs=3,
         )
 

@@ -107,6 +107,11 @@ _REFERENCES: Mapping[str, Reference] = {
 }
 
 
+def has_own_reference(name: str) -> bool:
+    """Whether the reference of ONNX's operator is written here; if not, it is the `onnx` package's."""
+    return name in _REFERENCES
+
+
 def _floats(rng: np.random.Generator, *shape: int) -> Array:
     return rng.standard_normal(shape).astype(np.float32)
 

@@ -67,7 +67,10 @@ class ReferenceBackend:
         assert isinstance(path, Path)
         executor = Executor(Graph.open(path), keep_weights=True)
         decoder = executor.graph.decoder
-        limits = Limits(64, 4096, context=decoder.context if decoder else 0, page_tokens=0)
+        made_for = decoder.context if decoder else 0
+        asked = options.get("context")
+        context = min(made_for, asked) if isinstance(asked, int) and asked > 0 else made_for
+        limits = Limits(64, 4096, context, page_tokens=0)
         return PackedSession(executor.run, decoder, limits)
 
 

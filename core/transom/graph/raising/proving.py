@@ -52,6 +52,11 @@ class Layout:
     def width(self) -> int:
         return int(np.prod([d for d in self.shape if d > 0], dtype=np.int64))
 
+    @property
+    def leads(self) -> bool:
+        """Whether the tokens come first, after axes of one entry."""
+        return all(d == 1 for d in self.shape[: self.axis])
+
     def flat(self, array: Array) -> Array:
         """[tokens, width]."""
         return np.moveaxis(array, self.axis, 0).reshape(array.shape[self.axis], -1)
@@ -325,7 +330,7 @@ def _expected(form: Form, lengths: Lengths, q: Array, k: Array, v: Array, past_k
 def _additive(mask: Array, site: Site) -> tuple[Array, tuple[float, ...]]:
     """(what is visible, ALiBi slopes) of a mask that is added to the scores, [..., new or 1, total]."""
     rows = mask.reshape(-1, *mask.shape[-2:])
-    visible = rows > -1e4
+    visible = _not_hidden(rows)
     first = visible[0]
     if not (visible == first).all():
         raise CannotRaise(f"the heads of layer {site.layer} see different tokens")
@@ -340,6 +345,19 @@ def _additive(mask: Array, site: Site) -> tuple[Array, tuple[float, ...]]:
     if not np.allclose((rows[:, -1] - own[:, 0])[:, last], wanted[:, last], rtol=1e-4, atol=1e-3):
         raise CannotRaise(f"the mask of layer {site.layer} adds a bias that is neither a window nor ALiBi")
     return first, tuple(float(s) for s in slopes)
+
+
+def _not_hidden(rows: Array) -> Array:
+    """Entries that are not the number which stands for minus infinity: -inf, the type's lowest, -1e9, -10000 …
+
+    A bias that grows with distance (ALiBi) has a lowest number too, but not many times over.
+    """
+    low = float(rows.min())
+    if low <= -1e6:
+        return np.asarray(rows > max(low / 2, -1e30))
+    if low <= -9999 and int((rows == low).sum()) > len(rows):
+        return np.asarray(rows > low)
+    return np.ones(rows.shape, bool)
 
 
 def _window(visible: Array, lengths: Lengths, site: Site) -> int:

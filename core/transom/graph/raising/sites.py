@@ -99,8 +99,6 @@ def _site(layer: int, key: Cache, value: Cache, region: list[ir.Node], merge: ir
     hidden = [
         v for v in site.outside() if id(v) not in known and v.const_value is None and facts[id(v)].array is None
     ]
-    if not hidden and facts[id(merge.inputs[0])].array is None and merge.inputs[0] is not None:
-        hidden = [merge.inputs[0]] if id(merge.inputs[0]) in {id(n) for n in new} else []
     if len(hidden) != 1:
         names = ", ".join(str(v.name) for v in hidden) or "nothing"
         raise CannotRaise(f"the attention of layer {layer} should read one query; it reads {names}")

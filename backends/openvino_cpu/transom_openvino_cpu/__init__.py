@@ -1,0 +1,13 @@
+"""Transom's backend for CPUs: decoders and other ONNX graphs through OpenVINO."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from transom.contract import Backend, hookimpl
+from transom_openvino_cpu.backend import OpenVinoCpu
+
+
+@hookimpl
+def transom_backends() -> Iterable[Backend]:
+    return [OpenVinoCpu()]

@@ -1,0 +1,133 @@
+"""Which nodes the backend takes, and why not where it does not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from transom.contract import Claim
+from transom.signature import cache_input_names, cache_output_names
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from transom.graph import Graph
+    from transom.graph.weights import Weight
+    from transom_openvino_cpu.precision import Precision
+
+
+def linear_weight(node: ir.Node) -> Weight | None:
+    """The weight [out, in] of `MatMul(x, Transpose(weight))`; None for any other node."""
+    from transom.graph.reading import weight_of
+
+    if node.op_type != "MatMul" or node.domain or node.inputs[1] is None:
+        return None
+    transpose = node.inputs[1].producer()
+    if transpose is None or transpose.op_type != "Transpose" or transpose.domain:
+        return None
+    weight = weight_of(transpose.inputs[0])
+    if weight is None or len(weight.shape) != 2:
+        return None
+    perm = transpose.attributes.get("perm")
+    return weight if perm is None or list(perm.as_ints()) == [1, 0] else None
+
+
+def matrices(graph: Graph) -> list[Weight]:
+    """The weights of the graph's matrix products."""
+    return [w for n in graph.nodes() if (w := linear_weight(n)) is not None]
+
+
+def is_cached_attention(node: ir.Node) -> bool:
+    return node.domain == "transom" and node.op_type == "CachedAttention"
+
+
+def paged(graph: Graph) -> bool:
+    """Whether every layer keeps its cache in our pages."""
+    nodes = [n for n in graph.nodes() if is_cached_attention(n)]
+    return bool(nodes) and all(_unpageable(graph, n) == "" for n in nodes)
+
+
+def claims(graph: Graph, precision: Precision) -> Iterator[Claim]:
+    """One claim for each node, in order."""
+    from transom_openvino_cpu import frontend
+    from transom_openvino_cpu.precision import form_of
+
+    attention = [n for n in graph.nodes() if is_cached_attention(n)]
+    refused = next((f"{r} (layer {_layer(n)})" for n in attention if (r := _unpageable(graph, n))), "")
+    whole = whole_through_frontend(graph)
+    for node in graph.nodes():
+        name = str(node.name)
+        if is_cached_attention(node):
+            reason = _unpageable(graph, node) or refused
+            yield Claim(name, not reason, reason)
+            continue
+        reason = _refusal(node, whole)
+        if reason:
+            yield Claim(name, False, reason)
+            continue
+        weight = linear_weight(node) if precision.dynamic else None
+        rounded = weight is not None and form_of(weight, precision).group >= 32 and not _is_head(graph, node)
+        yield Claim(name, True, exact=not rounded)
+    del frontend
+
+
+def _layer(node: ir.Node) -> int:
+    return node.attributes.get_int("layer", 0)
+
+
+def _unpageable(graph: Graph, node: ir.Node) -> str:
+    """Why this attention cannot run over pages; empty if it can."""
+    decoder = graph.decoder
+    layer = _layer(node)
+    if decoder is None or layer >= len(decoder.layers):
+        return "the cache is no input of a decoder graph, so it cannot be kept in pages"
+    wired = [None if v is None else v.name for v in node.inputs]
+    if tuple(wired[3:5]) != cache_input_names(layer) or wired[5:7] != ["sequences", "positions"]:
+        return "the cache or the positions are computed in the graph, so they cannot be kept in pages"
+    outputs = {str(v.name) for v in graph.model.graph.outputs}
+    for value, wanted in zip(node.outputs[1:], cache_output_names(layer), strict=False):
+        if value.uses() or (value.name != wanted and value.name in outputs):
+            return "the cache is read again in the graph"
+    if node.attributes.get_float("softcap", 0.0):
+        return "OpenVINO's PagedAttention has no soft cap on the scores"
+    if len(node.inputs) > 9 and node.inputs[9] is not None:
+        return "OpenVINO's PagedAttention takes no additive bias"
+    if not node.attributes.get_int("is_causal", 1):
+        return "OpenVINO's PagedAttention is causal"
+    sparsity = node.attributes.get_string("sparsity", "dense")
+    if sparsity != "dense":
+        return f"OpenVINO's PagedAttention has no sparsity policy {sparsity!r}"
+    return ""
+
+
+def _refusal(node: ir.Node, whole: bool) -> str:
+    """Why a node that is no attention over a cache cannot run; empty if it can."""
+    from transom_openvino_cpu.frontend import CONTROL_FLOW, OPERATORS
+    from transom_openvino_cpu.operators import ELEMENT_TYPES, TABLE
+
+    if node.domain not in ("", "ai.onnx"):
+        return f"no OpenVINO form of {node.domain}::{node.op_type}"
+    if node.op_type in CONTROL_FLOW:
+        return "" if whole else "control flow beside operators that only run outside it"
+    if node.op_type not in TABLE and node.op_type not in OPERATORS:
+        return f"no OpenVINO form of {node.op_type}"
+    if node.op_type == "Cast":
+        to = node.attributes.get_int("to", 0)
+        if to != 16 and to not in ELEMENT_TYPES:
+            return f"no OpenVINO form of a cast to ONNX type {to}"
+    return ""
+
+
+def whole_through_frontend(graph: Graph) -> bool:
+    """Whether the graph has control flow and nothing but standard operators: then the frontend reads it as a whole."""
+    from transom_openvino_cpu.frontend import CONTROL_FLOW
+
+    nodes: list[Any] = list(graph.nodes())
+    return any(n.op_type in CONTROL_FLOW for n in nodes) and all(n.domain in ("", "ai.onnx") for n in nodes)
+
+
+def _is_head(graph: Graph, node: ir.Node) -> bool:
+    """Whether the product is the vocabulary matrix, which is never requantised."""
+    decoder = graph.decoder
+    weight = linear_weight(node)
+    return decoder is not None and weight is not None and weight.shape[0] == decoder.vocabulary

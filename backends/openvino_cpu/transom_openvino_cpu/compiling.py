@@ -1,0 +1,123 @@
+"""Compile: lower a graph, let OpenVINO compile each stage, export what it made."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transom.contract import Artifact, Device, Options, Progress
+from transom.errors import EngineError
+from transom_openvino_cpu import claims, names
+from transom_openvino_cpu.engine import openvino
+from transom_openvino_cpu.lowering import Stage, lower
+from transom_openvino_cpu.plan import Plan, StagePlan
+from transom_openvino_cpu.precision import Form, Precision, dynamic_group, resolve
+from transom_openvino_cpu.probing import requirements
+
+if TYPE_CHECKING:
+    from transom.graph import Graph
+    from transom.graph.weights import Weight
+
+PREFIX = "transom-openvino-"
+
+
+def compile_graph(graph: Graph, device: Device, options: Options, progress: Progress) -> Artifact:
+    """The artifact of a graph all of whose nodes were claimed.
+
+    Its files lie in a temporary folder, which the host empties.
+
+    Raises:
+        EngineError: OpenVINO cannot compile the graph; its own words are in the message.
+        OptionError: the precision cannot be had on this CPU or for this checkpoint.
+    """
+    precision = resolve(options, device, claims.matrices(graph), decoder=graph.decoder is not None)
+    folder = Path(tempfile.mkdtemp(prefix=PREFIX))
+    try:
+        progress("lower", 0.0)
+        if claims.whole_through_frontend(graph):
+            stages = [_through_frontend(graph, folder)]
+        else:
+            stages = lower(graph, precision, lambda share: progress("lower", share))
+        plans = []
+        notes = _notes(precision, stages)
+        for index, stage in enumerate(stages):
+            progress("compile", index / len(stages))
+            plans.append(_compile(stage, precision, device, options, folder))
+            stages[index] = Stage(stage.name, stage.hint, None, stage.outputs)  # its weights are no longer needed
+        progress("compile", 1.0)
+        plan = Plan(
+            tuple(plans), tuple(graph.input_names), tuple(graph.output_names), graph.decoder, claims.paged(graph)
+        )
+        files: dict[str, bytes | Path] = {p.file: folder / p.file for p in plans}
+        files[names.PLAN_FILE] = plan.to_json().encode()
+        return Artifact(files, requirements(device), notes)
+    except BaseException:  # a cancelled compile leaves nothing behind either
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _through_frontend(graph: Graph, folder: Path) -> Stage:
+    """A graph with control flow: OpenVINO reads it as the ONNX file that it is."""
+    path = folder / "graph" / "graph.onnx"
+    path.parent.mkdir()
+    graph.save(path)
+    try:
+        model = openvino().Core().read_model(path)
+    except RuntimeError as e:
+        raise EngineError(f"OpenVINO cannot read the graph {graph.name}: {_last_line(e)}") from e
+    for parameter in model.get_parameters():
+        parameter.set_friendly_name(parameter.output(0).get_any_name())
+    return Stage("body", "f32", model, graph.output_names)
+
+
+def _compile(stage: Stage, precision: Precision, device: Device, options: Options, folder: Path) -> StagePlan:
+    group = dynamic_group(stage.forms) if precision.dynamic else 0
+    config = {
+        "INFERENCE_PRECISION_HINT": stage.hint,
+        "KV_CACHE_PRECISION": precision.hint,
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": str(group),
+        "PERFORMANCE_HINT": "LATENCY",
+        "NUM_STREAMS": "1",
+    }
+    threads = thread_count(device, options)
+    core: Any = openvino().Core()
+    try:
+        compiled = core.compile_model(
+            stage.model, "CPU", config | ({"INFERENCE_NUM_THREADS": str(threads)} if threads else {})
+        )
+        blob = compiled.export_model()
+    except RuntimeError as e:
+        raise EngineError(f"OpenVINO cannot compile the stage {stage.name} of this model: {_last_line(e)}") from e
+    file = f"{stage.name}.blob"
+    (folder / file).write_bytes(blob if isinstance(blob, bytes) else blob.getbuffer())
+    return StagePlan(stage.name, file, tuple(stage.outputs), config)
+
+
+def thread_count(device: Device, options: Options) -> int:
+    """Threads to ask for; 0 leaves it to the engine."""
+    asked = options.get("threads")
+    return int(str(asked)) if asked else device.cores
+
+
+def _last_line(error: RuntimeError) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
+def _notes(precision: Precision, stages: Sequence[Stage]) -> list[str]:
+    """What the user should know: in what numbers this computes, and which weights were rounded again."""
+    notes = [f"precision: {precision.describe()}"]
+    forms: list[tuple[Weight, Form]] = [f for s in stages for f in s.forms]
+    rounded = [(w, f) for w, f in forms if f.kind == "int8"]
+    if rounded:
+        elements = sum(w.shape[0] * w.shape[-1] for w, _ in rounded)
+        groups = sorted({f.group for _, f in rounded})
+        total = sum(w.shape[0] * w.shape[-1] for w, _ in forms)
+        notes.append(
+            f"{len(rounded)} of {len(forms)} matrices ({100 * elements // max(total, 1)} % of their weights) were "
+            f"rounded to int8 in groups of {' and '.join(map(str, groups))}; precision='exact' keeps them as stored"
+        )
+    return notes

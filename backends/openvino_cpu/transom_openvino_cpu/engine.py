@@ -1,0 +1,148 @@
+"""The compiled stages of an artifact, opened: arrays in, arrays out. The only module that runs OpenVINO."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from transom.errors import EngineError
+from transom.signature import Decoder
+from transom_openvino_cpu import names
+from transom_openvino_cpu.plan import Plan, StagePlan
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+def openvino() -> Any:
+    """The package, imported without the converter, which costs 55 ms of a cold start and is not used here."""
+    sys.modules.setdefault("openvino.tools.ovc", None)  # type: ignore[arg-type]
+    import openvino
+
+    return openvino
+
+
+class _Stage:
+    """One compiled stage and its request. Input tensors that did not change since the last run stay set."""
+
+    def __init__(self, core: Any, plan: StagePlan, path: Path, config: Mapping[str, str]) -> None:
+        ov = openvino()
+        self.plan = plan
+        with path.open("rb") as f:
+            # A private mapping: the engine wants memory it may write to, and never writes to weights.
+            self._map = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
+        blob = np.frombuffer(self._map, np.uint8)
+        try:
+            self.compiled = core.import_model(ov.Tensor(blob, shared_memory=True), "CPU", {**plan.config, **config})
+        except RuntimeError as e:
+            last = str(e).strip().splitlines()[-1]
+            raise EngineError(
+                f"OpenVINO cannot open {path.name} of this compiled model: {last}",
+                "Remove it with: transom cache clear",
+            ) from e
+        self.request = self.compiled.create_infer_request()
+        self.inputs = {port.node.friendly_name: i for i, port in enumerate(self.compiled.inputs)}
+        self._held: dict[str, Any] = {}
+
+    def set(self, name: str, tensor: Any) -> None:
+        """Set an input that stays until it is set again; `tensor` is an `openvino.Tensor`."""
+        self.request.set_input_tensor(self.inputs[name], tensor)
+        self._held[name] = tensor  # the request does not keep the memory alive
+
+    def port(self, name: str) -> Any:
+        return self.compiled.inputs[self.inputs[name]]
+
+    def drop_read_pages(self) -> None:
+        """Give back the file's pages: what the engine needs of the weights often, it has repacked for itself."""
+        if hasattr(self._map, "madvise"):
+            with contextlib.suppress(OSError):
+                self._map.madvise(mmap.MADV_DONTNEED)
+
+    def close(self) -> None:
+        self._held.clear()
+        del self.request, self.compiled
+        # The mapping is unmapped with the last of the views into it.
+
+
+class Engine:
+    """All stages of an artifact.
+
+    Args:
+        files: the artifact's files by name.
+        threads: processor threads to use; 0: the engine's choice.
+    """
+
+    def __init__(self, plan: Plan, files: Mapping[str, Path], threads: int) -> None:
+        from transom_openvino_cpu.attention import Heads, reader
+
+        ov = openvino()
+        self.plan = plan
+        core = ov.Core()
+        if plan.paged and plan.decoder is not None:
+            layers = [Heads(c.q_heads, c.kv_heads, c.head_dim, c.value_dim) for c in plan.decoder.layers]
+            core.add_extension(reader(layers))
+        config = {"INFERENCE_NUM_THREADS": str(threads)} if threads else {}
+        self._core = core
+        self._stages = [_Stage(core, stage, files[stage.file], config) for stage in plan.stages]
+        self._body = next(s for s in self._stages if s.plan.name == "body")
+        if plan.paged and plan.decoder is not None:
+            self._check_layers(plan.decoder)
+
+    def _check_layers(self, decoder: Decoder) -> None:
+        """The caches must have the shapes that the layers told: a reader that got the order wrong is noticed here."""
+        for i, layer in enumerate(decoder.layers):
+            for name, dim in zip(names.cache_inputs(i), (layer.head_dim, layer.value_dim), strict=True):
+                shape = [d.get_length() for d in list(self._body.port(name).get_partial_shape())[1:]]
+                if shape != [layer.kv_heads, names.PAGE_TOKENS, dim]:
+                    raise EngineError(
+                        f"OpenVINO wants pages of {shape} for {name}, not {[layer.kv_heads, names.PAGE_TOKENS, dim]}",
+                        "Remove the compiled model with: transom cache clear",
+                    )
+
+    def cache_element_bytes(self) -> int:
+        """Bytes of one number in the cache."""
+        return int(self._body.port(names.cache_inputs(0)[0]).get_element_type().size)
+
+    def bind_caches(self, caches: Mapping[str, Array]) -> None:
+        """Set the page arrays once, [pages, kv_heads, page_tokens, dim] of `cache_element_bytes` bytes each."""
+        ov = openvino()
+        for name, array in caches.items():
+            port = self._body.port(name)
+            self._body.set(name, ov.Tensor(array, ov.Shape(list(array.shape)), port.get_element_type()))
+
+    def run(self, inputs: Mapping[str, Array], outputs: Sequence[str]) -> dict[str, Array]:
+        """Run the stages one after another. The arrays returned are the engine's own and good until the next run.
+
+        Raises:
+            EngineError: the engine failed; its own words are in the message.
+        """
+        ov = openvino()
+        values: dict[str, Any] = {}
+        for stage in self._stages:
+            try:
+                for name in stage.inputs:
+                    if name in values:
+                        stage.set(name, values[name])
+                    elif name in inputs:
+                        stage.set(name, ov.Tensor(inputs[name], shared_memory=True))
+                stage.request.infer()
+            except RuntimeError as e:
+                last = [line for line in str(e).splitlines() if line.strip()][-1]
+                raise EngineError(f"OpenVINO failed while running the stage {stage.plan.name}: {last}") from e
+            for i, name in enumerate(stage.plan.outputs):
+                values[name] = stage.request.get_output_tensor(i)
+        return {name: values[name].data for name in outputs}
+
+    def drop_read_pages(self) -> None:
+        for stage in self._stages:
+            stage.drop_read_pages()
+
+    def close(self) -> None:
+        for stage in self._stages:
+            stage.close()
+        self._stages = []

@@ -1,0 +1,17 @@
+"""The names of inputs and files that compile and load agree on."""
+
+from __future__ import annotations
+
+PAST_LENGTHS = "past_lens"
+BEGINS = "subsequence_begins"
+PAGES = "block_indices"
+PAGE_BEGINS = "block_indices_begins"
+LONGEST = "max_context_len"
+
+PLAN_FILE = "session.json"
+PAGE_TOKENS = 32
+"""Tokens in a page: what PagedAttention takes on a CPU."""
+
+
+def cache_inputs(layer: int) -> tuple[str, str]:
+    return f"key_cache.{layer}", f"value_cache.{layer}"

@@ -1,0 +1,313 @@
+"""Lowering tables: one function for each ONNX operator, from a node and its lowered inputs to OpenVINO outputs.
+
+Operators of ONNX that have no function here go through OpenVINO's ONNX frontend one node at a time (`frontend`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from transom.graph.reading import constant_of, weight_of
+from transom.graph.weights import Array, Blocked, Dense
+from transom_openvino_cpu.weights import constant, dense, rows_of
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from transom_openvino_cpu.lowering import StageWriter
+
+Node = Any
+Attributes = Mapping[str, Any]
+Lower = Callable[["StageWriter", "ir.Node", Attributes], list[Node]]
+
+TABLE: dict[str, Lower] = {}
+ELEMENT_TYPES = {
+    1: np.float32, 2: np.uint8, 3: np.int8, 5: np.int16, 6: np.int32, 7: np.int64, 9: np.bool_, 10: np.float16,
+    11: np.float64, 12: np.uint32, 13: np.uint64,
+}  # fmt: skip
+"""ONNX element types that a cast may name."""
+
+
+def lowers(*op_types: str) -> Callable[[Lower], Lower]:
+    def add(function: Lower) -> Lower:
+        TABLE.update(dict.fromkeys(op_types, function))
+        return function
+
+    return add
+
+
+def _op() -> Any:
+    from openvino import opset13
+
+    return opset13
+
+
+def ints(values: Any) -> Node:
+    return _op().constant(np.asarray(values, np.int64))
+
+
+def _floating(node: Node) -> bool:
+    return bool(node.get_element_type().is_real())
+
+
+# elementwise ----------------------------------------------------------------------------------------------------------
+_UNARY = {
+    "Abs": "absolute", "Ceil": "ceiling", "Cos": "cos", "Erf": "erf", "Exp": "exp", "Floor": "floor", "Log": "log",
+    "Neg": "negative", "Not": "logical_not", "Relu": "relu", "Sigmoid": "sigmoid", "Sign": "sign", "Sin": "sin",
+    "Softplus": "softplus", "Sqrt": "sqrt", "Tanh": "tanh",
+}  # fmt: skip
+_BINARY = {
+    "Add": "add", "And": "logical_and", "Equal": "equal", "Greater": "greater", "GreaterOrEqual": "greater_equal",
+    "Less": "less", "LessOrEqual": "less_equal", "Mul": "multiply", "Or": "logical_or", "Sub": "subtract",
+    "Xor": "logical_xor",
+}  # fmt: skip
+
+
+@lowers(*_UNARY)
+def _unary(w: StageWriter, node: ir.Node, attributes: Attributes) -> list[Node]:
+    return [getattr(_op(), _UNARY[node.op_type])(w.get(node.inputs[0]))]
+
+
+@lowers(*_BINARY)
+def _binary(w: StageWriter, node: ir.Node, attributes: Attributes) -> list[Node]:
+    return [getattr(_op(), _BINARY[node.op_type])(w.get(node.inputs[0]), w.get(node.inputs[1]))]
+
+
+@lowers("Div")
+def _div(w: StageWriter, node: ir.Node, attributes: Attributes) -> list[Node]:
+    a, b = w.get(node.inputs[0]), w.get(node.inputs[1])
+    if not _floating(a):
+        return w.through_frontend(node)  # whole numbers round towards zero
+    return [_op().divide(a, b)]
+
+
+@lowers("Reciprocal")
+def _reciprocal(w: StageWriter, node: ir.Node, attributes: Attributes) -> list[Node]:
+    return [_op().divide(_op().constant(np.float32(1)), w.get(node.inputs[0]))]
+
+
+@lowers("Identity")
+def _identity(w: StageWriter, node: ir.Node, attributes: Attributes) -> list[Node]:
+    return [w.get(node.inputs[0])]
+
+
+@lowers("Swish")
+def _swish(w: StageWriter, node: ir.Node, attributes: Attributes) -> list[Node]:
+    alpha = float(attributes.get("alpha", 1.0))
+    x = w.get(node.inputs[0])
+    return [_op().swish(x) if alpha == 1.0 else _op().swish(x, _op().constant(np.float32(alpha)))]
+
+
+@lowers("Gelu")
+def _gelu(w: StageWriter, node: ir.Node, attributes: Attributes) -> list[Node]:
+    form = "tanh" if attributes.get("approximate", "none") == "tanh" else "erf"
+    return [_op().gelu(w.get(node.inputs[0]), form)]
+
+
+@lowers("Softmax")
+def _softmax(w: StageWriter, node: ir.Node, attributes: Attributes) -> list[Node]:
+    return [_op().softmax(w.get(node.inputs[0]), int(attributes.get("axis", -1)))]
+
+
+@lowers("Where")
+def _where(w: StageWriter, node: ir.Node, attributes: Attributes) -> list[Node]:
+    return [_op().select(*(w.get(v) for v in node.inputs))]
+
+
+@lowers("Cast")
+def _cast(w: StageWriter, node: ir.Node, attributes: Attributes) -> list[Node]:
+    import openvino as ov
+
+    to = int(attributes["to"])
+    x = w.get(node.inputs[0])
+    if to == 16:
+        return [_op().convert(x, ov.Type.bf16)]
+    return [_op().convert(x, ELEMENT_TYPES[to])]
+
+
+# shapes ---------------------------------------------------------------------------------------------------------------
+@lowers("Constant")
+def _constant(w: StageWriter, node: ir.Node, attributes: Attributes) -> list[Node]:
+    array = constant_of(node.outputs[0])
+    return w.through_frontend(node) if array is None else [constant(array)]
+
+
+@lowers("Reshape")
+def _reshape(w: StageWriter, node: ir.Node, attributes: Attributes) -> list[Node]:
+    copies_zeros = not attributes.get("allowzero", 0)
+    return [_op().reshape(w.get(node.inputs[0]), w.get(node.inputs[1]), copies_zeros)]
+
+
+@lowers("Transpose")
+def _transpose(w: StageWriter, node: ir.Node, attributes: Attributes) -> list[Node]:
+    x = w.get(node.inputs[0])
+    perm = attributes.get("perm")
+    if perm is None:
+        perm = list(range(x.get_partial_shape().rank.get_length()))[::-1]
+    return [_op().transpose(x, ints(list(perm)))]
+
+
+@lowers("Unsqueeze")
+def _unsqueeze(w: StageWriter, node: ir.Node, attributes: Attributes) -> list[Node]:
+    return [_op().unsqueeze(w.get(node.inputs[0]), w.get(node.inputs[1]))]
+
+
+@lowers("Squeeze")
+def _squeeze(w: StageWriter, node: ir.Node, attributes: Attributes) -> list[Node]:
+    axes = [w.get(v) for v in node.inputs[1:] if v is not None]
+    return [_op().squeeze(w.get(node.inputs[0]), *axes)]
+
+
+@lowers("Concat")
+def _concat(w: StageWriter, node: ir.Node, attributes: Attributes) -> list[Node]:
+    return [_op().concat([w.get(v) for v in node.inputs], int(attributes["axis"]))]
+
+
+@lowers("Slice")
+def _slice(w: StageWriter, node: ir.Node, attributes: Attributes) -> list[Node]:
+    data, start, stop, *rest = (None if v is None else w.get(v) for v in node.inputs)
+    axes, steps = ([*rest, None, None])[:2]
+    if steps is None:
+        first = constant_of(node.inputs[1])
+        if first is None:
+            return w.through_frontend(node)
+        steps = ints([1] * first.size)
+    return [_op().slice(data, start, stop, steps, *([] if axes is None else [axes]))]
+
+
+@lowers("Split")
+def _split(w: StageWriter, node: ir.Node, attributes: Attributes) -> list[Node]:
+    if len(node.inputs) < 2 or node.inputs[1] is None:
+        return w.through_frontend(node)
+    axis = ints(int(attributes.get("axis", 0)))
+    return list(_op().variadic_split(w.get(node.inputs[0]), axis, w.get(node.inputs[1])).outputs())
+
+
+@lowers("Expand")
+def _expand(w: StageWriter, node: ir.Node, attributes: Attributes) -> list[Node]:
+    return [_op().broadcast(w.get(node.inputs[0]), w.get(node.inputs[1]), broadcast_spec="BIDIRECTIONAL")]
+
+
+@lowers("Shape")
+def _shape(w: StageWriter, node: ir.Node, attributes: Attributes) -> list[Node]:
+    shape = _op().shape_of(w.get(node.inputs[0]), "i64")
+    start, end = int(attributes.get("start", 0)), attributes.get("end")
+    if start or end is not None:
+        shape = _op().slice(shape, ints([start]), ints([2**31 - 1 if end is None else int(end)]), ints([1]), ints([0]))
+    return [shape]
+
+
+@lowers("Gather")
+def _gather(w: StageWriter, node: ir.Node, attributes: Attributes) -> list[Node]:
+    axis = int(attributes.get("axis", 0))
+    weight = weight_of(node.inputs[0]) if axis == 0 else None
+    ids = node.inputs[1]
+    if isinstance(weight, Blocked | Dense) and len(weight.shape) == 2 and constant_of(ids) is None:
+        indices = w.get(ids)
+        if indices.get_partial_shape().rank.get_length() == 1:
+            return [rows_of(weight, indices)]
+        found = rows_of(weight, _op().reshape(indices, ints([-1]), False))
+        shape = _op().concat([_op().shape_of(indices, "i64"), ints([weight.shape[1]])], 0)
+        return [_op().reshape(found, shape, False)]
+    return [_op().gather(w.get(node.inputs[0]), w.get(ids), ints(axis))]
+
+
+# what decoders are made of --------------------------------------------------------------------------------------------
+@lowers("MatMul")
+def _matmul(w: StageWriter, node: ir.Node, attributes: Attributes) -> list[Node]:
+    fused = w.linear(node)
+    if fused is not None:
+        return [fused]
+    return [_op().matmul(w.get(node.inputs[0]), w.get(node.inputs[1]), False, False)]
+
+
+@lowers("RMSNormalization")
+def _rms(w: StageWriter, node: ir.Node, attributes: Attributes) -> list[Node]:
+    op = _op()
+    x, scale = w.get(node.inputs[0]), w.get(node.inputs[1])
+    rank = x.get_partial_shape().rank.get_length()
+    axes = list(range(int(attributes.get("axis", -1)) % rank, rank))
+    mean = op.reduce_mean(op.multiply(x, x), ints(axes), True)
+    root = op.sqrt(op.add(mean, op.constant(np.float32(attributes.get("epsilon", 1e-5)))))
+    inverse = op.divide(op.constant(np.float32(1)), root)
+    return [op.multiply(op.multiply(x, inverse), scale)]
+
+
+@lowers("RotaryEmbedding")
+def _rotary(w: StageWriter, node: ir.Node, attributes: Attributes) -> list[Node]:
+    op = _op()
+    x, cos, sin = (w.get(v) for v in node.inputs[:3])
+    if len(node.inputs) > 3 and node.inputs[3] is not None:
+        ids = w.get(node.inputs[3])
+        cos, sin = (op.gather(t, ids, ints(0)) for t in (cos, sin))
+    flat = x.get_partial_shape().rank.get_length() == 3
+    if flat:
+        heads = int(attributes["num_heads"])
+        width = x.get_partial_shape()[2].get_length()
+        dim = width // heads
+        x = op.reshape(x, ints([0, 0, heads, dim]), True)
+    else:
+        dim = x.get_partial_shape()[3].get_length()
+    cos, sin = (op.unsqueeze(t, ints([2 if flat else 1])) for t in (cos, sin))
+    rotated = int(attributes.get("rotary_embedding_dim", 0)) or dim
+    rest = None
+    if rotated != dim:
+        x, rest = op.variadic_split(x, ints(3), ints([rotated, dim - rotated])).outputs()
+    if attributes.get("interleaved", 0):
+        order = np.arange(rotated).reshape(-1, 2).T.reshape(-1)  # neighbours apart: all firsts, then all seconds
+        x = op.gather(x, ints(order), ints(3))
+    a, b = op.split(x, ints(3), 2).outputs()
+    turned = [op.subtract(op.multiply(a, cos), op.multiply(b, sin)), op.add(op.multiply(b, cos), op.multiply(a, sin))]
+    result = op.concat(turned, 3)
+    if attributes.get("interleaved", 0):
+        result = op.gather(result, ints(np.argsort(order)), ints(3))
+    if rest is not None:
+        result = op.concat([result, rest], 3)
+    return [op.reshape(result, ints([0, 0, heads * dim]), True) if flat else result]
+
+
+@lowers("DequantizeLinear")
+def _dequantize(w: StageWriter, node: ir.Node, attributes: Attributes) -> list[Node]:
+    op = _op()
+    block, axis = int(attributes.get("block_size", 0)), int(attributes.get("axis", 1))
+    wanted = int(attributes.get("output_dtype", 0))
+    x, scale = w.get(node.inputs[0]), w.get(node.inputs[1])
+    zero = w.get(node.inputs[2]) if len(node.inputs) > 2 and node.inputs[2] is not None else None
+    kind = scale.get_element_type()
+    shape = [d.get_length() for d in x.get_partial_shape()]
+    axis %= max(len(shape), 1)
+    wide: Node = op.convert(x, np.float32)
+    spread: list[int] | None = None
+    if block:
+        wide = op.reshape(wide, ints([*shape[:axis], shape[axis] // block, block, *shape[axis + 1 :]]), False)
+        spread = [*shape[:axis], shape[axis] // block, 1, *shape[axis + 1 :]]
+    elif scale.get_partial_shape().rank.get_length() == 1 and len(shape) > 1:
+        spread = [1] * len(shape)
+        spread[axis] = -1
+
+    def fitted(node: Node) -> Node:
+        node = op.convert(node, np.float32)
+        return node if spread is None else op.reshape(node, ints(spread), False)
+
+    if zero is not None:
+        wide = op.subtract(wide, fitted(zero))
+    wide = op.multiply(wide, fitted(scale))
+    if block:
+        wide = op.reshape(wide, ints(shape), False)
+    if wanted not in (0, 1):
+        return [op.convert(wide, ELEMENT_TYPES[wanted])]
+    return [wide if wanted or kind.to_string() == "f32" else op.convert(wide, kind)]
+
+
+def initializer(value: ir.Value) -> Node:
+    """A constant of the graph as it is."""
+    weight = value.meta.get("transom.weight")
+    if isinstance(weight, Dense) and weight.dtype == "float32":
+        return dense(weight)
+    tensor = value.const_value
+    assert tensor is not None
+    array: Array = tensor.numpy()
+    return constant(array)

@@ -1,0 +1,177 @@
+"""The page allocator of the key-value cache: which sequence holds which page. It knows no engine and no tensor.
+
+A page is a number; the arrays behind it belong to whoever computes attention. Pages are shared between forked
+sequences and counted by holders; the only page that is ever written to while shared is a last one that is partly full,
+so it is copied first (copy on write). A step reserves what it needs, runs, and then commits or rolls back.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transom.contract import OutOfPages
+
+
+class PagePool:
+    """Hands out pages, lowest number first, so that memory that was touched before is used again.
+
+    Args:
+        total: pages in the pool.
+        page_tokens: tokens in a page.
+    """
+
+    def __init__(self, total: int, page_tokens: int) -> None:
+        if total < 1 or page_tokens < 1:
+            raise ValueError("a pool needs at least one page of at least one token")
+        self.total, self.page_tokens = total, page_tokens
+        self._free = list(range(total))  # a heap already
+        self._holders: dict[int, list[PageTable]] = {}
+
+    @property
+    def free(self) -> int:
+        """Pages that nobody holds."""
+        return len(self._free)
+
+    def holders(self, page: int) -> int:
+        """Sequences that hold the page."""
+        return len(self._holders.get(page, ()))
+
+    def new_table(self) -> PageTable:
+        return PageTable(self)
+
+    def reserve(self, work: Sequence[tuple[PageTable, int]]) -> Reservation:
+        """Pages for so many new tokens of each sequence. The sequences do not change before `commit`.
+
+        Raises:
+            OutOfPages: the pool is too small; nothing was taken.
+            RuntimeError: a sequence was freed.
+        """
+        plans: list[tuple[PageTable, int, bool, int]] = []
+        needed = 0
+        for table, tokens in work:
+            pages = table.pages
+            length = table.length + tokens
+            missing = -(-length // self.page_tokens) - len(pages)
+            copies = table.length % self.page_tokens != 0 and self.holders(pages[-1]) > 1
+            plans.append((table, length, copies, missing))
+            needed += missing + copies
+        if needed > len(self._free):
+            raise OutOfPages(f"this step needs {needed} cache pages and {len(self._free)} of {self.total} are free")
+        lists: list[list[int]] = []
+        copied: list[tuple[int, int]] = []
+        for table, _, copies, missing in plans:
+            pages = list(table.pages)
+            if copies:
+                fresh = heapq.heappop(self._free)
+                copied.append((pages[-1], fresh))
+                pages[-1] = fresh
+            pages += [heapq.heappop(self._free) for _ in range(missing)]
+            lists.append(pages)
+        lengths = [length for _, length, _, _ in plans]
+        return Reservation(self, [t for t, *_ in plans], lists, lengths, copied)
+
+    def _hold(self, page: int, table: PageTable) -> None:
+        self._holders.setdefault(page, []).append(table)
+
+    def _release(self, page: int, table: PageTable) -> None:
+        holders = self._holders[page]
+        holders.remove(table)
+        if not holders:
+            del self._holders[page]
+            heapq.heappush(self._free, page)
+
+    def _put_back(self, pages: Sequence[int]) -> None:
+        for page in pages:
+            heapq.heappush(self._free, page)
+
+
+class PageTable:
+    """The pages of one sequence, in order, and how many tokens of them count."""
+
+    def __init__(self, pool: PagePool) -> None:
+        self.pool = pool
+        self._pages: list[int] | None = []
+        self._length = 0
+
+    @property
+    def pages(self) -> list[int]:
+        """Raises RuntimeError when the sequence was freed."""
+        if self._pages is None:
+            raise RuntimeError("this sequence state was freed")
+        return self._pages
+
+    @property
+    def length(self) -> int:
+        return self._length
+
+    @property
+    def owned(self) -> int:
+        """Pages counted here: each page counts in the first of its holders that still lives."""
+        return sum(self.pool._holders[page][0] is self for page in self._pages or ())
+
+    def fork(self, length: int) -> PageTable:
+        """A new sequence that shares the pages of the first `length` tokens.
+
+        Raises:
+            ValueError: `length` is not within 0 … `self.length`.
+            RuntimeError: the sequence was freed.
+        """
+        pages = self._first(length, "fork")
+        twin = PageTable(self.pool)
+        twin._pages, twin._length = list(pages), length
+        for page in pages:
+            self.pool._hold(page, twin)
+        return twin
+
+    def truncate(self, length: int) -> None:
+        """Forget all but the first `length` tokens and give back the pages behind them. Raises as `fork` does."""
+        kept = self._first(length, "truncate")
+        for page in self.pages[len(kept) :]:
+            self.pool._release(page, self)
+        self._pages, self._length = list(kept), length
+
+    def free(self) -> None:
+        """Give all pages back. Doing it twice does nothing."""
+        for page in self._pages or ():
+            self.pool._release(page, self)
+        self._pages, self._length = None, 0
+
+    def _first(self, length: int, what: str) -> list[int]:
+        pages = self.pages
+        if not 0 <= length <= self._length:
+            raise ValueError(f"cannot {what} at {length}: the state holds {self._length} tokens")
+        return pages[: -(-length // self.pool.page_tokens)]
+
+
+@dataclass(frozen=True)
+class Reservation:
+    """What one step may write to. Exactly one of `commit` and `rollback` is called, once."""
+
+    pool: PagePool
+    tables: list[PageTable]
+    pages: list[list[int]]
+    """For each sequence, its pages during the step and after it."""
+    lengths: list[int]
+    """For each sequence, its tokens after the step."""
+    copies: list[tuple[int, int]]
+    """(from, to): pages to copy before the step runs."""
+
+    def commit(self) -> None:
+        """The step has run: the sequences now hold these pages and tokens."""
+        for table, pages, length in zip(self.tables, self.pages, self.lengths, strict=True):
+            before = table.pages
+            for old, new in zip(before, pages, strict=False):
+                if old != new:
+                    self.pool._release(old, table)
+                    self.pool._hold(new, table)
+            for page in pages[len(before) :]:
+                self.pool._hold(page, table)
+            table._pages, table._length = pages, length
+
+    def rollback(self) -> None:
+        """The step has failed: the pages go back, the sequences are as they were."""
+        for table, pages in zip(self.tables, self.pages, strict=True):
+            before = set(table.pages)
+            self.pool._put_back([page for page in pages if page not in before])

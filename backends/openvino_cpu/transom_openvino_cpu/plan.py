@@ -1,0 +1,44 @@
+"""What compile leaves for load beside the compiled stages: a small JSON file."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from transom.signature import Decoder
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One compiled stage."""
+
+    name: str
+    file: str
+    outputs: tuple[str, ...]
+    config: dict[str, str]
+    """Properties to compile with, and to pass again when the file is read: it forgets some of them."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to run an artifact."""
+
+    stages: tuple[StagePlan, ...]
+    inputs: tuple[str, ...]
+    """Of the graph; `run` takes exactly these."""
+    outputs: tuple[str, ...]
+    decoder: Decoder | None
+    paged: bool
+
+    def to_json(self) -> str:
+        raw = asdict(self)
+        raw["decoder"] = None if self.decoder is None else self.decoder.to_json()
+        return json.dumps(raw, sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        raw: dict[str, Any] = json.loads(text)
+        stages = tuple(StagePlan(s["name"], s["file"], tuple(s["outputs"]), dict(s["config"])) for s in raw["stages"])
+        decoder = None if raw["decoder"] is None else Decoder.from_json(raw["decoder"])
+        return cls(stages, tuple(raw["inputs"]), tuple(raw["outputs"]), decoder, bool(raw["paged"]))

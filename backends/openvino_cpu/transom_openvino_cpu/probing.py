@@ -1,0 +1,81 @@
+"""What the backend says of each device, from the host's records alone: no SDK is imported and nothing is detected."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import platform
+
+from transom.contract import Device, Offer, Refusal
+
+OLDEST = (2026, 4)
+"""The first release whose PagedAttention has the form that `attention` writes."""
+INSTALL = "pip install 'transom[openvino]'"
+
+
+@functools.cache
+def installed() -> str | None:
+    """The version of the installed openvino package, `"2026.4.1"`, or None."""
+    try:
+        return importlib.metadata.version("openvino")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def isa(device: Device) -> str:
+    """The class of instructions that compiled code depends on: part of an artifact's requirements."""
+    for name, needed in (
+        ("amx", {"amx_bf16"}),
+        ("avx512_bf16", {"avx512_bf16"}),
+        ("avx512_vnni", {"avx512_vnni"}),
+        ("avx512", {"avx512f", "avx512bw"}),
+        ("avx_vnni", {"avx_vnni"}),
+        ("avx2", {"avx2"}),
+    ):
+        if needed <= device.features:
+            return name
+    return "generic"
+
+
+def answer(device: Device) -> Offer | Refusal:
+    """Yes or no for one device."""
+    if device.kind != "cpu":
+        what = "a device that is only compiled for" if device.kind == "remote" else f"a device of kind {device.kind}"
+        return Refusal(device.id, "wrong_device", f"runs on the CPU only; {device.id} is {what}", "Use device='cpu'")
+    version = installed()
+    if version is None:
+        return Refusal(device.id, "missing_dep", "the package openvino is not installed", INSTALL)
+    if _numbers(version) < OLDEST:
+        wanted = ".".join(map(str, OLDEST))
+        return Refusal(
+            device.id, "too_old", f"openvino {version} is installed and {wanted} or newer is needed", f"{INSTALL} -U"
+        )
+    if device.arch not in ("x86_64", "aarch64", "arm64"):
+        return Refusal(device.id, "missing_feature", f"openvino has no kernels for {device.arch}")
+    if device.arch != "x86_64":
+        # Runs by OpenVINO's own account; nothing here has been measured on it.
+        return Offer(device.id, "generic", f"{device.arch}, OpenVINO {version}")
+    kind = isa(device)
+    if kind == "generic":
+        return Offer(device.id, "generic", f"x86-64 without AVX2 (slow), OpenVINO {version}")
+    return Offer(device.id, "native", f"x86-64 with {kind}, OpenVINO {version}")
+
+
+def requirements(device: Device) -> dict[str, str]:
+    """What an artifact compiled here needs: everything that `verdict` compares."""
+    return {
+        "format": FORMAT,
+        "openvino": installed() or "none",
+        "arch": device.arch,
+        "isa": isa(device),
+        "system": platform.system(),
+    }
+
+
+FORMAT = "1"
+"""Of the files that this backend writes."""
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    parts = version.split(".")[:2]
+    return tuple(int(p) if p.isdigit() else 0 for p in parts)

@@ -1,0 +1,222 @@
+"""A contract session whose key-value cache lives in pages that we own; attention over them is the engine's."""
+
+from __future__ import annotations
+
+import mmap
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from transom.contract import Limits, Tensor, Work
+from transom.errors import EngineError
+from transom.sessions import check_step
+from transom_openvino_cpu import names
+from transom_openvino_cpu.engine import Engine
+from transom_openvino_cpu.pages import PagePool, PageTable
+from transom_openvino_cpu.plan import Plan
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+MAX_SEQUENCES = 256
+MAX_TOKENS = 1024
+"""New tokens in one step. Longer chunks are not faster here, and their activations take memory."""
+_CONTAINERS: dict[int, Any] = {1: np.uint8, 2: np.uint16, 4: np.float32}
+
+
+class PageArrays:
+    """The memory behind the pages of every layer: reserved at once, taken from the system as pages are written to."""
+
+    def __init__(self, plan: Plan, pages: int, element_bytes: int) -> None:
+        assert plan.decoder is not None
+        self.arrays: dict[str, Array] = {}
+        container = np.dtype(_CONTAINERS[element_bytes])
+        for i, layer in enumerate(plan.decoder.layers):
+            for name, dim in zip(names.cache_inputs(i), (layer.head_dim, layer.value_dim), strict=True):
+                shape = (pages, layer.kv_heads, names.PAGE_TOKENS, dim)
+                memory = mmap.mmap(-1, int(np.prod(shape)) * container.itemsize)
+                self.arrays[name] = np.frombuffer(memory, container).reshape(shape)
+
+    def copy(self, source: int, target: int) -> None:
+        for array in self.arrays.values():
+            array[target] = array[source]
+
+
+class PagedState:
+    """The cache of one sequence, as the contract wants it."""
+
+    def __init__(self, table: PageTable, page_bytes: int) -> None:
+        self.table, self._page_bytes = table, page_bytes
+
+    @property
+    def length(self) -> int:
+        return self.table.length
+
+    @property
+    def nbytes(self) -> int:
+        return self.table.owned * self._page_bytes
+
+    def fork(self, length: int) -> PagedState:
+        return PagedState(self.table.fork(length), self._page_bytes)
+
+    def truncate(self, length: int) -> None:
+        self.table.truncate(length)
+
+    def free(self) -> None:
+        self.table.free()
+
+
+class PagedSession:
+    """Ragged steps over a paged cache.
+
+    Args:
+        context: tokens one state may hold.
+        pages: pages in the pool, for all sequences together.
+    """
+
+    def __init__(self, engine: Engine, plan: Plan, *, context: int, pages: int) -> None:
+        assert plan.decoder is not None
+        self._engine, self._decoder = engine, plan.decoder
+        element_bytes = engine.cache_element_bytes()
+        self._page_bytes = self._decoder.cache_bytes(names.PAGE_TOKENS, element_bytes)
+        self._pool = PagePool(pages, names.PAGE_TOKENS)
+        self._arrays = PageArrays(plan, pages, element_bytes)
+        self._limits = Limits(MAX_SEQUENCES, MAX_TOKENS, context, names.PAGE_TOKENS)
+        self._closed = False
+        engine.bind_caches(self._arrays.arrays)
+        self._failed: EngineError | None = None
+        self._warming = threading.Thread(target=self._warm_up, name="transom-openvino-warm-up")
+        self._warming.start()
+
+    def _warm_up(self) -> None:
+        """One token into a page that nobody holds: the engine repacks its weights while the host does other things."""
+        zero = np.zeros(1, np.int64)
+        try:
+            self._engine.run(self._arguments([zero], [0], [[0]], zero), ())
+        except EngineError as e:
+            self._failed = e  # raised by the first step
+        self._engine.drop_read_pages()
+
+    @property
+    def limits(self) -> Limits:
+        return self._limits
+
+    def pages(self) -> tuple[int, int]:
+        return (self._pool.total, self._pool.free)
+
+    def new_state(self) -> PagedState:
+        self._need_open()
+        return PagedState(self._pool.new_table(), self._page_bytes)
+
+    def step(self, work: Sequence[Work]) -> Sequence[Tensor | tuple[Tensor, Tensor] | None]:
+        self._need_open()
+        states = [self._own(w) for w in work]
+        check_step(work, self._limits, self._decoder.vocabulary)
+        if not work:
+            return []
+        self._warming.join()
+        if self._failed is not None:
+            raise self._failed
+        tokens = [np.asarray(w.tokens, np.int64) for w in work]
+        counts = [len(t) for t in tokens]
+        rows = _logit_rows(work, counts)
+        past = [state.length for state in states]
+        reservation = self._pool.reserve([(s.table, n) for s, n in zip(states, counts, strict=True)])
+        try:
+            for source, target in reservation.copies:
+                self._arrays.copy(source, target)
+            outputs = self._engine.run(self._arguments(tokens, past, reservation.pages, rows), ("logits",))
+            results = split(outputs["logits"], work, counts)
+        except BaseException:  # whatever it is, KeyboardInterrupt too, the states stay as they were
+            reservation.rollback()
+            raise
+        reservation.commit()
+        return results
+
+    def _own(self, work: Work) -> PagedState:
+        state = work.state
+        if not isinstance(state, PagedState) or state.table.pool is not self._pool:
+            raise ValueError("this sequence state belongs to another session")
+        state.table.pages  # noqa: B018  a freed state raises here, before anything runs
+        return state
+
+    def _arguments(
+        self, tokens: Sequence[Array], past: Sequence[int], pages: Sequence[Sequence[int]], rows: Array
+    ) -> dict[str, Array]:
+        counts = np.array([len(t) for t in tokens], np.int32)
+        lengths = np.array(past, np.int32)
+        return {
+            "input_ids": np.concatenate(tokens),
+            "positions": np.concatenate([p + np.arange(n, dtype=np.int64) for p, n in zip(past, counts, strict=True)]),
+            "logit_rows": rows,
+            names.PAST_LENGTHS: lengths,
+            names.BEGINS: _begins(counts),
+            names.PAGES: np.concatenate([np.asarray(p, np.int32) for p in pages]),
+            names.PAGE_BEGINS: _begins([len(p) for p in pages]),
+            names.LONGEST: np.array((lengths + counts).max(), np.int32),
+        }
+
+    def run(self, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        self._need_open()
+        raise RuntimeError("this session keeps the cache of its decoder itself; call step()")
+
+    def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self._warming.join()
+            self._engine.close()
+
+    def _need_open(self) -> None:
+        if self._closed:
+            raise RuntimeError("this session is closed")
+
+
+def _begins(counts: Sequence[int] | Array) -> Array:
+    """Where each part starts, and where the last ends: int32 [parts + 1]."""
+    begins = np.zeros(len(counts) + 1, np.int32)
+    np.cumsum(counts, out=begins[1:])
+    return begins
+
+
+def _logit_rows(work: Sequence[Work], counts: Sequence[int]) -> Array:
+    rows: list[Array] = []
+    start = 0
+    for w, count in zip(work, counts, strict=True):
+        first = {"none": count, "last": count - 1, "all": 0}[w.logits]
+        rows.append(np.arange(start + first, start + count, dtype=np.int64))
+        start += count
+    return np.concatenate(rows)
+
+
+def split(logits: Array, work: Sequence[Work], counts: Sequence[int]) -> list[Tensor | tuple[Tensor, Tensor] | None]:
+    """Rows of the step's logits [rows, vocabulary], as each work asked for them; copies, so that nothing aliases."""
+    results: list[Tensor | tuple[Tensor, Tensor] | None] = []
+    at = 0
+    for w, count in zip(work, counts, strict=True):
+        rows = {"none": 0, "last": 1, "all": count}[w.logits]
+        part = logits[at : at + rows]
+        at += rows
+        if w.logits == "none":
+            results.append(None)
+            continue
+        part = part[0] if w.logits == "last" else part
+        results.append(best(part, w.top_k) if w.top_k else np.array(part, np.float32))
+    return results
+
+
+def best(logits: Array, count: int) -> tuple[Array, Array]:
+    """The `count` largest of the last axis, best first, ties by lower id: (int64 ids, float32 values).
+
+    A partial selection: sorting all of a large vocabulary takes longer than computing it.
+    """
+    flat = logits.reshape(-1, logits.shape[-1])
+    ids = np.empty((len(flat), count), np.int64)
+    for row, out in zip(flat, ids, strict=True):
+        least = np.partition(row, len(row) - count)[len(row) - count]
+        candidates = np.flatnonzero(row >= least)
+        if len(candidates) < count:  # NaN is no number to compare with: order all of it, NaN last
+            candidates = np.arange(len(row))
+        out[:] = candidates[np.argsort(-row[candidates], kind="stable")[:count]]
+    ids = ids.reshape(*logits.shape[:-1], count)
+    return ids, np.take_along_axis(logits, ids, -1).astype(np.float32)

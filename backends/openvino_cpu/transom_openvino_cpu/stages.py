@@ -1,0 +1,108 @@
+"""Cutting a decoder into stages that run one after another, each with its own precision.
+
+bfloat16 between operators is fine for a decoder's layers and wrong at its two ends: a position times a frequency needs
+more than 8 bits (at position 300 the angle would be off by a radian), and logits near 30 would be rounded to eighths.
+So with a narrow hint the rotary tables are a stage of their own in front, the vocabulary matrix one behind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from transom.graph.weights import Blocked
+from transom_openvino_cpu.claims import linear_weight
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from transom.graph import Graph
+    from transom_openvino_cpu.precision import Hint, Precision
+
+Name = Literal["tables", "body", "head"]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """One stage: some nodes of the graph, in order."""
+
+    name: Name
+    hint: Hint
+    nodes: Sequence[ir.Node]
+
+
+def cut(graph: Graph, precision: Precision) -> list[Cut]:
+    """The stages of a graph; one where nothing is to be gained."""
+    nodes = list(graph.nodes())
+    if precision.hint == "f32" or graph.decoder is None:
+        return [Cut("body", precision.hint, nodes)]
+    tables = _tables(graph, nodes)
+    head = _head(graph, nodes)
+    body = [n for n in nodes if id(n) not in tables and id(n) not in head]
+    in_front = [n for n in nodes if id(n) in tables]
+    behind = [n for n in nodes if id(n) in head]
+    # Plain matrices would be unpacked to float32 under a float32 hint; under a narrow one they give float32 all the
+    # same, since no rounding follows the product.
+    matrices = [w for n in behind if (w := linear_weight(n)) is not None]
+    wide = all(isinstance(w, Blocked) for w in matrices)
+    stages = [Cut("tables", "f32", in_front), Cut("body", precision.hint, body)]
+    stages.append(Cut("head", "f32" if wide else precision.hint, behind))
+    return [s for s in stages if s.nodes]
+
+
+def _inputs(graph: Graph, *names: str) -> set[int]:
+    return {id(v) for v in graph.model.graph.inputs if v.name in names}
+
+
+def _tables(graph: Graph, nodes: Iterable[ir.Node]) -> set[int]:
+    """Sines and cosines of positions, what leads to them, and what only they lead to."""
+    positions = _inputs(graph, "positions")
+    from_positions: dict[int, ir.Node] = {}
+    values = set(positions)
+    for node in nodes:
+        computed = [v for v in node.inputs if v is not None and not _fixed(v)]
+        if computed and all(id(v) in values for v in computed):
+            from_positions[id(node)] = node
+            values |= {id(v) for v in node.outputs}
+    chosen: set[int] = set()
+    waves: set[int] = set()
+    for node in from_positions.values():
+        sources = [v.producer() for v in node.inputs if v is not None]
+        if node.op_type in ("Sin", "Cos") or any(id(p) in waves for p in sources if p is not None):
+            waves.add(id(node))
+            chosen.add(id(node))
+            stack = [p for p in sources if p is not None]
+            while stack:
+                parent = stack.pop()
+                if id(parent) in from_positions and id(parent) not in chosen:
+                    chosen.add(id(parent))
+                    stack += [p for v in parent.inputs if v is not None and (p := v.producer()) is not None]
+    return chosen
+
+
+def _head(graph: Graph, nodes: Iterable[ir.Node]) -> set[int]:
+    """What follows the choice of the rows whose logits were asked for."""
+    rows = _inputs(graph, "logit_rows")
+    after: set[int] = set()
+    chosen: set[int] = set()
+    for node in nodes:
+        read = [v for v in node.inputs if v is not None]
+        if node.op_type == "Gather" and any(id(v) in rows for v in read):
+            after |= {id(v) for v in node.outputs}
+        elif any(id(v) in after for v in read):
+            chosen.add(id(node))
+            after |= {id(v) for v in node.outputs}
+        elif any(id(v) in rows for v in read):
+            return set()  # rows are chosen in a way that is not known here
+    return chosen
+
+
+def _fixed(value: ir.Value) -> bool:
+    """Whether the value is an initializer or computed from initializers alone."""
+    if value.const_value is not None:
+        return True
+    node = value.producer()
+    if node is None:
+        return False
+    return node.op_type == "Constant" or (bool(node.inputs) and all(v is None or _fixed(v) for v in node.inputs))

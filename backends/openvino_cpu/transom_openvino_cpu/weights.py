@@ -1,0 +1,188 @@
+"""Weights as OpenVINO constants: quantised blocks stay packed, and the engine unpacks them inside its matrix product.
+
+The forms below are the ones that the CPU plug-in recognises as compressed weights; any other chain of operators would
+be folded into float32 at compile time, four to eight times as large.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from transom.graph.weights import Array, Blocked, BlockedArrays, Dense, Weight, dequantize
+from transom_openvino_cpu.precision import Form
+
+Node = Any
+"""An `openvino.Node` or `openvino.Output`."""
+
+
+def constant(array: Array) -> Node:
+    """Any NumPy array, bfloat16 and 4-bit types included."""
+    import openvino as ov
+    from openvino import opset13 as op
+
+    name = array.dtype.name
+    if name == "bfloat16":
+        tensor = ov.Tensor(ov.Type.bf16, ov.Shape(list(array.shape)))
+        tensor.data.view(np.uint16)[...] = np.asarray(array, order="C").view(np.uint16)
+        return op.constant(tensor)
+    if name in ("int4", "uint4"):
+        return _packed(array.astype(np.int8 if name == "int4" else np.uint8), signed=name == "int4")
+    return op.constant(np.asarray(array, order="C"))
+
+
+def _packed(values: Array, *, signed: bool = False) -> Node:
+    """4-bit numbers, two in a byte, the first in the low half."""
+    import openvino as ov
+    from openvino import opset13 as op
+
+    tensor = ov.Tensor(ov.Type.i4 if signed else ov.Type.u4, ov.Shape(list(values.shape)))
+    flat = values.reshape(-1).view(np.uint8) & 15
+    if flat.size % 2:
+        flat = np.append(flat, np.uint8(0))
+    tensor.data.reshape(-1)[:] = flat[0::2] | flat[1::2] << 4
+    return op.constant(tensor)
+
+
+def matrix(weight: Weight, form: Form, *, exact: bool) -> Node:
+    """A weight [rows, columns] as a float32 node for `MatMul(x, ·, transpose_b=True)`.
+
+    Args:
+        exact: scales and minimums in float32; else float16, where they came as float16, which is smaller.
+    """
+    if isinstance(weight, Dense):
+        return _requantised(weight, form.group) if form.kind == "int8" else dense(weight)
+    if form.kind == "int8":
+        return _requantised(weight, form.group)
+    return _blocks(weight, exact=exact)
+
+
+def dense(weight: Dense) -> Node:
+    """A plain tensor as a float32 node; narrower ones are stored as they are."""
+    from openvino import opset13 as op
+
+    node = constant(weight.load())
+    return node if weight.dtype == "float32" else op.convert(node, np.float32)
+
+
+def _requantised(weight: Weight, group: int) -> Node:
+    """int8 in groups along the columns, symmetric."""
+    from openvino import opset13 as op
+
+    wide = dequantize(weight)
+    rows, columns = wide.shape
+    wide = wide.reshape(rows, columns // group, group)
+    scales = np.abs(wide).max(-1, keepdims=True) / 127
+    scales = np.maximum(scales, np.finfo(np.float16).tiny).astype(np.float16)
+    quants = np.clip(np.rint(wide / scales.astype(np.float32)), -127, 127).astype(np.int8)
+    scaled = op.multiply(op.convert(op.constant(quants), np.float16), op.constant(scales))
+    return op.convert(_flat(scaled, rows, columns), np.float32)
+
+
+def _flat(node: Node, rows: int, columns: int) -> Node:
+    from openvino import opset13 as op
+
+    return op.reshape(node, op.constant(np.array([rows, columns], np.int64)), False)
+
+
+def _blocks(weight: Blocked, *, exact: bool) -> Node:
+    """Stored blocks as they are: (quants - zero point) * scale, a minimum written as a fractional zero point."""
+    from openvino import opset13 as op
+
+    parts = without_flat_blocks(weight.load())
+    rows, columns = weight.shape
+    wide: Any = np.float32 if exact or weight.scale_dtype == "float32" or _large_zeros(parts) else np.float16
+    quants, zeros = _quants_and_zeros(weight, parts, wide)
+    node = op.convert(quants, wide)
+    if zeros is not None:
+        node = op.subtract(node, zeros)
+    node = op.multiply(node, op.constant(parts.scales[..., None].astype(wide)))
+    node = _flat(node, rows, columns)
+    return node if wide is np.float32 else op.convert(node, np.float32)
+
+
+def _quants_and_zeros(weight: Blocked, parts: BlockedArrays, wide: Any) -> tuple[Node, Node | None]:
+    from openvino import opset13 as op
+
+    rows, columns = weight.shape
+    quants = parts.quants.reshape(rows, columns // weight.block, weight.block)
+    four = weight.dtype in ("int4", "uint4")
+    if parts.minimums is not None:
+        offset = fractional_zero_points(parts)
+        if four:  # signed ones move up by 8, exactly, and their zero point with them
+            shift = 8 if weight.dtype == "int4" else 0
+            return _packed((quants.astype(np.int16) + shift).astype(np.uint8)), op.constant(
+                (offset + shift).astype(wide)
+            )
+        shift = 128 if weight.dtype == "int8" else 0
+        stored = (quants.astype(np.int16) + shift).astype(np.uint8)
+        return op.constant(stored), op.constant((offset + shift).astype(wide))
+    zeros = None if parts.zero_points is None else parts.zero_points[..., None]
+    if weight.dtype == "int8" and zeros is None:
+        return op.constant(np.ascontiguousarray(quants.astype(np.int8))), None
+    shift = {"int4": 8, "int8": 128}.get(weight.dtype, 0)
+    if zeros is None:
+        zeros = np.zeros((rows, columns // weight.block, 1), np.int16)
+    stored = (quants.astype(np.int16) + shift).astype(np.uint8)
+    points = (zeros.astype(np.int16) + shift).astype(np.uint8)
+    pack = _packed if four else op.constant
+    return pack(stored), op.convert(pack(points), wide)
+
+
+def without_flat_blocks(parts: BlockedArrays) -> BlockedArrays:
+    """The same numbers, with no scale of 0 beside a minimum: such a block is written as minimum * (0 - -1)."""
+    if parts.minimums is None:
+        return parts
+    flat = parts.scales == 0
+    if not flat.any():
+        return parts
+    block = parts.quants.shape[1] // parts.scales.shape[1]
+    zeros = np.zeros(parts.scales.shape, np.int16) if parts.zero_points is None else parts.zero_points.astype(np.int16)
+    return BlockedArrays(
+        np.where(np.repeat(flat, block, 1), parts.quants.dtype.type(0), parts.quants),
+        np.where(flat, parts.minimums, parts.scales),
+        parts.minimums,
+        np.where(flat, 0, zeros),
+    )
+
+
+def fractional_zero_points(parts: BlockedArrays) -> Array:
+    """float32 [rows, blocks, 1]: z such that scale * (q - z) is scale * (q - zero point) + minimum."""
+    assert parts.minimums is not None
+    scales = parts.scales.astype(np.float32)
+    zeros: Array = -parts.minimums.astype(np.float32) / np.where(scales == 0, np.float32(1), scales)
+    if parts.zero_points is not None:
+        zeros = zeros + parts.zero_points.astype(np.float32)
+    return zeros[..., None]
+
+
+def _large_zeros(parts: BlockedArrays) -> bool:
+    """Whether a fractional zero point lies beyond what float16 holds."""
+    return parts.minimums is not None and bool(np.abs(fractional_zero_points(parts)).max(initial=0) > 6e4)
+
+
+def rows_of(weight: Weight, ids: Node) -> Node:
+    """Rows `ids` [n] of an embedding table, float32 [n, columns]; only these rows are unpacked."""
+    from openvino import opset13 as op
+
+    zero = op.constant(np.int64(0))
+    if isinstance(weight, Dense):
+        found = op.gather(constant(weight.load()), ids, zero)
+        return found if weight.dtype == "float32" else op.convert(found, np.float32)
+    parts = weight.load()
+    rows, columns = weight.shape
+    blocks = (rows, columns // weight.block)
+    stored = np.int8 if weight.dtype in ("int4", "int8") else np.uint8
+    quants = parts.quants.astype(stored).reshape(*blocks, weight.block)
+
+    def picked(array: Array) -> Node:
+        return op.convert(op.gather(constant(array.reshape(*blocks, -1)), ids, zero), np.float32)
+
+    node = picked(quants)
+    if parts.zero_points is not None:
+        node = op.subtract(node, picked(parts.zero_points))
+    node = op.multiply(node, picked(parts.scales))
+    if parts.minimums is not None:
+        node = op.add(node, picked(parts.minimums))
+    return op.reshape(node, op.constant(np.array([-1, columns], np.int64)), False)

@@ -1,0 +1,129 @@
+"""The parts that decoders share: embedding, attention input and output, gated feed-forward layer, output matrix.
+
+Modules carry Hugging Face's names. Each function writes nodes and returns the new hidden state, [tokens, hidden].
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import onnx_ir as ir
+
+from transom.errors import SourceError
+from transom.graph import DecoderBuilder, Weight
+from transom.models.family import Config
+from transom.models.rope import Rope
+from transom.models.tensors import Tensors
+from transom.models.values import Values
+
+if TYPE_CHECKING:
+    from transom.graph import Graph
+
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
+
+
+def activation(values: Values, key: str) -> str:
+    """The activation that a config.json names, as `activate` takes it.
+
+    Raises:
+        SourceError: one that is not known.
+    """
+    return ACTIVATIONS[values.one_of(key, tuple(ACTIVATIONS))]
+
+
+def activate(b: DecoderBuilder, x: ir.Value, kind: str) -> ir.Value:
+    """x through an activation: `silu`, `gelu` or `gelu_tanh`."""
+    if kind == "silu":
+        return b.op("Swish", x, name="mlp.activation")
+    return b.op("Gelu", x, approximate="tanh" if kind == "gelu_tanh" else "none", name="mlp.activation")
+
+
+def embed(b: DecoderBuilder, config: Config, tensors: Tensors, *, scale: float = 1.0) -> ir.Value:
+    """Rows of the embedding table for the new tokens, times `scale`."""
+    x = b.embedding(tensors("model.embed_tokens.weight", config.vocabulary, config.hidden))
+    return x if scale == 1.0 else b.op("Mul", x, b.constant(float(scale)), name="embedding.scaled")
+
+
+def norm(
+    b: DecoderBuilder, x: ir.Value, config: Config, tensors: Tensors, name: str, *, offset: float = 0.0
+) -> ir.Value:
+    """RMS normalisation by the module `name`."""
+    short = name.rpartition(".")[2]
+    return b.rms_norm(x, tensors(f"{name}.weight", config.hidden), config.epsilon, short, offset=offset)
+
+
+def head_norm(
+    b: DecoderBuilder, x: ir.Value, heads: int, config: Config, scale: Weight, name: str, *, offset: float = 0.0
+) -> ir.Value:
+    """RMS normalisation of each head of [tokens, heads * head_dim] by itself."""
+    split = b.op("Reshape", x, b.constant([0, heads, config.head_dim]), name=f"{name}.heads")
+    normed = b.rms_norm(split, scale, config.epsilon, name, offset=offset)
+    return b.op("Reshape", normed, b.constant([0, heads * config.head_dim]), name=f"{name}.flat")
+
+
+def rotate(b: DecoderBuilder, x: ir.Value, heads: int, config: Config, rope: Rope, name: str) -> ir.Value:
+    """x with its heads turned by the positions of their tokens."""
+    tables = b.rotary_tables(b.positions, rope.frequencies, factor=rope.factor)
+    partial = rope.rotated if rope.rotated != config.head_dim else 0
+    return b.rotate(x, tables, heads, name, rotated=partial)
+
+
+def linear(
+    b: DecoderBuilder,
+    x: ir.Value,
+    tensors: Tensors,
+    module: str,
+    out: int,
+    into: int,
+    name: str,
+    *,
+    bias: bool = False,
+) -> ir.Value:
+    """x @ weightᵀ + bias by a module of the checkpoint; weight [out, into]."""
+    weight = tensors(f"{module}.weight", out, into)
+    return b.linear(x, weight, name, tensors(f"{module}.bias", out) if bias else None)
+
+
+def gated_mlp(
+    b: DecoderBuilder, x: ir.Value, config: Config, tensors: Tensors, prefix: str, kind: str, *, bias: bool = False
+) -> ir.Value:
+    """down(activation(gate(x)) * up(x))."""
+    inner, hidden = config.intermediate, config.hidden
+    gate = linear(b, x, tensors, f"{prefix}.gate_proj", inner, hidden, "mlp.gate", bias=bias)
+    up = linear(b, x, tensors, f"{prefix}.up_proj", inner, hidden, "mlp.up", bias=bias)
+    gated = b.op("Mul", activate(b, gate, kind), up, name="mlp.gated")
+    return linear(b, gated, tensors, f"{prefix}.down_proj", hidden, inner, "mlp.down", bias=bias)
+
+
+def add(b: DecoderBuilder, residual: ir.Value, x: ir.Value, name: str) -> ir.Value:
+    """residual + x."""
+    return b.op("Add", residual, x, name=name)
+
+
+def finish(
+    b: DecoderBuilder, x: ir.Value, config: Config, tensors: Tensors, *, offset: float = 0.0, softcap: float = 0.0
+) -> Graph:
+    """Final normalisation, output matrix, soft cap (c * tanh(x / c)); the finished graph."""
+    x = b.rms_norm(
+        b.rows_for_logits(x), tensors("model.norm.weight", config.hidden), config.epsilon, "final_norm", offset=offset
+    )
+    name = "model.embed_tokens.weight" if config.tied else "lm_head.weight"
+    if config.tied and tensors.has("lm_head.weight"):
+        tensors.mark_used("lm_head.weight")  # a copy that some files carry
+    logits = b.linear(x, tensors(name, config.vocabulary, config.hidden), "lm_head")
+    if tensors.has("lm_head.bias"):
+        raise SourceError(
+            f"The output matrix in {tensors.checkpoint.where} has a bias (lm_head.bias), which this family lacks",
+            "Try the mobius source (pip install 'transom[families]'), or export the model to ONNX and load that",
+        )
+    if softcap:
+        cap = b.constant(float(softcap))
+        logits = b.op("Mul", b.op("Tanh", b.op("Div", logits, cap, name="softcap.in"), name="softcap"), cap)
+    return b.finish_decoder(logits, weights_hash=tensors.weights_hash, notes=config.rope.notes)

@@ -1,0 +1,134 @@
+"""Reading a model's settings (config.json, GGUF metadata) with checks: what is wrong is named, nothing is guessed.
+
+A value that the reader cannot honour is an error, because a model that runs with a setting ignored gives wrong text.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from transom.errors import SourceError
+
+_REQUIRED: Any = object()
+LARGEST = 1 << 31
+"""No size in a decoder's configuration is larger than this."""
+
+
+class Values:
+    """Settings by name; `null` counts as absent.
+
+    Args:
+        data: the settings, as JSON or GGUF gives them.
+        where: the file they come from, for messages.
+        prefix: put before each key, `"llama."` for GGUF.
+    """
+
+    def __init__(self, data: Mapping[str, Any], where: str, prefix: str = "") -> None:
+        self.data, self.where, self.prefix = data, where, prefix
+
+    def with_defaults(self, defaults: Mapping[str, Any]) -> Values:
+        """The same settings over a family's defaults; a key that is said to be `null` stays absent."""
+        return Values({**defaults, **self.data}, self.where, self.prefix)
+
+    def get(self, key: str) -> Any:
+        """The raw value, or None."""
+        return self.data.get(self.prefix + key)
+
+    def has(self, key: str) -> bool:
+        return self.get(key) is not None
+
+    def whole(self, key: str, default: int | None = _REQUIRED, *, low: int = 1, high: int = LARGEST) -> Any:
+        """A whole number in low … high. A `default` of None makes the setting optional.
+
+        Raises:
+            SourceError: missing without a default, of another type, or out of range.
+        """
+        value = self._value(key, default)
+        if value is default and not self.has(key):
+            return default
+        if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value):
+            raise self.wrong(key, "a whole number")
+        if not low <= value <= high:
+            raise self.wrong(key, f"between {low} and {high}")
+        return int(value)
+
+    def number(
+        self, key: str, default: float | None = _REQUIRED, *, low: float = -math.inf, high: float = math.inf
+    ) -> Any:
+        """A finite number in low … high; as `whole`."""
+        value = self._value(key, default)
+        if value is default and not self.has(key):
+            return default
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise self.wrong(key, "a finite number")
+        if not low <= value <= high:
+            raise self.wrong(key, f"between {low:g} and {high:g}")
+        return float(value)
+
+    def flag(self, key: str, default: bool = _REQUIRED) -> bool:
+        """true or false."""
+        value = self._value(key, default)
+        if not isinstance(value, bool):
+            raise self.wrong(key, "true or false")
+        return value
+
+    def numbers(self, key: str, count: int) -> list[float] | None:
+        """A list of `count` finite numbers, or None where absent."""
+        value = self.get(key)
+        if value is None:
+            return None
+        if not isinstance(value, list | tuple) or len(value) != count:
+            raise self.wrong(key, f"a list of {count} numbers")
+        if any(isinstance(v, bool) or not isinstance(v, int | float) or not math.isfinite(v) for v in value):
+            raise self.wrong(key, f"a list of {count} finite numbers")
+        return [float(v) for v in value]
+
+    def one_of(self, key: str, allowed: tuple[Any, ...], default: Any = _REQUIRED) -> Any:
+        """A value out of a few. Everything else is refused by name, never ignored."""
+        value = self._value(key, default)
+        if value not in allowed:
+            names = ", ".join(repr(a) for a in allowed)
+            raise self.unsupported(key, f"Transom knows {names} here")
+        return value
+
+    def inner(self, key: str) -> Values | None:
+        """A nested table of settings, or None where absent."""
+        value = self.get(key)
+        if value is None:
+            return None
+        if not isinstance(value, Mapping):
+            raise self.wrong(key, "a table of settings")
+        return Values(value, f"{key} of {self.where}")
+
+    def wrong(self, key: str, wanted: str) -> SourceError:
+        """The error for a value that cannot be right."""
+        return SourceError(
+            f"{self.prefix}{key} in {self.where} is {_short(self.get(key))}, not {wanted}",
+            "The file is damaged or was edited by hand: get it again",
+        )
+
+    def unsupported(self, key: str, why: str = "") -> SourceError:
+        """The error for a value that may be right but that no code here honours."""
+        return SourceError(
+            f"{self.prefix}{key} in {self.where} is {_short(self.get(key))}, which this family does not support"
+            + (f" ({why})" if why else ""),
+            "Try the mobius source (pip install 'transom[families]'), or export the model to ONNX and load that",
+        )
+
+    def _value(self, key: str, default: Any) -> Any:
+        value = self.get(key)
+        if value is not None:
+            return value
+        if default is _REQUIRED:
+            raise SourceError(
+                f"{self.where} does not say {self.prefix}{key}, which this family needs",
+                "The file is incomplete: get it again",
+            )
+        return default
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "…"

@@ -1,0 +1,166 @@
+"""What callers pass as a prompt, turned into token ids and checked, before anything is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from transom.errors import ContextExceeded, OptionError, nearest
+
+if TYPE_CHECKING:
+    from transom.text import ChatTemplate, Tokenizer
+
+ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
+
+Prompt = str | bytes | Sequence[int]
+"""Text, UTF-8 bytes, or token ids (a list, tuple or one-dimensional integer array)."""
+
+
+def prompt_ids(prompt: Prompt, tokenizer: Tokenizer | None, vocabulary: int, bos_id: int | None) -> list[int]:
+    """Token ids of a prompt; the beginning-of-text token alone for an empty one.
+
+    Raises:
+        OptionError: bytes that are not UTF-8; text for a model without a tokenizer; ids that are no integers or not in
+            the vocabulary; an empty prompt for a model without a beginning-of-text token.
+    """
+    if isinstance(prompt, (bytes, bytearray, memoryview)):
+        try:
+            prompt = bytes(prompt).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise OptionError(
+                f"The prompt is not UTF-8 text: byte 0x{error.object[error.start]:02x} at position {error.start}",
+                "Decode it yourself with the encoding it is in, and pass the text.",
+            ) from error
+    if isinstance(prompt, str):
+        ids = require_tokenizer(tokenizer).encode(prompt)
+    else:
+        ids = token_ids(prompt, vocabulary, "The prompt")
+    if ids:
+        return ids
+    if bos_id is None:
+        raise OptionError(
+            "The prompt is empty, and the model has no beginning-of-text token to start from",
+            "Give it at least one character or token.",
+        )
+    return [bos_id]
+
+
+def token_ids(ids: Any, vocabulary: int, what: str) -> list[int]:
+    """A list of plain integers, checked against the vocabulary.
+
+    Raises:
+        OptionError: not a flat sequence of integers, or an id outside the vocabulary.
+    """
+    form = "Pass one flat sequence of integers, such as [1, 2, 3]."
+    try:
+        array = np.asarray(ids)
+    except ValueError as error:
+        raise OptionError(f"{what} is a ragged list, not token ids", form) from error
+    if array.size == 0 and array.ndim == 1:
+        return []
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        if array.ndim == 1 and array.dtype.kind in "US":
+            raise OptionError(f"{what} is a list of strings", "Pass one string per call; calls may run in threads.")
+        raise OptionError(f"{what} is {_describe(array)}, not a sequence of token ids", form)
+    low, high = int(array.min()), int(array.max())
+    if low < 0 or high >= vocabulary:
+        wrong = low if low < 0 else high
+        raise OptionError(
+            f"{what} holds the token id {wrong}, which the model does not have", f"Ids go from 0 to {vocabulary - 1}."
+        )
+    plain: list[int] = array.tolist()
+    return plain
+
+
+def chat_ids(
+    messages: str | Sequence[Mapping[str, Any]],
+    tokenizer: Tokenizer | None,
+    template: ChatTemplate | None,
+    *,
+    tools: Sequence[Mapping[str, Any]] | None,
+    variables: Mapping[str, Any],
+) -> list[int]:
+    """Token ids of a conversation in the model's own form.
+
+    Raises:
+        OptionError: no tokenizer, no chat template, no messages, or a message that is malformed.
+        ChatTemplateError: the template refuses the messages or fails.
+    """
+    tokenizer = require_tokenizer(tokenizer)
+    if template is None:
+        raise OptionError(
+            "The model has no chat template, so it does not know how a conversation is written",
+            "Use generate(text), which completes the text as it is, or load an instruction-tuned model.",
+        )
+    text = template.render(checked_messages(messages), tools=tools, **variables)
+    return tokenizer.encode(text, add_special=False)
+
+
+def checked_messages(messages: str | Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The messages, one string standing for one message of the user.
+
+    Raises:
+        OptionError: no message, one that is no mapping, one without a known role, or without content.
+    """
+    if isinstance(messages, str):
+        return [{"role": "user", "content": messages}]
+    chat: Sequence[Mapping[str, Any]] = messages
+    example = 'Write it like {"role": "user", "content": "Hello"}.'
+    if isinstance(messages, (bytes, Mapping)) or not isinstance(messages, Sequence):
+        raise OptionError(f"messages is a {type(messages).__name__}, not a list of messages", example)
+    if not messages:
+        raise OptionError("There are no messages to answer", "Pass at least one message of the user.")
+    for place, message in enumerate(messages):
+        if not isinstance(message, Mapping):
+            raise OptionError(f"Message {place} is a {type(message).__name__}, not a mapping", example)
+        role = message.get("role")
+        if not isinstance(role, str) or role not in ROLES:
+            problem = "has no role" if role is None else f"has the role {role!r}"
+            raise OptionError(f"Message {place} {problem}", nearest(str(role or ""), ROLES))
+        if message.get("content") is None and not message.get("tool_calls"):
+            raise OptionError(f"Message {place} (role {role}) has no content", example)
+    return list(chat)
+
+
+def require_tokenizer(tokenizer: Tokenizer | None) -> Tokenizer:
+    if tokenizer is None:
+        raise OptionError(
+            "The model has no tokenizer, so it cannot read or write text",
+            "Pass token ids, or load it from a directory that holds a tokenizer.json.",
+        )
+    return tokenizer
+
+
+def check_fits(prompt_tokens: int, max_new_tokens: int | None, context: int, model_context: int | None) -> int:
+    """How many tokens may be generated: those asked for, else what is left of the context.
+
+    Raises:
+        ContextExceeded: prompt and output are longer than the context.
+    """
+    room = context - prompt_tokens
+    wanted = max_new_tokens or 1
+    if wanted <= room:
+        return max_new_tokens or room
+    needed = prompt_tokens + wanted
+    if room <= 0:
+        cause = f"The prompt has {prompt_tokens} tokens"
+        if room == 0:
+            cause += ", which leaves no room for an answer"
+        shorter = "Shorten the prompt"
+    else:
+        cause = f"The prompt has {prompt_tokens} tokens and {wanted} new ones were asked for, together {needed}"
+        shorter = f"Ask for at most max_new_tokens={room}, shorten the prompt"
+    if model_context is not None and needed > model_context:
+        fix = f"{shorter}; the model was made for {model_context} tokens."
+    else:
+        fix = f"{shorter}, or load the model with context={needed} or more."
+    raise ContextExceeded(f"{cause}; the model was loaded with a context of {context}", fix)
+
+
+def _describe(array: Any) -> str:
+    if array.ndim == 0:
+        value = array.item()
+        return "None" if value is None else f"a {type(value).__name__}"
+    return f"an array of {array.dtype} with {array.ndim} dimensions"

@@ -1,0 +1,8 @@
+"""Sources: anything that holds a model → graph, weights, tokenizer. `resolve` finds the right one."""
+
+from __future__ import annotations
+
+from transom.sources.base import Source, SourceModel, local_path
+from transom.sources.resolve import resolve, sources
+
+__all__ = ["Source", "SourceModel", "local_path", "resolve", "sources"]

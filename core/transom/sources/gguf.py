@@ -1,0 +1,133 @@
+"""The `gguf` source: one file (or the parts of a split one) with settings, weights, tokenizer and chat template."""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from transom.contract import Progress
+from transom.errors import SourceError
+from transom.graph.weights import Weight
+from transom.models import family_for_gguf
+from transom.models.tensors import Tensors, gguf_names
+from transom.models.values import Values
+from transom.sources.base import SourceModel, Spec, begins_with, content_hash, local_path, summarise
+from transom.sources.gguf_blocks import weight_of
+from transom.sources.gguf_file import MAGIC, GgufFile, is_first_part, open_gguf
+
+if TYPE_CHECKING:
+    from transom.text.chat_template import ChatTemplate
+    from transom.text.defaults import GenerationDefaults
+    from transom.text.tokenizer import Tokenizer
+
+
+class GgufSource:
+    """Loads `.gguf` files, and files of any name that begin with the magic of one."""
+
+    kind = "gguf"
+
+    def matches(self, spec: Spec) -> bool:
+        path = local_path(spec)
+        if path is None:
+            return False
+        if path.is_dir():
+            return bool(_models_in(path)) and not any(path.glob("*.safetensors"))
+        return path.is_file() and (path.suffix.lower() == ".gguf" or begins_with(path, MAGIC))
+
+    def fingerprint(self, spec: Spec) -> str:
+        return content_hash(open_gguf(gguf_path(spec)).paths)
+
+    def open(self, spec: Spec, *, context: int | None = None, progress: Progress | None = None) -> SourceModel:
+        path = gguf_path(spec)
+        if progress is not None:
+            progress("read", None)
+        file = open_gguf(path)
+        architecture = file.metadata.get("general.architecture")
+        if not isinstance(architecture, str):
+            raise SourceError(
+                f"{path} does not name its architecture (general.architecture)",
+                "Convert the model again with a current llama.cpp",
+            )
+        family = family_for_gguf(architecture, str(path))
+        checkpoint = GgufCheckpoint(file)
+        tensors = Tensors(checkpoint, gguf_names(family.gguf_names))
+        settings = Values(file.metadata, str(path), f"{architecture}.")
+        graph = family.build(family.from_gguf(settings, tensors, context), tensors)
+        notes = [*graph.notes, *checkpoint.notes()]
+        if left := tensors.unused():
+            notes.append(f"{len(left)} tensors of the file are not used: {summarise(left)}")
+        graph.notes = tuple(notes)
+        tokenizer, template, generation = _text(file)
+        name = file.metadata.get("general.name")
+        return SourceModel(
+            graph,
+            tokenizer,
+            template,
+            generation,
+            name=name if isinstance(name, str) and name else path.stem,
+            kind=self.kind,
+            notes=notes,
+        )
+
+
+class GgufCheckpoint:
+    """The tensors of a GGUF file by its own names, as weights."""
+
+    def __init__(self, file: GgufFile) -> None:
+        self.file = file
+        self.where = str(file.paths[0])
+        self._notes: Counter[tuple[str, str]] = Counter()
+
+    @functools.cached_property
+    def weights_hash(self) -> str:
+        return content_hash(self.file.paths)
+
+    def names(self) -> Iterable[str]:
+        return self.file.tensors
+
+    def find(self, name: str) -> Weight | None:
+        tensor = self.file.tensors.get(name)
+        if tensor is None:
+            return None
+        weight, note = weight_of(tensor, self.where)
+        if note:
+            self._notes[(tensor.type, note)] += 1
+        return weight
+
+    def notes(self) -> list[str]:
+        """One line for each type of tensor that was changed."""
+        return [f"{count} {kind} tensors: {note}" for (kind, note), count in sorted(self._notes.items())]
+
+
+def _text(file: GgufFile) -> tuple[Tokenizer | None, ChatTemplate | None, GenerationDefaults]:
+    from transom.text.defaults import defaults_from_gguf
+    from transom.text.from_gguf import chat_template_from_gguf, tokenizer_from_gguf
+
+    metadata = file.metadata
+    has_vocabulary = metadata.get("tokenizer.ggml.model") not in (None, "none", "no_vocab")
+    tokenizer = tokenizer_from_gguf(metadata) if has_vocabulary else None
+    return tokenizer, chat_template_from_gguf(metadata, tokenizer), defaults_from_gguf(metadata, tokenizer)
+
+
+def _models_in(directory: Path) -> list[Path]:
+    """The GGUF models of a directory: split ones by their first part, without projectors of images."""
+    files = sorted(p for p in directory.iterdir() if p.suffix.lower() == ".gguf")
+    return [p for p in files if is_first_part(p) and not p.name.lower().startswith("mmproj")]
+
+
+def gguf_path(spec: Spec) -> Path:
+    path = local_path(spec)
+    if path is None:
+        raise SourceError(f"{spec!r} is not the path of a GGUF file")
+    if not path.is_dir():
+        return path
+    models = _models_in(path)
+    if len(models) != 1:
+        raise SourceError(
+            f"The directory {path} holds {len(models)} GGUF models: {summarise(p.name for p in models)}",
+            f"Say which one, for example {path / models[0].name}" if models else "",
+        )
+    return models[0]

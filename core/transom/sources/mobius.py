@@ -1,0 +1,177 @@
+"""The `mobius` source: architectures that our own families do not know, built by Microsoft's `mobius-onnx`.
+
+The extra `transom[families]` (it needs torch). mobius writes ONNX graphs without tracing; the raising pass makes them
+neutral. Not all it builds is right: each release was compared with transformers on tiny random checkpoints, and what
+disagreed is refused below with the reason. For the rest, `transom verify MODEL` compares the model at hand.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transom.contract import Progress
+from transom.errors import MissingExtra, SourceError, nearest
+from transom.sources.base import SourceModel, Spec, content_hash, local_path, summarise
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from transom.signature import Decoder
+
+WRONG: Mapping[str, str] = {
+    "cohere": "its norms and its rotary embedding are not Cohere's",
+    "cohere2": "its norms and its rotary embedding are not Cohere's",
+    "deepseek_v3": "it leaves out the experts of current checkpoints",
+    "deepseek_v32": "it leaves out the experts of current checkpoints",
+}
+"""Architectures that mobius-onnx 0.1 builds and that compute something else than transformers."""
+
+_EXPORT = "Export the model to ONNX (torch.onnx.export with dynamo=True, or Optimum) and load that file"
+
+
+class MobiusSource:
+    """Loads Hugging Face directories of other architectures than our own families'."""
+
+    kind = "mobius"
+
+    def matches(self, spec: Spec) -> bool:
+        path = local_path(spec)
+        if path is None or not (path / "config.json").is_file() or not installed():
+            return False
+        from transom.models import family_for_hf
+        from transom.sources.hf import read_config
+
+        try:
+            family_for_hf(read_config(path), str(path))
+        except SourceError:
+            return True
+        return False
+
+    def fingerprint(self, spec: Spec) -> str:
+        from transom.sources.hf import HfSource
+
+        return f"{HfSource().fingerprint(spec)}-mobius-{_version()}"
+
+    def open(self, spec: Spec, *, context: int | None = None, progress: Progress | None = None) -> SourceModel:
+        from transom.graph.importing import import_model
+        from transom.graph.raising import CannotRaise, Sizes, raise_decoder
+        from transom.sources.hf import read_config, weight_files
+        from transom.sources.onnx import texts
+
+        folder = local_path(spec)
+        if folder is None:
+            raise SourceError(f"{spec!r} is not the path of a model's directory")
+        config = read_config(folder)
+        kind = _kind(config, folder)
+        if not installed():
+            raise MissingExtra(f'The architecture "{kind}" of {folder} needs mobius-onnx', "families")
+        if kind in WRONG:
+            raise SourceError(f'mobius-onnx builds "{kind}", but wrongly: {WRONG[kind]}', _EXPORT)
+        files = weight_files(folder)
+        if progress is not None:
+            progress("build", None)
+        model = _build(folder, kind)
+        graph = import_model(model, name=kind, weights_hash=content_hash(files))
+        settings = config.get("text_config") if isinstance(config.get("text_config"), Mapping) else config
+        length = settings.get("max_position_embeddings") if isinstance(settings, Mapping) else None
+        try:
+            graph = raise_decoder(graph, Sizes(kind, length if isinstance(length, int) else 0))
+        except CannotRaise as e:
+            raise SourceError(f'The graph that mobius-onnx builds for "{kind}" cannot generate: {e}', _EXPORT) from e
+        decoder = graph.decoder
+        assert decoder is not None
+        check_windows(decoder, folder, kind)
+        notes = [*graph.notes, f"built by mobius-onnx {_version()}; transom verify compares it with transformers"]
+        graph.notes = tuple(notes)
+        tokenizer, template, generation = texts(folder)
+        return SourceModel(
+            graph, tokenizer, template, generation, name=folder.resolve().name, kind=self.kind, notes=notes
+        )
+
+
+def installed() -> bool:
+    """Whether the extra is there; imports nothing."""
+    return importlib.util.find_spec("mobius") is not None and importlib.util.find_spec("torch") is not None
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("mobius-onnx")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def _kind(config: Mapping[str, Any], folder: Path) -> str:
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or not kind:
+        raise SourceError(f"{folder / 'config.json'} names no model_type", "Get the file again")
+    return kind
+
+
+def _build(folder: Path, kind: str) -> ir.Model:
+    """The graph with its weights, which mobius maps from the files.
+
+    Raises:
+        SourceError: mobius does not know the architecture, or fails on this checkpoint.
+    """
+    try:
+        import mobius
+        from mobius._registry import registry
+    except ImportError as e:
+        raise MissingExtra(f'The architecture "{kind}" needs mobius-onnx, which cannot be imported: {e}', "families") from e
+    if kind not in registry:
+        known = [str(a) for a in registry.architectures()]
+        hint = nearest(kind, known).split(" Known:")[0] if nearest(kind, known).startswith("Did") else ""
+        raise SourceError(
+            f'The architecture "{kind}" is known neither to Transom nor to mobius-onnx, which knows {len(known)}',
+            f"{_EXPORT}. {hint}".rstrip(),
+        )
+    try:
+        package = mobius.build(str(folder))
+    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, NotImplementedError, OSError) as e:
+        reason = next((line.strip() for line in str(e).splitlines() if line.strip()), type(e).__name__)
+        raise SourceError(f'mobius-onnx cannot build "{kind}" from {folder}: {reason}', _EXPORT) from e
+    if list(package) != ["model"]:
+        raise SourceError(
+            f'mobius-onnx builds "{kind}" of several parts ({summarise(map(str, package))}), which is no text decoder',
+            _EXPORT,
+        )
+    model: ir.Model = package["model"]
+    if missing := [str(n) for n, v in model.graph.initializers.items() if v.const_value is None]:
+        raise SourceError(
+            f'{folder} lacks weights that mobius-onnx expects of "{kind}": {summarise(missing)}',
+            f"Get the checkpoint again; if it is complete, mobius-onnx builds this architecture wrongly. {_EXPORT}",
+        )
+    return model
+
+
+def check_windows(decoder: Decoder, folder: Path, kind: str) -> None:
+    """Compare the sliding windows of the graph with those of the checkpoint's settings: mobius forgets some.
+
+    Raises:
+        SourceError: they differ, and a sequence can be long enough for it to matter.
+    """
+    from transformers import AutoConfig
+
+    settings = AutoConfig.from_pretrained(str(folder)).get_text_config()
+    window = getattr(settings, "sliding_window", None)
+    kinds = getattr(settings, "layer_types", None)
+    if not isinstance(window, int) or getattr(settings, "use_sliding_window", True) is False:
+        window = 0
+    if kinds is None:
+        wanted = [window] * len(decoder.layers)
+    else:
+        wanted = [window if k == "sliding_attention" else 0 for k in kinds]
+    for index, (layer, want) in enumerate(zip(decoder.layers, wanted, strict=False)):
+        have = layer.sliding_window
+        if have != want and min(w for w in (have, want) if w) < decoder.context:
+            raise SourceError(
+                f'mobius-onnx builds "{kind}" with a sliding window of {have or "no"} tokens in layer {index}; the '
+                f"checkpoint says {want or 'none'}",
+                _EXPORT,
+            )

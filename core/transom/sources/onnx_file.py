@@ -1,0 +1,197 @@
+"""Opening an ONNX file with care: damage is found before anything is computed, and nothing outside its folder is read.
+
+Weights stay in the file: those in the file's own body as parsed, those beside it mapped when they are first read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+import onnx_ir as ir
+
+from transom.errors import SourceError
+from transom.sources.base import summarise
+
+_AGAIN = "Get the file again from where it was published, or export the model again"
+
+
+def open_onnx(path: Path) -> tuple[ir.Model, list[Path]]:
+    """(the model with lazy weights, the file and the files its weights lie in).
+
+    Raises:
+        SourceError: not ONNX, cut short, a weight's bytes missing or of the wrong number, a data file missing or
+            outside the model's folder.
+    """
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        data = path.read_bytes()
+    except OSError as e:
+        raise SourceError(f"{path} cannot be read: {e.strerror or e}", "Check the path and its permissions") from e
+    if not data:
+        raise SourceError(f"{path} is an empty file", _AGAIN)
+    proto = onnx.ModelProto()
+    try:
+        proto.ParseFromString(data)
+    except DecodeError as e:
+        raise SourceError(f"{path} is not an ONNX file, or it is cut short or damaged", _AGAIN) from e
+    del data
+    if not proto.HasField("graph") or not (proto.graph.node or proto.graph.output):
+        raise SourceError(f"{path} holds no graph: it is not an ONNX file, or it is cut short", _AGAIN)
+    if not proto.graph.output:
+        raise SourceError(f"The graph in {path} has no outputs: the file is cut short or damaged", _AGAIN)
+    if proto.ir_version < 3:
+        raise SourceError(f"{path} is ONNX of the IR version {proto.ir_version}; 3 is the oldest that is read", _AGAIN)
+    files = _check_tensors(proto, path)
+    _check_wiring(proto, path)
+    try:
+        model = ir.from_proto(proto)
+    except (ValueError, TypeError, KeyError, AttributeError) as e:
+        raise SourceError(f"{path} is not valid ONNX: {e}", _AGAIN) from e
+    ir.external_data.set_base_dir(model.graph, path.parent)
+    for function in model.functions.values():
+        ir.external_data.set_base_dir(function.graph, path.parent)
+    return model, [path, *files]
+
+
+def data_files(path: Path) -> list[Path]:
+    """The files that hold a model: itself, and those its weights lie in."""
+    return open_onnx(path)[1]
+
+
+def _tensors(graph: Any) -> Iterator[Any]:
+    yield from graph.initializer
+    for node in graph.node:
+        yield from _tensors_of_node(node)
+
+
+def _tensors_of_node(node: Any) -> Iterator[Any]:
+    for attribute in node.attribute:
+        if attribute.HasField("t"):
+            yield attribute.t
+        yield from attribute.tensors
+        if attribute.HasField("g"):
+            yield from _tensors(attribute.g)
+        for inner in attribute.graphs:
+            yield from _tensors(inner)
+
+
+def _check_tensors(proto: Any, path: Path) -> list[Path]:
+    files: dict[Path, int] = {}
+    every = list(_tensors(proto.graph))
+    for function in proto.functions:
+        for node in function.node:
+            every.extend(_tensors_of_node(node))
+    for tensor in every:
+        if tensor.data_location == tensor.EXTERNAL:
+            _check_external(tensor, path, files)
+        else:
+            _check_inside(tensor, path)
+    return list(files)
+
+
+def _expected_bytes(tensor: Any, path: Path) -> int | None:
+    """Bytes of a tensor's elements; None for strings."""
+    try:
+        dtype = ir.DataType(tensor.data_type)
+    except ValueError as e:
+        raise SourceError(
+            f"The tensor {tensor.name} in {path} has the unknown element type {tensor.data_type}", _AGAIN
+        ) from e
+    if dtype == ir.DataType.UNDEFINED or any(d < 0 for d in tensor.dims):
+        raise SourceError(f"The tensor {tensor.name} in {path} has no type or an impossible shape", _AGAIN)
+    if dtype == ir.DataType.STRING:
+        return None
+    count = 1
+    for dim in tensor.dims:
+        count *= dim
+    return -(-count * dtype.bitwidth // 8)
+
+
+def _check_inside(tensor: Any, path: Path) -> None:
+    expected = _expected_bytes(tensor, path)
+    if expected is None or not tensor.HasField("raw_data"):
+        return
+    if len(tensor.raw_data) != expected:
+        raise SourceError(
+            f"The tensor {tensor.name} in {path} has {len(tensor.raw_data)} bytes; its shape {list(tensor.dims)} needs "
+            f"{expected}",
+            _AGAIN,
+        )
+
+
+def _check_external(tensor: Any, path: Path, files: dict[Path, int]) -> None:
+    entries = {e.key: e.value for e in tensor.external_data}
+    location = entries.get("location", "")
+    where = inside(location, path, str(tensor.name))
+    if where not in files:
+        try:
+            files[where] = where.stat().st_size
+        except OSError as e:
+            raise SourceError(
+                f"The weights of {path} lie in {where}, which is missing", "Put that file beside the model, by that name"
+            ) from e
+    expected = _expected_bytes(tensor, path)
+    try:
+        offset = int(entries.get("offset", "0"))
+        length = int(entries["length"]) if "length" in entries else expected or 0
+    except ValueError as e:
+        raise SourceError(f"The tensor {tensor.name} of {path} does not say where in {where.name} it lies", _AGAIN) from e
+    if offset < 0 or length < 0 or offset + length > files[where]:
+        raise SourceError(
+            f"The tensor {tensor.name} of {path} should lie at {offset} … {offset + length} of {where}, which has "
+            f"{files[where]} bytes: that file is cut short, or belongs to another model",
+            _AGAIN,
+        )
+    if expected is not None and length != expected:
+        raise SourceError(
+            f"The tensor {tensor.name} of {path} has {length} bytes in {where}; its shape {list(tensor.dims)} needs "
+            f"{expected}",
+            _AGAIN,
+        )
+
+
+def inside(location: str, path: Path, tensor: str) -> Path:
+    """The data file that a model names, which must lie in the model's folder.
+
+    A link that leads elsewhere is refused too, unless the model's own file is a link into the same folder, as in the
+    cache of the Hugging Face hub.
+
+    Raises:
+        SourceError: it lies outside.
+    """
+    outside = SourceError(
+        f"The tensor {tensor} of {path} points outside the model's folder, to {location!r}; such a file could read any "
+        "file of yours",
+        "Get the model from a source you trust, or put its data file beside it",
+    )
+    if not location or "\x00" in location:
+        raise SourceError(f"The tensor {tensor} of {path} does not name its data file", _AGAIN)
+    for kind in (PurePosixPath(location), PureWindowsPath(location)):
+        if kind.is_absolute() or kind.drive or kind.root or ".." in kind.parts:
+            raise outside
+    where = path.parent / location
+    real, home = where.resolve(), path.parent.resolve()
+    if not real.is_relative_to(home) and real.parent != path.resolve().parent:
+        raise outside
+    return where
+
+
+def _check_wiring(proto: Any, path: Path) -> None:
+    """Everything a node of the main graph reads must have been made before."""
+    known = {v.name for v in proto.graph.input} | {t.name for t in proto.graph.initializer} | {""}
+    known |= {t.values.name for t in proto.graph.sparse_initializer}
+    for node in proto.graph.node:
+        missing = [name for name in node.input if name not in known]
+        if missing:
+            raise SourceError(
+                f"The node {node.name or node.op_type} ({node.op_type}) in {path} reads {summarise(missing)}, which "
+                "nothing before it makes: the file is damaged, or its nodes are out of order",
+                _AGAIN,
+            )
+        known.update(node.output)
+    if missing := [v.name for v in proto.graph.output if v.name not in known]:
+        raise SourceError(f"Nothing in {path} makes its output {missing[0]}: the file is cut short", _AGAIN)

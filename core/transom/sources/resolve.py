@@ -1,0 +1,103 @@
+"""Which source a spec belongs to, and clear words where it belongs to none."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from pathlib import Path
+
+from transom.errors import SourceError, nearest
+from transom.sources.base import Source, Spec, begins_with, local_path, summarise
+
+_SOURCES = (("gguf", "GgufSource"), ("hf", "HfSource"))
+"""Asked in this order. A source that needs an extra imports it when it opens a model, not before."""
+
+_WAYS = "Give the path of a .gguf file, of a Hugging Face directory (config.json, *.safetensors), or of an .onnx file"
+
+
+@functools.cache
+def sources() -> tuple[Source, ...]:
+    """All sources, in the order they are asked."""
+    return tuple(getattr(importlib.import_module(f"transom.sources.{module}"), name)() for module, name in _SOURCES)
+
+
+def resolve(spec: Spec) -> Source:
+    """The source of a spec.
+
+    Raises:
+        SourceError: no such path, an empty directory, a file of another kind, an object that is no model.
+    """
+    path = local_path(spec)
+    if path is not None:
+        _require_readable(spec, path)
+    for source in sources():
+        if source.matches(spec):
+            return source
+    if path is None:
+        cause = (
+            "The model's path is empty" if spec == "" else f"An object of the type {type(spec).__name__} is no model"
+        )
+        raise SourceError(cause, _WAYS)
+    raise _no_model_inside(path) if path.is_dir() else _other_file(path)
+
+
+def _require_readable(spec: Spec, path: Path) -> None:
+    try:
+        exists = path.exists()
+        if exists and path.is_dir():
+            next(path.iterdir(), None)
+        elif exists:
+            with path.open("rb"):
+                pass
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise SourceError(f"{path} cannot be read: {reason}", "Check the path and its permissions") from error
+    if not exists:
+        raise _no_such_path(spec, path)
+
+
+def _no_such_path(spec: Spec, path: Path) -> SourceError:
+    if path.parent.is_dir():
+        beside = [p.name for p in path.parent.iterdir() if not p.name.startswith(".")]
+        hint = nearest(path.name, beside) if 0 < len(beside) <= 20 else ""
+        if "Did you mean" in hint:
+            return SourceError(f"There is no {path}", hint)
+    text = str(spec)
+    if text.count("/") == 1 and not text.startswith((".", "~", "/")) and not path.suffix:
+        return SourceError(
+            f"There is no directory {path} here, and Transom downloads no models",
+            f"If it is a model of the Hugging Face hub: hf download {text} --local-dir {path.name}, then load "
+            f"{path.name}",
+        )
+    return SourceError(f"There is no {path}", _WAYS)
+
+
+def _no_model_inside(path: Path) -> SourceError:
+    names = sorted(p.name for p in path.iterdir())
+    if not names:
+        return SourceError(f"The directory {path} is empty", _WAYS)
+    return SourceError(f"The directory {path} holds no model, only {summarise(names)}", _WAYS)
+
+
+_KNOWN = (
+    (b"PK\x03\x04", "a zip archive or a pickled PyTorch checkpoint", "Unpack it, or convert it to safetensors"),
+    (b"\x80", "a pickled PyTorch checkpoint", "Convert it to safetensors: loading a pickle can run any program"),
+    (b"ggml", "a model in the old GGML format", "Convert it to GGUF with an old llama.cpp, or get it as GGUF"),
+    (b"lmgg", "a model in the old GGML format", "Convert it to GGUF with an old llama.cpp, or get it as GGUF"),
+    (b"tjgg", "a model in the old GGML format", "Convert it to GGUF with an old llama.cpp, or get it as GGUF"),
+    (b"<", "a web page", "The download saved an error page in place of the model: download it again"),
+    (b"version https://git-lfs", "a Git LFS pointer, not the model itself", "Run git lfs pull in its directory"),
+)
+
+
+def _other_file(path: Path) -> SourceError:
+    if path.stat().st_size == 0:
+        return SourceError(f"{path} is an empty file", "Download it again")
+    if path.suffix == ".safetensors" or path.name == "config.json":
+        return SourceError(
+            f"{path} is one file of a Hugging Face directory", f"Load the directory itself: {path.parent}"
+        )
+    for magic, what, fix in _KNOWN:
+        if begins_with(path, magic):
+            return SourceError(f"{path} is {what}", fix)
+    return SourceError(f"{path} is not a model that Transom knows", _WAYS)

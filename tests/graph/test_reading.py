@@ -1,0 +1,182 @@
+"""Reading weights back, from a graph just built and from one opened from a file, and never seeing one that is not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from transom.graph import Blocked, BlockedArrays, Dense, Graph, GraphBuilder, Weight
+from transom.graph.reading import attributes_of, constant_of, element_type, weight_of
+from transom.graph.weights import dense, dequantize
+from transom.testing.models import tiny_decoder
+
+
+def blocked(
+    rng: np.random.Generator, dtype: Any, scale: Any = "float16", minimums: bool = False, zeros: bool = False
+) -> Blocked:
+    low, high = {"int4": (-8, 8), "uint4": (0, 16), "int8": (-128, 128), "uint8": (0, 256)}[dtype]
+    plain = np.uint8 if dtype.startswith("u") else np.int8
+    parts = BlockedArrays(
+        rng.integers(low, high, (6, 96)).astype(plain),
+        rng.random((6, 3)).astype(scale),
+        rng.standard_normal((6, 3)).astype(scale) if minimums else None,
+        rng.integers(low, high, (6, 3)).astype(plain) if zeros else None,
+    )
+    return Blocked((6, 96), 32, dtype, scale, lambda: parts, minimums, zeros)
+
+
+FORMS = [
+    (dtype, scale, minimums, zeros)
+    for dtype in ("int4", "uint4", "int8", "uint8")
+    for scale in ("float16", "float32")
+    for minimums in (False, True)
+    for zeros in (False, True)
+]
+
+
+def graph_with(weight: Weight) -> tuple[Graph, ir.Value]:
+    b = GraphBuilder("weight")
+    x = b.input("x", "float32", ["n", weight.shape[-1]])
+    y = b.linear(x, weight, "w")
+    b.output(y, "y")
+    return b.finish(weights_hash="w"), _matrix(b.graph)
+
+
+def _matrix(graph: ir.Graph) -> ir.Value:
+    node = next(n for n in graph if n.op_type == "Transpose")
+    assert node.inputs[0] is not None
+    return node.inputs[0]
+
+
+@pytest.mark.parametrize(("dtype", "scale", "minimums", "zeros"), FORMS)
+def test_quantised_weight_is_read_back_in_its_form(
+    dtype: str, scale: str, minimums: bool, zeros: bool, rng: np.random.Generator, tmp_path: Path
+) -> None:
+    weight = blocked(rng, dtype, scale, minimums, zeros)
+    graph, value = graph_with(weight)
+    assert weight_of(value) is weight
+    graph.save(tmp_path / "graph.onnx")
+    read = weight_of(_matrix(Graph.open(tmp_path / "graph.onnx").model.graph))
+    assert isinstance(read, Blocked)
+    assert (read.shape, read.block, read.dtype, read.scale_dtype) == ((6, 96), 32, dtype, scale)
+    assert (read.has_minimums, read.has_zero_points) == (minimums, zeros)
+    for got, wanted in zip(read.load(), weight.load(), strict=True):
+        if wanted is None:
+            assert got is None
+        else:
+            assert got is not None
+            assert got.dtype == wanted.dtype
+            np.testing.assert_array_equal(got, wanted)
+    np.testing.assert_array_equal(dequantize(read), dequantize(weight))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_dense_weight_is_read_back_in_its_element_type(dtype: Any, rng: np.random.Generator, tmp_path: Path) -> None:
+    array = rng.standard_normal((40, 16)).astype(dtype)
+    graph, value = graph_with(dense(array))
+    graph.save(tmp_path / "graph.onnx")
+    for found in (value, _matrix(Graph.open(tmp_path / "graph.onnx").model.graph)):
+        read = weight_of(found)
+        assert isinstance(read, Dense)
+        assert read.dtype == np.dtype(dtype).name
+        loaded = read.load()
+        assert loaded.dtype == array.dtype
+        np.testing.assert_array_equal(loaded, array)
+
+
+def test_weight_before_its_minimums_are_added_has_none(rng: np.random.Generator) -> None:
+    weight = blocked(rng, "uint4", minimums=True)
+    graph, _ = graph_with(weight)
+    dequantized = next(n for n in graph.nodes() if n.op_type == "DequantizeLinear").outputs[0]
+    read = weight_of(dequantized)
+    assert isinstance(read, Blocked)
+    assert not read.has_minimums
+    assert read.load().minimums is None
+    np.testing.assert_array_equal(read.load().quants, weight.load().quants)
+
+
+def test_values_that_are_computed_or_changed_are_no_weights(rng: np.random.Generator) -> None:
+    b = GraphBuilder("computed")
+    x = b.input("x", "float32", ["n", 96])
+    w = b.weight(blocked(rng, "int4"), "w")
+    d = b.weight(dense(rng.standard_normal((6, 96)).astype(np.float32)), "d")
+    assert weight_of(None) is None
+    assert weight_of(x) is None
+    assert weight_of(b.op("Add", w, x)) is None
+    assert weight_of(b.op("Add", w, b.constant(1.0))) is None
+    assert weight_of(b.op("Neg", d)) is None
+    assert weight_of(b.op("Cast", d, to=int(ir.DataType.INT64))) is None
+    assert weight_of(b.op("Cast", d, to=int(ir.DataType.FLOAT16))) is None, "it was rounded on the way"
+    assert weight_of(b.op("Identity", d)) is not None
+    # blocks that are reshaped to another matrix than they came from, with something added per block
+    other = b.op("Reshape", w, b.constant([6, 3, 32]))
+    shifted = b.op("Add", other, b.weight(dense(np.ones((6, 3, 1), np.float16)), "m"))
+    assert weight_of(b.op("Reshape", shifted, b.constant([12, 48]))) is None
+    assert isinstance(weight_of(b.op("Reshape", shifted, b.constant([6, 96]))), Blocked)
+    wrong = b.op("Add", other, b.weight(dense(np.ones((6, 3, 32), np.float16)), "full"))
+    assert weight_of(b.op("Reshape", wrong, b.constant([6, 96]))) is None
+
+
+def test_dequantised_activations_and_computed_parts_are_no_weights() -> None:
+    b = GraphBuilder("activations")
+    q, scale, zero = b.input("q", "int8", [6, 96]), b.input("s", "float32", [6, 3]), b.input("z", "int8", [6, 3])
+    fixed_q = b._initializer(ir.tensor(np.zeros((6, 96), np.int8), name="quants"))
+    fixed_s = b._initializer(ir.tensor(np.ones((6, 3), np.float32), name="scales"))
+    blocks = {"axis": 1, "block_size": 32}
+    assert weight_of(b.op("DequantizeLinear", q, fixed_s, **blocks)) is None
+    assert weight_of(b.op("DequantizeLinear", fixed_q, scale, **blocks)) is None
+    assert weight_of(b.op("DequantizeLinear", fixed_q, fixed_s, zero, **blocks)) is None
+    assert weight_of(b.op("DequantizeLinear", fixed_q, fixed_s, axis=0, block_size=2)) is None
+    found = weight_of(b.op("DequantizeLinear", fixed_q, fixed_s, axis=-1, block_size=32))
+    assert isinstance(found, Blocked)
+
+
+def test_constants_are_seen_as_initializers_and_as_nodes() -> None:
+    b = GraphBuilder("constants")
+    np.testing.assert_array_equal(constant_of(b.constant([1, 2])), [1, 2])  # type: ignore[arg-type]
+    x = b.input("x", "float32", [1])
+    assert constant_of(x) is None
+    assert constant_of(b.op("Neg", x)) is None
+    assert constant_of(None) is None
+    for attribute, wanted in (
+        (ir.AttrTensor("value", ir.tensor(np.float32([1.5]))), np.float32([1.5])),
+        (ir.AttrInt64("value_int", 7), np.int64(7)),
+        (ir.AttrInt64s("value_ints", [1, 2]), np.int64([1, 2])),
+        (ir.AttrFloat32("value_float", 0.5), np.float32(0.5)),
+    ):
+        node = ir.Node("", "Constant", [], [attribute], num_outputs=1)
+        found = constant_of(node.outputs[0])
+        assert found is not None
+        assert found.dtype == wanted.dtype
+        np.testing.assert_array_equal(found, wanted)
+
+
+def test_attributes_come_with_defaults_for_our_operators_and_as_given_for_onnx(rng: np.random.Generator) -> None:
+    graph = tiny_decoder(rng, window=5)
+    node = next(n for n in graph.nodes() if n.op_type == "CachedAttention")
+    del node.attributes["softcap"]
+    attributes = attributes_of(node)
+    assert attributes["softcap"] == 0.0
+    assert attributes["sliding_window"] == 5
+    norm = attributes_of(next(n for n in graph.nodes() if n.op_type == "RMSNormalization"))
+    assert set(norm) == {"axis", "epsilon"}
+
+
+def test_element_type_is_known_through_casts_and_dequantisation(rng: np.random.Generator, tmp_path: Path) -> None:
+    for weight, wanted in (
+        (blocked(rng, "uint4", minimums=True), ir.DataType.FLOAT),
+        (dense(np.ones((4, 96), np.float16)), ir.DataType.FLOAT),
+    ):
+        graph, value = graph_with(weight)
+        assert element_type(value) == wanted
+        graph.save(tmp_path / "graph.onnx")
+        assert element_type(_matrix(Graph.open(tmp_path / "graph.onnx").model.graph)) == wanted
+    b = GraphBuilder("half")
+    quants = b._initializer(ir.tensor(np.zeros((6, 96), np.int8), name="quants"))
+    scales = b._initializer(ir.tensor(np.ones((6, 3), np.float16), name="scales"))
+    assert element_type(b.op("DequantizeLinear", quants, scales, axis=1, block_size=32)) == ir.DataType.FLOAT16

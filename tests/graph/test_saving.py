@@ -1,0 +1,85 @@
+"""A graph written to a file is the same graph when it is opened, and its weights stay in their form."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+
+from transom.errors import SourceError
+from transom.graph import Graph
+from transom.testing.bench import Oracle
+from transom.testing.compare import compare_rows
+from transom.testing.models import VARIANTS, tiny_decoder
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_opened_graph_computes_the_same(variant: str, rng: np.random.Generator, tmp_path: Path) -> None:
+    graph = tiny_decoder(rng, **VARIANTS[variant])
+    graph.notes = ("a note",)
+    graph.save(tmp_path / "graph.onnx")
+    opened = Graph.open(tmp_path / "graph.onnx")
+    assert opened.decoder == graph.decoder
+    assert opened.notes == graph.notes
+    assert opened.weights_hash == graph.weights_hash
+    assert (opened.input_names, opened.output_names) == (graph.input_names, graph.output_names)
+    opened.check()
+    tokens = rng.integers(0, 61, 12).tolist()
+    np.testing.assert_array_equal(Oracle(opened).logits(tokens), Oracle(graph).logits(tokens))
+
+
+@pytest.mark.parametrize("variant", ["everything", "int4", "bfloat16", "uint4_zero_points"])
+def test_saved_graph_runs_in_onnx_runtime_without_transom(
+    variant: str, rng: np.random.Generator, tmp_path: Path
+) -> None:
+    graph = tiny_decoder(rng, **VARIANTS[variant])
+    graph.save(tmp_path / "graph.onnx")
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(tmp_path / "graph.onnx", options, providers=["CPUExecutionProvider"])
+    decoder = graph.decoder
+    assert decoder is not None
+    tokens = rng.integers(0, decoder.vocabulary, 9)
+    index, none = np.arange(9, dtype=np.int64), np.zeros(0, np.int64)
+    inputs = {
+        "input_ids": tokens, "positions": index, "sequences": index * 0, "past_positions": none,
+        "past_sequences": none, "logit_rows": index,
+    }  # fmt: skip
+    for i, layer in enumerate(decoder.layers):
+        inputs[f"past_key.{i}"] = np.zeros((0, layer.kv_heads * layer.head_dim), np.float32)
+        inputs[f"past_value.{i}"] = np.zeros((0, layer.kv_heads * layer.value_dim), np.float32)
+    logits = session.run(["logits"], inputs)[0]
+    compare_rows(logits, Oracle(graph).logits(tokens.tolist()), 1e-5, "logits in ONNX Runtime")
+
+
+def test_quantised_weights_stay_quantised_in_the_file(rng: np.random.Generator, tmp_path: Path) -> None:
+    sizes = {}
+    for stored in ("float32", "int4"):
+        graph = tiny_decoder(rng, weights=stored)  # type: ignore[arg-type]
+        graph.save(tmp_path / f"{stored}.onnx")
+        sizes[stored] = (tmp_path / f"{stored}.onnx.data").stat().st_size
+    assert sizes["int4"] < sizes["float32"] / 6
+
+
+def test_file_passes_the_onnx_checker_as_it_is(rng: np.random.Generator, tmp_path: Path) -> None:
+    tiny_decoder(rng, **VARIANTS["everything"]).save(tmp_path / "graph.onnx")
+    onnx.checker.check_model(tmp_path / "graph.onnx", full_check=True)
+
+
+def test_file_that_is_no_graph_is_one_sentence_and_a_way_out(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=r"missing\.onnx"):
+        Graph.open(tmp_path / "missing.onnx")
+    (tmp_path / "noise.onnx").write_bytes(b"no protobuf, this\xff\xff")
+    with pytest.raises(SourceError, match=r"noise\.onnx cannot be read"):
+        Graph.open(tmp_path / "noise.onnx")
+
+
+def test_saving_reads_one_weight_at_a_time_and_keeps_none(rng: np.random.Generator, tmp_path: Path) -> None:
+    graph = tiny_decoder(rng, weights="uint4_minimums")
+    graph.save(tmp_path / "graph.onnx")
+    for value in graph.model.graph.initializers.values():
+        tensor = value.const_value
+        assert getattr(tensor, "_tensor", None) is None, f"{value.name} is held after saving"

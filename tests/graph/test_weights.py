@@ -1,0 +1,74 @@
+"""Weights: rows taken and stacked without loss, dequantised as the documentation says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from transom.graph import Blocked, BlockedArrays, Dense
+from transom.graph.weights import concat_rows, dense, dequantize, take_rows
+
+
+def blocked(rng: np.random.Generator, rows: int = 8, *, minimums: bool = True, zeros: bool = True) -> Blocked:
+    parts = BlockedArrays(
+        rng.integers(0, 16, (rows, 64)).astype(np.uint8),
+        rng.random((rows, 2)).astype(np.float16),
+        rng.random((rows, 2)).astype(np.float16) if minimums else None,
+        rng.integers(0, 16, (rows, 2)).astype(np.uint8) if zeros else None,
+    )
+    return Blocked((rows, 64), 32, "uint4", "float16", lambda: parts, minimums, zeros)
+
+
+def test_dequantising_follows_the_formula(rng: np.random.Generator) -> None:
+    weight = blocked(rng)
+    q, s, m, z = weight.load()
+    out = dequantize(weight)
+    assert out.dtype == np.float32
+    assert m is not None
+    assert z is not None
+    for _ in range(50):
+        n, k = int(rng.integers(8)), int(rng.integers(64))
+        block = k // 32
+        wanted = float(s[n, block]) * (int(q[n, k]) - int(z[n, block])) + float(m[n, block])
+        assert abs(out[n, k] - wanted) <= 1e-6 * max(1, abs(wanted))
+    rows = np.array([5, 0, 5])
+    np.testing.assert_array_equal(dequantize(weight, rows), out[rows])
+
+
+@pytest.mark.parametrize("index", [slice(2, 7), slice(None, None, -1), np.array([3, 3, 0, 7])])
+def test_rows_are_taken_without_loss(index: Any, rng: np.random.Generator) -> None:
+    for weight in (blocked(rng), dense(rng.standard_normal((8, 64)).astype(np.float16))):
+        taken = take_rows(weight, index)
+        wanted = dequantize(weight)[index]
+        assert taken.shape == wanted.shape
+        np.testing.assert_array_equal(dequantize(taken), wanted)
+
+
+def test_rows_of_one_form_are_stacked_and_others_refused(rng: np.random.Generator) -> None:
+    a, b = blocked(rng, 8), blocked(rng, 4)
+    both = concat_rows([a, b])
+    assert both is not None
+    assert both.shape == (12, 64)
+    np.testing.assert_array_equal(dequantize(both), np.concatenate([dequantize(a), dequantize(b)]))
+    d = dense(rng.standard_normal((3, 64)).astype(np.float32))
+    stacked = concat_rows([d, d])
+    assert isinstance(stacked, Dense)
+    assert stacked.shape == (6, 64)
+    assert concat_rows([a, d]) is None
+    assert concat_rows([d, a]) is None
+    assert concat_rows([a, blocked(rng, minimums=False)]) is None
+    assert concat_rows([a, blocked(rng, zeros=False)]) is None
+    assert concat_rows([d, dense(np.ones((3, 32), np.float32))]) is None
+
+
+def test_sizes_are_those_of_the_stored_form(rng: np.random.Generator) -> None:
+    assert dense(np.ones((3, 5), np.float16)).nbytes == 30
+    assert blocked(rng, 8, minimums=False, zeros=False).nbytes == 8 * 64 // 2 + 16 * 2
+    assert blocked(rng, 8).nbytes == 8 * 64 // 2 + 16 * (2 + 2) + 8
+
+
+def test_other_element_types_are_refused() -> None:
+    with pytest.raises(ValueError, match="float64"):
+        dense(np.ones(3))
