@@ -120,7 +120,7 @@ def randomise(model: Any, rng: np.random.Generator) -> None:
             shape = tuple(parameter.shape)
             values = rng.standard_normal(shape).astype(np.float32)
             if parameter.dim() == 2:
-                values *= 1.0 if "embed_tokens" in name else 1.5 / np.sqrt(shape[1])
+                values *= 0.25 if "embed_tokens" in name else 1.3 / np.sqrt(shape[1])
             else:
                 values *= 0.3
                 if "norm" in name and not model.config.model_type.startswith("gemma"):
@@ -193,11 +193,16 @@ def assert_agrees(
         compare(result, expected_logits(model, part + new)[-1], f"ragged decode after {len(part)}")
 
 
-# ------------------------------------------------------------------------------------------------------------------ GGUF
+# ----------------------------------------------------------------------------------------------------------------- GGUF
 
 
 def write_gguf(
-    checkpoint: Checkpoint, path: Path, quantization: str = "F32", *, extra: dict[str, Any] | None = None
+    checkpoint: Checkpoint,
+    path: Path,
+    quantization: str = "F32",
+    *,
+    extra: dict[str, Any] | None = None,
+    tensors: dict[str, np.ndarray[Any, Any]] | None = None,
 ) -> None:
     """Write a tiny model as GGUF.
 
@@ -209,6 +214,7 @@ def write_gguf(
         path: the file to write.
         quantization: a type that the gguf package can quantise to.
         extra: more metadata; keys are completed with the architecture where they begin with a dot.
+        tensors: more tensors, such as rotary factors.
     """
     import gguf
     import torch
@@ -243,6 +249,8 @@ def write_gguf(
                 tensor.copy_(torch.from_numpy(np.array(back)))
         else:
             writer.add_tensor(gguf_name, np.ascontiguousarray(values))
+    for name, values in (tensors or {}).items():
+        writer.add_tensor(name, values)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

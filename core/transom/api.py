@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from transom import hardware
 from transom.contract import Device, Offer, Refusal
 from transom.plugins import PluginFailure
-from transom.runtime.loading import survey
+from transom.runtime.machine import survey
 
 if TYPE_CHECKING:
     from transom.runtime.explain import Explanation
@@ -61,7 +61,7 @@ class Backends:
 
 def backends(probe_file: str | Path | None = None) -> Backends:
     """What is installed, what it offers on this machine, what failed to load and how to fix it."""
-    machine = survey(None if probe_file is None else Path(probe_file))
+    machine = survey(probe_file)
     here = {d.id for d in machine.devices if d.kind != "remote"}
     installed = tuple(
         InstalledBackend(
@@ -80,17 +80,19 @@ def explain(model: Any, device: str = "auto", *, probe_file: str | Path | None =
 
     Args:
         model: anything `load` takes, or a `transom.graph.Graph`.
-        device: `"auto"` for every device that is here, or the id of one (a remote target too).
+        device: `"auto"` for every device that is here, or the name of one (a remote target too).
+        probe_file: devices from this JSON file in place of the probe.
 
     Raises:
         SourceError: the model cannot be read.
+        OptionError: there is no such device, or the probe file cannot be read.
     """
     from transom.graph import Graph
     from transom.runtime.explain import explain_graph
     from transom.sources import resolve
 
-    machine = survey(None if probe_file is None else Path(probe_file), target=device)
-    machine.plugins.operators()
+    machine = survey(probe_file, target=device)
+    machine.plugins.operators()  # registered before a graph that uses them is read
     if device != "auto":
         device = hardware.find(machine.devices, device).id
     if isinstance(model, Graph):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from transom.artifacts import Cache, Origin, StoredArtifact, receive, spill
+from transom.artifacts import Cache, Origin, StoredArtifact
 from transom.contract import Artifact, Device
 from transom.errors import OptionError
 
@@ -130,8 +130,6 @@ def test_storing_again_replaces_the_entry_and_the_old_one_stays_readable(cache: 
 def test_a_file_name_that_leads_out_of_the_artifact_is_refused(cache: Cache, origin: Origin, name: str) -> None:
     with pytest.raises(ValueError), cache.building("key") as slot:
         slot.store(Artifact({name: b""}, {}), origin)
-    with pytest.raises(ValueError):
-        spill(Artifact({name: b""}, {}), cache.root)
     assert cache.lookup("key") is None
 
 
@@ -224,20 +222,6 @@ def test_writing_equal_blobs_again_keeps_the_entry_that_others_have_open(cache: 
     assert cache.sources.write("print", {"a": "1"}).path.stat().st_ino == inode
     assert cache.sources.write("print", {"a": "2"}).path.stat().st_ino != inode
     assert list((cache.root / "building").iterdir()) == []
-
-
-def test_an_artifact_crosses_a_process_boundary_as_json(cache: Cache, origin: Origin) -> None:
-    with cache.building("key") as slot:
-        record = json.loads(json.dumps(spill(Artifact({"d/a": b"1", "b": b"2"}, {"r": "1"}, ["n"]), slot.work)))
-        artifact = receive(record)
-        assert contents(artifact) == {"d/a": b"1", "b": b"2"}
-        stored = slot.store(artifact, origin)
-    assert contents(stored.artifact) == {"d/a": b"1", "b": b"2"}
-    assert stored.artifact.notes == ("n",)
-    with pytest.raises(ValueError, match="not the record"):
-        receive({"files": []})
-    with pytest.raises(ValueError):
-        receive({"files": {"../a": "/etc/passwd"}, "requires": {}, "notes": []})
 
 
 def test_the_environment_names_the_default_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

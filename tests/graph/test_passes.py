@@ -59,7 +59,7 @@ def test_new_nodes_are_named_for_the_call_they_replace(rng: np.random.Generator)
     assert not [n for n in flat.nodes() if "transom.call" in n.metadata_props]
 
 
-@pytest.mark.parametrize("schema", [s for s in operators()], ids=lambda s: s.name)
+@pytest.mark.parametrize("schema", list(operators()), ids=lambda s: s.name)
 def test_onnx_bodies_of_standard_operators_compute_the_same(schema, rng: np.random.Generator) -> None:  # type: ignore[no-untyped-def]
     for sample in schema.samples(rng):
         graph, inputs = one_node(schema, sample)

@@ -68,6 +68,21 @@ def test_a_directory_agrees_with_transformers(
     assert_agrees(loaded.graph, checkpoint.model, rng)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_checkpoints_stay_as_they_are_and_agree(
+    dtype: str, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    import torch
+
+    model = tiny("qwen2", tmp_path, rng).model
+    model.to(getattr(torch, dtype)).save_pretrained(tmp_path)
+    exact = type(model).from_pretrained(tmp_path, dtype=torch.float32, attn_implementation="eager").eval()
+    loaded = resolve(tmp_path).open(tmp_path)
+    types = {str(v.dtype) for v in loaded.graph.model.graph.initializers.values() if v.name.endswith(".weight")}
+    assert types == {dtype.upper()}
+    assert_agrees(loaded.graph, exact, rng)
+
+
 GGUF_EXTRA = {"gemma3": {".attention.sliding_window_pattern": 2}}
 
 
@@ -149,6 +164,40 @@ def test_longrope_uses_its_long_factors_when_more_context_is_asked_for(
     session = reference_session(long.graph)
     got = session.step([Work(session.new_state(), prompt, "all")])[0]
     np.testing.assert_allclose(got, expected_logits(checkpoint.model, prompt), atol=1e-4)
+
+
+def test_gguf_factor_tensors_are_honoured(tmp_path: Path, rng: np.random.Generator) -> None:
+    long = resolve_gguf_with_factors(tmp_path, rng, context=64)
+    short = resolve_gguf_with_factors(tmp_path, rng, context=None)
+    assert (long, short) == (64, 16)
+
+
+def resolve_gguf_with_factors(folder: Path, rng: np.random.Generator, context: int | None) -> int:
+    """Compare a phi3 GGUF file that has LongRoPE factors with transformers; returns the graph's context."""
+    checkpoint = tiny("phi3", folder / "hf", rng, **LONGROPE)
+    factors = {
+        f"rope_factors_{which}.weight": np.array(LONGROPE["rope_parameters"][f"{which}_factor"], np.float32)
+        for which in ("short", "long")
+    }
+    write_gguf(checkpoint, folder / "tiny.gguf", tensors=factors)
+    graph = resolve(folder / "tiny.gguf").open(folder / "tiny.gguf", context=context).graph
+    prompt = rng.integers(0, 256, 24 if context else 12).tolist()
+    session = reference_session(graph)
+    got = session.step([Work(session.new_state(), prompt, "all")])[0]
+    np.testing.assert_allclose(got, expected_logits(checkpoint.model, prompt), atol=1e-4)
+    assert graph.decoder is not None
+    return graph.decoder.context
+
+
+def test_llama3_factors_of_a_gguf_file_are_honoured(tmp_path: Path, rng: np.random.Generator) -> None:
+    rope = next(settings["rope_parameters"] for _, name, settings in VARIANTS if name == "llama3")
+    checkpoint = tiny("llama", tmp_path / "hf", rng, rope_parameters=rope)
+    plain = 5e5 ** (-np.arange(0, 16, 2) / 16)
+    scaled = checkpoint.model.model.rotary_emb.inv_freq.double().numpy()
+    factors = {"rope_freqs.weight": (plain / scaled).astype(np.float32)}  # as llama.cpp's converter writes them
+    assert factors["rope_freqs.weight"].max() > 2
+    write_gguf(checkpoint, tmp_path / "tiny.gguf", tensors=factors)
+    assert_agrees(resolve(tmp_path / "tiny.gguf").open(tmp_path / "tiny.gguf").graph, checkpoint.model, rng)
 
 
 def test_dynamic_scaling_stretches_when_more_context_is_asked_for(tmp_path: Path, rng: np.random.Generator) -> None:

@@ -266,9 +266,7 @@ def test_activation_order_is_dequantised_and_said(
 
 def failure(folder: Path, *, read: bool = False) -> str:
     with pytest.raises(SourceError) as caught:
-        for weight in weights_of(folder):
-            if read:
-                weight.load()
+        [weight.load() if read else None for weight in weights_of(folder)]
     assert caught.value.fix
     return str(caught.value)
 

@@ -48,11 +48,23 @@ class _Stage:
         self.request = self.compiled.create_infer_request()
         self.inputs = {port.node.friendly_name: i for i, port in enumerate(self.compiled.inputs)}
         self._held: dict[str, Any] = {}
+        self._buffers: dict[str, Array] = {}
 
     def set(self, name: str, tensor: Any) -> None:
         """Set an input that stays until it is set again; `tensor` is an `openvino.Tensor`."""
         self.request.set_input_tensor(self.inputs[name], tensor)
         self._held[name] = tensor  # the request does not keep the memory alive
+
+    def put(self, name: str, array: Array, *, keep: bool) -> None:
+        """Give an input for the next run. With `keep` the array becomes the input's own: later ones of its shape are
+        copied into it, which is several times faster than setting a tensor."""
+        buffer = self._buffers.get(name)
+        if buffer is not None and buffer.shape == array.shape:
+            buffer[...] = array
+            return
+        self.set(name, openvino().Tensor(array, shared_memory=True))
+        if keep:
+            self._buffers[name] = array
 
     def port(self, name: str) -> Any:
         return self.compiled.inputs[self.inputs[name]]
@@ -115,13 +127,15 @@ class Engine:
             port = self._body.port(name)
             self._body.set(name, ov.Tensor(array, ov.Shape(list(array.shape)), port.get_element_type()))
 
-    def run(self, inputs: Mapping[str, Array], outputs: Sequence[str]) -> dict[str, Array]:
+    def run(self, inputs: Mapping[str, Array], outputs: Sequence[str], *, keep: bool) -> dict[str, Array]:
         """Run the stages one after another. The arrays returned are the engine's own and good until the next run.
+
+        Args:
+            keep: the arrays are given away: nobody else reads or writes them again.
 
         Raises:
             EngineError: the engine failed; its own words are in the message.
         """
-        ov = openvino()
         values: dict[str, Any] = {}
         for stage in self._stages:
             try:
@@ -129,8 +143,8 @@ class Engine:
                     if name in values:
                         stage.set(name, values[name])
                     elif name in inputs:
-                        stage.set(name, ov.Tensor(inputs[name], shared_memory=True))
-                stage.request.infer()
+                        stage.put(name, inputs[name], keep=keep)
+                stage.request.infer(share_outputs=True)  # else every output is copied to be thrown away
             except RuntimeError as e:
                 last = [line for line in str(e).splitlines() if line.strip()][-1]
                 raise EngineError(f"OpenVINO failed while running the stage {stage.plan.name}: {last}") from e

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import threading
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -93,7 +94,7 @@ class PagedSession:
         """One token into a page that nobody holds: the engine repacks its weights while the host does other things."""
         zero = np.zeros(1, np.int64)
         try:
-            self._engine.run(self._arguments([zero], [0], [[0]], zero), ())
+            self._engine.run(self._arguments([zero], [0], [[0]], zero), (), keep=True)
         except EngineError as e:
             self._failed = e  # raised by the first step
         self._engine.drop_read_pages()
@@ -126,7 +127,7 @@ class PagedSession:
         try:
             for source, target in reservation.copies:
                 self._arrays.copy(source, target)
-            outputs = self._engine.run(self._arguments(tokens, past, reservation.pages, rows), ("logits",))
+            outputs = self._engine.run(self._arguments(tokens, past, reservation.pages, rows), ("logits",), keep=True)
             results = split(outputs["logits"], work, counts)
         except BaseException:  # whatever it is, KeyboardInterrupt too, the states stay as they were
             reservation.rollback()
@@ -144,17 +145,16 @@ class PagedSession:
     def _arguments(
         self, tokens: Sequence[Array], past: Sequence[int], pages: Sequence[Sequence[int]], rows: Array
     ) -> dict[str, Array]:
-        counts = np.array([len(t) for t in tokens], np.int32)
-        lengths = np.array(past, np.int32)
+        counts = [len(t) for t in tokens]
         return {
             "input_ids": np.concatenate(tokens),
             "positions": np.concatenate([p + np.arange(n, dtype=np.int64) for p, n in zip(past, counts, strict=True)]),
             "logit_rows": rows,
-            names.PAST_LENGTHS: lengths,
+            names.PAST_LENGTHS: np.array(past, np.int32),
             names.BEGINS: _begins(counts),
             names.PAGES: np.concatenate([np.asarray(p, np.int32) for p in pages]),
             names.PAGE_BEGINS: _begins([len(p) for p in pages]),
-            names.LONGEST: np.array((lengths + counts).max(), np.int32),
+            names.LONGEST: np.array(max(p + n for p, n in zip(past, counts, strict=True)), np.int32),
         }
 
     def run(self, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -172,11 +172,9 @@ class PagedSession:
             raise RuntimeError("this session is closed")
 
 
-def _begins(counts: Sequence[int] | Array) -> Array:
+def _begins(counts: Sequence[int]) -> Array:
     """Where each part starts, and where the last ends: int32 [parts + 1]."""
-    begins = np.zeros(len(counts) + 1, np.int32)
-    np.cumsum(counts, out=begins[1:])
-    return begins
+    return np.array(list(accumulate(counts, initial=0)), np.int32)
 
 
 def _logit_rows(work: Sequence[Work], counts: Sequence[int]) -> Array:

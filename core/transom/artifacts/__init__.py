@@ -21,10 +21,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from transom.artifacts.cache import Blobs, Cache, Origin, Slot, StoredArtifact
+from transom.artifacts.cache import Blobs, Cache, Origin, Overflow, Slot, StoredArtifact
 from transom.artifacts.entries import Entry, FileRecord, Manifest, Verify
 from transom.artifacts.files import hash_file
-from transom.artifacts.handover import receive, spill
 from transom.artifacts.keys import artifact_key, content_hash, parse_size
 from transom.artifacts.notebook import Notebook
 
@@ -41,6 +40,7 @@ __all__ = [
     "Manifest",
     "Notebook",
     "Origin",
+    "Overflow",
     "Removed",
     "Slot",
     "Stats",
@@ -50,8 +50,6 @@ __all__ = [
     "content_hash",
     "hash_file",
     "parse_size",
-    "receive",
-    "spill",
 ]
 
 

@@ -1,8 +1,8 @@
 """Operators of ONNX Runtime's domain `com.microsoft` in standard operators, so that files written for it run anywhere.
 
-Source of the semantics: ONNX Runtime's `docs/ContribOperators.md`; each expansion is compared with onnxruntime in tests.
-Attention operators become standard `Attention` (or MatMul and Softmax where it has sinks), for batches in which every
-row has the same length: that is what `GroupQueryAttention` computes when its past is as long as its input says.
+Source of the semantics: ONNX Runtime's `docs/ContribOperators.md`; each expansion is compared with onnxruntime in
+tests. Attention operators become standard `Attention` (or MatMul and Softmax where it has sinks), for batches in which
+every row has the same length: that is what `GroupQueryAttention` computes when its past is as long as its input says.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from transom.errors import UnsupportedError
 from transom.graph.editing import Editor, all_nodes
+from transom.graph.shapes import infer_node
 from transom.graph.weights import Array, Blocked, BlockedArrays
 
 DOMAIN = "com.microsoft"
@@ -34,7 +35,11 @@ def expand_contrib(model: ir.Model) -> None:
     if not todo:
         return
     editor = Editor(model)
-    for node in todo:
+    waiting = {id(n) for n in todo}
+    for node in [*model.graph, *(n for n in todo if n.graph is not model.graph)]:
+        if id(node) not in waiting:
+            infer_node(node)
+            continue
         if node.graph is not model.graph:
             raise _refuse(node, "is inside the body of an If or a Loop")
         expansion = _EXPANSIONS.get(node.op_type)
@@ -194,7 +199,7 @@ def _blocks(
         assert zero is not None
         if float_zeros:
             z = zero.numpy().astype(np.float32).reshape(rows, count)
-            return BlockedArrays(q, s, minimums=-z * s)
+            return BlockedArrays(q, s, minimums=np.negative(z) * np.asarray(s, np.float32))
         return BlockedArrays(q, s, zero_points=unpacked(zero, count))
 
     return Blocked(
@@ -261,7 +266,7 @@ def _rotary(e: Editor, node: ir.Node, a: Mapping[str, Any]) -> Sequence[Value | 
     if rotated:
         attributes["rotary_embedding_dim"] = rotated
     heads = int(a.get("num_heads", 0))
-    if not heads and _rank(node, x) == 3:
+    if not heads and (x.shape is None or len(x.shape) == 3):
         width, half = x.shape[2] if x.shape else None, cos.shape[1] if cos.shape else None
         if not isinstance(width, int) or not isinstance(half, int):
             raise _refuse(node, "does not say how many heads it has")
@@ -293,10 +298,7 @@ def _group_query(e: Editor, node: ir.Node, a: Mapping[str, Any]) -> Sequence[Val
     q, k, v = _need(node, 0), _input(node, 1), _input(node, 2)
     past_k, past_v, bias = _input(node, 3), _input(node, 4), _input(node, 10)
     if k is None:
-        width = q.shape[2] if q.shape is not None and len(q.shape) == 3 else None
-        if not isinstance(width, int):
-            raise _refuse(node, "packs query, key and value without saying how wide they are")
-        dim = width // (heads + 2 * kv_heads)
+        dim = _head_dim(node, q, past_k, heads + 2 * kv_heads)
         sizes = e.constant([heads * dim, kv_heads * dim, kv_heads * dim])
         q, k, v = e.nodes("Split", q, sizes, axis=2, outputs=3, name="qkv")
     assert v is not None
@@ -307,27 +309,82 @@ def _group_query(e: Editor, node: ir.Node, a: Mapping[str, Any]) -> Sequence[Val
         if positions is None:
             batch = e.op("Concat", _dim(e, q, 0), e.constant([1]), axis=0)
             positions = e.op("Expand", e.op("Unsqueeze", new, e.constant([0])), batch, name="positions")
-        turn = {"interleaved": int(a.get("rotary_interleaved", 0))}
-        if dim := _rotated(cos, q, heads):
-            turn["rotary_embedding_dim"] = dim
+        turn: dict[str, Any] = {"interleaved": int(a.get("rotary_interleaved", 0))}
+        if rotated := _rotated(cos, q, heads):
+            turn["rotary_embedding_dim"] = rotated
         q = e.op("RotaryEmbedding", q, cos, sin, positions, num_heads=heads, name="query", **turn)
         k = e.op("RotaryEmbedding", k, cos, sin, positions, num_heads=kv_heads, name="key", **turn)
     mask = None
     window = int(a.get("local_window_size", -1))
     if window > 0 or bias is not None:
-        distance = e.op("Sub", e.op("Unsqueeze", new, e.constant([1])), e.op("Unsqueeze", every, e.constant([0])))
-        visible = e.op("GreaterOrEqual", distance, e.constant(0))
-        if window > 0:
-            visible = e.op("And", visible, e.op("Less", distance, e.constant(window)))
-        mask = e.op("Where", visible, e.constant(0.0), e.constant(float(-np.inf)), name="mask")
+        mask = _causal_mask(e, new, every, window)
         mask = mask if bias is None else e.op("Add", mask, bias)
     sinks = _input(node, 11)
     if sinks is None and a.get("smooth_softmax", 0) > 0:
         sinks = e.constant(np.zeros(heads, np.float32))
     scale, softcap = float(a.get("scale", 0.0)), float(a.get("softcap", 0.0))
     if sinks is not None:
-        raise _refuse(node, "has attention sinks")
+        if bias is not None or past_k is None or past_v is None:
+            raise _refuse(node, "has attention sinks beside a bias or without a past")
+        mask = _causal_mask(e, new, every, 0) if mask is None else mask
+        return _written_out(e, node, (q, k, v), (past_k, past_v), mask, sinks, (heads, kv_heads), scale, softcap)
     return _attention(e, (q, k, v), (past_k, past_v), mask, (heads, kv_heads), scale, softcap, causal=mask is None)
+
+
+def _head_dim(node: ir.Node, x: Value, past: Value | None, heads: int) -> int:
+    """Columns of a head: of the cache, or of an activation that holds so many heads."""
+    dim = past.shape[3] if past is not None and past.shape is not None and len(past.shape) == 4 else None
+    width = x.shape[2] if x.shape is not None and len(x.shape) == 3 else None
+    if isinstance(dim, int):
+        return dim
+    if isinstance(width, int):
+        return width // heads
+    raise _refuse(node, "does not say how wide its heads are")
+
+
+def _causal_mask(e: Editor, new: Value, every: Value, window: int) -> Value:
+    """0 where a token sees another and -inf elsewhere, [sequence, past + sequence]."""
+    distance = e.op("Sub", e.op("Unsqueeze", new, e.constant([1])), e.op("Unsqueeze", every, e.constant([0])))
+    visible = e.op("GreaterOrEqual", distance, e.constant(0))
+    if window > 0:
+        visible = e.op("And", visible, e.op("Less", distance, e.constant(window)))
+    return e.op("Where", visible, e.constant(0.0), e.constant(float(-np.inf)), name="mask")
+
+
+def _written_out(
+    e: Editor,
+    node: ir.Node,
+    new: tuple[Value, Value, Value],
+    past: tuple[Value, Value],
+    mask: Value,
+    sinks: Value,
+    heads: tuple[int, int],
+    scale: float,
+    softcap: float,
+) -> Sequence[Value | None]:
+    """Attention with a learnt logit for each head in its softmax, which standard `Attention` lacks."""
+    q, k, v = new
+    kv_heads, group = heads[1], heads[0] // heads[1]
+    dim = _head_dim(node, q, past[0], heads[0])
+
+    def split(x: Value, past_part: Value) -> Value:
+        by_head = e.op("Transpose", e.op("Reshape", x, e.constant([0, 0, kv_heads, -1])), perm=[0, 2, 1, 3])
+        return e.op("Concat", past_part, by_head, axis=2)
+
+    key, value = split(k, past[0]), split(v, past[1])
+    query = e.op("Reshape", q, e.constant([0, 0, kv_heads, group, dim]))
+    query = e.op("Mul", e.op("Transpose", query, perm=[0, 2, 3, 1, 4]), e.constant(float(scale or dim**-0.5)))
+    across = e.op("Unsqueeze", e.op("Transpose", key, perm=[0, 1, 3, 2]), e.constant([2]))
+    scores = e.op("MatMul", query, across, name="scores")
+    if softcap:
+        scores = e.op("Mul", e.op("Tanh", e.op("Div", scores, e.constant(softcap))), e.constant(softcap))
+    scores = e.op("Add", scores, mask)
+    column = e.op("Concat", e.op("Shape", scores, start=0, end=4), e.constant([1]), axis=0)
+    sink = e.op("Expand", e.op("Reshape", sinks, e.constant([1, kv_heads, group, 1, 1])), column)
+    weights = e.op("Softmax", e.op("Concat", scores, sink, axis=-1), axis=-1)
+    weights = e.op("Slice", weights, e.constant([0]), e.constant([-1]), e.constant([-1]))
+    out = e.op("MatMul", weights, e.op("Unsqueeze", value, e.constant([2])))
+    return e.op("Reshape", e.op("Transpose", out, perm=[0, 3, 1, 2, 4]), e.constant([0, 0, -1])), key, value
 
 
 def _rotated(cos: Value, query: Value, heads: int) -> int:
@@ -365,7 +422,7 @@ def _attention(
 def _multi_head(e: Editor, node: ir.Node, a: Mapping[str, Any]) -> Sequence[Value | None]:
     heads = int(a["num_heads"])
     q, k, v, bias = _need(node, 0), _input(node, 1), _input(node, 2), _input(node, 3)
-    if k is None or v is None or _rank(node, k) != 3 or _rank(node, q) != 3:
+    if k is None or v is None or any(x.shape is not None and len(x.shape) != 3 for x in (q, k, v)):
         raise _refuse(node, "packs query, key and value")
     if _input(node, 4) is not None or len(node.inputs) > 8:
         raise _refuse(node, "takes a padding mask or a shared cache")

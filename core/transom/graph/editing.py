@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass, TopologicalSortPass
 
 from transom.graph.builder import GraphBuilder
+from transom.graph.shapes import infer_node
 
 
 class Editor(GraphBuilder):
@@ -36,6 +38,21 @@ class Editor(GraphBuilder):
             name = f"{full}_{number}"
         self._taken.add(name)
         return name
+
+    def nodes(
+        self,
+        op_type: str,
+        *inputs: ir.Value | None,
+        outputs: int = 1,
+        domain: str = "",
+        name: str | None = None,
+        **attributes: Any,
+    ) -> tuple[ir.Value, ...]:
+        values = super().nodes(op_type, *inputs, outputs=outputs, domain=domain, name=name, **attributes)
+        node = values[0].producer()
+        assert node is not None
+        infer_node(node)
+        return values
 
     def replace(self, old: ir.Value, new: ir.Value) -> None:
         """Use `new` wherever `old` was used; a graph output keeps its name. `new` must not be computed from `old`."""

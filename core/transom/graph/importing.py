@@ -15,7 +15,6 @@ from onnx_ir.passes.common import (
     LiftConstantsToInitializersPass,
     LiftSubgraphInitializersToMainGraphPass,
     RemoveInitializersFromInputsPass,
-    RemoveUnusedFunctionsPass,
     RemoveUnusedNodesPass,
     RemoveUnusedOpsetsPass,
     TopologicalSortPass,
@@ -23,6 +22,7 @@ from onnx_ir.passes.common import (
 
 from transom.errors import SourceError, UnsupportedError
 from transom.graph.builder import IR_VERSION
+from transom.graph.contrib import DOMAIN as CONTRIB
 from transom.graph.contrib import expand_contrib, is_contrib, knows
 from transom.graph.editing import all_nodes, all_values
 from transom.graph.graph import Graph
@@ -54,9 +54,13 @@ def import_model(model: ir.Model, *, name: str, weights_hash: str, notes: Sequen
     version = graph.opset_imports.get("", OPSET)
     _same_versions_inside_functions(model, version)
     InlinePass(criteria=lambda f: find(f.domain, f.name) is None)(model)
-    RemoveUnusedFunctionsPass()(model)
+    _remove_functions(model)
     _name_nodes(model)
     _check_operators(model, version)
+    for node in all_nodes(model.graph):
+        if is_contrib(node):  # onnx's converter asks for a schema of what has no domain
+            node.domain = CONTRIB
+            model.graph.opset_imports.setdefault(CONTRIB, 1)
     model = _to_opset(model, version, noted)
     LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     expand_contrib(model)
@@ -69,16 +73,35 @@ def import_model(model: ir.Model, *, name: str, weights_hash: str, notes: Sequen
     model.graph.opset_imports[""] = OPSET
     model.ir_version = IR_VERSION
     model.producer_name = "transom"
+    for node in all_nodes(model.graph):
+        if node.op_type == "Loop" and len(node.inputs) < 2:  # a pass dropped its absent condition, which ONNX asks for
+            node.resize_inputs(2)
     result = Graph(model, weights_hash=weights_hash, notes=noted)
     infer_shapes(result)
     return result
 
 
+def _remove_functions(model: ir.Model) -> None:
+    """Drop functions that no node calls any more."""
+    called = {n.op_identifier() for n in all_nodes(model.graph)}
+    for function in model.functions.values():
+        called |= {n.op_identifier() for n in all_nodes(function.graph)}
+    for identifier in [i for i in model.functions if i not in called]:
+        del model.functions[identifier]
+
+
 def _single_concats(model: ir.Model) -> None:
     """A Concat of one input, which torch writes for an empty cache, is a copy."""
     for node in all_nodes(model.graph):
-        if node.op_type == "Concat" and not node.domain and len(node.inputs) == 1 and not node.outputs[0].is_graph_output():
-            node.outputs[0].replace_all_uses_with(node.inputs[0])
+        if (
+            node.op_type == "Concat"
+            and not node.domain
+            and len(node.inputs) == 1
+            and not node.outputs[0].is_graph_output()
+        ):
+            source = node.inputs[0]
+            if source is not None:
+                node.outputs[0].replace_all_uses_with(source)
 
 
 def _name_nodes(model: ir.Model) -> None:
@@ -142,7 +165,8 @@ def _check_operators(model: ir.Model, version: int) -> None:
                 continue
             if version > onnx.defs.onnx_opset_version():
                 raise UnsupportedError(
-                    f"the model is opset {version}, the installed onnx package knows {onnx.defs.onnx_opset_version()}",
+                    f"the node {node.name} uses the operator {node.op_type} of opset {version}; the installed onnx "
+                    f"package knows opset {onnx.defs.onnx_opset_version()}",
                     "pip install --upgrade onnx",
                 )
         elif domain == "ai.onnx.ml":
@@ -151,8 +175,8 @@ def _check_operators(model: ir.Model, version: int) -> None:
         elif find(domain, node.op_type) is not None:
             continue
         raise UnsupportedError(
-            f"the node {node.name} uses the operator {domain or 'ai.onnx'}::{node.op_type}, which Transom does not know "
-            "and for which the model brings no function",
+            f"the node {node.name} uses the operator {domain or 'ai.onnx'}::{node.op_type}, which Transom does not "
+            "know and for which the model brings no function",
             "Register it through the hook transom_ops, give the model a function body for it, or export the model "
             "without it",
         )

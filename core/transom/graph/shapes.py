@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import onnx
 import onnx_ir as ir
 
 from transom.errors import SourceError
+from transom.graph.digest import SMALL
 from transom.graph.graph import Graph
+from transom.ops.functions import OPSET
+
+_ERRORS = (onnx.shape_inference.InferenceError, onnx.checker.ValidationError, RuntimeError, ValueError, TypeError)
 
 
 def infer_shapes(graph: Graph) -> None:
@@ -16,25 +21,62 @@ def infer_shapes(graph: Graph) -> None:
     Raises:
         SourceError: the nodes contradict each other; the message names one.
     """
-    import onnx
-
     for node in graph.model.graph:
         for value in node.outputs:
             if not value.is_graph_output():
                 value.type = value.shape = None
     try:
-        inferred = onnx.shape_inference.infer_shapes(graph.structure(), strict_mode=True, data_prop=True)
-    except (onnx.shape_inference.InferenceError, onnx.checker.ValidationError, RuntimeError) as e:
+        inferred = _inferred(graph.structure())
+    except _ERRORS as e:
         raise SourceError(
             f"{graph.name} is not valid ONNX: {_last_line(e)}", "Export the model again, or get the file again"
         ) from e
-    found: dict[str, Any] = {v.name: v for v in inferred.graph.value_info}
+    found: dict[str, Any] = {v.name: v for v in (*inferred.graph.value_info, *inferred.graph.output)}
     for node in graph.model.graph:
         for value in node.outputs:
             proto = found.get(str(value.name))
+            if value.is_graph_output() and value.type is not None and value.shape is not None:
+                continue
             if proto is not None and proto.type.WhichOneof("value") is not None:
                 value.type = ir.serde.deserialize_type_proto_for_type(proto.type)
                 value.shape = ir.serde.deserialize_type_proto_for_shape(proto.type)
+
+
+def _inferred(structure: Any) -> Any:
+    try:
+        return onnx.shape_inference.infer_shapes(structure, strict_mode=True, data_prop=True)
+    except ValueError:  # onnx's following of data fails on some loops
+        return onnx.shape_inference.infer_shapes(structure, strict_mode=True, data_prop=False)
+
+
+def infer_node(node: ir.Node) -> None:
+    """Set the types and shapes of one standard operator's outputs that are not known yet, from those of its inputs."""
+    if node.domain or node.op_type in ("If", "Loop", "Scan") or all(v.shape is not None for v in node.outputs):
+        return
+    types: dict[str, Any] = {}
+    data: dict[str, Any] = {}
+    for value in node.inputs:
+        if value is None:
+            continue
+        if value.type is None:
+            return
+        proto = ir.to_proto(value).type
+        types[str(value.name)] = proto
+        tensor = value.const_value
+        if tensor is not None and tensor.nbytes <= SMALL and not isinstance(tensor, ir.LazyTensor):
+            data[str(value.name)] = ir.to_proto(tensor)
+    schema = onnx.defs.get_schema(node.op_type, OPSET, "")
+    try:
+        found = onnx.shape_inference.infer_node_outputs(
+            schema, ir.to_proto(node), types, data, opset_imports=[onnx.helper.make_opsetid("", OPSET)], ir_version=12
+        )
+    except _ERRORS:
+        return  # what is wrong with the node is said when the whole graph is inferred
+    for value in node.outputs:
+        inferred = found.get(str(value.name))
+        if inferred is not None and inferred.WhichOneof("value") is not None:
+            value.type = ir.serde.deserialize_type_proto_for_type(inferred)
+            value.shape = ir.serde.deserialize_type_proto_for_shape(inferred)
 
 
 def _last_line(error: Exception) -> str:

@@ -80,8 +80,7 @@ def from_gguf(values: Values, tensors: Tensors, context: int | None) -> Gemma3Co
         values, tensors, lambda dim: rope_from_gguf(values, dim, context, tensors, theta=_GLOBAL_BASE)
     )
     window = values.whole("attention.sliding_window", low=0)
-    pattern = values.whole("attention.sliding_window_pattern", 6)
-    local = [(i + 1) % pattern != 0 for i in range(sizes["layers"])]
+    local = _local_layers(values, sizes["layers"])
     base = values.number("rope.freq_base_swa", _LOCAL_BASE, low=1e-3)
     # The file does not say query_pre_attn_scalar; of the published sizes only 27B scales by other than its head's width
     width = sizes["hidden"] / sizes["heads"] if sizes["layers"] == _LAYERS_OF_27B else sizes["head_dim"]
@@ -94,6 +93,18 @@ def from_gguf(values: Values, tensors: Tensors, context: int | None) -> Gemma3Co
         logit_softcap=values.number("final_logit_softcapping", 0.0, low=0.0),
         offset=0.0,
     )
+
+
+def _local_layers(values: Values, layers: int) -> list[bool]:
+    """Which layers are windowed: newer files say it for each layer, older ones how often a global one comes."""
+    key = "attention.sliding_window_pattern"
+    said = values.get(key)
+    if isinstance(said, list):
+        if len(said) != layers or not all(isinstance(one, bool) for one in said):
+            raise values.wrong(key, f"a list of {layers} flags")
+        return said
+    pattern = values.whole(key, 6)
+    return [(i + 1) % pattern != 0 for i in range(layers)]
 
 
 def build(config: Gemma3Config, tensors: Tensors) -> Graph:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from transom.errors import SourceError
 from transom.graph.weights import Array, dequantize
 from transom.models.values import Values
 
@@ -62,7 +63,7 @@ def rope_from_hf(
         SourceError: an unknown scaling, or one with missing or impossible parameters.
     """
     table = parameters or values.inner("rope_parameters") or values.inner("rope_scaling") or Values({}, values.where)
-    base = table.number("rope_theta", None, low=1e-3) or values.number("rope_theta", theta, low=1e-3)
+    base = table.number("rope_theta", None, low=1.001) or values.number("rope_theta", theta, low=1.001)
     partial = table.number("partial_rotary_factor", None, low=0.0, high=1.0)
     if partial is None:
         partial = values.number("partial_rotary_factor", 1.0, low=0.0, high=1.0)
@@ -72,8 +73,12 @@ def rope_from_hf(
         original = table.whole("original_max_position_embeddings", None)
     key = "rope_type" if table.has("rope_type") else "type"
     kind = table.get(key) or "default"
-    kind = aliases.get(kind, kind)
-    rope = plain(base, int(head_dim * partial), longest)
+    kind = aliases.get(kind, kind) if isinstance(kind, str) else kind
+    rotated = int(head_dim * partial)
+    if rotated < 2 or rotated % 2:
+        where = table if table.has("partial_rotary_factor") else values
+        raise where.wrong("partial_rotary_factor", f"one that turns an even number of the {head_dim} columns of a head")
+    rope = plain(base, rotated, longest)
     if kind == "default":
         return rope
     if kind == "linear":
@@ -110,6 +115,9 @@ def rope_from_hf(
         before = original or longest
         factor = table.number("factor", None, low=1e-3) or longest / before
         attention = table.number("attention_factor", None, low=1e-6)
+        for which, factors in (("short_factor", short), ("long_factor", long)):
+            if min(factors) <= 0:
+                raise table.wrong(which, "a list of positive numbers")
         return longrope(rope, np.array(short), np.array(long), before, factor, attention, context)
     raise table.unsupported(key, "Transom knows default, linear, dynamic, llama3, yarn and longrope")
 
@@ -122,21 +130,19 @@ def rope_from_gguf(
     Raises:
         SourceError: an unknown scaling, or one with missing or impossible parameters.
     """
-    base = values.number("rope.freq_base", theta, low=1e-3)
-    rotated = values.whole("rope.dimension_count", head_dim, high=head_dim)
+    base = values.number("rope.freq_base", theta, low=1.001)
+    rotated = values.whole("rope.dimension_count", head_dim, low=2, high=head_dim)
+    if rotated % 2:
+        raise values.wrong("rope.dimension_count", "an even number")
     longest = values.whole("context_length")
     rope = plain(base, rotated, longest)
     before = values.whole("rope.scaling.original_context_length", longest)
     attention = values.number("rope.scaling.attn_factor", None, low=1e-6)
     if tensors.has("rope_factors_long.weight") and tensors.has("rope_factors_short.weight"):
-        short, long = (
-            dequantize(tensors(f"rope_factors_{which}.weight", rotated // 2)).astype(np.float64)
-            for which in ("short", "long")
-        )
+        short, long = (_factors(tensors, f"rope_factors_{which}.weight", rotated // 2) for which in ("short", "long"))
         return longrope(rope, short, long, before, longest / before, attention, context)
     if tensors.has("rope_freqs.weight"):
-        factors = dequantize(tensors("rope_freqs.weight", rotated // 2)).astype(np.float64)
-        rope = replace(rope, frequencies=rope.frequencies / factors)
+        rope = replace(rope, frequencies=rope.frequencies / _factors(tensors, "rope_freqs.weight", rotated // 2))
     kind = values.get("rope.scaling.type") or ("linear" if values.has("rope.scale_linear") else "none")
     if kind in ("none", "longrope"):
         return rope
@@ -157,6 +163,17 @@ def rope_from_gguf(
     raise values.unsupported("rope.scaling.type", "Transom knows none, linear, yarn and longrope")
 
 
+def _factors(tensors: Tensors, name: str, count: int) -> Array:
+    """Divisors of the frequencies, read at once: they are part of the graph's structure."""
+    factors = dequantize(tensors(name, count)).astype(np.float64)
+    if (factors <= 0).any():
+        raise SourceError(
+            f"The tensor {name} in {tensors.checkpoint.where} has factors that are not positive",
+            "The file is damaged: get it again",
+        )
+    return factors
+
+
 def plain(base: float, rotated: int, context: int) -> Rope:
     """base ** (-2i / rotated)."""
     return Rope(base ** (-np.arange(0, rotated, 2, dtype=np.float64) / rotated), rotated, context)
@@ -166,7 +183,8 @@ def dynamic(rope: Rope, base: float, factor: float, context: int | None) -> Rope
     """NTK-aware scaling, which begins where the trained context ends."""
     if context is None or context <= rope.context:
         return rope
-    stretched = base * (factor * context / rope.context - (factor - 1)) ** (rope.rotated / (rope.rotated - 2))
+    exponent = rope.rotated / max(rope.rotated - 2, 1)
+    stretched = base * (factor * context / rope.context - (factor - 1)) ** exponent
     note = (
         f"rotary frequencies are stretched (dynamic NTK) for a context of {context} tokens; "
         f"up to {rope.context} tokens the model is more exact without asking for more"
@@ -220,7 +238,7 @@ def longrope(
 ) -> Rope:
     """LongRoPE: one set of factors up to `before` tokens, another beyond. Up to `before` unless more is asked for."""
     if attention is None:
-        attention = math.sqrt(1 + math.log(factor) / math.log(before)) if factor > 1.0 else 1.0
+        attention = math.sqrt(1 + math.log(factor) / math.log(before)) if factor > 1.0 and before > 1 else 1.0
     if context is None or context <= before:
         note = (
             f"the short rotary factors are used, for a context of {before} tokens; "

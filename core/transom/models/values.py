@@ -48,7 +48,7 @@ class Values:
         value = self._value(key, default)
         if value is default and not self.has(key):
             return default
-        if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value):
+        if isinstance(value, bool) or not isinstance(value, int | float) or value % 1:
             raise self.wrong(key, "a whole number")
         if not low <= value <= high:
             raise self.wrong(key, f"between {low} and {high}")
@@ -88,7 +88,8 @@ class Values:
     def one_of(self, key: str, allowed: tuple[Any, ...], default: Any = _REQUIRED) -> Any:
         """A value out of a few. Everything else is refused by name, never ignored."""
         value = self._value(key, default)
-        if value not in allowed:
+        # `in` would take 1 for True, and unhashable values are never allowed
+        if not any(type(value) is type(a) and value == a for a in allowed):
             names = ", ".join(repr(a) for a in allowed)
             raise self.unsupported(key, f"Transom knows {names} here")
         return value

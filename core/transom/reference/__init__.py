@@ -50,7 +50,7 @@ class ReferenceBackend:
             shutil.rmtree(folder, ignore_errors=True)
             raise
         files: dict[str, bytes | Path] = {p.name: p for p in folder.iterdir()}
-        return Artifact(files, {"format": FORMAT}, ("float32, NumPy",))
+        return Artifact(files, {"format": FORMAT}, ("precision: float32, by NumPy",))
 
     def check(self, artifact: Artifact, device: Device) -> Verdict:
         if dict(artifact.requires) != {"format": FORMAT}:

@@ -191,7 +191,10 @@ class Executor:
             for scan, item in zip(scans, rest[kept:], strict=True):
                 scan.append(item)
             index += 1
-        return [*carried, *(np.stack(s) if s else np.zeros((0,), np.float32) for s in scans)]
+        return [
+            *carried,
+            *(np.stack(s) if s else _nothing(v) for s, v in zip(scans, body.outputs[kept + 1 :], strict=True)),
+        ]
 
     def _subgraph(self, body: ir.Graph, inputs: Sequence[Any], outer: Values) -> list[Any]:
         values = dict(outer)
@@ -216,6 +219,12 @@ def _as_array(given: Any, value: ir.Value) -> Array:
     if array.dtype.kind != np.dtype(wanted).kind or array.dtype.kind not in "iuf":
         raise ValueError(f"the input {value.name} is {array.dtype}; the graph takes {wanted}")
     return array.astype(wanted)
+
+
+def _nothing(value: ir.Value) -> Array:
+    """What a loop that never ran has collected: no entries, each of this type and shape."""
+    dims = [] if value.shape is None else [d if isinstance(d, int) else 0 for d in value.shape]
+    return np.zeros((0, *dims), np.float32 if value.dtype is None else value.dtype.numpy())
 
 
 def _fixed(value: ir.Value | None, constant_nodes: set[int]) -> bool:

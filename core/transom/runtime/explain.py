@@ -10,9 +10,8 @@ from typing import Any
 from transom.contract import Backend, Device, Offer, Refusal
 from transom.errors import TransomError
 from transom.graph import Graph
-from transom.graph.passes import decompose
-from transom.runtime.loading import Machine
-from transom.runtime.lowering import claims_of
+from transom.runtime.lowering import attempt, claims_of, operator_name
+from transom.runtime.machine import Machine
 
 
 @dataclass(frozen=True)
@@ -23,7 +22,7 @@ class NodeAnswer:
     operator: str
     """`"MatMul"`, `"transom::CachedAttention"`."""
     outcome: str
-    """`"runs"`, `"decomposed"` (its body in standard operators runs), or `"refused"`."""
+    """`"runs"`, `"decomposed"` (its body in simpler operators runs), or `"refused"`."""
     reason: str = ""
     exact: bool = True
 
@@ -106,41 +105,47 @@ def explain_graph(graph: Graph, name: str, machine: Machine, *, device: str = "a
     Args:
         device: `"auto"` for all devices that are here, or the id of one.
     """
-    by_id = {d.id: d for d in machine.devices}
-    wanted = [d for d in machine.devices if d.id == device] if device != "auto" else list(machine.devices)
-    if device == "auto":
-        wanted = [d for d in wanted if d.kind != "remote"]
-    ids = {d.id for d in wanted}
+    wanted = {d.id: d for d in machine.devices if (d.kind != "remote" if device == "auto" else d.id == device)}
     answers = []
     for backend, answer in machine.answers:
-        if answer.device_id not in ids:
+        if answer.device_id not in wanted:
             continue
         if isinstance(answer, Refusal):
             answers.append(BackendAnswer(backend, answer.device_id, answer))
             continue
-        found = machine.plugins.backends[backend].backend
+        asked = machine.plugins.backends[backend].backend
         try:
-            nodes = tuple(_ask(graph, found, by_id[answer.device_id]))
+            nodes = _ask(graph, asked, wanted[answer.device_id])
             answers.append(BackendAnswer(backend, answer.device_id, answer, nodes))
-        except TransomError as e:
-            answers.append(BackendAnswer(backend, answer.device_id, answer, error=str(e)))
+        except TransomError as error:
+            answers.append(BackendAnswer(backend, answer.device_id, answer, error=str(error)))
     return Explanation(name, len(list(graph.nodes())), tuple(answers))
 
 
-def _ask(graph: Graph, backend: Backend, device: Device) -> Iterator[NodeAnswer]:
-    nodes = {str(n.name): n for n in graph.nodes()}
-    for claim in claims_of(graph, backend, device, {}):
-        node = nodes[claim.node]
-        operator = f"{node.domain}::{node.op_type}" if node.domain else node.op_type
-        if claim.ok:
-            yield NodeAnswer(claim.node, operator, "runs", exact=claim.exact)
-            continue
-        outcome, reason = "refused", claim.reason
-        if node.op_identifier() in graph.model.functions:
-            inner = decompose(graph, [claim.node])
-            new = [c for c in claims_of(inner, backend, device, {}) if c.node not in nodes]
-            refused = [c for c in new if not c.ok]
-            outcome = "refused" if refused else "decomposed"
-            if refused:
-                reason += f"; and of its body: {refused[0].reason}"
-        yield NodeAnswer(claim.node, operator, outcome, reason, claim.exact)
+def _ask(graph: Graph, backend: Backend, device: Device) -> tuple[NodeAnswer, ...]:
+    """What becomes of each node when a load takes it as far as it goes (`lowering.attempt`)."""
+    options = {"context": None, "precision": "auto", "threads": None}
+    first = {c.node: c for c in claims_of(graph, backend, device, options)}
+    last = attempt(graph, backend, device, options)
+    inside: dict[str, str] = {}
+    for inner, reason in last.refused.items():
+        for outer in _calls(inner):
+            if outer in first and outer in last.decomposed:
+                inside.setdefault(outer, reason)
+    answers = []
+    for node in graph.nodes():
+        claim = first[str(node.name)]
+        outcome, reason = "runs", claim.reason
+        if not claim.ok:
+            outcome = "decomposed" if claim.node in last.decomposed and claim.node not in inside else "refused"
+        if claim.node in inside:
+            reason += f"; and inside its body: {inside[claim.node]}"
+        answers.append(NodeAnswer(claim.node, operator_name(node.domain, node.op_type), outcome, reason, claim.exact))
+    return tuple(answers)
+
+
+def _calls(node: str) -> Iterator[str]:
+    """The names of the nodes that it may have come out of: `decompose` names `a.MatMul` what was inside `a`."""
+    while "." in node:
+        node = node.rpartition(".")[0]
+        yield node

@@ -1,7 +1,8 @@
 """Memory is planned before anything is compiled or loaded; what does not fit is refused with what would.
 
 The plan is arithmetic on the model's sizes, not a measurement: weights in the form they will be kept, the cache of one
-full context, and the working space of one prefill chunk.
+full context, and the working space of one prefill chunk. Where a device does not say how much memory it has, nothing is
+refused.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ CHUNK = 1024
 ENGINE_BYTES = 160 * 2**20
 """What an interpreter with an engine holds before it opens a model."""
 LEAST_CONTEXT = 256
-"""`auto` gives no shorter context than this (or the model's own, if that is shorter)."""
+"""A context is not cut shorter than this by itself (or than the model's own, if that is shorter)."""
+STEP = 64
+"""A context is cut to a multiple of this, so that it does not change with every page that somebody else takes."""
 
-_WEIGHT_BYTES = {"f32": 4.0, "bf16": 2.0, "f16": 2.0, "int8": 1.07, "int4": 0.57}
-_SMALLER = ("f32", "bf16", "int8", "int4")
+_WEIGHT_BYTES = {"f32": 4.0, "exact": 4.0, "bf16": 2.0, "f16": 2.0, "int8": 1.07, "int4": 0.57}
+_SMALLER = ("bf16", "int8", "int4")
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class MemoryPlan:
     """Of one sequence at full context."""
     workspace: int
     available: int
+    """0: not known."""
     context: int
     """Tokens."""
     model_context: int
@@ -48,15 +52,6 @@ class MemoryPlan:
         return {name: getattr(self, name) for name in names}
 
 
-def weight_bytes(decoder: Decoder, precision: str, *, exact_float32: bool = False) -> int:
-    """Bytes of the weights as a backend keeps them; `auto` keeps the checkpoint's own form."""
-    if exact_float32:
-        return decoder.parameters * 4
-    if precision in _WEIGHT_BYTES:
-        return int(decoder.parameters * _WEIGHT_BYTES[precision])
-    return decoder.weight_bytes
-
-
 def plan(
     decoder: Decoder, device: Device, *, context: int | None, precision: str = "auto", exact_float32: bool = False
 ) -> MemoryPlan:
@@ -67,52 +62,89 @@ def plan(
         exact_float32: the backend keeps everything in float32 (the reference does).
 
     Raises:
-        DoesNotFit: with the context length or the precision that would.
-        OptionError: the context is not positive or longer than the model was made for.
+        DoesNotFit: with the context length and the precision that would.
+        OptionError: the context is longer than the model was made for.
     """
+    require_context(decoder, context)
+    sizes = _Sizes(decoder, device, precision, exact_float32)
+    asked = context if context is not None else decoder.context
+    whole = sizes.plan(asked)
+    if sizes.longest >= asked:
+        return whole
+    longest = sizes.longest if sizes.longest < STEP else sizes.longest // STEP * STEP
+    if context is None and longest >= min(LEAST_CONTEXT, decoder.context):
+        return sizes.plan(
+            longest,
+            f"The context is cut to {longest} of the model's {decoder.context} tokens: {size(whole.available)} of "
+            f"memory are free, and the whole would need {size(whole.total)}",
+        )
+    raise DoesNotFit(
+        f"The model needs {size(whole.total)} on {device.id} ({size(whole.weights)} for weights, {size(whole.cache)} "
+        f"for a cache of {asked} tokens, {size(whole.workspace)} of working space), and {size(whole.available)} are "
+        "free",
+        _way_out(sizes, longest, context),
+    )
+
+
+def require_context(decoder: Decoder, context: int | None) -> None:
+    """Raise OptionError when the context is longer than the model was made for."""
     if context is not None and not 0 < context <= decoder.context:
         raise OptionError(
             f"context={context} is outside 1 … {decoder.context}, the model's own limit",
             "Ask for less, or leave it out",
         )
-    available = device.free_bytes if device.free_bytes is not None else device.memory_bytes
-    element = 4 if exact_float32 or precision == "f32" else 2
-    per_token = decoder.cache_bytes(1, element)
-    weights = weight_bytes(decoder, precision, exact_float32=exact_float32)
-    widest = max(decoder.hidden * 16, 1)
-    workspace = ENGINE_BYTES + CHUNK * widest * 4 + decoder.vocabulary * 4 * 8
-    room = available - weights - workspace
-    fits = max(0, min(decoder.context, room // max(per_token, 1)))
-    asked = context if context is not None else decoder.context
-    result = MemoryPlan(weights, decoder.cache_bytes(asked, element), workspace, available, asked, decoder.context)
-    if asked <= fits:
-        return result
-    if context is None and fits >= min(LEAST_CONTEXT, decoder.context):
-        note = (
-            f"context cut to {fits} of the model's {decoder.context} tokens: {size(available)} are free and the whole "
-            f"would need {size(result.total)}"
-        )
+
+
+class _Sizes:
+    """A decoder in one precision on one device."""
+
+    def __init__(self, decoder: Decoder, device: Device, precision: str, exact_float32: bool) -> None:
+        self.decoder, self.device, self.precision, self.exact_float32 = decoder, device, precision, exact_float32
+        self.available = device.free_bytes if device.free_bytes is not None else device.memory_bytes
+        self.weights = weight_bytes(decoder, precision, exact_float32=exact_float32)
+        self.workspace = ENGINE_BYTES + CHUNK * decoder.hidden * 16 * 4 + decoder.vocabulary * 4 * 8
+        self._element = 4 if exact_float32 or precision in ("f32", "exact") else 2
+        self.room = self.available - self.weights - self.workspace
+
+    @property
+    def longest(self) -> int:
+        """Tokens of context that fit."""
+        if not self.available:
+            return self.decoder.context
+        return max(0, min(self.decoder.context, self.room // max(self.decoder.cache_bytes(1, self._element), 1)))
+
+    def plan(self, context: int, note: str = "") -> MemoryPlan:
+        cache = self.decoder.cache_bytes(context, self._element)
         return MemoryPlan(
-            weights, decoder.cache_bytes(fits, element), workspace, available, fits, decoder.context, note
-        )
-    raise DoesNotFit(
-        f"the model needs {size(result.total)} on {device.id} ({size(weights)} weights, {size(result.cache)} cache for "
-        f"{asked} tokens, {size(workspace)} working space) and {size(available)} are free",
-        _way_out(decoder, fits, room, available - workspace, weights, precision, exact_float32),
-    )
+            self.weights, cache, self.workspace, self.available, context, self.decoder.context, note
+        )  # fmt: skip
+
+    def in_precision(self, precision: str) -> _Sizes:
+        return _Sizes(self.decoder, self.device, precision, self.exact_float32)
 
 
-def _way_out(
-    decoder: Decoder, fits: int, room: int, for_weights: int, weights: int, precision: str, exact_float32: bool
-) -> str:
-    if room > 0 and fits >= 1:
-        return f"A context of {fits} tokens would fit: context={fits}"
-    if not exact_float32:
-        for smaller in _SMALLER:
-            needed = weight_bytes(decoder, smaller)
-            if needed < min(weights, for_weights) and smaller != precision:
-                return f"precision={smaller!r} would fit ({size(needed)} weights)"
-    return f"Free {size(weights - for_weights)} of memory, or use a smaller model or another device"
+def _way_out(sizes: _Sizes, longest: int, context: int | None) -> str:
+    wanted = context if context is not None else min(LEAST_CONTEXT, sizes.decoder.context)
+    ways = [f"a context of {longest} tokens would: context={longest}"] if longest > 0 else []
+    if not sizes.exact_float32:
+        smaller = [sizes.in_precision(name) for name in _SMALLER]
+        fitting = next((s for s in smaller if s.weights < sizes.weights and s.longest >= wanted), None)
+        if fitting is not None:
+            ways.append(f"precision={fitting.precision!r} would, with {size(fitting.weights)} for weights")
+    if ways:
+        return f"It does not fit; {', and '.join(ways)}"
+    short = size(max(1, -sizes.room))
+    return f"Free {short} of memory, use a smaller model, or another device or backend"
+
+
+def weight_bytes(decoder: Decoder, precision: str, *, exact_float32: bool = False) -> int:
+    """Bytes of the weights as a backend keeps them; no precision keeps more than the checkpoint's own form does.
+
+    What is quantised in the checkpoint stays so in every precision but the reference's.
+    """
+    if exact_float32:
+        return decoder.parameters * 4
+    return min(decoder.weight_bytes, int(decoder.parameters * _WEIGHT_BYTES.get(precision, 4.0)))
 
 
 def size(count: int) -> str:

@@ -9,18 +9,25 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from transom.artifacts import artifact_key
+from transom.errors import SourceError
 from transom.signature import Decoder
 from transom.text import ChatTemplate, GenerationDefaults, Tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
     from transom.artifacts import Cache, Entry
     from transom.graph import Graph
+    from transom.runtime.jobs import Job
     from transom.sources import SourceModel
 
-FORMAT = 1
+FORMAT = 2
 """Part of the key: changes when what is stored, or how a source is read, changes."""
+
+
+_GRAPH = "graph.onnx"
 
 
 @dataclass(frozen=True)
@@ -35,6 +42,14 @@ class Prepared:
     inputs: Mapping[str, tuple[str, tuple[int | str | None, ...]]]
     """Element type and shape of each input of a graph that is not a decoder."""
     files: Entry
+
+    @property
+    def key(self) -> str:
+        return self.files.key
+
+    def artifact_key(self, job: Job) -> str:
+        """The key of what a job compiles out of this source."""
+        return artifact_key({"source": self.key, "job": job.artifact_key})
 
     def tokenizer(self) -> Tokenizer | None:
         path = self.files.files.get("tokenizer.json")
@@ -54,6 +69,35 @@ class Prepared:
         return json.loads(self.files.read(name))
 
 
+def find(cache: Cache, content: str, context: int | None) -> Prepared | None:
+    """The prepared source for this content and the context asked for, or None."""
+    base = cache.sources.lookup(content)
+    if base is None:
+        return None
+    found = _from_entry(base)
+    key = variant(content, context, found.decoder)
+    if key != content:
+        base.release()
+        entry = cache.sources.lookup(key)
+        return None if entry is None else _from_entry(entry)
+    return found
+
+
+def variant(content: str, context: int | None, decoder: Decoder | None) -> str:
+    """The key of a source as it is opened for a context.
+
+    A source that is opened without one is right for every context up to its decoder's. Beyond that it may be another
+    graph: rotary frequencies can depend on the context that is asked for, and the decoder's context with them.
+
+    Args:
+        content: the key of the source opened without a context.
+        decoder: of the source opened without a context.
+    """
+    if context is None or decoder is None or context <= decoder.context:
+        return content
+    return artifact_key({"content": content, "context": context})
+
+
 def keep(cache: Cache, key: str, model: SourceModel) -> Prepared:
     """Store what an opened source brought, and return it."""
     import tempfile
@@ -63,7 +107,7 @@ def keep(cache: Cache, key: str, model: SourceModel) -> Prepared:
     facts = {
         "name": model.name,
         "kind": model.kind,
-        "notes": [*graph.notes, *model.notes],
+        "notes": list(dict.fromkeys([*graph.notes, *model.notes])),
         "decoder": graph.decoder.to_json() if graph.decoder else None,
         "graph_digest": graph.digest(),
         "inputs": {} if graph.decoder else _inputs(graph),
@@ -80,15 +124,29 @@ def keep(cache: Cache, key: str, model: SourceModel) -> Prepared:
     return _from_entry(entry)
 
 
-def keep_graph(cache: Cache, key: str, graph: Graph) -> str:
-    """Store the graph of a model that exists in memory only, weights included; returns the path of its ONNX file."""
+def keep_graph(cache: Cache, key: str, graph: Graph) -> Entry:
+    """Store the graph of a model that exists in memory only, weights included, for a child process to open."""
     import tempfile
     from pathlib import Path
 
     with tempfile.TemporaryDirectory(prefix="transom-") as folder:
-        graph.save(Path(folder) / "graph.onnx")
-        entry = cache.sources.write(f"{key}-graph", {p.name: p for p in Path(folder).iterdir()})
-    return str(entry.files["graph.onnx"])
+        graph.save(Path(folder) / _GRAPH)
+        return cache.sources.write(key, {p.name: p for p in Path(folder).iterdir()})
+
+
+def open_graph(cache: Cache, key: str) -> Graph:
+    """The graph that `keep_graph` stored; weights are mapped, not read.
+
+    Raises:
+        SourceError: it is not there any more.
+    """
+    from transom.graph import Graph
+
+    entry = cache.sources.lookup(key)
+    if entry is None:
+        raise SourceError("The model in memory is no longer in the cache, where it is kept while it is compiled",
+                          "Load it again, and give the cache room: TRANSOM_CACHE_SIZE")  # fmt: skip
+    return Graph.open(entry.files[_GRAPH])
 
 
 def _inputs(graph: Graph) -> dict[str, list[Any]]:
@@ -96,12 +154,6 @@ def _inputs(graph: Graph) -> dict[str, list[Any]]:
 
     specs = {str(v.name): spec_of(v) for v in graph.model.graph.inputs}
     return {name: [s.dtype, list(s.shape or ())] for name, s in specs.items()}
-
-
-def find(cache: Cache, key: str) -> Prepared | None:
-    """The prepared source with this key, or None."""
-    entry = cache.sources.lookup(key)
-    return None if entry is None else _from_entry(entry)
 
 
 def _from_entry(entry: Entry) -> Prepared:

@@ -7,251 +7,267 @@ the cache. Nothing here is imported on a warm start.
 
 from __future__ import annotations
 
+import errno
+import tempfile
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from transom.artifacts import Cache, Origin, StoredArtifact
-from transom.contract import Backend, Device, Options, Progress, Session, Work
-from transom.hardware.probe_file import from_json, to_json
-from transom.errors import EngineError, SelectionError, TransomError, UnsupportedError
+from transom.artifacts import Cache, Origin, Slot, StoredArtifact
+from transom.contract import Artifact, Options, Progress, Session
+from transom.errors import SelectionError, TransomError, UnsupportedError
 from transom.graph import Graph
 from transom.plugins import LoadedBackend, load_plugins
 from transom.runtime import memory, prepared, selfcheck
+from transom.runtime.guarding import guarded
+from transom.runtime.jobs import Job
 from transom.runtime.lowering import lower
-from transom.sources import resolve
+from transom.runtime.operators import register_operators
+from transom.runtime.prepared import Prepared
+from transom.sources import SourceModel, resolve
+
+TIMED_TOKENS = 24
+"""Of a measured decode."""
 
 
-@dataclass(frozen=True)
-class Job:
-    """One model for one backend on one device; everything a child process needs to know, as JSON types."""
-
-    model: str
-    """Path of the source, or the name of a model that exists in memory only."""
-    graph: str
-    """Path of the neutral graph of such a model; else empty."""
-    source_key: str
-    artifact_key: str
-    backend: str
-    band: str
-    """Of the backend's offer; a `fallback` is planned as if it kept everything in float32."""
-    device: Device
-    options: Mapping[str, Any]
-    """Of the user: `precision`, `context` (None: the model's own), `threads`."""
-    cache: str
-    cache_limit: int | None
-    where: str
-    """Names machine, driver and SDK for the verdict."""
-    verify: bool
-
-    def to_payload(self) -> dict[str, Any]:
-        return {**vars(self), "device": to_json([self.device]), "options": dict(self.options)}
-
-    @classmethod
-    def from_payload(cls, payload: Mapping[str, Any]) -> Job:
-        return cls(**{**payload, "device": from_json(payload["device"])[0]})
+def read(payload: Mapping[str, Any], progress: Progress) -> None:
+    """Open the source and keep what the host needs of it."""
+    _Desk(payload, progress).source()
 
 
 def prepare(payload: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
     """Bring one artifact to the point where it can be loaded: source read, compiled, checked. Skips what is done.
 
-    Returns the seconds of each stage.
+    Returns `seconds` of each stage, and whether the cache `kept` the artifact, so that the host can find it.
     """
-    job = Job.from_payload(payload)
-    desk = _Desk(job, progress)
-    with desk.believed():
-        return desk.seconds
+    desk = _Desk(payload, progress)
+    with desk.believed() as stored:
+        return {"seconds": desk.seconds, "kept": not stored.temporary}
+
+
+def golden(payload: Mapping[str, Any], progress: Progress) -> None:
+    """Compute the reference's answers to the check prompt, where the cache has them no more."""
+    _Desk(payload, progress).golden()
 
 
 def measure(payload: Mapping[str, Any], progress: Progress) -> float:
     """Prepare, load, and time a short decode: tokens per second, for choosing between kinds of device."""
-    job = Job.from_payload(payload)
-    desk = _Desk(job, progress)
+    desk = _Desk(payload, progress)
     with desk.believed() as stored:
         session = desk.load(stored)
         try:
             progress("measure", None)
-            return decode_rate(session, desk.prompt())
+            ids = desk.prompt()
+            return guarded(desk.job.backend, "decoding", lambda: decode_rate(session, ids))
         finally:
             session.close()
 
 
-def decode_rate(session: Session, ids: list[int], tokens: int = 24) -> float:
-    """Tokens per second of a short greedy decode, the first few steps left out (they warm the engine up)."""
+def decode_rate(session: Session, ids: list[int]) -> float:
+    """Tokens per second of a short greedy decode; the first quarter warms the engine up and does not count."""
+    context = session.limits.context
+    ids = ids[: max(1, context // 2)]
     state = session.new_state()
     try:
         times = []
-        (row,) = session.step([Work(state, ids, "last")])
-        for _ in range(tokens):
-            token = int(np.asarray(row).argmax())
+        row = selfcheck.feed(session, state, ids)[-1][-1]
+        for _ in range(min(TIMED_TOKENS, context - len(ids))):
+            token = int(row.argmax())
             start = time.perf_counter()
-            (row,) = session.step([Work(state, [token], "last")])
+            row = selfcheck.feed(session, state, [token])[-1][-1]
             times.append(time.perf_counter() - start)
     finally:
         state.free()
-    return 1.0 / max(float(np.median(times[tokens // 4 :])), 1e-9)
+    return 1.0 / max(float(np.median(times[len(times) // 4 :])), 1e-9) if times else 0.0
 
 
 class _Desk:
     """The objects that the stages of one job hand to each other."""
 
-    def __init__(self, job: Job, progress: Progress) -> None:
-        self.job, self.progress = job, progress
-        self.cache = Cache(Path(job.cache), limit=job.cache_limit)
+    def __init__(self, payload: Mapping[str, Any], progress: Progress) -> None:
+        self.job, self.progress = Job.from_payload(payload), progress
+        self.cache = Cache(Path(self.job.cache), limit=self.job.cache_limit)
         self.seconds: dict[str, float] = {}
-        self._graph: Graph | None = None
-        self._prepared: prepared.Prepared | None = None
         self._plugin: LoadedBackend | None = None
+        self._graph: Graph | None = None
+        self._source: Prepared | None = None
 
-    def _timed(self, stage: str, start: float) -> None:
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+    @contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
 
     @property
     def plugin(self) -> LoadedBackend:
         if self._plugin is None:
             plugins = load_plugins()
+            register_operators(plugins)
             if self.job.backend not in plugins.backends:
                 raise SelectionError(
-                    f"the backend {self.job.backend} is not there in a child process",
+                    f"The backend {self.job.backend} is not there in a child process",
                     "Install it as a package, so that every process of this Python finds it",
                     [str(f) for f in plugins.failures],
                 )
-            plugins.operators()
             self._plugin = plugins.backends[self.job.backend]
         return self._plugin
 
-    @property
-    def backend(self) -> Backend:
-        return self.plugin.backend
+    # the source -------------------------------------------------------------------------------------------------------
+    def source(self) -> Prepared:
+        """What the cache keeps of the source, read now where it does not."""
+        if self._source is None:
+            self._source = prepared.find(self.cache, self.job.content, self.job.source_context)
+        if self._source is None:
+            self._read()
+            assert self._source is not None
+        return self._source
 
     def graph(self) -> Graph:
         """The neutral graph: needed to compile and to compute the golden logits, not to load."""
         if self._graph is None:
-            start = time.perf_counter()
-            self.plugin  # noqa: B018  a plugin's operators must be registered before a graph that uses them is read
-            self.progress("read", None)
-            if self.job.graph:
-                self._graph = Graph.open(Path(self.job.graph))
-            else:
-                opened = resolve(self.job.model).open(
-                    self.job.model, context=self.job.options.get("context"), progress=self.progress
-                )
-                self._graph = opened.graph
-                if self._prepared is None:
-                    self._prepared = prepared.keep(self.cache, self.job.source_key, opened)
-            self._timed("read", start)
+            self._read()
+            assert self._graph is not None
         return self._graph
 
-    def read(self) -> prepared.Prepared:
-        if self._prepared is None:
-            self._prepared = prepared.find(self.cache, self.job.source_key)
-        if self._prepared is None:
-            self.graph()
-        if self._prepared is None:
-            raise EngineError("the model was read and is not in the cache", "Check the cache folder")
-        return self._prepared
+    def _read(self) -> None:
+        self.plugin  # noqa: B018  a plugin's operators must be registered before a graph that uses them is read
+        with self._timed("read"):
+            self.progress("read", None)
+            if self.job.graph:
+                self._graph = prepared.open_graph(self.cache, self.job.graph)
+                return
+            content, context = self.job.content, self.job.source_context
+            opened = self._open(None)
+            if prepared.variant(content, context, opened.graph.decoder) != content:
+                if prepared.find(self.cache, content, None) is None:
+                    prepared.keep(self.cache, content, opened)  # by which the host knows that it is a variant
+                key = prepared.variant(content, context, opened.graph.decoder)
+                opened = self._open(context)
+                assert opened.graph.decoder is not None
+                memory.require_context(opened.graph.decoder, context)
+                content = key
+            self._graph = opened.graph
+            if self._source is None:
+                self._source = prepared.keep(self.cache, content, opened)
+
+    def _open(self, context: int | None) -> SourceModel:
+        return resolve(self.job.model).open(self.job.model, context=context, progress=self.progress)
 
     def prompt(self) -> list[int]:
         """The check prompt. Raises UnsupportedError for a graph that is not a decoder."""
-        source = self.read()
+        source = self.source()
         if source.decoder is None:
-            raise UnsupportedError("this model is not a decoder, so its decoding cannot be timed")
+            raise UnsupportedError("This model is not a decoder, so its decoding cannot be timed")
         return selfcheck.check_prompt(source.decoder, source.tokenizer())
 
-    def believed(self) -> StoredArtifact:
-        """The artifact, compiled if it is not there, checked if it was not on this device."""
-        stored = self.artifact()
-        if self.job.verify and stored.verdict(self.job.where) is None:
-            stored.record_verdict(self.job.where, self.check(stored))
-        return stored
-
+    # the artifact -----------------------------------------------------------------------------------------------------
     def options(self) -> Options:
         """The user's options with the context that was planned; refuses what does not fit."""
         options = dict(self.job.options)
-        decoder = self.read().decoder
+        decoder = self.source().decoder
         if decoder is not None:
-            planned = memory.plan(
+            options["context"] = memory.plan(
                 decoder,
                 self.job.device,
-                context=options.get("context"),
-                precision=str(options.get("precision", "auto")),
+                context=options["context"],
+                precision=options["precision"],
                 exact_float32=self.job.band == "fallback",
-            )
-            options["context"] = planned.context
+            ).context
         return options
 
-    def artifact(self) -> StoredArtifact:
-        """The compiled model, from the cache or made now."""
-        options = self.options()
-        with self.cache.building(self.job.artifact_key, self.progress) as slot:
-            if slot.found is not None:
-                return slot.found
-            graph = self.graph()
-            start = time.perf_counter()
-            lowered = lower(graph, self.backend, self.job.device, options)
+    def believed(self) -> StoredArtifact:
+        """The artifact, compiled if it is not there, checked if it was not in this place; by one process at a time."""
+        options, key = self.options(), self.source().artifact_key(self.job)
+        with self.cache.building(key, self.progress) as slot:
+            stored = slot.found or self._compile(slot, options)
+            if not self.job.believes(stored.verdict(self.job.place)):
+                stored.record_verdict(self.job.place, self._check(stored))
+        return stored
+
+    def _compile(self, slot: Slot, options: Options) -> StoredArtifact:
+        graph = self.graph()
+        with self._timed("compile"):
+            backend, device = self.plugin.backend, self.job.device
+            lowered = lower(graph, backend, device, options)
             self.progress("compile", None)
-            made = self._call("compiling", lambda: self.backend.compile(
-                lowered.graph, self.job.device, options, self.progress))  # fmt: skip
-            self._timed("compile", start)
+
+            def compile_in(folder: Path) -> Artifact:
+                # What the backend puts into temporary files is then moved into the cache and not copied, and what it
+                # leaves behind goes with the slot. The process is this job's own.
+                before, tempfile.tempdir = tempfile.tempdir, str(folder)
+                try:
+                    return backend.compile(lowered.graph, device, options, self.progress)
+                finally:
+                    tempfile.tempdir = before
+
+            try:
+                made = guarded(backend.name, "compiling this model", lambda: compile_in(slot.work))
+            except TransomError as error:
+                cause = error.__cause__
+                if not isinstance(cause, OSError) or cause.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+                    raise
+                outside = slot.outside(cause)
+                made = guarded(backend.name, "compiling this model", lambda: compile_in(outside))
+        with self._timed("store"):
             origin = Origin.on(
-                self.job.device,
+                device,
                 source=self.job.model,
                 backend=self.job.backend,
-                backend_version=self.plugin.version,
+                backend_version=self.job.backend_version,
                 options={k: v for k, v in self.job.options.items() if v is not None},
                 ingredients={"exact": lowered.exact, "decomposed": lowered.notes()},
             )
             return slot.store(made, origin, self.progress)
 
     def load(self, stored: StoredArtifact) -> Session:
-        options = self.options()
-        return self._call(
-            "loading",
-            lambda: self.backend.load(stored.artifact, self.job.device, options, stored.scratch),
-        )
+        backend, device, options = self.plugin.backend, self.job.device, self.options()
+        call = lambda: backend.load(stored.artifact, device, options, stored.scratch)  # noqa: E731
+        return guarded(backend.name, "loading this model", call)
 
-    def _call(self, doing: str, call: Any) -> Any:
-        from transom.contract import Cancelled
+    # the check --------------------------------------------------------------------------------------------------------
+    def golden(self) -> dict[str, selfcheck.Array]:
+        """What the reference answers: `ids` and `logits`; of a plain graph its outputs, or nothing where it fails."""
+        if (known := selfcheck.recall_golden(self.cache, self.source())) is not None:
+            return known
+        with self._timed("golden"):
+            self.progress("reference", None)
 
-        try:
-            return call()
-        except (TransomError, Cancelled):
-            raise
-        except Exception as e:  # a backend is somebody else's code: whatever it raises becomes one sentence
-            raise EngineError(
-                f"{self.job.backend} failed while {doing} this model: {type(e).__name__}: {e}",
-                "Choose another backend with backend=…, or report it to the backend's authors",
-            ) from e
+            def report(share: float) -> None:
+                self.progress("reference", share)
 
-    def check(self, stored: StoredArtifact) -> dict[str, Any]:
-        """Hold the loaded artifact against the reference; returns the agreement, raises where it is too small."""
-        decoder = self.read().decoder
-        if decoder is None:
-            return {"checked": False, "reason": "not a decoder: there is no fixed prompt"}
-        start = time.perf_counter()
-        ids, golden = self._golden()
-        self._timed("golden", start)
-        start = time.perf_counter()
-        self.progress("check", None)
-        session = self.load(stored)
-        try:
-            agreement = selfcheck.compare(golden, selfcheck.session_logits(session, ids))
-        finally:
-            session.close()
-        exact = bool(stored.origin.ingredients.get("exact", True))
-        selfcheck.judge(agreement, exact=exact, backend=self.job.backend)
-        self._timed("check", start)
-        return {"checked": True, **agreement.to_dict(), "text": str(agreement)}
+            if self.source().decoder is not None:
+                ids = self.prompt()
+                answer = {"ids": np.asarray(ids), "logits": selfcheck.golden_logits(self.graph(), ids, report)}
+            else:
+                from transom.reference.executor import Executor
 
-    def _golden(self) -> tuple[list[int], Any]:
-        key = self.read().graph_digest
-        if (entry := self.cache.golden.lookup(key)) is not None:
-            return selfcheck.unpack(entry.read("golden.npz"))
-        ids = self.prompt()
-        logits = selfcheck.golden_logits(self.graph(), ids, lambda share: self.progress("reference", share))
-        self.cache.golden.write(key, {"golden.npz": selfcheck.pack(ids, logits)})
-        return ids, logits
+                try:
+                    inputs = selfcheck.plain_inputs(self.source().inputs)
+                    answer = Executor(self.graph()).run(inputs, progress=report)
+                except (ValueError, TypeError, UnsupportedError):
+                    answer = {}  # inputs made up from shapes need not mean anything to a graph
+            selfcheck.keep_golden(self.cache, self.source(), answer)
+        return answer
+
+    def _check(self, stored: StoredArtifact) -> dict[str, Any]:
+        """Run the loaded artifact and hold it against the reference; raises where they disagree."""
+        decoder = self.source().decoder
+        wanted = self.golden() if self.job.verify else {}
+        with self._timed("check"):
+            self.progress("check", None)
+            session = self.load(stored)
+            try:
+                if not self.job.verify:
+                    if decoder is not None:
+                        selfcheck.session_logits(session, self.prompt(), self.job.backend)
+                    return {"checked": False, "reason": "switched off", "ran_only": True}
+                exact = bool(stored.origin.ingredients.get("exact", True))
+                return selfcheck.verdict(session, wanted, self.source(), backend=self.job.backend, exact=exact)
+            finally:
+                session.close()

@@ -16,7 +16,7 @@ from transom.models.tensors import Tensors, gguf_names
 from transom.models.values import Values
 from transom.sources.base import SourceModel, Spec, begins_with, content_hash, local_path, summarise
 from transom.sources.gguf_blocks import weight_of
-from transom.sources.gguf_file import MAGIC, GgufFile, is_first_part, open_gguf
+from transom.sources.gguf_file import MAGIC, GgufFile, is_first_part, open_gguf, parts_of
 
 if TYPE_CHECKING:
     from transom.text.chat_template import ChatTemplate
@@ -38,7 +38,7 @@ class GgufSource:
         return path.is_file() and (path.suffix.lower() == ".gguf" or begins_with(path, MAGIC))
 
     def fingerprint(self, spec: Spec) -> str:
-        return content_hash(open_gguf(gguf_path(spec)).paths)
+        return content_hash(parts_of(gguf_path(spec)))
 
     def open(self, spec: Spec, *, context: int | None = None, progress: Progress | None = None) -> SourceModel:
         path = gguf_path(spec)

@@ -68,7 +68,12 @@ def open_gguf(path: Path) -> GgufFile:
             f"{path} is one of {count} parts of a split model, but its name does not say which",
             "Give the parts back their names, <model>-00001-of-0000N.gguf, and load the first",
         )
-    paths = [path.with_name(f"{name['stem']}-{i + 1:05d}-of-{count:05d}.gguf") for i in range(count)]
+    paths = parts_of(path)
+    if len(paths) != count:
+        raise SourceError(
+            f"{path} is one of {count} parts of a split model, but its name says {len(paths)}",
+            "Give the parts back their names, <model>-00001-of-0000N.gguf, and load the first",
+        )
     if missing := [p.name for p in paths if not p.is_file()]:
         raise SourceError(
             f"{path.name} is one of {count} parts of a split model, and {', '.join(missing[:4])} "
@@ -98,6 +103,15 @@ def is_first_part(path: Path) -> bool:
     """Whether the file is a whole model or the first part of a split one, by its name."""
     name = _SPLIT_NAME.match(path.name)
     return name is None or int(name["number"]) == 1
+
+
+def parts_of(path: Path) -> list[Path]:
+    """The files of the model that a file belongs to, by its name: itself, or all parts of a split model."""
+    name = _SPLIT_NAME.match(path.name)
+    if name is None:
+        return [path]
+    count = int(name["count"])
+    return [path.with_name(f"{name['stem']}-{i + 1:05d}-of-{count:05d}.gguf") for i in range(count)]
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, GgufTensor]]:

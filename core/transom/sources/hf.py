@@ -12,7 +12,7 @@ from transom.contract import Progress
 from transom.errors import SourceError
 from transom.graph.weights import Array, Dense, Weight
 from transom.models import family_for_hf
-from transom.models.tensors import Tensors
+from transom.models.tensors import Checkpoint, Tensors
 from transom.models.values import Values
 from transom.sources.base import SourceModel, Spec, content_hash, local_path, summarise
 from transom.sources.finite import require_finite
@@ -176,7 +176,7 @@ def text_settings(config: Mapping[str, Any], where: str) -> Values:
     return Values({**outer, **inner}, f"text_config of {where}")
 
 
-def rename_for(checkpoint: HfCheckpoint) -> Callable[[str], str]:
+def rename_for(checkpoint: Checkpoint) -> Callable[[str], str]:
     """Where the language model's tensors lie in a checkpoint that holds more, or that lacks the head."""
     names = set(checkpoint.names())
     prefixes = ("model.language_model.", "language_model.model.", "model.", "")

@@ -75,7 +75,9 @@ def onnx_path(spec: Spec) -> Path:
     if path is None:
         raise SourceError(f"{spec!r} is not the path of an ONNX file")
     if path.is_file() and path.suffix.lower() == ".onnx_data":
-        raise SourceError(f"{path} holds the weights of an ONNX model", f"Load the model itself: {path.with_suffix('.onnx')}")
+        raise SourceError(
+            f"{path} holds the weights of an ONNX model", f"Load the model itself: {path.with_suffix('.onnx')}"
+        )
     if not path.is_dir():
         return path
     models = _models_in(path)
@@ -136,7 +138,10 @@ def _context(config: Mapping[str, Any], genai: Mapping[str, Any]) -> int:
     for source, keys in (
         (inner, ("context_length",)),
         (text, ("max_position_embeddings",)),
-        (config, ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length", "n_ctx", "max_seq_len")),
+        (
+            config,
+            ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length", "n_ctx", "max_seq_len"),
+        ),
     ):
         for key in keys:
             value = source.get(key) if isinstance(source, Mapping) else None
@@ -167,8 +172,8 @@ def _with_genai(
 
     model, search = genai.get("model"), genai.get("search")
     told = {**(search if isinstance(search, Mapping) else {}), **(model if isinstance(model, Mapping) else {})}
-    keys = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
-    keys += ("eos_token_id", "bos_token_id", "pad_token_id")
+    sampling, tokens = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty"), ("eos", "bos", "pad")
+    keys = [*sampling, *(f"{t}_token_id" for t in tokens)]
     found = defaults_from_hf({k: told[k] for k in keys if told.get(k) is not None}, {}, tokenizer)
     return replace(found, eos_ids=tuple(sorted({*found.eos_ids, *generation.eos_ids})))
 

@@ -5,6 +5,7 @@ Weights stay in the file: those in the file's own body as parsed, those beside i
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -25,7 +26,8 @@ def open_onnx(path: Path) -> tuple[ir.Model, list[Path]]:
             outside the model's folder.
     """
     import onnx
-    from google.protobuf.message import DecodeError
+
+    decode_error = importlib.import_module("google.protobuf.message").DecodeError  # it has no types
 
     try:
         data = path.read_bytes()
@@ -36,7 +38,7 @@ def open_onnx(path: Path) -> tuple[ir.Model, list[Path]]:
     proto = onnx.ModelProto()
     try:
         proto.ParseFromString(data)
-    except DecodeError as e:
+    except decode_error as e:
         raise SourceError(f"{path} is not an ONNX file, or it is cut short or damaged", _AGAIN) from e
     del data
     if not proto.HasField("graph") or not (proto.graph.node or proto.graph.output):
@@ -132,14 +134,17 @@ def _check_external(tensor: Any, path: Path, files: dict[Path, int]) -> None:
             files[where] = where.stat().st_size
         except OSError as e:
             raise SourceError(
-                f"The weights of {path} lie in {where}, which is missing", "Put that file beside the model, by that name"
+                f"The weights of {path} lie in {where}, which is missing",
+                "Put that file beside the model, by that name",
             ) from e
     expected = _expected_bytes(tensor, path)
     try:
         offset = int(entries.get("offset", "0"))
         length = int(entries["length"]) if "length" in entries else expected or 0
     except ValueError as e:
-        raise SourceError(f"The tensor {tensor.name} of {path} does not say where in {where.name} it lies", _AGAIN) from e
+        raise SourceError(
+            f"The tensor {tensor.name} of {path} does not say where in {where.name} it lies", _AGAIN
+        ) from e
     if offset < 0 or length < 0 or offset + length > files[where]:
         raise SourceError(
             f"The tensor {tensor.name} of {path} should lie at {offset} … {offset + length} of {where}, which has "

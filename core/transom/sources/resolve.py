@@ -9,7 +9,13 @@ from pathlib import Path
 from transom.errors import SourceError, nearest
 from transom.sources.base import Source, Spec, begins_with, local_path, summarise
 
-_SOURCES = (("gguf", "GgufSource"), ("hf", "HfSource"))
+_SOURCES = (
+    ("gguf", "GgufSource"),
+    ("onnx", "OnnxSource"),
+    ("mobius", "MobiusSource"),
+    ("hf", "HfSource"),
+    ("torch", "TorchModels"),
+)
 """Asked in this order. A source that needs an extra imports it when it opens a model, not before."""
 
 _WAYS = "Give the path of a .gguf file, of a Hugging Face directory (config.json, *.safetensors), or of an .onnx file"

@@ -1,9 +1,10 @@
 """The `torch` source: a module with example inputs by way of ONNX, a transformers model by way of our own families.
 
 A transformers model of a family that Transom builds itself shares its weights: the graph reads the module's own memory,
-nothing is copied. Any other module is exported with `torch.onnx.export(dynamo=True)` at opset 23, where attention and
-normalisation keep their operators (at the exporter's default they are decomposed; at 26 it writes invalid files).
-torch is imported here, when a model is opened, and nowhere else but in the `mobius` source.
+nothing is copied. Any other module, a transformers model of another family too, is exported with
+`torch.onnx.export(dynamo=True)` at opset 23, where attention and normalisation keep their operators (at the exporter's
+default they are decomposed; at 26 it writes invalid files). torch is imported here, when a model is opened, and nowhere
+else but in the `mobius` source.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import io
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from transom.contract import Progress
 from transom.errors import MissingExtra, SourceError
@@ -93,7 +94,7 @@ def _hash_of(state: Mapping[str, Any]) -> str:
     for name in sorted(state):
         tensor = state[name].detach()
         h.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
-        h.update(memoryview(_bytes(tensor)))
+        h.update(_bytes(tensor).data)
     return h.hexdigest()
 
 
@@ -125,7 +126,8 @@ class ModuleCheckpoint:
         dtype: Any = _NAMES.get(str(tensor.dtype))
         if dtype is None or not tensor.is_contiguous() or str(tensor.device) == "meta":
             raise SourceError(
-                f"The weight {name} of {self.where} is of the type {tensor.dtype} on {tensor.device}, which cannot be read",
+                f"The weight {name} of {self.where} is of the type {tensor.dtype} on {tensor.device}, which cannot "
+                "be read",
                 "Load the model in float32, bfloat16 or float16, on the CPU and without quantisation",
             )
         return Dense(tuple(tensor.shape), dtype, lambda: _view(tensor))
@@ -152,15 +154,35 @@ def _pretrained(model: Any, context: int | None) -> SourceModel:
     where = f"the {type(model).__name__} object"
     config = {"architectures": [type(model).__name__], **model.config.to_dict()}
     config["architectures"] = config["architectures"] or [type(model).__name__]
-    family = family_for_hf(config, where)
+    try:
+        family = family_for_hf(config, where)
+    except SourceError as unknown:
+        return _exported_decoder(model, unknown)
     checkpoint = ModuleCheckpoint(model.state_dict(), where)
-    tensors = Tensors(checkpoint, rename_for(checkpoint), lambda name: name.endswith("inv_freq"))
+    tensors = Tensors(checkpoint, rename_for(cast(Any, checkpoint)), lambda name: name.endswith("inv_freq"))
     graph = family.build(family.from_hf(text_settings(config, where), tensors, context), tensors)
     notes = list(graph.notes)
     if left := tensors.unused():
         notes.append(f"{len(left)} weights of the model are not used: {summarise(left)}")
     graph.notes = tuple(notes)
     return _with_texts(graph, getattr(model, "name_or_path", "") or type(model).__name__, None, model, notes)
+
+
+def _exported_decoder(model: Any, unknown: SourceError) -> SourceModel:
+    """A decoder of a family that Transom does not build itself, exported by torch.
+
+    Raises:
+        SourceError: torch cannot export it, or the export cannot generate.
+    """
+    from transom.sources.torch_decoder import as_decoder
+
+    found = _export(TorchSource(**as_decoder(model)))
+    if found.graph.decoder is None:
+        raise SourceError(f"{unknown.cause}; exported by torch, it {found.notes[-1]}", unknown.fix) from unknown
+    name = str(getattr(model, "name_or_path", "")) or type(model).__name__
+    notes = [*found.notes, "exported by torch: Transom does not build this architecture itself"]
+    found.graph.notes = tuple(notes)
+    return _with_texts(found.graph, name, None, model, notes)
 
 
 # any other module ----------------------------------------------------------------------------------------------------
@@ -175,18 +197,21 @@ def _export(spec: TorchSource) -> SourceModel:
 
     module = spec.module
     if not isinstance(module, torch.nn.Module):
-        raise SourceError(f"TorchSource takes a torch.nn.Module, not a {type(module).__name__}", "Wrap the module itself")
+        raise SourceError(
+            f"TorchSource takes a torch.nn.Module, not a {type(module).__name__}", "Wrap the module itself"
+        )
     if not spec.args and not spec.kwargs:
         raise SourceError("A TorchSource needs example inputs", "Give them: TorchSource(module, (example_input, …))")
-    training = module.training
+    modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:
         program = _program(torch, spec)
     finally:
-        module.train(training)
+        for part, training in modes:
+            part.training = training
     name = type(module).__name__
     graph = import_model(program.model, name=name, weights_hash=_hash_of(module.state_dict()))
-    config = getattr(getattr(module, "config", None), "to_dict", dict)()
+    config: dict[str, Any] = getattr(getattr(module, "config", None), "to_dict", dict)()
     graph = raise_if_decoder(graph, config)
     return _with_texts(graph, name, spec.tokenizer_from, module, list(graph.notes))
 

@@ -107,9 +107,7 @@ def raise_decoder(graph: Graph, sizes: Sizes | None = None) -> Graph:
 
 def _facts(model: ir.Model, ids: ir.Value, caches: list[Cache], far: Lengths) -> dict[Lengths, Facts]:
     interpreter = Interpreter(model)
-    return {
-        lengths: interpreter.run(facts_of_inputs(model.graph, ids, caches, lengths)) for lengths in (*CHOICES, far)
-    }
+    return {lengths: interpreter.run(facts_of_inputs(model.graph, ids, caches, lengths)) for lengths in (*CHOICES, far)}
 
 
 def _logits(graph: ir.Graph, caches: list[Cache]) -> ir.Value:

@@ -201,7 +201,7 @@ class Prover:
         visible = np.ones((lengths.new, lengths.total), bool)
         slopes: tuple[float, ...] = ()
         attention = self.site.region[-1]
-        if attention.op_type == "Attention" and attention.attributes.get_int("is_causal", 0):
+        if attention.op_type == "Attention" and attention.attributes.get_int("is_causal", 0) == 1:
             visible &= np.tril(visible, lengths.past)
         for value in self.site.outside():
             array = facts[id(value)].array
@@ -253,9 +253,8 @@ class Prover:
         product, score = 1.0, 0.0
         for target in (1.0, 2.0):
             k[..., 0] = product
-            arrays = self.arrays(
-                lengths, *(x.reshape(1, -1) for x in (q, k, v)), np.zeros_like(k).reshape(1, -1), past_v.reshape(1, -1)
-            )
+            rows = [x.reshape(1, -1) for x in (q, k, v, np.zeros_like(k), past_v)]
+            arrays = self.arrays(lengths, rows[0], rows[1], rows[2], rows[3], rows[4])
             out = self.layouts.output.flat(_run(self.site, self.facts[lengths], arrays))[0]
             if out[0] <= 0 or out[1] <= 0:
                 raise CannotRaise(f"the scale of the attention of layer {self.site.layer} cannot be measured")

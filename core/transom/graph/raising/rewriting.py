@@ -81,7 +81,9 @@ class Rewriter:
             return
         offset, axis, shape = found
         e = self.editor
-        new = self.positions if not offset else e.op("Add", self.positions, e.constant(offset), name="positions.shifted")
+        new = (
+            self.positions if not offset else e.op("Add", self.positions, e.constant(offset), name="positions.shifted")
+        )
         axes = [a for a in range(len(shape)) if a != axis]
         if axes:
             new = e.op("Unsqueeze", new, e.constant(axes), name="positions.batch")
@@ -156,7 +158,9 @@ class Rewriter:
         e = self.editor
         if self._distances is None:
             every = e.op("Concat", self.past_positions, self.positions, axis=0, name="alibi.positions")
-            distance = e.op("Sub", e.op("Unsqueeze", every, e.constant([0])), e.op("Unsqueeze", self.positions, e.constant([1])))
+            distance = e.op(
+                "Sub", e.op("Unsqueeze", every, e.constant([0])), e.op("Unsqueeze", self.positions, e.constant([1]))
+            )
             self._distances = e.op("Cast", distance, to=int(ir.DataType.FLOAT), name="alibi.distance")
         slopes = e.constant(np.asarray(form.slopes, np.float32).reshape(-1, 1, 1), "slopes")
         return e.op("Mul", slopes, self._distances, name="alibi.bias")
@@ -289,7 +293,7 @@ def _offset(array: Array, axis: int, lengths: Lengths) -> int | None:
     rows = np.moveaxis(array, axis, -1).reshape(-1, lengths.new).astype(np.float64)
     difference = rows - np.arange(lengths.past, lengths.total)
     first = difference.reshape(-1)[0]
-    return int(first) if first == int(first) and (difference == first).all() else None
+    return int(first) if np.isfinite(first) and first == int(first) and (difference == first).all() else None
 
 
 def require_unmixed(model: ir.Model, facts: Mapping[Lengths, Facts]) -> None:
@@ -300,13 +304,20 @@ def require_unmixed(model: ir.Model, facts: Mapping[Lengths, Facts]) -> None:
     """
     for node in model.graph:
         for value in node.outputs:
-            for lengths, known in facts.items():
-                array = known[id(value)].array if id(value) in known and _length_only(value) else None
-                if array is None or array.ndim == 0 or lengths.new < 2:
-                    continue
-                for axis in [a for a, d in enumerate(array.shape) if d == lengths.new]:
-                    if array.size > 8 and not (array == np.take(array, [0], axis)).all():
-                        raise CannotRaise(f"the value {value.name} depends on a token's place in the batch")
+            if _varies_by_place(value, facts) and _length_only(value):
+                raise CannotRaise(f"the value {value.name} depends on a token's place in the batch")
+
+
+def _varies_by_place(value: ir.Value, facts: Mapping[Lengths, Facts]) -> bool:
+    """Whether one axis has an entry for each new token, and the entries differ."""
+    arrays = {lengths: f[id(value)].array for lengths, f in facts.items() if id(value) in f and lengths.new > 1}
+    known = {lengths: a for lengths, a in arrays.items() if a is not None}
+    if not known or len({a.ndim for a in known.values()}) != 1:
+        return False
+    for axis in range(next(iter(known.values())).ndim):
+        if all(a.shape[axis] == lengths.new for lengths, a in known.items()):
+            return not all(bool((a == np.take(a, [0], axis)).all()) for a in known.values())
+    return False
 
 
 def _length_only(value: ir.Value, depth: int = 64) -> bool:

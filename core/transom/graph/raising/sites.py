@@ -69,20 +69,20 @@ def find_sites(graph: ir.Graph, caches: Sequence[Cache], facts: Facts) -> list[S
         used |= origins
         order = {id(n): i for i, n in enumerate(graph)}
         region = sorted([n for i in origins for n in paths[i]] + [node], key=lambda n: order[id(n)])
-        key, value = _key_and_value(node, origins, from_caches)
-        sites.append(_site(len(sites), caches[key], caches[value], region, node, facts))
+        first, second = _key_and_value(node, origins, from_caches)
+        sites.append(_site(len(sites), caches[first], caches[second], region, node, facts))
     if left := [str(c.value.name) for i, c in enumerate(caches) if i not in used]:
         raise CannotRaise(f"the cache input {left[0]} meets no other in an attention")
     return sites
 
 
 def _key_and_value(node: ir.Node, origins: frozenset[int], sides: dict[int, frozenset[int]]) -> tuple[int, int]:
-    """Which cache holds keys: the past slots of `Attention` say so; else the values are multiplied last, from the right."""
+    """Which cache holds keys, which values: the past slots of `Attention` say so; else values stand on the right."""
     first, second = sorted(origins)
     if node.op_type == "Attention" and not node.domain:
         for index in (4, 1):
-            value = node.inputs[index] if len(node.inputs) > index else None
-            origin = sides.get(id(value), frozenset()) if value is not None else frozenset()
+            given = node.inputs[index] if len(node.inputs) > index else None
+            origin = sides.get(id(given), frozenset()) if given is not None else frozenset()
             if len(origin) == 1:
                 (key,) = origin
                 return key, second if key == first else first
@@ -96,9 +96,7 @@ def _site(layer: int, key: Cache, value: Cache, region: list[ir.Node], merge: ir
     new = [_appended(cache, region) for cache in (key, value)]
     site = Site(layer, key, value, new[0], new[1], output, output, region)
     known = {id(key.value), id(value.value), id(new[0]), id(new[1])}
-    hidden = [
-        v for v in site.outside() if id(v) not in known and v.const_value is None and facts[id(v)].array is None
-    ]
+    hidden = [v for v in site.outside() if id(v) not in known and v.const_value is None and facts[id(v)].array is None]
     if len(hidden) != 1:
         names = ", ".join(str(v.name) for v in hidden) or "nothing"
         raise CannotRaise(f"the attention of layer {layer} should read one query; it reads {names}")

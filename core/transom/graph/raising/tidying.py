@@ -13,7 +13,8 @@ from transom.graph.raising.abstract import Facts
 from transom.graph.raising.lengths import Lengths
 from transom.graph.weights import Array
 
-_MOST = 1 << 16
+_MOST = 1 << 12
+"""Bytes of a number that is folded; larger ones are weights in another form, which stay as they are stored."""
 _SAME = ("Expand", "Slice", "Reshape", "Identity", "Dropout")
 _Shape = tuple[int, ...]
 
@@ -90,21 +91,21 @@ def _plain_shape(editor: Editor, node: ir.Node, facts: Mapping[Lengths, Facts]) 
     if node.domain or node.op_type not in _SAME or node.outputs[0].is_graph_output():
         return
     before, after = _shapes(node.inputs[0], facts), _shapes(node.outputs[0], facts)
-    if before is None or after is None or node.inputs[0] is None:
+    if after is None or node.inputs[0] is None:
         return
+    rank = len(after[0])
     if before == after and not (node.op_type == "Slice" and _turns(node, facts)):
         node.outputs[0].replace_all_uses_with(node.inputs[0])
     elif node.op_type == "Reshape":
-        varying = [a for a in range(len(after[0])) if len({s[a] for s in after}) > 1]
+        varying = [a for a in range(rank) if len({s[a] for s in after}) > 1]
         if len({len(s) for s in after}) == 1 and len(varying) <= 1:
             dims = [-1 if a in varying else d for a, d in enumerate(after[0])]
             node.attributes.pop("allowzero", None)
             node.replace_input_with(1, editor.constant(dims))
-    elif node.op_type == "Expand" and all(len(b) == len(a) for b, a in zip(before, after, strict=True)):
-        rank = range(len(after[0]))
-        kept = [a for a in rank if all(b[a] == s[a] for b, s in zip(before, after, strict=True))]
-        if all(a in kept or len({s[a] for s in after}) == 1 for a in rank):
-            node.replace_input_with(1, editor.constant([1 if a in kept else after[0][a] for a in rank]))
+    elif node.op_type == "Expand" and before and all(len(b) == len(a) for b, a in zip(before, after, strict=True)):
+        kept = [a for a in range(rank) if all(b[a] == s[a] for b, s in zip(before, after, strict=True))]
+        if all(a in kept or len({s[a] for s in after}) == 1 for a in range(rank)):
+            node.replace_input_with(1, editor.constant([1 if a in kept else after[0][a] for a in range(rank)]))
 
 
 def _turns(node: ir.Node, facts: Mapping[Lengths, Facts]) -> bool:
@@ -112,7 +113,9 @@ def _turns(node: ir.Node, facts: Mapping[Lengths, Facts]) -> bool:
     steps = node.inputs[4] if len(node.inputs) > 4 else None
     if steps is None:
         return False
-    arrays = [steps.const_value.numpy()] if steps.const_value is not None else [f[id(steps)].array for f in facts.values()]
+    arrays = (
+        [steps.const_value.numpy()] if steps.const_value is not None else [f[id(steps)].array for f in facts.values()]
+    )
     return any(a is None or (a < 0).any() for a in arrays)
 
 
@@ -156,7 +159,9 @@ def _simplify_one(editor: Editor, node: ir.Node) -> bool:
             return False
         perm = [first[i] for i in second]
         same = perm == list(range(len(perm)))
-        out.replace_all_uses_with(inner if same else editor.op("Transpose", inner, perm=perm, name=f"{node.name}.joined"))
+        out.replace_all_uses_with(
+            inner if same else editor.op("Transpose", inner, perm=perm, name=f"{node.name}.joined")
+        )
         return True
     if node.op_type == "Reshape" and before.op_type in ("Reshape", "Unsqueeze", "Squeeze"):
         shape = node.inputs[1]
@@ -179,8 +184,10 @@ def _reshapes_to_itself(source: ir.Value, shape: ir.Value | None) -> bool:
         return False
     numbers = shape.const_value.numpy().tolist()
     open_axes = sum(not isinstance(d, int) for d in source.shape)
-    return len(numbers) == len(source.shape) and open_axes <= 1 and all(
-        n == d or (n == -1 and not isinstance(d, int)) for n, d in zip(numbers, source.shape, strict=True)
+    return (
+        len(numbers) == len(source.shape)
+        and open_axes <= 1
+        and all(n == d or (n == -1 and not isinstance(d, int)) for n, d in zip(numbers, source.shape, strict=True))
     )
 
 

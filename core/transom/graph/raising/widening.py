@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
 from transom.graph.editing import Editor, all_nodes
 
 HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+_LOWEST = np.float32(np.finfo(np.float32).max)
 _FLOAT = int(ir.DataType.FLOAT)
 
 
@@ -57,9 +57,7 @@ def _widen_weight(editor: Editor, value: ir.Value) -> None:
     if tensor.size == 1:
         number = np.asarray(tensor.numpy(), np.float32)
         if tensor.dtype == ir.DataType.FLOAT16 and abs(float(number.reshape(-1)[0])) >= 65504:  # stands for infinity
-            number = np.sign(number) * np.float32(np.finfo(np.float32).max)
-        elif tensor.dtype == ir.DataType.BFLOAT16 and not np.isfinite(number).all():
-            number = np.sign(number) * np.float32(ml_dtypes.finfo(ml_dtypes.bfloat16).max)
+            number = np.copysign(_LOWEST, number)
         wide = editor.constant(np.asarray(number, np.float32), f"{value.name}.float32")
     else:
         wide = editor.op("Cast", value, to=_FLOAT, name=f"{value.name}.float32")

@@ -1,0 +1,165 @@
+"""The group of commands and the last line of defence: every error becomes one sentence and an exit status."""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+COMMANDS = {
+    "run": "Answer one prompt.",
+    "chat": "Talk with a model.",
+    "devices": "Show the devices found here and the targets that can be compiled for.",
+    "backends": "Show what is installed, what failed to load, and how to mend it.",
+    "doctor": "Run a tiny model on each device and say what works.",
+    "explain": "Show every backend against every kind of node, before compiling.",
+    "inspect": "Show a model's architecture, sizes, quantisation and memory.",
+    "verify": "Compare a model with transformers on random prompts.",
+    "bench": "Time all installed backends side by side, or a cold start by its parts.",
+    "cache": "List, prune or clear the compiled models.",
+    "completion": "Print the completion script for a shell.",
+}
+"""Verb -> one line of help. The verb is the function of that name in `transom.cli.<verb>`."""
+
+EPILOG = """\b
+Examples:
+  transom run model.gguf "Why is the sky blue?"
+  transom chat path/to/checkpoint
+  transom doctor
+  transom explain model.gguf
+"""
+
+
+class _ReaderGone(Exception):
+    """The reader of a pipe (`| head`) went away: nobody to tell. Click would make an exit status of a broken pipe."""
+
+
+class _Interrupted(Exception):
+    """Ctrl-C. Click would print an empty line."""
+
+
+class _Verbs(click.Group):
+    """Imports a command's file when it is called for."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError as e:
+            raise _ReaderGone from e
+        except KeyboardInterrupt as e:
+            raise _Interrupted from e
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        command = getattr(importlib.import_module(f"transom.cli.{cmd_name}"), cmd_name)
+        assert isinstance(command, click.Command)
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        unknown = bool(args) and not args[0].startswith("-") and args[0] not in COMMANDS
+        if unknown and not ctx.resilient_parsing:  # a shell that completes words wants no sentences
+            from transom.errors import nearest
+
+            raise click.UsageError(f"There is no command {args[0]!r}. {nearest(args[0], COMMANDS)}", ctx)
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.group(cls=_Verbs, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="transom", message="transom %(version)s")
+def transom() -> None:
+    """Run language models on whatever hardware you have."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit."""
+    sys.exit(_run(arguments))
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    from transom.contract import Cancelled
+    from transom.errors import TransomError
+
+    _prepare_streams()
+    debug = bool(os.environ.get("TRANSOM_DEBUG"))
+    try:
+        result: Any = transom.main(args=None if arguments is None else list(arguments), standalone_mode=False)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return result if isinstance(result, int) else 0
+    except TransomError as e:
+        return _fail(str(e), 2, debug)
+    except click.exceptions.Exit as e:
+        return e.exit_code
+    except (_Interrupted, click.Abort, KeyboardInterrupt, Cancelled):
+        click.echo("Interrupted.", err=True)
+        return 130
+    except click.ClickException as e:
+        e.show()
+        return 2
+    except (_ReaderGone, BrokenPipeError):
+        _discard_stdout()  # Python would complain again while closing it
+        return 0
+    except OSError as e:
+        if e.filename is None and e.errno == errno.ENOSPC:
+            _discard_stdout()
+        where = f" {e.filename}" if e.filename is not None else ""
+        return _fail(f"The system said no:{where} {e.strerror or e}.", 2, debug)
+    except MemoryError:
+        return _fail("There is not enough memory. Try a smaller --context, or a smaller model.", 2, debug)
+    except Exception as e:
+        if debug:
+            raise
+        text = " ".join(str(e).split())
+        return _fail(
+            f"This is a bug in Transom: {type(e).__name__}: {text[:300]}. Run again with TRANSOM_DEBUG=1 for the "
+            "particulars and report them.",
+            1,
+            debug,
+        )
+
+
+def _fail(text: str, status: int, debug: bool) -> int:
+    click.echo(f"{click.style('Error:', fg='red')} {text}", err=True)
+    if debug:
+        import traceback
+
+        traceback.print_exc()
+    return status
+
+
+def _prepare_streams() -> None:
+    """A character that the terminal's encoding lacks is shown as an escape, never an error; logs become warnings."""
+    import logging
+
+    from transom.cli.output import WarnHandler
+
+    for stream in (sys.stdout, sys.stderr):
+        reconfigure = getattr(stream, "reconfigure", None)
+        if reconfigure is not None:
+            reconfigure(errors="backslashreplace")
+    log = logging.getLogger("transom")
+    if not any(isinstance(handler, WarnHandler) for handler in log.handlers):
+        log.addHandler(WarnHandler())
+        log.propagate = False
+
+
+def _discard_stdout() -> None:
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, ValueError, AttributeError):  # no file behind it: then nothing complains either
+        return

@@ -1,0 +1,196 @@
+"""`transom bench`: all installed backends side by side, or a cold start by its parts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from transom.cli.options import CONTEXT, JSON, MODEL, PRECISION, THREADS, complete_backend, complete_device
+from transom.cli.output import Progress, heading, print_json, table
+
+if TYPE_CHECKING:
+    from transom.cli.benching import Row
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  transom bench model.gguf
+  transom bench model.gguf --prompt-tokens 1024 --prompt-tokens 4096 --rounds 5
+  transom bench model.gguf --backend openvino_cpu --threads 8 --json
+  transom bench model.gguf --startup
+  transom bench model.gguf --startup --empty-cache --runs 3
+"""
+)
+@MODEL
+@click.option(
+    "--device", "devices", multiple=True, shell_complete=complete_device, help="Only this one; may be repeated."
+)
+@click.option(
+    "--backend", "backends", multiple=True, shell_complete=complete_backend, help="Only this one; may be repeated."
+)
+@click.option(
+    "--prompt-tokens", "prompts", type=click.IntRange(1), multiple=True, help="Length of a prompt; may be repeated. "
+    "[default: 128 and 1024]",
+)  # fmt: skip
+@click.option("--new-tokens", type=click.IntRange(2), default=48, show_default=True, help="Tokens to decode.")
+@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Measurements of each kind.")
+@click.option(
+    "--patience", type=click.FloatRange(1), default=60.0, show_default=True, help="Seconds for one measurement."
+)
+@click.option("--startup", is_flag=True, help="Split a cold start by its parts, in fresh processes.")
+@click.option("--runs", type=click.IntRange(1), default=5, show_default=True, help="With --startup: how many.")
+@click.option("--empty-cache", is_flag=True, help="With --startup: compile each time.")
+@CONTEXT
+@PRECISION
+@THREADS
+@JSON
+def bench(
+    model: str,
+    devices: tuple[str, ...],
+    backends: tuple[str, ...],
+    prompts: tuple[int, ...],
+    new_tokens: int,
+    rounds: int,
+    patience: float,
+    startup: bool,
+    runs: int,
+    empty_cache: bool,
+    as_json: bool,
+    **options: Any,
+) -> int:
+    """Time all installed backends side by side, or a cold start by its parts.
+
+    Each backend loads the model in a process of its own; they take turns, prompts are random tokens, and the medians of
+    all rounds are shown. Nothing else should run meanwhile.
+    """
+    from transom.sources import resolve
+
+    resolve(model)  # a wrong path is said before anything is started
+    if startup:
+        return _startup(model, devices, backends, runs, empty_cache, as_json, options)
+
+    from transom.cli.benching import Plan, machine_facts, rows_for
+    from transom.cli.benching import bench as measure
+
+    rows = rows_for(devices, backends)
+    facts = machine_facts(rows)
+    lengths = tuple(sorted(set(prompts))) or (128, 1024)
+    options["context"] = options["context"] or _context(model, lengths, new_tokens)
+    plan = Plan(model, options, lengths, new_tokens, rounds, patience)
+    with Progress(stage="Starting") as progress:
+        measure(plan, rows, progress)
+    if as_json:
+        results = [row.to_dict() for row in rows]
+        print_json({"model": model, "machine": facts, "plan": vars(plan), "results": results})
+    else:
+        _print(model, facts, plan.prompts, new_tokens, rounds, rows)
+    return 0 if any(not row.error for row in rows) else 2
+
+
+def _context(model: str, prompts: Sequence[int], new_tokens: int) -> int | None:
+    """What the measurements need, so that none plans memory for all the tokens a model could hold.
+
+    Raises:
+        OptionError: a prompt is longer than the model was made for.
+    """
+    from transom.errors import OptionError
+    from transom.sources import resolve
+
+    decoder = resolve(model).open(model).graph.decoder
+    needed = max(prompts) + new_tokens
+    if decoder is not None and needed > decoder.context:
+        raise OptionError(
+            f"{max(prompts)} + {new_tokens} tokens are more than the {decoder.context} the model was made for",
+            f"Ask for at most --prompt-tokens {decoder.context - new_tokens}",
+        )
+    return needed
+
+
+def _print(
+    model: str, facts: Mapping[str, Any], prompts: Sequence[int], new_tokens: int, rounds: int, rows: Sequence[Row]
+) -> None:
+    from transom.cli.benching import best
+    from transom.runtime.memory import size
+
+    heading(next((str(row.report["model"]) for row in rows if row.report), model))
+    _machine(facts)
+    click.echo(f"  medians of {rounds} rounds; decoding {new_tokens} tokens; × is against the best of the column\n")
+
+    def rate(row: Row, kind: str, prompt: int) -> str:
+        value, top = row.median(kind, prompt), best(rows, kind, prompt)
+        if value is None or top is None:
+            return "gave up" if row.given_up else ""
+        return f"{value:.1f}" + (f"  ×{value / top:.2f}" if len(rows) > 1 else "")
+
+    headers = ["backend", "device", "load s", "memory", *(f"prefill {n}" for n in prompts)]
+    headers += [f"decode at {n}" for n in prompts]
+    shown = []
+    for row in rows:
+        if row.error:
+            continue
+        peak = row.memory.get("peak") or row.memory.get("resident")
+        cells = [f"{row.backend} {row.version}", row.device.id, f"{row.load_seconds:.2f}", size(peak) if peak else ""]
+        cells += [rate(row, "prefill", n) for n in prompts] + [rate(row, "decode", n) for n in prompts]
+        shown.append(cells)
+    if shown:
+        table(headers, shown, right=range(2, len(headers)))
+        click.echo("\ntokens/s; memory is the peak of the whole process")
+    for row in rows:
+        if precision := row.report.get("precision"):
+            click.echo(f"{row.backend} on {row.device.id} computes in {precision}")
+        if row.compile_seconds:
+            click.echo(f"{row.backend} on {row.device.id} was compiled now: {sum(row.compile_seconds.values()):.1f} s")
+        if row.given_up:
+            lengths = ", ".join(map(str, sorted(row.given_up)))
+            click.echo(f"{row.backend} on {row.device.id} took longer than --patience allows at {lengths} tokens")
+        if row.error:
+            click.echo(f"{row.backend} on {row.device.id} failed: {row.error}")
+
+
+def _machine(facts: Mapping[str, Any]) -> None:
+    for id, device in facts["devices"].items():
+        cores = f", {device['cores']} cores" if device["cores"] else ""
+        drivers = "".join(f", {name} {version}" for name, version in device["drivers"].items())
+        click.echo(f"  {id}: {device['name']}{cores}{drivers}")
+    names = ("transom", "numpy", "openvino")
+    versions = ", ".join(f"{name} {facts['packages'][name]}" for name in names if name in facts["packages"])
+    load = facts["load_average_before"]
+    busy = f"; load average before: {load:.1f}" if load is not None else ""
+    click.echo(f"  {facts['platform']}, Python {facts['python']}, {versions}{busy}")
+
+
+def _startup(
+    model: str,
+    devices: Sequence[str],
+    backends: Sequence[str],
+    runs: int,
+    empty_cache: bool,
+    as_json: bool,
+    options: Mapping[str, Any],
+) -> int:
+    from transom.cli.benching import machine_facts, rows_for
+    from transom.cli.startup import measure
+    from transom.errors import OptionError
+
+    if len(devices) > 1 or len(backends) > 1:
+        raise OptionError("--startup measures one choice at a time", "Name one device and one backend, or none")
+    facts = machine_facts(rows_for(devices, backends))
+    chosen = {"device": devices[0] if devices else "auto", "backend": backends[0] if backends else "auto"}
+    with Progress(stage="Starting") as progress:
+        found = measure(model, {**options, **chosen}, runs=runs, empty_cache=empty_cache, tell=progress)
+    if as_json:
+        print_json({"model": model, "machine": facts, **found})
+        return 0
+    report, total = found["report"], found["total_seconds"]
+    heading(f"{report['model']} on {report['device']['id']} by {report['backend']}, cache {found['cache']}")
+    _machine(facts)
+    click.echo(f"  medians of {runs} fresh processes\n")
+    stages = found["median_seconds"]
+    whole = sum(stages.values()) or 1.0
+    rows = [(stage, f"{s * 1000:.0f}", f"{s / whole:.0%}", "█" * round(30 * s / whole)) for stage, s in stages.items()]
+    table(("stage", "ms", "share", ""), rows, right=(1, 2))
+    click.echo(f"\nprocess start to first token: {total['median']:.3f} s ({total['least']:.3f} … {total['most']:.3f})")
+    return 0

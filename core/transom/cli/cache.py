@@ -1,0 +1,93 @@
+"""`transom cache`: what is kept, and making room."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import click
+
+from transom.cli.options import JSON
+from transom.cli.output import print_json, table
+
+
+@click.group(
+    epilog="""\b
+Examples:
+  transom cache list
+  transom cache prune --size 5GB
+  transom cache prune --unused-days 30
+  transom cache clear
+"""
+)
+def cache() -> None:
+    """List, prune or clear the compiled models (in TRANSOM_CACHE, or the user's cache folder)."""
+
+
+@cache.command("list")
+@JSON
+def show(as_json: bool) -> None:
+    """Show every entry, least recently used first."""
+    from transom.artifacts import Cache
+    from transom.runtime.memory import size
+
+    store = Cache.default()
+    items, stats = store.list(), store.stats()
+    if as_json:
+        print_json({"root": str(store.root), "entries": items, "stats": stats})
+        return
+    rows = [
+        (
+            i.kind,
+            i.key[:12],
+            i.problem or _what(i.facts),
+            size(i.bytes),
+            time.strftime("%Y-%m-%d %H:%M", time.localtime(i.last_used)) + (", in use" if i.in_use else ""),
+        )
+        for i in items
+    ]
+    table(("kind", "key", "what", "size", "last used"), rows, right=(3,))
+    limit = "no limit" if store.limit is None else f"limit {size(store.limit)}"
+    click.echo(f"\n{size(stats.bytes)} in {len(items)} entries under {store.root} ({limit})")
+
+
+@cache.command()
+@click.option("--size", "limit", help="Keep this much, such as 5GB. [default: TRANSOM_CACHE_SIZE or 20GB]")
+@click.option("--unused-days", type=float, help="Also remove what was not used for so many days.")
+@JSON
+def prune(limit: str | None, unused_days: float | None, as_json: bool) -> None:
+    """Remove left-overs and the least recently used entries until the cache fits."""
+    from transom.artifacts import Cache, parse_size
+
+    since = None if unused_days is None else time.time() - unused_days * 86400
+    removed = Cache.default().prune(limit=parse_size(limit, "--size") if limit else None, unused_since=since)
+    _tell(removed, as_json)
+
+
+@cache.command()
+@JSON
+def clear(as_json: bool) -> None:
+    """Remove everything that is not in use."""
+    from transom.artifacts import Cache
+
+    _tell(Cache.default().clear(), as_json)
+
+
+def _what(facts: Mapping[str, Any]) -> str:
+    """One phrase about an entry: for an artifact what it runs and where."""
+    if "backend" in facts:
+        return f"{facts.get('source', '')} for {facts['backend']} on {facts.get('device', {}).get('id', '')}"
+    return str(facts.get("name", ""))
+
+
+def _tell(removed: object, as_json: bool) -> None:
+    from transom.artifacts import Removed
+    from transom.runtime.memory import size
+
+    assert isinstance(removed, Removed)
+    if as_json:
+        print_json(removed)
+        return
+    kept = f"; in use and kept: {', '.join(removed.kept)}" if removed.kept else ""
+    click.echo(f"Removed {removed.entries} entries, {size(removed.bytes)}{kept}")

@@ -1,0 +1,302 @@
+"""`transom chat`: a conversation in the terminal, or one scripted line by line."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from transom.cli.asking import without_echo
+from transom.cli.options import MODEL, load_arguments, loading, sampling, sampling_arguments
+from transom.cli.output import Answer, Progress, aside, is_terminal, print_json_line, warn
+
+if TYPE_CHECKING:
+    from transom.runtime.model import Model
+    from transom.runtime.results import Generation
+
+COMMANDS = {
+    "/help": "Show this.",
+    "/reset": "Forget the conversation; the system message stays.",
+    "/system [TEXT]": "Show, set (and reset the conversation), or with - remove the system message.",
+    "/undo": "Forget your last message and its answer.",
+    "/retry": "Answer your last message once more.",
+    "/save FILE": "Write the conversation to a file.",
+    "/load FILE": "Go on with a conversation that /save wrote.",
+    "/params [NAME=VALUE]": "Show or set how tokens are chosen, as in /params temperature=0.7; NAME= for the default.",
+    "/report": "Show device, backend, why, memory and notes.",
+    "/exit": "Leave (or Ctrl-D).",
+}
+_SHOWN = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens", "seed")
+NAMES = tuple(usage.split()[0] for usage in COMMANDS)
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  transom chat model.gguf
+  transom chat path/to/checkpoint --system "You are a pirate." --temperature 0.8
+  transom chat model.gguf --device cuda:0 --max-tokens 500
+  printf 'Hello\\nAnd in French?\\n' | transom chat model.gguf
+  printf 'Hello\\n' | transom chat model.gguf --json
+
+Enter sends, Alt-Enter (or Esc, then Enter) begins a new line, Ctrl-C stops the answer, Ctrl-D leaves. Lines that begin
+with / are commands, see /help; // sends a message that begins with /.
+"""
+)
+@MODEL
+@click.option("--system", help="The system message.")
+@click.option("-q", "--quiet", is_flag=True, help="Nothing on stderr but errors.")
+@sampling
+@loading
+def chat(model: str, system: str | None, quiet: bool, as_json: bool, **options: Any) -> int:
+    """Talk with a model.
+
+    Where stdin is no terminal, each line is one message, and with --json each answer is one line of JSON.
+    """
+    import transom
+    from transom.errors import OptionError
+
+    generation = sampling_arguments(options)
+    with Progress(quiet=quiet, stage="load") as progress:
+        loaded = transom.load(model, **load_arguments(options), progress=progress)
+    with loaded:
+        if loaded.chat_template is None:
+            raise OptionError(
+                f"{loaded.name} has no chat template, so it does not know how a conversation is written",
+                "Load an instruction-tuned model, or complete a text with: transom run MODEL --raw TEXT",
+            )
+        if not quiet:
+            for warning in loaded.report.warnings:
+                warn(warning)
+        talk = _Talk(loaded, system, generation, quiet=quiet, as_json=as_json)
+        talk.run()
+        return 0 if is_terminal(sys.stdin) else talk.status
+
+
+class _Talk:
+    """One session: a model, a conversation, and how to choose tokens."""
+
+    def __init__(
+        self, model: Model, system: str | None, params: Mapping[str, Any], *, quiet: bool, as_json: bool
+    ) -> None:
+        from transom.cli.asking import asker
+        from transom.cli.conversation import Conversation
+
+        self.model, self.quiet, self.as_json = model, quiet, as_json
+        self.conversation = Conversation(system)
+        self.params = dict(params)
+        self.used = 0
+        """Tokens of the context that the conversation takes."""
+        self.status = 0
+        """2 when a scripted message failed."""
+        self._asker = asker(NAMES, self._line)
+
+    def run(self) -> None:
+        if is_terminal(sys.stdin) and not self.quiet:
+            report = self.model.report
+            click.secho(report.model, bold=True, err=True)
+            aside(f"{report.device.id} by {report.backend}, {self.model.context} tokens of context")
+            aside("/help shows the commands, Ctrl-D leaves")
+            if self._asker.hint:
+                aside(self._asker.hint)
+        while True:
+            try:
+                text = self._asker.ask()
+            except KeyboardInterrupt:
+                if not is_terminal(sys.stdin):
+                    raise
+                aside("\nCtrl-D or /exit leaves.")
+                continue
+            if text is None or not self._handle(text):
+                return
+
+    def _handle(self, text: str) -> bool:
+        """Act on what was typed. Returns whether to go on."""
+        from transom.errors import TransomError
+
+        try:
+            if text.startswith("/") and not text.startswith("//"):
+                return self._command(*_split(text))
+            text = text.removeprefix("/") if text.startswith("//") else text
+            if text.strip():
+                self._answer(text)
+        except TransomError as e:
+            self.status = 2
+            click.echo(f"{click.style('Error:', fg='red')} {e}", err=True)
+        return True
+
+    # answering --------------------------------------------------------------------------------------------------------
+    def _answer(self, text: str) -> None:
+        """Ask the model. What fails leaves the conversation as it was."""
+        self.conversation.ask(text)
+        answered = False
+        try:
+            with without_echo(), Progress(quiet=self.quiet, stage="prompt") as progress:
+                stream = self.model.stream_chat(self.conversation.messages, progress=progress.prompt, **self.params)
+                answer = Answer(progress)
+                if self.as_json:
+                    answer.collect(stream)
+                else:
+                    answer.print(stream)
+            result = stream.result
+            answered = bool(result.text) or not answer.stopped
+        finally:
+            if not answered:
+                self.conversation.take_back()
+        if answered:
+            self.conversation.answer(result.text)
+            self.used = result.usage.total_tokens
+        self._tell(result, answer.stopped)
+        if answer.stopped and not is_terminal(sys.stdin):
+            raise KeyboardInterrupt
+
+    def _tell(self, result: Generation, stopped: bool) -> None:
+        if self.as_json:
+            room = {"used": self.used, "size": self.model.context}
+            print_json_line({**result.to_dict(), "context": room})
+        elif not self.quiet:
+            timings, usage = result.timings, result.usage
+            parts = [f"{usage.prompt_tokens} + {usage.completion_tokens} tokens", self._room()]
+            parts.append(f"first after {timings.time_to_first_token:.2f} s")
+            if timings.decode_tokens_per_second:
+                parts.append(f"{timings.decode_tokens_per_second:.1f} tokens/s")
+            if stopped:
+                parts.insert(0, "stopped" if result.text else "stopped, and your message taken back")
+            elif result.finish_reason == "length":
+                full = self.used >= self.model.context
+                parts.insert(0, "the context is full: /undo, or /reset" if full else "cut at --max-tokens")
+            aside("[" + ", ".join(parts) + "]")
+
+    def _room(self) -> str:
+        return f"context {self.used} of {self.model.context} ({self.used / max(self.model.context, 1):.0%})"
+
+    def _line(self) -> str:
+        """The bottom of the screen."""
+        report = self.model.report
+        return f" {report.model} · {report.device.id} · {report.backend} · {self._room()} · /help"
+
+    # commands ---------------------------------------------------------------------------------------------------------
+    def _command(self, name: str, rest: str) -> bool:
+        from transom.errors import OptionError, nearest
+
+        if name in ("/exit", "/quit", "/bye"):
+            return False
+        act = {
+            "/help": self._help,
+            "/reset": self._reset,
+            "/system": self._system,
+            "/undo": self._undo,
+            "/retry": self._retry,
+            "/save": self._save,
+            "/load": self._load,
+            "/params": self._params,
+            "/report": self._report,
+        }.get(name)
+        if act is None:
+            raise OptionError(
+                f"There is no command {name}", f"{nearest(name, NAMES)} A message that begins with / is written as //"
+            )
+        act(rest)
+        return True
+
+    def _help(self, rest: str) -> None:
+        width = max(map(len, COMMANDS))
+        for usage, text in COMMANDS.items():
+            aside(f"{usage:<{width}}  {text}")
+        aside("Alt-Enter (or Esc, then Enter) begins a new line, Ctrl-C stops an answer, // begins a message with /.")
+
+    def _reset(self, rest: str) -> None:
+        self.conversation.reset()
+        self.used = 0
+        aside("A new conversation.")
+
+    def _system(self, rest: str) -> None:
+        if not rest:
+            aside(self.conversation.system or "There is no system message.")
+            return
+        self.conversation.system = None if rest == "-" else rest
+        self._reset("")
+
+    def _undo(self, rest: str) -> None:
+        text = self.conversation.take_back()
+        aside("There is nothing to undo." if text is None else f"Forgotten: {_short(text)}")
+
+    def _retry(self, rest: str) -> None:
+        from transom.runtime.params import resolve
+
+        before = self.conversation.copy()
+        text = self.conversation.take_back()
+        if text is None:
+            aside("There is no message to answer once more.")
+            return
+        if resolve(self.params, defaults=self.model.generation_defaults).greedy:
+            aside("At temperature 0 the answer is the same each time; for another: /params temperature=0.7")
+        elif "seed" in self.params:  # the same seed would give the same answer
+            self.params["seed"] += 1
+        try:
+            self._answer(text)
+        finally:
+            if len(self.conversation) < len(before):  # it failed, or was stopped before its first word
+                self.conversation = before
+
+    def _save(self, rest: str) -> None:
+        path = _path(rest, "/save conversation.json")
+        self.conversation.save(path, self.model.name)
+        aside(f"{len(self.conversation)} messages written to {path}")
+
+    def _load(self, rest: str) -> None:
+        path = _path(rest, "/load conversation.json")
+        self.conversation.load(path)
+        self.used = 0
+        aside(f"{len(self.conversation)} messages from {path}; go on.")
+
+    def _params(self, rest: str) -> None:
+        import json
+
+        from transom.errors import OptionError
+        from transom.runtime.params import resolve
+
+        changed = dict(self.params)
+        for word in rest.split():
+            name, sign, value = word.partition("=")
+            if not sign:
+                raise OptionError(f"{word} is not NAME=VALUE", "Write it like /params temperature=0.7 top_p=0.9")
+            name = {"max_tokens": "max_new_tokens"}.get(name.replace("-", "_"), name.replace("-", "_"))
+            if not value:
+                changed.pop(name, None)
+                continue
+            try:
+                changed[name] = json.loads(value)
+            except ValueError:
+                changed[name] = value
+        params = resolve(changed, defaults=self.model.generation_defaults)
+        if params.n != 1:
+            raise OptionError("A conversation goes on from one answer, so n is 1", "Leave n out")
+        self.params = changed
+        for name in dict.fromkeys([*_SHOWN, *changed]):
+            mark = " (set)" if name in changed else ""
+            aside(f"{name} = {getattr(params, name)}{mark}")
+
+    def _report(self, rest: str) -> None:
+        aside(str(self.model.report))
+
+
+def _split(text: str) -> tuple[str, str]:
+    name, _, rest = text.strip().partition(" ")
+    return name, rest.strip()
+
+
+def _path(rest: str, example: str) -> Path:
+    from transom.errors import OptionError
+
+    if not rest:
+        raise OptionError("The name of the file is missing", f"Write it like {example}")
+    return Path(rest).expanduser()
+
+
+def _short(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= 60 else line[:57] + "…"

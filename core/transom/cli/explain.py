@@ -1,0 +1,61 @@
+"""`transom explain`: every backend against every kind of node, before compiling."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+import click
+
+from transom.cli.options import DEVICE, JSON, MODEL, PROBE_FILE
+from transom.cli.output import Progress, print_json, warn
+
+if TYPE_CHECKING:
+    from transom.runtime.explain import Explanation
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  transom explain model.gguf
+  transom explain path/to/checkpoint --device cpu --nodes
+  transom explain model.onnx --device snapdragon-8-gen-3
+  transom explain model.gguf --json | jq '.answers[] | {backend, device, runs}'
+"""
+)
+@MODEL
+@DEVICE
+@click.option("--nodes", is_flag=True, help="Also each node that does not run as it is; with --json all are there.")
+@PROBE_FILE
+@JSON
+def explain(model: str, device: str, nodes: bool, probe_file: str | None, as_json: bool) -> None:
+    """Show every backend against every kind of node, with the reason where it says no.
+
+    Nothing is compiled. Counts come first: how many nodes of which operator run, run in standard operators, or are
+    refused.
+    """
+    import transom
+    from transom.plugins import load_plugins
+
+    with Progress(stage="read"):
+        found = transom.explain(model, device, probe_file=probe_file)
+    if as_json:
+        print_json(found.to_dict())
+        return
+    for failure in load_plugins().failures:
+        warn(str(failure))
+    click.echo(str(found))
+    if nodes:
+        _nodes(found)
+    sys.stdout.flush()
+
+
+def _nodes(found: Explanation) -> None:
+    for answer in found.answers:
+        if not answer.nodes:
+            continue
+        click.echo(f"\n{answer.backend} on {answer.device}, node by node:")
+        for node in answer.nodes:
+            approximate = "" if node.exact else " (approximate)"
+            reason = f": {node.reason}" if node.reason else ""
+            click.echo(f"  {node.node}  {node.operator} {node.outcome}{approximate}{reason}")

@@ -1,0 +1,230 @@
+"""What a model file says about itself, as data: for `transom inspect`. No weights are read."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transom.sources import local_path, resolve
+
+if TYPE_CHECKING:
+    from transom.contract import Progress
+    from transom.graph import Graph
+    from transom.signature import Decoder
+    from transom.sources import SourceModel
+    from transom.text import Tokenizer
+
+
+@dataclass(frozen=True)
+class Kind:
+    """All tensors of one type."""
+
+    type: str
+    """`"Q4_1"`, `"bfloat16"`, `"uint4, blocks of 32, with minimums"`."""
+    tensors: int
+    parameters: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Room:
+    """What one sequence of a length takes, weights included."""
+
+    context: int
+    """Tokens."""
+    cache_f16: int
+    cache_f32: int
+    total_f16: int
+    """Weights as they are stored and a cache in half precision; working space comes on top."""
+    total_f32: int
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Everything `transom inspect` shows."""
+
+    name: str
+    source: str
+    path: str
+    file_bytes: int | None
+    architecture: str
+    """As the file names it."""
+    decoder: Decoder | None
+    parameters: int
+    weight_bytes: int
+    """As the neutral graph keeps them."""
+    stored: tuple[Kind, ...]
+    """Tensors as the file has them; empty where the source does not say."""
+    kept: tuple[Kind, ...]
+    """Weights as the neutral graph has them: what backends see."""
+    tokenizer: dict[str, Any] | None
+    templates: tuple[str, ...]
+    """Names of chat templates."""
+    defaults: dict[str, Any]
+    memory: tuple[Room, ...]
+    operators: dict[str, int]
+    inputs: dict[str, str] = field(default_factory=dict)
+    outputs: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        from dataclasses import asdict
+
+        return asdict(self)
+
+
+def inspect_model(model: str, progress: Progress | None = None) -> Inspection:
+    """Open a model and describe it.
+
+    Raises:
+        SourceError: it cannot be read, or its architecture is not known.
+    """
+    source = resolve(model)
+    opened = source.open(model, progress=progress)
+    path = local_path(model)
+    graph, decoder = opened.graph, opened.graph.decoder
+    kept = tuple(_kinds(_kept(graph)))
+    architecture, stored = _file_facts(opened, path) if path is not None else ("", ())
+    return Inspection(
+        name=opened.name,
+        source=opened.kind,
+        path="" if path is None else str(path),
+        file_bytes=None if path is None else _bytes_of(path),
+        architecture=architecture or (decoder.family if decoder else ""),
+        decoder=decoder,
+        parameters=decoder.parameters if decoder and decoder.parameters else sum(k.parameters for k in kept),
+        weight_bytes=decoder.weight_bytes if decoder and decoder.weight_bytes else sum(k.bytes for k in kept),
+        stored=stored,
+        kept=kept,
+        tokenizer=None if opened.tokenizer is None else _tokenizer(opened.tokenizer),
+        templates=() if opened.chat_template is None else tuple(opened.chat_template.names),
+        defaults={k: v for k, v in opened.generation.to_json().items() if v not in (None, [])},
+        memory=() if decoder is None else tuple(rooms(decoder)),
+        operators=_operators(graph),
+        inputs=_values(graph.model.graph.inputs),
+        outputs=_values(graph.model.graph.outputs),
+        notes=tuple(dict.fromkeys([*graph.notes, *opened.notes])),
+    )
+
+
+def rooms(decoder: Decoder) -> Iterator[Room]:
+    """Memory at 512 tokens and at each fourfold of 1024, up to what the model was made for."""
+    lengths = [512, *(1024 * 4**i for i in range(16))]
+    for context in [*(n for n in lengths if n < decoder.context), decoder.context]:
+        half, full = decoder.cache_bytes(context, 2), decoder.cache_bytes(context, 4)
+        yield Room(context, half, full, decoder.weight_bytes + half, decoder.weight_bytes + full)
+
+
+def _kept(graph: Graph) -> Iterator[tuple[str, int, int]]:
+    """(type, parameters, bytes) of each weight; the parts of a quantised one count once."""
+    from transom.graph.builder import WEIGHT_META
+    from transom.graph.weights import Blocked, Dense
+
+    seen: set[int] = set()
+    values = list(graph.model.graph.initializers.values())
+    built = any(WEIGHT_META in value.meta for value in values)  # then what is not marked is a constant
+    for value in values:
+        weight, tensor = value.meta.get(WEIGHT_META), value.const_value
+        if isinstance(weight, Blocked | Dense):
+            if id(weight) in seen:
+                continue
+            seen.add(id(weight))
+            count = 1
+            for size in weight.shape:
+                count *= size
+            yield _form(weight), count, weight.nbytes
+        elif tensor is not None and not built and tensor.size > 16:  # less is hardly a weight
+            yield str(tensor.dtype).lower(), tensor.size, tensor.nbytes
+
+
+def _operators(graph: Graph) -> dict[str, int]:
+    """Nodes of each operator, most first."""
+    return dict(Counter(f"{n.domain}::{n.op_type}" if n.domain else n.op_type for n in graph.nodes()).most_common())
+
+
+def _form(weight: Any) -> str:
+    from transom.graph.weights import Dense
+
+    if isinstance(weight, Dense):
+        return weight.dtype
+    also = [f"{weight.scale_dtype} scales"]
+    also += ["minimums"] if weight.has_minimums else []
+    also += ["zero points"] if weight.has_zero_points else []
+    return f"{weight.dtype} in blocks of {weight.block}, {' and '.join(also)}"
+
+
+def _kinds(tensors: Iterable[tuple[str, int, int]]) -> list[Kind]:
+    """Totals by type, most bytes first."""
+    counts: Counter[str] = Counter()
+    parameters: Counter[str] = Counter()
+    sizes: Counter[str] = Counter()
+    for name, elements, size in tensors:
+        counts[name] += 1
+        parameters[name] += elements
+        sizes[name] += size
+    return [Kind(name, counts[name], parameters[name], sizes[name]) for name, _ in sizes.most_common()]
+
+
+def _file_facts(opened: SourceModel, path: Path) -> tuple[str, tuple[Kind, ...]]:
+    """The architecture and the tensors in the file's own words."""
+    if opened.kind == "gguf":
+        from transom.sources.gguf import gguf_path
+        from transom.sources.gguf_file import open_gguf
+
+        file = open_gguf(gguf_path(path))
+        tensors = [(t.type, _product(t.shape), t.data.nbytes) for t in file.tensors.values()]
+        return str(file.metadata.get("general.architecture", "")), tuple(_kinds(tensors))
+    if opened.kind == "hf":
+        from transom.sources.hf import read_config, weight_files
+        from transom.sources.safetensors_file import open_safetensors
+
+        config = read_config(path)
+        names = config.get("architectures")
+        architecture = str(names[0]) if isinstance(names, list) and names else str(config.get("model_type", ""))
+        stored = [t for file in weight_files(path) for t in open_safetensors(file).values()]
+        return architecture, tuple(_kinds((t.dtype, _product(t.shape), t.data.nbytes) for t in stored))
+    return "", ()
+
+
+def _product(shape: Iterable[int]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count
+
+
+def _bytes_of(path: Path) -> int:
+    """Of a file, or of everything in a directory."""
+    if not path.is_dir():
+        return path.stat().st_size
+    return sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
+
+
+def _tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
+    import json
+
+    model = json.loads(tokenizer.to_json()).get("model", {})
+    roles = {name: getattr(tokenizer, f"{name}_id") for name in ("bos", "eos", "unk", "pad")}
+    return {
+        "kind": str(model.get("type", "")),
+        "vocabulary": tokenizer.vocabulary_size,
+        "adds_bos": tokenizer.add_bos,
+        "adds_eos": tokenizer.add_eos,
+        "roles": {name: {"id": i, "token": tokenizer.id_to_token(i)} for name, i in roles.items() if i is not None},
+        "special_tokens": {str(i): tokenizer.id_to_token(i) for i in sorted(tokenizer.special_ids)},
+    }
+
+
+def _values(values: Iterable[Any]) -> dict[str, str]:
+    """Name -> `float32[tokens, 64]`."""
+    from transom.graph import spec_of
+
+    found = {}
+    for value in values:
+        spec = spec_of(value)
+        shape = "?" if spec.shape is None else ", ".join("?" if d is None else str(d) for d in spec.shape)
+        found[str(value.name)] = f"{spec.dtype}[{shape}]"
+    return found

@@ -1,0 +1,183 @@
+"""Options that several commands share, and what they mean to `transom.load` and to a generation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+PRECISIONS = ("auto", "exact", "fast", "f32", "bf16", "f16", "int8", "int4")
+"""As `transom.runtime.loading` has them; repeated here because `--help` must not import it."""
+
+
+def _starting_with(incomplete: str, names: Iterable[str]) -> list[str]:
+    return [name for name in names if name.startswith(incomplete)]
+
+
+def complete_device(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
+    from transom import hardware
+
+    return _starting_with(incomplete, ["auto", *(d.id for d in (*hardware.probe().devices, *hardware.catalogue()))])
+
+
+def complete_backend(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
+    from transom.plugins import load_plugins
+
+    return _starting_with(incomplete, ["auto", *load_plugins().backends])
+
+
+MODEL = click.argument("model", type=click.Path())
+DEVICE = click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    shell_complete=complete_device,
+    help="An id from `transom devices`; named, it never falls back.",
+)
+BACKEND = click.option(
+    "--backend",
+    default="auto",
+    show_default=True,
+    shell_complete=complete_backend,
+    help="A name from `transom backends`; named, it never falls back.",
+)
+CONTEXT = click.option("--context", type=int, help="Tokens of prompt and answer together. [default: the model's own]")
+PRECISION = click.option(
+    "--precision", type=click.Choice(PRECISIONS), default="auto", show_default=True, help="What to compute in."
+)
+THREADS = click.option("--threads", type=int, help="Processor threads. [default: every core this process may use]")
+VERIFY = click.option(
+    "--verify",
+    type=click.Choice(("auto", "off", "always")),
+    default="auto",
+    show_default=True,
+    help="Compare the compiled model with the reference; auto: once on each device.",
+)
+PROBE_FILE = click.option(
+    "--probe-file", type=click.Path(dir_okay=False), help="Devices from this file; `transom doctor --json` writes one."
+)
+JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+_LOADING = (DEVICE, BACKEND, CONTEXT, PRECISION, THREADS, VERIFY, PROBE_FILE, JSON)
+_LOAD_NAMES = ("device", "backend", "context", "precision", "threads", "verify", "probe_file")
+
+_SAMPLING = (
+    click.option("--max-tokens", "max_new_tokens", type=int, help="Most tokens to generate. [default: what fits]"),
+    click.option("--temperature", type=float, help="0: always the likeliest token. [default: the model's own, or 0]"),
+    click.option("--top-k", type=int, help="Draw among the k likeliest tokens; 0: off."),
+    click.option("--top-p", type=float, help="Draw among the likeliest tokens that make up this share; 1: off."),
+    click.option("--min-p", type=float, help="Drop tokens below this share of the likeliest; 0: off."),
+    click.option("--repetition-penalty", type=float, help="Above 1: tokens already there get less likely."),
+    click.option("--presence-penalty", type=float, help="Subtracted once for tokens that the answer holds."),
+    click.option("--frequency-penalty", type=float, help="Subtracted for each time that the answer holds a token."),
+    click.option("--seed", type=int, help="Same seed, same model, same device: same answer."),
+    click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this text; may be repeated."),
+    click.option(
+        "--stop-token-id", "stop_token_ids", type=int, multiple=True, help="End after this token; may be repeated."
+    ),
+    click.option("--logit-bias", multiple=True, metavar="ID=NUMBER", help="Add to a token's logit; -inf bans it."),
+    click.option("--ignore-eos", is_flag=True, help="Go on after the model's end of text."),
+    click.option("--json-schema", metavar="FILE|JSON", help="The answer is JSON that fits this schema."),
+    click.option("--regex", help="The answer matches this regular expression as a whole."),
+    click.option("--choice", multiple=True, metavar="TEXT", help="The answer is one of these; may be repeated."),
+    click.option("--grammar", metavar="FILE|TEXT", help="The answer follows this Lark or GBNF grammar."),
+)
+_SAMPLING_NAMES = (
+    *("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty"),
+    *("frequency_penalty", "seed", "stop", "stop_token_ids", "logit_bias", "ignore_eos", "json_schema", "regex"),
+    *("choice", "grammar"),
+)
+
+
+def loading(command: F) -> F:
+    """Add the options of `transom.load`, `--probe-file` and `--json` among them."""
+    for option in reversed(_LOADING):
+        command = option(command)
+    return command
+
+
+def load_arguments(options: dict[str, Any]) -> dict[str, Any]:
+    """Take the arguments of `transom.load` out of a command's options."""
+    return {name: options.pop(name) for name in _LOAD_NAMES}
+
+
+def sampling(command: F) -> F:
+    """Add the options that become fields of `SamplingParams`."""
+    for option in reversed(_SAMPLING):
+        command = option(command)
+    return command
+
+
+def sampling_arguments(options: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """Take the options of a generation out of a command's options, read and checked; only those that were given.
+
+    `more`: further fields of `SamplingParams`.
+
+    Raises:
+        OptionError: a value that no model could follow, so that it is refused before a model is loaded.
+    """
+    from transom.runtime.params import resolve
+
+    given = {name: options.pop(name) for name in _SAMPLING_NAMES} | more
+    if given["logit_bias"]:
+        given["logit_bias"] = dict(_bias(text) for text in given["logit_bias"])
+    if given["json_schema"] is not None:
+        given["json_schema"] = _schema(given["json_schema"])
+    if given["grammar"] is not None:
+        given["grammar"] = _grammar(given["grammar"])
+    given = {name: value for name, value in given.items() if value is not None and value != () and value is not False}
+    resolve(given)
+    return given
+
+
+def _bias(text: str) -> tuple[int, float]:
+    from transom.errors import OptionError
+
+    token, _, amount = text.partition("=")
+    try:
+        return int(token), float(amount)
+    except ValueError:
+        raise OptionError(
+            f"--logit-bias {text} is not a token id and a number", "Write it like --logit-bias 42=-inf"
+        ) from None
+
+
+def _schema(value: str) -> Any:
+    """JSON out of the argument itself, or out of the file that it names."""
+    import json
+
+    from transom.errors import OptionError
+
+    inline = value.lstrip().startswith(("{", "[")) or value.strip() in ("true", "false")
+    text = value if inline else _read(value, "--json-schema")
+    where = "--json-schema" if inline else value
+    try:
+        return json.loads(text)
+    except ValueError as e:
+        raise OptionError(f"{where} is not JSON: {e}", "Give a JSON schema, or the file that holds one") from None
+
+
+def _grammar(value: str) -> str:
+    from pathlib import Path
+
+    is_text = "\n" in value or "::=" in value or ":" in value.replace(":\\", "")
+    return value if is_text and not Path(value).is_file() else _read(value, "--grammar")
+
+
+def _read(path: str, option: str) -> str:
+    from pathlib import Path
+
+    from transom.errors import OptionError
+
+    try:
+        return Path(path).expanduser().read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise OptionError(f"{option} {path} is not UTF-8 text", "Save it as UTF-8") from None
+    except (OSError, ValueError) as e:
+        reason = getattr(e, "strerror", None) or e
+        raise OptionError(
+            f"{option} {path} cannot be read: {reason}", "Give the path of a file, or the text itself"
+        ) from None

@@ -1,0 +1,233 @@
+"""Printing: JSON, tables and answers on stdout; progress, warnings and the line after an answer on stderr."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from transom.runtime.generation import Stream
+
+PATIENCE = 0.6
+"""Seconds before progress is shown on a terminal: quick work stays silent."""
+LONG = 2.0
+"""Seconds that a stage lasts before it is worth a line where stderr is a file."""
+
+_STAGES = {
+    "start": "Starting a child process",
+    "wait": "Waiting for another process that compiles the same model",
+    "hash": "Reading the file to name its content",
+    "read": "Reading the model",
+    "compile": "Compiling",
+    "reference": "Computing the reference's answer",
+    "check": "Comparing with the reference",
+    "measure": "Measuring the device",
+    "write": "Writing the compiled model",
+    "store": "Writing the compiled model",
+    "load": "Loading the model",
+    "prompt": "Reading the prompt",
+}
+_said: set[str] = set()
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on stdout."""
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False, default=_plain))
+
+
+def print_json_line(value: Any) -> None:
+    """One JSON document in one line, for output of which programs read one line at a time."""
+    click.echo(json.dumps(value, ensure_ascii=False, default=_plain))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, frozenset | set):
+        return sorted(value)
+    if hasattr(value, "to_dict"):
+        return value.to_dict()
+    if hasattr(value, "__dataclass_fields__"):
+        return {name: getattr(value, name) for name in value.__dataclass_fields__}
+    if isinstance(value, tuple):
+        return list(value)
+    return str(value)
+
+
+def table(headers: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> None:
+    """A table as wide as the terminal allows; `right`: columns to align to the right."""
+    from io import StringIO
+
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    shown = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for i, header in enumerate(headers):
+        shown.add_column(header, justify="right" if i in right else "left", overflow="fold")
+    for row in rows:
+        shown.add_row(*(Text(cell) for cell in row))
+    # Into a string first: rich has ways of its own to deal with a reader that went away.
+    text = StringIO()
+    terminal = is_terminal(sys.stdout)
+    width = shutil.get_terminal_size().columns if terminal else 200
+    Console(file=text, width=width, force_terminal=terminal, highlight=False).print(shown)
+    click.echo("\n".join(line.rstrip() for line in text.getvalue().splitlines()))
+
+
+def heading(text: str) -> None:
+    click.secho(text, bold=True)
+
+
+def warn(text: str) -> None:
+    """Say something on stderr that the user should act on, once a process."""
+    if text not in _said:
+        _said.add(text)
+        click.echo(f"{click.style('Warning:', fg='yellow')} {text}", err=True)
+
+
+class WarnHandler(logging.Handler):
+    """Log records of the package as warnings of the command line."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        warn(record.getMessage())
+
+
+def aside(text: str) -> None:
+    """A line beside the answer, on stderr and not as loud."""
+    click.secho(text, err=True, dim=True)
+
+
+def is_terminal(stream: Any) -> bool:
+    try:
+        return bool(stream.isatty())
+    except (AttributeError, ValueError):  # closed, or replaced by something that is no file
+        return False
+
+
+class Progress:
+    """A line on stderr while work takes longer than `PATIENCE`. A progress callback, and a `with` that clears it.
+
+    On a terminal the line shows stage, share and seconds, and goes away; elsewhere each stage that takes longer than
+    `LONG` is one line that stays.
+    """
+
+    def __init__(self, *, quiet: bool = False, stage: str = "") -> None:
+        self._stage = stage
+        self._share: float | None = None
+        self._quiet = quiet
+        self._live = not quiet and is_terminal(sys.stderr)
+        self._stage_start = time.monotonic()
+        self._shown = 0
+        self._lock = threading.Lock()
+        self._end = threading.Event()
+        self._written: set[str] = set()
+
+    def __enter__(self) -> Progress:
+        if self._live:
+            threading.Thread(target=self._tick, name="transom-progress", daemon=True).start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.clear()
+
+    def __call__(self, stage: str, share: float | None) -> None:
+        """A `transom.contract.Progress`."""
+        with self._lock:
+            if stage != self._stage:
+                self._stage, self._stage_start = stage, time.monotonic()
+            self._share = share
+        late = time.monotonic() - self._stage_start > LONG
+        if not self._quiet and not self._live and late and stage not in self._written and share != 1.0:
+            self._written.add(stage)
+            click.echo(f"{_STAGES.get(stage, stage)} …", err=True)
+
+    def prompt(self, done: int, total: int) -> None:
+        """A `PrefillProgress`: tokens of the prompt that were read."""
+        self("prompt", done / total if total else None)
+
+    def clear(self) -> None:
+        """Take the line away, for good."""
+        if self._end.is_set():
+            return
+        self._end.set()
+        with self._lock:
+            if self._shown:
+                sys.stderr.write("\r" + " " * self._shown + "\r")
+                sys.stderr.flush()
+                self._shown = 0
+
+    def _tick(self) -> None:
+        wait = PATIENCE
+        while not self._end.wait(wait):
+            wait = 0.1
+            with self._lock:
+                if self._stage and not self._end.is_set():
+                    self._draw()
+
+    def _draw(self) -> None:
+        bar = ""
+        if self._share is not None:
+            full = round(24 * min(max(self._share, 0.0), 1.0))
+            bar = f"  {'█' * full}{'░' * (24 - full)} {self._share:4.0%}"
+        line = f"{_STAGES.get(self._stage, self._stage)}{bar}  {time.monotonic() - self._stage_start:.0f} s"
+        line = line[: max(shutil.get_terminal_size().columns - 1, 10)]
+        padding = " " * max(self._shown - len(line), 0)
+        try:
+            sys.stderr.write(f"\r{line}{padding}")
+        except UnicodeEncodeError:
+            sys.stderr.write("\r" + line.replace("█", "#").replace("░", ".") + padding)
+        sys.stderr.flush()
+        self._shown = len(line)
+
+
+class Answer:
+    """Prints a stream as it comes. Where stdout is a terminal, control characters of the model are left out."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._terminal = is_terminal(sys.stdout)
+        self._last = "\n"
+        self.stopped = False
+        """Whether Ctrl-C ended it. The stream's result then holds what was generated so far."""
+
+    def print(self, stream: Stream) -> None:
+        """Print all pieces, those that were ready when Ctrl-C came included, and end the last line."""
+        self._each(stream, self._write)
+        if self._last != "\n":
+            click.echo()
+            self._last = "\n"
+
+    def collect(self, stream: Stream) -> None:
+        """Generate all and print nothing."""
+        self._each(stream, lambda piece: None)
+
+    def _each(self, stream: Stream, use: Callable[[str], None]) -> None:
+        try:
+            for piece in stream:
+                use(piece)
+        except KeyboardInterrupt:
+            self.stopped = True
+            stream.cancel()
+            for piece in stream:
+                use(piece)
+        finally:
+            self._progress.clear()
+
+    def _write(self, piece: str) -> None:
+        self._progress.clear()
+        text = "".join(c for c in piece if c.isprintable() or c in "\n\t") if self._terminal else str(piece)
+        if text:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+            self._last = text[-1]

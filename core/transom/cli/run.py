@@ -1,0 +1,161 @@
+"""`transom run`: one prompt, one answer, and one line that says who answered and how fast.
+
+On the warm start-up path: imports nothing that an answer does not need.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from transom.cli.options import MODEL, load_arguments, loading, sampling, sampling_arguments
+from transom.cli.output import Answer, Progress, aside, is_terminal, print_json, warn
+
+if TYPE_CHECKING:
+    from transom.runtime.generation import Stream
+    from transom.runtime.model import Model
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  transom run model.gguf "Why is the sky blue?"
+  transom run path/to/checkpoint "Say hello" --system "You speak French." --temperature 0.7
+  git diff | transom run model.gguf --system "Write a commit message for this change."
+  transom run model.gguf --raw "Once upon a time" --max-tokens 100
+  transom run model.gguf "A person, as JSON" --json-schema person.json --quiet | jq .name
+  transom run model.gguf "Hello" --device cuda:0 --json
+"""
+)
+@MODEL
+@click.argument("prompt", required=False)
+@click.option("--raw", is_flag=True, help="Complete the text as it is, without the model's chat template.")
+@click.option("--system", help="A system message before the prompt.")
+@click.option(
+    "--template-variable", "variables", multiple=True, metavar="NAME=VALUE", help="For the template; may be repeated."
+)
+@click.option("--n", type=int, default=1, help="Answers to draw; more than one need a temperature above 0.")
+@click.option("--logprobs", type=int, help="With --json: log-probabilities of each token and of the N likeliest.")
+@click.option("-q", "--quiet", is_flag=True, help="Nothing on stderr but errors.")
+@sampling
+@loading
+def run(
+    model: str,
+    prompt: str | None,
+    raw: bool,
+    system: str | None,
+    variables: tuple[str, ...],
+    n: int,
+    logprobs: int | None,
+    quiet: bool,
+    as_json: bool,
+    **options: Any,
+) -> int:
+    """Answer PROMPT, or what is piped in (also with - as PROMPT), and exit.
+
+    MODEL is a GGUF file, a Hugging Face directory, or an ONNX file. The answer goes to stdout; the device, the backend,
+    why they were chosen and the speed go to stderr.
+    """
+    import transom
+    from transom.errors import OptionError
+    from transom.runtime.report import answer_line
+
+    generation = sampling_arguments(options, n=n, logprobs=logprobs)
+    if raw and (system is not None or variables):
+        raise OptionError(
+            "--raw uses no chat template, so --system and --template-variable have no place",
+            "Leave out --raw, or write everything into the prompt",
+        )
+    text = _prompt(prompt, keep=raw)
+    with Progress(quiet=quiet, stage="load") as progress:
+        loaded = transom.load(model, **load_arguments(options), progress=progress)
+    with loaded:
+        if not quiet:
+            for warning in loaded.report.warnings:
+                warn(warning)
+        with Progress(quiet=quiet, stage="prompt") as progress:
+            stream = _start(loaded, text, raw, system, variables, {**generation, "progress": progress.prompt})
+            answer = Answer(progress)
+            if as_json or n > 1:
+                answer.collect(stream)
+            else:
+                answer.print(stream)
+        result = stream.result
+        if as_json:
+            print_json({**result.to_dict(), "report": loaded.report.to_dict()})
+        elif n > 1:
+            for choice in result.choices:
+                click.secho(f"[{choice.index + 1} of {n}]", bold=True)
+                click.echo(choice.text)
+        if not quiet and not as_json:
+            aside(answer_line(loaded.report, result))
+    if answer.stopped:
+        raise KeyboardInterrupt
+    return 0
+
+
+def _prompt(prompt: str | None, *, keep: bool) -> str:
+    """The prompt: the argument, or standard input. `keep` leaves the last line break of standard input where it is.
+
+    Raises:
+        OptionError: there is none, or it is not UTF-8.
+    """
+    from transom.errors import OptionError
+
+    piped = sys.stdin is not None and (prompt == "-" or not is_terminal(sys.stdin))
+    if prompt in (None, "-") and not piped:
+        raise OptionError("There is no prompt", 'Give it after the model, as in: transom run MODEL "Hello"')
+    if prompt is None or prompt == "-":
+        data = sys.stdin.buffer.read()
+        try:
+            prompt = data.decode("utf-8-sig")
+        except UnicodeDecodeError as e:
+            raise OptionError(
+                f"Standard input is not UTF-8 text: byte 0x{data[e.start]:02x} at position {e.start}",
+                "Convert it first, as in: iconv -f latin1 -t utf-8 FILE | transom run MODEL",
+            ) from None
+        if not keep:
+            prompt = prompt.removesuffix("\n").removesuffix("\r")
+    if not prompt and not keep:
+        raise OptionError("The prompt is empty", "Give it at least one character, or start from nothing with: --raw ''")
+    return prompt
+
+
+def _start(
+    model: Model, prompt: str, raw: bool, system: str | None, variables: tuple[str, ...], options: dict[str, Any]
+) -> Stream:
+    from transom.errors import OptionError
+
+    if raw or (model.chat_template is None and model.decoder is not None):
+        if system is not None or variables:
+            raise OptionError(
+                "The model has no chat template, so --system and --template-variable have no place",
+                "Write everything into the prompt",
+            )
+        return model.stream(prompt, **options)
+    messages = [{"role": "system", "content": system}] if system is not None else []
+    messages.append({"role": "user", "content": prompt})
+    return model.stream_chat(messages, template_variables=_variables(variables), **options)
+
+
+def _variables(texts: tuple[str, ...]) -> dict[str, Any]:
+    """NAME=VALUE as a mapping; a value that is JSON (true, 3, "x") counts as such."""
+    import json
+
+    from transom.errors import OptionError
+
+    found: dict[str, Any] = {}
+    for text in texts:
+        name, sign, value = text.partition("=")
+        if not sign or not name:
+            raise OptionError(
+                f"--template-variable {text} is not NAME=VALUE",
+                "Write it like --template-variable enable_thinking=false",
+            )
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            found[name] = value
+    return found

@@ -1,0 +1,96 @@
+"""What the host asks of a child process, as JSON types, and the keys both know the results by. On the warm path."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from transom.artifacts import artifact_key
+from transom.contract import Device, Progress
+from transom.hardware.probe_file import from_json, to_json
+
+
+@functools.cache
+def version() -> str:
+    """Transom's own version: part of every key."""
+    import importlib.metadata
+
+    return importlib.metadata.version("transom")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One model for one backend on one device."""
+
+    model: str
+    """Path of the source; the name of a model that exists in memory only."""
+    content: str
+    """Key of the source's content; see `prepared.find`."""
+    graph: str
+    """Key under which the cache holds the neutral graph of a model that exists in memory only; else empty."""
+    backend: str
+    backend_version: str
+    """Of the distribution that brings it."""
+    band: str
+    """Of the backend's offer; a `fallback` is planned as if it kept everything in float32."""
+    device: Device
+    options: Mapping[str, Any]
+    """Of the user: `precision`, `context` (None: the model's own), `threads` (None: all)."""
+    cache: str
+    cache_limit: int | None
+    place: str
+    """`Machine.place`: what a verdict holds for."""
+    verify: bool
+    """Compare with the reference; else only see that it runs."""
+
+    @property
+    def source_context(self) -> int | None:
+        """The context that the source is opened for; a model in memory is as it is."""
+        context: int | None = None if self.graph else self.options["context"]
+        return context
+
+    @property
+    def artifact_key(self) -> str:
+        """Without the source, which `prepared.Prepared.artifact_key` adds; without `context` and `threads`, which may
+        change between compiling and loading."""
+        return artifact_key(
+            {
+                "backend": self.backend,
+                "version": self.backend_version,
+                "arch": self.device.arch,
+                "features": self.device.features,
+                "precision": self.options["precision"],
+                "transom": version(),
+            }
+        )
+
+    @property
+    def failure_key(self) -> str:
+        """Names this attempt, to remember that it failed."""
+        precision, context = self.options["precision"], self.source_context
+        return artifact_key({"of": [self.content, self.place, precision, context, version()]})
+
+    def believes(self, verdict: object) -> bool:
+        """Whether the verdict that `selfcheck` left is enough to open the artifact in the host's own process."""
+        return isinstance(verdict, dict) and not (self.verify and verdict.get("ran_only"))
+
+    def to_payload(self) -> dict[str, Any]:
+        return {**vars(self), "device": to_json([self.device]), "options": dict(self.options)}
+
+    @classmethod
+    def from_payload(cls, payload: Mapping[str, Any]) -> Job:
+        return cls(**{**payload, "device": from_json(payload["device"])[0]})
+
+
+def run(payload: Mapping[str, Any], progress: Progress) -> Any:
+    """What the child process calls: the function of `transom.runtime.preparing` that `payload["work"]` names."""
+    # The check prompt makes small matrix products, for which NumPy's threads cost more than they give: three times the
+    # processor time of one thread, ten times the wall time where the processor is busy. Read when NumPy is imported.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    from transom.runtime import preparing
+
+    arguments = dict(payload)
+    return getattr(preparing, arguments.pop("work"))(arguments, progress)

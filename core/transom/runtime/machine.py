@@ -1,0 +1,83 @@
+"""What is here, and what would run: the probe, the plugins' answers, and the choice among them. On the warm path."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from transom import hardware
+from transom.artifacts import artifact_key
+from transom.contract import Device, Offer, Refusal
+from transom.plugins import PluginFailure, Plugins, load_plugins
+from transom.selection import Candidate, Choice, select
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Devices, plugins, and what the plugins say about the devices."""
+
+    found: hardware.Found
+    """By the probe; a remote target that was named is among the devices."""
+    plugins: Plugins
+    answers: tuple[tuple[str, Offer | Refusal], ...]
+
+    @property
+    def devices(self) -> tuple[Device, ...]:
+        return self.found.devices
+
+    @property
+    def failures(self) -> tuple[PluginFailure, ...]:
+        """Everything that has gone wrong with plugins so far; asking them more can add to it."""
+        return tuple(dict.fromkeys(self.plugins.failures))
+
+    def place(self, candidate: Candidate) -> str:
+        """Names hardware, driver, backend and versions: a verdict or a speed holds for these and for no others.
+
+        What a backend says of an offer counts, since that is where it names its SDK's version.
+        """
+        device = candidate.device
+        return artifact_key(
+            {
+                "device": device.identity or device.name or device.id,
+                "drivers": device.drivers,
+                "backend": candidate.backend,
+                "version": self.plugins.backends[candidate.backend].version,
+                "why": candidate.offer.why,
+            }
+        )
+
+
+def survey(probe_file: str | Path | None = None, *, target: str = "auto") -> Machine:
+    """Probe the devices and ask every plugin about them.
+
+    Args:
+        probe_file: devices from this JSON file in place of the probe.
+        target: a device that must be among them; it may be a remote one of the catalogue.
+
+    Raises:
+        OptionError: the probe file cannot be read, or there is no such device.
+    """
+    found = hardware.probe(None if probe_file is None else Path(probe_file))
+    devices = hardware.with_target(found.devices, target, found.notes)
+    plugins = load_plugins()
+    return Machine(replace(found, devices=devices), plugins, plugins.probe(devices).answers)
+
+
+def choose(
+    machine: Machine, *, device: str = "auto", backend: str = "auto", measured: Mapping[str, float] | None = None
+) -> Choice:
+    """The pure selection, with what the environment and the plugins' hooks say. Raises as `selection.select`."""
+    hook = machine.plugins.choose([(name, answer) for name, answer in machine.answers if isinstance(answer, Offer)])
+    return select(
+        machine.devices,
+        machine.answers,
+        device=device,
+        backend=backend,
+        environment_device=os.environ.get("TRANSOM_DEVICE") or None,
+        hook=hook,
+        failures=machine.failures,  # the hooks' own included
+        measured=measured,
+        notes=machine.found.notes,
+    )

@@ -1,0 +1,52 @@
+"""The conformance kit: holds a backend to the contract and to the reference, on your machine, in one command.
+
+In a test file of your own repository (`pip install transom pytest`)::
+
+    from transom.testing import BackendConformance
+    from my_plugin import MyBackend
+
+    class TestMyBackend(BackendConformance):
+        backend = MyBackend()
+        may_refuse = ["operator.Attention"]     # what it does not do, said aloud; everything else must pass
+
+or from a program::
+
+    from transom.testing import run
+
+    result = run(MyBackend(), only=["state.*"])
+    print(result.text())                        # or result.to_json()
+
+What is checked: answers to probe, claim and check; compiling, cancelling, artifacts in another process; every
+registered operator on fresh random inputs; logits of small random decoders in prefill, decode and ragged batches;
+forking, truncating and freeing of states; failed steps; limits; random walks over all of it. Each check passes, fails,
+or is refused with the backend's own reason. `transom.testing.models.tiny_decoder` makes the decoders, for tests of
+your own.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transom.testing.conformance import BackendConformance
+    from transom.testing.result import CheckResult, ConformanceResult, Part
+    from transom.testing.runner import run
+
+__all__ = ["BackendConformance", "CheckResult", "ConformanceResult", "Part", "run"]
+
+_HOMES = {
+    "BackendConformance": "transom.testing.conformance",
+    "CheckResult": "transom.testing.result",
+    "ConformanceResult": "transom.testing.result",
+    "Part": "transom.testing.result",
+    "run": "transom.testing.runner",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import on demand: only `BackendConformance` needs pytest, and the child processes need none of this."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)

@@ -1,0 +1,220 @@
+"""Compiling, and what comes of it: progress, cancelling, verdicts, opening in another process, closing."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from transom.contract import Artifact, Cancelled
+from transom.ops import find
+from transom.testing.bench import Bench
+from transom.testing.checks.check import Check, must_raise
+from transom.testing.child import in_child
+from transom.testing.compare import compare_rows
+from transom.testing.driver import Driver, Move
+from transom.testing.one_node import one_node
+from transom.testing.result import Failed, Refused
+
+BASE = "gqa"
+"""The model that checks use when any will do."""
+
+
+def compile_reports_progress(bench: Bench) -> None:
+    """compile calls progress with a stage's name and a share between 0 and 1, or None."""
+    calls: list[tuple[object, object]] = []
+    model = bench.model(BASE)
+    bench.backend.compile(
+        model.lowered.graph, bench.device, bench.options, lambda stage, share: calls.append((stage, share))
+    )
+    if not calls:
+        raise Failed("compile never called progress, so it cannot be cancelled")
+    for stage, share in calls:
+        if not isinstance(stage, str) or not stage.strip():
+            raise Failed(f"progress was called with the stage {stage!r}")
+        if share is not None and not (isinstance(share, (int, float)) and 0 <= share <= 1):
+            raise Failed(f"progress was called with the share {share!r}; it is 0 to 1, or None")
+
+
+def compile_can_be_cancelled(bench: Bench) -> None:
+    """Cancelled raised by progress passes through compile, at the first call and at the last, and nothing is left."""
+    model = bench.model(BASE)
+    count = 0
+
+    def counting(stage: str, share: float | None) -> None:
+        nonlocal count
+        count += 1
+
+    with _temporary_folder(bench.folder / "counting"):
+        bench.backend.compile(model.lowered.graph, bench.device, bench.options, counting)
+    for stop in sorted({1, count}):
+        calls = 0
+
+        def cancelling(stage: str, share: float | None, stop: int = stop) -> None:
+            nonlocal calls
+            calls += 1
+            if calls == stop:
+                raise Cancelled
+
+        with _temporary_folder(bench.folder / f"cancelled-{stop}") as folder:
+            must_raise(
+                Cancelled,
+                f"compile, cancelled at call {stop} of {count} to progress,",
+                lambda: bench.backend.compile(model.lowered.graph, bench.device, bench.options, cancelling),
+            )
+            if left := sorted(p.name for p in folder.iterdir()):
+                raise Failed(f"a cancelled compile left {', '.join(left)} in the temporary folder")
+
+
+@contextmanager
+def _temporary_folder(folder: Path) -> Iterator[Path]:
+    """Temporary files of this process and its children go to `folder` meanwhile."""
+    folder.mkdir(exist_ok=True)
+    saved, variable = tempfile.tempdir, os.environ.get("TMPDIR")
+    tempfile.tempdir = os.environ["TMPDIR"] = str(folder)
+    try:
+        yield folder
+    finally:
+        tempfile.tempdir = saved
+        if variable is None:
+            del os.environ["TMPDIR"]
+        else:
+            os.environ["TMPDIR"] = variable
+
+
+def artifact_says_what_it_requires(bench: Bench) -> None:
+    """An artifact has files, requirements and notes, all of them text; a note says how it computes."""
+    artifact = bench.model(BASE).artifact
+    if not artifact.files:
+        raise Failed("the artifact has no files")
+    if not artifact.requires:
+        raise Failed("artifact.requires is empty, so no change of version can ever be noticed")
+    for key, value in artifact.requires.items():
+        if not isinstance(key, str) or not isinstance(value, str) or not value:
+            raise Failed(f"artifact.requires holds {key!r}: {value!r}; both must be text")
+    if any(not isinstance(note, str) or not note.strip() for note in artifact.notes):
+        raise Failed(f"artifact.notes holds something that is no text: {artifact.notes!r:.80}")
+
+
+def wrong_artifacts_are_told(bench: Bench) -> None:
+    """check says ok for the artifact as made, and something else, with a reason, once any requirement differs."""
+    artifact, device, check = bench.model(BASE).artifact, bench.device, bench.backend.check
+    verdict = check(artifact, device)
+    if verdict.state != "ok":
+        raise Failed(f"check says {verdict.state} ({verdict.reason}) of an artifact made here a moment ago")
+
+    def expect_no(what: str, requires: Mapping[str, str]) -> None:
+        told = check(replace(artifact, requires=requires), device)
+        if told.state not in ("slower", "rebuild", "never"):
+            raise Failed(f"check says {told.state} though {what}")
+        if not told.reason.strip():
+            raise Failed(f"check says {told.state} without a reason when {what}")
+
+    for key, value in artifact.requires.items():
+        rest = {k: v for k, v in artifact.requires.items() if k != key}
+        expect_no(f"{key} is {value!r} here and '0.0.wrong' in the artifact", {**rest, key: "0.0.wrong"})
+        expect_no(f"the artifact does not say its {key}", rest)
+    expect_no("the artifact requires nothing that this backend wrote", {"something else": "1"})
+
+
+def check_opens_nothing(bench: Bench) -> None:
+    """check decides by the requirements alone: the files need not be there."""
+    artifact = bench.model(BASE).artifact
+    gone: Mapping[str, bytes | Path] = {name: bench.folder / "gone" / name for name in artifact.files}
+    verdict = bench.backend.check(Artifact(gone, artifact.requires, artifact.notes), bench.device)
+    if verdict.state != "ok":
+        raise Failed(f"check says {verdict.state} ({verdict.reason}) because the files are away; it must open none")
+
+
+def opens_in_another_process(bench: Bench) -> float:
+    """An artifact loaded from its files in a fresh process gives the same logits."""
+    if not bench.offer().runs_here:
+        raise Refused(f"{bench.backend.name} compiles for {bench.device.id} and runs nothing here")
+    model = bench.model(BASE)
+    with bench.session(model.artifact) as session:
+        driver = Driver(session, model, bench.rng("another process"))
+        chunks = [driver.draw(driver.chunk(n)) for n in (9, 1, 1)]
+    request = {"artifact": model.artifact, "device": bench.device, "options": bench.options}
+    request |= {"scratch": bench.scratch(), "chunks": chunks}
+    told = in_child(bench, "load", request)
+    if told["verdict"] != "ok":
+        raise Failed(f"check says {told['verdict']} of the artifact in another process")
+    wanted = model.oracle.logits([t for chunk in chunks for t in chunk])
+    return compare_rows(told["logits"], wanted, model.limit, "logits in another process")
+
+
+def sessions_are_independent(bench: Bench) -> float:
+    """Two sessions of one artifact have states of their own; closing one leaves the other."""
+    model = bench.model(BASE)
+    with bench.session(model.artifact) as first, bench.session(model.artifact) as second:
+        one, two = (Driver(s, model, bench.rng(name)) for s, name in ((first, "first"), (second, "second")))
+        a, b = one.grown(7), two.grown(4)
+        one.probe(a)
+        two.probe(b)
+        first.close()
+        two.probe(b)
+        return max(one.error, two.error)
+
+
+def closes_twice(bench: Bench) -> None:
+    """close releases everything; calling it again, with states alive or freed afterwards, does nothing."""
+    model = bench.model(BASE)
+    with bench.session(model.artifact) as session:
+        driver = Driver(session, model, bench.rng("close"))
+        track = driver.grown(3)
+        session.close()
+        session.close()
+        track.state.free()
+
+
+def runs_need_their_inputs(bench: Bench) -> None:
+    """run raises when an input is missing or unknown, rather than computing something."""
+    bench.offer()
+    schema = find("", "Add")
+    assert schema is not None
+    assert schema.samples is not None
+    graph, inputs = one_node(schema, next(schema.samples(bench.rng("inputs"))))
+    lowered = bench.lower(graph)
+    with bench.session(bench.compile(lowered.graph)) as session:
+        missing = {"x0": inputs["x0"]}
+        must_raise(Exception, "run without one of its inputs", lambda: session.run(missing))
+        unknown = inputs | {"x2": inputs["x0"]}
+        must_raise(Exception, "run with an input that the graph does not have", lambda: session.run(unknown))
+        session.run(inputs)
+
+
+def limits_are_sound(bench: Bench) -> None:
+    """limits and pages are numbers that mean something, and do not change from one session to the next."""
+    model = bench.model(BASE)
+    with bench.session(model.artifact) as session:
+        limits = session.limits
+        for name in ("max_sequences", "max_tokens", "context"):
+            if getattr(limits, name) < 1:
+                raise Failed(f"limits.{name} is {getattr(limits, name)}")
+        if limits.page_tokens < 0:
+            raise Failed(f"limits.page_tokens is {limits.page_tokens}")
+        if any(not 0 < c <= limits.max_tokens for c in limits.token_classes):
+            raise Failed(f"limits.token_classes {limits.token_classes} reach beyond max_tokens {limits.max_tokens}")
+        total, free = session.pages()
+        if not 0 <= free <= total or (total > 0) != (limits.page_tokens > 0):
+            raise Failed(f"pages() is {(total, free)} with page_tokens {limits.page_tokens}")
+        driver = Driver(session, model, bench.rng("limits"))
+        driver.step([Move(driver.new(), driver.draw(driver.chunk(3)))])
+
+
+def checks() -> list[Check]:
+    return [
+        Check("compile.progress", compile_reports_progress),
+        Check("compile.cancel", compile_can_be_cancelled),
+        Check("artifact.requires", artifact_says_what_it_requires),
+        Check("artifact.verdicts", wrong_artifacts_are_told),
+        Check("artifact.check_opens_nothing", check_opens_nothing),
+        Check("artifact.another_process", opens_in_another_process),
+        Check("session.independent", sessions_are_independent),
+        Check("session.close_twice", closes_twice),
+        Check("session.run_inputs", runs_need_their_inputs),
+        Check("session.limits", limits_are_sound),
+    ]

@@ -1,0 +1,82 @@
+"""Random walks: many states, every operation in random order, each step held to the oracle."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from transom.contract import OutOfPages, Work
+from transom.testing.bench import Bench
+from transom.testing.checks.check import Check, must_raise
+from transom.testing.checks.states import fork, truncate
+from transom.testing.driver import Driver, Move, Track
+
+STEPS = 120
+MOST_STATES = 6
+
+
+def _walk(variant: str) -> Callable[[Bench], float]:
+    def run(bench: Bench) -> float:
+        model = bench.model(variant)
+        with bench.session(model.artifact) as session:
+            driver = Driver(session, model, bench.rng(f"walk {variant}"))
+            rng, tracks = driver.rng, [driver.new()]
+            for _ in range(STEPS):
+                track: Track = tracks[rng.integers(len(tracks))]
+                match rng.choice(["step"] * 5 + ["fork", "fork", "truncate", "free", "new", "fail"]):
+                    case "step":
+                        _step(driver, tracks)
+                    case "fork" if len(tracks) < MOST_STATES:
+                        tracks.append(fork(track, _cut(driver, track)))
+                        if rng.random() < 0.5:
+                            _step(driver, [track, tracks[-1]])  # both write at once, right after they parted
+                    case "truncate":
+                        truncate(track, _cut(driver, track))
+                        _step(driver, [track])
+                    case "free" if len(tracks) > 1:
+                        track.state.free()
+                        tracks.remove(track)
+                    case "new" if len(tracks) < MOST_STATES:
+                        tracks.append(driver.new())
+                    case "fail":
+                        bad = [*driver.draw(driver.chunk(2) - 1), driver.vocabulary + 5]
+                        must_raise(ValueError, "a wrong token", lambda: session.step([Work(track.state, bad)]))  # noqa: B023
+                for each in tracks:
+                    driver.expect_length(each)
+            return driver.error
+
+    run.__doc__ = f"{STEPS} random operations on up to {MOST_STATES} states of a decoder with {variant}."
+    return run
+
+
+def _longest(driver: Driver) -> int:
+    """Long enough for two pages and more, short enough to be quick."""
+    return min(driver.context, max(48, 2 * driver.limits.page_tokens + 8))
+
+
+def _cut(driver: Driver, track: Track) -> int:
+    """Half of the time the whole length: a prompt that is answered twice is shared to its end."""
+    length = len(track.tokens)
+    whole = length < _longest(driver) and driver.rng.random() < 0.5
+    return length if whole else int(driver.rng.integers(length + 1))
+
+
+def _step(driver: Driver, tracks: list[Track]) -> None:
+    rng = driver.rng
+    count = int(rng.integers(1, min(len(tracks), driver.limits.max_sequences) + 1))
+    moves = []
+    for i in rng.permutation(len(tracks))[:count]:
+        size = driver.chunk(int(rng.choice([1, 1, 1, 2, 5, 9])))
+        if len(tracks[i].tokens) + size <= _longest(driver):
+            moves.append(Move(tracks[i], driver.draw(size), rng.choice(["none", "last", "all"])))
+    if not moves:
+        return
+    try:
+        driver.step(moves)
+    except OutOfPages:  # a small pool: nothing may have changed, and room is made as a host would
+        for track in tracks:
+            driver.expect_length(track)
+        truncate(max(tracks, key=lambda t: len(t.tokens)), 0)
+
+
+def checks() -> list[Check]:
+    return [Check(f"walk.{variant}", _walk(variant)) for variant in ("gqa", "window")]
