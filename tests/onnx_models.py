@@ -91,7 +91,9 @@ def group_query_decoder(
             normal = w.op("SimplifiedLayerNormalization", x, scale, axis=-1, epsilon=1e-5)
         else:
             names = [f"normal.{i}", "", "", f"sum.{i}"]
-            w.op("SkipSimplifiedLayerNormalization", x, skip, scale, domain="com.microsoft", outputs=names, epsilon=1e-5)
+            w.op(
+                "SkipSimplifiedLayerNormalization", x, skip, scale, domain="com.microsoft", outputs=names, epsilon=1e-5
+            )
             normal, x = names[0], names[3]
         widths = (HEADS * DIM, KV_HEADS * DIM, KV_HEADS * DIM)
         if packed:
@@ -160,7 +162,9 @@ class RuntimeOracle:
             feed: dict[str, Any] = {"input_ids": np.asarray([chunk]), **cache}
             feed["attention_mask"] = np.ones((1, total), np.int64)
             feed["position_ids"] = np.arange(done, total)[None]
-            result = dict(zip(outputs, self.session.run(None, {k: v for k, v in feed.items() if k in inputs}), strict=True))
+            result = dict(
+                zip(outputs, self.session.run(None, {k: v for k, v in feed.items() if k in inputs}), strict=True)
+            )
             rows.append(result["logits"][0])
             cache = {name: result[name.replace("past_key_values", "present")] for name in cache}
             done = total

@@ -15,3 +15,10 @@ class TestExact(BackendConformance):
 
     backend: ClassVar[Backend] = OpenVinoCpu()
     options: ClassVar[Mapping[str, object]] = {"precision": "exact"}
+
+
+class TestAsChosen(BackendConformance):
+    """In the numbers that `auto` takes on this CPU, bfloat16 or int8 among them, held to bfloat16's tolerance."""
+
+    backend: ClassVar[Backend] = OpenVinoCpu()
+    precision: ClassVar[str] = "bfloat16"

@@ -109,9 +109,7 @@ def test_values_that_are_not_finite_never_agree(tmp_path: Path, rng: np.random.G
     assert not result.agrees
 
 
-def test_one_sequence_at_a_time_and_small_steps_are_enough(
-    tmp_path: Path, rng: np.random.Generator, seed: int
-) -> None:
+def test_one_sequence_at_a_time_and_small_steps_are_enough(tmp_path: Path, rng: np.random.Generator, seed: int) -> None:
     tiny("gemma2", tmp_path, rng)
     graph = resolve(tmp_path).open(tmp_path).graph
     assert graph.decoder is not None

@@ -116,7 +116,9 @@ def test_a_file_cut_short_anywhere_is_refused(tmp_path: Path, rng: np.random.Gen
     assert "empty" in failure(path)
 
 
-@pytest.mark.parametrize("content", [b"PK\x03\x04" + bytes(99), b"<html>not found</html>", b"\x80\x02}q\x00.", bytes(500)])
+@pytest.mark.parametrize(
+    "content", [b"PK\x03\x04" + bytes(99), b"<html>not found</html>", b"\x80\x02}q\x00.", bytes(500)]
+)
 def test_other_files_named_onnx_are_refused(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     path.write_bytes(content)
@@ -210,7 +212,11 @@ def test_external_data_without_a_location_or_with_a_wrong_place_is_refused(
 ) -> None:
     path = external(rng, tmp_path)
     model = onnx.load(str(path), load_external_data=False)
-    for key, text, words in (("location", "", "does not name"), ("offset", "x", "where"), ("offset", "-5", "should lie")):
+    for key, text, words in (
+        ("location", "", "does not name"),
+        ("offset", "x", "where"),
+        ("offset", "-5", "should lie"),
+    ):
         changed = onnx.ModelProto()
         changed.CopyFrom(model)
         found = False

@@ -144,6 +144,39 @@ def test_standard_attention_with_past_becomes_cached_attention(
     assert_like_file(opened(path).graph, path, rng)
 
 
+def test_the_branch_with_a_cache_is_taken_out_of_a_merged_decoder(tmp_path: Path, rng: np.random.Generator) -> None:
+    plain = standard_decoder(rng)
+    names = [o.name for o in plain.graph.output]
+
+    def branch(name: str, first: bool) -> Any:
+        """The decoder's nodes under other names; the branch without a cache starts from an empty one."""
+        nodes = []
+        for node in plain.graph.node:
+            copy = helper.make_node(node.op_type, [], [])
+            copy.CopyFrom(node)
+            copy.name = f"{name}.{node.name}"
+            del copy.input[:], copy.output[:]
+            own = {o for n in plain.graph.node for o in n.output}
+            for i in node.input:
+                copy.input.append("" if first and i.startswith("past") else f"{name}.{i}" if i in own else i)
+            copy.output.extend(f"{name}.{o}" for o in node.output)
+            nodes.append(copy)
+        outputs = [value(f"{name}.{o.name}") for o in plain.graph.output]
+        for made, o in zip(outputs, plain.graph.output, strict=True):
+            made.CopyFrom(o)
+            made.name = f"{name}.{o.name}"
+        return helper.make_graph(nodes, name, [], outputs)
+
+    w = Writer(rng)
+    w.op("If", w.op("Squeeze", "use_cache_branch"), outputs=names, then_branch=branch("cached", False),
+         else_branch=branch("first", True))  # fmt: skip
+    inputs = [*plain.graph.input, value("use_cache_branch", TensorProto.BOOL, [1])]
+    merged = w.model(inputs, list(plain.graph.output), opset=23)
+    merged.graph.initializer.extend(plain.graph.initializer)
+    graph = opened(save(merged, tmp_path / "decoder_model_merged.onnx")).graph
+    assert_like_file(graph, save(plain, tmp_path / "plain.onnx"), rng)
+
+
 def test_an_attention_with_a_bias_out_of_the_hidden_state_still_runs_but_says_why_it_cannot_generate(
     tmp_path: Path, rng: np.random.Generator
 ) -> None:
@@ -160,9 +193,10 @@ def test_an_attention_with_a_bias_out_of_the_hidden_state_still_runs_but_says_wh
 
 
 # written out by torch ------------------------------------------------------------------------------------------------
-def optimum_export(model: Any, path: Path, *, merged_position_ids: bool = True) -> Path:
+def optimum_export(model: Any, path: Path) -> Path:
     """A decoder in Optimum's naming, traced by torch's older exporter as Optimum does."""
     import torch
+
     from transom.sources.torch_decoder import as_decoder
 
     parts = as_decoder(model)
@@ -282,7 +316,9 @@ def odd_decoder(rng: np.random.Generator, change: str) -> Graph:
             mask = w.op("And", mask, w.op("Equal", w.op("Mod", distance, w.constant(np.int64(3))), zero))
         if change == "bias":
             squared = w.op("Cast", w.op("Mul", distance, distance), to=1)
-            mask = w.op("Where", mask, w.op("Mul", squared, w.constant(np.float32(-0.01))), w.constant(np.float32(-np.inf)))
+            mask = w.op(
+                "Where", mask, w.op("Mul", squared, w.constant(np.float32(-0.01))), w.constant(np.float32(-np.inf))
+            )
         inputs = [q, k, v, mask, f"past_key_values.{i}.key", f"past_key_values.{i}.value"]
         out = w.op("Attention", *inputs, outputs=[f"a{i}", f"present.{i}.key", f"present.{i}.value"],
                    q_num_heads=HEADS, kv_num_heads=KV_HEADS)[0]  # fmt: skip
@@ -331,5 +367,3 @@ def test_equal_files_have_equal_fingerprints_and_changed_weights_another(
     raw[0] ^= 1
     model.graph.initializer[-1].raw_data = bytes(raw)
     assert source.fingerprint(save(model, tmp_path / "c.onnx")) != source.fingerprint(a)
-
-

@@ -82,7 +82,13 @@ def movement(w: Writer) -> tuple[list[Any], list[Any]]:
     e = w.op("ScatterElements", x, w.constant(np.asarray([[0, 1, 2]])), w.constant(np.ones((1, 3), np.float32)), axis=0)
     w.op("Tile", w.op("CumSum", s, w.constant(np.int64(1))), w.constant([1, 2]), outputs=["tiled"])
     w.op("Where", w.op("Greater", e, w.constant(np.float32(0))), e, w.op("Neg", e), outputs=["absolute"])
-    w.op("Concat", w.op("Unsqueeze", g, w.constant([1])), w.op("Unsqueeze", g, w.constant([1])), axis=1, outputs=["twice"])
+    w.op(
+        "Concat",
+        w.op("Unsqueeze", g, w.constant([1])),
+        w.op("Unsqueeze", g, w.constant([1])),
+        axis=1,
+        outputs=["twice"],
+    )
     assert parts
     return [value("x", shape=[3, 4])], [value(n) for n in ("top", "bottom", "tiled", "absolute", "twice")]
 

@@ -44,7 +44,7 @@ def numbers(
     groups = columns // group
     top = 1 << bits
     quants = rng.integers(0, top, (rows, columns))
-    scales = ((0.5 + rng.random((rows, groups))) * 8 / top / columns**0.5).astype(np.float16)
+    scales = ((0.5 + rng.random((rows, groups))) * 3 / top / columns**0.5).astype(np.float16)
     zeros = np.full((rows, groups), top // 2) if symmetric else rng.integers(0, top, (rows, groups))
     return quants, scales, zeros
 

@@ -64,7 +64,9 @@ def test_a_transformers_model_shares_its_weights(tmp_path: Path, rng: np.random.
     assert model.tokenizer is not None
     assert model.generation.eos_ids == (257,)
     embedding = checkpoint.model.model.embed_tokens.weight
-    arrays = [v.meta[WEIGHT_META].load() for v in model.graph.model.graph.initializers.values() if WEIGHT_META in v.meta]
+    arrays = [
+        v.meta[WEIGHT_META].load() for v in model.graph.model.graph.initializers.values() if WEIGHT_META in v.meta
+    ]
     assert any(a.ctypes.data == embedding.data_ptr() for a in arrays)
     assert_agrees(model.graph, checkpoint.model, rng)
 

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from transom.contract import Backend, hookimpl
 from transom_openvino_cpu.backend import OpenVinoCpu
 
+__all__ = ["OpenVinoCpu", "transom_backends"]
+
 
 @hookimpl
 def transom_backends() -> Iterable[Backend]:

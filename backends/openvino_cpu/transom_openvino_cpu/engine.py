@@ -152,6 +152,11 @@ class Engine:
                 values[name] = stage.request.get_output_tensor(i)
         return {name: values[name].data for name in outputs}
 
+    def give_back_buffers(self) -> None:
+        """Release what the stages keep for outputs and intermediate values; the next run takes it anew."""
+        for stage in self._stages:
+            stage.compiled.release_memory()
+
     def drop_read_pages(self) -> None:
         for stage in self._stages:
             stage.drop_read_pages()

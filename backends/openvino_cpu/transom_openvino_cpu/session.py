@@ -23,6 +23,8 @@ Array = np.ndarray[Any, np.dtype[Any]]
 MAX_SEQUENCES = 256
 MAX_TOKENS = 1024
 """New tokens in one step. Longer chunks are not faster here, and their activations take memory."""
+LARGE_OUTPUT = 64 << 20
+"""Bytes of logits beyond which the engine's buffers are not kept for the next step."""
 _CONTAINERS: dict[int, Any] = {1: np.uint8, 2: np.uint16, 4: np.float32}
 
 
@@ -82,7 +84,8 @@ class PagedSession:
         element_bytes = engine.cache_element_bytes()
         self._page_bytes = self._decoder.cache_bytes(names.PAGE_TOKENS, element_bytes)
         self._pool = PagePool(pages, names.PAGE_TOKENS)
-        self._arrays = PageArrays(plan, pages, element_bytes)
+        self._scratch = pages  # one page more, which nobody holds: padding writes to it
+        self._arrays = PageArrays(plan, pages + 1, element_bytes)
         self._limits = Limits(MAX_SEQUENCES, MAX_TOKENS, context, names.PAGE_TOKENS)
         self._closed = False
         engine.bind_caches(self._arrays.arrays)
@@ -91,10 +94,9 @@ class PagedSession:
         self._warming.start()
 
     def _warm_up(self) -> None:
-        """One token into a page that nobody holds: the engine repacks its weights while the host does other things."""
-        zero = np.zeros(1, np.int64)
+        """One token that nobody sees: the engine repacks its weights while the host does other things."""
         try:
-            self._engine.run(self._arguments([zero], [0], [[0]], zero), (), keep=True)
+            self._engine.run(self._arguments([np.zeros(1, np.int64)], [0], [[self._scratch]], [0]), (), keep=True)
         except EngineError as e:
             self._failed = e  # raised by the first step
         self._engine.drop_read_pages()
@@ -128,11 +130,15 @@ class PagedSession:
             for source, target in reservation.copies:
                 self._arrays.copy(source, target)
             outputs = self._engine.run(self._arguments(tokens, past, reservation.pages, rows), ("logits",), keep=True)
-            results = split(outputs["logits"], work, counts)
+            logits = outputs["logits"]
+            results = split(logits, work, counts)
         except BaseException:  # whatever it is, KeyboardInterrupt too, the states stay as they were
             reservation.rollback()
             raise
         reservation.commit()
+        if logits.nbytes > LARGE_OUTPUT:
+            del logits, outputs  # views of what is given back
+            self._engine.give_back_buffers()
         return results
 
     def _own(self, work: Work) -> PagedState:
@@ -143,13 +149,18 @@ class PagedSession:
         return state
 
     def _arguments(
-        self, tokens: Sequence[Array], past: Sequence[int], pages: Sequence[Sequence[int]], rows: Array
+        self, tokens: Sequence[Array], past: Sequence[int], pages: Sequence[Sequence[int]], rows: Sequence[int]
     ) -> dict[str, Array]:
+        """The inputs of a step, padded by a sequence of its own to one of few token counts: see `padded`."""
         counts = [len(t) for t in tokens]
+        total = sum(counts)
+        if padding := padded(total) - total:
+            tokens, past = [*tokens, np.zeros(padding, np.int64)], [*past, 0]
+            pages, counts = [*pages, [self._scratch]], [*counts, padding]
         return {
             "input_ids": np.concatenate(tokens),
             "positions": np.concatenate([p + np.arange(n, dtype=np.int64) for p, n in zip(past, counts, strict=True)]),
-            "logit_rows": rows,
+            "logit_rows": np.array([*rows, *[0] * (padded(len(rows)) - len(rows))], np.int64),
             names.PAST_LENGTHS: np.array(past, np.int32),
             names.BEGINS: _begins(counts),
             names.PAGES: np.concatenate([np.asarray(p, np.int32) for p in pages]),
@@ -177,14 +188,23 @@ def _begins(counts: Sequence[int]) -> Array:
     return np.array(list(accumulate(counts, initial=0)), np.int32)
 
 
-def _logit_rows(work: Sequence[Work], counts: Sequence[int]) -> Array:
-    rows: list[Array] = []
+def padded(count: int) -> int:
+    """The size that `count` tokens (or rows of logits) are padded to: few enough sizes in all.
+
+    The engine keeps code and buffers for each size it meets, about 1 MB, and never gives them back.
+    """
+    step = 1 if count <= 16 else 8 if count <= 128 else names.PAGE_TOKENS
+    return -(-count // step) * step
+
+
+def _logit_rows(work: Sequence[Work], counts: Sequence[int]) -> list[int]:
+    rows: list[int] = []
     start = 0
     for w, count in zip(work, counts, strict=True):
         first = {"none": count, "last": count - 1, "all": 0}[w.logits]
-        rows.append(np.arange(start + first, start + count, dtype=np.int64))
+        rows += range(start + first, start + count)
         start += count
-    return np.concatenate(rows)
+    return rows
 
 
 def split(logits: Array, work: Sequence[Work], counts: Sequence[int]) -> list[Tensor | tuple[Tensor, Tensor] | None]:

@@ -10,6 +10,7 @@ import click
 F = TypeVar("F", bound=Callable[..., Any])
 
 PRECISIONS = ("auto", "exact", "fast", "f32", "bf16", "f16", "int8", "int4")
+VERIFIES = ("auto", "off", "always")
 """As `transom.runtime.loading` has them; repeated here because `--help` must not import it."""
 
 
@@ -51,7 +52,7 @@ PRECISION = click.option(
 THREADS = click.option("--threads", type=int, help="Processor threads. [default: every core this process may use]")
 VERIFY = click.option(
     "--verify",
-    type=click.Choice(("auto", "off", "always")),
+    type=click.Choice(VERIFIES),
     default="auto",
     show_default=True,
     help="Compare the compiled model with the reference; auto: once on each device.",

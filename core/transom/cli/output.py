@@ -28,7 +28,10 @@ _STAGES = {
     "wait": "Waiting for another process that compiles the same model",
     "hash": "Reading the file to name its content",
     "read": "Reading the model",
+    "lower": "Preparing the weights",
     "compile": "Compiling",
+    "compute": "Computing",
+    "compare": "Comparing",
     "reference": "Computing the reference's answer",
     "check": "Comparing with the reference",
     "measure": "Measuring the device",
@@ -38,6 +41,11 @@ _STAGES = {
     "prompt": "Reading the prompt",
 }
 _said: set[str] = set()
+
+
+def stage_text(stage: str) -> str:
+    """What a stage does, for people; a backend may have stages of its own."""
+    return _STAGES.get(stage, stage[:1].upper() + stage[1:])
 
 
 def print_json(value: Any) -> None:
@@ -150,7 +158,7 @@ class Progress:
         late = time.monotonic() - self._stage_start > LONG
         if not self._quiet and not self._live and late and stage not in self._written and share != 1.0:
             self._written.add(stage)
-            click.echo(f"{_STAGES.get(stage, stage)} …", err=True)
+            click.echo(f"{stage_text(stage)} …", err=True)
 
     def prompt(self, done: int, total: int) -> None:
         """A `PrefillProgress`: tokens of the prompt that were read."""
@@ -180,7 +188,7 @@ class Progress:
         if self._share is not None:
             full = round(24 * min(max(self._share, 0.0), 1.0))
             bar = f"  {'█' * full}{'░' * (24 - full)} {self._share:4.0%}"
-        line = f"{_STAGES.get(self._stage, self._stage)}{bar}  {time.monotonic() - self._stage_start:.0f} s"
+        line = f"{stage_text(self._stage)}{bar}  {time.monotonic() - self._stage_start:.0f} s"
         line = line[: max(shutil.get_terminal_size().columns - 1, 10)]
         padding = " " * max(self._shown - len(line), 0)
         try:

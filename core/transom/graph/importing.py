@@ -50,6 +50,10 @@ def import_model(model: ir.Model, *, name: str, weights_hash: str, notes: Sequen
     RemoveInitializersFromInputsPass()(model)
     LiftSubgraphInitializersToMainGraphPass()(model)
     LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    if empty := [str(n) for n, v in graph.initializers.items() if v.const_value is None]:
+        raise SourceError(
+            f"{name} has no numbers for its weight {empty[0]}", "Export the model again, with its weights"
+        )
     _name_nodes(model)
     version = graph.opset_imports.get("", OPSET)
     _same_versions_inside_functions(model, version)

@@ -235,8 +235,7 @@ def samples(rng: np.random.Generator) -> Iterator[Sample]:
                 past_pos[mix].astype(np.int64),
                 *optional,
             ),
-            {"q_num_heads": q_heads, "kv_num_heads": kv_heads}
-            | {k: v for k, v in variant.items() if k in known},
+            {"q_num_heads": q_heads, "kv_num_heads": kv_heads} | {k: v for k, v in variant.items() if k in known},
             outputs=3,
         )
 

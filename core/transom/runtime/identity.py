@@ -10,7 +10,7 @@ import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from transom.artifacts import artifact_key
+from transom.artifacts import Notebook, artifact_key
 from transom.runtime.jobs import version
 from transom.sources import resolve
 
@@ -31,11 +31,13 @@ def fingerprint_of(path: Path, cache: Cache) -> str:
     if not state:
         return resolve(path).fingerprint(path)
     where = artifact_key({"path": str(path.absolute()), "files": state, "transom": version()})
-    known = cache.recall("fingerprints", where)
+    # A notebook of its own: where the cache cannot be written, loading says so when there is something to keep.
+    notebook = Notebook(cache.root / "remembered" / "fingerprints.json")
+    known = notebook.recall(where)
     if isinstance(known, str):
         return known
     content = resolve(path).fingerprint(path)
-    cache.remember("fingerprints", where, content)
+    notebook.remember(where, content)
     return content
 
 

@@ -309,8 +309,11 @@ class _Loader:
     def _source(self, job: Job) -> Prepared | None:
         return prepared.find(self.cache, job.content, job.source_context)
 
-    def _find(self, machine: Machine, candidate: Candidate) -> _Ready | str:
+    def _find(self, machine: Machine, candidate: Candidate, told: object = None) -> _Ready | str:
         """What the cache has and may be opened here; or why not, empty where there is simply nothing.
+
+        Args:
+            told: the verdict as a child process just gave it, in case the cache could not keep it.
 
         Raises:
             DoesNotFit, OptionError: as `memory.plan`.
@@ -340,7 +343,7 @@ class _Loader:
             return reason
         if plan is not None and (bound := _bound_context(stored, plan)):
             plan = replace(plan, context=bound)
-        checked = stored.verdict(job.place)
+        checked = stored.verdict(job.place) or told
         if not job.believes(checked):
             stored.release()
             return "it is not believed here yet"
@@ -382,7 +385,7 @@ class _Loader:
             parts["child start"] = time.perf_counter() - start - sum(parts.values())
             for stage, seconds in parts.items():
                 self.stages.add(stage, seconds)
-            ready = self._find(machine, candidate)
+            ready = self._find(machine, candidate, told=done["verdict"])
             if not isinstance(ready, str):
                 return ready
             if ready and done["kept"]:

@@ -42,11 +42,13 @@ def read(payload: Mapping[str, Any], progress: Progress) -> None:
 def prepare(payload: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
     """Bring one artifact to the point where it can be loaded: source read, compiled, checked. Skips what is done.
 
-    Returns `seconds` of each stage, and whether the cache `kept` the artifact, so that the host can find it.
+    Returns `seconds` of each stage, whether the cache `kept` the artifact, so that the host can find it, and the
+    `verdict`, which a full disk may have kept from the cache.
     """
     desk = _Desk(payload, progress)
     with desk.believed() as stored:
-        return {"seconds": desk.seconds, "kept": not stored.temporary}
+        verdict = stored.verdict(desk.job.place)
+        return {"seconds": desk.seconds, "kept": not stored.temporary, "verdict": verdict}
 
 
 def golden(payload: Mapping[str, Any], progress: Progress) -> None:
@@ -65,6 +67,12 @@ def measure(payload: Mapping[str, Any], progress: Progress) -> float:
             return guarded(desk.job.backend, "decoding", lambda: decode_rate(session, ids))
         finally:
             session.close()
+
+
+def _is_full(error: OSError) -> bool:
+    """Whether the disk, or what this user may use of it, is at its end. `ndarray.tofile` gives no number for that."""
+    full = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+    return error.errno in full or (error.errno is None and str(error).endswith(" written"))
 
 
 def decode_rate(session: Session, ids: list[int]) -> float:
@@ -210,7 +218,7 @@ class _Desk:
                 made = guarded(backend.name, "compiling this model", lambda: compile_in(slot.work))
             except TransomError as error:
                 cause = error.__cause__
-                if not isinstance(cause, OSError) or cause.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+                if not isinstance(cause, OSError) or not _is_full(cause):
                     raise
                 outside = slot.outside(cause)
                 made = guarded(backend.name, "compiling this model", lambda: compile_in(outside))

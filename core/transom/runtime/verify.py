@@ -103,6 +103,9 @@ class Oracle(Protocol):
 def verify_model(model: Model, spec: Any, **options: Any) -> Verification:
     """Compare a loaded model with the files (or the object) it was loaded from; options as in `verify_session`.
 
+    To compare the model rather than its rounding, load it with `precision="exact"`; else say by `precision=` here what
+    the backend rounded to.
+
     Raises:
         UnsupportedError: it is no decoder. Others: as `oracle_for`.
     """
@@ -319,9 +322,13 @@ class TransformersOracle:
         where: dict[str, Any] = {"pretrained_model_name_or_path": str(path)}
         if gguf:
             from transom.sources.gguf import gguf_path
+            from transom.sources.gguf_file import open_gguf
 
             file = gguf_path(path)
             where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+            table = open_gguf(file).tensors.get("token_embd.weight")
+            if table is not None:  # where the file does not say, transformers takes the family's usual size
+                where["vocab_size"] = int(table.shape[0])
         kept = transformers.utils.logging.get_verbosity()
         transformers.utils.logging.set_verbosity_error()
         try:

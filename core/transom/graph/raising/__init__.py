@@ -30,6 +30,7 @@ __all__ = ["CannotRaise", "Sizes", "looks_like_decoder", "raise_decoder"]
 CHOICES = (Lengths(3, 5), Lengths(7, 0), Lengths(1, 1), Lengths(2, 11))
 FAR = 1 << 16
 """A past longer than most sliding windows, where the context is not known."""
+ASSUMED_CONTEXT = 4096
 FARTHEST = 1 << 18
 
 
@@ -62,12 +63,10 @@ def raise_decoder(graph: Graph, sizes: Sizes | None = None) -> Graph:
     if widen(model):
         notes.append("activations are computed in float32; 16-bit weights stay as they are")
     ids = find_ids(model.graph)
+    _choose_branches(model, ids)
     caches = find_caches(model.graph)
     far = Lengths(2, min(max(sizes.context, 64), FARTHEST) + 3 if sizes.context else FAR)
     facts = _facts(model, ids, caches, far)
-    while inline_known_branches(model, facts):
-        caches = find_caches(model.graph)
-        facts = _facts(model, ids, caches, far)
     if not caches:
         raise CannotRaise("it has no cache of keys and values that a step could append to")
     sites = find_sites(model.graph, caches, facts[CHOICES[0]])
@@ -105,6 +104,19 @@ def raise_decoder(graph: Graph, sizes: Sizes | None = None) -> Graph:
     return _finish(graph, model, [f for _, _, f in proven], sizes, vocabulary, notes)
 
 
+def _choose_branches(model: ir.Model, ids: ir.Value) -> None:
+    """Take the branch with a cache of a graph that has both (Optimum's merged decoders), and other known branches."""
+    while any(n.op_type == "If" and not n.domain for n in model.graph):
+        caches = find_caches(model.graph)
+        interpreter = Interpreter(model)
+        facts = {
+            choice: interpreter.run(facts_of_inputs(model.graph, ids, caches, choice, strict=False))
+            for choice in CHOICES
+        }
+        if not inline_known_branches(model, facts):
+            return
+
+
 def _facts(model: ir.Model, ids: ir.Value, caches: list[Cache], far: Lengths) -> dict[Lengths, Facts]:
     interpreter = Interpreter(model)
     return {lengths: interpreter.run(facts_of_inputs(model.graph, ids, caches, lengths)) for lengths in (*CHOICES, far)}
@@ -140,8 +152,10 @@ def _finish(
     weights = [v.const_value for v in model.graph.initializers.values() if v.const_value is not None]
     context = sizes.context
     if not context:
-        context = _table_length(model.graph) or 4096
-        notes.append(f"no file beside the model says how long its context is: {context} tokens are assumed")
+        rows = _table_length(model.graph)
+        context = rows or ASSUMED_CONTEXT
+        why = f"its tables of positions have {rows} rows" if rows else f"{context} tokens are assumed"
+        notes.append(f"no file beside the model says how long its context is; {why}")
     decoder = Decoder(
         family=sizes.family,
         vocabulary=vocabulary,

