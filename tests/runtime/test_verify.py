@@ -23,8 +23,6 @@ from transom.runtime.verify import TransformersOracle, oracle_for, verify_sessio
 from transom.sessions import PackedSession
 from transom.sources import resolve
 
-pytest.importorskip("torch")
-
 
 def check(graph: Graph, oracle: Any, seed: int, **options: Any) -> verify.Verification:
     return verify_session(reference_session(graph), oracle, vocabulary=256, context=128, seed=seed, **options)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from checkpoints import SIZES, add_tokenizer, assert_agrees, randomise
 
 from transom.errors import MissingExtra, SourceError
@@ -17,8 +18,6 @@ from transom.runtime.verify import oracle_for, verify_session
 from transom.signature import Decoder, LayerCache
 from transom.sources import mobius
 from transom.sources.resolve import resolve
-
-torch = pytest.importorskip("torch")
 
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 FAMILIES: dict[str, dict[str, Any]] = {

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from checkpoints import add_tokenizer, assert_agrees, randomise, tiny
 
 from transom.errors import SourceError
@@ -15,8 +16,6 @@ from transom.graph.builder import WEIGHT_META
 from transom.reference.executor import Executor
 from transom.sources.resolve import resolve
 from transom.sources.torch import TorchModels, TorchSource
-
-torch = pytest.importorskip("torch")
 
 
 class Mixer(torch.nn.Module):  # type: ignore[misc, name-defined]

@@ -299,6 +299,12 @@ class Cache:
 
         return housekeeping.stats(self.root, self.limit)
 
+    def sweep(self) -> None:
+        """Remove what killed processes left half-written; `building` and `prune` do so too. Never raises OSError."""
+        from transom.artifacts import housekeeping
+
+        housekeeping.sweep(self.root)
+
     def prune(self, *, limit: int | None = None, unused_since: float | None = None) -> Removed:
         """Remove left-overs, then the least recently used entries until the cache fits in `limit` (else its own limit).
 

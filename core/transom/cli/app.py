@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import importlib
 import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -102,7 +103,7 @@ def _run(arguments: Sequence[str] | None) -> int:
             sys.stdout.flush()
         return result if isinstance(result, int) else 0
     except TransomError as e:
-        return _fail(str(e), 2, debug)
+        return _fail(_as_options(str(e)), 2, debug)
     except click.exceptions.Exit as e:
         return e.exit_code
     except (_Interrupted, click.Abort, KeyboardInterrupt, Cancelled):
@@ -131,6 +132,20 @@ def _run(arguments: Sequence[str] | None) -> int:
             1,
             debug,
         )
+
+
+_RENAMED = {"max_new_tokens": "max-tokens"}
+
+
+def _as_options(text: str) -> str:
+    """Advice written for Python, `context=4096`, as a person types it here: `--context 4096`."""
+    names = "backend|context|device|precision|threads|verify|max_new_tokens|temperature|seed|top_k|top_p|min_p"
+
+    def flag(found: re.Match[str]) -> str:
+        name = _RENAMED.get(found[1], found[1].replace("_", "-"))
+        return f"--{name} {found[2]}"
+
+    return re.sub(rf"(?<![\w-])({names})=('[^']*'|[\w.…-]*\w|…)", flag, text)
 
 
 def _fail(text: str, status: int, debug: bool) -> int:

@@ -435,8 +435,12 @@ class _Loader:
         if self._in_memory is not None and self.cache.sources.lookup(job.graph) is None:
             self._held.append(prepared.keep_graph(self.cache, job.graph, self._in_memory.graph))
         payload = {"work": work, **job.to_payload()}
-        result = run_in_child("transom.runtime.jobs:run", payload, progress=self.progress)
-        return result.unwrap(f"Preparing the model with {candidate.backend}")
+        try:
+            result = run_in_child("transom.runtime.jobs:run", payload, progress=self.progress)
+            return result.unwrap(f"Preparing the model with {candidate.backend}")
+        except BaseException:
+            self.cache.sweep()  # what a child that was killed had begun to write
+            raise
 
     # opening it here --------------------------------------------------------------------------------------------------
     def _load(self, machine: Machine, candidate: Candidate, ready: _Ready) -> tuple[Session, _Text]:

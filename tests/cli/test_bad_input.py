@@ -1,0 +1,209 @@
+"""What a user can get wrong: one clear sentence with a way out, exit status 2, and never a traceback."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import toy
+
+
+@pytest.fixture
+def refused(bare: Any) -> Callable[..., str]:
+    """Runs a command that must be refused; returns what was said."""
+
+    def run(*arguments: Any, **options: Any) -> str:
+        status, out, err = bare(*arguments, **options)
+        assert status == 2, (status, out, err)
+        assert out == ""
+        assert "Traceback" not in err
+        assert "bug in Transom" not in err
+        return str(err)
+
+    return run
+
+
+@pytest.mark.parametrize("verb", ["run", "inspect", "explain", "bench", "chat"])
+def test_no_such_path(refused: Callable[..., str], tmp_path: Path, verb: str) -> None:
+    prompt = ("Hello",) if verb == "run" else ()
+    said = refused(verb, tmp_path / "none.gguf", *prompt)
+    assert f"There is no {tmp_path / 'none.gguf'}" in said
+    assert ".gguf file" in said
+
+
+def test_an_unknown_device_is_told_with_the_nearest(refused: Callable[..., str], model: Path) -> None:
+    assert 'Unknown device "cpuu". Did you mean "cpu"?' in refused("run", model, "x", "--device", "cpuu")
+
+
+def test_a_device_that_is_not_here_is_no_reason_to_take_another(refused: Callable[..., str], model: Path) -> None:
+    said = refused("run", model, "x", "--device", "cuda:7")
+    assert 'This machine has no device "cuda:7"' in said
+    assert "cpu" in said
+
+
+def test_a_device_without_a_backend_lists_what_each_said(transom: Any, model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "probe.json"
+    file.write_text(
+        '{"devices": [{"kind": "cpu", "id": "cpu", "arch": "x86_64", "memory_bytes": 8000000000},'
+        ' {"kind": "cuda", "id": "cuda:0", "arch": "sm_90", "memory_bytes": 80000000000}]}'
+    )
+    status, _, err = transom("run", model, "x", "--device", "cuda:0", "--probe-file", file)
+    assert status == 2
+    assert 'No installed backend can run on the device "cuda:0"' in err
+    assert "toy on cuda:0: the toy needs a toy driver" in err
+    assert "pip install toy-driver" in err
+
+
+def test_the_device_of_the_environment_is_named_with_its_variable(refused: Callable[..., str], model: Path) -> None:
+    assert "TRANSOM_DEVICE" in refused("run", model, "x", env={"TRANSOM_DEVICE": "gpuu"})
+
+
+def test_an_unknown_backend_is_told_with_the_nearest(refused: Callable[..., str], model: Path) -> None:
+    assert 'Unknown backend "refrence". Did you mean "reference"?' in refused(
+        "run", model, "x", "--backend", "refrence"
+    )
+
+
+def test_an_unknown_option_is_told_with_the_nearest(refused: Callable[..., str], model: Path) -> None:
+    said = refused("run", model, "x", "--temprature", "1")
+    assert "--temprature" in said
+    assert "--temperature" in said.replace("--temprature", "")
+
+
+def test_an_unknown_command_is_told_with_the_nearest(refused: Callable[..., str]) -> None:
+    assert "There is no command 'inspct'. Did you mean \"inspect\"?" in refused("inspct", "x")
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        (("--top-p", "2"), "top_p=2.0 is not allowed"),
+        (("--n", "2", "--temperature", "0"), "Set temperature above 0"),
+        (("--json-schema", "none.json"), "none.json cannot be read"),
+        (("--json-schema", "{"), "not JSON"),
+        (("--logit-bias", "a=b"), "--logit-bias a=b"),
+        (("--regex", "a", "--choice", "b"), "at once"),
+        (("--precision", "f99"), "f99"),
+        (("--raw", "--system", "x"), "--raw uses no chat template"),
+        (("--context", "0"), "context=0"),
+        (("--template-variable", "x"), "NAME=VALUE"),
+    ],
+)
+def test_a_wrong_value_is_refused(refused: Callable[..., str], model: Path, option: tuple[str, ...], said: str) -> None:
+    assert said in refused("run", model, "x", *option, "--backend", "reference")
+
+
+def test_a_context_longer_than_the_model_names_its_limit(refused: Callable[..., str], model: Path) -> None:
+    said = refused("run", model, "x", "--context", "99999", "--backend", "reference")
+    assert "99999" in said
+    assert "4096" in said
+
+
+def test_a_prompt_longer_than_the_context_says_both(refused: Callable[..., str], model: Path) -> None:
+    said = refused("run", model, "x" * 100, "--context", "64", "--backend", "reference")
+    assert "The prompt has 103 tokens" in said
+    assert "context of 64" in said
+
+
+@pytest.mark.parametrize("arguments", [("",), ("-",), ()])
+def test_an_empty_prompt_is_refused(refused: Callable[..., str], model: Path, arguments: tuple[str, ...]) -> None:
+    assert "The prompt is empty" in refused("run", model, *arguments)
+
+
+def test_raw_starts_from_nothing(bare: Any, model: Path) -> None:
+    status, out, _ = bare("run", model, "--raw", "", "--backend", "reference", "--max-tokens", "2")
+    assert status == 0
+    assert out
+
+
+def test_bytes_that_are_not_utf8_are_named(refused: Callable[..., str], model: Path) -> None:
+    said = refused("run", model, input=b"caf\xe9")
+    assert "byte 0xe9 at position 3" in said
+    assert "iconv" in said
+
+
+def test_an_argument_that_is_not_utf8_is_refused(refused: Callable[..., str], model: Path) -> None:
+    said = refused("run", model, os.fsdecode(b"caf\xe9"), "--backend", "reference")
+    assert "not valid Unicode" in said
+
+
+def test_a_probe_file_that_is_none_is_named(refused: Callable[..., str], model: Path) -> None:
+    assert "toy.gguf is not" in refused("devices", "--probe-file", model)
+    assert "cannot be read" in refused("devices", "--probe-file", "none.json")
+
+
+def test_a_cache_that_cannot_be_written_warns_and_runs(bare: Any, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    arguments = ("run", model, "ab", "--backend", "reference", "--max-tokens", "2")
+    status, out, err = bare(*arguments, env={"TRANSOM_CACHE": str(tmp_path / "file")})
+    assert status == 0
+    assert out
+    (warning,) = (line for line in err.splitlines() if line.startswith("Warning: "))
+    assert "TRANSOM_CACHE" in warning
+
+
+@pytest.mark.skipif(not os.access("/dev/full", os.W_OK), reason="needs a device that is always full")
+def test_an_output_that_is_full_is_said(bare: Any, model: Path) -> None:
+    with open("/dev/full", "wb") as full:
+        child = bare.begin("run", model, "ab", "--backend", "reference", "--max-tokens", "2", stdout=full)
+        _, err = child.communicate(timeout=60)
+    assert child.returncode == 2
+    assert b"No space left on device" in err
+    assert b"Traceback" not in err
+
+
+def test_a_full_cache_warns_and_runs(fresh: Any, model: Path) -> None:
+    arguments = ("run", model, "ab", "--backend", "toy", "--verify", "off")
+    status, out, err = fresh(*arguments, env={"TOY_FAIL": "full"})
+    assert (status, out) == (0, toy.TEXT + "\n")
+    (warning,) = (line for line in err.splitlines() if line.startswith("Warning: "))
+    assert "could not keep" in warning
+    assert "TRANSOM_CACHE" in warning
+    assert fresh(*arguments, "--quiet").err == ""  # with room again it is as always
+
+
+def test_a_backend_that_breaks_in_the_middle_of_an_answer_is_one_sentence(transom: Any, model: Path) -> None:
+    prepared = ("run", model, "x", "--backend", "toy", "--verify", "off")
+    assert transom(*prepared).status == 0
+    status, _, err = transom(*prepared, env={"TOY_FAIL": "step"})
+    assert status == 2
+    assert "the toy broke" in err
+    assert "Traceback" not in err
+
+
+def test_the_traceback_is_there_for_those_who_ask(bare: Any) -> None:
+    assert "Traceback" in bare("inspect", "none.gguf", env={"TRANSOM_DEBUG": "1"}).err
+
+
+def test_a_bug_is_said_to_be_one(bare: Any, model: Path) -> None:
+    start = (
+        "import sys; import transom.cli.inspection as i; i.inspect_model = lambda *a: 1 / 0; sys.argv[0] = 'transom';"
+        "from transom.cli import main; main()"
+    )
+    status, _, err = bare("inspect", model, start=start)
+    assert status == 1
+    assert "This is a bug in Transom: ZeroDivisionError" in err
+    assert "TRANSOM_DEBUG=1" in err
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        ("A context of 812 tokens would fit: context=812.", "A context of 812 tokens would fit: --context 812."),
+        ("precision='int8' would fit", "--precision 'int8' would fit"),
+        (
+            "Choose another backend with backend=…, or report it",
+            "Choose another backend with --backend …, or report it",
+        ),
+        ("Lower max_new_tokens=4000", "Lower --max-tokens 4000"),
+        ("Set top_k=5 or --top-k=5", "Set --top-k 5 or --top-k=5"),
+        ("TRANSOM_DEVICE=cuda:0 is unknown", "TRANSOM_DEVICE=cuda:0 is unknown"),
+    ],
+)
+def test_advice_for_python_reads_as_options_of_the_command_line(said: str, shown: str) -> None:
+    from transom.cli.app import _as_options
+
+    assert _as_options(said) == shown

@@ -1,0 +1,13 @@
+"""The reference backend passes its own kit, whole, as a plugin author would run it."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from transom.contract import Backend
+from transom.reference import ReferenceBackend
+from transom.testing import BackendConformance
+
+
+class TestReference(BackendConformance):
+    backend: ClassVar[Backend] = ReferenceBackend()
