@@ -50,7 +50,12 @@ def test_backends_say_what_is_installed_and_what_they_offer(probe_file: Path) ->
     assert isinstance(answers["cuda:0"], Refusal)
     back = json.loads(json.dumps(found.to_dict()))
     [offer, refusal] = next(b["answers"] for b in back["backends"] if b["name"] == "reference")
-    assert (offer["offer"], offer["band"], refusal["offer"], refusal["code"]) == (True, "fallback", False, "wrong_device")
+    assert (offer["offer"], offer["band"], refusal["offer"], refusal["code"]) == (
+        True,
+        "fallback",
+        False,
+        "wrong_device",
+    )
 
 
 def test_a_broken_plugin_is_told_with_the_fix(monkeypatch: pytest.MonkeyPatch, probe_file: Path) -> None:

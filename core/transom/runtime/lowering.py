@@ -53,8 +53,8 @@ def claims_of(graph: Graph, backend: Backend, device: Device, options: Options) 
     """
     names = [str(n.name) for n in graph.nodes()]
     answers = guarded(backend.name, "claiming", lambda: list(backend.claim(graph, device, options)))
-    if strange := next((a for a in answers if not isinstance(a, Claim)), None):
-        raise _breach(backend, f"answers with a {type(strange).__name__} in claim()")
+    if strange := [a for a in answers if not isinstance(a, Claim)]:
+        raise _breach(backend, f"answers with a {type(strange[0]).__name__} in claim()")
     claims = {c.node: c for c in answers}
     if silent := next((n for n in names if n not in claims), None):
         raise _breach(backend, f"is silent on the node {silent} in claim()")
