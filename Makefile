@@ -1,6 +1,6 @@
 # make run: chat with a small real model on the best device here.   make test: everything is checked.
 # Needs Python 3.11 or newer. Each target makes the environment it needs; the second time nothing is downloaded.
-PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
 	command -v $$p >/dev/null 2>&1 && $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 PROMPT ?= Why is the sky blue?
 MODEL ?=

@@ -7,6 +7,7 @@ and the families.
 from __future__ import annotations
 
 import itertools
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,8 @@ from transom.sources import resolve
 if TYPE_CHECKING:
     from transom.artifacts import Cache
 
+SETTLED_NS = 2_000_000_000
+"""A file that changed within this time could change again without its time showing it."""
 MOST_FILES = 300
 """A folder with more entries is no model's own: its files are then looked at by the source each time."""
 
@@ -37,7 +40,9 @@ def fingerprint_of(path: Path, cache: Cache) -> str:
     if isinstance(known, str):
         return known
     content = resolve(path).fingerprint(path)
-    notebook.remember(where, content)
+    newest = max(int(changed) for _, _, changed, _ in state)
+    if time.time_ns() - newest > SETTLED_NS:
+        notebook.remember(where, content)
     return content
 
 

@@ -387,6 +387,7 @@ class _Loader:
                 self.stages.add(stage, seconds)
             ready = self._find(machine, candidate, told=done["verdict"])
             if not isinstance(ready, str):
+                self.warnings += done["warnings"]
                 return ready
             if ready and done["kept"]:
                 raise EngineError(

@@ -43,12 +43,16 @@ def prepare(payload: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
     """Bring one artifact to the point where it can be loaded: source read, compiled, checked. Skips what is done.
 
     Returns `seconds` of each stage, whether the cache `kept` the artifact, so that the host can find it, and the
-    `verdict`, which a full disk may have kept from the cache.
+    `verdict`, which a full disk may have kept from the cache; its `warnings` tell.
     """
     desk = _Desk(payload, progress)
     with desk.believed() as stored:
-        verdict = stored.verdict(desk.job.place)
-        return {"seconds": desk.seconds, "kept": not stored.temporary, "verdict": verdict}
+        return {
+            "seconds": desk.seconds,
+            "kept": not stored.temporary,
+            "verdict": stored.verdict(desk.job.place),
+            "warnings": desk.cache.warnings,
+        }
 
 
 def golden(payload: Mapping[str, Any], progress: Progress) -> None:

@@ -138,7 +138,7 @@ class Sampler:
     def _draw(self, scores: Floats) -> int:
         """Temperature, top-k, top-p, min-p and the draw: steps 2 and 3."""
         params = self._params
-        best = scores.max()
+        best = np.max(scores)
         _check(float(best))
         temperature = np.float32(params.temperature)
         if 0 < params.top_k < scores.size:
@@ -172,7 +172,7 @@ def top_k(scores: Floats, k: int) -> Ids:
         int64 [k].
     """
     if k == 1:
-        return np.array([scores.argmax()], dtype=np.int64)
+        return np.array([np.argmax(scores)], dtype=np.int64)
     size = scores.size
     rows = size // max(4 * k, 256)
     if rows >= 4:
@@ -190,7 +190,7 @@ def top_k(scores: Floats, k: int) -> Ids:
 
 def log_probabilities(row: Floats, token: int, top: int) -> TokenLogprobs:
     """Natural-log probabilities of a token and of the `top` likeliest ones under softmax(row), float32 [vocabulary]."""
-    best = float(row.max())
+    best = float(np.max(row))
     normaliser = best + math.log(float(np.exp(row - np.float32(best)).sum()))
     ids = top_k(row, min(top, row.size)) if top else ()
     alternatives = tuple(TokenAlternative(int(i), float(row[i]) - normaliser) for i in ids)
@@ -259,7 +259,7 @@ def _check(best: float) -> None:
 
 
 def _argmax(scores: Floats) -> int:
-    token = int(scores.argmax())
+    token = int(np.argmax(scores))
     _check(float(scores[token]))
     return token
 
@@ -321,7 +321,7 @@ def _invert(weights: Floats, uniform: float) -> int:
     cumulative = np.cumsum(weights, dtype=np.float64)
     place = int(np.searchsorted(cumulative, uniform * float(cumulative[-1]), side="right"))
     # Rounding may put the target at the very end; the largest weight is then as right as any.
-    return place if place < weights.size else int(weights.argmax())
+    return place if place < weights.size else int(np.argmax(weights))
 
 
 def _invert_blocks(weights: Floats, uniform: float) -> int:
@@ -337,7 +337,7 @@ def _invert_blocks(weights: Floats, uniform: float) -> int:
     target = uniform * float(ends[-1])
     block = min(int(np.searchsorted(ends, target, side="right")), blocks)
     if sums[block] == 0.0:
-        return int(weights.argmax())
+        return int(np.argmax(weights))
     inside = weights[block * _BLOCK : (block + 1) * _BLOCK] if block < blocks else weights[edge:]
     before = float(ends[block - 1]) if block else 0.0
     return block * _BLOCK + _invert(inside, min(max((target - before) / float(sums[block]), 0.0), 1.0))

@@ -141,7 +141,7 @@ def scattered(weight: Blocked, g_idx: StoredTensor) -> Dense:
     def dense() -> Array:
         quants, scales, _, zeros = weight.load()
         group = g_idx.array().astype(np.int64)
-        if group.min() < 0 or group.max() >= groups:
+        if np.min(group) < 0 or np.max(group) >= groups:
             raise SourceError(f"The tensor {g_idx.name} in {g_idx.path} names groups that are not there", _DAMAGED)
         centred = quants.astype(np.float32)
         if zeros is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 from transom.contract import OutOfPages, Work
 from transom.testing.bench import Bench
@@ -60,6 +61,9 @@ def _cut(driver: Driver, track: Track) -> int:
     return length if whole else int(driver.rng.integers(length + 1))
 
 
+_LOGITS: tuple[Literal["none", "last", "all"], ...] = ("none", "last", "all")
+
+
 def _step(driver: Driver, tracks: list[Track]) -> None:
     rng = driver.rng
     count = int(rng.integers(1, min(len(tracks), driver.limits.max_sequences) + 1))
@@ -67,7 +71,7 @@ def _step(driver: Driver, tracks: list[Track]) -> None:
     for i in rng.permutation(len(tracks))[:count]:
         size = driver.chunk(int(rng.choice([1, 1, 1, 2, 5, 9])))
         if len(tracks[i].tokens) + size <= _longest(driver):
-            moves.append(Move(tracks[i], driver.draw(size), rng.choice(["none", "last", "all"])))
+            moves.append(Move(tracks[i], driver.draw(size), _LOGITS[int(rng.integers(len(_LOGITS)))]))
     if not moves:
         return
     try:
