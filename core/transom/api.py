@@ -89,10 +89,11 @@ def explain(model: Any, device: str = "auto", *, probe_file: str | Path | None =
     """
     from transom.graph import Graph
     from transom.runtime.explain import explain_graph
+    from transom.runtime.operators import register_operators
     from transom.sources import resolve
 
     machine = survey(probe_file, target=device)
-    machine.plugins.operators()  # registered before a graph that uses them is read
+    register_operators(machine.plugins)  # before a graph that uses them is read
     if device != "auto":
         device = hardware.find(machine.devices, device).id
     if isinstance(model, Graph):

@@ -80,7 +80,7 @@ def test_an_unknown_command_is_told_with_the_nearest(refused: Callable[..., str]
 @pytest.mark.parametrize(
     ("option", "said"),
     [
-        (("--top-p", "2"), "top_p=2.0 is not allowed"),
+        (("--top-p", "2"), "--top-p 2.0 is not allowed"),
         (("--n", "2", "--temperature", "0"), "Set temperature above 0"),
         (("--json-schema", "none.json"), "none.json cannot be read"),
         (("--json-schema", "{"), "not JSON"),
@@ -88,7 +88,7 @@ def test_an_unknown_command_is_told_with_the_nearest(refused: Callable[..., str]
         (("--regex", "a", "--choice", "b"), "at once"),
         (("--precision", "f99"), "f99"),
         (("--raw", "--system", "x"), "--raw uses no chat template"),
-        (("--context", "0"), "context=0"),
+        (("--context", "0"), "--context 0"),
         (("--template-variable", "x"), "NAME=VALUE"),
     ],
 )

@@ -18,6 +18,9 @@ from transom_openvino_cpu.plan import Plan, StagePlan
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
+HEAD_ROWS = 128
+"""Rows of logits computed at once."""
+
 
 def openvino() -> Any:
     """The package, imported without the converter, which costs 55 ms of a cold start and is not used here."""
@@ -128,34 +131,64 @@ class Engine:
             self._body.set(name, ov.Tensor(array, ov.Shape(list(array.shape)), port.get_element_type()))
 
     def run(self, inputs: Mapping[str, Array], outputs: Sequence[str], *, keep: bool) -> dict[str, Array]:
-        """Run the stages one after another. The arrays returned are the engine's own and good until the next run.
+        """Run the stages one after another. The arrays returned belong to the caller.
 
         Args:
-            keep: the arrays are given away: nobody else reads or writes them again.
+            outputs: the names wanted.
+            keep: the input arrays are given away: nobody else reads or writes them again.
 
         Raises:
             EngineError: the engine failed; its own words are in the message.
         """
         values: dict[str, Any] = {}
+        results: dict[str, Array] = {}
         for stage in self._stages:
-            try:
-                for name in stage.inputs:
-                    if name in values:
-                        stage.set(name, values[name])
-                    elif name in inputs:
-                        stage.put(name, inputs[name], keep=keep)
-                stage.request.infer(share_outputs=True)  # else every output is copied to be thrown away
-            except RuntimeError as e:
-                last = [line for line in str(e).splitlines() if line.strip()][-1]
-                raise EngineError(f"OpenVINO failed while running the stage {stage.plan.name}: {last}") from e
+            if stage.plan.name == "head":
+                hidden = self._rows(stage, values)
+                if hidden is not None:
+                    results |= self._run_head(stage, hidden, outputs)
+                    continue
+            self._infer(stage, values, inputs, keep=keep)
             for i, name in enumerate(stage.plan.outputs):
                 values[name] = stage.request.get_output_tensor(i)
-        return {name: values[name].data for name in outputs}
+                if name in outputs:
+                    results[name] = np.array(values[name].data)
+        return results
 
-    def give_back_buffers(self) -> None:
-        """Release what the stages keep for outputs and intermediate values; the next run takes it anew."""
-        for stage in self._stages:
-            stage.compiled.release_memory()
+    def _infer(self, stage: _Stage, values: Mapping[str, Any], inputs: Mapping[str, Array], *, keep: bool) -> None:
+        try:
+            for name in stage.inputs:
+                if name in values:
+                    stage.set(name, values[name])
+                elif name in inputs:
+                    stage.put(name, inputs[name], keep=keep)
+            stage.request.infer(share_outputs=True)  # else every output is copied to be thrown away
+        except RuntimeError as e:
+            last = [line for line in str(e).splitlines() if line.strip()][-1]
+            raise EngineError(f"OpenVINO failed while running the stage {stage.plan.name}: {last}") from e
+
+    @staticmethod
+    def _rows(stage: _Stage, values: Mapping[str, Any]) -> tuple[str, Array] | None:
+        """The one input of the head, where it has too many rows to go through at once."""
+        if len(stage.inputs) != 1 or len(stage.plan.outputs) != 1:
+            return None
+        (name,) = stage.inputs
+        if name not in values or values[name].shape[0] <= HEAD_ROWS:
+            return None
+        return name, values[name].data
+
+    def _run_head(self, stage: _Stage, hidden: tuple[str, Array], outputs: Sequence[str]) -> dict[str, Array]:
+        """The head over some rows at a time, its results put together."""
+        name, rows = hidden
+        (output,) = stage.plan.outputs
+        result: Array | None = None
+        for start in range(0, len(rows), HEAD_ROWS):
+            self._infer(stage, {}, {name: np.array(rows[start : start + HEAD_ROWS])}, keep=False)
+            part = stage.request.get_output_tensor(0).data
+            if result is None:
+                result = np.empty((len(rows), *part.shape[1:]), part.dtype)
+            result[start : start + len(part)] = part
+        return {output: result} if result is not None and output in outputs else {}
 
     def drop_read_pages(self) -> None:
         for stage in self._stages:

@@ -68,7 +68,7 @@ def _plain(engine: Engine, plan: Plan, options: Options) -> Session:
         if unknown := set(inputs) - known:
             raise ValueError(f"unknown inputs: {', '.join(sorted(unknown))}")
         arrays = {name: np.asarray(array, order="C") for name, array in inputs.items()}
-        return {name: np.array(array) for name, array in engine.run(arrays, plan.outputs, keep=False).items()}
+        return engine.run(arrays, plan.outputs, keep=False)
 
     context = plan.decoder.context if plan.decoder else 0
     if plan.decoder and options.get("context"):

@@ -238,35 +238,50 @@ def _rms(w: StageWriter, node: ir.Node, attributes: Attributes) -> list[Node]:
 
 @lowers("RotaryEmbedding")
 def _rotary(w: StageWriter, node: ir.Node, attributes: Attributes) -> list[Node]:
+    """Written as `x * [cos, cos] + [-x2, x1] * [sin, sin]` over rank 4, to the letter: the form that the CPU plug-in
+    fuses into one operator with float32 tables (its pass RoPEFusionGPTNEOX), a tenth of a decode step faster."""
     op = _op()
     x, cos, sin = (w.get(v) for v in node.inputs[:3])
     if len(node.inputs) > 3 and node.inputs[3] is not None:
         ids = w.get(node.inputs[3])
-        cos, sin = (op.gather(t, ids, ints(0)) for t in (cos, sin))
-    flat = x.get_partial_shape().rank.get_length() == 3
+        cos, sin = (op.gather(t, ids, ints(0)).output(0) for t in (cos, sin))
+    shape = x.get_partial_shape()
+    half = cos.get_partial_shape()[2].get_length()
+    flat = shape.rank.get_length() == 3
     if flat:
         heads = int(attributes["num_heads"])
-        width = x.get_partial_shape()[2].get_length()
-        dim = width // heads
-        x = op.reshape(x, ints([0, 0, heads, dim]), True)
+        dim = shape[2].get_length() // heads
+        four = op.reshape(x, ints([-1, heads, 1, dim]), False)  # each token a batch of one position
     else:
-        dim = x.get_partial_shape()[3].get_length()
-    cos, sin = (op.unsqueeze(t, ints([2 if flat else 1])) for t in (cos, sin))
+        dim, four = shape[3].get_length(), x
     rotated = int(attributes.get("rotary_embedding_dim", 0)) or dim
+    interleaved = bool(attributes.get("interleaved", 0))
+
+    def table(values: Node) -> Node:
+        twice = op.concat([values, values], -1)
+        return op.reshape(twice, ints([-1, 1, 1, 2 * half]), False) if flat else op.unsqueeze(twice, ints([1]))
+
     rest = None
     if rotated != dim:
-        x, rest = op.variadic_split(x, ints(3), ints([rotated, dim - rotated])).outputs()
-    if attributes.get("interleaved", 0):
-        order = np.arange(rotated).reshape(-1, 2).T.reshape(-1)  # neighbours apart: all firsts, then all seconds
-        x = op.gather(x, ints(order), ints(3))
-    a, b = op.split(x, ints(3), 2).outputs()
-    turned = [op.subtract(op.multiply(a, cos), op.multiply(b, sin)), op.add(op.multiply(b, cos), op.multiply(a, sin))]
-    result = op.concat(turned, 3)
-    if attributes.get("interleaved", 0):
+        four, rest = op.variadic_split(four, ints(3), ints([rotated, dim - rotated])).outputs()
+    order = np.arange(rotated).reshape(-1, 2).T.reshape(-1)  # neighbours apart: all firsts, then all seconds
+    if interleaved:
+        four = op.gather(four, ints(order), ints(3))
+    a, b = op.variadic_split(four, ints(3), ints([rotated // 2, rotated // 2])).outputs()
+    turned = op.concat([op.multiply(b, op.constant(np.float32(-1))), a], -1)
+    result = op.add(op.multiply(four, table(cos)), op.multiply(turned, table(sin)))
+    if interleaved:
         result = op.gather(result, ints(np.argsort(order)), ints(3))
     if rest is not None:
-        result = op.concat([result, rest], 3)
-    return [op.reshape(result, ints([0, 0, heads * dim]), True) if flat else result]
+        result = op.concat([result, rest], -1)
+    if not flat:
+        return [result]
+    return [op.reshape(result, op.shape_of(x, "i64"), False) if shape[0].is_dynamic else _as_before(result, shape)]
+
+
+def _as_before(node: Node, shape: Any) -> Node:
+    """Rank 3 again, [batch, tokens, heads * dim], with the batch known."""
+    return _op().reshape(node, ints([shape[0].get_length(), -1, shape[2].get_length()]), False)
 
 
 @lowers("DequantizeLinear")

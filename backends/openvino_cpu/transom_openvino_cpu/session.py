@@ -23,8 +23,6 @@ Array = np.ndarray[Any, np.dtype[Any]]
 MAX_SEQUENCES = 256
 MAX_TOKENS = 1024
 """New tokens in one step. Longer chunks are not faster here, and their activations take memory."""
-LARGE_OUTPUT = 64 << 20
-"""Bytes of logits beyond which the engine's buffers are not kept for the next step."""
 _CONTAINERS: dict[int, Any] = {1: np.uint8, 2: np.uint16, 4: np.float32}
 
 
@@ -130,15 +128,11 @@ class PagedSession:
             for source, target in reservation.copies:
                 self._arrays.copy(source, target)
             outputs = self._engine.run(self._arguments(tokens, past, reservation.pages, rows), ("logits",), keep=True)
-            logits = outputs["logits"]
-            results = split(logits, work, counts)
+            results = split(outputs["logits"], work, counts)
         except BaseException:  # whatever it is, KeyboardInterrupt too, the states stay as they were
             reservation.rollback()
             raise
         reservation.commit()
-        if logits.nbytes > LARGE_OUTPUT:
-            del logits, outputs  # views of what is given back
-            self._engine.give_back_buffers()
         return results
 
     def _own(self, work: Work) -> PagedState:
@@ -208,7 +202,7 @@ def _logit_rows(work: Sequence[Work], counts: Sequence[int]) -> list[int]:
 
 
 def split(logits: Array, work: Sequence[Work], counts: Sequence[int]) -> list[Tensor | tuple[Tensor, Tensor] | None]:
-    """Rows of the step's logits [rows, vocabulary], as each work asked for them; copies, so that nothing aliases."""
+    """Rows of the step's logits [rows, vocabulary], as each work asked for them; they share the array, not a row."""
     results: list[Tensor | tuple[Tensor, Tensor] | None] = []
     at = 0
     for w, count in zip(work, counts, strict=True):
@@ -219,7 +213,7 @@ def split(logits: Array, work: Sequence[Work], counts: Sequence[int]) -> list[Te
             results.append(None)
             continue
         part = part[0] if w.logits == "last" else part
-        results.append(best(part, w.top_k) if w.top_k else np.array(part, np.float32))
+        results.append(best(part, w.top_k) if w.top_k else part)
     return results
 
 

@@ -1,8 +1,11 @@
 """Cutting a decoder into stages that run one after another, each with its own precision.
 
+The vocabulary matrix is a stage of its own, so that the logits of a long text can be computed some rows at a time: all
+at once they would take hundreds of megabytes that the engine never gives back.
+
 bfloat16 between operators is fine for a decoder's layers and wrong at its two ends: a position times a frequency needs
 more than 8 bits (at position 300 the angle would be off by a radian), and logits near 30 would be rounded to eighths.
-So with a narrow hint the rotary tables are a stage of their own in front, the vocabulary matrix one behind.
+So with a narrow hint the rotary tables are a stage of their own, too, and both ends are computed in float32.
 """
 
 from __future__ import annotations
@@ -33,11 +36,11 @@ class Cut:
 
 
 def cut(graph: Graph, precision: Precision) -> list[Cut]:
-    """The stages of a graph; one where nothing is to be gained."""
+    """The stages of a graph; one where it is no decoder."""
     nodes = list(graph.nodes())
-    if precision.hint == "f32" or graph.decoder is None:
+    if graph.decoder is None:
         return [Cut("body", precision.hint, nodes)]
-    tables = _tables(graph, nodes)
+    tables = _tables(graph, nodes) if precision.hint != "f32" else set()
     head = _head(graph, nodes)
     body = [n for n in nodes if id(n) not in tables and id(n) not in head]
     in_front = [n for n in nodes if id(n) in tables]

@@ -1,0 +1,181 @@
+"""Between kinds of device a measurement decides, once; what is named is used or refused; options are checked."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from made_up import CPU, NPU, MadeUp
+
+import transom
+from transom.errors import DoesNotFit, OptionError, SelectionError, SourceError
+
+
+def two_kinds(here: Any, *, cpu: float = 0.0, npu: float = 0.0, **more: Any) -> None:
+    here.use(MadeUp("on_cpu", delay=cpu), MadeUp("on_npu", kind="npu", delay=npu, **more), devices=[CPU, replace(NPU)])
+
+
+def test_kinds_of_device_are_measured_once_and_the_fastest_is_taken(here: Any) -> None:
+    two_kinds(here, cpu=0.03)
+    with here.load() as model:
+        assert model.report.device.id == "npu:0"
+        assert "measured npu:0" in model.report.why.lower()
+        assert {"measure cpu", "measure npu:0"} <= set(model.report.startup)
+    assert sorted(here.jobs) == ["measure", "measure", "read"]
+    here.jobs.clear()
+    with here.load() as model:
+        assert model.report.device.id == "npu:0"
+        assert model.report.cache_hit
+    assert here.jobs == []
+
+
+def test_the_slower_npu_is_left_alone(here: Any) -> None:
+    two_kinds(here, npu=0.03)
+    with here.load() as model:
+        assert model.report.device.id == "cpu"
+
+
+def test_a_measurement_serves_models_of_about_the_same_size_and_no_others(
+    here: Any, tmp_path: Path, rng: Any, monkeypatch: Any
+) -> None:
+    two_kinds(here, cpu=0.03)
+    here.load().close()
+    here.jobs.clear()
+    other = tiny.write_gguf(tmp_path / "other.gguf", rng)
+    here.load(other).close()
+    assert sorted(here.jobs) == ["prepare", "read"]
+    here.jobs.clear()
+    monkeypatch.setattr(tiny, "INNER", 480)
+    here.load(tiny.write_gguf(tmp_path / "larger.gguf", rng)).close()
+    assert sorted(here.jobs) == ["measure", "measure", "read"]
+
+
+@pytest.mark.parametrize(
+    "change", [{"identity": "another NPU"}, {"drivers": {"npu": "2.0"}}], ids=["another machine", "another driver"]
+)
+def test_another_machine_or_driver_is_measured_again(here: Any, change: dict[str, Any]) -> None:
+    two_kinds(here, cpu=0.03)
+    here.load().close()
+    here.jobs.clear()
+    here.devices[1] = replace(here.devices[1], **change)
+    here.load().close()
+    assert here.jobs == ["measure"]  # the NPU alone: the CPU is the one that was measured
+
+
+def test_static_order_is_taken_where_the_environment_asks_for_it(here: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    two_kinds(here, cpu=0.03)
+    monkeypatch.setenv("TRANSOM_AUTO", "static")
+    with here.load() as model:
+        assert model.report.device.id == "cpu"
+    assert here.jobs == ["prepare"]
+    monkeypatch.setenv("TRANSOM_AUTO", "statik")
+    with pytest.raises(OptionError, match="TRANSOM_AUTO") as caught:
+        here.load()
+    assert '"static"' in caught.value.fix
+
+
+@pytest.mark.parametrize("does", ["garbage", "load:raise", "refuse:Gather"])
+def test_a_kind_whose_measurement_fails_comes_last(here: Any, does: str) -> None:
+    two_kinds(here, does=does)
+    with here.load() as model:
+        assert model.report.device.id == "cpu"
+        assert "npu:0 0.0 tokens/s" in model.report.why
+    two_kinds(here, does=does)
+    here.jobs.clear()
+    with here.load() as model:
+        assert model.report.device.id == "cpu"
+    # What crashed or computed garbage is remembered; what merely raised may have been a bad day.
+    assert here.jobs == (["measure"] if does == "load:raise" else [])
+
+
+def test_a_named_device_is_not_measured_and_never_falls_back(here: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    two_kinds(here, does="garbage")
+    with pytest.raises(transom.TransomError, match="on_npu does not compute"):
+        here.load(device="npu")
+    assert here.jobs == ["prepare"]
+    monkeypatch.setenv("TRANSOM_DEVICE", "npu:0")
+    with pytest.raises(transom.TransomError, match="on_npu does not compute"):
+        here.load()
+    with here.load(device="cpu") as model:  # the argument comes first
+        assert model.report.device.id == "cpu"
+
+
+def test_a_named_device_leaves_the_choice_among_its_backends(here: Any) -> None:
+    here.use(MadeUp("a_shady", "garbage", band="tuned"), MadeUp("b_sound"))
+    with here.load(device="cpu") as model:
+        assert model.report.backend == "b_sound"
+
+
+def test_a_named_backend_never_falls_back(here: Any) -> None:
+    here.use(MadeUp("shady", "compile:raise"))
+    with pytest.raises(transom.TransomError, match="shady failed while compiling"):
+        here.load(backend="shady")
+    with pytest.raises(SelectionError):
+        here.load(backend="shady", device="remote:v100")
+
+
+@pytest.mark.parametrize(
+    ("options", "nearest"),
+    [
+        ({"contxt": 3}, '"context"'),
+        ({"precision": "int9"}, '"int8"'),
+        ({"verify": "of"}, '"off"'),
+        ({"device": "cpuu"}, '"cpu"'),
+        ({"backend": "referense"}, '"reference"'),
+        ({"context": 0}, "default"),
+        ({"context": True}, "default"),
+        ({"threads": -1}, "default"),
+        ({"threads": "2"}, "default"),
+        ({"context": tiny.CONTEXT + 1}, "Ask for less"),
+    ],
+)
+def test_an_option_that_is_not_one_is_refused_with_the_nearest(here: Any, options: Any, nearest: str) -> None:
+    with pytest.raises(OptionError) as caught:
+        here.load(**options)
+    assert nearest in caught.value.fix
+    assert next(iter(options)).split("_")[0] in caught.value.cause.lower() or "Unknown" in caught.value.cause
+
+
+def test_a_model_that_does_not_fit_is_refused_with_a_context_that_then_loads(here: Any) -> None:
+    import re
+
+    here.use(devices=[replace(CPU, free_bytes=here.needed(300))])
+    with pytest.raises(DoesNotFit) as caught:
+        here.load(context=tiny.CONTEXT)
+    found = re.search(r"context=(\d+)", caught.value.fix)
+    assert found
+    assert 0 < int(found[1]) < tiny.CONTEXT
+    with here.load(context=int(found[1])) as model:
+        assert model.context == int(found[1])
+        assert model.generate("Hello", max_new_tokens=2).usage.completion_tokens
+
+
+def test_auto_cuts_the_context_to_the_memory_that_is_free_and_says_so(here: Any) -> None:
+    room = here.needed(400)
+    here.use(devices=[replace(CPU, free_bytes=room)])
+    with here.load() as model:
+        assert model.context == 384  # a multiple of 64
+        assert model.report.context == model.context
+        assert model.report.model_context == tiny.CONTEXT
+        assert any(f"cut to {model.context} of the model's {tiny.CONTEXT} tokens" in w for w in model.report.warnings)
+        assert model.report.memory["available"] == room
+
+
+def test_what_fits_nowhere_is_told_as_that(here: Any) -> None:
+    here.use(MadeUp("sound"), devices=[replace(CPU, free_bytes=1000)])
+    with pytest.raises(DoesNotFit, match="needs"):
+        here.load()
+
+
+def test_a_model_that_cannot_be_read_is_no_fault_of_a_backend(here: Any, tmp_path: Path, rng: Any) -> None:
+    here.use(MadeUp("sound"))
+    with pytest.raises(SourceError, match="There is no"):
+        here.load(tmp_path / "missing.gguf")
+    bad = tiny.write_gguf(tmp_path / "bad.gguf", rng, not_a_number=True)
+    with pytest.raises(SourceError, match="NaN") as caught:
+        here.load(bad)
+    assert "again" in caught.value.fix
+    assert here.jobs == ["prepare"]

@@ -1,0 +1,112 @@
+"""Engines that kill their process, in real processes: the host lives, says why, and `auto` goes on with another."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from typing import Any
+
+import pytest
+
+DEATHS = [
+    ("compile:segv", "SIGSEGV"),
+    ("compile:exit", "status 3"),
+    ("load:abort", "SIGABRT"),
+    ("step:ill", "SIGILL"),
+]
+BOTH = """
+named = outcome(backend="a_shady")
+auto = outcome()
+again = outcome()
+show(named=named, auto=auto, again=again)
+"""
+
+
+@pytest.mark.parametrize(("does", "said"), DEATHS)
+def test_a_backend_that_kills_its_process_is_refused_with_the_reason_and_auto_moves_on(
+    packages: Any, does: str, said: str
+) -> None:
+    packages.use({"name": "a_shady", "does": does, "band": "tuned"}, {"name": "a_sound", "band": "tuned"})
+    result = packages.run(BOTH)
+    assert result["named"]["error"] == "ChildFailed"
+    assert "a_shady" in result["named"]["cause"]
+    assert said in result["named"]["cause"]
+    assert result["auto"]["report"]["backend"] == result["again"]["report"]["backend"] == "a_sound"
+    [warning] = [w for w in result["auto"]["report"]["warnings"] if "set aside" in w]
+    assert said in warning
+    assert os.listdir(packages.cache / "building") == []
+    # A crash is remembered; an exit may have been a bad day.
+    [warning] = [w for w in result["again"]["report"]["warnings"] if "set aside" in w]
+    assert ("at an earlier load" in warning) == ("SIG" in said)
+
+
+@pytest.mark.parametrize("does", ["compile:hang", "load:hang"])
+def test_a_backend_that_hangs_can_be_cancelled_and_leaves_nothing(packages: Any, does: str) -> None:
+    packages.use({"name": "shady", "does": does})
+    result = packages.run("""
+    stages = []
+    def stop(stage, share):
+        stages.append(stage)
+        if stages.count(stage) > 3 and stage in ("compile", "check"):
+            raise transom.Cancelled
+    start = time.monotonic()
+    try:
+        transom.load(model, backend="shady", progress=stop)
+    except transom.Cancelled:
+        show(cancelled=True, seconds=time.monotonic() - start)
+    """)
+    assert result["cancelled"]
+    assert os.listdir(packages.cache / "building") == []
+    packages.use({"name": "shady"})
+    after = packages.run('show(**outcome(backend="shady"))')
+    assert after["report"]["check"].startswith("passed")
+    assert os.listdir(packages.cache / "building") == []
+
+
+def test_a_process_that_is_killed_in_the_middle_of_a_compile_breaks_nothing(packages: Any) -> None:
+    packages.use({"name": "a_slow", "does": "compile:slow", "band": "tuned"})
+    process = packages.start("show(**outcome())")
+    deadline = time.monotonic() + 60
+    while not packages.log and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert packages.log, "the compile never began"
+    compiling = int(packages.log[0].split()[1])
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate(timeout=30)
+    while _lives(compiling) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not _lives(compiling), "the child process outlived its parent"
+    packages.use({"name": "a_slow", "band": "tuned"})
+    after = packages.run("show(**outcome())")
+    assert after["report"]["backend"] == "a_slow"
+    assert after["report"]["warnings"] == []
+    assert os.listdir(packages.cache / "building") == []
+
+
+def test_two_processes_that_load_the_same_model_at_once_compile_it_once_and_both_answer(packages: Any) -> None:
+    packages.use({"name": "a_sound", "band": "tuned"})
+    both = [packages.start("show(**outcome())") for _ in range(2)]
+    one, two = [packages.finish(process) for process in both]
+    assert one["text"] == two["text"]
+    assert one["report"]["check"] == two["report"]["check"] != ""
+    assert len(packages.log) == 1
+
+
+def test_a_backend_that_only_the_host_sees_is_a_clear_error(packages: Any) -> None:
+    result = packages.run("""
+    import made_up
+    from transom.plugins import LoadedBackend, Plugins
+    from transom.runtime import machine
+    here = Plugins([], [LoadedBackend(made_up.MadeUp("ghost"), "ghost", "made-up", "1.0", "ghost")], [])
+    machine.load_plugins = lambda: here
+    show(**outcome(backend="ghost"))
+    """)
+    assert result["error"] == "SelectionError"
+    assert "child process" in result["cause"]
+
+
+def _lives(pid: int) -> bool:
+    state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout.strip()
+    return bool(state) and not state.startswith("Z")

@@ -1,0 +1,78 @@
+"""The whole road in real processes: a model file, a child process that compiles it, a cache, text."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+HEAVY = (
+    "onnx",
+    "onnx_ir",
+    "gguf",
+    "torch",
+    "transom.graph",
+    "transom.ops",
+    "transom.models",
+    "transom.reference.executor",
+)
+
+
+def test_the_first_load_compiles_in_a_child_process_and_the_second_takes_it_from_the_cache(packages: Any) -> None:
+    packages.use({"name": "a_sound", "band": "tuned"})
+    code = """
+    import os
+    show(**outcome(), pid=os.getpid())
+    """
+    first = packages.run(code)
+    assert first["report"]["backend"] == "a_sound"
+    assert first["report"]["cache_hit"] is False
+    assert first["report"]["check"].startswith("passed")
+    assert first["report"]["precision"] == "wood"
+    assert first["report"]["source"] == "gguf"
+    assert first["report"]["model"] == "Tiny"
+    assert {"probe", "read", "load", "child read", "child compile", "child golden", "child check"} <= set(
+        first["report"]["startup"]
+    )
+    [compiled] = packages.log
+    assert compiled.split()[1] != str(first["pid"])
+
+    second = packages.run(code)
+    assert second["report"]["cache_hit"] is True
+    assert second["text"] == first["text"]
+    assert not any(stage.startswith("child") for stage in second["report"]["startup"])
+    assert len(packages.log) == 1
+
+
+def test_a_warm_start_imports_neither_onnx_nor_the_checkpoint_s_reader(packages: Any) -> None:
+    packages.use({"name": "a_sound", "band": "tuned"})
+    packages.run("show(**outcome())")
+    heavy = packages.run(f"""
+    import made_up
+    from transom.contract import Limits
+    from transom.sessions import PackedSession
+    # An engine that opens its artifact without ONNX, as a real one does.
+    made_up.MadeUp.load = lambda self, artifact, device, options, scratch: PackedSession(
+        lambda inputs: {{}}, None, Limits(1, 16, options["context"], 0))
+    with transom.load(model) as loaded:
+        assert loaded.report.cache_hit
+        assert loaded.tokenize("Hello") and loaded.chat_template is not None
+    show(heavy=[name for name in {HEAVY!r} if name in sys.modules])
+    """)
+    assert heavy == {"heavy": []}
+
+
+def test_the_reference_loads_checks_and_answers(packages: Any) -> None:
+    result = packages.run("""
+    result = outcome(backend="reference")
+    again = outcome(backend="reference", verify="always")
+    show(first=result, again=again)
+    """)
+    first, again = result["first"], result["again"]
+    assert first["report"]["precision"] == "float32, by NumPy"
+    assert first["report"]["context"] == 512
+    assert first["report"]["memory"]["weights"] > 0
+    assert "100%" in first["report"]["check"]
+    assert again["report"]["cache_hit"] is True
+    assert "check" in again["report"]["startup"]
+    assert again["text"] == first["text"]
+    assert json.dumps(first["report"])
