@@ -15,6 +15,7 @@ import numpy as np
 from transom.contract import Limits, State, Tensor, Work
 from transom.signature import Decoder, cache_input_names, cache_output_names
 
+Array = np.ndarray[Any, np.dtype[Any]]
 Run = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 """Runs the graph once: arrays by input name -> arrays by output name."""
 
@@ -22,13 +23,13 @@ Run = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 class PackedState:
     """The cache of one sequence: for each layer the keys and the values of its tokens, [tokens, heads * dim]."""
 
-    def __init__(self, cache: list[np.ndarray[Any, Any]], length: int, shared: int = 0) -> None:
-        self._cache: list[np.ndarray[Any, Any]] | None = cache
+    def __init__(self, cache: list[Array], length: int, shared: int = 0) -> None:
+        self._cache: list[Array] | None = cache
         self._length = length
         self._shared = shared  # leading tokens whose arrays the state forked from counts as its own
 
     @property
-    def cache(self) -> list[np.ndarray[Any, Any]]:
+    def cache(self) -> list[Array]:
         if self._cache is None:
             raise RuntimeError("this sequence state was freed")
         return self._cache
@@ -57,7 +58,7 @@ class PackedState:
             self._cache, self._shared = [part[:length] for part in cache], min(self._shared, length)
         self._length = length
 
-    def append(self, cache: list[np.ndarray[Any, Any]], tokens: int) -> None:
+    def append(self, cache: list[Array], tokens: int) -> None:
         """Take over arrays that hold `tokens` more tokens; they are this state's alone."""
         self._cache, self._length, self._shared = cache, self._length + tokens, 0
 
@@ -104,11 +105,7 @@ class PackedSession:
             return []
         states = [_packed(w.state) for w in work]
         counts, lengths = [len(w.tokens) for w in work], [s.length for s in states]
-        rows: list[int] = []
-        start = 0
-        for w, count in zip(work, counts, strict=True):
-            rows += {"none": [], "last": [start + count - 1], "all": range(start, start + count)}[w.logits]
-            start += count
+        rows = logit_rows(work, counts)
         ids = np.arange(len(work), dtype=np.int64)
         inputs: dict[str, Any] = {
             "input_ids": np.concatenate([np.asarray(w.tokens, np.int64) for w in work]),
@@ -128,7 +125,7 @@ class PackedSession:
         if logits.shape != (len(rows), decoder.vocabulary):
             raise RuntimeError(f"the engine returned logits {logits.shape}, not {(len(rows), decoder.vocabulary)}")
         results = split_logits(logits, work, counts)
-        added: list[list[np.ndarray[Any, Any]]] = [[] for _ in work]
+        added: list[list[Array]] = [[] for _ in work]
         past = sum(lengths)
         for i in range(len(decoder.layers)):
             for part, name in enumerate(cache_output_names(i)):
@@ -191,16 +188,50 @@ def check_step(work: Sequence[Work], limits: Limits, vocabulary: int) -> None:
             raise ValueError(f"token id {bad} is outside the vocabulary of {vocabulary}")
 
 
-def best(logits: np.ndarray[Any, Any], count: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """The `count` largest of the last axis, best first: (int64 ids, float32 values); ties by lower id."""
-    order = np.argsort(-logits, axis=-1, kind="stable")[..., :count]
-    return order.astype(np.int64), np.take_along_axis(logits, order, -1).astype(np.float32)
+def best(logits: Array, count: int) -> tuple[Array, Array]:
+    """The `count` largest of the last axis, best first, ties by lower id: (int64 ids, float32 values).
+
+    A partial selection: sorting all of a large vocabulary takes longer than many a model's step. NaN counts as least.
+    """
+    flat = logits.reshape(-1, logits.shape[-1])
+    ids = np.empty((len(flat), count), np.int64)
+    for row, out in zip(flat, ids, strict=True):
+        out[:] = _best_of(row, count)
+    ids = ids.reshape(*logits.shape[:-1], count)
+    return ids, np.take_along_axis(logits, ids, -1).astype(np.float32)
+
+
+def _best_of(row: Array, count: int) -> Array | int:
+    if count == 1:
+        top = int(np.argmax(row))
+        if not np.isnan(row[top]):  # argmax finds the first NaN, if there is one
+            return top
+    least = np.partition(row, len(row) - count)[len(row) - count]
+    candidates = np.flatnonzero(row >= least)
+    if len(candidates) < count:  # NaN is no number to compare with: order all of it, NaN last
+        candidates = np.arange(len(row))
+    return candidates[np.argsort(-row[candidates], kind="stable")[:count]]
+
+
+def logit_rows(work: Sequence[Work], counts: Sequence[int]) -> list[int]:
+    """The places, among the packed tokens of a step, whose logits were asked for."""
+    rows: list[int] = []
+    start = 0
+    for w, count in zip(work, counts, strict=True):
+        first = {"none": count, "last": count - 1, "all": 0}[w.logits]
+        rows += range(start + first, start + count)
+        start += count
+    return rows
 
 
 def split_logits(
-    logits: np.ndarray[Any, Any], work: Sequence[Work], counts: Sequence[int]
+    logits: Array, work: Sequence[Work], counts: Sequence[int], *, copy: bool = True
 ) -> list[Tensor | tuple[Tensor, Tensor] | None]:
-    """Rows of the step's logits, [rows, vocabulary], as each work asked for them; copies, so that nothing aliases."""
+    """Rows of the step's logits, [rows, vocabulary], as each work asked for them.
+
+    Args:
+        copy: False where the caller gives the array away: the results then share it, though no row of it.
+    """
     results: list[Tensor | tuple[Tensor, Tensor] | None] = []
     at = 0
     for w, count in zip(work, counts, strict=True):
@@ -211,7 +242,10 @@ def split_logits(
             results.append(None)
             continue
         part = part[0] if w.logits == "last" else part
-        results.append(best(part, w.top_k) if w.top_k else np.array(part, np.float32))
+        if w.top_k:
+            results.append(best(part, w.top_k))
+        else:
+            results.append(np.array(part, np.float32) if copy else part)
     return results
 
 

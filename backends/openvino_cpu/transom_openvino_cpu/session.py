@@ -12,7 +12,7 @@ import numpy as np
 
 from transom.contract import Limits, Tensor, Work
 from transom.errors import EngineError
-from transom.sessions import check_step
+from transom.sessions import check_step, logit_rows, split_logits
 from transom_openvino_cpu import names
 from transom_openvino_cpu.engine import Engine
 from transom_openvino_cpu.pages import PagePool, PageTable
@@ -121,14 +121,14 @@ class PagedSession:
             raise self._failed
         tokens = [np.asarray(w.tokens, np.int64) for w in work]
         counts = [len(t) for t in tokens]
-        rows = _logit_rows(work, counts)
+        rows = logit_rows(work, counts)
         past = [state.length for state in states]
         reservation = self._pool.reserve([(s.table, n) for s, n in zip(states, counts, strict=True)])
         try:
             for source, target in reservation.copies:
                 self._arrays.copy(source, target)
             outputs = self._engine.run(self._arguments(tokens, past, reservation.pages, rows), ("logits",), keep=True)
-            results = split(outputs["logits"], work, counts)
+            results = split_logits(outputs["logits"], work, counts, copy=False)
         except BaseException:  # whatever it is, KeyboardInterrupt too, the states stay as they were
             reservation.rollback()
             raise
@@ -189,46 +189,3 @@ def padded(count: int) -> int:
     """
     step = 1 if count <= 16 else 8 if count <= 128 else names.PAGE_TOKENS
     return -(-count // step) * step
-
-
-def _logit_rows(work: Sequence[Work], counts: Sequence[int]) -> list[int]:
-    rows: list[int] = []
-    start = 0
-    for w, count in zip(work, counts, strict=True):
-        first = {"none": count, "last": count - 1, "all": 0}[w.logits]
-        rows += range(start + first, start + count)
-        start += count
-    return rows
-
-
-def split(logits: Array, work: Sequence[Work], counts: Sequence[int]) -> list[Tensor | tuple[Tensor, Tensor] | None]:
-    """Rows of the step's logits [rows, vocabulary], as each work asked for them; they share the array, not a row."""
-    results: list[Tensor | tuple[Tensor, Tensor] | None] = []
-    at = 0
-    for w, count in zip(work, counts, strict=True):
-        rows = {"none": 0, "last": 1, "all": count}[w.logits]
-        part = logits[at : at + rows]
-        at += rows
-        if w.logits == "none":
-            results.append(None)
-            continue
-        part = part[0] if w.logits == "last" else part
-        results.append(best(part, w.top_k) if w.top_k else part)
-    return results
-
-
-def best(logits: Array, count: int) -> tuple[Array, Array]:
-    """The `count` largest of the last axis, best first, ties by lower id: (int64 ids, float32 values).
-
-    A partial selection: sorting all of a large vocabulary takes longer than computing it.
-    """
-    flat = logits.reshape(-1, logits.shape[-1])
-    ids = np.empty((len(flat), count), np.int64)
-    for row, out in zip(flat, ids, strict=True):
-        least = np.partition(row, len(row) - count)[len(row) - count]
-        candidates = np.flatnonzero(row >= least)
-        if len(candidates) < count:  # NaN is no number to compare with: order all of it, NaN last
-            candidates = np.arange(len(row))
-        out[:] = candidates[np.argsort(-row[candidates], kind="stable")[:count]]
-    ids = ids.reshape(*logits.shape[:-1], count)
-    return ids, np.take_along_axis(logits, ids, -1).astype(np.float32)
