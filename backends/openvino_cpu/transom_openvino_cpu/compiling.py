@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from transom_openvino_cpu.lowering import Stage, lower
 from transom_openvino_cpu.plan import Plan, StagePlan
 from transom_openvino_cpu.precision import Form, Precision, dynamic_group, resolve
 from transom_openvino_cpu.probing import requirements
+from transom_openvino_cpu.stages import has_wide_tables
 
 if TYPE_CHECKING:
     from transom.graph import Graph
@@ -40,13 +42,13 @@ def compile_graph(graph: Graph, device: Device, options: Options, progress: Prog
         if claims.whole_through_frontend(graph):
             stages = [_through_frontend(graph, folder)]
         else:
-            stages = lower(graph, precision, lambda share: progress("lower", share))
-        plans = []
+            stages = lower(graph, precision, lambda share: progress("lower", share), tables_apart=False)
         notes = _notes(precision, stages)
-        for index, stage in enumerate(stages):
-            progress("compile", index / len(stages))
-            plans.append(_compile(stage, precision, device, options, folder))
-            stages[index] = Stage(stage.name, stage.hint, None, stage.outputs)  # its weights are no longer needed
+        plans = _compile_all(stages, precision, device, options, folder, progress)
+        if plans is None:  # the engine does not keep the rotary tables wide
+            stages = lower(graph, precision, lambda share: progress("lower", share), tables_apart=True)
+            plans = _compile_all(stages, precision, device, options, folder, progress)
+        assert plans is not None
         progress("compile", 1.0)
         plan = Plan(
             tuple(plans), tuple(graph.input_names), tuple(graph.output_names), graph.decoder, claims.paged(graph)
@@ -57,6 +59,28 @@ def compile_graph(graph: Graph, device: Device, options: Options, progress: Prog
     except BaseException:  # a cancelled compile leaves nothing behind either
         shutil.rmtree(folder, ignore_errors=True)
         raise
+
+
+def _compile_all(
+    stages: list[Stage], precision: Precision, device: Device, options: Options, folder: Path, progress: Progress
+) -> list[StagePlan] | None:
+    """Compile and export the stages, each let go when it is done; None when they must be cut in another way."""
+    plans = []
+    apart = any(s.name == "tables" for s in stages)
+    for index, stage in enumerate(stages):
+        progress("compile", index / len(stages))
+        compiled, config = _compile(stage, precision, device, options)
+        if (
+            stage.name == "body"
+            and stage.hint != "f32"
+            and not apart
+            and stage.rotates
+            and not has_wide_tables(compiled)
+        ):
+            return None
+        plans.append(_export(stage, compiled, config, folder))
+        stages[index] = replace(stage, model=None, forms=[])
+    return plans
 
 
 def _through_frontend(graph: Graph, folder: Path) -> Stage:
@@ -73,7 +97,8 @@ def _through_frontend(graph: Graph, folder: Path) -> Stage:
     return Stage("body", "f32", model, graph.output_names)
 
 
-def _compile(stage: Stage, precision: Precision, device: Device, options: Options, folder: Path) -> StagePlan:
+def _compile(stage: Stage, precision: Precision, device: Device, options: Options) -> tuple[Any, dict[str, str]]:
+    """The compiled stage, and the properties that it was compiled with and must be opened with."""
     group = dynamic_group(stage.forms) if precision.dynamic else 0
     config = {
         "INFERENCE_PRECISION_HINT": stage.hint,
@@ -88,9 +113,16 @@ def _compile(stage: Stage, precision: Precision, device: Device, options: Option
         compiled = core.compile_model(
             stage.model, "CPU", config | ({"INFERENCE_NUM_THREADS": str(threads)} if threads else {})
         )
-        blob = compiled.export_model()
     except RuntimeError as e:
         raise EngineError(f"OpenVINO cannot compile the stage {stage.name} of this model: {_last_line(e)}") from e
+    return compiled, config
+
+
+def _export(stage: Stage, compiled: Any, config: dict[str, str], folder: Path) -> StagePlan:
+    try:
+        blob = compiled.export_model()
+    except RuntimeError as e:
+        raise EngineError(f"OpenVINO cannot export the stage {stage.name} of this model: {_last_line(e)}") from e
     file = f"{stage.name}.blob"
     (folder / file).write_bytes(blob if isinstance(blob, bytes) else blob.getbuffer())
     return StagePlan(stage.name, file, tuple(stage.outputs), config)

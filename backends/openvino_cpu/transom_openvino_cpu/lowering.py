@@ -24,7 +24,9 @@ Node = Any
 Progress = Callable[[float], None]
 FUSE_ROWS = 3
 """Products of one input are made one product while their rows stay below this many times their columns: query, key and
-value, but not the wide pair of a gated MLP, whose output would be copied apart again."""
+value. The wide pair of a gated MLP is not, since a prefill then spends more on copying its output apart again."""
+FUSE_ELEMENTS = 2 << 20
+"""Except where it is so small that starting a product takes longer than a decode step spends in it."""
 
 
 @dataclass
@@ -38,11 +40,13 @@ class Stage:
     outputs: list[str]
     forms: list[tuple[Weight, Form]] = field(default_factory=list)
     """The matrices of its products and how each is kept."""
+    rotates: bool = False
+    """Sines and cosines of positions are computed in it."""
 
 
-def lower(graph: Graph, precision: Precision, progress: Progress) -> list[Stage]:
+def lower(graph: Graph, precision: Precision, progress: Progress, *, tables_apart: bool) -> list[Stage]:
     """The graph's stages, in the order in which they run."""
-    cuts = cut(graph, precision)
+    cuts = cut(graph, precision, tables_apart=tables_apart)
     in_pages = paged(graph)
     wanted = [v for v in graph.model.graph.outputs if not (in_pages and str(v.name).startswith("present_"))]
     known: dict[int, Boundary] = {}
@@ -167,6 +171,11 @@ class StageWriter:
         for value, result in zip(node.outputs, results, strict=False):
             self._set(value, result)
 
+    def skip(self, node: ir.Node, result: Node) -> None:
+        """Take `result` as the one output of a node that need not be lowered any more."""
+        self._set(node.outputs[0], result)
+        self._done.add(id(node))
+
     def through_frontend(self, node: ir.Node) -> list[Node]:
         from transom_openvino_cpu import frontend
 
@@ -201,7 +210,8 @@ class StageWriter:
         groups: dict[int, list[ir.Node]] = {}
         for nodes in by_input.values():
             weights = [w for n in nodes if (w := linear_weight(n)) is not None]
-            if len(nodes) < 2 or sum(w.shape[0] for w in weights) > FUSE_ROWS * weights[0].shape[1]:
+            rows, columns = sum(w.shape[0] for w in weights), weights[0].shape[1]
+            if len(nodes) < 2 or (rows > FUSE_ROWS * columns and rows * columns > FUSE_ELEMENTS):
                 continue
             if len({id(n.inputs[1]) for n in nodes}) == len(nodes) and concat_rows(weights) is not None:
                 groups |= {id(n): nodes for n in nodes}
@@ -279,7 +289,8 @@ class StageWriter:
         results = [op.result(self._anchored(self.get(value))) for value in outputs]
         parameters = [*self._parameters, *(self._pages.parameters() if self._pages else ())]
         model = ov.Model(results, parameters, f"{self.graph.name}.{self.part.name}")
-        return Stage(self.part.name, self.part.hint, model, [str(v.name) for v in outputs], self.forms)
+        rotates = any(n.op_type in ("Sin", "Cos") for n in self.part.nodes)
+        return Stage(self.part.name, self.part.hint, model, [str(v.name) for v in outputs], self.forms, rotates)
 
 
 def _element_type(value: ir.Value) -> Any:

@@ -5,7 +5,7 @@ Operators of ONNX that have no function here go through OpenVINO's ONNX frontend
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -241,16 +241,21 @@ def _rotary(w: StageWriter, node: ir.Node, attributes: Attributes) -> list[Node]
     """Written as `x * [cos, cos] + [-x2, x1] * [sin, sin]` over rank 4, to the letter: the form that the CPU plug-in
     fuses into one operator with float32 tables (its pass RoPEFusionGPTNEOX), a tenth of a decode step faster."""
     op = _op()
-    x, cos, sin = (w.get(v) for v in node.inputs[:3])
+    packed = _packed_tokens(node)
+    if packed is not None and w.get(packed[0]).get_partial_shape().rank.get_length() != 2:
+        packed = None
+    x = w.get(node.inputs[0] if packed is None else packed[0])
+    cos, sin = w.get(node.inputs[1]), w.get(node.inputs[2])
     if len(node.inputs) > 3 and node.inputs[3] is not None:
         ids = w.get(node.inputs[3])
         cos, sin = (op.gather(t, ids, ints(0)).output(0) for t in (cos, sin))
     shape = x.get_partial_shape()
     half = cos.get_partial_shape()[2].get_length()
-    flat = shape.rank.get_length() == 3
+    flat = shape.rank.get_length() < 4
     if flat:
         heads = int(attributes["num_heads"])
-        dim = shape[2].get_length() // heads
+        width = shape[shape.rank.get_length() - 1].get_length()
+        dim = width // heads
         four = op.reshape(x, ints([-1, heads, 1, dim]), False)  # each token a batch of one position
     else:
         dim, four = shape[3].get_length(), x
@@ -274,14 +279,35 @@ def _rotary(w: StageWriter, node: ir.Node, attributes: Attributes) -> list[Node]
         result = op.gather(result, ints(np.argsort(order)), ints(3))
     if rest is not None:
         result = op.concat([result, rest], -1)
+    if packed is not None:
+        result = op.reshape(result, ints([-1, width]), False)
+        for squeeze in packed[1]:
+            w.skip(squeeze, result)
+        return [op.unsqueeze(result, ints([0]))]
     if not flat:
         return [result]
-    return [op.reshape(result, op.shape_of(x, "i64"), False) if shape[0].is_dynamic else _as_before(result, shape)]
+    if shape[0].is_static:
+        return [op.reshape(result, ints([shape[0].get_length(), -1, width]), False)]
+    return [op.reshape(result, op.shape_of(x, "i64"), False)]
 
 
-def _as_before(node: Node, shape: Any) -> Node:
-    """Rank 3 again, [batch, tokens, heads * dim], with the batch known."""
-    return _op().reshape(node, ints([shape[0].get_length(), -1, shape[2].get_length()]), False)
+def _packed_tokens(node: ir.Node) -> tuple[ir.Value, list[ir.Node]] | None:
+    """Where a rotation of packed tokens is only dressed as a batch of one: the tokens [tokens, width] before that, and
+    the nodes that undress it. None for any other rotation."""
+    dress = node.inputs[0].producer() if node.inputs[0] is not None else None
+    uses = [user for user, _ in node.outputs[0].uses()]
+    if dress is None or dress.op_type != "Unsqueeze" or node.outputs[0].is_graph_output():
+        return None
+    if any(n.domain or n.op_type != "Squeeze" for n in uses) or not _along_first([dress, *uses]):
+        return None
+    tokens = dress.inputs[0]
+    return None if tokens is None else (tokens, uses)
+
+
+def _along_first(nodes: Sequence[ir.Node]) -> bool:
+    """Whether each node adds or drops the first axis alone."""
+    axes = [constant_of(n.inputs[1]) if len(n.inputs) > 1 else None for n in nodes]
+    return all(a is not None and a.reshape(-1).tolist() == [0] for a in axes)
 
 
 @lowers("DequantizeLinear")

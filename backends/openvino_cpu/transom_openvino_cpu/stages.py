@@ -5,14 +5,15 @@ at once they would take hundreds of megabytes that the engine never gives back.
 
 bfloat16 between operators is fine for a decoder's layers and wrong at its two ends: a position times a frequency needs
 more than 8 bits (at position 300 the angle would be off by a radian), and logits near 30 would be rounded to eighths.
-So with a narrow hint the rotary tables are a stage of their own, too, and both ends are computed in float32.
+So with a narrow hint the vocabulary matrix is computed in float32, and so are the rotary tables: by the engine itself,
+which knows them where it fuses every rotation, or else in a stage of their own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from transom.graph.weights import Blocked
 from transom_openvino_cpu.claims import linear_weight
@@ -35,12 +36,16 @@ class Cut:
     nodes: Sequence[ir.Node]
 
 
-def cut(graph: Graph, precision: Precision) -> list[Cut]:
-    """The stages of a graph; one where it is no decoder."""
+def cut(graph: Graph, precision: Precision, *, tables_apart: bool) -> list[Cut]:
+    """The stages of a graph; one where it is no decoder.
+
+    Args:
+        tables_apart: make the rotary tables a stage of their own under a narrow hint.
+    """
     nodes = list(graph.nodes())
     if graph.decoder is None:
         return [Cut("body", precision.hint, nodes)]
-    tables = _tables(graph, nodes) if precision.hint != "f32" else set()
+    tables = _tables(graph, nodes) if precision.hint != "f32" and tables_apart else set()
     head = _head(graph, nodes)
     body = [n for n in nodes if id(n) not in tables and id(n) not in head]
     in_front = [n for n in nodes if id(n) in tables]
@@ -52,6 +57,30 @@ def cut(graph: Graph, precision: Precision) -> list[Cut]:
     stages = [Cut("tables", "f32", in_front), Cut("body", precision.hint, body)]
     stages.append(Cut("head", "f32" if wide else precision.hint, behind))
     return [s for s in stages if s.nodes]
+
+
+def has_wide_tables(compiled: Any) -> bool:
+    """Whether a compiled body computes its rotary tables in float32 all the way: no narrow value leads to a sine or a
+    cosine, nor from one to the rotation that reads it."""
+
+    def told(node: Any, key: str) -> str:
+        return str(node.get_rt_info()[key].astype(str))
+
+    nodes = compiled.get_runtime_model().get_ordered_ops()
+    waves = [n for n in nodes if told(n, "layerType") == "Math"]
+    before = [i.get_source_output().get_node() for n in waves for i in n.inputs()]
+    after = [i.get_node() for n in waves for o in n.outputs() for i in o.get_target_inputs()]
+    while before or after:
+        node, forwards = (before.pop(), False) if before else (after.pop(), True)
+        if forwards and told(node, "layerType") == "RoPE":
+            continue
+        if set(told(node, "outputPrecisions").split(",")) & {"bf16", "f16"}:
+            return False
+        if forwards:
+            after += [i.get_node() for o in node.outputs() for i in o.get_target_inputs()]
+        else:
+            before += [i.get_source_output().get_node() for i in node.inputs()]
+    return bool(waves)
 
 
 def _inputs(graph: Graph, *names: str) -> set[int]:
