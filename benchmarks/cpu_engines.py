@@ -6,9 +6,10 @@
 
 Every engine runs in a process of its own, the engines take turns, and the table shows medians over the rounds. The
 text is Python's own documentation (`pydoc_data.topics`), another part of it in each round, so that no engine can answer
-from a prompt it has seen. Beside each median stands the best round, which other work on the machine disturbs least. Engines run as they come out of the box; the precisions are in the table. Prefill is the time
-from the call to the first token. A machine that does other work at the same time makes the figures worthless: the
-table shows the processor time beside the wall time, and warns when they do not fit.
+from a prompt it has seen. Beside each median stands the best round, which other work on the machine disturbs least.
+Engines run as they come out of the box; their precisions stand below the table. Prefill is the time from the call to
+the first token. A machine that does other work at the same time makes the figures worthless: the table compares wall
+time with processor time and warns where they do not fit.
 """
 
 from __future__ import annotations
