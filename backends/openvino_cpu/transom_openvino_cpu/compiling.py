@@ -24,12 +24,14 @@ if TYPE_CHECKING:
     from transom.graph.weights import Weight
 
 PREFIX = "transom-openvino-"
+SMALL_FILE = 8 << 20
+"""Bytes."""
 
 
 def compile_graph(graph: Graph, device: Device, options: Options, progress: Progress) -> Artifact:
     """The artifact of a graph all of whose nodes were claimed.
 
-    Its files lie in a temporary folder, which the host empties.
+    Large files lie in a temporary folder, which the host empties.
 
     Raises:
         EngineError: OpenVINO cannot compile the graph; its own words are in the message.
@@ -53,12 +55,19 @@ def compile_graph(graph: Graph, device: Device, options: Options, progress: Prog
         plan = Plan(
             tuple(plans), tuple(graph.input_names), tuple(graph.output_names), graph.decoder, claims.paged(graph)
         )
-        files: dict[str, bytes | Path] = {p.file: folder / p.file for p in plans}
+        files: dict[str, bytes | Path] = {p.file: _small(folder / p.file) for p in plans}
         files[names.PLAN_FILE] = plan.to_json().encode()
+        if all(isinstance(content, bytes) for content in files.values()):
+            shutil.rmtree(folder, ignore_errors=True)
         return Artifact(files, requirements(device), notes)
     except BaseException:  # a cancelled compile leaves nothing behind either
         shutil.rmtree(folder, ignore_errors=True)
         raise
+
+
+def _small(path: Path) -> bytes | Path:
+    """A small file is handed over as bytes, so that small models leave no temporary folder to whoever compiled them."""
+    return path.read_bytes() if path.stat().st_size <= SMALL_FILE else path
 
 
 def _compile_all(

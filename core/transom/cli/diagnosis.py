@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 PATIENCE = 180.0
 """Seconds that one trial may take."""
 EXTRAS: Mapping[str, tuple[str, str]] = {
-    "openvino": ("openvino", "Intel CPUs, GPUs and NPUs, and every x86 or Arm CPU"),
+    "openvino": ("openvino", "x86-64 CPUs"),
     "chat": ("prompt_toolkit", "history and multi-line input in transom chat"),
     "guided": ("llguidance", "answers that follow a JSON schema, a regular expression or a grammar"),
     "torch": ("torch", "models that are torch modules"),
