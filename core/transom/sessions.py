@@ -101,8 +101,17 @@ class PackedSession:
     def step(self, work: Sequence[Work]) -> Sequence[Tensor | tuple[Tensor, Tensor] | None]:
         decoder = self._need_decoder()
         check_step(work, self._limits, decoder.vocabulary)
+        results, added = self._compute(work, self._run)
+        self._commit(work, added)
+        return results
+
+    def _compute(
+        self, work: Sequence[Work], run: Run
+    ) -> tuple[list[Tensor | tuple[Tensor, Tensor] | None], list[list[Array]]]:
+        """What each work gets, and the cache that its state would have afterwards. Changes nothing."""
+        decoder = self._need_decoder()
         if not work:
-            return []
+            return [], []
         states = [_packed(w.state) for w in work]
         counts, lengths = [len(w.tokens) for w in work], [s.length for s in states]
         rows = logit_rows(work, counts)
@@ -120,7 +129,7 @@ class PackedSession:
         for i in range(len(decoder.layers)):
             for part, name in enumerate(cache_input_names(i)):
                 inputs[name] = np.concatenate([s.cache[2 * i + part] for s in states])
-        outputs = self._run(inputs)
+        outputs = run(inputs)
         logits = np.asarray(outputs["logits"])
         if logits.shape != (len(rows), decoder.vocabulary):
             raise RuntimeError(f"the engine returned logits {logits.shape}, not {(len(rows), decoder.vocabulary)}")
@@ -136,9 +145,13 @@ class PackedSession:
                 for s, state in enumerate(states):
                     added[s].append(np.concatenate([state.cache[2 * i + part], new[at : at + counts[s]]]))
                     at += counts[s]
-        for state, cache, count in zip(states, added, counts, strict=True):  # nothing can fail from here on
-            state.append(cache, count)
-        return results
+        return results, added
+
+    @staticmethod
+    def _commit(work: Sequence[Work], added: Sequence[list[Array]]) -> None:
+        """Give the states their new caches. Cannot fail."""
+        for w, cache in zip(work, added, strict=True):
+            _packed(w.state).append(cache, len(w.tokens))
 
     def run(self, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         self._need_open()
@@ -161,11 +174,15 @@ class PackedSession:
         return self._decoder
 
 
-def check_step(work: Sequence[Work], limits: Limits, vocabulary: int) -> None:
+def check_step(work: Sequence[Work], limits: Limits, vocabulary: int, *, sparsity: bool = False) -> None:
     """The checks that every session owes its host before it changes anything.
 
+    Args:
+        sparsity: the session obeys `Work.sparsity`.
+
     Raises:
-        ValueError: the step is beyond the limits, a state appears twice, or a token id is outside the vocabulary.
+        ValueError: the step is beyond the limits, a state appears twice, a token id is outside the vocabulary, or a
+            work names a sparsity policy that the session cannot obey.
     """
     if len(work) > limits.max_sequences:
         raise ValueError(f"{len(work)} sequences in one step; this session takes {limits.max_sequences}")
@@ -174,6 +191,8 @@ def check_step(work: Sequence[Work], limits: Limits, vocabulary: int) -> None:
     if len({id(w.state) for w in work}) != len(work):
         raise ValueError("one sequence state appears twice in a step")
     for w in work:
+        if w.sparsity is not None and not sparsity:
+            raise ValueError("this session reads its cache as it was loaded; it takes no sparsity policy for a step")
         if len(w.tokens) == 0:
             raise ValueError("a sequence in a step has no new tokens")
         if limits.token_classes and len(w.tokens) not in limits.token_classes:

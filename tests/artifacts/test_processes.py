@@ -41,11 +41,12 @@ from pathlib import Path
 from transom.artifacts import Cache, Origin
 from transom.contract import Artifact
 cache = Cache(Path(sys.argv[1]))
-print("ready", flush=True)
 for n in itertools.count():
     with cache.building(f"key{n % 3}") as slot:
         files = {f"f{i}": bytes([n % 256]) * 20_000 for i in range(10)}
         slot.store(Artifact(files, {"n": str(n)}), Origin("m", "b", "1")).release()
+    if n == 0:
+        print("stored one", flush=True)
 """
 
 HOLD = """
@@ -147,10 +148,12 @@ def test_kill_9_at_any_moment_of_storing_leaves_no_entry_that_is_broken(
 ) -> None:
     for round in range(8):
         process = python(STORE_FOR_EVER, cache.root)
-        assert first_line(process) == "ready"
-        time.sleep(0.02 + (seed + round * 7919) % 97 / 400)
+        assert first_line(process) == "stored one"
+        time.sleep((seed + round * 7919) % 97 / 400)
         kill(process)
-        for item in cache.list():
+        items = cache.list()
+        assert items
+        for item in items:
             stored = Cache(cache.root).lookup(item.key, verify="full")
             assert stored is not None, caplog.text
             contents = {Path(str(p)).read_bytes()[0] for p in stored.artifact.files.values()}

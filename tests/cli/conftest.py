@@ -16,7 +16,9 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import byte_llama
 import toy
 
 START = "import sys; sys.argv[0] = 'transom'; from transom.cli import main; main()"
@@ -102,7 +104,8 @@ def rng() -> np.random.Generator:
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory, rng: np.random.Generator) -> Path:
     """A tiny model file."""
-    return toy.write_gguf(tmp_path_factory.mktemp("model") / "toy.gguf", rng)
+    path = tmp_path_factory.mktemp("model") / "toy.gguf"
+    return byte_llama.write_gguf(path, rng, context=4096, quantization="Q8_0")
 
 
 @pytest.fixture(scope="session")

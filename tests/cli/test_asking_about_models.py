@@ -46,7 +46,7 @@ def test_inspect_shows_sizes_quantisation_text_and_memory(bare: Any, model: Path
     status, out, _ = bare("inspect", model)
     assert status == 0
     for part in (
-        "Toy",
+        "Tiny",
         "llama",
         "4096 tokens",
         "2, each 4 heads of 16, 2 for keys and values",

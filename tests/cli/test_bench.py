@@ -41,7 +41,7 @@ def test_backends_are_measured_side_by_side(transom: Any, model: Path, tmp_path:
 def test_the_table_names_machine_versions_and_ratios(bare: Any, model: Path) -> None:
     status, out, _ = bare("bench", model, *QUICK, "--backend", "reference", "--rounds", "1")
     assert status == 0
-    for part in ("Toy", "cpu: ", "numpy ", "medians of 1 rounds", "prefill 8", "decode at 16", "reference 0"):
+    for part in ("Tiny", "cpu: ", "numpy ", "medians of 1 rounds", "prefill 8", "decode at 16", "reference 0"):
         assert part in out
 
 

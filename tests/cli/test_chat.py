@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import byte_llama
 import pytest
 import toy
 
@@ -99,7 +100,7 @@ def test_bytes_that_are_not_utf8_are_refused(chat: Callable[..., Any]) -> None:
 
 
 def test_a_model_without_a_template_says_what_to_use(transom: Any, tmp_path: Path, rng: Any) -> None:
-    model = toy.write_gguf(tmp_path / "plain.gguf", rng, template=None)
+    model = byte_llama.write_gguf(tmp_path / "plain.gguf", rng, template=None)
     status, _, err = transom("chat", model, *OPTIONS)
     assert status == 2
     assert "no chat template" in err

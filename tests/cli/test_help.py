@@ -101,6 +101,15 @@ def test_a_shell_that_completes_after_a_wrong_command_gets_no_sentences(bare: An
     assert (status, out.strip(), err) == (0, "", "")
 
 
-def test_json_output_is_one_document(bare: Any) -> None:
-    for arguments in (("devices",), ("backends",), ("cache", "list")):
-        json.loads(bare(*arguments, "--json").out)
+@pytest.mark.parametrize(
+    ("command", "keys"),
+    [
+        ("devices", {"devices", "notes"}),
+        ("backends", {"backends", "failures"}),
+        ("cache list", {"root", "entries", "stats"}),
+    ],
+)
+def test_json_output_is_one_document_and_stands_alone(bare: Any, command: str, keys: set[str]) -> None:
+    status, out, err = bare(*command.split(), "--json")
+    assert (status, err) == (0, "")
+    assert json.loads(out).keys() == keys

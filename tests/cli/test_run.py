@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import byte_llama
 import pytest
 import toy
 
@@ -32,7 +33,7 @@ def test_the_template_is_used_where_there_is_one_and_raw_leaves_it_out(say: Call
 
 
 def test_a_model_without_a_template_completes_the_text(transom: Any, tmp_path: Path, rng: Any) -> None:
-    model = toy.write_gguf(tmp_path / "plain.gguf", rng, template=None)
+    model = byte_llama.write_gguf(tmp_path / "plain.gguf", rng, template=None)
     options = ("--backend", "toy", "--verify", "off")
     found = json.loads(transom("run", model, "ab", *options, "--json").out)
     assert found["usage"]["prompt_tokens"] == 2
@@ -96,7 +97,7 @@ def test_warnings_of_the_report_are_said_aloud(fresh: Any, model: Path) -> None:
 
 def test_template_variables_are_passed_on(transom: Any, tmp_path: Path, rng: Any) -> None:
     template = "{% if think %}<|system|>{% endif %}{{ messages[0].content }}{{ word }}"
-    model = toy.write_gguf(tmp_path / "thinks.gguf", rng, template=template)
+    model = byte_llama.write_gguf(tmp_path / "thinks.gguf", rng, template=template)
     options = ("--backend", "toy", "--verify", "off", "--json")
     given = ("--template-variable", "think=true", "--template-variable", "word=xyz")
     assert json.loads(transom("run", model, "ab", *options, *given).out)["usage"]["prompt_tokens"] == 6

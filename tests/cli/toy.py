@@ -1,21 +1,13 @@
-"""A made-up model file and a made-up backend for tests of the command line: quick, and it says a text of our own.
+"""A made-up backend for tests of the command line: quick, and it says a text of our own.
 
-The file is a GGUF of the llama family with random weights and a vocabulary of single bytes. The backend `toy` ignores
-the weights: after any prompt it says `TOY_TEXT`, one byte for each step, slowed down by `TOY_DELAY` seconds.
+It takes a model whose tokens are single bytes (`byte_llama.py`) and ignores the weights: after any prompt it says
+`TOY_TEXT`, one byte for each step, slowed down by `TOY_DELAY` seconds.
 """
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-import numpy as np
-
-TEMPLATE = (
-    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
-SPECIAL = ("<|begin|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
 TEXT = "Hellö 🙂, world!"
 
 TOY = """
@@ -122,69 +114,3 @@ def install_backend(folder: Path, source: str = TOY, name: str = "toy") -> None:
     info.mkdir()
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: transom-{name}\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text(f"[transom.backends]\n{name} = transom_{name}\n")
-
-
-def write_gguf(path: Path, rng: np.random.Generator, *, context: int = 4096, template: str | None = TEMPLATE) -> Path:
-    """A llama with two layers; most matrices Q8_0, norms F32."""
-    from gguf import GGMLQuantizationType, GGUFWriter, quants
-
-    hidden, inner, heads, kv_heads, layers = 64, 96, 4, 2, 2
-    tokens = [_spelled(byte) for byte in range(256)] + [*SPECIAL, "qz"]
-    w = GGUFWriter(path, "llama")
-    w.add_name("Toy")
-    w.add_context_length(context)
-    w.add_embedding_length(hidden)
-    w.add_block_count(layers)
-    w.add_feed_forward_length(inner)
-    w.add_head_count(heads)
-    w.add_head_count_kv(kv_heads)
-    w.add_layer_norm_rms_eps(1e-5)
-    w.add_rope_freq_base(10000.0)
-    w.add_vocab_size(len(tokens))
-    w.add_tokenizer_model("gpt2")
-    w.add_tokenizer_pre("gpt-2")
-    w.add_token_list(tokens)
-    w.add_token_types([1] * 256 + [3] * len(SPECIAL) + [1])
-    w.add_token_merges(["q z"])
-    w.add_bos_token_id(256)
-    w.add_eos_token_id(257)
-    if template is not None:
-        w.add_chat_template(template)
-
-    def matrix(name: str, rows: int, columns: int) -> None:
-        data = (rng.standard_normal((rows, columns)) * columns**-0.5).astype(np.float32)
-        kind = GGMLQuantizationType.Q8_0
-        w.add_tensor(name, quants.quantize(data, kind), raw_dtype=kind)
-
-    def norm(name: str) -> None:
-        w.add_tensor(name, (1 + 0.1 * rng.standard_normal(hidden)).astype(np.float32))
-
-    matrix("token_embd.weight", len(tokens), hidden)
-    norm("output_norm.weight")
-    for i in range(layers):
-        norm(f"blk.{i}.attn_norm.weight")
-        norm(f"blk.{i}.ffn_norm.weight")
-        matrix(f"blk.{i}.attn_q.weight", hidden, hidden)
-        matrix(f"blk.{i}.attn_k.weight", hidden * kv_heads // heads, hidden)
-        matrix(f"blk.{i}.attn_v.weight", hidden * kv_heads // heads, hidden)
-        matrix(f"blk.{i}.attn_output.weight", hidden, hidden)
-        matrix(f"blk.{i}.ffn_gate.weight", inner, hidden)
-        matrix(f"blk.{i}.ffn_up.weight", inner, hidden)
-        matrix(f"blk.{i}.ffn_down.weight", hidden, inner)
-    w.write_header_to_file()
-    w.write_kv_data_to_file()
-    w.write_tensors_to_file()
-    w.close()
-    return path
-
-
-def _spelled(byte: int) -> str:
-    """GPT-2's spelling of a byte as a printable character."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    if byte in printable:
-        return chr(byte)
-    return chr(256 + [b for b in range(256) if b not in printable].index(byte))
-
-
-def last_json(text: str) -> object:
-    return json.loads(text.strip().splitlines()[-1])

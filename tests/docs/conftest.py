@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from doc_model import write_model
+import byte_llama
 from doc_pages import ROOT
 
 Run = Callable[..., str]
@@ -22,7 +23,7 @@ Run = Callable[..., str]
 @pytest.fixture
 def desk(tmp_path: Path, rng: np.random.Generator) -> Path:
     """A folder that holds `model.gguf`."""
-    write_model(tmp_path / "model.gguf", rng)
+    byte_llama.write_gguf(tmp_path / "model.gguf", rng)
     return tmp_path
 
 

@@ -17,7 +17,7 @@ PAGES = (
     ROOT / "CHANGELOG.md",
     ROOT / "CONTRIBUTING.md",
     *(ROOT / "docs" / f"{name}.md" for name in (
-        "adding-a-model-family", "architecture", "environment", "python-api", "writing-a-backend",
+        "adding-a-model-family", "architecture", "environment", "python-api", "sparsity", "writing-a-backend",
     )),
 )  # fmt: skip
 """What people wrote. `docs/operators.md` is generated and has tests of its own."""

@@ -13,11 +13,12 @@ from doc_pages import PAGES, ROOT, Block, blocks
 
 PYTHON = [block for page in PAGES for block in blocks(page, "python")]
 README, API, BACKEND = (ROOT / name for name in ("README.md", "docs/python-api.md", "docs/writing-a-backend.md"))
+RUN = (README, API, ROOT / "docs" / "sparsity.md")
 
 
 @pytest.mark.parametrize("block", PYTHON, ids=str)
-def test_python_is_valid(block: Block) -> None:
-    ast.parse(block.text)
+def test_python_is_valid_for_the_oldest_python_and_is_more_than_comments(block: Block) -> None:
+    assert ast.parse(block.text, str(block), feature_version=(3, 11)).body
 
 
 @pytest.mark.parametrize("block", [b for b in PYTHON if b.excerpt], ids=str)
@@ -27,12 +28,12 @@ def test_an_excerpt_is_what_the_file_says(block: Block) -> None:
     assert any(text in code for text in depths), f"{block} is not in {block.excerpt} any more"
 
 
-def test_the_python_of_the_readme_and_of_the_api_runs_from_top_to_bottom(desk: Path, run: Callable[..., str]) -> None:
-    for page in (README, API):
+def test_the_python_of_the_pages_for_users_runs_from_top_to_bottom(desk: Path, run: Callable[..., str]) -> None:
+    for page in RUN:
         code = [b.text for b in blocks(page, "python") if not b.marks]
         assert code, f"{page.name} has no example"
         (desk / f"{page.stem.replace('-', '_')}_example.py").write_text("\n".join(code), encoding="utf-8")
-    run("-c", "import README_example, python_api_example")
+    run("-c", "import README_example, python_api_example, sparsity_example")
 
 
 def _install(target: Path) -> str:

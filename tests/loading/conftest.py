@@ -21,8 +21,9 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import tiny
+import byte_llama
 from made_up import CPU
 
 from transom import hardware
@@ -36,7 +37,7 @@ from transom.runtime import jobs, loading, machine, memory, preparing, trial
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The GGUF file. Its time is in the past, so that its hash may be remembered."""
-    path = tiny.write_gguf(tmp_path_factory.mktemp("model") / "tiny.gguf", np.random.default_rng())
+    path = byte_llama.write_gguf(tmp_path_factory.mktemp("model") / "tiny.gguf", np.random.default_rng())
     past = time.time() - 100
     os.utime(path, (past, past))
     return path

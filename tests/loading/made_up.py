@@ -13,7 +13,7 @@ variable MADE_UP lists as JSON.
 | `refuse:OPERATOR` | claim refuses it |
 | `inexact` | claims are approximate |
 | `check:STATE` | the verdict on every artifact; `check:raise` raises |
-| `bound` | the artifact is bound to its context |
+| `bound`, `bound:threads` | the artifact is bound to its context, to its threads |
 """
 
 from __future__ import annotations
@@ -76,6 +76,7 @@ class MadeUp:
         folder = Path(tempfile.mkdtemp())
         part.save(folder / "graph.onnx")
         bound = {"context": str(options["context"])} if self.does == "bound" else {}
+        bound |= {"threads": str(options["threads"])} if self.does == "bound:threads" else {}
         return Artifact({p.name: p for p in folder.iterdir()}, {"made_up": "1", **bound}, ("precision: wood",))
 
     def check(self, artifact, device):

@@ -9,9 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import byte_llama
 import numpy as np
 import pytest
-import tiny
 from made_up import CPU, MadeUp
 
 from transom.artifacts import entries, files
@@ -30,7 +30,7 @@ def test_context_and_threads_may_change_without_compiling_again(here: Any) -> No
     here.use(sound)
     for options in ({}, {"context": 100}, {"context": 50, "threads": 1}, {}):
         with here.load(**options) as model:
-            assert model.context == options.get("context", tiny.CONTEXT)
+            assert model.context == options.get("context", byte_llama.CONTEXT)
         assert sound.loaded_with["context"] == model.context
         assert sound.loaded_with["threads"] == options.get("threads")
     assert compiles(sound) == 1
@@ -50,10 +50,19 @@ def test_an_artifact_bound_to_its_context_is_rebuilt_for_another(here: Any, capl
     here.use(bound)
     for count, options in ((1, {"context": 100}), (1, {"context": 100}), (2, {"context": 50}), (3, {}), (3, {})):
         with here.load(**options) as model:
-            assert model.context == options.get("context", tiny.CONTEXT)
+            assert model.context == options.get("context", byte_llama.CONTEXT)
         assert bound.loaded_with["context"] == model.context
         assert compiles(bound) == count
     assert [r.message for r in caplog.records if "context=100, and 50 is wanted" in r.getMessage()]
+
+
+def test_an_artifact_bound_to_its_threads_is_rebuilt_for_others(here: Any) -> None:
+    bound = MadeUp("bound", "bound:threads")
+    here.use(bound)
+    for count, options in ((1, {}), (1, {"context": 50}), (2, {"threads": 1}), (2, {"threads": 1}), (3, {})):
+        here.load(**options).close()
+        assert bound.loaded_with["threads"] == options.get("threads")
+        assert compiles(bound) == count
 
 
 def test_an_artifact_bound_to_a_context_that_auto_cut_is_kept_while_it_fits(here: Any) -> None:
@@ -163,13 +172,13 @@ def test_a_damaged_source_entry_is_read_again(here: Any) -> None:
 def test_a_model_file_that_changes_on_the_disk_is_compiled_again(here: Any, tmp_path: Path, rng: Any) -> None:
     backend = MadeUp("sound")
     here.use(backend)
-    path = tiny.write_gguf(tmp_path / "model.gguf", rng)
+    path = byte_llama.write_gguf(tmp_path / "model.gguf", rng)
     with here.load(path) as model:
         before = model.logits([5])
     os.utime(path)  # the same content
     here.load(path).close()
     assert compiles(backend) == 1
-    tiny.write_gguf(path, rng)
+    byte_llama.write_gguf(path, rng)
     with here.load(path) as model:
         assert not model.report.cache_hit
         assert np.abs(model.logits([5]) - before).max() > 0.1
@@ -207,7 +216,15 @@ def test_stages_are_reported_as_they_begin(here: Any) -> None:
 # a cache that cannot keep anything ------------------------------------------------------------------------------------
 
 
-def test_a_cache_folder_that_cannot_be_written_costs_a_warning_and_a_compile(here: Any, tmp_path: Path) -> None:
+def warnings_about(cache: Any, model: Any, log: Log) -> set[str]:
+    """What is said of the cache: in the report, and in the log, which the command line shows too."""
+    said = [*model.report.warnings, *(r.getMessage() for r in log.records if r.levelno >= logging.WARNING)]
+    return {text for text in said if str(cache.root) in text}
+
+
+def test_a_cache_folder_that_cannot_be_written_costs_one_warning_and_a_compile(
+    here: Any, tmp_path: Path, caplog: Log
+) -> None:
     from transom.artifacts import Cache
 
     (tmp_path / "file").write_text("not a folder")
@@ -216,8 +233,10 @@ def test_a_cache_folder_that_cannot_be_written_costs_a_warning_and_a_compile(her
     here.cache = Cache(tmp_path / "file")
     with here.load() as model:
         assert model.report.backend == "sound"
-        [warning] = [w for w in model.report.warnings if "TRANSOM_CACHE" in w]
-        assert str(tmp_path / "file") in warning
+        [warning] = warnings_about(here.cache, model, caplog)
+        assert "cannot be written" in warning
+        assert "TRANSOM_CACHE" in warning
+        assert warning in model.report.warnings
         assert model.generate("Hello", max_new_tokens=2).usage.completion_tokens == 2
     assert compiles(backend) == 1
 
@@ -241,14 +260,17 @@ def fill_disk(monkeypatch: pytest.MonkeyPatch, root: Path, room: int) -> None:
 
 
 @pytest.mark.parametrize("room", [0, 10, 3000, 6000])
-def test_a_full_disk_costs_a_warning_and_another_compile(
-    here: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, room: int
+def test_a_full_disk_costs_one_warning_and_another_compile(
+    here: Any, monkeypatch: pytest.MonkeyPatch, caplog: Log, room: int
 ) -> None:
     here.use(MadeUp("sound"))
     fill_disk(monkeypatch, here.cache.root, room)
     with here.load() as model:
         assert model.report.backend == "sound", str(model.report)
-        assert any("TRANSOM_CACHE" in w for w in model.report.warnings)
+        [warning] = warnings_about(here.cache, model, caplog)
+        assert "No space left on device" in warning
+        assert "TRANSOM_CACHE" in warning
+        assert warning in model.report.warnings
         assert model.generate("Hello", max_new_tokens=2).usage.completion_tokens == 2
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -93,6 +94,67 @@ def test_silence_and_double_answers_are_breaches(graph: Any) -> None:
     ):
         with pytest.raises(EngineError, match=said):
             claims_of(graph, claiming(answers), CPU, {})
+
+
+class Fusing(MadeUp):
+    """Runs some nodes only as one: `groups` says which, by name."""
+
+    groups: dict[str, str]
+
+    def claim(self, graph: Any, device: Any, options: Any) -> list[Claim]:
+        return [replace(c, group=self.groups.get(c.node, "")) for c in super().claim(graph, device, options)]
+
+
+def fusing(refused: str, *nodes: str) -> Fusing:
+    backend = Fusing("fusing", f"refuse:{refused}")
+    backend.groups = dict.fromkeys(nodes, "fused") | {"layers.1.q.rotated": "other", "layers.1.k.rotated": "other"}
+    return backend
+
+
+def test_a_group_that_is_claimed_whole_stays_as_it_is(graph: Any) -> None:
+    lowered = lower(graph, fusing("Nothing", "layers.0.activated", "layers.0.gated"), CPU, {})
+    assert lowered.graph is graph
+    assert {c.node for c in lowered.claims if c.group == "fused"} == {"layers.0.activated", "layers.0.gated"}
+
+
+def test_a_group_with_a_refused_node_is_refused_whole_and_no_other_is(graph: Any) -> None:
+    backend = fusing("CachedAttention", "layers.0.q.rotated", "layers.0.attention", "layers.0.o")
+    claims = {c.node: c.reason for c in claims_of(graph, backend, CPU, {}) if not c.ok}
+    why = "there is no CachedAttention in this engine"
+    fused = f"runs only fused with a node that is refused: {why}"
+    assert claims == {
+        "layers.0.attention": why,
+        "layers.1.attention": why,
+        "layers.0.q.rotated": fused,
+        "layers.0.o": fused,
+    }
+
+
+def test_a_broken_group_is_decomposed_and_what_has_no_body_is_asked_about_again(
+    graph: Any, rng: np.random.Generator
+) -> None:
+    from transom.runtime.selfcheck import golden_logits
+
+    backend = fusing("CachedAttention", "layers.0.q.rotated", "layers.0.attention", "layers.0.o")
+    lowered = lower(graph, backend, CPU, {})
+    assert set(lowered.decomposed) >= {"layers.0.q.rotated", "layers.0.attention", "layers.1.attention"}
+    names = {str(n.name) for n in lowered.graph.nodes()}
+    assert {"layers.0.o", "layers.0.k.rotated", "layers.1.q.rotated", "layers.1.k.rotated"} <= names
+    ids = [int(i) for i in rng.integers(0, 61, 7)]
+    np.testing.assert_allclose(golden_logits(lowered.graph, ids), golden_logits(graph, ids), atol=1e-5)
+
+
+def test_a_group_that_stays_broken_is_an_error_that_names_all_of_it(graph: Any) -> None:
+    backend = fusing("Gather", "embedding", "embedding.scaled")
+    with pytest.raises(UnsupportedError) as caught:
+        lower(graph, backend, CPU, {})
+    gathers = count(graph, "Gather")
+    assert f"{gathers + 1} nodes" in caught.value.cause
+    assert set(caught.value.details) == {
+        f"{gathers} × Gather: there is no Gather in this engine (first: embedding)",
+        "1 × Mul: runs only fused with a node that is refused: there is no Gather in this engine "
+        "(first: embedding.scaled)",
+    }
 
 
 def test_refusals_are_grouped_by_operator_and_reason() -> None:
@@ -189,6 +251,16 @@ def test_explain_counts_what_runs_what_is_decomposed_and_what_is_refused(here: A
 def test_explain_asks_about_one_device_where_one_is_named(here: Any, graph: Any) -> None:
     here.use(MadeUp("all"), devices=[CPU, NPU])
     assert {a.device for a in explain_graph(graph, "tiny", machine(here), device="npu:0").answers} == {"npu:0"}
+
+
+def test_explain_tells_what_becomes_of_a_broken_group_in_the_end(here: Any, graph: Any) -> None:
+    here.use(fusing("CachedAttention", "layers.0.q.rotated", "layers.0.attention", "layers.0.o"))
+    [answer] = [a for a in explain_graph(graph, "tiny", machine(here)).answers if a.backend == "fusing"]
+    outcomes = {n.node: n.outcome for n in answer.nodes if n.outcome != "runs"}
+    assert answer.runs
+    assert outcomes == dict.fromkeys(
+        ["layers.0.q.rotated", "layers.0.attention", "layers.1.attention"], "decomposed"
+    )  # fmt: skip
 
 
 def test_explain_agrees_with_what_a_load_does(here: Any) -> None:

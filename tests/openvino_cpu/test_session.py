@@ -19,7 +19,9 @@ from transom.sessions import best as sorted_best
 from transom.testing.bench import Oracle
 from transom.testing.models import tiny_decoder
 from transom_openvino_cpu import OpenVinoCpu
-from transom_openvino_cpu.session import PagedSession, padded
+from transom_openvino_cpu.native.engine import NativeEngine
+from transom_openvino_cpu.paging import OpenVinoPages, padded
+from transom_openvino_cpu.session import PagedSession
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Open = Callable[..., PagedSession]
@@ -41,8 +43,16 @@ def stored(graph: Graph, folder: Path, options: dict[str, object]) -> Artifact:
     return Artifact(files, artifact.requires, artifact.notes)
 
 
+@pytest.fixture(params=["native", "openvino"])
+def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both paged engines keep the same promises."""
+    if request.param == "openvino":
+        monkeypatch.setenv("TRANSOM_NATIVE", "0")
+    return str(request.param)
+
+
 @pytest.fixture
-def opened(tmp_path: Path) -> Iterator[Open]:
+def opened(tmp_path: Path, engine: str) -> Iterator[Open]:
     """Opens sessions, and closes them in the end."""
     sessions: list[PagedSession] = []
 
@@ -53,6 +63,7 @@ def opened(tmp_path: Path) -> Iterator[Open]:
         artifact = stored(graph, folder, chosen)
         session = OpenVinoCpu().load(artifact, device or cpu(), chosen, folder)
         assert isinstance(session, PagedSession)
+        assert isinstance(session._engine, NativeEngine if engine == "native" else OpenVinoPages)
         sessions.append(session)
         return session
 
@@ -69,7 +80,7 @@ def close_to(got: Any, wanted: Array, limit: float = 1e-4) -> bool:
     return bool(np.linalg.norm(got - wanted) <= limit * np.linalg.norm(wanted))
 
 
-@pytest.mark.parametrize("chunks", [[31, 1, 1, 1], [32, 1], [33, 31, 1], [1, 64, 1], [100, 3, 29, 1]])
+@pytest.mark.parametrize("chunks", [[31, 1, 1, 1], [32, 1], [63, 1, 1], [33, 31, 1], [1, 64, 1], [100, 3, 29, 1]])
 def test_chunks_that_end_beside_page_borders_agree_with_the_reference(
     chunks: Sequence[int], opened: Open, rng: np.random.Generator
 ) -> None:
@@ -81,7 +92,8 @@ def test_chunks_that_end_beside_page_borders_agree_with_the_reference(
         tokens += new
         (got,) = session.step([Work(state, new, "all")])
         assert close_to(got, oracle.logits(tokens)[-count:])
-    assert state.nbytes == -(-len(tokens) // 32) * 32 * graph.decoder.cache_bytes(1, 4)  # type: ignore[union-attr]
+    pages = -(-len(tokens) // session.limits.page_tokens)
+    assert state.nbytes == pages * session._engine.page_bytes()
 
 
 def test_layers_with_different_heads_come_back_in_order(opened: Open, rng: np.random.Generator) -> None:
@@ -123,18 +135,19 @@ def test_narrow_arithmetic_knows_large_positions(precision: str, opened: Open, r
 
 
 def test_a_full_pool_fails_the_whole_step_and_no_state(opened: Open, rng: np.random.Generator) -> None:
-    graph = tiny_decoder(rng)
-    session = opened(graph, device=replace(cpu(), free_bytes=0), context=96)
+    graph = tiny_decoder(rng, context=192)
+    page = opened(graph).limits.page_tokens
+    session = opened(graph, device=replace(cpu(), free_bytes=0), context=3 * page)
     assert session.pages() == (3, 3)
     oracle, first, second = Oracle(graph), session.new_state(), session.new_state()
-    tokens, other = draw(rng, 40), draw(rng, 30)
+    tokens, other = draw(rng, page + 8), draw(rng, page - 2)
     session.step([Work(first, tokens), Work(second, other)])
     assert session.pages() == (3, 0)
     with pytest.raises(OutOfPages, match="cache pages"):
         session.step([Work(first, draw(rng, 1)), Work(second, draw(rng, 3))])
-    assert (first.length, second.length) == (40, 30)
+    assert (first.length, second.length) == (page + 8, page - 2)
     second.free()
-    more = draw(rng, 30)
+    more = draw(rng, page - 2)
     (got,) = session.step([Work(first, more)])
     assert close_to(got, oracle.logits(tokens + more)[-1])
 
@@ -152,7 +165,7 @@ def test_an_engine_that_fails_leaves_states_and_pages_alone(
         raise EngineError("made up")
 
     with monkeypatch.context() as patch:
-        patch.setattr(session._engine, "run", fail)
+        patch.setattr(session._engine, "step", fail)
         with pytest.raises(EngineError, match="made up"):
             session.step([Work(state, [1] * 50), Work(fork, [2])])
     assert (state.length, fork.length, session.pages()) == (20, 20, pages)
@@ -162,8 +175,7 @@ def test_an_engine_that_fails_leaves_states_and_pages_alone(
 
 def test_pages_that_nobody_wrote_to_take_no_memory(opened: Open, rng: np.random.Generator) -> None:
     session = opened(tiny_decoder(rng, context=150_000), device=replace(cpu(), free_bytes=8 << 30))
-    reserved = sum(a.nbytes for a in session._arrays.arrays.values())
-    assert reserved > 2 << 30
+    assert session.pages()[0] * session._engine.page_bytes() > 2 << 30
     before = _resident()
     session.step([Work(session.new_state(), draw(rng, 200))])
     assert _resident() - before < 100 << 20
@@ -189,12 +201,17 @@ def test_a_paged_session_has_no_plain_run(opened: Open, rng: np.random.Generator
         opened(tiny_decoder(rng)).run({})
 
 
-def test_a_damaged_artifact_is_one_sentence(tmp_path: Path, rng: np.random.Generator) -> None:
+def test_a_damaged_artifact_is_one_sentence(tmp_path: Path, engine: str, rng: np.random.Generator) -> None:
     options: dict[str, object] = {"precision": "exact"}
     artifact = stored(tiny_decoder(rng), tmp_path, options)
-    (tmp_path / "body.blob").write_bytes(b"no model" * 100)
-    with pytest.raises(EngineError, match=r"body\.blob"):
+    damaged = tmp_path / ("weights.bin" if engine == "native" else "body.blob")
+    damaged.write_bytes(b"no model" * 100)
+    with pytest.raises(EngineError, match="damaged" if engine == "native" else r"body\.blob"):
         OpenVinoCpu().load(artifact, cpu(), options, tmp_path)
+    if engine == "native":
+        (tmp_path / "program.json").write_text('{"ops": [')
+        with pytest.raises(EngineError, match="damaged"):
+            OpenVinoCpu().load(artifact, cpu(), options, tmp_path)
     (tmp_path / "session.json").write_text("{}")
     with pytest.raises(EngineError, match="damaged"):
         OpenVinoCpu().load(artifact, cpu(), options, tmp_path)

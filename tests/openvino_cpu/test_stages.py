@@ -18,6 +18,7 @@ from transom_openvino_cpu import OpenVinoCpu
 from transom_openvino_cpu.precision import Precision
 from transom_openvino_cpu.stages import cut
 
+pytestmark = pytest.mark.usefixtures("through_openvino")
 NARROW = Precision("bf16", "bf16", False)
 EXACT = Precision("exact", "f32", False)
 

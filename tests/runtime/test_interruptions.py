@@ -79,11 +79,21 @@ def test_a_forgotten_request_is_given_up_without_blocking() -> None:
     asked = request(session, [1], SamplingParams(), 8)
     engine.submit(asked)
     engine.next_event(asked)
-    with engine._lock:
-        engine.abandon(asked)  # as a finalizer would, in a thread that holds the lock
-    other = request(session, [2], SamplingParams(), 1)
+
+    def forget() -> None:
+        with engine._lock:
+            engine.abandon(asked)  # as a finalizer would, in a thread that holds the lock
+
+    thread = threading.Thread(target=forget, daemon=True)
+    thread.start()
+    thread.join(20)
+    assert not thread.is_alive(), "it waits for the lock that its own thread holds"
+    assert engine.requests == 1, "nobody may touch the list of requests without the lock"
+    other = request(session, [2], SamplingParams(), 3)
     engine.submit(other)
-    read(engine, other)
+    assert read(engine, other) == alone(session, [2], SamplingParams(), 3)
+    assert asked.branches[0].finish == "cancelled"
+    assert engine.requests == 0
     settled(session)
 
 

@@ -184,17 +184,24 @@ def read_pid(file: Path) -> int:
     raise AssertionError("the job did not start")
 
 
-def wait_until_dead(pid: int) -> None:
+def lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+        if sys.platform == "linux":  # Z: dead, and its new parent has not noticed yet
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (ProcessLookupError, FileNotFoundError):
+        return False
+    return True
+
+
+def dies(pid: int) -> bool:
+    """Whether the process ends within 20 seconds."""
     deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:
-        try:
-            os.kill(pid, 0)
-            if sys.platform == "linux" and Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
-                return  # dead, and its new parent has not noticed yet
-        except (ProcessLookupError, FileNotFoundError):
-            return
+    while lives(pid):
+        if time.monotonic() > deadline:
+            return False
         time.sleep(0.02)
-    raise AssertionError(f"process {pid} is still alive")
+    return True
 
 
 def test_the_value_comes_back() -> None:
@@ -254,13 +261,13 @@ def test_a_hang_ends_at_the_timeout_and_the_child_is_dead(tmp_path: Path, job: s
     assert result.error is not None
     assert result.error.kind == "timeout"
     assert "5 s" in result.error.message
-    wait_until_dead(read_pid(tmp_path / "pid"))
+    assert dies(read_pid(tmp_path / "pid"))
 
 
 @posix
 def test_the_processes_of_a_child_that_is_killed_are_killed_too(tmp_path: Path) -> None:
     assert run("fork_and_hang", {"file": str(tmp_path / "pid")}, timeout=5).error is not None
-    wait_until_dead(read_pid(tmp_path / "pid"))
+    assert dies(read_pid(tmp_path / "pid"))
 
 
 def test_what_a_library_prints_does_not_break_the_conversation(capfd: pytest.CaptureFixture[str]) -> None:
@@ -402,7 +409,7 @@ def test_cancelling_reaches_the_job_which_cleans_up(tmp_path: Path) -> None:
 
     with pytest.raises(Cancelled, match="enough"):
         run("wait_for_cancel", {"file": str(file)}, progress=stop_when_started)
-    wait_until_dead(read_pid(file))
+    assert dies(read_pid(file))
     assert (tmp_path / "pid.clean").exists()
 
 
@@ -419,7 +426,7 @@ def test_a_silent_job_can_be_cancelled_too_and_is_killed(
 
     with pytest.raises(Cancelled):
         run("hang" if sys.platform == "win32" else job, {"file": str(file)}, progress=stop_when_started)
-    wait_until_dead(read_pid(file))
+    assert dies(read_pid(file))
 
 
 PARENT = """
@@ -445,7 +452,7 @@ def test_ctrl_c_in_the_parent_ends_the_child(tmp_path: Path, job: str) -> None:
     pid = read_pid(tmp_path / "pid")
     parent.send_signal(signal.SIGINT)
     assert parent.communicate(timeout=30)[0].strip() == "interrupted"
-    wait_until_dead(pid)
+    assert dies(pid)
     assert (tmp_path / "pid.clean").exists() == (job == "wait_for_cancel")
 
 
@@ -456,9 +463,10 @@ def test_a_child_dies_when_its_parent_is_killed(tmp_path: Path, job: str) -> Non
         job = "hang"  # only Linux can be asked to kill it
     parent = start_parent(tmp_path, job)
     pid = read_pid(tmp_path / "pid")
+    assert lives(pid)
     parent.kill()
     parent.communicate(timeout=30)
-    wait_until_dead(pid)
+    assert dies(pid)
 
 
 def test_an_answer_counts_whatever_happens_while_the_child_ends(monkeypatch: pytest.MonkeyPatch) -> None:

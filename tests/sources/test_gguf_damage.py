@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -72,15 +71,18 @@ def test_wrong_magic(damaged: Any) -> None:
     assert "<!DO" in text
 
 
-@pytest.mark.parametrize("size", [0, 3, 4, 23])
+def test_an_empty_file(damaged: Any) -> None:
+    assert "not a GGUF file" in failure(damaged(lambda d: b""))
+
+
+@pytest.mark.parametrize("size", [3, 4, 23])
 def test_a_file_shorter_than_its_header(damaged: Any, size: int) -> None:
-    text = failure(damaged(lambda d: bytes(d[:size])))
-    assert "cut short" in text or "not a GGUF file" in text or "empty" in text
+    assert "cut short" in failure(damaged(lambda d: bytes(d[:size])))
 
 
 @pytest.mark.parametrize("share", [0.02, 0.2, 0.9, 0.999])
 def test_a_file_cut_short_anywhere(damaged: Any, share: float) -> None:
-    assert "cut short" in failure(damaged(lambda d: bytes(d[: int(len(d) * share)]))) or share < 0.1
+    assert "cut short" in failure(damaged(lambda d: bytes(d[: int(len(d) * share)])))
 
 
 def test_every_cut_of_the_header_is_an_error_of_ours(model: Path, tmp_path: Path) -> None:
@@ -92,17 +94,26 @@ def test_every_cut_of_the_header_is_an_error_of_ours(model: Path, tmp_path: Path
             open_gguf(path)
 
 
-def test_random_damage_of_the_header_never_crashes(model: Path, tmp_path: Path, rng: np.random.Generator) -> None:
+def test_random_damage_of_the_header_is_refused_or_does_no_harm(
+    model: Path, tmp_path: Path, rng: np.random.Generator
+) -> None:
     data = model.read_bytes()
     end = entry_at(data, Q) + 64
+    ways_out: list[str] = []
     for _ in range(300):
         broken = bytearray(data)
-        for at in rng.integers(4, end, 3):
+        for at in rng.integers(4, end, rng.integers(1, 4)):
             broken[at] = rng.integers(0, 256)
         path = tmp_path / "broken.gguf"
         path.write_bytes(broken)
-        with contextlib.suppress(SourceError):
-            resolve(path).open(path)
+        try:
+            opened = resolve(path).open(path)
+        except SourceError as error:
+            ways_out.append(error.fix)
+        else:
+            opened.graph.check()
+    assert 200 < len(ways_out) < 300
+    assert all(ways_out)
 
 
 def test_big_endian(damaged: Any) -> None:
@@ -232,6 +243,11 @@ def test_an_unknown_architecture_lists_what_is_known_and_the_ways_out(tmp_path: 
         assert word in text
 
 
+def weights_of(path: Path) -> dict[str, Any]:
+    initializers = resolve(path).open(path).graph.model.graph.initializers
+    return {name: value.meta[WEIGHT_META].load() for name, value in initializers.items() if WEIGHT_META in value.meta}
+
+
 def split(tmp_path: Path) -> list[Path]:
     """A tiny model in three parts, as llama-gguf-split writes them."""
     write_gguf(tiny("llama", tmp_path / "hf"), tmp_path / "whole.gguf")
@@ -261,9 +277,13 @@ def split(tmp_path: Path) -> list[Path]:
 
 def test_a_split_model_loads_from_any_of_its_parts_and_from_its_folder(tmp_path: Path) -> None:
     paths = split(tmp_path)
+    whole = weights_of(tmp_path / "whole.gguf")
     (tmp_path / "whole.gguf").unlink()
-    digests = {len(list(resolve(p).open(p).graph.nodes())) for p in (*paths, tmp_path)}
-    assert len(digests) == 1
+    for path in (*paths, tmp_path):
+        parts = weights_of(path)
+        assert parts.keys() == whole.keys()
+        for name, values in whole.items():
+            np.testing.assert_array_equal(parts[name], values, err_msg=name)
 
 
 def test_a_split_model_names_the_part_that_is_missing(tmp_path: Path) -> None:

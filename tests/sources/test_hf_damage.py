@@ -141,7 +141,7 @@ def test_random_damage_of_the_header_never_crashes(folder: Path, rng: np.random.
     path = folder / "model.safetensors"
     data = path.read_bytes()
     length = int.from_bytes(data[:8], "little")
-    outcomes = set()
+    ways_out: list[str] = []
     for _ in range(300):
         broken = bytearray(data)
         for at in rng.integers(0, 8 + length, 3):
@@ -149,11 +149,10 @@ def test_random_damage_of_the_header_never_crashes(folder: Path, rng: np.random.
         path.write_bytes(broken)
         try:
             open_safetensors(path)
-        except SourceError:
-            outcomes.add("refused")
-        else:
-            outcomes.add("read")
-    assert "refused" in outcomes
+        except SourceError as error:
+            ways_out.append(error.fix)
+    assert len(ways_out) > 200
+    assert all(ways_out)
 
 
 def test_a_missing_tensor(folder: Path) -> None:
@@ -307,8 +306,7 @@ def test_settings_that_the_family_does_not_honour_are_refused_by_name_and_value(
 )
 def test_impossible_values_are_refused_by_name(folder: Path, key: str, value: Any) -> None:
     set_config(folder, **{key: value})
-    text = failure(folder)
-    assert key in text or "columns" in text
+    assert f"{key} in {folder / 'config.json'} is {value!r}, not " in failure(folder)
 
 
 @pytest.mark.parametrize("key", ["hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"])

@@ -108,6 +108,40 @@ def test_what_mobius_builds_wrongly_is_refused(kind: str, tmp_path: Path) -> Non
     assert "from_pretrained" in caught.value.fix
 
 
+@pytest.mark.parametrize(
+    ("kind", "architecture", "known"),
+    [
+        ("granite", "OtherForCausalLM", "GraniteForCausalLM"),
+        ("olmo2", "GraniteForCausalLM", "Olmo2ForCausalLM"),
+        ("llama", "LlamaForSequenceClassification", "LlamaForCausalLM"),
+    ],
+)
+def test_a_config_whose_architecture_is_not_its_model_type_s_is_refused(
+    kind: str, architecture: str, known: str, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    checkpoint(kind, tmp_path, rng, **FAMILIES.get(kind, {}))
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, "architectures": [architecture]}))
+    source = resolve(tmp_path)
+    assert source.kind == "mobius"
+    with pytest.raises(SourceError, match=f'{architecture} and the model_type "{kind}"') as caught:
+        source.open(tmp_path)
+    assert f"a {known}, write that name into architectures" in caught.value.fix
+    assert "export the model to ONNX" in caught.value.fix
+    file.write_text(json.dumps({**config, "architectures": [known]}))  # what it says to do
+    assert resolve(tmp_path).open(tmp_path).graph.decoder is not None
+
+
+def test_a_config_that_names_no_architecture_goes_by_its_model_type(tmp_path: Path, rng: np.random.Generator) -> None:
+    model = checkpoint("granite", tmp_path, rng)
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    del config["architectures"]
+    file.write_text(json.dumps(config))
+    assert_agrees(resolve(tmp_path).open(tmp_path).graph, model, rng)
+
+
 def test_an_architecture_that_no_one_knows_says_so(tmp_path: Path) -> None:
     folder = config_only(tmp_path, model_type="granito")
     (folder / "model.safetensors").write_bytes(b"\x02" + bytes(7) + b"{}")

@@ -383,6 +383,13 @@ class CheckOpensFiles(Changed):
         return super().check(artifact, device) if there else Verdict("rebuild", "files are missing")
 
 
+class KeepsTheContextOfCompile(Changed):
+    caught_by = ("load.context",)
+
+    def load(self, artifact: Artifact, device: Device, options: Options, scratch: Path) -> Session:
+        return super().load(artifact, device, {**options, "context": None}, scratch)
+
+
 class ArtifactLivesInThisProcess(Changed):
     caught_by = ("artifact.another_process",)
     graphs: ClassVar[dict[str, Graph]] = {}

@@ -37,7 +37,7 @@ class Changed(ReferenceBackend):
         assert isinstance(path, Path)
         executor = Executor(self.edit(Graph.open(path)), keep_weights=True)
         decoder = executor.graph.decoder
-        limits = replace(self.limits, context=decoder.context if decoder else 1)
+        limits = replace(self.limits, context=options["context"] or (decoder.context if decoder else 1))
         return self.session(lambda inputs: self.outputs(executor, inputs), decoder, limits)
 
     def edit(self, graph: Graph) -> Graph:

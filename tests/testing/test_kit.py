@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,7 +23,7 @@ from paged_backends import (
     WritesBeforeItAsksForPages,
 )
 
-from transom.contract import Claim, Device, Offer, Options, Refusal
+from transom.contract import Artifact, Claim, Device, Offer, Options, Progress, Refusal, Session, Verdict
 from transom.errors import OptionError
 from transom.graph import Graph
 from transom.reference import ReferenceBackend
@@ -114,6 +116,44 @@ def test_inexact_claims_are_measured_and_only_garbage_fails(seed: int) -> None:
     result = run(Inexact(), CPU, only=["logits.gqa", "operator.MatMul"], seed=seed)
     assert result.ok, result.text()
     assert all(c.error is not None and 1e-5 < c.error < 1e-2 for c in result.checks)
+
+
+class BoundToItsContext(Changed):
+    """Static shapes of a whole context: the artifact says so, and its check leaves that to the host."""
+
+    def compile(self, part: Graph, device: Device, options: Options, progress: Progress) -> Artifact:
+        artifact = super().compile(part, device, options, progress)
+        self.made_for = options["context"]
+        return replace(artifact, requires={**artifact.requires, "context": str(self.made_for), "threads": "None"})
+
+    def check(self, artifact: Artifact, device: Device) -> Verdict:
+        kept = {k: v for k, v in artifact.requires.items() if k not in ("context", "threads")}
+        return super().check(replace(artifact, requires=kept), device)
+
+    def load(self, artifact: Artifact, device: Device, options: Options, scratch: Path) -> Session:
+        assert options["context"] == self.made_for
+        return super().load(artifact, device, options, scratch)
+
+
+def test_artifact_bound_to_options_of_load_passes_and_is_loaded_with_no_others(seed: int) -> None:
+    only = ["artifact.requires", "artifact.verdicts", "load.context"]
+    for options in ({}, {"context": 96}):
+        result = run(BoundToItsContext(), CPU, only=only, options=options, seed=seed)
+        assert result.ok, result.text()
+        assert not result.refused
+
+
+class TakesTheOptionsOfALoad(Changed):
+    def claim(self, graph: Graph, device: Device, options: Options) -> Sequence[Claim]:
+        assert {"precision", "context", "threads"} <= set(options)
+        assert options.get("own", 1) == 1
+        return super().claim(graph, device, options)
+
+
+def test_backend_is_given_the_options_that_the_host_gives_and_those_that_are_named(seed: int) -> None:
+    for options in ({}, {"own": 1}):
+        assert run(TakesTheOptionsOfALoad(), CPU, only=["logits.gqa"], options=options, seed=seed).ok
+    assert not run(TakesTheOptionsOfALoad(), CPU, only=["logits.gqa"], options={"own": 2}, seed=seed).ok
 
 
 # refusing operators ---------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ class OpenVinoCpu:
     `threads`; the last two may change from load to load of one artifact."""
 
     name = "openvino_cpu"
-    api = (1, 0)
+    api = (1, 1)
 
     def probe(self, devices: Sequence[Device]) -> Sequence[Offer | Refusal]:
         return [probing.answer(device) for device in devices]
@@ -31,7 +31,8 @@ class OpenVinoCpu:
         from transom_openvino_cpu.precision import resolve
 
         decoder = graph.decoder is not None
-        return list(claims.claims(graph, resolve(options, device, claims.matrices(graph), decoder=decoder)))
+        precision = resolve(options, device, claims.matrices(graph), decoder=decoder)
+        return list(claims.claims(graph, precision, device))
 
     def compile(self, part: Graph, device: Device, options: Options, progress: Progress) -> Artifact:
         from transom_openvino_cpu.compiling import compile_graph

@@ -11,6 +11,7 @@ from transom.signature import cache_input_names, cache_output_names
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+    from transom.contract import Device
     from transom.graph import Graph
     from transom.graph.weights import Weight
     from transom_openvino_cpu.precision import Precision
@@ -47,11 +48,16 @@ def paged(graph: Graph) -> bool:
     return bool(nodes) and all(_unpageable(graph, n) == "" for n in nodes)
 
 
-def claims(graph: Graph, precision: Precision) -> Iterator[Claim]:
+def claims(graph: Graph, precision: Precision, device: Device) -> Iterator[Claim]:
     """One claim for each node, in order."""
-    from transom_openvino_cpu import frontend
+    from transom_openvino_cpu.native.choosing import drafted
     from transom_openvino_cpu.precision import form_of
 
+    if not isinstance(drafted(graph, precision, device), str):
+        for node in graph.nodes():
+            inexact = precision.dynamic and linear_weight(node) is not None and not _is_head(graph, node)
+            yield Claim(str(node.name), True, exact=not inexact)
+        return
     attention = [n for n in graph.nodes() if is_cached_attention(n)]
     refused = next((f"{r} (layer {_layer(n)})" for n in attention if (r := _unpageable(graph, n))), "")
     whole = whole_through_frontend(graph)
@@ -68,7 +74,6 @@ def claims(graph: Graph, precision: Precision) -> Iterator[Claim]:
         weight = linear_weight(node) if precision.dynamic else None
         rounded = weight is not None and form_of(weight, precision).group >= 32 and not _is_head(graph, node)
         yield Claim(name, True, exact=not rounded)
-    del frontend
 
 
 def _layer(node: ir.Node) -> int:
@@ -108,7 +113,10 @@ def _refusal(node: ir.Node, whole: bool) -> str:
     if node.domain not in ("", "ai.onnx"):
         return f"no OpenVINO form of {node.domain}::{node.op_type}"
     if node.op_type in CONTROL_FLOW:
-        return "" if whole else "control flow beside operators that only run outside it"
+        if not whole:
+            return "control flow beside operators that only run outside it"
+        stale = any(_may_collect_nothing(inner) for inner in _with_inner(node))
+        return "OpenVINO's Loop, where it turns no times, gives what it collected the time before" if stale else ""
     if node.op_type not in TABLE and node.op_type not in OPERATORS:
         return f"no OpenVINO form of {node.op_type}"
     if node.op_type == "Cast":
@@ -116,6 +124,32 @@ def _refusal(node: ir.Node, whole: bool) -> str:
         if to != 16 and to not in ELEMENT_TYPES:
             return f"no OpenVINO form of a cast to ONNX type {to}"
     return ""
+
+
+def _with_inner(node: ir.Node) -> Iterator[ir.Node]:
+    """The node and those of the graphs inside it."""
+    from transom.graph.editing import all_nodes, subgraphs
+
+    yield node
+    for graph in subgraphs(node):
+        yield from all_nodes(graph)
+
+
+def _may_collect_nothing(node: ir.Node) -> bool:
+    """Whether it is a Loop that collects values in every turn and is not sure to turn at all.
+
+    OpenVINO 2026.4 leaves the collected outputs of such a run as the last run left them; those carried from turn to
+    turn are right.
+    """
+    from transom.graph.reading import constant_of
+
+    carried = len(node.inputs) - 2
+    if node.op_type != "Loop" or node.domain or len(node.outputs) <= carried:
+        return False
+    for value in node.inputs[:2]:  # the count and the condition; absent ones stop nothing
+        if value is not None and not ((known := constant_of(value)) is not None and known.reshape(-1)[0] >= 1):
+            return True
+    return False
 
 
 def whole_through_frontend(graph: Graph) -> bool:

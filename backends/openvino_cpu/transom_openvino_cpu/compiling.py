@@ -11,17 +11,20 @@ from typing import TYPE_CHECKING, Any
 
 from transom.contract import Artifact, Device, Options, Progress
 from transom.errors import EngineError
+from transom.graph.weights import Dense
 from transom_openvino_cpu import claims, names
 from transom_openvino_cpu.engine import openvino
 from transom_openvino_cpu.lowering import Stage, lower
+from transom_openvino_cpu.native.choosing import drafted, level_on
 from transom_openvino_cpu.plan import Plan, StagePlan
-from transom_openvino_cpu.precision import Form, Precision, dynamic_group, resolve
+from transom_openvino_cpu.precision import GROUP, Form, Precision, dynamic_group, resolve
 from transom_openvino_cpu.probing import requirements
 from transom_openvino_cpu.stages import has_wide_tables
 
 if TYPE_CHECKING:
     from transom.graph import Graph
     from transom.graph.weights import Weight
+    from transom_openvino_cpu.native.lowering import Drafting
 
 PREFIX = "transom-openvino-"
 SMALL_FILE = 8 << 20
@@ -38,14 +41,19 @@ def compile_graph(graph: Graph, device: Device, options: Options, progress: Prog
         OptionError: the precision cannot be had on this CPU or for this checkpoint.
     """
     precision = resolve(options, device, claims.matrices(graph), decoder=graph.decoder is not None)
+    drafting = drafted(graph, precision, device)
     folder = Path(tempfile.mkdtemp(prefix=PREFIX))
     try:
+        if not isinstance(drafting, str):
+            return _native(graph, drafting, device, folder, progress)
         progress("lower", 0.0)
         if claims.whole_through_frontend(graph):
             stages = [_through_frontend(graph, folder)]
         else:
             stages = lower(graph, precision, lambda share: progress("lower", share), tables_apart=False)
         notes = _notes(precision, stages)
+        if graph.decoder is not None:
+            notes.append(f"OpenVINO's own kernels run this model, not the native ones: {drafting}")
         plans = _compile_all(stages, precision, device, options, folder, progress)
         if plans is None:  # the engine does not keep the rotary tables wide
             stages = lower(graph, precision, lambda share: progress("lower", share), tables_apart=True)
@@ -63,6 +71,48 @@ def compile_graph(graph: Graph, device: Device, options: Options, progress: Prog
     except BaseException:  # a cancelled compile leaves nothing behind either
         shutil.rmtree(folder, ignore_errors=True)
         raise
+
+
+def _native(graph: Graph, drafting: Drafting, device: Device, folder: Path, progress: Progress) -> Artifact:
+    """The graph as a native program and its packed weights."""
+    from transom_openvino_cpu.native import lowering
+
+    with (folder / names.WEIGHTS_FILE).open("w+b") as file:
+        program = lowering.write(drafting, file, lambda share: progress("compile", share))
+    level = level_on(device)
+    assert level is not None
+    plan = Plan((), tuple(graph.input_names), tuple(graph.output_names), graph.decoder, True, level)
+    files: dict[str, bytes | Path] = {
+        names.PLAN_FILE: plan.to_json().encode(),
+        names.PROGRAM_FILE: program.to_json().encode(),
+        names.WEIGHTS_FILE: _small(folder / names.WEIGHTS_FILE),
+    }
+    if isinstance(files[names.WEIGHTS_FILE], bytes):
+        shutil.rmtree(folder, ignore_errors=True)
+    progress("compile", 1.0)
+    return Artifact(files, requirements(device), _native_notes(drafting))
+
+
+def _native_notes(drafting: Drafting) -> list[str]:
+    """As `_notes`, for a native program."""
+    precision = drafting.precision
+    products = [d for d in drafting.drafts if d.kind == "linear" and d.weight is not None]
+    integers = [d for d in products if d.by == "int8"]
+    cache = "bfloat16" if precision.hint == "bf16" else "float32"
+    if integers:
+        inside = "int8 matrix products"
+    elif any(d.by == "bf16" for d in products):
+        inside = "bfloat16 matrix products"
+    else:
+        inside = "float32 matrix products"
+    notes = [f"precision: {inside}, float32 elsewhere, {cache} cache"]
+    rounded = [d for d in integers if isinstance(d.weight, Dense)]
+    if rounded:
+        notes.append(
+            f"{len(rounded)} of {len(products)} matrices were rounded to int8 in groups of {GROUP}; "
+            "precision='exact' keeps them as stored"
+        )
+    return notes
 
 
 def _small(path: Path) -> bytes | Path:

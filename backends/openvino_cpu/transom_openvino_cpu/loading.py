@@ -4,22 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from transom.contract import Artifact, Device, Limits, Options, Session
 from transom.errors import EngineError
 from transom_openvino_cpu import names
-from transom_openvino_cpu.engine import Engine
 from transom_openvino_cpu.plan import Plan
+
+if TYPE_CHECKING:
+    from transom.signature import Decoder
+    from transom_openvino_cpu.engine import Engine
+    from transom_openvino_cpu.native.engine import NativeEngine
+    from transom_openvino_cpu.session import PagedEngine
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
 CACHE_SHARE = 0.5
 """Share of the free memory that the page pool may grow to. It is reserved, not taken: unused pages cost nothing."""
 MOST_CONTEXTS = 64
-"""Full contexts that the pool holds at most."""
+"""Full contexts that the pool holds at most, or a page for each sequence of the largest step."""
 
 
 def load_artifact(artifact: Artifact, device: Device, options: Options) -> Session:
@@ -33,15 +38,39 @@ def load_artifact(artifact: Artifact, device: Device, options: Options) -> Sessi
         plan = Plan.from_json(files[names.PLAN_FILE].read_text())
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise EngineError(f"this compiled model is damaged: {e}", "Remove it with: transom cache clear") from e
+    if plan.native and plan.decoder is not None:
+        from transom_openvino_cpu.sparse_session import SparseSession
+
+        native = _native(plan, files, _threads(device, options))
+        context = _context(plan.decoder, options)
+        return SparseSession(native, plan.decoder, context=context, pages=_pool_pages(native, device, context))
+    from transom_openvino_cpu.engine import Engine
+
     engine = Engine(plan, files, _threads(device, options))
-    if not plan.paged:
+    if not plan.paged or plan.decoder is None:
         return _plain(engine, plan, options)
+    from transom_openvino_cpu.paging import OpenVinoPages
     from transom_openvino_cpu.session import PagedSession
 
-    assert plan.decoder is not None
-    context = min(int(str(options.get("context") or plan.decoder.context)), plan.decoder.context)
-    page_bytes = plan.decoder.cache_bytes(names.PAGE_TOKENS, engine.cache_element_bytes())
-    return PagedSession(engine, plan, context=context, pages=_pool_pages(device, context, page_bytes))
+    paged, context = OpenVinoPages(engine, plan), _context(plan.decoder, options)
+    return PagedSession(paged, plan.decoder, context=context, pages=_pool_pages(paged, device, context))
+
+
+def _native(plan: Plan, files: Mapping[str, Path], threads: int) -> NativeEngine:
+    """The program of an artifact, opened."""
+    from transom_openvino_cpu.native.engine import NativeEngine
+    from transom_openvino_cpu.native.program import Program
+
+    try:
+        program = Program.from_json(files[names.PROGRAM_FILE].read_text())
+        weights = files[names.WEIGHTS_FILE]
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise EngineError(f"this compiled model is damaged: {e}", "Remove it with: transom cache clear") from e
+    return NativeEngine(program, weights, plan.native, threads)
+
+
+def _context(decoder: Decoder, options: Options) -> int:
+    return min(int(str(options.get("context") or decoder.context)), decoder.context)
 
 
 def _threads(device: Device, options: Options) -> int:
@@ -49,11 +78,14 @@ def _threads(device: Device, options: Options) -> int:
     return int(str(asked)) if asked else device.cores
 
 
-def _pool_pages(device: Device, context: int, page_bytes: int) -> int:
+def _pool_pages(engine: PagedEngine, device: Device, context: int) -> int:
     """Pages for many contexts, as memory allows, and for one in any case: the host has planned for that."""
-    one = -(-context // names.PAGE_TOKENS)
+    from transom_openvino_cpu.session import MAX_SEQUENCES
+
+    one = -(-context // engine.page_tokens)
     free = device.free_bytes if device.free_bytes is not None else device.memory_bytes
-    return max(one, min(int(free * CACHE_SHARE) // page_bytes, MOST_CONTEXTS * one))
+    most = max(MOST_CONTEXTS * one, MAX_SEQUENCES)
+    return max(one, min(int(free * CACHE_SHARE) // engine.page_bytes(), most))
 
 
 def _plain(engine: Engine, plan: Plan, options: Options) -> Session:
@@ -70,8 +102,6 @@ def _plain(engine: Engine, plan: Plan, options: Options) -> Session:
         arrays = {name: np.asarray(array, order="C") for name, array in inputs.items()}
         return engine.run(arrays, plan.outputs, keep=False)
 
-    context = plan.decoder.context if plan.decoder else 0
-    if plan.decoder and options.get("context"):
-        context = min(context, int(str(options["context"])))
+    context = _context(plan.decoder, options) if plan.decoder else 0
     limits = Limits(max_sequences=64, max_tokens=1024, context=context, page_tokens=0)
     return PackedSession(run, plan.decoder, limits, engine.close)

@@ -9,8 +9,10 @@ PAGE_BEGINS = "block_indices_begins"
 LONGEST = "max_context_len"
 
 PLAN_FILE = "session.json"
+PROGRAM_FILE = "program.json"
+WEIGHTS_FILE = "weights.bin"
 PAGE_TOKENS = 32
-"""Tokens in a page: what PagedAttention takes on a CPU."""
+"""Tokens in a page of OpenVINO's PagedAttention on a CPU."""
 
 
 def cache_inputs(layer: int) -> tuple[str, str]:

@@ -30,6 +30,8 @@ class Plan:
     outputs: tuple[str, ...]
     decoder: Decoder | None
     paged: bool
+    native: str = ""
+    """The instruction set of the native library that runs the decoder; empty: the stages do."""
 
     def to_json(self) -> str:
         raw = asdict(self)
@@ -41,4 +43,4 @@ class Plan:
         raw: dict[str, Any] = json.loads(text)
         stages = tuple(StagePlan(s["name"], s["file"], tuple(s["outputs"]), dict(s["config"])) for s in raw["stages"])
         decoder = None if raw["decoder"] is None else Decoder.from_json(raw["decoder"])
-        return cls(stages, tuple(raw["inputs"]), tuple(raw["outputs"]), decoder, bool(raw["paged"]))
+        return cls(stages, tuple(raw["inputs"]), tuple(raw["outputs"]), decoder, bool(raw["paged"]), raw["native"])

@@ -1,12 +1,17 @@
 """In what numbers a model runs: what `precision=` means here, what `auto` takes on which CPU, and what it costs.
 
+A decoder runs by the native library, or where that cannot be had by OpenVINO. The names mean the same, with small
+differences inside:
+
 | value | weights | activations and cache |
 |---|---|---|
 | `exact`, `f32` | as stored, blocks unpacked on the fly without loss | float32 |
-| `bf16` | as stored | bfloat16 between operators; float32 inside norms, rotary tables and the vocabulary matrix |
-| `f16` | as stored | float16; needs avx512_fp16 |
-| `fast`, `int8` | matrices int8 in groups of 64, or the stored blocks where they have no minimums | int8 into matrix \
-products, quantised on the fly in the same groups; bfloat16 elsewhere (float32 without bf16 hardware) |
+| `bf16` | as stored | bfloat16 into matrix products and in the cache, float32 inside norms, rotary tables and the \
+vocabulary matrix; natively float32 between operators |
+| `f16` | as stored | float16; needs avx512_fp16, and OpenVINO |
+| `fast`, `int8` | natively the stored blocks, plain matrices rounded to int8 in groups of 64; through OpenVINO blocks \
+with minimums are rounded too | int8 into matrix products, rounded on the fly in groups of 64 or less; bfloat16 in the \
+cache (float32 without bf16 hardware) |
 | `int4` | the stored 4-bit blocks; refused where the checkpoint has none | as `bf16` |
 | `auto` | see below | |
 
@@ -16,9 +21,7 @@ products, quantised on the fly in the same groups; bfloat16 elsewhere (float32 w
 - bf16 hardware (avx512_bf16, amx_bf16), checkpoint in float32, float16 or bfloat16: as `bf16`;
 - else: as `exact`.
 
-What it costs, SmolLM2-135M Q4_1 against exact float32 on 1024 tokens of documentation text, AVX-512 BF16: `exact` KL
-0.0000; `bf16` KL 0.0004, perplexity retention 1.00; `fast` KL 0.007, perplexity retention 0.994 to 1.000. The
-vocabulary matrix is never requantised.
+The vocabulary matrix is never requantised. What `auto` costs is measured by `benchmarks/cpu_fidelity.py`.
 """
 
 from __future__ import annotations

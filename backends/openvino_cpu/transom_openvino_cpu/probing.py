@@ -7,6 +7,7 @@ import importlib.metadata
 import platform
 
 from transom.contract import Device, Offer, Refusal
+from transom_openvino_cpu.native.choosing import level_on
 
 OLDEST = (2026, 4)
 """The first release whose PagedAttention has the form that `attention` writes."""
@@ -58,7 +59,8 @@ def answer(device: Device) -> Offer | Refusal:
     kind = isa(device)
     if kind == "generic":
         return Offer(device.id, "generic", f"x86-64 without AVX2 (slow), OpenVINO {version}")
-    return Offer(device.id, "native", f"x86-64 with {kind}, OpenVINO {version}")
+    kernels = "native kernels, " if level_on(device) else ""
+    return Offer(device.id, "native", f"x86-64 with {kind}, {kernels}OpenVINO {version}")
 
 
 def requirements(device: Device) -> dict[str, str]:
@@ -69,10 +71,11 @@ def requirements(device: Device) -> dict[str, str]:
         "arch": device.arch,
         "isa": isa(device),
         "system": platform.system(),
+        "native": level_on(device) or "none",
     }
 
 
-FORMAT = "1"
+FORMAT = "2"
 """Of the files that this backend writes."""
 
 

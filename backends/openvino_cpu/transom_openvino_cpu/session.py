@@ -1,47 +1,60 @@
-"""A contract session whose key-value cache lives in pages that we own; attention over them is the engine's."""
+"""A contract session whose key-value cache lies in pages: it hands pages out, a paged engine computes over them."""
 
 from __future__ import annotations
 
-import mmap
 import threading
 from collections.abc import Mapping, Sequence
-from itertools import accumulate
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from transom.contract import Limits, Tensor, Work
 from transom.errors import EngineError
 from transom.sessions import check_step, logit_rows, split_logits
-from transom_openvino_cpu import names
-from transom_openvino_cpu.engine import Engine
+from transom.signature import Decoder
 from transom_openvino_cpu.pages import PagePool, PageTable
-from transom_openvino_cpu.plan import Plan
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
 MAX_SEQUENCES = 256
 MAX_TOKENS = 1024
 """New tokens in one step. Longer chunks are not faster here, and their activations take memory."""
-_CONTAINERS: dict[int, Any] = {1: np.uint8, 2: np.uint16, 4: np.float32}
 
 
-class PageArrays:
-    """The memory behind the pages of every layer: reserved at once, taken from the system as pages are written to."""
+class PagedEngine(Protocol):
+    """Computes a decoder over pages that it keeps, and knows nothing of who holds them."""
 
-    def __init__(self, plan: Plan, pages: int, element_bytes: int) -> None:
-        assert plan.decoder is not None
-        self.arrays: dict[str, Array] = {}
-        container = np.dtype(_CONTAINERS[element_bytes])
-        for i, layer in enumerate(plan.decoder.layers):
-            for name, dim in zip(names.cache_inputs(i), (layer.head_dim, layer.value_dim), strict=True):
-                shape = (pages, layer.kv_heads, names.PAGE_TOKENS, dim)
-                memory = mmap.mmap(-1, int(np.prod(shape)) * container.itemsize)
-                self.arrays[name] = np.frombuffer(memory, container).reshape(shape)
+    @property
+    def page_tokens(self) -> int:
+        """Tokens in a page."""
 
-    def copy(self, source: int, target: int) -> None:
-        for array in self.arrays.values():
-            array[target] = array[source]
+    def page_bytes(self) -> int:
+        """Bytes of a page over all layers."""
+
+    def bind_pages(self, pages: int) -> None:
+        """Reserve memory for so many pages. Called once, before anything runs."""
+
+    def copy_page(self, source: int, target: int) -> None: ...
+
+    def warm_up(self) -> None:
+        """Whatever makes the first step as fast as the later ones. May run beside other work of the host."""
+
+    def step(
+        self, tokens: Sequence[Array], past: Sequence[int], pages: Sequence[Sequence[int]], rows: Sequence[int]
+    ) -> Array:
+        """Run the new tokens of some sequences, one behind the other.
+
+        Args:
+            tokens: int64 [new] of each sequence.
+            past: tokens that each sequence has cached before.
+            pages: of each sequence, those that the new tokens go to included.
+            rows: the tokens whose logits are wanted, counted over all sequences.
+
+        Returns:
+            float32 [rows or more, vocabulary], which belong to the caller.
+        """
+
+    def close(self) -> None: ...
 
 
 class PagedState:
@@ -76,28 +89,22 @@ class PagedSession:
         pages: pages in the pool, for all sequences together.
     """
 
-    def __init__(self, engine: Engine, plan: Plan, *, context: int, pages: int) -> None:
-        assert plan.decoder is not None
-        self._engine, self._decoder = engine, plan.decoder
-        element_bytes = engine.cache_element_bytes()
-        self._page_bytes = self._decoder.cache_bytes(names.PAGE_TOKENS, element_bytes)
-        self._pool = PagePool(pages, names.PAGE_TOKENS)
-        self._scratch = pages  # one page more, which nobody holds: padding writes to it
-        self._arrays = PageArrays(plan, pages + 1, element_bytes)
-        self._limits = Limits(MAX_SEQUENCES, MAX_TOKENS, context, names.PAGE_TOKENS)
+    def __init__(self, engine: PagedEngine, decoder: Decoder, *, context: int, pages: int) -> None:
+        self._engine, self._decoder = engine, decoder
+        self._page_bytes = engine.page_bytes()
+        self._pool = PagePool(pages, engine.page_tokens)
+        self._limits = Limits(MAX_SEQUENCES, MAX_TOKENS, context, engine.page_tokens)
         self._closed = False
-        engine.bind_caches(self._arrays.arrays)
+        engine.bind_pages(pages)
         self._failed: EngineError | None = None
         self._warming = threading.Thread(target=self._warm_up, name="transom-openvino-warm-up")
         self._warming.start()
 
     def _warm_up(self) -> None:
-        """One token that nobody sees: the engine repacks its weights while the host does other things."""
         try:
-            self._engine.run(self._arguments([np.zeros(1, np.int64)], [0], [[self._scratch]], [0]), (), keep=True)
+            self._engine.warm_up()
         except EngineError as e:
             self._failed = e  # raised by the first step
-        self._engine.drop_read_pages()
 
     @property
     def limits(self) -> Limits:
@@ -113,7 +120,7 @@ class PagedSession:
     def step(self, work: Sequence[Work]) -> Sequence[Tensor | tuple[Tensor, Tensor] | None]:
         self._need_open()
         states = [self._own(w) for w in work]
-        check_step(work, self._limits, self._decoder.vocabulary)
+        self._check(work)
         if not work:
             return []
         self._warming.join()
@@ -126,14 +133,27 @@ class PagedSession:
         reservation = self._pool.reserve([(s.table, n) for s, n in zip(states, counts, strict=True)])
         try:
             for source, target in reservation.copies:
-                self._arrays.copy(source, target)
-            outputs = self._engine.run(self._arguments(tokens, past, reservation.pages, rows), ("logits",), keep=True)
-            results = split_logits(outputs["logits"], work, counts, copy=False)
+                self._engine.copy_page(source, target)
+            logits = self._compute(work, tokens, past, reservation.pages, rows)
+            results = split_logits(logits, work, counts, copy=False)
         except BaseException:  # whatever it is, KeyboardInterrupt too, the states stay as they were
             reservation.rollback()
             raise
         reservation.commit()
         return results
+
+    def _check(self, work: Sequence[Work]) -> None:
+        check_step(work, self._limits, self._decoder.vocabulary)
+
+    def _compute(
+        self,
+        work: Sequence[Work],
+        tokens: Sequence[Array],
+        past: Sequence[int],
+        pages: Sequence[Sequence[int]],
+        rows: Sequence[int],
+    ) -> Array:
+        return self._engine.step(tokens, past, pages, rows)
 
     def _own(self, work: Work) -> PagedState:
         state = work.state
@@ -141,26 +161,6 @@ class PagedSession:
             raise ValueError("this sequence state belongs to another session")
         state.table.pages  # noqa: B018  a freed state raises here, before anything runs
         return state
-
-    def _arguments(
-        self, tokens: Sequence[Array], past: Sequence[int], pages: Sequence[Sequence[int]], rows: Sequence[int]
-    ) -> dict[str, Array]:
-        """The inputs of a step, padded by a sequence of its own to one of few token counts: see `padded`."""
-        counts = [len(t) for t in tokens]
-        total = sum(counts)
-        if padding := padded(total) - total:
-            tokens, past = [*tokens, np.zeros(padding, np.int64)], [*past, 0]
-            pages, counts = [*pages, [self._scratch]], [*counts, padding]
-        return {
-            "input_ids": np.concatenate(tokens),
-            "positions": np.concatenate([p + np.arange(n, dtype=np.int64) for p, n in zip(past, counts, strict=True)]),
-            "logit_rows": np.array([*rows, *[0] * (padded(len(rows)) - len(rows))], np.int64),
-            names.PAST_LENGTHS: np.array(past, np.int32),
-            names.BEGINS: _begins(counts),
-            names.PAGES: np.concatenate([np.asarray(p, np.int32) for p in pages]),
-            names.PAGE_BEGINS: _begins([len(p) for p in pages]),
-            names.LONGEST: np.array(max(p + n for p, n in zip(past, counts, strict=True)), np.int32),
-        }
 
     def run(self, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         self._need_open()
@@ -175,17 +175,3 @@ class PagedSession:
     def _need_open(self) -> None:
         if self._closed:
             raise RuntimeError("this session is closed")
-
-
-def _begins(counts: Sequence[int]) -> Array:
-    """Where each part starts, and where the last ends: int32 [parts + 1]."""
-    return np.array(list(accumulate(counts, initial=0)), np.int32)
-
-
-def padded(count: int) -> int:
-    """The size that `count` tokens (or rows of logits) are padded to: few enough sizes in all.
-
-    The engine keeps code and buffers for each size it meets, about 1 MB, and never gives them back.
-    """
-    step = 1 if count <= 16 else 8 if count <= 128 else names.PAGE_TOKENS
-    return -(-count // step) * step

@@ -328,8 +328,8 @@ class Cache:
         self._notebooks.clear()
         return done
 
-    def require_writable(self) -> None:
-        """Make the folder and try to write there. Raises CacheError, saying what is wrong and what to do."""
+    def unwritable(self) -> OSError | None:
+        """Make the folder and try to write there: what stands in the way, or None."""
         probe = self.root / f".{unique('probe')}"
         try:
             self._make_root()
@@ -337,7 +337,25 @@ class Cache:
             probe.unlink()
         except OSError as error:
             delete(probe)
+            return error
+        return None
+
+    def require_writable(self) -> None:
+        """Raises CacheError, saying what is wrong and what to do, where nothing can be written."""
+        if (error := self.unwritable()) is not None:
             raise CacheError(f"The cache folder {self.root} cannot be written: {_reason(error)}", _WAY_OUT) from error
+
+    def keeps_nothing(self, error: OSError | None = None) -> str:
+        """The warning of a run that goes on outside of this cache, in the same words whoever notices.
+
+        Args:
+            error: what stood in the way of writing; None where something that was written is gone.
+        """
+        why = "could not keep the compiled model" if error is None else f"cannot be written ({_reason(error)})"
+        return (
+            f"The cache {self.root} {why}: what this run makes is kept in a temporary folder and gone when the process "
+            f"ends. {_WAY_OUT}."
+        )
 
     # --- shared by the classes of this file ---
 
@@ -414,10 +432,7 @@ class Cache:
 
     def _warn(self, error: OSError) -> None:
         if not self.warnings:
-            self.warnings.append(
-                f"The cache {self.root} cannot be written ({_reason(error)}): what this run makes is kept in a "
-                f"temporary folder and gone when the process ends. {_WAY_OUT}."
-            )
+            self.warnings.append(self.keeps_nothing(error))
             _log.warning("%s", self.warnings[0])
 
     def _notebook(self, path: Path) -> Notebook:

@@ -139,7 +139,7 @@ _RENAMED = {"max_new_tokens": "max-tokens"}
 
 def _as_options(text: str) -> str:
     """Advice written for Python, `context=4096`, as a person types it here: `--context 4096`."""
-    names = "backend|context|device|precision|threads|verify|max_new_tokens|temperature|seed|top_k|top_p|min_p"
+    names = "backend|context|device|precision|sparsity|threads|verify|max_new_tokens|temperature|seed|top_k|top_p|min_p"
 
     def flag(found: re.Match[str]) -> str:
         name = _RENAMED.get(found[1], found[1].replace("_", "-"))

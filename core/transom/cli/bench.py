@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from transom.cli.options import CONTEXT, JSON, MODEL, PRECISION, THREADS, complete_backend, complete_device
+from transom.cli.options import (
+    CONTEXT,
+    JSON,
+    MODEL,
+    PRECISION,
+    SPARSITY,
+    THREADS,
+    complete_backend,
+    complete_device,
+)
 from transom.cli.output import Progress, heading, print_json, table
 
 if TYPE_CHECKING:
@@ -46,6 +55,7 @@ Examples:
 @CONTEXT
 @PRECISION
 @THREADS
+@SPARSITY
 @JSON
 def bench(
     model: str,
@@ -67,8 +77,10 @@ def bench(
     all rounds are shown. Nothing else should run meanwhile.
     """
     from transom.sources import resolve
+    from transom.sparsity import Sparsity
 
-    resolve(model)  # a wrong path is said before anything is started
+    resolve(model)  # a wrong path or policy is said before anything is started
+    Sparsity.parse(options["sparsity"])
     if startup:
         return _startup(model, devices, backends, runs, empty_cache, as_json, options)
 

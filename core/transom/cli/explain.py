@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from transom.cli.options import DEVICE, JSON, MODEL, PROBE_FILE
+from transom.cli.options import DEVICE, JSON, MODEL, PROBE_FILE, SPARSITY
 from transom.cli.output import Progress, print_json, warn
 
 if TYPE_CHECKING:
@@ -26,9 +26,10 @@ Examples:
 @MODEL
 @DEVICE
 @click.option("--nodes", is_flag=True, help="Also each node that does not run as it is; with --json all are there.")
+@SPARSITY
 @PROBE_FILE
 @JSON
-def explain(model: str, device: str, nodes: bool, probe_file: str | None, as_json: bool) -> None:
+def explain(model: str, device: str, nodes: bool, sparsity: str, probe_file: str | None, as_json: bool) -> None:
     """Show every backend against every kind of node, with the reason where it says no.
 
     Nothing is compiled. Counts come first: how many nodes of which operator run, run in standard operators, or are
@@ -38,7 +39,7 @@ def explain(model: str, device: str, nodes: bool, probe_file: str | None, as_jso
     from transom.plugins import load_plugins
 
     with Progress(stage="read"):
-        found = transom.explain(model, device, probe_file=probe_file)
+        found = transom.explain(model, device, sparsity=sparsity, probe_file=probe_file)
     if as_json:
         print_json(found.to_dict())
         return

@@ -30,6 +30,12 @@ def complete_backend(context: click.Context, parameter: click.Parameter, incompl
     return _starting_with(incomplete, ["auto", *load_plugins().backends])
 
 
+def complete_sparsity(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
+    from transom.sparsity import PRESETS
+
+    return _starting_with(incomplete, PRESETS)
+
+
 MODEL = click.argument("model", type=click.Path())
 DEVICE = click.option(
     "--device",
@@ -50,6 +56,14 @@ PRECISION = click.option(
     "--precision", type=click.Choice(PRECISIONS), default="auto", show_default=True, help="What to compute in."
 )
 THREADS = click.option("--threads", type=int, help="Processor threads. [default: every core this process may use]")
+SPARSITY = click.option(
+    "--sparsity",
+    metavar="NAME|FILE|SHARE",
+    default="off",
+    show_default=True,
+    shell_complete=complete_sparsity,
+    help="Which keys attention reads: off (all), safe, balanced, fast, classic; a coverage such as 0.93; a JSON file.",
+)
 VERIFY = click.option(
     "--verify",
     type=click.Choice(VERIFIES),
@@ -62,8 +76,8 @@ PROBE_FILE = click.option(
 )
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
-_LOADING = (DEVICE, BACKEND, CONTEXT, PRECISION, THREADS, VERIFY, PROBE_FILE, JSON)
-_LOAD_NAMES = ("device", "backend", "context", "precision", "threads", "verify", "probe_file")
+_LOADING = (DEVICE, BACKEND, CONTEXT, PRECISION, THREADS, SPARSITY, VERIFY, PROBE_FILE, JSON)
+_LOAD_NAMES = ("device", "backend", "context", "precision", "threads", "sparsity", "verify", "probe_file")
 
 _SAMPLING = (
     click.option("--max-tokens", "max_new_tokens", type=int, help="Most tokens to generate. [default: what fits]"),

@@ -7,17 +7,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import onnx_ir as ir
-
 from transom.errors import SourceError
-from transom.graph import DecoderBuilder, Weight
 from transom.models.family import Config
 from transom.models.rope import Rope
 from transom.models.tensors import Tensors
 from transom.models.values import Values
 
 if TYPE_CHECKING:
-    from transom.graph import Graph
+    import onnx_ir as ir
+
+    from transom.graph import DecoderBuilder, Graph, Weight
 
 ACTIVATIONS = {
     "silu": "silu",
@@ -36,6 +35,14 @@ def activation(values: Values, key: str) -> str:
         SourceError: one that is not known.
     """
     return ACTIVATIONS[values.one_of(key, tuple(ACTIVATIONS))]
+
+
+def begin(family: str, config: Config, windows: list[int]) -> DecoderBuilder:
+    """A builder for the family's graph; `windows`: the sliding window of each layer, 0 for none."""
+    # Here and not above: a family is looked up by its names in processes that build no graph and need no ONNX.
+    from transom.graph import DecoderBuilder
+
+    return DecoderBuilder(family, config.decoder(family, windows))
 
 
 def activate(b: DecoderBuilder, x: ir.Value, kind: str) -> ir.Value:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transom.errors import SourceError
-from transom.graph import Graph
 from transom.models.rope import Rope
 from transom.models.tensors import Tensors
 from transom.models.values import Values
 from transom.signature import Decoder, LayerCache
+
+if TYPE_CHECKING:
+    from transom.graph import Graph
 
 
 @dataclass(frozen=True, kw_only=True)

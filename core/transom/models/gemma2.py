@@ -5,14 +5,18 @@ Source: Gemma team 2024 (arXiv:2408.00118), and `Gemma2ForCausalLM` of transform
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from transom.graph import DecoderBuilder, Graph
 from transom.models import block
 from transom.models.family import COMMON_GGUF_NAMES, Config, Family, layer_windows, sizes_from_gguf, sizes_from_hf
 from transom.models.rope import rope_from_gguf, rope_from_hf
 from transom.models.tensors import Tensors
 from transom.models.values import Values
+
+if TYPE_CHECKING:
+    from transom.graph import Graph
 
 DEFAULTS = {
     "vocab_size": 256000,
@@ -70,20 +74,25 @@ def from_hf(values: Values, tensors: Tensors, context: int | None) -> Gemma2Conf
 def from_gguf(values: Values, tensors: Tensors, context: int | None) -> Gemma2Config:
     sizes = sizes_from_gguf(values, tensors, lambda dim: rope_from_gguf(values, dim, context, tensors))
     window = values.whole("attention.sliding_window", 4096, low=0)
-    # The file does not say query_pre_attn_scalar; of the published sizes only 27B scales by other than its head's width
-    width = sizes["hidden"] / sizes["heads"] if sizes["layers"] == _LAYERS_OF_27B else sizes["head_dim"]
     return Gemma2Config(
         **sizes,
         windows=[window if i % 2 == 0 else 0 for i in range(sizes["layers"])],
-        scale=values.number("attention.scale", None, low=1e-6) or width**-0.5,
+        scale=scale_from_gguf(values, sizes, _LAYERS_OF_27B),
         attention_softcap=values.number("attn_logit_softcapping", 50.0, low=0.0),
         logit_softcap=values.number("final_logit_softcapping", 30.0, low=0.0),
         offset=0.0,
     )
 
 
+def scale_from_gguf(values: Values, sizes: Mapping[str, Any], layers_of_27b: int) -> float:
+    """The factor on QKᵀ. Files that do not say it do not say query_pre_attn_scalar either; of the published sizes only
+    27B, known by its number of layers, scales by another width than its heads have."""
+    width = sizes["hidden"] / sizes["heads"] if sizes["layers"] == layers_of_27b else sizes["head_dim"]
+    return float(values.number("attention.scale", None, low=1e-6) or width**-0.5)
+
+
 def build(config: Gemma2Config, tensors: Tensors) -> Graph:
-    b = DecoderBuilder("gemma2", config.decoder("gemma2", config.windows))
+    b = block.begin("gemma2", config, config.windows)
     wide, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
     offset, bias = config.offset, config.bias
     x = block.embed(b, config, tensors, scale=config.hidden**0.5)

@@ -8,13 +8,16 @@ Source: Gemma team 2025 (arXiv:2503.19786), and `Gemma3ForCausalLM` of transform
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from transom.graph import DecoderBuilder, Graph
 from transom.models import block, gemma2
 from transom.models.family import Config, Family, layer_windows, sizes_from_gguf, sizes_from_hf
 from transom.models.rope import Rope, plain, rope_from_gguf, rope_from_hf
 from transom.models.tensors import Tensors
 from transom.models.values import Values
+
+if TYPE_CHECKING:
+    from transom.graph import Graph
 
 DEFAULTS = {
     **gemma2.DEFAULTS,
@@ -82,14 +85,12 @@ def from_gguf(values: Values, tensors: Tensors, context: int | None) -> Gemma3Co
     window = values.whole("attention.sliding_window", low=0)
     local = _local_layers(values, sizes["layers"])
     base = values.number("rope.freq_base_swa", _LOCAL_BASE, low=1e-3)
-    # The file does not say query_pre_attn_scalar; of the published sizes only 27B scales by other than its head's width
-    width = sizes["hidden"] / sizes["heads"] if sizes["layers"] == _LAYERS_OF_27B else sizes["head_dim"]
     return Gemma3Config(
         **sizes,
         windows=[window if here else 0 for here in local],
         local=local,
         local_rope=plain(base, sizes["head_dim"], sizes["rope"].context),
-        scale=values.number("attention.scale", None, low=1e-6) or width**-0.5,
+        scale=gemma2.scale_from_gguf(values, sizes, _LAYERS_OF_27B),
         logit_softcap=values.number("final_logit_softcapping", 0.0, low=0.0),
         offset=0.0,
     )
@@ -108,7 +109,7 @@ def _local_layers(values: Values, layers: int) -> list[bool]:
 
 
 def build(config: Gemma3Config, tensors: Tensors) -> Graph:
-    b = DecoderBuilder("gemma3", config.decoder("gemma3", config.windows))
+    b = block.begin("gemma3", config, config.windows)
     dim, offset, bias = config.head_dim, config.offset, config.bias
     wide, kv = config.heads * dim, config.kv_heads * dim
     x = block.embed(b, config, tensors, scale=config.hidden**0.5)

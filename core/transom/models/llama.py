@@ -6,17 +6,21 @@ Source: Touvron et al. 2023 (arXiv:2302.13971), and `LlamaForCausalLM` of transf
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import onnx_ir as ir
 
-from transom.graph import DecoderBuilder, Graph
 from transom.graph.weights import take_rows
 from transom.models import block
 from transom.models.family import COMMON_GGUF_NAMES, Config, Family, sizes_from_gguf, sizes_from_hf
 from transom.models.rope import rope_from_gguf, rope_from_hf
 from transom.models.tensors import Tensors
 from transom.models.values import Values
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from transom.graph import DecoderBuilder, Graph
 
 DEFAULTS = {
     "num_key_value_heads": None,
@@ -66,7 +70,7 @@ def from_gguf(values: Values, tensors: Tensors, context: int | None) -> LlamaCon
 
 
 def build(config: LlamaConfig, tensors: Tensors, family: str = "llama") -> Graph:
-    b = DecoderBuilder(family, config.decoder(family, [config.sliding_window] * config.layers))
+    b = block.begin(family, config, [config.sliding_window] * config.layers)
     x = block.embed(b, config, tensors)
     for i in range(config.layers):
         prefix = f"model.layers.{i}"

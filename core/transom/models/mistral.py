@@ -7,12 +7,16 @@ Source: Jiang et al. 2023 (arXiv:2310.06825), and `MistralForCausalLM` of transf
 
 from __future__ import annotations
 
-from transom.graph import Graph
+from typing import TYPE_CHECKING
+
 from transom.models import block, llama
 from transom.models.family import Family, sizes_from_hf
 from transom.models.rope import rope_from_hf
 from transom.models.tensors import Tensors
 from transom.models.values import Values
+
+if TYPE_CHECKING:
+    from transom.graph import Graph
 
 DEFAULTS = {
     "num_key_value_heads": 8,

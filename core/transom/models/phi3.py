@@ -6,14 +6,17 @@ Source: Abdin et al. 2024 (arXiv:2404.14219), and `Phi3ForCausalLM` of transform
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from transom.graph import DecoderBuilder, Graph
 from transom.graph.weights import take_rows
 from transom.models import block
 from transom.models.family import COMMON_GGUF_NAMES, Config, Family, sizes_from_gguf, sizes_from_hf
 from transom.models.rope import rope_from_gguf, rope_from_hf
 from transom.models.tensors import Tensors
 from transom.models.values import Values
+
+if TYPE_CHECKING:
+    from transom.graph import Graph
 
 DEFAULTS = {
     "hidden_act": "silu",
@@ -51,7 +54,7 @@ def from_gguf(values: Values, tensors: Tensors, context: int | None) -> Phi3Conf
 
 
 def build(config: Phi3Config, tensors: Tensors) -> Graph:
-    b = DecoderBuilder("phi3", config.decoder("phi3", [config.sliding_window] * config.layers))
+    b = block.begin("phi3", config, [config.sliding_window] * config.layers)
     wide, kv, inner = config.heads * config.head_dim, config.kv_heads * config.head_dim, config.intermediate
     x = block.embed(b, config, tensors)
     for i in range(config.layers):

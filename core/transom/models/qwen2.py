@@ -6,13 +6,16 @@ Source: Yang et al. 2024 (arXiv:2407.10671), and `Qwen2ForCausalLM` of transform
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from transom.graph import DecoderBuilder, Graph
 from transom.models import block
 from transom.models.family import COMMON_GGUF_NAMES, Config, Family, layer_windows, sizes_from_gguf, sizes_from_hf
 from transom.models.rope import rope_from_gguf, rope_from_hf
 from transom.models.tensors import Tensors
 from transom.models.values import Values
+
+if TYPE_CHECKING:
+    from transom.graph import Graph
 
 DEFAULTS = {
     "num_key_value_heads": 32,
@@ -54,7 +57,7 @@ def from_gguf(values: Values, tensors: Tensors, context: int | None) -> Qwen2Con
 
 
 def build(config: Qwen2Config, tensors: Tensors) -> Graph:
-    b = DecoderBuilder("qwen2", config.decoder("qwen2", config.windows))
+    b = block.begin("qwen2", config, config.windows)
     dim, wide = config.head_dim, config.heads * config.head_dim
     x = block.embed(b, config, tensors)
     for i in range(config.layers):

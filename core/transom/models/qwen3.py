@@ -6,14 +6,17 @@ Source: Yang et al. 2025 (arXiv:2505.09388), and `Qwen3ForCausalLM` of transform
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from transom.graph import DecoderBuilder, Graph
 from transom.models import block
 from transom.models.family import COMMON_GGUF_NAMES, Config, Family, sizes_from_gguf, sizes_from_hf
 from transom.models.qwen2 import upper_windows
 from transom.models.rope import rope_from_gguf, rope_from_hf
 from transom.models.tensors import Tensors
 from transom.models.values import Values
+
+if TYPE_CHECKING:
+    from transom.graph import Graph
 
 DEFAULTS = {
     "num_key_value_heads": 32,
@@ -55,7 +58,7 @@ def from_gguf(values: Values, tensors: Tensors, context: int | None) -> Qwen3Con
 
 
 def build(config: Qwen3Config, tensors: Tensors) -> Graph:
-    b = DecoderBuilder("qwen3", config.decoder("qwen3", config.windows))
+    b = block.begin("qwen3", config, config.windows)
     dim, bias = config.head_dim, config.bias
     wide, kv = config.heads * dim, config.kv_heads * dim
     x = block.embed(b, config, tensors)

@@ -76,8 +76,11 @@ def rope_from_hf(
     kind = aliases.get(kind, kind) if isinstance(kind, str) else kind
     rotated = int(head_dim * partial)
     if rotated < 2 or rotated % 2:
-        where = table if table.has("partial_rotary_factor") else values
-        raise where.wrong("partial_rotary_factor", f"one that turns an even number of the {head_dim} columns of a head")
+        for where in (table, values):
+            if where.has("partial_rotary_factor"):
+                wanted = f"one that turns an even number of the {head_dim} columns of a head"
+                raise where.wrong("partial_rotary_factor", wanted)
+        raise Values({"head_dim": head_dim}, values.where).wrong("head_dim", "an even number")
     rope = plain(base, rotated, longest)
     if kind == "default":
         return rope

@@ -1,7 +1,8 @@
 """`transom::CachedAttention`: causal grouped-query attention over a cache, for ragged batches of sequences.
 
 Every new token and every cached token carries the id of its sequence and its position in it, so one call serves any
-mix of prefill chunks and decodes without padding. The operator appends the new keys and values to the cache.
+mix of prefill chunks and decodes without padding. The operator appends the new keys and values to the cache. With a
+sparsity policy it reads the keys that `transom.ops.sparse_routing` chooses, and is exact over them.
 
 Sources: grouped-query attention, Ainslie et al. 2023 (arXiv:2305.13245); logit soft cap, Gemma 2 report
 (arXiv:2408.00118); attention sinks, gpt-oss model card 2025 (one learnt logit for each head); names of attributes
@@ -15,7 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from transom.ops import sparse_body, sparse_samples
 from transom.ops.schema import Array, Attribute, Attributes, Dimension, OpSchema, Param, Sample, TensorSpec
+from transom.ops.sparse_attention import OBSERVER, attend, observe_dense
+from transom.ops.sparse_routing import policy_of
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -47,7 +51,7 @@ ATTRIBUTES = (
     Attribute("is_causal", "int", 1, "1: a token sees no later position"),
     Attribute("softcap", "float", 0.0, "c > 0: scores become c * tanh(scores / c), before bias and mask"),
     Attribute("sliding_window", "int", 0, "w > 0: a token at p sees only positions above p - w"),
-    Attribute("sparsity", "string", "dense", "the sparsity policy; `dense` attends to every visible key"),
+    Attribute("sparsity", "string", "dense", "the layer's sparsity policy, canonical; `dense` reads every visible key"),
     Attribute("layer", "int", 0, "index of the layer's cache"),
 )
 
@@ -60,16 +64,18 @@ def _heads(attributes: Attributes) -> tuple[int, int, int]:
 
 
 def reference(inputs: Sequence[Array | None], attributes: Attributes) -> tuple[Array, ...]:
-    """Exact, in float32, one sequence at a time; shapes as in `INPUTS` and `OUTPUTS`."""
+    """Exact over the keys that the policy chooses, in float32, one sequence at a time; shapes as in `INPUTS`."""
     q, k, v, past_k, past_v, seq, pos, past_seq, past_pos = (np.asarray(x) for x in inputs[:9])
     bias, sinks = (inputs[i] if len(inputs) > i else None for i in (9, 10))
     q_heads, kv_heads, group = _heads(attributes)
-    if attributes["sparsity"] != "dense":
-        raise ValueError(f"unknown sparsity policy {attributes['sparsity']!r}")
+    present_k, present_v = np.concatenate([past_k, k]), np.concatenate([past_v, v])
+    if not policy_of(inputs, attributes).dense:
+        return attend(inputs, attributes), present_k, present_v
+    if (observer := attributes.get(OBSERVER)) is not None:
+        observe_dense(inputs, attributes, observer)
     tokens, dim = q.shape[0], q.shape[1] // q_heads
     value_dim = v.shape[1] // kv_heads
     scale = attributes["scale"] or dim**-0.5
-    present_k, present_v = np.concatenate([past_k, k]), np.concatenate([past_v, v])
     key_seq, key_pos = np.concatenate([past_seq, seq]), np.concatenate([past_pos, pos])
     out = np.zeros((tokens, q_heads, value_dim), np.float32)
     for sequence in np.unique(seq):
@@ -137,10 +143,10 @@ def body(attributes: Attributes, present: Sequence[bool]) -> ir.Function:
     from transom.ops.functions import FunctionWriter
 
     q_heads, kv_heads, group = _heads(attributes)
-    if attributes["sparsity"] != "dense":
-        raise ValueError(f"unknown sparsity policy {attributes['sparsity']!r}")
     has_bias, has_sinks = (len(present) > i and present[i] for i in (9, 10))
     f = FunctionWriter(DOMAIN, NAME, [p.name for p in INPUTS[: len(present)]])
+    if not policy_of(present, attributes).dense:
+        return f.finish(sparse_body.attend(f, attributes, present), ATTRIBUTES, attributes, present)
     q, k, v, past_k, past_v, seq, pos, past_seq, past_pos = f.inputs[:9]
     present_k, present_v = f("Concat", past_k, k, axis=0), f("Concat", past_v, v, axis=0)
 
@@ -238,6 +244,7 @@ def samples(rng: np.random.Generator) -> Iterator[Sample]:
             {"q_num_heads": q_heads, "kv_num_heads": kv_heads} | {k: v for k, v in variant.items() if k in known},
             outputs=3,
         )
+    yield from sparse_samples.samples(rng, {a.name: a.default for a in ATTRIBUTES})
 
 
 SCHEMA = OpSchema(

@@ -46,6 +46,10 @@ class FunctionWriter:
 
     def __call__(self, op_type: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
         """Append a standard operator with one output."""
+        return self.several(1, op_type, *inputs, **attributes)[0]
+
+    def several(self, outputs: int, op_type: str, *inputs: ir.Value | None, **attributes: Any) -> Sequence[ir.Value]:
+        """Append a standard operator with this many outputs."""
         number = len(self._nodes)
         node = ir.Node(
             "",
@@ -53,11 +57,12 @@ class FunctionWriter:
             inputs,
             [ir.convenience.convert_attribute(k, v) for k, v in attributes.items()],
             name=f"{op_type}_{number}",
-            num_outputs=1,
+            num_outputs=outputs,
         )
-        node.outputs[0].name = f"{op_type.lower()}_{number}"
+        for i, value in enumerate(node.outputs):
+            value.name = f"{op_type.lower()}_{number}" if i == 0 else f"{op_type.lower()}_{number}_{i}"
         self._nodes.append(node)
-        return node.outputs[0]
+        return node.outputs
 
     def ints(self, value: int | Sequence[int]) -> ir.Value:
         """An int64 constant."""

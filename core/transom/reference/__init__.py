@@ -21,7 +21,7 @@ FORMAT = "1"
 
 class ReferenceBackend:
     name = "reference"
-    api = (1, 0)
+    api = (1, 1)
 
     def probe(self, devices: Sequence[Device]) -> Sequence[Offer | Refusal]:
         return [
@@ -61,7 +61,7 @@ class ReferenceBackend:
         from transom.contract import Limits
         from transom.graph import Graph
         from transom.reference.executor import Executor
-        from transom.sessions import PackedSession
+        from transom.reference.session import ReferenceSession
 
         path = artifact.files["graph.onnx"]
         assert isinstance(path, Path)
@@ -71,7 +71,7 @@ class ReferenceBackend:
         asked = options.get("context")
         context = min(made_for, asked) if isinstance(asked, int) and asked > 0 else made_for
         limits = Limits(64, 4096, context, page_tokens=0)
-        return PackedSession(executor.run, decoder, limits)
+        return ReferenceSession(executor, decoder, limits)
 
 
 @hookimpl

@@ -20,6 +20,7 @@ from transom.graph.weights import DENSE_DTYPES, Dense, dequantize
 from transom.ops import Array, find
 
 Values = dict[int, Any]
+Adjust = Callable[[ir.Node, dict[str, Any]], None]
 
 CONTROL = ("If", "Loop")
 HELD = 1 << 16
@@ -61,6 +62,7 @@ class Executor:
             graph = inline_functions(graph)
         self.graph = graph
         self._keep = keep_weights
+        self._adjust: Adjust | None = None
         self._kept: dict[int, Array] = {}
         for node in graph.nodes():
             if reason := unsupported(node):
@@ -90,8 +92,17 @@ class Executor:
             last[id(value)] = -1
         return last
 
-    def run(self, inputs: Mapping[str, Any], *, progress: Callable[[float], None] | None = None) -> dict[str, Array]:
+    def run(
+        self,
+        inputs: Mapping[str, Any],
+        *,
+        progress: Callable[[float], None] | None = None,
+        adjust: Adjust | None = None,
+    ) -> dict[str, Array]:
         """All outputs by name: arrays of the caller's own, which alias neither weights nor inputs.
+
+        Args:
+            adjust: called with each node and its attributes before it runs; may change them, for this run alone.
 
         Raises:
             ValueError: an input is missing, unknown or of another element type; the message names it.
@@ -104,6 +115,7 @@ class Executor:
             raise ValueError(f"unknown inputs: {', '.join(sorted(unknown))}")
         values: Values = {id(v): _as_array(inputs[str(v.name)], v) for v in graph.inputs}
         count = len(graph)
+        self._adjust = adjust
         for index, node in enumerate(graph):
             if id(node) not in self._constant:
                 self._execute(node, values)
@@ -159,6 +171,8 @@ class Executor:
         assert schema is not None
         attributes = attributes_of(node)
         attributes["__outputs__"] = len(node.outputs)
+        if self._adjust is not None:
+            self._adjust(node, attributes)
         arguments = [self._value(v, values) for v in node.inputs]
         try:
             results = schema.reference(arguments, attributes)

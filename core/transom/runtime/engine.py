@@ -15,11 +15,11 @@ import contextlib
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from transom.contract import OutOfPages, Session, Work
+from transom.contract import OutOfPages, Session, SparseSession, Work
 from transom.errors import DoesNotFit, EngineError, TransomError
 from transom.runtime.requests import Branch, Event, Prefilled, Request, Token
 from transom.runtime.results import FinishReason
@@ -44,6 +44,7 @@ class Engine:
     def __init__(self, session: Session, policy: Policy | None = None) -> None:
         self._session = session
         self._policy = policy or Fair()
+        self._sparse = session if isinstance(session, SparseSession) else None
         self._limits = session.limits
         self.context = _usable_context(session)
         """Tokens that one sequence may have, prompt and answer together."""
@@ -63,6 +64,11 @@ class Engine:
     @property
     def closed(self) -> bool:
         return self._closed
+
+    @property
+    def sparse(self) -> bool:
+        """Whether the session obeys a policy for each request, and counts the keys it reads."""
+        return self._sparse is not None
 
     @property
     def requests(self) -> int:
@@ -296,10 +302,11 @@ class Engine:
             state.truncate(done)  # computed, but its logits were lost with an interrupted step
         tokens = branch.tokens[done : done + count]
         if branch.chooser is None:
-            return Work(state, _padded(tokens, width), "all")
+            return Work(state, _padded(tokens, width), "all", sparsity=request.sparsity)
         if done + count < len(branch.tokens):
-            return Work(state, _padded(tokens, width), "none")
-        return Work(state, _padded(tokens, width), "last" if width == count else "all", branch.chooser.top_k)
+            return Work(state, _padded(tokens, width), "none", sparsity=request.sparsity)
+        wanted: Literal["last", "all"] = "last" if width == count else "all"
+        return Work(state, _padded(tokens, width), wanted, branch.chooser.top_k, request.sparsity)
 
     def _commit(self, part: Slice, output: Any) -> None:
         """Write a step's outcome into its branch."""
@@ -414,10 +421,18 @@ class Engine:
             for other in waiting.branches:
                 other.preempted = False  # room was made
 
-    @staticmethod
-    def _drop_state(branch: Branch) -> None:
+    def _drop_state(self, branch: Branch) -> None:
         state, branch.state = branch.state, None
-        if state is not None:
+        if state is None:
+            return
+        try:
+            if self._sparse is not None and branch.request.counted:
+                read = np.asarray(self._sparse.keys_read(state), np.float64)
+                known = branch.request.keys_read
+                branch.request.keys_read = read.copy() if known is None else known + read
+        except Exception as error:  # noqa: BLE001 - a session may raise anything; it goes to who asked for the count
+            branch.request.error = branch.request.error or _step_failed(error)
+        finally:
             state.free()
 
     def _busy_now(self) -> float:

@@ -127,6 +127,7 @@ def _ask(graph: Graph, backend: Backend, device: Device) -> tuple[NodeAnswer, ..
     options = {"context": None, "precision": "auto", "threads": None}
     first = {c.node: c for c in claims_of(graph, backend, device, options)}
     last = attempt(graph, backend, device, options)
+    final = {c.node: c for c in last.claims}
     inside: dict[str, str] = {}
     for inner, reason in last.refused.items():
         for outer in _calls(inner):
@@ -134,7 +135,7 @@ def _ask(graph: Graph, backend: Backend, device: Device) -> tuple[NodeAnswer, ..
                 inside.setdefault(outer, reason)
     answers = []
     for node in graph.nodes():
-        claim = first[str(node.name)]
+        claim = final.get(str(node.name)) or first[str(node.name)]  # its last word, where the node is still there
         outcome, reason = "runs", claim.reason
         if not claim.ok:
             outcome = "decomposed" if claim.node in last.decomposed and claim.node not in inside else "refused"

@@ -20,7 +20,16 @@ from transom.runtime.guided import Guides
 from transom.runtime.params import SamplingParams
 from transom.runtime.prompts import check_fits, require_tokenizer
 from transom.runtime.requests import Prefilled, Request, Token
-from transom.runtime.results import Choice, FinishReason, Generation, Piece, Timings, TokenLogprobs, Usage
+from transom.runtime.results import (
+    Choice,
+    FinishReason,
+    Generation,
+    Piece,
+    Timings,
+    TokenLogprobs,
+    Usage,
+    densities_of,
+)
 from transom.runtime.sampling import Sampler
 from transom.runtime.stops import StopStrings
 
@@ -69,6 +78,8 @@ class Generator:
         continues: bool,
         progress: PrefillProgress | None = None,
         cancel: threading.Event | None = None,
+        sparsity: str | None = None,
+        counted: bool = False,
         began: float | None = None,
     ) -> Stream:
         """Check everything, then queue a generation.
@@ -76,6 +87,8 @@ class Generator:
         Args:
             prompt: token ids, at least one.
             continues: the answer goes on from the prompt's text, so a leading space is part of it.
+            sparsity: the policy for its steps, in canonical form; None: as the model was loaded.
+            counted: the result says how many of the keys were read.
             began: when the call was made (`time.perf_counter`), for the timings.
 
         Raises:
@@ -108,6 +121,8 @@ class Generator:
             max_new_tokens=room,
             progress=progress is not None,
             cancel=cancel,
+            sparsity=sparsity,
+            counted=counted,
         )
         request.submitted = began
         answers = [_Answer(i, tokenizer, stops, stop_ids, params, continues) for i in range(params.n)]
@@ -200,7 +215,10 @@ class Stream:
             raise self._error
         usage = Usage(self._request.prompt_tokens, sum(len(answer.token_ids) for answer in self._answers))
         choices = tuple(answer.choice() for answer in self._answers)
-        return Generation(choices, usage, self._timings(usage), self._prompt)
+        if self._request.counted and self._request.error is not None:
+            raise self._request.error  # its last tokens came all the same
+        densities = densities_of(self._request.keys_read)
+        return Generation(choices, usage, self._timings(usage), self._prompt, densities)
 
     def cancel(self) -> None:
         """Stop within the running step; the iteration ends, with `finish_reason` "cancelled". Any thread may call."""

@@ -11,6 +11,7 @@ from typing import Any
 from transom.artifacts import artifact_key
 from transom.contract import Device, Progress
 from transom.hardware.probe_file import from_json, to_json
+from transom.sparsity import DENSE
 
 
 @functools.cache
@@ -45,6 +46,8 @@ class Job:
     """`Machine.place`: what a verdict holds for."""
     verify: bool
     """Compare with the reference; else only see that it runs."""
+    sparsity: str = DENSE
+    """The policy, in canonical form, with the heads of a file where there is one; what Transom ships is not in it."""
 
     @property
     def source_context(self) -> int | None:
@@ -63,6 +66,7 @@ class Job:
                 "arch": self.device.arch,
                 "features": self.device.features,
                 "precision": self.options["precision"],
+                "sparsity": self.sparsity,
                 "transom": version(),
             }
         )
@@ -71,7 +75,7 @@ class Job:
     def failure_key(self) -> str:
         """Names this attempt, to remember that it failed."""
         precision, context = self.options["precision"], self.source_context
-        return artifact_key({"of": [self.content, self.place, precision, context, version()]})
+        return artifact_key({"of": [self.content, self.place, precision, context, self.sparsity, version()]})
 
     def believes(self, verdict: object) -> bool:
         """Whether the verdict that `selfcheck` left is enough to open the artifact in the host's own process."""

@@ -29,7 +29,7 @@ from transom.errors import (
     UnsupportedError,
     nearest,
 )
-from transom.runtime import memory, prepared
+from transom.runtime import calibrations, memory, prepared
 from transom.runtime.guarding import guarded
 from transom.runtime.identity import fingerprint_of
 from transom.runtime.jobs import Job, version
@@ -39,17 +39,21 @@ from transom.runtime.report import Report
 from transom.runtime.trial import ChildFailed, run_in_child
 from transom.selection import Candidate, Choice
 from transom.sources import SourceModel, local_path, resolve
+from transom.sparsity import PRESETS, Sparsity, shipped
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from transom.contract import Session, Verdict
     from transom.runtime.model import Model
+    from transom.sparsity import Heads
     from transom.text import ChatTemplate, GenerationDefaults, Tokenizer
 
 PRECISIONS = ("auto", "exact", "fast", "f32", "bf16", "f16", "int8", "int4")
 VERIFY = ("auto", "off", "always")
-_NAMES = ("backend", "cache", "context", "device", "precision", "probe_file", "progress", "threads", "verify")
+_NAMES = (
+    *("backend", "cache", "context", "device", "precision", "probe_file", "progress", "sparsity", "threads", "verify"),
+)
 _PRECISION = "precision: "
 """How an artifact's note begins that says in what numbers it computes."""
 _MOVES_ON = (SelfCheckFailed, EngineError, UnsupportedError, DoesNotFit, ChildFailed)
@@ -84,6 +88,7 @@ def load(
     context: int | None = None,
     precision: str = "auto",
     threads: int | None = None,
+    sparsity: Any = "off",
     verify: str = "auto",
     probe_file: str | Path | None = None,
     cache: Cache | None = None,
@@ -100,8 +105,10 @@ def load(
         context: tokens that one sequence may have; None for the model's own, cut to what fits and said so in
             `report.warnings`.
         precision: `"auto"`, `"exact"`, `"fast"`, or a form by name; what they mean is the backend's to say, in
-            `model.report.notes`.
+            `model.report.precision`.
         threads: processor threads; None for every core this process may use.
+        sparsity: which keys attention reads (`transom.sparsity.Sparsity.parse`): `"off"` for all, `"safe"`,
+            `"balanced"`, `"fast"`, `"classic"`, a coverage such as 0.93, a JSON file, or a `Sparsity`.
         verify: `"auto"` compares a new artifact with the reference once on each device, `"always"` at every load,
             `"off"` never.
         probe_file: devices from a JSON file in place of the probe (`transom doctor --json` writes one).
@@ -123,6 +130,7 @@ def load(
     loader = _Loader(
         model,
         options=options,
+        sparsity=Sparsity.parse(sparsity),
         verify=verify,
         cache=cache or Cache.default(),
         progress=progress or (lambda stage, share: None),
@@ -180,14 +188,25 @@ class _Loader:
     """The state of one call of `load`."""
 
     def __init__(
-        self, model: Any, *, options: Mapping[str, Any], verify: str, cache: Cache, progress: Progress
+        self,
+        model: Any,
+        *,
+        options: Mapping[str, Any],
+        sparsity: Sparsity,
+        verify: str,
+        cache: Cache,
+        progress: Progress,
     ) -> None:
         self.options, self.verify, self.cache, self.progress = options, verify, cache, progress
+        self.sparsity = sparsity
+        """As asked for; with the heads that lie beside the model or in the cache, once it is identified."""
+        self._heads_from = "given with the policy" if sparsity.heads else ""
         self.stages = Stages()
         self.warnings: list[str] = []
         self._model = model
         self._path = ""
         self._content = ""
+        self._fingerprint = ""
         self._in_memory: SourceModel | None = None
         self._held: list[object] = []
         """Cache entries and a temporary cache that must outlive the load."""
@@ -197,14 +216,44 @@ class _Loader:
         path = local_path(self._model)
         if path is not None:
             self._path = str(path.absolute())
-            self._content = _content_key(fingerprint_of(path, self.cache))
+            self._fingerprint = fingerprint_of(path, self.cache)
+            self._content = _content_key(self._fingerprint)
+            self._find_heads()
             return
         source = resolve(self._model)
         # A model in memory cannot be read again by the child process: its graph goes there through the cache.
         self._in_memory = source.open(self._model, context=self.options["context"], progress=self.progress)
         self._path = self._in_memory.name
-        self._content = _content_key(self._in_memory.graph.digest())
+        self._fingerprint = self._in_memory.graph.digest()
+        self._content = _content_key(self._fingerprint)
+        self._find_heads()
         self._held.append(prepared.keep(self.cache, self._content, self._in_memory))
+
+    def _find_heads(self) -> None:
+        """Give the policy the heads that lie beside the model or in the cache, where it has none of its own."""
+        if self.sparsity.dense or self.sparsity.heads is not None:
+            return
+        if (found := calibrations.local(self._local_path(), self.cache, self._fingerprint)) is not None:
+            self.sparsity, self._heads_from = self.sparsity.with_heads(found.heads), found.source
+
+    def _heads_finder(self, sparsity: Sparsity, source: Prepared) -> Callable[[], Heads | None]:
+        """Finds the model's heads for policies of single calls, when the first one comes.
+
+        It lives as long as the model, so it holds no `source`, which would keep its entry of the cache in use.
+        """
+        path, cache, fingerprint = self._local_path(), self.cache, self._fingerprint
+        decoder, name = source.decoder, source.name
+
+        def find() -> Heads | None:
+            if sparsity.heads is not None or decoder is None:
+                return sparsity.heads
+            found = calibrations.local(path, cache, fingerprint) or shipped(decoder, name)
+            return None if found is None else found.heads
+
+        return find
+
+    def _local_path(self) -> Path | None:
+        return None if self._in_memory is not None else Path(self._path)
 
     # choosing by measurement ------------------------------------------------------------------------------------------
     def speeds(self, machine: Machine, candidates: Sequence[Candidate]) -> dict[str, float]:
@@ -395,17 +444,18 @@ class _Loader:
                     f"Report it to the authors of {candidate.backend}, or choose another with backend=…",
                 )
             if attempt == 1:
-                self._use_temporary_cache(f"The cache {self.cache.root} could not keep the compiled model")
+                self._use_temporary_cache(done["warnings"] or [self.cache.keeps_nothing()])
         raise CacheError(
             f"Neither the cache nor the temporary folder {self.cache.root} can keep the compiled model",
             "Free some disk space, or set TRANSOM_CACHE to a folder with room",
         )
 
-    def _use_temporary_cache(self, why: str) -> None:
+    def _use_temporary_cache(self, why: list[str]) -> None:
+        """Go on in a temporary cache, and say so: with the words of the cache where it has said so itself."""
         overflow = Overflow()
         self._held.append(overflow)
+        self.warnings += self.cache.warnings or why
         self.cache = Cache(overflow.root, limit=None)
-        self.warnings.append(f"{why.rstrip('.')}; this run keeps nothing (set TRANSOM_CACHE to a folder with room)")
         if self._in_memory is not None:
             self._held.append(prepared.keep(self.cache, self._content, self._in_memory))
 
@@ -424,14 +474,13 @@ class _Loader:
             cache_limit=self.cache.limit,
             place=machine.place(candidate),
             verify=self.verify != "off",
+            sparsity=self.sparsity.to_string(),
         )
 
     def _child(self, work: str, machine: Machine, candidate: Candidate) -> Any:
         """Run a job of `transom.runtime.preparing`, with a cache in which it can leave what it makes."""
-        try:
-            self.cache.require_writable()
-        except CacheError as error:
-            self._use_temporary_cache(error.cause)
+        if (error := self.cache.unwritable()) is not None:
+            self._use_temporary_cache([self.cache.keeps_nothing(error)])
         job = self._job(machine, candidate)
         if self._in_memory is not None and self.cache.sources.lookup(job.graph) is None:
             self._held.append(prepared.keep_graph(self.cache, job.graph, self._in_memory.graph))
@@ -480,6 +529,10 @@ class _Loader:
         from transom.runtime.model import InputSpec, Loaded, Model
 
         source, stored, plan = ready.source, ready.stored, ready.plan
+        sparsity, heads_from = self.sparsity, self._heads_from
+        if source.decoder is not None:
+            sparsity, shipped_for = calibrations.calibrated(sparsity, source.decoder, source.name)
+            heads_from = heads_from or shipped_for
         warnings = [*choice.warnings, *self.cache.warnings, *self.warnings]
         warnings += [f"{c.backend} on {c.device.id} was set aside: {error.cause}" for c, error in failures]
         if plan is not None and plan.note:
@@ -506,6 +559,7 @@ class _Loader:
             notes=tuple(n for n in dict.fromkeys(notes) if not n.startswith(_PRECISION)),
             memory=plan.parts() if plan else {},
             check=_verdict_text(ready.verdict),
+            sparsity=_policy_text(sparsity, heads_from),
             cache_hit=cached,
             startup=dict(self.stages.seconds),
         )
@@ -519,6 +573,8 @@ class _Loader:
                 chat_template=text.template,
                 defaults=text.defaults,
                 inputs={} if source.decoder else {n: InputSpec(*spec) for n, spec in source.inputs.items()},
+                sparsity=sparsity,
+                heads=self._heads_finder(sparsity, source),
                 on_close=_releaser(stored, self._held),
             )
         )
@@ -548,6 +604,13 @@ def _releaser(stored: StoredArtifact, held: list[object]) -> Callable[[], None]:
 
 def _strings(value: object) -> list[str]:
     return [str(v) for v in value] if isinstance(value, list | tuple) else []
+
+
+def _policy_text(policy: Sparsity, heads_from: str) -> str:
+    if policy.dense:
+        return ""
+    text = f"{policy} (coverage {policy.coverage:g})" if str(policy) in PRESETS else str(policy)
+    return f"{text}, heads " + (f"calibrated: {heads_from}" if policy.calibrated else "not calibrated")
 
 
 def _verdict_text(verdict: object) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transom.contract import Backend, Claim, Device, Options
 from transom.errors import EngineError, UnsupportedError
@@ -45,7 +45,7 @@ class Lowered:
 
 
 def claims_of(graph: Graph, backend: Backend, device: Device, options: Options) -> tuple[Claim, ...]:
-    """The backend's claims, one for each node, in the graph's order.
+    """The backend's claims, one for each node, in the graph's order; a group with a refusal in it is refused whole.
 
     Raises:
         EngineError: the backend raised, or is silent on a node, answers twice, or gives no reason with a no.
@@ -62,7 +62,19 @@ def claims_of(graph: Graph, backend: Backend, device: Device, options: Options) 
         raise _breach(backend, "answers for a node twice or for one that is not there in claim()")
     if mute := next((c for c in answers if not c.ok and not c.reason), None):
         raise _breach(backend, f"refuses the node {mute.node} without a reason")
-    return tuple(claims[n] for n in names)
+    return _all_or_nothing([claims[n] for n in names])
+
+
+def _all_or_nothing(claims: Sequence[Claim]) -> tuple[Claim, ...]:
+    """What a backend runs only fused with a node that it refuses does not run."""
+    broken: dict[str, str] = {}
+    for c in claims:
+        if c.group and not c.ok:
+            broken.setdefault(c.group, c.reason)
+    why = "runs only fused with a node that is refused"
+    return tuple(
+        replace(c, ok=False, reason=f"{why}: {broken[c.group]}") if c.ok and c.group in broken else c for c in claims
+    )
 
 
 def _breach(backend: Backend, what: str) -> EngineError:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,10 +27,18 @@ from transom.runtime.requests import Prefilled, Request
 from transom.runtime.results import Generation
 from transom.runtime.scheduling import Policy
 from transom.signature import Decoder
+from transom.sparsity import PRESETS, Heads, Sparsity
 from transom.text import GenerationDefaults
 
 if TYPE_CHECKING:
     from transom.text import ChatTemplate, Tokenizer
+
+
+class _Reading(TypedDict):
+    """Arguments of `Generator.start` that say which keys are read."""
+
+    sparsity: str | None
+    counted: bool
 
 
 class InputSpec(NamedTuple):
@@ -58,6 +66,10 @@ class Loaded:
     inputs: Mapping[str, InputSpec] = field(default_factory=dict)
     """Of a graph without a cache; empty: not known, and not checked."""
     policy: Policy | None = None
+    sparsity: Sparsity = field(default_factory=lambda: PRESETS["off"])
+    """Which keys its attention reads, with the model's own heads where they are known."""
+    heads: Callable[[], Heads | None] = lambda: None
+    """Finds the model's calibrated heads, for policies of single calls."""
     on_close: Callable[[], None] | None = None
     """Called once after the session is closed: locks and temporary files of the loading pipeline."""
 
@@ -124,6 +136,7 @@ class Model:
         prompt: Prompt,
         params: SamplingParams | None = None,
         *,
+        sparsity: Any = None,
         progress: PrefillProgress | None = None,
         cancel: threading.Event | None = None,
         **options: Any,
@@ -135,6 +148,7 @@ class Model:
                 that token alone.
             params: how to choose tokens; without it, the options and the model's defaults say so
                 (`transom.runtime.params`).
+            sparsity: which keys attention reads for this call, as for `transom.load`; None: as the model was loaded.
             progress: called with (tokens read, tokens) after each chunk of the prompt.
             cancel: set it from any thread to stop within the running step.
             options: fields of `SamplingParams`, such as `temperature=0.7`.
@@ -146,13 +160,14 @@ class Model:
             DoesNotFit: the cache is too small for this sequence alone.
             ModelClosed: the model is closed, or was closed meanwhile.
         """
-        return self.stream(prompt, params, progress=progress, cancel=cancel, **options).result
+        return self.stream(prompt, params, sparsity=sparsity, progress=progress, cancel=cancel, **options).result
 
     def stream(
         self,
         prompt: Prompt,
         params: SamplingParams | None = None,
         *,
+        sparsity: Any = None,
         progress: PrefillProgress | None = None,
         cancel: threading.Event | None = None,
         **options: Any,
@@ -166,7 +181,8 @@ class Model:
         generator = self._require_generator()
         sampling = resolve(options, params=params, defaults=self._loaded.defaults)
         ids = prompt_ids(prompt, self._loaded.tokenizer, self._vocabulary, self._bos_id)
-        return generator.start(ids, sampling, continues=True, progress=progress, cancel=cancel, began=began)
+        reading = self._reading(sparsity)
+        return generator.start(ids, sampling, continues=True, progress=progress, cancel=cancel, began=began, **reading)
 
     def chat(
         self,
@@ -175,6 +191,7 @@ class Model:
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         template_variables: Mapping[str, Any] | None = None,
+        sparsity: Any = None,
         progress: PrefillProgress | None = None,
         cancel: threading.Event | None = None,
         **options: Any,
@@ -185,7 +202,7 @@ class Model:
             messages: `[{"role": "user", "content": "Hello"}]`; a string stands for one message of the user.
             tools: JSON schemas of functions that the model may call.
             template_variables: for the template, such as `{"enable_thinking": False}`.
-            params, progress, cancel, options: as for `generate`.
+            params, sparsity, progress, cancel, options: as for `generate`.
 
         Raises:
             OptionError: no chat template, a malformed message, or as `generate`.
@@ -197,6 +214,7 @@ class Model:
             params,
             tools=tools,
             template_variables=template_variables,
+            sparsity=sparsity,
             progress=progress,
             cancel=cancel,
             **options,
@@ -209,6 +227,7 @@ class Model:
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         template_variables: Mapping[str, Any] | None = None,
+        sparsity: Any = None,
         progress: PrefillProgress | None = None,
         cancel: threading.Event | None = None,
         **options: Any,
@@ -230,12 +249,14 @@ class Model:
         )
         # A template that renders to nothing leaves nothing to answer to, as an empty prompt does.
         ids = ids or prompt_ids((), None, self._vocabulary, self._bos_id)
-        return generator.start(ids, sampling, continues=False, progress=progress, cancel=cancel, began=began)
+        reading = self._reading(sparsity)
+        return generator.start(ids, sampling, continues=False, progress=progress, cancel=cancel, began=began, **reading)
 
     def logits(
         self,
         tokens: Prompt,
         *,
+        sparsity: Any = None,
         progress: PrefillProgress | None = None,
         cancel: threading.Event | None = None,
     ) -> NDArray[np.float32]:
@@ -243,6 +264,7 @@ class Model:
 
         Args:
             tokens: token ids; or text, which the tokenizer encodes as for `generate`.
+            sparsity: as for `generate`.
 
         Returns:
             float32 [tokens, vocabulary]; row i scores the token that follows token i.
@@ -264,7 +286,8 @@ class Model:
                 f"There are {len(ids)} tokens; the model was loaded with a context of {generator.context}",
                 "Pass fewer, or load the model with a larger context.",
             )
-        request = Request(ids, (), progress=progress is not None, cancel=cancel)
+        policy = self._reading(sparsity)["sparsity"]
+        request = Request(ids, (), progress=progress is not None, cancel=cancel, sparsity=policy)
         self._engine.submit(request)
         try:
             while (event := self._engine.next_event(request)) is not None:
@@ -360,6 +383,30 @@ class Model:
         if self._loaded.defaults.bos_id is not None:
             return self._loaded.defaults.bos_id
         return self._loaded.tokenizer.bos_id if self._loaded.tokenizer else None
+
+    def _reading(self, sparsity: Any) -> _Reading:
+        """The policy of a call as a request takes it.
+
+        Raises:
+            OptionError: it is none, or the backend cannot read by another one than the model was loaded with.
+        """
+        loaded = self._loaded.sparsity
+        if sparsity is None:
+            return {"sparsity": None, "counted": self._engine.sparse and not loaded.dense}
+        policy = Sparsity.parse(sparsity)
+        if not policy.dense and policy.heads is None:
+            policy = policy.with_heads(self._loaded.heads())
+        if self._loaded.decoder is not None and not policy.dense:
+            policy.for_model(self._loaded.decoder)
+        text = policy.to_string()
+        if text == loaded.to_string():
+            return {"sparsity": None, "counted": self._engine.sparse and not loaded.dense}
+        if not self._engine.sparse:
+            raise OptionError(
+                f"The backend {self.report.backend} reads by the policy that the model was loaded with, here {loaded}",
+                "Load the model with sparsity=… instead.",
+            )
+        return {"sparsity": text, "counted": not policy.dense}
 
     def _require_generator(self) -> Generator:
         if self._generator is None:

@@ -21,14 +21,17 @@ from transom.artifacts import Cache, Origin, Slot, StoredArtifact
 from transom.contract import Artifact, Options, Progress, Session
 from transom.errors import SelectionError, TransomError, UnsupportedError
 from transom.graph import Graph
+from transom.graph.sparse import with_sparsity
 from transom.plugins import LoadedBackend, load_plugins
 from transom.runtime import memory, prepared, selfcheck
+from transom.runtime.calibrations import calibrated
 from transom.runtime.guarding import guarded
 from transom.runtime.jobs import Job
 from transom.runtime.lowering import lower
 from transom.runtime.operators import register_operators
 from transom.runtime.prepared import Prepared
 from transom.sources import SourceModel, resolve
+from transom.sparsity import Sparsity
 
 TIMED_TOKENS = 24
 """Of a measured decode."""
@@ -193,6 +196,13 @@ class _Desk:
             ).context
         return options
 
+    def policy(self) -> Sparsity:
+        """The sparsity policy, with the heads that Transom ships for this model where it has none of its own."""
+        policy, source = Sparsity.from_string(self.job.sparsity), self.source()
+        if policy.dense or source.decoder is None:
+            return policy
+        return calibrated(policy, source.decoder, source.name)[0]
+
     def believed(self) -> StoredArtifact:
         """The artifact, compiled if it is not there, checked if it was not in this place; by one process at a time."""
         options, key = self.options(), self.source().artifact_key(self.job)
@@ -203,7 +213,8 @@ class _Desk:
         return stored
 
     def _compile(self, slot: Slot, options: Options) -> StoredArtifact:
-        graph = self.graph()
+        dense = self.graph()
+        graph = with_sparsity(dense, self.policy())
         with self._timed("compile"):
             backend, device = self.plugin.backend, self.job.device
             lowered = lower(graph, backend, device, options)
@@ -233,7 +244,11 @@ class _Desk:
                 backend=self.job.backend,
                 backend_version=self.job.backend_version,
                 options={k: v for k, v in self.job.options.items() if v is not None},
-                ingredients={"exact": lowered.exact, "decomposed": lowered.notes()},
+                ingredients={
+                    "exact": lowered.exact,
+                    "decomposed": [*graph.notes[len(dense.notes) :], *lowered.notes()],
+                    "sparsity": self.job.sparsity,
+                },
             )
             return slot.store(made, origin, self.progress)
 

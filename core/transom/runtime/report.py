@@ -42,6 +42,8 @@ class Report:
     """Planned bytes by use: `weights`, `cache`, `workspace`, `available`."""
     check: str = ""
     """The verdict of the self-check against the reference."""
+    sparsity: str = ""
+    """Which keys attention reads, and whether the model's heads are calibrated; empty: all of them."""
     cache_hit: bool = False
     """Whether the compiled artifact was there already."""
     startup: Mapping[str, float] = field(default_factory=dict)
@@ -55,6 +57,7 @@ class Report:
             ("precision", self.precision),
             ("context", self._context()),
             ("memory", self._memory()),
+            ("sparsity", self.sparsity),
             ("self-check", self.check),
             ("artifact", "from the cache" if self.cache_hit else "compiled now"),
             ("start-up", self._startup()),
@@ -87,6 +90,7 @@ class Report:
             "refusals": [{"backend": backend, **asdict(refusal)} for backend, refusal in self.refusals],
             "notes": list(self.notes),
             "memory": dict(self.memory),
+            "sparsity": self.sparsity,
             "check": self.check,
             "cache_hit": self.cache_hit,
             "startup": dict(self.startup),
@@ -122,6 +126,8 @@ def answer_line(report: Report, generation: Generation) -> str:
     parts.append(f"first token after {_seconds(timings.time_to_first_token)}")
     if timings.decode_tokens_per_second:
         parts.append(f"{timings.decode_tokens_per_second:.1f} tokens/s")
+    if generation.density is not None:
+        parts.append(f"{generation.density:.0%} of the keys read")
     parts.append(f"{usage.prompt_tokens} + {usage.completion_tokens} tokens")
     return ", ".join(parts)
 

@@ -109,6 +109,8 @@ class Request:
         progress: send `Prefilled` events.
         cancel: is looked at before and after each step.
         read_ahead: how many events may wait unread before this request pauses.
+        sparsity: the policy for its steps, in canonical form; None: as the model was loaded.
+        counted: have the session tell how many keys were read.
     """
 
     def __init__(
@@ -121,17 +123,23 @@ class Request:
         progress: bool = False,
         cancel: threading.Event | None = None,
         read_ahead: int = 256,
+        sparsity: str | None = None,
+        counted: bool = False,
     ) -> None:
         self.prompt_tokens = len(prompt)
         self.stop_ids = stop_ids
         self.max_new_tokens = max_new_tokens
         self.progress = progress
+        self.sparsity = sparsity
+        self.counted = counted
         self.branches = [
             Branch(self, i, list(prompt), chooser, unforked=i > 0) for i, chooser in enumerate(choosers or (None,))
         ]
         self.events: deque[Event] = deque()
         self.logits: NDArray[np.float32] | None = None
         """float32 [tokens, vocabulary], filled as far as the branch is computed; for a request without choosers."""
+        self.keys_read: NDArray[np.float64] | None = None
+        """float64 [2, layers, kv_heads] over all steps, as `SparseSession.keys_read`; None: not counted."""
         self.error: Exception | None = None
         self.cancelled = False
         self._cancel = cancel

@@ -6,7 +6,11 @@ Also `Piece`, what a stream yields: a `str` that carries where it belongs.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 FinishReason = Literal["stop", "length", "cancelled"]
 """`stop`: the model, a stop string, a stop token or the guide ended it; `length`: `max_new_tokens` or the context is
@@ -87,6 +91,17 @@ class Generation:
     usage: Usage
     timings: Timings
     prompt_token_ids: tuple[int, ...] = field(default=(), repr=False)
+    densities: NDArray[np.float64] | None = field(default=None, repr=False, compare=False)
+    """[layers, KV heads]: the share of the keys that was read, over prompt and answers; NaN where a layer has no such
+    head. None: all of them, or the backend does not count."""
+
+    @property
+    def density(self) -> float | None:
+        """The mean of `densities`."""
+        if self.densities is None:
+            return None
+        known = self.densities[self.densities == self.densities]  # NaN equals nothing
+        return float(known.mean()) if known.size else None
 
     @property
     def text(self) -> str:
@@ -127,7 +142,21 @@ class Generation:
                 "total_tokens": self.usage.total_tokens,
             },
             "timings": {name: getattr(self.timings, name) for name in Timings.__dataclass_fields__},
+            "densities": None
+            if self.densities is None
+            else [[None if share != share else share for share in layer] for layer in self.densities.tolist()],
         }
+
+
+def densities_of(keys_read: NDArray[np.float64] | None) -> NDArray[np.float64] | None:
+    """Shares [layers, KV heads] out of keys read and keys there, [2, layers, KV heads]; NaN where there are none."""
+    if keys_read is None:
+        return None
+    import numpy as np
+
+    read, there = keys_read
+    shares: NDArray[np.float64] = np.divide(read, there, out=np.full_like(read, np.nan), where=there > 0)
+    return shares
 
 
 class Piece(str):

@@ -82,6 +82,7 @@ class MobiusSource:
             raise MissingExtra(f'The architecture "{kind}" of {folder} needs mobius-onnx', "families")
         if kind in WRONG:
             raise SourceError(f'mobius-onnx builds "{kind}", but wrongly: {WRONG[kind]}', _EXPORT)
+        check_architecture(config, folder, kind)
         files = weight_files(folder)
         if progress is not None:
             progress("build", None)
@@ -192,6 +193,34 @@ def _built(mobius: Any, folder: Path, kind: str, **options: Any) -> ir.Model:
             f"Get the checkpoint again; if it is complete, mobius-onnx builds this architecture wrongly. {_EXPORT}",
         )
     return model
+
+
+def check_architecture(config: Mapping[str, Any], folder: Path, kind: str) -> None:
+    """Compare `architectures` with `model_type`: mobius goes by the type alone, whatever the model is.
+
+    Accepted are the decoders that transformers has for the type. A type that transformers does not know says nothing
+    about what its architectures are called.
+
+    Raises:
+        SourceError: the config names another architecture than its type has.
+    """
+    from transformers.models.auto import modeling_auto
+
+    named = config.get("architectures")
+    names = [str(a) for a in named] if isinstance(named, list) else []
+    tables = (
+        modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    )
+    known = [str(table[kind]) for table in tables if kind in table]
+    if not names or not known or set(names) & set(known):
+        return
+    raise SourceError(
+        f'{folder / "config.json"} names the architecture {summarise(names)} and the model_type "{kind}", which is '
+        f"that of {known[0]}; mobius-onnx would build the latter",
+        f"If the model is a {known[0]}, write that name into architectures; if not, correct model_type, or export the "
+        "model to ONNX and load that file",  # not _EXPORT: transformers' AutoModelForCausalLM goes by the type too
+    )
 
 
 def check_windows(decoder: Decoder, folder: Path, kind: str) -> None:

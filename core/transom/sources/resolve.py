@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Iterator
 from pathlib import Path
 
 from transom.errors import SourceError, nearest
@@ -22,9 +23,14 @@ _WAYS = "Give the path of a .gguf file, of a Hugging Face directory (config.json
 
 
 @functools.cache
-def sources() -> tuple[Source, ...]:
-    """All sources, in the order they are asked."""
-    return tuple(getattr(importlib.import_module(f"transom.sources.{module}"), name)() for module, name in _SOURCES)
+def _source(module: str, name: str) -> Source:
+    source: Source = getattr(importlib.import_module(f"transom.sources.{module}"), name)()
+    return source
+
+
+def sources() -> Iterator[Source]:
+    """The sources in the order they are asked, each imported when its turn comes."""
+    return (_source(module, name) for module, name in _SOURCES)
 
 
 def resolve(spec: Spec) -> Source:

@@ -24,6 +24,9 @@ from transom.testing.result import Failed, Refused
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
+UNASKED: Mapping[str, object] = {"precision": "auto", "context": None, "threads": None}
+"""The options of a load where the user named none: the host always gives these keys."""
+
 
 class Oracle:
     """Logits of a decoder graph for whole token sequences, each computed from nothing: it has no cache to be wrong."""
@@ -71,7 +74,7 @@ class Bench:
 
     Args:
         precision: the arithmetic behind exact claims on this device; sets the tolerances (`compare.PRECISIONS`).
-        options: passed to `claim` and `compile` as they are.
+        options: passed to `claim`, `compile` and `load`, over what a user gives who asks for nothing.
     """
 
     def __init__(
@@ -84,7 +87,7 @@ class Bench:
         options: Mapping[str, object] | None = None,
     ) -> None:
         self.backend, self.device, self.seed = backend, device, seed
-        self.precision, self.options = precision, dict(options or {})
+        self.precision, self.options = precision, {**UNASKED, **(options or {})}
         self._temporary = tempfile.TemporaryDirectory(prefix="transom-conformance-", ignore_cleanup_errors=True)
         self.folder = Path(self._temporary.name)
         self._models: dict[str, Model | Exception] = {}
@@ -118,7 +121,7 @@ class Bench:
         try:
             return lower(graph, self.backend, self.device, self.options)
         except UnsupportedError as e:
-            raise Refused(str(e)) from e
+            raise Refused("; ".join([e.cause, *e.details])) from e
         except EngineError as e:
             raise Failed(str(e)) from e
 
@@ -152,11 +155,14 @@ class Bench:
         return path
 
     @contextlib.contextmanager
-    def session(self, artifact: Artifact) -> Iterator[Session]:
-        """The loaded artifact. Raises Refused where the offer says that nothing runs here."""
+    def session(self, artifact: Artifact, **others: object) -> Iterator[Session]:
+        """The artifact, loaded with other options where some are named.
+
+        Raises Refused where the offer says that nothing runs here.
+        """
         if not self.offer().runs_here:
             raise Refused(f"{self.backend.name} compiles for {self.device.id} and runs nothing here")
-        session = self.backend.load(artifact, self.device, self.options, self.scratch())
+        session = self.backend.load(artifact, self.device, {**self.options, **others}, self.scratch())
         try:
             yield session
         finally:

@@ -36,7 +36,7 @@ class BackendConformance:
     Attributes:
         backend: the backend. Its class must be importable by name: two checks hand it to a fresh process.
         device: where to run; None: the first device of the machine that the backend offers to use.
-        options: passed to `claim` and `compile` as they are.
+        options: passed to `claim`, `compile` and `load`, over those of a user who asks for nothing.
         precision: arithmetic behind exact claims, `"float32"`, `"float16"` or `"bfloat16"`; sets the tolerances.
         may_refuse: names or patterns of checks that may be refused.
         seed: of all random inputs; None: a fresh one, printed when a test fails. Set it to repeat a failure.

@@ -112,6 +112,8 @@ def tiny_decoder(
     rotated: int = 0,
     weights: Stored = "float32",
     block: int = 32,
+    hidden: int = 64,
+    inner: int = 96,
 ) -> Graph:
     """A decoder with random weights: embedding, `layers` blocks of attention and gated MLP, norm, tied head.
 
@@ -122,8 +124,8 @@ def tiny_decoder(
         rotated: columns of each head that are rotated; 0: all.
         weights: how matrices are stored; norms, biases and sinks are float32, the embedding as the matrices are.
         block: block size of quantised weights; divides every input width.
+        hidden, inner: width of the model and of its gated MLP.
     """
-    hidden, inner = 64, 96
     value_dim = value_dim or head_dim
     caches = tuple(
         LayerCache(q_heads, kv_heads, head_dim, value_dim, window if i % 2 == 0 else 0) for i in range(layers)

@@ -40,7 +40,7 @@ def run(
         device: where; None: the first device of this machine for which the backend makes an offer.
         seed: of all random inputs; None: a fresh one, which the result tells.
         precision: the arithmetic behind exact claims: `"float32"`, `"float16"` or `"bfloat16"`. It sets the tolerances.
-        options: passed to the backend as they are.
+        options: passed to the backend, over those of a user who asks for nothing.
         only: names or patterns of checks, `["state.*", "operator.MatMul"]`; empty: all.
         report: called after each check.
 

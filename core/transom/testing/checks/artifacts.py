@@ -21,6 +21,8 @@ from transom.testing.result import Failed, Refused
 
 BASE = "gqa"
 """The model that checks use when any will do."""
+OF_LOAD = ("context", "threads")
+"""Options that may differ from load to load; in `requires` they are the host's to compare."""
 
 
 def compile_reports_progress(bench: Bench) -> None:
@@ -114,6 +116,8 @@ def wrong_artifacts_are_told(bench: Bench) -> None:
             raise Failed(f"check says {told.state} without a reason when {what}")
 
     for key, value in artifact.requires.items():
+        if key in OF_LOAD:  # check is not told what is wanted: the host compares these
+            continue
         rest = {k: v for k, v in artifact.requires.items() if k != key}
         expect_no(f"{key} is {value!r} here and '0.0.wrong' in the artifact", {**rest, key: "0.0.wrong"})
         expect_no(f"the artifact does not say its {key}", rest)
@@ -186,6 +190,20 @@ def runs_need_their_inputs(bench: Bench) -> None:
         session.run(inputs)
 
 
+def load_decides_the_context(bench: Bench) -> None:
+    """A session holds the context that load was given, whatever compile was given, or `requires` names its context."""
+    model = bench.model(BASE)
+    if "context" in model.artifact.requires:
+        return  # the host compiles anew for another one
+    for context in (model.oracle.decoder.context // 2, model.oracle.decoder.context // 4):
+        with bench.session(model.artifact, context=context) as session:
+            if session.limits.context != context:
+                raise Failed(
+                    f"loaded with context={context}, and limits.context is {session.limits.context}; an artifact that "
+                    "is bound to its context names it in requires"
+                )
+
+
 def limits_are_sound(bench: Bench) -> None:
     """limits and pages are numbers that mean something, and do not change from one session to the next."""
     model = bench.model(BASE)
@@ -213,6 +231,7 @@ def checks() -> list[Check]:
         Check("artifact.verdicts", wrong_artifacts_are_told),
         Check("artifact.check_opens_nothing", check_opens_nothing),
         Check("artifact.another_process", opens_in_another_process),
+        Check("load.context", load_decides_the_context),
         Check("session.independent", sessions_are_independent),
         Check("session.close_twice", closes_twice),
         Check("session.run_inputs", runs_need_their_inputs),

@@ -1,0 +1,5 @@
+"""Decoders in code of our own: a program of a dozen operators over packed weights and a paged cache.
+
+`lowering` turns a neutral graph into a `program`, `packing` its weights into the form that the library reads in place,
+`engine` runs both. The library is compiled from `src` when the package is built, once for each instruction set.
+"""

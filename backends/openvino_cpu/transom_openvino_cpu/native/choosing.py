@@ -1,0 +1,44 @@
+"""Whether a graph runs as a native program here, and where not, why."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from transom_openvino_cpu.native import library
+
+if TYPE_CHECKING:
+    from transom.contract import Device
+    from transom.graph import Graph
+    from transom_openvino_cpu.native.lowering import Drafting
+    from transom_openvino_cpu.precision import Precision
+
+SWITCH = "TRANSOM_NATIVE"
+"""Environment variable; `0`: leave the library alone, as if it had not been built."""
+
+
+def level_on(device: Device) -> str | None:
+    """The instruction set of the library to use on the device; None where there is none."""
+    if os.environ.get(SWITCH) == "0":
+        return None
+    return library.level_for(device)
+
+
+def drafted(graph: Graph, precision: Precision, device: Device) -> Drafting | str:
+    """The graph as a native program in the making, or the reason why it cannot be one."""
+    if graph.decoder is None:
+        return "the graph is no decoder"
+    if level_on(device) is None:
+        if os.environ.get(SWITCH) == "0":
+            return f"{SWITCH}=0 is set"
+        if not library.built_levels():
+            return f"this installation has no native library{library.why_not_built()}"
+        return "the native library has no code for this processor"
+    if precision.hint == "f16":
+        return "the native library computes in float32, bfloat16 and int8, not in float16"
+    from transom_openvino_cpu.native.lowering import NoForm, draft
+
+    try:
+        return draft(graph, precision)
+    except NoForm as e:
+        return f"{e.node.name}: {e.reason}"

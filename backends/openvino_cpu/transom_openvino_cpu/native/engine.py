@@ -1,0 +1,263 @@
+"""A program opened: weights mapped, threads started, steps run. The only module that calls the library."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import mmap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from transom.errors import EngineError
+from transom.signature import LayerCache
+from transom.sparsity import Sparsity
+from transom_openvino_cpu.native import library as native
+from transom_openvino_cpu.native import packing
+from transom_openvino_cpu.native.policies import NativePolicy
+from transom_openvino_cpu.native.program import ACTIVATIONS, BY, KINDS, Program, View
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+class NativeEngine:
+    """Runs a program.
+
+    Args:
+        weights: the file that the program's places are in.
+        level: the instruction set, one of `library.LEVELS`.
+        threads: processor threads, at least 1.
+
+    Raises:
+        EngineError: the library is missing, or does not take the program.
+    """
+
+    page_tokens = native.PAGE_TOKENS
+
+    def __init__(self, program: Program, weights: Path, level: str, threads: int) -> None:
+        lib = native.library()
+        if lib is None:
+            raise EngineError(
+                "This compiled model needs Transom's native library, which this installation lacks",
+                "Install a wheel of Transom for this platform, or clear the compiled models: transom cache clear",
+            )
+        self._lib, self.program = lib, program
+        self._engine, self._pool = ctypes.c_void_p(), ctypes.c_void_p()
+        if weights.stat().st_size != program.weight_bytes:
+            raise EngineError(
+                f"This compiled model is damaged: {weights.name} has {weights.stat().st_size} bytes in place of "
+                f"{program.weight_bytes}",
+                "Remove it with: transom cache clear",
+            )
+        with weights.open("rb") as f:
+            self._map = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+        if hasattr(self._map, "madvise"):
+            with contextlib.suppress(OSError):
+                self._map.madvise(mmap.MADV_WILLNEED)
+        view = np.frombuffer(self._map, np.uint8)
+        self._base = view.ctypes.data
+        del view
+        self._check(lib.tr_pool_new(threads, ctypes.byref(self._pool)))
+        try:
+            self._check(
+                lib.tr_open(ctypes.byref(self._structure()), level.encode(), self._pool, ctypes.byref(self._engine))
+            )
+        except BaseException:
+            lib.tr_pool_free(self._pool)
+            raise
+        self.vocabulary = program.buffers[program.output].width
+        self._pages: list[Array] = []
+        self._spare = 0
+        self._policies: dict[str, NativePolicy | None] = {}
+        self._caches = [LayerCache(x.heads, x.kv_heads, x.head_dim, x.value_dim, x.window) for x in program.layers]
+
+    def _check(self, status: int) -> None:
+        if status:
+            raise EngineError(f"Transom's native library cannot run this model: {native.ERRORS.get(status, status)}")
+
+    def _place(self, at: int, size: int) -> int | None:
+        """The address of a place in the weights, which has so many bytes; -1 is none."""
+        if at == -1:
+            return None
+        if at < 0 or at % packing.ALIGNMENT or at + size > self.program.weight_bytes:
+            self._check(native.BAD_PROGRAM)
+        return self._base + at
+
+    def _structure(self) -> native.Program:
+        p = self.program
+
+        def view(v: View) -> native.View:
+            return native.View(v.buffer, v.offset)
+
+        ops = (native.Op * len(p.ops))(
+            *(
+                native.Op(
+                    KINDS.index(o.kind), o.width, view(o.dst), view(o.a), view(o.b), view(o.c), o.matrix, o.groups,
+                    o.index, ACTIVATIONS.index(o.act), BY.index(o.by), o.scale,
+                    self._place(o.vector, 4 * (o.width // max(o.groups, 1) if o.kind == "norm" else o.width)),
+                )
+                for o in p.ops
+            )
+        )  # fmt: skip
+        matrices = (native.Matrix * len(p.matrices))(
+            *(
+                native.Matrix(
+                    m.kind,
+                    m.rows,
+                    m.columns,
+                    m.block,
+                    m.zero,
+                    m.has_minimums,
+                    m.wide_scales,
+                    0,
+                    self._place(m.at, packing.matrix_bytes(m)),
+                )
+                for m in p.matrices
+            )
+        )
+        ropes = (native.Rope * len(p.ropes))(
+            *(native.Rope(self._place(r.at, 4 * r.count), r.count, r.factor) for r in p.ropes)
+        )
+        layers = (native.Layer * len(p.layers))(
+            *(
+                native.Layer(
+                    x.heads,
+                    x.kv_heads,
+                    x.head_dim,
+                    x.value_dim,
+                    x.window,
+                    x.scale,
+                    x.softcap,
+                    self._place(x.sinks, 4 * x.heads),
+                )
+                for x in p.layers
+            )
+        )
+        buffers = (native.Buffer * len(p.buffers))(*(native.Buffer(b.width, b.local) for b in p.buffers))
+        return native.Program(
+            len(ops), len(matrices), len(ropes), len(layers), len(buffers), p.narrow_cache, True, p.output, ops,
+            matrices, ropes, layers, buffers,
+        )  # fmt: skip
+
+    # routes: what sparse attention remembers of a sequence ------------------------------------------------------------
+    def new_route(self) -> int:
+        route = ctypes.c_void_p()
+        self._check(self._lib.tr_route_new(self._engine, ctypes.byref(route)))
+        return int(route.value or 0)
+
+    def copy_route(self, route: int) -> int:
+        """Without what the other has counted."""
+        copy = ctypes.c_void_p()
+        self._check(self._lib.tr_route_copy(self._engine, route, ctypes.byref(copy)))
+        return int(copy.value or 0)
+
+    def free_route(self, route: int) -> None:
+        if self._engine:
+            self._lib.tr_route_free(self._engine, route)
+
+    def take_counts(self, route: int) -> Array:
+        """Keys that the sequence's queries have read, and that they could see, since this was asked last: float64
+        [2, layers, most kv_heads]."""
+        heads = [layer.kv_heads for layer in self.program.layers]
+        flat = np.zeros((2, sum(heads)))
+        self._lib.tr_route_counts(self._engine, route, flat[0].ctypes.data, flat[1].ctypes.data)
+        counts = np.zeros((2, len(heads), max(heads)))
+        at = 0
+        for i, n in enumerate(heads):
+            counts[:, i, :n] = flat[:, at : at + n]
+            at += n
+        return counts
+
+    def policy(self, text: str) -> NativePolicy | None:
+        """A canonical policy in the library's form; None: every key is read.
+
+        Raises:
+            ValueError: it is none, or none that the library can read by.
+        """
+        if text not in self._policies:
+            policy = Sparsity.from_string(text)
+            self._policies[text] = None if policy.dense else NativePolicy(policy, self._caches)
+        return self._policies[text]
+
+    # pages ------------------------------------------------------------------------------------------------------------
+    def page_bytes(self) -> int:
+        """Bytes of one page over all layers."""
+        return sum(int(self._lib.tr_page_bytes(self._engine, i)) for i in range(len(self.program.layers)))
+
+    def bind_pages(self, pages: int) -> None:
+        """Reserve memory for so many pages; the system gives it as pages are written to. One page more is nobody's:
+        the warm-up goes there."""
+        self._spare = pages
+        pages += 1
+        for i in range(len(self.program.layers)):
+            size = int(self._lib.tr_page_bytes(self._engine, i))
+            array = np.frombuffer(mmap.mmap(-1, pages * size), np.uint8).reshape(pages, size)
+            self._pages.append(array)
+            self._lib.tr_set_cache(self._engine, i, array.ctypes.data)
+
+    def copy_page(self, source: int, target: int) -> None:
+        for array in self._pages:
+            array[target] = array[source]
+
+    def warm_up(self) -> None:
+        """One token that nobody sees reads every weight: from then on they are in memory."""
+        self.step([np.zeros(1, np.int64)], [0], [[self._spare]], [0])
+
+    # steps ------------------------------------------------------------------------------------------------------------
+    def step(
+        self,
+        tokens: Sequence[Array],
+        past: Sequence[int],
+        pages: Sequence[Sequence[int]],
+        rows: Sequence[int],
+        policies: Sequence[NativePolicy | None] = (),
+        routes: Sequence[int] = (),
+    ) -> Array:
+        """Run the new tokens of some sequences; logits float32 [rows, vocabulary], which belong to the caller.
+
+        Args:
+            tokens: int64 [new] of each sequence.
+            past: tokens that each sequence has cached before.
+            pages: of each sequence, those that the new tokens go to included.
+            rows: of the tokens put one behind the other, those whose logits are wanted.
+            policies, routes: of each sequence, where any has one; a sequence with a policy needs a route, 0 is none.
+
+        Raises:
+            EngineError: there is not enough memory, or attention gave numbers that are not finite.
+        """
+        flat = tokens[0] if len(tokens) == 1 else np.concatenate(tokens)
+        flat = np.ascontiguousarray(flat, np.int64)
+        tables = [np.asarray(p, np.int32) for p in pages]
+        parts = (native.Part * len(tokens))()
+        begin = 0
+        for part, new, old, table in zip(parts, tokens, past, tables, strict=True):
+            part.begin, part.count, part.past, part.pages = begin, len(new), old, len(table)
+            part.page = table.ctypes.data
+            begin += len(new)
+        for part, policy, route in zip(parts, policies, routes, strict=False):
+            if policy is not None:
+                part.sparsity = policy.pointer
+            part.route = route or None
+        wanted = np.asarray(rows, np.int32)
+        logits = np.empty((len(rows), self.vocabulary), np.float32)
+        step = native.Step(
+            len(flat), len(parts), len(wanted), 0, flat.ctypes.data, parts, wanted.ctypes.data, logits.ctypes.data
+        )
+        layer = ctypes.c_int32(-1)
+        status = self._lib.tr_run(self._engine, ctypes.byref(step), ctypes.byref(layer))
+        if status == native.NOT_FINITE:
+            raise EngineError(
+                f"The attention of layer {layer.value} gave numbers that are not finite",
+                "The model's weights may be damaged, or need a wider precision: try precision='exact'",
+            )
+        self._check(status)
+        return logits
+
+    def close(self) -> None:
+        if self._engine:
+            self._lib.tr_close(self._engine)
+            self._lib.tr_pool_free(self._pool)
+            self._engine = ctypes.c_void_p()
+            self._pages.clear()

@@ -1,0 +1,169 @@
+"""The compiled library: its C interface, as `src/abi.h` has it, and which of its instruction sets a device can run."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_void_p
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transom.contract import Device
+
+FILE = "libtransom_cpu.so"
+REASON = "not_built.txt"
+PAGE_TOKENS = 64
+"""Tokens in a page of the cache: TR_PAGE."""
+
+LEVELS = {
+    "avx512_bf16": frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx512_bf16"}),
+    "avx512": frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni"}),
+    "avx_vnni": frozenset({"avx2", "fma", "f16c", "avx_vnni"}),
+    "avx2": frozenset({"avx2", "fma", "f16c"}),
+    "scalar": frozenset(),
+}
+"""CPU features that each instruction set needs, best first."""
+
+
+class Matrix(Structure):
+    """tr_matrix."""
+
+    _fields_ = [
+        ("kind", c_int32), ("rows", c_int32), ("columns", c_int32), ("block", c_int32), ("zero", c_int32),
+        ("has_minimums", c_int32), ("wide_scales", c_int32), ("unused", c_int32), ("data", c_void_p),
+    ]  # fmt: skip
+
+
+class View(Structure):
+    """tr_view."""
+
+    _fields_ = [("buffer", c_int32), ("offset", c_int32)]
+
+
+class Op(Structure):
+    """tr_op."""
+
+    _fields_ = [
+        ("kind", c_int32), ("width", c_int32), ("dst", View), ("a", View), ("b", View), ("c", View),
+        ("matrix", c_int32), ("groups", c_int32), ("index", c_int32), ("act", c_int32), ("by", c_int32),
+        ("scale", c_float), ("vector", c_void_p),
+    ]  # fmt: skip
+
+
+class Rope(Structure):
+    """tr_rope."""
+
+    _fields_ = [("frequencies", c_void_p), ("count", c_int32), ("factor", c_float)]
+
+
+class Layer(Structure):
+    """tr_layer."""
+
+    _fields_ = [
+        ("heads", c_int32), ("kv_heads", c_int32), ("head_dim", c_int32), ("value_dim", c_int32), ("window", c_int32),
+        ("scale", c_float), ("softcap", c_float), ("sinks", c_void_p),
+    ]  # fmt: skip
+
+
+class Buffer(Structure):
+    """tr_buffer."""
+
+    _fields_ = [("width", c_int32), ("local", c_int32)]
+
+
+class Program(Structure):
+    """tr_program."""
+
+    _fields_ = [
+        ("ops", c_int32), ("matrices", c_int32), ("ropes", c_int32), ("layers", c_int32), ("buffers", c_int32),
+        ("narrow_cache", c_int32), ("routed", c_int32), ("output", c_int32), ("op", POINTER(Op)),
+        ("matrix", POINTER(Matrix)), ("rope", POINTER(Rope)), ("layer", POINTER(Layer)), ("buffer", POINTER(Buffer)),
+    ]  # fmt: skip
+
+
+class SparsityRule(Structure):
+    """tr_sparsity."""
+
+    _fields_ = [
+        ("coverage", c_float), ("min_density", c_float), ("max_density", c_float), ("local", c_int32),
+        ("columns", c_int32), ("unit", c_int32), ("rows", c_int32), ("dense_below", c_int32), ("top_k", c_int32),
+        ("unused", c_int32), ("heads", c_void_p),
+    ]  # fmt: skip
+
+
+class Part(Structure):
+    """tr_part."""
+
+    _fields_ = [
+        ("begin", c_int32), ("count", c_int32), ("past", c_int32), ("pages", c_int32), ("page", c_void_p),
+        ("sparsity", POINTER(SparsityRule)), ("route", c_void_p),
+    ]  # fmt: skip
+
+
+class Step(Structure):
+    """tr_step."""
+
+    _fields_ = [
+        ("tokens", c_int32), ("parts", c_int32), ("rows", c_int32), ("unused", c_int32), ("token", c_void_p),
+        ("part", POINTER(Part)), ("row", c_void_p), ("logits", c_void_p),
+    ]  # fmt: skip
+
+
+ERRORS = {
+    -1: "there is not enough memory",
+    -2: "the threads cannot be started",
+    -3: "the library was built without this instruction set",
+    -4: "the program does not fit the library",
+}
+BAD_PROGRAM, NOT_FINITE = -4, -5
+
+
+def path() -> Path:
+    return Path(__file__).with_name(FILE)
+
+
+def why_not_built() -> str:
+    """What the build left in place of the library, as the rest of a sentence: its first line."""
+    try:
+        first = Path(__file__).with_name(REASON).read_text(encoding="utf-8").splitlines()[0]
+    except (OSError, IndexError):
+        return ""
+    return f" ({first.rstrip('.')})"
+
+
+@functools.cache
+def library() -> Any:
+    """The library, opened; None where it was not built.
+
+    Raises:
+        OSError: the file is there and cannot be opened.
+    """
+    if not path().exists():
+        return None
+    lib = ctypes.CDLL(str(path()))
+    lib.tr_levels.restype = c_char_p
+    lib.tr_pool_new.argtypes = [c_int32, POINTER(c_void_p)]
+    lib.tr_pool_free.argtypes, lib.tr_pool_free.restype = [c_void_p], None
+    lib.tr_open.argtypes = [POINTER(Program), c_char_p, c_void_p, POINTER(c_void_p)]
+    lib.tr_close.argtypes, lib.tr_close.restype = [c_void_p], None
+    lib.tr_page_bytes.argtypes, lib.tr_page_bytes.restype = [c_void_p, c_int32], c_int64
+    lib.tr_set_cache.argtypes, lib.tr_set_cache.restype = [c_void_p, c_int32, c_void_p], None
+    lib.tr_route_new.argtypes = [c_void_p, POINTER(c_void_p)]
+    lib.tr_route_copy.argtypes = [c_void_p, c_void_p, POINTER(c_void_p)]
+    lib.tr_route_free.argtypes, lib.tr_route_free.restype = [c_void_p, c_void_p], None
+    lib.tr_route_counts.argtypes, lib.tr_route_counts.restype = [c_void_p] * 4, None
+    lib.tr_run.argtypes = [c_void_p, POINTER(Step), POINTER(c_int32)]
+    return lib
+
+
+def built_levels() -> list[str]:
+    """The instruction sets in the library; none where there is no library."""
+    lib = library()
+    return [] if lib is None else lib.tr_levels().decode().split()
+
+
+def level_for(device: Device) -> str | None:
+    """The best instruction set that the device has and the library was built with."""
+    built = built_levels()
+    return next((name for name, needed in LEVELS.items() if name in built and needed <= device.features), None)

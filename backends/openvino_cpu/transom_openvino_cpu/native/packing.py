@@ -1,0 +1,162 @@
+"""Weights in the form that the library reads in place: tiles of 16 rows, sixteen outputs side by side.
+
+The layouts are those of `src/abi.h`. Blocks stay as they were stored, bit for bit; a zero point that differs from
+block to block becomes a minimum.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import ml_dtypes
+import numpy as np
+
+from transom.graph.weights import Array, Blocked, BlockedArrays, Dense, Weight, dequantize
+
+TILE = 16
+"""Rows in a tile."""
+ALIGNMENT = 64
+"""Bytes."""
+KINDS = {"float32": 0, "float16": 1, "bfloat16": 2, "uint4": 3, "uint8": 4}
+CENTRES = {"int4": 8, "int8": 128, "uint4": 0, "uint8": 0}
+"""What is added to a signed number to make it unsigned."""
+GROUP = 64
+"""Columns that share a scale where a plain matrix is rounded to int8."""
+SMALLEST_BLOCK = 8
+"""Columns; all blocks are multiples of it."""
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A matrix as `tr_matrix` describes it; `at` is its place in the file."""
+
+    kind: int
+    rows: int
+    columns: int
+    block: int
+    zero: int
+    has_minimums: bool
+    wide_scales: bool
+    at: int
+
+
+def matrix_bytes(m: Packed) -> int:
+    """What a matrix takes in the file."""
+    tiles = -(-m.rows // TILE)
+    if m.kind in (KINDS["uint4"], KINDS["uint8"]):
+        quants = TILE * m.block // (2 if m.kind == KINDS["uint4"] else 1)
+        scales = TILE * (4 if m.wide_scales else 2) * (2 if m.has_minimums else 1)
+        return tiles * (m.columns // max(m.block, 1)) * (quants + scales)
+    if m.kind == KINDS["bfloat16"]:
+        return tiles * TILE * 4 * (-(-m.columns // 2))
+    return tiles * TILE * m.columns * (2 if m.kind == KINDS["float16"] else 4)
+
+
+def packable(weight: Weight) -> str:
+    """Why the library cannot read such a matrix; empty if it can."""
+    if len(weight.shape) != 2:
+        return f"a matrix with {len(weight.shape)} axes"
+    if isinstance(weight, Blocked) and (weight.block % SMALLEST_BLOCK or weight.shape[1] % weight.block):
+        return f"blocks of {weight.block} columns"
+    return ""
+
+
+def align(file: BinaryIO) -> int:
+    """Fill the file up to the next multiple of `ALIGNMENT`; that place."""
+    file.write(bytes(-file.tell() % ALIGNMENT))
+    return file.tell()
+
+
+def write_vector(file: BinaryIO, vector: Array) -> int:
+    """float32 numbers, padded to whole tiles; their place."""
+    at = align(file)
+    file.write(np.asarray(vector, "<f4").tobytes())
+    align(file)
+    return at
+
+
+def write_matrix(file: BinaryIO, weight: Weight, *, narrow: bool = False, to_int8: bool = False) -> Packed:
+    """Append a matrix to the file.
+
+    Args:
+        narrow: plain numbers are rounded to bfloat16.
+        to_int8: plain numbers are rounded to int8 in groups of `GROUP`, or of the largest divisor below.
+    """
+    if isinstance(weight, Dense) and to_int8:
+        return _write_blocks(file, *_to_int8(weight))
+    if isinstance(weight, Dense):
+        return _write_dense(file, weight, narrow=narrow)
+    return _write_blocks(file, weight, weight.load())
+
+
+def _tiles(array: Array) -> Array:
+    """[rows, …] with rows padded to whole tiles: [tiles, 16, …]."""
+    missing = -len(array) % TILE
+    if missing:
+        array = np.concatenate([array, np.zeros((missing, *array.shape[1:]), array.dtype)])
+    return array.reshape(-1, TILE, *array.shape[1:])
+
+
+def _write_dense(file: BinaryIO, weight: Dense, *, narrow: bool) -> Packed:
+    rows, columns = weight.shape
+    array = weight.load()
+    if narrow and weight.dtype != "bfloat16":
+        array = array.astype(ml_dtypes.bfloat16)
+    kind = KINDS["bfloat16" if narrow else weight.dtype]
+    at = align(file)
+    if kind == KINDS["bfloat16"]:
+        words = np.asarray(array).view(np.uint16)
+        if columns % 2:
+            words = np.concatenate([words, np.zeros((rows, 1), np.uint16)], 1)
+        pairs = _tiles(words.reshape(rows, -1, 2))
+        file.write(np.ascontiguousarray(pairs.transpose(0, 2, 1, 3)).tobytes())
+    else:
+        file.write(np.ascontiguousarray(_tiles(np.asarray(array)).transpose(0, 2, 1)).tobytes())
+    return Packed(kind, rows, columns, 0, 0, False, False, at)
+
+
+def _to_int8(weight: Dense) -> tuple[Blocked, BlockedArrays]:
+    rows, columns = weight.shape
+    group = next(g for g in (GROUP, 32, 16, SMALLEST_BLOCK) if columns % g == 0)
+    wide = dequantize(weight).reshape(rows, -1, group)
+    scales = np.maximum(np.abs(wide).max(-1) / 127, np.finfo(np.float16).tiny).astype(np.float16)
+    quants = np.clip(np.rint(wide / scales[..., None].astype(np.float32)), -127, 127).astype(np.int8)
+    parts = BlockedArrays(quants.reshape(rows, columns), scales)
+    return Blocked((rows, columns), group, "int8", "float16", lambda: parts), parts
+
+
+def _write_blocks(file: BinaryIO, weight: Blocked, parts: BlockedArrays) -> Packed:
+    rows, columns = weight.shape
+    block, centre = weight.block, CENTRES[weight.dtype]
+    four = weight.dtype in ("int4", "uint4")
+    quants = _tiles((parts.quants.astype(np.int16) + centre).astype(np.uint8).reshape(rows, columns // block, block))
+    tiles = len(quants)
+    scales, minimums, zero = _offsets(parts, centre)
+    if four:
+        split = quants.reshape(tiles, TILE, -1, block // 8, 2, 4).transpose(0, 2, 3, 4, 1, 5)
+        packed = split[:, :, :, 0] | split[:, :, :, 1] << 4
+    else:
+        packed = quants.reshape(tiles, TILE, -1, block // 4, 4).transpose(0, 2, 3, 1, 4)
+    columns_of: list[Array] = [np.ascontiguousarray(packed).reshape(tiles, columns // block, -1)]
+    for part in (scales, minimums):
+        if part is not None:
+            wide = np.ascontiguousarray(_tiles(part).transpose(0, 2, 1))
+            columns_of.append(wide.view(np.uint8).reshape(tiles, columns // block, -1))
+    at = align(file)
+    file.write(np.concatenate(columns_of, -1).tobytes())
+    kind = KINDS["uint4" if four else "uint8"]
+    return Packed(kind, rows, columns, block, zero, minimums is not None, bool(scales.dtype == np.float32), at)
+
+
+def _offsets(parts: BlockedArrays, centre: int) -> tuple[Array, Array | None, int]:
+    """Scales, minimums and the one zero point of the unsigned numbers: scale * (quant - zero) + minimum."""
+    scales, minimums, zeros = parts.scales, parts.minimums, parts.zero_points
+    if zeros is not None:
+        first = zeros.flat[0] if zeros.size else 0
+        if (zeros == first).all():
+            return scales, minimums, centre + int(first)
+        wide: Any = scales.astype(np.float32)
+        shift = -wide * zeros.astype(np.float32)
+        return wide, shift if minimums is None else shift + minimums.astype(np.float32), centre
+    return scales, minimums, centre

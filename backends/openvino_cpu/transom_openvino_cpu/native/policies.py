@@ -1,0 +1,84 @@
+"""Sparsity policies as the library takes them."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from transom.signature import LayerCache
+from transom.sparsity import DENSE, LayerSparsity, Sparsity
+from transom_openvino_cpu.native.library import PAGE_TOKENS, SparsityRule
+
+NODE = 8
+MOST_COLUMNS = 64
+MOST_ROWS = 16
+
+
+def unsupported(policy: Sparsity) -> str:
+    """Why the library cannot read by this policy; empty if it can."""
+    if policy.dense:
+        return ""
+    if policy.score != "rms":
+        return f"the native attention has no score {policy.score!r}"
+    if policy.node != NODE:
+        return f"the native attention has nodes of {NODE} tokens, not of {policy.node}"
+    if policy.unit < NODE:
+        return f"the native attention chooses units of at least {NODE} tokens, not of {policy.unit}"
+    if policy.columns > MOST_COLUMNS:
+        return f"the native attention has at most {MOST_COLUMNS} columns, not {policy.columns}"
+    if policy.rows > MOST_ROWS:
+        return f"the native attention looks at no more than {MOST_ROWS} rows of a block, not at {policy.rows}"
+    return ""
+
+
+def joined(layers: Sequence[str]) -> Sparsity | str:
+    """The one policy whose views of each layer these are, or why there is none.
+
+    Args:
+        layers: the attribute `sparsity` of each layer's attention, in order.
+    """
+    views = [LayerSparsity.from_string(text) for text in layers]
+    rules = {view.rule for view in views if view.rule is not None and not view.dense}
+    if not rules:
+        return Sparsity.from_string(DENSE)
+    if len(rules) > 1:
+        return "its layers have different sparsity policies"
+    (rule,) = rules
+    return rule if not any(v.heads for v in views) and all(not v.dense for v in views) else _with_heads(rule, views)
+
+
+def _with_heads(rule: Sparsity, views: Sequence[LayerSparsity]) -> Sparsity:
+    """Layers without heads of their own take one number for all: 1, or 0 where they are dense."""
+    heads = tuple(view.heads or ((0.0,) if view.dense else (1.0,)) for view in views)
+    return rule.with_heads(heads)
+
+
+class NativePolicy:
+    """A policy in the library's form; keeps alive what it points to.
+
+    Raises:
+        ValueError: the library cannot read by it, or it has the heads of another model.
+    """
+
+    def __init__(self, policy: Sparsity, layers: Sequence[LayerCache]) -> None:
+        if reason := unsupported(policy):
+            raise ValueError(reason)
+        self._heads: Any = None
+        if policy.heads is not None:
+            if len(policy.heads) != len(layers):
+                raise ValueError(f"the sparsity policy has {len(policy.heads)} layers, and the model has {len(layers)}")
+            flat: list[float] = []
+            for heads, layer in zip(policy.heads, layers, strict=True):
+                if len(heads) not in (1, layer.kv_heads):
+                    raise ValueError(f"the sparsity policy has {len(heads)} KV heads, and the model {layer.kv_heads}")
+                flat += heads if len(heads) == layer.kv_heads else heads * layer.kv_heads
+            self._heads = np.array(flat, np.float32)
+        self._rule = SparsityRule(
+            policy.coverage, policy.min_density, policy.max_density, -(-policy.local_window // PAGE_TOKENS),
+            policy.columns, policy.unit, policy.rows, policy.dense_below, policy.top_k, 0,
+            None if self._heads is None else self._heads.ctypes.data,
+        )  # fmt: skip
+        self.pointer = ctypes.pointer(self._rule)

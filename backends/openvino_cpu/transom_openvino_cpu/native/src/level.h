@@ -1,0 +1,18 @@
+// What library.cpp knows of an instruction set: the functions of its translation unit.
+#pragma once
+#include "abi.h"
+
+struct Pool;
+
+struct Level {
+  const char *name;
+  int32_t (*open)(const tr_program *program, Pool *pool, void **engine);
+  void (*close)(void *engine);
+  int64_t (*page_bytes)(void *engine, int32_t layer);
+  void (*set_cache)(void *engine, int32_t layer, void *memory);
+  int32_t (*new_route)(void *engine, void **route);
+  int32_t (*copy_route)(void *engine, const void *from, void **route);
+  void (*free_route)(void *route);
+  void (*route_counts)(void *engine, void *route, double *read, double *seen);
+  int32_t (*run)(void *engine, const tr_step *step, int32_t *layer);
+};

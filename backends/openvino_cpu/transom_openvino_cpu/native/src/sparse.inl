@@ -1,0 +1,218 @@
+// Sparse attention: the choice of routing.inl, read. Whole blocks run as they lie, loose units are gathered until they
+// fill a tile, the columns are a tile of their own.
+
+namespace {
+// What a block of queries reads.
+struct Plan {
+  int32_t *blocks, *loose; // pages; units
+  int block_count, loose_count;
+  uint64_t columns; // those of the tile of columns that lie in no chosen unit
+};
+INLINE size_t plan_bytes(int pages, int unit) {
+  return align64((size_t)pages * 4) + align64((size_t)pages * (PAGE / unit) * 4);
+}
+INLINE void plan_in(char *&p, int pages, int unit, Plan *plan) {
+  plan->blocks = (int32_t *)p, p += align64((size_t)pages * 4);
+  plan->loose = (int32_t *)p, p += align64((size_t)pages * (PAGE / unit) * 4);
+  plan->block_count = plan->loose_count = 0, plan->columns = 0;
+}
+INLINE int plan_items(const Plan &p, int unit) {
+  const int per = PAGE / unit;
+  return p.block_count + (p.loose_count + per - 1) / per + (p.columns != 0);
+}
+
+INLINE void plan_all(Plan &p, int first, int last) {
+  for (int j = last; j >= first; j--)
+    p.blocks[p.block_count++] = j;
+}
+
+INLINE void plan_chosen(Plan &p, int last, int unit, const uint64_t *bits, const int32_t *column, int columns, int far) {
+  const int per = PAGE / unit;
+  const uint64_t whole = per == 64 ? ~0ull : (1ull << per) - 1;
+  for (int j = last; j >= 0; j--) { // the blocks with a mask first
+    const int at = j * per;
+    const uint64_t u = bits[at / 64] >> (at % 64) & whole;
+    // Units of the last block that lie beyond its last key are not marked: it is read whole in any case.
+    if (u == whole || j == last)
+      p.blocks[p.block_count++] = j;
+    else
+      for (int x = 0; x < per; x++)
+        if (u >> x & 1)
+          p.loose[p.loose_count++] = at + x;
+  }
+  for (int x = 0; x < columns && column[x] < far; x++) {
+    const int u = column[x] / unit;
+    if (!(bits[u / 64] >> (u % 64) & 1))
+      p.columns |= 1ull << x;
+  }
+}
+
+// Item x of a plan as a tile for rows at the positions `position` [rows]; `buffer` has room for a tile, `mask` for rows.
+template <class C>
+static Tile<C> plan_tile(const Heads<C> &s, const tr_part &part, int h, const Plan &p, int unit, const RouteView<C> *v,
+                         int x, const int32_t *position, int rows, typename C::T *buffer, uint64_t *mask) {
+  typedef typename C::T T;
+  const tr_layer &l = *s.layer;
+  const int P = C::P, D = l.head_dim, DV = l.value_dim, per = PAGE / unit;
+  const int low = position[0], high = position[rows - 1];
+  if (x < p.block_count) {
+    const int j = p.blocks[x];
+    const bool whole = j * PAGE + 63 <= low && (!l.window || high - l.window + 1 <= j * PAGE);
+    if (!whole)
+      for (int r = 0; r < rows; r++)
+        mask[r] = seen(j, position[r], l.window);
+    return {s.keys(part.page[j], h), s.values(part.page[j], h), whole ? nullptr : mask, 1};
+  }
+  const int a = (x - p.block_count) * per;
+  if (a >= p.loose_count) {
+    if (!l.window) {
+      mask[0] = p.columns;
+      return {v->keys, v->values, mask, 0};
+    }
+    for (int r = 0; r < rows; r++) {
+      mask[r] = p.columns;
+      for (int i = 0; i < v->head->columns && v->head->column[i] <= position[r] - l.window; i++)
+        mask[r] &= ~(1ull << i);
+    }
+    return {v->keys, v->values, mask, 1};
+  }
+  const int n = p.loose_count - a < per ? p.loose_count - a : per;
+  T *K = buffer, *V = buffer + (size_t)D * PAGE;
+  for (int y = 0; y < n; y++) {
+    const int u = p.loose[a + y], page = part.page[u / per], t = u % per * unit;
+    const T *k = s.keys(page, h), *w = s.values(page, h);
+    for (int d = 0; d < D / P; d++)
+      __builtin_memcpy(K + ((size_t)d * PAGE + y * unit) * P, k + ((size_t)d * PAGE + t) * P, unit * P * sizeof(T));
+    __builtin_memcpy(V + (size_t)y * unit * DV, w + (size_t)t * DV, (size_t)unit * DV * sizeof(T));
+  }
+  const int keys = n * unit;
+  if (n < per) { // 0 times what lay there must be 0
+    for (int d = 0; d < D / P; d++)
+      __builtin_memset(K + ((size_t)d * PAGE + keys) * P, 0, (size_t)(PAGE - keys) * P * sizeof(T));
+    __builtin_memset(V + (size_t)keys * DV, 0, (size_t)(PAGE - keys) * DV * sizeof(T));
+  }
+  const uint64_t every = keys == 64 ? ~0ull : (1ull << keys) - 1;
+  if (!l.window) {
+    mask[0] = every;
+    return {K, V, keys == 64 ? nullptr : mask, 0};
+  }
+  for (int r = 0; r < rows; r++) {
+    mask[r] = every;
+    for (int y = 0; y < n; y++) {
+      const int from = p.loose[a + y] * unit, start = position[r] - l.window + 1;
+      const int gone = start - from < 0 ? 0 : start - from > unit ? unit : start - from;
+      if (gone)
+        mask[r] &= ~(((gone == 64 ? 0 : 1ull << gone) - 1) << y * unit);
+    }
+  }
+  return {K, V, mask, 1};
+}
+
+INLINE float coverage_of(const tr_sparsity &rule, float loose) {
+  const float c = 1.f - (1.f - rule.coverage) * loose;
+  return c > 0 ? c : 0;
+}
+
+INLINE size_t choice_bytes(const tr_layer &l, const tr_sparsity &rule, int pages, int asked) {
+  const size_t width = (size_t)pages * PAGE / rule.unit + 64;
+  return (size_t)asked * width * 4 + align64((size_t)(pages * PAGE / rule.unit / 64 + 2) * 8) +
+         align64((size_t)(pages / 8 + 2) * 8) + align64((size_t)(rule.local + 3) * 64 * 4) +
+         align64((size_t)asked * 4) + plan_bytes(pages + 1, rule.unit) + 256 + (size_t)l.heads * 0;
+}
+
+// Scores the units of a query block of positions p0 ... p1 - 1 and plans what it reads. False: not finite.
+template <class C>
+static bool plan_block(const Heads<C> &s, const tr_part &part, int h, int p0, int p1, const tr_sparsity &rule,
+                       float loose, const RouteView<C> &v, Plan &plan, char *memory, double *read, double *seen_keys) {
+  const tr_layer &l = *s.layer;
+  const int last = p1 - 1, far = far_end(p0, rule.local), pages = last / PAGE + 1;
+  const int start = l.window && p0 - l.window + 1 > 0 ? p0 - l.window + 1 : 0;
+  plan_in(memory, pages, rule.unit, &plan);
+  if (last + 1 <= rule.dense_below || far <= start) {
+    plan_all(plan, start / PAGE, last / PAGE);
+    *read += last + 1 - start, *seen_keys += last + 1 - start;
+    return true;
+  }
+  const int step = PAGE / rule.rows, tokens = p1 - p0, most = (tokens >= step ? tokens / step : 1) * s.group;
+  Asked<C> a = asked_in<C>(memory, l, most);
+  a.group = s.group;
+  if (tokens >= step)
+    for (int p = p0 + step - 1; p < p1; p += step)
+      ask(s, part, h, p, a);
+  else
+    ask(s, part, h, last, a);
+  float *x = (float *)memory;
+  memory += align64((size_t)(rule.local + 3) * 64 * 4);
+  uint64_t *patched = (uint64_t *)memory;
+  memory += align64((size_t)(pages / 8 + 2) * 8);
+  uint64_t *bits = (uint64_t *)memory;
+  memory += align64((size_t)(pages * PAGE / rule.unit / 64 + 2) * 8);
+  float *U = (float *)memory;
+  const size_t width = (size_t)pages * PAGE / rule.unit + 64;
+  exact_masses(s, part, h, far, last, v, a, x);
+  mark_patches(v.head->patch, v.head->patches, far, patched);
+  unit_masses(s, part, h, far, 0, far / PAGE, rule.unit, patched, a, U, width, a.total);
+  patch_masses(l, v, far, rule.unit, a, U, width);
+  int keys, all;
+  const int found = choose_units(rule, coverage_of(rule, loose), p0, last, l.window, far, a.rows, U, width, a.total,
+                                 a.near, a.column, v.head->column, v.head->columns, bits, &keys, &all);
+  if (found < 0)
+    return false;
+  if (found)
+    plan_chosen(plan, last / PAGE, rule.unit, bits, v.head->column, v.head->columns, far);
+  else
+    plan_all(plan, start / PAGE, last / PAGE), keys = all;
+  *read += keys, *seen_keys += all;
+  return true;
+}
+
+// Memory for plan_block.
+template <class C>
+INLINE size_t plan_block_bytes(const tr_layer &l, const tr_sparsity &rule, int pages, int tokens) {
+  const int group = l.heads / l.kv_heads, step = PAGE / rule.rows;
+  const int rows = (tokens >= step ? (tokens < PAGE ? tokens : PAGE) / step : 1) * group;
+  return asked_bytes<C>(l, rows) + choice_bytes(l, rule, pages, rows + 1);
+}
+
+// As attend_dense, over a plan.
+template <class C>
+static bool attend_plan(const Heads<C> &s, const tr_part &part, int h, int p0, int p1, const Plan &plan, int unit,
+                        const RouteView<C> &v, char *memory) {
+  const tr_layer &l = *s.layer;
+  const int DV = l.value_dim, at_once = queries_at_once(s.group);
+  bool fine = true;
+  for (; p0 < p1; p0 += at_once) {
+    const int tokens = p1 - p0 < at_once ? p1 - p0 : at_once, rows = tokens * s.group;
+    char *m = memory;
+    typename C::T *q;
+    Gathered<C> g = gathered_in<C>(m, l, (size_t)at_once * s.group, q);
+    uint64_t *mask = (uint64_t *)m;
+    m += align64((size_t)at_once * s.group * 8);
+    int32_t *position = (int32_t *)m;
+    m += align64((size_t)at_once * s.group * 4);
+    typename C::T *buffer = (typename C::T *)m;
+    const size_t row = part.begin + p0 - part.past;
+    load_queries<C>(s, row, tokens, h, query_factor(l), q);
+    begin_rows(s, g, rows, h, true);
+    for (int r = 0; r < rows; r++)
+      position[r] = p0 + r / s.group;
+    const int items = plan_items(plan, unit);
+    for (int x = 0; x < items; x++)
+      attend_tile<C>(l, plan_tile<C>(s, part, h, plan, unit, &v, x, position, rows, buffer, mask), g, rows);
+    for (int r = 0; r < rows; r++) {
+      float total = sum(load(g.sums + r * 16));
+      fine &= total > 0 && total < 1e30f;
+      VF inverse = set1(1.f / total);
+      float *out = s.out + (row + r / s.group) * s.out_stride + (size_t)(h * s.group + r % s.group) * DV;
+      for (int d = 0; d < DV; d += 16)
+        store(out + d, mul(load(g.out + (size_t)r * DV + d), inverse));
+    }
+  }
+  return fine;
+}
+template <class C> INLINE size_t attend_plan_bytes(const tr_layer &l) {
+  const size_t rows = (size_t)queries_at_once(l.heads / l.kv_heads) * (l.heads / l.kv_heads);
+  return attend_bytes<C>(l) + align64(rows * 4) + align64(rows * 8) +
+         align64((size_t)PAGE * (l.head_dim + l.value_dim) * sizeof(typename C::T)) + 64;
+}
+} // namespace

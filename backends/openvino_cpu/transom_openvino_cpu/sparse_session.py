@@ -1,0 +1,135 @@
+"""The paged session over the native engine: it also obeys sparsity policies, and counts the keys that are read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from transom.contract import State, Tensor, Work
+from transom.sessions import check_step
+from transom.signature import Decoder
+from transom_openvino_cpu.native.engine import NativeEngine
+from transom_openvino_cpu.pages import PageTable
+from transom_openvino_cpu.session import Array, PagedSession, PagedState
+
+BLOCK = 64
+"""Queries that choose together."""
+CHUNK = 16
+"""New tokens from which on they do."""
+
+
+class SparseState(PagedState):
+    """A state with what sparse attention remembers of its sequence: made when it is first needed."""
+
+    def __init__(self, table: PageTable, page_bytes: int, engine: NativeEngine) -> None:
+        super().__init__(table, page_bytes)
+        self._engine = engine
+        self.route = 0
+        self._counts: Array | None = None
+        self._dense: list[tuple[int, int, bool]] = []
+        """Steps without a route: cached tokens, new tokens, whether these were a chunk."""
+
+    def need_route(self) -> int:
+        if not self.route:
+            self.route = self._engine.new_route()
+        return self.route
+
+    def ran_dense(self, past: int, count: int) -> None:
+        """A step without a route has run. Decoding takes one entry, however long it is."""
+        chunk = count >= CHUNK
+        if self._dense and not chunk:
+            before, tokens, was_chunk = self._dense[-1]
+            if not was_chunk and before + tokens == past:
+                self._dense[-1] = (before, tokens + count, False)
+                return
+        self._dense.append((past, count, chunk))
+
+    def keys_read(self) -> Array:
+        layers = self._engine.program.layers
+        if self._counts is None:
+            self._counts = np.zeros((2, len(layers), max(layer.kv_heads for layer in layers)))
+        if self.route:
+            self._counts += self._engine.take_counts(self.route)
+        for past, count, chunk in self._dense:
+            for i, layer in enumerate(layers):
+                self._counts[:, i, : layer.kv_heads] += dense_keys(past, count, layer.window, chunk=chunk)
+        self._dense.clear()
+        return self._counts.copy()
+
+    def fork(self, length: int) -> SparseState:
+        twin = SparseState(self.table.fork(length), self._page_bytes, self._engine)
+        if self.route:
+            twin.route = self._engine.copy_route(self.route)
+        return twin
+
+    def free(self) -> None:
+        super().free()
+        self._free_route()
+
+    def _free_route(self) -> None:
+        if self.route:
+            self._engine.free_route(self.route)
+            self.route = 0
+
+    def __del__(self) -> None:
+        self._free_route()
+
+
+def dense_keys(past: int, count: int, window: int, *, chunk: bool) -> int:
+    """Keys that `count` new tokens see; those of a block that would choose together in a chunk count alike."""
+    total, position = 0, past
+    while position < past + count:
+        end = min((position // BLOCK + 1) * BLOCK, past + count) if chunk else position + 1
+        start = max(0, position - window + 1) if window else 0
+        total += (end - start) * (end - position)
+        position = end
+    return total
+
+
+class SparseSession(PagedSession):
+    """A `transom.contract.SparseSession`."""
+
+    def __init__(self, engine: NativeEngine, decoder: Decoder, *, context: int, pages: int) -> None:
+        self._native = engine
+        super().__init__(engine, decoder, context=context, pages=pages)
+
+    def new_state(self) -> SparseState:
+        self._need_open()
+        return SparseState(self._pool.new_table(), self._page_bytes, self._native)
+
+    def keys_read(self, state: State) -> Tensor:
+        """float64 [2, layers, kv_heads]; see `transom.contract.SparseSession`."""
+        if not isinstance(state, SparseState) or state.table.pool is not self._pool:
+            raise ValueError("this sequence state belongs to another session")
+        state.table.pages  # noqa: B018  a freed state raises here
+        return state.keys_read()
+
+    def _check(self, work: Sequence[Work]) -> None:
+        check_step(work, self._limits, self._decoder.vocabulary, sparsity=True)
+        for w in work:
+            self._native.policy(self._text(w))  # ValueError for one that cannot be obeyed
+
+    def _text(self, work: Work) -> str:
+        return self._native.program.sparsity if work.sparsity is None else work.sparsity
+
+    def _compute(
+        self,
+        work: Sequence[Work],
+        tokens: Sequence[Array],
+        past: Sequence[int],
+        pages: Sequence[Sequence[int]],
+        rows: Sequence[int],
+    ) -> Array:
+        policies = [self._native.policy(self._text(w)) for w in work]
+        states = [w.state for w in work]
+        routes = []
+        for state, policy in zip(states, policies, strict=True):
+            assert isinstance(state, SparseState)
+            routes.append(state.route if policy is None else state.need_route())
+        logits = self._native.step(tokens, past, pages, rows, policies, routes)
+        for state, route, old, new in zip(states, routes, past, tokens, strict=True):
+            if not route:
+                assert isinstance(state, SparseState)
+                state.ran_dense(old, len(new))
+        return logits

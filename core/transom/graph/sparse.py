@@ -1,0 +1,71 @@
+"""Writing a sparsity policy into a graph: the attribute `sparsity` of its attention nodes."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import onnx_ir as ir
+
+from transom.errors import OptionError
+from transom.graph.graph import Graph
+from transom.graph.reading import attributes_of
+from transom.ops import find
+from transom.ops.functions import overload
+from transom.sparsity import Sparsity
+
+DOMAIN, NAME = "transom", "CachedAttention"
+
+
+def is_attention(node: ir.Node) -> bool:
+    """Whether a policy is about this node."""
+    return node.domain == DOMAIN and node.op_type == NAME
+
+
+def stays_dense(node: ir.Node) -> str:
+    """Why no policy can be applied to an attention node; empty when one can."""
+    if len(node.inputs) > 9 and node.inputs[9] is not None:
+        return "a bias on its scores"
+    if not node.attributes.get_int("is_causal", 1):
+        return "no causal mask"
+    return ""
+
+
+def with_sparsity(graph: Graph, policy: Sparsity) -> Graph:
+    """The graph with the policy in every attention node that can have one, each with its layer's view.
+
+    Notes say which nodes stay dense. A graph of which nothing changes is returned as it is.
+
+    Raises:
+        OptionError: the graph has no attention over a cache, or the policy has the heads of another model.
+    """
+    if policy.dense:
+        return graph
+    nodes = [n for n in graph.nodes() if is_attention(n)]
+    if not nodes:
+        raise OptionError(
+            f"{graph.name} has no attention over a cache that a sparsity policy could be applied to",
+            "Load it with sparsity='off'",
+        )
+    if graph.decoder is not None:
+        policy.for_model(graph.decoder)
+    dense = Counter(reason for n in nodes if (reason := stays_dense(n)))
+    schema = find(DOMAIN, NAME)
+    assert schema is not None
+    assert schema.body is not None
+    model = graph.model.clone()
+    for node in model.graph:
+        if not is_attention(node) or stays_dense(node):
+            continue
+        text = policy.layer(node.attributes.get_int("layer", 0)).to_string()
+        node.attributes["sparsity"] = ir.AttrString("sparsity", text)
+        attributes = attributes_of(node)
+        present = tuple(v is not None for v in node.inputs)
+        node.overload = overload(attributes, present)
+        if node.op_identifier() not in model.functions:
+            model.functions[node.op_identifier()] = schema.body(attributes, present)
+    used = {n.op_identifier() for n in model.graph.all_nodes()}
+    used |= {n.op_identifier() for f in model.functions.values() for n in f.all_nodes()}
+    for identifier in [i for i in model.functions if i[:2] == (DOMAIN, NAME) and i not in used]:
+        del model.functions[identifier]
+    notes = [f"{count} attention nodes stay dense: {reason}" for reason, count in dense.items()]
+    return Graph(model, weights_hash=graph.weights_hash, notes=[*graph.notes, *notes])

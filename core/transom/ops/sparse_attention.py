@@ -1,0 +1,87 @@
+"""The result of a sparse `transom::CachedAttention`: exact softmax over the keys that `sparse_routing` chooses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from transom.ops.schema import Array, Attributes
+from transom.ops.sparse_routing import Choice, choose, dense_route, ordered
+
+Observer = Callable[[Choice], None]
+"""Is told of every choice that a call makes."""
+OBSERVER = "__observer__"
+"""Under this name the attributes of a call may hold an `Observer`; it is no attribute of the operator."""
+
+
+def attend(inputs: Sequence[Array | None], attributes: Attributes) -> Array:
+    """The operator's first output, float32 [tokens, q_num_heads * value_dim].
+
+    Args:
+        inputs: the operator's, in order.
+        attributes: the operator's, defaults filled in; `sparsity` is not `"dense"`.
+
+    Raises:
+        ValueError: as `sparse_routing.choose`.
+    """
+    q, k, v, past_k, past_v = (np.asarray(inputs[i]) for i in range(5))
+    sinks = inputs[10] if len(inputs) > 10 else None
+    q_heads, kv_heads = int(attributes["q_num_heads"]), int(attributes["kv_num_heads"])
+    group = q_heads // kv_heads
+    dim, value_dim = k.shape[1] // kv_heads, v.shape[1] // kv_heads
+    scale = np.float32(attributes["scale"] or dim**-0.5)
+    queries = q.astype(np.float32).reshape(-1, kv_heads, group, dim)
+    keys = np.concatenate([past_k, k]).astype(np.float32).reshape(-1, kv_heads, dim)
+    values = np.concatenate([past_v, v]).astype(np.float32).reshape(-1, kv_heads, value_dim)
+    out = np.zeros((len(q), kv_heads, group, value_dim), np.float32)
+    unit = _unit(attributes)
+    observer: Observer | None = attributes.get(OBSERVER)
+    for choice in choose(inputs, attributes):
+        new, everything = ordered(inputs, choice.sequence)
+        head, first = choice.head, len(everything) - len(new)
+        sink = None if sinks is None else np.asarray(sinks, np.float32).reshape(kv_heads, group, 1, 1)[head]
+        for block in choice.route.blocks:
+            at = np.flatnonzero(block.reads(unit))  # positions, which are the places in `everything`
+            rows = new[block.begin - first : block.end + 1 - first]
+            scores = (queries[rows, head].transpose(1, 0, 2) @ keys[everything[at], head].T) * scale
+            if cap := attributes["softcap"]:
+                scores = np.float32(cap) * np.tanh(scores / np.float32(cap))
+            distance = np.arange(block.begin, block.end + 1)[:, None] - at
+            seen = distance >= 0
+            if window := attributes["sliding_window"]:
+                seen &= distance < window
+            out[rows, head] = _softmax(np.where(seen, scores, -np.inf), values[everything[at], head], sink)
+        if observer is not None:
+            observer(choice)
+    return out.reshape(len(q), -1)
+
+
+def _softmax(scores: Array, values: Array, sink: Array | None) -> Array:
+    """[G, rows, keys] and [keys, value_dim] to [rows, G, value_dim]."""
+    top = scores.max(-1, keepdims=True)
+    if sink is not None:
+        top = np.maximum(top, sink)
+    weights = np.exp(scores - top)
+    total = weights.sum(-1, keepdims=True)
+    if sink is not None:
+        total = total + np.exp(sink - top)
+    result: Array = ((weights / total) @ values).transpose(1, 0, 2)
+    return result
+
+
+def _unit(attributes: Attributes) -> int:
+    from transom.sparsity import LayerSparsity
+
+    rule = LayerSparsity.from_string(str(attributes["sparsity"])).rule
+    assert rule is not None  # a dense call does not come here
+    return rule.unit
+
+
+def observe_dense(inputs: Sequence[Array | None], attributes: Attributes, observer: Observer) -> None:
+    """Tell the observer of a call that reads every key."""
+    for sequence in np.unique(np.asarray(inputs[5])):
+        new, everything = ordered(inputs, int(sequence))
+        way = dense_route(len(everything) - len(new), len(everything), int(attributes["sliding_window"]))
+        for head in range(int(attributes["kv_num_heads"])):
+            observer(Choice(int(sequence), head, way))

@@ -1,0 +1,23 @@
+"""Sparsity policies: which keys attention reads. One object for all backends; see `docs/sparsity.md`.
+
+Imports nothing but the standard library, so that contract, command line and a warm start may read a policy.
+"""
+
+from __future__ import annotations
+
+from transom.sparsity.calibration import FILE_NAME, Calibration, beside, read_calibration, shipped
+from transom.sparsity.layer import DENSE, LayerSparsity
+from transom.sparsity.policy import PRESETS, Heads, Sparsity
+
+__all__ = [
+    "DENSE",
+    "FILE_NAME",
+    "PRESETS",
+    "Calibration",
+    "Heads",
+    "LayerSparsity",
+    "Sparsity",
+    "beside",
+    "read_calibration",
+    "shipped",
+]
