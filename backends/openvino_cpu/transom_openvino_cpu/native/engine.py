@@ -154,8 +154,8 @@ class NativeEngine:
         return int(copy.value or 0)
 
     def free_route(self, route: int) -> None:
-        if self._engine:
-            self._lib.tr_route_free(self._engine, route)
+        """Also after the engine was closed."""
+        self._lib.tr_route_free(route)
 
     def take_counts(self, route: int) -> Array:
         """Keys that the sequence's queries have read, and that they could see, since this was asked last: float64

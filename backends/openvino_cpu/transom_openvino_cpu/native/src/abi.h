@@ -149,7 +149,7 @@ void tr_set_cache(void *engine, int32_t layer, void *memory);
 // be older than the sequence: what lies behind the tokens cached at a step is forgotten then.
 int32_t tr_route_new(void *engine, void **route);
 int32_t tr_route_copy(void *engine, const void *from, void **route);
-void tr_route_free(void *engine, void *route);
+void tr_route_free(void *route);
 // Adds to read and seen [layers, kv_heads of each] the keys that queries have read, and those that they could see,
 // and sets the route's own counts to 0.
 void tr_route_counts(void *engine, void *route, double *read, double *seen);

@@ -4,6 +4,13 @@
 
 struct Pool;
 
+// What sparse attention remembers of a sequence: of each layer and KV head a RouteHead and what lies behind it. It may
+// outlive its engine.
+struct Route {
+  size_t bytes;
+  char *memory;
+};
+
 struct Level {
   const char *name;
   int32_t (*open)(const tr_program *program, Pool *pool, void **engine);
@@ -12,7 +19,6 @@ struct Level {
   void (*set_cache)(void *engine, int32_t layer, void *memory);
   int32_t (*new_route)(void *engine, void **route);
   int32_t (*copy_route)(void *engine, const void *from, void **route);
-  void (*free_route)(void *route);
   void (*route_counts)(void *engine, void *route, double *read, double *seen);
   int32_t (*run)(void *engine, const tr_step *step, int32_t *layer);
 };

@@ -71,7 +71,7 @@ bool program_fits(const tr_program &p) {
     const tr_matrix &m = p.matrix[x];
     const bool blocks = m.kind == TR_U4 || m.kind == TR_U8;
     if (m.kind < TR_F32 || m.kind > TR_U8 || m.rows < 1 || m.columns < 1 || !m.data ||
-        (blocks && (m.block < 8 || m.block % 8 || m.columns % m.block)))
+        (blocks && (m.block < 8 || m.block % 8 || m.columns % m.block || m.zero < 0 || m.zero > 255)))
       return false;
   }
   int choice = -1; // of the rows whose logits are wanted: from then on there are as many rows as the output has
@@ -273,11 +273,6 @@ int32_t copy_route(void *engine, const void *from, void **route) {
   return status;
 }
 
-void free_route(void *route) {
-  free(((Route *)route)->memory);
-  free(route);
-}
-
 template <class C> void take_counts(Engine *e, void *route, double *read, double *seen) {
   tr_part part = {};
   part.route = route;
@@ -298,4 +293,4 @@ int32_t run_engine(void *engine, const tr_step *step, int32_t *layer) { return r
 } // namespace
 
 extern const Level LEVEL = {LEVEL_NAME, open_engine, close_engine, page_bytes_of, set_cache_of,
-                            new_route,  copy_route,  free_route,   route_counts,  run_engine};
+                            new_route,  copy_route,  route_counts,  run_engine};

@@ -83,7 +83,10 @@ TR_EXPORT int32_t tr_route_copy(void *engine, const void *from, void **route) {
   return o->level->copy_route(o->engine, from, route);
 }
 
-TR_EXPORT void tr_route_free(void *engine, void *route) { ((Opened *)engine)->level->free_route(route); }
+TR_EXPORT void tr_route_free(void *route) {
+  free(((Route *)route)->memory);
+  free(route);
+}
 
 TR_EXPORT void tr_route_counts(void *engine, void *route, double *read, double *seen) {
   Opened *o = (Opened *)engine;

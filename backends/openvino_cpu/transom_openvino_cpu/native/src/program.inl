@@ -263,11 +263,6 @@ static void run_rows(Engine *e, const tr_step *step, int first, int last, int ro
   }
 }
 
-// What sparse attention remembers of a sequence: of each layer and KV head a RouteHead and what lies behind it.
-struct Route {
-  size_t bytes;
-  char *memory;
-};
 template <class C> static size_t route_bytes(const tr_program &p) {
   size_t n = 0;
   for (int i = 0; i < p.layers; i++)
