@@ -31,12 +31,12 @@ docs: .venv-test/.ready
 build: .venv-test/.ready
 	.venv-test/bin/python -m build --outdir dist
 
-# The environment of a user: the CPU path, no torch.
+# The environment of a user: the CPU path, no torch. Modules are compiled when they are first used: most never are.
 .venv/.ready: pyproject.toml $(NATIVE)
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed and was not found. Set PYTHON=/path/to/python."; exit 2; }
-	@echo "Setting up .venv with $(PYTHON): Transom and OpenVINO, about 470 MB, once; the native kernels are compiled."
+	@echo "Setting up .venv with $(PYTHON): Transom and OpenVINO, about 500 MB with the sample model, once; the native kernels are compiled."
 	@test -x .venv/bin/python || $(PYTHON) -m venv .venv
-	@.venv/bin/python -m pip install --quiet --disable-pip-version-check -e '.[openvino,chat]'
+	@.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile -e '.[openvino,chat]'
 	@touch $@
 
 # The sample model is carried by a package on PyPI: SmolLM2-135M-Instruct as GGUF, 4 bits.
