@@ -6,15 +6,16 @@
     print(model.generate("Why is the sky blue?", max_new_tokens=64).text)
     print(model.report)
 
-Importing this package imports nothing heavy: each name is loaded when it is first used.
+Importing this package imports nothing heavy, not even `typing`: each name is loaded when it is first used, and the
+command line can catch a Ctrl-C before anything that takes time.
 """
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
-
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from transom.api import backends, devices, explain
     from transom.artifacts import Cache
     from transom.contract import Cancelled, Device
@@ -63,6 +64,8 @@ def __getattr__(name: str) -> Any:
         return version("transom")
     if name not in _HOME:
         raise AttributeError(f"module 'transom' has no attribute {name!r}")
+    import importlib
+
     value = getattr(importlib.import_module(_HOME[name]), name)
     globals()[name] = value
     return value

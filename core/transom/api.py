@@ -61,7 +61,10 @@ class Backends:
 
 def backends(probe_file: str | Path | None = None) -> Backends:
     """What is installed, what it offers on this machine, what failed to load and how to fix it."""
+    from transom.runtime.operators import register_operators
+
     machine = survey(probe_file)
+    register_operators(machine.plugins)  # asked for here, as it may find more that is broken
     here = {d.id for d in machine.devices if d.kind != "remote"}
     installed = tuple(
         InstalledBackend(
@@ -93,7 +96,7 @@ def explain(
     from transom.graph import Graph
     from transom.graph.sparse import with_sparsity
     from transom.runtime.explain import explain_graph
-    from transom.runtime.operators import register_operators
+    from transom.runtime.operators import explaining_rejected, register_operators
     from transom.sources import resolve
     from transom.sparsity import Sparsity
 
@@ -105,5 +108,6 @@ def explain(
         device = hardware.find(machine.devices, device).id
     if isinstance(model, Graph):
         return explain_graph(with_sparsity(model, policy), model.name, machine, device=device)
-    source = resolve(model).open(model)
+    with explaining_rejected(machine.plugins):
+        source = resolve(model).open(model)
     return explain_graph(with_sparsity(source.graph, policy), source.name, machine, device=device)

@@ -65,6 +65,9 @@ class SelfCheckFailed(TransomError):
 class ContextExceeded(TransomError):
     """Prompt and requested output are longer than the context the model was loaded with."""
 
+    room = 0
+    """Tokens that an answer could have; 0 where the prompt alone is too long."""
+
 
 class CacheError(TransomError):
     """The artifact cache cannot be used, for example because its directory cannot be written."""
@@ -81,6 +84,13 @@ class MissingExtra(TransomError):
 def nearest(word: str, known: Iterable[str]) -> str:
     """A sentence that helps after a misspelling: 'Did you mean "x"? Known: a, b, x.'"""
     names = sorted(known)
-    match = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
+    match = [name for name in difflib.get_close_matches(word, names, n=3, cutoff=0.6) if _misspelt(word, name)]
     hint = f'Did you mean "{match[0]}"? ' if match else ""
     return f"{hint}Known: {', '.join(names) or 'none'}."
+
+
+def _misspelt(word: str, name: str) -> bool:
+    """Whether the shorter of the two is nearly all in the other: a long ending in common does not make names alike."""
+    shorter = min(len(word), len(name))
+    common = sum(block.size for block in difflib.SequenceMatcher(None, name, word).get_matching_blocks())
+    return shorter - common <= max(1, min(2, shorter // 4))

@@ -338,7 +338,7 @@ def _nothing_runs(
     if not scope:
         fix = "The probe found no device; see: transom doctor"
     details = [_line(name, refusal) for name, refusal in refusals if backend in ("auto", name)]
-    if backend == "auto" and not answers:
+    if backend == "auto" and devices and not answers:
         details.append("no backend is installed")
     details += [_capital(str(failure)) for failure in failures]
     details += [f"note: {note}" for note in notes]

@@ -126,7 +126,7 @@ def test_verify_agrees_with_transformers(bare: Any, checkpoint: Path) -> None:
 def test_verify_that_differs_says_so_and_ends_with_2(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], model: Path, warm_cache: Path
 ) -> None:
-    from transom.cli.app import _run
+    from transom.cli.app import run
     from transom.runtime import verify
 
     monkeypatch.setenv("TRANSOM_CACHE", str(warm_cache))
@@ -138,7 +138,7 @@ def test_verify_that_differs_says_so_and_ends_with_2(
             return np.tile(np.linspace(0, 9, 262, dtype=np.float32), (len(ids), 1))
 
     monkeypatch.setattr(verify, "oracle_for", lambda *arguments, **options: Wrong())
-    assert _run(["verify", str(model), "--backend", "reference"]) == 2
+    assert run(["verify", str(model), "--backend", "reference"]) == 2
     shown = capsys.readouterr().out
     assert shown.splitlines()[0] == "DIFFERS"
     assert "something else" in shown
@@ -180,3 +180,20 @@ def test_inspect_of_the_sample_model_names_its_four_bit_blocks(bare: Any) -> Non
     assert {k["type"]: k["tensors"] for k in shown["stored"]} == {"Q4_1": 210, "Q8_0": 1, "F32": 61}
     assert {k["type"] for k in shown["kept"]} >= {"uint4 in blocks of 32, float16 scales and minimums"}
     assert [room["context"] for room in shown["memory"]] == [512, 1024, 4096, 8192]
+
+
+def test_verify_compares_exactly_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
+    import transom
+    from transom.cli.app import run
+    from transom.errors import OptionError
+
+    asked = []
+
+    def load(path: Any, **options: Any) -> Any:
+        asked.append(options["precision"])
+        raise OptionError("enough")
+
+    monkeypatch.setattr(transom, "load", load)
+    for more in ((), ("--precision", "auto")):
+        assert run(["verify", str(model), *more]) == 2
+    assert asked == ["exact", "auto"]

@@ -178,6 +178,13 @@ def test_a_backend_that_breaks_in_the_middle_of_an_answer_is_one_sentence(transo
     assert "Traceback" not in err
 
 
+def test_a_name_that_is_near_to_none_gets_no_suggestion(refused: Callable[..., str]) -> None:
+    for word in ("nosuch", "xyzzy", "serve"):
+        assert "Did you mean" not in refused(word)
+    for word, meant in (("benhc", "bench"), ("devcs", "devices"), ("benchmark", "bench"), ("exlpain", "explain")):
+        assert f'Did you mean "{meant}"' in refused(word)
+
+
 def test_the_traceback_is_there_for_those_who_ask(bare: Any) -> None:
     assert "Traceback" in bare("inspect", "none.gguf", env={"TRANSOM_DEBUG": "1"}).err
 

@@ -94,3 +94,17 @@ def test_ctrl_c_ends_the_workers_too(transom: Any, model: Path) -> None:
     while any(Path(f"/proc/{pid}/stat").exists() for pid in workers if pid):
         assert time.monotonic() < end
         time.sleep(0.05)
+
+
+def test_a_graph_that_does_not_generate_is_refused_in_one_sentence(bare: Any, tmp_path: Path, rng: Any) -> None:
+    from onnx_models import Writer, save
+    from onnx_models import value as port
+
+    w = Writer(rng)
+    w.op("MatMul", "x", w.random(4, 4), outputs=["y"])
+    path = save(w.model([port("x", shape=[1, 4])], [port("y", shape=[1, 4])]), tmp_path / "plain.onnx")
+    for more in ((), ("--startup",)):
+        status, out, err = bare("bench", path, *more)
+        assert status == 2
+        assert not out
+        assert err.count("is not a decoder") == 1

@@ -17,6 +17,7 @@ import byte_llama
 import pytest
 import toy
 
+from transom.cli.chat import _Talk
 from transom.cli.conversation import Conversation
 from transom.errors import OptionError
 
@@ -91,6 +92,35 @@ def test_a_message_too_long_for_the_context_is_taken_back(chat: Callable[..., An
     assert "The prompt has 73 tokens" in err
     assert out == toy.TEXT + "\n"
     assert "[5 + 20 tokens" in err
+
+
+def test_a_context_that_is_nearly_full_is_told_in_the_words_of_the_command_line(chat: Callable[..., Any]) -> None:
+    lines = "Hello\nHello\n/params max_tokens=4\nHi\n/undo\n"
+    status, _, err = chat(lines, "--context", "64", "--max-tokens", "25")
+    assert status == 2
+    assert "max_new_tokens=" not in err.split("/params max_tokens=")[0]
+    assert "context=" not in err
+    for way in ("/params max_tokens=", "--max-tokens", "/undo", "/reset", "--context"):
+        assert way in err
+
+
+def test_undo_and_load_count_the_conversation_again(tmp_path: Path) -> None:
+    from types import SimpleNamespace
+
+    from transom.text import ChatTemplate
+
+    template = ChatTemplate("{% for m in messages %}{{ m.content }}{% endfor %}")
+    model: Any = SimpleNamespace(chat_template=template, tokenize=list, name="m", context=64)
+    talk = _Talk(model, None, {}, quiet=True, as_json=False)
+    for question, answer in (("abc", "de"), ("f", "ghij")):
+        talk.conversation.ask(question)
+        talk.conversation.answer(answer)
+    talk.conversation.save(tmp_path / "talk.json", "m")
+    counts = []
+    for command in ("/undo", "/undo", f"/load {tmp_path / 'talk.json'}", "/reset"):
+        assert talk._handle(command)
+        counts.append(talk.used)
+    assert counts == [5, 0, 10, 0]
 
 
 def test_bytes_that_are_not_utf8_are_refused(chat: Callable[..., Any]) -> None:

@@ -141,6 +141,15 @@ def test_ctrl_c_while_the_model_is_prepared_leaves_nothing_half_done(fresh: Any,
     assert not list((fresh.cache / "building").glob("*"))
 
 
+def test_ctrl_c_before_anything_is_imported_is_no_traceback(transom: Any) -> None:
+    start = (
+        "import sys, signal; from transom.cli import main; find = type('', (), {'find_spec': staticmethod("
+        "lambda name, *rest: signal.raise_signal(signal.SIGINT) if name == 'click' else None)}); "
+        "sys.meta_path.insert(0, find); main()"
+    )
+    assert tuple(transom("devices", start=start)) == (130, "", "Interrupted.\n")
+
+
 def test_a_reader_that_goes_away_ends_the_answer_in_silence(transom: Any, model: Path) -> None:
     environment = {"TOY_DELAY": "0.02", "TOY_ENDLESS": "1"}
     child = transom.begin("run", model, "x", "--backend", "toy", "--verify", "off", env=environment)
@@ -157,3 +166,14 @@ def test_a_reader_that_goes_away_ends_a_table_in_silence(transom: Any) -> None:
     child.stdout.close()
     assert child.wait(timeout=20) == 0
     assert child.stderr.read() == b""
+
+
+def test_a_broken_template_is_refused_before_anything_is_compiled(fresh: Any, tmp_path: Path, rng: Any) -> None:
+    path = byte_llama.write_gguf(tmp_path / "broken.gguf", rng, template="{% if ")
+    options = ("--backend", "toy", "--verify", "off")
+    for command in ("run", "chat"):
+        status, _, err = fresh(command, path, *(("Hi",) if command == "run" else ()), *options)
+        assert status == 2
+        assert "not valid Jinja" in err
+        assert not list(fresh.cache.glob("artifacts/*"))
+    assert fresh("run", path, "Hi", "--raw", *options).status == 0

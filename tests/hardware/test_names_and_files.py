@@ -196,6 +196,12 @@ def test_a_document_without_devices_says_which_key_is_missing(document: object) 
         from_json(document)
 
 
+def test_a_file_with_no_device_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "none.json").write_text('{"devices": []}')
+    with pytest.raises(OptionError, match=r"The probe file .*none\.json has no device"):
+        read_probe_file(tmp_path / "none.json")
+
+
 @pytest.mark.parametrize("text", ["", "{", '{"devices": [}', "[" * 100_000])
 def test_a_file_that_is_not_json_is_named(tmp_path: Path, text: str) -> None:
     path = tmp_path / "probe.json"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,45 @@ def test_an_artifact_that_cannot_be_loaded_any_more_is_compiled_anew(here: Any) 
     with here.load(backend="moody") as model:
         assert not model.report.cache_hit
     assert compiles(backend) == 2
+
+
+@pytest.mark.parametrize("made_of_it", ["an error", "nothing"])
+def test_an_interrupt_that_the_engine_swallows_ends_the_load_and_costs_no_artifact(here: Any, made_of_it: str) -> None:
+    backend = MadeUp("native")
+    here.use(backend)
+    here.load().close()
+    sound = backend.load
+
+    def swallow(*arguments: Any) -> Any:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            if made_of_it == "an error":
+                raise RuntimeError("KeyboardInterrupt: <EMPTY MESSAGE>") from None
+        return sound(*arguments)
+
+    backend.load = swallow  # type: ignore[method-assign]
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        here.load()
+    assert signal.getsignal(signal.SIGINT) is handler
+    backend.load = sound  # type: ignore[method-assign]
+    with here.load() as model:
+        assert model.report.cache_hit
+    assert compiles(backend) == 1
+
+
+def test_an_interrupt_that_an_import_swallows_ends_the_load(here: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def swallow(*arguments: Any) -> Any:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise ImportError("numpy._core.umath failed to import") from None
+
+    here.use(MadeUp("sound"))
+    monkeypatch.setattr("transom.runtime.loading.fingerprint_of", swallow)
+    with pytest.raises(KeyboardInterrupt):
+        here.load()
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove", "manifest"])

@@ -182,3 +182,16 @@ def test_a_model_that_cannot_be_read_is_no_fault_of_a_backend(here: Any, tmp_pat
         here.load(bad)
     assert "again" in caught.value.fix
     assert here.jobs == ["prepare"]
+
+
+def test_a_cache_or_progress_that_is_none_is_refused_with_what_to_write(here: Any, tmp_path: Path) -> None:
+    for folder in (str(tmp_path), tmp_path):
+        with pytest.raises(OptionError, match=r"is not a transom\.Cache") as caught:
+            transom.load(here.model, cache=folder)  # type: ignore[arg-type]
+        assert f"transom.Cache({str(tmp_path)!r})" in caught.value.fix
+    with pytest.raises(OptionError, match="progress=5 cannot be called"):
+        transom.load(here.model, progress=5)  # type: ignore[arg-type]
+
+
+def test_a_cache_may_be_made_of_a_path_as_text(tmp_path: Path) -> None:
+    assert transom.Cache(str(tmp_path)).root == tmp_path

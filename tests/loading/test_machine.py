@@ -7,13 +7,14 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pluggy
 import pytest
 from made_up import CPU, NPU, MadeUp
 
-from transom.contract import Cancelled, Offer
+from transom.contract import Cancelled, Offer, Specs, hookimpl
 from transom.errors import EngineError, SourceError
 from transom.ops import OpSchema, find, registry
-from transom.plugins import LoadedBackend, PluginFailure, Plugins
+from transom.plugins import LoadedBackend, PluginFailure, Plugins, _Plugin
 from transom.runtime import machine
 from transom.runtime.guarding import guarded
 from transom.runtime.jobs import Job
@@ -160,15 +161,19 @@ def test_a_plugin_s_operators_are_registered_and_a_bad_one_is_recorded() -> None
     whole: Any = {"samples": lambda rng: iter(()), "infer": lambda *a: (), "body": lambda *a: None}
     good, bad = schema("Good", **whole), schema("Bad")
 
-    class Bringing(Plugins):
-        def operators(self) -> list[OpSchema]:
+    class Bringing:
+        @hookimpl
+        def transom_ops(self) -> list[OpSchema]:
             return [bad, good]
 
-    plugins = Bringing([], [], [])
+    manager = pluggy.PluginManager("transom")
+    manager.add_hookspecs(Specs)
+    manager.register(Bringing(), "acme")
+    plugins = Plugins([_Plugin("acme", "acme-ops", "1.0", manager)], [], [])
     for _ in range(2):
         register_operators(plugins)
     assert find("com.example", "Good") is good
     assert find("com.example", "Bad") is None
     [failure] = plugins.failures
-    assert (failure.stage, failure.entry_point) == ("ops", "com.example::Bad")
-    assert "function body" in failure.error
+    assert (failure.stage, failure.entry_point, failure.distribution) == ("ops", "acme", "acme-ops")
+    assert "com.example::Bad needs a shape rule, a function body" in failure.error

@@ -182,3 +182,11 @@ def test_inputs_are_made_up_from_shapes_and_are_the_same_each_time() -> None:
         "ok": ((), "bool"),
     }
     assert all((one[k] == two[k]).all() for k in one)
+
+
+def test_outputs_without_a_finite_number_are_not_counted_as_checked() -> None:
+    for outputs in ({"y": np.full((2, 3), np.nan, np.float32)}, {"y": np.arange(3)}):
+        source: Any = SimpleNamespace(decoder=None, inputs={})
+        found = selfcheck.verdict(SimpleNamespace(), outputs, source, backend="b", exact=True)  # type: ignore[arg-type]
+        assert found["checked"] is False
+        assert "no finite number" in found["reason"]

@@ -59,6 +59,12 @@ def test_a_misspelt_architecture_gets_the_nearest_name() -> None:
         family_for_hf({"architectures": ["LLamaForCausalLm"]}, "config.json")
 
 
+def test_an_architecture_with_only_the_ending_of_a_known_one_gets_no_suggestion() -> None:
+    with pytest.raises(SourceError) as caught:
+        family_for_hf({"architectures": ["FooForCausalLM"]}, "config.json")
+    assert "Did you mean" not in str(caught.value)
+
+
 SCALINGS: list[dict[str, Any]] = [
     {"rope_type": "linear", "factor": 2.5},
     {"rope_type": "dynamic", "factor": 4.0},

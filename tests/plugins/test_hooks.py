@@ -92,3 +92,47 @@ def test_an_operator_that_two_plugins_define_is_taken_from_neither(environment: 
     assert mine == []
     assert failure["distribution"] == "a-ops, b-ops"
     assert "com.example::Fold" in failure["error"]
+
+
+IDENTITY = "print(json.dumps([load_plugins().operators_identity(), load_plugins().brings_operators]))"
+
+
+def test_plugins_without_operators_have_no_operators_identity(environment: Any) -> None:
+    environment.install("policy", policy("return None"))
+    assert environment.run(IDENTITY) == ["", False]
+
+
+def test_the_operators_identity_changes_with_the_version_and_each_file_of_the_package(environment: Any) -> None:
+    source = OPS.format(body="raise ValueError('is not asked')")
+    package = environment.directory / "acme"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "hooks.py").write_text(source)
+    (package / "bodies.py").write_text("FACTOR = 2\n")
+    environment.install("acme-ops", "", value="acme.hooks")
+    seen = [environment.run(IDENTITY)]
+    assert environment.run(IDENTITY) == seen[0]
+    (package / "bodies.py").write_text("FACTOR = 3\n")
+    seen.append(environment.run(IDENTITY))
+    metadata = environment.directory / "acme_ops-1.0.dist-info" / "METADATA"
+    metadata.write_text(metadata.read_text().replace("1.0", "1.1"))
+    seen.append(environment.run(IDENTITY))
+    environment.install("b-ops", source)
+    seen.append(environment.run(IDENTITY))
+    assert all(brings for _, brings in seen)
+    assert len({identity for identity, _ in seen}) == len(seen)
+
+
+def test_an_operator_that_breaks_a_rule_is_a_failure_of_its_plugin(environment: Any) -> None:
+    environment.install("ops", OPS.format(body="return [Schema('com.example', 'Fold')]"))
+    [failure] = environment.run(
+        """
+        from transom.runtime.operators import register_operators
+        plugins = load_plugins()
+        register_operators(plugins)
+        register_operators(plugins)
+        print(json.dumps(foreign(plugins.failures)))
+        """
+    )
+    assert (failure["distribution"], failure["stage"]) == ("ops", "ops")
+    assert "com.example::Fold is a Schema, not an OpSchema" in failure["error"]

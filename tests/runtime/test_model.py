@@ -496,3 +496,18 @@ def test_importing_the_model_imports_none_of_the_heavy_packages() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float16, np.int64, np.bool_, np.complex64])
+def test_an_array_of_another_dtype_is_refused(dtype: Any) -> None:
+    model = plain_graph(x=InputSpec("float32", (2,)))
+    said = f'The input "x" is of dtype {np.dtype(dtype)}. Wanted: float32'
+    with pytest.raises(OptionError, match=said):
+        model.run({"x": np.ones(2, dtype)})
+    assert model.run({"x": np.ones(2, ">f4")})["sum"] == 2
+
+
+@pytest.mark.parametrize(("dtype", "values"), [("float32", [1e300, 1.0]), ("int8", [1, 300]), ("uint8", [-1, 2])])
+def test_numbers_that_the_dtype_cannot_hold_are_refused(dtype: str, values: list[float]) -> None:
+    with pytest.raises(OptionError, match=f'"x" has numbers that {dtype} cannot hold'):
+        plain_graph(x=InputSpec(dtype, (2,))).run({"x": values})

@@ -143,3 +143,54 @@ def test_the_seed_is_told_and_repeats_the_prompts(tmp_path: Path, rng: np.random
     first = verify_session(reference_session(graph), oracle, vocabulary=256, context=128, longest=12)
     again = verify_session(reference_session(graph), oracle, vocabulary=256, context=128, longest=12, seed=first.seed)
     assert first == again
+
+
+def test_settings_that_transformers_drops_are_said_in_place_of_a_difference(
+    tmp_path: Path, rng: np.random.Generator
+) -> None:
+    path = tmp_path / "model.gguf"
+    write_gguf(tiny("mistral", tmp_path / "hf", rng), path)
+    decoder = resolve(path).open(path).graph.decoder
+    assert decoder is not None
+    oracle = TransformersOracle.read(path, gguf=True)
+    window = max(layer.sliding_window for layer in decoder.layers)
+    assert oracle.misread(decoder) == [f"the sliding window of {window} tokens is left out"]
+
+
+def test_what_transformers_reads_as_the_file_says_is_no_excuse(tmp_path: Path, rng: np.random.Generator) -> None:
+    path = tmp_path / "model.gguf"
+    write_gguf(tiny("llama", tmp_path / "hf", rng), path)
+    decoder = resolve(path).open(path).graph.decoder
+    assert decoder is not None
+    assert TransformersOracle.read(path, gguf=True).misread(decoder) == []
+
+
+def test_every_setting_that_matters_is_compared() -> None:
+    stated = {
+        "attn_logit_softcapping": 50.0,
+        "attention.layer_norm_rms_epsilon": 1e-5,
+        "attention.key_length": 64,
+        "rope.freq_base": 1e6,
+        "rope.scaling.type": "linear",
+    }
+    metadata = {"general.architecture": "a", **{f"a.{k}": v for k, v in stated.items()}}
+    config = {"rms_norm_eps": 1e-6, "head_dim": 64, "query_pre_attn_scalar": 256, "sliding_window": 9}
+    rope = {"rope_theta": 1e4, "rope_type": "default"}
+    found = "; ".join(verify.misread_settings(metadata, {**config, "rope_parameters": rope}, [0, 0]))
+    for words in ("soft cap of attention", "epsilon", "scale of attention", "base of", "scaling", "window is off"):
+        assert words in found
+    assert "size of a head" not in found
+
+
+@pytest.mark.parametrize("error", [AssertionError("Padding_idx"), IndexError(), ZeroDivisionError("x")])
+def test_whatever_fails_inside_transformers_is_one_sentence(
+    error: Exception, tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import transformers
+
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", fail)
+    with pytest.raises(SourceError, match=r"transformers .* cannot read"):
+        TransformersOracle.read(tmp_path, gguf=False)

@@ -14,6 +14,7 @@ from onnx_models import Writer, save, value
 
 from transom.errors import SourceError, TransomError, UnsupportedError
 from transom.reference.executor import Executor
+from transom.sources.finite import require_finite_graph
 from transom.sources.onnx import OnnxSource
 from transom.sources.resolve import resolve
 
@@ -246,3 +247,53 @@ def test_a_function_of_the_model_itself_needs_no_registered_operator(tmp_path: P
     graph = OnnxSource().open(save(model, tmp_path / "model.onnx")).graph
     graph.check()
     assert np.allclose(Executor(graph).run({"x": x})["y"], np.abs(x), atol=1e-6)
+
+
+def test_linked_weights_are_read_as_the_hub_and_a_hard_link_give_them(tmp_path: Path, rng: np.random.Generator) -> None:
+    blobs, snapshot, twice = tmp_path / "blobs", tmp_path / "snapshots" / "main", tmp_path / "twice"
+    for folder in (blobs, snapshot, twice):
+        folder.mkdir(parents=True)
+    external(rng, blobs)
+    for name in ("model.onnx", "weights.bin"):
+        (snapshot / name).symlink_to(Path("../../blobs") / name)
+        (twice / name).hardlink_to(blobs / name)
+    x = rng.standard_normal((3, 64)).astype(np.float32)
+    want = x @ onnx.numpy_helper.to_array(onnx.load(str(save_inside(blobs, tmp_path))).graph.initializer[0])
+    for folder in (snapshot, twice):
+        got = Executor(OnnxSource().open(folder / "model.onnx").graph).run({"x": x})["y"]
+        assert np.allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
+def save_inside(folder: Path, where: Path) -> Path:
+    """The model once more, its weights read from the file and put into its body."""
+    model = onnx.load(str(folder / "model.onnx"), load_external_data=False)
+    tensor = model.graph.initializer[0]
+    tensor.raw_data = (folder / "weights.bin").read_bytes()[: 64 * 32 * 4]
+    del tensor.external_data[:]
+    tensor.data_location = TensorProto.DEFAULT
+    return save(model, where / "inside.onnx")
+
+
+@pytest.mark.parametrize(("number", "word"), [(np.nan, "NaN"), (np.inf, "infinite"), (-np.inf, "infinite")])
+def test_weights_that_are_no_numbers_are_refused(
+    number: float, word: str, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    weights = rng.standard_normal((64, 32)).astype(np.float32)
+    weights[tuple(rng.integers(0, 32, 2))] = number
+    w = Writer(rng)
+    turned = w.op("Transpose", w.constant(weights), perm=[1, 0])
+    w.op("MatMul", "x", w.op("Transpose", turned, perm=[1, 0]), outputs=["y"])
+    model = w.model([value("x", shape=["n", 64])], [value("y", shape=["n", 32])])
+    path = save(model, tmp_path / "model.onnx")
+    graph = OnnxSource().open(path).graph
+    with pytest.raises(SourceError, match=rf"in {path} has {word} values \(1 of 2048\)"):
+        require_finite_graph(graph, path)
+
+
+def test_infinity_in_a_mask_is_meant(tmp_path: Path, rng: np.random.Generator) -> None:
+    w = Writer(rng)
+    mask = np.where(np.tri(8, dtype=bool), np.float32(0), np.float32(-np.inf))
+    w.op("Softmax", w.op("Add", "x", w.constant(mask)), outputs=["y"])
+    model = w.model([value("x", shape=[8, 8])], [value("y", shape=[8, 8])])
+    path = save(model, tmp_path / "model.onnx")
+    require_finite_graph(OnnxSource().open(path).graph, path)

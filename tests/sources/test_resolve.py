@@ -87,6 +87,13 @@ def test_an_empty_path() -> None:
     assert "empty" in failure("")
 
 
+@pytest.mark.parametrize("name", ["pipe", "pipe.gguf", "pipe.onnx"])
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / name)
+    assert "not a regular file" in failure(tmp_path / name)
+    assert "not a regular file" in failure("/dev/null")
+
+
 def test_an_empty_directory(tmp_path: Path) -> None:
     assert "is empty" in failure(tmp_path)
 

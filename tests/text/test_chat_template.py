@@ -269,3 +269,21 @@ def test_a_template_survives_the_cache() -> None:
     loaded = ChatTemplate.from_json(json.loads(json.dumps(template.to_json())))
     assert loaded.render([]) == "<s>"
     assert loaded.names == template.names
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% if ",
+        "{{ ''.__class__.__mro__ }}",
+        "{% for a in range(99999) %}{% for b in range(9999) %}{% endfor %}{% endfor %}",
+    ],
+)
+def test_a_broken_or_malicious_template_is_found_without_a_conversation(source: str) -> None:
+    with pytest.raises(ChatTemplateError):
+        ChatTemplate(source, seconds=1.0).require_sound()
+
+
+@pytest.mark.parametrize("source", ["{{ raise_exception('no') }}", "{{ x.y }}", "{{ messages[0].content }}"])
+def test_a_template_that_only_refuses_a_greeting_is_sound(source: str) -> None:
+    ChatTemplate(source).require_sound()

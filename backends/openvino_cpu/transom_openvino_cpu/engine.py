@@ -14,6 +14,7 @@ import numpy as np
 from transom.errors import EngineError
 from transom.signature import Decoder
 from transom_openvino_cpu import names
+from transom_openvino_cpu.interrupts import held
 from transom_openvino_cpu.plan import Plan, StagePlan
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -24,9 +25,11 @@ HEAD_ROWS = 128
 
 def openvino() -> Any:
     """The package, imported without the converter, which costs 55 ms of a cold start and is not used here."""
-    sys.modules.setdefault("openvino.tools.ovc", None)  # type: ignore[arg-type]
-    import openvino
-
+    if (loaded := sys.modules.get("openvino")) is not None and hasattr(loaded, "Core"):
+        return loaded
+    with held():
+        sys.modules.setdefault("openvino.tools.ovc", None)  # type: ignore[arg-type]
+        import openvino
     return openvino
 
 
@@ -41,7 +44,8 @@ class _Stage:
             self._map = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
         blob = np.frombuffer(self._map, np.uint8)
         try:
-            self.compiled = core.import_model(ov.Tensor(blob, shared_memory=True), "CPU", {**plan.config, **config})
+            with held():
+                self.compiled = core.import_model(ov.Tensor(blob, shared_memory=True), "CPU", {**plan.config, **config})
         except RuntimeError as e:
             last = str(e).strip().splitlines()[-1]
             raise EngineError(

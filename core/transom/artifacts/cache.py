@@ -224,8 +224,8 @@ class Cache:
         limit: bytes to keep, None for no limit; the least recently used entries go first.
     """
 
-    def __init__(self, root: Path, *, limit: int | None = DEFAULT_LIMIT) -> None:
-        self.root = Path(os.path.abspath(root.expanduser()))
+    def __init__(self, root: str | Path, *, limit: int | None = DEFAULT_LIMIT) -> None:
+        self.root = Path(os.path.abspath(Path(root).expanduser()))
         self.limit = limit
         self.warnings: list[str] = []
         """For the report: at most one sentence, why this run keeps nothing."""

@@ -86,12 +86,8 @@ def transom() -> None:
     """Run language models on whatever hardware you have."""
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line and exit."""
-    sys.exit(_run(arguments))
-
-
-def _run(arguments: Sequence[str] | None) -> int:
+def run(arguments: Sequence[str] | None) -> int:
+    """Run the command line; the exit status."""
     from transom.contract import Cancelled
     from transom.errors import TransomError
 

@@ -90,7 +90,8 @@ def bench(
     rows = rows_for(devices, backends)
     facts = machine_facts(rows)
     lengths = tuple(sorted(set(prompts))) or (128, 1024)
-    options["context"] = options["context"] or _context(model, lengths, new_tokens)
+    needed = _context(model, lengths, new_tokens)
+    options["context"] = options["context"] or needed
     plan = Plan(model, options, lengths, new_tokens, rounds, patience)
     with Progress(stage="Starting") as progress:
         measure(plan, rows, progress)
@@ -102,18 +103,23 @@ def bench(
     return 0 if any(not row.error for row in rows) else 2
 
 
-def _context(model: str, prompts: Sequence[int], new_tokens: int) -> int | None:
+def _context(model: str, prompts: Sequence[int], new_tokens: int) -> int:
     """What the measurements need, so that none plans memory for all the tokens a model could hold.
 
     Raises:
-        OptionError: a prompt is longer than the model was made for.
+        OptionError: a prompt is longer than the model was made for, or the model does not generate.
     """
     from transom.errors import OptionError
     from transom.sources import resolve
 
     decoder = resolve(model).open(model).graph.decoder
+    if decoder is None:
+        raise OptionError(
+            f"{model} is not a decoder with a cache, so there is no generation to time",
+            "Time your own calls of model.run() in Python, or see what the model is: transom inspect MODEL",
+        )
     needed = max(prompts) + new_tokens
-    if decoder is not None and needed > decoder.context:
+    if needed > decoder.context:
         raise OptionError(
             f"{max(prompts)} + {new_tokens} tokens are more than the {decoder.context} the model was made for",
             f"Ask for at most --prompt-tokens {decoder.context - new_tokens}",
@@ -189,6 +195,7 @@ def _startup(
 
     if len(devices) > 1 or len(backends) > 1:
         raise OptionError("--startup measures one choice at a time", "Name one device and one backend, or none")
+    _context(model, (1,), 1)
     facts = machine_facts(rows_for(devices, backends))
     chosen = {"device": devices[0] if devices else "auto", "backend": backends[0] if backends else "auto"}
     with Progress(stage="Starting") as progress:

@@ -58,9 +58,11 @@ def chat(model: str, system: str | None, quiet: bool, as_json: bool, **options: 
     """
     import transom
     from transom.errors import OptionError
+    from transom.runtime.templates import require_sound_template
 
     generation = sampling_arguments(options)
     with Progress(quiet=quiet, stage="load") as progress:
+        require_sound_template(model)
         loaded = transom.load(model, **load_arguments(options), progress=progress)
     with loaded:
         if loaded.chat_template is None:
@@ -115,7 +117,7 @@ class _Talk:
 
     def _handle(self, text: str) -> bool:
         """Act on what was typed. Returns whether to go on."""
-        from transom.errors import TransomError
+        from transom.errors import ContextExceeded, TransomError
 
         try:
             if text.startswith("/") and not text.startswith("//"):
@@ -123,10 +125,21 @@ class _Talk:
             text = text.removeprefix("/") if text.startswith("//") else text
             if text.strip():
                 self._answer(text)
+        except ContextExceeded as e:
+            self.status = 2
+            error = ContextExceeded(e.cause, self._way_out(e.room))
+            click.echo(f"{click.style('Error:', fg='red')} {error}", err=True)
         except TransomError as e:
             self.status = 2
             click.echo(f"{click.style('Error:', fg='red')} {e}", err=True)
         return True
+
+    def _way_out(self, room: int) -> str:
+        """What to do when the conversation and the answer asked for are longer than the context."""
+        shorter = f"/params max_tokens={room} asks for a shorter answer (as --max-tokens does)" if room > 0 else ""
+        forget = "/undo forgets your last message and its answer, /reset all of them" if len(self.conversation) else ""
+        parts = [part for part in (shorter, forget) if part] or ["Write a shorter message"]
+        return "; ".join([*parts, "a chat begun with a larger --context holds more, as far as the model allows"])
 
     # answering --------------------------------------------------------------------------------------------------------
     def _answer(self, text: str) -> None:
@@ -222,7 +235,22 @@ class _Talk:
 
     def _undo(self, rest: str) -> None:
         text = self.conversation.take_back()
+        self._count()
         aside("There is nothing to undo." if text is None else f"Forgotten: {_short(text)}")
+
+    def _count(self) -> None:
+        """Count the tokens of the conversation again."""
+        from transom.errors import TransomError
+
+        template = self.model.chat_template
+        try:
+            if not len(self.conversation) or template is None:
+                self.used = 0
+            else:
+                text = template.render(self.conversation.messages, add_generation_prompt=False)
+                self.used = len(self.model.tokenize(text))
+        except TransomError:  # the template refuses what is left; the next message says so
+            self.used = 0
 
     def _retry(self, rest: str) -> None:
         from transom.runtime.params import resolve
@@ -250,7 +278,7 @@ class _Talk:
     def _load(self, rest: str) -> None:
         path = _path(rest, "/load conversation.json")
         self.conversation.load(path)
-        self.used = 0
+        self._count()
         aside(f"{len(self.conversation)} messages from {path}; go on.")
 
     def _params(self, rest: str) -> None:

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from transom.plugins import load_plugins
+from transom.runtime.operators import explaining_rejected, register_operators
 from transom.sources import local_path, resolve
 
 if TYPE_CHECKING:
@@ -82,8 +84,10 @@ def inspect_model(model: str, progress: Progress | None = None) -> Inspection:
     Raises:
         SourceError: it cannot be read, or its architecture is not known.
     """
-    source = resolve(model)
-    opened = source.open(model, progress=progress)
+    source, plugins = resolve(model), load_plugins()
+    register_operators(plugins)  # before a graph that uses them is read
+    with explaining_rejected(plugins):
+        opened = source.open(model, progress=progress)
     path = local_path(model)
     graph, decoder = opened.graph, opened.graph.decoder
     kept = tuple(_kinds(_kept(graph)))

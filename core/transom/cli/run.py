@@ -61,6 +61,7 @@ def run(
     import transom
     from transom.errors import OptionError
     from transom.runtime.report import answer_line
+    from transom.runtime.templates import require_sound_template
 
     generation = sampling_arguments(options, n=n, logprobs=logprobs)
     if raw and (system is not None or variables):
@@ -70,6 +71,8 @@ def run(
         )
     text = _prompt(prompt, keep=raw)
     with Progress(quiet=quiet, stage="load") as progress:
+        if not raw:
+            require_sound_template(model)
         loaded = transom.load(model, **load_arguments(options), progress=progress)
     with loaded:
         if not quiet:

@@ -43,8 +43,9 @@ def verify(
 ) -> int:
     """Compare a model with transformers on random prompts.
 
-    The model is loaded as `transom run` would; logits of prefill and of cached decoding, in one ragged batch, are held
-    against those of transformers. An ONNX file is held against its own graph, run by the NumPy reference.
+    Logits of prefill and of cached decoding, in one ragged batch, are held
+    against those of transformers. An ONNX file is held against its own graph, run by the NumPy reference. Unless
+    --precision says otherwise the backend computes exactly, so that the model is compared and not its rounding.
     """
     import transom
     from transom.runtime.verify import verify_model
@@ -70,6 +71,11 @@ def verify(
         click.echo(str(found))
         click.echo(f"{loaded.report.backend} on {loaded.report.device.id}, {prompts} prompts, seed {found.seed}")
     return 0 if found.agrees else 2
+
+
+for _option in verify.params:
+    if _option.name == "precision":  # random prompts make much of the rounding that `auto` may choose
+        _option.default = "exact"
 
 
 def _bound(precision: str) -> str:

@@ -61,7 +61,7 @@ def read_probe_file(path: Path) -> tuple[Device, ...]:
     """The devices in a JSON file.
 
     Raises:
-        OptionError: the file cannot be read or is not what `from_json` takes.
+        OptionError: the file cannot be read, is not what `from_json` takes, or has no device.
     """
     fix = "Write one with: transom doctor --json > probe.json"
     try:
@@ -73,7 +73,10 @@ def read_probe_file(path: Path) -> tuple[Device, ...]:
     except (json.JSONDecodeError, RecursionError) as error:
         place = f" at line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
         raise OptionError(f"The probe file {path} is not JSON{place}", fix) from error
-    return from_json(document, f"The probe file {path}")
+    devices = from_json(document, f"The probe file {path}")
+    if not devices:
+        raise OptionError(f"The probe file {path} has no device", fix)
+    return devices
 
 
 def write_probe_file(path: Path, devices: Sequence[Device]) -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import TypeVar
 
 from transom.contract import Cancelled
@@ -20,15 +24,67 @@ def guarded(backend: str, doing: str, call: Callable[[], T]) -> T:
 
     Raises:
         TransomError, Cancelled: as the backend raised them; they are made for people already.
+        KeyboardInterrupt: Ctrl-C arrived meanwhile, whatever the backend made of it.
         EngineError: it raised anything else.
     """
+    with _interrupts_noted() as interrupted:
+        try:
+            result = call()
+        except (TransomError, Cancelled) as error:
+            if interrupted:
+                raise KeyboardInterrupt from error
+            raise
+        except (Exception, SystemExit) as error:
+            if interrupted:
+                raise KeyboardInterrupt from error
+            said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+            raise EngineError(
+                f"The backend {backend} failed while {doing}: {said}",
+                f"Choose another with backend=…, or report it to the authors of {backend}",
+            ) from error
+    if interrupted:
+        if callable(close := getattr(result, "close", None)):
+            close()
+        raise KeyboardInterrupt
+    return result
+
+
+@contextlib.contextmanager
+def interrupts_kept() -> Iterator[None]:
+    """An error of the block is KeyboardInterrupt where Ctrl-C arrived: an interrupted import ends as an ImportError."""
+    with _interrupts_noted() as interrupted:
+        try:
+            yield
+        except Exception as error:
+            if interrupted and not isinstance(error, Cancelled):
+                raise KeyboardInterrupt from error
+            raise
+
+
+@contextlib.contextmanager
+def _interrupts_noted() -> Iterator[list[int]]:
+    """A list that has an entry as soon as Ctrl-C has raised KeyboardInterrupt.
+
+    Native code makes an error of its own of that exception, or drops it. Only the main thread gets it, so elsewhere
+    there is nothing to note.
+    """
+    noted: list[int] = []
+    previous = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(previous):
+        yield noted
+        return
+    before = previous
+
+    def note(number: int, frame: FrameType | None) -> None:
+        try:
+            before(number, frame)
+        except KeyboardInterrupt:
+            noted.append(number)
+            raise
+
+    signal.signal(signal.SIGINT, note)
     try:
-        return call()
-    except (TransomError, Cancelled):
-        raise
-    except (Exception, SystemExit) as error:
-        said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-        raise EngineError(
-            f"The backend {backend} failed while {doing}: {said}",
-            f"Choose another with backend=…, or report it to the authors of {backend}",
-        ) from error
+        yield noted
+    finally:
+        if signal.getsignal(signal.SIGINT) is note:
+            signal.signal(signal.SIGINT, before)

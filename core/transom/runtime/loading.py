@@ -30,10 +30,11 @@ from transom.errors import (
     nearest,
 )
 from transom.runtime import calibrations, memory, prepared
-from transom.runtime.guarding import guarded
+from transom.runtime.guarding import guarded, interrupts_kept
 from transom.runtime.identity import fingerprint_of
 from transom.runtime.jobs import Job, version
 from transom.runtime.machine import Machine, choose, survey
+from transom.runtime.operators import explaining_rejected, register_operators
 from transom.runtime.prepared import Prepared
 from transom.runtime.report import Report
 from transom.runtime.trial import ChildFailed, run_in_child
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from transom.contract import Session, Verdict
+    from transom.plugins import Plugins
     from transom.runtime.model import Model
     from transom.sparsity import Heads
     from transom.text import ChatTemplate, GenerationDefaults, Tokenizer
@@ -80,6 +82,7 @@ class Stages:
         self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
 
 
+@interrupts_kept()
 def load(
     model: Any,
     *,
@@ -127,6 +130,7 @@ def load(
     options = {"context": context, "precision": precision, "threads": threads}
     policy = os.environ.get("TRANSOM_AUTO", "").strip() or "measure"
     _check(options, verify, policy, unknown)
+    _check_objects(cache, progress)
     loader = _Loader(
         model,
         options=options,
@@ -139,7 +143,7 @@ def load(
         machine = survey(probe_file, target=device)
         choice = choose(machine, device=device, backend=backend)
     with loader.stages.time("read"):
-        loader.identify()
+        loader.identify(machine.plugins)
     if choice.kinds_to_measure and policy == "measure":
         speeds = loader.speeds(machine, choice.kinds_to_measure)
         choice = choose(machine, device=device, backend=backend, measured=speeds)
@@ -161,6 +165,18 @@ def _check(options: Mapping[str, Any], verify: str, policy: str, unknown: Mappin
         value = options[name]
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise OptionError(f"{name}={value!r} is not a positive whole number", "Leave it out for the default")
+
+
+def _check_objects(cache: object, progress: object) -> None:
+    """Raise OptionError for a cache that is none, or a progress that cannot be called."""
+    if cache is not None and not isinstance(cache, Cache):
+        path = str(cache) if isinstance(cache, str | os.PathLike) else "folder"
+        raise OptionError(f"cache={cache!r} is not a transom.Cache", f"Write cache=transom.Cache({path!r})")
+    if progress is not None and not callable(progress):
+        raise OptionError(
+            f"progress={progress!r} cannot be called",
+            "Give a function that takes the stage and the share done, or leave it out",
+        )
 
 
 @dataclass(frozen=True)
@@ -207,25 +223,32 @@ class _Loader:
         self._path = ""
         self._content = ""
         self._fingerprint = ""
+        self._uses_operators = False
+        """Whether the graph may use operators that plugins bring."""
         self._in_memory: SourceModel | None = None
         self._held: list[object] = []
         """Cache entries and a temporary cache that must outlive the load."""
 
-    def identify(self) -> None:
+    def identify(self, plugins: Plugins) -> None:
         """Find the source and name its content, without reading it where the content is known already."""
         path = local_path(self._model)
         if path is not None:
             self._path = str(path.absolute())
             self._fingerprint = fingerprint_of(path, self.cache)
-            self._content = _content_key(self._fingerprint)
+            self._uses_operators = plugins.brings_operators and _may_use_operators(path)
+            operators = plugins.operators_identity() if self._uses_operators else ""
+            self._content = _content_key(self._fingerprint, operators)
             self._find_heads()
             return
         source = resolve(self._model)
+        self._uses_operators = plugins.brings_operators
+        register_operators(plugins)  # before a graph that uses them is read
         # A model in memory cannot be read again by the child process: its graph goes there through the cache.
-        self._in_memory = source.open(self._model, context=self.options["context"], progress=self.progress)
+        with explaining_rejected(plugins):
+            self._in_memory = source.open(self._model, context=self.options["context"], progress=self.progress)
         self._path = self._in_memory.name
         self._fingerprint = self._in_memory.graph.digest()
-        self._content = _content_key(self._fingerprint)
+        self._content = _content_key(self._fingerprint, plugins.operators_identity())
         self._find_heads()
         self._held.append(prepared.keep(self.cache, self._content, self._in_memory))
 
@@ -496,6 +519,8 @@ class _Loader:
     def _load(self, machine: Machine, candidate: Candidate, ready: _Ready) -> tuple[Session, _Text]:
         backend, source = machine.plugins.backends[candidate.backend].backend, ready.source
         options = {**self.options, "context": ready.plan.context if ready.plan else self.options["context"]}
+        if self._uses_operators:
+            register_operators(machine.plugins)  # a backend may open a graph that uses them
         with ThreadPoolExecutor(1) as beside, self.stages.time("load"):
             text = beside.submit(lambda: _Text(source.tokenizer(), source.chat_template(), source.generation()))
             session = guarded(
@@ -580,8 +605,21 @@ class _Loader:
         )
 
 
-def _content_key(content: str) -> str:
-    return artifact_key({"format": prepared.FORMAT, "transom": version(), "content": content})
+def _content_key(content: str, operators: str) -> str:
+    """The key under which the source, its golden logits, its artifacts and its failures are kept.
+
+    Args:
+        operators: `Plugins.operators_identity`, for a model whose graph may use what plugins bring; else empty.
+    """
+    parts = {"format": prepared.FORMAT, "transom": version(), "content": content}
+    return artifact_key({**parts, "operators": operators} if operators else parts)
+
+
+def _may_use_operators(path: Path) -> bool:
+    """Whether a model's graph may use a plugin's operators: an ONNX file may, what our own families build may not."""
+    if path.is_dir():
+        return next(path.rglob("*.onnx"), None) is not None
+    return path.suffix.lower() != ".gguf"
 
 
 def _bound_context(stored: StoredArtifact, plan: memory.MemoryPlan) -> int:

@@ -303,7 +303,8 @@ class Model:
         """Run a graph that has no cache, once.
 
         Args:
-            inputs: arrays by name; values of another dtype are converted where nothing but precision can be lost.
+            inputs: arrays by name; arrays must have the dtype that the graph wants; lists of Python numbers
+                take it on where it can hold them.
 
         Returns:
             arrays by the names of the graph's outputs.
@@ -436,19 +437,44 @@ def _checked_input(name: str, value: Any, spec: InputSpec) -> NDArray[Any]:
     array = np.asarray(value)
     wanted = f"Wanted: {spec.dtype}{_shape(spec.shape)}."
     if str(array.dtype) != spec.dtype:
-        try:
-            target = np.dtype(spec.dtype)
-        except TypeError:
-            target = array.dtype  # bfloat16 and such: the backend converts
-        if not np.can_cast(array.dtype, target, "same_kind"):
-            raise OptionError(f'The input "{name}" is of dtype {array.dtype}', wanted)
-        array = array.astype(target, copy=False)
+        array = _as_dtype(name, array, spec.dtype, wanted, typed=hasattr(value, "dtype"))
     fits = len(spec.shape) == array.ndim and all(
         not isinstance(want, int) or want == have for want, have in zip(spec.shape, array.shape, strict=True)
     )
     if not fits:
         raise OptionError(f'The input "{name}" has the shape {_shape(array.shape)}', wanted)
     return array
+
+
+def _as_dtype(name: str, array: NDArray[Any], dtype: str, wanted: str, *, typed: bool) -> NDArray[Any]:
+    """Plain Python numbers in the dtype that the graph wants; an array has a dtype, which must be the right one."""
+    wrong = OptionError(f'The input "{name}" is of dtype {array.dtype}', wanted)
+    try:
+        target = np.dtype(dtype)
+    except TypeError:
+        import ml_dtypes
+
+        if not hasattr(ml_dtypes, dtype):
+            raise wrong from None
+        target = np.dtype(getattr(ml_dtypes, dtype))
+    if typed:
+        if array.dtype.newbyteorder("=") != target:
+            raise wrong
+        return array.astype(target)
+    kinds = {"b": "b", "i": "iufV", "u": "iufV", "f": "fV", "U": "UO"}  # V: bfloat16 and such
+    if target.kind not in kinds.get(array.dtype.kind, ""):
+        raise wrong
+    with np.errstate(over="ignore", invalid="ignore"):
+        converted = array.astype(target)
+    if target.kind in "iu":
+        kept = bool((converted == array).all())
+    elif array.dtype.kind in "iuf":
+        kept = bool((np.isfinite(converted.astype(np.float64)) == np.isfinite(array)).all())
+    else:
+        kept = True
+    if not kept:
+        raise OptionError(f'The input "{name}" has numbers that {dtype} cannot hold', wanted)
+    return converted
 
 
 def _shape(shape: tuple[int | str | None, ...]) -> str:

@@ -28,6 +28,8 @@ FORMAT = 2
 
 
 _GRAPH = "graph.onnx"
+_DOMAINS = ("", "ai.onnx", "ai.onnx.ml", "transom")
+"""Whose operators mean the same in every installation of one version."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,9 @@ class Prepared:
     inputs: Mapping[str, tuple[str, tuple[int | str | None, ...]]]
     """Element type and shape of each input of a graph that is not a decoder."""
     files: Entry
+    foreign: bool = False
+    """Whether its graph may use operators that plugins bring: then the digest of the graph does not say what it means,
+    and `key` does."""
 
     @property
     def key(self) -> str:
@@ -111,6 +116,7 @@ def keep(cache: Cache, key: str, model: SourceModel) -> Prepared:
         "decoder": graph.decoder.to_json() if graph.decoder else None,
         "graph_digest": graph.digest(),
         "inputs": {} if graph.decoder else _inputs(graph),
+        "foreign": _is_foreign(graph),
     }
     with tempfile.TemporaryDirectory(prefix="transom-") as folder:
         blobs: dict[str, bytes | str | Path] = {"generation.json": json.dumps(model.generation.to_json())}
@@ -149,6 +155,13 @@ def open_graph(cache: Cache, key: str) -> Graph:
     return Graph.open(entry.files[_GRAPH])
 
 
+def _is_foreign(graph: Graph) -> bool:
+    from transom.graph.editing import all_nodes
+
+    graphs = [graph.model.graph, *(f.graph for f in graph.model.functions.values())]
+    return any(node.domain not in _DOMAINS for g in graphs for node in all_nodes(g))
+
+
 def _inputs(graph: Graph) -> dict[str, list[Any]]:
     from transom.graph import spec_of
 
@@ -167,4 +180,5 @@ def _from_entry(entry: Entry) -> Prepared:
         facts["graph_digest"],
         {name: (dtype, tuple(shape)) for name, (dtype, shape) in facts["inputs"].items()},
         entry,
+        bool(facts.get("foreign")),
     )

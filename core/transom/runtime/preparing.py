@@ -22,15 +22,16 @@ from transom.contract import Artifact, Options, Progress, Session
 from transom.errors import SelectionError, TransomError, UnsupportedError
 from transom.graph import Graph
 from transom.graph.sparse import with_sparsity
-from transom.plugins import LoadedBackend, load_plugins
+from transom.plugins import LoadedBackend, Plugins, load_plugins
 from transom.runtime import memory, prepared, selfcheck
 from transom.runtime.calibrations import calibrated
 from transom.runtime.guarding import guarded
 from transom.runtime.jobs import Job
 from transom.runtime.lowering import lower
-from transom.runtime.operators import register_operators
+from transom.runtime.operators import explaining_rejected, register_operators
 from transom.runtime.prepared import Prepared
 from transom.sources import SourceModel, resolve
+from transom.sources.finite import require_finite_graph
 from transom.sparsity import Sparsity
 
 TIMED_TOKENS = 24
@@ -107,7 +108,7 @@ class _Desk:
         self.job, self.progress = Job.from_payload(payload), progress
         self.cache = Cache(Path(self.job.cache), limit=self.job.cache_limit)
         self.seconds: dict[str, float] = {}
-        self._plugin: LoadedBackend | None = None
+        self._plugins: Plugins | None = None
         self._graph: Graph | None = None
         self._source: Prepared | None = None
 
@@ -120,18 +121,22 @@ class _Desk:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
 
     @property
+    def plugins(self) -> Plugins:
+        """Their operators registered, as they must be before a graph that uses them is read."""
+        if self._plugins is None:
+            self._plugins = load_plugins()
+            register_operators(self._plugins)
+        return self._plugins
+
+    @property
     def plugin(self) -> LoadedBackend:
-        if self._plugin is None:
-            plugins = load_plugins()
-            register_operators(plugins)
-            if self.job.backend not in plugins.backends:
-                raise SelectionError(
-                    f"The backend {self.job.backend} is not there in a child process",
-                    "Install it as a package, so that every process of this Python finds it",
-                    [str(f) for f in plugins.failures],
-                )
-            self._plugin = plugins.backends[self.job.backend]
-        return self._plugin
+        if self.job.backend not in self.plugins.backends:
+            raise SelectionError(
+                f"The backend {self.job.backend} is not there in a child process",
+                "Install it as a package, so that every process of this Python finds it",
+                [str(f) for f in self.plugins.failures],
+            )
+        return self.plugins.backends[self.job.backend]
 
     # the source -------------------------------------------------------------------------------------------------------
     def source(self) -> Prepared:
@@ -151,7 +156,7 @@ class _Desk:
         return self._graph
 
     def _read(self) -> None:
-        self.plugin  # noqa: B018  a plugin's operators must be registered before a graph that uses them is read
+        self.plugin  # noqa: B018  refuses a backend that is not there before anything is read
         with self._timed("read"):
             self.progress("read", None)
             if self.job.graph:
@@ -167,12 +172,15 @@ class _Desk:
                 assert opened.graph.decoder is not None
                 memory.require_context(opened.graph.decoder, context)
                 content = key
+            if opened.kind == "onnx":  # other sources look at each weight as it is loaded
+                require_finite_graph(opened.graph, self.job.model)
             self._graph = opened.graph
             if self._source is None:
                 self._source = prepared.keep(self.cache, content, opened)
 
     def _open(self, context: int | None) -> SourceModel:
-        return resolve(self.job.model).open(self.job.model, context=context, progress=self.progress)
+        with explaining_rejected(self.plugins):
+            return resolve(self.job.model).open(self.job.model, context=context, progress=self.progress)
 
     def prompt(self) -> list[int]:
         """The check prompt. Raises UnsupportedError for a graph that is not a decoder."""

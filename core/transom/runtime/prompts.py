@@ -156,7 +156,9 @@ def check_fits(prompt_tokens: int, max_new_tokens: int | None, context: int, mod
         fix = f"{shorter}; the model was made for {model_context} tokens."
     else:
         fix = f"{shorter}, or load the model with context={needed} or more."
-    raise ContextExceeded(f"{cause}; the model was loaded with a context of {context}", fix)
+    error = ContextExceeded(f"{cause}; the model was loaded with a context of {context}", fix)
+    error.room = max(room, 0)
+    raise error
 
 
 def _describe(array: Any) -> str:

@@ -19,10 +19,13 @@ import numpy as np
 
 from transom.contract import Progress, Session, State, Work
 from transom.errors import MissingExtra, SourceError, UnsupportedError
+from transom.plugins import load_plugins
+from transom.runtime.operators import register_operators
 from transom.runtime.selfcheck import Agreement, Array, compare
 
 if TYPE_CHECKING:
     from transom.runtime.model import Model
+    from transom.signature import Decoder
 
 Precision = Literal["exact", "bf16", "int8", "int4"]
 
@@ -107,15 +110,23 @@ def verify_model(model: Model, spec: Any, **options: Any) -> Verification:
     the backend rounded to.
 
     Raises:
-        UnsupportedError: it is no decoder. Others: as `oracle_for`.
+        UnsupportedError: it is no decoder.
+        SourceError: they differ, and transformers reads the file with other settings. Others: as `oracle_for`.
     """
     if model.decoder is None:
         raise UnsupportedError(f"{model.name} is not a decoder, so there are no logits to compare", "Use model.run()")
     oracle = oracle_for(spec, progress=options.get("progress"))
     with model._engine.exclusive() as session:
-        return verify_session(
+        found = verify_session(
             session, oracle, vocabulary=model.decoder.vocabulary, context=model.context, name=model.name, **options
         )
+    if not found.agrees and isinstance(oracle, TransformersOracle) and (unlike := oracle.misread(model.decoder)):
+        raise SourceError(
+            f"{oracle.name} reads {oracle.gguf} with other settings than the file has, so comparing with it means "
+            f"nothing: {'; '.join(unlike)}",
+            "Verify the Hugging Face directory that the file was made from",
+        )
+    return found
 
 
 def verify_session(
@@ -248,6 +259,7 @@ def oracle_for(spec: Any, *, progress: Progress | None = None) -> Oracle:
     if progress is not None:
         progress("reference", None)
     if source.kind == "onnx":
+        register_operators(load_plugins())  # before a graph that uses them is read
         return GraphOracle(spec)
     if source.kind == "torch":
         return TransformersOracle.of(spec)
@@ -296,8 +308,17 @@ class GraphOracle:
 class TransformersOracle:
     """A model of the transformers package, in float32 on the CPU."""
 
-    def __init__(self, model: Any, name: str) -> None:
-        self._model, self.name = model, name
+    def __init__(self, model: Any, name: str, gguf: Path | None = None) -> None:
+        self._model, self.name, self.gguf = model, name, gguf
+
+    def misread(self, decoder: Decoder) -> list[str]:
+        """Settings of a GGUF file that transformers takes for something else, in words; empty for other sources."""
+        if self.gguf is None:
+            return []
+        from transom.sources.gguf_file import open_gguf
+
+        windows = [layer.sliding_window for layer in decoder.layers]
+        return misread_settings(open_gguf(self.gguf).metadata, self._model.config.to_dict(), windows)
 
     @classmethod
     def of(cls, model: Any) -> TransformersOracle:
@@ -335,16 +356,7 @@ class TransformersOracle:
             model = transformers.AutoModelForCausalLM.from_pretrained(
                 **where, dtype=torch.float32, local_files_only=True, trust_remote_code=False
             )
-        except (
-            ValueError,
-            OSError,
-            KeyError,
-            TypeError,
-            RuntimeError,
-            ImportError,
-            AttributeError,
-            NotImplementedError,
-        ) as e:
+        except Exception as e:  # whatever goes wrong in there is for transformers to mend
             if "accelerate" in str(e):  # which transformers needs for GGUF files alone
                 raise MissingExtra("Comparing a GGUF file with transformers needs accelerate", "verify") from e
             lines = [line.strip() for line in str(e).splitlines() if line.strip()] or [type(e).__name__]
@@ -359,7 +371,8 @@ class TransformersOracle:
             ) from e
         finally:
             transformers.utils.logging.set_verbosity(kept)
-        return cls(model.eval(), f"transformers {transformers.__version__} ({type(model).__name__})")
+        name = f"transformers {transformers.__version__} ({type(model).__name__})"
+        return cls(model.eval(), name, file if gguf else None)
 
     def logits(self, ids: Sequence[int]) -> Array:
         _, torch = _transformers()
@@ -368,10 +381,76 @@ class TransformersOracle:
         try:
             with torch.no_grad():
                 rows: Array = self._model(torch.tensor([list(ids)])).logits[0].float().cpu().numpy()
+        except Exception as e:
+            first = next(iter(str(e).strip().splitlines()), "") or type(e).__name__
+            raise SourceError(
+                f"{self.name} fails to run the model, so there is nothing to compare with: {first}",
+                "Update transformers, or verify on shorter prompts: --longest 16",
+            ) from e
         finally:
             for part, training in modes:
                 part.training = training
         return rows
+
+
+def misread_settings(metadata: Mapping[str, Any], config: Mapping[str, Any], windows: Sequence[int]) -> list[str]:
+    """What a GGUF file says and transformers, reading it, took for something else; each in words.
+
+    Args:
+        metadata: of the file.
+        config: of transformers, as a mapping.
+        windows: the sliding window of each layer as Transom reads the file; 0 for none.
+    """
+    arch = metadata.get("general.architecture")
+
+    def stated(key: str) -> Any:
+        return metadata.get(f"{arch}.{key}")
+
+    found: list[str] = []
+
+    def compare_numbers(what: str, ours: Any, theirs: Any) -> None:
+        if not isinstance(ours, int | float):
+            return
+        if not isinstance(theirs, int | float):
+            found.append(f"the {what} {ours:.6g} is left out")
+        elif abs(ours - theirs) > 1e-5 * max(abs(ours), abs(theirs)):
+            found.append(f"the {what} is {ours:.6g}, transformers takes {theirs:.6g}")
+
+    window, kinds = config.get("sliding_window") or 0, config.get("layer_types")
+    if config.get("use_sliding_window") is False:
+        window = 0
+    theirs = [window if kind == "sliding_attention" else 0 for kind in kinds] if kinds else [window] * len(windows)
+    if list(windows) != theirs:
+        size, other = max(windows, default=0), max(theirs, default=0)
+        if size and not other:
+            found.append(f"the sliding window of {size} tokens is left out")
+        elif size == other:
+            found.append(f"the sliding window of {size} tokens is on other layers")
+        else:
+            found.append(f"the sliding window is {size or 'off'}, transformers takes {other}")
+    for key, name, what in (
+        ("attn_logit_softcapping", "attn_logit_softcapping", "soft cap of attention"),
+        ("final_logit_softcapping", "final_logit_softcapping", "soft cap of the logits"),
+        ("attention.layer_norm_rms_epsilon", "rms_norm_eps", "epsilon of the norms"),
+        ("attention.key_length", "head_dim", "size of a head"),
+    ):
+        if name in config or key.endswith("softcapping"):
+            compare_numbers(what, stated(key), config.get(name))
+    if scalar := config.get("query_pre_attn_scalar"):
+        length = stated("attention.key_length")
+        scale = stated("attention.scale") or (length**-0.5 if isinstance(length, int) and length > 0 else None)
+        compare_numbers("scale of attention", scale, scalar**-0.5)
+    rope = config.get("rope_parameters") or {}
+    rope = rope.get("full_attention", rope)
+    if isinstance(rope, Mapping):
+        compare_numbers("base of the rotary embedding", stated("rope.freq_base"), rope.get("rope_theta"))
+        kind = stated("rope.scaling.type")
+        if kind not in (None, "none"):
+            if rope.get("rope_type", "default") == "default":
+                found.append(f"the rotary scaling ({kind}) is left out")
+            else:
+                compare_numbers("factor of the rotary scaling", stated("rope.scaling.factor"), rope.get("factor"))
+    return found
 
 
 def _transformers() -> tuple[Any, Any]:

@@ -6,14 +6,25 @@ The test looks at exponent bits, so it costs one pass at memory speed for every 
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from transom.errors import SourceError
 from transom.graph.weights import Array
 
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from transom.graph import Graph
+
 _CHUNK = 1 << 20
 _EXPONENT = {"float32": (np.uint32, 0x7F800000), "float16": (np.uint16, 0x7C00), "bfloat16": (np.uint16, 0x7F80)}
+_PRODUCTS = {
+    *("BatchNormalization", "Conv", "ConvTranspose", "Einsum", "GRU", "Gemm", "GroupNormalization"),
+    *("InstanceNormalization", "LSTM", "LayerNormalization", "MatMul", "RMSNormalization", "RNN"),
+}
+_PASSES_ON = {"Cast", "DequantizeLinear", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
 
 
 def is_finite(array: Array) -> bool:
@@ -42,3 +53,46 @@ def require_finite(array: Array, name: str, where: object, what: str = "") -> Ar
             "The model was damaged in training, conversion or download: get it again or convert it again",
         )
     return array
+
+
+def require_finite_graph(graph: Graph, where: object) -> None:
+    """Look through the weights of a graph that others wrote; reads each once.
+
+    Infinity has its use in masks and limits, and a single NaN in a comparison, so infinity counts where a matrix
+    product, a convolution or a normalisation reads it, and NaN in whatever has more than one number.
+
+    Raises:
+        SourceError: damaged weights; says which tensor and how many.
+    """
+    for name, value in graph.model.graph.initializers.items():
+        tensor = value.const_value
+        if tensor is None or tensor.dtype.name not in ("FLOAT", "FLOAT16", "BFLOAT16", "DOUBLE") or tensor.size < 2:
+            continue
+        array = tensor.numpy()
+        if array.dtype.name in _EXPONENT:
+            if is_finite(array):
+                continue
+        elif np.isfinite(array).all():
+            continue
+        if np.isnan(array).any() or _is_multiplied(value):
+            numbers = np.asarray(array, np.float64)
+            count = int(np.count_nonzero(~np.isfinite(numbers)))
+            kind = "NaN" if np.isnan(numbers).any() else "infinite"
+            raise SourceError(
+                f"The tensor {name} in {where} has {kind} values ({count} of {numbers.size})",
+                "The model was damaged in training, conversion or download: get it again or export it again",
+            )
+
+
+def _is_multiplied(value: ir.Value) -> bool:
+    waiting, seen = [value], {id(value)}
+    while waiting:
+        for node, _ in waiting.pop().uses():
+            if node.op_type in _PRODUCTS:
+                return True
+            if node.op_type in _PASSES_ON:
+                for output in node.outputs:
+                    if id(output) not in seen:
+                        seen.add(id(output))
+                        waiting.append(output)
+    return False

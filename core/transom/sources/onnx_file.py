@@ -53,9 +53,6 @@ def open_onnx(path: Path) -> tuple[ir.Model, list[Path]]:
         model = ir.from_proto(proto)
     except (ValueError, TypeError, KeyError, AttributeError) as e:
         raise SourceError(f"{path} is not valid ONNX: {e}", _AGAIN) from e
-    ir.external_data.set_base_dir(model.graph, path.parent)
-    for function in model.functions.values():
-        ir.external_data.set_base_dir(function.graph, path.parent)
     return model, [path, *files]
 
 
@@ -129,6 +126,11 @@ def _check_external(tensor: Any, path: Path, files: dict[Path, int]) -> None:
     entries = {e.key: e.value for e in tensor.external_data}
     location = entries.get("location", "")
     where = inside(location, path, str(tensor.name))
+    for entry in tensor.external_data:
+        if entry.key == "location":
+            # Checked here. onnx_ir would check again when it reads, and refuse the links of the hub's cache and files
+            # with two names; it leaves a tensor without a base folder alone.
+            entry.value = str(where.resolve())
     if where not in files:
         try:
             files[where] = where.stat().st_size

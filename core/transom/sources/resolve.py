@@ -37,7 +37,8 @@ def resolve(spec: Spec) -> Source:
     """The source of a spec.
 
     Raises:
-        SourceError: no such path, an empty directory, a file of another kind, an object that is no model.
+        SourceError: no such path, an empty directory, a file of another kind, a pipe, socket or device, an object that
+            is no model.
     """
     path = local_path(spec)
     if path is not None:
@@ -58,6 +59,8 @@ def _require_readable(spec: Spec, path: Path) -> None:
         exists = path.exists()
         if exists and path.is_dir():
             next(path.iterdir(), None)
+        elif exists and not path.is_file():  # opening a pipe would wait for somebody to write into it
+            raise SourceError(f"{path} is a pipe, socket or device, not a regular file", _WAYS)
         elif exists:
             with path.open("rb"):
                 pass

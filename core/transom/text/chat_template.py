@@ -103,6 +103,25 @@ class ChatTemplate:
         """
         return variable in self._variables(self._choose(template, False))
 
+    def require_sound(self) -> None:
+        """Parse the template that a chat uses, and try it on a greeting.
+
+        Raises:
+            ChatTemplateError: it is no valid Jinja, reaches out of its sandbox or does not come to an end. That it
+                refuses the greeting, or misses a variable, says nothing against it.
+        """
+        from jinja2.exceptions import SecurityError, TemplateSyntaxError
+
+        from transom.text.template_sandbox import TemplateLimit
+
+        try:
+            self.render([{"role": "user", "content": "Hello"}])
+        except OptionError:
+            return  # several and no default: the caller has to name one
+        except ChatTemplateError as error:
+            if isinstance(error.__cause__, SecurityError | TemplateSyntaxError | TemplateLimit | RecursionError):
+                raise
+
     def to_json(self) -> dict[str, Any]:
         """Plain JSON data; `from_json` reads it back."""
         return {"templates": self.templates, "variables": self.variables}

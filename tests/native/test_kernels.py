@@ -1,0 +1,467 @@
+"""Every operator of the native library alone, against NumPy in float64, on every instruction set of this processor."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+from levels import LEVELS, pytestmark  # noqa: F401  pytest reads the mark from here
+from programs import FORMS, Draft, Machine, blocks_for, exact, gated, linear, matrix, narrowed
+
+from transom.graph.weights import Blocked, dequantize
+from transom.sparsity import Sparsity
+from transom_openvino_cpu.native.program import ACTIVATIONS, Layer, View
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+EXACT = 4e-6
+"""Error of a sum of products in float32, over the norms of its two sides."""
+ROUNDING = 2.0**-8
+"""Relative error of a number that was rounded to bfloat16."""
+
+each_level = pytest.mark.parametrize("level", LEVELS)
+each_form = pytest.mark.parametrize("form", FORMS)
+
+
+def _size(rng: np.random.Generator, highest: int, step: int = 1) -> int:
+    return int(rng.integers(1, highest // step + 1)) * step
+
+
+def _rows(rng: np.random.Generator) -> int:
+    """A number of tokens: one to four have code of their own, from 32 on tokens are cut into blocks."""
+    return int(rng.choice([1, 2, 3, 4, 5, 8, 31, 32, 33, int(rng.integers(34, 200))]))
+
+
+def _close(got: Array, table: Array, weight: Array, allowed: Any = 0.0) -> bool:
+    """Whether `got` is the product, but for what float32 rounds and what is allowed besides."""
+    size = np.linalg.norm(table, axis=1)[:, None] * np.linalg.norm(weight, axis=1)
+    return bool((np.abs(got - table.astype(np.float64) @ weight.T) <= EXACT * size + allowed).all())
+
+
+def _block(rng: np.random.Generator, form: str) -> tuple[int, int]:
+    """Columns and block of a matrix; columns of a plain one may be odd."""
+    if "int" not in form:
+        return _size(rng, 700), 1
+    columns = _size(rng, 1280, 8 if rng.random() < 0.3 else 64)
+    return columns, int(rng.choice(blocks_for(columns)))
+
+
+# ------------------------------------------------------------------------------------------------------------- matrices
+@each_level
+@each_form
+def test_an_embedding_gives_back_the_stored_numbers(form: str, level: str, rng: np.random.Generator) -> None:
+    columns, block = _block(rng, form)
+    rows = _size(rng, 70)
+    weight = matrix(rng, form, rows, columns, block)
+    draft = Draft()
+    out = draft.buffer(columns)
+    draft.add("embed", out, columns, matrix=draft.matrix(weight))
+    with Machine(draft.program(out), level) as machine:
+        got = machine.rows(rows)
+    stored = dequantize(weight)
+    plain = not isinstance(weight, Blocked) or not weight.has_minimums
+    exact = plain or not (isinstance(weight, Blocked) and (weight.has_zero_points or "wide" in form))
+    if exact and "wide scales, zero points" not in form:  # there a float32 scale is multiplied twice
+        assert np.array_equal(got.astype(np.float32).view(np.uint32), stored.view(np.uint32))
+    assert np.allclose(got, stored, rtol=1e-6, atol=1e-6 * columns**-0.5)
+
+
+@each_level
+@pytest.mark.parametrize("count", [1, 3, 40])
+def test_a_matrix_may_be_rounded_to_bfloat16_or_int8_on_its_way_into_the_file(
+    level: str, count: int, rng: np.random.Generator
+) -> None:
+    columns = _size(rng, 300, 8)
+    weight = matrix(rng, str(rng.choice(["float32", "float16"])), _size(rng, 70), columns)
+    table = rng.standard_normal((count, columns))
+    with Machine(linear(weight, table, narrow=True), level) as machine:
+        assert _close(machine.rows(count), table, narrowed(exact(weight)))
+    with Machine(linear(weight, table, to_int8=True), level) as machine:
+        got = machine.rows(count)
+    # Half a step of every group of 64 columns, and what float16 does to the step.
+    group = next(g for g in (64, 32, 16, 8) if columns % g == 0)
+    most = np.abs(exact(weight)).reshape(-1, columns // group, group).max(-1)
+    allowed = np.abs(table) @ np.repeat(most * (0.5 / 127 * 1.001 + 2.0**-11), group, -1).T
+    assert _close(got, table, exact(weight), allowed)
+
+
+@each_level
+@each_form
+def test_a_product_with_floats(form: str, level: str, rng: np.random.Generator) -> None:
+    for _ in range(3):
+        count, (columns, block) = _rows(rng), _block(rng, form)
+        weight = matrix(rng, form, _size(rng, 250), columns, block)
+        table = rng.standard_normal((count, columns)).astype(np.float32)
+        with Machine(linear(weight, table, local=bool(rng.random() < 0.5)), level) as machine:
+            assert _close(machine.rows(count), table, exact(weight)), (count, weight.shape, block)
+
+
+@each_level
+@each_form
+@pytest.mark.parametrize("by", ["f32", "int8", "bf16"])
+def test_a_product_adds_a_bias_and_a_residual(form: str, by: str, level: str, rng: np.random.Generator) -> None:
+    if (by == "int8" and "int" not in form) or (by == "bf16" and form != "bfloat16"):
+        return
+    count, (columns, block), rows = _rows(rng), _block(rng, form), _size(rng, 130)
+    weight, local = matrix(rng, form, rows, columns, block), bool(rng.random() < 0.5)
+    table = rng.standard_normal((count, columns))
+    bias, residual = rng.standard_normal(rows).astype(np.float32), rng.standard_normal((count, rows)).astype(np.float32)
+    with Machine(linear(weight, table, by=by, local=local), level) as machine:
+        plain = machine.rows(count)
+    with Machine(linear(weight, table, by=by, bias=bias, local=local), level) as machine:
+        assert np.allclose(machine.rows(count), plain + bias, rtol=1e-6, atol=1e-6)
+    with Machine(linear(weight, table, by=by, bias=bias, residual=residual, local=local), level) as machine:
+        assert np.allclose(machine.rows(count), plain + bias + residual, rtol=1e-6, atol=1e-6)
+
+
+@each_level
+@pytest.mark.parametrize("act", ACTIVATIONS[1:])
+@pytest.mark.parametrize("by", ["f32", "int8", "bf16"])
+def test_a_gate_and_what_it_multiplies_are_made_in_one_product(
+    act: str, by: str, level: str, rng: np.random.Generator
+) -> None:
+    form = "bfloat16" if by == "bf16" else str(rng.choice([f for f in FORMS if "int" in f]))
+    count, (columns, block), tiles = _rows(rng), _block(rng, form), _size(rng, 9)
+    weight, local = matrix(rng, form, 32 * tiles, columns, block), bool(rng.random() < 0.5)
+    table = 3 * rng.standard_normal((count, columns))
+    with Machine(linear(weight, table, by=by, local=local), level) as machine:
+        both = machine.rows(count).reshape(count, tiles, 2, 16)
+    with Machine(linear(weight, table, by=by, act=act, local=local), level) as machine:
+        got = machine.rows(count)
+    wanted = gated(act, both[:, :, 0], both[:, :, 1]).reshape(count, -1)
+    assert np.allclose(got, wanted, rtol=1e-5, atol=1e-6 * np.abs(both).max() ** 2)
+
+
+@each_level
+def test_a_product_with_bfloat16_rounds_its_input_and_nothing_else(level: str, rng: np.random.Generator) -> None:
+    for _ in range(6):
+        count, columns = _rows(rng), _size(rng, 700)
+        weight = matrix(rng, "bfloat16", _size(rng, 250), columns)
+        table = rng.standard_normal((count, columns))
+        with Machine(linear(weight, table, by="bf16", local=bool(rng.random() < 0.5)), level) as machine:
+            assert _close(machine.rows(count), narrowed(table), exact(weight)), (count, weight.shape)
+
+
+def _minimums_allowed(weight: Blocked, table: Array) -> Array:
+    """What may be lost where the minimums of blocks and sums over them meet as bfloat16."""
+    quants, scales, minimums, zeros = weight.load()
+    least = np.zeros(scales.shape) if minimums is None else minimums.astype(np.float64)
+    wide = scales.astype(np.float64)
+    centre = {"int4": 0, "int8": 0, "uint4": 8, "uint8": 128}[weight.dtype]
+    if zeros is not None and (zeros != zeros.flat[0]).any():
+        least = least - wide * zeros
+    elif minimums is None:
+        return np.zeros((len(table), len(quants)))
+    else:
+        least = least - wide * (0 if zeros is None else zeros.flat[0].astype(float))
+    least = least + wide * centre
+    size = 8  # the finest that sums may be taken over, in columns
+    sums = np.abs(table.reshape(len(table), -1, size).sum(-1)).reshape(len(table), scales.shape[1], -1).sum(-1)
+    return 2.02 * ROUNDING * sums @ np.abs(least).T
+
+
+@each_level
+@pytest.mark.parametrize("form", [form for form in FORMS if "int" in form])
+def test_products_of_integers_are_exact(form: str, level: str, rng: np.random.Generator) -> None:
+    """Numbers that int8 can hold are rounded by nobody, whatever shares a scale, and no sum of integers saturates."""
+    for extreme in (False, True):
+        count, (columns, block) = _rows(rng), _block(rng, form)
+        weight = matrix(rng, form, _size(rng, 250), columns, block, extreme=extreme)
+        whole = rng.integers(-127, 128, (count, columns))
+        if extreme:
+            whole = np.where(whole < 0, -127, 127)
+        whole[:, ::8] = rng.choice([-127, 127], whole[:, ::8].shape)  # the largest of every group
+        table = whole * 2.0 ** rng.integers(-8, 4, (count, 1))
+        with Machine(linear(weight, table, by="int8", local=bool(rng.random() < 0.5)), level) as machine:
+            got = machine.rows(count)
+        assert isinstance(weight, Blocked)
+        assert _close(got, table, exact(weight), _minimums_allowed(weight, table)), (count, weight.shape, block)
+
+
+@each_level
+@pytest.mark.parametrize("form", [form for form in FORMS if "int" in form])
+def test_activations_are_rounded_to_int8_in_groups_of_64_or_less(
+    form: str, level: str, rng: np.random.Generator
+) -> None:
+    for _ in range(3):
+        count, (columns, block) = _rows(rng), _block(rng, form)
+        weight = matrix(rng, form, _size(rng, 250), columns, block)
+        table = rng.standard_normal((count, columns)) * np.exp(rng.standard_normal((1, columns)))
+        with Machine(linear(weight, table, by="int8", local=bool(rng.random() < 0.5)), level) as machine:
+            got = machine.rows(count)
+        group = 64 if columns % 64 == 0 else block
+        most = np.repeat(np.abs(table).reshape(count, -1, group).max(-1), group, -1)
+        assert isinstance(weight, Blocked)
+        allowed = most * (0.5 / 127 * 1.0001) @ np.abs(exact(weight)).T + _minimums_allowed(weight, table) * 1.1
+        # A step more for what the rounding of activations adds to the sums that meet the minimums.
+        allowed += ROUNDING * most @ np.abs(exact(weight)).T / 127
+        assert _close(got, table, exact(weight), allowed), (count, weight.shape, block)
+
+
+# ------------------------------------------------------------------------------------------------ operators on each row
+def _through(
+    kind: str, table: Array, level: str, rng: np.random.Generator, second: Array | None = None, **fields: Any
+) -> Array:
+    """One operator on the rows of a table, in place or into a buffer of its own."""
+    draft = Draft()
+    x = draft.rows(table)
+    if second is not None:
+        fields["b"] = draft.rows(second)
+    out = draft.buffer(table.shape[1])
+    if rng.random() < 0.5:
+        draft.add(kind, x, table.shape[1], a=x, **fields)
+        draft.add("scale", out, table.shape[1], a=x, scale=1.0)
+    else:
+        draft.add(kind, out, table.shape[1], a=x, **fields)
+    with Machine(draft.program(out), level) as machine:
+        return machine.rows(len(table))
+
+
+@each_level
+def test_sums_products_and_caps_of_rows(level: str, rng: np.random.Generator) -> None:
+    for _ in range(4):
+        count, width = _rows(rng), _size(rng, 500)
+        a, b = (rng.standard_normal((count, width)).astype(np.float32) * 4 for _ in range(2))
+        vector, factor = rng.standard_normal(width).astype(np.float32), float(np.float32(rng.uniform(0.5, 30)))
+        wide = a.astype(np.float64)
+        assert np.allclose(_through("add", a, level, rng, b), wide + b, rtol=1e-6, atol=1e-6)
+        assert np.allclose(_through("bias", a, level, rng, vector=vector), wide + vector, rtol=1e-6, atol=1e-6)
+        assert np.allclose(_through("scale", a, level, rng, scale=factor), wide * factor, rtol=1e-6)
+        capped = _through("softcap", a, level, rng, scale=factor)
+        assert np.allclose(capped, factor * np.tanh(wide / factor), rtol=2e-6, atol=1e-6 * factor)
+        for act in ACTIVATIONS[1:]:
+            got = _through("glu", a, level, rng, b, act=act)
+            assert np.allclose(got, gated(act, wide, b.astype(np.float64)), rtol=2e-6, atol=2e-6 * 16), act
+
+
+@each_level
+def test_activations_of_very_large_numbers_are_finite(level: str, rng: np.random.Generator) -> None:
+    a = np.array([[0, 1e-30, -1e-30, 20, -20, 88, -88, 95, -95, 1e4, -1e4, 1e8, -1e8, 3e12, -3e12, 1]], np.float32)
+    for act in ACTIVATIONS[1:]:
+        got = _through("glu", a, level, rng, np.ones_like(a), act=act)
+        assert np.allclose(got, np.where(a > 20, a, np.where(a < -20, 0, got)), rtol=1e-6, atol=1e-5), act
+    assert np.allclose(_through("softcap", a, level, rng, scale=5.0)[0, 9:15], [5, -5] * 3)
+
+
+@each_level
+def test_a_norm_divides_each_part_of_a_row_by_its_root_mean_square(level: str, rng: np.random.Generator) -> None:
+    for _ in range(4):
+        count, width, groups = _rows(rng), _size(rng, 300, 16), _size(rng, 5)
+        table = (rng.standard_normal((count, width * groups)) * 10.0 ** rng.integers(-3, 4, (count, 1))).astype(
+            np.float32
+        )
+        gain, epsilon = rng.standard_normal(width).astype(np.float32), float(np.float32(10.0 ** rng.integers(-7, -3)))
+        got = _through("norm", table, level, rng, vector=gain, groups=groups, scale=epsilon)
+        parts = table.astype(np.float64).reshape(count, groups, width)
+        wanted = parts / np.sqrt((parts**2).mean(-1, keepdims=True) + epsilon) * gain
+        assert np.allclose(got, wanted.reshape(count, -1), rtol=3e-6, atol=1e-6)
+
+
+def _angles(frequencies: Array, positions: Array) -> Array:
+    """In float32, as graphs have them."""
+    return (positions.astype(np.float32)[:, None] * frequencies.astype(np.float32)).astype(np.float64)
+
+
+@each_level
+def test_a_rotation_turns_the_first_columns_of_each_head(level: str, rng: np.random.Generator) -> None:
+    for _ in range(4):
+        count, heads, dim = _rows(rng), _size(rng, 6), _size(rng, 256, 16)
+        turned, past, factor = _size(rng, dim // 2), int(rng.integers(0, 3000)), float(np.float32(rng.uniform(0.5, 2)))
+        table = rng.standard_normal((count, heads * dim)).astype(np.float32)
+        draft = Draft()
+        x, frequencies = draft.rows(table), (1e4 ** -rng.uniform(0, 1, turned)).astype(np.float32)
+        draft.rope(rng.uniform(0, 1, _size(rng, 40)).astype(np.float32), 1.0)  # another one in front
+        draft.add("rope", View(-1), heads * dim, a=x, groups=heads, index=draft.rope(frequencies, factor))
+        out = draft.buffer(heads * dim)
+        draft.add("scale", out, heads * dim, a=x, scale=1.0)
+        with Machine(draft.program(out), level) as machine:
+            tokens = np.arange(count, dtype=np.int64)
+            got = machine.engine.step([tokens], [past], [[0] * 99], list(range(count))).reshape(count, heads, dim)
+        wanted, angle = table.astype(np.float64).reshape(count, heads, dim), _angles(frequencies, past + tokens)
+        cosine, sine = (factor * wave(angle)[:, None] for wave in (np.cos, np.sin))
+        a, b = wanted[..., :turned].copy(), wanted[..., turned : 2 * turned].copy()
+        wanted[..., :turned], wanted[..., turned : 2 * turned] = a * cosine - b * sine, b * cosine + a * sine
+        assert np.allclose(got, wanted, rtol=1e-6, atol=3e-6)
+
+
+@each_level
+def test_only_the_rows_asked_for_go_on(level: str, rng: np.random.Generator) -> None:
+    for _ in range(4):
+        count, width = _rows(rng), _size(rng, 200)
+        table = rng.standard_normal((count, width)).astype(np.float32)
+        draft = Draft()
+        with Machine(draft.program(draft.rows(table, scale=2.0)), level) as machine:
+            for size in (0, 1, count // 2, count, 2 * count):
+                rows = rng.integers(0, count, size).tolist()
+                got = machine.engine.step([np.arange(count)], [0], [[0] * 4], rows)
+                assert np.array_equal(got, 2 * table[rows])
+
+
+@each_level
+@pytest.mark.parametrize("by", ["f32", "int8", "bf16"])
+def test_what_is_no_number_is_not_lost_in_a_product(by: str, level: str, rng: np.random.Generator) -> None:
+    """Whatever its bits; and it stays in its row."""
+    form = "bfloat16" if by == "bf16" else str(rng.choice([form for form in FORMS if "int" in form]))
+    odd = np.array([0x7FC00000, 0xFFC00000, 0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001, 0xFF800001, 0x7F80FFFF], np.uint32)
+    for count in (1, 4, 7, 40):
+        columns, block = _block(rng, form)
+        table = rng.standard_normal((count, columns)).astype(np.float32)
+        spoilt = rng.random(count) < 0.5
+        for row in np.flatnonzero(spoilt):
+            table[row, rng.integers(columns)] = rng.choice(odd).view(np.float32)
+        weight = matrix(rng, form, _size(rng, 70), columns, block)
+        with Machine(linear(weight, table, by=by), level) as machine:
+            got = machine.rows(count)
+        assert np.isnan(got[spoilt]).all(), (form, count, columns, block)
+        assert np.isfinite(got[~spoilt]).all()
+
+
+@each_level
+def test_very_small_and_very_large_numbers_pass_through_int8(level: str, rng: np.random.Generator) -> None:
+    for size in (1e-42, 1e-38, 1e-36, 1e30):
+        table = (rng.standard_normal((7, 128)) * size).astype(np.float32)
+        weight = matrix(rng, "int4", 16, 128)
+        with Machine(linear(weight, table, by="int8"), level) as machine:
+            got = machine.rows(7)
+        assert np.allclose(got, table @ exact(weight).T, rtol=0, atol=0.05 * size if size > 1e-30 else 1e-30)
+
+
+# ------------------------------------------------------------------------------------------------------------ attention
+def _attention(q: Array, k: Array, v: Array, layer: Layer, sinks: Array | None, *, narrow: bool) -> tuple[Array, Array]:
+    """Attention of one whole sequence in float64, and how far the rounding of probabilities may take it."""
+    tokens, group = len(q), layer.heads // layer.kv_heads
+    factor = np.float32(layer.scale / layer.softcap if layer.softcap else layer.scale * np.float32(np.log2(np.e)))
+    if narrow:
+        q, k, v = narrowed(np.float32(q) * factor) / np.float64(factor), narrowed(k), narrowed(v)
+    q = q.astype(np.float64).reshape(tokens, layer.heads, layer.head_dim)
+    k = k.astype(np.float64).reshape(tokens, layer.kv_heads, layer.head_dim).repeat(group, 1)
+    v = v.astype(np.float64).reshape(tokens, layer.kv_heads, layer.value_dim).repeat(group, 1)
+    scores = np.einsum("qhd,khd->hqk", q, k) * layer.scale
+    if layer.softcap:
+        scores = layer.softcap * np.tanh(scores / layer.softcap)
+    distance = np.arange(tokens)[:, None] - np.arange(tokens)
+    seen = (distance >= 0) & ((distance < layer.window) | (layer.window == 0))
+    scores = np.where(seen, scores, -np.inf)
+    most = scores.max(-1, keepdims=True)
+    weights = np.exp(scores - most)
+    total = weights.sum(-1, keepdims=True)
+    if sinks is not None:
+        total = total + np.exp(sinks.astype(np.float64)[:, None, None] - most)
+    weights = weights / total
+    out = np.einsum("hqk,khd->qhd", weights, v).reshape(tokens, -1)
+    allowed = np.einsum("hqk,khd->qhd", weights, np.abs(v)).reshape(tokens, -1) * (ROUNDING * 1.01 if narrow else 0)
+    return out, allowed
+
+
+@each_level
+@pytest.mark.parametrize("narrow", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["plain", "softcap", "window", "sinks", "all"])
+def test_attention_over_pages(kind: str, narrow: bool, level: str, rng: np.random.Generator) -> None:
+    """Ragged steps of several sequences: chunks over page borders, single tokens, pages in any order."""
+    kv_heads, group = _size(rng, 3), int(rng.choice([1, 2, 3, 4, 7, 16]))
+    head, value = (int(rng.choice([16, 32, 48, 64, 80, 96, 128, 256])) for _ in range(2))
+    layer = Layer(
+        kv_heads * group, kv_heads, head, value if rng.random() < 0.5 else head,
+        int(rng.integers(1, 130)) if kind in ("window", "all") else 0,
+        float(np.float32(head**-0.5 * rng.uniform(0.5, 2))),
+        float(np.float32(rng.uniform(1, 20))) if kind in ("softcap", "all") else 0.0, -1,
+    )  # fmt: skip
+    sinks = rng.standard_normal(layer.heads).astype(np.float32) * 2 if kind in ("sinks", "all") else None
+    lengths = [int(n) for n in (rng.integers(1, 20), rng.integers(60, 70), rng.integers(130, 300))]
+    widths = (layer.heads * head, kv_heads * head, kv_heads * layer.value_dim)
+    table = rng.standard_normal((sum(lengths), sum(widths))).astype(np.float32) * 1.5
+    draft = Draft()
+    x, out = draft.rows(table), draft.buffer(layer.heads * layer.value_dim)
+    views = [View(x.buffer, at) for at in (0, widths[0], widths[0] + widths[1])]
+    draft.add("attend", out, layer.heads * layer.value_dim, a=views[0], b=views[1], c=views[2],
+              index=draft.layer(layer, sinks))  # fmt: skip
+    starts = np.cumsum([0, *lengths])
+    needed = [-(-n // 64) for n in lengths]
+    free = rng.permutation(sum(needed)).tolist()
+    pages = [[free.pop() for _ in range(n)] for n in needed]
+    rows = [table[a:b] for a, b in itertools.pairwise(starts)]
+    wanted = [_attention(*np.split(r, np.cumsum(widths[:2]), 1), layer, sinks, narrow=narrow) for r in rows]
+    done = [0] * len(lengths)
+    threads = int(rng.integers(1, 4))
+    with Machine(draft.program(out, narrow_cache=narrow), level, threads=threads, pages=sum(needed)) as machine:
+        while any(d < n for d, n in zip(done, lengths, strict=True)):
+            open_ = [s for s, n in enumerate(lengths) if done[s] < n]
+            chosen = rng.permutation(open_)[: int(rng.integers(1, len(open_) + 1))].tolist()
+            counts = [min(int(rng.choice([1, 1, 2, 3, 30, 64, 65, 100])), lengths[s] - done[s]) for s in chosen]
+            tokens = [
+                np.arange(starts[s] + done[s], starts[s] + done[s] + c) for s, c in zip(chosen, counts, strict=True)
+            ]
+            past, total = [done[s] for s in chosen], sum(counts)
+            got = machine.engine.step(tokens, past, [pages[s] for s in chosen], list(range(total)))
+            at = 0
+            for s, c in zip(chosen, counts, strict=True):
+                right, allowed = (part[done[s] : done[s] + c] for part in wanted[s])
+                off = np.abs(got[at : at + c] - right)
+                assert (off <= allowed + 1e-5 * np.abs(right).max()).all(), (layer, threads, done[s], c, off.max())
+                at, done[s] = at + c, done[s] + c
+
+
+# ----------------------------------------------------------------------------------------------------- sparse attention
+def _policy(rng: np.random.Generator, layer: Layer, **fields: Any) -> str:
+    heads = None
+    if rng.random() < 0.5:
+        heads = [rng.choice([0.0, 0.5, 1.0, 2.0], layer.kv_heads).tolist()]
+    return Sparsity(
+        coverage=float(rng.uniform(0.3, 0.99)), local_window=int(rng.choice([1, 64, 65, 128])),
+        columns=int(rng.choice([0, 1, 4, 20, 64])), unit=int(rng.choice([8, 16, 32, 64])),
+        rows=int(rng.choice([1, 2, 4, 8, 16])), dense_below=int(rng.choice([0, 64, 200])), heads=heads,
+        **{"max_density": float(rng.choice([0.1, 0.5, 0.6, 1.0])), **fields},
+    ).to_string()  # fmt: skip
+
+
+@each_level
+@pytest.mark.parametrize("narrow", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("everything", [True, False], ids=["which reads everything", "of any kind"])
+def test_attention_by_a_sparsity_policy(everything: bool, narrow: bool, level: str, rng: np.random.Generator) -> None:
+    """One that reads everything gives what dense attention gives, and any other one means of the values.
+
+    With a window none reads everything: what the rows that it looks at do not see has no mass.
+    """
+    kv_heads, group = _size(rng, 2), int(rng.choice([1, 2, 3, 8]))
+    head, value = (int(rng.choice([16, 32, 48, 64])) for _ in range(2))
+    layer = Layer(
+        kv_heads * group, kv_heads, head, value, 0 if everything else int(rng.choice([0, 0, 100, 230])),
+        float(np.float32(head**-0.5 * rng.uniform(0.5, 2))), float(rng.choice([0.0, 15.0])), -1,
+    )  # fmt: skip
+    sinks = rng.standard_normal(layer.heads).astype(np.float32) if rng.random() < 0.5 else None
+    length = int(rng.integers(250, 600))
+    widths = (layer.heads * head, kv_heads * head, kv_heads * value)
+    table = rng.standard_normal((length, sum(widths))).astype(np.float32) * 1.5
+    draft = Draft()
+    x, out = draft.rows(table), draft.buffer(layer.heads * value)
+    views = [View(x.buffer, at) for at in (0, widths[0], widths[0] + widths[1])]
+    draft.add("attend", out, layer.heads * value, a=views[0], b=views[1], c=views[2], index=draft.layer(layer, sinks))
+    q, k, v = np.split(table, np.cumsum(widths[:2]), 1)
+    wanted, allowed = _attention(q, k, v, layer, sinks, narrow=narrow)
+    count = -(-length // 64)
+    pages = rng.permutation(count).tolist()
+    all_units = {"top_k": 1 << 20, "max_density": 0.6}
+    with Machine(draft.program(out, narrow_cache=narrow), level, threads=_size(rng, 3), pages=count) as machine:
+        engine, done = machine.engine, 0
+        text = _policy(rng, layer, **(all_units if everything else {}))
+        route = engine.new_route()
+        while done < length:
+            new = min(int(rng.choice([1, 1, 2, 5, 16, 17, 64, 100, 300])), length - done)
+            if rng.random() < 0.2:
+                old, route = route, engine.copy_route(route)
+                engine.free_route(old)
+            got = engine.step(
+                [np.arange(done, done + new)], [done], [pages], list(range(new)), [engine.policy(text)], [route]
+            )
+            if everything:
+                off = np.abs(got - wanted[done : done + new])
+                assert (off <= allowed[done : done + new] + 1e-5 * np.abs(wanted).max()).all(), (layer, text, done, new)
+            assert np.isfinite(got).all()
+            assert np.abs(got).max() <= np.abs(v).max() * 1.01
+            done += new
+        read, seen = engine.take_counts(route)
+        assert (read > 0).all()
+        assert (read <= seen + 1e-6).all()
+        engine.free_route(route)
