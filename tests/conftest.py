@@ -1,12 +1,17 @@
-"""Random inputs for every test: a fresh seed each time, printed where a test fails."""
+"""What every test has: random inputs from a fresh seed, printed where a test fails, and a Ctrl-C that works."""
 
 from __future__ import annotations
 
 import os
 import secrets
+import signal
 
 import numpy as np
 import pytest
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    # A run that a shell started in the background ignores interrupts, and so would every process that tests start.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

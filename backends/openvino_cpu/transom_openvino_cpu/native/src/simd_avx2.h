@@ -52,7 +52,7 @@ INLINE unsigned at_least(VF x, VF y) {
   return low | (unsigned)_mm256_movemask_ps(_mm256_cmp_ps(x.b, y.b, _CMP_GE_OQ)) << 8;
 }
 INLINE VF round_even(VF x) { return {_mm256_round_ps(x.a, 8), _mm256_round_ps(x.b, 8)}; }
-// The exponent alone is made, so what is below the smallest normal number is 0 here.
+// The exponent alone is made, so below the smallest normal number there is 0 here, and infinity from 2 ** 128 on.
 INLINE __m256 power_of(__m256 n) {
   n = _mm256_max_ps(_mm256_set1_ps(-127), _mm256_min_ps(_mm256_set1_ps(128), n));
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));

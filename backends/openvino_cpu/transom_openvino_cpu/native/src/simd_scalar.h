@@ -71,13 +71,14 @@ INLINE unsigned at_least(VF x, VF y) {
     mask |= (unsigned)(x.v[i / 4][i % 4] >= y.v[i / 4][i % 4]) << i;
   return mask;
 }
-// Whole numbers are all that a float has from 2 ** 23 on; below, adding 1.5 * 2 ** 23 leaves no room for a fraction.
+// Whole numbers are all that a float has from 2 ** 23 on; below, adding so much leaves no room for a fraction.
 INLINE F4 rounded(F4 x) {
-  const F4 size = (F4)((U4)x & all(0x7fffffffu));
-  return choose(size < all(4194304.f), x + all(12582912.f) - all(12582912.f), x);
+  const U4 sign = (U4)x & all(0x80000000u);
+  const F4 size = (F4)((U4)x ^ sign), far = (F4)((U4)all(8388608.f) | sign);
+  return choose(size < all(8388608.f), x + far - far, x);
 }
 INLINE VF round_even(VF x) { TR_QUARTERS(VF, rounded(x.v[i])); }
-// The exponent alone is made, so what is below the smallest normal number is 0 here.
+// The exponent alone is made, so below the smallest normal number there is 0 here, and infinity from 2 ** 128 on.
 INLINE F4 power_of(F4 n) {
   n = larger(smaller(n, all(128.f)), all(-127.f)); // 128 for NaN
   return (F4)(((U4)__builtin_convertvector(n, I4) + all(127u)) << 23);

@@ -1,0 +1,36 @@
+"""Each instruction set's functions of sixteen lanes do what plain formulas do, bit for bit where they can."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+from levels import DEVICE, LEVELS, ROOT, hatch_build, pytestmark  # noqa: F401  pytest reads the mark from here
+
+BUILD = hatch_build()
+SOURCES = ROOT / BUILD.PACKAGE / BUILD.NATIVE / "src"
+# AVX-512 has the instructions of AVX-VNNI in another encoding.
+OTHERS = {"avx_vnni": (*BUILD.LEVELS["level_avx2"], "-mavx512vnni", "-mavx512vl")}
+HERE = [*LEVELS, *(name for name in OTHERS if name not in LEVELS and {"avx512_vnni", "avx512vl"} <= DEVICE.features)]
+
+
+@pytest.mark.parametrize("level", HERE)
+def test_the_lanes_do_what_plain_formulas_do(level: str, seed: int, tmp_path: Path) -> None:
+    unit = (SOURCES / f"level_{level}.cpp").read_text(encoding="utf-8")
+    defines = [f"-D{line.split()[1]}" for line in unit.splitlines() if line.startswith("#define TRANSOM_")]
+    (header,) = (line.split()[1] for line in unit.splitlines() if line.startswith("#include") and "simd_" in line)
+    flags = BUILD.LEVELS[f"level_{level}"] if level in LEVELS else OTHERS[level]
+    program = tmp_path / "lanes"
+    compiler = BUILD.first_fit(BUILD.candidates())
+    source = Path(__file__).with_name("lanes.cpp")
+    # Optimised as the library is, but for multiplications and additions: the formulas have no fused ones.
+    command = [
+        *compiler.command, *BUILD.COMMON, "-ffp-contract=off", *flags, *defines, f"-DHEADER={header}", f"-I{SOURCES}",
+        "-Wno-unused-function", str(source), "-lm", "-o", str(program),
+    ]  # fmt: skip
+    built = subprocess.run(command, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    done = subprocess.run([program, str(seed)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert done.stdout == "all is well\n"
