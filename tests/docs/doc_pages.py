@@ -17,7 +17,8 @@ PAGES = (
     ROOT / "CHANGELOG.md",
     ROOT / "CONTRIBUTING.md",
     *(ROOT / "docs" / f"{name}.md" for name in (
-        "adding-a-model-family", "architecture", "environment", "python-api", "sparsity", "writing-a-backend",
+        "adding-a-model-family", "architecture", "environment", "native-kernels", "python-api", "sparsity",
+        "writing-a-backend",
     )),
 )  # fmt: skip
 """What people wrote. `docs/operators.md` is generated and has tests of its own."""

@@ -234,6 +234,7 @@ def _spoil(graph: Graph, name: str) -> None:
     value.meta[WEIGHT_META] = dense(array)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered in cast")  # NumPy's, of NaN rounded to int8
 @each_level
 @pytest.mark.parametrize(
     "precision", [EXACT, BFLOAT16, INT8_ALL, INT8_NARROW], ids=["f32", "bf16", "int8", "int8 bf16"]
@@ -266,11 +267,11 @@ def test_any_number_of_threads_gives_the_same_answer(
     for threads in (1, 2, 3, 8):
         with Machine(made, level, threads=threads, pages=3) as machine:
             at, got = 0, []
-            for count in (5, 1, 17, 40, 1, 64, 22):
+            for count in (5, 17, 31, 1, 40, 1, 55):
                 got.append(machine.engine.step([text[at : at + count]], [at], [[2, 0, 1]], list(range(count))))
                 at += count
-        # A single query's pages are shared out, and blocks of rows are cut, by the number of threads.
-        assert all(np.array_equal(a, b) for a, b in zip(got[:1], first[:1], strict=False)), threads
+        # Bit for bit, until the number of threads decides how the pages of one query are shared out and rows are cut.
+        assert all(np.array_equal(a, b) for a, b in zip(got[:3], first, strict=False)), threads
         if first and precision is EXACT:
             assert max(error(a, b) for a, b in zip(got, first, strict=True)) < 2e-6, threads
         elif first:

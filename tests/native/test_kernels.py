@@ -99,11 +99,11 @@ def test_a_product_with_floats(form: str, level: str, rng: np.random.Generator) 
 
 
 @each_level
-@each_form
-@pytest.mark.parametrize("by", ["f32", "int8", "bf16"])
-def test_a_product_adds_a_bias_and_a_residual(form: str, by: str, level: str, rng: np.random.Generator) -> None:
-    if (by == "int8" and "int" not in form) or (by == "bf16" and form != "bfloat16"):
-        return
+@pytest.mark.parametrize(
+    "product", [("bfloat16", "bf16"), *((f, "f32") for f in FORMS), *((f, "int8") for f in FORMS if "int" in f)]
+)
+def test_a_product_adds_a_bias_and_a_residual(product: tuple[str, str], level: str, rng: np.random.Generator) -> None:
+    form, by = product
     count, (columns, block), rows = _rows(rng), _block(rng, form), _size(rng, 130)
     weight, local = matrix(rng, form, rows, columns, block), bool(rng.random() < 0.5)
     table = rng.standard_normal((count, columns))
