@@ -14,8 +14,12 @@ from transom_openvino_cpu.interrupts import held
 
 @held()
 def interrupted(times: int, done: list[int], error: Exception | None = None) -> None:
+    """A Ctrl-C as Python hands it to its handler. A real one would run on the stack for signals of this process, which
+    engines that ran before in it may have left unusable."""
     for time in range(times):
-        signal.raise_signal(signal.SIGINT)
+        handler = signal.getsignal(signal.SIGINT)
+        assert callable(handler)
+        handler(signal.SIGINT, None)
         done.append(time)
     if error is not None:
         raise error
