@@ -35,7 +35,7 @@ INT8 = Precision("int8", "f32", True)
 INT8_ALL = Precision("int8", "f32", True, dense_to_int8=True)
 INT8_NARROW = Precision("int8", "bf16", True)
 
-GARBAGE = {"exact": 2e-5, "bf16": 0.1, "int8": 0.3}
+GARBAGE = {"exact": 5e-5, "bf16": 0.1, "int8": 0.3}
 """Normalised error of a row of logits that no rounding explains."""
 
 each_level = pytest.mark.parametrize("level", LEVELS)
@@ -107,9 +107,11 @@ class Steps:
                 done[s] += n
 
 
-def _worst(made: tuple[Program, bytes], level: str, steps: Steps, threads: int) -> float:
+def _errors(made: tuple[Program, bytes], level: str, steps: Steps, threads: int) -> tuple[float, float]:
+    """Normalised error of all logits together, and of the worst row."""
     with Machine(made, level, threads=threads, pages=steps.count) as machine:
-        return max(error(*pair) for pair in steps.run(machine))
+        got, wanted = (np.concatenate(rows) for rows in zip(*steps.run(machine), strict=True))
+    return float(np.linalg.norm(got - wanted) / np.linalg.norm(wanted)), error(got, wanted)
 
 
 # -------------------------------------------------------------------------------------------------------------- answers
@@ -119,7 +121,9 @@ def test_a_decoder_agrees_with_the_reference(name: str, rng: np.random.Generator
     steps = Steps(rng, Oracle(graph))
     made = _built(graph, EXACT)
     for level in LEVELS:
-        assert _worst(made, level, steps, int(rng.integers(1, 4))) < 1e-5, level
+        whole, row = _errors(made, level, steps, int(rng.integers(1, 4)))
+        assert whole < 1e-5, level
+        assert row < 5e-5, level
 
 
 @pytest.mark.parametrize("name", DECODERS)
@@ -130,7 +134,7 @@ def test_a_decoder_in_fewer_bits_is_near_the_reference(name: str, rng: np.random
     for precision in (BFLOAT16, INT8, INT8_ALL, INT8_NARROW):
         made = _built(graph, precision)
         for level in LEVELS:
-            assert _worst(made, level, steps, 1) < GARBAGE[precision.name], (level, precision)
+            assert _errors(made, level, steps, 1)[1] < GARBAGE[precision.name], (level, precision)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -144,7 +148,7 @@ def test_every_family_is_lowered_and_agrees_with_the_reference(
     made = _built(graph, precision)
     steps = Steps(rng, Oracle(graph))
     for level in LEVELS:
-        assert _worst(made, level, steps, 1) < GARBAGE[precision.name], level
+        assert _errors(made, level, steps, 1)[1] < GARBAGE[precision.name], level
 
 
 # ------------------------------------------------------------------------------------------------------------- refusals

@@ -115,7 +115,7 @@ INLINE float coverage_of(const tr_sparsity &rule, float loose) {
 
 INLINE size_t choice_bytes(const tr_layer &l, const tr_sparsity &rule, int pages, int asked) {
   const size_t width = (size_t)pages * PAGE / rule.unit + 64;
-  return (size_t)asked * width * 4 + align64((size_t)(pages * PAGE / rule.unit / 64 + 2) * 8) +
+  return align64((size_t)asked * width * 4) + align64((size_t)(pages * PAGE / rule.unit / 64 + 2) * 8) +
          align64((size_t)(pages / 8 + 2) * 8) + align64((size_t)(rule.local + 3) * 64 * 4) +
          align64((size_t)asked * 4) + plan_bytes(pages + 1, rule.unit) + 256 + (size_t)l.heads * 0;
 }
