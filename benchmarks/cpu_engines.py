@@ -256,7 +256,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=list(PROMPTS), help="of the prompts")
     parser.add_argument("--sparsity", nargs="+", default=[], help="policies to run Transom by, beside dense")
     parser.add_argument("--peer-python", default=sys.executable, help="the interpreter that has the peers")
-    parser.add_argument("--json", default="benchmarks/cpu_engines.json", help="where to write all measurements")
+    parser.add_argument("--json", help="a file to write all measurements to")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
@@ -277,7 +277,7 @@ def main() -> None:
     needed = sum(prompts) + prompts[0] + DECODE_TOKENS * DECODE_REPEATS
     threads = len(os.sched_getaffinity(0))
     print(f"{processor()}, {threads} processors; {platform.platform()}; Python {platform.python_version()}")
-    print(f"{model}\n{arguments.rounds} rounds, medians; text: pydoc_data.topics\n", flush=True)
+    print(f"{Path(model).name}\n{arguments.rounds} rounds, medians; text: pydoc_data.topics\n", flush=True)
     results: dict[str, list[dict[str, Any]]] = {e: [] for e in engines}
     for number, engine in turns(arguments.rounds, engines):
         at = number * 911 % max(1, len(ids) - needed)
@@ -289,9 +289,11 @@ def main() -> None:
     print("\n".join(table(medians, best, threads, prompts)) + "\n")
     versions = {e: f"{runs[0]['version']}, {runs[0]['about']}" for e, runs in results.items()}
     print("\n".join(f"{engine} {about}" for engine, about in versions.items()))
+    if arguments.json is None:
+        return
     document = {
         "machine": {"processor": processor(), "threads": threads, "platform": platform.platform()},
-        "model": model, "versions": versions, "medians": medians, "best": best, "runs": results,
+        "model": Path(model).name, "versions": versions, "medians": medians, "best": best, "runs": results,
     }  # fmt: skip
     Path(arguments.json).write_text(json.dumps(document, indent=1))
 

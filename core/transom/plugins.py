@@ -11,17 +11,14 @@ It knows nothing of devices, graphs or engines, imports no plugin's SDK, and is 
 from __future__ import annotations
 
 import difflib
-import hashlib
 import importlib.metadata
 import inspect
 import os
 import re
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, get_args, get_type_hints
 
@@ -223,29 +220,13 @@ class Plugins:
         """Record that one of `operators` cannot be used, as a failure of the plugin that brings it."""
         self._fail(self._owners[(schema.domain, schema.name)], "ops", error)
 
-    @property
-    def brings_operators(self) -> bool:
-        """Whether a plugin has the hook `transom_ops`. Does not ask it."""
-        return any(plugin.implements("transom_ops") for plugin in self._plugins)
-
-    def operators_identity(self) -> str:
-        """Names the plugins with operators and their code: changes with a version or a source file; empty without any.
-
-        Asks no hook. Reads the plugins' Python files each time, as a child process does that imports them.
-        """
-        mine = [plugin for plugin in self._plugins if plugin.implements("transom_ops")]
-        if not mine:
-            return ""
-        digest = hashlib.sha256()
-        for plugin in mine:
-            digest.update(repr((plugin.distribution, plugin.version, plugin.entry_point)).encode())
-            for file in _sources_of(plugin.manager.get_plugin(plugin.entry_point)):
-                try:
-                    content = file.read_bytes()
-                except OSError:
-                    continue
-                digest.update(repr((str(file.name), len(content))).encode() + content)
-        return digest.hexdigest()
+    def bringing_operators(self) -> list[tuple[str, str, str, object]]:
+        """Distribution, version, entry point and object of each plugin that has the hook `transom_ops`. Asks none."""
+        return [
+            (p.distribution, p.version, p.entry_point, p.manager.get_plugin(p.entry_point))
+            for p in self._plugins
+            if p.implements("transom_ops")
+        ]
 
     def _fail(self, plugin: _Plugin, stage: Stage, error: str, fix: str = "", traceback: str = "") -> PluginFailure:
         fix = fix or _repair(plugin.distribution)
@@ -387,20 +368,6 @@ def _listed(results: Any, what: str) -> list[Any]:
     if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
         raise TypeError(f"returned {'None' if value is None else type(value).__name__}, not an iterable of {what}")
     return list(value)
-
-
-def _sources_of(plugin: object) -> list[Path]:
-    """The Python files of the module that a plugin is, or whose class it is; of its whole package where it is in one.
-
-    A package that several distributions share (a namespace) has no file, and is not the plugin's own.
-    """
-    name = plugin.__name__ if inspect.ismodule(plugin) else type(plugin).__module__
-    parts = name.split(".")
-    for end in range(1, len(parts) + 1):
-        module = sys.modules.get(".".join(parts[:end]))
-        if file := getattr(module, "__file__", None):
-            return sorted(Path(file).parent.rglob("*.py")) if hasattr(module, "__path__") else [Path(file)]
-    return []
 
 
 def _collision(what: str, owners: Sequence[_Plugin], stage: Stage) -> PluginFailure:

@@ -12,7 +12,7 @@ import pytest
 
 from transom.cli import options
 from transom.cli.app import COMMANDS, run
-from transom.runtime import loading
+from transom.runtime.arguments import PRECISIONS, VERIFY
 
 HEAVY = frozenset(
     {
@@ -74,8 +74,8 @@ def test_every_command_that_reports_has_json(capsys: pytest.CaptureFixture[str])
 
 
 def test_the_choices_of_the_command_line_are_those_of_load() -> None:
-    assert options.PRECISIONS == loading.PRECISIONS
-    assert options.VERIFIES == loading.VERIFY
+    assert options.PRECISIONS == PRECISIONS
+    assert options.VERIFIES == VERIFY
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

@@ -23,7 +23,8 @@ from transom.sources import resolve
 from transom.testing.bench import Oracle
 from transom.testing.models import VARIANTS, tiny_decoder
 from transom_openvino_cpu.native import choosing, library
-from transom_openvino_cpu.native.lowering import Drafting, NoForm, draft, write
+from transom_openvino_cpu.native.drafting import Drafting, NoForm
+from transom_openvino_cpu.native.lowering import write
 from transom_openvino_cpu.native.program import Program
 from transom_openvino_cpu.precision import Precision
 
@@ -69,7 +70,7 @@ def _written(drafting: Drafting) -> tuple[Program, bytes]:
 
 
 def _built(graph: Graph, precision: Precision) -> tuple[Program, bytes]:
-    return _written(draft(graph, precision))
+    return _written(Drafting(graph, precision))
 
 
 class Steps:
@@ -154,7 +155,7 @@ def test_every_family_is_lowered_and_agrees_with_the_reference(
 # ------------------------------------------------------------------------------------------------------------- refusals
 def _reason(graph: Graph, precision: Precision = EXACT) -> str:
     with pytest.raises(NoForm) as caught:
-        draft(graph, precision)
+        Drafting(graph, precision)
     return caught.value.reason
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -14,12 +15,8 @@ from transom_openvino_cpu.interrupts import held
 
 @held()
 def interrupted(times: int, done: list[int], error: Exception | None = None) -> None:
-    """A Ctrl-C as Python hands it to its handler. A real one would run on the stack for signals of this process, which
-    engines that ran before in it may have left unusable."""
     for time in range(times):
-        handler = signal.getsignal(signal.SIGINT)
-        assert callable(handler)
-        handler(signal.SIGINT, None)
+        signal.raise_signal(signal.SIGINT)
         done.append(time)
     if error is not None:
         raise error
@@ -85,3 +82,41 @@ except KeyboardInterrupt:
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (done.stdout, done.stderr) == ("True\n", "")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="sigaltstack(2) of Linux")
+def test_a_model_that_was_closed_on_another_thread_leaves_ctrl_c_as_it_was() -> None:
+    """OpenVINO frees the stack that it gave the main thread for signals; Python's handler would run on it."""
+    code = """
+import signal, tempfile, threading
+from pathlib import Path
+
+import numpy as np
+
+from transom import hardware
+from transom.contract import Artifact
+from transom.testing.models import tiny_decoder
+from transom_openvino_cpu import OpenVinoCpu
+
+folder, backend = Path(tempfile.mkdtemp()), OpenVinoCpu()
+device = next(d for d in hardware.probe_devices() if d.kind == "cpu")
+made = backend.compile(tiny_decoder(np.random.default_rng(0)), device, {}, lambda stage, share: None)
+for name, content in made.files.items():
+    (folder / name).write_bytes(content)
+artifact = Artifact({name: folder / name for name in made.files}, made.requires)
+sessions = [backend.load(artifact, device, {}, folder)]
+
+def close() -> None:
+    sessions.pop().close()
+
+thread = threading.Thread(target=close)
+thread.start()
+thread.join()
+try:
+    signal.raise_signal(signal.SIGINT)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+    environment = {**os.environ, "TRANSOM_NATIVE": "0"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=environment)
+    assert (done.returncode, done.stdout) == (0, "interrupted\n"), done.stderr

@@ -94,7 +94,10 @@ def test_an_operator_that_two_plugins_define_is_taken_from_neither(environment: 
     assert "com.example::Fold" in failure["error"]
 
 
-IDENTITY = "print(json.dumps([load_plugins().operators_identity(), load_plugins().brings_operators]))"
+IDENTITY = """
+from transom.runtime.operators import operators_identity
+print(json.dumps([operators_identity(load_plugins()), bool(load_plugins().bringing_operators())]))
+"""
 
 
 def test_plugins_without_operators_have_no_operators_identity(environment: Any) -> None:

@@ -43,9 +43,9 @@ def is_cached_attention(node: ir.Node) -> bool:
 
 
 def paged(graph: Graph) -> bool:
-    """Whether every layer keeps its cache in our pages."""
+    """Whether every layer runs by OpenVINO's PagedAttention over our pages."""
     nodes = [n for n in graph.nodes() if is_cached_attention(n)]
-    return bool(nodes) and all(_unpageable(graph, n) == "" for n in nodes)
+    return bool(nodes) and all(_no_paged_attention(graph, n) == "" for n in nodes)
 
 
 def claims(graph: Graph, precision: Precision, device: Device) -> Iterator[Claim]:
@@ -59,12 +59,12 @@ def claims(graph: Graph, precision: Precision, device: Device) -> Iterator[Claim
             yield Claim(str(node.name), True, exact=not inexact)
         return
     attention = [n for n in graph.nodes() if is_cached_attention(n)]
-    refused = next((f"{r} (layer {_layer(n)})" for n in attention if (r := _unpageable(graph, n))), "")
+    refused = next((f"{r} (layer {_layer(n)})" for n in attention if (r := _no_paged_attention(graph, n))), "")
     whole = whole_through_frontend(graph)
     for node in graph.nodes():
         name = str(node.name)
         if is_cached_attention(node):
-            reason = _unpageable(graph, node) or refused
+            reason = _no_paged_attention(graph, node) or refused
             yield Claim(name, not reason, reason)
             continue
         reason = _refusal(node, whole)
@@ -80,8 +80,8 @@ def _layer(node: ir.Node) -> int:
     return node.attributes.get_int("layer", 0)
 
 
-def _unpageable(graph: Graph, node: ir.Node) -> str:
-    """Why this attention cannot run over pages; empty if it can."""
+def unpageable(graph: Graph, node: ir.Node) -> str:
+    """Why this attention's cache cannot lie in pages of ours; empty if it can."""
     decoder = graph.decoder
     layer = _layer(node)
     if decoder is None or layer >= len(decoder.layers):
@@ -93,6 +93,13 @@ def _unpageable(graph: Graph, node: ir.Node) -> str:
     for value, wanted in zip(node.outputs[1:], cache_output_names(layer), strict=False):
         if value.uses() or (value.name != wanted and value.name in outputs):
             return "the cache is read again in the graph"
+    return ""
+
+
+def _no_paged_attention(graph: Graph, node: ir.Node) -> str:
+    """Why OpenVINO's PagedAttention cannot compute this attention; empty if it can."""
+    if reason := unpageable(graph, node):
+        return reason
     if node.attributes.get_float("softcap", 0.0):
         return "OpenVINO's PagedAttention has no soft cap on the scores"
     if len(node.inputs) > 9 and node.inputs[9] is not None:

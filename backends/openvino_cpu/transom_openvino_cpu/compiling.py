@@ -19,12 +19,13 @@ from transom_openvino_cpu.native.choosing import drafted, level_on
 from transom_openvino_cpu.plan import Plan, StagePlan
 from transom_openvino_cpu.precision import GROUP, Form, Precision, dynamic_group, resolve
 from transom_openvino_cpu.probing import requirements
+from transom_openvino_cpu.signal_stack import signal_stack_kept
 from transom_openvino_cpu.stages import has_wide_tables
 
 if TYPE_CHECKING:
     from transom.graph import Graph
     from transom.graph.weights import Weight
-    from transom_openvino_cpu.native.lowering import Drafting
+    from transom_openvino_cpu.native.drafting import Drafting
 
 PREFIX = "transom-openvino-"
 SMALL_FILE = 8 << 20
@@ -169,9 +170,10 @@ def _compile(stage: Stage, precision: Precision, device: Device, options: Option
     threads = thread_count(device, options)
     core: Any = openvino().Core()
     try:
-        compiled = core.compile_model(
-            stage.model, "CPU", config | ({"INFERENCE_NUM_THREADS": str(threads)} if threads else {})
-        )
+        with signal_stack_kept():
+            compiled = core.compile_model(
+                stage.model, "CPU", config | ({"INFERENCE_NUM_THREADS": str(threads)} if threads else {})
+            )
     except RuntimeError as e:
         raise EngineError(f"OpenVINO cannot compile the stage {stage.name} of this model: {_last_line(e)}") from e
     return compiled, config

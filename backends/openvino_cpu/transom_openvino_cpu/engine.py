@@ -16,6 +16,7 @@ from transom.signature import Decoder
 from transom_openvino_cpu import names
 from transom_openvino_cpu.interrupts import held
 from transom_openvino_cpu.plan import Plan, StagePlan
+from transom_openvino_cpu.signal_stack import signal_stack_kept
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -44,7 +45,7 @@ class _Stage:
             self._map = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
         blob = np.frombuffer(self._map, np.uint8)
         try:
-            with held():
+            with held(), signal_stack_kept():
                 self.compiled = core.import_model(ov.Tensor(blob, shared_memory=True), "CPU", {**plan.config, **config})
         except RuntimeError as e:
             last = str(e).strip().splitlines()[-1]
@@ -84,7 +85,8 @@ class _Stage:
 
     def close(self) -> None:
         self._held.clear()
-        del self.request, self.compiled
+        with signal_stack_kept():
+            del self.request, self.compiled
         # The mapping is unmapped with the last of the views into it.
 
 

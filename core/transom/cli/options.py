@@ -52,9 +52,15 @@ BACKEND = click.option(
     help="A name from `transom backends`; named, it never falls back.",
 )
 CONTEXT = click.option("--context", type=int, help="Tokens of prompt and answer together. [default: the model's own]")
-PRECISION = click.option(
-    "--precision", type=click.Choice(PRECISIONS), default="auto", show_default=True, help="What to compute in."
-)
+
+
+def _precision(default: str) -> Callable[[F], F]:
+    return click.option(
+        "--precision", type=click.Choice(PRECISIONS), default=default, show_default=True, help="What to compute in."
+    )
+
+
+PRECISION = _precision("auto")
 THREADS = click.option("--threads", type=int, help="Processor threads. [default: every core this process may use]")
 SPARSITY = click.option(
     "--sparsity",
@@ -110,6 +116,13 @@ _SAMPLING_NAMES = (
 def loading(command: F) -> F:
     """Add the options of `transom.load`, `--probe-file` and `--json` among them."""
     for option in reversed(_LOADING):
+        command = option(command)
+    return command
+
+
+def loading_exactly(command: F) -> F:
+    """As `loading`, for a command that computes exactly unless it is told otherwise."""
+    for option in reversed([_precision("exact") if o is PRECISION else o for o in _LOADING]):
         command = option(command)
     return command
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from transom.cli.options import MODEL, load_arguments, loading
+from transom.cli.options import MODEL, load_arguments, loading_exactly
 from transom.cli.output import Progress, print_json, warn
 
 
@@ -31,7 +31,7 @@ Exit status 0: they agree; 2: they differ, or could not be compared. Needs pip i
 @click.option("--prompts", type=click.IntRange(1), default=3, show_default=True, help="Random prompts.")
 @click.option("--longest", type=click.IntRange(8), default=48, show_default=True, help="Tokens of the longest prompt.")
 @click.option("--seed", type=click.IntRange(0), help="For the prompts. [default: a fresh one, which is shown]")
-@loading
+@loading_exactly
 def verify(
     model: str,
     bound: str | None,
@@ -43,9 +43,9 @@ def verify(
 ) -> int:
     """Compare a model with transformers on random prompts.
 
-    Logits of prefill and of cached decoding, in one ragged batch, are held
-    against those of transformers. An ONNX file is held against its own graph, run by the NumPy reference. Unless
-    --precision says otherwise the backend computes exactly, so that the model is compared and not its rounding.
+    Logits of prefill and of cached decoding, in one ragged batch, are held against those of transformers. An ONNX file
+    is held against its own graph, run by the NumPy reference. Unless --precision says otherwise the backend computes
+    exactly, so that the model is compared and not its rounding.
     """
     import transom
     from transom.runtime.verify import verify_model
@@ -71,11 +71,6 @@ def verify(
         click.echo(str(found))
         click.echo(f"{loaded.report.backend} on {loaded.report.device.id}, {prompts} prompts, seed {found.seed}")
     return 0 if found.agrees else 2
-
-
-for _option in verify.params:
-    if _option.name == "precision":  # random prompts make much of the rounding that `auto` may choose
-        _option.default = "exact"
 
 
 def _bound(precision: str) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from transom.errors import OptionError
-from transom.sparsity import Calibration, Sparsity, beside, shipped
+from transom.sparsity import PRESETS, Calibration, Sparsity, beside, shipped
 
 if TYPE_CHECKING:
     from transom.artifacts import Cache
@@ -60,3 +60,11 @@ def calibrated(policy: Sparsity, decoder: Decoder, name: str) -> tuple[Sparsity,
     if found is None:
         return policy, ""
     return policy.with_heads(found.heads), found.source
+
+
+def described(policy: Sparsity, heads_from: str) -> str:
+    """For the report: the policy, and whether it knows the heads of the model; empty where every key is read."""
+    if policy.dense:
+        return ""
+    text = f"{policy} (coverage {policy.coverage:g})" if str(policy) in PRESETS else str(policy)
+    return f"{text}, heads " + (f"calibrated: {heads_from}" if policy.calibrated else "not calibrated")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from transom.artifacts import Notebook, artifact_key
 from transom.runtime.jobs import version
+from transom.runtime.prepared import FORMAT
 from transom.sources import resolve
 
 if TYPE_CHECKING:
@@ -68,3 +69,20 @@ def _files_in(folder: Path) -> list[Path]:
     """The files in a folder and below; none where there are more than a model has."""
     entries = list(itertools.islice(folder.rglob("*"), MOST_FILES + 1))
     return sorted(e for e in entries if not e.is_dir()) if len(entries) <= MOST_FILES else []
+
+
+def content_key(content: str, operators: str) -> str:
+    """The key under which the source, its golden logits, its artifacts and its failures are kept.
+
+    Args:
+        operators: `operators_identity`, for a model whose graph may use what plugins bring; else empty.
+    """
+    parts = {"format": FORMAT, "transom": version(), "content": content}
+    return artifact_key({**parts, "operators": operators} if operators else parts)
+
+
+def may_use_operators(path: Path) -> bool:
+    """Whether a model's graph may use a plugin's operators: an ONNX file may, what our own families build may not."""
+    if path.is_dir():
+        return next(path.rglob("*.onnx"), None) is not None
+    return path.suffix.lower() != ".gguf"

@@ -22,25 +22,24 @@ from transom.errors import (
     CacheError,
     DoesNotFit,
     EngineError,
-    OptionError,
     SelectionError,
     SelfCheckFailed,
     TransomError,
     UnsupportedError,
-    nearest,
 )
 from transom.runtime import calibrations, memory, prepared
+from transom.runtime.arguments import check_arguments, check_objects
 from transom.runtime.guarding import guarded, interrupts_kept
-from transom.runtime.identity import fingerprint_of
-from transom.runtime.jobs import Job, version
+from transom.runtime.identity import content_key, fingerprint_of, may_use_operators
+from transom.runtime.jobs import Job
 from transom.runtime.machine import Machine, choose, survey
-from transom.runtime.operators import explaining_rejected, register_operators
+from transom.runtime.operators import explaining_rejected, operators_identity, register_operators
 from transom.runtime.prepared import Prepared
 from transom.runtime.report import Report
 from transom.runtime.trial import ChildFailed, run_in_child
 from transom.selection import Candidate, Choice
 from transom.sources import SourceModel, local_path, resolve
-from transom.sparsity import PRESETS, Sparsity, shipped
+from transom.sparsity import Sparsity, shipped
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -51,11 +50,6 @@ if TYPE_CHECKING:
     from transom.sparsity import Heads
     from transom.text import ChatTemplate, GenerationDefaults, Tokenizer
 
-PRECISIONS = ("auto", "exact", "fast", "f32", "bf16", "f16", "int8", "int4")
-VERIFY = ("auto", "off", "always")
-_NAMES = (
-    *("backend", "cache", "context", "device", "precision", "probe_file", "progress", "sparsity", "threads", "verify"),
-)
 _PRECISION = "precision: "
 """How an artifact's note begins that says in what numbers it computes."""
 _MOVES_ON = (SelfCheckFailed, EngineError, UnsupportedError, DoesNotFit, ChildFailed)
@@ -129,8 +123,8 @@ def load(
     """
     options = {"context": context, "precision": precision, "threads": threads}
     policy = os.environ.get("TRANSOM_AUTO", "").strip() or "measure"
-    _check(options, verify, policy, unknown)
-    _check_objects(cache, progress)
+    check_arguments(options, verify, policy, unknown)
+    check_objects(cache, progress)
     loader = _Loader(
         model,
         options=options,
@@ -148,35 +142,6 @@ def load(
         speeds = loader.speeds(machine, choice.kinds_to_measure)
         choice = choose(machine, device=device, backend=backend, measured=speeds)
     return loader.first_that_works(machine, choice)
-
-
-def _check(options: Mapping[str, Any], verify: str, policy: str, unknown: Mapping[str, Any]) -> None:
-    """Raise OptionError for an unknown option or a value that is not allowed."""
-    for name in unknown:
-        raise OptionError(f"load() has no option {name!r}", nearest(name, _NAMES))
-    for name, value, known in (
-        ("precision", options["precision"], PRECISIONS),
-        ("verify", verify, VERIFY),
-        ("TRANSOM_AUTO", policy, ("measure", "static")),
-    ):
-        if value not in known:
-            raise OptionError(f"{name}={value!r} is unknown", nearest(str(value), known))
-    for name in ("context", "threads"):
-        value = options[name]
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise OptionError(f"{name}={value!r} is not a positive whole number", "Leave it out for the default")
-
-
-def _check_objects(cache: object, progress: object) -> None:
-    """Raise OptionError for a cache that is none, or a progress that cannot be called."""
-    if cache is not None and not isinstance(cache, Cache):
-        path = str(cache) if isinstance(cache, str | os.PathLike) else "folder"
-        raise OptionError(f"cache={cache!r} is not a transom.Cache", f"Write cache=transom.Cache({path!r})")
-    if progress is not None and not callable(progress):
-        raise OptionError(
-            f"progress={progress!r} cannot be called",
-            "Give a function that takes the stage and the share done, or leave it out",
-        )
 
 
 @dataclass(frozen=True)
@@ -235,20 +200,20 @@ class _Loader:
         if path is not None:
             self._path = str(path.absolute())
             self._fingerprint = fingerprint_of(path, self.cache)
-            self._uses_operators = plugins.brings_operators and _may_use_operators(path)
-            operators = plugins.operators_identity() if self._uses_operators else ""
-            self._content = _content_key(self._fingerprint, operators)
+            self._uses_operators = bool(plugins.bringing_operators()) and may_use_operators(path)
+            operators = operators_identity(plugins) if self._uses_operators else ""
+            self._content = content_key(self._fingerprint, operators)
             self._find_heads()
             return
         source = resolve(self._model)
-        self._uses_operators = plugins.brings_operators
+        self._uses_operators = bool(plugins.bringing_operators())
         register_operators(plugins)  # before a graph that uses them is read
         # A model in memory cannot be read again by the child process: its graph goes there through the cache.
         with explaining_rejected(plugins):
             self._in_memory = source.open(self._model, context=self.options["context"], progress=self.progress)
         self._path = self._in_memory.name
         self._fingerprint = self._in_memory.graph.digest()
-        self._content = _content_key(self._fingerprint, plugins.operators_identity())
+        self._content = content_key(self._fingerprint, operators_identity(plugins))
         self._find_heads()
         self._held.append(prepared.keep(self.cache, self._content, self._in_memory))
 
@@ -584,7 +549,7 @@ class _Loader:
             notes=tuple(n for n in dict.fromkeys(notes) if not n.startswith(_PRECISION)),
             memory=plan.parts() if plan else {},
             check=_verdict_text(ready.verdict),
-            sparsity=_policy_text(sparsity, heads_from),
+            sparsity=calibrations.described(sparsity, heads_from),
             cache_hit=cached,
             startup=dict(self.stages.seconds),
         )
@@ -603,23 +568,6 @@ class _Loader:
                 on_close=_releaser(stored, self._held),
             )
         )
-
-
-def _content_key(content: str, operators: str) -> str:
-    """The key under which the source, its golden logits, its artifacts and its failures are kept.
-
-    Args:
-        operators: `Plugins.operators_identity`, for a model whose graph may use what plugins bring; else empty.
-    """
-    parts = {"format": prepared.FORMAT, "transom": version(), "content": content}
-    return artifact_key({**parts, "operators": operators} if operators else parts)
-
-
-def _may_use_operators(path: Path) -> bool:
-    """Whether a model's graph may use a plugin's operators: an ONNX file may, what our own families build may not."""
-    if path.is_dir():
-        return next(path.rglob("*.onnx"), None) is not None
-    return path.suffix.lower() != ".gguf"
 
 
 def _bound_context(stored: StoredArtifact, plan: memory.MemoryPlan) -> int:
@@ -642,13 +590,6 @@ def _releaser(stored: StoredArtifact, held: list[object]) -> Callable[[], None]:
 
 def _strings(value: object) -> list[str]:
     return [str(v) for v in value] if isinstance(value, list | tuple) else []
-
-
-def _policy_text(policy: Sparsity, heads_from: str) -> str:
-    if policy.dense:
-        return ""
-    text = f"{policy} (coverage {policy.coverage:g})" if str(policy) in PRESETS else str(policy)
-    return f"{text}, heads " + (f"calibrated: {heads_from}" if policy.calibrated else "not calibrated")
 
 
 def _verdict_text(verdict: object) -> str:

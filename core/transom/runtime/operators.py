@@ -1,10 +1,15 @@
-"""Making the operators that plugins bring known to the registry, before a graph that uses them is read."""
+"""The operators that plugins bring: made known to the registry before a graph that uses them is read, and named by
+their code, so that nothing made with one version of them is taken for another's."""
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from transom.errors import UnsupportedError
 from transom.plugins import Plugins
@@ -14,7 +19,7 @@ _OPERATOR = re.compile(r"[\w.\-]+::\w+")
 
 def register_operators(plugins: Plugins) -> None:
     """Register what the `transom_ops` hooks return. One that breaks a rule is recorded as a failure and left out."""
-    if not plugins.brings_operators:
+    if not plugins.bringing_operators():
         return
     from transom.ops import OpSchema, find, register  # slow to import, and the warm path comes here
 
@@ -28,6 +33,40 @@ def register_operators(plugins: Plugins) -> None:
             register(schema)
         except ValueError as error:
             plugins.reject(schema, str(error))
+
+
+def operators_identity(plugins: Plugins) -> str:
+    """Names the plugins with operators and their code: changes with a version or a source file; empty without any.
+
+    Asks no hook. Reads the plugins' Python files each time, as a child process does that imports them.
+    """
+    mine = plugins.bringing_operators()
+    if not mine:
+        return ""
+    digest = hashlib.sha256()
+    for *name, plugin in mine:
+        digest.update(repr(tuple(name)).encode())
+        for file in _sources_of(plugin):
+            try:
+                content = file.read_bytes()
+            except OSError:  # gone meanwhile: the next start names the plugin otherwise
+                continue
+            digest.update(repr((str(file.name), len(content))).encode() + content)
+    return digest.hexdigest()
+
+
+def _sources_of(plugin: object) -> list[Path]:
+    """The Python files of the module that a plugin is, or whose class it is; of its whole package where it is in one.
+
+    A package that several distributions share (a namespace) has no file, and is not the plugin's own.
+    """
+    name = plugin.__name__ if inspect.ismodule(plugin) else type(plugin).__module__
+    parts = name.split(".")
+    for end in range(1, len(parts) + 1):
+        module = sys.modules.get(".".join(parts[:end]))
+        if file := getattr(module, "__file__", None):
+            return sorted(Path(file).parent.rglob("*.py")) if hasattr(module, "__path__") else [Path(file)]
+    return []
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from transom_openvino_cpu.native import library
 if TYPE_CHECKING:
     from transom.contract import Device
     from transom.graph import Graph
-    from transom_openvino_cpu.native.lowering import Drafting
+    from transom_openvino_cpu.native.drafting import Drafting
     from transom_openvino_cpu.precision import Precision
 
 SWITCH = "TRANSOM_NATIVE"
@@ -36,9 +36,9 @@ def drafted(graph: Graph, precision: Precision, device: Device) -> Drafting | st
         return "the native library has no code for this processor"
     if precision.hint == "f16":
         return "the native library computes in float32, bfloat16 and int8, not in float16"
-    from transom_openvino_cpu.native.lowering import NoForm, draft
+    from transom_openvino_cpu.native.drafting import Drafting, NoForm
 
     try:
-        return draft(graph, precision)
+        return Drafting(graph, precision)
     except NoForm as e:
         return f"{e.node.name}: {e.reason}"

@@ -1,0 +1,425 @@
+"""Reading a neutral decoder graph into operators of the native library, one node after another.
+
+A node that has no operator here is a reason to leave the whole graph to OpenVINO: a program is all or nothing, since
+every border between two engines costs a copy of the activations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from transom.graph.reading import attributes_of, constant_of, weight_of
+from transom.graph.weights import Array, Blocked, Dense, Weight, dequantize
+from transom_openvino_cpu.claims import is_cached_attention, linear_weight, unpageable
+from transom_openvino_cpu.native import packing
+from transom_openvino_cpu.native.packing import TILE
+from transom_openvino_cpu.native.policies import joined, unsupported
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from transom.graph import Graph
+    from transom.sparsity import Sparsity
+    from transom_openvino_cpu.precision import Precision
+
+FLOAT = 1
+"""ONNX's number for float32."""
+LARGEST_HEAD = 256
+"""Columns of a head."""
+LARGEST_GROUP = 64
+"""Query heads of a KV head."""
+
+
+class NoForm(Exception):
+    """The library has no form of a node; the message says which and why."""
+
+    def __init__(self, node: ir.Node, reason: str) -> None:
+        super().__init__(reason)
+        self.node, self.reason = node, reason
+
+
+@dataclass(eq=False)
+class Value:
+    """Rows of numbers, one row for each token."""
+
+    width: int
+    parent: Value | None = None
+    """The value that this one is some columns of, from `offset` on."""
+    offset: int = 0
+
+    def root(self) -> tuple[Value, int]:
+        at, value = 0, self
+        while value.parent is not None:
+            at, value = at + value.offset, value.parent
+        return value, at
+
+
+@dataclass(eq=False)
+class Draft:
+    """An operator before its buffers are known."""
+
+    kind: str
+    dst: Value
+    inputs: list[Value] = field(default_factory=list)
+    residual: Value | None = None
+    weight: Weight | None = None
+    vector: Array | None = None
+    width: int = 0
+    groups: int = 1
+    index: int = 0
+    act: str = ""
+    by: str = "f32"
+    scale: float = 1.0
+    key: int = 0
+    """Products with equal keys share a matrix; 0: shared with nobody."""
+
+    def reads(self) -> Iterator[Value]:
+        yield from self.inputs
+        if self.residual is not None:
+            yield self.residual
+
+
+class Drafting:
+    """Reads a graph in order.
+
+    Raises:
+        NoForm: on the first node that the library has no operator for.
+    """
+
+    def __init__(self, graph: Graph, precision: Precision) -> None:
+        assert graph.decoder is not None
+        self.graph, self.decoder, self.precision = graph, graph.decoder, precision
+        self.drafts: list[Draft] = []
+        self.ropes: list[tuple[Array, float]] = []
+        self.layers: dict[int, tuple[float, float, Array | None]] = {}
+        """Scale, soft cap and sinks of each layer."""
+        self._sparsity: dict[int, str] = {}
+        self._values: dict[int, Value] = {}
+        self._batches: dict[int, Value] = {}
+        """Values with an axis of one in front."""
+        self._tables: dict[int, tuple[int, str]] = {}
+        """Which rope a table belongs to, and which of its two it is: `"Cos"` or `"Sin"`."""
+        self._constants: set[int] = set()
+        self._skipped: set[int] = set()
+        inputs = {v.name: v for v in graph.model.graph.inputs}
+        self._ids, self._rows, self._positions = (id(inputs[name]) for name in ("input_ids", "logit_rows", "positions"))
+        for node in graph.nodes():
+            self._read(node)
+        (logits,) = (v for v in graph.model.graph.outputs if v.name == "logits")
+        if id(logits) not in self._values:
+            raise NoForm(next(iter(graph.nodes())), "the logits are computed in a way that is not known here")
+        self.logits = self._values[id(logits)]
+        if not any(draft.kind == "rows" for draft in self.drafts):
+            raise NoForm(next(iter(graph.nodes())), "the rows whose logits are wanted are never chosen")
+        self.sparsity = self._policy()
+
+    def _policy(self) -> Sparsity:
+        """The sparsity policy of all layers."""
+        node = next(n for n in self.graph.nodes() if is_cached_attention(n))
+        policy = joined([self._sparsity[i] for i in range(len(self.decoder.layers))])
+        reason = policy if isinstance(policy, str) else unsupported(policy)
+        if isinstance(policy, str) or reason:
+            raise NoForm(node, reason)
+        return policy
+
+    # values -----------------------------------------------------------------------------------------------------------
+    def _value(self, node: ir.Node, index: int) -> Value:
+        value = node.inputs[index]
+        if value is None or id(value) not in self._values:
+            raise NoForm(node, f"input {index} of {node.op_type} is no row of numbers for each token")
+        return self._values[id(value)]
+
+    def _set(self, node: ir.Node, value: Value) -> None:
+        self._values[id(node.outputs[0])] = value
+
+    def _emit(self, node: ir.Node, draft: Draft) -> None:
+        draft.width = draft.width or draft.dst.width
+        self.drafts.append(draft)
+        self._set(node, draft.dst)
+
+    @staticmethod
+    def _uses(value: ir.Value | None) -> int:
+        return 0 if value is None else len(list(value.uses())) + value.is_graph_output()
+
+    def _vector(self, value: ir.Value | None) -> Array | None:
+        """A constant vector in float32: a weight, or a sum or product of constants."""
+        if value is None:
+            return None
+        weight = weight_of(value)
+        if weight is not None and weight.shape:
+            return dequantize(weight) if isinstance(weight, Dense) else None
+        found = constant_of(value)
+        if found is not None:
+            return np.asarray(found, np.float32)
+        node = value.producer()
+        if node is None or node.op_type not in ("Add", "Mul") or node.domain:
+            return None
+        left, right = self._vector(node.inputs[0]), self._vector(node.inputs[1])
+        if left is None or right is None:
+            return None
+        return np.asarray(left + right if node.op_type == "Add" else left * right, np.float32)
+
+    def _scalar(self, value: ir.Value | None) -> float | None:
+        found = self._vector(value)
+        return float(found.reshape(-1)[0]) if found is not None and found.size == 1 else None
+
+    # nodes ------------------------------------------------------------------------------------------------------------
+    def _read(self, node: ir.Node) -> None:
+        if id(node) in self._skipped:
+            return
+        inputs = [v for v in node.inputs if v is not None]
+        producers = [v.producer() for v in inputs]
+        fixed = all(
+            v.const_value is not None or (p is not None and id(p) in self._constants)
+            for v, p in zip(inputs, producers, strict=True)
+        )
+        if (inputs or node.op_type == "Constant") and fixed and node.op_type not in ("If", "Loop", "Scan"):
+            self._constants.add(id(node))
+            return
+        if is_cached_attention(node):
+            self._attention(node)
+            return
+        reader = None if node.domain not in ("", "ai.onnx") else _READERS.get(node.op_type)
+        if reader is None:
+            raise NoForm(node, f"no native form of {node.domain + '::' if node.domain else ''}{node.op_type}")
+        reader(self, node)
+
+    def _gather(self, node: ir.Node) -> None:
+        index, axis = id(node.inputs[1]), int(attributes_of(node).get("axis", 0))
+        weight = weight_of(node.inputs[0])
+        if axis == 0 and index == self._ids and weight is not None and len(weight.shape) == 2:
+            self._need_packable(node, weight)
+            dst = Value(weight.shape[1])
+            self._emit(node, Draft("embed", dst, weight=weight, key=id(node.inputs[0])))
+        elif axis == 0 and index == self._rows:
+            x = self._value(node, 0)
+            self._emit(node, Draft("rows", Value(x.width), [x]))
+        else:
+            raise NoForm(node, "a Gather that chooses neither token embeddings nor rows of logits")
+
+    def _need_packable(self, node: ir.Node, weight: Weight) -> None:
+        if reason := packing.packable(weight):
+            raise NoForm(node, f"no native form of {reason}")
+
+    def _norm(self, node: ir.Node) -> None:
+        x, attributes = self._value(node, 0), attributes_of(node)
+        gain = self._vector(node.inputs[1])
+        if gain is None or gain.ndim != 1 or int(attributes.get("axis", -1)) != -1 or x.width % gain.size:
+            raise NoForm(node, "a normalisation whose scale is no constant vector over the last axis")
+        if gain.size % TILE:
+            raise NoForm(node, f"a normalisation over {gain.size} numbers, which is no multiple of {TILE}")
+        epsilon = float(attributes.get("epsilon", 1e-5))
+        draft = Draft("norm", Value(x.width), [x], vector=gain, groups=x.width // gain.size, scale=epsilon)
+        self._emit(node, draft)
+
+    def _matmul(self, node: ir.Node) -> None:
+        weight = linear_weight(node)
+        if weight is None:
+            raise NoForm(node, "a product of two values that are computed")
+        self._need_packable(node, weight)
+        x = self._value(node, 0)
+        if x.width != weight.shape[1]:
+            raise NoForm(node, f"a product of {weight.shape[1]} columns with rows of {x.width}")
+        head = weight.shape[0] == self.decoder.vocabulary
+        transpose = node.inputs[1].producer() if node.inputs[1] is not None else None
+        key = id(transpose.inputs[0]) if transpose is not None else 0
+        draft = Draft("linear", Value(weight.shape[0]), [x], weight=weight, by=self._by(weight, head), key=key)
+        self._emit(node, draft)
+
+    def _by(self, weight: Weight, head: bool) -> str:
+        """In what numbers activations meet the matrix. The vocabulary matrix always meets floats."""
+        to_int8 = self.precision.dense_to_int8 and weight.shape[1] % packing.SMALLEST_BLOCK == 0
+        if self.precision.dynamic and not head and (isinstance(weight, Blocked) or to_int8):
+            return "int8"
+        if self.precision.hint == "bf16" and isinstance(weight, Dense) and not head:
+            return "bf16"
+        return "f32"
+
+    def _add(self, node: ir.Node) -> None:
+        for one, other in ((0, 1), (1, 0)):
+            vector = self._vector(node.inputs[other])
+            if vector is not None:
+                x = self._value(node, one)
+                if vector.size != x.width:
+                    raise NoForm(node, f"an addition of {vector.size} constants to rows of {x.width}")
+                self._emit(node, Draft("bias", Value(x.width), [x], vector=vector.reshape(-1)))
+                return
+        a, b = self._value(node, 0), self._value(node, 1)
+        if a.width != b.width:
+            raise NoForm(node, f"an addition of rows of {a.width} and of {b.width}")
+        self._emit(node, Draft("add", Value(a.width), [a, b]))
+
+    def _multiply(self, node: ir.Node) -> None:
+        for one, other in ((0, 1), (1, 0)):
+            factor = self._scalar(node.inputs[other])
+            if factor is not None and id(node.inputs[one]) in self._tables:
+                index, wave = self._tables[id(node.inputs[one])]
+                frequencies, old = self.ropes[index]
+                self._tables[id(node.outputs[0])] = self._rope(frequencies, old * factor), wave
+                return
+            if factor is not None:
+                x = self._value(node, one)
+                self._emit(node, Draft("scale", Value(x.width), [x], scale=factor))
+                return
+            source = node.inputs[one]
+            gate = None if source is None else source.producer()
+            if gate is not None and gate.op_type in ("Swish", "Gelu") and id(source) not in self._values:
+                a, b = self._value(gate, 0), self._value(node, other)
+                self._emit(node, Draft("glu", Value(a.width), [a, b], act=self._activation(gate)))
+                return
+        raise NoForm(node, "a product of two values that is no gated activation")
+
+    def _activate(self, node: ir.Node) -> None:
+        self._value(node, 0)
+        self._activation(node)
+        uses = [use.node for use in node.outputs[0].uses()]
+        if len(uses) != 1 or uses[0].op_type != "Mul" or self._uses(node.outputs[0]) != 1:
+            raise NoForm(node, "an activation that gates nothing")
+
+    @staticmethod
+    def _activation(node: ir.Node) -> str:
+        attributes = attributes_of(node)
+        if node.op_type == "Swish":
+            if float(attributes.get("alpha", 1.0)) != 1.0:
+                raise NoForm(node, "a Swish with a factor inside")
+            return "silu"
+        return "gelu_tanh" if attributes.get("approximate", "none") == "tanh" else "gelu"
+
+    def _divide(self, node: ir.Node) -> None:
+        """The first third of cap * tanh(x / cap), or a division by a constant."""
+        by = self._scalar(node.inputs[1])
+        if by is None or by == 0:
+            raise NoForm(node, "a division by what is no constant")
+        x = self._value(node, 0)
+        tanh = self._only_use(node, "Tanh")
+        product = self._only_use(tanh, "Mul") if tanh is not None else None
+        if tanh is not None and product is not None:
+            factors = [self._scalar(v) for v in product.inputs]
+            if by in factors:
+                self._skipped |= {id(tanh), id(product)}
+                self._emit(product, Draft("softcap", Value(x.width), [x], scale=by))
+                return
+        self._emit(node, Draft("scale", Value(x.width), [x], scale=1.0 / by))
+
+    def _only_use(self, node: ir.Node, op_type: str) -> ir.Node | None:
+        uses = [use.node for use in node.outputs[0].uses()]
+        one = len(uses) == 1 and self._uses(node.outputs[0]) == 1 and uses[0].op_type == op_type
+        return uses[0] if one else None
+
+    def _reshape(self, node: ir.Node) -> None:
+        """Another shape of the same rows: heads side by side, or one behind the other."""
+        shape = constant_of(node.inputs[1])
+        if shape is None or shape.reshape(-1)[0] != 0 or int(attributes_of(node).get("allowzero", 0)):
+            raise NoForm(node, "a Reshape that may move numbers from token to token")
+        self._set(node, self._value(node, 0))
+
+    def _unsqueeze(self, node: ir.Node) -> None:
+        """A batch of one around the tokens, which a rotation wants."""
+        self._need_first_axis(node)
+        self._batches[id(node.outputs[0])] = self._value(node, 0)
+
+    def _squeeze(self, node: ir.Node) -> None:
+        self._need_first_axis(node)
+        x = self._batches.get(id(node.inputs[0]))
+        if x is None:
+            raise NoForm(node, "a Squeeze of what is no batch of one")
+        self._set(node, x)
+
+    @staticmethod
+    def _need_first_axis(node: ir.Node) -> None:
+        axes = constant_of(node.inputs[1]) if len(node.inputs) > 1 else None
+        if axes is None or axes.reshape(-1).tolist() != [0]:
+            raise NoForm(node, f"a {node.op_type} of other axes than the first")
+
+    def _cast(self, node: ir.Node) -> None:
+        """positions → Cast → Unsqueeze → Mul by frequencies → Cos and Sin: the tables of one or several ropes."""
+        if id(node.inputs[0]) != self._positions or int(attributes_of(node).get("to", 0)) != FLOAT:
+            raise NoForm(node, "a cast of other values than positions, or not to float32")
+        for column in self._only_users(node, "Unsqueeze"):
+            axes = constant_of(column.inputs[1])
+            if axes is None or axes.reshape(-1).tolist() != [0, 2]:
+                raise NoForm(column, "positions that are no column of a table")
+            for product in self._only_users(column, "Mul"):
+                frequencies = next((f for v in product.inputs if (f := self._vector(v)) is not None), None)
+                if frequencies is None or frequencies.shape != (1, 1, frequencies.size):
+                    raise NoForm(product, "positions that no row of frequencies multiplies")
+                rope = self._rope(frequencies.reshape(-1), 1.0)
+                for wave in self._only_users(product, "Cos", "Sin"):
+                    self._tables[id(wave.outputs[0])] = rope, wave.op_type
+
+    def _only_users(self, node: ir.Node, *op_types: str) -> list[ir.Node]:
+        """The nodes that read a node's output, all of them of these types; they are read with it."""
+        users = list(dict.fromkeys(use.node for use in node.outputs[0].uses()))
+        other = next((user for user in users if user.op_type not in op_types), None)
+        if other is not None or node.outputs[0].is_graph_output():
+            raise NoForm(other or node, "positions that lead to something else than a rotary table")
+        self._skipped |= {id(user) for user in users}
+        return users
+
+    def _rope(self, frequencies: Array, factor: float) -> int:
+        for i, (known, scale) in enumerate(self.ropes):
+            if scale == factor and np.array_equal(known, frequencies):
+                return i
+        self.ropes.append((frequencies, factor))
+        return len(self.ropes) - 1
+
+    def _rotate(self, node: ir.Node) -> None:
+        x, attributes = self._batches.get(id(node.inputs[0])), attributes_of(node)
+        if x is None:
+            raise NoForm(node, "a rotation of what is no batch of one")
+        cos, sin = (None if v is None else self._tables.get(id(v)) for v in node.inputs[1:3])
+        if len(node.inputs) > 3 or cos is None or sin is None or (*cos, *sin) != (cos[0], "Cos", cos[0], "Sin"):
+            raise NoForm(node, "a rotation by other tables than cosines and sines of positions")
+        heads = int(attributes.get("num_heads", 0))
+        if int(attributes.get("interleaved", 0)) or not heads or x.width // heads % TILE:
+            raise NoForm(node, "a rotation of interleaved pairs, or of heads that are no multiple of 16 wide")
+        turned = int(attributes.get("rotary_embedding_dim", 0)) or x.width // heads
+        if turned != 2 * self.ropes[cos[0]][0].size:
+            raise NoForm(node, f"a rotation of {turned} columns by {self.ropes[cos[0]][0].size} frequencies")
+        draft = Draft("rope", Value(x.width), [x], width=x.width, groups=heads, index=cos[0])
+        self.drafts.append(draft)
+        self._batches[id(node.outputs[0])] = draft.dst
+
+    def _attention(self, node: ir.Node) -> None:
+        attributes = attributes_of(node)
+        layer = int(attributes["layer"])
+        if reason := unpageable(self.graph, node):
+            raise NoForm(node, reason)
+        if len(node.inputs) > 9 and node.inputs[9] is not None:
+            raise NoForm(node, "the native attention takes no additive bias")
+        if not int(attributes["is_causal"]):
+            raise NoForm(node, "the native attention is causal")
+        cache = self.decoder.layers[layer]
+        for dim in (cache.head_dim, cache.value_dim):
+            if dim % TILE or not 0 < dim <= LARGEST_HEAD:
+                raise NoForm(node, f"heads of {dim} columns: a multiple of {TILE} up to {LARGEST_HEAD} is needed")
+        if cache.q_heads > LARGEST_GROUP * cache.kv_heads:
+            group = cache.q_heads // cache.kv_heads
+            raise NoForm(node, f"{group} query heads of a KV head: it has up to {LARGEST_GROUP}")
+        sinks = self._vector(node.inputs[10]) if len(node.inputs) > 10 else None
+        scale = float(attributes["scale"]) or cache.head_dim**-0.5
+        self.layers[layer] = (scale, float(attributes["softcap"]), sinks)
+        self._sparsity[layer] = str(attributes["sparsity"])
+        q, k, v = (self._value(node, i) for i in range(3))
+        self._emit(node, Draft("attend", Value(cache.q_heads * cache.value_dim), [q, k, v], index=layer))
+
+
+_READERS: dict[str, Callable[[Drafting, ir.Node], None]] = {
+    "Gather": Drafting._gather,
+    "RMSNormalization": Drafting._norm,
+    "MatMul": Drafting._matmul,
+    "Add": Drafting._add,
+    "Mul": Drafting._multiply,
+    "Div": Drafting._divide,
+    "Swish": Drafting._activate,
+    "Gelu": Drafting._activate,
+    "Reshape": Drafting._reshape,
+    "Unsqueeze": Drafting._unsqueeze,
+    "Squeeze": Drafting._squeeze,
+    "Cast": Drafting._cast,
+    "RotaryEmbedding": Drafting._rotate,
+}

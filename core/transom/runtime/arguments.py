@@ -1,0 +1,45 @@
+"""The arguments of `transom.load` that are checked before anything else is done."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from transom.artifacts import Cache
+from transom.errors import OptionError, nearest
+
+PRECISIONS = ("auto", "exact", "fast", "f32", "bf16", "f16", "int8", "int4")
+VERIFY = ("auto", "off", "always")
+NAMES = (
+    "backend", "cache", "context", "device", "precision", "probe_file", "progress", "sparsity", "threads", "verify",
+)  # fmt: skip
+
+
+def check_arguments(options: Mapping[str, Any], verify: str, policy: str, unknown: Mapping[str, Any]) -> None:
+    """Raise OptionError for an unknown option or a value that is not allowed."""
+    for name in unknown:
+        raise OptionError(f"load() has no option {name!r}", nearest(name, NAMES))
+    for name, value, known in (
+        ("precision", options["precision"], PRECISIONS),
+        ("verify", verify, VERIFY),
+        ("TRANSOM_AUTO", policy, ("measure", "static")),
+    ):
+        if value not in known:
+            raise OptionError(f"{name}={value!r} is unknown", nearest(str(value), known))
+    for name in ("context", "threads"):
+        value = options[name]
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise OptionError(f"{name}={value!r} is not a positive whole number", "Leave it out for the default")
+
+
+def check_objects(cache: object, progress: object) -> None:
+    """Raise OptionError for a cache that is none, or a progress that cannot be called."""
+    if cache is not None and not isinstance(cache, Cache):
+        path = str(cache) if isinstance(cache, str | os.PathLike) else "folder"
+        raise OptionError(f"cache={cache!r} is not a transom.Cache", f"Write cache=transom.Cache({path!r})")
+    if progress is not None and not callable(progress):
+        raise OptionError(
+            f"progress={progress!r} cannot be called",
+            "Give a function that takes the stage and the share done, or leave it out",
+        )
