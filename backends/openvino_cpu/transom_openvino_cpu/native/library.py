@@ -110,6 +110,12 @@ class Step(Structure):
     ]  # fmt: skip
 
 
+TIMES = (
+    "embedding and elementwise", "normalisation", "rotary", "rounding of activations", "matrix products",
+    "activations and residuals", "vocabulary", "writing the cache", "columns", "routing", "attention",
+)  # fmt: skip
+"""What the threads' time goes to: TR_TIME_…"""
+
 ERRORS = {
     -1: "there is not enough memory",
     -2: "the threads cannot be started",
@@ -153,6 +159,7 @@ def library() -> Any:
     lib.tr_route_copy.argtypes = [c_void_p, c_void_p, POINTER(c_void_p)]
     lib.tr_route_free.argtypes, lib.tr_route_free.restype = [c_void_p], None
     lib.tr_route_counts.argtypes, lib.tr_route_counts.restype = [c_void_p] * 4, None
+    lib.tr_times.argtypes = [c_void_p, c_void_p]
     lib.tr_run.argtypes = [c_void_p, POINTER(Step), POINTER(c_int32)]
     return lib
 

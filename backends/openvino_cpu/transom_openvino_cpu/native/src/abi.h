@@ -154,6 +154,25 @@ void tr_route_free(void *route);
 // and sets the route's own counts to 0.
 void tr_route_counts(void *engine, void *route, double *read, double *seen);
 
+// What the threads' time goes to.
+enum {
+  TR_TIME_ROWS = 0,       // embedding, element by element
+  TR_TIME_NORM = 1,
+  TR_TIME_ROPE = 2,
+  TR_TIME_ROUND = 3,      // activations into the form that a product takes
+  TR_TIME_PRODUCT = 4,    // with matrices
+  TR_TIME_FINISH = 5,     // activation functions, biases, residuals
+  TR_TIME_VOCABULARY = 6, // all of the rows whose logits are wanted
+  TR_TIME_CACHE = 7,      // keys, values and nodes written
+  TR_TIME_COLUMNS = 8,
+  TR_TIME_ROUTE = 9,
+  TR_TIME_ATTEND = 10,
+  TR_TIMES = 11
+};
+// Sets seconds[TR_TIMES] to thread seconds since this was called last. The first call starts the clocks. Returns TR_OK
+// or an error.
+int32_t tr_times(void *engine, double *seconds);
+
 // Runs the program on one step. Returns TR_OK or an error; *layer is then the layer that failed, or -1.
 int32_t tr_run(void *engine, const struct tr_step *step, int32_t *layer);
 }

@@ -8,6 +8,7 @@
 namespace {
 const int PAGE = TR_PAGE;
 const float NEVER = -1e30f;
+const float SLACK = 8; // probabilities stay below 2 ** 8 before they are divided by their sum
 
 struct Narrow { // bfloat16
   typedef uint16_t T;
@@ -17,6 +18,7 @@ struct Narrow { // bfloat16
   INLINE V two(const T *low, const T *high) { return iload_two(low, high); }
   INLINE V one(const T *p) { return iset1_at(p); }
   INLINE VF dot(VF acc, V a, V b) { return dot_pairs(acc, a, b); }
+  INLINE VF exp2(VF x) { return near_exp2v(x); }
   // 64 floats to 64 numbers
   INLINE void put64(T *p, const VF *x) {
     istore(p, to_bf16x32(x[0], x[1]));
@@ -31,6 +33,7 @@ struct Wide {
   INLINE V two(const T *low, const T *high) { return load_two(low, high); }
   INLINE V one(const T *p) { return set1(*p); }
   INLINE VF dot(VF acc, V a, V b) { return fma(a, b, acc); }
+  INLINE VF exp2(VF x) { return exp2v(x); }
   INLINE void put64(T *p, const VF *x) {
     for (int i = 0; i < 4; i++)
       store(p + 16 * i, x[i]);
@@ -61,7 +64,8 @@ template <class C> struct Tile {
   int step;
 };
 
-// Rows of queries and what has been gathered for them: output [rows][value_dim], running maximum, sums by lane.
+// Rows of queries and what has been gathered for them: output [rows][value_dim], sums by lane, and the exponent that
+// both are relative to: near the running maximum, and moved only where that has grown past it by `SLACK` powers of two.
 template <class C> struct Gathered {
   const typename C::T *q; // [rows][head_dim], times scale (and log2 e where there is no soft cap)
   float *out, *most, *sums;
@@ -71,8 +75,9 @@ template <class C, int R>
 INLINE void attend_rows(const tr_layer &l, const Tile<C> &t, const Gathered<C> &g, int row) {
   typedef typename C::T T;
   const int D = l.head_dim, DV = l.value_dim, P = C::P;
-  VF a[R][4], keep[R];
+  VF a[R][4];
   alignas(64) T p[R * 64];
+  float *out = g.out + (size_t)row * DV;
   for (int r = 0; r < R; r++)
     for (int c = 0; c < 4; c++)
       a[r][c] = zero();
@@ -98,25 +103,30 @@ INLINE void attend_rows(const tr_layer &l, const Tile<C> &t, const Gathered<C> &
       for (int c = 0; c < 4; c++)
         a[r][c] = pick((unsigned)(m >> (16 * c)) & 0xffff, a[r][c], set1(NEVER));
     }
-    float before = g.most[row + r], now = top(max(max(a[r][0], a[r][1]), max(a[r][2], a[r][3])));
-    now = now > before ? now : before;
-    g.most[row + r] = now;
-    VF m = set1(now), s = zero();
+    float *sums = g.sums + (size_t)(row + r) * 16;
+    const VF highest = max(max(a[r][0], a[r][1]), max(a[r][2], a[r][3]));
+    const float before = g.most[row + r];
+    if (at_least(highest, set1(before + SLACK))) {
+      const float now = top(highest);
+      const VF keep = exp2v(set1(before - now));
+      g.most[row + r] = now;
+      store(sums, mul(load(sums), keep));
+      for (int d = 0; d < DV; d += 16)
+        store(out + (size_t)r * DV + d, mul(load(out + (size_t)r * DV + d), keep));
+    }
+    VF m = set1(g.most[row + r]), s = load(sums);
     for (int c = 0; c < 4; c++) {
-      a[r][c] = exp2v(sub(a[r][c], m));
+      a[r][c] = C::exp2(sub(a[r][c], m));
       s = add(s, a[r][c]);
     }
     C::put64(p + r * 64, a[r]);
-    keep[r] = exp2v(set1(before - now));
-    float *sums = g.sums + (size_t)(row + r) * 16;
-    store(sums, fma(load(sums), keep[r], s));
+    store(sums, s);
   }
-  float *out = g.out + (size_t)row * DV;
   int d = 0;
   for (; d + 64 <= DV; d += 64) {
     for (int r = 0; r < R; r++)
       for (int c = 0; c < 4; c++)
-        a[r][c] = mul(load(out + (size_t)r * DV + d + 16 * c), keep[r]);
+        a[r][c] = load(out + (size_t)r * DV + d + 16 * c);
     const T *v = t.v + d * P;
     for (int j = 0; j < 64; j += P, v += DV * P) {
       typename C::V vv[4];
@@ -134,7 +144,7 @@ INLINE void attend_rows(const tr_layer &l, const Tile<C> &t, const Gathered<C> &
   }
   for (; d < DV; d += 16) {
     for (int r = 0; r < R; r++)
-      a[r][0] = mul(load(out + (size_t)r * DV + d), keep[r]);
+      a[r][0] = load(out + (size_t)r * DV + d);
     const T *v = t.v + d * P;
     for (int j = 0; j < 64; j += P, v += DV * P) {
       typename C::V x = C::vec(v);

@@ -5,6 +5,7 @@
 #include "pool.h"
 #include <cmath>
 #include <cstdlib>
+#include <ctime>
 // In this order: each uses those before it.
 #include "math.inl"
 #include "linear.inl"
@@ -37,6 +38,7 @@ void close_engine(void *engine) {
   free(e->shared);
   free(e->splits);
   free(e->queries);
+  free(e->times);
   free(e->copies);
   free(e);
 }
@@ -289,8 +291,24 @@ void route_counts(void *engine, void *route, double *read, double *seen) {
   e->program.narrow_cache ? take_counts<Narrow>(e, route, read, seen) : take_counts<Wide>(e, route, read, seen);
 }
 
+int32_t times_of(void *engine, double *seconds) {
+  Engine *e = (Engine *)engine;
+  const int threads = pool_threads(e->pool);
+  for (int x = 0; x < TR_TIMES; x++) {
+    seconds[x] = 0;
+    for (int t = 0; e->times && t < threads; t++)
+      seconds[x] += e->times[t * TIMES_APART + x];
+  }
+  if (!e->times && posix_memalign((void **)&e->times, 64, sizeof(double) * TIMES_APART * threads)) {
+    e->times = nullptr;
+    return TR_NO_MEMORY;
+  }
+  __builtin_memset(e->times, 0, sizeof(double) * TIMES_APART * threads);
+  return TR_OK;
+}
+
 int32_t run_engine(void *engine, const tr_step *step, int32_t *layer) { return run((Engine *)engine, step, layer); }
 } // namespace
 
 extern const Level LEVEL = {LEVEL_NAME, open_engine, close_engine, page_bytes_of, set_cache_of,
-                            new_route,  copy_route,  route_counts,  run_engine};
+                            new_route,  copy_route,  route_counts, times_of,      run_engine};

@@ -93,6 +93,11 @@ TR_EXPORT void tr_route_counts(void *engine, void *route, double *read, double *
   o->level->route_counts(o->engine, route, read, seen);
 }
 
+TR_EXPORT int32_t tr_times(void *engine, double *seconds) {
+  Opened *o = (Opened *)engine;
+  return o->level->times(o->engine, seconds);
+}
+
 TR_EXPORT int32_t tr_run(void *engine, const tr_step *step, int32_t *layer) {
   Opened *o = (Opened *)engine;
   return o->level->run(o->engine, step, layer);

@@ -359,15 +359,15 @@ template <int NV> static void unpack_minimums(const tr_matrix &m, int t, int u0,
 }
 
 // R rows from `row` on meet a panel of units u0 ... u1 - 1; the result is added to y where `more`. `minimums` may be
-// null.
-template <int R, int NV, bool NIBBLES>
+// null. UNIT and PER are the columns of a unit and the units of a group; 0: as the activations say.
+template <int R, int NV, bool NIBBLES, int UNIT, int PER>
 static void many_bytes(const char *panel, const char *minimums, int u0, int u1, const Acts &a, int row, float *y,
                        bool more) {
   const size_t ld = align64(a.columns);
-  const int8_t *b = a.bytes + row * ld;
-  const float *scales = a.scales + (size_t)row * a.groups;
-  const int32_t *starts = a.starts + (size_t)row * a.units;
-  const int unit = a.unit, units = a.units, groups = a.groups, per_group = a.group / unit;
+  const int unit = UNIT ? UNIT : a.unit, per_group = PER ? PER : a.group / a.unit, groups = a.groups, units = a.units;
+  const int8_t *b = a.bytes + row * ld + (size_t)u0 * unit;
+  const float *scales = a.scales + (size_t)row * groups + u0 / per_group;
+  const int32_t *starts = a.starts + (size_t)row * units + u0;
   VF acc[R][NV];
   for (int r = 0; r < R; r++)
     for (int v = 0; v < NV; v++)
@@ -381,21 +381,12 @@ static void many_bytes(const char *panel, const char *minimums, int u0, int u1, 
           acc[r][v] = dot_pairs(acc[r][v], iload(minimums + v * 64), s);
       }
   }
-  // There are not registers for the sums over all groups as well: those wait in memory.
-  for (int r = 0; r < R; r++)
-    for (int v = 0; v < NV; v++)
-      store(y + (size_t)r * WIDE * 16 + 16 * v, acc[r][v]);
-  b += (size_t)u0 * unit;
-  for (int u = u0; u < u1;) {
-    for (int r = 0; r < R; r++)
-      for (int v = 0; v < NV; v++)
-        acc[r][v] = zero();
-    const int g = u / per_group;
-    for (int end = u + per_group; u < end; u++) {
+  for (int u = u0; u < u1; u += per_group, scales++)
+    for (int k = 0; k < per_group; k++, starts++) {
       VI i[R][NV];
       for (int r = 0; r < R; r++)
         for (int v = 0; v < NV; v++)
-          i[r][v] = iset1(starts[r * units + u]);
+          i[r][v] = iset1_at(starts + r * (size_t)units);
       for (int j = 0; j < unit; j += 4, panel += NV * 64, b += 4) {
         VI w[NV];
         for (int v = 0; v < NV; v++)
@@ -408,18 +399,15 @@ static void many_bytes(const char *panel, const char *minimums, int u0, int u1, 
       }
       const float *d = (const float *)panel;
       panel += NV * 64;
-      for (int r = 0; r < R; r++)
+      for (int r = 0; r < R; r++) {
+        VF s = set1(scales[(size_t)r * groups]);
         for (int v = 0; v < NV; v++)
-          acc[r][v] = fma(to_float(i[r][v]), load(d + 16 * v), acc[r][v]);
-    }
-    for (int r = 0; r < R; r++) {
-      VF s = set1(scales[r * groups + g]);
-      for (int v = 0; v < NV; v++) {
-        float *at = y + (size_t)r * WIDE * 16 + 16 * v;
-        store(at, fma(acc[r][v], s, load(at)));
+          acc[r][v] = fma(mul(to_float(i[r][v]), load(d + 16 * v)), s, acc[r][v]);
       }
     }
-  }
+  for (int r = 0; r < R; r++)
+    for (int v = 0; v < NV; v++)
+      store(y + (size_t)r * WIDE * 16 + 16 * v, acc[r][v]);
 }
 
 // Columns c0 ... c1 - 1 of NV tiles as floats: [column][NV][16]; c0 and c1 are multiples of the block.
@@ -508,15 +496,25 @@ INLINE size_t panel_bytes(const tr_matrix &m, int by) {
   return by == TR_BY_F32 ? (size_t)cut * 2 * 64 : 0;
 }
 
-template <int NV, bool NIBBLES>
+template <int NV, bool NIBBLES, int UNIT, int PER>
 static void all_rows(const char *panel, const char *minimums, int u0, int u1, const Acts &a, int rows, float *y) {
   int r = 0;
   for (; r + ROWS <= rows; r += ROWS)
-    many_bytes<ROWS, NV, NIBBLES>(panel, minimums, u0, u1, a, r, y + (size_t)r * WIDE * 16, u0 > 0);
+    many_bytes<ROWS, NV, NIBBLES, UNIT, PER>(panel, minimums, u0, u1, a, r, y + (size_t)r * WIDE * 16, u0 > 0);
   for (; r + 2 <= rows; r += 2)
-    many_bytes<2, NV, NIBBLES>(panel, minimums, u0, u1, a, r, y + (size_t)r * WIDE * 16, u0 > 0);
+    many_bytes<2, NV, NIBBLES, 0, 0>(panel, minimums, u0, u1, a, r, y + (size_t)r * WIDE * 16, u0 > 0);
   for (; r < rows; r++)
-    many_bytes<1, NV, NIBBLES>(panel, minimums, u0, u1, a, r, y + (size_t)r * WIDE * 16, u0 > 0);
+    many_bytes<1, NV, NIBBLES, 0, 0>(panel, minimums, u0, u1, a, r, y + (size_t)r * WIDE * 16, u0 > 0);
+}
+// The forms that most files have get code of their own: unrolled, their sums stay in registers.
+template <int NV, bool NIBBLES>
+static void all_rows(const char *panel, const char *minimums, int u0, int u1, const Acts &a, int rows, float *y) {
+  if (a.unit == 32 && a.group == 64)
+    all_rows<NV, NIBBLES, 32, 2>(panel, minimums, u0, u1, a, rows, y);
+  else if (a.unit == 64 && a.group == 64)
+    all_rows<NV, NIBBLES, 64, 1>(panel, minimums, u0, u1, a, rows, y);
+  else
+    all_rows<NV, NIBBLES, 0, 0>(panel, minimums, u0, u1, a, rows, y);
 }
 
 // NV is 1 or 2.

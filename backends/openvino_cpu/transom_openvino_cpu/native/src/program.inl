@@ -26,6 +26,25 @@ struct Engine {
   size_t shared_bytes;
   char *splits, *queries;
   size_t splits_bytes, queries_bytes;
+  double *times; // [threads][TIMES_APART] of TR_TIMES, or null: nobody has asked
+};
+const int TIMES_APART = 16; // whole cache lines: each thread writes to its own
+
+// The time that a block of code takes, where somebody asks for it.
+struct Clock {
+  double *slot, start;
+  static double now() {
+    timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+  }
+  Clock(const Engine *e, int thread, int kind)
+      : slot(e->times ? e->times + thread * TIMES_APART + kind : nullptr), start(slot ? now() : 0) {}
+  Clock(const Clock &) = delete;
+  ~Clock() {
+    if (slot)
+      *slot += now() - start;
+  }
 };
 
 struct Rows { // where an operator works: rows r0 ... r1 - 1 of the step
@@ -192,14 +211,27 @@ static void linear_tiles(const Rows &w, const tr_op &o, const Acts &acts, int t0
   const tr_matrix &m = w.e->program.matrix[o.matrix];
   for (int t = t0; t < t1; t += WIDE) {
     int count = t1 - t < WIDE ? t1 - t : WIDE;
-    tiles_of(m, t, count, acts, w.r1 - w.r0, (float *)w.tile, w.panel);
+    const bool last = o.dst.buffer == w.e->program.output;
+    {
+      Clock clock(w.e, w.thread, last ? TR_TIME_VOCABULARY : TR_TIME_PRODUCT);
+      tiles_of(m, t, count, acts, w.r1 - w.r0, (float *)w.tile, w.panel);
+    }
+    Clock clock(w.e, w.thread, last ? TR_TIME_VOCABULARY : TR_TIME_FINISH);
     finish_linear(w, o, t, count, (const float *)w.tile);
   }
+}
+
+static Acts ready(const Rows &w, const tr_op &o, char *memory) {
+  Clock clock(w.e, w.thread, TR_TIME_ROUND);
+  return prepare(w.e->program.matrix[o.matrix], o.by, at(w, o.a, w.r0), stride(w, o.a), w.r1 - w.r0, memory);
 }
 
 INLINE int tiles(const tr_matrix &m) { return (m.rows + 15) / 16; }
 
 static void run_op(const Rows &w, const tr_op &o) {
+  if (o.kind == TR_OP_LINEAR)
+    return linear_tiles(w, o, ready(w, o, w.acts), 0, tiles(w.e->program.matrix[o.matrix]));
+  Clock clock(w.e, w.thread, o.kind == TR_OP_NORM ? TR_TIME_NORM : o.kind == TR_OP_ROPE ? TR_TIME_ROPE : TR_TIME_ROWS);
   switch (o.kind) {
   case TR_OP_EMBED:
     return embed(w, o);
@@ -207,11 +239,6 @@ static void run_op(const Rows &w, const tr_op &o) {
     return norm(w, o);
   case TR_OP_ROPE:
     return rotate(w, o);
-  case TR_OP_LINEAR: {
-    const tr_matrix &m = w.e->program.matrix[o.matrix];
-    Acts acts = prepare(m, o.by, at(w, o.a, w.r0), stride(w, o.a), w.r1 - w.r0, w.acts);
-    return linear_tiles(w, o, acts, 0, tiles(m));
-  }
   default:
     return elementwise(w, o);
   }
@@ -253,7 +280,7 @@ static void run_rows(Engine *e, const tr_step *step, int first, int last, int ro
     }
     const tr_matrix &m = e->program.matrix[o.matrix];
     const int n = tiles(m);
-    Acts acts = prepare(m, o.by, at(here, o.a, 0), stride(here, o.a), rows, e->shared);
+    Acts acts = ready(here, o, e->shared);
     int each = (n + threads * 4 - 1) / (threads * 4);
     each = each > WIDE ? (each + WIDE - 1) / WIDE * WIDE : each + (each & 1); // even: a gate and what it multiplies
     parallel(e->pool, (n + each - 1) / each, [=, &o, &acts](int i, int thread) {
@@ -356,7 +383,8 @@ template <class C> struct Attention {
     int tasks = 0;
     for (int x = 0; x < step->parts; x++)
       tasks += pages_of(step->part[x]) * l.kv_heads;
-    auto task = [&](int i, int) {
+    auto task = [&](int i, int thread) {
+      Clock clock(e, thread, TR_TIME_CACHE);
       const int h = i % l.kv_heads;
       int page = i / l.kv_heads;
       for (int x = 0; x < step->parts; x++) {
@@ -388,6 +416,7 @@ template <class C> struct Attention {
       return;
     float *mass = (float *)m;
     parallel(e->pool, l.kv_heads * shares, [&](int i, int thread) {
+      Clock clock(e, thread, TR_TIME_COLUMNS);
       const int h = i / shares, share = i % shares;
       float *own = mass + (size_t)i * n;
       __builtin_memset(own, 0, (size_t)n * 4);
@@ -398,7 +427,8 @@ template <class C> struct Attention {
         column_mass<C>(s, part, h, queries + ((size_t)h * count + r) * each, position[r],
                        far_end(position[r], rule.local), x, own);
     });
-    parallel(e->pool, l.kv_heads, [&](int h, int) {
+    parallel(e->pool, l.kv_heads, [&](int h, int thread) {
+      Clock clock(e, thread, TR_TIME_COLUMNS);
       if (loose_of(e, rule, index, h) == 0)
         return;
       RouteView<C> v = route_of<C>(e, part, index, h);
@@ -566,7 +596,8 @@ template <class C> struct Attention {
     for (int i = 0; i < tasks; i++)
       any |= routed(i);
     if (any)
-      parallel(e->pool, tasks, [&](int i, int) {
+      parallel(e->pool, tasks, [&](int i, int thread) {
+        Clock clock(e, thread, TR_TIME_ROUTE);
         if (!routed(i))
           return;
         const tr_part &part = singles[i / l.kv_heads].part;
@@ -580,6 +611,7 @@ template <class C> struct Attention {
     if (failed)
       return;
     parallel(e->pool, tasks * splits, [&](int i, int thread) {
+      Clock clock(e, thread, TR_TIME_ATTEND);
       const int split = i % splits, task = i / splits, h = task % l.kv_heads;
       const tr_part &part = singles[task / l.kv_heads].part;
       if (!routed(task))
@@ -655,6 +687,7 @@ template <class C> struct Attention {
       const float loose = sparse(part) ? loose_of(e, *part.sparsity, index, h) : 0.f;
       char *m = memory(thread);
       if (!(loose > 0)) {
+        Clock clock(e, thread, TR_TIME_ATTEND);
         if (!attend_dense<C>(s, part, h, p0, p1, m))
           fail(TR_NOT_FINITE);
         return;
@@ -662,9 +695,15 @@ template <class C> struct Attention {
       RouteView<C> v = route_of<C>(e, part, index, h);
       Plan plan;
       double read = 0, all = 0;
-      const bool fine = plan_block(s, part, h, p0, p1, *part.sparsity, loose, v, plan, m + attend_plan_bytes<C>(l), &read,
-                                   &all) &&
-                        attend_plan<C>(s, part, h, p0, p1, plan, part.sparsity->unit, v, m);
+      bool fine;
+      {
+        Clock clock(e, thread, TR_TIME_ROUTE);
+        fine = plan_block(s, part, h, p0, p1, *part.sparsity, loose, v, plan, m + attend_plan_bytes<C>(l), &read, &all);
+      }
+      if (fine) {
+        Clock clock(e, thread, TR_TIME_ATTEND);
+        fine = attend_plan<C>(s, part, h, p0, p1, plan, part.sparsity->unit, v, m);
+      }
       if (!fine)
         fail(TR_NOT_FINITE);
       if (count)

