@@ -108,7 +108,7 @@ def run_damaged(rng: np.random.Generator, level: str) -> None:
     kinds: Any = ["float32", "int4", "uint4_zero_points", "bfloat16"]
     graph = tiny_decoder(rng, weights=str(rng.choice(kinds)), layers=1, final_softcap=5.0)
     precisions = (test_decoders.EXACT, test_decoders.INT8_NARROW, test_decoders.BFLOAT16)
-    program, weights = test_decoders._built(graph, precisions[rng.integers(3)])
+    program, weights = test_decoders.built(graph, precisions[rng.integers(3)])
     for _ in range(40):
         broken = damage(rng, program)
         try:

@@ -174,15 +174,17 @@ def gated(act: str, gate: Array, up: Array) -> Array:
 
 
 class Machine:
-    """An engine over a program and its weights, on one instruction set. Use it in a `with`."""
+    """An engine over a program and its weights, on one instruction set. Use it in a `with`. Without `pages` a session
+    binds its own."""
 
-    def __init__(self, made: tuple[Program, bytes], level: str, *, threads: int = 2, pages: int = 0) -> None:
+    def __init__(self, made: tuple[Program, bytes], level: str, *, threads: int = 2, pages: int | None = 0) -> None:
         program, weights = made
         with tempfile.NamedTemporaryFile(suffix=".weights") as file:
             file.write(weights)
             file.flush()
             self.engine = NativeEngine(program, Path(file.name), level, threads)
-        self.engine.bind_pages(pages)
+        if pages is not None:
+            self.engine.bind_pages(pages)
 
     def __enter__(self) -> Machine:
         return self

@@ -69,7 +69,7 @@ def _written(drafting: Drafting) -> tuple[Program, bytes]:
     return Program.from_json(program.to_json()), file.getvalue()
 
 
-def _built(graph: Graph, precision: Precision) -> tuple[Program, bytes]:
+def built(graph: Graph, precision: Precision) -> tuple[Program, bytes]:
     return _written(Drafting(graph, precision))
 
 
@@ -120,7 +120,7 @@ def _errors(made: tuple[Program, bytes], level: str, steps: Steps, threads: int)
 def test_a_decoder_agrees_with_the_reference(name: str, rng: np.random.Generator) -> None:
     graph = tiny_decoder(rng, **DECODERS[name])
     steps = Steps(rng, Oracle(graph))
-    made = _built(graph, EXACT)
+    made = built(graph, EXACT)
     for level in LEVELS:
         whole, row = _errors(made, level, steps, int(rng.integers(1, 4)))
         assert whole < 1e-5, level
@@ -133,7 +133,7 @@ def test_a_decoder_in_fewer_bits_is_near_the_reference(name: str, rng: np.random
     graph = tiny_decoder(rng, **DECODERS[name])
     steps = Steps(rng, Oracle(graph))
     for precision in (BFLOAT16, INT8, INT8_ALL, INT8_NARROW):
-        made = _built(graph, precision)
+        made = built(graph, precision)
         for level in LEVELS:
             assert _errors(made, level, steps, 1)[1] < GARBAGE[precision.name], (level, precision)
 
@@ -146,7 +146,7 @@ def test_every_family_is_lowered_and_agrees_with_the_reference(
     settings = {"head_dim": 32} if FAMILIES[family].get("head_dim") == 24 else {}
     tiny(family, tmp_path / "model", rng, **settings)
     graph = resolve(str(tmp_path / "model")).open(tmp_path / "model").graph
-    made = _built(graph, precision)
+    made = built(graph, precision)
     steps = Steps(rng, Oracle(graph))
     for level in LEVELS:
         assert _errors(made, level, steps, 1)[1] < GARBAGE[precision.name], level
@@ -219,14 +219,14 @@ def test_the_library_has_the_code_of_every_unit_and_the_processors_best_is_taken
     ],
 )
 def test_a_damaged_program_is_refused(damage: Any, rng: np.random.Generator) -> None:
-    program, weights = _built(tiny_decoder(rng, weights="int4"), EXACT)
+    program, weights = built(tiny_decoder(rng, weights="int4"), EXACT)
     for level in LEVELS:
         with pytest.raises(EngineError, match="does not fit the library"):
             Machine((damage(program), weights), level)
 
 
 def test_weights_that_were_cut_off_are_refused(rng: np.random.Generator) -> None:
-    program, weights = _built(tiny_decoder(rng), EXACT)
+    program, weights = built(tiny_decoder(rng), EXACT)
     with pytest.raises(EngineError, match="damaged"):
         Machine((program, weights[:-1]), LEVELS[0])
 
@@ -252,7 +252,7 @@ def test_weights_that_are_not_numbers_are_an_error_that_names_the_layer(
     graph = tiny_decoder(rng, layers=3, softcap=float(rng.choice([0, 10])))
     _spoil(graph, f"layers.{layer}.{weight}.weight")
     for count in (1, 3, 40):
-        with Machine(_built(graph, precision), level, pages=1) as machine:
+        with Machine(built(graph, precision), level, pages=1) as machine:
             with pytest.raises(EngineError, match=f"attention of layer {layer} gave numbers that are not finite"):
                 machine.rows(count)
             with pytest.raises(EngineError):  # and it can be used again, without a hang
@@ -266,7 +266,7 @@ def test_any_number_of_threads_gives_the_same_answer(
     precision: Precision, level: str, rng: np.random.Generator
 ) -> None:
     graph = tiny_decoder(rng, softcap=5.0, window=40)
-    made = _built(graph, precision)
+    made = built(graph, precision)
     text = rng.integers(0, 61, 150)
     first: list[Array] = []
     for threads in (1, 2, 3, 8):
@@ -285,6 +285,6 @@ def test_any_number_of_threads_gives_the_same_answer(
 
 
 def test_no_thread_at_all_is_an_error(rng: np.random.Generator) -> None:
-    made = _built(tiny_decoder(rng), EXACT)
+    made = built(tiny_decoder(rng), EXACT)
     with pytest.raises(EngineError, match="threads cannot be started"):
         Machine(made, LEVELS[0], threads=0)

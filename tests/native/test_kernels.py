@@ -408,12 +408,21 @@ def _policy(rng: np.random.Generator, layer: Layer, **fields: Any) -> str:
     heads = None
     if rng.random() < 0.5:
         heads = [rng.choice([0.0, 0.5, 1.0, 2.0], layer.kv_heads).tolist()]
-    return Sparsity(
-        coverage=float(rng.uniform(0.3, 0.99)), local_window=int(rng.choice([1, 64, 65, 128])),
-        columns=int(rng.choice([0, 1, 4, 20, 64])), unit=int(rng.choice([8, 16, 32, 64])),
-        rows=int(rng.choice([1, 2, 4, 8, 16])), dense_below=int(rng.choice([0, 64, 200])), heads=heads,
-        **{"max_density": float(rng.choice([0.1, 0.5, 0.6, 1.0])), **fields},
-    ).to_string()  # fmt: skip
+    if not fields and rng.random() < 0.3:
+        unit = int(rng.choice([8, 16, 32, 64]))
+        fields = {
+            "score": "mean",
+            "columns": 0,
+            "unit": unit,
+            "node": int(rng.choice([8, 16, 32, 64][: unit.bit_length() - 3])),
+        }
+    numbers: dict[str, Any] = {
+        "coverage": float(rng.uniform(0.3, 0.99)), "local_window": int(rng.choice([1, 64, 65, 128])),
+        "columns": int(rng.choice([0, 1, 4, 20, 64])), "unit": int(rng.choice([8, 16, 32, 64])),
+        "rows": int(rng.choice([1, 2, 4, 8, 16])), "dense_below": int(rng.choice([0, 64, 200])), "heads": heads,
+        "max_density": float(rng.choice([0.1, 0.5, 0.6, 1.0])),
+    }  # fmt: skip
+    return Sparsity(**(numbers | fields)).to_string()
 
 
 @each_level

@@ -21,11 +21,12 @@ COMMANDS = {
     "explain": "Show every backend against every kind of node, before compiling.",
     "inspect": "Show a model's architecture, sizes, quantisation and memory.",
     "verify": "Compare a model with transformers on random prompts.",
+    "calibrate-sparsity": "Find how much each head of a model must read, for sparse attention.",
     "bench": "Time all installed backends side by side, or a cold start by its parts.",
     "cache": "List, prune or clear the compiled models.",
     "completion": "Print the completion script for a shell.",
 }
-"""Verb -> one line of help. The verb is the function of that name in `transom.cli.<verb>`."""
+"""Verb -> one line of help. It is the function of that name in `transom.cli.<verb>`, with _ for -."""
 
 EPILOG = """\b
 Examples:
@@ -61,7 +62,8 @@ class _Verbs(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        command = getattr(importlib.import_module(f"transom.cli.{cmd_name}"), cmd_name)
+        name = cmd_name.replace("-", "_")
+        command = getattr(importlib.import_module(f"transom.cli.{name}"), name)
         assert isinstance(command, click.Command)
         return command
 

@@ -39,6 +39,7 @@ _STAGES = {
     "store": "Writing the compiled model",
     "load": "Loading the model",
     "prompt": "Reading the prompt",
+    "calibrate": "Measuring the heads",
 }
 _said: set[str] = set()
 

@@ -5,7 +5,15 @@ Imports nothing but the standard library, so that contract, command line and a w
 
 from __future__ import annotations
 
-from transom.sparsity.calibration import FILE_NAME, Calibration, beside, read_calibration, shipped
+from transom.sparsity.calibration import (
+    FILE_NAME,
+    Calibration,
+    beside,
+    place_beside,
+    read_calibration,
+    shape_of,
+    shipped,
+)
 from transom.sparsity.layer import DENSE, LayerSparsity
 from transom.sparsity.policy import PRESETS, Heads, Sparsity
 
@@ -18,6 +26,8 @@ __all__ = [
     "LayerSparsity",
     "Sparsity",
     "beside",
+    "place_beside",
     "read_calibration",
+    "shape_of",
     "shipped",
 ]

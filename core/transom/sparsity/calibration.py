@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 FILE_NAME = "transom-sparsity.json"
 """Beside a model: in its folder, or before it the name of a GGUF or ONNX file, `model.transom-sparsity.json`."""
 FORMAT = 1
-_FOR_PEOPLE = ("format", "about")
+_FOR_PEOPLE = ("format", "about", "model")
 _TABLES = Path(__file__).parent / "tables"
 
 
@@ -81,6 +81,11 @@ def beside(model: Path) -> Calibration | None:
         places = [model.with_name(f"{model.stem}.{FILE_NAME}"), model.with_name(FILE_NAME)]
     found = next((path for path in places if path.is_file()), None)
     return None if found is None else read_calibration(found)
+
+
+def place_beside(model: Path) -> Path:
+    """Where the calibration of a model is written: of the places that `beside` looks at, the model's own."""
+    return model / FILE_NAME if model.is_dir() else model.with_name(f"{model.stem}.{FILE_NAME}")
 
 
 def shipped(decoder: Decoder, name: str) -> Calibration | None:

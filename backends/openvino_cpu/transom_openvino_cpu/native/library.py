@@ -88,7 +88,7 @@ class SparsityRule(Structure):
     _fields_ = [
         ("coverage", c_float), ("min_density", c_float), ("max_density", c_float), ("local", c_int32),
         ("columns", c_int32), ("unit", c_int32), ("rows", c_int32), ("dense_below", c_int32), ("top_k", c_int32),
-        ("unused", c_int32), ("heads", c_void_p),
+        ("node", c_int32), ("mean_score", c_int32), ("unused", c_int32), ("heads", c_void_p),
     ]  # fmt: skip
 
 

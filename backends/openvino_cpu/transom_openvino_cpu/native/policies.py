@@ -21,10 +21,13 @@ def unsupported(policy: Sparsity) -> str:
     """Why the library cannot read by this policy; empty if it can."""
     if policy.dense:
         return ""
-    if policy.score != "rms":
-        return f"the native attention has no score {policy.score!r}"
-    if policy.node != NODE:
-        return f"the native attention has nodes of {NODE} tokens, not of {policy.node}"
+    if policy.score == "mean":
+        if policy.columns:
+            return "the native attention has no columns by the score 'mean'"
+        if policy.node % NODE:
+            return f"the native attention has nodes of {NODE} tokens or a multiple of it, not of {policy.node}"
+    elif policy.node != NODE:
+        return f"the native attention has nodes of {NODE} tokens by the score 'rms', not of {policy.node}"
     if policy.unit < NODE:
         return f"the native attention chooses units of at least {NODE} tokens, not of {policy.unit}"
     if policy.columns > MOST_COLUMNS:
@@ -78,7 +81,8 @@ class NativePolicy:
             self._heads = np.array(flat, np.float32)
         self._rule = SparsityRule(
             policy.coverage, policy.min_density, policy.max_density, -(-policy.local_window // PAGE_TOKENS),
-            policy.columns, policy.unit, policy.rows, policy.dense_below, policy.top_k, 0,
+            policy.columns, policy.unit, policy.rows, policy.dense_below, policy.top_k, policy.node,
+            policy.score == "mean", 0,
             None if self._heads is None else self._heads.ctypes.data,
         )  # fmt: skip
         self.pointer = ctypes.pointer(self._rule)

@@ -95,7 +95,7 @@ struct tr_program {
   const struct tr_buffer *buffer;
 };
 
-// Which keys are read; the fields are those of transom.sparsity.Sparsity, with nodes of 8 keys.
+// Which keys are read; the fields are those of transom.sparsity.Sparsity.
 struct tr_sparsity {
   float coverage, min_density, max_density;
   int32_t local;       // blocks of 64 before a block of queries that it reads whole
@@ -104,6 +104,8 @@ struct tr_sparsity {
   int32_t rows;        // divides 64, up to 16
   int32_t dense_below; // keys
   int32_t top_k;
+  int32_t node;        // 8; by the mean score a multiple of it that divides unit
+  int32_t mean_score;  // 1: the textbook score, which has no columns
   int32_t unused;
   const float *heads; // [layers, kv_heads of each]: what 1 - coverage is multiplied by, or null
 };

@@ -177,6 +177,37 @@ INLINE void narrow(uint16_t *p, float x) {
 }
 INLINE void narrow(float *p, float x) { *p = x; }
 
+// `factor` times n floats (a multiple of 16) in the numbers of the cache.
+INLINE void narrow_row(uint16_t *to, const float *x, float factor, int n) {
+  const VF f = set1(factor);
+  int d = 0;
+  for (; d + 32 <= n; d += 32)
+    istore(to + d, to_bf16x32(mul(load(x + d), f), mul(load(x + d + 16), f)));
+  for (; d < n; d++)
+    narrow(to + d, x[d] * factor);
+}
+INLINE void narrow_row(float *to, const float *x, float factor, int n) {
+  for (int d = 0; d < n; d += 16)
+    store(to + d, mul(load(x + d), set1(factor)));
+}
+// One key into its tile, of which the pair `to` is the first.
+INLINE void put_key(uint16_t *to, const float *x, int n) {
+  uint16_t row[256];
+  narrow_row(row, x, 1.f, n);
+  for (int d = 0; d < n; d += 2)
+    __builtin_memcpy(to + (size_t)d * PAGE, row + d, 4);
+}
+INLINE void put_key(float *to, const float *x, int n) {
+  for (int d = 0; d < n; d++)
+    to[(size_t)d * PAGE] = x[d];
+}
+// The values of an even token and of the next one, side by side.
+INLINE void put_two_values(uint16_t *to, const float *x, const float *y, int n) {
+  for (int d = 0; d < n; d += 16)
+    istore(to + 2 * d, to_pairs(load(x + d), load(y + d)));
+}
+INLINE void put_two_values(float *, const float *, const float *, int) {}
+
 template <class C> static void make_nodes(const typename C::T *tile, int dim, typename C::T *nodes); // routing.inl
 
 // The new keys and values of one KV head that go to one page: tokens p0 ... p1 - 1 of a part whose row 0 has position
@@ -190,13 +221,17 @@ template <class C> static void append(const Heads<C> &s, const tr_part &part, in
   const size_t row = part.begin + p0 - part.past;
   const float *k = s.k + row * s.k_stride + (size_t)h * D, *v = s.v + row * s.v_stride + (size_t)h * DV;
   const int t0 = p0 % PAGE, n = p1 - p0;
-  for (int d = 0; d < D; d += P)
-    for (int t = 0; t < n; t++)
-      for (int e = 0; e < P; e++)
-        narrow(K + ((size_t)d / P * PAGE + t0 + t) * P + e, k[t * s.k_stride + d + e]);
-  for (int t = 0; t < n; t++)
+  for (int t = 0; t < n; t++) {
+    put_key(K + (size_t)(t0 + t) * P, k + t * s.k_stride, D);
+    if (P == 2 && (t0 + t) % 2 == 0 && t + 1 < n) {
+      put_two_values(V + (size_t)(t0 + t) * DV, v + t * s.v_stride, v + (t + 1) * s.v_stride, DV);
+      t++;
+      put_key(K + (size_t)(t0 + t) * P, k + t * s.k_stride, D);
+      continue;
+    }
     for (int d = 0; d < DV; d++)
       narrow(V + ((size_t)(t0 + t) / P * DV + d) * P + (t0 + t) % P, v[t * s.v_stride + d]);
+  }
   if (s.routed && t0 + n == PAGE)
     make_nodes<C>(K, D, V + (size_t)PAGE * DV);
 }
@@ -208,8 +243,7 @@ static void load_queries(const Heads<C> &s, size_t row, int tokens, int h, float
   for (int t = 0; t < tokens; t++)
     for (int g = 0; g < s.group; g++, q += D) {
       const float *x = s.q + (row + t) * s.q_stride + (size_t)(h * s.group + g) * D;
-      for (int d = 0; d < D; d++)
-        narrow(q + d, x[d] * factor);
+      narrow_row(q, x, factor, D);
     }
 }
 

@@ -326,6 +326,7 @@ INLINE float loose_of(const Engine *e, const tr_sparsity &rule, int layer, int h
 // A query that is alone in its step, or one of a few: its attention is split over the pages, for all threads.
 struct Single {
   tr_part part; // of one token
+  int keys;     // cached behind the step
   bool sparse;
 };
 
@@ -541,7 +542,7 @@ template <class C> struct Attention {
         continue;
       for (int t = 0; t < part.count; t++) {
         Single &one = singles[count++];
-        one.part = part;
+        one.part = part, one.keys = part.past + part.count;
         one.part.begin += t, one.part.past += t, one.part.count = 1;
         one.sparse = sparse(one.part);
         any |= one.part.route != nullptr;
@@ -576,7 +577,7 @@ template <class C> struct Attention {
     for (int x = 0; x < count; x++)
       if (singles[x].sparse) {
         const size_t n = align64(sizeof(Plan)) +
-                         plan_block_bytes<C>(l, *singles[x].part.sparsity, singles[x].part.past / PAGE + 1, 1);
+                         plan_block_bytes<C>(l, *singles[x].part.sparsity, (singles[x].keys - 1) / PAGE + 1, 1);
         choice = n > choice ? n : choice;
       }
     char *m = big((share_bytes * splits + choice) * tasks);
@@ -604,8 +605,9 @@ template <class C> struct Attention {
         const int h = i % l.kv_heads;
         RouteView<C> v = route_of<C>(e, part, index, h);
         Plan *plan = (Plan *)plan_at(i);
-        if (!plan_block(s, part, h, part.past, part.past + 1, *part.sparsity, loose_of(e, *part.sparsity, index, h), v,
-                        *plan, plan_at(i) + align64(sizeof(Plan)), &v.head->read, &v.head->seen))
+        if (!plan_block(s, part, h, part.past, part.past + 1, singles[i / l.kv_heads].keys, *part.sparsity,
+                        loose_of(e, *part.sparsity, index, h), v, *plan, plan_at(i) + align64(sizeof(Plan)),
+                        &v.head->read, &v.head->seen))
           fail(TR_NOT_FINITE);
       });
     if (failed)
@@ -698,7 +700,8 @@ template <class C> struct Attention {
       bool fine;
       {
         Clock clock(e, thread, TR_TIME_ROUTE);
-        fine = plan_block(s, part, h, p0, p1, *part.sparsity, loose, v, plan, m + attend_plan_bytes<C>(l), &read, &all);
+        fine = plan_block(s, part, h, p0, p1, part.past + part.count, *part.sparsity, loose, v, plan,
+                          m + attend_plan_bytes<C>(l), &read, &all);
       }
       if (fine) {
         Clock clock(e, thread, TR_TIME_ATTEND);

@@ -252,10 +252,10 @@ template <class C> static void ask(const Heads<C> &s, const tr_part &part, int h
 // The nearby keys (pages far / 64 ... last) and the columns before them, exactly.
 template <class C>
 static void exact_masses(const Heads<C> &s, const tr_part &part, int h, int far, int last, const RouteView<C> &v,
-                         Asked<C> &a, float *x) {
+                         int all_columns, Asked<C> &a, float *x) {
   const tr_layer &l = *s.layer;
   int columns = 0;
-  while (columns < v.head->columns && v.head->column[columns] < far)
+  while (columns < all_columns && v.head->column[columns] < far)
     columns++;
   const int near = last / PAGE - far / PAGE + 1, tiles = near + (columns > 0);
   for (int r = 0; r < a.rows; r++) {
@@ -415,6 +415,63 @@ static void patch_masses(const tr_layer &l, const RouteView<C> &v, int far, int 
   }
 }
 
+// --- the mean score: all masses from mean keys alone ----------------------------------------------------------------
+INLINE int mean_tiles(int node, int keys) { return ((keys + node - 1) / node + 63) / 64; }
+
+// The mean keys of all nodes of a sequence of n keys, laid out as tiles of 64 keys.
+template <class C>
+static void mean_keys(const Heads<C> &s, const tr_part &part, int h, int node, int n, typename C::T *tiles) {
+  const tr_layer &l = *s.layer;
+  const int P = C::P, D = l.head_dim, nodes = (n + node - 1) / node;
+  __builtin_memset(tiles, 0, (size_t)mean_tiles(node, n) * D * 64 * sizeof(typename C::T));
+  for (int g = 0; g < nodes; g++) {
+    const int begin = g * node, page = begin / PAGE, count = n - begin < node ? n - begin : node;
+    const typename C::T *K = s.keys(part.page[page], h), *means = K + (size_t)PAGE * (D + l.value_dim);
+    const bool full = (page + 1) * PAGE <= n; // only then it has nodes
+    const int terms = full ? node / NODE : count, from = full ? begin % PAGE / NODE : begin % PAGE;
+    const int apart = full ? PER_PAGE : PAGE;
+    typename C::T *to = tiles + (size_t)(g / 64) * D * 64 + (size_t)(g % 64) * P;
+    for (int d = 0; d < D; d++) {
+      const typename C::T *x = (full ? means : K) + ((size_t)(d / P) * apart + from) * P + d % P;
+      float sum = 0;
+      for (int j = 0; j < terms; j++)
+        sum += widen(x[(size_t)j * P]);
+      narrow(to + (size_t)(d / P) * 64 * P + d % P, sum / (float)terms);
+    }
+  }
+}
+
+// Unit masses and totals of the rows asked, from n keys; `x` has room for a row of tiles. There are no columns.
+template <class C>
+static void mean_masses(const tr_layer &l, const typename C::T *tiles, int h, int node, int unit, int n, int far,
+                        int last, Asked<C> &a, float *U, size_t width, float *x) {
+  const int seen_nodes = last / node + 1, far_nodes = far / node, per = unit / node;
+  for (int r = 0; r < a.rows; r++) {
+    const int start = l.window && a.position[r] - l.window + 1 > 0 ? a.position[r] - l.window + 1 : 0;
+    const int first = start / node, end = a.position[r] / node + 1; // nodes with mass
+    float most = l.sinks ? l.sinks[h * a.group + r % a.group] * LOG2E : NEVER;
+    const float sink = most;
+    for (int t = first / 64; t * 64 < end; t++) {
+      VF y[1][4];
+      dots<C, 1>(a.q + (size_t)r * l.head_dim, l.head_dim, tiles + (size_t)t * 64 * l.head_dim, y);
+      for (int c = 0; c < 4; c++)
+        store(x + t * 64 + 16 * c, capped(l, y[0][c]));
+    }
+    for (int g = first; g < end; g++)
+      most = x[g] > most ? x[g] : most;
+    float near = 0, total = l.sinks ? __builtin_exp2f(sink - most) : 0.f, *u = U + (size_t)r * width;
+    for (int j = 0; j < far_nodes / per; j++)
+      u[j] = 0;
+    for (int g = first; g < end && g < seen_nodes; g++) {
+      const int count = n - g * node < node ? n - g * node : node;
+      const float mass = (float)count * __builtin_exp2f(x[g] - most);
+      total += mass;
+      (g < far_nodes ? u[g / per] : near) += mass;
+    }
+    a.most[r] = most, a.near[r] = near, a.column[r] = 0, a.total[r] = total;
+  }
+}
+
 INLINE void mark_patches(const int32_t *patch, int patches, int far, uint64_t *patched) {
   for (int x = 0; x < (far / PAGE + 7) / 8; x++)
     patched[x] = 0;
@@ -425,6 +482,7 @@ INLINE void mark_patches(const int32_t *patch, int patches, int far, uint64_t *p
 // --- 5 and 6. score and choice --------------------------------------------------------------------------------------
 // Marks the units that are read (a bit each); U is overwritten. Returns 1, 0 where everything is read, -1 where a score
 // is not finite.
+// By the mean score A is the mean of the shares in place of their root mean square.
 static int choose_units(const tr_sparsity &rule, float coverage, int begin, int end, int window, int far, int rows,
                         float *U, size_t width, const float *total, const float *near, const float *column,
                         const int32_t *columns, int column_count, uint64_t *bits, int *read, int *seen_keys) {
@@ -434,18 +492,19 @@ static int choose_units(const tr_sparsity &rule, float coverage, int begin, int 
   for (int r = 0; r < rows; r++) {
     inverse[r] = 1.f / total[r];
     const float n = near[r] * inverse[r];
-    near_score += n * n, column_share += column[r] * inverse[r];
+    near_score += rule.mean_score ? n : n * n, column_share += column[r] * inverse[r];
   }
-  near_score = __builtin_sqrtf(near_score / rows), column_share /= rows;
+  near_score = rule.mean_score ? near_score / rows : __builtin_sqrtf(near_score / rows), column_share /= rows;
   double covered = (double)near_score + column_share, sum_all = covered;
   const int first = rule.columns ? 0 : PAGE / unit < units ? PAGE / unit : units;
   for (int j = 0; j < units; j += 16) {
     VF s = zero();
     for (int r = 0; r < rows; r++) {
       VF p = mul(load(U + (size_t)r * width + j), set1(inverse[r]));
-      s = fma(p, p, s);
+      s = rule.mean_score ? add(p, s) : fma(p, p, s);
     }
-    s = vsqrt(mul(s, set1(1.f / rows)));
+    s = mul(s, set1(1.f / rows));
+    s = rule.mean_score ? s : vsqrt(s);
     if (units - j < 16)
       s = pick((1u << (units - j)) - 1, s, zero());
     store(U + j, s); // row 0 has been read up to here

@@ -120,9 +120,10 @@ INLINE size_t choice_bytes(const tr_layer &l, const tr_sparsity &rule, int pages
          align64((size_t)asked * 4) + plan_bytes(pages + 1, rule.unit) + 256 + (size_t)l.heads * 0;
 }
 
-// Scores the units of a query block of positions p0 ... p1 - 1 and plans what it reads. False: not finite.
+// Scores the units of a query block of positions p0 ... p1 - 1 and plans what it reads; n keys are cached, those behind
+// the block included. False: not finite.
 template <class C>
-static bool plan_block(const Heads<C> &s, const tr_part &part, int h, int p0, int p1, const tr_sparsity &rule,
+static bool plan_block(const Heads<C> &s, const tr_part &part, int h, int p0, int p1, int n, const tr_sparsity &rule,
                        float loose, const RouteView<C> &v, Plan &plan, char *memory, double *read, double *seen_keys) {
   const tr_layer &l = *s.layer;
   const int last = p1 - 1, far = far_end(p0, rule.local), pages = last / PAGE + 1;
@@ -149,17 +150,26 @@ static bool plan_block(const Heads<C> &s, const tr_part &part, int h, int p0, in
   memory += align64((size_t)(pages * PAGE / rule.unit / 64 + 2) * 8);
   float *U = (float *)memory;
   const size_t width = (size_t)pages * PAGE / rule.unit + 64;
-  exact_masses(s, part, h, far, last, v, a, x);
-  mark_patches(v.head->patch, v.head->patches, far, patched);
-  unit_masses(s, part, h, far, 0, far / PAGE, rule.unit, patched, a, U, width, a.total);
-  patch_masses(l, v, far, rule.unit, a, U, width);
+  const int columns = rule.columns ? v.head->columns : 0; // of this rule: the sequence may have some of another
+  if (rule.mean_score) {
+    typename C::T *tiles = (typename C::T *)(memory + align64((size_t)most * width * 4));
+    float *row = (float *)((char *)tiles + align64((size_t)mean_tiles(rule.node, n) * 64 * l.head_dim * sizeof(*tiles)));
+    mean_keys(s, part, h, rule.node, n, tiles);
+    mean_masses(l, tiles, h, rule.node, rule.unit, n, far, last, a, U, width, row);
+  } else {
+    exact_masses(s, part, h, far, last, v, columns, a, x);
+    mark_patches(v.head->patch, columns ? v.head->patches : 0, far, patched);
+    unit_masses(s, part, h, far, 0, far / PAGE, rule.unit, patched, a, U, width, a.total);
+    if (columns)
+      patch_masses(l, v, far, rule.unit, a, U, width);
+  }
   int keys, all;
   const int found = choose_units(rule, coverage_of(rule, loose), p0, last, l.window, far, a.rows, U, width, a.total,
-                                 a.near, a.column, v.head->column, v.head->columns, bits, &keys, &all);
+                                 a.near, a.column, v.head->column, columns, bits, &keys, &all);
   if (found < 0)
     return false;
   if (found)
-    plan_chosen(plan, last / PAGE, rule.unit, bits, v.head->column, v.head->columns, far);
+    plan_chosen(plan, last / PAGE, rule.unit, bits, v.head->column, columns, far);
   else
     plan_all(plan, start / PAGE, last / PAGE), keys = all;
   *read += keys, *seen_keys += all;
@@ -171,7 +181,12 @@ template <class C>
 INLINE size_t plan_block_bytes(const tr_layer &l, const tr_sparsity &rule, int pages, int tokens) {
   const int group = l.heads / l.kv_heads, step = PAGE / rule.rows;
   const int rows = (tokens >= step ? (tokens < PAGE ? tokens : PAGE) / step : 1) * group;
-  return asked_bytes<C>(l, rows) + choice_bytes(l, rule, pages, rows + 1);
+  size_t means = 0;
+  if (rule.mean_score) {
+    const size_t nodes = (size_t)mean_tiles(rule.node, pages * PAGE) * 64;
+    means = align64(nodes * l.head_dim * sizeof(typename C::T)) + align64(nodes * 4) + 64;
+  }
+  return asked_bytes<C>(l, rows) + choice_bytes(l, rule, pages, rows + 1) + means;
 }
 
 // As attend_dense, over a plan.
