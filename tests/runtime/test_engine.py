@@ -61,7 +61,7 @@ def test_every_answer_of_a_batch_is_the_one_it_would_be_alone(shape: dict[str, A
         engine.submit(one_request)
     for i in data.draw(st.permutations(range(len(texts)))):
         assert read(engine, asked[i]) == alone(session, texts[i], chosen[i], count)
-    settled(session)
+    settled(session, engine)
     assert engine.requests == 0
     engine.close()
     assert session.closed == 1
@@ -98,7 +98,7 @@ def test_cancelling_at_any_moment_leaves_the_others_right_and_nothing_behind(
             assert all(short == whole[: len(short)] for short, whole in zip(got, expected, strict=True))
         else:
             assert got == expected
-    settled(session)
+    settled(session, engine)
 
 
 def test_threads_share_steps_and_each_gets_its_own_answer() -> None:
@@ -118,7 +118,7 @@ def test_threads_share_steps_and_each_gets_its_own_answer() -> None:
     for thread in threads:
         thread.join(60)
     assert results == {i: alone(session, [i, i + 1, i + 2], params[i], 25) for i in range(6)}
-    settled(session)
+    settled(session, engine)
     assert len(session.steps) < 6 * 25 / 2
     assert max(len(step) for step in session.steps) > 3
 
@@ -156,7 +156,7 @@ def test_threads_that_come_go_and_cancel_at_random_stay_right(rng: np.random.Gen
         thread.join(120)
         assert not thread.is_alive(), "a thread hangs"
     assert failures == []
-    settled(session)
+    settled(session, engine)
 
 
 def test_a_single_generation_needs_no_other_thread() -> None:
@@ -214,7 +214,7 @@ def test_answers_to_one_prompt_share_its_cache() -> None:
     assert read(engine, asked) == alone(session, list(range(20)), params, 5)
     assert session.forks == 3
     assert sum(tokens for step in session.steps for tokens, _ in step) == 20 + 4 * 4
-    settled(session)
+    settled(session, engine)
 
 
 def test_answers_of_one_token_share_the_prompt_too() -> None:
@@ -224,7 +224,7 @@ def test_answers_of_one_token_share_the_prompt_too() -> None:
     engine.submit(asked)
     assert [len(answer) for answer in read(engine, asked)] == [1] * 4
     assert session.steps == [[(20, "last")]]
-    settled(session)
+    settled(session, engine)
 
 
 def test_a_full_pool_makes_the_least_computed_wait_and_all_finish() -> None:
@@ -236,7 +236,7 @@ def test_a_full_pool_makes_the_least_computed_wait_and_all_finish() -> None:
     for i, one in enumerate(asked):
         assert read(engine, one) == alone(session, [i] * 10, SamplingParams(), 20)
     assert engine.preemptions > 0
-    settled(session)
+    settled(session, engine)
 
 
 def test_a_pool_without_pages_that_fills_up_makes_others_wait_too() -> None:
@@ -253,7 +253,7 @@ def test_a_pool_without_pages_that_fills_up_makes_others_wait_too() -> None:
         engine.submit(one)
     for i, one in enumerate(asked):
         assert read(engine, one) == alone(session, [i] * 10, SamplingParams(), 20)
-    settled(session)
+    settled(session, engine)
     assert len(session.steps) < 50  # one that gave way comes back as soon as another has ended
 
 
@@ -267,7 +267,7 @@ def test_a_sequence_that_does_not_fit_alone_says_so_and_others_go_on() -> None:
     with pytest.raises(DoesNotFit, match=r"40 tokens does not fit .* 8 pages of 4 tokens"):
         read(engine, large)
     assert read(engine, small) == alone(session, [2] * 4, SamplingParams(), 4)
-    settled(session)
+    settled(session, engine)
 
 
 def test_a_fork_without_room_reads_the_prompt_by_itself() -> None:
@@ -277,7 +277,7 @@ def test_a_fork_without_room_reads_the_prompt_by_itself() -> None:
     asked = request(session, [7] * 9, params, 10)
     engine.submit(asked)
     assert read(engine, asked) == alone(session, [7] * 9, params, 10)
-    settled(session)
+    settled(session, engine)
 
 
 def test_a_forgotten_reader_gives_way_to_one_who_waits() -> None:
@@ -292,7 +292,7 @@ def test_a_forgotten_reader_gives_way_to_one_who_waits() -> None:
     assert len(forgotten.events) <= 2
     rest = read(engine, forgotten)[0]
     assert rest == alone(session, [1] * 8, SamplingParams(), 24)[0][1:]
-    settled(session)
+    settled(session, engine)
 
 
 def test_a_step_that_fails_ends_only_the_sequence_it_fails_for() -> None:
@@ -313,7 +313,7 @@ def test_a_step_that_fails_ends_only_the_sequence_it_fails_for() -> None:
     with pytest.raises(EngineError, match="kernel 7 said no") as caught:
         read(engine, bad)
     assert isinstance(caught.value.__cause__, RuntimeError)
-    settled(session)
+    settled(session, engine)
 
 
 def test_nan_logits_end_only_the_sequence_they_are_in() -> None:
@@ -334,7 +334,7 @@ def test_nan_logits_end_only_the_sequence_they_are_in() -> None:
     assert read(engine, good) == alone(session, [1], SamplingParams(), 4)
     with pytest.raises(Exception, match="not a number"):
         read(engine, bad)
-    settled(session)
+    settled(session, engine)
 
 
 def test_the_whole_session_can_be_had_between_two_steps() -> None:
@@ -350,7 +350,7 @@ def test_the_whole_session_can_be_had_between_two_steps() -> None:
             assert owned.run({"x": np.ones(3)})["sum"] == 3
     thread.join(60)
     assert answers == [alone(session, [1], SamplingParams(), 200)]
-    settled(session)
+    settled(session, engine)
 
 
 @settings(max_examples=40, deadline=None)
@@ -370,7 +370,7 @@ def test_logits_of_all_tokens_are_those_of_each_prefix(shape: dict[str, Any], to
     np.testing.assert_array_equal(asked.logits, expected)
     for i, one in enumerate(others):
         assert read(engine, one) == alone(session, [i], SamplingParams(), 9)
-    settled(session)
+    settled(session, engine)
 
 
 @given(
@@ -397,7 +397,7 @@ def test_padding_never_reaches_beyond_the_context() -> None:
     asked = request(session, [3] * 30, SamplingParams(), 7)
     engine.submit(asked)
     assert read(engine, asked) == alone(session, [3] * 30, SamplingParams(), 7)
-    settled(session)
+    settled(session, engine)
 
 
 def test_a_reader_who_does_not_keep_up_gives_way_before_the_least_computed() -> None:

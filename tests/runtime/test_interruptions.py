@@ -45,7 +45,7 @@ def test_cancelling_from_another_thread_takes_one_step() -> None:
     thread.join()
     assert len(session.steps) <= steps_at_cancel[0] + 1
     assert asked.branches[0].finish == "cancelled"
-    settled(session)
+    settled(session, engine)
 
 
 def test_an_event_that_is_set_cancels_too() -> None:
@@ -58,7 +58,7 @@ def test_an_event_that_is_set_cancels_too() -> None:
         engine.next_event(asked)
     stop.set()
     assert read(engine, asked) == [[]]
-    settled(session)
+    settled(session, engine)
 
 
 def test_cancelling_one_answer_leaves_the_others() -> None:
@@ -70,7 +70,7 @@ def test_cancelling_one_answer_leaves_the_others() -> None:
     engine.cancel(asked, branch=0)  # before the prompt is read: another one has to read it
     expected = alone(session, [4, 5], params, 8)
     assert read(engine, asked) == [[], *expected[1:]]
-    settled(session)
+    settled(session, engine)
 
 
 def test_a_forgotten_request_is_given_up_without_blocking() -> None:
@@ -94,7 +94,7 @@ def test_a_forgotten_request_is_given_up_without_blocking() -> None:
     assert read(engine, other) == alone(session, [2], SamplingParams(), 3)
     assert asked.branches[0].finish == "cancelled"
     assert engine.requests == 0
-    settled(session)
+    settled(session, engine)
 
 
 @contextlib.contextmanager
@@ -124,7 +124,7 @@ def test_ctrl_c_in_a_step_ends_the_callers_generation_and_no_other(moment: str) 
         read(engine, mine)
     engine.cancel(mine)
     assert read(engine, other) == alone(session, [3, 4], SamplingParams(), 10)
-    settled(session)
+    settled(session, engine)
 
 
 def endlessly(engine: Engine, asked: Request) -> None:
@@ -152,7 +152,7 @@ def test_ctrl_c_while_waiting_for_another_threads_step_hangs_nobody() -> None:
         thread.join(30)
         assert not thread.is_alive()
     assert answers == {i: alone(session, [i], SamplingParams(), 40) for i in (1, 2)}
-    settled(session)
+    settled(session, engine)
 
 
 def test_the_lead_passes_on_when_the_one_who_was_to_lead_is_cancelled() -> None:
@@ -204,7 +204,7 @@ def test_closing_ends_running_generations_with_a_clear_error() -> None:
         assert not thread.is_alive()
     assert len(errors) == 4
     assert "closed" in str(errors[0])
-    settled(session)
+    settled(session, engine)
     engine.close()
     assert session.closed == 1
     with pytest.raises(ModelClosed):

@@ -31,6 +31,7 @@ Examples:
   transom bench model.gguf --backend openvino_cpu --threads 8 --json
   transom bench model.gguf --startup
   transom bench model.gguf --startup --empty-cache --runs 3
+  transom bench model.gguf --sparsity balanced --heat-map reads.html --prompt-tokens 4096
 """
 )
 @MODEL
@@ -51,6 +52,10 @@ Examples:
 )
 @click.option("--startup", is_flag=True, help="Split a cold start by its parts, in fresh processes.")
 @click.option("--runs", type=click.IntRange(1), default=5, show_default=True, help="With --startup: how many.")
+@click.option(
+    "--heat-map", "heat_maps", multiple=True, type=click.Path(dir_okay=False), metavar="FILE",
+    help="With --sparsity: draw what each layer reads along a prompt, as .png or .html; may be repeated.",
+)  # fmt: skip
 @click.option("--empty-cache", is_flag=True, help="With --startup: compile each time.")
 @CONTEXT
 @PRECISION
@@ -68,10 +73,11 @@ def bench(
     startup: bool,
     runs: int,
     empty_cache: bool,
+    heat_maps: tuple[str, ...],
     as_json: bool,
     **options: Any,
 ) -> int:
-    """Time all installed backends side by side, or a cold start by its parts.
+    """Time all installed backends side by side, or a cold start by its parts, or draw what sparse attention reads.
 
     Each backend loads the model in a process of its own; they take turns, prompts are random tokens, and the medians of
     all rounds are shown. Nothing else should run meanwhile.
@@ -81,6 +87,8 @@ def bench(
 
     resolve(model)  # a wrong path or policy is said before anything is started
     Sparsity.parse(options["sparsity"])
+    if heat_maps:
+        return _heat_maps(model, devices, backends, prompts, heat_maps, as_json, options)
     if startup:
         return _startup(model, devices, backends, runs, empty_cache, as_json, options)
 
@@ -101,6 +109,48 @@ def bench(
     else:
         _print(model, facts, plan.prompts, new_tokens, rounds, rows)
     return 0 if any(not row.error for row in rows) else 2
+
+
+def _heat_maps(
+    model: str,
+    devices: Sequence[str],
+    backends: Sequence[str],
+    prompts: Sequence[int],
+    files: Sequence[str],
+    as_json: bool,
+    options: Mapping[str, Any],
+) -> int:
+    """Read a prompt by the policy and draw what was read. Raises OptionError, MissingExtra, OSError."""
+    from pathlib import Path
+
+    import transom
+    from transom.cli import heat_map
+    from transom.errors import OptionError
+    from transom.runtime.densities import along
+    from transom.runtime.passages import default_texts
+
+    for what, given in (("--device", devices), ("--backend", backends), ("--prompt-tokens", prompts)):
+        if len(given) > 1:
+            raise OptionError(f"{what} is given {len(given)} times, and a heat map is of one run", "Give it once")
+    paths = [heat_map.check(Path(file)) for file in files]
+    where: dict[str, Any] = {"device": (*devices, "auto")[0], "backend": (*backends, "auto")[0]}
+    with Progress(stage="load") as progress, transom.load(model, **where, **options, progress=progress) as loaded:
+        wanted = prompts[0] if prompts else min(4096, loaded.context)
+        ids = loaded.tokenize(default_texts()["documentation"])[:wanted]
+        if len(ids) < wanted or wanted > loaded.context:
+            most = min(loaded.context, len(ids))
+            raise OptionError(
+                f"A prompt of {wanted} tokens is too long here", f"Ask for --prompt-tokens {most} or fewer"
+            )
+        found = along(loaded, ids, progress.prompt)
+        title = f"{loaded.report.model}, {loaded.report.sparsity}"
+    for path in paths:
+        heat_map.draw(found, path, title)
+    if as_json:
+        print_json({"model": model, "sparsity": title, **found.to_dict(), "files": [str(p) for p in paths]})
+    else:
+        click.echo(f"{', '.join(map(str, paths))}: {found.by_layer.mean():.3f} of the keys on the mean")
+    return 0
 
 
 def _context(model: str, prompts: Sequence[int], new_tokens: int) -> int:

@@ -57,6 +57,6 @@ def _print(outcome: Outcome) -> None:
     click.echo(f"{outcome.where}")
     for name, effect in (("not calibrated", found.before), ("calibrated", found.after)):
         click.echo(f"  {name:16} reads {effect.density:.3f} of the keys, divergence {effect.divergence:.4f} nats")
-    dense = ", ".join(f"{layer}.{head}" for layer, head in found.dense_heads)
-    click.echo(f"  dense heads      {dense or 'none'} (layer.head)")
+    for name, heads in (("dense heads", found.dense_heads), ("loose heads", found.loose_heads)):
+        click.echo(f"  {name:16} {', '.join(f'{layer}.{head}' for layer, head in heads) or 'none'} (layer.head)")
     aside(f"By the preset balanced, on {outcome.passages}; {found.seconds:.0f} s.")

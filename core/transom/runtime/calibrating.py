@@ -99,7 +99,7 @@ def calibrate_file(
             )
         taken = passages(tokenizer, given, depth + NEW)
         key = artifact_key({
-            "format": 1, "content": fingerprint_of(path, cache), "measured": list(MEASURED),
+            "format": 1, "content": fingerprint_of(path, cache), "measured": MEASURED,
             "tokens": [list(ids) for ids in taken.values()],
         })  # fmt: skip
         found = calibrate(

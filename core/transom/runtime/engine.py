@@ -19,8 +19,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from transom.contract import OutOfPages, Session, SparseSession, Work
+from transom.contract import OutOfPages, Session, SparseSession, State, Work
 from transom.errors import DoesNotFit, EngineError, TransomError
+from transom.runtime.prefixes import Prefixes
 from transom.runtime.requests import Branch, Event, Prefilled, Request, Token
 from transom.runtime.results import FinishReason
 from transom.runtime.scheduling import Fair, Policy, Slice
@@ -46,6 +47,7 @@ class Engine:
         self._policy = policy or Fair()
         self._sparse = session if isinstance(session, SparseSession) else None
         self._limits = session.limits
+        self._prefixes = Prefixes(self._limits.page_tokens, min(self._limits.max_tokens, Fair.chunk))
         self.context = _usable_context(session)
         """Tokens that one sequence may have, prompt and answer together."""
         self._lock = threading.Lock()
@@ -166,9 +168,24 @@ class Engine:
                 if self._leader is None:
                     self._hand_over()
         try:
+            self._prefixes.clear()
             yield self._session
         finally:
             self._release()
+
+    @property
+    def kept(self) -> int:
+        """Ended sequences whose caches are kept for prompts that begin alike."""
+        return len(self._prefixes)
+
+    def forget(self) -> None:
+        """Give up the caches that are kept of ended sequences.
+
+        Raises:
+            ModelClosed: the engine is closed.
+        """
+        with self.exclusive():
+            pass
 
     def close(self) -> None:
         """Close the session after the running step; requests that have not ended raise ModelClosed. Idempotent."""
@@ -239,6 +256,7 @@ class Engine:
                 self._fail(request, ModelClosed())
             self._wake(request)
         self._requests = []
+        self._prefixes.clear()
         self._session.close()
 
     @staticmethod
@@ -255,6 +273,7 @@ class Engine:
             branches = [b for request in self._requests for b in request.branches if b.finish is None]
         if not branches:
             return
+        self._make_room_for_the_next(branches)
         plan = self._policy.plan(branches, self._limits, self._session.pages)
         if not plan:
             raise RuntimeError(f"{type(self._policy).__name__} planned no step for {len(branches)} sequences")
@@ -271,6 +290,7 @@ class Engine:
                     self._wake(part.branch.request)
 
     def _step(self, plan: Sequence[Slice]) -> None:
+        plan = [self._begun(part) for part in plan]
         works = [self._work(part) for part in plan]
         outputs = self._session.step(works)
         if len(outputs) != len(works):
@@ -290,9 +310,7 @@ class Engine:
         branch, count, width = part
         request = branch.request
         state = branch.state
-        if state is None:
-            state = branch.state = self._session.new_state()
-            branch.preempted = False
+        assert state is not None
         if not request.started:
             request.started = time.perf_counter()
             request.busy_started = self._busy_now()
@@ -307,6 +325,27 @@ class Engine:
             return Work(state, _padded(tokens, width), "none", sparsity=request.sparsity)
         wanted: Literal["last", "all"] = "last" if width == count else "all"
         return Work(state, _padded(tokens, width), wanted, branch.chooser.top_k, request.sparsity)
+
+    def _begun(self, part: Slice) -> Slice:
+        """The same part of a step, its branch with a state; what is kept of its beginning need not be computed."""
+        branch, count, width = part
+        if branch.state is not None:
+            return part
+        branch.state = self._begin(branch)
+        branch.preempted = False
+        left = min(count, branch.pending)
+        return Slice(branch, left, left if width == count else width)
+
+    def _begin(self, branch: Branch) -> State:
+        """A state for a branch: what is kept of the same beginning, or an empty one."""
+        request = branch.request
+        if branch.chooser is not None:
+            kept = self._prefixes.take(branch.tokens, request.sparsity, chosen=request.chosen)
+            if kept is not None:
+                if branch.index == 0 and len(branch.tokens) == request.prompt_tokens:
+                    request.cached_tokens = kept.length
+                return kept
+        return self._session.new_state()
 
     def _commit(self, part: Slice, output: Any) -> None:
         """Write a step's outcome into its branch."""
@@ -384,7 +423,21 @@ class Engine:
             except Exception as own:  # noqa: BLE001 - as above
                 self._fail(part.branch.request, _step_failed(own))
 
+    def _make_room_for_the_next(self, branches: Sequence[Branch]) -> None:
+        """What is kept gives way to sequences that wait beside running ones; one that is alone starts in any case."""
+        if not len(self._prefixes) or not any(branch.state is not None for branch in branches):
+            return
+        waiting = [branch for branch in branches if branch.state is None and branch.runnable]
+        if not waiting:
+            return
+        oldest = min(waiting, key=lambda b: b.age)
+        needed = len(oldest.tokens) // max(self._limits.page_tokens, 1) + 1 + len(branches)
+        while self._session.pages()[1] < needed and self._prefixes.give_up():
+            continue
+
     def _make_room(self, branches: Sequence[Branch], plan: Sequence[Slice], error: OutOfPages) -> None:
+        if self._prefixes.give_up():
+            return
         victim = self._policy.victim(branches, plan)
         if victim is not None:
             self._preemptions += 1
@@ -410,8 +463,8 @@ class Engine:
 
     def _finish(self, branch: Branch, reason: FinishReason) -> None:
         branch.finish = reason
-        self._drop_state(branch)
         request = branch.request
+        self._drop_state(branch, keep=branch.index == 0 and branch.chooser is not None and request.error is None)
         if request.done:
             request.ended = time.perf_counter()
         if branch.index == 0:
@@ -421,7 +474,7 @@ class Engine:
             for other in waiting.branches:
                 other.preempted = False  # room was made
 
-    def _drop_state(self, branch: Branch) -> None:
+    def _drop_state(self, branch: Branch, *, keep: bool = False) -> None:
         state, branch.state = branch.state, None
         if state is None:
             return
@@ -433,7 +486,10 @@ class Engine:
         except Exception as error:  # noqa: BLE001 - a session may raise anything; it goes to who asked for the count
             branch.request.error = branch.request.error or _step_failed(error)
         finally:
-            state.free()
+            if keep and not self._shut and branch.request.error is None:
+                self._prefixes.keep(branch.tokens, state, branch.request.sparsity)
+            else:
+                state.free()
 
     def _busy_now(self) -> float:
         """A clock that runs only while somebody leads: readers who dawdle do not count."""

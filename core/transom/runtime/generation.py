@@ -80,6 +80,7 @@ class Generator:
         cancel: threading.Event | None = None,
         sparsity: str | None = None,
         counted: bool = False,
+        chosen: bool = False,
         began: float | None = None,
     ) -> Stream:
         """Check everything, then queue a generation.
@@ -89,6 +90,7 @@ class Generator:
             continues: the answer goes on from the prompt's text, so a leading space is part of it.
             sparsity: the policy for its steps, in canonical form; None: as the model was loaded.
             counted: the result says how many of the keys were read.
+            chosen: a policy chooses keys.
             began: when the call was made (`time.perf_counter`), for the timings.
 
         Raises:
@@ -123,6 +125,7 @@ class Generator:
             cancel=cancel,
             sparsity=sparsity,
             counted=counted,
+            chosen=chosen,
         )
         request.submitted = began
         answers = [_Answer(i, tokenizer, stops, stop_ids, params, continues) for i in range(params.n)]
@@ -213,7 +216,11 @@ class Stream:
             self._pump()
         if self._error is not None:
             raise self._error
-        usage = Usage(self._request.prompt_tokens, sum(len(answer.token_ids) for answer in self._answers))
+        usage = Usage(
+            self._request.prompt_tokens,
+            sum(len(answer.token_ids) for answer in self._answers),
+            self._request.cached_tokens,
+        )
         choices = tuple(answer.choice() for answer in self._answers)
         if self._request.counted and self._request.error is not None:
             raise self._request.error  # its last tokens came all the same
@@ -297,7 +304,7 @@ class Stream:
         return Timings(
             queued=(begun or self._ended) - request.submitted,
             time_to_first_token=(first or self._ended) - request.submitted,
-            prefill_tokens_per_second=request.prompt_tokens / prefill if prefill > 0 else 0.0,
+            prefill_tokens_per_second=(request.prompt_tokens - request.cached_tokens) / prefill if prefill > 0 else 0.0,
             decode_tokens_per_second=later / decode if decode > 0 and later > 0 else 0.0,
             total=self._ended - request.submitted,
         )

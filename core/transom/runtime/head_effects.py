@@ -2,16 +2,16 @@
 
 One KV head at a time is made sparse while all others read every key, and the divergence of the logits from those of
 dense attention is taken at the end of a few long passages, in exact arithmetic: rounding would hide the effect of one
-head. Two measurements give a curve for each head, powers of d = 1 - coverage: divergence that grows with d, and a share
-of the keys that falls. Then d is shared out between the heads so that all together read as much as they would by one
-coverage for all, and the sum of their divergences is the least (Lagrange: the same exchange rate for every head).
+head. In most models a few heads, those that find single tokens and copy what follows them, carry most of the
+divergence: where one alone has more than a tenth of what all have together, on any of the passages, it stays dense. A
+head that hardly matters anywhere reads less. Finer shares for each head were tried: they fit the passages they were
+made from and did no better on others.
 
 Knows sessions of the contract and nothing of any backend; it needs one that obeys a policy for each step.
 """
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -27,16 +27,16 @@ if TYPE_CHECKING:
     from transom.runtime.model import Model
     from transom.sparsity import Heads
 
-NEW = 192
+NEW = 128
 """Tokens at the end of each passage whose logits are compared: whole blocks of 64."""
-MEASURED = (1.0, 4.0)
-"""What 1 - coverage of `balanced` is multiplied by for the head that is measured."""
-MULTIPLIERS = (0.15, 0.25, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0)
-"""What a head may be given, besides 0: dense."""
-MOSTLY = 0.6
-"""A block that would read more than this reads everything."""
-TINY = 1e-7
-"""A divergence that is as good as none."""
+MEASURED = 2.0
+"""What 1 - coverage of `balanced` is multiplied by for the head that is measured: more than noise, less than ruin."""
+DENSE_SHARE = 0.1
+"""Of the divergence of all heads on a passage: a head with more stays dense."""
+LOOSE_SHARE = 0.15
+"""Of the mean divergence of the heads that do not stay dense: one with less on every passage is loose."""
+LOOSE = 4.0
+"""What 1 - coverage is multiplied by for a loose head."""
 
 Progress = Callable[[int, int], None]
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -55,10 +55,15 @@ class Memory(Protocol):
 class Effect:
     """What a policy does to a model."""
 
-    divergence: float
-    """Mean Kullback-Leibler divergence from dense attention, nats, over the compared tokens of all passages."""
+    divergences: tuple[float, ...]
+    """Of each passage: mean Kullback-Leibler divergence from dense attention over the compared tokens, nats."""
     density: float
     """Share of the keys that was read, by the heads that were made sparse."""
+
+    @property
+    def divergence(self) -> float:
+        """The mean over the passages."""
+        return sum(self.divergences) / len(self.divergences)
 
 
 @dataclass(frozen=True)
@@ -70,8 +75,8 @@ class Calibrated:
     """All heads sparse, by `balanced` without calibration."""
     after: Effect
     """The same with these heads."""
-    effects: tuple[tuple[tuple[Effect, ...], ...], ...]
-    """Of each layer and KV head alone, for each of `MEASURED`."""
+    effects: tuple[tuple[Effect, ...], ...]
+    """Of each layer and KV head, alone and at `MEASURED`."""
     seconds: float
 
     @property
@@ -79,50 +84,26 @@ class Calibrated:
         """(layer, KV head) of those that stay dense."""
         return [(i, h) for i, layer in enumerate(self.heads) for h, m in enumerate(layer) if m == 0]
 
+    @property
+    def loose_heads(self) -> list[tuple[int, int]]:
+        """(layer, KV head) of those that read less than the others."""
+        return [(i, h) for i, layer in enumerate(self.heads) for h, m in enumerate(layer) if m > 1]
+
     def to_dict(self) -> dict[str, Any]:
         """JSON types."""
-        return asdict(self) | {"dense_heads": self.dense_heads}
+        return asdict(self) | {"dense_heads": self.dense_heads, "loose_heads": self.loose_heads}
 
 
-# sharing out ----------------------------------------------------------------------------------------------------------
-def share_out(effects: Sequence[Sequence[Sequence[Effect]]]) -> Heads:
-    """Multipliers for each layer and KV head, from what was measured at each of `MEASURED`."""
-    flat = [head for layer in effects for head in layer]
-    curves = [_curve(head) for head in flat]
-    allowed = sum(head[0].density for head in flat)
-
-    def chosen(price: float) -> list[int]:
-        return [int(np.argmin(divergence + price * density)) for divergence, density in curves]
-
-    def reading(choice: list[int]) -> float:
-        return sum(float(density[i]) for i, (_, density) in zip(choice, curves, strict=True))
-
-    low, high = 1e-12, 1e3  # prices of reading: the lower, the more is read
-    for _ in range(80):
-        middle = math.sqrt(low * high)
-        if reading(chosen(middle)) > allowed:
-            low = middle
-        else:
-            high = middle
-    options = (0.0, *MULTIPLIERS)
-    numbers = iter([options[i] for i in chosen(high)])
+def share_out(effects: Sequence[Sequence[Effect]]) -> Heads:
+    """A multiplier for each layer and KV head: 0 dense, `LOOSE`, or 1."""
+    found = np.array([effect.divergences for layer in effects for effect in layer])  # [heads, passages]
+    total = found.sum(0)
+    dense = (found > DENSE_SHARE * np.where(total > 0, total, np.inf)).any(-1)
+    rest = found[~dense]
+    mean = rest.mean(0) if len(rest) else total
+    loose = ~dense & (found <= LOOSE_SHARE * mean).all(-1)
+    numbers = iter(np.where(dense, 0.0, np.where(loose, LOOSE, 1.0)).tolist())
     return tuple(tuple(next(numbers) for _ in layer) for layer in effects)
-
-
-def _curve(head: Sequence[Effect]) -> tuple[Array, Array]:
-    """(divergence, density) for dense and for each of `MULTIPLIERS`: float64 [1 + multipliers]."""
-    first, second = head
-    span = math.log(MEASURED[1] / MEASURED[0])
-    near, far = max(first.divergence, TINY), max(second.divergence, TINY)
-    growth = min(max(math.log(far / near) / span, 0.2), 3.0)
-    fall = min(max(math.log(first.density / second.density) / span, 0.0), 1.0)
-    m = np.array(MULTIPLIERS) / MEASURED[0]
-    divergence = near * m**growth
-    density = np.minimum(first.density * m**-fall, 1.0)
-    if first.density > MOSTLY:  # it was read whole, and says nothing about less: start from the other one
-        divergence = far * (np.array(MULTIPLIERS) / MEASURED[1]) ** growth
-        density = np.where(np.array(MULTIPLIERS) < MEASURED[1], 1.0, second.density)
-    return np.array([0.0, *divergence]), np.array([1.0, *density])
 
 
 # measuring ------------------------------------------------------------------------------------------------------------
@@ -155,18 +136,19 @@ def calibrate(
             )
         measure = _Measure(session, [list(ids) for ids in taken.values()], counts)
         try:
-            effects: list[tuple[tuple[Effect, ...], ...]] = []
+            effects: list[tuple[Effect, ...]] = []
             done, total = 0, sum(counts)
             for layer, heads in enumerate(counts):
-                row: list[tuple[Effect, ...]] = []
+                row: list[Effect] = []
                 for head in range(heads):
                     name = f"{layer}.{head}"
                     if name not in kept:
-                        found = [measure(_alone(counts, layer, head, m), (layer, head)) for m in MEASURED]
-                        kept[name] = [[e.divergence, e.density] for e in found]
+                        found = measure(_alone(counts, layer, head), (layer, head))
+                        kept[name] = [*found.divergences, found.density]
                         if memory:
                             memory.write(kept)
-                    row.append(tuple(Effect(*numbers) for numbers in kept[name]))
+                    *divergences, density = kept[name]
+                    row.append(Effect(tuple(divergences), density))
                     done += 1
                     if progress:
                         progress(done, total)
@@ -180,8 +162,8 @@ def calibrate(
             measure.free()
 
 
-def _alone(counts: Sequence[int], layer: int, head: int, multiplier: float) -> Heads:
-    return tuple(tuple(multiplier if (i, h) == (layer, head) else 0.0 for h in range(n)) for i, n in enumerate(counts))
+def _alone(counts: Sequence[int], layer: int, head: int) -> Heads:
+    return tuple(tuple(MEASURED if (i, h) == (layer, head) else 0.0 for h in range(n)) for i, n in enumerate(counts))
 
 
 class _Measure:
@@ -205,10 +187,10 @@ class _Measure:
         """`balanced` with these heads; the density is that of all heads, or of (layer, head) alone."""
         policy = Sparsity.from_dict({**PRESETS["balanced"].to_dict(), "heads": [list(layer) for layer in heads]})
         rows, (read, seen) = self._run(policy.to_string())
-        divergences = [_divergence(exact, _log_softmax(r)) for exact, r in zip(self._exact, rows, strict=True)]
+        found = [_divergence(exact, _log_softmax(r)) for exact, r in zip(self._exact, rows, strict=True)]
         if only is not None:
             read, seen = read[only], seen[only]
-        return Effect(max(0.0, float(np.mean(divergences))), float(read.sum() / seen.sum()))
+        return Effect(tuple(max(0.0, d) for d in found), float(read.sum() / seen.sum()))
 
     def free(self) -> None:
         for state in self._states:

@@ -39,6 +39,7 @@ class _Reading(TypedDict):
 
     sparsity: str | None
     counted: bool
+    chosen: bool
 
 
 class InputSpec(NamedTuple):
@@ -392,8 +393,13 @@ class Model:
             OptionError: it is none, or the backend cannot read by another one than the model was loaded with.
         """
         loaded = self._loaded.sparsity
+        as_loaded: _Reading = {
+            "sparsity": None,
+            "counted": self._engine.sparse and not loaded.dense,
+            "chosen": not loaded.dense,
+        }
         if sparsity is None:
-            return {"sparsity": None, "counted": self._engine.sparse and not loaded.dense}
+            return as_loaded
         policy = Sparsity.parse(sparsity)
         if not policy.dense and policy.heads is None:
             policy = policy.with_heads(self._loaded.heads())
@@ -401,13 +407,13 @@ class Model:
             policy.for_model(self._loaded.decoder)
         text = policy.to_string()
         if text == loaded.to_string():
-            return {"sparsity": None, "counted": self._engine.sparse and not loaded.dense}
+            return as_loaded
         if not self._engine.sparse:
             raise OptionError(
                 f"The backend {self.report.backend} reads by the policy that the model was loaded with, here {loaded}",
                 "Load the model with sparsity=… instead.",
             )
-        return {"sparsity": text, "counted": not policy.dense}
+        return {"sparsity": text, "counted": not policy.dense, "chosen": not policy.dense}
 
     def _require_generator(self) -> Generator:
         if self._generator is None:

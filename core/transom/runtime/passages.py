@@ -1,5 +1,6 @@
 """The passages that a model is calibrated on: documentation and code as they come with Python, or a user's own texts,
-and one with hidden numbers that are asked for at its end, because perplexity hides what a head finds."""
+and, because these hide what a head finds: one whose end asks for hidden numbers, and two whose ends repeat an earlier
+part, from nearby and from far away."""
 
 from __future__ import annotations
 
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
     from transom.text import Tokenizer
 
 NEEDLES = 8
+NEARBY = 400
+"""How many tokens back what is repeated nearby lies: beyond what every policy reads anyway."""
+REPEATED = 128
 _LETTERS = 24
 """Of a text, so many for each token that is wanted: more than any tokenizer puts into one."""
 
@@ -55,7 +59,7 @@ def read_text(path: Path) -> str:
 
 
 def passages(tokenizer: Tokenizer, texts: Mapping[str, str], tokens: int) -> dict[str, list[int]]:
-    """So many token ids of each text, and of the first one with numbers hidden in it, which are asked for at its end.
+    """So many token ids of each text, and of the passages that are made of the first one.
 
     Raises:
         OptionError: a text is too short.
@@ -70,6 +74,9 @@ def passages(tokenizer: Tokenizer, texts: Mapping[str, str], tokens: int) -> dic
         found[name] = ids[:tokens]
     first = next(iter(texts.values()))
     found["recall"] = _recall(tokenizer, first, tokens)
+    ids = next(iter(found.values()))
+    for name, back in (("copy nearby", NEARBY), ("copy from afar", tokens // 2)):
+        found[name] = ids[: tokens - REPEATED] + ids[tokens - REPEATED - back : tokens - back]
     return found
 
 

@@ -111,6 +111,7 @@ class Request:
         read_ahead: how many events may wait unread before this request pauses.
         sparsity: the policy for its steps, in canonical form; None: as the model was loaded.
         counted: have the session tell how many keys were read.
+        chosen: a policy chooses keys, so that it matters where steps begin.
     """
 
     def __init__(
@@ -125,6 +126,7 @@ class Request:
         read_ahead: int = 256,
         sparsity: str | None = None,
         counted: bool = False,
+        chosen: bool = False,
     ) -> None:
         self.prompt_tokens = len(prompt)
         self.stop_ids = stop_ids
@@ -132,6 +134,9 @@ class Request:
         self.progress = progress
         self.sparsity = sparsity
         self.counted = counted
+        self.chosen = chosen
+        self.cached_tokens = 0
+        """Of the prompt: taken from what an earlier sequence had computed."""
         self.branches = [
             Branch(self, i, list(prompt), chooser, unforked=i > 0) for i, chooser in enumerate(choosers or (None,))
         ]

@@ -44,6 +44,8 @@ class Usage:
     """Tokens of the prompt, counted once however many answers were asked for."""
     completion_tokens: int
     """Tokens generated over all answers, end-of-text tokens included."""
+    cached_tokens: int = 0
+    """Tokens of the prompt that were not read: an earlier call, or a prompt cache, had read the same beginning."""
 
     @property
     def total_tokens(self) -> int:

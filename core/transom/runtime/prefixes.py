@@ -1,0 +1,115 @@
+"""Caches of sequences that have ended, kept for prompts that begin alike: a conversation's next turn reads what is new.
+
+Only sessions with a pool of pages keep any: what is kept is pages that nobody needs yet, and it gives way first. A
+sequence is taken up where a step of its own could have begun, so that an answer is the same whether its prompt was read
+anew or not: at a whole page where all keys are read, at a whole chunk where a policy chooses among them step by step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from transom.contract import State
+
+MOST = 8
+"""Sequences that are kept; the one used longest ago goes first."""
+LEAST_NEW = 8
+"""Tokens of a prompt that are read in any case: fewer rows go other ways through an engine, and round otherwise."""
+
+
+class Kept(NamedTuple):
+    """A sequence whose cache is kept."""
+
+    tokens: list[int]
+    """As many as the state holds."""
+    state: State
+    sparsity: str | None
+
+
+class Prefixes:
+    """What is kept. The engine's leader alone may use it.
+
+    Args:
+        page: tokens in a page of the session's pool; 0: it has none, and nothing is kept.
+        chunk: tokens of a prompt that a step reads.
+    """
+
+    def __init__(self, page: int, chunk: int) -> None:
+        self._page, self._chunk = page, chunk
+        self._kept: list[Kept] = []
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    @property
+    def latest(self) -> Kept | None:
+        """What was kept last."""
+        return self._kept[-1] if self._kept else None
+
+    def keep(self, tokens: Sequence[int], state: State, sparsity: str | None) -> None:
+        """Keep an ended sequence's state, or free it. It replaces those that it goes on from.
+
+        Args:
+            tokens: of the sequence, at least as many as the state holds.
+            sparsity: the policy that its steps obeyed.
+        """
+        held = list(tokens[: state.length])
+        if not self._page or len(held) < self._page:
+            state.free()
+            return
+        for other in list(self._kept):
+            if other.sparsity == sparsity and held[: len(other.tokens)] == other.tokens:
+                self._drop(other)
+        self._kept.append(Kept(held, state, sparsity))
+        while len(self._kept) > MOST:
+            self._drop(self._kept[0])
+
+    def take(self, tokens: Sequence[int], sparsity: str | None, *, chosen: bool) -> State | None:
+        """A state with the longest beginning of a prompt that is kept; the caller owns it.
+
+        Args:
+            chosen: a policy chooses keys step by step.
+
+        Raises:
+            OutOfPages: as `State.fork`.
+        """
+        grain = self._chunk if chosen else self._page
+        best: Kept | None = None
+        longest = 0
+        for kept in self._kept:
+            if kept.sparsity != sparsity:
+                continue
+            usable = min(_common(kept.tokens, tokens), len(tokens) - LEAST_NEW) // max(grain, 1) * grain
+            if usable > longest:
+                best, longest = kept, usable
+        if best is None:
+            return None
+        state = best.state.fork(longest)
+        self._kept.remove(best)
+        self._kept.append(best)
+        return state
+
+    def give_up(self) -> bool:
+        """Free the one used longest ago; whether there was one."""
+        if not self._kept:
+            return False
+        self._drop(self._kept[0])
+        return True
+
+    def clear(self) -> None:
+        """Free all."""
+        while self.give_up():
+            pass
+
+    def _drop(self, kept: Kept) -> None:
+        self._kept.remove(kept)
+        kept.state.free()
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    """Tokens that two sequences have in common from their beginning."""
+    for i, (x, y) in enumerate(zip(a, b, strict=False)):
+        if x != y:
+            return i
+    return min(len(a), len(b))
