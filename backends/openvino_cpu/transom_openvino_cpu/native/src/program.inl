@@ -737,7 +737,7 @@ template <class C> static size_t attention_bytes(const Engine *e, const tr_step 
         continue;
       const int pages = (part.past + part.count - 1) / PAGE + 1;
       const size_t plan = attend_plan_bytes<C>(l) + plan_block_bytes<C>(l, *part.sparsity, pages, PAGE);
-      const size_t row = (size_t)pages * PAGE * 4 + 64;
+      const size_t row = (size_t)pages * PAGE * 4 * TOGETHER + 64;
       n = plan > n ? plan : n;
       n = row > n ? row : n;
     }

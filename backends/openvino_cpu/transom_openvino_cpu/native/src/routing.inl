@@ -115,38 +115,52 @@ template <class C, int R> INLINE void dots(const typename C::T *q, int dim, cons
 INLINE VF capped(const tr_layer &l, VF x) { return l.softcap > 0 ? mul(set1(l.softcap * LOG2E), tanhv(x)) : x; }
 
 // --- 1. columns -----------------------------------------------------------------------------------------------------
-// Adds to mass[n] the probabilities that `rows` rows (of one query: its group) at `position` give to keys before
-// `limit`. `x` has room for rows * (pages of position) * 64 floats.
-template <class C>
-static void column_mass(const Heads<C> &s, const tr_part &part, int h, const typename C::T *q, int position, int limit,
-                        float *x, float *mass) {
+// Adds to mass[n] the probabilities that R rows from `row` on (of one query: its group) at `position` give to keys before
+// `limit`. `x` has room for R * (pages of position) * 64 floats.
+template <class C, int R>
+static void column_mass_of(const Heads<C> &s, const tr_part &part, int h, const typename C::T *q, int row, int position,
+                           int limit, float *x, float *mass) {
   const tr_layer &l = *s.layer;
   const int first = l.window && position - l.window + 1 > 0 ? position - l.window + 1 : 0;
   const int p0 = first / PAGE, pages = position / PAGE + 1, width = (pages - p0) * PAGE;
-  for (int r = 0; r < s.group; r++) {
-    VF most = set1(l.sinks ? l.sinks[h * s.group + r] * LOG2E : NEVER);
-    for (int j = p0; j < pages; j++) {
-      VF a[1][4];
-      dots<C, 1>(q + (size_t)r * l.head_dim, l.head_dim, s.keys(part.page[j], h), a);
-      const uint64_t m = seen(j, position, l.window);
+  const float *sinks = l.sinks ? l.sinks + h * s.group + row : nullptr;
+  VF most[R];
+  for (int r = 0; r < R; r++)
+    most[r] = set1(sinks ? sinks[r] * LOG2E : NEVER);
+  for (int j = p0; j < pages; j++) {
+    VF a[R][4];
+    dots<C, R>(q + (size_t)row * l.head_dim, l.head_dim, s.keys(part.page[j], h), a);
+    const uint64_t m = seen(j, position, l.window);
+    for (int r = 0; r < R; r++)
       for (int c = 0; c < 4; c++) {
-        VF y = pick((unsigned)(m >> 16 * c) & 0xffff, capped(l, a[0][c]), set1(NEVER));
-        most = max(most, y);
-        store(x + (size_t)(j - p0) * PAGE + 16 * c, y);
+        VF y = pick((unsigned)(m >> 16 * c) & 0xffff, capped(l, a[r][c]), set1(NEVER));
+        most[r] = max(most[r], y);
+        store(x + (size_t)r * width + (size_t)(j - p0) * PAGE + 16 * c, y);
       }
-    }
-    const float t = top(most);
+  }
+  for (int r = 0; r < R; r++, x += width) {
+    const float t = top(most[r]);
     VF total = zero(), m = set1(t);
     for (int j = 0; j < width; j += 16) {
       VF e = exp2v(sub(load(x + j), m));
       total = add(total, e);
       store(x + j, e);
     }
-    const float sink = l.sinks ? __builtin_exp2f(l.sinks[h * s.group + r] * LOG2E - t) : 0.f;
+    const float sink = sinks ? __builtin_exp2f(sinks[r] * LOG2E - t) : 0.f;
     VF inverse = set1(1.f / (sum(total) + sink));
     for (int j = p0 * PAGE; j < limit; j += 16) // limits are whole pages
       store(mass + j, fma(load(x + j - p0 * PAGE), inverse, load(mass + j)));
   }
+}
+const int TOGETHER = 3; // rows in one call of column_mass_of
+template <class C>
+static void column_mass(const Heads<C> &s, const tr_part &part, int h, const typename C::T *q, int position, int limit,
+                        float *x, float *mass) {
+  int r = 0;
+  for (; r + TOGETHER <= s.group; r += TOGETHER)
+    column_mass_of<C, TOGETHER>(s, part, h, q, r, position, limit, x, mass);
+  for (; r < s.group; r++)
+    column_mass_of<C, 1>(s, part, h, q, r, position, limit, x, mass);
 }
 
 // The columns out of mass[n] (n whole pages): the `most` keys of most mass, ascending.
@@ -249,42 +263,57 @@ template <class C> static void ask(const Heads<C> &s, const tr_part &part, int h
     a.position[a.rows++] = position;
 }
 
-// The nearby keys (pages far / 64 ... last) and the columns before them, exactly.
-template <class C>
-static void exact_masses(const Heads<C> &s, const tr_part &part, int h, int far, int last, const RouteView<C> &v,
-                         int all_columns, Asked<C> &a, float *x) {
+// The nearby keys (pages far / 64 ... last) and the columns before them, exactly: R rows from `row` on. `x` has room for
+// R * (nearby pages + 1) * 64 floats.
+template <class C, int R>
+static void exact_masses_of(const Heads<C> &s, const tr_part &part, int h, int far, int last, const RouteView<C> &v,
+                            int columns, Asked<C> &a, int row, float *x) {
   const tr_layer &l = *s.layer;
-  int columns = 0;
-  while (columns < all_columns && v.head->column[columns] < far)
-    columns++;
   const int near = last / PAGE - far / PAGE + 1, tiles = near + (columns > 0);
-  for (int r = 0; r < a.rows; r++) {
-    VF most = set1(NEVER);
-    for (int t = 0; t < tiles; t++) {
-      VF y[1][4];
-      const int page = far / PAGE + t;
-      dots<C, 1>(a.q + (size_t)r * l.head_dim, l.head_dim, t < near ? s.keys(part.page[page], h) : v.keys, y);
-      uint64_t m = t < near ? seen(page, a.position[r], l.window) : columns == 64 ? ~0ull : (1ull << columns) - 1;
+  VF most[R];
+  for (int r = 0; r < R; r++)
+    most[r] = set1(NEVER);
+  for (int t = 0; t < tiles; t++) {
+    VF y[R][4];
+    const int page = far / PAGE + t;
+    dots<C, R>(a.q + (size_t)row * l.head_dim, l.head_dim, t < near ? s.keys(part.page[page], h) : v.keys, y);
+    for (int r = 0; r < R; r++) {
+      const int position = a.position[row + r];
+      uint64_t m = t < near ? seen(page, position, l.window) : columns == 64 ? ~0ull : (1ull << columns) - 1;
       if (t == near && l.window)
         for (int i = 0; i < columns; i++)
-          if (v.head->column[i] <= a.position[r] - l.window)
+          if (v.head->column[i] <= position - l.window)
             m &= ~(1ull << i);
       for (int c = 0; c < 4; c++) {
-        y[0][c] = pick((unsigned)(m >> 16 * c) & 0xffff, capped(l, y[0][c]), set1(NEVER));
-        most = max(most, y[0][c]);
-        store(x + t * 64 + 16 * c, y[0][c]);
+        y[r][c] = pick((unsigned)(m >> 16 * c) & 0xffff, capped(l, y[r][c]), set1(NEVER));
+        most[r] = max(most[r], y[r][c]);
+        store(x + (r * tiles + t) * 64 + 16 * c, y[r][c]);
       }
     }
-    const float sink = l.sinks ? l.sinks[h * a.group + r % a.group] * LOG2E : NEVER;
-    const float t = top(most) > sink ? top(most) : sink;
+  }
+  for (int r = 0; r < R; r++, x += tiles * 64) {
+    const int at = row + r;
+    const float sink = l.sinks ? l.sinks[h * a.group + at % a.group] * LOG2E : NEVER;
+    const float t = top(most[r]) > sink ? top(most[r]) : sink;
     VF m = set1(t), n = zero(), k = zero();
     for (int j = 0; j < near * 64; j += 16)
       n = add(n, exp2v(sub(load(x + j), m)));
     for (int j = near * 64; j < tiles * 64; j += 16)
       k = add(k, exp2v(sub(load(x + j), m)));
-    a.most[r] = t, a.near[r] = sum(n), a.column[r] = sum(k);
-    a.total[r] = a.near[r] + a.column[r] + (l.sinks ? __builtin_exp2f(sink - t) : 0.f);
+    a.most[at] = t, a.near[at] = sum(n), a.column[at] = sum(k);
+    a.total[at] = a.near[at] + a.column[at] + (l.sinks ? __builtin_exp2f(sink - t) : 0.f);
   }
+}
+template <class C>
+static void exact_masses(const Heads<C> &s, const tr_part &part, int h, int far, int last, const RouteView<C> &v,
+                         int all_columns, Asked<C> &a, float *x) {
+  int columns = 0, r = 0;
+  while (columns < all_columns && v.head->column[columns] < far)
+    columns++;
+  for (; r + TOGETHER <= a.rows; r += TOGETHER)
+    exact_masses_of<C, TOGETHER>(s, part, h, far, last, v, columns, a, r, x);
+  for (; r < a.rows; r++)
+    exact_masses_of<C, 1>(s, part, h, far, last, v, columns, a, r, x);
 }
 
 // Masses of 64 nodes for R rows: count * 2 ** (estimate - most). `halves` are the means of 8 nodes each, variances
@@ -399,12 +428,10 @@ static void patch_masses(const tr_layer &l, const RouteView<C> &v, int far, int 
   const typename C::T *halves[8];
   for (int x = 0; x < 8; x++)
     halves[x] = v.patches + (size_t)(x * 8 < h.patches ? x : 0) * node_numbers(l);
-  for (int r = 0; r < a.rows; r++) {
-    VF e[1][4];
-    node_tile<C, 1>(l, halves, a, r, e);
+  auto add_rows = [&](int r, const VF *e) {
     float x[64];
     for (int c = 0; c < 4; c++)
-      store(x + 16 * c, e[0][c]);
+      store(x + 16 * c, e[c]);
     for (int i = 0; i < h.patches && h.patch[i] * NODE < far; i++) {
       if (l.window && (h.patch[i] + 1) * NODE <= a.position[r] - l.window + 1)
         continue;
@@ -412,6 +439,18 @@ static void patch_masses(const tr_layer &l, const RouteView<C> &v, int far, int 
       U[(size_t)r * width + h.patch[i] * NODE / unit] += y;
       a.total[r] += y;
     }
+  };
+  int r = 0;
+  for (; r + TOGETHER <= a.rows; r += TOGETHER) {
+    VF e[TOGETHER][4];
+    node_tile<C, TOGETHER>(l, halves, a, r, e);
+    for (int i = 0; i < TOGETHER; i++)
+      add_rows(r + i, e[i]);
+  }
+  for (; r < a.rows; r++) {
+    VF e[1][4];
+    node_tile<C, 1>(l, halves, a, r, e);
+    add_rows(r, e[0]);
   }
 }
 

@@ -116,7 +116,7 @@ INLINE float coverage_of(const tr_sparsity &rule, float loose) {
 INLINE size_t choice_bytes(const tr_layer &l, const tr_sparsity &rule, int pages, int asked) {
   const size_t width = (size_t)pages * PAGE / rule.unit + 64;
   return align64((size_t)asked * width * 4) + align64((size_t)(pages * PAGE / rule.unit / 64 + 2) * 8) +
-         align64((size_t)(pages / 8 + 2) * 8) + align64((size_t)(rule.local + 3) * 64 * 4) +
+         align64((size_t)(pages / 8 + 2) * 8) + align64((size_t)(rule.local + 3) * 64 * 4 * TOGETHER) +
          align64((size_t)asked * 4) + plan_bytes(pages + 1, rule.unit) + 256 + (size_t)l.heads * 0;
 }
 
@@ -143,7 +143,7 @@ static bool plan_block(const Heads<C> &s, const tr_part &part, int h, int p0, in
   else
     ask(s, part, h, last, a);
   float *x = (float *)memory;
-  memory += align64((size_t)(rule.local + 3) * 64 * 4);
+  memory += align64((size_t)(rule.local + 3) * 64 * 4 * TOGETHER);
   uint64_t *patched = (uint64_t *)memory;
   memory += align64((size_t)(pages / 8 + 2) * 8);
   uint64_t *bits = (uint64_t *)memory;
