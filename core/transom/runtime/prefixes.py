@@ -14,8 +14,12 @@ from transom.contract import State
 
 MOST = 8
 """Sequences that are kept; the one used longest ago goes first."""
+SPARE_SHARE = 16
+"""A prompt that shares nothing with what is kept leaves of it at most 1/16 of the pool: fresh pages are memory that the
+process had not touched before."""
 LEAST_NEW = 8
-"""Tokens of a prompt that are read in any case: fewer rows go other ways through an engine, and round otherwise."""
+"""Fewer rows in a step go other ways through an engine, and round otherwise: where a prompt's last step would have had
+as many, it has to have them here."""
 
 
 class Kept(NamedTuple):
@@ -33,10 +37,12 @@ class Prefixes:
     Args:
         page: tokens in a page of the session's pool; 0: it has none, and nothing is kept.
         chunk: tokens of a prompt that a step reads.
+        pages: in the pool.
     """
 
-    def __init__(self, page: int, chunk: int) -> None:
+    def __init__(self, page: int, chunk: int, pages: int) -> None:
         self._page, self._chunk = page, chunk
+        self._spare = page * pages // SPARE_SHARE
         self._kept: list[Kept] = []
 
     def __len__(self) -> int:
@@ -74,21 +80,33 @@ class Prefixes:
         Raises:
             OutOfPages: as `State.fork`.
         """
-        grain = self._chunk if chosen else self._page
         best: Kept | None = None
         longest = 0
         for kept in self._kept:
             if kept.sparsity != sparsity:
                 continue
-            usable = min(_common(kept.tokens, tokens), len(tokens) - LEAST_NEW) // max(grain, 1) * grain
+            usable = self._usable(_common(kept.tokens, tokens), len(tokens), chosen=chosen)
             if usable > longest:
                 best, longest = kept, usable
         if best is None:
+            while sum(len(kept.tokens) for kept in self._kept) > self._spare and self.give_up():
+                continue
             return None
         state = best.state.fork(longest)
         self._kept.remove(best)
         self._kept.append(best)
         return state
+
+    def _usable(self, common: int, total: int, *, chosen: bool) -> int:
+        """How many of the tokens in common may be taken up."""
+        last = total % self._chunk  # tokens in the last step of a prompt that is read from its beginning
+        grain = self._chunk if chosen or 0 < last < LEAST_NEW else self._page
+        usable = common // grain * grain
+        while usable > 0 and (
+            total == usable or (0 < (total - usable) % self._chunk < LEAST_NEW and grain == self._page)
+        ):
+            usable -= grain
+        return max(usable, 0)
 
     def give_up(self) -> bool:
         """Free the one used longest ago; whether there was one."""

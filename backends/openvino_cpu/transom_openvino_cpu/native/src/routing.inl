@@ -71,21 +71,35 @@ static void make_node(const typename C::T *tile, int dim, uint64_t keys, typenam
   }
 }
 
+// Column x of a pair, of 16 keys that lie one behind the other.
+INLINE VF column_of(const uint16_t *tile, int x) {
+  const VI words = iload(tile);
+  return as_float(x ? iand(words, iset1((int)0xffff0000)) : left<16>(words));
+}
+INLINE VF column_of(const float *tile, int) { return load(tile); }
+
 // All nodes of a full page.
 template <class C> static void make_nodes(const typename C::T *tile, int dim, typename C::T *nodes) {
   const int P = C::P;
   typename C::T *variances = nodes + (size_t)dim * PER_PAGE;
+  auto node_sums = [](const VF *x) { // in the lower half
+    const VF pairs = pair_sums(pair_sums(x[0], x[1]), pair_sums(x[2], x[3]));
+    return pair_sums(pairs, pairs);
+  };
+  const VF share = set1(1.f / NODE);
   for (int d = 0; d < dim; d++) {
-    const typename C::T *x = tile + (size_t)(d / P) * PAGE * P + d % P;
+    VF k[4], squares[4];
+    for (int c = 0; c < 4; c++) {
+      k[c] = column_of(tile + ((size_t)(d / P) * PAGE + 16 * c) * P, d % P);
+      squares[c] = mul(k[c], k[c]);
+    }
+    const VF mean = mul(node_sums(k), share);
+    float means[16], rest[16];
+    store(means, mean);
+    store(rest, max(zero(), sub(mul(node_sums(squares), share), mul(mean, mean))));
     for (int node = 0; node < PER_PAGE; node++) {
-      float s = 0, z = 0;
-      for (int j = 0; j < NODE; j++) {
-        const float k = widen(x[(node * NODE + j) * P]);
-        s += k, z += k * k;
-      }
-      s *= 1.f / NODE, z = z * (1.f / NODE) - s * s;
-      narrow(nodes + ((size_t)(d / P) * NODE + node) * P + d % P, s);
-      narrow(variances + ((size_t)(d / P) * NODE + node) * P + d % P, z > 0 ? z : 0);
+      narrow(nodes + ((size_t)(d / P) * NODE + node) * P + d % P, means[node]);
+      narrow(variances + ((size_t)(d / P) * NODE + node) * P + d % P, rest[node]);
     }
   }
 }
@@ -142,7 +156,7 @@ static void column_mass_of(const Heads<C> &s, const tr_part &part, int h, const 
     const float t = top(most[r]);
     VF total = zero(), m = set1(t);
     for (int j = 0; j < width; j += 16) {
-      VF e = exp2v(sub(load(x + j), m));
+      VF e = C::exp2(sub(load(x + j), m));
       total = add(total, e);
       store(x + j, e);
     }
@@ -297,9 +311,9 @@ static void exact_masses_of(const Heads<C> &s, const tr_part &part, int h, int f
     const float t = top(most[r]) > sink ? top(most[r]) : sink;
     VF m = set1(t), n = zero(), k = zero();
     for (int j = 0; j < near * 64; j += 16)
-      n = add(n, exp2v(sub(load(x + j), m)));
+      n = add(n, C::exp2(sub(load(x + j), m)));
     for (int j = near * 64; j < tiles * 64; j += 16)
-      k = add(k, exp2v(sub(load(x + j), m)));
+      k = add(k, C::exp2(sub(load(x + j), m)));
     a.most[at] = t, a.near[at] = sum(n), a.column[at] = sum(k);
     a.total[at] = a.near[at] + a.column[at] + (l.sinks ? __builtin_exp2f(sink - t) : 0.f);
   }
@@ -353,7 +367,7 @@ INLINE void node_tile(const tr_layer &l, const typename C::T *const *halves, con
   for (int r = 0; r < R; r++) {
     VF m = set1(a.most[row + r]);
     for (int c = 0; c < 4; c++) // far above the exact keys an estimate is beyond belief, and must not overflow
-      e[r][c] = exp2v(min(set1(100.f), sub(capped(l, e[r][c]), m)));
+      e[r][c] = C::exp2(min(set1(100.f), sub(capped(l, e[r][c]), m)));
   }
 }
 

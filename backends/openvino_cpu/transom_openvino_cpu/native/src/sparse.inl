@@ -189,6 +189,31 @@ INLINE size_t plan_block_bytes(const tr_layer &l, const tr_sparsity &rule, int p
   return asked_bytes<C>(l, rows) + choice_bytes(l, rule, pages, rows + 1) + means;
 }
 
+// Asks memory for item x of a plan, before it is needed.
+template <class C>
+static void ask_ahead(const Heads<C> &s, const tr_part &part, int h, const Plan &p, int unit, int x) {
+  const tr_layer &l = *s.layer;
+  const int per = PAGE / unit;
+  if (x < p.block_count) {
+    const char *tile = (const char *)s.keys(part.page[p.blocks[x]], h);
+    const size_t bytes = (size_t)PAGE * (l.head_dim + l.value_dim) * sizeof(typename C::T);
+    for (size_t b = 0; b < bytes; b += 64)
+      __builtin_prefetch(tile + b, 0, 2);
+    return;
+  }
+  for (int a = (x - p.block_count) * per; a < p.loose_count && a < (x - p.block_count + 1) * per; a++) {
+    const int u = p.loose[a], page = part.page[u / per], t = u % per * unit;
+    const char *k = (const char *)(s.keys(page, h) + (size_t)t * C::P);
+    const char *v = (const char *)(s.values(page, h) + (size_t)t * l.value_dim);
+    const size_t piece = (size_t)unit * C::P * sizeof(typename C::T), apart = (size_t)PAGE * C::P * sizeof(typename C::T);
+    for (int d = 0; d < l.head_dim / C::P; d++)
+      for (size_t b = 0; b < piece; b += 64)
+        __builtin_prefetch(k + d * apart + b, 0, 2);
+    for (size_t b = 0; b < (size_t)unit * l.value_dim * sizeof(typename C::T); b += 64)
+      __builtin_prefetch(v + b, 0, 2);
+  }
+}
+
 // As attend_dense, over a plan.
 template <class C>
 static bool attend_plan(const Heads<C> &s, const tr_part &part, int h, int p0, int p1, const Plan &plan, int unit,
@@ -212,8 +237,10 @@ static bool attend_plan(const Heads<C> &s, const tr_part &part, int h, int p0, i
     for (int r = 0; r < rows; r++)
       position[r] = p0 + r / s.group;
     const int items = plan_items(plan, unit);
-    for (int x = 0; x < items; x++)
+    for (int x = 0; x < items; x++) {
+      ask_ahead(s, part, h, plan, unit, x + 1);
       attend_tile<C>(l, plan_tile<C>(s, part, h, plan, unit, &v, x, position, rows, buffer, mask), g, rows);
+    }
     for (int r = 0; r < rows; r++) {
       float total = sum(load(g.sums + r * 16));
       fine &= total > 0 && total < 1e30f;
