@@ -1,4 +1,4 @@
-"""What a backend implements: five methods, API 1.1. Imports no torch and no vendor SDK.
+"""What a backend implements: five methods, API 1.2. Imports no torch and no vendor SDK.
 
 A plugin is anything with a `transom_backends` hook, found through the entry-point group `transom.backends`. The hook
 returns backends; a backend answers `probe`, `claim`, `compile`, `check` and `load`, and a loaded artifact is a
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transom.graph import Graph
     from transom.ops import OpSchema
 
-API_VERSION = (1, 1)
+API_VERSION = (1, 2)
 """A backend is accepted when `backend.api[0] == API_VERSION[0]` and `backend.api[1] <= API_VERSION[1]`."""
 
 ENTRY_POINT_GROUP = "transom.backends"
@@ -264,6 +264,24 @@ class SparseSession(Session, Protocol):
 
         The tokens of a block that chooses together count alike: what its last one read, among the keys that any of them
         sees. KV heads that a layer does not have are 0. A state that was freed raises RuntimeError.
+        """
+        ...
+
+
+@runtime_checkable
+class SavingSession(Session, Protocol):
+    """A session whose states can be written down and made again, also in another process that loaded the same artifact.
+    Optional; the host asks with `isinstance`, and offers prompt caches on disk with it. Since API 1.2.
+    """
+
+    def save(self, state: State) -> Mapping[str, Tensor]:
+        """All that the state holds, by name. A state that was freed raises RuntimeError."""
+        ...
+
+    def restore(self, length: int, arrays: Mapping[str, Tensor]) -> State:
+        """A state of so many tokens out of what `save` gave. The arrays are the session's from then on.
+
+        Raises ValueError for arrays that are not those of such a state, OutOfPages when the pool is too small.
         """
         ...
 

@@ -11,6 +11,7 @@ import pytest
 from levels import pytestmark  # noqa: F401  pytest reads the mark from here
 
 import transom
+from transom.errors import OptionError
 
 PROMPT = 900
 TURN = 100
@@ -57,3 +58,71 @@ def test_sparse_attention_takes_up_whole_chunks(tmp_path: Path, rng: np.random.G
         assert cached == 0
         assert _answer(model, prompt, "0.6")[1] == 0
         assert _answer(model, prompt, "0.5") == (first, 2048)
+
+
+# ------------------------------------------------------------------------------------------------------------- on disk
+@pytest.fixture
+def options(tmp_path: Path) -> dict[str, Any]:
+    return {"device": "cpu", "backend": "openvino_cpu", "verify": "off", "cache": transom.Cache(tmp_path / "cache")}
+
+
+@pytest.mark.parametrize("sparsity", ["off", "0.5"])
+def test_a_saved_prompt_is_taken_up_by_another_process(
+    sparsity: str, tmp_path: Path, options: dict[str, Any], rng: np.random.Generator
+) -> None:
+    path = byte_llama.write_gguf(tmp_path / "m.gguf", rng, context=4096)
+    prompt = rng.integers(0, 256, 2500).tolist()
+    with transom.load(path, **options) as model:
+        first, _ = _answer(model, prompt, sparsity)
+        assert model.save_prompt_cache(tmp_path / "p.cache") == 2503  # the last token of the answer is not computed
+    with transom.load(path, **options) as model:
+        assert model.load_prompt_cache(tmp_path / "p.cache") == 2503
+        assert _answer(model, prompt, sparsity) == (first, 2048 if sparsity != "off" else 2432)
+        other = "off" if sparsity != "off" else "0.5"
+        assert _answer(model, prompt, other)[1] == 0
+
+
+def test_nothing_is_saved_of_less_than_a_page(
+    tmp_path: Path, options: dict[str, Any], rng: np.random.Generator
+) -> None:
+    with transom.load(byte_llama.write_gguf(tmp_path / "m.gguf", rng), **options) as model:
+        _answer(model, [1, 2, 3], "off")
+        assert model.save_prompt_cache(tmp_path / "p.cache") == 0
+    assert not (tmp_path / "p.cache").exists()
+
+
+def test_what_is_no_prompt_cache_of_this_model_is_refused(
+    tmp_path: Path, options: dict[str, Any], rng: np.random.Generator
+) -> None:
+    path = byte_llama.write_gguf(tmp_path / "m.gguf", rng)
+    other = byte_llama.write_gguf(tmp_path / "other.gguf", rng)
+    file = tmp_path / "p.cache"
+    with transom.load(other, **options) as model:
+        _answer(model, rng.integers(0, 256, 300).tolist(), "off")
+        model.save_prompt_cache(file)
+    with transom.load(path, **options) as model:
+        with pytest.raises(OptionError, match="made by another model"):
+            model.load_prompt_cache(file)
+        _answer(model, rng.integers(0, 256, 300).tolist(), "off")
+        model.save_prompt_cache(file)
+        whole = file.read_bytes()
+        for damaged in (
+            b"", b"no archive", whole[: len(whole) // 2], whole[:3000] + bytes([whole[3000] ^ 1]) + whole[3001:],
+        ):  # fmt: skip
+            file.write_bytes(damaged)
+            with pytest.raises(OptionError, match="is damaged"):
+                model.load_prompt_cache(file)
+        with pytest.raises(OptionError, match="cannot be read"):
+            model.load_prompt_cache(tmp_path / "none")
+        with pytest.raises(FileNotFoundError):
+            model.save_prompt_cache(tmp_path / "none" / "p.cache")
+        file.write_bytes(whole)
+        assert model.load_prompt_cache(file) == 303
+
+
+def test_a_backend_that_cannot_save_says_so(tmp_path: Path, options: dict[str, Any], rng: np.random.Generator) -> None:
+    path = byte_llama.write_gguf(tmp_path / "m.gguf", rng)
+    with transom.load(path, **(options | {"backend": "reference"})) as model:
+        _answer(model, [1, 2, 3], "off")
+        with pytest.raises(OptionError, match="cannot write prompt caches"):
+            model.save_prompt_cache(tmp_path / "p.cache")

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from engine_drive import alone, read, request, settled
 from fakes import FakeSession
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from transom.contract import OutOfPages
+from transom.errors import DoesNotFit, OptionError
 from transom.runtime.engine import Engine
 from transom.runtime.params import SamplingParams
 from transom.runtime.prefixes import LEAST_NEW, MOST, Prefixes
@@ -144,3 +147,32 @@ def test_closing_frees_what_is_kept() -> None:
     engine.close()
     assert session.live == set()
     assert session.violations == []
+
+
+class SavingFake(FakeSession):
+    """Raises what it is told to when a state is restored."""
+
+    problem: Exception
+
+    def save(self, state: Any) -> dict[str, Any]:
+        return {}
+
+    def restore(self, length: int, arrays: Any) -> Any:
+        raise self.problem
+
+
+@pytest.mark.parametrize(
+    ("problem", "error", "said"),
+    [
+        (OutOfPages("none"), DoesNotFit, "has 30 tokens"),
+        (ValueError("no pages"), OptionError, "does not fit this model"),
+    ],
+)
+def test_a_saved_prompt_that_cannot_be_restored(problem: Exception, error: type[Exception], said: str) -> None:
+    session = SavingFake(page_tokens=4, pages=40)
+    session.problem = problem
+    engine = Engine(session)
+    with pytest.raises(error, match=said):
+        engine.restore(list(range(30)), None, {})
+    assert engine.kept == 0
+    settled(session, engine)

@@ -21,7 +21,7 @@ class OpenVinoCpu:
     `threads`; the last two may change from load to load of one artifact."""
 
     name = "openvino_cpu"
-    api = (1, 1)
+    api = (1, 2)
 
     def probe(self, devices: Sequence[Device]) -> Sequence[Offer | Refusal]:
         return [probing.answer(device) for device in devices]

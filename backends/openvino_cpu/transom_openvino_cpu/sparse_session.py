@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -88,7 +88,7 @@ def dense_keys(past: int, count: int, window: int, *, chunk: bool) -> int:
 
 
 class SparseSession(PagedSession):
-    """A `transom.contract.SparseSession`."""
+    """A `transom.contract.SparseSession`, and a `SavingSession`."""
 
     def __init__(self, engine: NativeEngine, decoder: Decoder, *, context: int, pages: int) -> None:
         self._native = engine
@@ -104,6 +104,44 @@ class SparseSession(PagedSession):
             raise ValueError("this sequence state belongs to another session")
         state.table.pages  # noqa: B018  a freed state raises here
         return state.keys_read()
+
+    def save(self, state: State) -> Mapping[str, Tensor]:
+        """Pages of each layer, uint8 [pages, bytes], and the route of sparse attention where there is one."""
+        if not isinstance(state, SparseState) or state.table.pool is not self._pool:
+            raise ValueError("this sequence state belongs to another session")
+        pages = state.table.pages
+        found = {f"layer.{i}": self._native.page_data(i, pages) for i in range(len(self._native.program.layers))}
+        if state.route:
+            found["route"] = self._native.route_data(state.route).copy()
+        return found
+
+    def restore(self, length: int, arrays: Mapping[str, Tensor]) -> SparseState:
+        """A state out of what `save` gave.
+
+        Raises:
+            ValueError: these are no arrays of a state of so many tokens.
+            OutOfPages: the pool is too small.
+        """
+        self._need_open()
+        count = -(-length // self._native.page_tokens)
+        layers = [np.asarray(arrays.get(f"layer.{i}", ())) for i in range(len(self._native.program.layers))]
+        for i, data in enumerate(layers):
+            if data.dtype != np.uint8 or data.shape != (count, self._native.layer_page_bytes(i)):
+                raise ValueError(f"layer {i} has no pages for {length} tokens")
+        state = self.new_state()
+        route = arrays.get("route")
+        if route is not None:
+            memory = self._native.route_data(state.need_route())
+            if np.asarray(route).dtype != np.uint8 or np.shape(route) != memory.shape:
+                state.free()
+                raise ValueError("what sparse attention knew of it is of another size")
+            memory[:] = route
+            self._native.take_counts(state.route)
+        reservation = self._pool.reserve([(state.table, length)])
+        for i, data in enumerate(layers):
+            self._native.set_page_data(i, reservation.pages[0], data)
+        reservation.commit()
+        return state
 
     def _check(self, work: Sequence[Work]) -> None:
         check_step(work, self._limits, self._decoder.vocabulary, sparsity=True)

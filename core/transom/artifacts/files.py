@@ -12,8 +12,10 @@ import os
 import sys
 import time
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 if TYPE_CHECKING:
     from transom.contract import Progress
@@ -80,16 +82,27 @@ def write_durably(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def replace_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that readers see the old content or the new, never a part. Raises OSError."""
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to that takes the place of `path` at the end of a `with`, and leaves nothing when that fails:
+    readers see the old content or the new, never a part. Raises OSError."""
     temporary = path.with_name("." + unique(path.name))
     try:
-        write_durably(temporary, data)
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
         _replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def replace_atomically(path: Path, data: bytes) -> None:
+    """Write a file so that readers see the old content or the new, never a part. Raises OSError."""
+    with replacing(path) as file:
+        file.write(data)
 
 
 def _replace(source: Path, target: Path) -> None:

@@ -5,6 +5,7 @@ On the warm start-up path: imports nothing that an answer does not need.
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     from transom.runtime.generation import Stream
     from transom.runtime.model import Model
 
+WORTH_KEEPING = 0.9
+"""A prompt cache that held this share of the prompt is not written anew."""
+
 
 @click.command(
     epilog="""\b
@@ -27,6 +31,7 @@ Examples:
   transom run model.gguf --raw "Once upon a time" --max-tokens 100
   transom run model.gguf "A person, as JSON" --json-schema person.json --quiet | jq .name
   transom run model.gguf "Hello" --device cuda:0 --json
+  transom run model.gguf --prompt-cache report.cache < report-and-question.txt
 """
 )
 @MODEL
@@ -38,6 +43,10 @@ Examples:
 )
 @click.option("--n", type=int, default=1, help="Answers to draw; more than one need a temperature above 0.")
 @click.option("--logprobs", type=int, help="With --json: log-probabilities of each token and of the N likeliest.")
+@click.option(
+    "--prompt-cache", type=click.Path(dir_okay=False), metavar="FILE",
+    help="Read the prompt from where it differs from what FILE holds, and write FILE where that was little.",
+)  # fmt: skip
 @click.option("-q", "--quiet", is_flag=True, help="Nothing on stderr but errors.")
 @sampling
 @loading
@@ -49,6 +58,7 @@ def run(
     variables: tuple[str, ...],
     n: int,
     logprobs: int | None,
+    prompt_cache: str | None,
     quiet: bool,
     as_json: bool,
     **options: Any,
@@ -78,6 +88,8 @@ def run(
         if not quiet:
             for warning in loaded.report.warnings:
                 warn(warning)
+        if prompt_cache is not None and os.path.exists(prompt_cache):
+            loaded.load_prompt_cache(prompt_cache)
         with Progress(quiet=quiet, stage="prompt") as progress:
             stream = _start(loaded, text, raw, system, variables, {**generation, "progress": progress.prompt})
             answer = Answer(progress)
@@ -94,6 +106,8 @@ def run(
                 click.echo(choice.text)
         if not quiet and not as_json:
             aside(answer_line(loaded.report, result))
+        if prompt_cache is not None and result.usage.cached_tokens < WORTH_KEEPING * result.usage.prompt_tokens:
+            loaded.save_prompt_cache(prompt_cache)
     if answer.stopped:
         raise KeyboardInterrupt
     return 0

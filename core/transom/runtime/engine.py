@@ -14,14 +14,14 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 
-from transom.contract import OutOfPages, Session, SparseSession, State, Work
-from transom.errors import DoesNotFit, EngineError, TransomError
-from transom.runtime.prefixes import Prefixes
+from transom.contract import OutOfPages, SavingSession, Session, SparseSession, State, Work
+from transom.errors import DoesNotFit, EngineError, OptionError, TransomError
+from transom.runtime.prefixes import Kept, Prefixes
 from transom.runtime.requests import Branch, Event, Prefilled, Request, Token
 from transom.runtime.results import FinishReason
 from transom.runtime.scheduling import Fair, Policy, Slice
@@ -151,8 +151,11 @@ class Engine:
             request.branches[branch].cancelled = True
 
     @contextlib.contextmanager
-    def exclusive(self) -> Iterator[Session]:
+    def exclusive(self, *, keep: bool = False) -> Iterator[Session]:
         """The session for this thread alone, between two steps; generations wait.
+
+        Args:
+            keep: leave the caches of ended sequences as they are, and their pages with them.
 
         Raises:
             ModelClosed: the engine is closed.
@@ -170,7 +173,8 @@ class Engine:
                 if self._leader is None:
                     self._hand_over()
         try:
-            self._prefixes.clear()
+            if not keep:
+                self._prefixes.clear()
             yield self._session
         finally:
             self._release()
@@ -179,6 +183,39 @@ class Engine:
     def kept(self) -> int:
         """Ended sequences whose caches are kept for prompts that begin alike."""
         return len(self._prefixes)
+
+    def save_latest(self) -> tuple[Kept, dict[str, np.ndarray[Any, np.dtype[Any]]]] | None:
+        """The sequence that ended last, and what the session holds of it; None where nothing is kept.
+
+        Raises:
+            OptionError: the backend cannot write its states down.
+            ModelClosed: the engine is closed.
+        """
+        with self.exclusive(keep=True) as session:
+            saving = _saving(session)
+            kept = self._prefixes.latest
+            return None if kept is None else (kept, {n: np.asarray(a) for n, a in saving.save(kept.state).items()})
+
+    def restore(self, tokens: Sequence[int], sparsity: str | None, arrays: Mapping[str, Any]) -> None:
+        """Keep a sequence that was saved, as if it had just ended.
+
+        Raises:
+            OptionError: the backend cannot make it again, or these are no arrays of such a sequence.
+            DoesNotFit: the cache is too small for it.
+            ModelClosed: the engine is closed.
+        """
+        with self.exclusive() as session:
+            saving = _saving(session)
+            try:
+                state = saving.restore(len(tokens), arrays)
+            except OutOfPages as error:
+                raise DoesNotFit(
+                    f"The saved prompt has {len(tokens)} tokens, and the cache has room for {self.context}",
+                    "Load the model with a larger context.",
+                ) from error
+            except ValueError as error:
+                raise OptionError(f"The saved prompt does not fit this model: {error}", "Make it again.") from error
+            self._prefixes.keep(tokens, state, sparsity)
 
     def forget(self) -> None:
         """Give up the caches that are kept of ended sequences.
@@ -496,6 +533,12 @@ class Engine:
     def _busy_now(self) -> float:
         """A clock that runs only while somebody leads: readers who dawdle do not count."""
         return self._busy + time.perf_counter() - self._led_since
+
+
+def _saving(session: Session) -> SavingSession:
+    if not isinstance(session, SavingSession):
+        raise OptionError("This backend cannot write prompt caches", "Leave the prompt cache out.")
+    return session
 
 
 def _padded(tokens: list[int], width: int) -> list[int]:

@@ -564,6 +564,7 @@ class _Loader:
                 defaults=text.defaults,
                 inputs={} if source.decoder else {n: InputSpec(*spec) for n, spec in source.inputs.items()},
                 sparsity=sparsity,
+                identity=stored.key,
                 heads=self._heads_finder(sparsity, source),
                 on_close=_releaser(stored, self._held),
             )

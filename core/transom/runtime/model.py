@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
@@ -69,6 +70,8 @@ class Loaded:
     policy: Policy | None = None
     sparsity: Sparsity = field(default_factory=lambda: PRESETS["off"])
     """Which keys its attention reads, with the model's own heads where they are known."""
+    identity: str = ""
+    """Of the compiled model: what a prompt cache must be of."""
     heads: Callable[[], Heads | None] = lambda: None
     """Finds the model's calibrated heads, for policies of single calls."""
     on_close: Callable[[], None] | None = None
@@ -350,6 +353,47 @@ class Model:
         tokenizer = require_tokenizer(self._loaded.tokenizer)
         ids = token_ids(tokens, max(self._vocabulary, tokenizer.vocabulary_size), "The argument of detokenize")
         return tokenizer.decode(ids, skip_special=skip_special)
+
+    def save_prompt_cache(self, path: str | Path) -> int:
+        """Write the cache of the sequence that was generated last, prompt and answer, for `load_prompt_cache` in
+        another process. The file holds the text, so it is as private as that.
+
+        Returns:
+            how many tokens were saved; 0, and no file, where the sequence was shorter than a page of the cache.
+
+        Raises:
+            OptionError: the backend cannot write caches.
+            OSError: the file cannot be written.
+            ModelClosed: the model is closed.
+        """
+        from transom.runtime import prompt_cache
+
+        found = self._engine.save_latest()
+        if found is None:
+            return 0
+        kept, arrays = found
+        policy = self._loaded.sparsity.to_string() if kept.sparsity is None else kept.sparsity
+        saved = prompt_cache.SavedPrompt(kept.tokens, policy, arrays)
+        prompt_cache.write(Path(path), saved, self._loaded.identity)
+        return len(kept.tokens)
+
+    def load_prompt_cache(self, path: str | Path) -> int:
+        """Take up what `save_prompt_cache` wrote: a prompt that begins alike is read from where it differs.
+
+        Returns:
+            how many tokens were taken up.
+
+        Raises:
+            OptionError: the file cannot be read, is damaged, is of another compiled model, or the backend cannot.
+            DoesNotFit: the cache has no room for it.
+            ModelClosed: the model is closed.
+        """
+        from transom.runtime import prompt_cache
+
+        saved = prompt_cache.read(Path(path), self._loaded.identity)
+        same = saved.sparsity == self._loaded.sparsity.to_string()
+        self._engine.restore(saved.tokens, None if same else saved.sparsity, saved.arrays)
+        return len(saved.tokens)
 
     def close(self) -> None:
         """Give everything back, after the running step; generations that have not ended raise ModelClosed. Closing

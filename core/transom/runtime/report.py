@@ -128,7 +128,8 @@ def answer_line(report: Report, generation: Generation) -> str:
         parts.append(f"{timings.decode_tokens_per_second:.1f} tokens/s")
     if generation.density is not None:
         parts.append(f"{generation.density:.0%} of the keys read")
-    parts.append(f"{usage.prompt_tokens} + {usage.completion_tokens} tokens")
+    known = f" ({usage.cached_tokens} of them known)" if usage.cached_tokens else ""
+    parts.append(f"{usage.prompt_tokens}{known} + {usage.completion_tokens} tokens")
     return ", ".join(parts)
 
 

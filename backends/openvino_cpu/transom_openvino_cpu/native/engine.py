@@ -157,6 +157,12 @@ class NativeEngine:
         """Also after the engine was closed."""
         self._lib.tr_route_free(route)
 
+    def route_data(self, route: int) -> Array:
+        """A route's bytes, uint8, as they lie in its memory: reading and writing."""
+        memory = ctypes.c_void_p()
+        size = int(self._lib.tr_route_data(route, ctypes.byref(memory)))
+        return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(memory.value or 0))
+
     def take_counts(self, route: int) -> Array:
         """Keys that the sequence's queries have read, and that they could see, since this was asked last: float64
         [2, layers, most kv_heads]."""
@@ -184,7 +190,11 @@ class NativeEngine:
     # pages ------------------------------------------------------------------------------------------------------------
     def page_bytes(self) -> int:
         """Bytes of one page over all layers."""
-        return sum(int(self._lib.tr_page_bytes(self._engine, i)) for i in range(len(self.program.layers)))
+        return sum(self.layer_page_bytes(i) for i in range(len(self.program.layers)))
+
+    def layer_page_bytes(self, layer: int) -> int:
+        """Bytes of one page of a layer."""
+        return int(self._lib.tr_page_bytes(self._engine, layer))
 
     def bind_pages(self, pages: int) -> None:
         """Reserve memory for so many pages; the system gives it as pages are written to. One page more is nobody's:
@@ -192,7 +202,7 @@ class NativeEngine:
         self._spare = pages
         pages += 1
         for i in range(len(self.program.layers)):
-            size = int(self._lib.tr_page_bytes(self._engine, i))
+            size = self.layer_page_bytes(i)
             array = np.frombuffer(mmap.mmap(-1, pages * size), np.uint8).reshape(pages, size)
             self._pages.append(array)
             self._lib.tr_set_cache(self._engine, i, array.ctypes.data)
@@ -200,6 +210,14 @@ class NativeEngine:
     def copy_page(self, source: int, target: int) -> None:
         for array in self._pages:
             array[target] = array[source]
+
+    def page_data(self, layer: int, pages: Sequence[int]) -> Array:
+        """A copy of some pages of a layer: uint8 [pages, bytes]."""
+        return self._pages[layer][list(pages)]
+
+    def set_page_data(self, layer: int, pages: Sequence[int], data: Array) -> None:
+        """Write what `page_data` gave."""
+        self._pages[layer][list(pages)] = data
 
     def warm_up(self) -> None:
         """One token that nobody sees reads every weight: from then on they are in memory."""

@@ -152,6 +152,9 @@ void tr_set_cache(void *engine, int32_t layer, void *memory);
 int32_t tr_route_new(void *engine, void **route);
 int32_t tr_route_copy(void *engine, const void *from, void **route);
 void tr_route_free(void *route);
+// What a route holds: its bytes, and where they lie. Bytes of one route may be written over those of another one of an
+// engine with the same program.
+int64_t tr_route_data(void *route, void **memory);
 // Adds to read and seen [layers, kv_heads of each] the keys that queries have read, and those that they could see,
 // and sets the route's own counts to 0.
 void tr_route_counts(void *engine, void *route, double *read, double *seen);

@@ -88,6 +88,11 @@ TR_EXPORT void tr_route_free(void *route) {
   free(route);
 }
 
+TR_EXPORT int64_t tr_route_data(void *route, void **memory) {
+  *memory = ((Route *)route)->memory;
+  return (int64_t)((Route *)route)->bytes;
+}
+
 TR_EXPORT void tr_route_counts(void *engine, void *route, double *read, double *seen) {
   Opened *o = (Opened *)engine;
   o->level->route_counts(o->engine, route, read, seen);
