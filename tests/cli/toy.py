@@ -65,7 +65,7 @@ class Session:
             out.append(row if w.logits == "last" else np.tile(row, (len(w.tokens), 1)))
         return out
     def run(self, inputs):
-        raise NotImplementedError
+        raise RuntimeError("the toy is a decoder")
     def close(self):
         pass
 

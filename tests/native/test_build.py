@@ -336,7 +336,9 @@ def test_the_sources_of_this_tree_need_nothing_but_the_c_library_with_zig(
     monkeypatch.setattr(hatch_build, "COMMON", (*quick, "-fno-sanitize=undefined"))  # zig's default without -O
     (zig,) = hatch_build.candidates("zig")
     hatch_build.compile_library(ROOT / NATIVE, zig, tmp_path)
-    ctypes.CDLL(str(tmp_path / "libtransom_cpu.so"))
+    library = ctypes.CDLL(str(tmp_path / "libtransom_cpu.so"))  # every symbol it needs is found
+    library.tr_levels.restype = ctypes.c_char_p
+    assert {f"level_{name}" for name in library.tr_levels().decode().split()} == set(hatch_build.LEVELS)
 
 
 def test_the_units_of_the_levels_share_no_function(tmp_path: Path) -> None:

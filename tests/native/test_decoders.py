@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from io import BytesIO
@@ -257,6 +258,42 @@ def test_weights_that_are_not_numbers_are_an_error_that_names_the_layer(
                 machine.rows(count)
             with pytest.raises(EngineError):  # and it can be used again, without a hang
                 machine.rows(count)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered in cast")  # NumPy's, of NaN rounded to int8
+@each_level
+@pytest.mark.parametrize("precision", [EXACT, INT8_ALL], ids=["f32", "int8"])
+def test_what_is_no_number_behind_the_last_attention_is_an_error(
+    precision: Precision, level: str, rng: np.random.Generator
+) -> None:
+    graph = tiny_decoder(rng, layers=2, vocabulary=int(rng.integers(50, 80)))
+    _spoil(graph, f"layers.1.{rng.choice(['up', 'down', 'mlp_norm'])}.weight")
+    expected = pytest.raises(EngineError, match="The last layer gave numbers that are not finite")
+    with Machine(built(graph, precision), level, pages=1) as machine, expected:
+        machine.rows(int(rng.choice([1, 3, 40])))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+def test_a_forked_process_is_told_to_load_the_model_itself(rng: np.random.Generator) -> None:
+    with Machine(built(tiny_decoder(rng), EXACT), LEVELS[0], pages=1) as machine:
+        wanted = machine.rows(3)
+        reader, writer = os.pipe()
+        child = os.fork()
+        if child == 0:  # pragma: no cover - nothing of the parent's may run on
+            said = b"no error"
+            try:
+                machine.rows(3)
+            except EngineError as error:
+                said = str(error).encode()
+            finally:
+                machine.engine.close()
+                os.write(writer, said)
+                os._exit(0)
+        os.close(writer)
+        assert os.waitpid(child, 0)[1] == 0
+        assert b"forked after this model was loaded" in os.read(reader, 1000)
+        os.close(reader)
+        np.testing.assert_array_equal(machine.rows(3), wanted)
 
 
 # -------------------------------------------------------------------------------------------------------------- threads

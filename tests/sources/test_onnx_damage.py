@@ -291,6 +291,7 @@ def test_weights_that_are_no_numbers_are_refused(
 
 
 def test_infinity_in_a_mask_is_meant(tmp_path: Path, rng: np.random.Generator) -> None:
+    """No error is what is tested: the same call refuses infinity in a matrix, see above."""
     w = Writer(rng)
     mask = np.where(np.tri(8, dtype=bool), np.float32(0), np.float32(-np.inf))
     w.op("Softmax", w.op("Add", "x", w.constant(mask)), outputs=["y"])

@@ -48,7 +48,7 @@ class Changed(ReferenceBackend):
 
 
 class ChangedLogits(Changed):
-    """Changes the results of a step."""
+    """Changes the results of a step; each kind of change says how in `alter`."""
 
     def load(self, artifact: Artifact, device: Device, options: Options, scratch: Path) -> Session:
         session = super().load(artifact, device, options, scratch)

