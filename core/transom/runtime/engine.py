@@ -47,11 +47,9 @@ class Engine:
         self._policy = policy or Fair()
         self._sparse = session if isinstance(session, SparseSession) else None
         self._limits = session.limits
-        self._prefixes = Prefixes(
-            self._limits.page_tokens, min(self._limits.max_tokens, Fair.chunk), session.pages()[0]
-        )
         self.context = _usable_context(session)
         """Tokens that one sequence may have, prompt and answer together."""
+        self._prefixes = Prefixes(self._limits.page_tokens, min(self._limits.max_tokens, Fair.chunk), self.context)
         self._lock = threading.Lock()
         self._free = threading.Condition(self._lock)
         """Signalled when nobody leads any more."""

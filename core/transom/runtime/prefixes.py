@@ -15,7 +15,7 @@ from transom.contract import State
 MOST = 8
 """Sequences that are kept; the one used longest ago goes first."""
 SPARE_SHARE = 16
-"""A prompt that shares nothing with what is kept leaves of it at most 1/16 of the pool: fresh pages are memory that the
+"""A prompt that shares nothing with what is kept leaves of it at most 1/16 of a context: fresh pages are memory that the
 process had not touched before."""
 LEAST_NEW = 8
 """Fewer rows in a step go other ways through an engine, and round otherwise: where a prompt's last step would have had
@@ -37,12 +37,12 @@ class Prefixes:
     Args:
         page: tokens in a page of the session's pool; 0: it has none, and nothing is kept.
         chunk: tokens of a prompt that a step reads.
-        pages: in the pool.
+        context: tokens that one sequence may have.
     """
 
-    def __init__(self, page: int, chunk: int, pages: int) -> None:
+    def __init__(self, page: int, chunk: int, context: int) -> None:
         self._page, self._chunk = page, chunk
-        self._spare = page * pages // SPARE_SHARE
+        self._spare = context // SPARE_SHARE
         self._kept: list[Kept] = []
 
     def __len__(self) -> int:
