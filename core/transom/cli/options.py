@@ -68,7 +68,7 @@ SPARSITY = click.option(
     default="off",
     show_default=True,
     shell_complete=complete_sparsity,
-    help="Which keys attention reads: off (all), safe, balanced, fast, classic; a coverage such as 0.93; a JSON file.",
+    help="Which keys attention reads: off (all), safe, balanced, fast, classic; a coverage such as 0.94; a JSON file.",
 )
 VERIFY = click.option(
     "--verify",

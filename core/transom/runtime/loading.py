@@ -105,7 +105,7 @@ def load(
             `model.report.precision`.
         threads: processor threads; None for every core this process may use.
         sparsity: which keys attention reads (`transom.sparsity.Sparsity.parse`): `"off"` for all, `"safe"`,
-            `"balanced"`, `"fast"`, `"classic"`, a coverage such as 0.93, a JSON file, or a `Sparsity`.
+            `"balanced"`, `"fast"`, `"classic"`, a coverage such as 0.94, a JSON file, or a `Sparsity`.
         verify: `"auto"` compares a new artifact with the reference once on each device, `"always"` at every load,
             `"off"` never.
         probe_file: devices from a JSON file in place of the probe (`transom doctor --json` writes one).

@@ -37,7 +37,7 @@ class Sparsity:
         OptionError: a value is outside its range; the message names field, value and range.
     """
 
-    coverage: float = 0.93
+    coverage: float = 0.94
     """Share of the estimated attention mass that is read, above 0 and at most 1. 1 reads everything: dense."""
     local_window: int = 64
     """Tokens before a block of queries that all of its queries read, at least 1; rounded up to whole blocks of 64."""
@@ -231,7 +231,7 @@ def _from_text(text: str) -> Sparsity:
     if path.suffix == ".json" or path.is_file():
         return _from_file(path)
     raise OptionError(
-        f"sparsity={text!r} is unknown", f"{nearest(stripped, PRESETS)} A coverage such as 0.93 or a JSON file will do."
+        f"sparsity={text!r} is unknown", f"{nearest(stripped, PRESETS)} A coverage such as 0.94 or a JSON file will do."
     )
 
 
@@ -307,8 +307,8 @@ def _multiplier(layer: int, head: int, value: object) -> float:
 PRESETS: Mapping[str, Sparsity] = {
     "off": Sparsity(1.0),
     "classic": Sparsity(0.95, local_window=512, columns=0, node=64, unit=64, score="mean"),
-    "safe": Sparsity(0.95),
-    "balanced": Sparsity(0.93),
-    "fast": Sparsity(0.92, rows=8),
+    "safe": Sparsity(0.96),
+    "balanced": Sparsity(0.94),
+    "fast": Sparsity(0.9, rows=8),
 }
 """By name. `classic` is the textbook form, kept to compare with: one mean node for every 64 tokens."""
