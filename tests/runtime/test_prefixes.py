@@ -81,7 +81,7 @@ def test_some_tokens_are_read_in_any_case() -> None:
 
 
 def test_a_policy_shares_with_its_own_and_at_whole_chunks() -> None:
-    session = FakeSession(page_tokens=4, pages=6400, max_tokens=64, context=25600)
+    session = FakeSession(page_tokens=4, pages=6400, max_tokens=64, context=51200)
     engine = Engine(session)
     prompt = [i % 61 for i in range(250)]
     _answer(engine, session, prompt, sparsity="a", chosen=True)
@@ -105,7 +105,7 @@ def test_what_is_kept_gives_way_to_what_runs() -> None:
 
 
 def test_an_unrelated_prompt_leaves_little_of_what_is_kept() -> None:
-    session = FakeSession(page_tokens=4, pages=4000, context=1600)  # of which 100 may stay
+    session = FakeSession(page_tokens=4, pages=4000, context=3200)  # of which 100 may stay
     engine = Engine(session)
     for start in (0, 20, 40):
         _answer(engine, session, [(start + i) % 61 for i in range(90)])
@@ -125,7 +125,7 @@ def test_a_last_step_has_as_few_tokens_as_it_would_have_had() -> None:
 
 
 def test_not_more_than_some_are_kept() -> None:
-    session = FakeSession(page_tokens=4, pages=6400, context=25600)
+    session = FakeSession(page_tokens=4, pages=6400, context=51200)
     engine = Engine(session)
     for i in range(MOST + 3):
         _answer(engine, session, [i] * 12)

@@ -14,8 +14,8 @@ from transom.contract import State
 
 MOST = 8
 """Sequences that are kept; the one used longest ago goes first."""
-SPARE_SHARE = 16
-"""A prompt that shares nothing with what is kept leaves of it at most 1/16 of a context: fresh pages are memory that
+SPARE_SHARE = 32
+"""A prompt that shares nothing with what is kept leaves of it at most 1/32 of a context: fresh pages are memory that
 the process had not touched before."""
 LEAST_NEW = 8
 """Fewer rows in a step go other ways through an engine, and round otherwise: where a prompt's last step would have had
