@@ -29,6 +29,11 @@ def test_a_head_that_stands_out_on_any_passage_stays_dense() -> None:
     assert heads == ((1.0,) * 30 + (0.0, 0.0),)
 
 
+def test_in_a_small_model_a_tenth_is_nothing_special() -> None:
+    assert share_out(_effects([[(1.0,), (2.0,)], [(1.0,), (1.5,)]])) == ((1.0, 1.0), (1.0, 1.0))
+    assert share_out(_effects([[(1.0,), (40.0,)], [(1.0,), (1.5,)]])) == ((1.0, 0.0), (1.0, 1.0))
+
+
 def test_a_head_that_matters_nowhere_is_loose() -> None:
     heads = share_out(_effects([[(0.01, 0.02), (1.0, 1.0)] * 10, [(0.01, 0.9), (1.0, 1.0)] * 10]))
     assert heads == ((LOOSE, 1.0) * 10, (1.0, 1.0) * 10)

@@ -17,7 +17,7 @@ from transom.runtime.head_effects import MEASURED, NEW, Calibrated, calibrate
 from transom.runtime.identity import fingerprint_of
 from transom.runtime.loading import load
 from transom.runtime.passages import default_texts, passages, read_text
-from transom.sparsity import place_beside, shape_of
+from transom.sparsity import PRESETS, place_beside, shape_of
 
 DEPTH = 4096
 """Tokens before those that are compared, or as many as the model's context leaves."""
@@ -100,7 +100,7 @@ def calibrate_file(
         taken = passages(tokenizer, given, depth + NEW)
         key = artifact_key({
             "format": 1, "content": fingerprint_of(path, cache), "measured": MEASURED,
-            "tokens": [list(ids) for ids in taken.values()],
+            "policy": PRESETS["balanced"].to_string(), "tokens": [list(ids) for ids in taken.values()],
         })  # fmt: skip
         found = calibrate(
             model, taken, memory=_Kept(cache, key), progress=_shown(progress) if progress is not None else None

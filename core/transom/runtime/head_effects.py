@@ -33,6 +33,8 @@ MEASURED = 2.0
 """What 1 - coverage of `balanced` is multiplied by for the head that is measured: more than noise, less than ruin."""
 DENSE_SHARE = 0.1
 """Of the divergence of all heads on a passage: a head with more stays dense."""
+STANDS_OUT = 3.0
+"""In a model of few heads it also has to have this many times the mean."""
 LOOSE_SHARE = 0.15
 """Of the mean divergence of the heads that do not stay dense: one with less on every passage is loose."""
 LOOSE = 4.0
@@ -98,7 +100,8 @@ def share_out(effects: Sequence[Sequence[Effect]]) -> Heads:
     """A multiplier for each layer and KV head: 0 dense, `LOOSE`, or 1."""
     found = np.array([effect.divergences for layer in effects for effect in layer])  # [heads, passages]
     total = found.sum(0)
-    dense = (found > DENSE_SHARE * np.where(total > 0, total, np.inf)).any(-1)
+    share = max(DENSE_SHARE, STANDS_OUT / len(found))
+    dense = (found > share * np.where(total > 0, total, np.inf)).any(-1)
     rest = found[~dense]
     mean = rest.mean(0) if len(rest) else total
     loose = ~dense & (found <= LOOSE_SHARE * mean).all(-1)
