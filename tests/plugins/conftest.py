@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 
 SOUND = """
-# Accepted by the loader, which looks at the methods; the tests of plugins never compile with it.
 from transom.contract import Offer, Refusal, hookimpl
 
 class {cls}:
@@ -25,11 +24,11 @@ class {cls}:
     def claim(self, graph, device, options):
         return []
     def compile(self, part, device, options, progress):
-        raise NotImplementedError
+        raise RuntimeError("made up to be listed, not to run")
     def check(self, artifact, device):
-        raise NotImplementedError
+        raise RuntimeError("made up to be listed, not to run")
     def load(self, artifact, device, options, scratch):
-        raise NotImplementedError
+        raise RuntimeError("made up to be listed, not to run")
 """
 
 HOOK = """

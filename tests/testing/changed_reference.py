@@ -57,7 +57,7 @@ class ChangedLogits(Changed):
         return session
 
     def alter(self, results: Results, work: Sequence[Work]) -> Results:
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} does not say what it changes")
 
 
 class ChangedStates(Changed):

@@ -80,6 +80,8 @@ def run(
             "Leave out --raw, or write everything into the prompt",
         )
     text = _prompt(prompt, keep=raw)
+    if prompt_cache is not None and not os.path.isdir(os.path.dirname(prompt_cache) or "."):
+        raise OptionError(f"There is no folder for the prompt cache {prompt_cache}", "Make it, or choose another file")
     with Progress(quiet=quiet, stage="load") as progress:
         if not raw:
             require_sound_template(model)
@@ -88,8 +90,13 @@ def run(
         if not quiet:
             for warning in loaded.report.warnings:
                 warn(warning)
-        if prompt_cache is not None and os.path.exists(prompt_cache):
-            loaded.load_prompt_cache(prompt_cache)
+        if prompt_cache is not None:
+            if not loaded.saves_prompts:
+                raise OptionError(
+                    f"The backend {loaded.report.backend} cannot write prompt caches", "Leave out --prompt-cache"
+                )
+            if os.path.exists(prompt_cache):
+                loaded.load_prompt_cache(prompt_cache)
         with Progress(quiet=quiet, stage="prompt") as progress:
             stream = _start(loaded, text, raw, system, variables, {**generation, "progress": progress.prompt})
             answer = Answer(progress)
@@ -107,7 +114,9 @@ def run(
         if not quiet and not as_json:
             aside(answer_line(loaded.report, result))
         if prompt_cache is not None and result.usage.cached_tokens < WORTH_KEEPING * result.usage.prompt_tokens:
-            loaded.save_prompt_cache(prompt_cache)
+            saved = loaded.save_prompt_cache(prompt_cache)
+            if not saved and not quiet:
+                aside("The prompt is too short for a prompt cache: nothing was written.")
     if answer.stopped:
         raise KeyboardInterrupt
     return 0

@@ -73,6 +73,11 @@ class Engine:
         return self._sparse is not None
 
     @property
+    def saves(self) -> bool:
+        """Whether the session can write its states down."""
+        return isinstance(self._session, SavingSession)
+
+    @property
     def requests(self) -> int:
         """Requests that have not ended."""
         return len(self._requests)

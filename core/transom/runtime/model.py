@@ -132,6 +132,11 @@ class Model:
         return self._loaded.defaults
 
     @property
+    def saves_prompts(self) -> bool:
+        """Whether its backend can write prompt caches."""
+        return self._engine.saves
+
+    @property
     def closed(self) -> bool:
         return self._engine.closed
 

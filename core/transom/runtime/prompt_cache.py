@@ -54,7 +54,7 @@ def read(path: Path, identity: str) -> SavedPrompt:
     Raises:
         OptionError: it cannot be read, is damaged, or is of another compiled model.
     """
-    again = "Remove it, or name another file: it is written anew"
+    again = "Name another file, or remove this one, and it is written anew"
     try:
         with np.load(path, allow_pickle=False) as archive:
             found = {name: archive[name] for name in archive.files}

@@ -141,6 +141,7 @@ class Generation:
             "usage": {
                 "prompt_tokens": self.usage.prompt_tokens,
                 "completion_tokens": self.usage.completion_tokens,
+                "cached_tokens": self.usage.cached_tokens,
                 "total_tokens": self.usage.total_tokens,
             },
             "timings": {name: getattr(self.timings, name) for name in Timings.__dataclass_fields__},
