@@ -120,6 +120,24 @@ def test_what_is_no_prompt_cache_of_this_model_is_refused(
         assert model.load_prompt_cache(file) == 303
 
 
+def test_what_sparse_attention_knew_is_checked(
+    tmp_path: Path, options: dict[str, Any], rng: np.random.Generator
+) -> None:
+    """Positions in it are places in memory: bytes that only look like a prompt cache must not lead anywhere."""
+    path = byte_llama.write_gguf(tmp_path / "m.gguf", rng, context=4096)
+    with transom.load(path, **options) as model:
+        _answer(model, rng.integers(0, 256, 2500).tolist(), "0.5")
+        kept, arrays = model._engine.save_latest()
+        for _ in range(20):
+            route = arrays["route"].copy()
+            route[: 4 * 130].view(np.int32)[rng.integers(130, size=40)] = rng.integers(3000, 1 << 30, 40)
+            with pytest.raises(OptionError, match="what sparse attention knew of it is damaged"):
+                model._engine.restore(kept.tokens, kept.sparsity, {**arrays, "route": route})
+        pages = model._engine._session.pages()
+        assert pages[0] == pages[1]  # nothing was left behind
+        model._engine.restore(kept.tokens, kept.sparsity, arrays)
+
+
 def test_a_backend_that_cannot_save_says_so(tmp_path: Path, options: dict[str, Any], rng: np.random.Generator) -> None:
     path = byte_llama.write_gguf(tmp_path / "m.gguf", rng)
     with transom.load(path, **(options | {"backend": "reference"})) as model:

@@ -136,6 +136,9 @@ class SparseSession(PagedSession):
                 state.free()
                 raise ValueError("what sparse attention knew of it is of another size")
             memory[:] = route
+            if not self._native.route_fits(state.route, length):
+                state.free()
+                raise ValueError("what sparse attention knew of it is damaged")
             self._native.take_counts(state.route)
         reservation = self._pool.reserve([(state.table, length)])
         for i, data in enumerate(layers):

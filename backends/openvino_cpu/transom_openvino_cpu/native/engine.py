@@ -164,6 +164,10 @@ class NativeEngine:
         size = int(self._lib.tr_route_data(route, ctypes.byref(memory)))
         return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(memory.value or 0))
 
+    def route_fits(self, route: int, tokens: int) -> bool:
+        """Whether what was written to `route_data` can be of a sequence of so many tokens."""
+        return int(self._lib.tr_route_check(self._engine, route, tokens)) == 0
+
     def take_counts(self, route: int) -> Array:
         """Keys that the sequence's queries have read, and that they could see, since this was asked last: float64
         [2, layers, most kv_heads]."""

@@ -159,6 +159,7 @@ def library() -> Any:
     lib.tr_route_copy.argtypes = [c_void_p, c_void_p, POINTER(c_void_p)]
     lib.tr_route_free.argtypes, lib.tr_route_free.restype = [c_void_p], None
     lib.tr_route_data.argtypes, lib.tr_route_data.restype = [c_void_p, POINTER(c_void_p)], c_int64
+    lib.tr_route_check.argtypes = [c_void_p, c_void_p, c_int32]
     lib.tr_route_counts.argtypes, lib.tr_route_counts.restype = [c_void_p] * 4, None
     lib.tr_times.argtypes = [c_void_p, c_void_p]
     lib.tr_run.argtypes = [c_void_p, POINTER(Step), POINTER(c_int32)]

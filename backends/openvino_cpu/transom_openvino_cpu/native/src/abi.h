@@ -153,8 +153,9 @@ int32_t tr_route_new(void *engine, void **route);
 int32_t tr_route_copy(void *engine, const void *from, void **route);
 void tr_route_free(void *route);
 // What a route holds: its bytes, and where they lie. Bytes of one route may be written over those of another one of an
-// engine with the same program.
+// engine with the same program, and are then checked: whether they can be those of a sequence of so many tokens.
 int64_t tr_route_data(void *route, void **memory);
+int32_t tr_route_check(void *engine, void *route, int32_t tokens);
 // Adds to read and seen [layers, kv_heads of each] the keys that queries have read, and those that they could see,
 // and sets the route's own counts to 0.
 void tr_route_counts(void *engine, void *route, double *read, double *seen);

@@ -20,6 +20,7 @@ struct Level {
   int32_t (*new_route)(void *engine, void **route);
   int32_t (*copy_route)(void *engine, const void *from, void **route);
   void (*route_counts)(void *engine, void *route, double *read, double *seen);
+  bool (*route_fits)(void *engine, void *route, int32_t tokens);
   int32_t (*times)(void *engine, double *seconds);
   int32_t (*run)(void *engine, const tr_step *step, int32_t *layer);
 };

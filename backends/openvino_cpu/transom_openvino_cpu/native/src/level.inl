@@ -275,6 +275,40 @@ int32_t copy_route(void *engine, const void *from, void **route) {
   return status;
 }
 
+// Numbers `n` of them, ascending, from 0 to below `end`.
+bool ascending(const int32_t *x, int n, int most, int64_t end) {
+  if (n < 0 || n > most)
+    return false;
+  for (int i = 0; i < n; i++)
+    if (x[i] < (i ? (int64_t)x[i - 1] + 1 : 0) || x[i] >= end)
+      return false;
+  return true;
+}
+
+template <class C> bool heads_fit(Engine *e, void *route, int tokens) {
+  tr_part part = {};
+  part.route = route;
+  for (int i = 0; i < e->program.layers; i++)
+    for (int h = 0; h < e->program.layer[i].kv_heads; h++) {
+      const RouteHead<C> &r = *route_of<C>(e, part, i, h).head;
+      if (!ascending(r.column, r.columns, MOST_COLUMNS, tokens) ||
+          !ascending(r.patch, r.patches, MOST_COLUMNS, ((int64_t)tokens + NODE - 1) / NODE))
+        return false;
+      for (int x = 0; x < r.patches; x++)
+        if (!(r.patch_count[x] >= 0 && r.patch_count[x] <= NODE))
+          return false;
+      for (int32_t p : r.remembered)
+        if (p < -1 || p >= tokens)
+          return false;
+    }
+  return true;
+}
+
+bool route_fits(void *engine, void *route, int32_t tokens) {
+  Engine *e = (Engine *)engine;
+  return e->program.narrow_cache ? heads_fit<Narrow>(e, route, tokens) : heads_fit<Wide>(e, route, tokens);
+}
+
 template <class C> void take_counts(Engine *e, void *route, double *read, double *seen) {
   tr_part part = {};
   part.route = route;
@@ -311,4 +345,4 @@ int32_t run_engine(void *engine, const tr_step *step, int32_t *layer) { return r
 } // namespace
 
 extern const Level LEVEL = {LEVEL_NAME, open_engine, close_engine, page_bytes_of, set_cache_of,
-                            new_route,  copy_route,  route_counts, times_of,      run_engine};
+                            new_route,  copy_route,  route_counts, route_fits,    times_of,     run_engine};

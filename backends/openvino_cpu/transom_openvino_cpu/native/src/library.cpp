@@ -93,6 +93,11 @@ TR_EXPORT int64_t tr_route_data(void *route, void **memory) {
   return (int64_t)((Route *)route)->bytes;
 }
 
+TR_EXPORT int32_t tr_route_check(void *engine, void *route, int32_t tokens) {
+  Opened *o = (Opened *)engine;
+  return o->level->route_fits(o->engine, route, tokens) ? TR_OK : TR_BAD_PROGRAM;
+}
+
 TR_EXPORT void tr_route_counts(void *engine, void *route, double *read, double *seen) {
   Opened *o = (Opened *)engine;
   o->level->route_counts(o->engine, route, read, seen);
