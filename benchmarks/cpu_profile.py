@@ -92,7 +92,7 @@ class Profile:
     def decode_bytes(self, later: Any) -> float:
         """Of one token: weights, and keys and values that were read."""
         program = self.model._engine._session._native.program  # type: ignore[attr-defined]
-        number = 2 if program.narrow_cache else 4
+        number = {"f32": 4, "bf16": 2, "int8": 1}[program.cache]
         layers = self.model._loaded.decoder.layers
         cache = sum(
             (x.head_dim + x.value_dim) * number * later[i, : x.kv_heads].sum() / NEW for i, x in enumerate(layers)

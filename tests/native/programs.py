@@ -118,14 +118,14 @@ class Draft:
         self.layers.append(replace(layer, sinks=self.vector(sinks)))
         return len(self.layers) - 1
 
-    def program(self, output: View, *, narrow_cache: bool = False) -> tuple[Program, bytes]:
+    def program(self, output: View, *, cache: str = "f32") -> tuple[Program, bytes]:
         """The program and its weights; `output` is a whole buffer, of which the rows are taken that are asked for."""
         width = self.buffers[output.buffer].width
         output = self.add("rows", self.buffer(width), width, a=output)
         size = packing.align(self.weights)
         made = Program(
             tuple(self.ops), tuple(self.matrices), tuple(self.ropes), tuple(self.layers), tuple(self.buffers),
-            narrow_cache, output.buffer, size, DENSE,
+            cache, output.buffer, size, DENSE,
         )  # fmt: skip
         return Program.from_json(made.to_json()), self.weights.getvalue()
 
@@ -162,6 +162,30 @@ def exact(weight: Weight) -> Array:
 def narrowed(array: Array) -> Array:
     """Rounded to bfloat16, as float64."""
     return np.asarray(array, np.float32).astype(ml_dtypes.bfloat16).astype(np.float64)
+
+
+def together(dim: int) -> int:
+    """The size of the Hadamard matrices that keys and queries of an int8 cache are multiplied by."""
+    return dim & -dim
+
+
+def turned(array: Array) -> Array:
+    """Times Hadamard matrices that are not scaled, in the array's own numbers."""
+    y = array.copy()
+    step = 1
+    while step < together(array.shape[-1]):
+        pairs = y.reshape(*y.shape[:-1], -1, 2, step)
+        low, high = pairs[..., 0, :].copy(), pairs[..., 1, :].copy()
+        pairs[..., 0, :], pairs[..., 1, :] = low + high, low - high
+        step *= 2
+    return y
+
+
+def in_bytes(array: Array) -> Array:
+    """Rounded to int8 with a scale for each row, as float64."""
+    most = np.abs(array).max(-1, keepdims=True).astype(np.float32)
+    inverse = np.where(most > 1e-30, np.float32(127) / np.maximum(most, np.float32(1e-30)), np.float32(0))
+    return np.rint(array.astype(np.float32) * inverse).astype(np.float64) * (most.astype(np.float64) / 127)
 
 
 def gated(act: str, gate: Array, up: Array) -> Array:

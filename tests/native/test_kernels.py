@@ -9,7 +9,20 @@ from typing import Any
 import numpy as np
 import pytest
 from levels import LEVELS, pytestmark  # noqa: F401  pytest reads the mark from here
-from programs import FORMS, Draft, Machine, blocks_for, exact, gated, linear, matrix, narrowed
+from programs import (
+    FORMS,
+    Draft,
+    Machine,
+    blocks_for,
+    exact,
+    gated,
+    in_bytes,
+    linear,
+    matrix,
+    narrowed,
+    together,
+    turned,
+)
 
 from transom.errors import EngineError
 from transom.graph.weights import Blocked, dequantize
@@ -333,15 +346,19 @@ def test_very_small_and_very_large_numbers_pass_through_int8(level: str, rng: np
 
 
 # ------------------------------------------------------------------------------------------------------------ attention
-def _attention(q: Array, k: Array, v: Array, layer: Layer, sinks: Array | None, *, narrow: bool) -> tuple[Array, Array]:
+def _attention(q: Array, k: Array, v: Array, layer: Layer, sinks: Array | None, cache: str) -> tuple[Array, Array]:
     """Attention of one whole sequence in float64, and how far the rounding of probabilities may take it."""
     tokens, group = len(q), layer.heads // layer.kv_heads
     factor = np.float32(layer.scale / layer.softcap if layer.softcap else layer.scale * np.float32(np.log2(np.e)))
-    if narrow:
+    q = q.reshape(tokens, layer.heads, layer.head_dim)
+    k = k.reshape(tokens, layer.kv_heads, layer.head_dim)
+    v = v.reshape(tokens, layer.kv_heads, layer.value_dim)
+    if cache == "bf16":
         q, k, v = narrowed(np.float32(q) * factor) / np.float64(factor), narrowed(k), narrowed(v)
-    q = q.astype(np.float64).reshape(tokens, layer.heads, layer.head_dim)
-    k = k.astype(np.float64).reshape(tokens, layer.kv_heads, layer.head_dim).repeat(group, 1)
-    v = v.astype(np.float64).reshape(tokens, layer.kv_heads, layer.value_dim).repeat(group, 1)
+    elif cache == "int8":
+        q, k, v = turned(in_bytes(turned(q))), turned(in_bytes(turned(k))), in_bytes(v)
+        q, k = (x / together(layer.head_dim) for x in (q, k))
+    k, v = k.astype(np.float64).repeat(group, 1), v.astype(np.float64).repeat(group, 1)
     scores = np.einsum("qhd,khd->hqk", q, k) * layer.scale
     if layer.softcap:
         scores = layer.softcap * np.tanh(scores / layer.softcap)
@@ -355,14 +372,21 @@ def _attention(q: Array, k: Array, v: Array, layer: Layer, sinks: Array | None, 
         total = total + np.exp(sinks.astype(np.float64)[:, None, None] - most)
     weights = weights / total
     out = np.einsum("hqk,khd->qhd", weights, v).reshape(tokens, -1)
-    allowed = np.einsum("hqk,khd->qhd", weights, np.abs(v)).reshape(tokens, -1) * (ROUNDING * 1.01 if narrow else 0)
-    return out, allowed
+    allowed = np.einsum("hqk,khd->qhd", weights, np.abs(v)) * {"f32": 0, "bf16": ROUNDING * 1.01, "int8": 1e-4}[cache]
+    if cache == "int8":  # in each page half of a 255th of the largest probability, times what its value is scaled by
+        scales = np.abs(v).max(-1).T / 127  # [heads, keys]
+        for page in range(0, tokens, 64):
+            inside = slice(page, page + 64)
+            largest = (weights[..., inside] * scales[:, None, inside]).max(-1)
+            steps = np.abs(v[inside]) / np.maximum(scales.T[inside, :, None], 1e-30)
+            allowed += np.einsum("hq,hd->qhd", largest * (0.51 / 255), steps.sum(0))
+    return out, allowed.reshape(tokens, -1)
 
 
 @each_level
-@pytest.mark.parametrize("narrow", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("cache", ["f32", "bf16", "int8"])
 @pytest.mark.parametrize("kind", ["plain", "softcap", "window", "sinks", "all"])
-def test_attention_over_pages(kind: str, narrow: bool, level: str, rng: np.random.Generator) -> None:
+def test_attention_over_pages(kind: str, cache: str, level: str, rng: np.random.Generator) -> None:
     """Ragged steps of several sequences: chunks over page borders, single tokens, pages in any order."""
     kv_heads, group = _size(rng, 3), int(rng.choice([1, 2, 3, 4, 7, 16]))
     head, value = (int(rng.choice([16, 32, 48, 64, 80, 96, 128, 256])) for _ in range(2))
@@ -386,10 +410,10 @@ def test_attention_over_pages(kind: str, narrow: bool, level: str, rng: np.rando
     free = rng.permutation(sum(needed)).tolist()
     pages = [[free.pop() for _ in range(n)] for n in needed]
     rows = [table[a:b] for a, b in itertools.pairwise(starts)]
-    wanted = [_attention(*np.split(r, np.cumsum(widths[:2]), 1), layer, sinks, narrow=narrow) for r in rows]
+    wanted = [_attention(*np.split(r, np.cumsum(widths[:2]), 1), layer, sinks, cache) for r in rows]
     done = [0] * len(lengths)
     threads = int(rng.integers(1, 4))
-    with Machine(draft.program(out, narrow_cache=narrow), level, threads=threads, pages=sum(needed)) as machine:
+    with Machine(draft.program(out, cache=cache), level, threads=threads, pages=sum(needed)) as machine:
         while any(d < n for d, n in zip(done, lengths, strict=True)):
             open_ = [s for s, n in enumerate(lengths) if done[s] < n]
             chosen = rng.permutation(open_)[: int(rng.integers(1, len(open_) + 1))].tolist()
@@ -430,9 +454,9 @@ def _policy(rng: np.random.Generator, layer: Layer, **fields: Any) -> str:
 
 
 @each_level
-@pytest.mark.parametrize("narrow", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("cache", ["f32", "bf16", "int8"])
 @pytest.mark.parametrize("everything", [True, False], ids=["which reads everything", "of any kind"])
-def test_attention_by_a_sparsity_policy(everything: bool, narrow: bool, level: str, rng: np.random.Generator) -> None:
+def test_attention_by_a_sparsity_policy(everything: bool, cache: str, level: str, rng: np.random.Generator) -> None:
     """One that reads everything gives what dense attention gives, and any other one means of the values.
 
     With a window none reads everything: what the rows that it looks at do not see has no mass.
@@ -452,11 +476,11 @@ def test_attention_by_a_sparsity_policy(everything: bool, narrow: bool, level: s
     views = [View(x.buffer, at) for at in (0, widths[0], widths[0] + widths[1])]
     draft.add("attend", out, layer.heads * value, a=views[0], b=views[1], c=views[2], index=draft.layer(layer, sinks))
     q, k, v = np.split(table, np.cumsum(widths[:2]), 1)
-    wanted, allowed = _attention(q, k, v, layer, sinks, narrow=narrow)
+    wanted, allowed = _attention(q, k, v, layer, sinks, cache)
     count = -(-length // 64)
     pages = rng.permutation(count).tolist()
     all_units = {"top_k": 1 << 20, "max_density": 0.6}
-    with Machine(draft.program(out, narrow_cache=narrow), level, threads=_size(rng, 3), pages=count) as machine:
+    with Machine(draft.program(out, cache=cache), level, threads=_size(rng, 3), pages=count) as machine:
         engine, done = machine.engine, 0
         text = _policy(rng, layer, **(all_units if everything else {}))
         route = engine.new_route()

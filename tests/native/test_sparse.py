@@ -110,3 +110,30 @@ def test_choice_and_result_are_those_of_the_reference(
             assert error(got, wanted) < 1e-4, level
             np.testing.assert_array_equal(counts, counted, err_msg=level)
             session.close()
+
+
+@pytest.mark.parametrize("cache", ["bf16", "int8"])
+@pytest.mark.parametrize("name", CASES)
+def test_narrow_caches_choose_and_give_nearly_the_same(name: str, cache: str, rng: np.random.Generator) -> None:
+    """As a float32 cache does, of which the test before this one knows that it is right."""
+    keywords, policy = CASES[name]
+    steps = CHUNKS["none"]
+    graph = tiny_decoder(rng, **{"scale": 1.0, "context": CONTEXT, **keywords})
+    decoder = graph.decoder
+    assert decoder is not None
+    text = policy.for_model(decoder).to_string()
+    tokens = rng.integers(0, decoder.vocabulary, sum(steps))
+    program, weights = built(graph, EXACT)
+    for level in LEVELS:
+        found = []
+        for kept in ("f32", cache):
+            with Machine((replace(program, cache=kept), weights), level, threads=2, pages=None) as machine:
+                session = SparseSession(machine.engine, decoder, context=CONTEXT, pages=CONTEXT // 64)
+                found.append(_run(session, text, tokens, steps))
+                session.close()
+        (wanted, (read, seen)), (got, counts) = found
+        np.testing.assert_array_equal(counts[1], seen)
+        assert abs(counts[0].sum() / read.sum() - 1) < 0.1, level
+        # In some rows a unit on the edge falls to the other side, and a random model's logits leap with it.
+        off = np.median(np.linalg.norm(got - wanted, axis=-1) / np.linalg.norm(wanted, axis=-1))
+        assert off < {"bf16": 0.02, "int8": 0.06}[cache], (level, off)

@@ -99,14 +99,13 @@ def _native_notes(drafting: Drafting) -> list[str]:
     precision = drafting.precision
     products = [d for d in drafting.drafts if d.kind == "linear" and d.weight is not None]
     integers = [d for d in products if d.by == "int8"]
-    cache = "bfloat16" if precision.hint == "bf16" else "float32"
     if integers:
         inside = "int8 matrix products"
     elif any(d.by == "bf16" for d in products):
         inside = "bfloat16 matrix products"
     else:
         inside = "float32 matrix products"
-    notes = [f"precision: {inside}, float32 elsewhere, {cache} cache"]
+    notes = [f"precision: {inside}, float32 elsewhere, {precision.describe_cache()} cache"]
     rounded = [d for d in integers if isinstance(d.weight, Dense)]
     if rounded:
         notes.append(

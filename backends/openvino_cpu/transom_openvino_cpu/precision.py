@@ -10,8 +10,9 @@ differences inside:
 vocabulary matrix; natively float32 between operators |
 | `f16` | as stored | float16; needs avx512_fp16, and OpenVINO |
 | `fast`, `int8` | natively the stored blocks, plain matrices rounded to int8 in groups of 64; through OpenVINO blocks \
-with minimums are rounded too | int8 into matrix products, rounded on the fly in groups of 64 or less; bfloat16 in the \
-cache (float32 without bf16 hardware) |
+with minimums are rounded too | int8 into matrix products, rounded on the fly in groups of 64 or less; natively int8 in \
+the cache and in both products of attention, with a scale for each token and head; through OpenVINO a bfloat16 cache \
+(float32 without bf16 hardware) |
 | `int4` | the stored 4-bit blocks; refused where the checkpoint has none | as `bf16` |
 | `auto` | see below | |
 
@@ -59,7 +60,17 @@ class Precision:
     dense_to_int8: bool = False
     """Matrices that are not quantised are, too."""
 
+    @property
+    def cache(self) -> str:
+        """In what numbers the native library keeps keys and values: one of `native.program.CACHES`."""
+        return "int8" if self.dynamic else self.hint
+
+    def describe_cache(self) -> str:
+        """The native library's, as a report has it."""
+        return {"f32": "float32", "bf16": "bfloat16", "int8": "int8"}[self.cache]
+
     def describe(self) -> str:
+        """What OpenVINO computes in, as a report has it."""
         wide = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}[self.hint]
         if self.dynamic:
             return f"int8 matrix products, {wide} elsewhere, {wide} cache"

@@ -75,7 +75,7 @@ def requirements(device: Device) -> dict[str, str]:
     }
 
 
-FORMAT = "2"
+FORMAT = "3"
 """Of the files that this backend writes."""
 
 

@@ -18,7 +18,7 @@ from transom.sparsity import Sparsity
 from transom_openvino_cpu.native import library as native
 from transom_openvino_cpu.native import packing
 from transom_openvino_cpu.native.policies import NativePolicy
-from transom_openvino_cpu.native.program import ACTIVATIONS, BY, KINDS, Program, View
+from transom_openvino_cpu.native.program import ACTIVATIONS, BY, CACHES, KINDS, Program, View
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -138,7 +138,7 @@ class NativeEngine:
         )
         buffers = (native.Buffer * len(p.buffers))(*(native.Buffer(b.width, b.local) for b in p.buffers))
         return native.Program(
-            len(ops), len(matrices), len(ropes), len(layers), len(buffers), p.narrow_cache, True, p.output, ops,
+            len(ops), len(matrices), len(ropes), len(layers), len(buffers), CACHES.index(p.cache), True, p.output, ops,
             matrices, ropes, layers, buffers,
         )  # fmt: skip
 

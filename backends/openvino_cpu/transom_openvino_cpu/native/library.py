@@ -77,7 +77,7 @@ class Program(Structure):
 
     _fields_ = [
         ("ops", c_int32), ("matrices", c_int32), ("ropes", c_int32), ("layers", c_int32), ("buffers", c_int32),
-        ("narrow_cache", c_int32), ("routed", c_int32), ("output", c_int32), ("op", POINTER(Op)),
+        ("cache", c_int32), ("routed", c_int32), ("output", c_int32), ("op", POINTER(Op)),
         ("matrix", POINTER(Matrix)), ("rope", POINTER(Rope)), ("layer", POINTER(Layer)), ("buffer", POINTER(Buffer)),
     ]  # fmt: skip
 

@@ -110,8 +110,7 @@ def write(drafting: Drafting, file: BinaryIO, progress: Callable[[float], None])
                 vector(sinks),
             )
         )  # fmt: skip
-    narrow = drafting.precision.hint == "bf16"
     return Program(
-        tuple(ops), tuple(matrices), tuple(ropes), tuple(layers), tuple(buffers.buffers), narrow, buffers.output,
-        packing.align(file), drafting.sparsity.to_string(),
+        tuple(ops), tuple(matrices), tuple(ropes), tuple(layers), tuple(buffers.buffers), drafting.precision.cache,
+        buffers.output, packing.align(file), drafting.sparsity.to_string(),
     )  # fmt: skip

@@ -15,6 +15,8 @@ KINDS = (
 ACTIVATIONS = ("", "silu", "gelu", "gelu_tanh")
 BY = ("f32", "int8", "bf16")
 """In what numbers activations meet a matrix."""
+CACHES = ("f32", "bf16", "int8")
+"""In what numbers keys and values are kept: TR_CACHE_…"""
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,8 @@ class Program:
     ropes: tuple[Rope, ...]
     layers: tuple[Layer, ...]
     buffers: tuple[Buffer, ...]
-    narrow_cache: bool
+    cache: str
+    """One of `CACHES`."""
     output: int
     """The buffer of the logits."""
     weight_bytes: int
@@ -105,7 +108,7 @@ class Program:
             tuple(Rope(**r) for r in raw["ropes"]),
             tuple(Layer(**x) for x in raw["layers"]),
             tuple(Buffer(**b) for b in raw["buffers"]),
-            bool(raw["narrow_cache"]),
+            str(raw["cache"]),
             int(raw["output"]),
             int(raw["weight_bytes"]),
             str(raw["sparsity"]),

@@ -83,9 +83,12 @@ struct tr_buffer {
   int32_t local; // written before it is read between two barriers (attention, choice of rows)
 };
 
+// In what numbers keys and values are kept.
+enum { TR_CACHE_F32 = 0, TR_CACHE_BF16 = 1, TR_CACHE_INT8 = 2 };
+
 struct tr_program {
   int32_t ops, matrices, ropes, layers, buffers;
-  int32_t narrow_cache; // 1: bfloat16 keys and values; 0: float
+  int32_t cache;        // TR_CACHE_…
   int32_t routed;       // 1: pages hold the nodes that a sparsity policy needs
   int32_t output;       // the buffer that is tr_step.logits
   const struct tr_op *op;

@@ -9,6 +9,7 @@
 // In this order: each uses those before it.
 #include "math.inl"
 #include "linear.inl"
+#include "cache.inl"
 #include "attention.inl"
 #include "routing.inl"
 #include "sparse.inl"
@@ -59,6 +60,8 @@ bool program_fits(const tr_program &p) {
   for (int x = 0; x < p.buffers; x++)
     if (p.buffer[x].width < 1)
       return false;
+  if (p.cache < TR_CACHE_F32 || p.cache > TR_CACHE_INT8)
+    return false;
   for (int x = 0; x < p.ropes; x++)
     if (p.rope[x].count < 1 || !p.rope[x].frequencies)
       return false;
@@ -195,7 +198,7 @@ int32_t open_engine(const tr_program *program, Pool *pool, void **engine) {
   }
   e->scratch_bytes = e->local_bytes + e->acts_bytes + (size_t)MOST * WIDE * 64 + e->panel_bytes + 64;
   for (int i = 0; i < p.layers; i++) {
-    const size_t n = p.narrow_cache ? attend_plan_bytes<Narrow>(p.layer[i]) : attend_plan_bytes<Wide>(p.layer[i]);
+    const size_t n = by_cache(p, [&](auto c) { return attend_plan_bytes<decltype(c)>(p.layer[i]); });
     e->scratch_bytes = n > e->scratch_bytes ? n : e->scratch_bytes;
   }
   e->shared_bytes = e->acts_bytes;
@@ -211,8 +214,8 @@ int32_t open_engine(const tr_program *program, Pool *pool, void **engine) {
 int64_t page_bytes_of(void *engine, int32_t layer) {
   Engine *e = (Engine *)engine;
   const tr_layer &l = e->program.layer[layer];
-  const size_t n = (size_t)PAGE * (l.head_dim + l.value_dim) + (e->program.routed ? node_numbers(l) : 0);
-  return (int64_t)n * l.kv_heads * (e->program.narrow_cache ? 2 : 4);
+  return (int64_t)l.kv_heads *
+         (int64_t)by_cache(e->program, [&](auto c) { return head_bytes<decltype(c)>(l, e->program.routed); });
 }
 
 void set_cache_of(void *engine, int32_t layer, void *memory) { ((Engine *)engine)->cache[layer] = memory; }
@@ -222,7 +225,7 @@ template <class C> void reset_route(Engine *e, Route *r) {
   part.route = r;
   for (int i = 0; i < e->program.layers; i++)
     for (int h = 0; h < e->program.layer[i].kv_heads; h++) {
-      RouteHead<C> &head = *route_of<C>(e, part, i, h).head;
+      RouteHead &head = *route_of<C>(e, part, i, h).head;
       head.columns = head.patches = 0, head.block = -1, head.read = head.seen = 0;
       for (int32_t &p : head.remembered)
         p = -1;
@@ -235,12 +238,12 @@ int32_t new_route(void *engine, void **route) {
   Route *r = (Route *)calloc(1, sizeof(Route));
   if (!r)
     return TR_NO_MEMORY;
-  r->bytes = e->program.narrow_cache ? route_bytes<Narrow>(e->program) : route_bytes<Wide>(e->program);
+  r->bytes = by_cache(e->program, [&](auto c) { return route_bytes<decltype(c)>(e->program); });
   if (posix_memalign((void **)&r->memory, 64, r->bytes)) {
     free(r);
     return TR_NO_MEMORY;
   }
-  e->program.narrow_cache ? reset_route<Narrow>(e, r) : reset_route<Wide>(e, r);
+  by_cache(e->program, [&](auto c) { reset_route<decltype(c)>(e, r); });
   *route = r;
   return TR_OK;
 }
@@ -250,18 +253,18 @@ template <class C> void copy_heads(Engine *e, const Route *from, Route *to) {
   a.route = (void *)from, b.route = to;
   for (int i = 0; i < e->program.layers; i++) {
     const tr_layer &l = e->program.layer[i];
-    const size_t n = sizeof(typename C::T), group = l.heads / l.kv_heads;
+    const size_t each = (size_t)(l.heads / l.kv_heads) * C::query_width(l.head_dim);
     for (int h = 0; h < l.kv_heads; h++) {
       RouteView<C> x = route_of<C>(e, a, i, h), y = route_of<C>(e, b, i, h);
       *y.head = *x.head;
       y.head->read = y.head->seen = 0;
       if (x.head->columns) {
-        __builtin_memcpy(y.keys, x.keys, (size_t)PAGE * (l.head_dim + l.value_dim) * n);
-        __builtin_memcpy(y.patches, x.patches, 8 * node_numbers(l) * n);
+        __builtin_memcpy(y.columns, x.columns, tile_bytes<C>(l.head_dim, l.value_dim));
+        __builtin_memcpy(y.patches, x.patches, 8 * node_numbers(l) * sizeof(*x.patches));
       }
       for (int r = 0; r < COLUMN_ROWS; r++)
         if (x.head->remembered[r] >= 0)
-          __builtin_memcpy(y.ring + r * group * l.head_dim, x.ring + r * group * l.head_dim, group * l.head_dim * n);
+          __builtin_memcpy(y.ring + r * each, x.ring + r * each, each * sizeof(*x.ring));
     }
   }
 }
@@ -270,8 +273,7 @@ int32_t copy_route(void *engine, const void *from, void **route) {
   Engine *e = (Engine *)engine;
   int32_t status = new_route(engine, route);
   if (status == TR_OK)
-    e->program.narrow_cache ? copy_heads<Narrow>(e, (const Route *)from, (Route *)*route)
-                            : copy_heads<Wide>(e, (const Route *)from, (Route *)*route);
+    by_cache(e->program, [&](auto c) { copy_heads<decltype(c)>(e, (const Route *)from, (Route *)*route); });
   return status;
 }
 
@@ -290,7 +292,7 @@ template <class C> bool heads_fit(Engine *e, void *route, int tokens) {
   part.route = route;
   for (int i = 0; i < e->program.layers; i++)
     for (int h = 0; h < e->program.layer[i].kv_heads; h++) {
-      const RouteHead<C> &r = *route_of<C>(e, part, i, h).head;
+      const RouteHead &r = *route_of<C>(e, part, i, h).head;
       if (!ascending(r.column, r.columns, MOST_COLUMNS, tokens) ||
           !ascending(r.patch, r.patches, MOST_COLUMNS, ((int64_t)tokens + NODE - 1) / NODE))
         return false;
@@ -306,7 +308,7 @@ template <class C> bool heads_fit(Engine *e, void *route, int tokens) {
 
 bool route_fits(void *engine, void *route, int32_t tokens) {
   Engine *e = (Engine *)engine;
-  return e->program.narrow_cache ? heads_fit<Narrow>(e, route, tokens) : heads_fit<Wide>(e, route, tokens);
+  return by_cache(e->program, [&](auto c) { return heads_fit<decltype(c)>(e, route, tokens); });
 }
 
 template <class C> void take_counts(Engine *e, void *route, double *read, double *seen) {
@@ -314,7 +316,7 @@ template <class C> void take_counts(Engine *e, void *route, double *read, double
   part.route = route;
   for (int i = 0; i < e->program.layers; i++)
     for (int h = 0; h < e->program.layer[i].kv_heads; h++, read++, seen++) {
-      RouteHead<C> &head = *route_of<C>(e, part, i, h).head;
+      RouteHead &head = *route_of<C>(e, part, i, h).head;
       *read += head.read, *seen += head.seen;
       head.read = head.seen = 0;
     }
@@ -322,7 +324,7 @@ template <class C> void take_counts(Engine *e, void *route, double *read, double
 
 void route_counts(void *engine, void *route, double *read, double *seen) {
   Engine *e = (Engine *)engine;
-  e->program.narrow_cache ? take_counts<Narrow>(e, route, read, seen) : take_counts<Wide>(e, route, read, seen);
+  by_cache(e->program, [&](auto c) { take_counts<decltype(c)>(e, route, read, seen); });
 }
 
 int32_t times_of(void *engine, double *seconds) {

@@ -83,4 +83,15 @@ INLINE float bf16_to_float(uint16_t h) {
 }
 INLINE VF load_scales(const void *p, int wide) { return wide ? load((const float *)p) : load_half((const uint16_t *)p); }
 INLINE size_t align64(size_t n) { return (n + 63) & ~(size_t)63; }
+
+static bool finite(const float *x, int n) {
+  VF differences = zero(); // of each number with itself: 0, or no number
+  float rest = 0;
+  int j = 0;
+  for (; j + 16 <= n; j += 16)
+    differences = add(differences, sub(load(x + j), load(x + j)));
+  for (; j < n; j++)
+    rest += x[j] - x[j];
+  return sum(differences) + rest == 0;
+}
 } // namespace

@@ -290,6 +290,15 @@ static void run_rows(Engine *e, const tr_step *step, int first, int last, int ro
   }
 }
 
+// f of the form that the program's cache has.
+template <class F> static auto by_cache(const tr_program &p, F f) {
+  return p.cache == TR_CACHE_INT8 ? f(Int8()) : p.cache == TR_CACHE_BF16 ? f(BFloat16()) : f(Float32());
+}
+// Bytes of one KV head in a page.
+template <class C> static size_t head_bytes(const tr_layer &l, bool routed) {
+  return tile_bytes<C>(l.head_dim, l.value_dim) + (routed ? node_numbers(l) * sizeof(typename C::Node::T) : 0);
+}
+
 template <class C> static size_t route_bytes(const tr_program &p) {
   size_t n = 0;
   for (int i = 0; i < p.layers; i++)
@@ -306,7 +315,7 @@ template <class C> static RouteView<C> route_of(const Engine *e, const tr_part &
 template <class C> static void forget_later(Engine *e, const tr_part &part) {
   for (int i = 0; i < e->program.layers; i++)
     for (int h = 0; h < e->program.layer[i].kv_heads; h++) {
-      RouteHead<C> &r = *route_of<C>(e, part, i, h).head;
+      RouteHead &r = *route_of<C>(e, part, i, h).head;
       for (int32_t &p : r.remembered)
         p = p >= part.past ? -1 : p;
       if (r.columns && r.column[r.columns - 1] >= part.past)
@@ -332,7 +341,7 @@ struct Single {
 
 // One layer of one step.
 template <class C> struct Attention {
-  typedef typename C::T T;
+  typedef typename C::Q Q;
   Engine *e;
   const tr_step *step;
   int index;
@@ -343,9 +352,8 @@ template <class C> struct Attention {
   Attention(Engine *engine, const tr_step *steps, const tr_op &o)
       : e(engine), step(steps), index(o.index), l(engine->program.layer[o.index]) {
     Rows w = {e, step, 0, step->tokens, 0, nullptr, nullptr, nullptr, nullptr};
-    s.layer = &l, s.cache = (T *)e->cache[o.index], s.routed = e->program.routed;
-    s.head = (size_t)PAGE * (l.head_dim + l.value_dim) + (s.routed ? node_numbers(l) : 0);
-    s.page = s.head * l.kv_heads, s.group = l.heads / l.kv_heads;
+    s.layer = &l, s.cache = (char *)e->cache[o.index];
+    s.head = head_bytes<C>(l, e->program.routed), s.page = s.head * l.kv_heads, s.group = l.heads / l.kv_heads;
     s.q = at(w, o.a, 0), s.q_stride = stride(w, o.a);
     s.k = at(w, o.b, 0), s.k_stride = stride(w, o.b);
     s.v = at(w, o.c, 0), s.v_stride = stride(w, o.c);
@@ -395,7 +403,9 @@ template <class C> struct Attention {
           continue;
         }
         const int p0 = (part.past / PAGE + page) * PAGE, p1 = p0 + PAGE, end = part.past + part.count;
-        return append<C>(s, part, h, p0 < part.past ? part.past : p0, p1 < end ? p1 : end);
+        if (!append<C>(s, part, h, p0 < part.past ? part.past : p0, p1 < end ? p1 : end, e->program.routed, memory(thread)))
+          fail(TR_NOT_FINITE);
+        return;
       }
     };
     if (step->tokens <= 4)
@@ -406,10 +416,10 @@ template <class C> struct Attention {
   }
 
   // Columns out of `count` queries [kv_heads][count][group][head_dim] at ascending positions.
-  void choose_columns_from(const tr_part &part, const T *queries, const int32_t *position, int count) {
+  void choose_columns_from(const tr_part &part, const Q *queries, const int32_t *position, int count) {
     const tr_sparsity &rule = *part.sparsity;
     const int n = (position[count - 1] / PAGE + 1) * PAGE, shares = count < 4 ? 1 : 4;
-    const size_t each = (size_t)s.group * l.head_dim;
+    const size_t each = (size_t)s.group * C::query_width(l.head_dim);
     if (!rule.columns)
       return;
     char *m = big((size_t)l.kv_heads * shares * n * 4);
@@ -444,15 +454,15 @@ template <class C> struct Attention {
   }
 
   void choose_columns_of_chunk(const tr_part &part) {
-    const size_t each = (size_t)s.group * l.head_dim;
-    T *queries = (T *)few(l.kv_heads * COLUMN_ROWS * each * sizeof(T));
+    const size_t each = (size_t)s.group * C::query_width(l.head_dim);
+    Q *queries = (Q *)few(l.kv_heads * COLUMN_ROWS * each * sizeof(Q));
     if (!queries)
       return;
     int32_t position[COLUMN_ROWS];
     for (int j = 0; j < COLUMN_ROWS; j++) {
       position[j] = part.past + (int)((int64_t)(j + 1) * part.count / COLUMN_ROWS) - 1;
       for (int h = 0; h < l.kv_heads; h++)
-        load_queries<C>(s, part.begin + position[j] - part.past, 1, h, query_factor(l),
+        load_queries<C, C>(s, part.begin + position[j] - part.past, 1, h, query_factor(l),
                         queries + ((size_t)h * COLUMN_ROWS + j) * each);
     }
     choose_columns_from(part, queries, position, COLUMN_ROWS);
@@ -463,8 +473,8 @@ template <class C> struct Attention {
     RouteView<C> v = route_of<C>(e, part, index, h);
     const int slot = position / 4 % COLUMN_ROWS;
     v.head->remembered[slot] = position;
-    load_queries<C>(s, part.begin + position - part.past, 1, h, query_factor(l),
-                    v.ring + (size_t)slot * s.group * l.head_dim);
+    load_queries<C, C>(s, part.begin + position - part.past, 1, h, query_factor(l),
+                    v.ring + (size_t)slot * s.group * C::query_width(l.head_dim));
   }
   void remember_chunk(const tr_part &part) {
     const int end = part.past + part.count;
@@ -481,11 +491,11 @@ template <class C> struct Attention {
       stale |= route_of<C>(e, part, index, h).head->block != part.past / PAGE && loose_of(e, *part.sparsity, index, h) > 0;
     if (!stale)
       return;
-    const size_t each = (size_t)s.group * l.head_dim;
-    T *queries = (T *)few(l.kv_heads * COLUMN_ROWS * each * sizeof(T));
+    const size_t each = (size_t)s.group * C::query_width(l.head_dim);
+    Q *queries = (Q *)few(l.kv_heads * COLUMN_ROWS * each * sizeof(Q));
     if (!queries)
       return;
-    const RouteHead<C> &first = *route_of<C>(e, part, index, 0).head;
+    const RouteHead &first = *route_of<C>(e, part, index, 0).head;
     int32_t position[COLUMN_ROWS];
     int slots[COLUMN_ROWS], count = 0;
     for (int p = part.past - PAGE > 0 ? part.past - PAGE : 0; p < part.past; p++)
@@ -495,11 +505,11 @@ template <class C> struct Attention {
       for (int h = 0; h < l.kv_heads; h++)
         for (int r = 0; r < count; r++)
           __builtin_memcpy(queries + ((size_t)h * count + r) * each,
-                           route_of<C>(e, part, index, h).ring + slots[r] * each, each * sizeof(T));
+                           route_of<C>(e, part, index, h).ring + slots[r] * each, each * sizeof(Q));
     else {
       position[0] = part.past, count = 1;
       for (int h = 0; h < l.kv_heads; h++)
-        load_queries<C>(s, part.begin, 1, h, query_factor(l), queries + h * each);
+        load_queries<C, C>(s, part.begin, 1, h, query_factor(l), queries + h * each);
     }
     choose_columns_from(part, queries, position, count);
   }
@@ -570,7 +580,7 @@ template <class C> struct Attention {
     int splits = (2 * threads + tasks - 1) / tasks;
     splits = splits > MOST_SPLITS ? MOST_SPLITS : splits;
     splits = splits > (longest + 3) / 4 ? (longest + 3) / 4 : splits;
-    const size_t share_bytes = align64((size_t)s.group * l.head_dim * sizeof(T)) +
+    const size_t share_bytes = align64((size_t)s.group * C::query_width(l.head_dim) * sizeof(Q)) +
                                align64((size_t)s.group * l.value_dim * 4) + (size_t)s.group * 64 +
                                align64((size_t)s.group * 4);
     size_t choice = align64(sizeof(Plan));
@@ -585,7 +595,7 @@ template <class C> struct Attention {
       return;
     auto share = [&](int i) {
       char *p = m + share_bytes * i;
-      T *q;
+      Q *q;
       return gathered_in<C>(p, l, s.group, q);
     };
     auto plan_at = [&](int task) { return m + share_bytes * splits * tasks + choice * task; };
@@ -620,10 +630,10 @@ template <class C> struct Attention {
         return attend_split<C>(s, part, h, split, splits, share(i));
       const Plan &plan = *(const Plan *)plan_at(task);
       const Gathered<C> g = share(i);
-      load_queries<C>(s, part.begin, 1, h, query_factor(l), (T *)g.q);
+      load_queries<C, C>(s, part.begin, 1, h, query_factor(l), (Q *)g.q);
       begin_rows(s, g, s.group, h, split == 0);
       RouteView<C> v = route_of<C>(e, part, index, h);
-      T *buffer = (T *)memory(thread);
+      char *buffer = memory(thread);
       int32_t position[64];
       uint64_t mask[64];
       for (int r = 0; r < s.group; r++)
@@ -646,7 +656,7 @@ template <class C> struct Attention {
 
   void count_all(const tr_part &part, int h, int position) {
     const int start = l.window && position - l.window + 1 > 0 ? position - l.window + 1 : 0;
-    RouteHead<C> &r = *route_of<C>(e, part, index, h).head;
+    RouteHead &r = *route_of<C>(e, part, index, h).head;
     r.read += position + 1 - start, r.seen += position + 1 - start;
   }
 
@@ -718,7 +728,7 @@ template <class C> struct Attention {
       int p0, p1;
       const tr_part &part = find(i / l.kv_heads, p0, p1);
       if (part.route) { // the queries of a block count alike
-        RouteHead<C> &r = *route_of<C>(e, part, index, i % l.kv_heads).head;
+        RouteHead &r = *route_of<C>(e, part, index, i % l.kv_heads).head;
         r.read += counts[2 * i] * (p1 - p0), r.seen += counts[2 * i + 1] * (p1 - p0);
       }
     }
@@ -731,6 +741,7 @@ template <class C> static size_t attention_bytes(const Engine *e, const tr_step 
   for (int i = 0; i < e->program.layers; i++) {
     const tr_layer &l = e->program.layer[i];
     size_t n = attend_plan_bytes<C>(l);
+    n = n < make_nodes_bytes(l.head_dim) ? make_nodes_bytes(l.head_dim) : n;
     for (int x = 0; x < step->parts; x++) {
       const tr_part &part = step->part[x];
       if (!part.sparsity)
@@ -800,27 +811,16 @@ static void make_tables(Engine *e, const tr_step *step) {
   });
 }
 
-static bool finite(const float *x, int n) {
-  VF differences = zero(); // of each number with itself: 0, or no number
-  float rest = 0;
-  int j = 0;
-  for (; j + 16 <= n; j += 16)
-    differences = add(differences, sub(load(x + j), load(x + j)));
-  for (; j < n; j++)
-    rest += x[j] - x[j];
-  return sum(differences) + rest == 0;
-}
-
 static int32_t run(Engine *e, const tr_step *step, int32_t *layer) {
   *layer = -1;
   const tr_program &p = e->program;
   if (!grow(e, step->tokens > step->rows ? step->tokens : step->rows, step->tokens))
     return TR_NO_MEMORY;
-  const size_t attention = p.narrow_cache ? attention_bytes<Narrow>(e, step) : attention_bytes<Wide>(e, step);
+  const size_t attention = by_cache(p, [&](auto c) { return attention_bytes<decltype(c)>(e, step); });
   e->scratch_bytes = attention > e->scratch_bytes ? attention : e->scratch_bytes;
   for (int x = 0; x < step->parts; x++)
     if (step->part[x].route)
-      p.narrow_cache ? forget_later<Narrow>(e, step->part[x]) : forget_later<Wide>(e, step->part[x]);
+      by_cache(p, [&](auto c) { forget_later<decltype(c)>(e, step->part[x]); });
   for (int t = 0; t < pool_threads(e->pool); t++)
     if (!pool_scratch(e->pool, t, e->scratch_bytes))
       return TR_NO_MEMORY;
@@ -835,8 +835,7 @@ static int32_t run(Engine *e, const tr_step *step, int32_t *layer) {
       run_rows(e, step, first, x, rows);
     first = x + 1;
     if (kind == TR_OP_ATTEND) {
-      const int failed =
-          p.narrow_cache ? Attention<Narrow>(e, step, p.op[x]).run() : Attention<Wide>(e, step, p.op[x]).run();
+      const int failed = by_cache(p, [&](auto c) { return Attention<decltype(c)>(e, step, p.op[x]).run(); });
       if (failed) {
         *layer = p.op[x].index;
         return failed;

@@ -1,8 +1,8 @@
 // Node routing: which keys a block of queries reads. The definition is the NumPy reference, transom.ops.sparse_routing;
 // the numbers of the steps below are its.
 //
-// Nodes of 8 keys lie in their page, behind the values of a KV head: means [dim / P][8][P], then variances. They are
-// those of all 8 keys, whoever reads them; keys that a sequence has chosen as columns are taken out when it looks: its
+// Nodes of 8 keys lie in their page, behind the values of a KV head: means [dim / P][8][P], then variances, P numbers of
+// the form that nodes have side by side. They are those of all 8 keys, whoever reads them; keys that a sequence has chosen as columns are taken out when it looks: its
 // `Route` has the nodes that hold columns a second time, without them.
 
 namespace {
@@ -11,8 +11,7 @@ const int MOST_COLUMNS = 64, COLUMN_ROWS = 16;
 const float VARIANCE_WEIGHT = .7f, VARIANCE_CAP = 8.3f;
 
 // What one layer and KV head of a sequence keeps from step to step.
-template <class C> struct RouteHead {
-  typedef typename C::T T;
+struct RouteHead {
   int32_t columns;
   int32_t column[MOST_COLUMNS]; // ascending positions
   int32_t patches;              // nodes that hold columns
@@ -27,70 +26,68 @@ INLINE size_t node_numbers(const tr_layer &l) { return (size_t)2 * l.head_dim * 
 
 // A head's state with what lies behind it: the tile of columns, patches in the form of pages, remembered queries.
 template <class C> struct RouteView {
-  typedef typename C::T T;
-  RouteHead<C> *head;
-  T *keys, *values; // of the columns
-  T *patches;       // [8] pages of nodes
-  T *ring;          // [16][group][head_dim]
+  RouteHead *head;
+  char *columns;
+  Kept<C> kept;                // of the columns
+  typename C::Node::T *patches; // [8] pages of nodes
+  typename C::Q *ring;          // [16][group][query_width]
 };
 template <class C> INLINE size_t route_head_bytes(const tr_layer &l) {
-  const size_t group = l.heads / l.kv_heads, n = sizeof(typename C::T);
-  return align64(sizeof(RouteHead<C>)) + align64((size_t)PAGE * (l.head_dim + l.value_dim) * n) +
-         align64(8 * node_numbers(l) * n) + align64(COLUMN_ROWS * group * l.head_dim * n);
+  const size_t group = l.heads / l.kv_heads;
+  return align64(sizeof(RouteHead)) + align64(tile_bytes<C>(l.head_dim, l.value_dim)) +
+         align64(8 * node_numbers(l) * sizeof(typename C::Node::T)) +
+         align64(COLUMN_ROWS * group * C::query_width(l.head_dim) * sizeof(typename C::Q));
 }
 template <class C> INLINE RouteView<C> route_view(char *p, const tr_layer &l) {
-  typedef typename C::T T;
   RouteView<C> v;
-  v.head = (RouteHead<C> *)p, p += align64(sizeof(RouteHead<C>));
-  v.keys = (T *)p, v.values = v.keys + (size_t)PAGE * l.head_dim;
-  p += align64((size_t)PAGE * (l.head_dim + l.value_dim) * sizeof(T));
-  v.patches = (T *)p, p += align64(8 * node_numbers(l) * sizeof(T));
-  v.ring = (T *)p;
+  v.head = (RouteHead *)p, p += align64(sizeof(RouteHead));
+  v.columns = p, v.kept = kept_at<C>(p, l.head_dim, l.value_dim);
+  p += align64(tile_bytes<C>(l.head_dim, l.value_dim));
+  v.patches = (typename C::Node::T *)p, p += align64(8 * node_numbers(l) * sizeof(typename C::Node::T));
+  v.ring = (typename C::Q *)p;
   return v;
 }
 
-INLINE float widen(uint16_t x) { return bf16_to_float(x); }
-INLINE float widen(float x) { return x; }
+// Where number d of node `lane` lies among those of a page.
+template <class N> INLINE size_t node_at(int d, int lane) {
+  return ((size_t)(d / N::P) * NODE + lane) * N::P + d % N::P;
+}
 
 // Mean and variance of some keys of a tile: those of `keys` (bits of the page).
 template <class C>
-static void make_node(const typename C::T *tile, int dim, uint64_t keys, typename C::T *means, typename C::T *variances,
-                      int lane) {
-  const int P = C::P, n = __builtin_popcountll(keys);
+static void make_node(const Kept<C> &tile, int dim, uint64_t keys, typename C::Node::T *means,
+                      typename C::Node::T *variances, int lane) {
+  const int n = __builtin_popcountll(keys);
   const float inverse = n ? 1.f / (float)n : 0.f;
+  float s[256], z[256], k[256];
+  for (int d = 0; d < dim; d++)
+    s[d] = z[d] = 0;
+  for (uint64_t m = keys; m; m &= m - 1) {
+    C::key(tile, __builtin_ctzll(m), dim, k);
+    for (int d = 0; d < dim; d++)
+      s[d] += k[d], z[d] += k[d] * k[d];
+  }
   for (int d = 0; d < dim; d++) {
-    const typename C::T *x = tile + (size_t)(d / P) * PAGE * P + d % P;
-    float s = 0, z = 0;
-    for (uint64_t m = keys; m; m &= m - 1) {
-      const float k = widen(x[__builtin_ctzll(m) * P]);
-      s += k, z += k * k;
-    }
-    s *= inverse, z = z * inverse - s * s;
-    narrow(means + ((size_t)(d / P) * NODE + lane) * P + d % P, s);
-    narrow(variances + ((size_t)(d / P) * NODE + lane) * P + d % P, z > 0 ? z : 0);
+    const float mean = s[d] * inverse, rest = z[d] * inverse - mean * mean;
+    narrow(means + node_at<typename C::Node>(d, lane), mean);
+    narrow(variances + node_at<typename C::Node>(d, lane), rest > 0 ? rest : 0);
   }
 }
 
-// Column x of a pair, of 16 keys that lie one behind the other.
-INLINE VF column_of(const uint16_t *tile, int x) {
-  const VI words = iload(tile);
-  return as_float(x ? iand(words, iset1((int)0xffff0000)) : left<16>(words));
-}
-INLINE VF column_of(const float *tile, int) { return load(tile); }
-
-// All nodes of a full page.
-template <class C> static void make_nodes(const typename C::T *tile, int dim, typename C::T *nodes) {
-  const int P = C::P;
-  typename C::T *variances = nodes + (size_t)dim * PER_PAGE;
+// All nodes of a full page; `memory` has room for its keys as floats.
+template <class C> static void make_nodes(const Kept<C> &tile, int dim, typename C::Node::T *nodes, char *memory) {
+  typename C::Node::T *variances = nodes + (size_t)dim * PER_PAGE;
   auto node_sums = [](const VF *x) { // in the lower half
     const VF pairs = pair_sums(pair_sums(x[0], x[1]), pair_sums(x[2], x[3]));
     return pair_sums(pairs, pairs);
   };
   const VF share = set1(1.f / NODE);
-  for (int d = 0; d < dim; d++) {
+  float *all = (float *)memory;
+  C::spread(tile, dim, all);
+  for (int d = 0; d < dim; d++, all += PAGE) {
     VF k[4], squares[4];
     for (int c = 0; c < 4; c++) {
-      k[c] = column_of(tile + ((size_t)(d / P) * PAGE + 16 * c) * P, d % P);
+      k[c] = load(all + 16 * c);
       squares[c] = mul(k[c], k[c]);
     }
     const VF mean = mul(node_sums(k), share);
@@ -98,8 +95,8 @@ template <class C> static void make_nodes(const typename C::T *tile, int dim, ty
     store(means, mean);
     store(rest, max(zero(), sub(mul(node_sums(squares), share), mul(mean, mean))));
     for (int node = 0; node < PER_PAGE; node++) {
-      narrow(nodes + ((size_t)(d / P) * NODE + node) * P + d % P, means[node]);
-      narrow(variances + ((size_t)(d / P) * NODE + node) * P + d % P, rest[node]);
+      narrow(nodes + node_at<typename C::Node>(d, node), means[node]);
+      narrow(variances + node_at<typename C::Node>(d, node), rest[node]);
     }
   }
 }
@@ -109,30 +106,13 @@ INLINE int far_end(int position, int local) { // where the local window of a pos
   return block > 0 ? block * PAGE : 0;
 }
 
-// Products of R rows with one tile of 64 keys.
-template <class C, int R> INLINE void dots(const typename C::T *q, int dim, const typename C::T *k, VF (&a)[R][4]) {
-  for (int r = 0; r < R; r++)
-    for (int c = 0; c < 4; c++)
-      a[r][c] = zero();
-  for (int d = 0; d < dim; d += C::P, k += 64 * C::P) {
-    typename C::V kv[4];
-    for (int c = 0; c < 4; c++)
-      kv[c] = C::vec(k + 16 * C::P * c);
-    for (int r = 0; r < R; r++) {
-      typename C::V x = C::one(q + (size_t)r * dim + d);
-      for (int c = 0; c < 4; c++)
-        a[r][c] = C::dot(a[r][c], kv[c], x);
-    }
-  }
-}
-
 INLINE VF capped(const tr_layer &l, VF x) { return l.softcap > 0 ? mul(set1(l.softcap * LOG2E), tanhv(x)) : x; }
 
 // --- 1. columns -----------------------------------------------------------------------------------------------------
 // Adds to mass[n] the probabilities that R rows from `row` on (of one query: its group) at `position` give to keys before
 // `limit`. `x` has room for R * (pages of position) * 64 floats.
 template <class C, int R>
-static void column_mass_of(const Heads<C> &s, const tr_part &part, int h, const typename C::T *q, int row, int position,
+static void column_mass_of(const Heads<C> &s, const tr_part &part, int h, const typename C::Q *q, int row, int position,
                            int limit, float *x, float *mass) {
   const tr_layer &l = *s.layer;
   const int first = l.window && position - l.window + 1 > 0 ? position - l.window + 1 : 0;
@@ -143,7 +123,7 @@ static void column_mass_of(const Heads<C> &s, const tr_part &part, int h, const 
     most[r] = set1(sinks ? sinks[r] * LOG2E : NEVER);
   for (int j = p0; j < pages; j++) {
     VF a[R][4];
-    dots<C, R>(q + (size_t)row * l.head_dim, l.head_dim, s.keys(part.page[j], h), a);
+    C::template scores<R>(q + (size_t)row * C::query_width(l.head_dim), l.head_dim, s.tile(part.page[j], h), a);
     const uint64_t m = seen(j, position, l.window);
     for (int r = 0; r < R; r++)
       for (int c = 0; c < 4; c++) {
@@ -168,7 +148,7 @@ static void column_mass_of(const Heads<C> &s, const tr_part &part, int h, const 
 }
 const int TOGETHER = 3; // rows in one call of column_mass_of
 template <class C>
-static void column_mass(const Heads<C> &s, const tr_part &part, int h, const typename C::T *q, int position, int limit,
+static void column_mass(const Heads<C> &s, const tr_part &part, int h, const typename C::Q *q, int position, int limit,
                         float *x, float *mass) {
   int r = 0;
   for (; r + TOGETHER <= s.group; r += TOGETHER)
@@ -215,26 +195,21 @@ static int choose_columns(float *mass, int n, int most, int32_t *column) {
 // The tile of the columns, and the nodes without them.
 template <class C> static void gather_columns(const Heads<C> &s, const tr_part &part, int h, const RouteView<C> &v) {
   const tr_layer &l = *s.layer;
-  const int P = C::P, D = l.head_dim, DV = l.value_dim;
-  RouteHead<C> &r = *v.head;
-  __builtin_memset(v.keys, 0, (size_t)PAGE * (D + DV) * sizeof(typename C::T));
+  const int D = l.head_dim, DV = l.value_dim;
+  RouteHead &r = *v.head;
+  __builtin_memset(v.columns, 0, tile_bytes<C>(D, DV));
   r.patches = 0;
   for (int x = 0; x < r.columns; x++) {
-    const int page = part.page[r.column[x] / PAGE], t = r.column[x] % PAGE;
-    const typename C::T *K = s.keys(page, h), *V = s.values(page, h);
-    for (int d = 0; d < D; d += P)
-      for (int e = 0; e < P; e++)
-        v.keys[((size_t)d / P * PAGE + x) * P + e] = K[((size_t)d / P * PAGE + t) * P + e];
-    for (int d = 0; d < DV; d++)
-      v.values[((size_t)x / P * DV + d) * P + x % P] = V[((size_t)t / P * DV + d) * P + t % P];
+    const Kept<C> tile = s.tile(part.page[r.column[x] / PAGE], h);
+    copy_token(tile, r.column[x] % PAGE, v.kept, x, D, DV);
     const int node = r.column[x] / NODE;
     if (r.patches && r.patch[r.patches - 1] == node)
       continue;
     uint64_t keys = 0xffull << (node % PER_PAGE * NODE);
     for (int y = x; y < r.columns && r.column[y] / NODE == node; y++)
       keys &= ~(1ull << r.column[y] % PAGE);
-    typename C::T *to = v.patches + (size_t)(r.patches / PER_PAGE) * node_numbers(l);
-    make_node<C>(K, D, keys, to, to + (size_t)D * PER_PAGE, r.patches % PER_PAGE);
+    typename C::Node::T *to = v.patches + (size_t)(r.patches / PER_PAGE) * node_numbers(l);
+    make_node<C>(tile, D, keys, to, to + (size_t)D * PER_PAGE, r.patches % PER_PAGE);
     r.patch[r.patches] = node;
     r.patch_count[r.patches++] = (float)__builtin_popcountll(keys);
   }
@@ -243,19 +218,22 @@ template <class C> static void gather_columns(const Heads<C> &s, const tr_part &
 // --- 4. masses ------------------------------------------------------------------------------------------------------
 // The rows of a query block that are looked at.
 template <class C> struct Asked {
-  typename C::T *q, *q2; // [rows][head_dim]: times scale, and squared times what the variance is multiplied by
-  int32_t *position;     // [rows]
+  typename C::Q *q;          // [rows][query_width], times scale: what meets keys
+  typename C::Node::T *n, *n2; // [rows][head_dim]: what meets means, and, squared, what meets variances
+  int32_t *position;         // [rows]
   float *most, *near, *column, *total; // [rows]: reference of the exponents (log 2), masses relative to it
   int rows, group;
 };
 template <class C> INLINE size_t asked_bytes(const tr_layer &l, int rows) {
-  return 2 * align64((size_t)rows * l.head_dim * sizeof(typename C::T)) + 5 * align64((size_t)rows * 4);
+  return align64((size_t)rows * C::query_width(l.head_dim) * sizeof(typename C::Q)) +
+         2 * align64((size_t)rows * l.head_dim * sizeof(typename C::Node::T)) + 5 * align64((size_t)rows * 4);
 }
 template <class C> static Asked<C> asked_in(char *&p, const tr_layer &l, int rows) {
   Asked<C> a;
-  const size_t bytes = align64((size_t)rows * l.head_dim * sizeof(typename C::T));
-  a.q = (typename C::T *)p, p += bytes;
-  a.q2 = (typename C::T *)p, p += bytes;
+  a.q = (typename C::Q *)p, p += align64((size_t)rows * C::query_width(l.head_dim) * sizeof(typename C::Q));
+  const size_t bytes = align64((size_t)rows * l.head_dim * sizeof(typename C::Node::T));
+  a.n = (typename C::Node::T *)p, p += bytes;
+  a.n2 = (typename C::Node::T *)p, p += bytes;
   a.position = (int32_t *)p, p += align64((size_t)rows * 4);
   float **f[] = {&a.most, &a.near, &a.column, &a.total};
   for (float **x : f)
@@ -265,13 +243,15 @@ template <class C> static Asked<C> asked_in(char *&p, const tr_layer &l, int row
 }
 
 template <class C> static void ask(const Heads<C> &s, const tr_part &part, int h, int position, Asked<C> &a) {
+  typedef typename C::Node N;
   const tr_layer &l = *s.layer;
-  const size_t at = (size_t)a.rows * l.head_dim;
-  load_queries<C>(s, part.begin + position - part.past, 1, h, query_factor(l), a.q + at);
+  const size_t at = (size_t)a.rows * l.head_dim, row = part.begin + position - part.past;
+  load_queries<C, C>(s, row, 1, h, query_factor(l), a.q + (size_t)a.rows * C::query_width(l.head_dim));
+  load_queries<N, C>(s, row, 1, h, query_factor(l), a.n + at);
   const float f = .5f * VARIANCE_WEIGHT * (l.softcap > 0 ? l.softcap : 1.f / LOG2E);
   for (int x = 0; x < s.group * l.head_dim; x++) {
-    const float q = widen(a.q[at + x]);
-    narrow(a.q2 + at + x, q * q * f);
+    const float q = widen(a.n[at + x]);
+    narrow(a.n2 + at + x, q * q * f);
   }
   for (int x = 0; x < s.group; x++)
     a.position[a.rows++] = position;
@@ -290,7 +270,8 @@ static void exact_masses_of(const Heads<C> &s, const tr_part &part, int h, int f
   for (int t = 0; t < tiles; t++) {
     VF y[R][4];
     const int page = far / PAGE + t;
-    dots<C, R>(a.q + (size_t)row * l.head_dim, l.head_dim, t < near ? s.keys(part.page[page], h) : v.keys, y);
+    C::template scores<R>(a.q + (size_t)row * C::query_width(l.head_dim), l.head_dim,
+                          t < near ? s.tile(part.page[page], h) : v.kept, y);
     for (int r = 0; r < R; r++) {
       const int position = a.position[row + r];
       uint64_t m = t < near ? seen(page, position, l.window) : columns == 64 ? ~0ull : (1ull << columns) - 1;
@@ -333,21 +314,23 @@ static void exact_masses(const Heads<C> &s, const tr_part &part, int h, int far,
 // Masses of 64 nodes for R rows: count * 2 ** (estimate - most). `halves` are the means of 8 nodes each, variances
 // behind them.
 template <class C, int R>
-INLINE void node_tile(const tr_layer &l, const typename C::T *const *halves, const Asked<C> &a, int row, VF (&e)[R][4]) {
-  const int D = l.head_dim, P = C::P;
+INLINE void node_tile(const tr_layer &l, const typename C::Node::T *const *halves, const Asked<C> &a, int row,
+                      VF (&e)[R][4]) {
+  typedef typename C::Node N;
+  const int D = l.head_dim, P = N::P;
   const size_t variances = (size_t)D * PER_PAGE;
   VF y[R][4];
   for (int r = 0; r < R; r++)
     for (int c = 0; c < 4; c++)
       y[r][c] = e[r][c] = zero();
   for (int d = 0; d < D; d += P) {
-    typename C::V n[4];
+    typename N::V n[4];
     for (int c = 0; c < 4; c++)
-      n[c] = C::two(halves[2 * c] + variances + (size_t)d * NODE, halves[2 * c + 1] + variances + (size_t)d * NODE);
+      n[c] = N::two(halves[2 * c] + variances + (size_t)d * NODE, halves[2 * c + 1] + variances + (size_t)d * NODE);
     for (int r = 0; r < R; r++) {
-      typename C::V x = C::one(a.q2 + (size_t)(row + r) * D + d);
+      typename N::V x = N::one(a.n2 + (size_t)(row + r) * D + d);
       for (int c = 0; c < 4; c++)
-        y[r][c] = C::dot(y[r][c], n[c], x);
+        y[r][c] = N::dot(y[r][c], n[c], x);
     }
   }
   const VF cap = set1(VARIANCE_CAP * (l.softcap > 0 ? 1.f / l.softcap : LOG2E));
@@ -355,13 +338,13 @@ INLINE void node_tile(const tr_layer &l, const typename C::T *const *halves, con
     for (int c = 0; c < 4; c++)
       e[r][c] = min(cap, y[r][c]);
   for (int d = 0; d < D; d += P) {
-    typename C::V n[4];
+    typename N::V n[4];
     for (int c = 0; c < 4; c++)
-      n[c] = C::two(halves[2 * c] + (size_t)d * NODE, halves[2 * c + 1] + (size_t)d * NODE);
+      n[c] = N::two(halves[2 * c] + (size_t)d * NODE, halves[2 * c + 1] + (size_t)d * NODE);
     for (int r = 0; r < R; r++) {
-      typename C::V x = C::one(a.q + (size_t)(row + r) * D + d);
+      typename N::V x = N::one(a.n + (size_t)(row + r) * D + d);
       for (int c = 0; c < 4; c++)
-        e[r][c] = C::dot(e[r][c], n[c], x);
+        e[r][c] = N::dot(e[r][c], n[c], x);
     }
   }
   for (int r = 0; r < R; r++) {
@@ -377,12 +360,11 @@ template <class C, int R>
 static void unit_masses_of(const Heads<C> &s, const tr_part &part, int h, int far, int first, int last, int unit,
                            const uint64_t *patched, const Asked<C> &a, int row, float *U, size_t width, float *totals) {
   const tr_layer &l = *s.layer;
-  const size_t nodes_at = (size_t)PAGE * (l.head_dim + l.value_dim);
   const int per = unit / NODE, pages = far / PAGE;
   for (int p = first; p < last; p += 8) {
-    const typename C::T *halves[8];
+    const typename C::Node::T *halves[8];
     for (int x = 0; x < 8; x++)
-      halves[x] = s.keys(part.page[p + x < pages ? p + x : pages - 1], h) + nodes_at;
+      halves[x] = s.nodes(part.page[p + x < pages ? p + x : pages - 1], h);
     VF e[R][4];
     node_tile<C, R>(l, halves, a, row, e);
     // One bit for each node: of those before `far`, what is no patch.
@@ -436,10 +418,10 @@ static void unit_masses(const Heads<C> &s, const tr_part &part, int h, int far, 
 template <class C>
 static void patch_masses(const tr_layer &l, const RouteView<C> &v, int far, int unit, Asked<C> &a, float *U,
                          size_t width) {
-  const RouteHead<C> &h = *v.head;
+  const RouteHead &h = *v.head;
   if (!h.patches)
     return;
-  const typename C::T *halves[8];
+  const typename C::Node::T *halves[8];
   for (int x = 0; x < 8; x++)
     halves[x] = v.patches + (size_t)(x * 8 < h.patches ? x : 0) * node_numbers(l);
   auto add_rows = [&](int r, const VF *e) {
@@ -473,30 +455,36 @@ INLINE int mean_tiles(int node, int keys) { return ((keys + node - 1) / node + 6
 
 // The mean keys of all nodes of a sequence of n keys, laid out as tiles of 64 keys.
 template <class C>
-static void mean_keys(const Heads<C> &s, const tr_part &part, int h, int node, int n, typename C::T *tiles) {
+static void mean_keys(const Heads<C> &s, const tr_part &part, int h, int node, int n, typename C::Node::T *tiles) {
+  typedef typename C::Node N;
   const tr_layer &l = *s.layer;
-  const int P = C::P, D = l.head_dim, nodes = (n + node - 1) / node;
-  __builtin_memset(tiles, 0, (size_t)mean_tiles(node, n) * D * 64 * sizeof(typename C::T));
+  const int D = l.head_dim, nodes = (n + node - 1) / node;
+  __builtin_memset(tiles, 0, (size_t)mean_tiles(node, n) * D * 64 * sizeof(*tiles));
   for (int g = 0; g < nodes; g++) {
     const int begin = g * node, page = begin / PAGE, count = n - begin < node ? n - begin : node;
-    const typename C::T *K = s.keys(part.page[page], h), *means = K + (size_t)PAGE * (D + l.value_dim);
     const bool full = (page + 1) * PAGE <= n; // only then it has nodes
-    const int terms = full ? node / NODE : count, from = full ? begin % PAGE / NODE : begin % PAGE;
-    const int apart = full ? PER_PAGE : PAGE;
-    typename C::T *to = tiles + (size_t)(g / 64) * D * 64 + (size_t)(g % 64) * P;
-    for (int d = 0; d < D; d++) {
-      const typename C::T *x = (full ? means : K) + ((size_t)(d / P) * apart + from) * P + d % P;
-      float sum = 0;
-      for (int j = 0; j < terms; j++)
-        sum += widen(x[(size_t)j * P]);
-      narrow(to + (size_t)(d / P) * 64 * P + d % P, sum / (float)terms);
-    }
+    float sums[256] = {}, key[256];
+    int terms = 0;
+    if (full) {
+      const typename N::T *means = s.nodes(part.page[page], h);
+      for (; terms < node / NODE; terms++)
+        for (int d = 0; d < D; d++)
+          sums[d] += widen(means[node_at<N>(d, begin % PAGE / NODE + terms)]);
+    } else
+      for (; terms < count; terms++) {
+        C::key(s.tile(part.page[page], h), begin % PAGE + terms, D, key);
+        for (int d = 0; d < D; d++)
+          sums[d] += key[d];
+      }
+    typename N::T *to = tiles + (size_t)(g / 64) * D * 64 + (size_t)(g % 64) * N::P;
+    for (int d = 0; d < D; d++)
+      narrow(to + (size_t)(d / N::P) * 64 * N::P + d % N::P, sums[d] / (float)terms);
   }
 }
 
 // Unit masses and totals of the rows asked, from n keys; `x` has room for a row of tiles. There are no columns.
 template <class C>
-static void mean_masses(const tr_layer &l, const typename C::T *tiles, int h, int node, int unit, int n, int far,
+static void mean_masses(const tr_layer &l, const typename C::Node::T *tiles, int h, int node, int unit, int n, int far,
                         int last, Asked<C> &a, float *U, size_t width, float *x) {
   const int seen_nodes = last / node + 1, far_nodes = far / node, per = unit / node;
   for (int r = 0; r < a.rows; r++) {
@@ -506,7 +494,7 @@ static void mean_masses(const tr_layer &l, const typename C::T *tiles, int h, in
     const float sink = most;
     for (int t = first / 64; t * 64 < end; t++) {
       VF y[1][4];
-      dots<C, 1>(a.q + (size_t)r * l.head_dim, l.head_dim, tiles + (size_t)t * 64 * l.head_dim, y);
+      C::Node::template products<1>(a.n + (size_t)r * l.head_dim, l.head_dim, tiles + (size_t)t * 64 * l.head_dim, y);
       for (int c = 0; c < 4; c++)
         store(x + t * 64 + 16 * c, capped(l, y[0][c]));
     }

@@ -66,6 +66,14 @@ INLINE __m256 sums_of_pairs(VF x) {
 }
 INLINE VF pair_sums(VF x, VF y) { return {sums_of_pairs(x), sums_of_pairs(y)}; }
 
+template <int H> INLINE VF swapped(VF x) {
+  if (H == 8)
+    return {x.b, x.a};
+  if (H == 4)
+    return {_mm256_permute2f128_ps(x.a, x.a, 1), _mm256_permute2f128_ps(x.b, x.b, 1)};
+  return {_mm256_permute_ps(x.a, H == 1 ? 0xb1 : 0x4e), _mm256_permute_ps(x.b, H == 1 ? 0xb1 : 0x4e)};
+}
+
 INLINE VI izero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
 INLINE VI iset1(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
 INLINE VI iload(const void *p) {

@@ -43,6 +43,14 @@ INLINE VF pair_sums(VF a, VF b) {
   return add(_mm512_permutex2var_ps(a, even, b), _mm512_permutex2var_ps(a, _mm512_add_epi32(even, _mm512_set1_epi32(1)), b));
 }
 
+// Lane i has what lane i ^ H had.
+template <int H> INLINE VF swapped(VF a) {
+  return H == 1   ? _mm512_permute_ps(a, 0xb1)
+         : H == 2 ? _mm512_permute_ps(a, 0x4e)
+         : H == 4 ? _mm512_shuffle_f32x4(a, a, 0xb1)
+                  : _mm512_shuffle_f32x4(a, a, 0x4e);
+}
+
 INLINE VI izero() { return _mm512_setzero_si512(); }
 INLINE VI iset1(int32_t x) { return _mm512_set1_epi32(x); }
 INLINE VI iload(const void *p) { return _mm512_loadu_si512(p); }

@@ -100,6 +100,13 @@ INLINE VF pair_sums(VF x, VF y) {
   return r;
 }
 
+template <int H> INLINE VF swapped(VF x) {
+  VF r;
+  for (int i = 0; i < 16; i++)
+    r.v[i / 4][i % 4] = x.v[(i ^ H) / 4][(i ^ H) % 4];
+  return r;
+}
+
 INLINE VI iset1(int32_t x) { TR_QUARTERS(VI, all((uint32_t)x)); }
 INLINE VI izero() { return iset1(0); }
 INLINE VI iload(const void *p) {

@@ -50,10 +50,9 @@ INLINE void plan_chosen(Plan &p, int last, int unit, const uint64_t *bits, const
 // Item x of a plan as a tile for rows at the positions `position` [rows]; `buffer` has room for a tile, `mask` for rows.
 template <class C>
 static Tile<C> plan_tile(const Heads<C> &s, const tr_part &part, int h, const Plan &p, int unit, const RouteView<C> *v,
-                         int x, const int32_t *position, int rows, typename C::T *buffer, uint64_t *mask) {
-  typedef typename C::T T;
+                         int x, const int32_t *position, int rows, char *buffer, uint64_t *mask) {
   const tr_layer &l = *s.layer;
-  const int P = C::P, D = l.head_dim, DV = l.value_dim, per = PAGE / unit;
+  const int D = l.head_dim, DV = l.value_dim, per = PAGE / unit;
   const int low = position[0], high = position[rows - 1];
   if (x < p.block_count) {
     const int j = p.blocks[x];
@@ -61,40 +60,33 @@ static Tile<C> plan_tile(const Heads<C> &s, const tr_part &part, int h, const Pl
     if (!whole)
       for (int r = 0; r < rows; r++)
         mask[r] = seen(j, position[r], l.window);
-    return {s.keys(part.page[j], h), s.values(part.page[j], h), whole ? nullptr : mask, 1};
+    return {s.tile(part.page[j], h), whole ? nullptr : mask, 1};
   }
   const int a = (x - p.block_count) * per;
   if (a >= p.loose_count) {
     if (!l.window) {
       mask[0] = p.columns;
-      return {v->keys, v->values, mask, 0};
+      return {v->kept, mask, 0};
     }
     for (int r = 0; r < rows; r++) {
       mask[r] = p.columns;
       for (int i = 0; i < v->head->columns && v->head->column[i] <= position[r] - l.window; i++)
         mask[r] &= ~(1ull << i);
     }
-    return {v->keys, v->values, mask, 1};
+    return {v->kept, mask, 1};
   }
   const int n = p.loose_count - a < per ? p.loose_count - a : per;
-  T *K = buffer, *V = buffer + (size_t)D * PAGE;
+  const Kept<C> to = kept_at<C>(buffer, D, DV);
   for (int y = 0; y < n; y++) {
-    const int u = p.loose[a + y], page = part.page[u / per], t = u % per * unit;
-    const T *k = s.keys(page, h), *w = s.values(page, h);
-    for (int d = 0; d < D / P; d++)
-      __builtin_memcpy(K + ((size_t)d * PAGE + y * unit) * P, k + ((size_t)d * PAGE + t) * P, unit * P * sizeof(T));
-    __builtin_memcpy(V + (size_t)y * unit * DV, w + (size_t)t * DV, (size_t)unit * DV * sizeof(T));
+    const int u = p.loose[a + y];
+    copy_tokens(s.tile(part.page[u / per], h), u % per * unit, to, y * unit, unit, D, DV);
   }
   const int keys = n * unit;
-  if (n < per) { // 0 times what lay there must be 0
-    for (int d = 0; d < D / P; d++)
-      __builtin_memset(K + ((size_t)d * PAGE + keys) * P, 0, (size_t)(PAGE - keys) * P * sizeof(T));
-    __builtin_memset(V + (size_t)keys * DV, 0, (size_t)(PAGE - keys) * DV * sizeof(T));
-  }
+  clear_tokens(to, keys, D, DV);
   const uint64_t every = keys == 64 ? ~0ull : (1ull << keys) - 1;
   if (!l.window) {
     mask[0] = every;
-    return {K, V, keys == 64 ? nullptr : mask, 0};
+    return {to, keys == 64 ? nullptr : mask, 0};
   }
   for (int r = 0; r < rows; r++) {
     mask[r] = every;
@@ -105,7 +97,7 @@ static Tile<C> plan_tile(const Heads<C> &s, const tr_part &part, int h, const Pl
         mask[r] &= ~(((gone == 64 ? 0 : 1ull << gone) - 1) << y * unit);
     }
   }
-  return {K, V, mask, 1};
+  return {to, mask, 1};
 }
 
 INLINE float coverage_of(const tr_sparsity &rule, float loose) {
@@ -152,10 +144,10 @@ static bool plan_block(const Heads<C> &s, const tr_part &part, int h, int p0, in
   const size_t width = (size_t)pages * PAGE / rule.unit + 64;
   const int columns = rule.columns ? v.head->columns : 0; // of this rule: the sequence may have some of another
   if (rule.mean_score) {
-    typename C::T *tiles = (typename C::T *)(memory + align64((size_t)most * width * 4));
+    typename C::Node::T *tiles = (typename C::Node::T *)(memory + align64((size_t)most * width * 4));
     float *row = (float *)((char *)tiles + align64((size_t)mean_tiles(rule.node, n) * 64 * l.head_dim * sizeof(*tiles)));
     mean_keys(s, part, h, rule.node, n, tiles);
-    mean_masses(l, tiles, h, rule.node, rule.unit, n, far, last, a, U, width, row);
+    mean_masses<C>(l, tiles, h, rule.node, rule.unit, n, far, last, a, U, width, row);
   } else {
     exact_masses(s, part, h, far, last, v, columns, a, x);
     mark_patches(v.head->patch, columns ? v.head->patches : 0, far, patched);
@@ -184,7 +176,7 @@ INLINE size_t plan_block_bytes(const tr_layer &l, const tr_sparsity &rule, int p
   size_t means = 0;
   if (rule.mean_score) {
     const size_t nodes = (size_t)mean_tiles(rule.node, pages * PAGE) * 64;
-    means = align64(nodes * l.head_dim * sizeof(typename C::T)) + align64(nodes * 4) + 64;
+    means = align64(nodes * l.head_dim * sizeof(typename C::Node::T)) + align64(nodes * 4) + 64;
   }
   return asked_bytes<C>(l, rows) + choice_bytes(l, rule, pages, rows + 1) + means;
 }
@@ -194,21 +186,15 @@ template <class C>
 static void ask_ahead(const Heads<C> &s, const tr_part &part, int h, const Plan &p, int unit, int x) {
   const tr_layer &l = *s.layer;
   const int per = PAGE / unit;
-  if (x < p.block_count) {
-    const char *tile = (const char *)s.keys(part.page[p.blocks[x]], h);
-    const size_t bytes = (size_t)PAGE * (l.head_dim + l.value_dim) * sizeof(typename C::T);
-    for (size_t b = 0; b < bytes; b += 64)
-      __builtin_prefetch(tile + b, 0, 2);
-    return;
-  }
+  if (x < p.block_count)
+    return ask_for_tile(s, part.page[p.blocks[x]], h);
   for (int a = (x - p.block_count) * per; a < p.loose_count && a < (x - p.block_count + 1) * per; a++) {
-    const int u = p.loose[a], page = part.page[u / per], t = u % per * unit;
-    const char *k = (const char *)(s.keys(page, h) + (size_t)t * C::P);
-    const char *v = (const char *)(s.values(page, h) + (size_t)t * l.value_dim);
-    const size_t piece = (size_t)unit * C::P * sizeof(typename C::T), apart = (size_t)PAGE * C::P * sizeof(typename C::T);
+    const int u = p.loose[a], t = u % per * unit;
+    const Kept<C> tile = s.tile(part.page[u / per], h);
+    const char *k = (const char *)(tile.k + (size_t)t * C::P), *v = (const char *)(tile.v + (size_t)t * l.value_dim);
     for (int d = 0; d < l.head_dim / C::P; d++)
-      for (size_t b = 0; b < piece; b += 64)
-        __builtin_prefetch(k + d * apart + b, 0, 2);
+      for (int b = 0; b < unit * 4; b += 64)
+        __builtin_prefetch(k + (size_t)d * PAGE * 4 + b, 0, 2);
     for (size_t b = 0; b < (size_t)unit * l.value_dim * sizeof(typename C::T); b += 64)
       __builtin_prefetch(v + b, 0, 2);
   }
@@ -224,15 +210,15 @@ static bool attend_plan(const Heads<C> &s, const tr_part &part, int h, int p0, i
   for (; p0 < p1; p0 += at_once) {
     const int tokens = p1 - p0 < at_once ? p1 - p0 : at_once, rows = tokens * s.group;
     char *m = memory;
-    typename C::T *q;
+    typename C::Q *q;
     Gathered<C> g = gathered_in<C>(m, l, (size_t)at_once * s.group, q);
     uint64_t *mask = (uint64_t *)m;
     m += align64((size_t)at_once * s.group * 8);
     int32_t *position = (int32_t *)m;
     m += align64((size_t)at_once * s.group * 4);
-    typename C::T *buffer = (typename C::T *)m;
+    char *buffer = m;
     const size_t row = part.begin + p0 - part.past;
-    load_queries<C>(s, row, tokens, h, query_factor(l), q);
+    load_queries<C, C>(s, row, tokens, h, query_factor(l), q);
     begin_rows(s, g, rows, h, true);
     for (int r = 0; r < rows; r++)
       position[r] = p0 + r / s.group;
@@ -255,6 +241,6 @@ static bool attend_plan(const Heads<C> &s, const tr_part &part, int h, int p0, i
 template <class C> INLINE size_t attend_plan_bytes(const tr_layer &l) {
   const size_t rows = (size_t)queries_at_once(l.heads / l.kv_heads) * (l.heads / l.kv_heads);
   return attend_bytes<C>(l) + align64(rows * 4) + align64(rows * 8) +
-         align64((size_t)PAGE * (l.head_dim + l.value_dim) * sizeof(typename C::T)) + 64;
+         align64(tile_bytes<C>(l.head_dim, l.value_dim)) + 64;
 }
 } // namespace
