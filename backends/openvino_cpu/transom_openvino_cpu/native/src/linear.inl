@@ -8,7 +8,7 @@
 namespace {
 const int WIDE = 6;  // tiles of 16 outputs made together: the columns of `Tile`
 const int FEW = 4;   // rows up to which the matrix is read as it lies
-const int MOST = 66; // rows in one call: what the sums of `many` divide
+const int MOST = 256; // rows in one call: what the sums of `many` divide
 const int CUT = 512; // columns in one panel of floats
 
 // Rows of activations in the form that a product takes.
@@ -381,7 +381,8 @@ static void many_bytes(const char *panel, const char *minimums, int u0, int u1, 
           acc[r][v] = dot_pairs(acc[r][v], iload(minimums + v * 64), s);
       }
   }
-  for (int u = u0; u < u1; u += per_group, scales++)
+  for (int u = u0; u < u1; u += per_group, scales++) {
+    VF part[R][NV]; // of a group
     for (int k = 0; k < per_group; k++, starts++) {
       VI i[R][NV];
       for (int r = 0; r < R; r++)
@@ -399,12 +400,16 @@ static void many_bytes(const char *panel, const char *minimums, int u0, int u1, 
       }
       const float *d = (const float *)panel;
       panel += NV * 64;
-      for (int r = 0; r < R; r++) {
-        VF s = set1(scales[(size_t)r * groups]);
+      for (int r = 0; r < R; r++)
         for (int v = 0; v < NV; v++)
-          acc[r][v] = fma(mul(to_float(i[r][v]), load(d + 16 * v)), s, acc[r][v]);
-      }
+          part[r][v] = k ? fma(to_float(i[r][v]), load(d + 16 * v), part[r][v]) : mul(to_float(i[r][v]), load(d + 16 * v));
     }
+    for (int r = 0; r < R; r++) {
+      VF s = set1(scales[(size_t)r * groups]);
+      for (int v = 0; v < NV; v++)
+        acc[r][v] = fma(part[r][v], s, acc[r][v]);
+    }
+  }
   for (int r = 0; r < R; r++)
     for (int v = 0; v < NV; v++)
       store(y + (size_t)r * WIDE * 16 + 16 * v, acc[r][v]);
@@ -499,8 +504,9 @@ INLINE size_t panel_bytes(const tr_matrix &m, int by) {
 template <int NV, bool NIBBLES, int UNIT, int PER>
 static void all_rows(const char *panel, const char *minimums, int u0, int u1, const Acts &a, int rows, float *y) {
   int r = 0;
-  for (; r + ROWS <= rows; r += ROWS)
-    many_bytes<ROWS, NV, NIBBLES, UNIT, PER>(panel, minimums, u0, u1, a, r, y + (size_t)r * WIDE * 16, u0 > 0);
+  const int AT_ONCE = PER > 1 && ROWS > 4 ? 4 : ROWS;
+  for (; r + AT_ONCE <= rows; r += AT_ONCE)
+    many_bytes<AT_ONCE, NV, NIBBLES, UNIT, PER>(panel, minimums, u0, u1, a, r, y + (size_t)r * WIDE * 16, u0 > 0);
   for (; r + 2 <= rows; r += 2)
     many_bytes<2, NV, NIBBLES, 0, 0>(panel, minimums, u0, u1, a, r, y + (size_t)r * WIDE * 16, u0 > 0);
   for (; r < rows; r++)

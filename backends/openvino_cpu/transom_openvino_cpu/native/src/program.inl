@@ -262,7 +262,7 @@ static void run_rows(Engine *e, const tr_step *step, int first, int last, int ro
   if (rows >= MANY_ROWS) {
     int blocks = (rows + BLOCK - 1) / BLOCK;
     blocks = (blocks + threads - 1) / threads * threads; // all threads finish together
-    const int each = ((rows + blocks - 1) / blocks + 5) / 6 * 6; // what `many` takes at once
+    const int each = ((rows + blocks - 1) / blocks + 3) / 4 * 4; // what `many` takes at once
     parallel(e->pool, (rows + each - 1) / each, [=](int i, int thread) {
       int r0 = i * each, r1 = r0 + each < rows ? r0 + each : rows;
       Rows w = rows_of(e, step, r0, r1, thread, true);
