@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import errno
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from transom.artifacts import Cache, Origin, Slot, StoredArtifact
-from transom.contract import Artifact, Options, Progress, Session
+from transom.contract import Artifact, Cancelled, Options, Progress, Session
 from transom.errors import SelectionError, TransomError, UnsupportedError
 from transom.graph import Graph
 from transom.graph.sparse import with_sparsity
@@ -36,6 +38,8 @@ from transom.sparsity import Sparsity
 
 TIMED_TOKENS = 24
 """Of a measured decode."""
+HEARTBEAT = 0.25
+"""Seconds between two reports on what another thread does."""
 
 
 def read(payload: Mapping[str, Any], progress: Progress) -> None:
@@ -111,6 +115,7 @@ class _Desk:
         self._plugins: Plugins | None = None
         self._graph: Graph | None = None
         self._source: Prepared | None = None
+        self._reference: tuple[Future[selfcheck.Array], threading.Event] | None = None
 
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:
@@ -215,7 +220,9 @@ class _Desk:
         """The artifact, compiled if it is not there, checked if it was not in this place; by one process at a time."""
         options, key = self.options(), self.source().artifact_key(self.job)
         with self.cache.building(key, self.progress) as slot:
-            stored = slot.found or self._compile(slot, options)
+            if (stored := slot.found) is None:
+                with self._reference_meanwhile():
+                    stored = self._compile(slot, options)
             if not self.job.believes(stored.verdict(self.job.place)):
                 stored.record_verdict(self.job.place, self._check(stored))
         return stored
@@ -266,6 +273,32 @@ class _Desk:
         return guarded(backend.name, "loading this model", call)
 
     # the check --------------------------------------------------------------------------------------------------------
+    @contextmanager
+    def _reference_meanwhile(self) -> Iterator[None]:
+        """Computes a decoder's golden logits on a thread of its own while the backend compiles: both spend most of
+        their time outside the interpreter. `golden` takes them over; where compiling fails they are given up."""
+        decoder = self.source().decoder
+        if not self.job.verify or decoder is None or selfcheck.recall_golden(self.cache, self.source()) is not None:
+            yield
+            return
+        ids, stop = self.prompt(), threading.Event()
+        graph = self.graph()
+        own = Graph(graph.model.clone(), weights_hash=graph.weights_hash)  # a backend may write to the other one
+
+        def go_on(share: float) -> None:
+            if stop.is_set():
+                raise Cancelled
+
+        threads = ThreadPoolExecutor(1, thread_name_prefix="transom-reference")
+        self._reference = threads.submit(selfcheck.golden_logits, own, ids, go_on), stop
+        try:
+            yield
+        except BaseException:
+            stop.set()
+            raise
+        finally:
+            threads.shutdown(wait=stop.is_set())
+
     def golden(self) -> dict[str, selfcheck.Array]:
         """What the reference answers: `ids` and `logits`; of a plain graph its outputs, or nothing where it fails."""
         if (known := selfcheck.recall_golden(self.cache, self.source())) is not None:
@@ -278,7 +311,11 @@ class _Desk:
 
             if self.source().decoder is not None:
                 ids = self.prompt()
-                answer = {"ids": np.asarray(ids), "logits": selfcheck.golden_logits(self.graph(), ids, report)}
+                if self._reference is not None:
+                    logits = self._until_done(*self._reference)
+                else:
+                    logits = selfcheck.golden_logits(self.graph(), ids, report)
+                answer = {"ids": np.asarray(ids), "logits": logits}
             else:
                 from transom.reference.executor import Executor
 
@@ -289,6 +326,16 @@ class _Desk:
                     answer = {}  # inputs made up from shapes need not mean anything to a graph
             selfcheck.keep_golden(self.cache, self.source(), answer)
         return answer
+
+    def _until_done(self, reference: Future[selfcheck.Array], stop: threading.Event) -> selfcheck.Array:
+        try:
+            while not reference.done():
+                wait([reference], timeout=HEARTBEAT)
+                self.progress("reference", None)
+            return reference.result()
+        except BaseException:
+            stop.set()
+            raise
 
     def _check(self, stored: StoredArtifact) -> dict[str, Any]:
         """Run the loaded artifact and hold it against the reference; raises where they disagree."""

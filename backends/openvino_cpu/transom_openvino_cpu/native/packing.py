@@ -130,21 +130,25 @@ def _write_blocks(file: BinaryIO, weight: Blocked, parts: BlockedArrays) -> Pack
     rows, columns = weight.shape
     block, centre = weight.block, CENTRES[weight.dtype]
     four = weight.dtype in ("int4", "uint4")
-    quants = _tiles((parts.quants.astype(np.int16) + centre).astype(np.uint8).reshape(rows, columns // block, block))
-    tiles = len(quants)
+    quants = np.ascontiguousarray(parts.quants).view(np.uint8)
+    if centre:
+        quants = quants + np.uint8(centre)
+    words = _tiles(quants.view("<u4"))  # of four columns, which stay together
+    tiles = len(words)
     scales, minimums, zero = _offsets(parts, centre)
     if four:
-        split = quants.reshape(tiles, TILE, -1, block // 8, 2, 4).transpose(0, 2, 3, 4, 1, 5)
-        packed = split[:, :, :, 0] | split[:, :, :, 1] << 4
+        pairs = words.reshape(tiles, TILE, columns // 8, 2).transpose(0, 2, 3, 1)
+        packed = np.left_shift(pairs[:, :, 1], np.uint32(4), order="C")
+        packed |= pairs[:, :, 0]
     else:
-        packed = quants.reshape(tiles, TILE, -1, block // 4, 4).transpose(0, 2, 3, 1, 4)
-    columns_of: list[Array] = [np.ascontiguousarray(packed).reshape(tiles, columns // block, -1)]
+        packed = np.ascontiguousarray(words.transpose(0, 2, 1))
+    columns_of: list[Array] = [packed.view(np.uint8).reshape(tiles, columns // block, -1)]
     for part in (scales, minimums):
         if part is not None:
             wide = np.ascontiguousarray(_tiles(part).transpose(0, 2, 1))
             columns_of.append(wide.view(np.uint8).reshape(tiles, columns // block, -1))
     at = align(file)
-    file.write(np.concatenate(columns_of, -1).tobytes())
+    file.write(np.concatenate(columns_of, -1).data)
     kind = KINDS["uint4" if four else "uint8"]
     return Packed(kind, rows, columns, block, zero, minimums is not None, bool(scales.dtype == np.float32), at)
 
