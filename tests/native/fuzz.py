@@ -29,6 +29,7 @@ from programs import Machine  # noqa: E402
 
 from transom.errors import EngineError  # noqa: E402
 from transom.testing.models import tiny_decoder  # noqa: E402
+from transom_openvino_cpu import page_memory  # noqa: E402
 from transom_openvino_cpu.native import engine, library  # noqa: E402
 from transom_openvino_cpu.native.program import ACTIVATIONS, BY, KINDS, Program, View  # noqa: E402
 
@@ -123,7 +124,7 @@ def run_damaged(rng: np.random.Generator, level: str) -> None:
 def main() -> None:
     path, seed, seconds, levels = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), sys.argv[4:]
     library.path = lambda: path
-    engine.mmap = Memory()
+    engine.mmap = page_memory.mmap = Memory()
     assert set(levels) <= set(library.built_levels()), library.built_levels()
     test_decoders.LEVELS[:] = levels  # some tests go through them all
     rng = np.random.default_rng(seed)

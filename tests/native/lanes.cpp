@@ -106,6 +106,10 @@ void floats() {
   for (int i = 0; i < 32; i++)
     f[i] = between(-9, 9);
   ARE("load_two", load_two(f + 1, f + 20), i < 8 ? f[1 + i] : f[12 + i]);
+  ARE("swapped 1", swapped<1>(load(a)), a[i ^ 1]);
+  ARE("swapped 2", swapped<2>(load(a)), a[i ^ 2]);
+  ARE("swapped 4", swapped<4>(load(a)), a[i ^ 4]);
+  ARE("swapped 8", swapped<8>(load(a)), a[i ^ 8]);
   ARE("pair_sums", pair_sums(load(f), load(f + 16)), f[2 * i] + f[2 * i + 1]);
   const float n = (float)((int)(bits32() % 801) - 400);
   EACH(a, between(.5f, 2));

@@ -8,10 +8,15 @@ from typing import Any
 import byte_llama
 import numpy as np
 import pytest
-from levels import pytestmark  # noqa: F401  pytest reads the mark from here
+from levels import LEVELS, pytestmark  # noqa: F401  pytest reads the mark from here
+from programs import Machine
+from test_decoders import EXACT, built
 
 import transom
+from transom.contract import Work
 from transom.errors import OptionError
+from transom.testing.models import tiny_decoder
+from transom_openvino_cpu.sparse_session import SparseSession
 
 PROMPT = 900
 TURN = 100
@@ -144,3 +149,27 @@ def test_a_backend_that_cannot_save_says_so(tmp_path: Path, options: dict[str, A
         _answer(model, [1, 2, 3], "off")
         with pytest.raises(OptionError, match="cannot write prompt caches"):
             model.save_prompt_cache(tmp_path / "p.cache")
+
+
+def test_a_freed_state_gives_its_memory_back(rng: np.random.Generator) -> None:
+    graph = tiny_decoder(rng, layers=2, kv_heads=4, q_heads=4, head_dim=64, context=8192)
+    decoder = graph.decoder
+    assert decoder is not None
+    with Machine(built(graph, EXACT), LEVELS[-1], threads=2, pages=None) as machine:
+        session = SparseSession(machine.engine, decoder, context=8192, pages=256)
+        start = _shared_memory()
+        state = session.new_state()
+        while state.length < 8192:
+            session.step([Work(state, rng.integers(0, decoder.vocabulary, 1024).tolist(), "none")])
+        held = state.nbytes
+        assert held > 30 << 20
+        assert _shared_memory() - start > 0.9 * held
+        state.free()
+        assert _shared_memory() - start < 0.1 * held
+        session.close()
+
+
+def _shared_memory() -> int:
+    """Bytes of anonymous memory that this process holds, of the kind that pages are made of."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssShmem:"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import broken_contract
 import broken_numbers
+import broken_optional
 import pytest
 from changed_reference import Changed, broken_in
 
@@ -12,7 +13,7 @@ from transom.testing import run
 from transom.testing.checks import all_checks
 
 CPU = Device("cpu", "cpu", "x86_64", 8 << 30)
-BROKEN = [*broken_in(broken_numbers), *broken_in(broken_contract)]
+BROKEN = [*broken_in(broken_numbers), *broken_in(broken_contract), *broken_in(broken_optional)]
 CASES = [(backend, check) for backend in BROKEN for check in backend.caught_by]
 
 
@@ -27,6 +28,12 @@ def test_broken_backend_is_caught(backend: type[Changed], check: str, seed: int)
 
 def test_unchanged_backend_passes_all_of_those_checks(seed: int) -> None:
     result = run(Changed(), CPU, only=sorted({check for _, check in CASES}), seed=seed)
+    assert result.ok, result.text()
+    assert not result.refused, result.text()
+
+
+def test_a_session_that_saves_as_it_should_passes(seed: int) -> None:
+    result = run(broken_optional.Saving(), CPU, only=["state.saving"], seed=seed)
     assert result.ok, result.text()
     assert not result.refused, result.text()
 

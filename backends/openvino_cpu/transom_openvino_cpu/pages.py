@@ -8,24 +8,27 @@ so it is copied first (copy on write). A step reserves what it needs, runs, and 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from transom.contract import OutOfPages
 
 
 class PagePool:
-    """Hands out pages, lowest number first, so that memory that was touched before is used again.
+    """Hands out pages, lowest number first, so that what is in use lies together.
 
     Args:
         total: pages in the pool.
         page_tokens: tokens in a page.
+        dropped: is told which pages nobody holds any more when a sequence lets go of some.
     """
 
-    def __init__(self, total: int, page_tokens: int) -> None:
+    def __init__(
+        self, total: int, page_tokens: int, dropped: Callable[[Sequence[int]], None] = lambda pages: None
+    ) -> None:
         if total < 1 or page_tokens < 1:
             raise ValueError("a pool needs at least one page of at least one token")
-        self.total, self.page_tokens = total, page_tokens
+        self.total, self.page_tokens, self._dropped = total, page_tokens, dropped
         self._free = list(range(total))  # a heap already
         self._holders: dict[int, list[PageTable]] = {}
 
@@ -82,9 +85,17 @@ class PagePool:
             del self._holders[page]
             heapq.heappush(self._free, page)
 
+    def _release_all(self, pages: Sequence[int], table: PageTable) -> None:
+        for page in pages:
+            self._release(page, table)
+        if freed := [page for page in pages if page not in self._holders]:
+            self._dropped(freed)
+
     def _put_back(self, pages: Sequence[int]) -> None:
         for page in pages:
             heapq.heappush(self._free, page)
+        if pages:
+            self._dropped(pages)
 
 
 class PageTable:
@@ -128,15 +139,15 @@ class PageTable:
     def truncate(self, length: int) -> None:
         """Forget all but the first `length` tokens and give back the pages behind them. Raises as `fork` does."""
         kept = self._first(length, "truncate")
-        for page in self.pages[len(kept) :]:
-            self.pool._release(page, self)
+        rest = self.pages[len(kept) :]
         self._pages, self._length = list(kept), length
+        self.pool._release_all(rest, self)
 
     def free(self) -> None:
         """Give all pages back. Doing it twice does nothing."""
-        for page in self._pages or ():
-            self.pool._release(page, self)
+        rest = self._pages or []
         self._pages, self._length = None, 0
+        self.pool._release_all(rest, self)
 
     def _first(self, length: int, what: str) -> list[int]:
         pages = self.pages

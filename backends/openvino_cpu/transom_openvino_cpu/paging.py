@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import mmap
+import math
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
@@ -11,6 +11,7 @@ import numpy as np
 
 from transom_openvino_cpu import names
 from transom_openvino_cpu.engine import Engine
+from transom_openvino_cpu.page_memory import PageMemory
 from transom_openvino_cpu.plan import Plan
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -28,6 +29,7 @@ class OpenVinoPages:
         self._engine, self._decoder = engine, plan.decoder
         self._element_bytes = engine.cache_element_bytes()
         self.arrays: dict[str, Array] = {}
+        self._memory: list[PageMemory] = []
         self._scratch = 0
 
     def page_bytes(self) -> int:
@@ -40,14 +42,19 @@ class OpenVinoPages:
         container = np.dtype(_CONTAINERS[self._element_bytes])
         for i, layer in enumerate(self._decoder.layers):
             for name, dim in zip(names.cache_inputs(i), (layer.head_dim, layer.value_dim), strict=True):
-                shape = (pages + 1, layer.kv_heads, names.PAGE_TOKENS, dim)
-                memory = mmap.mmap(-1, int(np.prod(shape)) * container.itemsize)
-                self.arrays[name] = np.frombuffer(memory, container).reshape(shape)
+                shape = (layer.kv_heads, names.PAGE_TOKENS, dim)
+                memory = PageMemory(pages + 1, math.prod(shape) * container.itemsize)
+                self._memory.append(memory)
+                self.arrays[name] = memory.bytes.view(container).reshape(pages + 1, *shape)
         self._engine.bind_caches(self.arrays)
 
     def copy_page(self, source: int, target: int) -> None:
         for array in self.arrays.values():
             array[target] = array[source]
+
+    def drop_pages(self, pages: Sequence[int]) -> None:
+        for memory in self._memory:
+            memory.drop(pages)
 
     def warm_up(self) -> None:
         """One token that nobody sees: the engine repacks its weights."""

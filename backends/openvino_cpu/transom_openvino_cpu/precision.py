@@ -10,9 +10,9 @@ differences inside:
 vocabulary matrix; natively float32 between operators |
 | `f16` | as stored | float16; needs avx512_fp16, and OpenVINO |
 | `fast`, `int8` | natively the stored blocks, plain matrices rounded to int8 in groups of 64; through OpenVINO blocks \
-with minimums are rounded too | int8 into matrix products, rounded on the fly in groups of 64 or less; natively int8 in \
-the cache and in both products of attention, with a scale for each token and head; through OpenVINO a bfloat16 cache \
-(float32 without bf16 hardware) |
+with minimums are rounded too | int8 into matrix products, rounded on the fly in groups of 64 or less; natively int8 \
+in the cache and in both products of attention, with a scale for each token and head; through OpenVINO a bfloat16 \
+cache (float32 without bf16 hardware) |
 | `int4` | the stored 4-bit blocks; refused where the checkpoint has none | as `bf16` |
 | `auto` | see below | |
 

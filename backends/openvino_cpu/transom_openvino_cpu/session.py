@@ -36,6 +36,9 @@ class PagedEngine(Protocol):
 
     def copy_page(self, source: int, target: int) -> None: ...
 
+    def drop_pages(self, pages: Sequence[int]) -> None:
+        """Nobody holds these: their memory may go back to the system. Does nothing once the engine is closed."""
+
     def warm_up(self) -> None:
         """Whatever makes the first step as fast as the later ones. May run beside other work of the host."""
 
@@ -92,7 +95,7 @@ class PagedSession:
     def __init__(self, engine: PagedEngine, decoder: Decoder, *, context: int, pages: int) -> None:
         self._engine, self._decoder = engine, decoder
         self._page_bytes = engine.page_bytes()
-        self._pool = PagePool(pages, engine.page_tokens)
+        self._pool = PagePool(pages, engine.page_tokens, engine.drop_pages)
         self._limits = Limits(MAX_SEQUENCES, MAX_TOKENS, context, engine.page_tokens)
         self._closed = False
         engine.bind_pages(pages)

@@ -262,4 +262,6 @@ def _startup(
     rows = [(stage, f"{s * 1000:.0f}", f"{s / whole:.0%}", "█" * round(30 * s / whole)) for stage, s in stages.items()]
     table(("stage", "ms", "share", ""), rows, right=(1, 2))
     click.echo(f"\nprocess start to first token: {total['median']:.3f} s ({total['least']:.3f} … {total['most']:.3f})")
+    if not found["bytecode"]:
+        click.echo("PYTHONDONTWRITEBYTECODE is set: each start compiles the modules that no installer has compiled.")
     return 0

@@ -50,6 +50,7 @@ def measure(model: str, options: Mapping[str, Any], *, runs: int, empty_cache: b
     return {
         "cache": "empty" if empty_cache else "warm",
         "runs": runs,
+        "bytecode": not sys.dont_write_bytecode,
         "median_seconds": stages,
         "total_seconds": {"median": statistics.median(totals), "least": min(totals), "most": max(totals)},
         "report": results[-1]["report"],

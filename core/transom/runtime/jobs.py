@@ -13,6 +13,9 @@ from transom.contract import Device, Progress
 from transom.hardware.probe_file import from_json, to_json
 from transom.sparsity import DENSE
 
+ENTRY = "transom.runtime.jobs:run"
+"""What a child process is told to call: `run`."""
+
 
 @functools.cache
 def version() -> str:
@@ -94,7 +97,20 @@ def run(payload: Mapping[str, Any], progress: Progress) -> Any:
     # The check prompt makes small matrix products, for which NumPy's threads cost more than they give: three times the
     # processor time of one thread, ten times the wall time where the processor is busy. Read when NumPy is imported.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    arguments = dict(payload)
+    if not arguments.pop("beside", False):
+        return _work(arguments, progress)
+    from transom.runtime.beside import reference_beside
+
+    with reference_beside(arguments) as reference:  # first of all: what comes next takes as long for both
+        return _work(arguments, progress, reference=reference)
+
+
+def _work(arguments: dict[str, Any], progress: Progress, **more: Any) -> Any:
+    from transom.runtime.later import import_later
+
+    # Half of the import of onnx_ir is for arithmetic with symbolic sizes, which few graphs have.
+    import_later("sympy", "onnx_ir._symbolic_shapes")
     from transom.runtime import preparing
 
-    arguments = dict(payload)
-    return getattr(preparing, arguments.pop("work"))(arguments, progress)
+    return getattr(preparing, arguments.pop("work"))(arguments, progress, **more)

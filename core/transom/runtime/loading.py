@@ -31,7 +31,7 @@ from transom.runtime import calibrations, memory, prepared
 from transom.runtime.arguments import check_arguments, check_objects
 from transom.runtime.guarding import guarded, interrupts_kept
 from transom.runtime.identity import content_key, fingerprint_of, may_use_operators
-from transom.runtime.jobs import Job
+from transom.runtime.jobs import ENTRY, Job
 from transom.runtime.machine import Machine, choose, survey
 from transom.runtime.operators import explaining_rejected, operators_identity, register_operators
 from transom.runtime.prepared import Prepared
@@ -465,6 +465,12 @@ class _Loader:
             sparsity=self.sparsity.to_string(),
         )
 
+    def _knows_reference(self, job: Job) -> bool:
+        from transom.runtime.selfcheck import recall_golden
+
+        source = prepared.find(self.cache, job.content, job.source_context)
+        return source is not None and recall_golden(self.cache, source) is not None
+
     def _child(self, work: str, machine: Machine, candidate: Candidate) -> Any:
         """Run a job of `transom.runtime.preparing`, with a cache in which it can leave what it makes."""
         if (error := self.cache.unwritable()) is not None:
@@ -473,8 +479,12 @@ class _Loader:
         if self._in_memory is not None and self.cache.sources.lookup(job.graph) is None:
             self._held.append(prepared.keep_graph(self.cache, job.graph, self._in_memory.graph))
         payload = {"work": work, **job.to_payload()}
+        if work == "prepare" and not self._knows_reference(job):
+            from transom.runtime.beside import possible
+
+            payload["beside"] = possible(job)
         try:
-            result = run_in_child("transom.runtime.jobs:run", payload, progress=self.progress)
+            result = run_in_child(ENTRY, payload, progress=self.progress)
             return result.unwrap(f"Preparing the model with {candidate.backend}")
         except BaseException:
             self.cache.sweep()  # what a child that was killed had begun to write

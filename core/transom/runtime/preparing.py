@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import errno
 import tempfile
-import threading
 import time
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,12 +19,13 @@ from typing import Any
 import numpy as np
 
 from transom.artifacts import Cache, Origin, Slot, StoredArtifact
-from transom.contract import Artifact, Cancelled, Options, Progress, Session
+from transom.contract import Artifact, Options, Progress, Session
 from transom.errors import SelectionError, TransomError, UnsupportedError
 from transom.graph import Graph
 from transom.graph.sparse import with_sparsity
 from transom.plugins import LoadedBackend, Plugins, load_plugins
 from transom.runtime import memory, prepared, selfcheck
+from transom.runtime.beside import wait_for
 from transom.runtime.calibrations import calibrated
 from transom.runtime.guarding import guarded
 from transom.runtime.jobs import Job
@@ -38,8 +38,6 @@ from transom.sparsity import Sparsity
 
 TIMED_TOKENS = 24
 """Of a measured decode."""
-HEARTBEAT = 0.25
-"""Seconds between two reports on what another thread does."""
 
 
 def read(payload: Mapping[str, Any], progress: Progress) -> None:
@@ -47,13 +45,17 @@ def read(payload: Mapping[str, Any], progress: Progress) -> None:
     _Desk(payload, progress).source()
 
 
-def prepare(payload: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
+def prepare(payload: Mapping[str, Any], progress: Progress, reference: Future[Any] | None = None) -> dict[str, Any]:
     """Bring one artifact to the point where it can be loaded: source read, compiled, checked. Skips what is done.
+
+    Args:
+        reference: a process that computes the golden logits meanwhile.
 
     Returns `seconds` of each stage, whether the cache `kept` the artifact, so that the host can find it, and the
     `verdict`, which a full disk may have kept from the cache; its `warnings` tell.
     """
     desk = _Desk(payload, progress)
+    desk.reference = reference
     with desk.believed() as stored:
         return {
             "seconds": desk.seconds,
@@ -115,7 +117,9 @@ class _Desk:
         self._plugins: Plugins | None = None
         self._graph: Graph | None = None
         self._source: Prepared | None = None
-        self._reference: tuple[Future[selfcheck.Array], threading.Event] | None = None
+        self._opened: SourceModel | None = None
+        self._key = ""  # of what was opened
+        self.reference: Future[Any] | None = None
 
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:
@@ -146,11 +150,17 @@ class _Desk:
     # the source -------------------------------------------------------------------------------------------------------
     def source(self) -> Prepared:
         """What the cache keeps of the source, read now where it does not."""
+        if self._find() is None:
+            if self._opened is None:
+                self._read()
+            assert self._opened is not None
+            self._source = prepared.keep(self.cache, self._key, self._opened)
+        assert self._source is not None
+        return self._source
+
+    def _find(self) -> Prepared | None:
         if self._source is None:
             self._source = prepared.find(self.cache, self.job.content, self.job.source_context)
-        if self._source is None:
-            self._read()
-            assert self._source is not None
         return self._source
 
     def graph(self) -> Graph:
@@ -179,9 +189,7 @@ class _Desk:
                 content = key
             if opened.kind == "onnx":  # other sources look at each weight as it is loaded
                 require_finite_graph(opened.graph, self.job.model)
-            self._graph = opened.graph
-            if self._source is None:
-                self._source = prepared.keep(self.cache, content, opened)
+            self._graph, self._opened, self._key = opened.graph, opened, content
 
     def _open(self, context: int | None) -> SourceModel:
         with explaining_rejected(self.plugins):
@@ -220,9 +228,7 @@ class _Desk:
         """The artifact, compiled if it is not there, checked if it was not in this place; by one process at a time."""
         options, key = self.options(), self.source().artifact_key(self.job)
         with self.cache.building(key, self.progress) as slot:
-            if (stored := slot.found) is None:
-                with self._reference_meanwhile():
-                    stored = self._compile(slot, options)
+            stored = slot.found or self._compile(slot, options)
             if not self.job.believes(stored.verdict(self.job.place)):
                 stored.record_verdict(self.job.place, self._check(stored))
         return stored
@@ -273,49 +279,27 @@ class _Desk:
         return guarded(backend.name, "loading this model", call)
 
     # the check --------------------------------------------------------------------------------------------------------
-    @contextmanager
-    def _reference_meanwhile(self) -> Iterator[None]:
-        """Computes a decoder's golden logits on a thread of its own while the backend compiles: both spend most of
-        their time outside the interpreter. `golden` takes them over; where compiling fails they are given up."""
-        decoder = self.source().decoder
-        if not self.job.verify or decoder is None or selfcheck.recall_golden(self.cache, self.source()) is not None:
-            yield
-            return
-        ids, stop = self.prompt(), threading.Event()
-        graph = self.graph()
-        own = Graph(graph.model.clone(), weights_hash=graph.weights_hash)  # a backend may write to the other one
-
-        def go_on(share: float) -> None:
-            if stop.is_set():
-                raise Cancelled
-
-        threads = ThreadPoolExecutor(1, thread_name_prefix="transom-reference")
-        self._reference = threads.submit(selfcheck.golden_logits, own, ids, go_on), stop
-        try:
-            yield
-        except BaseException:
-            stop.set()
-            raise
-        finally:
-            threads.shutdown(wait=stop.is_set())
-
     def golden(self) -> dict[str, selfcheck.Array]:
         """What the reference answers: `ids` and `logits`; of a plain graph its outputs, or nothing where it fails."""
-        if (known := selfcheck.recall_golden(self.cache, self.source())) is not None:
+        if self.reference is not None:
+            with self._timed("golden"):
+                wait_for(self.reference, self.progress)
+        source = self._find()
+        if source is not None and (known := selfcheck.recall_golden(self.cache, source)) is not None:
             return known
+        # Where the process beside this one failed, this one does so again, and says why.
         with self._timed("golden"):
             self.progress("reference", None)
 
             def report(share: float) -> None:
                 self.progress("reference", share)
 
-            if self.source().decoder is not None:
-                ids = self.prompt()
-                if self._reference is not None:
-                    logits = self._until_done(*self._reference)
-                else:
-                    logits = selfcheck.golden_logits(self.graph(), ids, report)
-                answer = {"ids": np.asarray(ids), "logits": logits}
+            decoder = self.graph().decoder
+            if decoder is not None:
+                # Not by `source`, which would write it down first: beside another process that does so that is wasted.
+                tokenizer = self.source().tokenizer() if self._opened is None else self._opened.tokenizer
+                ids = selfcheck.check_prompt(decoder, tokenizer)
+                answer = {"ids": np.asarray(ids), "logits": selfcheck.golden_logits(self.graph(), ids, report)}
             else:
                 from transom.reference.executor import Executor
 
@@ -326,16 +310,6 @@ class _Desk:
                     answer = {}  # inputs made up from shapes need not mean anything to a graph
             selfcheck.keep_golden(self.cache, self.source(), answer)
         return answer
-
-    def _until_done(self, reference: Future[selfcheck.Array], stop: threading.Event) -> selfcheck.Array:
-        try:
-            while not reference.done():
-                wait([reference], timeout=HEARTBEAT)
-                self.progress("reference", None)
-            return reference.result()
-        except BaseException:
-            stop.set()
-            raise
 
     def _check(self, stored: StoredArtifact) -> dict[str, Any]:
         """Run the loaded artifact and hold it against the reference; raises where they disagree."""

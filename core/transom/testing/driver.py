@@ -33,6 +33,7 @@ class Move:
     tokens: Sequence[int]
     logits: Want = "all"
     top_k: int = 0
+    sparsity: str | None = None
 
 
 class Driver:
@@ -69,7 +70,7 @@ class Driver:
         Raises:
             Failed: logits, their form, or a state's length is not what the oracle says.
         """
-        outputs = self.session.step([Work(m.track.state, m.tokens, m.logits, m.top_k) for m in moves])
+        outputs = self.session.step([Work(m.track.state, m.tokens, m.logits, m.top_k, m.sparsity) for m in moves])
         if len(outputs) != len(moves):
             raise Failed(f"a step of {len(moves)} works returned {len(outputs)} results")
         for i, (move, output) in enumerate(zip(moves, outputs, strict=True)):

@@ -19,6 +19,7 @@ from transom_openvino_cpu.native import library as native
 from transom_openvino_cpu.native import packing
 from transom_openvino_cpu.native.policies import NativePolicy
 from transom_openvino_cpu.native.program import ACTIVATIONS, BY, CACHES, KINDS, Program, View
+from transom_openvino_cpu.page_memory import PageMemory
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -69,7 +70,7 @@ class NativeEngine:
             lib.tr_pool_free(self._pool)
             raise
         self.vocabulary = program.buffers[program.output].width
-        self._pages: list[Array] = []
+        self._pages: list[PageMemory] = []
         self._spare = 0
         self._policies: dict[str, NativePolicy | None] = {}
         self._caches = [LayerCache(x.heads, x.kv_heads, x.head_dim, x.value_dim, x.window) for x in program.layers]
@@ -207,22 +208,26 @@ class NativeEngine:
         self._spare = pages
         pages += 1
         for i in range(len(self.program.layers)):
-            size = self.layer_page_bytes(i)
-            array = np.frombuffer(mmap.mmap(-1, pages * size), np.uint8).reshape(pages, size)
-            self._pages.append(array)
-            self._lib.tr_set_cache(self._engine, i, array.ctypes.data)
+            memory = PageMemory(pages, self.layer_page_bytes(i))
+            self._pages.append(memory)
+            self._lib.tr_set_cache(self._engine, i, memory.bytes.ctypes.data)
 
     def copy_page(self, source: int, target: int) -> None:
-        for array in self._pages:
-            array[target] = array[source]
+        for memory in self._pages:
+            memory.bytes[target] = memory.bytes[source]
+
+    def drop_pages(self, pages: Sequence[int]) -> None:
+        """Nobody holds these: their memory goes back to the system. Does nothing once the engine is closed."""
+        for memory in self._pages:
+            memory.drop(pages)
 
     def page_data(self, layer: int, pages: Sequence[int]) -> Array:
         """A copy of some pages of a layer: uint8 [pages, bytes]."""
-        return self._pages[layer][list(pages)]
+        return self._pages[layer].bytes[list(pages)]
 
     def set_page_data(self, layer: int, pages: Sequence[int], data: Array) -> None:
         """Write what `page_data` gave."""
-        self._pages[layer][list(pages)] = data
+        self._pages[layer].bytes[list(pages)] = data
 
     def warm_up(self) -> None:
         """One token that nobody sees reads every weight: from then on they are in memory."""

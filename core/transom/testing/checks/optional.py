@@ -1,0 +1,120 @@
+"""What a session may offer beside: reading by a sparsity policy, and states that can be written down."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from transom.contract import SavingSession, SparseSession, Work
+from transom.sparsity import Sparsity
+from transom.testing.bench import Bench
+from transom.testing.checks.artifacts import BASE
+from transom.testing.checks.check import Check, must_raise
+from transom.testing.driver import Driver, Move, Track
+from transom.testing.result import Failed
+
+EVERYTHING = Sparsity(coverage=1.0, local_window=64, min_density=1.0, dense_below=0).to_string()
+FEW = Sparsity(coverage=0.2, local_window=1, columns=4, unit=8, dense_below=0, max_density=0.5).to_string()
+LENGTH = 150
+"""Tokens: in the third block of 64 queries a policy has something to leave out."""
+
+
+def policies_are_obeyed_or_refused(bench: Bench) -> float:
+    """A work may name a sparsity policy. A session that cannot read by one raises ValueError and changes nothing. One
+    that can reads everything where the policy leaves nothing out, less where it does, and counts what it reads."""
+    model = bench.model(BASE)
+    with bench.session(model.artifact) as session:
+        driver = Driver(session, model, bench.rng("sparsity"))
+        track = driver.grown(min(LENGTH, driver.context - 24))
+        if isinstance(session, SparseSession):
+            _reads_by_policies(session, driver, len(track.tokens))
+            wrong = "no policy"
+        else:
+            wrong = FEW
+        works = lambda: session.step([Work(track.state, driver.draw(driver.chunk(1)), "none", sparsity=wrong)])  # noqa: E731
+        must_raise(ValueError, f"a work with the sparsity {wrong!r}", works)
+        driver.expect_length(track)
+        driver.probe(track)
+        return driver.error
+
+
+def _reads_by_policies(session: SparseSession, driver: Driver, length: int) -> None:
+    layers = driver.model.oracle.decoder.layers
+    shape = (2, len(layers), max(layer.kv_heads for layer in layers))
+
+    def fed(policy: str) -> tuple[Track, Any]:
+        track = driver.new()
+        while len(track.tokens) < length:
+            tokens = driver.draw(driver.chunk(length - len(track.tokens)))
+            if policy == EVERYTHING:
+                driver.step([Move(track, tokens, sparsity=policy)])
+            else:
+                (rows,) = session.step([Work(track.state, tokens, "all", sparsity=policy)])
+                if not np.isfinite(np.asarray(rows)).all():
+                    raise Failed("reading by a policy gave logits that are not finite")
+                track.tokens += tokens
+                driver.expect_length(track)
+        counts = np.asarray(session.keys_read(track.state))
+        if counts.shape != shape or counts.dtype != np.float64:
+            raise Failed(f"keys_read returned {counts.dtype} {list(counts.shape)}, not float64 {list(shape)}")
+        return track, counts
+
+    track, (read, seen) = fed(EVERYTHING)
+    if not np.array_equal(read, seen):
+        raise Failed(f"under a policy that leaves nothing out {read.sum():g} of {seen.sum():g} keys were read")
+    least = sum(layer.kv_heads for layer in layers) * length * (length + 1) / 2
+    if seen.sum() < least:
+        raise Failed(f"{length} tokens see at least {least:g} keys; keys_read says {seen.sum():g}")
+    twin = track.state.fork(length)
+    if np.asarray(session.keys_read(twin)).any():
+        raise Failed("a fork must begin to count at 0")
+    twin.free()
+    must_raise(RuntimeError, "keys_read of a freed state", lambda: session.keys_read(twin))
+    _, (read, seen) = fed(FEW)
+    if not 0 < read.sum() < seen.sum():
+        raise Failed(f"under a policy that leaves much out {read.sum():g} of {seen.sum():g} keys were read")
+
+
+def saved_states_go_on(bench: Bench) -> float:
+    """A session that can write its states down makes them again, after the first one was freed and in another session
+    of the same artifact too; what is not the whole of such a state raises ValueError."""
+    model = bench.model(BASE)
+    with bench.session(model.artifact) as session, bench.session(model.artifact) as other:
+        if not isinstance(session, SavingSession):
+            return 0.0  # the host offers no prompt caches then
+        driver = Driver(session, model, bench.rng("saving"))
+        track = driver.grown(min(LENGTH, driver.context - 24))
+        tokens, saved = track.tokens, _copied(session.save(track.state))
+        track.state.free()
+        must_raise(RuntimeError, "saving a freed state", lambda: session.save(track.state))
+        for where in (session, other):
+            assert isinstance(where, SavingSession)
+            again = Driver(where, model, driver.rng)
+            made = Track(where.restore(len(tokens), _copied(saved)), list(tokens))
+            again.expect_length(made)
+            again.probe(made, made)
+            driver.error = max(driver.error, again.error)
+            made.state.free()
+        for name in saved:
+            rest = {n: a for n, a in saved.items() if n != name}
+            must_raise(ValueError, f"restoring without {name!r}", _restoring(session, len(tokens), rest))
+            cut = saved | {name: saved[name][:-1]}
+            must_raise(ValueError, f"restoring with {name!r} cut short", _restoring(session, len(tokens), cut))
+        return driver.error
+
+
+def _copied(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: np.array(array) for name, array in arrays.items()}
+
+
+def _restoring(session: SavingSession, length: int, arrays: Mapping[str, Any]) -> Any:
+    return lambda: session.restore(length, _copied(arrays))
+
+
+def checks() -> list[Check]:
+    return [
+        Check("sparsity.policies", policies_are_obeyed_or_refused),
+        Check("state.saving", saved_states_go_on),
+    ]
