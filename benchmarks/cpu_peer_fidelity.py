@@ -5,8 +5,9 @@
 
 openvino-genai gives no logits of a prompt, but (`echo`) the log-probability of each of its tokens. So what is compared
 is the perplexity of a text: that of the engine's own dense attention over that of its sparse one, over the positions
-beyond the first 1024, on the texts of `cpu_fidelity.py`. The logarithm of it is an estimate of the divergence, in nats a
-token. Both engines run as they come, in one process, one after the other; nothing is timed.
+beyond the first 1024, on the texts of `cpu_fidelity.py`. Its logarithm is an estimate of the divergence, in nats a
+token. The last column is the same over the answers of the tasks of `tasks.py` alone: facts that are hidden in the text.
+Both engines run as they come, in one process, one after the other; nothing is timed.
 """
 
 from __future__ import annotations
@@ -14,16 +15,19 @@ from __future__ import annotations
 import argparse
 import gc
 import math
+from functools import partial
 from typing import Any
 
 import numpy as np
 from cpu_engines import genai_scheduler
 from cpu_fidelity import log_softmax
 from models import sample_model, texts
+from tasks import tasks
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
 FAR = 1024
+ANSWERS = "hidden facts"
 
 
 def transom_log_probabilities(model: Any, ids: list[int], sparsity: str) -> Array:
@@ -75,35 +79,44 @@ def main() -> None:
     path = options.model or sample_model()
     rows: dict[str, dict[str, tuple[float, float]]] = {}
 
-    def note(setting: str, domain: str, gained: Array) -> None:
-        nats = -float(gained[FAR:].mean())
+    def note(setting: str, domain: str, gained: list[Array]) -> None:
+        nats = -float(np.mean([g[at].mean() for g, at in zip(gained, places[domain], strict=True)]))
         rows.setdefault(setting, {})[domain] = (math.exp(-nats), nats)
         print(f"{setting}, {domain}: retention {math.exp(-nats):.4f}, {nats:.4f} nats a token", flush=True)
 
-    passages: dict[str, list[int]] = {}
+    passages: dict[str, list[list[int]]] = {}
+    places: dict[str, list[Any]] = {}  # whose log-probabilities count
     with transom.load(path, device="cpu", context=options.tokens) as model:
+        tokenize = partial(model.tokenize, add_special=False)
         for domain, text in texts():
-            ids = model.tokenize(text, add_special=False)
-            passages[domain] = ids[len(ids) // 3 :][: options.tokens]
-            dense = transom_log_probabilities(model, passages[domain], "off")
+            ids = tokenize(text)
+            passages[domain], places[domain] = [ids[len(ids) // 3 :][: options.tokens]], [slice(FAR, None)]
+        hidden = tasks(tokenize, next(texts())[1], options.tokens, 0)
+        passages[ANSWERS] = [task.ids for task in hidden]
+        places[ANSWERS] = [[place - 1 for place in task.places] for task in hidden]
+        for domain, several in passages.items():
+            dense = [transom_log_probabilities(model, ids, "off") for ids in several]
             for sparsity in options.sparsity:
-                sparse = transom_log_probabilities(model, passages[domain], sparsity)
-                note(f"transom {sparsity}", domain, sparse - dense)
+                sparse = [transom_log_probabilities(model, ids, sparsity) for ids in several]
+                note(f"transom {sparsity}", domain, [s - d for s, d in zip(sparse, dense, strict=True)])
                 gc.collect()
     genai = GenaiTexts(path, "")
-    references = {domain: genai.log_probabilities(ids) for domain, ids in passages.items()}
+    references = {domain: [genai.log_probabilities(ids) for ids in several] for domain, several in passages.items()}
     del genai
     for sparsity in options.peer_sparsity:
         genai = GenaiTexts(path, sparsity)
-        for domain, ids in passages.items():
-            note(f"openvino-genai {sparsity}", domain, genai.log_probabilities(ids) - references[domain])
+        for domain, several in passages.items():
+            found = [genai.log_probabilities(ids) for ids in several]
+            gained = [f - r for f, r in zip(found, references[domain], strict=True)]
+            note(f"openvino-genai {sparsity}", domain, gained)
         del genai
         gc.collect()
     domains = list(passages)
     print(f"\n| Setting, {options.tokens} tokens | " + " | ".join(domains) + " |")
     print("|---" * (len(domains) + 1) + "|")
-    for setting, found in rows.items():
-        print(f"| {setting} | " + " | ".join(f"{found[d][0]:.3f} ({found[d][1]:.4f})" for d in domains) + " |")
+    for setting, by_domain in rows.items():
+        shown = (f"{by_domain[d][0]:.3f} ({by_domain[d][1]:.4f})" for d in domains)
+        print(f"| {setting} | " + " | ".join(shown) + " |")
 
 
 if __name__ == "__main__":

@@ -254,8 +254,9 @@ class Session(Protocol):
 class SparseSession(Session, Protocol):
     """A session that obeys `Work.sparsity` and counts the keys it reads. Optional; the host asks with `isinstance`.
 
-    Attention with a bias, or that is not causal, stays dense whatever a work says. Another session owes its host a
-    ValueError for a work that names a policy (`transom.sessions.check_step` raises it). Since API 1.1.
+    Attention with a bias, or that is not causal, stays dense whatever a work says. A text that is no policy for this
+    model raises ValueError before anything runs. Another session owes its host a ValueError for a work that names a
+    policy (`transom.sessions.check_step` raises it). Since API 1.1.
     """
 
     def keys_read(self, state: State) -> Tensor:

@@ -207,6 +207,7 @@ def test_the_library_has_the_code_of_every_unit_and_the_processors_best_is_taken
     [
         lambda p: replace(p, output=len(p.buffers)),
         lambda p: replace(p, buffers=(replace(p.buffers[0], width=16), *p.buffers[1:])),
+        lambda p: replace(p, buffers=(*p.buffers, replace(p.buffers[0], width=(1 << 24) + 16))),
         lambda p: replace(p, ops=(replace(p.ops[0], width=32), *p.ops[1:])),
         lambda p: replace(p, ops=(replace(p.ops[0], matrix=len(p.matrices)), *p.ops[1:])),
         lambda p: replace(p, ops=(replace(p.ops[0], dst=replace(p.ops[0].dst, offset=1)), *p.ops[1:])),

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from transom.errors import EngineError
+from transom.errors import EngineError, OptionError
 from transom.signature import LayerCache
 from transom.sparsity import Sparsity
 from transom_openvino_cpu.native import library as native
@@ -189,8 +189,11 @@ class NativeEngine:
             ValueError: it is none, or none that the library can read by.
         """
         if text not in self._policies:
-            policy = Sparsity.from_string(text)
-            self._policies[text] = None if policy.dense else NativePolicy(policy, self._caches)
+            try:
+                policy = Sparsity.from_string(text)
+                self._policies[text] = None if policy.dense else NativePolicy(policy, self._caches)
+            except OptionError as e:
+                raise ValueError(str(e)) from e
         return self._policies[text]
 
     # pages ------------------------------------------------------------------------------------------------------------

@@ -101,7 +101,10 @@ class Program:
 
     @classmethod
     def from_json(cls, text: str) -> Program:
+        """Raises ValueError, KeyError or TypeError for a text that is no program."""
         raw: dict[str, Any] = json.loads(text)
+        if raw["cache"] not in CACHES:
+            raise ValueError(f"no cache is of {raw['cache']!r}")
         return cls(
             tuple(_op(op) for op in raw["ops"]),
             tuple(Packed(**m) for m in raw["matrices"]),

@@ -52,13 +52,14 @@ bool view_fits(const tr_program &p, tr_view v, int width) {
 bool shared_view(const tr_program &p, tr_view v, int width) { return view_fits(p, v, width) && !p.buffer[v.buffer].local; }
 
 const int MOST_GROUP = 64; // query heads of a KV head: arrays of routing.inl and of Attention
+const int MOST_WIDTH = 1 << 24; // of a buffer: wider ones are damage, and no memory to ask for
 
 // A program that is wrong would write where it must not: better refused than trusted.
 bool program_fits(const tr_program &p) {
   if (p.output < 0 || p.output >= p.buffers || p.buffer[p.output].local)
     return false;
   for (int x = 0; x < p.buffers; x++)
-    if (p.buffer[x].width < 1)
+    if (p.buffer[x].width < 1 || p.buffer[x].width > MOST_WIDTH)
       return false;
   if (p.cache < TR_CACHE_F32 || p.cache > TR_CACHE_INT8)
     return false;
