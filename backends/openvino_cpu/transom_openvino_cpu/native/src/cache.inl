@@ -18,12 +18,12 @@ template <class C> struct Kept {
   float *scales;
 };
 template <class C> INLINE size_t tile_bytes(int dim, int value_dim) {
-  return (size_t)PAGE * (dim + value_dim) * sizeof(typename C::T) + (C::P == 4 ? 2 * PAGE * 4 : 0);
+  return (size_t)PAGE * (dim + value_dim) * sizeof(typename C::T) + (C::SCALED ? 2 * PAGE * 4 : 0);
 }
 template <class C> INLINE Kept<C> kept_at(char *p, int dim, int value_dim) {
   typedef typename C::T T;
   T *k = (T *)p, *v = k + (size_t)PAGE * dim;
-  return {k, v, C::P == 4 ? (float *)(v + (size_t)PAGE * value_dim) : nullptr};
+  return {k, v, C::SCALED ? (float *)(v + (size_t)PAGE * value_dim) : nullptr};
 }
 
 INLINE void narrow(uint16_t *p, float x) {
@@ -43,7 +43,7 @@ template <class F, class Number, int Pair> struct Plain {
   typedef Number T;
   typedef Number Q; // of queries
   typedef F Node;   // the form of routing nodes and of the queries that meet them
-  enum { P = Pair };
+  enum { P = Pair, SCALED = 0 };
 
   static int query_width(int dim) { return dim; }
 
@@ -233,7 +233,7 @@ struct Int8 {
   typedef uint8_t T; // keys: 128 more than the number; values: the number as it is
   typedef int8_t Q;
   typedef BFloat16 Node;
-  enum { P = 4, TOKENS = 4 };
+  enum { P = 4, SCALED = 1, TOKENS = 4 };
 
   // A query: dim numbers, then a scale, then 128 times their sum, then nothing.
   static int query_width(int dim) { return dim + 16; }
@@ -420,7 +420,7 @@ template <class C> static void copy_token(const Kept<C> &from, int t, const Kept
     __builtin_memcpy(to.k + ((size_t)d * PAGE + x) * P, from.k + ((size_t)d * PAGE + t) * P, 4);
   for (int d = 0; d < value_dim; d++)
     to.v[((size_t)x / P * value_dim + d) * P + x % P] = from.v[((size_t)t / P * value_dim + d) * P + t % P];
-  if (C::P == 4)
+  if (C::SCALED)
     to.scales[x] = from.scales[t], to.scales[PAGE + x] = from.scales[PAGE + t];
 }
 // The same of n tokens; t, x and n are multiples of 8.
@@ -431,7 +431,7 @@ static void copy_tokens(const Kept<C> &from, int t, const Kept<C> &to, int x, in
     __builtin_memcpy(to.k + ((size_t)d * PAGE + x) * P, from.k + ((size_t)d * PAGE + t) * P, 4 * (size_t)n);
   __builtin_memcpy(to.v + (size_t)x * value_dim, from.v + (size_t)t * value_dim,
                    (size_t)n * value_dim * sizeof(typename C::T));
-  if (C::P == 4) {
+  if (C::SCALED) {
     __builtin_memcpy(to.scales + x, from.scales + t, 4 * (size_t)n);
     __builtin_memcpy(to.scales + PAGE + x, from.scales + PAGE + t, 4 * (size_t)n);
   }
@@ -442,7 +442,7 @@ template <class C> static void clear_tokens(const Kept<C> &tile, int t, int dim,
   for (int d = 0; d < dim / P; d++)
     __builtin_memset(tile.k + ((size_t)d * PAGE + t) * P, 0, 4 * (size_t)(PAGE - t));
   __builtin_memset(tile.v + (size_t)t * value_dim, 0, (size_t)(PAGE - t) * value_dim * sizeof(typename C::T));
-  if (C::P == 4) {
+  if (C::SCALED) {
     __builtin_memset(tile.scales + t, 0, 4 * (size_t)(PAGE - t));
     __builtin_memset(tile.scales + PAGE + t, 0, 4 * (size_t)(PAGE - t));
   }
