@@ -91,7 +91,7 @@ def main() -> None:
         for domain, text in texts():
             ids = tokenize(text)
             passages[domain], places[domain] = [ids[len(ids) // 3 :][: options.tokens]], [slice(FAR, None)]
-        hidden = tasks(tokenize, next(texts())[1], options.tokens, 0)
+        hidden = list(tasks(tokenize, next(texts())[1], options.tokens, 0))
         passages[ANSWERS] = [task.ids for task in hidden]
         places[ANSWERS] = [[place - 1 for place in task.places] for task in hidden]
         for domain, several in passages.items():
