@@ -49,7 +49,7 @@ def test_a_first_load_asks_for_it_once(asked: list[Payload], model: Path, tmp_pa
             assert "passed" in str(loaded.report)
     assert [payload["work"] for payload in asked] == ["prepare", "prepare"]
     assert asked[0]["beside"] == (len(os.sched_getaffinity(0)) > 1)
-    assert "beside" not in asked[1]
+    assert asked[1]["beside"] is False
 
 
 def test_it_needs_a_processor_and_room(
@@ -57,17 +57,18 @@ def test_it_needs_a_processor_and_room(
 ) -> None:
     with transom.load(model, device="cpu", cache=transom.Cache(tmp_path / "cache")):
         job = job_of(asked[0])
+    empty = transom.Cache(tmp_path / "empty")
     here = beside.this_host()
     for processors, possible in (({0}, False), ({0, 1}, True)):
         host = replace(here, affinity=frozenset(processors))
         monkeypatch.setattr(beside, "this_host", lambda host=host: host)
-        assert beside.possible(job) == possible
+        assert beside.worth_it(job, empty) == possible
     size = model.stat().st_size
     for free, possible in ((None, False), (size, False), (beside.ROOM * size + 1, True)):
-        assert beside.possible(replace(job, device=replace(job.device, free_bytes=free))) == possible
-    assert not beside.possible(replace(job, verify=False))
-    assert not beside.possible(replace(job, graph="kept"))
-    assert not beside.possible(replace(job, model=str(tmp_path / "nowhere")))
+        assert beside.worth_it(replace(job, device=replace(job.device, free_bytes=free)), empty) == possible
+    assert not beside.worth_it(replace(job, verify=False), empty)
+    assert not beside.worth_it(replace(job, graph="kept"), empty)
+    assert not beside.worth_it(replace(job, model=str(tmp_path / "nowhere")), empty)
 
 
 def test_the_end_of_the_block_stops_the_process(asked: list[Payload], model: Path, tmp_path: Path) -> None:

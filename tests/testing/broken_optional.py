@@ -111,6 +111,14 @@ class RestoresAnything(Saving):
             return PackedState([part.astype(np.float32) for part in whole], length)
 
 
+class SavesAndNeverRestores(Changed):
+    caught_by = ("state.saving",)
+
+    class session(PackedSession):
+        def save(self, state: PackedState) -> Mapping[str, Tensor]:
+            return {str(i): part for i, part in enumerate(state.cache)}
+
+
 class SavesWhatWasFreed(Saving):
     caught_by = ("state.saving",)
 

@@ -8,12 +8,15 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transom.contract import Cancelled, Progress
 from transom.hardware.cpu import this_host
 from transom.runtime.jobs import ENTRY, Job
 from transom.runtime.trial import run_in_child
+
+if TYPE_CHECKING:
+    from transom.artifacts import Cache
 
 ROOM = 8
 """Times the size of the model's files that must be free. The reference unpacks one weight at a time, to float32."""
@@ -21,9 +24,16 @@ HEARTBEAT = 0.25
 """Seconds between two reports."""
 
 
-def possible(job: Job) -> bool:
-    """Whether there is a processor and memory for it."""
+def worth_it(job: Job, cache: Cache) -> bool:
+    """Whether the reference's answer is wanted and not known, and there is a processor and memory for it."""
     if not job.verify or job.graph or len(this_host().affinity) < 2:
+        return False
+    # Only the host comes here. Importing these would keep the child from starting the other process first of all.
+    from transom.runtime import prepared
+    from transom.runtime.selfcheck import recall_golden
+
+    source = prepared.find(cache, job.content, job.source_context)
+    if source is not None and recall_golden(cache, source) is not None:
         return False
     path = Path(job.model)
     try:

@@ -23,11 +23,9 @@ from transom.errors import (
     DoesNotFit,
     EngineError,
     SelectionError,
-    SelfCheckFailed,
     TransomError,
-    UnsupportedError,
 )
-from transom.runtime import calibrations, memory, prepared
+from transom.runtime import calibrations, failures, memory, prepared
 from transom.runtime.arguments import check_arguments, check_objects
 from transom.runtime.guarding import guarded, interrupts_kept
 from transom.runtime.identity import content_key, fingerprint_of, may_use_operators
@@ -36,7 +34,7 @@ from transom.runtime.machine import Machine, choose, survey
 from transom.runtime.operators import explaining_rejected, operators_identity, register_operators
 from transom.runtime.prepared import Prepared
 from transom.runtime.report import Report
-from transom.runtime.trial import ChildFailed, run_in_child
+from transom.runtime.trial import run_in_child
 from transom.selection import Candidate, Choice
 from transom.sources import SourceModel, local_path, resolve
 from transom.sparsity import Sparsity, shipped
@@ -52,10 +50,6 @@ if TYPE_CHECKING:
 
 _PRECISION = "precision: "
 """How an artifact's note begins that says in what numbers it computes."""
-_MOVES_ON = (SelfCheckFailed, EngineError, UnsupportedError, DoesNotFit, ChildFailed)
-"""What makes `auto` try the next offer. Anything else is no fault of the backend and would come back."""
-_CRASHES = ("SIGABRT", "SIGBUS", "SIGFPE", "SIGILL", "SIGSEGV", "SIGSYS", "SIGTRAP")
-"""Signals that native code brings on itself; others come from outside, as when memory runs out."""
 
 
 @dataclass
@@ -269,55 +263,48 @@ class _Loader:
         return found
 
     def _measure(self, machine: Machine, candidate: Candidate) -> float:
-        if self._remembered_failure(machine, candidate) is not None:
+        if self._known_failure(machine, candidate) is not None:
             return 0.0
         with self.stages.time(f"measure {candidate.device.id}"):
             try:
                 return float(self._child("measure", machine, candidate))
-            except _MOVES_ON as error:  # the ranking puts it last; should its turn come, loading says why
-                self._remember_failure(machine, candidate, error)
+            except failures.MOVES_ON as error:  # the ranking puts it last; should its turn come, loading says why
+                failures.remember(self.cache, self._job(machine, candidate), error)
                 return 0.0
 
     # one candidate after the other ------------------------------------------------------------------------------------
     def first_that_works(self, machine: Machine, choice: Choice) -> Model:
         """Open the first candidate that can be. All are within what the user named, so a promise is never broken."""
-        failures: list[tuple[Candidate, TransomError]] = []
+        set_aside: list[tuple[Candidate, TransomError]] = []
         for candidate in choice.ranked:
             alone = len(choice.ranked) == 1
-            if not alone and (known := self._remembered_failure(machine, candidate)) is not None:
-                failures.append((candidate, known))
+            if not alone and (known := self._known_failure(machine, candidate)) is not None:
+                set_aside.append((candidate, known))
                 continue
             try:
-                return self._open(machine, choice, candidate, failures)
-            except _MOVES_ON as error:
+                return self._open(machine, choice, candidate, set_aside)
+            except failures.MOVES_ON as error:
                 if alone:
                     raise
-                self._remember_failure(machine, candidate, error)
-                failures.append((candidate, error))
-        if all(isinstance(error, DoesNotFit) for _, error in failures):
-            raise failures[0][1]
+                failures.remember(self.cache, self._job(machine, candidate), error)
+                set_aside.append((candidate, error))
+        if all(isinstance(error, DoesNotFit) for _, error in set_aside):
+            raise set_aside[0][1]
         raise SelectionError(
             "No backend could run this model",
-            failures[0][1].fix or "Mend one of these, or try another model",
-            [line for c, error in failures for line in f"{c.backend} on {c.device.id}: {error}".splitlines()],
+            set_aside[0][1].fix or "Mend one of these, or try another model",
+            [line for c, error in set_aside for line in f"{c.backend} on {c.device.id}: {error}".splitlines()],
         )
 
-    def _remember_failure(self, machine: Machine, candidate: Candidate, error: TransomError) -> None:
-        """So that the next load with `auto` does not wait for the same crash again."""
-        crashed = isinstance(error, ChildFailed) and error.trial is not None and error.trial.signal in _CRASHES
-        if crashed or isinstance(error, SelfCheckFailed | UnsupportedError):
-            self.cache.remember("failures", self._job(machine, candidate).failure_key, error.cause)
-
-    def _remembered_failure(self, machine: Machine, candidate: Candidate) -> TransomError | None:
-        if self.verify != "auto":
-            return None
-        cause = self.cache.recall("failures", self._job(machine, candidate).failure_key)
-        if not isinstance(cause, str):
-            return None
-        return EngineError(f"{cause.rstrip('.')} (at an earlier load)", "To have it tried again: transom cache clear")
+    def _known_failure(self, machine: Machine, candidate: Candidate) -> TransomError | None:
+        return failures.remembered(self.cache, self._job(machine, candidate)) if self.verify == "auto" else None
 
     def _open(
-        self, machine: Machine, choice: Choice, candidate: Candidate, failures: Sequence[tuple[Candidate, TransomError]]
+        self,
+        machine: Machine,
+        choice: Choice,
+        candidate: Candidate,
+        set_aside: Sequence[tuple[Candidate, TransomError]],
     ) -> Model:
         found = self._find(machine, candidate)
         cached = not isinstance(found, str)
@@ -336,7 +323,7 @@ class _Loader:
             if self.verify == "always":
                 with self.stages.time("check"):
                     ready = replace(ready, verdict=self._check_here(machine, candidate, ready, session))
-            return self._model_of(machine, choice, candidate, ready, session, text, failures, cached)
+            return self._model_of(machine, choice, candidate, ready, session, text, set_aside, cached)
         except BaseException:
             session.close()
             ready.stored.release()
@@ -465,12 +452,6 @@ class _Loader:
             sparsity=self.sparsity.to_string(),
         )
 
-    def _knows_reference(self, job: Job) -> bool:
-        from transom.runtime.selfcheck import recall_golden
-
-        source = prepared.find(self.cache, job.content, job.source_context)
-        return source is not None and recall_golden(self.cache, source) is not None
-
     def _child(self, work: str, machine: Machine, candidate: Candidate) -> Any:
         """Run a job of `transom.runtime.preparing`, with a cache in which it can leave what it makes."""
         if (error := self.cache.unwritable()) is not None:
@@ -479,10 +460,10 @@ class _Loader:
         if self._in_memory is not None and self.cache.sources.lookup(job.graph) is None:
             self._held.append(prepared.keep_graph(self.cache, job.graph, self._in_memory.graph))
         payload = {"work": work, **job.to_payload()}
-        if work == "prepare" and not self._knows_reference(job):
-            from transom.runtime.beside import possible
+        if work == "prepare":
+            from transom.runtime.beside import worth_it
 
-            payload["beside"] = possible(job)
+            payload["beside"] = worth_it(job, self.cache)
         try:
             result = run_in_child(ENTRY, payload, progress=self.progress)
             return result.unwrap(f"Preparing the model with {candidate.backend}")
@@ -523,7 +504,7 @@ class _Loader:
         ready: _Ready,
         session: Session,
         text: _Text,
-        failures: Sequence[tuple[Candidate, TransomError]],
+        set_aside: Sequence[tuple[Candidate, TransomError]],
         cached: bool,
     ) -> Model:
         from transom.runtime.model import InputSpec, Loaded, Model
@@ -534,7 +515,7 @@ class _Loader:
             sparsity, shipped_for = calibrations.calibrated(sparsity, source.decoder, source.name)
             heads_from = heads_from or shipped_for
         warnings = [*choice.warnings, *self.cache.warnings, *self.warnings]
-        warnings += [f"{c.backend} on {c.device.id} was set aside: {error.cause}" for c, error in failures]
+        warnings += [f"{c.backend} on {c.device.id} was set aside: {error.cause}" for c, error in set_aside]
         if plan is not None and plan.note:
             warnings.append(plan.note)
         if ready.slower:
@@ -542,7 +523,7 @@ class _Loader:
         notes = [*source.notes, *stored.artifact.notes, *_strings(stored.origin.ingredients.get("decomposed"))]
         why = choice.why
         if candidate is not choice.ranked[0]:
-            names = ", ".join(f"{c.backend} on {c.device.id}" for c, _ in failures)
+            names = ", ".join(f"{c.backend} on {c.device.id}" for c, _ in set_aside)
             why = f"{candidate.backend} on {candidate.device.id}: {candidate.offer.why}. Set aside before it: {names}."
         report = Report(
             model=source.name,

@@ -54,8 +54,7 @@ def prepare(payload: Mapping[str, Any], progress: Progress, reference: Future[An
     Returns `seconds` of each stage, whether the cache `kept` the artifact, so that the host can find it, and the
     `verdict`, which a full disk may have kept from the cache; its `warnings` tell.
     """
-    desk = _Desk(payload, progress)
-    desk.reference = reference
+    desk = _Desk(payload, progress, reference)
     with desk.believed() as stored:
         return {
             "seconds": desk.seconds,
@@ -110,8 +109,8 @@ def decode_rate(session: Session, ids: list[int]) -> float:
 class _Desk:
     """The objects that the stages of one job hand to each other."""
 
-    def __init__(self, payload: Mapping[str, Any], progress: Progress) -> None:
-        self.job, self.progress = Job.from_payload(payload), progress
+    def __init__(self, payload: Mapping[str, Any], progress: Progress, reference: Future[Any] | None = None) -> None:
+        self.job, self.progress, self._reference = Job.from_payload(payload), progress, reference
         self.cache = Cache(Path(self.job.cache), limit=self.job.cache_limit)
         self.seconds: dict[str, float] = {}
         self._plugins: Plugins | None = None
@@ -119,7 +118,6 @@ class _Desk:
         self._source: Prepared | None = None
         self._opened: SourceModel | None = None
         self._key = ""  # of what was opened
-        self.reference: Future[Any] | None = None
 
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:
@@ -281,9 +279,9 @@ class _Desk:
     # the check --------------------------------------------------------------------------------------------------------
     def golden(self) -> dict[str, selfcheck.Array]:
         """What the reference answers: `ids` and `logits`; of a plain graph its outputs, or nothing where it fails."""
-        if self.reference is not None:
+        if self._reference is not None:
             with self._timed("golden"):
-                wait_for(self.reference, self.progress)
+                wait_for(self._reference, self.progress)
         source = self._find()
         if source is not None and (known := selfcheck.recall_golden(self.cache, source)) is not None:
             return known

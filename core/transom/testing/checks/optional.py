@@ -83,7 +83,9 @@ def saved_states_go_on(bench: Bench) -> float:
     model = bench.model(BASE)
     with bench.session(model.artifact) as session, bench.session(model.artifact) as other:
         if not isinstance(session, SavingSession):
-            return 0.0  # the host offers no prompt caches then
+            if half := [name for name in ("save", "restore") if hasattr(session, name)]:
+                raise Failed(f"the session has {half[0]} alone; the host asks for both save and restore")
+            return 0.0  # it offers nothing to check
         driver = Driver(session, model, bench.rng("saving"))
         track = driver.grown(min(LENGTH, driver.context - 24))
         tokens, saved = track.tokens, _copied(session.save(track.state))

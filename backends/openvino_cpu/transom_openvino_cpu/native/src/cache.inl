@@ -38,7 +38,8 @@ INLINE void narrow(float *p, float x) { *p = x; }
 INLINE float widen(uint16_t x) { return bf16_to_float(x); }
 INLINE float widen(float x) { return x; }
 
-// What float and bfloat16 have in common; F is one of the two.
+// What float and bfloat16 have in common; F is one of the two. Nodes are in the cache's own form, so that a query that
+// meets keys meets nodes, too.
 template <class F, class Number, int Pair> struct Plain {
   typedef Number T;
   typedef Number Q; // of queries
@@ -258,7 +259,7 @@ struct Int8 {
 
   template <int R> INLINE void scores(const Q *q, int dim, const Kept<Int8> &t, VF (&a)[R][4]) {
     VI s[R][4];
-    const int width = dim + 16;
+    const int width = query_width(dim);
     for (int r = 0; r < R; r++) {
       int32_t offset;
       __builtin_memcpy(&offset, q + (size_t)r * width + dim + 4, 4);

@@ -232,7 +232,7 @@ template <class C> static Asked<C> asked_in(char *&p, const tr_layer &l, int row
   Asked<C> a;
   a.q = (typename C::Q *)p, p += align64((size_t)rows * C::query_width(l.head_dim) * sizeof(typename C::Q));
   const size_t bytes = align64((size_t)rows * l.head_dim * sizeof(typename C::Node::T));
-  a.n = (typename C::Node::T *)p, p += bytes;
+  a.n = C::SCALED ? (typename C::Node::T *)p : (typename C::Node::T *)a.q, p += C::SCALED ? bytes : 0;
   a.n2 = (typename C::Node::T *)p, p += bytes;
   a.position = (int32_t *)p, p += align64((size_t)rows * 4);
   float **f[] = {&a.most, &a.near, &a.column, &a.total};
@@ -247,7 +247,8 @@ template <class C> static void ask(const Heads<C> &s, const tr_part &part, int h
   const tr_layer &l = *s.layer;
   const size_t at = (size_t)a.rows * l.head_dim, row = part.begin + position - part.past;
   load_queries<C, C>(s, row, 1, h, query_factor(l), a.q + (size_t)a.rows * C::query_width(l.head_dim));
-  load_queries<N, C>(s, row, 1, h, query_factor(l), a.n + at);
+  if (C::SCALED)
+    load_queries<N, C>(s, row, 1, h, query_factor(l), a.n + at);
   const float f = .5f * VARIANCE_WEIGHT * (l.softcap > 0 ? l.softcap : 1.f / LOG2E);
   for (int x = 0; x < s.group * l.head_dim; x++) {
     const float q = widen(a.n[at + x]);
