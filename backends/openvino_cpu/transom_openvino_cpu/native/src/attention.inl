@@ -88,12 +88,14 @@ template <class C> static void attend_tile(const tr_layer &l, const Tile<C> &t, 
     attend_rows<C, 1>(l, t, g, r);
 }
 
-template <class C> static void make_nodes(const Kept<C> &tile, int dim, typename C::Node::T *nodes, char *memory);
-INLINE size_t make_nodes_bytes(int dim) { return (size_t)dim * PAGE * 4; } // routing.inl
+template <class C> // routing.inl
+static void make_nodes(const Kept<C> &tile, int dim, typename C::Node::T *nodes, char *memory);
+INLINE size_t make_nodes_bytes(int dim) { return (size_t)dim * PAGE * 4; } // of its memory
 
 // The new keys and values of one KV head that go to one page: tokens p0 ... p1 - 1 of a part whose row 0 has position
 // `past`. False: not finite.
-template <class C> static bool append(const Heads<C> &s, const tr_part &part, int h, int p0, int p1, bool routed, char *memory) {
+template <class C>
+static bool append(const Heads<C> &s, const tr_part &part, int h, int p0, int p1, bool routed, char *memory) {
   const int D = s.layer->head_dim, DV = s.layer->value_dim, page = part.page[p0 / PAGE];
   const Kept<C> tile = s.tile(page, h);
   if (p0 % PAGE == 0) // a page that somebody held before may hold anything, and 0 times that must be 0

@@ -2,8 +2,8 @@
 // the numbers of the steps below are its.
 //
 // Nodes of 8 keys lie in their page, behind the values of a KV head: means [dim / P][8][P], then variances, P numbers of
-// the form that nodes have side by side. They are those of all 8 keys, whoever reads them; keys that a sequence has chosen as columns are taken out when it looks: its
-// `Route` has the nodes that hold columns a second time, without them.
+// the form that nodes have side by side. They are those of all 8 keys, whoever reads them; keys that a sequence has
+// chosen as columns are taken out when it looks: its `Route` has the nodes that hold columns a second time, without them.
 
 namespace {
 const int NODE = 8, PER_PAGE = PAGE / NODE;
@@ -28,7 +28,7 @@ INLINE size_t node_numbers(const tr_layer &l) { return (size_t)2 * l.head_dim * 
 template <class C> struct RouteView {
   RouteHead *head;
   char *columns;
-  Kept<C> kept;                // of the columns
+  Kept<C> kept;                 // of the columns
   typename C::Node::T *patches; // [8] pages of nodes
   typename C::Q *ring;          // [16][group][query_width]
 };
@@ -218,9 +218,9 @@ template <class C> static void gather_columns(const Heads<C> &s, const tr_part &
 // --- 4. masses ------------------------------------------------------------------------------------------------------
 // The rows of a query block that are looked at.
 template <class C> struct Asked {
-  typename C::Q *q;          // [rows][query_width], times scale: what meets keys
+  typename C::Q *q;            // [rows][query_width], times scale: what meets keys
   typename C::Node::T *n, *n2; // [rows][head_dim]: what meets means, and, squared, what meets variances
-  int32_t *position;         // [rows]
+  int32_t *position;           // [rows]
   float *most, *near, *column, *total; // [rows]: reference of the exponents (log 2), masses relative to it
   int rows, group;
 };

@@ -1,0 +1,68 @@
+"""A long prompt under a memory budget: what a load says beforehand, and what a run then takes.
+
+    python benchmarks/models.py long model-66k.gguf --tokens 67584
+    python benchmarks/cpu_budget.py model-66k.gguf               # needs: pip install -e '.[openvino]'
+
+The budget is the memory of a probe file, by which Transom plans. Each budget gets a process of its own, which prints
+the refusal, or the time and the most memory that the process held.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+
+def run(model: str, tokens: int, sparsity: str, budget: int) -> None:
+    from pydoc_data.topics import topics
+
+    import transom
+    from transom.hardware.probe_file import to_json
+
+    devices = [
+        dataclasses.replace(device, memory_bytes=budget, free_bytes=budget)
+        for device in transom.devices()
+        if device.kind == "cpu"
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        probe = Path(folder) / "devices.json"
+        probe.write_text(json.dumps(to_json(devices)))
+        try:
+            loaded = transom.load(model, device="cpu", probe_file=probe, context=tokens + 64)
+        except transom.TransomError as error:
+            print(f"{budget / 2**30:g} GiB: refused. {error}")
+            return
+        with loaded:
+            text = "\n\n".join(topics[name] for name in sorted(topics))
+            ids = loaded.tokenize(text)[:tokens]
+            start = time.perf_counter()
+            loaded.generate(ids, max_new_tokens=8, ignore_eos=True, sparsity=sparsity)
+            seconds = time.perf_counter() - start
+    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(f"{budget / 2**30:g} GiB: {len(ids)} tokens in {seconds:.1f} s, at most {held / 1e6:.0f} MB resident")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("--tokens", type=int, default=65536)
+    parser.add_argument("--sparsity", default="fast")
+    parser.add_argument("--gib", type=float, nargs="+", default=[1, 8])
+    options = parser.parse_args()
+    if len(options.gib) == 1:
+        run(options.model, options.tokens, options.sparsity, int(options.gib[0] * 2**30))
+        return
+    for gib in options.gib:
+        command = [sys.executable, __file__, options.model, "--tokens", str(options.tokens), "--gib", str(gib)]
+        subprocess.run([*command, "--sparsity", options.sparsity], check=True)
+
+
+if __name__ == "__main__":
+    main()
