@@ -53,6 +53,7 @@ LEVELS = {
     "level_avx_vnni": (*_AVX2, "-mavxvnni"),
     "level_avx512": _AVX512,
     "level_avx512_bf16": (*_AVX512, "-mavx512bf16"),
+    "level_amx": (*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-int8", "-mamx-bf16"),
 }
 """Flags of the units that are for one instruction set, the lowest first. All other units are for every x86-64."""
 

@@ -69,7 +69,7 @@ def clocked(call: Callable[[], object]) -> tuple[float, float]:
 class Transom:
     """Through the public interface, whatever backend `auto` takes on the CPU."""
 
-    def __init__(self, model: str, sparsity: str = "off", *, native: bool = True) -> None:
+    def __init__(self, model: str, sparsity: str, precision: str, *, native: bool) -> None:
         cache = None
         if not native:
             os.environ["TRANSOM_NATIVE"] = "0"
@@ -78,7 +78,7 @@ class Transom:
 
         if not native:
             cache = transom.Cache(Path(self._folder.name))
-        self.model = transom.load(model, device="cpu", sparsity=sparsity, cache=cache)
+        self.model = transom.load(model, device="cpu", sparsity=sparsity, precision=precision, cache=cache)
         self.about = f"{self.model.report.precision}; sparsity {sparsity}"
 
     def prefill(self, ids: list[int]) -> tuple[float, float]:
@@ -152,13 +152,13 @@ class LlamaCpp:
         return wall / len(following)
 
 
-def child(engine: str, model: str, ids: list[int], prompts: list[int]) -> dict[str, Any]:
+def child(engine: str, model: str, ids: list[int], prompts: list[int], precision: str) -> dict[str, Any]:
     """Measure one engine once. The first short prompt is not counted: engines repack their weights on it."""
     start = time.perf_counter()
     name, _, sparsity = engine.partition(" ")
     made: Any
     if name in OURS:
-        made = Transom(model, sparsity or "off", native=name != THROUGH_OPENVINO)
+        made = Transom(model, sparsity or "off", precision, native=name != THROUGH_OPENVINO)
     elif name == "openvino-genai":
         made = Genai(model, sparsity)
     else:
@@ -203,9 +203,9 @@ def turns(rounds: int, engines: Sequence[str]) -> Iterator[tuple[int, str]]:
             yield number, engine
 
 
-def measure(engine: str, python: str, model: str, ids: list[int], prompts: list[int]) -> dict[str, Any]:
+def measure(engine: str, python: str, **arguments: Any) -> dict[str, Any]:
     """Run `child` in a fresh process. Raises SystemExit with what it said when it fails."""
-    request = json.dumps({"engine": engine, "model": model, "ids": ids, "prompts": prompts})
+    request = json.dumps({"engine": engine, **arguments})
     done = subprocess.run(
         [python, str(Path(__file__).resolve()), "--child"], input=request, capture_output=True, text=True, check=False
     )
@@ -285,16 +285,13 @@ def main() -> None:
     parser.add_argument(
         "--peer-sparsity", nargs="+", default=[], help="sparse settings of openvino-genai: xattention=0.9, trishape"
     )
+    parser.add_argument("--precision", default="auto", help="of Transom")
     parser.add_argument("--peer-python", default=sys.executable, help="the interpreter that has the peers")
     parser.add_argument("--json", help="a file to write all measurements to")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        request = json.load(sys.stdin)
-        print(
-            "RESULT " + json.dumps(child(request["engine"], request["model"], request["ids"], request["prompts"])),
-            flush=True,
-        )
+        print("RESULT " + json.dumps(child(**json.load(sys.stdin))), flush=True)
         return
     model = arguments.model or sample_model()
     prompts: list[int] = arguments.tokens
@@ -316,7 +313,10 @@ def main() -> None:
     results: dict[str, list[dict[str, Any]]] = {e: [] for e in engines}
     for number, engine in turns(arguments.rounds, engines):
         at = number * 911 % max(1, len(ids) - needed)
-        measured = measure(engine, pythons[engine], model, ids[at : at + needed], prompts)
+        measured = measure(
+            engine, pythons[engine], model=model, ids=ids[at : at + needed], prompts=prompts,
+            precision=arguments.precision,
+        )  # fmt: skip
         results[engine].append(measured)
         shown = ", ".join(f"{name} {value:.4g}" for name, value in measured["measured"].items())
         print(f"round {number + 1} {engine}: {shown}", file=sys.stderr, flush=True)

@@ -138,6 +138,7 @@ void integers() {
   IARE("iload_two", iload_two(two + 1, two + 20), i < 8 ? two[1 + i] : two[12 + i]);
   IARE("iand", iand(x, z), a[i] & b[i]);
   IARE("ior", ior(x, z), a[i] | b[i]);
+  IARE("iadd", iadd(x, z), a[i] + b[i]);
   IARE("right", right<5>(x), a[i] >> 5);
   IARE("right", right<24>(x), a[i] >> 24);
   IARE("left", left<16>(x), a[i] << 16);

@@ -20,12 +20,14 @@ ROOT = levels.ROOT
 NATIVE = Path("backends/openvino_cpu/transom_openvino_cpu/native")
 LIBRARY = "transom_openvino_cpu/native/libtransom_cpu.so"
 REASON = "transom_openvino_cpu/native/not_built.txt"
-LEVELS = ("scalar", "avx2", "avx_vnni", "avx512", "avx512_bf16")
+LEVELS = ("scalar", "avx2", "avx_vnni", "avx512", "avx512_bf16", "amx")
 
 SOURCES = {
     "level.h": """
 #pragma once
-#ifdef __AVX512BF16__
+#ifdef __AMX_INT8__
+#define FLAGS 5
+#elif defined(__AVX512BF16__)
 #define FLAGS 4
 #elif defined(__AVX512VNNI__)
 #define FLAGS 3
@@ -184,8 +186,8 @@ def test_a_wheel_carries_a_library_that_works_and_names_its_platform(
     library.exponential.argtypes, library.exponential.restype = [ctypes.c_float], ctypes.c_float
     assert library.exponential(1.0) == pytest.approx(2.7182817)
     assert library.on_a_thread() == 7
-    assert [library.flags(level) for level in range(5)] == [0, 1, 2, 3, 4], "each unit has the flags of its level"
-    assert [library.shared(level) for level in range(5)] == [0] * 5, "what units share is for every processor"
+    assert [library.flags(level) for level in range(6)] == [0, 1, 2, 3, 4, 5], "each unit has the flags of its level"
+    assert [library.shared(level) for level in range(6)] == [0] * 6, "what units share is for every processor"
 
 
 def test_a_wheel_has_no_library_where_it_is_not_wanted(wheel: Callable[..., tuple[Path, str]], project: Path) -> None:
@@ -265,18 +267,18 @@ def test_an_editable_install_compiles_only_what_changed(
     wheel: Callable[..., tuple[Path, str]], project: Path, counted: tuple[str, Callable[[], int]]
 ) -> None:
     compiler, calls = counted
-    native = project / NATIVE
+    native, units = project / NATIVE, len(LEVELS) + 2
     for _ in range(2):
         wheel("editable", CXX=compiler)
-        assert calls() == 7, "seven units, once"
+        assert calls() == units, "each unit, once"
     first = (native / "libtransom_cpu.so").read_bytes()
     (native / "src" / "helper.cpp").write_text("int helper() { return 8; }\n")
     wheel("editable", CXX=compiler)
-    assert calls() == 14
+    assert calls() == 2 * units
     assert (native / "libtransom_cpu.so").read_bytes() != first
     (native / "src" / "level.h").write_text(SOURCES["level.h"] + "// another word\n")
     wheel("standard", CXX=compiler)
-    assert calls() == 21, "headers count, and a wheel takes part"
+    assert calls() == 3 * units, "headers count, and a wheel takes part"
 
 
 def test_a_library_that_does_not_fit_the_sources_does_not_stay(

@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from checkpoints import FAMILIES, tiny
-from levels import DEVICE, LEVELS, hatch_build, pytestmark  # noqa: F401  pytest reads the mark from here
+from levels import DEVICE, EVERY, LEVELS, NATIVE, hatch_build, pytestmark  # noqa: F401  pytest reads the mark from here
 from programs import Machine, error
 
 from transom.errors import EngineError
@@ -139,6 +139,13 @@ def test_a_decoder_in_fewer_bits_is_near_the_reference(name: str, rng: np.random
             assert _errors(made, level, steps, 1)[1] < GARBAGE[precision.name], (level, precision)
 
 
+def test_levels_that_trap_too_often_for_all_tests_are_near_the_reference(rng: np.random.Generator) -> None:
+    graph = tiny_decoder(rng, **DECODERS["uint4_minimums"])
+    steps, made = Steps(rng, Oracle(graph)), built(graph, INT8)
+    for level in EVERY:
+        assert _errors(made, level, steps, 1)[1] < GARBAGE[INT8.name], level
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("precision", [EXACT, BFLOAT16, INT8_ALL], ids=lambda p: p.name)
 def test_every_family_is_lowered_and_agrees_with_the_reference(
@@ -198,7 +205,7 @@ def test_a_processor_without_any_feature_gets_the_scalar_code() -> None:
 def test_the_library_has_the_code_of_every_unit_and_the_processors_best_is_taken() -> None:
     units = {unit.removeprefix("level_") for unit in hatch_build().LEVELS}
     assert units == set(library.LEVELS) == set(library.built_levels())
-    assert library.level_for(DEVICE) == LEVELS[0]
+    assert library.level_for(DEVICE) == NATIVE[0]
 
 
 # --------------------------------------------------------------------------------------------------------------- damage

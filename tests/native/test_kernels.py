@@ -115,7 +115,12 @@ def test_a_product_with_floats(form: str, level: str, rng: np.random.Generator) 
 
 @each_level
 @pytest.mark.parametrize(
-    "product", [("bfloat16", "bf16"), *((f, "f32") for f in FORMS), *((f, "int8") for f in FORMS if "int" in f)]
+    "product",
+    [
+        ("bfloat16", "bf16"),
+        *((f, "f32") for f in FORMS),
+        *((f, by) for f in FORMS if "int" in f for by in ("int8", "bf16")),
+    ],
 )
 def test_a_product_adds_a_bias_and_a_residual(product: tuple[str, str], level: str, rng: np.random.Generator) -> None:
     form, by = product
@@ -137,7 +142,7 @@ def test_a_product_adds_a_bias_and_a_residual(product: tuple[str, str], level: s
 def test_a_gate_and_what_it_multiplies_are_made_in_one_product(
     act: str, by: str, level: str, rng: np.random.Generator
 ) -> None:
-    form = "bfloat16" if by == "bf16" else str(rng.choice([f for f in FORMS if "int" in f]))
+    form = str(rng.choice([f for f in FORMS if "int" in f or (by == "bf16" and f == "bfloat16")]))
     count, (columns, block), tiles = _rows(rng), _block(rng, form), _size(rng, 9)
     weight, local = matrix(rng, form, 32 * tiles, columns, block), bool(rng.random() < 0.5)
     table = 3 * rng.standard_normal((count, columns))
@@ -157,6 +162,25 @@ def test_a_product_with_bfloat16_rounds_its_input_and_nothing_else(level: str, r
         table = rng.standard_normal((count, columns))
         with Machine(linear(weight, table, by="bf16", local=bool(rng.random() < 0.5)), level) as machine:
             assert _close(machine.rows(count), narrowed(table), exact(weight)), (count, weight.shape)
+
+
+@each_level
+@pytest.mark.parametrize("form", [form for form in FORMS if "int" in form])
+def test_a_product_of_blocks_with_bfloat16_rounds_both(form: str, level: str, rng: np.random.Generator) -> None:
+    """Of few rows neither is rounded: then memory is what takes the time."""
+    for count in (int(rng.integers(1, 5)), int(rng.integers(5, 70)), 300):
+        columns, block = _block(rng, form)
+        weight = matrix(rng, form, _size(rng, 250), columns, block)
+        table = rng.standard_normal((count, columns)).astype(np.float32)
+        wide = exact(weight)
+        with Machine(linear(weight, table, by="bf16", local=bool(rng.random() < 0.5)), level) as machine:
+            got = machine.rows(count)
+        if count <= 4:
+            assert _close(got, table, wide), (count, weight.shape, block)
+            continue
+        # A number that lies between two of bfloat16 may go either way, by how float32 came to it.
+        either = np.abs(narrowed(table)).max() * np.abs(wide).max() * ROUNDING
+        assert _close(got, narrowed(table), narrowed(wide), either), (count, weight.shape, block)
 
 
 def _minimums_allowed(weight: Blocked, table: Array) -> Array:

@@ -235,7 +235,7 @@ class Drafting:
         to_int8 = self.precision.dense_to_int8 and weight.shape[1] % packing.SMALLEST_BLOCK == 0
         if self.precision.dynamic and not head and (isinstance(weight, Blocked) or to_int8):
             return "int8"
-        if self.precision.hint == "bf16" and isinstance(weight, Dense) and not head:
+        if self.precision.hint == "bf16" and not head:
             return "bf16"
         return "f32"
 

@@ -45,6 +45,11 @@ class NativeEngine:
                 "This compiled model needs Transom's native library, which this installation lacks",
                 "Install a wheel of Transom for this platform, or clear the compiled models: transom cache clear",
             )
+        if not native.permitted(level):
+            raise EngineError(
+                f"This process may not use the instructions of {level}",
+                "Load the model again in a process of its own, which takes the best instruction set it may use",
+            )
         self._lib, self.program, self._process = lib, program, os.getpid()
         self._engine, self._pool = ctypes.c_void_p(), ctypes.c_void_p()
         if weights.stat().st_size != program.weight_bytes:

@@ -16,9 +16,11 @@ REASON = "not_built.txt"
 PAGE_TOKENS = 64
 """Tokens in a page of the cache: TR_PAGE."""
 
+_AVX512 = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni"})
 LEVELS = {
-    "avx512_bf16": frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx512_bf16"}),
-    "avx512": frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni"}),
+    "amx": _AVX512 | {"avx512_bf16", "amx_tile", "amx_int8", "amx_bf16"},
+    "avx512_bf16": _AVX512 | {"avx512_bf16"},
+    "avx512": _AVX512,
     "avx_vnni": frozenset({"avx2", "fma", "f16c", "avx_vnni"}),
     "avx2": frozenset({"avx2", "fma", "f16c"}),
     "scalar": frozenset(),
@@ -173,6 +175,22 @@ def built_levels() -> list[str]:
 
 
 def level_for(device: Device) -> str | None:
-    """The best instruction set that the device has and the library was built with."""
+    """The best instruction set that the device has, this process may use and the library was built with."""
     built = built_levels()
-    return next((name for name, needed in LEVELS.items() if name in built and needed <= device.features), None)
+    fit = (name for name, needed in LEVELS.items() if name in built and needed <= device.features)
+    return next((name for name in fit if permitted(name)), None)
+
+
+@functools.cache
+def permitted(level: str) -> bool:
+    """Whether this process may use an instruction set: Linux gives it the registers of AMX only when it asks.
+
+    It refuses where a thread's stack for signals is too small to hold them (Linux documentation, x86/xstate).
+    """
+    if level != "amx":
+        return True
+    ask, tile_data = 0x1023, 18  # ARCH_REQ_XCOMP_PERM, the number of the state
+    try:
+        return bool(ctypes.CDLL(None).syscall(158, ask, tile_data) == 0)  # arch_prctl
+    except (OSError, AttributeError):
+        return False

@@ -121,7 +121,8 @@ def _to_int8(weight: Dense) -> tuple[Blocked, BlockedArrays]:
     group = next(g for g in (GROUP, 32, 16, SMALLEST_BLOCK) if columns % g == 0)
     wide = dequantize(weight).reshape(rows, -1, group)
     scales = np.maximum(np.abs(wide).max(-1) / 127, np.finfo(np.float16).tiny).astype(np.float16)
-    quants = np.clip(np.rint(wide / scales[..., None].astype(np.float32)), -127, 127).astype(np.int8)
+    with np.errstate(invalid="ignore"):  # of what is no number: its scale is none either, and the run says so
+        quants = np.clip(np.rint(wide / scales[..., None].astype(np.float32)), -127, 127).astype(np.int8)
     parts = BlockedArrays(quants.reshape(rows, columns), scales)
     return Blocked((rows, columns), group, "int8", "float16", lambda: parts), parts
 

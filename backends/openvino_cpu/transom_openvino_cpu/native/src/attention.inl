@@ -79,6 +79,12 @@ INLINE void attend_rows(const tr_layer &l, const Tile<C> &t, const Gathered<C> &
 
 template <class C> static void attend_tile(const tr_layer &l, const Tile<C> &t, const Gathered<C> &g, int rows) {
   int r = 0;
+  if constexpr (TILED && C::P > 1)
+    if (rows >= TILE) {
+      Tiles tiles(tile_step(l.head_dim * sizeof(typename C::Q)));
+      for (; r + TILE <= rows; r += TILE)
+        attend_rows<C, TILE>(l, t, g, r);
+    }
   for (; r + ROWS <= rows; r += ROWS)
     attend_rows<C, ROWS>(l, t, g, r);
   if constexpr (ROWS > 3)

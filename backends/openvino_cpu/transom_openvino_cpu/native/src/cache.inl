@@ -65,7 +65,10 @@ template <class F, class Number, int Pair> struct Plain {
     }
   }
   template <int R> INLINE void scores(const Q *q, int dim, const Kept<F> &t, VF (&a)[R][4]) {
-    products<R>(q, dim, t.k, a);
+    if constexpr (R == TILE)
+      tile_scores<Pairs>(q, dim * sizeof(Q), dim * sizeof(Q), t.k, a);
+    else
+      products<R>(q, dim, t.k, a);
   }
 
   // out [R][dim] += probabilities a times values; `a` is used up.
@@ -74,6 +77,27 @@ template <class F, class Number, int Pair> struct Plain {
     for (int r = 0; r < R; r++)
       F::put64(p + r * 64, a[r]);
     int d = 0;
+    if constexpr (R == TILE) {
+      const size_t apart = (size_t)dim * 4;
+      for (; d + 64 <= dim; d += 64) {
+        tile_load<0>(out + d, apart), tile_load<1>(out + d + 16, apart);
+        tile_load<2>(out + d + 32, apart), tile_load<3>(out + d + 48, apart);
+        for (int half = 0; half < 2; half++) {
+          tile_load<6>(p + 32 * half, 64 * sizeof(T));
+          tile_products<Pairs, 6, 7>((const char *)t.v + (16 * half) * apart + (size_t)d * 4, apart);
+        }
+        four_tiles_to((char *)(out + d), apart);
+      }
+      for (; d < dim; d += 16) {
+        tile_load<0>(out + d, apart);
+        for (int half = 0; half < 2; half++) {
+          tile_load<6>(p + 32 * half, 64 * sizeof(T));
+          tile_load<7>((const char *)t.v + (16 * half) * apart + (size_t)d * 4, apart), Pairs::product<0, 6, 7>();
+        }
+        tile_store<0>(out + d, apart);
+      }
+      return;
+    }
     for (; d + 64 <= dim; d += 64) {
       for (int r = 0; r < R; r++)
         for (int c = 0; c < 4; c++)
@@ -249,9 +273,10 @@ struct Int8 {
       sums = add(sums, n);
       store_bytes(to + d, to_int(n));
     }
-    // What is no number must stay none.
-    const float scale = finite(x, dim) ? from_bytes(most) * (factor / (float)turned_together(dim)) : __builtin_nanf("");
-    const int32_t offset = 128 * (int32_t)sum(sums);
+    // What is no number must stay none: the scale tells of it, for whole numbers cannot.
+    const bool numbers = finite(y, dim);
+    const float scale = numbers ? from_bytes(most) * (factor / (float)turned_together(dim)) : __builtin_nanf("");
+    const int32_t offset = numbers ? 128 * (int32_t)sum(sums) : 0;
     __builtin_memcpy(to + dim, &scale, 4);
     __builtin_memcpy(to + dim + 4, &offset, 4);
   }
@@ -260,21 +285,30 @@ struct Int8 {
   template <int R> INLINE void scores(const Q *q, int dim, const Kept<Int8> &t, VF (&a)[R][4]) {
     VI s[R][4];
     const int width = query_width(dim);
-    for (int r = 0; r < R; r++) {
+    auto start = [&](int r) { // minus 128 times the sum of a query: what is too much in the keys
       int32_t offset;
       __builtin_memcpy(&offset, q + (size_t)r * width + dim + 4, 4);
-      for (int c = 0; c < 4; c++)
-        s[r][c] = iset1(-offset);
-    }
-    const T *k = t.k;
-    for (int d = 0; d < dim; d += 4, k += 256) {
-      VI kv[4];
-      for (int c = 0; c < 4; c++)
-        kv[c] = iload(k + 64 * c);
-      for (int r = 0; r < R; r++) {
-        const VI x = iset1_at(q + (size_t)r * width + d);
+      return iset1(-offset);
+    };
+    if constexpr (R == TILE) {
+      tile_scores<SignedUnsigned>(q, width, dim, t.k, s);
+      for (int r = 0; r < R; r++)
         for (int c = 0; c < 4; c++)
-          s[r][c] = dot_bytes(s[r][c], kv[c], x);
+          s[r][c] = iadd(s[r][c], start(r));
+    } else {
+      for (int r = 0; r < R; r++)
+        for (int c = 0; c < 4; c++)
+          s[r][c] = start(r);
+      const T *k = t.k;
+      for (int d = 0; d < dim; d += 4, k += 256) {
+        VI kv[4];
+        for (int c = 0; c < 4; c++)
+          kv[c] = iload(k + 64 * c);
+        for (int r = 0; r < R; r++) {
+          const VI x = iset1_at(q + (size_t)r * width + d);
+          for (int c = 0; c < 4; c++)
+            s[r][c] = dot_bytes(s[r][c], kv[c], x);
+        }
       }
     }
     for (int c = 0; c < 4; c++) {
@@ -300,6 +334,30 @@ struct Int8 {
         store_bytes(p + r * 64 + 16 * c, to_int(mul(a[r][c], inverse)));
     }
     int d = 0;
+    if constexpr (R == TILE) {
+      const size_t apart = (size_t)dim * 4;
+      VI s[R][4];
+      tile_load<6>(p, 64);
+      for (; d + 64 <= dim; d += 64) {
+        tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
+        tile_products<UnsignedSigned, 6, 7>((const char *)t.v + (size_t)d * 4, apart);
+        four_tiles_to((char *)s, 256);
+        for (int r = 0; r < R; r++)
+          for (int c = 0; c < 4; c++) {
+            float *o = out + (size_t)r * dim + d + 16 * c;
+            store(o, fma(to_float(s[r][c]), back[r], load(o)));
+          }
+      }
+      for (; d < dim; d += 16) {
+        tile_zero<0>(), tile_load<7>((const char *)t.v + (size_t)d * 4, apart), UnsignedSigned::product<0, 6, 7>();
+        tile_store<0>(s, 256);
+        for (int r = 0; r < R; r++) {
+          float *o = out + (size_t)r * dim + d;
+          store(o, fma(to_float(s[r][0]), back[r], load(o)));
+        }
+      }
+      return;
+    }
     for (; d + 64 <= dim; d += 64) {
       VI s[R][4];
       for (int r = 0; r < R; r++)

@@ -8,6 +8,7 @@
 #include <ctime>
 // In this order: each uses those before it.
 #include "math.inl"
+#include "tiles.inl"
 #include "linear.inl"
 #include "cache.inl"
 #include "attention.inl"
@@ -106,7 +107,7 @@ bool program_fits(const tr_program &p) {
       if (!view_fits(p, o.a, m.columns) || (o.act ? m.rows % 32 || m.rows / 2 != o.width : m.rows != o.width))
         return false;
       const bool blocks = m.kind == TR_U4 || m.kind == TR_U8;
-      if (o.by != TR_BY_F32 && !(o.by == TR_BY_INT8 && blocks) && !(o.by == TR_BY_BF16 && m.kind == TR_BF16))
+      if (o.by != TR_BY_F32 && !(o.by == TR_BY_INT8 && blocks) && !(o.by == TR_BY_BF16 && (blocks || m.kind == TR_BF16)))
         return false;
       break;
     }

@@ -9,10 +9,12 @@
 
 // Null where the build left the unit out.
 extern const Level level_scalar __attribute__((weak)), level_avx2 __attribute__((weak)),
-    level_avx_vnni __attribute__((weak)), level_avx512 __attribute__((weak)), level_avx512_bf16 __attribute__((weak));
+    level_avx_vnni __attribute__((weak)), level_avx512 __attribute__((weak)), level_avx512_bf16 __attribute__((weak)),
+    level_amx __attribute__((weak));
 
 namespace {
-const Level *const LEVELS[] = {&level_scalar, &level_avx2, &level_avx_vnni, &level_avx512, &level_avx512_bf16};
+const Level *const LEVELS[] = {&level_scalar, &level_avx2, &level_avx_vnni, &level_avx512, &level_avx512_bf16,
+                               &level_amx};
 char names[128]; // of those that are there
 
 __attribute__((constructor)) void name_levels() {

@@ -9,7 +9,7 @@ namespace {
 const int WIDE = 6;  // tiles of 16 outputs made together: the columns of `Tile`
 const int FEW = 4;   // rows up to which the matrix is read as it lies
 const int MOST = 256; // rows in one call: what the sums of `many` divide
-const int CUT = 512; // columns in one panel of floats
+const int CUT = 512; // columns in one panel of floats, or of bfloat16
 
 // Rows of activations in the form that a product takes.
 struct Acts {
@@ -44,9 +44,8 @@ INLINE size_t acts_bytes(const tr_matrix &m, int by, int rows) {
     return rows * align64(m.columns) + align64(rows * groups * 4) + 2 * align64(rows * units * 4) +
            align64(rows * ((units + 1) / 2) * 4) + 64;
   }
-  if (by == TR_BY_BF16)
-    return align64((size_t)rows * ((m.columns + 1) / 2) * 4) + 64;
-  return in_blocks(m) ? align64((size_t)rows * (m.columns / m.block) * 4) + 64 : 64;
+  const size_t pairs = by == TR_BY_BF16 ? align64((size_t)rows * ((m.columns + 1) / 2) * 4) : 0;
+  return pairs + (in_blocks(m) ? align64((size_t)rows * (m.columns / m.block) * 4) : 0) + 64;
 }
 
 static void quantise_row(const float *x, const Acts &a, int row, int centre) {
@@ -124,11 +123,15 @@ static Acts prepare(const tr_matrix &m, int by, const float *x, size_t stride, i
       if (m.has_minimums)
         pack_pairs(a.sums + (size_t)r * a.units, a.units, a.pairs + r * a.pair_stride);
     }
-  } else if (by == TR_BY_BF16) {
+    return a;
+  }
+  if (by == TR_BY_BF16) {
     a.pairs = (uint32_t *)p, a.pair_stride = (m.columns + 1) / 2;
+    p += align64((size_t)rows * a.pair_stride * 4);
     for (int r = 0; r < rows; r++)
       pack_pairs(x + r * stride, m.columns, a.pairs + r * a.pair_stride);
-  } else if (in_blocks(m)) { // sums over blocks, for zero points and minimums
+  }
+  if (in_blocks(m)) { // sums over blocks, for zero points and minimums
     a.units = m.columns / m.block;
     a.sums = (float *)p;
     for (int r = 0; r < rows; r++)
@@ -298,10 +301,10 @@ template <int R> INLINE void few_pairs(const tr_matrix &m, int t, const Acts &a,
 template <int R> static void few(const tr_matrix &m, int t, const Acts &a, VF *y) {
   if (a.by == TR_BY_INT8)
     m.kind == TR_U4 ? few_bytes<R, true>(m, t, a, y) : few_bytes<R, false>(m, t, a, y);
+  else if (in_blocks(m)) // by bfloat16 too: rounding what memory gives too slowly saves nothing
+    few_wide_blocks<R>(m, t, a, y);
   else if (a.by == TR_BY_BF16)
     few_pairs<R>(m, t, a, y);
-  else if (m.kind == TR_U4 || m.kind == TR_U8)
-    few_wide_blocks<R>(m, t, a, y);
   else
     few_wide<R>(m, t, a, y);
 }
@@ -383,6 +386,9 @@ static void many_bytes(const char *panel, const char *minimums, int u0, int u1, 
   }
   for (int u = u0; u < u1; u += per_group, scales++) {
     VF part[R][NV]; // of a group
+    for (int r = 0; r < R; r++)
+      for (int v = 0; v < NV; v++)
+        part[r][v] = zero();
     for (int k = 0; k < per_group; k++, starts++) {
       VI i[R][NV];
       for (int r = 0; r < R; r++)
@@ -402,7 +408,7 @@ static void many_bytes(const char *panel, const char *minimums, int u0, int u1, 
       panel += NV * 64;
       for (int r = 0; r < R; r++)
         for (int v = 0; v < NV; v++)
-          part[r][v] = k ? fma(to_float(i[r][v]), load(d + 16 * v), part[r][v]) : mul(to_float(i[r][v]), load(d + 16 * v));
+          part[r][v] = fma(to_float(i[r][v]), load(d + 16 * v), part[r][v]);
     }
     for (int r = 0; r < R; r++) {
       VF s = set1(scales[(size_t)r * groups]);
@@ -415,40 +421,101 @@ static void many_bytes(const char *panel, const char *minimums, int u0, int u1, 
       store(y + (size_t)r * WIDE * 16 + 16 * v, acc[r][v]);
 }
 
-// Columns c0 ... c1 - 1 of NV tiles as floats: [column][NV][16]; c0 and c1 are multiples of the block.
-template <int NV> static void unpack_wide(const tr_matrix &m, int t, int c0, int c1, float *panel) {
+// Sixteen rows by tiles, with the same sums in the same order as `many_bytes`. A product of tiles is a unit's.
+INLINE bool tiles_take_units(const Acts &a) { return a.unit >= 16 && a.unit <= 64 && a.group <= 4 * a.unit; }
+template <int NV>
+static void tiled_bytes(const char *panel, const char *minimums, int u0, int u1, const Acts &a, int row, float *y,
+                        bool more) {
+  const size_t ld = align64(a.columns), quants = (size_t)NV * 16 * a.unit, size = quants + NV * 64;
+  const int per_group = a.group / a.unit;
+  VI sums[4][NV][TILE];
+  for (int u = u0; u < u1; u += per_group, panel += per_group * size) {
+    for (int k = 0; k < per_group; k++) {
+      tile_load<4>(a.bytes + row * ld + (size_t)(u + k) * a.unit, ld);
+      tile_zero<0>();
+      tile_load<5>(panel + k * size, NV * 64), SignedUnsigned::product<0, 4, 5>();
+      tile_store<0>(sums[k][0], 64);
+      if constexpr (NV > 1) {
+        tile_zero<1>();
+        tile_load<5>(panel + k * size + 64, NV * 64), SignedUnsigned::product<1, 4, 5>();
+        tile_store<1>(sums[k][1], 64);
+      }
+    }
+    for (int r = 0; r < TILE; r++) {
+      const int32_t *starts = a.starts + (size_t)(row + r) * a.units + u;
+      const VF scale = set1(a.scales[(size_t)(row + r) * a.groups + u / per_group]);
+      for (int v = 0; v < NV; v++) {
+        float *out = y + (size_t)r * WIDE * 16 + 16 * v;
+        VF acc = more || u > u0 ? load(out) : zero(), part = zero();
+        if (minimums && u == u0) {
+          const uint32_t *x = a.pairs + (row + r) * a.pair_stride + u0 / 2;
+          for (int p = 0; u0 + 2 * p < u1; p++)
+            acc = dot_pairs(acc, iload(minimums + ((size_t)p * NV + v) * 64), iset1_at(x + p));
+        }
+        for (int k = 0; k < per_group; k++)
+          part = fma(to_float(iadd(sums[k][v][r], iset1_at(starts + k))),
+                     load((const float *)(panel + k * size + quants) + 16 * v), part);
+        store(out, fma(part, scale, acc));
+      }
+    }
+  }
+}
+
+// Calls put(column, four) with the floats of 16 rows in four columns, for columns c0 ... c1 - 1 of a tile in blocks; c0
+// and c1 are multiples of the block.
+template <class F> INLINE void unpack_blocks(const tr_matrix &m, int t, int c0, int c1, const F &put) {
   const bool nibbles = m.kind == TR_U4;
   const VI byte = iset1(0xff), low = iset1(0x0f0f0f0f);
-  for (int v = 0; v < NV; v++) {
-    const char *tile = tile_at(m, t + v);
-    float *out = panel + 16 * v;
-    if (m.kind == TR_U4 || m.kind == TR_U8) {
-      const size_t quants = (size_t)16 * m.block / (nibbles ? 2 : 1), scale = m.wide_scales ? 64 : 32;
-      for (int c = c0; c < c1; c += m.block) {
-        const char *p = tile + c / m.block * block_bytes(m);
-        VF d = load_scales(p + quants, m.wide_scales), z = set1((float)m.zero);
-        VF least = m.has_minimums ? load_scales(p + quants + scale, m.wide_scales) : zero();
-        for (int j = 0; j < m.block; j += 4) {
-          VI w = nibbles ? iload(p + j / 8 * 64) : iload(p + j * 16);
-          if (nibbles)
-            w = iand(j & 4 ? right<4>(w) : w, low);
-          VF x[4] = {to_float(iand(w, byte)), to_float(iand(right<8>(w), byte)), to_float(iand(right<16>(w), byte)),
-                     to_float(right<24>(w))};
-          for (int k = 0; k < 4; k++, out += NV * 16)
-            store(out, add(mul(d, sub(x[k], z)), least));
-        }
-      }
-    } else
-      for (int c = c0; c < c1; c++, out += NV * 16) {
-        if (m.kind == TR_BF16) {
-          VI w = iload(tile + c / 2 * 64);
-          store(out, as_float(c & 1 ? iand(w, iset1((int)0xffff0000)) : left<16>(w)));
-        } else if (m.kind == TR_F16)
-          store(out, load_half((const uint16_t *)tile + 16 * c));
-        else
-          store(out, load((const float *)tile + 16 * c));
-      }
+  const size_t quants = (size_t)16 * m.block / (nibbles ? 2 : 1), scale = m.wide_scales ? 64 : 32;
+  for (int c = c0; c < c1; c += m.block) {
+    const char *p = tile_at(m, t) + c / m.block * block_bytes(m);
+    VF d = load_scales(p + quants, m.wide_scales), z = set1((float)m.zero);
+    VF least = m.has_minimums ? load_scales(p + quants + scale, m.wide_scales) : zero();
+    for (int j = 0; j < m.block; j += 4) {
+      VI w = nibbles ? iload(p + j / 8 * 64) : iload(p + j * 16);
+      if (nibbles)
+        w = iand(j & 4 ? right<4>(w) : w, low);
+      const VI four[4] = {iand(w, byte), iand(right<8>(w), byte), iand(right<16>(w), byte), right<24>(w)};
+      VF x[4];
+      for (int k = 0; k < 4; k++)
+        x[k] = add(mul(d, sub(to_float(four[k]), z)), least);
+      put(c + j, x);
+    }
   }
+}
+
+// Columns c0 ... c1 - 1 of NV tiles as floats: [column][NV][16]; of blocks whole ones.
+template <int NV> static void unpack_wide(const tr_matrix &m, int t, int c0, int c1, float *panel) {
+  for (int v = 0; v < NV; v++) {
+    float *out = panel + 16 * v;
+    if (in_blocks(m)) {
+      unpack_blocks(m, t + v, c0, c1, [&](int c, const VF *x) {
+        for (int k = 0; k < 4; k++)
+          store(out + (size_t)(c + k - c0) * NV * 16, x[k]);
+      });
+      continue;
+    }
+    const char *tile = tile_at(m, t + v);
+    for (int c = c0; c < c1; c++, out += NV * 16) {
+      if (m.kind == TR_BF16) {
+        VI w = iload(tile + c / 2 * 64);
+        store(out, as_float(c & 1 ? iand(w, iset1((int)0xffff0000)) : left<16>(w)));
+      } else if (m.kind == TR_F16)
+        store(out, load_half((const uint16_t *)tile + 16 * c));
+      else
+        store(out, load((const float *)tile + 16 * c));
+    }
+  }
+}
+
+// Blocks of columns c0 ... c1 - 1 of NV tiles as bfloat16: [column / 2][NV][16][2].
+template <int NV> static void unpack_pairs(const tr_matrix &m, int t, int c0, int c1, char *panel) {
+  for (int v = 0; v < NV; v++)
+    unpack_blocks(m, t + v, c0, c1, [&](int c, const VF *x) {
+      char *out = panel + ((size_t)(c - c0) / 2 * NV + v) * 64;
+      istore(out, to_pairs(x[0], x[1]));
+      istore(out + NV * 64, to_pairs(x[2], x[3]));
+    });
 }
 
 template <int R, int NV>
@@ -468,22 +535,20 @@ static void many_wide(const float *panel, int columns, const float *x, size_t st
       store(y + (size_t)r * WIDE * 16 + 16 * v, acc[r][v]);
 }
 
-template <int R, int NV> static void many_pairs(const tr_matrix &m, int t, const Acts &a, int row, float *y) {
-  const int half = (m.columns + 1) / 2;
-  const char *p[NV];
-  for (int v = 0; v < NV; v++)
-    p[v] = tile_at(m, t + v);
-  const uint32_t *x = a.pairs + (size_t)row * half;
+// Pairs of columns j0 ... j1 - 1 of NV tiles, which lie at p, `apart` bytes from pair to pair.
+template <int R, int NV>
+static void many_pairs(const char *const *p, size_t apart, int j0, int j1, const Acts &a, int row, float *y) {
+  const uint32_t *x = a.pairs + row * a.pair_stride;
   VF acc[R][NV];
   for (int r = 0; r < R; r++)
     for (int v = 0; v < NV; v++)
-      acc[r][v] = zero();
-  for (int j = 0; j < half; j++) {
+      acc[r][v] = j0 ? load(y + (size_t)r * WIDE * 16 + 16 * v) : zero();
+  for (int j = j0; j < j1; j++) {
     VI w[NV];
     for (int v = 0; v < NV; v++)
-      w[v] = iload(p[v] + (size_t)j * 64);
+      w[v] = iload(p[v] + (j - j0) * apart);
     for (int r = 0; r < R; r++) {
-      VI s = iset1_at(x + (size_t)r * half + j);
+      VI s = iset1_at(x + r * a.pair_stride + j);
       for (int v = 0; v < NV; v++)
         acc[r][v] = dot_pairs(acc[r][v], w[v], s);
     }
@@ -493,17 +558,44 @@ template <int R, int NV> static void many_pairs(const tr_matrix &m, int t, const
       store(y + (size_t)r * WIDE * 16 + 16 * v, acc[r][v]);
 }
 
+// Sixteen rows by tiles; j1 - j0 is a multiple of 16.
+template <int NV>
+static void tiled_pairs(const char *const *p, size_t apart, int j0, int j1, const Acts &a, int row, float *y) {
+  const size_t from_row = a.pair_stride * 4, to_row = WIDE * 64;
+  if (j0) {
+    tile_load<0>(y, to_row);
+    if constexpr (NV > 1)
+      tile_load<1>(y + 16, to_row);
+  } else
+    tile_zero<0>(), tile_zero<1>();
+  for (int j = j0; j < j1; j += 16) {
+    tile_load<6>(a.pairs + row * a.pair_stride + j, from_row);
+    tile_load<7>(p[0] + (j - j0) * apart, apart), Pairs::product<0, 6, 7>();
+    if constexpr (NV > 1)
+      tile_load<7>(p[1] + (j - j0) * apart, apart), Pairs::product<1, 6, 7>();
+  }
+  tile_store<0>(y, to_row);
+  if constexpr (NV > 1)
+    tile_store<1>(y + 16, to_row);
+}
+
 // Bytes for the panel of one call of `tiles_of`.
 INLINE size_t panel_bytes(const tr_matrix &m, int by) {
   if (by == TR_BY_INT8)
     return align64((size_t)2 * panel_units(m, 2) * (16 * unit_of(m) + 64)) + (size_t)panel_units(m, 2) * 64 + 64;
   int cut = m.block > CUT ? m.block : CUT;
-  return by == TR_BY_F32 ? (size_t)cut * 2 * 64 : 0;
+  return by == TR_BY_F32 ? (size_t)cut * 2 * 64 : in_blocks(m) ? (size_t)cut * 64 : 0;
 }
 
 template <int NV, bool NIBBLES, int UNIT, int PER>
 static void all_rows(const char *panel, const char *minimums, int u0, int u1, const Acts &a, int rows, float *y) {
   int r = 0;
+  if constexpr (TILED)
+    if (tiles_take_units(a) && rows >= TILE) {
+      Tiles tiles(a.unit);
+      for (; r + TILE <= rows; r += TILE)
+        tiled_bytes<NV>(panel, minimums, u0, u1, a, r, y + (size_t)r * WIDE * 16, u0 > 0);
+    }
   const int AT_ONCE = PER > 1 && ROWS > 4 ? 4 : ROWS;
   for (; r + AT_ONCE <= rows; r += AT_ONCE)
     many_bytes<AT_ONCE, NV, NIBBLES, UNIT, PER>(panel, minimums, u0, u1, a, r, y + (size_t)r * WIDE * 16, u0 > 0);
@@ -523,6 +615,29 @@ static void all_rows(const char *panel, const char *minimums, int u0, int u1, co
     all_rows<NV, NIBBLES, 0, 0>(panel, minimums, u0, u1, a, rows, y);
 }
 
+template <int NV>
+static void all_pairs(const char *const *p, size_t apart, int j0, int j1, const Acts &a, int rows, float *y) {
+  int r = 0;
+  if constexpr (TILED)
+    if (rows >= TILE && (j1 - j0) % 16 == 0) {
+      Tiles tiles(64);
+      for (; r + TILE <= rows; r += TILE)
+        tiled_pairs<NV>(p, apart, j0, j1, a, r, y + (size_t)r * WIDE * 16);
+    }
+  for (; r + ROWS <= rows; r += ROWS)
+    many_pairs<ROWS, NV>(p, apart, j0, j1, a, r, y + (size_t)r * WIDE * 16);
+  for (; r + 2 <= rows; r += 2)
+    many_pairs<2, NV>(p, apart, j0, j1, a, r, y + (size_t)r * WIDE * 16);
+  for (; r < rows; r++)
+    many_pairs<1, NV>(p, apart, j0, j1, a, r, y + (size_t)r * WIDE * 16);
+}
+
+// Columns that a panel of floats or of bfloat16 holds: whole blocks.
+INLINE int columns_at_once(const tr_matrix &m) {
+  const int whole = in_blocks(m) ? m.block : 1;
+  return whole > CUT ? whole : CUT / whole * whole;
+}
+
 // NV is 1 or 2.
 template <int NV> static void many(const tr_matrix &m, int t, const Acts &a, int rows, float *y, char *panel) {
   if (a.by == TR_BY_INT8) {
@@ -540,16 +655,23 @@ template <int NV> static void many(const tr_matrix &m, int t, const Acts &a, int
       else
         all_rows<NV, false>(panel, least, u, end, a, rows, y);
     }
+  } else if (a.by == TR_BY_BF16 && !in_blocks(m)) {
+    const char *p[NV];
+    for (int v = 0; v < NV; v++)
+      p[v] = tile_at(m, t + v);
+    all_pairs<NV>(p, 64, 0, (m.columns + 1) / 2, a, rows, y);
   } else if (a.by == TR_BY_BF16) {
-    int r = 0;
-    for (; r + ROWS <= rows; r += ROWS)
-      many_pairs<ROWS, NV>(m, t, a, r, y + (size_t)r * WIDE * 16);
-    for (; r + 2 <= rows; r += 2)
-      many_pairs<2, NV>(m, t, a, r, y + (size_t)r * WIDE * 16);
-    for (; r < rows; r++)
-      many_pairs<1, NV>(m, t, a, r, y + (size_t)r * WIDE * 16);
+    const int cut = columns_at_once(m);
+    const char *p[NV];
+    for (int v = 0; v < NV; v++)
+      p[v] = panel + 64 * v;
+    for (int c = 0; c < m.columns; c += cut) {
+      const int end = c + cut < m.columns ? c + cut : m.columns;
+      unpack_pairs<NV>(m, t, c, end, panel);
+      all_pairs<NV>(p, NV * 64, c / 2, end / 2, a, rows, y);
+    }
   } else {
-    const int whole = m.kind == TR_U4 || m.kind == TR_U8 ? m.block : 1, cut = whole > CUT ? whole : CUT / whole * whole;
+    const int cut = columns_at_once(m);
     for (int c = 0; c < m.columns; c += cut) {
       int end = c + cut < m.columns ? c + cut : m.columns;
       unpack_wide<NV>(m, t, c, end, (float *)panel);

@@ -67,6 +67,7 @@ INLINE void istore(void *p, VI x) { _mm512_storeu_si512(p, x); }
 INLINE VI iand(VI a, VI b) { return _mm512_and_si512(a, b); }
 template <int N> INLINE VI right(VI a) { return _mm512_srli_epi32(a, N); }
 template <int N> INLINE VI left(VI a) { return _mm512_slli_epi32(a, N); }
+INLINE VI iadd(VI a, VI b) { return _mm512_add_epi32(a, b); }
 INLINE VI ior(VI a, VI b) { return _mm512_or_si512(a, b); }
 INLINE VF to_float(VI a) { return _mm512_cvtepi32_ps(a); }
 INLINE VI to_int(VF a) { return _mm512_cvtps_epi32(a); } // to nearest even

@@ -127,6 +127,7 @@ INLINE VI iset1_at(const void *p) {
 }
 INLINE void istore(void *p, VI x) { __builtin_memcpy(p, &x, 64); }
 INLINE VI iand(VI x, VI y) { TR_QUARTERS(VI, x.v[i] & y.v[i]); }
+INLINE VI iadd(VI x, VI y) { TR_QUARTERS(VI, x.v[i] + y.v[i]); }
 INLINE VI ior(VI x, VI y) { TR_QUARTERS(VI, x.v[i] | y.v[i]); }
 template <int N> INLINE VI right(VI x) { TR_QUARTERS(VI, x.v[i] >> N); }
 template <int N> INLINE VI left(VI x) { TR_QUARTERS(VI, x.v[i] << N); }
