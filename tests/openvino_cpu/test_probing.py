@@ -36,6 +36,14 @@ def test_a_cpu_without_avx2_gets_a_generic_offer_with_the_reason(version: pytest
     assert "without AVX2" in answer.why
 
 
+def test_a_value_of_the_variable_that_means_nothing_is_refused(version: pytest.MonkeyPatch) -> None:
+    version.setenv("TRANSOM_NATIVE", "yes")
+    (answer,) = OpenVinoCpu().probe([CPU])
+    assert isinstance(answer, Refusal)
+    assert "TRANSOM_NATIVE is 'yes'" in answer.reason
+    assert "measure" in answer.fix
+
+
 @pytest.mark.parametrize("kind", ["cuda", "gpu", "npu", "remote"])
 def test_any_other_device_is_the_wrong_one(kind: str, version: pytest.MonkeyPatch) -> None:
     (answer,) = OpenVinoCpu().probe([replace(CPU, kind=kind, id=f"{kind}:0")])  # type: ignore[arg-type]

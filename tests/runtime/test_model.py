@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from typing import Any
 
 import numpy as np
@@ -418,6 +419,17 @@ def test_logits_are_those_of_every_prefix() -> None:
     np.testing.assert_array_equal(rows, np.stack([logits_after(tokens[: i + 1], 61) for i in range(8)]))
     with pytest.raises(OptionError, match="no tokens"):
         model.logits([])
+
+
+def test_logits_go_when_nobody_holds_them() -> None:
+    """For 16384 tokens they are gigabytes: more than one set must not wait for Python to look for cycles."""
+    model = Model(loaded(FakeSession(), text=False))
+    gc.disable()
+    try:
+        logits = weakref.ref(model.logits([1, 2, 3]))
+        assert logits() is None
+    finally:
+        gc.enable()
 
 
 def test_logits_that_are_cancelled_are_no_logits() -> None:

@@ -15,7 +15,7 @@ from transom.graph.weights import Dense
 from transom_openvino_cpu import claims, names
 from transom_openvino_cpu.engine import openvino
 from transom_openvino_cpu.lowering import Stage, lower
-from transom_openvino_cpu.native.choosing import drafted, level_on
+from transom_openvino_cpu.native.choosing import drafted, level_on, measures
 from transom_openvino_cpu.plan import Plan, StagePlan
 from transom_openvino_cpu.precision import GROUP, Form, Precision, dynamic_group, resolve
 from transom_openvino_cpu.probing import requirements
@@ -45,33 +45,47 @@ def compile_graph(graph: Graph, device: Device, options: Options, progress: Prog
     drafting = drafted(graph, precision, device)
     folder = Path(tempfile.mkdtemp(prefix=PREFIX))
     try:
-        if not isinstance(drafting, str):
-            return _native(graph, drafting, device, folder, progress)
-        progress("lower", 0.0)
-        if claims.whole_through_frontend(graph):
-            stages = [_through_frontend(graph, folder)]
+        if isinstance(drafting, str):
+            artifact = _by_openvino(graph, precision, device, options, folder, progress)
+            if graph.decoder is not None:
+                note = f"OpenVINO's own kernels run this model, not the native ones: {drafting}"
+                artifact = replace(artifact, notes=[*artifact.notes, note])
         else:
-            stages = lower(graph, precision, lambda share: progress("lower", share), tables_apart=False)
-        notes = _notes(precision, stages)
-        if graph.decoder is not None:
-            notes.append(f"OpenVINO's own kernels run this model, not the native ones: {drafting}")
-        plans = _compile_all(stages, precision, device, options, folder, progress)
-        if plans is None:  # the engine does not keep the rotary tables wide
-            stages = lower(graph, precision, lambda share: progress("lower", share), tables_apart=True)
-            plans = _compile_all(stages, precision, device, options, folder, progress)
-        assert plans is not None
-        progress("compile", 1.0)
-        plan = Plan(
-            tuple(plans), tuple(graph.input_names), tuple(graph.output_names), graph.decoder, claims.paged(graph)
-        )
-        files: dict[str, bytes | Path] = {p.file: _small(folder / p.file) for p in plans}
-        files[names.PLAN_FILE] = plan.to_json().encode()
-        if all(isinstance(content, bytes) for content in files.values()):
+            artifact = _native(graph, drafting, device, folder, progress)
+            if measures(device):
+                from transom_openvino_cpu.measuring import faster
+
+                other = _by_openvino(graph, precision, device, options, folder, progress)
+                progress("measure", None)
+                artifact = faster(artifact, other, device, options)
+        if all(isinstance(content, bytes) for content in artifact.files.values()):
             shutil.rmtree(folder, ignore_errors=True)
-        return Artifact(files, requirements(device), notes)
+        return artifact
     except BaseException:  # a cancelled compile leaves nothing behind either
         shutil.rmtree(folder, ignore_errors=True)
         raise
+
+
+def _by_openvino(
+    graph: Graph, precision: Precision, device: Device, options: Options, folder: Path, progress: Progress
+) -> Artifact:
+    """The graph as OpenVINO compiles it."""
+    progress("lower", 0.0)
+    if claims.whole_through_frontend(graph):
+        stages = [_through_frontend(graph, folder)]
+    else:
+        stages = lower(graph, precision, lambda share: progress("lower", share), tables_apart=False)
+    notes = _notes(precision, stages)
+    plans = _compile_all(stages, precision, device, options, folder, progress)
+    if plans is None:  # the engine does not keep the rotary tables wide
+        stages = lower(graph, precision, lambda share: progress("lower", share), tables_apart=True)
+        plans = _compile_all(stages, precision, device, options, folder, progress)
+    assert plans is not None
+    progress("compile", 1.0)
+    plan = Plan(tuple(plans), tuple(graph.input_names), tuple(graph.output_names), graph.decoder, claims.paged(graph))
+    files: dict[str, bytes | Path] = {p.file: _small(folder / p.file) for p in plans}
+    files[names.PLAN_FILE] = plan.to_json().encode()
+    return Artifact(files, requirements(device), notes)
 
 
 def _native(graph: Graph, drafting: Drafting, device: Device, folder: Path, progress: Progress) -> Artifact:
@@ -88,8 +102,6 @@ def _native(graph: Graph, drafting: Drafting, device: Device, folder: Path, prog
         names.PROGRAM_FILE: program.to_json().encode(),
         names.WEIGHTS_FILE: _small(folder / names.WEIGHTS_FILE),
     }
-    if isinstance(files[names.WEIGHTS_FILE], bytes):
-        shutil.rmtree(folder, ignore_errors=True)
     progress("compile", 1.0)
     return Artifact(files, requirements(device), _native_notes(drafting))
 

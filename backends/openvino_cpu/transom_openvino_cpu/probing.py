@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import os
 import platform
 
 from transom.contract import Device, Offer, Refusal
-from transom_openvino_cpu.native.choosing import level_on
+from transom_openvino_cpu.native.choosing import SWITCH, level_on, measures
 
 OLDEST = (2026, 4)
 """The first release whose PagedAttention has the form that `attention` writes."""
@@ -56,6 +57,9 @@ def answer(device: Device) -> Offer | Refusal:
     if device.arch != "x86_64":
         # Runs by OpenVINO's own account; nothing here has been measured on it.
         return Offer(device.id, "generic", f"{device.arch}, OpenVINO {version}")
+    if (asked := os.environ.get(SWITCH, "")) not in ("", "0", "measure", "require"):
+        fix = f"Set {SWITCH} to 0 or to measure, or do not set it"
+        return Refusal(device.id, "failed", f"the environment variable {SWITCH} is {asked!r}", fix)
     kind = isa(device)
     if kind == "generic":
         return Offer(device.id, "generic", f"x86-64 without AVX2 (slow), OpenVINO {version}")
@@ -71,7 +75,7 @@ def requirements(device: Device) -> dict[str, str]:
         "arch": device.arch,
         "isa": isa(device),
         "system": platform.system(),
-        "native": level_on(device) or "none",
+        "native": (level_on(device) or "none") + (", or what is faster" if measures(device) else ""),
     }
 
 

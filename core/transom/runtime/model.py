@@ -306,7 +306,9 @@ class Model:
             self._engine.cancel(request)
         if request.branches[0].finish != "stop" or request.logits is None:
             raise TransomError("The computation of logits was cancelled")
-        return request.logits
+        # Requests go when Python looks for cycles; gigabytes cannot wait for that.
+        logits, request.logits = request.logits, None
+        return logits
 
     def run(self, inputs: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
         """Run a graph that has no cache, once.

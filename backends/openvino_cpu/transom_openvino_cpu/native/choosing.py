@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from transom_openvino_cpu.precision import Precision
 
 SWITCH = "TRANSOM_NATIVE"
-"""Environment variable; `0`: leave the library alone, as if it had not been built."""
+"""Environment variable; `0`: leave the library alone, as if it had not been built. `measure`: see `measures`."""
+UNMEASURED = frozenset({"amx"})
+"""Instruction sets that none of the benchmarks' processors has. On all others the library is the faster one."""
 
 
 def level_on(device: Device) -> str | None:
@@ -22,6 +24,12 @@ def level_on(device: Device) -> str | None:
     if os.environ.get(SWITCH) == "0":
         return None
     return library.level_for(device)
+
+
+def measures(device: Device) -> bool:
+    """Whether a decoder is compiled natively and by OpenVINO, and the faster one is kept."""
+    level = level_on(device)
+    return level is not None and (level in UNMEASURED or os.environ.get(SWITCH) == "measure")
 
 
 def drafted(graph: Graph, precision: Precision, device: Device) -> Drafting | str:

@@ -40,9 +40,9 @@ void wake_all(std::atomic<uint32_t> *word) {
 struct Pool {
   int32_t count, started;
   Worker *workers;
-  alignas(64) std::atomic<uint32_t> generation; // one more for each loop
-  alignas(64) std::atomic<int32_t> next;        // the task to take
-  alignas(64) std::atomic<int32_t> busy;        // workers that have not finished this loop
+  alignas(64) std::atomic<uint32_t> generation; // one more for each loop: what sleepers wait for
+  alignas(64) std::atomic<uint64_t> left;       // the loop's generation, and below it the tasks that nobody has taken
+  alignas(64) std::atomic<int32_t> done;        // tasks
   alignas(64) std::atomic<int32_t> asleep;
   std::atomic<bool> stop;
   int32_t tasks;
@@ -51,12 +51,18 @@ struct Pool {
 };
 
 namespace {
+// A loop ends when its tasks are done, not when every worker has looked at it: a worker that the system has taken off its
+// core delays nobody unless it holds a task. Such a worker may look late, and then at a later loop. So the tasks that are
+// left are counted in one word with the generation: who takes one has it of the loop that the word spoke of, and that loop
+// stays until the task is done.
 void take(Pool *p, int32_t thread) {
-  for (;;) {
-    int32_t i = p->next.fetch_add(1, std::memory_order_relaxed);
-    if (i >= p->tasks)
-      return;
-    p->task(p->context, i, thread);
+  uint64_t left = p->left.load(std::memory_order_acquire);
+  while ((uint32_t)left) {
+    if (!p->left.compare_exchange_weak(left, left - 1, std::memory_order_acquire))
+      continue;
+    p->task(p->context, p->tasks - (int32_t)(uint32_t)left, thread);
+    p->done.fetch_add(1, std::memory_order_release);
+    left = p->left.load(std::memory_order_acquire);
   }
 }
 
@@ -79,7 +85,6 @@ void *work(void *w_) {
     if (p->stop.load())
       return nullptr;
     take(p, w->index);
-    p->busy.fetch_sub(1, std::memory_order_release);
   }
 }
 } // namespace
@@ -94,7 +99,7 @@ Pool *pool_new(int32_t count) {
     return nullptr;
   }
   p->count = count, p->started = 0;
-  p->generation = 0, p->next = 0, p->busy = 0, p->asleep = 0, p->stop = false;
+  p->generation = 0, p->left = 0, p->done = 0, p->asleep = 0, p->stop = false;
   for (int32_t i = 0; i < count; i++)
     p->workers[i].pool = p, p->workers[i].index = i;
   for (int32_t i = 1; i < count; i++) {
@@ -128,13 +133,14 @@ void pool_run(Pool *p, int32_t n, tr_task task, void *context) {
     return;
   }
   p->tasks = n, p->task = task, p->context = context;
-  p->next.store(0, std::memory_order_relaxed);
-  p->busy.store(p->count - 1, std::memory_order_relaxed);
+  p->done.store(0, std::memory_order_relaxed);
+  const uint64_t generation = p->generation.load(std::memory_order_relaxed) + 1;
+  p->left.store(generation << 32 | (uint32_t)n, std::memory_order_release);
   p->generation.fetch_add(1); // sequentially consistent, as are the reads of a worker about to sleep
   if (p->asleep.load() > 0)
     wake_all(&p->generation);
   take(p, 0);
-  for (int spin = 0; p->busy.load(std::memory_order_acquire) > 0; spin++) {
+  for (int spin = 0; p->done.load(std::memory_order_acquire) < n; spin++) {
     if (spin < SPINS)
       relax();
     else

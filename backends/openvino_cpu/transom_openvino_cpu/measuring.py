@@ -1,0 +1,78 @@
+"""Which of two compiled forms of a decoder is faster here, the native one or OpenVINO's: each is opened and run.
+
+For processors that nobody has measured, and for whoever asks for it: see `native.choosing.measures`.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+from transom.contract import Artifact, Device, Options, Session, Work
+from transom_openvino_cpu.loading import load_artifact
+
+PROMPT, ANSWER = 1024, 32
+"""Tokens that are read and written; a context that is smaller has fewer to read."""
+ROUNDS = 3
+"""The best one counts."""
+MARGIN = 0.9
+"""Share of the native time that OpenVINO's must be below: only natively is sparse attention fast."""
+
+
+class Times(NamedTuple):
+    """Seconds for the prompt and for the answer."""
+
+    prompt: float
+    answer: float
+    tokens: tuple[int, int]
+
+    def __str__(self) -> str:
+        return (
+            f"{self.tokens[0]} tokens read in {self.prompt:.3f} s and {self.tokens[1]} written in {self.answer:.3f} s"
+        )
+
+
+def faster(native: Artifact, openvino: Artifact, device: Device, options: Options) -> Artifact:
+    """One of two artifacts of the same decoder, with a note of what was measured; the other one's files are removed."""
+    ours, theirs = times(native, device, options), times(openvino, device, options)
+    keep, drop = (openvino, native) if sum(theirs[:2]) < MARGIN * sum(ours[:2]) else (native, openvino)
+    for content in drop.files.values():
+        if isinstance(content, Path):
+            content.unlink()
+    which = "OpenVINO's" if keep is openvino else "the native ones"
+    note = f"native kernels: {ours}; OpenVINO's own: {theirs}; measured here when this was compiled, {which} were kept"
+    return replace(keep, notes=[*keep.notes, note])
+
+
+def times(artifact: Artifact, device: Device, options: Options) -> Times:
+    """How long an artifact takes."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = {}
+        for name, content in artifact.files.items():
+            files[name] = content if isinstance(content, Path) else Path(folder, name)
+            if isinstance(content, bytes):
+                files[name].write_bytes(content)
+        session = load_artifact(replace(artifact, files=files), device, options)
+        try:
+            return min((_run(session) for _ in range(ROUNDS)), key=lambda found: found.prompt + found.answer)
+        finally:
+            session.close()
+
+
+def _run(session: Session) -> Times:
+    answer = min(ANSWER, session.limits.context // 2)
+    prompt = min(PROMPT, session.limits.context - answer)
+    state = session.new_state()
+    try:
+        began = time.perf_counter()
+        for start in range(0, prompt, session.limits.max_tokens):
+            session.step([Work(state, [0] * min(session.limits.max_tokens, prompt - start))])
+        read = time.perf_counter()
+        for _ in range(answer):
+            session.step([Work(state, [0])])
+        return Times(read - began, time.perf_counter() - read, (prompt, answer))
+    finally:
+        state.free()
