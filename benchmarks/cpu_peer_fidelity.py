@@ -75,6 +75,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--sparsity", nargs="+", default=["balanced", "fast"])
     parser.add_argument("--peer-sparsity", nargs="+", default=["trishape", "xattention=0.9"])
+    parser.add_argument("--no-tasks", action="store_true", help="leave the hidden facts out: they are many prompts")
     options = parser.parse_args()
     path = options.model or sample_model()
     rows: dict[str, dict[str, tuple[float, float]]] = {}
@@ -91,9 +92,10 @@ def main() -> None:
         for domain, text in texts():
             ids = tokenize(text)
             passages[domain], places[domain] = [ids[len(ids) // 3 :][: options.tokens]], [slice(FAR, None)]
-        hidden = list(tasks(tokenize, next(texts())[1], options.tokens, 0))
-        passages[ANSWERS] = [task.ids for task in hidden]
-        places[ANSWERS] = [[place - 1 for place in task.places] for task in hidden]
+        if not options.no_tasks:
+            hidden = list(tasks(tokenize, next(texts())[1], options.tokens, 0))
+            passages[ANSWERS] = [task.ids for task in hidden]
+            places[ANSWERS] = [[place - 1 for place in task.places] for task in hidden]
         for domain, several in passages.items():
             dense = [transom_log_probabilities(model, ids, "off") for ids in several]
             for sparsity in options.sparsity:

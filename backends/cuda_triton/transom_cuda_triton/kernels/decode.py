@@ -1,0 +1,138 @@
+"""Block-sparse attention of single queries over a paged cache: the keys are split among programs, then put together.
+
+Q [tokens, kv_heads * group, head_dim], rotated; OUT [tokens, kv_heads * group, value_dim]; K, V, BLOCKS, PAGES, FAR,
+FAR_COUNT, COLUMNS, NEAR, SINKS as in `transom_cuda_triton.kernels`, each query block with one query. Between the two
+kernels lie PARTS float32 [blocks, kv_heads, splits, ROWS, value_dim], and SHARES float32
+[blocks, kv_heads, splits, 2, ROWS]: the largest logit of each split, in powers of two, and its sum.
+
+Grids (blocks, kv_heads, splits) and (blocks, kv_heads). ROWS is `group` rounded up to what a tensor core takes, 16 or
+more: the heads of a group share what is loaded. A split has its share of the tiles of far units, columns and near keys,
+which come one behind the other; one that gets none says so with a largest logit that weighs nothing.
+
+Source: flash decoding, Dao and others 2023 (https://crfm.stanford.edu/2023/10/12/flashdecoding.html).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from transom_cuda_triton.kernels.softmax import LOG2E, NEVER, gather, load_rows, logits
+
+PAGE = tl.constexpr(64)
+UNIT = tl.constexpr(16)
+
+
+@triton.jit
+def attend_splits(
+    Q, K, V, PARTS, SHARES, BLOCKS, PAGES, FAR, FAR_COUNT, COLUMNS, NEAR,
+    factor, cap, window,
+    q_token, k_page, k_head, v_page, v_head, most_pages, most_far,
+    GROUP: tl.constexpr, HEAD: tl.constexpr, HEAD_REST: tl.constexpr, VALUE: tl.constexpr, VALUE_REST: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, SPARSE: tl.constexpr, CAPPED: tl.constexpr, WINDOWED: tl.constexpr,
+):  # fmt: skip
+    """See the module. HEAD + HEAD_REST is the head size, both powers of two, or HEAD_REST 0; VALUE likewise."""
+    block, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    kv_heads, splits = tl.num_programs(1), tl.num_programs(2)
+    head_dim: tl.constexpr = HEAD + HEAD_REST
+    value_dim: tl.constexpr = VALUE + VALUE_REST
+    sequence, row = tl.load(BLOCKS + 4 * block), tl.load(BLOCKS + 4 * block + 1)
+    position = tl.load(BLOCKS + 4 * block + 2)
+    pages = PAGES + sequence * most_pages
+    keys, values = K + head.to(tl.int64) * k_head, V + head.to(tl.int64) * v_head
+    member = tl.arange(0, ROWS)
+    real = member < GROUP
+    at_q = row.to(tl.int64) * q_token + (head * GROUP + member) * head_dim
+    qa, qb = load_rows(Q, at_q, 1, real, HEAD, HEAD_REST)
+    top = tl.full([ROWS], NEVER, tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    acca = tl.zeros([ROWS, VALUE], tl.float32)
+    if VALUE_REST > 0:
+        accb = tl.zeros([ROWS, VALUE_REST], tl.float32)
+    else:
+        accb = acca
+    slot = tl.arange(0, KEYS)
+
+    near = tl.load(NEAR + block * kv_heads + head)
+    if WINDOWED:
+        near = tl.maximum(near, (position - window + 1) // PAGE * PAGE)
+    far_tiles, column_tiles = 0, 0
+    if SPARSE:
+        far = FAR + (block * kv_heads + head).to(tl.int64) * most_far
+        units = tl.load(FAR_COUNT + block * kv_heads + head)
+        far_tiles = (units + KEYS // UNIT - 1) // (KEYS // UNIT)
+        columns = COLUMNS + (block * kv_heads + head) * PAGE
+        column_tiles = PAGE // KEYS
+    before = far_tiles + column_tiles
+    tiles = before + (position - near) // KEYS + 1
+    for tile in range(tiles * split // splits, tiles * (split + 1) // splits):
+        at = near + (tile - before) * KEYS + slot
+        if SPARSE:
+            place = tile * (KEYS // UNIT) + slot // UNIT
+            unit = tl.load(far + place, mask=place < units, other=0)
+            which = tile + tl.zeros([KEYS], tl.int32)
+            column = (which >= far_tiles) & (which < before)
+            at = tl.where(column, tl.load(columns + (which - far_tiles) * KEYS + slot, mask=column, other=-1), at)
+            at = tl.where(which < far_tiles, tl.where(place < units, unit * UNIT + slot % UNIT, -1), at)
+        seen = (at >= 0) & (at <= position)
+        if WINDOWED:
+            seen = seen & (position - at < window)
+        page = tl.load(pages + at // PAGE, mask=seen, other=0).to(tl.int64)
+        ka, kb = load_rows(keys, page * k_page + at % PAGE * head_dim, 1, seen, HEAD, HEAD_REST)
+        va, vb = load_rows(values, page * v_page + at % PAGE * value_dim, 1, seen, VALUE, VALUE_REST)
+        s = logits(qa, qb, ka, kb, factor, cap, HEAD_REST, CAPPED)
+        s = tl.where(seen[None, :], s, NEVER)
+        top, total, acca, accb = gather(s, va, vb, top, total, acca, accb, VALUE_REST)
+
+    part = ((block * kv_heads + head) * splits + split).to(tl.int64)
+    tl.store(SHARES + part * (2 * ROWS) + member, top)
+    tl.store(SHARES + part * (2 * ROWS) + ROWS + member, total)
+    out = PARTS + (part * ROWS + member[:, None]) * value_dim
+    tl.store(out + tl.arange(0, VALUE)[None, :], acca)
+    if VALUE_REST > 0:
+        tl.store(out + (VALUE + tl.arange(0, VALUE_REST))[None, :], accb)
+
+
+@triton.jit
+def merge_splits(
+    PARTS, SHARES, OUT, BLOCKS, SINKS, out_token, splits,
+    GROUP: tl.constexpr, VALUE: tl.constexpr, VALUE_REST: tl.constexpr, ROWS: tl.constexpr, WITH_SINKS: tl.constexpr,
+):  # fmt: skip
+    """See the module."""
+    block, head = tl.program_id(0), tl.program_id(1)
+    kv_heads = tl.num_programs(1)
+    value_dim: tl.constexpr = VALUE + VALUE_REST
+    member = tl.arange(0, ROWS)
+    real = member < GROUP
+    first = (block * kv_heads + head).to(tl.int64) * splits
+    if WITH_SINKS:
+        top = tl.load(SINKS + head * GROUP + member, mask=real, other=0.0) * LOG2E
+        total = tl.full([ROWS], 1.0, tl.float32)
+    else:
+        top = tl.full([ROWS], NEVER, tl.float32)
+        total = tl.zeros([ROWS], tl.float32)
+    acca = tl.zeros([ROWS, VALUE], tl.float32)
+    if VALUE_REST > 0:
+        accb = tl.zeros([ROWS, VALUE_REST], tl.float32)
+    else:
+        accb = acca
+    for split in range(splits):
+        part = first + split
+        theirs = tl.load(SHARES + part * (2 * ROWS) + member)
+        weight = tl.load(SHARES + part * (2 * ROWS) + ROWS + member)
+        now = tl.maximum(top, theirs)
+        mine, other = tl.exp2(top - now), tl.exp2(theirs - now)
+        total = total * mine + weight * other
+        from_part = PARTS + (part * ROWS + member[:, None]) * value_dim
+        acca = acca * mine[:, None] + tl.load(from_part + tl.arange(0, VALUE)[None, :]) * other[:, None]
+        if VALUE_REST > 0:
+            rest = tl.load(from_part + (VALUE + tl.arange(0, VALUE_REST))[None, :])
+            accb = accb * mine[:, None] + rest * other[:, None]
+        top = now
+    share = 1.0 / total
+    row = tl.load(BLOCKS + 4 * block + 1).to(tl.int64)
+    out = OUT + row * out_token + (head * GROUP + member[:, None]) * value_dim
+    tl.store(out + tl.arange(0, VALUE)[None, :], (acca * share[:, None]).to(OUT.dtype.element_ty), mask=real[:, None])
+    if VALUE_REST > 0:
+        rest_at = (VALUE + tl.arange(0, VALUE_REST))[None, :]
+        tl.store(out + rest_at, (accb * share[:, None]).to(OUT.dtype.element_ty), mask=real[:, None])

@@ -1,0 +1,59 @@
+"""Attention of single queries in Triton's interpreter, against the registry's reference."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from calls import KINDS, RULE, Array, Call, parts
+
+from transom_cuda_triton.kernels.decode import attend_splits, merge_splits
+
+RAGGED = [(0, 1), (63, 1), (64, 1), (199, 1), (330, 1)]
+
+
+def run(call: Call, rng: np.random.Generator, dtype: torch.dtype, splits: int, tile: int = 64) -> Array:
+    k, v, table = call.pages(rng)
+    lists = {name: torch.from_numpy(array) for name, array in call.lists().items()}
+    q = call.inputs[0]
+    assert q is not None
+    queries, keys, values = (torch.from_numpy(x).to(dtype).contiguous() for x in (q, k, v))
+    out = torch.full((len(q), call.kv_heads * call.group, call.value_dim), float("nan"), dtype=dtype)
+    sinks = None if call.inputs[10] is None else torch.from_numpy(call.inputs[10])
+    head, value = parts(call.head_dim), parts(call.value_dim)
+    rows = max(16, 1 << (call.group - 1).bit_length())
+    grid = (len(lists["BLOCKS"]), call.kv_heads, splits)
+    shares = torch.full((*grid, 2, rows), float("nan"))
+    between = torch.full((*grid, rows, call.value_dim), float("nan"))
+    shape = {"GROUP": call.group, "VALUE": value[0], "VALUE_REST": value[1], "ROWS": rows}
+    attend_splits[grid](
+        queries, keys, values, between, shares, lists["BLOCKS"], torch.from_numpy(table), lists["FAR"],
+        lists["FAR_COUNT"], lists["COLUMNS"], lists["NEAR"], call.scale, call.softcap, call.window,
+        q.shape[1], keys.stride(0), keys.stride(1), values.stride(0), values.stride(1), table.shape[1],
+        lists["FAR"].shape[2], HEAD=head[0], HEAD_REST=head[1], KEYS=tile, SPARSE=call.policy is not None,
+        CAPPED=call.softcap > 0, WINDOWED=call.window > 0, **shape,
+    )  # fmt: skip
+    merge_splits[grid[:2]](
+        between, shares, out, lists["BLOCKS"], sinks, out.stride(0), splits, WITH_SINKS=sinks is not None, **shape
+    )
+    return out.float().numpy()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("splits", [1, 3, 16])
+def test_any_number_of_splits_gives_the_same(kind: str, splits: int, rng: np.random.Generator) -> None:
+    """Sixteen are more than some queries have tiles."""
+    call = Call(RAGGED, **KINDS[kind]).draw(rng, np.float16)
+    for dtype, bound in ((torch.float32, 2e-6), (torch.float16, 2e-3)):
+        got, wanted = run(call, rng, dtype, splits, int(rng.choice([16, 32, 64]))), call.wanted()
+        assert np.abs(got - wanted).max() < bound * max(1.0, float(np.abs(wanted).max()))
+
+
+@pytest.mark.parametrize("head_dim", [16, 80, 96, 128, 192, 256])
+@pytest.mark.parametrize("group", [1, 3, 24])
+def test_any_head_size_and_group(head_dim: int, group: int, rng: np.random.Generator) -> None:
+    value_dim = int(rng.choice([16, 64, 80]))
+    call = Call([(140, 1)], group=group, head_dim=head_dim, value_dim=value_dim, kv_heads=1, policy=RULE)
+    call.draw(rng, np.float16)
+    got, wanted = run(call, rng, torch.float32, 2), call.wanted()
+    assert np.abs(got - wanted).max() < 5e-6 * max(1.0, float(np.abs(wanted).max()))
