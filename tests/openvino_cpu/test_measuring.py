@@ -28,8 +28,8 @@ def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPa
     return monkeypatch
 
 
-def _compile(rng: np.random.Generator) -> Artifact:
-    return OpenVinoCpu().compile(tiny_decoder(rng), CPU, {"precision": "exact"}, lambda stage, share: None)
+def _compile(rng: np.random.Generator, device: Device = CPU) -> Artifact:
+    return OpenVinoCpu().compile(tiny_decoder(rng), device, {"precision": "exact"}, lambda stage, share: None)
 
 
 @pytest.mark.parametrize(("openvino", "kept"), [(0.89, "body.blob"), (0.91, "weights.bin"), (2.0, "weights.bin")])
@@ -56,6 +56,16 @@ def test_both_are_really_run(rng: np.random.Generator, measured: pytest.MonkeyPa
     note = _compile(rng).notes[-1]
     assert note.count("tokens read in") == 2
     assert "measured here" in note
+
+
+def test_without_memory_for_both_the_native_one_is_kept_unmeasured(
+    rng: np.random.Generator, measured: pytest.MonkeyPatch
+) -> None:
+    measured.setattr(compiling, "_by_openvino", lambda *args: pytest.fail("there is no memory for it"))
+    artifact = _compile(rng, replace(CPU, free_bytes=100_000))
+    assert "weights.bin" in artifact.files
+    assert "taken unmeasured" in artifact.notes[-1]
+    assert artifact.notes[-1].endswith("and there are 0.0")
 
 
 def test_one_engine_is_compiled_where_nobody_asks(rng: np.random.Generator, measured: pytest.MonkeyPatch) -> None:

@@ -53,11 +53,14 @@ def compile_graph(graph: Graph, device: Device, options: Options, progress: Prog
         else:
             artifact = _native(graph, drafting, device, folder, progress)
             if measures(device):
-                from transom_openvino_cpu.measuring import faster
+                from transom_openvino_cpu.measuring import faster, short_of_memory
 
-                other = _by_openvino(graph, precision, device, options, folder, progress)
-                progress("measure", None)
-                artifact = faster(artifact, other, device, options)
+                if note := short_of_memory(artifact, device):
+                    artifact = replace(artifact, notes=[*artifact.notes, note])
+                else:
+                    other = _by_openvino(graph, precision, device, options, folder, progress)
+                    progress("measure", None)
+                    artifact = faster(artifact, other, device, options)
         if all(isinstance(content, bytes) for content in artifact.files.values()):
             shutil.rmtree(folder, ignore_errors=True)
         return artifact

@@ -22,6 +22,10 @@ MARGIN = 0.9
 """Share of the native time that OpenVINO's must be below: only natively is sparse attention fast."""
 
 
+MEMORY = 4
+"""Times the size of the model that must be free: OpenVINO holds its weights, mostly in 8 bits, and what it exports."""
+
+
 class Times(NamedTuple):
     """Seconds for the prompt and for the answer."""
 
@@ -33,6 +37,20 @@ class Times(NamedTuple):
         return (
             f"{self.tokens[0]} tokens read in {self.prompt:.3f} s and {self.tokens[1]} written in {self.answer:.3f} s"
         )
+
+
+def short_of_memory(native: Artifact, device: Device) -> str:
+    """Why there is no room to compile the other form, as a note; empty where there is."""
+    size = sum(
+        content.stat().st_size if isinstance(content, Path) else len(content) for content in native.files.values()
+    )
+    free = device.free_bytes if device.free_bytes is not None else device.memory_bytes
+    if MEMORY * size <= free:
+        return ""
+    return (
+        f"native kernels were taken unmeasured: to compile by OpenVINO, too, needs {MEMORY * size / 1e9:.1f} GB of "
+        f"free memory, and there are {free / 1e9:.1f}"
+    )
 
 
 def faster(native: Artifact, openvino: Artifact, device: Device, options: Options) -> Artifact:
