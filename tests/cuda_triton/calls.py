@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 
 from transom.ops import cached_attention
 from transom.ops.sparse_routing import BLOCK, Choice, choose
@@ -150,3 +151,30 @@ class Call:
                 found["FAR"][at][: len(far)] = far
                 found["COLUMNS"][at][: len(single_keys)] = single_keys
         return found
+
+
+class Tensors:
+    """A call's arguments in a dtype, as tensors, under the names that the kernels have for them."""
+
+    def __init__(self, call: Call, rng: np.random.Generator, dtype: torch.dtype) -> None:
+        k, v, table = call.pages(rng)
+        queries, sinks = call.inputs[0], call.inputs[10]
+        assert queries is not None
+        self.q, self.k, self.v = (torch.from_numpy(x).to(dtype).contiguous() for x in (queries, k, v))
+        self.out = torch.full((len(queries), call.kv_heads * call.group, call.value_dim), float("nan"), dtype=dtype)
+        self.pages = torch.from_numpy(table)
+        self.lists = {name: torch.from_numpy(array) for name, array in call.lists().items()}
+        self.sinks = None if sinks is None else torch.from_numpy(sinks)
+        far, blocks = self.lists["FAR"], self.lists["BLOCKS"]
+        self.blocks = len(blocks)
+        self.reading = {
+            "Q": self.q, "K": self.k, "V": self.v, "PAGES": self.pages, **self.lists,
+            "factor": call.scale, "cap": call.softcap, "window": call.window, "q_token": self.q.stride(0),
+            "k_page": self.k.stride(0), "k_head": self.k.stride(1), "v_page": self.v.stride(0),
+            "v_head": self.v.stride(1), "most_pages": self.pages.shape[1], "most_far": far.shape[2],
+            "SPARSE": call.policy is not None, "CAPPED": call.softcap > 0, "WINDOWED": call.window > 0,
+            **dict(zip(("HEAD", "HEAD_REST"), parts(call.head_dim), strict=True)),
+        }  # fmt: skip
+        self.values = dict(zip(("VALUE", "VALUE_REST"), parts(call.value_dim), strict=True)) | {"GROUP": call.group}
+        self.ending = {"OUT": self.out, "out_token": self.out.stride(0), "SINKS": self.sinks}
+        self.ending["WITH_SINKS"] = sinks is not None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from calls import KINDS, RULE, Array, Call, parts
+from calls import KINDS, RULE, Array, Call, Tensors
 
 from transom_cuda_triton.kernels.decode import attend_splits, merge_splits
 
@@ -13,30 +13,16 @@ RAGGED = [(0, 1), (63, 1), (64, 1), (199, 1), (330, 1)]
 
 
 def run(call: Call, rng: np.random.Generator, dtype: torch.dtype, splits: int, tile: int = 64) -> Array:
-    k, v, table = call.pages(rng)
-    lists = {name: torch.from_numpy(array) for name, array in call.lists().items()}
-    q = call.inputs[0]
-    assert q is not None
-    queries, keys, values = (torch.from_numpy(x).to(dtype).contiguous() for x in (q, k, v))
-    out = torch.full((len(q), call.kv_heads * call.group, call.value_dim), float("nan"), dtype=dtype)
-    sinks = None if call.inputs[10] is None else torch.from_numpy(call.inputs[10])
-    head, value = parts(call.head_dim), parts(call.value_dim)
+    t = Tensors(call, rng, dtype)
     rows = max(16, 1 << (call.group - 1).bit_length())
-    grid = (len(lists["BLOCKS"]), call.kv_heads, splits)
+    grid = (t.blocks, call.kv_heads, splits)
     shares = torch.full((*grid, 2, rows), float("nan"))
     between = torch.full((*grid, rows, call.value_dim), float("nan"))
-    shape = {"GROUP": call.group, "VALUE": value[0], "VALUE_REST": value[1], "ROWS": rows}
-    attend_splits[grid](
-        queries, keys, values, between, shares, lists["BLOCKS"], torch.from_numpy(table), lists["FAR"],
-        lists["FAR_COUNT"], lists["COLUMNS"], lists["NEAR"], call.scale, call.softcap, call.window,
-        q.shape[1], keys.stride(0), keys.stride(1), values.stride(0), values.stride(1), table.shape[1],
-        lists["FAR"].shape[2], HEAD=head[0], HEAD_REST=head[1], KEYS=tile, SPARSE=call.policy is not None,
-        CAPPED=call.softcap > 0, WINDOWED=call.window > 0, **shape,
-    )  # fmt: skip
+    attend_splits[grid](PARTS=between, SHARES=shares, **t.reading, **t.values, ROWS=rows, KEYS=tile)
     merge_splits[grid[:2]](
-        between, shares, out, lists["BLOCKS"], sinks, out.stride(0), splits, WITH_SINKS=sinks is not None, **shape
+        PARTS=between, SHARES=shares, BLOCKS=t.lists["BLOCKS"], splits=splits, ROWS=rows, **t.values, **t.ending
     )
-    return out.float().numpy()
+    return t.out.float().numpy()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from calls import KINDS, RULE, Array, Call, parts
+from calls import KINDS, RULE, Array, Call, Tensors
 
 from transom_cuda_triton.kernels.prefill import attend_blocks
 
@@ -13,26 +13,11 @@ RAGGED = [(0, 1), (0, 70), (199, 1), (130, 90)]
 
 
 def run(call: Call, rng: np.random.Generator, dtype: torch.dtype, rows: int = 32, tile: int = 64) -> Array:
-    k, v, table = call.pages(rng)
-    lists = {name: torch.from_numpy(array) for name, array in call.lists().items()}
-    q = call.inputs[0]
-    assert q is not None
-    queries, keys, values = (torch.from_numpy(x).to(dtype).contiguous() for x in (q, k, v))
-    out = torch.full((len(q), call.kv_heads * call.group, call.value_dim), float("nan"), dtype=dtype)
-    sinks = call.inputs[10]
-    head, value = parts(call.head_dim), parts(call.value_dim)
-    blocks = len(lists["BLOCKS"])
-    attend_blocks[(blocks * -(-64 * call.group // rows), call.kv_heads)](
-        queries, keys, values, out, lists["BLOCKS"], torch.from_numpy(table), lists["FAR"], lists["FAR_COUNT"],
-        lists["COLUMNS"], lists["NEAR"], None if sinks is None else torch.from_numpy(sinks),
-        call.scale, call.softcap, call.window,
-        q.shape[1], keys.stride(0), keys.stride(1), values.stride(0), values.stride(1), out.stride(0),
-        table.shape[1], lists["FAR"].shape[2],
-        GROUP=call.group, HEAD=head[0], HEAD_REST=head[1], VALUE=value[0], VALUE_REST=value[1], ROWS=rows,
-        KEYS=tile, SPARSE=call.policy is not None, CAPPED=call.softcap > 0, WINDOWED=call.window > 0,
-        WITH_SINKS=sinks is not None,
-    )  # fmt: skip
-    return out.float().numpy()
+    t = Tensors(call, rng, dtype)
+    attend_blocks[(t.blocks * -(-64 * call.group // rows), call.kv_heads)](
+        **t.reading, **t.values, **t.ending, ROWS=rows, KEYS=tile
+    )
+    return t.out.float().numpy()
 
 
 @pytest.mark.parametrize("kind", KINDS)

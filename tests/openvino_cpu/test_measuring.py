@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from transom.contract import Artifact, Device, Options
+from transom.errors import EngineError
 from transom.hardware.cpu import probe_cpu
 from transom.testing.models import tiny_decoder
 from transom_openvino_cpu import OpenVinoCpu, compiling, measuring, probing
@@ -56,6 +57,25 @@ def test_both_are_really_run(rng: np.random.Generator, measured: pytest.MonkeyPa
     note = _compile(rng).notes[-1]
     assert note.count("tokens read in") == 2
     assert "measured here" in note
+
+
+@pytest.mark.parametrize("stage", ["compile", "run"])
+def test_where_openvino_fails_the_native_one_is_kept_and_says_so(
+    stage: str, rng: np.random.Generator, measured: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fails(*args: object) -> None:
+        raise EngineError("OpenVINO cannot do this")
+
+    real = measuring.times
+    if stage == "compile":
+        measured.setattr(compiling, "_by_openvino", fails)
+    else:
+        measured.setattr(measuring, "times", lambda a, *rest: real(a, *rest) if "weights.bin" in a.files else fails())
+    artifact = _compile(rng)
+    assert artifact.notes[-1] == "native kernels were taken unmeasured: OpenVINO cannot do this"
+    paths = {content for content in artifact.files.values() if isinstance(content, Path)}
+    assert {p.name for p in paths} == {"weights.bin"}
+    assert {p for p in tmp_path.rglob("*") if p.is_file()} == paths
 
 
 def test_without_memory_for_both_the_native_one_is_kept_unmeasured(

@@ -53,20 +53,39 @@ def compile_graph(graph: Graph, device: Device, options: Options, progress: Prog
         else:
             artifact = _native(graph, drafting, device, folder, progress)
             if measures(device):
-                from transom_openvino_cpu.measuring import faster, short_of_memory
-
-                if note := short_of_memory(artifact, device):
-                    artifact = replace(artifact, notes=[*artifact.notes, note])
-                else:
-                    other = _by_openvino(graph, precision, device, options, folder, progress)
-                    progress("measure", None)
-                    artifact = faster(artifact, other, device, options)
+                artifact = _faster(artifact, graph, precision, device, options, folder, progress)
         if all(isinstance(content, bytes) for content in artifact.files.values()):
             shutil.rmtree(folder, ignore_errors=True)
         return artifact
     except BaseException:  # a cancelled compile leaves nothing behind either
         shutil.rmtree(folder, ignore_errors=True)
         raise
+
+
+def _faster(
+    native: Artifact,
+    graph: Graph,
+    precision: Precision,
+    device: Device,
+    options: Options,
+    folder: Path,
+    progress: Progress,
+) -> Artifact:
+    """The native artifact or OpenVINO's of the same graph, with a note of why. What can be run is never lost for it."""
+    from transom_openvino_cpu.measuring import faster, short_of_memory
+
+    if note := short_of_memory(native, device):
+        return replace(native, notes=[*native.notes, note])
+    try:
+        other = _by_openvino(graph, precision, device, options, folder, progress)
+        progress("measure", None)
+        kept = faster(native, other, device, options)
+    except EngineError as error:
+        kept = replace(native, notes=[*native.notes, f"native kernels were taken unmeasured: {error.cause}"])
+    for path in folder.iterdir():  # what was made of the other form
+        if path.is_file() and path not in kept.files.values():
+            path.unlink()
+    return kept
 
 
 def _by_openvino(

@@ -20,8 +20,6 @@ ROUNDS = 3
 """The best one counts."""
 MARGIN = 0.9
 """Share of the native time that OpenVINO's must be below: only natively is sparse attention fast."""
-
-
 MEMORY = 4
 """Times the size of the model that must be free: OpenVINO holds its weights, mostly in 8 bits, and what it exports."""
 
@@ -54,12 +52,13 @@ def short_of_memory(native: Artifact, device: Device) -> str:
 
 
 def faster(native: Artifact, openvino: Artifact, device: Device, options: Options) -> Artifact:
-    """One of two artifacts of the same decoder, with a note of what was measured; the other one's files are removed."""
+    """One of two artifacts of the same decoder, with a note of what was measured.
+
+    Raises:
+        EngineError: one of them cannot be run.
+    """
     ours, theirs = times(native, device, options), times(openvino, device, options)
-    keep, drop = (openvino, native) if sum(theirs[:2]) < MARGIN * sum(ours[:2]) else (native, openvino)
-    for content in drop.files.values():
-        if isinstance(content, Path):
-            content.unlink()
+    keep = openvino if sum(theirs[:2]) < MARGIN * sum(ours[:2]) else native
     which = "OpenVINO's" if keep is openvino else "the native ones"
     note = f"native kernels: {ours}; OpenVINO's own: {theirs}; measured here when this was compiled, {which} were kept"
     return replace(keep, notes=[*keep.notes, note])

@@ -17,10 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from transom_cuda_triton.kernels.softmax import LOG2E, NEVER, gather, load_rows, logits
-
-PAGE = tl.constexpr(64)
-UNIT = tl.constexpr(16)
+from transom_cuda_triton.kernels.softmax import PAGE, UNIT, attend_at, begin, load_rows, store_rows
 
 
 @triton.jit
@@ -44,13 +41,7 @@ def attend_splits(
     real = member < GROUP
     at_q = row.to(tl.int64) * q_token + (head * GROUP + member) * head_dim
     qa, qb = load_rows(Q, at_q, 1, real, HEAD, HEAD_REST)
-    top = tl.full([ROWS], NEVER, tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    acca = tl.zeros([ROWS, VALUE], tl.float32)
-    if VALUE_REST > 0:
-        accb = tl.zeros([ROWS, VALUE_REST], tl.float32)
-    else:
-        accb = acca
+    top, total, acca, accb = begin(Q, member, real, ROWS, VALUE, VALUE_REST, False)
     slot = tl.arange(0, KEYS)
 
     near = tl.load(NEAR + block * kv_heads + head)
@@ -77,12 +68,10 @@ def attend_splits(
         seen = (at >= 0) & (at <= position)
         if WINDOWED:
             seen = seen & (position - at < window)
-        page = tl.load(pages + at // PAGE, mask=seen, other=0).to(tl.int64)
-        ka, kb = load_rows(keys, page * k_page + at % PAGE * head_dim, 1, seen, HEAD, HEAD_REST)
-        va, vb = load_rows(values, page * v_page + at % PAGE * value_dim, 1, seen, VALUE, VALUE_REST)
-        s = logits(qa, qb, ka, kb, factor, cap, HEAD_REST, CAPPED)
-        s = tl.where(seen[None, :], s, NEVER)
-        top, total, acca, accb = gather(s, va, vb, top, total, acca, accb, VALUE_REST)
+        top, total, acca, accb = attend_at(
+            qa, qb, keys, values, pages, at, seen, seen[None, :], k_page, v_page, factor, cap, top, total, acca, accb,
+            HEAD, HEAD_REST, VALUE, VALUE_REST, CAPPED,
+        )  # fmt: skip
 
     part = ((block * kv_heads + head) * splits + split).to(tl.int64)
     tl.store(SHARES + part * (2 * ROWS) + member, top)
@@ -105,17 +94,7 @@ def merge_splits(
     member = tl.arange(0, ROWS)
     real = member < GROUP
     first = (block * kv_heads + head).to(tl.int64) * splits
-    if WITH_SINKS:
-        top = tl.load(SINKS + head * GROUP + member, mask=real, other=0.0) * LOG2E
-        total = tl.full([ROWS], 1.0, tl.float32)
-    else:
-        top = tl.full([ROWS], NEVER, tl.float32)
-        total = tl.zeros([ROWS], tl.float32)
-    acca = tl.zeros([ROWS, VALUE], tl.float32)
-    if VALUE_REST > 0:
-        accb = tl.zeros([ROWS, VALUE_REST], tl.float32)
-    else:
-        accb = acca
+    top, total, acca, accb = begin(SINKS, head * GROUP + member, real, ROWS, VALUE, VALUE_REST, WITH_SINKS)
     for split in range(splits):
         part = first + split
         theirs = tl.load(SHARES + part * (2 * ROWS) + member)
@@ -129,10 +108,6 @@ def merge_splits(
             rest = tl.load(from_part + (VALUE + tl.arange(0, VALUE_REST))[None, :])
             accb = accb * mine[:, None] + rest * other[:, None]
         top = now
-    share = 1.0 / total
     row = tl.load(BLOCKS + 4 * block + 1).to(tl.int64)
-    out = OUT + row * out_token + (head * GROUP + member[:, None]) * value_dim
-    tl.store(out + tl.arange(0, VALUE)[None, :], (acca * share[:, None]).to(OUT.dtype.element_ty), mask=real[:, None])
-    if VALUE_REST > 0:
-        rest_at = (VALUE + tl.arange(0, VALUE_REST))[None, :]
-        tl.store(out + rest_at, (accb * share[:, None]).to(OUT.dtype.element_ty), mask=real[:, None])
+    out = row * out_token + (head * GROUP + member) * value_dim
+    store_rows(OUT + out, acca, accb, total, real, VALUE, VALUE_REST)

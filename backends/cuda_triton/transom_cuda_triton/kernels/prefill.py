@@ -19,10 +19,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from transom_cuda_triton.kernels.softmax import LOG2E, NEVER, gather, load_rows, logits
-
-PAGE = tl.constexpr(64)
-UNIT = tl.constexpr(16)
+from transom_cuda_triton.kernels.softmax import (
+    NEVER,
+    PAGE,
+    UNIT,
+    attend_at,
+    begin,
+    gather,
+    load_rows,
+    logits,
+    store_rows,
+)
 
 
 @triton.jit
@@ -52,24 +59,9 @@ def attend_blocks(
     pages = PAGES + sequence * most_pages
     keys, values = K + head.to(tl.int64) * k_head, V + head.to(tl.int64) * v_head
 
-    c = tl.arange(0, HEAD)
     places = (first_row + query).to(tl.int64) * q_token + from_head * head_dim
-    qa = tl.load(Q + places[:, None] + c[None, :], mask=real[:, None], other=0.0)
-    if HEAD_REST > 0:
-        qb = tl.load(Q + places[:, None] + (HEAD + tl.arange(0, HEAD_REST))[None, :], mask=real[:, None], other=0.0)
-    else:
-        qb = qa
-    if WITH_SINKS:
-        top = tl.load(SINKS + from_head) * LOG2E
-        total = tl.full([ROWS], 1.0, tl.float32)
-    else:
-        top = tl.full([ROWS], NEVER, tl.float32)
-        total = tl.zeros([ROWS], tl.float32)
-    acca = tl.zeros([ROWS, VALUE], tl.float32)
-    if VALUE_REST > 0:
-        accb = tl.zeros([ROWS, VALUE_REST], tl.float32)
-    else:
-        accb = acca
+    qa, qb = load_rows(Q, places, 1, real, HEAD, HEAD_REST)
+    top, total, acca, accb = begin(SINKS, from_head, real, ROWS, VALUE, VALUE_REST, WITH_SINKS)
     slot = tl.arange(0, KEYS)
 
     if SPARSE:
@@ -78,31 +70,26 @@ def attend_blocks(
         for start in range(0, units, KEYS // UNIT):
             place = start + slot // UNIT
             chosen = place < units
-            unit = tl.load(far + place, mask=chosen, other=0)
-            page = tl.load(pages + unit // (PAGE // UNIT), mask=chosen, other=0).to(tl.int64)
-            inside = unit % (PAGE // UNIT) * UNIT + slot % UNIT
-            ka, kb = load_rows(keys, page * k_page + inside * head_dim, 1, chosen, HEAD, HEAD_REST)
-            va, vb = load_rows(values, page * v_page + inside * value_dim, 1, chosen, VALUE, VALUE_REST)
-            s = logits(qa, qb, ka, kb, factor, cap, HEAD_REST, CAPPED)
+            at = tl.load(far + place, mask=chosen, other=0) * UNIT + slot % UNIT
             seen = chosen[None, :]
             if WINDOWED:
-                seen = seen & (position[:, None] - (unit * UNIT + slot % UNIT)[None, :] < window)
-            s = tl.where(seen, s, NEVER)
-            top, total, acca, accb = gather(s, va, vb, top, total, acca, accb, VALUE_REST)
+                seen = seen & (position[:, None] - at[None, :] < window)
+            top, total, acca, accb = attend_at(
+                qa, qb, keys, values, pages, at, chosen, seen, k_page, v_page, factor, cap, top, total, acca, accb,
+                HEAD, HEAD_REST, VALUE, VALUE_REST, CAPPED,
+            )  # fmt: skip
         columns = COLUMNS + (block * kv_heads + head) * PAGE
         for start in range(0, PAGE, KEYS):
             at = tl.load(columns + start + slot)
             chosen = at >= 0
             if tl.max(at, 0) >= 0:
-                page = tl.load(pages + at // PAGE, mask=chosen, other=0).to(tl.int64)
-                ka, kb = load_rows(keys, page * k_page + at % PAGE * head_dim, 1, chosen, HEAD, HEAD_REST)
-                va, vb = load_rows(values, page * v_page + at % PAGE * value_dim, 1, chosen, VALUE, VALUE_REST)
-                s = logits(qa, qb, ka, kb, factor, cap, HEAD_REST, CAPPED)
                 seen = chosen[None, :]
                 if WINDOWED:
                     seen = seen & (position[:, None] - at[None, :] < window)
-                s = tl.where(seen, s, NEVER)
-                top, total, acca, accb = gather(s, va, vb, top, total, acca, accb, VALUE_REST)
+                top, total, acca, accb = attend_at(
+                    qa, qb, keys, values, pages, at, chosen, seen, k_page, v_page, factor, cap, top, total, acca, accb,
+                    HEAD, HEAD_REST, VALUE, VALUE_REST, CAPPED,
+                )  # fmt: skip
 
     near, end = tl.load(NEAR + block * kv_heads + head), first + count
     if WINDOWED:  # what no query of the block sees is not read
@@ -110,10 +97,10 @@ def attend_blocks(
     for start in range(near, end, KEYS):
         at = start + slot
         there = at < end
-        begin = near + (start - near)  # a number of Triton's also where it is interpreted
-        page = tl.load(pages + begin // PAGE).to(tl.int64)
-        ka, kb = load_rows(keys + page * k_page, begin % PAGE + slot, head_dim, there, HEAD, HEAD_REST)
-        va, vb = load_rows(values + page * v_page, begin % PAGE + slot, value_dim, there, VALUE, VALUE_REST)
+        key = near + (start - near)  # a number of Triton's also where it is interpreted
+        page = tl.load(pages + key // PAGE).to(tl.int64)
+        ka, kb = load_rows(keys + page * k_page, key % PAGE + slot, head_dim, there, HEAD, HEAD_REST)
+        va, vb = load_rows(values + page * v_page, key % PAGE + slot, value_dim, there, VALUE, VALUE_REST)
         s = logits(qa, qb, ka, kb, factor, cap, HEAD_REST, CAPPED)
         distance = position[:, None] - at[None, :]
         seen = (distance >= 0) & there[None, :]
@@ -122,10 +109,5 @@ def attend_blocks(
         s = tl.where(seen, s, NEVER)
         top, total, acca, accb = gather(s, va, vb, top, total, acca, accb, VALUE_REST)
 
-    share = 1.0 / total
     out = (first_row + query).to(tl.int64) * out_token + from_head * value_dim
-    v = tl.arange(0, VALUE)
-    tl.store(OUT + out[:, None] + v[None, :], (acca * share[:, None]).to(OUT.dtype.element_ty), mask=real[:, None])
-    if VALUE_REST > 0:
-        r = VALUE + tl.arange(0, VALUE_REST)
-        tl.store(OUT + out[:, None] + r[None, :], (accb * share[:, None]).to(OUT.dtype.element_ty), mask=real[:, None])
+    store_rows(OUT + out, acca, accb, total, real, VALUE, VALUE_REST)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+PAGE = tl.constexpr(64)
+UNIT = tl.constexpr(16)
 LOG2E = tl.constexpr(1.4426950408889634)
 NEVER = tl.constexpr(-1.0e30)
 """In place of minus infinity, whose difference with itself is no number: rows that see nothing stay at it."""
@@ -53,3 +55,44 @@ def gather(s, va, vb, top, total, acca, accb, rest: tl.constexpr):
     if rest > 0:
         accb = tl.dot(p.to(vb.dtype), vb, accb * keep[:, None])
     return now, total, acca, accb
+
+
+@triton.jit
+def begin(SINKS, at, real, ROWS: tl.constexpr, VALUE: tl.constexpr, VALUE_REST: tl.constexpr, WITH_SINKS: tl.constexpr):
+    """(largest logit, sum, values, rest of the values) of rows that have seen nothing but the sinks of their heads."""
+    if WITH_SINKS:
+        top = tl.load(SINKS + at, mask=real, other=0.0) * LOG2E
+        total = tl.full([ROWS], 1.0, tl.float32)
+    else:
+        top = tl.full([ROWS], NEVER, tl.float32)
+        total = tl.zeros([ROWS], tl.float32)
+    acca = tl.zeros([ROWS, VALUE], tl.float32)
+    if VALUE_REST > 0:
+        accb = tl.zeros([ROWS, VALUE_REST], tl.float32)
+    else:
+        accb = acca
+    return top, total, acca, accb
+
+
+@triton.jit
+def attend_at(
+    qa, qb, keys, values, pages, at, there, seen, k_page, v_page, factor, cap, top, total, acca, accb,
+    HEAD: tl.constexpr, HEAD_REST: tl.constexpr, VALUE: tl.constexpr, VALUE_REST: tl.constexpr, CAPPED: tl.constexpr,
+):  # fmt: skip
+    """Takes the keys at any positions of a sequence into the sums: `there` [N] are loaded, `seen` [M or 1, N] count."""
+    page = tl.load(pages + at // PAGE, mask=there, other=0).to(tl.int64)
+    ka, kb = load_rows(keys, page * k_page + at % PAGE * (HEAD + HEAD_REST), 1, there, HEAD, HEAD_REST)
+    va, vb = load_rows(values, page * v_page + at % PAGE * (VALUE + VALUE_REST), 1, there, VALUE, VALUE_REST)
+    s = tl.where(seen, logits(qa, qb, ka, kb, factor, cap, HEAD_REST, CAPPED), NEVER)
+    return gather(s, va, vb, top, total, acca, accb, VALUE_REST)
+
+
+@triton.jit
+def store_rows(base, acca, accb, total, real, VALUE: tl.constexpr, VALUE_REST: tl.constexpr):
+    """The values [M, VALUE + VALUE_REST] over their sums, to `base` [M]."""
+    share = 1.0 / total
+    out = base[:, None] + tl.arange(0, VALUE)[None, :]
+    tl.store(out, (acca * share[:, None]).to(base.dtype.element_ty), mask=real[:, None])
+    if VALUE_REST > 0:
+        out = base[:, None] + (VALUE + tl.arange(0, VALUE_REST))[None, :]
+        tl.store(out, (accb * share[:, None]).to(base.dtype.element_ty), mask=real[:, None])
