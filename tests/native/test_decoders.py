@@ -20,11 +20,12 @@ from transom.errors import EngineError
 from transom.graph import Graph
 from transom.graph.builder import WEIGHT_META
 from transom.graph.weights import dense
+from transom.programs.drafting import Drafting, NoForm
 from transom.sources import resolve
 from transom.testing.bench import Oracle
 from transom.testing.models import VARIANTS, tiny_decoder
 from transom_openvino_cpu.native import choosing, library
-from transom_openvino_cpu.native.drafting import Drafting, NoForm
+from transom_openvino_cpu.native.abilities import NativeKernels
 from transom_openvino_cpu.native.lowering import write
 from transom_openvino_cpu.native.program import Program
 from transom_openvino_cpu.precision import Precision
@@ -64,14 +65,14 @@ DECODERS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def _written(drafting: Drafting) -> tuple[Program, bytes]:
+def _written(drafting: Drafting, precision: Precision) -> tuple[Program, bytes]:
     file = BytesIO()
-    program = write(drafting, file, lambda share: None)
+    program = write(drafting, precision, file, lambda share: None)
     return Program.from_json(program.to_json()), file.getvalue()
 
 
 def built(graph: Graph, precision: Precision) -> tuple[Program, bytes]:
-    return _written(Drafting(graph, precision))
+    return _written(Drafting(graph, NativeKernels(precision)), precision)
 
 
 class Steps:
@@ -163,12 +164,12 @@ def test_every_family_is_lowered_and_agrees_with_the_reference(
 # ------------------------------------------------------------------------------------------------------------- refusals
 def _reason(graph: Graph, precision: Precision = EXACT) -> str:
     with pytest.raises(NoForm) as caught:
-        Drafting(graph, precision)
+        Drafting(graph, NativeKernels(precision))
     return caught.value.reason
 
 
 def test_what_the_library_cannot_run_is_refused_with_the_reason(rng: np.random.Generator) -> None:
-    assert _reason(tiny_decoder(rng, attention_bias=True)) == "no native form of Concat"  # the bias's first node
+    assert _reason(tiny_decoder(rng, attention_bias=True)) == "no kernel for Concat"  # the bias's first node
     assert "no multiple of 16 wide" in _reason(tiny_decoder(rng, head_dim=24))
     assert "24 columns" in _reason(tiny_decoder(rng, value_dim=24))
     assert "272 columns" in _reason(tiny_decoder(rng, value_dim=272))

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from transom.sessions import PagePool
 from transom_openvino_cpu.page_memory import PageMemory, runs
-from transom_openvino_cpu.pages import PagePool
 
 needs_linux = pytest.mark.skipif(not hasattr(mmap, "MADV_REMOVE"), reason="only Linux takes memory back")
 

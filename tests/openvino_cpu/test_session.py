@@ -14,14 +14,13 @@ from transom import hardware
 from transom.contract import Artifact, Device, OutOfPages, Work
 from transom.errors import EngineError
 from transom.graph import Graph
-from transom.sessions import best
+from transom.sessions import PagedSession, best
 from transom.sessions import best as sorted_best
 from transom.testing.bench import Oracle
 from transom.testing.models import tiny_decoder
 from transom_openvino_cpu import OpenVinoCpu
 from transom_openvino_cpu.native.engine import NativeEngine
 from transom_openvino_cpu.paging import OpenVinoPages, padded
-from transom_openvino_cpu.session import PagedSession
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Open = Callable[..., PagedSession]

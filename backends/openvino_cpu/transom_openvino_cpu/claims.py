@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from transom.contract import Claim
-from transom.signature import cache_input_names, cache_output_names
+from transom.graph.pageable import unpageable
+from transom.graph.reading import linear_weight
+from transom.graph.sparse import is_attention
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -17,34 +19,14 @@ if TYPE_CHECKING:
     from transom_openvino_cpu.precision import Precision
 
 
-def linear_weight(node: ir.Node) -> Weight | None:
-    """The weight [out, in] of `MatMul(x, Transpose(weight))`; None for any other node."""
-    from transom.graph.reading import weight_of
-
-    if node.op_type != "MatMul" or node.domain or node.inputs[1] is None:
-        return None
-    transpose = node.inputs[1].producer()
-    if transpose is None or transpose.op_type != "Transpose" or transpose.domain:
-        return None
-    weight = weight_of(transpose.inputs[0])
-    if weight is None or len(weight.shape) != 2:
-        return None
-    perm = transpose.attributes.get("perm")
-    return weight if perm is None or list(perm.as_ints()) == [1, 0] else None
-
-
 def matrices(graph: Graph) -> list[Weight]:
     """The weights of the graph's matrix products."""
     return [w for n in graph.nodes() if (w := linear_weight(n)) is not None]
 
 
-def is_cached_attention(node: ir.Node) -> bool:
-    return node.domain == "transom" and node.op_type == "CachedAttention"
-
-
 def paged(graph: Graph) -> bool:
     """Whether every layer runs by OpenVINO's PagedAttention over our pages."""
-    nodes = [n for n in graph.nodes() if is_cached_attention(n)]
+    nodes = [n for n in graph.nodes() if is_attention(n)]
     return bool(nodes) and all(_no_paged_attention(graph, n) == "" for n in nodes)
 
 
@@ -58,12 +40,12 @@ def claims(graph: Graph, precision: Precision, device: Device) -> Iterator[Claim
             inexact = precision.dynamic and linear_weight(node) is not None and not _is_head(graph, node)
             yield Claim(str(node.name), True, exact=not inexact)
         return
-    attention = [n for n in graph.nodes() if is_cached_attention(n)]
+    attention = [n for n in graph.nodes() if is_attention(n)]
     refused = next((f"{r} (layer {_layer(n)})" for n in attention if (r := _no_paged_attention(graph, n))), "")
     whole = whole_through_frontend(graph)
     for node in graph.nodes():
         name = str(node.name)
-        if is_cached_attention(node):
+        if is_attention(node):
             reason = _no_paged_attention(graph, node) or refused
             yield Claim(name, not reason, reason)
             continue
@@ -78,22 +60,6 @@ def claims(graph: Graph, precision: Precision, device: Device) -> Iterator[Claim
 
 def _layer(node: ir.Node) -> int:
     return node.attributes.get_int("layer", 0)
-
-
-def unpageable(graph: Graph, node: ir.Node) -> str:
-    """Why this attention's cache cannot lie in pages of ours; empty if it can."""
-    decoder = graph.decoder
-    layer = _layer(node)
-    if decoder is None or layer >= len(decoder.layers):
-        return "the cache is no input of a decoder graph, so it cannot be kept in pages"
-    wired = [None if v is None else v.name for v in node.inputs]
-    if tuple(wired[3:5]) != cache_input_names(layer) or wired[5:7] != ["sequences", "positions"]:
-        return "the cache or the positions are computed in the graph, so they cannot be kept in pages"
-    outputs = {str(v.name) for v in graph.model.graph.outputs}
-    for value, wanted in zip(node.outputs[1:], cache_output_names(layer), strict=False):
-        if value.uses() or (value.name != wanted and value.name in outputs):
-            return "the cache is read again in the graph"
-    return ""
 
 
 def _no_paged_attention(graph: Graph, node: ir.Node) -> str:

@@ -25,7 +25,7 @@ from transom_openvino_cpu.stages import has_wide_tables
 if TYPE_CHECKING:
     from transom.graph import Graph
     from transom.graph.weights import Weight
-    from transom_openvino_cpu.native.drafting import Drafting
+    from transom.programs.drafting import Drafting
 
 PREFIX = "transom-openvino-"
 SMALL_FILE = 8 << 20
@@ -51,7 +51,7 @@ def compile_graph(graph: Graph, device: Device, options: Options, progress: Prog
                 note = f"OpenVINO's own kernels run this model, not the native ones: {drafting}"
                 artifact = replace(artifact, notes=[*artifact.notes, note])
         else:
-            artifact = _native(graph, drafting, device, folder, progress)
+            artifact = _native(graph, drafting, precision, device, folder, progress)
             if measures(device):
                 artifact = _faster(artifact, graph, precision, device, options, folder, progress)
         if all(isinstance(content, bytes) for content in artifact.files.values()):
@@ -110,12 +110,14 @@ def _by_openvino(
     return Artifact(files, requirements(device), notes)
 
 
-def _native(graph: Graph, drafting: Drafting, device: Device, folder: Path, progress: Progress) -> Artifact:
+def _native(
+    graph: Graph, drafting: Drafting, precision: Precision, device: Device, folder: Path, progress: Progress
+) -> Artifact:
     """The graph as a native program and its packed weights."""
     from transom_openvino_cpu.native import lowering
 
     with (folder / names.WEIGHTS_FILE).open("w+b") as file:
-        program = lowering.write(drafting, file, lambda share: progress("compile", share))
+        program = lowering.write(drafting, precision, file, lambda share: progress("compile", share))
     level = level_on(device)
     assert level is not None
     plan = Plan((), tuple(graph.input_names), tuple(graph.output_names), graph.decoder, True, level)
@@ -125,12 +127,11 @@ def _native(graph: Graph, drafting: Drafting, device: Device, folder: Path, prog
         names.WEIGHTS_FILE: _small(folder / names.WEIGHTS_FILE),
     }
     progress("compile", 1.0)
-    return Artifact(files, requirements(device), _native_notes(drafting))
+    return Artifact(files, requirements(device), _native_notes(drafting, precision))
 
 
-def _native_notes(drafting: Drafting) -> list[str]:
+def _native_notes(drafting: Drafting, precision: Precision) -> list[str]:
     """As `_notes`, for a native program."""
-    precision = drafting.precision
     products = [d for d in drafting.drafts if d.kind == "linear" and d.weight is not None]
     integers = [d for d in products if d.by == "int8"]
     if integers:

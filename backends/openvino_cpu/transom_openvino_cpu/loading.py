@@ -14,10 +14,10 @@ from transom_openvino_cpu import names
 from transom_openvino_cpu.plan import Plan
 
 if TYPE_CHECKING:
+    from transom.sessions.paged import PagedEngine
     from transom.signature import Decoder
     from transom_openvino_cpu.engine import Engine
     from transom_openvino_cpu.native.engine import NativeEngine
-    from transom_openvino_cpu.session import PagedEngine
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -49,8 +49,8 @@ def load_artifact(artifact: Artifact, device: Device, options: Options) -> Sessi
     engine = Engine(plan, files, _threads(device, options))
     if not plan.paged or plan.decoder is None:
         return _plain(engine, plan, options)
+    from transom.sessions.paged import PagedSession
     from transom_openvino_cpu.paging import OpenVinoPages
-    from transom_openvino_cpu.session import PagedSession
 
     paged, context = OpenVinoPages(engine, plan), _context(plan.decoder, options)
     return PagedSession(paged, plan.decoder, context=context, pages=_pool_pages(paged, device, context))
@@ -80,7 +80,7 @@ def _threads(device: Device, options: Options) -> int:
 
 def _pool_pages(engine: PagedEngine, device: Device, context: int) -> int:
     """Pages for many contexts, as memory allows, and for one in any case: the host has planned for that."""
-    from transom_openvino_cpu.session import MAX_SEQUENCES
+    from transom.sessions.paged import MAX_SEQUENCES
 
     one = -(-context // engine.page_tokens)
     free = device.free_bytes if device.free_bytes is not None else device.memory_bytes

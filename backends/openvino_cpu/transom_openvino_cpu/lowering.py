@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from transom.graph.reading import attributes_of
+from transom.graph.reading import attributes_of, linear_weight
+from transom.graph.sparse import is_attention
 from transom.graph.weights import Blocked, Weight, concat_rows
 from transom_openvino_cpu.attention import Heads, PageInputs, paged_attention
-from transom_openvino_cpu.claims import is_cached_attention, linear_weight, paged
+from transom_openvino_cpu.claims import paged
 from transom_openvino_cpu.precision import Form, Precision, form_of
 from transom_openvino_cpu.stages import Cut, cut
 
@@ -163,7 +164,7 @@ class StageWriter:
     def _lower(self, node: ir.Node) -> None:
         from transom_openvino_cpu.operators import TABLE
 
-        if is_cached_attention(node):
+        if is_attention(node):
             self._set(node.outputs[0], self._attention(node))
             return
         function = TABLE.get(node.op_type)

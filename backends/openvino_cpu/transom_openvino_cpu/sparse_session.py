@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from transom.contract import State, Tensor, Work
-from transom.sessions import check_step
+from transom.sessions import PagedSession, PagedState, check_step
+from transom.sessions.pages import PageTable
+from transom.sessions.steps import Array
 from transom.signature import Decoder
 from transom_openvino_cpu.native.engine import NativeEngine
-from transom_openvino_cpu.pages import PageTable
-from transom_openvino_cpu.session import Array, PagedSession, PagedState
 
 BLOCK = 64
 """Queries that choose together."""

@@ -15,8 +15,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from transom.graph.reading import linear_weight
 from transom.graph.weights import Blocked
-from transom_openvino_cpu.claims import linear_weight
 
 if TYPE_CHECKING:
     import onnx_ir as ir

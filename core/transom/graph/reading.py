@@ -192,3 +192,17 @@ def element_type(value: ir.Value | None) -> ir.DataType | None:
         told = node.attributes.get_int("output_dtype", 0)
         return ir.DataType(told) if told else element_type(node.inputs[1])
     return element_type(node.inputs[0]) if node.op_type in ("Identity", "Reshape", "Add") else None
+
+
+def linear_weight(node: ir.Node) -> Weight | None:
+    """The weight [out, in] of `MatMul(x, Transpose(weight))`; None for any other node."""
+    if node.op_type != "MatMul" or node.domain or node.inputs[1] is None:
+        return None
+    transpose = node.inputs[1].producer()
+    if transpose is None or transpose.op_type != "Transpose" or transpose.domain:
+        return None
+    weight = weight_of(transpose.inputs[0])
+    if weight is None or len(weight.shape) != 2:
+        return None
+    perm = transpose.attributes.get("perm")
+    return weight if perm is None or list(perm.as_ints()) == [1, 0] else None

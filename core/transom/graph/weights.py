@@ -144,3 +144,33 @@ def concat_rows(weights: Sequence[Weight]) -> Weight | None:
         return BlockedArrays(*(None if c[0] is None else np.concatenate(c) for c in columns))  # type: ignore[arg-type]
 
     return replace(first, shape=(rows, first.shape[1]), load=load)
+
+
+def affine(parts: BlockedArrays, centre: int) -> tuple[Array, Array | None, int]:
+    """Scales, minimums and one zero point for all: scale * (quant - zero) + minimum, where quants are kept unsigned.
+
+    A zero point that differs from block to block becomes a minimum, in float32.
+
+    Args:
+        centre: what was added to the quants to make them unsigned.
+    """
+    scales, minimums, zeros = parts.scales, parts.minimums, parts.zero_points
+    if zeros is not None:
+        first = zeros.flat[0] if zeros.size else 0
+        if (zeros == first).all():
+            return scales, minimums, centre + int(first)
+        wide: Any = scales.astype(np.float32)
+        shift = -wide * zeros.astype(np.float32)
+        return wide, shift if minimums is None else shift + minimums.astype(np.float32), centre
+    return scales, minimums, centre
+
+
+def rounded_to_int8(weight: Dense, group: int) -> tuple[Blocked, BlockedArrays]:
+    """A plain matrix rounded to nearest in int8, symmetric, with a float16 scale for each `group` columns."""
+    rows, columns = weight.shape
+    wide = dequantize(weight).reshape(rows, -1, group)
+    scales = np.maximum(np.abs(wide).max(-1) / 127, np.finfo(np.float16).tiny).astype(np.float16)
+    with np.errstate(invalid="ignore"):  # of what is no number: its scale is none either, and the run says so
+        quants = np.clip(np.rint(wide / scales[..., None].astype(np.float32)), -127, 127).astype(np.int8)
+    parts = BlockedArrays(quants.reshape(rows, columns), scales)
+    return Blocked((rows, columns), group, "int8", "float16", lambda: parts), parts

@@ -16,7 +16,8 @@ from transom.graph.sparse import is_attention, stays_dense
 from transom.ops.sparse_attention import OBSERVER
 from transom.ops.sparse_routing import Choice
 from transom.reference.executor import Executor
-from transom.sessions import Array, PackedSession, check_step
+from transom.sessions import PackedSession, check_step
+from transom.sessions.steps import Array
 from transom.signature import Decoder
 from transom.sparsity import Sparsity
 

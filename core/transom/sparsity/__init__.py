@@ -14,6 +14,7 @@ from transom.sparsity.calibration import (
     shape_of,
     shipped,
 )
+from transom.sparsity.joining import joined
 from transom.sparsity.layer import DENSE, LayerSparsity
 from transom.sparsity.policy import PRESETS, Heads, Sparsity
 
@@ -26,6 +27,7 @@ __all__ = [
     "LayerSparsity",
     "Sparsity",
     "beside",
+    "joined",
     "place_beside",
     "read_calibration",
     "shape_of",

@@ -10,7 +10,7 @@ from transom_openvino_cpu.native import library
 if TYPE_CHECKING:
     from transom.contract import Device
     from transom.graph import Graph
-    from transom_openvino_cpu.native.drafting import Drafting
+    from transom.programs.drafting import Drafting
     from transom_openvino_cpu.precision import Precision
 
 SWITCH = "TRANSOM_NATIVE"
@@ -44,9 +44,10 @@ def drafted(graph: Graph, precision: Precision, device: Device) -> Drafting | st
         return "the native library has no code for this processor"
     if precision.hint == "f16":
         return "the native library computes in float32, bfloat16 and int8, not in float16"
-    from transom_openvino_cpu.native.drafting import Drafting, NoForm
+    from transom.programs.drafting import Drafting, NoForm
+    from transom_openvino_cpu.native.abilities import NativeKernels
 
     try:
-        return Drafting(graph, precision)
+        return Drafting(graph, NativeKernels(precision))
     except NoForm as e:
         return f"{e.node.name}: {e.reason}"

@@ -2,67 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import BinaryIO
 
 import numpy as np
 
 from transom.graph.weights import Array, Dense
+from transom.programs import fusing
+from transom.programs.drafting import Draft, Drafting, Value
+from transom.programs.placing import Placing
 from transom_openvino_cpu.native import packing
-from transom_openvino_cpu.native.drafting import Draft, Drafting, Value
-from transom_openvino_cpu.native.fusing import fuse
-from transom_openvino_cpu.native.program import NOWHERE, Buffer, Layer, Op, Program, Rope, View
+from transom_openvino_cpu.native.packing import TILE
+from transom_openvino_cpu.native.program import NOWHERE, Layer, Op, Program, Rope, View
+from transom_openvino_cpu.precision import Precision
 
 BARRIERS = ("attend", "rows")
 """Operators that look at other tokens than their own."""
 
 
-class _Buffers:
-    """Gives values their place: a buffer of the same width that nobody needs any more, or a new one."""
-
-    def __init__(self, drafts: Sequence[Draft], logits: Value) -> None:
-        self.buffers: list[Buffer] = []
-        self._at: dict[int, int] = {}
-        self._free: dict[tuple[int, bool], list[int]] = {}
-        self._last: dict[int, int] = {}
-        self._local: dict[int, bool] = {}
-        self._logits = logits.root()[0]
-        self.output = self._new(self._logits.width, local=False)
-        self._at[id(self._logits)] = self.output
-        segment = 0
-        segments: dict[int, set[int]] = {}
-        for i, draft in enumerate(drafts):
-            barrier = draft.kind in BARRIERS
-            for value in (*draft.reads(), draft.dst):
-                root = id(value.root()[0])
-                self._last[root] = i
-                segments.setdefault(root, set()).add(-1 if barrier else segment)
-            segment += barrier
-        self._local = {root: len(used) == 1 and -1 not in used for root, used in segments.items()}
-
-    def _new(self, width: int, *, local: bool) -> int:
-        self.buffers.append(Buffer(width, local))
-        return len(self.buffers) - 1
-
-    def view(self, value: Value) -> View:
-        root, offset = value.root()
-        if id(root) not in self._at:
-            local = self._local[id(root)]
-            free = self._free.get((root.width, local))
-            self._at[id(root)] = free.pop() if free else self._new(root.width, local=local)
-        return View(self._at[id(root)], offset)
-
-    def done(self, index: int, values: Sequence[Value]) -> None:
-        """The operator `index` has run: what it read last is free."""
-        for value in {id(v.root()[0]): v.root()[0] for v in values}.values():
-            if self._last[id(value)] == index and value is not self._logits:
-                self._free.setdefault((value.width, self._local[id(value)]), []).append(self._at[id(value)])
+def fuse(drafting: Drafting) -> list[Draft]:
+    """The same program in fewer operators: residuals and biases inside products, products of one input together,
+    gates and rotations without a copy."""
+    drafts = fusing.fuse_scales(list(drafting.drafts))
+    drafts = fusing.fuse_biases(drafts)
+    drafts = fusing.fuse_gates(drafts, TILE)
+    drafts = fusing.fuse_residuals(drafts)
+    drafts = fusing.fuse_same_input(drafts, TILE)
+    return fusing.in_place(drafts, drafting.logits)
 
 
-def write(drafting: Drafting, file: BinaryIO, progress: Callable[[float], None]) -> Program:
+def write(drafting: Drafting, precision: Precision, file: BinaryIO, progress: Callable[[float], None]) -> Program:
     """The finished program, its weights in `file`."""
     drafts = fuse(drafting)
-    buffers = _Buffers(drafts, drafting.logits)
+    placing = Placing(drafts, drafting.logits, BARRIERS)
     matrices: list[packing.Packed] = []
     known: dict[tuple[int, str], int] = {}
     vectors: dict[bytes, int] = {}
@@ -85,12 +57,15 @@ def write(drafting: Drafting, file: BinaryIO, progress: Callable[[float], None])
             matrices.append(packing.write_matrix(file, draft.weight, narrow=draft.by == "bf16", to_int8=to_int8))
         return known[key]
 
+    def view(value: Value) -> View:
+        return View(*placing.place(value))
+
     ops: list[Op] = []
     for i, draft in enumerate(drafts):
         progress(i / len(drafts))
-        inputs = [buffers.view(v) for v in draft.inputs] + [NOWHERE] * 3
-        residual = NOWHERE if draft.residual is None else buffers.view(draft.residual)
-        dst = buffers.view(draft.dst)
+        inputs = [view(v) for v in draft.inputs] + [NOWHERE] * 3
+        residual = NOWHERE if draft.residual is None else view(draft.residual)
+        dst = view(draft.dst)
         ops.append(
             Op(
                 draft.kind, draft.width or draft.dst.width, dst, inputs[0],
@@ -99,7 +74,7 @@ def write(drafting: Drafting, file: BinaryIO, progress: Callable[[float], None])
                 draft.groups, draft.index, draft.act, draft.by, draft.scale, vector(draft.vector),
             )
         )  # fmt: skip
-        buffers.done(i, [*draft.reads(), draft.dst])
+        placing.done(i, draft)
     ropes = [Rope(vector(f), int(f.size), factor) for f, factor in drafting.ropes]
     layers = []
     for i, cache in enumerate(drafting.decoder.layers):
@@ -111,6 +86,6 @@ def write(drafting: Drafting, file: BinaryIO, progress: Callable[[float], None])
             )
         )  # fmt: skip
     return Program(
-        tuple(ops), tuple(matrices), tuple(ropes), tuple(layers), tuple(buffers.buffers), drafting.precision.cache,
-        buffers.output, packing.align(file), drafting.sparsity.to_string(),
+        tuple(ops), tuple(matrices), tuple(ropes), tuple(layers), tuple(placing.buffers), precision.cache,
+        placing.output, packing.align(file), drafting.sparsity.to_string(),
     )  # fmt: skip

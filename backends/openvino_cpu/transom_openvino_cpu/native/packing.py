@@ -7,12 +7,12 @@ block to block becomes a minimum.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import ml_dtypes
 import numpy as np
 
-from transom.graph.weights import Array, Blocked, BlockedArrays, Dense, Weight, dequantize
+from transom.graph.weights import Array, Blocked, BlockedArrays, Dense, Weight, affine, rounded_to_int8
 
 TILE = 16
 """Rows in a tile."""
@@ -76,6 +76,11 @@ def write_vector(file: BinaryIO, vector: Array) -> int:
     return at
 
 
+def group_of(columns: int) -> int:
+    """Columns that share a scale where a plain matrix is rounded to int8."""
+    return next(g for g in (GROUP, 32, 16, SMALLEST_BLOCK) if columns % g == 0)
+
+
 def write_matrix(file: BinaryIO, weight: Weight, *, narrow: bool = False, to_int8: bool = False) -> Packed:
     """Append a matrix to the file.
 
@@ -84,7 +89,7 @@ def write_matrix(file: BinaryIO, weight: Weight, *, narrow: bool = False, to_int
         to_int8: plain numbers are rounded to int8 in groups of `GROUP`, or of the largest divisor below.
     """
     if isinstance(weight, Dense) and to_int8:
-        return _write_blocks(file, *_to_int8(weight))
+        return _write_blocks(file, *rounded_to_int8(weight, group_of(weight.shape[1])))
     if isinstance(weight, Dense):
         return _write_dense(file, weight, narrow=narrow)
     return _write_blocks(file, weight, weight.load())
@@ -116,17 +121,6 @@ def _write_dense(file: BinaryIO, weight: Dense, *, narrow: bool) -> Packed:
     return Packed(kind, rows, columns, 0, 0, False, False, at)
 
 
-def _to_int8(weight: Dense) -> tuple[Blocked, BlockedArrays]:
-    rows, columns = weight.shape
-    group = next(g for g in (GROUP, 32, 16, SMALLEST_BLOCK) if columns % g == 0)
-    wide = dequantize(weight).reshape(rows, -1, group)
-    scales = np.maximum(np.abs(wide).max(-1) / 127, np.finfo(np.float16).tiny).astype(np.float16)
-    with np.errstate(invalid="ignore"):  # of what is no number: its scale is none either, and the run says so
-        quants = np.clip(np.rint(wide / scales[..., None].astype(np.float32)), -127, 127).astype(np.int8)
-    parts = BlockedArrays(quants.reshape(rows, columns), scales)
-    return Blocked((rows, columns), group, "int8", "float16", lambda: parts), parts
-
-
 def _write_blocks(file: BinaryIO, weight: Blocked, parts: BlockedArrays) -> Packed:
     rows, columns = weight.shape
     block, centre = weight.block, CENTRES[weight.dtype]
@@ -136,7 +130,7 @@ def _write_blocks(file: BinaryIO, weight: Blocked, parts: BlockedArrays) -> Pack
         quants = quants + np.uint8(centre)
     words = _tiles(quants.view("<u4"))  # of four columns, which stay together
     tiles = len(words)
-    scales, minimums, zero = _offsets(parts, centre)
+    scales, minimums, zero = affine(parts, centre)
     if four:
         pairs = words.reshape(tiles, TILE, columns // 8, 2).transpose(0, 2, 3, 1)
         packed = np.left_shift(pairs[:, :, 1], np.uint32(4), order="C")
@@ -152,16 +146,3 @@ def _write_blocks(file: BinaryIO, weight: Blocked, parts: BlockedArrays) -> Pack
     file.write(np.concatenate(columns_of, -1).data)
     kind = KINDS["uint4" if four else "uint8"]
     return Packed(kind, rows, columns, block, zero, minimums is not None, bool(scales.dtype == np.float32), at)
-
-
-def _offsets(parts: BlockedArrays, centre: int) -> tuple[Array, Array | None, int]:
-    """Scales, minimums and the one zero point of the unsigned numbers: scale * (quant - zero) + minimum."""
-    scales, minimums, zeros = parts.scales, parts.minimums, parts.zero_points
-    if zeros is not None:
-        first = zeros.flat[0] if zeros.size else 0
-        if (zeros == first).all():
-            return scales, minimums, centre + int(first)
-        wide: Any = scales.astype(np.float32)
-        shift = -wide * zeros.astype(np.float32)
-        return wide, shift if minimums is None else shift + minimums.astype(np.float32), centre
-    return scales, minimums, centre

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from transom.signature import LayerCache
-from transom.sparsity import DENSE, LayerSparsity, Sparsity
+from transom.sparsity import Sparsity
 from transom_openvino_cpu.native.library import PAGE_TOKENS, SparsityRule
 
 NODE = 8
@@ -35,28 +35,6 @@ def unsupported(policy: Sparsity) -> str:
     if policy.rows > MOST_ROWS:
         return f"the native attention looks at no more than {MOST_ROWS} rows of a block, not at {policy.rows}"
     return ""
-
-
-def joined(layers: Sequence[str]) -> Sparsity | str:
-    """The one policy whose views of each layer these are, or why there is none.
-
-    Args:
-        layers: the attribute `sparsity` of each layer's attention, in order.
-    """
-    views = [LayerSparsity.from_string(text) for text in layers]
-    rules = {view.rule for view in views if view.rule is not None and not view.dense}
-    if not rules:
-        return Sparsity.from_string(DENSE)
-    if len(rules) > 1:
-        return "its layers have different sparsity policies"
-    (rule,) = rules
-    return rule if not any(v.heads for v in views) and all(not v.dense for v in views) else _with_heads(rule, views)
-
-
-def _with_heads(rule: Sparsity, views: Sequence[LayerSparsity]) -> Sparsity:
-    """Layers without heads of their own take one number for all: 1, or 0 where they are dense."""
-    heads = tuple(view.heads or ((0.0,) if view.dense else (1.0,)) for view in views)
-    return rule.with_heads(heads)
 
 
 class NativePolicy:

@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from transom.programs.placing import Buffer
 from transom_openvino_cpu.native.packing import Packed
 
 KINDS = (
@@ -70,12 +71,6 @@ class Layer:
     scale: float
     softcap: float
     sinks: int
-
-
-@dataclass(frozen=True)
-class Buffer:
-    width: int
-    local: bool
 
 
 @dataclass(frozen=True)

@@ -1,41 +1,59 @@
-"""Reading a neutral decoder graph into operators of the native library, one node after another.
-
-A node that has no operator here is a reason to leave the whole graph to OpenVINO: a program is all or nothing, since
-every border between two engines costs a copy of the activations.
-"""
+"""Reading a neutral decoder graph into operators of an engine, one node after another."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from transom.graph.reading import attributes_of, constant_of, weight_of
-from transom.graph.weights import Array, Blocked, Dense, Weight, dequantize
-from transom_openvino_cpu.claims import is_cached_attention, linear_weight, unpageable
-from transom_openvino_cpu.native import packing
-from transom_openvino_cpu.native.packing import TILE
-from transom_openvino_cpu.native.policies import joined, unsupported
+from transom.graph.pageable import unpageable
+from transom.graph.reading import attributes_of, constant_of, linear_weight, weight_of
+from transom.graph.sparse import is_attention
+from transom.graph.weights import Array, Dense, Weight, dequantize
+from transom.sparsity import Sparsity, joined
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
     from transom.graph import Graph
-    from transom.sparsity import Sparsity
-    from transom_openvino_cpu.precision import Precision
 
 FLOAT = 1
 """ONNX's number for float32."""
-LARGEST_HEAD = 256
-"""Columns of a head."""
-LARGEST_GROUP = 64
-"""Query heads of a KV head."""
+
+
+class Kernels(Protocol):
+    """What an engine has kernels for."""
+
+    tile: int
+    """Heads, rotated heads and normalised rows are so many numbers wide, or a multiple of it."""
+    largest_head: int
+    """Columns of a head."""
+    largest_group: int
+    """Query heads of a KV head."""
+    neighbours: bool
+    """Whether it rotates pairs that lie side by side, too, and not only a head's two halves."""
+
+    def matrix(self, weight: Weight) -> str:
+        """Why it has no product with such a matrix, `"blocks of 12 columns"`; empty if it has one."""
+        ...
+
+    def by(self, weight: Weight, *, head: bool) -> str:
+        """In what numbers activations meet the matrix, in the engine's own words: `Draft.by`.
+
+        Args:
+            head: it is the vocabulary matrix.
+        """
+        ...
+
+    def policy(self, policy: Sparsity) -> str:
+        """Why it cannot read by such a policy; empty if it can."""
+        ...
 
 
 class NoForm(Exception):
-    """The library has no form of a node; the message says which and why."""
+    """The engine has no operator for a node; the message says why."""
 
     def __init__(self, node: ir.Node, reason: str) -> None:
         super().__init__(reason)
@@ -74,6 +92,10 @@ class Draft:
     act: str = ""
     by: str = "f32"
     scale: float = 1.0
+    neighbours: bool = False
+    """Of a rotation: its pairs lie side by side."""
+    rope: int = -1
+    """Of attention whose engine rotates keys on their way to the cache: by which rope; -1: they are as they should."""
     key: int = 0
     """Products with equal keys share a matrix; 0: shared with nobody."""
 
@@ -86,13 +108,16 @@ class Draft:
 class Drafting:
     """Reads a graph in order.
 
+    Args:
+        graph: a decoder's.
+
     Raises:
-        NoForm: on the first node that the library has no operator for.
+        NoForm: on the first node that the engine has no operator for.
     """
 
-    def __init__(self, graph: Graph, precision: Precision) -> None:
+    def __init__(self, graph: Graph, kernels: Kernels) -> None:
         assert graph.decoder is not None
-        self.graph, self.decoder, self.precision = graph, graph.decoder, precision
+        self.graph, self.decoder, self.kernels = graph, graph.decoder, kernels
         self.drafts: list[Draft] = []
         self.ropes: list[tuple[Array, float]] = []
         self.layers: dict[int, tuple[float, float, Array | None]] = {}
@@ -119,9 +144,9 @@ class Drafting:
 
     def _policy(self) -> Sparsity:
         """The sparsity policy of all layers."""
-        node = next(n for n in self.graph.nodes() if is_cached_attention(n))
+        node = next(n for n in self.graph.nodes() if is_attention(n))
         policy = joined([self._sparsity[i] for i in range(len(self.decoder.layers))])
-        reason = policy if isinstance(policy, str) else unsupported(policy)
+        reason = policy if isinstance(policy, str) else self.kernels.policy(policy)
         if isinstance(policy, str) or reason:
             raise NoForm(node, reason)
         return policy
@@ -180,12 +205,12 @@ class Drafting:
         if (inputs or node.op_type == "Constant") and fixed and node.op_type not in ("If", "Loop", "Scan"):
             self._constants.add(id(node))
             return
-        if is_cached_attention(node):
+        if is_attention(node):
             self._attention(node)
             return
         reader = None if node.domain not in ("", "ai.onnx") else _READERS.get(node.op_type)
         if reader is None:
-            raise NoForm(node, f"no native form of {node.domain + '::' if node.domain else ''}{node.op_type}")
+            raise NoForm(node, f"no kernel for {node.domain + '::' if node.domain else ''}{node.op_type}")
         reader(self, node)
 
     def _gather(self, node: ir.Node) -> None:
@@ -202,16 +227,16 @@ class Drafting:
             raise NoForm(node, "a Gather that chooses neither token embeddings nor rows of logits")
 
     def _need_packable(self, node: ir.Node, weight: Weight) -> None:
-        if reason := packing.packable(weight):
-            raise NoForm(node, f"no native form of {reason}")
+        if reason := self.kernels.matrix(weight):
+            raise NoForm(node, f"no kernel for {reason}")
 
     def _norm(self, node: ir.Node) -> None:
         x, attributes = self._value(node, 0), attributes_of(node)
         gain = self._vector(node.inputs[1])
         if gain is None or gain.ndim != 1 or int(attributes.get("axis", -1)) != -1 or x.width % gain.size:
             raise NoForm(node, "a normalisation whose scale is no constant vector over the last axis")
-        if gain.size % TILE:
-            raise NoForm(node, f"a normalisation over {gain.size} numbers, which is no multiple of {TILE}")
+        if gain.size % self.kernels.tile:
+            raise NoForm(node, f"a normalisation over {gain.size} numbers, no multiple of {self.kernels.tile}")
         epsilon = float(attributes.get("epsilon", 1e-5))
         draft = Draft("norm", Value(x.width), [x], vector=gain, groups=x.width // gain.size, scale=epsilon)
         self._emit(node, draft)
@@ -227,17 +252,9 @@ class Drafting:
         head = weight.shape[0] == self.decoder.vocabulary
         transpose = node.inputs[1].producer() if node.inputs[1] is not None else None
         key = id(transpose.inputs[0]) if transpose is not None else 0
-        draft = Draft("linear", Value(weight.shape[0]), [x], weight=weight, by=self._by(weight, head), key=key)
+        by = self.kernels.by(weight, head=head)
+        draft = Draft("linear", Value(weight.shape[0]), [x], weight=weight, by=by, key=key)
         self._emit(node, draft)
-
-    def _by(self, weight: Weight, head: bool) -> str:
-        """In what numbers activations meet the matrix. The vocabulary matrix always meets floats."""
-        to_int8 = self.precision.dense_to_int8 and weight.shape[1] % packing.SMALLEST_BLOCK == 0
-        if self.precision.dynamic and not head and (isinstance(weight, Blocked) or to_int8):
-            return "int8"
-        if self.precision.hint == "bf16" and not head:
-            return "bf16"
-        return "f32"
 
     def _add(self, node: ir.Node) -> None:
         for one, other in ((0, 1), (1, 0)):
@@ -375,12 +392,15 @@ class Drafting:
         if len(node.inputs) > 3 or cos is None or sin is None or (*cos, *sin) != (cos[0], "Cos", cos[0], "Sin"):
             raise NoForm(node, "a rotation by other tables than cosines and sines of positions")
         heads = int(attributes.get("num_heads", 0))
-        if int(attributes.get("interleaved", 0)) or not heads or x.width // heads % TILE:
-            raise NoForm(node, "a rotation of interleaved pairs, or of heads that are no multiple of 16 wide")
+        neighbours = bool(attributes.get("interleaved", 0))
+        if (neighbours and not self.kernels.neighbours) or not heads or x.width // heads % self.kernels.tile:
+            tile = self.kernels.tile
+            raise NoForm(node, f"a rotation of interleaved pairs, or of heads that are no multiple of {tile} wide")
         turned = int(attributes.get("rotary_embedding_dim", 0)) or x.width // heads
         if turned != 2 * self.ropes[cos[0]][0].size:
             raise NoForm(node, f"a rotation of {turned} columns by {self.ropes[cos[0]][0].size} frequencies")
-        draft = Draft("rope", Value(x.width), [x], width=x.width, groups=heads, index=cos[0])
+        draft = Draft("rope", Value(x.width), [x], groups=heads, index=cos[0], neighbours=neighbours)
+        draft.width = x.width
         self.drafts.append(draft)
         self._batches[id(node.outputs[0])] = draft.dst
 
@@ -390,16 +410,17 @@ class Drafting:
         if reason := unpageable(self.graph, node):
             raise NoForm(node, reason)
         if len(node.inputs) > 9 and node.inputs[9] is not None:
-            raise NoForm(node, "the native attention takes no additive bias")
+            raise NoForm(node, "attention by kernels takes no additive bias")
         if not int(attributes["is_causal"]):
-            raise NoForm(node, "the native attention is causal")
+            raise NoForm(node, "attention by kernels is causal")
         cache = self.decoder.layers[layer]
         for dim in (cache.head_dim, cache.value_dim):
-            if dim % TILE or not 0 < dim <= LARGEST_HEAD:
-                raise NoForm(node, f"heads of {dim} columns: a multiple of {TILE} up to {LARGEST_HEAD} is needed")
-        if cache.q_heads > LARGEST_GROUP * cache.kv_heads:
+            tile, most = self.kernels.tile, self.kernels.largest_head
+            if dim % tile or not 0 < dim <= most:
+                raise NoForm(node, f"heads of {dim} columns: a multiple of {tile} up to {most} is needed")
+        if cache.q_heads > self.kernels.largest_group * cache.kv_heads:
             group = cache.q_heads // cache.kv_heads
-            raise NoForm(node, f"{group} query heads of a KV head: it has up to {LARGEST_GROUP}")
+            raise NoForm(node, f"{group} query heads of a KV head: it has up to {self.kernels.largest_group}")
         sinks = self._vector(node.inputs[10]) if len(node.inputs) > 10 else None
         scale = float(attributes["scale"]) or cache.head_dim**-0.5
         self.layers[layer] = (scale, float(attributes["softcap"]), sinks)

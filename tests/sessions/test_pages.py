@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from transom.contract import OutOfPages
-from transom_openvino_cpu.pages import PagePool, PageTable
+from transom.sessions import PagePool, PageTable
 
 
 def grow(pool: PagePool, table: PageTable, tokens: int) -> list[tuple[int, int]]:

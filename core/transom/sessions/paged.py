@@ -10,15 +10,13 @@ import numpy as np
 
 from transom.contract import Limits, Tensor, Work
 from transom.errors import EngineError
-from transom.sessions import check_step, logit_rows, split_logits
+from transom.sessions.pages import PagePool, PageTable
+from transom.sessions.steps import Array, check_step, logit_rows, split_logits
 from transom.signature import Decoder
-from transom_openvino_cpu.pages import PagePool, PageTable
-
-Array = np.ndarray[Any, np.dtype[Any]]
 
 MAX_SEQUENCES = 256
 MAX_TOKENS = 1024
-"""New tokens in one step. Longer chunks are not faster here, and their activations take memory."""
+"""New tokens in one step. Longer chunks are hardly faster anywhere, and their activations take memory."""
 
 
 class PagedEngine(Protocol):
@@ -44,7 +42,7 @@ class PagedEngine(Protocol):
 
     def step(
         self, tokens: Sequence[Array], past: Sequence[int], pages: Sequence[Sequence[int]], rows: Sequence[int]
-    ) -> Array:
+    ) -> Any:
         """Run the new tokens of some sequences, one behind the other.
 
         Args:
@@ -54,7 +52,7 @@ class PagedEngine(Protocol):
             rows: the tokens whose logits are wanted, counted over all sequences.
 
         Returns:
-            float32 [rows or more, vocabulary], which belong to the caller.
+            float32 [rows or more, vocabulary], which belong to the caller; what else it is where `_results` knows it.
         """
 
     def close(self) -> None: ...
@@ -90,17 +88,27 @@ class PagedSession:
     Args:
         context: tokens one state may hold.
         pages: pages in the pool, for all sequences together.
+        max_sequences, max_tokens: sequences, and new tokens, of one step.
     """
 
-    def __init__(self, engine: PagedEngine, decoder: Decoder, *, context: int, pages: int) -> None:
+    def __init__(
+        self,
+        engine: PagedEngine,
+        decoder: Decoder,
+        *,
+        context: int,
+        pages: int,
+        max_sequences: int = MAX_SEQUENCES,
+        max_tokens: int = MAX_TOKENS,
+    ) -> None:
         self._engine, self._decoder = engine, decoder
         self._page_bytes = engine.page_bytes()
         self._pool = PagePool(pages, engine.page_tokens, engine.drop_pages)
-        self._limits = Limits(MAX_SEQUENCES, MAX_TOKENS, context, engine.page_tokens)
+        self._limits = Limits(max_sequences, max_tokens, context, engine.page_tokens)
         self._closed = False
         engine.bind_pages(pages)
         self._failed: EngineError | None = None
-        self._warming = threading.Thread(target=self._warm_up, name="transom-openvino-warm-up")
+        self._warming = threading.Thread(target=self._warm_up, name="transom-warm-up")
         self._warming.start()
 
     def _warm_up(self) -> None:
@@ -137,8 +145,7 @@ class PagedSession:
         try:
             for source, target in reservation.copies:
                 self._engine.copy_page(source, target)
-            logits = self._compute(work, tokens, past, reservation.pages, rows)
-            results = split_logits(logits, work, counts, copy=False)
+            results = self._results(work, tokens, past, reservation.pages, rows)
         except BaseException:  # whatever it is, KeyboardInterrupt too, the states stay as they were
             reservation.rollback()
             raise
@@ -148,6 +155,18 @@ class PagedSession:
     def _check(self, work: Sequence[Work]) -> None:
         check_step(work, self._limits, self._decoder.vocabulary)
 
+    def _results(
+        self,
+        work: Sequence[Work],
+        tokens: Sequence[Array],
+        past: Sequence[int],
+        pages: Sequence[Sequence[int]],
+        rows: Sequence[int],
+    ) -> Sequence[Tensor | tuple[Tensor, Tensor] | None]:
+        """What each work gets. A session whose logits are not in the host's memory has a way of its own."""
+        logits = self._compute(work, tokens, past, pages, rows)
+        return split_logits(logits, work, [len(t) for t in tokens], copy=False)
+
     def _compute(
         self,
         work: Sequence[Work],
@@ -156,7 +175,8 @@ class PagedSession:
         pages: Sequence[Sequence[int]],
         rows: Sequence[int],
     ) -> Array:
-        return self._engine.step(tokens, past, pages, rows)
+        logits: Array = self._engine.step(tokens, past, pages, rows)
+        return logits
 
     def _own(self, work: Work) -> PagedState:
         state = work.state

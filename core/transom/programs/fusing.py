@@ -7,23 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from transom.graph.weights import concat_rows, take_rows
-from transom_openvino_cpu.native.drafting import Draft, Drafting, Value
-from transom_openvino_cpu.native.packing import TILE
+from transom.programs.drafting import Draft, Value
 
 
-def fuse(drafting: Drafting) -> list[Draft]:
-    """The same program in fewer operators: residuals and biases inside products, products of one input together,
-    gates and rotations without a copy."""
-    drafts = list(drafting.drafts)
-    drafts = _fuse_scales(drafts)
-    drafts = _fuse_biases(drafts)
-    drafts = _fuse_gates(drafts)
-    drafts = _fuse_residuals(drafts)
-    drafts = _fuse_same_input(drafts)
-    return _in_place(drafts, drafting.logits)
-
-
-def _readers(drafts: Sequence[Draft]) -> dict[int, list[Draft]]:
+def readers_of(drafts: Sequence[Draft]) -> dict[int, list[Draft]]:
     found: dict[int, list[Draft]] = {}
     for draft in drafts:
         for value in draft.reads():
@@ -31,12 +18,12 @@ def _readers(drafts: Sequence[Draft]) -> dict[int, list[Draft]]:
     return found
 
 
-def _maker(drafts: Sequence[Draft]) -> dict[int, Draft]:
+def makers_of(drafts: Sequence[Draft]) -> dict[int, Draft]:
     return {id(d.dst): d for d in drafts}
 
 
-def _fuse_scales(drafts: list[Draft]) -> list[Draft]:
-    makers, readers = _maker(drafts), _readers(drafts)
+def fuse_scales(drafts: list[Draft]) -> list[Draft]:
+    makers, readers = makers_of(drafts), readers_of(drafts)
     done: set[int] = set()
     for draft in drafts:
         source = makers.get(id(draft.inputs[0])) if draft.kind == "scale" else None
@@ -46,8 +33,8 @@ def _fuse_scales(drafts: list[Draft]) -> list[Draft]:
     return [d for d in drafts if id(d) not in done]
 
 
-def _fuse_biases(drafts: list[Draft]) -> list[Draft]:
-    makers, readers = _maker(drafts), _readers(drafts)
+def fuse_biases(drafts: list[Draft]) -> list[Draft]:
+    makers, readers = makers_of(drafts), readers_of(drafts)
     done: set[int] = set()
     for draft in drafts:
         source = makers.get(id(draft.inputs[0])) if draft.kind == "bias" else None
@@ -57,9 +44,9 @@ def _fuse_biases(drafts: list[Draft]) -> list[Draft]:
     return [d for d in drafts if id(d) not in done]
 
 
-def _fuse_gates(drafts: list[Draft]) -> list[Draft]:
-    """act(gate(x)) * up(x): one product, whose rows come 16 of one matrix and 16 of the other in turn."""
-    makers, readers = _maker(drafts), _readers(drafts)
+def fuse_gates(drafts: list[Draft], tile: int) -> list[Draft]:
+    """act(gate(x)) * up(x): one product, whose rows come `tile` of one matrix and `tile` of the other in turn."""
+    makers, readers = makers_of(drafts), readers_of(drafts)
     done: set[int] = set()
     for i, draft in enumerate(drafts):
         if draft.kind != "glu":
@@ -68,14 +55,14 @@ def _fuse_gates(drafts: list[Draft]) -> list[Draft]:
         if gate is None or up is None or gate is up or gate.kind != "linear" or up.kind != "linear":
             continue
         alone = all(len(readers[id(d.dst)]) == 1 and d.vector is None and d.residual is None for d in (gate, up))
-        if not alone or gate.inputs[0] is not up.inputs[0] or gate.by != up.by or gate.dst.width % TILE:
+        if not alone or gate.inputs[0] is not up.inputs[0] or gate.by != up.by or gate.dst.width % tile:
             continue
         assert gate.weight is not None
         assert up.weight is not None
         both = concat_rows([gate.weight, up.weight])
         if both is None or gate.weight.shape != up.weight.shape:
             continue
-        rows = np.arange(2 * gate.dst.width).reshape(2, -1, TILE).swapaxes(0, 1).reshape(-1)
+        rows = np.arange(2 * gate.dst.width).reshape(2, -1, tile).swapaxes(0, 1).reshape(-1)
         drafts[i] = Draft(
             "linear", draft.dst, [gate.inputs[0]], weight=take_rows(both, rows), width=draft.dst.width, act=draft.act,
             by=gate.by,
@@ -84,8 +71,8 @@ def _fuse_gates(drafts: list[Draft]) -> list[Draft]:
     return [d for d in drafts if id(d) not in done]
 
 
-def _fuse_residuals(drafts: list[Draft]) -> list[Draft]:
-    makers, readers = _maker(drafts), _readers(drafts)
+def fuse_residuals(drafts: list[Draft]) -> list[Draft]:
+    makers, readers = makers_of(drafts), readers_of(drafts)
     order = {id(d.dst): i for i, d in enumerate(drafts)}
     done: set[int] = set()
     for draft in drafts:
@@ -105,11 +92,12 @@ def _fuse_residuals(drafts: list[Draft]) -> list[Draft]:
     return [d for d in drafts if id(d) not in done]
 
 
-def _fuse_same_input(drafts: list[Draft]) -> list[Draft]:
-    """Products of one input as one product, whose columns they share: it is made where the first of them was."""
+def fuse_same_input(drafts: list[Draft], tile: int) -> list[Draft]:
+    """Products of one input as one product, whose columns they share: it is made where the first of them was. Only of
+    products whose columns are a multiple of `tile`."""
     groups: dict[tuple[int, str], list[Draft]] = {}
     for draft in drafts:
-        if draft.kind == "linear" and not draft.act and draft.residual is None and draft.dst.width % TILE == 0:
+        if draft.kind == "linear" and not draft.act and draft.residual is None and draft.dst.width % tile == 0:
             groups.setdefault((id(draft.inputs[0]), draft.by), []).append(draft)
     done: set[int] = set()
     instead: dict[int, Draft] = {}
@@ -131,10 +119,10 @@ def _fuse_same_input(drafts: list[Draft]) -> list[Draft]:
     return [instead.get(id(d), d) for d in drafts if id(d) not in done]
 
 
-def _in_place(drafts: list[Draft], logits: Value) -> list[Draft]:
+def in_place(drafts: list[Draft], logits: Value) -> list[Draft]:
     """Rotations always, other operators on rows where nobody else reads their input, write over it."""
     out: list[Draft] = []
-    readers = _readers(drafts)
+    readers = readers_of(drafts)
     for draft in drafts:
         if draft.kind in ("rope", "norm", "softcap", "scale", "bias"):
             x = draft.inputs[0]

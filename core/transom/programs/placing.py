@@ -1,0 +1,68 @@
+"""Gives the values of a program their places: buffers of rows, used again as soon as nobody needs what is in them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transom.programs.drafting import Draft, Value
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """Rows of `width` numbers."""
+
+    width: int
+    local: bool
+    """Whether it is written and read between two barriers only."""
+
+
+class Placing:
+    """A buffer for each value: one of the same width that nobody needs any more, or a new one.
+
+    Args:
+        drafts: in the order in which they run.
+        logits: has a buffer to itself.
+        barriers: kinds of operators that look at other tokens than their own.
+    """
+
+    def __init__(self, drafts: Sequence[Draft], logits: Value, barriers: Collection[str] = ()) -> None:
+        self.buffers: list[Buffer] = []
+        self._at: dict[int, int] = {}
+        self._free: dict[tuple[int, bool], list[int]] = {}
+        self._last: dict[int, int] = {}
+        self._local: dict[int, bool] = {}
+        self._logits = logits.root()[0]
+        self.output = self._new(self._logits.width, local=False)
+        self._at[id(self._logits)] = self.output
+        segment = 0
+        segments: dict[int, set[int]] = {}
+        for i, draft in enumerate(drafts):
+            barrier = draft.kind in barriers
+            for value in (*draft.reads(), draft.dst):
+                root = id(value.root()[0])
+                self._last[root] = i
+                segments.setdefault(root, set()).add(-1 if barrier else segment)
+            segment += barrier
+        self._local = {root: len(used) == 1 and -1 not in used for root, used in segments.items()}
+
+    def _new(self, width: int, *, local: bool) -> int:
+        self.buffers.append(Buffer(width, local))
+        return len(self.buffers) - 1
+
+    def place(self, value: Value) -> tuple[int, int]:
+        """The value's buffer, and its first column there."""
+        root, offset = value.root()
+        if id(root) not in self._at:
+            local = self._local[id(root)]
+            free = self._free.get((root.width, local))
+            self._at[id(root)] = free.pop() if free else self._new(root.width, local=local)
+        return self._at[id(root)], offset
+
+    def done(self, index: int, draft: Draft) -> None:
+        """The draft `index` has run: what it read last is free."""
+        for value in {id(v.root()[0]): v.root()[0] for v in (*draft.reads(), draft.dst)}.values():
+            if self._last[id(value)] == index and value is not self._logits:
+                self._free.setdefault((value.width, self._local[id(value)]), []).append(self._at[id(value)])
