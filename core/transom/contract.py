@@ -1,4 +1,4 @@
-"""What a backend implements: five methods, API 1.2. Imports no torch and no vendor SDK.
+"""What a backend implements: five methods, API 1.3. Imports no torch and no vendor SDK.
 
 A plugin is anything with a `transom_backends` hook, found through the entry-point group `transom.backends`. The hook
 returns backends; a backend answers `probe`, `claim`, `compile`, `check` and `load`, and a loaded artifact is a
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transom.graph import Graph
     from transom.ops import OpSchema
 
-API_VERSION = (1, 2)
+API_VERSION = (1, 3)
 """A backend is accepted when `backend.api[0] == API_VERSION[0]` and `backend.api[1] <= API_VERSION[1]`."""
 
 ENTRY_POINT_GROUP = "transom.backends"
@@ -32,8 +32,9 @@ hookimpl = pluggy.HookimplMarker("transom")
 Options = Mapping[str, object]
 """What the user asked for. The host always gives three keys, and a backend ignores those that it does not know:
 
-- `precision`: `"auto"`, `"exact"`, `"fast"`, `"f32"`, `"bf16"`, `"f16"`, `"int8"` or `"int4"`. What they mean is the
-  backend's to say, in `Artifact.notes`. For one that it cannot give, `claim` raises `transom.errors.OptionError`;
+- `precision`: `"auto"`, `"exact"`, `"fast"`, `"f32"`, `"bf16"`, `"f16"`, `"int8"`, `"fp8"` or `"int4"`. What they mean
+  is the backend's to say, in `Artifact.notes`. For one that it cannot give, `claim` raises
+  `transom.errors.OptionError`;
 - `context`: int, the tokens that a state must hold, as the host has planned them; None: the model's own;
 - `threads`: int, processor threads to use; None: as many as `Device.cores` says.
 """
@@ -80,6 +81,10 @@ class Device:
     """Bytes of one cache of each level, `{"l1d": 32768, "l2": 1048576, "l3": 33554432}`; empty where not known."""
     numa: tuple[tuple[int, ...], ...] = ()
     """Logical CPUs this process may use, one tuple for each NUMA node that has any; empty where not known."""
+    members: tuple[Device, ...] = ()
+    """Of several devices that are to run one model together, `"cuda:0,cuda:1"`: these, two or more of one kind; empty
+    for a single device. Memory is then that of all together, as far as the smallest fills it. Only a backend with
+    `api >= (1, 3)` is asked about them."""
 
 
 @dataclass(frozen=True)

@@ -278,10 +278,11 @@ class Plugins:
             failure = self._given_up.get(name)
             if failure is None:
                 started = time.perf_counter()
-                judged = self._probe_one(loaded, tuple(devices), budget)
+                asked, groups = _known_to(loaded, devices)
+                judged = self._probe_one(loaded, asked, budget)
                 seconds[name] = time.perf_counter() - started
                 if not isinstance(judged, PluginFailure):
-                    answers += [(name, answer) for answer in judged]
+                    answers += [(name, answer) for answer in (*judged, *groups)]
                     continue
                 failure = judged
             failures.append(failure)
@@ -307,6 +308,19 @@ class Plugins:
             return failed(f"the probe of {loaded.name} {complaint}")
         place = {device.id: index for index, device in enumerate(devices)}
         return sorted(answers, key=lambda answer: place[answer.device_id])
+
+
+def _known_to(loaded: LoadedBackend, devices: Sequence[Device]) -> tuple[tuple[Device, ...], list[Refusal]]:
+    """The devices to ask a backend about, and what is said in its place of those that its contract does not know."""
+    if tuple(loaded.backend.api) >= GROUPS_SINCE:
+        return tuple(devices), []
+    reason = "runs on one device at a time"
+    groups = [Refusal(d.id, "wrong_device", reason, f"Use device='{d.members[0].id}'") for d in devices if d.members]
+    return tuple(d for d in devices if not d.members), groups
+
+
+GROUPS_SINCE = (1, 3)
+"""The contract's version in which `Device.members` came."""
 
 
 def _budget() -> float:

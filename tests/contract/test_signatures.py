@@ -20,6 +20,7 @@ DIGESTS: dict[tuple[int, int], str] = {
     (1, 0): "801ac1555b3e3ff3d19c7d2c5108b196",
     (1, 1): "d45be602c0c5a3c5adb5d37f97f617fc",
     (1, 2): "359d75b967c10f02d51f0a88ad6bc23c",
+    (1, 3): "39af97f387f0d467ec33e28d5ac2044d",
 }
 
 

@@ -9,7 +9,7 @@ import click
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-PRECISIONS = ("auto", "exact", "fast", "f32", "bf16", "f16", "int8", "int4")
+PRECISIONS = ("auto", "exact", "fast", "f32", "bf16", "f16", "int8", "fp8", "int4")
 VERIFIES = ("auto", "off", "always")
 """As `transom.runtime.loading` has them; repeated here because `--help` must not import it."""
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from transom.contract import Device
 from transom.errors import OptionError, nearest
 from transom.hardware.catalogue import PREFIX, catalogue
+from transom.hardware.groups import SEPARATOR, grouped
 from transom.hardware.probe_file import from_json, read_probe_file, to_json, write_probe_file
 
 __all__ = [
@@ -77,13 +78,17 @@ def find(devices: Sequence[Device], name: str, notes: Sequence[str] = ()) -> Dev
 
     Args:
         devices: what the probe found.
-        name: an id (`"cuda:1"`), a kind for its first device (`"cuda"`), a remote target (`"remote:v100"`), or a bare
-            name from the catalogue (`"snapdragon-8-gen-2"`). Upper case and lower case are the same.
+        name: an id (`"cuda:1"`), a kind for its first device (`"cuda"`), several ids for a group (`"cuda:0,cuda:1"`), a
+            remote target (`"remote:v100"`), or a bare name from the catalogue (`"snapdragon-8-gen-2"`). Upper case and
+            lower case are the same.
         notes: the probe's notes, shown when a device is missing.
 
     Raises:
-        OptionError: there is no such device; names the nearest one and lists those there are.
+        OptionError: there is no such device; names the nearest one and lists those there are. Or devices that are no
+            group, see `grouped`.
     """
+    if SEPARATOR in name:
+        return grouped([find(devices, part, notes) for part in name.split(SEPARATOR) if part.strip()])
     wanted = name.strip().lower()
     targets = catalogue()
     for device in (*devices, *targets):
@@ -104,8 +109,8 @@ def find(devices: Sequence[Device], name: str, notes: Sequence[str] = ()) -> Dev
 def with_target(devices: Sequence[Device], name: str, notes: Sequence[str] = ()) -> tuple[Device, ...]:
     """The devices that backends should be asked about when the user named one.
 
-    A remote target is added to what the probe found; the catalogue is otherwise left out, so that nobody is asked about
-    thirty phones and cards in vain.
+    A remote target or a group is added to what the probe found; the catalogue is otherwise left out, so that nobody is
+    asked about thirty phones and cards in vain.
 
     Raises:
         OptionError: as `find`; never for `"auto"` or an empty name.

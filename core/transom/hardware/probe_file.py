@@ -29,9 +29,13 @@ def to_json(devices: Sequence[Device]) -> dict[str, object]:
             return dict(value)
         if isinstance(value, tuple):
             return [plain(item) for item in value]
-        return value
+        return record(value) if isinstance(value, Device) else value
 
-    return {"devices": [{name: plain(getattr(device, name)) for name in _FIELDS} for device in devices]}
+    def record(device: Device) -> dict[str, object]:
+        names = [name for name in _FIELDS if name != "members" or device.members]
+        return {name: plain(getattr(device, name)) for name in names}
+
+    return {"devices": [record(device) for device in devices]}
 
 
 def from_json(document: object, where: str = "the probe file") -> tuple[Device, ...]:
@@ -123,6 +127,10 @@ def _value(key: str, value: object, where: str) -> object:
         if not isinstance(value, bool):
             raise wrong("true or false")
         return value
+    if key == "members":
+        if not isinstance(value, list):
+            raise wrong("a list of devices")
+        return tuple(_device(entry, f"{where}[{index}]") for index, entry in enumerate(value))
     if key in ("features", "peers"):
         if not isinstance(value, list) or not all(isinstance(entry, str) for entry in value):
             raise wrong("a list of texts")

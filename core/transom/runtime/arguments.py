@@ -9,7 +9,7 @@ from typing import Any
 from transom.artifacts import Cache
 from transom.errors import OptionError, nearest
 
-PRECISIONS = ("auto", "exact", "fast", "f32", "bf16", "f16", "int8", "int4")
+PRECISIONS = ("auto", "exact", "fast", "f32", "bf16", "f16", "int8", "fp8", "int4")
 VERIFY = ("auto", "off", "always")
 NAMES = (
     "backend", "cache", "context", "device", "precision", "probe_file", "progress", "sparsity", "threads", "verify",

@@ -68,6 +68,7 @@ class Job:
                 "version": self.backend_version,
                 "arch": self.device.arch,
                 "features": self.device.features,
+                "members": len(self.device.members),
                 "precision": self.options["precision"],
                 "sparsity": self.sparsity,
                 "transom": version(),

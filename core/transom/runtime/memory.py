@@ -22,7 +22,7 @@ LEAST_CONTEXT = 256
 STEP = 64
 """A context is cut to a multiple of this, so that it does not change with every page that somebody else takes."""
 
-_WEIGHT_BYTES = {"f32": 4.0, "exact": 4.0, "bf16": 2.0, "f16": 2.0, "int8": 1.07, "int4": 0.57}
+_WEIGHT_BYTES = {"f32": 4.0, "exact": 4.0, "bf16": 2.0, "f16": 2.0, "int8": 1.07, "fp8": 1.0, "int4": 0.57}
 _SMALLER = ("bf16", "int8", "int4")
 
 

@@ -16,7 +16,11 @@ from transom.testing.driver import Driver, Move, Track
 from transom.testing.result import Failed
 
 EVERYTHING = Sparsity(coverage=1.0, local_window=64, min_density=1.0, dense_below=0).to_string()
-FEW = Sparsity(coverage=0.2, local_window=1, columns=4, unit=8, dense_below=0, max_density=0.5).to_string()
+FEW, FEW_WIDE = (
+    Sparsity(coverage=0.2, local_window=1, columns=4, unit=unit, dense_below=0, max_density=0.5).to_string()
+    for unit in (8, 16)
+)
+"""The second is for a session that refuses units of 8."""
 LENGTH = 150
 """Tokens: in the third block of 64 queries a policy has something to leave out."""
 
@@ -72,9 +76,23 @@ def _reads_by_policies(session: SparseSession, driver: Driver, length: int) -> N
         raise Failed("a fork must begin to count at 0")
     twin.free()
     must_raise(RuntimeError, "keys_read of a freed state", lambda: session.keys_read(twin))
-    _, (read, seen) = fed(FEW)
+    _, (read, seen) = fed(_obeyed(session, driver))
     if not 0 < read.sum() < seen.sum():
         raise Failed(f"under a policy that leaves much out {read.sum():g} of {seen.sum():g} keys were read")
+
+
+def _obeyed(session: SparseSession, driver: Driver) -> str:
+    """A policy that leaves much out and that the session does not refuse; where it refuses all, the last one's error
+    goes on."""
+    track = driver.new()
+    work = [Work(track.state, driver.draw(driver.chunk(1)), "none", sparsity=FEW)]
+    try:
+        session.step(work)
+    except ValueError:
+        driver.expect_length(track)
+        return FEW_WIDE
+    track.state.free()
+    return FEW
 
 
 def saved_states_go_on(bench: Bench) -> float:
