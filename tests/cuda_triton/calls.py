@@ -33,6 +33,14 @@ def parts(size: int) -> tuple[int, int]:
     return first, size - first
 
 
+def packed(quants: Array, bits: int, block: int) -> Array:
+    """Quants [rows, columns] in blocks, as the kernels take them: uint8."""
+    if bits == 8:
+        return quants.astype(np.uint8)
+    halves = quants.reshape(len(quants), -1, 2, block // 2)
+    return (halves[:, :, 0] | halves[:, :, 1] << 4).astype(np.uint8).reshape(len(quants), -1)
+
+
 @dataclass
 class Call:
     """One step of some sequences: `lengths` are (past, new) tokens of each."""

@@ -31,7 +31,7 @@ class Cache:
         self.k = torch.full((12, self.kv_heads, PAGE, head), **nothing)
         self.v = torch.full((12, self.kv_heads, PAGE, value), **nothing)
         self.means, self.variances = (torch.full((12, self.kv_heads, NODES, head), float("nan")) for _ in range(2))
-        self.counts = torch.zeros((12, NODES), dtype=torch.int32)
+        self.counts = torch.zeros((12, self.kv_heads, NODES), dtype=torch.int32)
         angles = rng.random((PAGE * 4, rotated // 2)).astype(np.float32) * 6
         self.cos, self.sin = np.cos(angles), np.sin(angles)
 
@@ -98,5 +98,5 @@ def test_keys_are_rotated_and_nodes_follow(
             for tensor, theirs in ((cache.means, nodes.mean), (cache.variances, nodes.variance)):
                 ours = tensor[cache.pages[s].long()][:, h].numpy().reshape(-1, head)
                 np.testing.assert_allclose(ours[kept], theirs[kept], atol=2e-6)
-            counts = cache.counts[cache.pages[s].long()].numpy().reshape(-1)
+            counts = cache.counts[cache.pages[s].long()][:, h].numpy().reshape(-1)
             np.testing.assert_array_equal(counts[: len(nodes.count)], nodes.count)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -12,11 +15,12 @@ from transom_cuda_triton.kernels.prefill import attend_blocks
 RAGGED = [(0, 1), (0, 70), (199, 1), (130, 90)]
 
 
-def run(call: Call, rng: np.random.Generator, dtype: torch.dtype, rows: int = 32, tile: int = 64) -> Array:
+def run(
+    call: Call, rng: np.random.Generator, dtype: torch.dtype, rows: int = 32, tile: int = 64, **others: Any
+) -> Array:
     t = Tensors(call, rng, dtype)
-    attend_blocks[(t.blocks * -(-64 * call.group // rows), call.kv_heads)](
-        **t.reading, **t.values, **t.ending, ROWS=rows, KEYS=tile
-    )
+    arguments = {**t.reading, **t.values, **t.ending, **others}
+    attend_blocks[(t.blocks * -(-64 * call.group // rows), call.kv_heads)](**arguments, ROWS=rows, KEYS=tile)
     return t.out.float().numpy()
 
 
@@ -36,4 +40,23 @@ def test_any_head_size_and_group(head_dim: int, group: int, rng: np.random.Gener
     call = Call([(90, 20)], group=group, head_dim=head_dim, value_dim=value_dim, kv_heads=1, policy=RULE)
     call.draw(rng, np.float16)
     got, wanted = run(call, rng, torch.float32, rows=16), call.wanted()
+    assert np.abs(got - wanted).max() < 5e-6 * max(1.0, float(np.abs(wanted).max()))
+
+
+@pytest.mark.parametrize("tile", [16, 32, 64])
+def test_lists_of_many_tiles_and_columns_anywhere(tile: int, rng: np.random.Generator) -> None:
+    """A list of which some whole tiles are taken, and a rest; single keys in any order, with gaps."""
+    policy = replace(RULE, coverage=0.55, columns=40)
+    call = Call([(700, 40)], kv_heads=1, head_dim=16, value_dim=16, policy=policy).draw(rng, np.float16)
+    while call.lists()["FAR_COUNT"].max() < 6:  # what is chosen is chance: more than one tile of 64 keys
+        call.draw(rng, np.float16)
+    columns = torch.from_numpy(call.lists()["COLUMNS"])[..., rng.permutation(64)].contiguous()
+    got, wanted = run(call, rng, torch.float32, rows=64, tile=tile, COLUMNS=columns), call.wanted()
+    assert np.abs(got - wanted).max() < 5e-6 * max(1.0, float(np.abs(wanted).max()))
+
+
+def test_a_head_in_equal_parts(rng: np.random.Generator) -> None:
+    call = Call([(90, 20)], head_dim=64, value_dim=128, kv_heads=1, policy=RULE).draw(rng, np.float16)
+    equal = {"HEAD": 32, "HEAD_REST": 32, "VALUE": 64, "VALUE_REST": 64}
+    got, wanted = run(call, rng, torch.float32, **equal), call.wanted()
     assert np.abs(got - wanted).max() < 5e-6 * max(1.0, float(np.abs(wanted).max()))

@@ -2,42 +2,117 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
+from calls import packed
 
-from transom.ops import rms_normalization
+from transom.ops import rms_normalization, rotary_embedding
+from transom_cuda_triton.kernels.elementwise import combine
+from transom_cuda_triton.kernels.embed import embed, embed_blocks
 from transom_cuda_triton.kernels.gate import gate
 from transom_cuda_triton.kernels.norm import rms_norm
+from transom_cuda_triton.kernels.rotary import rotate
 from transom_cuda_triton.kernels.sample import sample
+
+SILU, GELU, GELU_TANH = 0, 1, 2
+"""As `transom_cuda_triton.kernels.gate` numbers them."""
 
 
 @pytest.mark.parametrize("add", [False, True], ids=["plain", "residual"])
-@pytest.mark.parametrize("columns", [1, 64, 100])
-def test_rows_are_normalised(add: bool, columns: int, rng: np.random.Generator) -> None:
-    x, before = (rng.standard_normal((5, columns)).astype(np.float32) for _ in range(2))
+@pytest.mark.parametrize(("columns", "groups"), [(1, 1), (64, 3), (100, 2)])
+def test_rows_are_normalised(add: bool, columns: int, groups: int, rng: np.random.Generator) -> None:
+    width = columns * groups
+    x, before = (rng.standard_normal((5, width)).astype(np.float32) for _ in range(2))
     weight = rng.standard_normal(columns).astype(np.float32)
-    residual, out = torch.from_numpy(before.copy()), torch.empty((5, columns))
-    width = 1 << (columns - 1).bit_length()
-    rms_norm[(5,)](
-        torch.from_numpy(x), residual, torch.from_numpy(weight), out, columns, columns, columns, columns, 1e-5,
-        WIDTH=width, ADD=add,
+    residual, out = torch.from_numpy(before.copy()), torch.empty((5, width))
+    rows = int(rng.choice([1, 2, 8]))
+    rms_norm[(-(-5 * groups // rows),)](
+        torch.from_numpy(x), residual, torch.from_numpy(weight), out, 5 * groups, groups, columns, width, width, width,
+        1e-5, ROWS=rows, WIDTH=1 << (columns - 1).bit_length(), ADD=add,
     )  # fmt: skip
-    total = x + before if add else x
+    total = (x + before if add else x).reshape(5, groups, columns)
     wanted = rms_normalization.reference((total, weight), {"axis": -1, "epsilon": 1e-5})[0]
-    np.testing.assert_allclose(out.numpy(), wanted, rtol=1e-5, atol=1e-6)
-    np.testing.assert_array_equal(residual.numpy(), total if add else before)
+    np.testing.assert_allclose(out.numpy().reshape(total.shape), wanted, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(residual.numpy(), x + before if add else before)
 
 
-@pytest.mark.parametrize("gelu", [False, True], ids=["silu", "gelu"])
-def test_gates(gelu: bool, rng: np.random.Generator) -> None:
+@pytest.mark.parametrize("act", [SILU, GELU, GELU_TANH], ids=["silu", "gelu", "gelu_tanh"])
+def test_gates(act: int, rng: np.random.Generator) -> None:
     columns = int(rng.integers(1, 200))
     x = (4 * rng.standard_normal((3, 2 * columns))).astype(np.float32)
-    out = torch.empty((3, columns))
-    gate[(3, -(-columns // 64))](torch.from_numpy(x), out, columns, 2 * columns, columns, WIDTH=64, GELU=gelu)
-    a, b = x[:, :columns].astype(np.float64), x[:, columns:]
-    act = a / 2 * (1 + np.tanh((2 / np.pi) ** 0.5 * (a + 0.044715 * a**3))) if gelu else a / (1 + np.exp(-a))
-    np.testing.assert_allclose(out.numpy(), act * b, rtol=1e-5, atol=1e-5)
+    both, out = torch.from_numpy(x), torch.empty((3, columns))
+    sizes = 3, columns, 2 * columns, 2 * columns, columns
+    rows = int(rng.choice([1, 2, 8]))
+    grid = -(-3 // rows), -(-columns // 64)
+    gate[grid](both, both[:, columns:], out, *sizes, ROWS=rows, WIDTH=64, ACT=act)
+    a = x[:, :columns].astype(np.float64)
+    activated = {
+        SILU: a / (1 + np.exp(-a)),
+        GELU: a / 2 * (1 + np.vectorize(math.erf)(a / 2**0.5)),
+        GELU_TANH: a / 2 * (1 + np.tanh((2 / np.pi) ** 0.5 * (a + 0.044715 * a**3))),
+    }
+    np.testing.assert_allclose(out.numpy(), activated[act] * x[:, columns:], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("cap", [0.0, 3.0], ids=["plain", "capped"])
+@pytest.mark.parametrize("parts", ["", "bias", "other", "bias and other"])
+def test_scales_biases_and_sums(cap: float, parts: str, rng: np.random.Generator) -> None:
+    columns, factor = int(rng.integers(1, 150)), float(rng.uniform(-3, 3))
+    x, other = (rng.standard_normal((4, columns)).astype(np.float32) for _ in range(2))
+    bias = rng.standard_normal(columns).astype(np.float32)
+    out = torch.from_numpy(x.copy())
+    rows = int(rng.choice([1, 2, 8]))
+    combine[(-(-4 // rows), -(-columns // 64))](
+        out, torch.from_numpy(bias), torch.from_numpy(other), out, 4, columns, factor, cap, columns, columns, columns,
+        ROWS=rows, WIDTH=64, WITH_BIAS="bias" in parts, WITH_OTHER="other" in parts, CAPPED=cap > 0,
+    )  # fmt: skip
+    wanted = x.astype(np.float64) * factor + ("bias" in parts) * bias + ("other" in parts) * other
+    wanted = cap * np.tanh(wanted / cap) if cap else wanted
+    np.testing.assert_allclose(out.numpy(), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "neighbours"])
+@pytest.mark.parametrize(("head", "rotated", "heads"), [(16, 16, 3), (80, 32, 5), (96, 96, 1)])
+def test_queries_are_rotated(head: int, rotated: int, heads: int, interleaved: bool, rng: np.random.Generator) -> None:
+    x = rng.standard_normal((7, heads * head)).astype(np.float32)
+    angles = rng.random((50, rotated // 2)).astype(np.float32) * 6
+    positions = rng.permutation(50)[:7].astype(np.int32)
+    out, cos, sin = torch.from_numpy(x.copy()), np.cos(angles), np.sin(angles)
+    tables = (torch.from_numpy(t) for t in (positions, cos, sin))
+    rows = int(rng.choice([1, 4, 64]))
+    rotate[(-(-7 * heads // rows),)](
+        out, *tables, 7 * heads, heads, out.stride(0), HEAD=head, ROTATED=rotated, INTERLEAVED=interleaved, ROWS=rows,
+        WIDTH=1 << (rotated // 2 - 1).bit_length(),
+    )  # fmt: skip
+    attributes = {"num_heads": heads, "interleaved": int(interleaved), "rotary_embedding_dim": rotated}
+    wanted = rotary_embedding.reference((x[None], cos, sin, positions[None].astype(np.int64)), attributes)[0][0]
+    np.testing.assert_allclose(out.numpy(), wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("bits", [0, 4, 8])
+@pytest.mark.parametrize("offset", [False, True], ids=["symmetric", "offsets"])
+def test_rows_of_the_embedding(bits: int, offset: bool, rng: np.random.Generator) -> None:
+    vocabulary, block, factor = 30, 16, float(rng.uniform(0.5, 2))
+    columns, tokens = block * int(rng.integers(1, 7)), int(rng.integers(1, 9))
+    ids = rng.integers(0, vocabulary, tokens)
+    out, rows = torch.full((tokens, columns), float("nan")), int(rng.choice([1, 2, 8]))
+    grid = -(-tokens // rows), -(-columns // 32)
+    sizes: dict[str, Any] = {"rows": tokens, "columns": columns, "factor": factor, "out_token": columns, "ROWS": rows}
+    if bits:
+        quants = rng.integers(0, 1 << bits, (vocabulary, columns))
+        scales, offsets = (rng.standard_normal((vocabulary, columns // block)).astype(np.float32) for _ in range(2))
+        spread, zero = scales.repeat(block, 1), 1 << bits - 1
+        table = quants * spread + offsets.repeat(block, 1) if offset else (quants - zero) * spread
+        tensors = [torch.from_numpy(a) for a in (ids, packed(quants, bits, block), scales, offsets)]
+        embed_blocks[grid](*tensors, out, **sizes, BITS=bits, BLOCK=block, OFFSET=offset, ZERO=zero, WIDTH=32)
+    else:
+        table = rng.standard_normal((vocabulary, columns)).astype(np.float32)
+        embed[grid](torch.from_numpy(ids), torch.from_numpy(table), out, **sizes, WIDTH=32)
+    np.testing.assert_allclose(out.numpy(), table[ids] * factor, rtol=1e-5, atol=1e-5)
 
 
 def _wanted(logits: np.ndarray, temperature: float, k: int, p: float, drawn: float) -> int:

@@ -1,1 +1,15 @@
-"""Decoders on NVIDIA GPUs by Triton kernels: block-sparse attention over a paged cache, quantised weights."""
+"""Transom's backend for NVIDIA GPUs: decoders by Triton kernels, compiled ahead of time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from transom.contract import Backend, hookimpl
+from transom_cuda_triton.backend import CudaTriton
+
+__all__ = ["CudaTriton", "transom_backends"]
+
+
+@hookimpl
+def transom_backends() -> Iterable[Backend]:
+    return [CudaTriton()]

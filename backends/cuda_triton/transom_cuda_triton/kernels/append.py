@@ -3,7 +3,7 @@
 NEW_K [tokens, kv_heads, head_dim], not rotated; NEW_V [tokens, kv_heads, value_dim]; COS and SIN float32
 [positions, rotated / 2]; K, V, BLOCKS and PAGES as in `transom_cuda_triton.kernels`: a query block's tokens are those
 that go into one page. MEANS and VARIANCES [pages, kv_heads, 8, head_dim], of the keys of every 8 positions as they lie
-in the cache, of as many as there are; COUNTS int32 [pages, 8].
+in the cache, of as many as there are; COUNTS int32 [pages, kv_heads, 8], of how many.
 
 Grid (blocks, kv_heads). A program rotates the new keys of its page, rounds them to the cache's form, and sums all keys
 of the page by eights: those that were there are read again, which a page that is filled token by token costs 64 rows a
@@ -25,8 +25,11 @@ NODES = tl.constexpr(8)
 
 
 @triton.jit
-def _keep(keys, there, counts, at, columns, inside, MEANS, VARIANCES, WIDTH: tl.constexpr):
-    """Means and variances of columns of a page's keys [64, WIDTH], to `at + node * head_dim + column`."""
+def keep_nodes(keys, there, counts, at, columns, inside, MEANS, VARIANCES, WIDTH: tl.constexpr):
+    """Means and variances of columns of the keys [64, WIDTH] of eight nodes to `at` [8] + column.
+
+    Of the keys that are `there`, `counts` int32 [8] of each node; a node without any has zeros.
+    """
     x = tl.where(there[:, None], keys, 0.0)
     share = 1.0 / tl.maximum(counts, 1).to(tl.float32)[:, None]
     mean = tl.sum(tl.reshape(x, [NODES, NODE, WIDTH]), 1) * share
@@ -60,9 +63,9 @@ def append(
     fresh = NEW_K + row[:, None] * k_token + head * HEAD
     counts = tl.sum(tl.reshape(there.to(tl.int32), [NODES, NODE]), 1)
     node = tl.arange(0, NODES)
-    at = (page * kv_heads + head) * (NODES * HEAD) + node * HEAD
-    if head == 0:
-        tl.store(COUNTS + page * NODES + node, counts)
+    own = (page * kv_heads + head) * NODES + node
+    at = own * HEAD
+    tl.store(COUNTS + own, counts)
 
     h = tl.arange(0, HALF_WIDTH)
     inside = h < half
@@ -81,8 +84,8 @@ def append(
     old_b = tl.load(keys + places + b_at[None, :], mask=known, other=0.0)
     all_a = tl.where(new[:, None], turned_a.to(tl.float32), old_a.to(tl.float32))
     all_b = tl.where(new[:, None], turned_b.to(tl.float32), old_b.to(tl.float32))
-    _keep(all_a, there, counts, at, a_at, inside, MEANS, VARIANCES, HALF_WIDTH)
-    _keep(all_b, there, counts, at, b_at, inside, MEANS, VARIANCES, HALF_WIDTH)
+    keep_nodes(all_a, there, counts, at, a_at, inside, MEANS, VARIANCES, HALF_WIDTH)
+    keep_nodes(all_b, there, counts, at, b_at, inside, MEANS, VARIANCES, HALF_WIDTH)
 
     if REST_WIDTH > 0:
         r = tl.arange(0, REST_WIDTH)
@@ -94,7 +97,7 @@ def append(
         known = old[:, None] & inside[None, :]
         old_x = tl.load(keys + places + r_at[None, :], mask=known, other=0.0)
         all_x = tl.where(new[:, None], x.to(tl.float32), old_x.to(tl.float32))
-        _keep(all_x, there, counts, at, r_at, inside, MEANS, VARIANCES, REST_WIDTH)
+        keep_nodes(all_x, there, counts, at, r_at, inside, MEANS, VARIANCES, REST_WIDTH)
 
     v = tl.arange(0, VALUE_WIDTH)
     taken = new[:, None] & (v < VALUE)[None, :]

@@ -17,7 +17,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from transom_cuda_triton.kernels.softmax import PAGE, UNIT, attend_at, begin, load_rows, store_rows
+from transom_cuda_triton.kernels.softmax import (
+    PAGE,
+    UNIT,
+    attend_list,
+    attend_loose,
+    attend_run,
+    begin,
+    load_rows,
+    loose_tiles,
+    store_rows,
+)
 
 
 @triton.jit
@@ -40,38 +50,53 @@ def attend_splits(
     member = tl.arange(0, ROWS)
     real = member < GROUP
     at_q = row.to(tl.int64) * q_token + (head * GROUP + member) * head_dim
-    qa, qb = load_rows(Q, at_q, 1, real, HEAD, HEAD_REST)
+    qa, qb = load_rows(Q, at_q, real, HEAD, HEAD_REST, True)
     top, total, acca, accb = begin(Q, member, real, ROWS, VALUE, VALUE_REST, False)
-    slot = tl.arange(0, KEYS)
+    positions = position + 0 * member
 
     near = tl.load(NEAR + block * kv_heads + head)
     if WINDOWED:
         near = tl.maximum(near, (position - window + 1) // PAGE * PAGE)
-    far_tiles, column_tiles = 0, 0
+    before = 0
     if SPARSE:
         far = FAR + (block * kv_heads + head).to(tl.int64) * most_far
-        units = tl.load(FAR_COUNT + block * kv_heads + head)
-        far_tiles = (units + KEYS // UNIT - 1) // (KEYS // UNIT)
         columns = COLUMNS + (block * kv_heads + head) * PAGE
-        column_tiles = PAGE // KEYS
-    before = far_tiles + column_tiles
+        units = tl.load(FAR_COUNT + block * kv_heads + head)
+        in_list, left = units // (KEYS // UNIT), units % (KEYS // UNIT)
+        rest = far + (units - left)
+        loose, behind = loose_tiles(columns, left, KEYS)
+        before = in_list + behind - loose
+    whole = before + (position + 1 - near) // KEYS
     tiles = before + (position - near) // KEYS + 1
-    for tile in range(tiles * split // splits, tiles * (split + 1) // splits):
-        at = near + (tile - before) * KEYS + slot
-        if SPARSE:
-            place = tile * (KEYS // UNIT) + slot // UNIT
-            unit = tl.load(far + place, mask=place < units, other=0)
-            which = tile + tl.zeros([KEYS], tl.int32)
-            column = (which >= far_tiles) & (which < before)
-            at = tl.where(column, tl.load(columns + (which - far_tiles) * KEYS + slot, mask=column, other=-1), at)
-            at = tl.where(which < far_tiles, tl.where(place < units, unit * UNIT + slot % UNIT, -1), at)
-        seen = (at >= 0) & (at <= position)
-        if WINDOWED:
-            seen = seen & (position - at < window)
-        top, total, acca, accb = attend_at(
-            qa, qb, keys, values, pages, at, seen, seen[None, :], k_page, v_page, factor, cap, top, total, acca, accb,
-            HEAD, HEAD_REST, VALUE, VALUE_REST, CAPPED,
+    start, stop = tiles * split // splits, tiles * (split + 1) // splits
+    if SPARSE:
+        top, total, acca, accb = attend_list(
+            qa, qb, keys, values, pages, far,
+            tl.minimum(start, in_list) * (KEYS // UNIT), tl.minimum(stop, in_list) * (KEYS // UNIT), positions,
+            k_page, v_page, factor, cap, window, top, total, acca, accb,
+            HEAD, HEAD_REST, VALUE, VALUE_REST, KEYS, CAPPED, WINDOWED,
         )  # fmt: skip
+        top, total, acca, accb = attend_loose(
+            qa, qb, keys, values, pages, rest, left, columns,
+            loose + tl.maximum(start - in_list, 0), loose + tl.minimum(stop, before) - in_list, positions,
+            k_page, v_page, factor, cap, window, top, total, acca, accb,
+            HEAD, HEAD_REST, VALUE, VALUE_REST, KEYS, CAPPED, WINDOWED,
+        )  # fmt: skip
+    masked = tl.maximum(start, before)
+    if not WINDOWED:
+        masked = tl.maximum(start, whole)
+        top, total, acca, accb = attend_run(
+            qa, qb, keys, values, pages,
+            near + (tl.maximum(start, before) - before) * KEYS, near + (tl.minimum(stop, whole) - before) * KEYS,
+            position + 1, positions, k_page, v_page, factor, cap, window, top, total, acca, accb,
+            HEAD, HEAD_REST, VALUE, VALUE_REST, KEYS, CAPPED, WINDOWED, False,
+        )  # fmt: skip
+    top, total, acca, accb = attend_run(
+        qa, qb, keys, values, pages,
+        near + (masked - before) * KEYS, near + (stop - before) * KEYS, position + 1, positions,
+        k_page, v_page, factor, cap, window, top, total, acca, accb,
+        HEAD, HEAD_REST, VALUE, VALUE_REST, KEYS, CAPPED, WINDOWED, True,
+    )  # fmt: skip
 
     part = ((block * kv_heads + head) * splits + split).to(tl.int64)
     tl.store(SHARES + part * (2 * ROWS) + member, top)

@@ -1,9 +1,9 @@
-"""Gated activations: SwiGLU and GeGLU, of a product that has the gate's columns before the others.
+"""Gated activations: SwiGLU and GeGLU.
 
-X [rows, 2 * columns], OUT [rows, columns], float16, bfloat16 or float32; computed in float32. OUT = act(X[:, :columns])
-* X[:, columns:], act silu or gelu with tanh. Grid (rows, ceil(columns / WIDTH)).
+GATE, UP and OUT [rows, columns], float16, bfloat16 or float32, each with its own stride; computed in float32.
+OUT = act(GATE) * UP. Grid (ceil(rows / ROWS), ceil(columns / WIDTH)).
 
-Source: Shazeer 2020 (arXiv:2002.05202).
+Source: Shazeer 2020 (arXiv:2002.05202); GELU as ONNX `Gelu` has it, exact or by tanh.
 """
 
 from __future__ import annotations
@@ -13,15 +13,20 @@ import triton.language as tl
 
 
 @triton.jit
-def gate(X, OUT, columns, x_token, out_token, WIDTH: tl.constexpr, GELU: tl.constexpr):
-    """See the module."""
-    row = tl.program_id(0).to(tl.int64)
-    c = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
-    inside = c < columns
-    x = tl.load(X + row * x_token + c, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(X + row * x_token + columns + c, mask=inside, other=0.0).to(tl.float32)
-    if GELU:  # x / 2 * (1 + tanh(y)) = x * sigmoid(2 y)
-        x = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
-    else:
+def gate(
+    GATE, UP, OUT, rows, columns, gate_token, up_token, out_token,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, ACT: tl.constexpr,
+):  # fmt: skip
+    """See the module. ACT 0: SiLU; 1: GELU; 2: GELU by tanh."""
+    r = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    c = (tl.program_id(1) * WIDTH + tl.arange(0, WIDTH))[None, :]
+    inside = (r < rows) & (c < columns)
+    x = tl.load(GATE + r * gate_token + c, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(UP + r * up_token + c, mask=inside, other=0.0).to(tl.float32)
+    if ACT == 0:
         x = x * tl.sigmoid(x)
-    tl.store(OUT + row * out_token + c, (x * up).to(OUT.dtype.element_ty), mask=inside)
+    elif ACT == 1:
+        x = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    else:  # x / 2 * (1 + tanh(y)) = x * sigmoid(2 y)
+        x = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    tl.store(OUT + r * out_token + c, (x * up).to(OUT.dtype.element_ty), mask=inside)

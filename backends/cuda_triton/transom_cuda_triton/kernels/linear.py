@@ -1,17 +1,34 @@
-"""Activations times weights in blocks: 4-bit and 8-bit integers with a scale for each block, never unpacked in memory.
+"""Activations times quantised weights, which are never unpacked in memory: integers in blocks, and float8 (E4M3).
 
-X [rows, columns] and OUT [rows, outputs], float16, bfloat16 or float32; sums are float32. SCALES [outputs, blocks] and,
-where OFFSET says so, OFFSETS [outputs, blocks]; blocks = columns / BLOCK. A weight is (quant - ZERO) * scale, or
-quant * scale + offset. QUANTS uint8: of 8 bits [outputs, columns]; of 4 bits [outputs, columns / 2], where byte i of a
-block of BLOCK columns has the weight of column i below and that of column i + BLOCK / 2 above. So both halves of the
-bytes meet contiguous activations, and nothing is interleaved.
+X [rows, columns] and OUT [rows, outputs], float16, bfloat16 or float32; sums are float32. The grid is
+(ceil(rows / ROWS), ceil(outputs / OUTPUTS)), with one row in place of ROWS in the kernels for few.
 
-`multiply_many` (prefill): grid (ceil(rows / ROWS), ceil(outputs / OUTPUTS)), products on the tensor cores.
-`multiply_few` (decode): grid (rows, ceil(outputs / OUTPUTS)), one row of activations, products and sums on plain cores:
-what counts is that every byte of the weights is read once, in long runs.
+**Integers** of 4 and 8 bits with a scale for each block. SCALES [outputs, blocks] and, where OFFSET says so, OFFSETS
+[outputs, blocks]; columns = blocks * BLOCK, so that the compiler knows how rows are aligned. A weight is
+(quant - ZERO) * scale, or quant * scale + offset. QUANTS uint8: of 8 bits [outputs, columns]; of 4 bits
+[outputs, columns / 2], where byte i of a block of BLOCK columns has the weight of column i below and that of column
+i + BLOCK / 2 above. So both halves of the bytes meet contiguous activations, and nothing is interleaved.
+
+`multiply_many` (prefill): products on the tensor cores. `multiply_few` (decode): one row of activations, products and
+sums on plain cores: what counts is that every byte of the weights is read once, in long runs.
+
+**float8**, one float32 scale for each row of weights: QUANTS float8 [outputs, columns], SCALES [outputs]; a weight is
+quant * scale; columns = blocks * 16. For sm_89 and newer.
+
+`multiply_few_float8` rounds weights only: they are widened to float32 in registers. `multiply_many_float8` multiplies
+float8 by float8 on the tensor cores, twice as fast as float16: CODES float8 [rows, columns] are the activations,
+ROW_SCALES float32 [rows] their scales, both made by `round_rows`, grid (rows,). That pass is a kernel of its own, not
+the first of the product: there it would be repeated by each of the ceil(outputs / OUTPUTS) programs of a row, and the
+product could not copy activations into shared memory as they are; alone it reads each number once (a second time from
+cache), and what it writes is half of what the product would otherwise read. A row has one scale, of its largest number:
+activations of one token differ in size from those of another far more than within the token.
+
+The tensor cores of sm_89 and sm_90 add products of float8 with fewer bits than float32 has, about 14, as the makers of
+DeepSeek-V3 and SageAttention2 found. So no more than WIDTH columns are summed there; these sums are added as float32.
 
 Sources: blocks of GGUF (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md); fused dequantisation, as in
-Frantar and others 2024 (MARLIN, arXiv:2408.11743).
+Frantar and others 2024 (MARLIN, arXiv:2408.11743); E4M3: Micikevicius and others 2022 (FP8 Formats for Deep Learning,
+arXiv:2209.05433); sums: DeepSeek-AI 2024 (arXiv:2412.19437, 3.3.2), Zhang and others 2024 (arXiv:2411.10958).
 """
 
 from __future__ import annotations
@@ -51,11 +68,12 @@ def _weights(
 
 @triton.jit
 def multiply_many(
-    X, QUANTS, SCALES, OFFSETS, OUT, rows, outputs, columns, x_token, out_token,
+    X, QUANTS, SCALES, OFFSETS, OUT, rows, outputs, blocks, x_token, out_token,
     BITS: tl.constexpr, BLOCK: tl.constexpr, OFFSET: tl.constexpr, ZERO: tl.constexpr,
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """See the module. A step takes 2 * WIDTH columns; WIDTH is a power of two, 16 or more."""
+    columns = blocks * BLOCK
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     output = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
     real_row, real = row < rows, output < outputs
@@ -67,19 +85,20 @@ def multiply_many(
         )
         a = tl.load(x + low_at[None, :], mask=real_row[:, None] & (low_at < columns)[None, :], other=0.0)
         b = tl.load(x + high_at[None, :], mask=real_row[:, None] & (high_at < columns)[None, :], other=0.0)
-        acc = tl.dot(a, tl.trans(low.to(a.dtype)), acc)
-        acc = tl.dot(b, tl.trans(high.to(b.dtype)), acc)
+        acc = tl.dot(a, tl.trans(low.to(a.dtype)), acc, input_precision="ieee")
+        acc = tl.dot(b, tl.trans(high.to(b.dtype)), acc, input_precision="ieee")
     out = OUT + row.to(tl.int64)[:, None] * out_token + output[None, :]
     tl.store(out, acc.to(OUT.dtype.element_ty), mask=real_row[:, None] & real[None, :])
 
 
 @triton.jit
 def multiply_few(
-    X, QUANTS, SCALES, OFFSETS, OUT, outputs, columns, x_token, out_token,
+    X, QUANTS, SCALES, OFFSETS, OUT, outputs, blocks, x_token, out_token,
     BITS: tl.constexpr, BLOCK: tl.constexpr, OFFSET: tl.constexpr, ZERO: tl.constexpr,
     OUTPUTS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """See the module."""
+    columns = blocks * BLOCK
     row = tl.program_id(0).to(tl.int64)
     output = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
     real = output < outputs
@@ -93,3 +112,84 @@ def multiply_few(
         b = tl.load(x + high_at, mask=high_at < columns, other=0.0).to(tl.float32)
         acc += low * a[None, :] + high * b[None, :]
     tl.store(OUT + row * out_token + output, tl.sum(acc, 1).to(OUT.dtype.element_ty), mask=real)
+
+
+@triton.jit
+def _rounded(x):
+    """float32 of at most 448 rounded to nearest, ties to even, to what E4M3 has: three bits of mantissa, and steps of
+    2^-9 below 2^-6.
+
+    By adding and subtracting a number whose last bit is worth such a step, so that the conversion that follows rounds
+    nothing more: that of Triton's interpreter rounds wrongly, and on a card what is added here is hidden by memory.
+    """
+    power = (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    shift = tl.maximum(power, 0.015625) * 1572864.0  # 1.5 * 2^20 times the power of two below |x|
+    return (x + shift) - shift
+
+
+@triton.jit
+def round_rows(X, CODES, ROW_SCALES, blocks, x_token, codes_token, WIDTH: tl.constexpr):
+    """Rows of X as CODES * ROW_SCALES, see the module. A row with what is no number has no number for a scale."""
+    columns = blocks * 16
+    row = tl.program_id(0).to(tl.int64)
+    c = tl.arange(0, WIDTH)
+    x = X + row * x_token
+    largest = tl.zeros([WIDTH], tl.float32)
+    for start in range(0, columns, WIDTH):
+        size = tl.abs(tl.load(x + start + c, mask=start + c < columns, other=0.0).to(tl.float32))
+        largest = tl.maximum(largest, tl.where(size < float("inf"), size, float("inf")))
+    most = tl.max(largest, 0)
+    finite = most < float("inf")
+    most = tl.maximum(tl.where(finite, most, 1.0), 1e-30)
+    inverse = 448.0 / most
+    for start in range(0, columns, WIDTH):
+        y = tl.load(x + start + c, mask=start + c < columns, other=0.0).to(tl.float32)
+        y = tl.where(finite, y, 0.0) * inverse
+        codes = _rounded(y).to(CODES.dtype.element_ty)
+        tl.store(CODES + row * codes_token + start + c, codes, mask=start + c < columns)
+    tl.store(ROW_SCALES + row, tl.where(finite, most / 448.0, float("nan")))
+
+
+@triton.jit
+def multiply_many_float8(
+    CODES, ROW_SCALES, QUANTS, SCALES, OUT, rows, outputs, blocks, codes_token, out_token,
+    ROWS: tl.constexpr, OUTPUTS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """See the module. A step takes WIDTH columns, 32 or more, a power of two."""
+    columns = blocks * 16
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    output = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
+    real_row, real = row < rows, output < outputs
+    x = CODES + row.to(tl.int64)[:, None] * codes_token
+    w = QUANTS + output.to(tl.int64)[:, None] * columns
+    acc = tl.zeros([ROWS, OUTPUTS], tl.float32)
+    for start in range(0, columns, WIDTH):
+        c = start + tl.arange(0, WIDTH)[None, :]
+        a = tl.load(x + c, mask=real_row[:, None] & (c < columns), other=0.0)
+        b = tl.load(w + c, mask=real[:, None] & (c < columns), other=0.0)
+        acc += tl.dot(a, tl.trans(b), max_num_imprecise_acc=WIDTH)
+    acc = acc * tl.load(ROW_SCALES + row, mask=real_row, other=0.0)[:, None]
+    acc = acc * tl.load(SCALES + output, mask=real, other=0.0)[None, :]
+    out = OUT + row.to(tl.int64)[:, None] * out_token + output[None, :]
+    tl.store(out, acc.to(OUT.dtype.element_ty), mask=real_row[:, None] & real[None, :])
+
+
+@triton.jit
+def multiply_few_float8(
+    X, QUANTS, SCALES, OUT, outputs, blocks, x_token, out_token, OUTPUTS: tl.constexpr, WIDTH: tl.constexpr
+):
+    """See the module. A step takes WIDTH columns."""
+    columns = blocks * 16
+    row = tl.program_id(0).to(tl.int64)
+    output = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
+    real = output < outputs
+    x = X + row * x_token
+    w = QUANTS + output.to(tl.int64)[:, None] * columns
+    acc = tl.zeros([OUTPUTS, WIDTH], tl.float32)
+    for start in range(0, columns, WIDTH):
+        c = start + tl.arange(0, WIDTH)
+        a = tl.load(x + c, mask=c < columns, other=0.0).to(tl.float32)
+        q = tl.load(w + c[None, :], mask=real[:, None] & (c < columns)[None, :], other=0.0).to(tl.float32)
+        acc += q * a[None, :]
+    out = tl.sum(acc, 1) * tl.load(SCALES + output, mask=real, other=0.0)
+    tl.store(OUT + row * out_token + output, out.to(OUT.dtype.element_ty), mask=real)

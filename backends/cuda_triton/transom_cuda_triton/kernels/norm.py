@@ -1,8 +1,10 @@
-"""RMSNorm of a row, and of a row after a residual was added to it.
+"""RMSNorm of rows, and of rows after a residual was added to them.
 
-X, RESIDUAL, OUT [rows, columns], float16, bfloat16 or float32; WEIGHT [columns]. With RESIDUAL, the sum x + residual is
-rounded to the form of RESIDUAL and stored there first, and it is what is normalised: the next layer's residual. Squares
-and their sum are float32. Grid (rows). A row is read once: WIDTH, a power of two, holds it.
+X, RESIDUAL, OUT [tokens, groups * columns], float16, bfloat16 or float32, each with its own stride; each group, such as
+an attention head, is a row that is normalised by itself: `rows` = tokens * groups. WEIGHT float32 [columns]. With
+RESIDUAL, the sum x + residual is rounded to the form of RESIDUAL and stored there first, and it is what is normalised:
+the next layer's residual. Squares and their sum are float32. Grid (ceil(rows / ROWS)). A row is read once: WIDTH, a
+power of two, holds its columns.
 
 Source: Zhang and Sennrich 2019 (arXiv:1910.07467), as ONNX `RMSNormalization` has it.
 """
@@ -15,19 +17,20 @@ import triton.language as tl
 
 @triton.jit
 def rms_norm(
-    X, RESIDUAL, WEIGHT, OUT, columns, x_token, residual_token, out_token, epsilon,
-    WIDTH: tl.constexpr, ADD: tl.constexpr,
+    X, RESIDUAL, WEIGHT, OUT, rows, groups, columns, x_token, residual_token, out_token, epsilon,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
     """See the module."""
-    row = tl.program_id(0).to(tl.int64)
-    c = tl.arange(0, WIDTH)
-    inside = c < columns
-    x = tl.load(X + row * x_token + c, mask=inside, other=0.0).to(tl.float32)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    token, begin = (row // groups).to(tl.int64)[:, None], (row % groups * columns)[:, None]
+    c = tl.arange(0, WIDTH)[None, :]
+    inside = (row < rows)[:, None] & (c < columns)
+    x = tl.load(X + token * x_token + begin + c, mask=inside, other=0.0).to(tl.float32)
     if ADD:
-        before = RESIDUAL + row * residual_token + c
+        before = RESIDUAL + token * residual_token + begin + c
         x = (x + tl.load(before, mask=inside, other=0.0).to(tl.float32)).to(RESIDUAL.dtype.element_ty)
         tl.store(before, x, mask=inside)
         x = x.to(tl.float32)
-    share = tl.rsqrt(tl.sum(x * x, 0) / columns + epsilon)
-    weight = tl.load(WEIGHT + c, mask=inside, other=0.0).to(tl.float32)
-    tl.store(OUT + row * out_token + c, (x * share * weight).to(OUT.dtype.element_ty), mask=inside)
+    share = tl.rsqrt(tl.sum(x * x, 1) / columns + epsilon)[:, None]
+    weight = tl.load(WEIGHT + c, mask=c < columns, other=0.0)
+    tl.store(OUT + token * out_token + begin + c, (x * share * weight).to(OUT.dtype.element_ty), mask=inside)

@@ -8,10 +8,11 @@ Grid (blocks * tiles, kv_heads), tiles = ceil(64 * group / ROWS): a program has 
 head. Grouped queries are packed: row r of a block is query r // group, head r % group, so that the rows of a KV head
 fill a tensor core's tile and share what is loaded for them.
 
-Far units are put together to tiles of KEYS keys. What the list costs is one load of an index and of a page's number for
-each unit; the loop is that of dense attention otherwise. Units of 16 keys are as fine as the tensor cores' K of 16 for
-the product with the values lets them be; rows of keys are contiguous, so that gathering by sixteens loads no byte more
-than gathering by pages.
+Far units are put together to tiles of KEYS keys, and the loop over whole tiles is that of dense attention but for where
+its pages come from; what fills no tile, and single keys, have a loop of their own. So has what lies on the diagonal:
+dense attention compares no positions before it, unless there is a window. Units of 16 keys are as fine as the tensor
+cores' K of 16 for the product with the values lets them be; rows of keys are contiguous, so that gathering by sixteens
+loads no byte more than gathering by pages.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ import triton
 import triton.language as tl
 
 from transom_cuda_triton.kernels.softmax import (
-    NEVER,
     PAGE,
     UNIT,
-    attend_at,
+    attend_list,
+    attend_loose,
+    attend_run,
     begin,
-    gather,
     load_rows,
-    logits,
+    loose_tiles,
     store_rows,
 )
 
@@ -60,54 +61,44 @@ def attend_blocks(
     keys, values = K + head.to(tl.int64) * k_head, V + head.to(tl.int64) * v_head
 
     places = (first_row + query).to(tl.int64) * q_token + from_head * head_dim
-    qa, qb = load_rows(Q, places, 1, real, HEAD, HEAD_REST)
+    qa, qb = load_rows(Q, places, real, HEAD, HEAD_REST, True)
     top, total, acca, accb = begin(SINKS, from_head, real, ROWS, VALUE, VALUE_REST, WITH_SINKS)
-    slot = tl.arange(0, KEYS)
 
     if SPARSE:
         far = FAR + (block * kv_heads + head).to(tl.int64) * most_far
         units = tl.load(FAR_COUNT + block * kv_heads + head)
-        for start in range(0, units, KEYS // UNIT):
-            place = start + slot // UNIT
-            chosen = place < units
-            at = tl.load(far + place, mask=chosen, other=0) * UNIT + slot % UNIT
-            seen = chosen[None, :]
-            if WINDOWED:
-                seen = seen & (position[:, None] - at[None, :] < window)
-            top, total, acca, accb = attend_at(
-                qa, qb, keys, values, pages, at, chosen, seen, k_page, v_page, factor, cap, top, total, acca, accb,
-                HEAD, HEAD_REST, VALUE, VALUE_REST, CAPPED,
-            )  # fmt: skip
         columns = COLUMNS + (block * kv_heads + head) * PAGE
-        for start in range(0, PAGE, KEYS):
-            at = tl.load(columns + start + slot)
-            chosen = at >= 0
-            if tl.max(at, 0) >= 0:
-                seen = chosen[None, :]
-                if WINDOWED:
-                    seen = seen & (position[:, None] - at[None, :] < window)
-                top, total, acca, accb = attend_at(
-                    qa, qb, keys, values, pages, at, chosen, seen, k_page, v_page, factor, cap, top, total, acca, accb,
-                    HEAD, HEAD_REST, VALUE, VALUE_REST, CAPPED,
-                )  # fmt: skip
+        left = units % (KEYS // UNIT)
+        whole = units - left
+        rest = far + whole
+        loose, behind = loose_tiles(columns, left, KEYS)
+        top, total, acca, accb = attend_list(
+            qa, qb, keys, values, pages, far, 0, whole, position,
+            k_page, v_page, factor, cap, window, top, total, acca, accb,
+            HEAD, HEAD_REST, VALUE, VALUE_REST, KEYS, CAPPED, WINDOWED,
+        )  # fmt: skip
+        top, total, acca, accb = attend_loose(
+            qa, qb, keys, values, pages, rest, left, columns, loose, behind, position,
+            k_page, v_page, factor, cap, window, top, total, acca, accb,
+            HEAD, HEAD_REST, VALUE, VALUE_REST, KEYS, CAPPED, WINDOWED,
+        )  # fmt: skip
 
     near, end = tl.load(NEAR + block * kv_heads + head), first + count
     if WINDOWED:  # what no query of the block sees is not read
         near = tl.maximum(near, (first - window + 1) // PAGE * PAGE)
-    for start in range(near, end, KEYS):
-        at = start + slot
-        there = at < end
-        key = near + (start - near)  # a number of Triton's also where it is interpreted
-        page = tl.load(pages + key // PAGE).to(tl.int64)
-        ka, kb = load_rows(keys + page * k_page, key % PAGE + slot, head_dim, there, HEAD, HEAD_REST)
-        va, vb = load_rows(values + page * v_page, key % PAGE + slot, value_dim, there, VALUE, VALUE_REST)
-        s = logits(qa, qb, ka, kb, factor, cap, HEAD_REST, CAPPED)
-        distance = position[:, None] - at[None, :]
-        seen = (distance >= 0) & there[None, :]
-        if WINDOWED:
-            seen = seen & (distance < window)
-        s = tl.where(seen, s, NEVER)
-        top, total, acca, accb = gather(s, va, vb, top, total, acca, accb, VALUE_REST)
+    else:  # what every query of the block sees is not masked
+        diagonal = near + (first + 1 - near) // KEYS * KEYS
+        top, total, acca, accb = attend_run(
+            qa, qb, keys, values, pages, near, diagonal, end, position,
+            k_page, v_page, factor, cap, window, top, total, acca, accb,
+            HEAD, HEAD_REST, VALUE, VALUE_REST, KEYS, CAPPED, WINDOWED, False,
+        )  # fmt: skip
+        near = diagonal
+    top, total, acca, accb = attend_run(
+        qa, qb, keys, values, pages, near, end, end, position,
+        k_page, v_page, factor, cap, window, top, total, acca, accb,
+        HEAD, HEAD_REST, VALUE, VALUE_REST, KEYS, CAPPED, WINDOWED, True,
+    )  # fmt: skip
 
     out = (first_row + query).to(tl.int64) * out_token + from_head * value_dim
     store_rows(OUT + out, acca, accb, total, real, VALUE, VALUE_REST)

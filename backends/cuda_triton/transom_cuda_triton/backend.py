@@ -1,0 +1,49 @@
+"""The backend object: the five methods of the contract, each handed to the module that does it.
+
+Importing this module imports neither torch nor triton: `probe` and `check` never do, `compile` and `load` do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from transom.contract import Artifact, Claim, Device, Offer, Options, Progress, Refusal, Session, Verdict
+from transom_cuda_triton import probing
+
+if TYPE_CHECKING:
+    from transom.graph import Graph
+
+
+class CudaTriton:
+    """Runs decoders on NVIDIA GPUs of sm_70, 80, 86, 89 and 90. Options: `precision` (see
+    `transom_cuda_triton.precision`) and `context`, which may change from load to load of one artifact."""
+
+    name = "cuda_triton"
+    api = (1, 3)
+
+    def probe(self, devices: Sequence[Device]) -> Sequence[Offer | Refusal]:
+        return [probing.answer(device) for device in devices]
+
+    def claim(self, graph: Graph, device: Device, options: Options) -> Sequence[Claim]:
+        from transom_cuda_triton.claims import claims
+
+        return list(claims(graph, device, options))
+
+    def compile(self, part: Graph, device: Device, options: Options, progress: Progress) -> Artifact:
+        from transom_cuda_triton.compiling import compile_graph
+
+        return compile_graph(part, device, options, progress)
+
+    def check(self, artifact: Artifact, device: Device) -> Verdict:
+        for key, here in probing.requirements(device).items():
+            made = artifact.requires.get(key)
+            if made != here:
+                return Verdict("rebuild", f"compiled for {key} {made or 'unknown'}, and here it is {here}")
+        return Verdict("ok")
+
+    def load(self, artifact: Artifact, device: Device, options: Options, scratch: Path) -> Session:
+        from transom_cuda_triton.loading import load_artifact
+
+        return load_artifact(artifact, device, options)

@@ -1,0 +1,147 @@
+"""Compile: a graph as a program, its weights in one file, and the machine code of every kernel that it may launch."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transom.contract import Artifact, Device, Options, Progress
+from transom.errors import EngineError
+from transom.programs.drafting import Drafting
+from transom_cuda_triton import names, probing
+from transom_cuda_triton.claims import matrices, precision_of
+from transom_cuda_triton.lowering import TritonKernels, write
+from transom_cuda_triton.precision import Precision
+from transom_cuda_triton.program import Program
+from transom_cuda_triton.sharding import shard
+from transom_cuda_triton.variants import Code, Variant
+
+if TYPE_CHECKING:
+    from transom.graph import Graph
+
+PREFIX = "transom-cuda-"
+MOST_PROCESSES = 8
+"""Compiling one kernel takes a second and 300 MB."""
+ROUNDED = {
+    "int8": "int8 in blocks",
+    "fp8": "fp8 (E4M3) by rows, and activations by tokens where a step has several",
+}
+KEPT = "precision='auto' keeps them as stored"
+WEIGHTS_SHARE = 0.3
+"""Of the progress bar."""
+
+
+def compile_graph(graph: Graph, device: Device, options: Options, progress: Progress) -> Artifact:
+    """The artifact of a decoder all of whose nodes were claimed. The weights lie in a temporary folder, which the host
+    empties.
+
+    Raises:
+        EngineError: Triton cannot compile a kernel; its own words are in the message.
+        OptionError: the precision cannot be had on this card or for this checkpoint.
+    """
+    assert graph.decoder is not None
+    precision = precision_of(graph, device, options)
+    folder = Path(tempfile.mkdtemp(prefix=PREFIX))
+    ranks = max(1, len(device.members))
+    files: dict[str, bytes | Path] = {names.DECODER_FILE: graph.decoder.to_json().encode()}
+    wanted: list[Variant] = []
+    arch = probing.tiles_architecture(device)
+    try:
+        for rank in range(ranks):
+            drafting = Drafting(graph, TritonKernels(precision))
+            if ranks > 1:
+                shard(drafting, ranks, rank)
+            path = folder / names.weights_file(rank)
+            with path.open("w+b") as file:
+                program = write(drafting, precision, file, partial(_weights_share, progress, rank, ranks))
+            files |= {names.program_file(rank): program.to_json().encode(), names.weights_file(rank): path}
+            wanted += variants_of(program, arch)
+        if not probing.interpreting():
+            progress("kernels", WEIGHTS_SHARE)
+            codes = compile_all(list(dict.fromkeys(wanted)), arch, partial(_kernels_share, progress))
+            files |= code_files(codes)
+        progress("kernels", 1.0)
+        return Artifact(files, probing.requirements(device), _notes(graph, drafting, precision, device))
+    except BaseException:  # a cancelled compile leaves nothing behind either
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _weights_share(progress: Progress, rank: int, ranks: int, share: float) -> None:
+    progress("weights", WEIGHTS_SHARE * (rank + share) / ranks)
+
+
+def _kernels_share(progress: Progress, share: float) -> None:
+    progress("kernels", WEIGHTS_SHARE + (1 - WEIGHTS_SHARE) * share)
+
+
+def variants_of(program: Program, arch: int) -> list[Variant]:
+    """Every kernel that an engine may launch for a program."""
+    from transom_cuda_triton.engine import engine_operators
+    from transom_cuda_triton.operators import all_variants
+    from transom_cuda_triton.routes import routing_variants
+
+    found = [*all_variants(engine_operators(program, arch, processors=1)), *routing_variants(program)]
+    return list(dict.fromkeys(found))
+
+
+def compile_all(variants: Sequence[Variant], arch: int, progress: Callable[[float], None]) -> dict[Variant, Code]:
+    """Machine code of each, compiled in processes beside each other.
+
+    Raises:
+        EngineError: Triton cannot compile one of them.
+    """
+    from transom_cuda_triton.aot import compile_code
+
+    codes: dict[Variant, Code] = {}
+    processes = max(1, min(os.cpu_count() or 1, MOST_PROCESSES, len(variants)))
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        futures = [pool.submit(compile_code, variant, arch) for variant in variants]
+        try:
+            for i, (variant, future) in enumerate(zip(variants, futures, strict=True)):
+                try:
+                    codes[variant] = future.result()
+                except Exception as e:
+                    said = str(e).strip().splitlines() or [type(e).__name__]
+                    raise EngineError(
+                        f"Triton cannot compile {variant.kernel} for sm_{arch}: {said[-1]}",
+                        "Report it, with the output of: transom doctor",
+                    ) from e
+                progress((i + 1) / len(variants))
+        except BaseException:  # what is not begun is not begun any more
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return codes
+
+
+def code_files(codes: dict[Variant, Code]) -> dict[str, bytes | Path]:
+    """As they lie in an artifact: machine code one behind the other, and a list of where each is and what it needs."""
+    listed: list[dict[str, Any]] = []
+    blob = bytearray()
+    for variant, code in codes.items():
+        raw = asdict(code)
+        raw |= {"variant": asdict(variant), "at": len(blob), "size": len(code.cubin)}
+        del raw["cubin"]
+        listed.append(raw)
+        blob += code.cubin
+    text = json.dumps(listed, separators=(",", ":"))
+    return {names.CODE_LIST: text.encode(), names.CODE_FILE: bytes(blob)}
+
+
+def _notes(graph: Graph, drafting: Drafting, precision: Precision, device: Device) -> list[str]:
+    notes = [f"precision: {precision.describe(matrices(graph))}"]
+    rounded = sum(d.kind == "linear" and d.by == precision.rounded for d in drafting.drafts)
+    if precision.rounded and rounded:
+        notes.append(f"{rounded} matrices were rounded to {ROUNDED[precision.rounded]}; {KEPT}")
+    if device.arch == "sm_70" and not probing.interpreting():
+        notes.append("Triton has no tensor cores for sm_70 since 3.2: our products run on plain cores there")
+    return notes

@@ -1,0 +1,213 @@
+"""A program opened on a device: weights, cache and kernels; runs steps, and knows nothing of who holds which page."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from transom.errors import EngineError
+from transom_cuda_triton import cache
+from transom_cuda_triton.attention import Attend
+from transom_cuda_triton.graphs import Graphs, Record
+from transom_cuda_triton.operators import Operator, operators
+from transom_cuda_triton.program import Op, Program
+from transom_cuda_triton.routes import RoutedStep, Routes
+from transom_cuda_triton.step import Part, Planned, Step, Workspace, plan
+from transom_cuda_triton.store import Store
+from transom_cuda_triton.variants import Launcher
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a step gave."""
+
+    logits: torch.Tensor
+    """float32 [rows, vocabulary], on the device; the next step may write to it."""
+    blocks: list[Array]
+    """The step's query blocks, BLOCKS int32 [blocks, 4], of prompts and then of single queries."""
+    counts: list[Array] | None
+    """For each of these, int32 [layers, 2, blocks, kv_heads]: keys that the last query read, and keys that any of them
+    sees. None: everything was read."""
+
+
+def not_finite(where: str) -> EngineError:
+    return EngineError(
+        f"{where} gave numbers that are not finite",
+        "The model's weights may be damaged, or its numbers leave float16's range: try precision='bf16' or 'exact'",
+    )
+
+
+class TritonEngine:
+    """Runs a program.
+
+    Args:
+        weights: the file that the program's places are in.
+        arch: 80 for sm_80.
+        processors: multiprocessors of the card.
+        context: tokens that one sequence may have.
+        slots: states that are read sparsely, at most.
+        record: records decoding steps, see `Graphs`; None: nothing is recorded.
+        reduce: puts the sum over all cards in place of a tensor, where the program is one card's share.
+
+    Raises:
+        EngineError: the files are not what this backend wrote, or the device has no room for the weights.
+    """
+
+    page_tokens = cache.PAGE
+
+    def __init__(
+        self,
+        program: Program,
+        weights: Path,
+        device: torch.device,
+        launch: Launcher,
+        *,
+        arch: int,
+        processors: int,
+        context: int,
+        slots: int,
+        record: Record | None = None,
+        reduce: Callable[[torch.Tensor], None] | None = None,
+    ) -> None:
+        self.program, self.device, self.context = program, device, context
+        self.store = Store(program, weights, device, context)
+        self.launch, self.reduce = launch, reduce or _alone
+        self.operators = engine_operators(program, arch, processors)
+        self.routes = Routes(program, slots, context, device, processors)
+        self.graphs = Graphs(self, record)
+        self.caches: list[cache.LayerCache] = []
+        self.spare = 0
+        self._workspaces: dict[tuple[int, int], Workspace] = {}
+
+    # pages ------------------------------------------------------------------------------------------------------------
+    def page_bytes(self) -> int:
+        """Bytes of one page over all layers."""
+        return cache.page_bytes(self.program)
+
+    def bind_pages(self, pages: int) -> None:
+        """Allocate so many pages, and one more that is nobody's."""
+        self.spare = pages
+        self.caches = cache.allocate(self.program, pages + 1, self.routes.side_pages, self.device)
+        self.routes.bind()
+
+    def copy_page(self, source: int, target: int) -> None:
+        cache.copy_page(self.caches, source, target)
+
+    def drop_pages(self, pages: Sequence[int]) -> None:
+        """They stay with the pool."""
+
+    def warm_up(self) -> None:
+        """One token that nobody sees: cuBLAS sets itself up. There is nothing to warm in the interpreter."""
+        if self.device.type == "cpu":
+            return
+        try:
+            self.step([np.zeros(1, np.int64)], [0], [[self.spare]], [0])
+        except RuntimeError as e:  # torch's, of a card that does not work
+            raise EngineError(f"{self.device} cannot compute: {e}", "See whether nvidia-smi answers") from e
+
+    # steps ------------------------------------------------------------------------------------------------------------
+    def step(
+        self,
+        tokens: Sequence[Array],
+        past: Sequence[int],
+        pages: Sequence[Sequence[int]],
+        rows: Sequence[int],
+        routed: RoutedStep | None = None,
+    ) -> Result:
+        """Run the new tokens of some sequences, one behind the other.
+
+        Args:
+            tokens: int64 [new] of each sequence.
+            past: tokens that each sequence has cached before.
+            pages: of each sequence, those that the new tokens go to included.
+            rows: the tokens whose logits are wanted, counted over all sequences.
+            routed: what sequences read sparsely; None: all read everything.
+
+        Raises:
+            EngineError: attention's scores are not finite.
+        """
+        planned = plan(tokens, past, pages, rows, self.spare)
+        chose: list[bool] = []
+        if routed is not None:
+            chose = self.routes.choosing(planned, routed)
+        found = self.graphs.run(planned, routed)
+        if found is None:
+            step = self.laid_out(planned, self._workspace(len(planned.ids), len(planned.wanted)))
+            if routed is not None:
+                step.routing = self.routes.of(step, planned, routed)
+                self.routes.begin(planned, routed)
+            found = step, self.compute(step)
+        step, logits = found
+        counts = None
+        if routed is not None and step.routing is not None:
+            if bool(step.routing.flags().any()):
+                raise not_finite("The attention of a layer")
+            counts = [c.cpu().numpy() for c in step.routing.counts(step)]
+            self.routes.done(planned, routed, chose)
+        return Result(logits, [b for b in (planned.chunks, planned.singles) if len(b)], counts)
+
+    def compute(self, step: Step) -> torch.Tensor:
+        """Launch all operators; the logits."""
+        if step.routing is not None:
+            step.routing.reset()
+        for operator in self.operators:
+            operator.run(step)
+        output = self.program.output
+        return step.workspace.buffers[output][: len(step.wanted), : self.program.vocabulary]
+
+    def laid_out(self, planned: Planned, workspace: Workspace) -> Step:
+        """A planned step on the device."""
+
+        def on_device(array: Array) -> torch.Tensor:
+            tensor = torch.from_numpy(np.ascontiguousarray(array))
+            return tensor.to(self.device, non_blocking=True) if self.device.type != "cpu" else tensor
+
+        parts = []
+        for blocks, single in ((planned.chunks, False), (planned.singles, True)):
+            if len(blocks):
+                most = max(planned.lengths[s] for s in {int(s) for s in blocks[:, 0]})
+                parts.append(Part(on_device(blocks), len(blocks), single, most))
+        return Step(
+            self.program, self.store, self.launch, workspace, len(planned.ids), on_device(planned.ids),
+            on_device(planned.positions), on_device(planned.wanted), on_device(planned.pages),
+            on_device(planned.appended), parts, self.caches, self.reduce,
+        )  # fmt: skip
+
+    def _workspace(self, tokens: int, wanted: int) -> Workspace:
+        """One for at least so many rows; those of the same size class share one."""
+        size = (_class(tokens), _class(wanted) if wanted else 0)
+        if size not in self._workspaces:
+            self._workspaces.clear()  # the largest two would not both fit where memory is planned for one
+            self._workspaces[size] = Workspace(self.program, *size, self.device)
+        return self._workspaces[size]
+
+    def close(self) -> None:
+        self._workspaces.clear()
+        self.caches = []
+        close = getattr(self.launch, "close", None)
+        if close is not None:
+            close()
+
+
+def engine_operators(program: Program, arch: int, processors: int) -> list[Operator]:
+    """The operators that an engine runs: the compiler asks them for their variants."""
+
+    def attend(op: Op) -> Operator:
+        return Attend(op, program, arch, processors)
+
+    return operators(program, arch, attend)
+
+
+def _class(rows: int) -> int:
+    return max(16, 1 << (rows - 1).bit_length())
+
+
+def _alone(tensor: torch.Tensor) -> None:
+    """The sum over one card."""

@@ -1,0 +1,227 @@
+"""Load: open an artifact on its device and make its session."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transom.contract import Artifact, Device, Options
+from transom.errors import DoesNotFit, EngineError
+from transom.signature import Decoder
+from transom_cuda_triton import names, probing
+from transom_cuda_triton.program import Program
+from transom_cuda_triton.variants import Code, Launcher, Variant
+
+if TYPE_CHECKING:
+    import torch
+
+    from transom_cuda_triton.engine import TritonEngine
+    from transom_cuda_triton.graphs import Record
+    from transom_cuda_triton.parallel import Seat
+    from transom_cuda_triton.session import TritonSession
+
+CACHE_SHARE = 0.9
+"""Of the memory that is free once everything else is there: the rest is for what torch keeps back."""
+INTERPRETED_PAGES = 256
+"""At most, in the interpreter."""
+SLOTS_SHARE = 0.05
+"""Of the card's memory that slots of sparse attention may take."""
+MOST_SLOTS = 64
+DAMAGED = "Remove it with: transom cache clear"
+
+
+@dataclass(frozen=True)
+class Place:
+    """A card, as torch has it, or the CPU in the interpreter."""
+
+    device: torch.device
+    free: int
+    """Bytes."""
+    processors: int
+
+
+def load_artifact(artifact: Artifact, device: Device, options: Options) -> TritonSession:
+    """A session over the artifact.
+
+    Raises:
+        EngineError: the files are not what this backend wrote, or a card is not there or does not take them.
+        DoesNotFit: a card has no memory for the cache of one sequence, or for the weights.
+    """
+    from transom_cuda_triton.session import TritonSession
+
+    files = {name: path for name, path in artifact.files.items() if isinstance(path, Path)}
+    try:
+        decoder = Decoder.from_json(files[names.DECODER_FILE].read_text())
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise EngineError(f"This compiled model is damaged: {e}", DAMAGED) from e
+    context = min(int(str(options.get("context") or decoder.context)), decoder.context)
+    if device.members:
+        from transom_cuda_triton.parallel import Seat, Team, meeting_place
+
+        meeting, ranks = meeting_place(), len(device.members)
+        memory = min(d.memory_bytes for d in device.members)
+        seats = [Seat(rank, ranks, files, d, memory, context, meeting) for rank, d in enumerate(device.members)]
+        team = Team(seats, open_share, [x.kv_heads for x in decoder.layers])
+        return _session(TritonSession, team, decoder, context, team.room)
+    engine, pages = _open(files, device, device.memory_bytes, context, 0, None)
+    return _session(TritonSession, engine, decoder, context, pages)
+
+
+def _session(kind: Any, engine: Any, decoder: Decoder, context: int, pages: int) -> TritonSession:
+    try:
+        session: TritonSession = kind(engine, decoder, context=context, pages=pages)
+        return session
+    except BaseException:
+        engine.close()
+        raise
+
+
+def open_share(seat: Seat, reduce: Callable[[torch.Tensor], None]) -> tuple[TritonEngine, int]:
+    """A card's share of a model that runs on several."""
+    return _open(seat.files, seat.device, seat.memory, seat.context, seat.rank, reduce)
+
+
+def _open(
+    files: Mapping[str, Path],
+    device: Device,
+    memory: int,
+    context: int,
+    rank: int,
+    reduce: Callable[[torch.Tensor], None] | None,
+) -> tuple[TritonEngine, int]:
+    """The engine of a share, and the pages that its card has room for."""
+    from transom_cuda_triton.engine import TritonEngine
+
+    try:
+        program = Program.from_json(files[names.program_file(rank)].read_text())
+        weights = files[names.weights_file(rank)]
+        needed = weights.stat().st_size
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise EngineError(f"This compiled model is damaged: {e}", DAMAGED) from e
+    place = _place(device)
+    if needed > place.free:
+        raise DoesNotFit(
+            f"The weights take {_size(needed)}, and {device.id} has {_size(place.free)} free",
+            "Use a card with more memory, or a checkpoint with smaller weights",
+        )
+    launch, record = _launcher(files, place)
+    most = 8 if probing.interpreting() else MOST_SLOTS
+    slots = max(1, min(most, int(memory * SLOTS_SHARE) // max(1, _slot_bytes(program, context))))
+    engine = TritonEngine(
+        program, weights, place.device, launch, arch=probing.tiles_architecture(device),
+        processors=place.processors, context=context, slots=slots, record=record, reduce=reduce,
+    )  # fmt: skip
+    try:
+        return engine, _pages(engine, device, place)
+    except BaseException:
+        engine.close()
+        raise
+
+
+def _slot_bytes(program: Program, context: int) -> int:
+    from transom_cuda_triton.cache import node_bytes
+    from transom_cuda_triton.routes import COLUMN_PAGES
+    from transom_cuda_triton.store import TORCH
+
+    size = TORCH[program.number].itemsize
+    ring = sum(16 * x.heads * x.head_dim * size for x in program.layers)
+    nodes = sum(COLUMN_PAGES * x.kv_heads * node_bytes(x, program.number) for x in program.layers)
+    return ring + nodes + sum(x.kv_heads * (context // 8 + 8 * 64) for x in program.layers)
+
+
+def _launcher(files: Mapping[str, Path], place: Place) -> tuple[Launcher, Record | None]:
+    """What starts kernels, and what records graphs."""
+    from transom_cuda_triton.launching import Driver, Interpreter
+
+    if probing.interpreting():
+        return Interpreter(), None
+    import torch
+
+    from transom_cuda_triton.graphs import cuda_record
+
+    def stream() -> int:
+        return int(torch.cuda.current_stream(place.device).cuda_stream)
+
+    return Driver(read_codes(files), stream), cuda_record
+
+
+def read_codes(files: Mapping[str, Path]) -> dict[Variant, Code]:
+    """What `compiling.code_files` wrote.
+
+    Raises:
+        EngineError: it is damaged.
+    """
+    try:
+        listed: list[dict[str, Any]] = json.loads(files[names.CODE_LIST].read_text())
+        blob = files[names.CODE_FILE].read_bytes()
+        codes: dict[Variant, Code] = {}
+        for raw in listed:
+            at, size = int(raw["at"]), int(raw["size"])
+            if at < 0 or at + size > len(blob):
+                raise ValueError("machine code is cut short")
+            v = raw["variant"]
+            types, constants = (tuple((str(n), x) for n, x in v[key]) for key in ("types", "constants"))
+            variant = Variant(str(v["kernel"]), types, constants, int(v["warps"]), int(v["stages"]))
+            codes[variant] = Code(
+                str(raw["entry"]), blob[at : at + size], int(raw["shared"]), int(raw["warps"]),
+                tuple(raw["arguments"]), tuple(raw["parameters"]),
+            )  # fmt: skip
+        return codes
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise EngineError(f"This compiled model is damaged: {e}", DAMAGED) from e
+
+
+def _place(device: Device) -> Place:
+    """Where a device of the host's is in torch's numbering.
+
+    Raises:
+        EngineError: torch has no such card.
+    """
+    import torch
+
+    from transom_cuda_triton.launching import device_index
+
+    if probing.interpreting():
+        free = device.free_bytes if device.free_bytes is not None else device.memory_bytes
+        return Place(torch.device("cpu"), free, 1)
+    if not torch.cuda.is_available():
+        raise EngineError(
+            f"torch {torch.__version__} finds no CUDA card, though {device.id} is there",
+            "See whether nvidia-smi answers, and whether the driver is as new as torch's CUDA",
+        )
+    index = device_index(device)
+    torch.cuda.set_device(index)
+    free, _ = torch.cuda.mem_get_info(index)
+    processors = torch.cuda.get_device_properties(index).multi_processor_count
+    return Place(torch.device("cuda", index), int(free), int(processors))
+
+
+def _pages(engine: TritonEngine, device: Device, place: Place) -> int:
+    """Pages that fit once weights, slots and the buffers of the largest step are there.
+
+    Raises:
+        DoesNotFit: fewer than one sequence of the whole context needs.
+    """
+    from transom_cuda_triton.session import MAX_SEQUENCES, MAX_TOKENS
+    from transom_cuda_triton.step import Workspace
+
+    one = -(-engine.context // engine.page_tokens)
+    if probing.interpreting():
+        return max(one, min(INTERPRETED_PAGES, 4 * one))
+    others = engine.routes.nbytes + Workspace.nbytes(engine.program, MAX_TOKENS, MAX_SEQUENCES)
+    left = int((place.free - others) * CACHE_SHARE)
+    pages = left // engine.page_bytes()
+    if pages < one:
+        raise DoesNotFit(
+            f"A cache of {engine.context} tokens takes {_size(one * engine.page_bytes())} on {device.id}, and "
+            f"{_size(max(0, left))} are left beside {_size(others)} of weights and buffers",
+            f"Load it with context={max(0, pages) * engine.page_tokens} or less",
+        )
+    return pages
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB"

@@ -1,0 +1,16 @@
+"""The names of files that compile and load agree on."""
+
+from __future__ import annotations
+
+DECODER_FILE = "decoder.json"
+CODE_LIST = "kernels.json"
+CODE_FILE = "kernels.bin"
+
+
+def program_file(rank: int) -> str:
+    """Of one card's share; a single card has the share 0."""
+    return f"program-{rank}.json"
+
+
+def weights_file(rank: int) -> str:
+    return f"weights-{rank}.bin"

@@ -1,0 +1,178 @@
+"""Weights as they lie in an artifact: the form in which the kernels read them, one file, each part aligned.
+
+A plain matrix is [rows, columns] in the numbers of the activations. Blocks stay as they were stored, bit for bit, in
+the layout of `transom_cuda_triton.kernels.linear`; a plain matrix may be rounded to blocks, or to float8.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import ml_dtypes
+import numpy as np
+
+from transom.errors import OptionError
+from transom.graph.weights import Array, Blocked, BlockedArrays, Dense, Weight, affine, dequantize, rounded_to_int8
+from transom_cuda_triton.precision import Rounded
+
+ALIGNMENT = 256
+"""Bytes: what CUDA's allocations begin at, and more than any load wants."""
+SMALLEST_BLOCK = 8
+CENTRES = {"int4": 8, "int8": 128, "uint4": 0, "uint8": 0}
+"""What is added to a signed number to make it unsigned."""
+NUMBERS: dict[str, Any] = {
+    "fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16),
+}  # fmt: skip
+GROUPS = (128, 64, 32, 16, SMALLEST_BLOCK)
+"""Columns that share a scale where a plain matrix is rounded to int8, best first."""
+FLOAT8: Any = np.dtype(ml_dtypes.float8_e4m3fn)
+LARGEST_FLOAT8 = 448.0
+FLOAT8_COLUMNS = 16
+"""What the columns of a matrix in float8 are a multiple of, so that its rows are aligned."""
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A matrix; places are bytes in the file of weights, -1 where there is no such part."""
+
+    bits: int
+    """4 or 8: quants in blocks, or float8; 0: plain."""
+    rows: int
+    columns: int
+    at: int
+    """Of the plain numbers, or of the quants."""
+    block: int = 0
+    zero: int = 0
+    """Subtracted from quants that have no offsets."""
+    scales: int = -1
+    offsets: int = -1
+    scale_number: str = "fp16"
+    offset_number: str = "fp16"
+    float8: bool = False
+    """8 bits that are E4M3, with a float32 scale for each row; `block` is `FLOAT8_COLUMNS`."""
+
+
+def packable(weight: Weight) -> str:
+    """Why the kernels cannot read such a matrix; empty if they can."""
+    if len(weight.shape) != 2:
+        return f"a matrix with {len(weight.shape)} axes"
+    if isinstance(weight, Blocked):
+        if weight.block % SMALLEST_BLOCK or weight.block & (weight.block - 1):
+            return f"blocks of {weight.block} columns"
+        if weight.shape[1] % weight.block:
+            return f"blocks of {weight.block} in {weight.shape[1]} columns"
+    return ""
+
+
+def align(file: BinaryIO) -> int:
+    """Fill the file up to the next multiple of `ALIGNMENT`; that place."""
+    file.write(bytes(-file.tell() % ALIGNMENT))
+    return file.tell()
+
+
+def write_array(file: BinaryIO, array: Array) -> int:
+    """Its place."""
+    at = align(file)
+    file.write(np.ascontiguousarray(array).view(np.uint8).data)
+    return at
+
+
+def write_matrix(
+    file: BinaryIO, weight: Weight, number: str, *, rounded: Rounded = "", name: str = "a matrix"
+) -> Packed:
+    """Append a matrix to the file.
+
+    Args:
+        number: of the activations.
+        rounded: what a plain matrix is rounded to, where its columns allow it: see `roundable`.
+        name: for the message.
+
+    Raises:
+        OptionError: a weight is too large for float16.
+    """
+    if isinstance(weight, Dense):
+        rows, columns = weight.shape
+        if rounded == "int8" and roundable(weight, rounded):
+            return _write_blocks(file, *rounded_to_int8(weight, _group(columns)))
+        if rounded == "fp8" and roundable(weight, rounded):
+            codes, scales = rounded_to_float8(weight)
+            return Packed(
+                8, rows, columns, write_array(file, codes), FLOAT8_COLUMNS, scales=write_array(file, scales),
+                scale_number="fp32", float8=True,
+            )  # fmt: skip
+        return Packed(0, rows, columns, write_array(file, narrowed(weight, number, name)))
+    return _write_blocks(file, weight, weight.load())
+
+
+def roundable(weight: Weight, rounded: Rounded) -> bool:
+    """Whether a matrix is rounded where that is asked for: it is plain, and its columns are a multiple of 8 (int8) or
+    16 (float8)."""
+    if not rounded or not isinstance(weight, Dense) or len(weight.shape) != 2:
+        return False
+    columns = weight.shape[1]
+    return columns % FLOAT8_COLUMNS == 0 if rounded == "fp8" else _group(columns) > 0
+
+
+def _group(columns: int) -> int:
+    """Columns that share a scale in int8; 0: none do."""
+    return next((g for g in GROUPS if columns % g == 0), 0)
+
+
+def rounded_to_float8(weight: Dense) -> tuple[Array, Array]:
+    """A plain matrix in E4M3 and the scales of its rows, float32, so that the largest number of a row is 448.
+
+    A row with what is no number has none for a scale, and the run says so; its codes are 0.
+    """
+    wide = dequantize(weight)
+    largest = np.abs(wide).max(-1, initial=0.0)
+    finite = np.isfinite(largest)
+    scales = np.maximum(largest / np.float32(LARGEST_FLOAT8), np.finfo(np.float32).tiny)
+    scales = np.where(finite, scales, np.float32("nan")).astype(np.float32)
+    wide = np.where(finite[:, None], wide, np.float32(0)) / np.where(finite, scales, np.float32(1))[:, None]
+    return np.clip(wide, -LARGEST_FLOAT8, LARGEST_FLOAT8).astype(FLOAT8), scales
+
+
+def narrowed(weight: Dense, number: str, name: str) -> Array:
+    """A plain weight in the numbers asked for.
+
+    Raises:
+        OptionError: a finite weight would become infinite.
+    """
+    kept = NUMBERS[number]
+    array = weight.load()
+    if array.dtype == kept:
+        return array
+    with np.errstate(over="ignore"):
+        narrow: Array = dequantize(weight).astype(kept)
+    if number == "fp16" and not np.isfinite(narrow).all() and np.isfinite(array.astype(np.float32)).all():
+        largest = float(np.abs(array.astype(np.float32)).max())
+        raise OptionError(
+            f"{name} has weights up to {largest:.4g}, and float16 ends at 65504",
+            "Use precision='exact', or a card of sm_80 or newer, which has bfloat16",
+        )
+    return narrow
+
+
+def _write_blocks(file: BinaryIO, weight: Blocked, parts: BlockedArrays) -> Packed:
+    rows, columns = weight.shape
+    centre = CENTRES[weight.dtype]
+    four = weight.dtype in ("int4", "uint4")
+    quants: Array = np.ascontiguousarray(parts.quants).view(np.uint8)
+    if centre:
+        quants = quants + np.uint8(centre)
+    if four:
+        halves = quants.reshape(rows, -1, 2, weight.block // 2)
+        quants = (halves[:, :, 0] | halves[:, :, 1] << 4).reshape(rows, -1)
+    scales, minimums, zero = affine(parts, centre)
+    if minimums is not None and zero:
+        minimums = minimums.astype(np.float32) - zero * scales.astype(np.float32)
+    at = write_array(file, quants)
+    scales_at = write_array(file, scales)
+    offsets_at = -1 if minimums is None else write_array(file, minimums)
+    names = {np.dtype(np.float16): "fp16", np.dtype(np.float32): "fp32"}
+    offset_number = "fp16" if minimums is None else names[minimums.dtype]
+    return Packed(
+        4 if four else 8, rows, columns, at, weight.block, zero, scales_at, offsets_at, names[scales.dtype],
+        offset_number,
+    )  # fmt: skip

@@ -1,0 +1,111 @@
+"""In what numbers a model is computed, by what was asked for, the card and the checkpoint.
+
+| `precision` | What it means |
+|---|---|
+| `exact`, `f32` | float32 weights, activations, cache and products (IEEE, no TF32); for checking, not for speed |
+| `bf16` | bfloat16 activations and cache, products summed in float32; sm_80 and newer |
+| `f16` | float16 in their place |
+| `int8` | as `auto`, with matrices that are not quantised rounded to int8 in blocks |
+| `fp8` | as `auto`, with matrices that are not quantised rounded to float8, see below; sm_89 and newer |
+| `int4` | as `auto`, for a checkpoint that has 4-bit blocks; refused where it has none |
+| `auto`, `fast` | see below |
+
+4-bit and 8-bit blocks are always kept as stored and unpacked inside the products. `auto` takes float16 on sm_70, and
+for a checkpoint stored in float16; bfloat16 on everything newer, whose range no model exceeds; and float32 in Triton's
+interpreter, which computes bfloat16 wrongly.
+
+`fp8` is E4M3 with a scale for each row of a matrix. Where a step has several tokens their activations are rounded so,
+too, with a scale for each token, for the tensor cores; a single token is multiplied as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from transom.errors import OptionError
+
+if TYPE_CHECKING:
+    from transom.contract import Options
+    from transom.graph.weights import Weight
+
+NAMES = ("auto", "exact", "fast", "f32", "bf16", "f16", "int8", "fp8", "int4")
+Number = Literal["fp32", "bf16", "fp16"]
+"""Triton's names."""
+Rounded = Literal["", "int8", "fp8"]
+LONG: dict[str, str] = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+@dataclass(frozen=True)
+class Precision:
+    """A resolved choice."""
+
+    number: Number
+    """Of activations and the cache."""
+    rounded: Rounded = ""
+    """What matrices that are not quantised are rounded to; empty: nothing."""
+
+    def describe(self, matrices: Iterable[Weight]) -> str:
+        """As a report has it."""
+        from transom.graph.weights import Blocked
+
+        forms = sorted({w.dtype.removeprefix("u") for w in matrices if isinstance(w, Blocked)})
+        if self.rounded:
+            forms = sorted({*forms, self.rounded})
+        name = LONG[self.number]
+        weights = f"{' and '.join(forms)} weights, " if forms else ""
+        return f"{weights}{name} activations and cache, float32 sums"
+
+
+def resolve(options: Options, arch: int, matrices: Iterable[Weight], *, interpreted: bool = False) -> Precision:
+    """The precision for these options.
+
+    Args:
+        arch: 80 for sm_80.
+        matrices: the weights of matrix products.
+        interpreted: kernels run in Triton's interpreter.
+
+    Raises:
+        OptionError: the value is unknown, or this card or this checkpoint cannot have it.
+    """
+    from transom.graph.weights import Blocked
+
+    asked = str(options.get("precision") or "auto")
+    if asked not in NAMES:
+        raise OptionError(f"precision={asked!r} is unknown", f"It is one of {', '.join(NAMES)}")
+    if asked in ("exact", "f32"):
+        return Precision("fp32")
+    if asked == "f16":
+        return Precision("fp16")
+    if asked == "bf16":
+        if interpreted:
+            raise OptionError("Triton's interpreter computes bfloat16 wrongly", "Use precision='exact' or 'f16'")
+        if arch < 80:
+            raise OptionError(f"precision='bf16' needs sm_80 or newer, and this is sm_{arch}", "Use precision='f16'")
+        return Precision("bf16")
+    if asked == "fp8" and arch < 89 and not interpreted:
+        raise OptionError(
+            f"precision='fp8' needs tensor cores for float8, of sm_89 or newer, and this is sm_{arch}",
+            "Use precision='int8'",
+        )
+    known = list(matrices)
+    if asked == "int4" and not any(isinstance(w, Blocked) and "int4" in w.dtype for w in known):
+        raise OptionError(
+            "precision='int4' keeps 4-bit weights as they are, and this checkpoint has none",
+            "Quantise it first, or use precision='int8'",
+        )
+    rounded: Rounded = "int8" if asked == "int8" else "fp8" if asked == "fp8" else ""
+    return Precision(_number(arch, known, interpreted), rounded)
+
+
+def _number(arch: int, matrices: list[Weight], interpreted: bool) -> Number:
+    from transom.graph.weights import Blocked
+
+    if interpreted:
+        return "fp32"
+    if arch < 80:
+        return "fp16"
+    plain = [w for w in matrices if not isinstance(w, Blocked)]
+    half = sum(w.nbytes for w in plain if w.dtype == "float16")
+    return "fp16" if plain and 2 * half > sum(w.nbytes for w in plain) else "bf16"

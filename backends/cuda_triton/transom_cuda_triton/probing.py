@@ -1,0 +1,198 @@
+"""What the backend says of each device, from the host's records and installed files alone: no SDK is imported."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+import os
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from transom.contract import Device, Offer, Refusal
+
+ARCHITECTURES = (70, 80, 86, 89, 90)
+"""With tiles and kernels of their own: 80 for sm_80."""
+OLDEST_TRITON = (3, 6)
+OLDEST_TORCH = (2, 9)
+VOLTA_TORCH = (2, 10)
+"""The last release of torch whose packages have sm_70, and CUDA 12 is the last CUDA."""
+INSTALL = "pip install 'transom[cuda]'"
+INSTALL_VOLTA = "pip install 'transom[v100]'"
+FORMAT = "1"
+"""Of the files that this backend writes."""
+INTERPRET = "TRITON_INTERPRET"
+
+
+@dataclass(frozen=True)
+class Torch:
+    """An installed torch."""
+
+    version: str
+    cuda: str
+    """Of CUDA, `"12.8"`; empty for a build without."""
+
+
+def interpreting() -> bool:
+    """Whether kernels run in Triton's interpreter, which is decided before triton is imported."""
+    return os.environ.get(INTERPRET) == "1"
+
+
+@functools.cache
+def installed_triton() -> str | None:
+    """The version of the installed triton package, or None."""
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+@functools.cache
+def installed_torch() -> Torch | None:
+    """The installed torch, or None. Its CUDA is read from its files, since importing it takes seconds."""
+    try:
+        distribution = importlib.metadata.distribution("torch")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    try:
+        text = Path(str(distribution.locate_file("torch/version.py"))).read_text(encoding="utf-8")
+    except OSError:
+        text = ""
+    found = re.search(r"^cuda\b[^=\n]*=\s*['\"]([\d.]+)['\"]", text, re.MULTILINE)
+    return Torch(distribution.version, found.group(1) if found else "")
+
+
+def architecture(device: Device) -> int:
+    """80 for sm_80; 0 for what is no NVIDIA GPU."""
+    found = re.fullmatch(r"sm_(\d+)", device.arch)
+    return int(found.group(1)) if found else 0
+
+
+def tiles_architecture(device: Device) -> int:
+    """Whose tiles the kernels take: `tiles.INTERPRETER` for the interpreter."""
+    return 0 if interpreting() else architecture(device)
+
+
+def answer(
+    device: Device, torch: Torch | str | None = "installed", triton: str | None = "installed"
+) -> Offer | Refusal:
+    """Yes or no for one device.
+
+    Args:
+        torch, triton: for tests; what is installed.
+    """
+    torch = installed_torch() if isinstance(torch, str) else torch
+    triton = installed_triton() if triton == "installed" else triton
+    if device.members:
+        return _together([answer(member, torch, triton) for member in device.members], device)
+    if interpreting():
+        return _interpreted(device, torch, triton)
+    arch = architecture(device)
+    if device.kind not in ("cuda", "remote") or not arch:
+        what = "a device that is only compiled for" if device.kind == "remote" else f"a device of kind {device.kind}"
+        return Refusal(device.id, "wrong_device", f"runs on NVIDIA GPUs only; {device.id} is {what}")
+    if arch not in ARCHITECTURES:
+        known = ", ".join(f"sm_{a}" for a in ARCHITECTURES)
+        return Refusal(device.id, "missing_feature", f"has kernels for {known}, and this is {device.arch}")
+    install = INSTALL_VOLTA if arch == 70 else INSTALL
+    if triton is None:
+        return Refusal(device.id, "missing_dep", "the package triton is not installed", install)
+    if _numbers(triton) < OLDEST_TRITON:
+        wanted = ".".join(map(str, OLDEST_TRITON))
+        return Refusal(
+            device.id, "too_old", f"triton {triton} is installed and {wanted} or newer is needed", f"{install} -U"
+        )
+    if device.kind == "remote":
+        return Offer(device.id, "tuned", f"{device.arch}, Triton {triton}{_products(arch)}", runs_here=False)
+    if refusal := _torch_refusal(device, arch, torch, install):
+        return refusal
+    assert torch is not None
+    return Offer(device.id, "tuned", f"{device.arch}, Triton {triton}, torch {torch.version}{_products(arch)}")
+
+
+def _together(answers: list[Offer | Refusal], device: Device) -> Offer | Refusal:
+    """For a group: what all of them say, or the first refusal."""
+    refused = next((a for a in answers if isinstance(a, Refusal)), None)
+    if refused is not None:
+        return replace(refused, device_id=device.id, reason=f"{refused.device_id}: {refused.reason}")
+    first = answers[0]
+    assert isinstance(first, Offer)
+    linked = all(other.id in d.peers for d in device.members for other in device.members if other is not d)
+    way = "NVLink" if linked else "no NVLink between all of them"
+    return replace(first, device_id=device.id, why=f"{first.why}, {len(answers)} devices together, {way}")
+
+
+def _products(arch: int) -> str:
+    """What a user should know of how products are computed."""
+    return ", without tensor cores, which Triton has not had for sm_70 since 3.2" if arch == 70 else ""
+
+
+def _torch_refusal(device: Device, arch: int, torch: Torch | None, install: str) -> Refusal | None:
+    if torch is None:
+        return Refusal(device.id, "missing_dep", "the package torch is not installed", install)
+    if _numbers(torch.version) < OLDEST_TORCH:
+        wanted = ".".join(map(str, OLDEST_TORCH))
+        return Refusal(
+            device.id, "too_old", f"torch {torch.version} is installed and {wanted} or newer is needed", f"{install} -U"
+        )
+    if not torch.cuda:
+        return Refusal(
+            device.id, "missing_dep", f"the installed torch {torch.version} is a build without CUDA",
+            "pip uninstall torch, and then " + install,
+        )  # fmt: skip
+    if arch == 70 and (_numbers(torch.version) > VOLTA_TORCH or _numbers(torch.cuda) >= (13,)):
+        return Refusal(
+            device.id, "missing_dep",
+            f"the installed torch {torch.version} (CUDA {torch.cuda}) has no code for sm_70; 2.10 with CUDA 12 has",
+            install,
+        )  # fmt: skip
+    driver = device.drivers.get("cuda", "")
+    if driver and _numbers(driver)[:1] < _numbers(torch.cuda)[:1]:
+        return Refusal(
+            device.id, "too_old",
+            f"torch {torch.version} needs a driver for CUDA {torch.cuda}, and this one has {driver}",
+            f"Update NVIDIA's driver, or install a torch for CUDA {_numbers(driver)[0]}",
+        )  # fmt: skip
+    return None
+
+
+def _interpreted(device: Device, torch: Torch | None, triton: str | None) -> Offer | Refusal:
+    """In Triton's interpreter kernels run on the CPU, whatever cards there are."""
+    if device.kind != "cpu":
+        reason = f"{INTERPRET}=1 is set: kernels run in Triton's interpreter, on the CPU"
+        return Refusal(device.id, "wrong_device", reason, f"Unset {INTERPRET}, or use device='cpu'")
+    for name, there in (("triton", triton), ("torch", torch)):
+        if there is None:
+            return Refusal(device.id, "missing_dep", f"the package {name} is not installed", INSTALL)
+    return Offer(device.id, "fallback", f"Triton {triton}'s interpreter, for tests: some thousand times slower")
+
+
+@functools.cache
+def kernels_digest() -> str:
+    """Of what kernels are compiled from and of how they are cut up: code made from something else is rebuilt."""
+    here = Path(__file__).parent
+    digest = hashlib.blake2b(digest_size=8)
+    for path in [*sorted((here / "kernels").glob("*.py")), *(here / f"{n}.py" for n in COMPILED_FROM)]:
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+COMPILED_FROM = ("tiles", "operators", "attention", "routing", "routes", "lowering", "packing", "sharding", "aot")
+
+
+def requirements(device: Device) -> dict[str, str]:
+    """What an artifact compiled here needs: everything that `check` compares."""
+    interpreted = interpreting()
+    return {
+        "format": FORMAT,
+        "arch": "interpreted" if interpreted else device.arch,
+        "devices": str(max(1, len(device.members))),
+        "triton": installed_triton() or "none",
+        "kernels": kernels_digest(),
+    }
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    parts = re.split(r"[.+]", version)[:2]
+    return tuple(int(m.group()) for p in parts if (m := re.match(r"\d+", p)))

@@ -1,0 +1,351 @@
+"""What sparse attention keeps of each sequence from step to step, and what a step asks of the routing kernels.
+
+A sequence that is read sparsely has a slot: a ring of queries to take columns from while decoding, its columns, and the
+nodes that hold them, for each layer. What is in the ring and when columns were chosen, the host knows without asking
+the device, since it follows from lengths alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from transom.contract import OutOfPages
+from transom.ops.sparse_routing import COLUMN_ROWS
+from transom.sparsity import Sparsity
+from transom_cuda_triton.cache import node_bytes
+from transom_cuda_triton.program import Program
+from transom_cuda_triton.routing import Routing, Rule, Shape, coverages, splits_of
+from transom_cuda_triton.store import TORCH
+from transom_cuda_triton.variants import Variant
+
+if TYPE_CHECKING:
+    from transom_cuda_triton.step import Part, Planned, Step
+
+UNITS = (16,)
+"""Keys in a unit that the kernels are compiled for, beside that of the policy a model was loaded with."""
+BLOCK, CHUNK, EVERY = 64, 16, 4
+"""Positions of a block; new tokens from which on they are taken by blocks; one in so many queries is remembered."""
+Array = np.ndarray[Any, np.dtype[Any]]
+_TYPES = {**TORCH, "i32": torch.int32, "i8": torch.int8}
+
+
+@dataclass
+class SequenceRoute:
+    """What the host knows of one sequence's slot."""
+
+    slot: int
+    ring: list[int] = field(default_factory=lambda: [-1] * COLUMN_ROWS)
+    """Positions of the queries at each place; -1: none."""
+    chosen_in: int = -1
+    """The block of 64 positions in which its columns were chosen; -1: never."""
+    chosen_by: str = ""
+    """The policy by which they were: `RoutedStep.name`."""
+
+    def forget(self, length: int) -> None:
+        """All but the first tokens are gone."""
+        self.ring = [p if p < length else -1 for p in self.ring]
+        self.chosen_in = -1
+
+
+@dataclass(frozen=True)
+class RoutedStep:
+    """What the sequences of a step read by: one policy, for those of them that have a route."""
+
+    policy: Sparsity
+    """Of the heads that this card has."""
+    name: str
+    """Of the whole model's policy, in canonical form."""
+    routes: tuple[SequenceRoute | None, ...]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What one part of a step asks of the routing kernels, of every layer alike."""
+
+    choosers: torch.Tensor
+    asked: torch.Tensor
+    remembered: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Lists:
+    """What the query blocks of a part read, as the attention kernels take it."""
+
+    arrays: dict[str, torch.Tensor]
+
+    def arguments(self) -> dict[str, Any]:
+        far = self.arrays["FAR"]
+        return {
+            "FAR": far, "FAR_COUNT": self.arrays["FAR_COUNT"], "COLUMNS": self.arrays["BLOCK_COLUMNS"],
+            "NEAR": self.arrays["NEAR"], "most_far": far.shape[2],
+        }  # fmt: skip
+
+
+def routings(program: Program, unit: int) -> list[Routing]:
+    """Of each layer."""
+    return [
+        Routing(
+            x.kv_heads, x.group, x.head_dim, x.scale, x.softcap, x.window, x.sinks >= 0, program.number, unit
+        )
+        for x in program.layers
+    ]  # fmt: skip
+
+
+def units_of(program: Program) -> list[int]:
+    """The units that a program's kernels are compiled for."""
+    own = Sparsity.from_string(program.sparsity)
+    return sorted({*UNITS, *(() if own.dense else (own.unit,))})
+
+
+def routing_variants(program: Program) -> list[Variant]:
+    """All that routing may launch."""
+    found = (v for unit in units_of(program) for routing in routings(program, unit) for v in routing.variants())
+    return list(dict.fromkeys(found))
+
+
+class Routes:
+    """The slots of an engine, and the routing of its steps.
+
+    Args:
+        slots: sequences that are read sparsely, at most.
+        context: tokens of the longest.
+    """
+
+    def __init__(self, program: Program, slots: int, context: int, device: torch.device, processors: int) -> None:
+        self._program, self._device, self.slots, self.processors = program, device, slots, processors
+        self._most_pages = -(-context // BLOCK)
+        self._free = list(range(slots))
+        self._by_unit = {unit: routings(program, unit) for unit in units_of(program)}
+        self.kept: list[dict[str, torch.Tensor]] = []
+        self._coverages: dict[str, list[torch.Tensor]] = {}
+
+    @property
+    def side_pages(self) -> int:
+        """Pages of nodes that slots have behind those of the cache."""
+        return COLUMN_PAGES * self.slots
+
+    def bind(self) -> None:
+        """Allocate what slots keep, and leave all of them free."""
+        shapes = [r.kept(self.slots, self._most_pages) for r in next(iter(self._by_unit.values()))]
+        self.kept = [{n: self._new(s, -1) for n, s in layer.items()} for layer in shapes]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what slots keep beside the pages of the cache, and of the nodes behind them."""
+        nodes = sum(self.side_pages * x.kv_heads * node_bytes(x, self._program.number) for x in self._program.layers)
+        shapes = (s for r in next(iter(self._by_unit.values())) for s in r.kept(self.slots, self._most_pages).values())
+        return nodes + sum(math.prod(size) * _TYPES[number].itemsize for size, number in shapes)
+
+    def _new(self, shape: Shape, value: int | None = None) -> torch.Tensor:
+        size, number = shape
+        if value is None:
+            return torch.empty(size, dtype=_TYPES[number], device=self._device)
+        return torch.full(size, value, dtype=_TYPES[number], device=self._device)
+
+    # slots ------------------------------------------------------------------------------------------------------------
+    def take(self) -> SequenceRoute:
+        """Raises OutOfPages where all slots are taken."""
+        if not self._free:
+            raise OutOfPages(f"{self.slots} sequences are read sparsely already, and there is room for no more")
+        return SequenceRoute(self._free.pop(0))
+
+    def give_back(self, route: SequenceRoute) -> None:
+        self._free.append(route.slot)
+
+    def unsupported(self, policy: Sparsity) -> str:
+        """Why a step cannot be read by such a policy; empty if it can."""
+        from transom_cuda_triton.lowering import unsupported
+
+        if policy.dense or (reason := unsupported(policy)):
+            return "" if policy.dense else reason
+        if policy.unit not in self._by_unit:
+            known = " or ".join(map(str, self._by_unit))
+            return f"the model is compiled for units of {known} tokens, not of {policy.unit}: load it with this policy"
+        return ""
+
+    # steps ------------------------------------------------------------------------------------------------------------
+    def of(self, step: Step, planned: Planned, routed: RoutedStep, remembered: int = 0) -> RoutingStep:
+        """The routing of a step. Changes nothing that the host knows: `done` does, once the step has run.
+
+        Args:
+            remembered: entries of REMEMBERED, at least; those that are none say so.
+        """
+        parts = [self._asked(planned, routed, not part.single, remembered) for part in step.parts]
+        asked = [Asked(*(torch.from_numpy(a).to(self._device) for a in arrays)) for arrays in parts]
+        return RoutingStep(self, routed.policy, torch.from_numpy(_slots(routed)).to(self._device), asked)
+
+    def fresh(self, recorded: RoutingStep, planned: Planned, routed: RoutedStep) -> list[tuple[torch.Tensor, Array]]:
+        """The arrays of a recorded step, and what they should hold for another one that chooses no columns."""
+        found = [(recorded.slots, _slots(routed))]
+        for asked in recorded.asked:
+            array = self._asked(planned, routed, False, len(asked.remembered))[2]
+            found.append((asked.remembered, array))
+        return found
+
+    def chooses(self, planned: Planned, routed: RoutedStep) -> bool:
+        """Whether any sequence chooses columns anew in this step."""
+        return any(self._chooses(planned, routed, s) for s in range(len(routed.routes)))
+
+    def _chooses(self, planned: Planned, routed: RoutedStep, s: int) -> bool:
+        route, count, length = routed.routes[s], planned.counts[s], planned.lengths[s]
+        if route is None or length <= routed.policy.dense_below:
+            return False
+        stale = route.chosen_in != (length - count) // BLOCK or route.chosen_by != routed.name
+        return count >= CHUNK or stale
+
+    def _asked(self, planned: Planned, routed: RoutedStep, chunk: bool, least: int) -> tuple[Array, Array, Array]:
+        """CHOOSERS, ASKED and REMEMBERED of the sequences that bring a chunk, or of those that bring less."""
+        choosers: list[int] = []
+        asked: list[list[tuple[int, int, int]]] = []
+        remembered: list[tuple[int, int, int]] = []
+        row = 0
+        for s, (count, length) in enumerate(zip(planned.counts, planned.lengths, strict=True)):
+            route = routed.routes[s]
+            if route is not None and chunk == (count >= CHUNK):
+                if self._chooses(planned, routed, s):
+                    choosers.append(s)
+                    rows = _looked_at(route, row, count, length)
+                    asked.append(rows + [(-1, -1, -1)] * (COLUMN_ROWS - len(rows)))
+                remembered += [
+                    (row + p - (length - count), route.slot, p // EVERY % COLUMN_ROWS) for p in _kept(count, length)
+                ]
+            row += count
+        remembered += [(-1, 0, 0)] * (least - len(remembered))
+        return (
+            np.array(choosers, np.int32), np.array(asked, np.int32).reshape(-1, COLUMN_ROWS, 3),
+            np.array(remembered, np.int32).reshape(-1, 3),
+        )  # fmt: skip
+
+    def begin(self, planned: Planned, routed: RoutedStep) -> None:
+        """A step is to run: until it has, nothing is known of what it may overwrite."""
+        for s, (count, length) in enumerate(zip(planned.counts, planned.lengths, strict=True)):
+            route = routed.routes[s]
+            if route is None:
+                continue
+            if self._chooses(planned, routed, s):
+                route.chosen_in = -1
+            for p in _kept(count, length):
+                route.ring[p // EVERY % COLUMN_ROWS] = -1
+
+    def done(self, planned: Planned, routed: RoutedStep, chose: Sequence[bool]) -> None:
+        """The step has run."""
+        for s, (count, length) in enumerate(zip(planned.counts, planned.lengths, strict=True)):
+            route = routed.routes[s]
+            if route is None:
+                continue
+            if chose[s]:
+                route.chosen_in = (length - count if count < CHUNK else length - 1) // BLOCK
+                route.chosen_by = routed.name
+            for p in _kept(count, length):
+                route.ring[p // EVERY % COLUMN_ROWS] = p
+
+    def choosing(self, planned: Planned, routed: RoutedStep) -> list[bool]:
+        """Which sequences choose columns anew."""
+        return [self._chooses(planned, routed, s) for s in range(len(routed.routes))]
+
+    def routing(self, policy: Sparsity, layer: int) -> Routing:
+        return self._by_unit[policy.unit][layer]
+
+    def coverage(self, policy: Sparsity, layer: int) -> torch.Tensor:
+        """COVERAGE of a layer."""
+        text = policy.to_string()
+        if text not in self._coverages:
+            of = [coverages(policy.layer(i), x.kv_heads) for i, x in enumerate(self._program.layers)]
+            self._coverages[text] = [torch.tensor(c, dtype=torch.float32, device=self._device) for c in of]
+        return self._coverages[text][layer]
+
+    def scratch(self, shapes: dict[str, Shape]) -> dict[str, torch.Tensor]:
+        return {name: self._new(shape) for name, shape in shapes.items()}
+
+
+COLUMN_PAGES = 8
+"""Pages of nodes of a slot: one node for each column at most."""
+
+
+def _slots(routed: RoutedStep) -> Array:
+    return np.array([-1 if r is None else r.slot for r in routed.routes], np.int32)
+
+
+def _looked_at(route: SequenceRoute, row: int, count: int, length: int) -> list[tuple[int, int, int]]:
+    """ASKED: the step's own queries for a chunk, remembered ones while decoding, where there are any."""
+    past = length - count
+    if count < CHUNK:
+        known = sorted((p, place) for place, p in enumerate(route.ring) if p >= 0)
+        if known:
+            return [(-1, place, p) for p, place in known]
+    rows = min(COLUMN_ROWS, count)
+    places = [(j + 1) * count // rows - 1 for j in range(rows)]
+    return [(row + i, -1, past + i) for i in places]
+
+
+def _kept(count: int, length: int) -> Iterator[int]:
+    """Positions of the new queries that are remembered: the last of every fourth."""
+    first = length - count
+    found = range(first + (EVERY - 1 - first) % EVERY, length, EVERY)
+    return iter(found[-COLUMN_ROWS:])
+
+
+class RoutingStep:
+    """The routing of one step, layer by layer."""
+
+    def __init__(self, routes: Routes, policy: Sparsity, slots: torch.Tensor, asked: Sequence[Asked]) -> None:
+        self._routes, self._policy, self.slots, self.asked = routes, policy, slots, asked
+        self._rule = Rule.of(policy)
+        self.reset()
+
+    def reset(self) -> None:
+        """The step begins."""
+        self._counted: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in self.asked]
+        self._flags: list[torch.Tensor] = []
+
+    def lists(self, step: Step, part: Part, layer: int, q: torch.Tensor) -> Lists:
+        """What a part's query blocks read in a layer, once its new keys are in the cache."""
+        routes, index = self._routes, next(i for i, p in enumerate(step.parts) if p is part)
+        asked, cache = self.asked[index], step.caches[layer]
+        routing, shape = routes.routing(self._policy, layer), step.program.layers[layer]
+        pages = step.pages.shape[1]
+        splits = splits_of(part.count, shape.kv_heads, part.most_keys, routes.processors)
+        column_splits = splits_of(len(asked.choosers), shape.kv_heads, part.most_keys, routes.processors)
+        scratch = routes.scratch(
+            routing.scratch(
+                part.count, max(1, len(asked.choosers)), pages, 1 if part.single else self._rule.rows,
+                max(splits, column_splits), decoding=part.single,
+            )
+        )  # fmt: skip
+        chosen = routes.scratch(routing.chosen(part.count, pages))
+        chosen["FLAG"].zero_()
+        arrays = {
+            **scratch, **chosen, **routes.kept[layer], "Q": q, "K": cache.k, "PAGES": step.pages,
+            "BLOCKS": part.blocks, "SLOTS": self.slots, "COVERAGE": routes.coverage(self._policy, layer),
+            "MEANS": cache.means, "VARIANCES": cache.variances, "COUNTS": cache.counts, "CHOOSERS": asked.choosers,
+            "ASKED": asked.asked, "REMEMBERED": asked.remembered,
+        }  # fmt: skip
+        if shape.sinks >= 0:
+            arrays["SINKS"] = step.store.vector(shape.sinks, shape.heads)
+        routing.run(
+            step.launch, arrays, self._rule, decoding=part.single, splits=splits, column_splits=column_splits
+        )  # fmt: skip
+        self._counted[index].append((chosen["READ"], chosen["SEEN"]))
+        self._flags.append(chosen["FLAG"])
+        return Lists(chosen)
+
+    def flags(self) -> torch.Tensor:
+        """int32 [layers * parts]: 0 where all scores were finite, by layers and then parts."""
+        return torch.cat(self._flags)
+
+    def counts(self, step: Step) -> list[torch.Tensor]:
+        """For each part of the step, int32 [layers, 2, blocks, most kv_heads]: keys read and keys seen."""
+        found = []
+        most = max(x.kv_heads for x in step.program.layers)
+        for of in self._counted:
+            rows = [
+                torch.stack([torch.nn.functional.pad(t, (0, most - t.shape[1])) for t in pair]) for pair in of
+            ]  # fmt: skip
+            found.append(torch.stack(rows))
+        return found

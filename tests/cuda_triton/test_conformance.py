@@ -1,0 +1,24 @@
+"""The CUDA backend passes the conformance kit in Triton's interpreter.
+
+What it refuses: graphs that are no decoders, additive biases on scores; and, of the interpreter alone, a step of the
+most sequences, for which its pool of pages is kept too small.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from transom.contract import Backend
+from transom.testing import BackendConformance
+from transom_cuda_triton import CudaTriton
+
+
+class TestInterpreted(BackendConformance):
+    """In float32, held to float32's tolerance."""
+
+    backend: ClassVar[Backend] = CudaTriton()
+    may_refuse: ClassVar[Sequence[str]] = [
+        "operator.*", "session.run_inputs", "logits.attention_bias", "logits.everything", "step.ragged_windows",
+        "limits.sequences",
+    ]  # fmt: skip

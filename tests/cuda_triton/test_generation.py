@@ -1,0 +1,350 @@
+"""The whole backend in Triton's interpreter, host code and kernels: it writes what the reference writes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from checkpoints import tiny
+
+from transom import hardware
+from transom.contract import Artifact, Device, Limits, OutOfPages, SparseSession, Work
+from transom.errors import EngineError, OptionError
+from transom.graph import Graph
+from transom.reference.executor import Executor
+from transom.reference.session import ReferenceSession
+from transom.sources import resolve
+from transom.sparsity import Sparsity
+from transom.testing.bench import Oracle
+from transom.testing.models import tiny_decoder
+from transom_cuda_triton import CudaTriton, graphs
+from transom_cuda_triton.session import TritonSession
+
+Array = np.ndarray[Any, np.dtype[Any]]
+Open = Callable[..., TritonSession]
+BACKEND = CudaTriton()
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {}, "qwen3": {}, "gemma3": {"head_dim": 32}, "gemma2": {"head_dim": 48}, "mistral": {"head_dim": 16},
+    "qwen2": {}, "phi3": {},
+}  # fmt: skip
+SPARSE = Sparsity(0.3, columns=16, dense_below=64, local_window=64, max_density=0.6)
+NO_COLUMNS = Sparsity(1.0, columns=0, top_k=1, dense_below=64, local_window=64, max_density=0.6)
+"""At this `max_density` no block falls back to reading everything."""
+
+
+def cpu() -> Device:
+    return next(d for d in hardware.probe_devices() if d.kind == "cpu")
+
+
+def stored(graph: Graph, folder: Path, device: Device | None = None, **options: object) -> Artifact:
+    """Compiled, and kept as the host keeps it."""
+    device = device or cpu()
+    refused = [c for c in BACKEND.claim(graph, device, options) if not c.ok]
+    assert not refused
+    artifact = BACKEND.compile(graph, device, options, lambda stage, share: None)
+    files: dict[str, bytes | Path] = {}
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in artifact.files.items():
+        files[name] = folder / name
+        (folder / name).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
+    return Artifact(files, artifact.requires, artifact.notes)
+
+
+@pytest.fixture
+def opened(tmp_path: Path) -> Iterator[Open]:
+    """Opens sessions, and closes them in the end."""
+    sessions: list[TritonSession] = []
+
+    def open_(graph: Graph, **options: object) -> TritonSession:
+        artifact = stored(graph, tmp_path / str(len(sessions)), **options)
+        session = BACKEND.load(artifact, cpu(), options, tmp_path)
+        assert isinstance(session, TritonSession)
+        sessions.append(session)
+        return session
+
+    yield open_
+    for session in sessions:
+        session.close()
+
+
+def drawn(rng: np.random.Generator, count: int, vocabulary: int = 61) -> list[int]:
+    return [int(t) for t in rng.integers(0, vocabulary, count)]
+
+
+def reference(graph: Graph) -> ReferenceSession:
+    assert graph.decoder is not None
+    limits = Limits(max_sequences=8, max_tokens=1024, context=graph.decoder.context, page_tokens=0)
+    return ReferenceSession(Executor(graph, keep_weights=True), graph.decoder, limits)
+
+
+def greedy(session: Any, prompts: Sequence[Sequence[int]], count: int) -> tuple[list[list[int]], list[Array]]:
+    """What a batch of prompts is continued with, and the logits of each step [sequences, vocabulary]."""
+    states = [session.new_state() for _ in prompts]
+    texts: list[list[int]] = [[] for _ in prompts]
+    steps: list[Sequence[int]] = list(prompts)
+    logits = []
+    for _ in range(count):
+        rows = session.step([Work(s, t) for s, t in zip(states, steps, strict=True)])
+        logits.append(np.stack([np.asarray(r) for r in rows]))
+        steps = [[int(np.argmax(r))] for r in rows]
+        for text, new in zip(texts, steps, strict=True):
+            text.extend(new)
+    return texts, logits
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_write_what_the_reference_writes(family: str, opened: Open, tmp_path: Path, rng: Any) -> None:
+    """Prompts of different lengths, one beyond a page, together and then token by token."""
+    folder = tiny(family, tmp_path / "model", rng, **FAMILIES[family]).folder
+    graph = resolve(folder).open(folder).graph
+    assert graph.decoder is not None
+    prompts = [drawn(rng, n, graph.decoder.vocabulary) for n in (3, 70)]
+    ours, our_logits = greedy(opened(graph), prompts, 6)
+    theirs, their_logits = greedy(reference(graph), prompts, 6)
+    for got, wanted in zip(our_logits, their_logits, strict=True):
+        assert np.abs(got - wanted).max() < 1e-4 * np.abs(wanted).max()
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("stored_as", ["float16", "bfloat16", "int4", "uint4_zero_points"])
+def test_float16_is_near(stored_as: Any, opened: Open, rng: np.random.Generator) -> None:
+    graph = tiny_decoder(rng, weights=stored_as)
+    tokens = drawn(rng, 90)
+    session, oracle = opened(graph, precision="f16"), Oracle(graph)
+    (got,) = session.step([Work(session.new_state(), tokens, "all")])
+    wanted = oracle.logits(tokens)
+    assert np.abs(np.asarray(got) - wanted).max() < 2e-2 * np.abs(wanted).max()
+
+
+def test_int8_rounds_what_is_plain_and_says_so(tmp_path: Path, rng: np.random.Generator) -> None:
+    graph = tiny_decoder(rng)
+    artifact = stored(graph, tmp_path, precision="int8")
+    assert any("rounded to int8" in note for note in artifact.notes)
+    assert any(not c.exact for c in BACKEND.claim(graph, cpu(), {"precision": "int8"}))
+    session = BACKEND.load(artifact, cpu(), {}, tmp_path)
+    tokens = drawn(rng, 20)
+    (got,) = session.step([Work(session.new_state(), tokens, "all")])
+    wanted = Oracle(graph).logits(tokens)
+    error = np.abs(np.asarray(got) - wanted).max() / np.abs(wanted).max()
+    assert 1e-6 < error < 0.1
+    session.close()
+
+
+@pytest.mark.parametrize("stored_as", ["int4", "uint4_minimums", "int8"])
+def test_v100_unpacks_for_many_rows(stored_as: Any, opened: Open, rng: np.random.Generator, monkeypatch: Any) -> None:
+    """With the tiles of sm_70, in float16: prompts through plain matrices, single tokens through blocks."""
+    from transom_cuda_triton import operators, probing
+
+    monkeypatch.setattr(probing, "tiles_architecture", lambda device: 70)
+    monkeypatch.setattr(operators, "PIECE", 40)
+    graph = tiny_decoder(rng, weights=stored_as)
+    session, oracle, tokens = opened(graph, precision="f16"), Oracle(graph), drawn(rng, 60)
+    assert any(isinstance(op, operators.Unpacking) for op in session._triton.operators)
+    state = session.new_state()
+    (got,) = session.step([Work(state, tokens[:-1], "all")])
+    (last,) = session.step([Work(state, tokens[-1:])])
+    wanted = oracle.logits(tokens)
+    for ours, theirs in ((np.asarray(got), wanted[:-1]), (np.asarray(last), wanted[-1])):
+        assert np.abs(ours - theirs).max() < 2e-2 * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize("count", [1, 20], ids=["one token", "many tokens"])
+def test_float8_rounds_what_is_plain_and_says_so(count: int, tmp_path: Path, rng: np.random.Generator) -> None:
+    """The vocabulary matrix stays as it is; matrices in blocks, too."""
+    graph = tiny_decoder(rng)
+    artifact = stored(graph, tmp_path, precision="fp8")
+    assert any("rounded to fp8" in note for note in artifact.notes)
+    claims = BACKEND.claim(graph, cpu(), {"precision": "fp8"})
+    assert any(not c.exact for c in claims)
+    assert all(c.exact for c in BACKEND.claim(tiny_decoder(rng, weights="int8"), cpu(), {"precision": "fp8"}))
+    session = BACKEND.load(artifact, cpu(), {}, tmp_path)
+    assert isinstance(session, TritonSession)
+    matrices = session._triton.program.matrices
+    assert {m.float8 for m in matrices} == {True, False}
+    assert graph.decoder is not None
+    assert all(m.rows != graph.decoder.vocabulary for m in matrices if m.float8)
+    tokens = drawn(rng, count)
+    (got,) = session.step([Work(session.new_state(), tokens, "all")])
+    wanted = Oracle(graph).logits(tokens)
+    error = np.abs(np.asarray(got) - wanted).max() / np.abs(wanted).max()
+    assert 1e-6 < error < 0.2
+    session.close()
+
+
+# sparse attention -----------------------------------------------------------------------------------------------------
+def _sparse_pair(opened: Open, rng: np.random.Generator, policy: Sparsity, lengths: list[int], decodes: int) -> None:
+    """The same steps by ours and by the reference: logits agree where the same keys were read, and almost always they
+    were."""
+    graph = tiny_decoder(rng, context=600, window=200, sinks=True)
+    ours, theirs = opened(graph), reference(graph)
+    assert isinstance(ours, SparseSession)
+    text = policy.to_string()
+    states = [(ours.new_state(), theirs.new_state()) for _ in lengths]
+    steps = [[drawn(rng, n) for n in lengths], *([drawn(rng, 1) for _ in lengths] for _ in range(decodes))]
+    same = 0
+    for tokens in steps:
+        got = ours.step([Work(s[0], t, "all", sparsity=text) for s, t in zip(states, tokens, strict=True)])
+        wanted = theirs.step([Work(s[1], t, "all", sparsity=text) for s, t in zip(states, tokens, strict=True)])
+        for (a, b), g, w in zip(states, got, wanted, strict=True):
+            if np.array_equal(ours.keys_read(a), theirs.keys_read(b)):
+                same += 1
+                assert np.abs(np.asarray(g) - np.asarray(w)).max() < 1e-4 * np.abs(np.asarray(w)).max()
+    assert same >= len(steps) * len(lengths) - 1, "a choice hangs on rounding once in a while"
+    read, seen = np.asarray(ours.keys_read(states[0][0]))
+    assert read[1].sum() < seen[1].sum(), "something was left out"
+
+
+def test_prompts_are_read_as_the_policy_says(opened: Open, rng: np.random.Generator) -> None:
+    _sparse_pair(opened, rng, SPARSE, [250, 90], 0)
+
+
+def test_decoding_without_columns_is_the_references(opened: Open, rng: np.random.Generator) -> None:
+    """With columns the engine takes them from earlier queries, which the reference does not keep: see test_routing."""
+    _sparse_pair(opened, rng, NO_COLUMNS, [250, 140], 2)
+
+
+def test_works_of_different_policies_go_in_one_step(opened: Open, rng: np.random.Generator) -> None:
+    graph = tiny_decoder(rng, context=600)
+    session, tokens = opened(graph), drawn(rng, 200)
+    texts = [None, SPARSE.to_string(), NO_COLUMNS.to_string(), "dense"]
+    alone = []
+    for text in texts:
+        (row,) = session.step([Work(session.new_state(), tokens, sparsity=text)])
+        alone.append(np.asarray(row))
+    together = session.step([Work(session.new_state(), tokens, sparsity=text) for text in texts])
+    for got, wanted in zip(together, alone, strict=True):
+        assert np.abs(np.asarray(got) - wanted).max() < 1e-5 * np.abs(wanted).max()
+    assert not np.allclose(alone[0], alone[2], atol=1e-4), "a policy shows in the logits"
+    np.testing.assert_array_equal(np.asarray(together[0]), np.asarray(together[3]))
+
+
+def test_decoding_with_columns_goes_on_after_forks_and_cuts(opened: Open, rng: np.random.Generator) -> None:
+    """What is remembered of a sequence is forgotten with its tokens: the same tokens give the same logits again."""
+    session, text = opened(tiny_decoder(rng, context=600)), SPARSE.to_string()
+    state, tokens = session.new_state(), drawn(rng, 300)
+
+    def step(of: Any, part: list[int]) -> Array:
+        (row,) = session.step([Work(of, part, sparsity=text)])
+        return np.asarray(row)
+
+    step(state, tokens)
+    fork = state.fork(300)
+    first = [step(state, [t]) for t in tokens[:3]]
+    state.truncate(300)
+    again = [step(state, [t]) for t in tokens[:3]]
+    forked = [step(fork, [t]) for t in tokens[:3]]
+    for rows in zip(first, again, forked, strict=True):
+        assert max(np.abs(r - rows[0]).max() for r in rows) < 0.2 * np.abs(rows[0]).max()
+        assert all(np.isfinite(r).all() for r in rows)
+
+
+def test_slots_run_out_and_come_back(opened: Open, rng: np.random.Generator) -> None:
+    session, text = opened(tiny_decoder(rng, context=160)), SPARSE.to_string()
+    slots = session._triton.routes.slots
+    states = [session.new_state() for _ in range(slots + 1)]
+    for state in states[:-1]:
+        session.step([Work(state, [1], sparsity=text)])
+    with pytest.raises(OutOfPages, match="sparsely"):
+        session.step([Work(states[-1], [1], sparsity=text)])
+    assert states[-1].length == 0
+    session.step([Work(states[-1], [1])])
+    states[0].free()
+    session.step([Work(states[-1], [1], sparsity=text)])
+
+
+@pytest.mark.parametrize("policy", ["classic", '{"unit":8}'], ids=["classic", "small units"])
+def test_policies_without_kernels_are_refused_before_anything_runs(policy: str, opened: Open, rng: Any) -> None:
+    session = opened(tiny_decoder(rng))
+    state = session.new_state()
+    with pytest.raises(ValueError, match="routing kernels"):
+        session.step([Work(state, [1], sparsity=Sparsity.parse(policy).to_string())])
+    assert state.length == 0
+
+
+# recorded steps -------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("policy", [None, SPARSE], ids=["dense", "sparse"])
+def test_recorded_steps_give_the_same(policy: Sparsity | None, opened: Open, rng: np.random.Generator) -> None:
+    """Where a graph is recorded on a card, the same function runs again here: over the same arrays, padded alike."""
+    graph = tiny_decoder(rng, context=400, window=90)
+    plain, recording = opened(graph), opened(graph)
+
+    def record(compute: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        logits = compute()
+        return lambda: logits.copy_(compute()), logits
+
+    engine = recording._triton
+    engine.graphs = graphs.Graphs(engine, record)
+    text = None if policy is None else policy.to_string()
+    prompts = [drawn(rng, n) for n in (70, 130, 20)]
+    states = [[s.new_state() for _ in prompts] for s in (plain, recording)]
+    steps: list[list[list[int]]] = [prompts, *([drawn(rng, 1) for _ in prompts] for _ in range(3)), [[1], [2]], [[3]]]
+    for tokens in steps:
+        rows = []
+        for session, own in zip((plain, recording), states, strict=True):
+            works = [Work(s, t, sparsity=text) for s, t in zip(own, tokens, strict=False)]
+            rows.append(np.stack([np.asarray(r) for r in session.step(works)]))
+        assert np.abs(rows[0] - rows[1]).max() < 1e-5 * np.abs(rows[0]).max()
+    for a, b in zip(*states, strict=True):
+        np.testing.assert_array_equal(plain.keys_read(a), recording.keys_read(b))
+    assert engine.graphs.replays >= 3
+
+
+# what is wrong --------------------------------------------------------------------------------------------------------
+def test_a_step_that_fails_changes_nothing(opened: Open, rng: np.random.Generator, monkeypatch: Any) -> None:
+    """Out of memory in the middle of a step: the other sequences live on, and this one may try again."""
+    import torch
+
+    graph = tiny_decoder(rng)
+    session = opened(graph)
+    state, other = session.new_state(), session.new_state()
+    tokens = drawn(rng, 70)
+    session.step([Work(state, tokens[:40]), Work(other, tokens[:9])])
+    pages = session.pages()
+    last = session._triton.operators[-1]
+
+    def no_memory(step: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(last, "run", no_memory)
+        with pytest.raises(OutOfPages, match="out of memory"):
+            session.step([Work(state, tokens[40:]), Work(other, [1])])
+    assert (state.length, other.length, session.pages()) == (40, 9, pages)
+    (got,) = session.step([Work(state, tokens[40:], "all")])
+    wanted = Oracle(graph).logits(tokens)[40:]
+    assert np.abs(np.asarray(got) - wanted).max() < 1e-4 * np.abs(wanted).max()
+
+
+def test_weights_that_are_no_numbers_are_an_error_and_no_answer(opened: Open, rng: np.random.Generator) -> None:
+    session = opened(tiny_decoder(rng))
+    session._triton.store._bytes.view(dtype=__import__("torch").float32)[:] = float("nan")
+    state = session.new_state()
+    with pytest.raises(EngineError, match="not finite"):
+        session.step([Work(state, [1, 2, 3])])
+    assert state.length == 0
+
+
+@pytest.mark.parametrize("file", ["program-0.json", "decoder.json", "weights-0.bin"])
+@pytest.mark.parametrize("damage", ["cut", "missing", "foreign"])
+def test_damaged_artifacts_are_errors(file: str, damage: str, tmp_path: Path, rng: np.random.Generator) -> None:
+    artifact = stored(tiny_decoder(rng), tmp_path)
+    path = artifact.files[file]
+    assert isinstance(path, Path)
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:-7])
+    elif damage == "foreign":
+        path.write_bytes(b'{"a": 1}')
+    files = {n: p for n, p in artifact.files.items() if damage != "missing" or n != file}
+    with pytest.raises(EngineError, match="damaged"):
+        BACKEND.load(Artifact(files, artifact.requires), cpu(), {}, tmp_path)
+
+
+def test_bfloat16_is_refused_where_it_would_be_wrong(rng: np.random.Generator) -> None:
+    with pytest.raises(OptionError, match="computes bfloat16 wrongly"):
+        BACKEND.claim(tiny_decoder(rng), cpu(), {"precision": "bf16"})
