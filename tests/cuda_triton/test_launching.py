@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import threading
 from typing import Any
 
 import pytest
@@ -58,7 +59,21 @@ def test_arguments_are_passed_in_the_order_of_the_parameters() -> None:
 def test_much_shared_memory_is_asked_for_first() -> None:
     library = Library()
     driver(library)
-    assert [name for name, _ in library.calls] == ["cuModuleLoadData", "cuModuleGetFunction", "cuFuncSetAttribute"]
+    called = [name for name, _ in library.calls]
+    assert called == ["cuCtxGetCurrent", "cuModuleLoadData", "cuModuleGetFunction", "cuFuncSetAttribute"]
+
+
+def test_each_thread_takes_the_context_once() -> None:
+    """One that has not called CUDA's runtime has none."""
+    library = Library()
+    opened = driver(library)
+    for _ in range(2):
+        thread = threading.Thread(target=lambda: [opened(VARIANT, (1,), GIVEN) for _ in range(3)])
+        thread.start()
+        thread.join()
+    called = [name for name, _ in library.calls]
+    assert called.count("cuCtxSetCurrent") == 2
+    assert called.count("cuLaunchKernel") == 6
 
 
 @pytest.mark.parametrize("failing", ["cuModuleLoadData", "cuModuleGetFunction", "cuFuncSetAttribute", "cuLaunchKernel"])

@@ -54,7 +54,7 @@ def _typed(program: str) -> list[str]:
 
 @pytest.mark.parametrize("command", _typed("make"))
 def test_a_make_command_names_a_target(command: str) -> None:
-    targets = set(re.findall(r"^([a-z]+):", MAKEFILE, re.MULTILINE))
+    targets = set(re.findall(r"^([a-z-]+):", MAKEFILE, re.MULTILINE))
     variables = set(re.findall(r"^([A-Z]+) \?=", MAKEFILE, re.MULTILINE))
     for word in shlex.split(command)[1:]:
         name, sign, _ = word.partition("=")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -133,7 +134,10 @@ class TritonEngine:
         Raises:
             EngineError: attention's scores are not finite.
         """
-        planned = plan(tokens, past, pages, rows, self.spare)
+        with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
+            return self._step(plan(tokens, past, pages, rows, self.spare), routed)
+
+    def _step(self, planned: Planned, routed: RoutedStep | None) -> Result:
         chose: list[bool] = []
         if routed is not None:
             chose = self.routes.choosing(planned, routed)
@@ -147,9 +151,9 @@ class TritonEngine:
         step, logits = found
         counts = None
         if routed is not None and step.routing is not None:
-            if bool(step.routing.flags().any()):
+            if not step.routing.finite():
                 raise not_finite("The attention of a layer")
-            counts = [c.cpu().numpy() for c in step.routing.counts(step)]
+            counts = step.routing.counts(step)
             self.routes.done(planned, routed, chose)
         return Result(logits, [b for b in (planned.chunks, planned.singles) if len(b)], counts)
 

@@ -63,7 +63,7 @@ _PLAIN_SHARED = 48 << 10
 
 
 class Driver:
-    """Starts compiled variants on the current CUDA context.
+    """Starts compiled variants on the CUDA context that is current when it is made, from any thread.
 
     Args:
         codes: by variant.
@@ -77,6 +77,8 @@ class Driver:
     def __init__(self, codes: Mapping[Variant, Code], stream: Any, library: Any = None) -> None:
         self._library = library if library is not None else _driver()
         self._codes, self._stream = codes, stream
+        self._context, self._ready = ctypes.c_void_p(), threading.local()
+        self._check(self._library.cuCtxGetCurrent(ctypes.byref(self._context)), "name its context")
         self._functions: dict[Variant, ctypes.c_void_p] = {}
         self._modules: list[ctypes.c_void_p] = []
         for variant, code in codes.items():
@@ -97,6 +99,9 @@ class Driver:
         code = self._codes.get(variant)
         if code is None:
             raise EngineError(f"This compiled model has no {variant.kernel} as it is wanted", "Load the model anew")
+        if not getattr(self._ready, "here", False):  # a thread that has not called CUDA's runtime yet has no context
+            self._check(self._library.cuCtxSetCurrent(self._context), "take its context")
+            self._ready.here = True
         check_aligned(variant, arguments)
         values = packed(code, arguments)
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(v) for v in values))

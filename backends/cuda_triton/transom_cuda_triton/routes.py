@@ -297,12 +297,13 @@ class RoutingStep:
     def __init__(self, routes: Routes, policy: Sparsity, slots: torch.Tensor, asked: Sequence[Asked]) -> None:
         self._routes, self._policy, self.slots, self.asked = routes, policy, slots, asked
         self._rule = Rule.of(policy)
-        self.reset()
+        self._flag = routes.scratch({"FLAG": ((1,), "i32")})["FLAG"]
+        self._counts: list[torch.Tensor | None] = [None] * len(asked)
+        """Of each part: int32 [layers, 2, blocks * most kv_heads], each layer's numbers from the beginning."""
 
     def reset(self) -> None:
         """The step begins."""
-        self._counted: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in self.asked]
-        self._flags: list[torch.Tensor] = []
+        self._flag.zero_()
 
     def lists(self, step: Step, part: Part, layer: int, q: torch.Tensor) -> Lists:
         """What a part's query blocks read in a layer, once its new keys are in the cache."""
@@ -318,34 +319,45 @@ class RoutingStep:
                 max(splits, column_splits), decoding=part.single,
             )
         )  # fmt: skip
-        chosen = routes.scratch(routing.chosen(part.count, pages))
-        chosen["FLAG"].zero_()
+        shapes = routing.chosen(part.count, pages)
+        chosen = routes.scratch({name: s for name, s in shapes.items() if name not in ("READ", "SEEN", "FLAG")})
+        read, seen = self._counters(step, index)[layer]
         arrays = {
-            **scratch, **chosen, **routes.kept[layer], "Q": q, "K": cache.k, "PAGES": step.pages,
-            "BLOCKS": part.blocks, "SLOTS": self.slots, "COVERAGE": routes.coverage(self._policy, layer),
-            "MEANS": cache.means, "VARIANCES": cache.variances, "COUNTS": cache.counts, "CHOOSERS": asked.choosers,
-            "ASKED": asked.asked, "REMEMBERED": asked.remembered,
+            **scratch, **chosen, **routes.kept[layer], "READ": read, "SEEN": seen, "FLAG": self._flag, "Q": q,
+            "K": cache.k, "PAGES": step.pages, "BLOCKS": part.blocks, "SLOTS": self.slots,
+            "COVERAGE": routes.coverage(self._policy, layer), "MEANS": cache.means, "VARIANCES": cache.variances,
+            "COUNTS": cache.counts, "CHOOSERS": asked.choosers, "ASKED": asked.asked, "REMEMBERED": asked.remembered,
         }  # fmt: skip
         if shape.sinks >= 0:
             arrays["SINKS"] = step.store.vector(shape.sinks, shape.heads)
         routing.run(
             step.launch, arrays, self._rule, decoding=part.single, splits=splits, column_splits=column_splits
         )  # fmt: skip
-        self._counted[index].append((chosen["READ"], chosen["SEEN"]))
-        self._flags.append(chosen["FLAG"])
         return Lists(chosen)
 
-    def flags(self) -> torch.Tensor:
-        """int32 [layers * parts]: 0 where all scores were finite, by layers and then parts."""
-        return torch.cat(self._flags)
+    def _counters(self, step: Step, index: int) -> torch.Tensor:
+        found = self._counts[index]
+        if found is None:
+            layers = step.program.layers
+            numbers = step.parts[index].count * max(x.kv_heads for x in layers)
+            # Rows that begin aligned, as pointers into them have to.
+            shape = len(layers), 2, -(-numbers // 4) * 4
+            found = self._counts[index] = self._routes.scratch({"COUNTS": (shape, "i32")})["COUNTS"]
+        return found
 
-    def counts(self, step: Step) -> list[torch.Tensor]:
+    def finite(self) -> bool:
+        """Whether all scores were numbers."""
+        return not bool(self._flag.item())
+
+    def counts(self, step: Step) -> list[Array]:
         """For each part of the step, int32 [layers, 2, blocks, most kv_heads]: keys read and keys seen."""
         found = []
-        most = max(x.kv_heads for x in step.program.layers)
-        for of in self._counted:
-            rows = [
-                torch.stack([torch.nn.functional.pad(t, (0, most - t.shape[1])) for t in pair]) for pair in of
-            ]  # fmt: skip
-            found.append(torch.stack(rows))
+        layers = step.program.layers
+        most = max(x.kv_heads for x in layers)
+        for part, flat in zip(step.parts, self._counts, strict=True):
+            assert flat is not None
+            array, own = flat.cpu().numpy(), np.zeros((len(layers), 2, part.count, most), np.int32)
+            for i, layer in enumerate(layers):
+                own[i, :, :, : layer.kv_heads] = array[i, :, : part.count * layer.kv_heads].reshape(2, part.count, -1)
+            found.append(own)
         return found

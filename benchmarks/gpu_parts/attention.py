@@ -1,0 +1,313 @@
+"""Attention by the engine's own operator: dense, by lists at a given density, and with the choice of a policy.
+
+The operator is `transom_cuda_triton.attention.Attend` over a paged cache, its machine code compiled ahead of time. In
+the tables, *efficiency* is dense time x density / sparse time, both of the same operator: 1 where a key in a list costs
+what a key in order costs.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from gpu_parts import lists, peers
+from gpu_parts.bench import Bench, first_line
+from gpu_parts.report import Table
+from gpu_parts.timing import Run
+from transom.sparsity import Sparsity
+from transom_cuda_triton.attention import Attend
+from transom_cuda_triton.compiling import variants_of
+from transom_cuda_triton.engine import TritonEngine
+from transom_cuda_triton.packing import ALIGNMENT
+from transom_cuda_triton.program import Layer, Op, Program, View
+from transom_cuda_triton.routes import Lists, RoutedStep
+from transom_cuda_triton.step import Step, Workspace, plan
+from transom_cuda_triton.store import TORCH
+
+PAGE = 64
+ABOUT = (
+    "Median milliseconds of one layer, {heads} heads of {dim} over {kv}, {number}; K and V lie in pages for ours and "
+    "side by side for the others. {bound}. Density is keys read / keys seen. Efficiency: dense time x density / sparse "
+    "time of our own kernel. Fine lists are units of 16 keys and 64 single ones, coarse ones blocks of 128 x 128, "
+    "which `flex_attention` is given as its block mask. {near} keys before each query block are always read."
+)
+Operations = Callable[[int, float], float]
+
+
+class Layered:
+    """One attention layer over a cache of random keys, with the engine around it.
+
+    Args:
+        tokens: that the cache holds.
+        rows: new tokens of a step, at most.
+    """
+
+    def __init__(self, bench: Bench, tokens: int, rows: int) -> None:
+        sizes, card = bench.sizes, bench.card
+        self.bench, self.width = bench, sizes.heads * sizes.head_dim
+        kv = sizes.kv_heads * sizes.head_dim
+        layer = Layer(sizes.heads, sizes.kv_heads, sizes.head_dim, sizes.head_dim, 0, sizes.head_dim**-0.5, 0.0, -1)
+        op = Op("attend", self.width, View(3), View(0), View(1), View(2))
+        buffers = (self.width, kv, kv, self.width, 16)
+        program = Program(card.number, (op,), (), (), (layer,), buffers, 4, 16, ALIGNMENT, "dense")
+        launch = card.launcher(variants_of(program, card.arch), max(0.0, bench.clock.left - 10))
+        with tempfile.TemporaryDirectory(dir=bench.folder) as folder:
+            weights = Path(folder) / "weights.bin"
+            weights.write_bytes(bytes(ALIGNMENT))
+            self.engine = TritonEngine(
+                program, weights, card.device, launch, arch=card.arch, processors=card.processors,
+                context=tokens, slots=1,
+            )  # fmt: skip
+        pages = -(-tokens // PAGE)
+        self.engine.bind_pages(pages)
+        (self.cache,) = self.engine.caches
+        for tensor in (self.cache.k, self.cache.v):
+            tensor.normal_()
+        self.cache.means.normal_(std=8**-0.5)
+        self.cache.variances.uniform_(0.5, 1.5)
+        self.cache.counts.fill_(8)
+        self.workspace = Workspace(program, rows, 0, card.device)
+        for buffer in self.workspace.buffers[:3]:
+            buffer.normal_()
+        (operator,) = self.engine.operators
+        assert isinstance(operator, Attend)
+        self.operator = operator
+
+    def step(self, past: int, new: int, first_page: int = 0) -> Step:
+        """Of one sequence whose pages begin there; nothing is written to the cache."""
+        pages = list(range(first_page, first_page + -(-(past + new) // PAGE)))
+        planned = plan([np.zeros(new, np.int64)], [past], [pages], [], self.engine.spare)
+        return self.engine.laid_out(planned, self.workspace)
+
+    def attend(self, step: Step, drawn: lists.Drawn | None) -> Run:
+        listed = None if drawn is None else Lists(drawn.arrays)
+        (part,) = step.parts
+        q, out = (self.workspace.buffers[i][: step.tokens, : self.width] for i in (0, 3))
+        return lambda: self.operator._attend(step, part, self.cache, q, out, listed)
+
+    def choose(self, past: int, new: int, policy: Sparsity, *, columns: bool = True) -> tuple[Run, Callable[[], float]]:
+        """The choice of a policy and attention over it, as the engine does; and the density that came of it.
+
+        Args:
+            columns: the step chooses columns, which it does at a page's beginning; otherwise those of the last such
+                step are read.
+        """
+        pages = list(range(-(-(past + new) // PAGE)))
+        planned = plan([np.zeros(new, np.int64)], [past], [pages], [], self.engine.spare)
+        step = self.engine.laid_out(planned, self.workspace)
+        routes = self.engine.routes
+        routes.kept[0]["RING"].normal_()
+        route = routes.take()
+        routed = RoutedStep(policy=policy, name=policy.to_string(), routes=(route,))
+        if not columns:  # as after a step that has chosen them
+            routes.done(planned, routed, [True])
+        step.routing = routing = routes.of(step, planned, routed)
+        routes.give_back(route)
+        (part,) = step.parts
+        q, out = (self.workspace.buffers[i][: step.tokens, : self.width] for i in (0, 3))
+
+        def run() -> None:
+            routing.reset()
+            found = routing.lists(step, part, 0, q)
+            self.operator._attend(step, part, self.cache, q, out, found)
+
+        def density() -> float:
+            (counted,) = routing.counts(step)
+            queries = part.blocks[:, 3].cpu().numpy().astype(float)[:, None]
+            read, seen = ((counted[0, i] * queries).sum() for i in (0, 1))
+            return float(read / seen)
+
+        return run, density
+
+    def close(self) -> None:
+        self.engine.close()
+
+
+def _about(bench: Bench, bound: str) -> str:
+    s = bench.sizes
+    return ABOUT.format(
+        heads=s.heads, dim=s.head_dim, kv=s.kv_heads, number=bench.card.number, bound=bound, near=s.near
+    )  # fmt: skip
+
+
+def _policy(bench: Bench, density: float) -> Sparsity:
+    below = 128 if bench.dry else 1024
+    return Sparsity(coverage=0.99, max_density=density, dense_below=below)
+
+
+# prompts --------------------------------------------------------------------------------------------------------------
+def _flops(bench: Bench, length: int, density: float) -> float:
+    return 2.0 * length * length * bench.sizes.heads * bench.sizes.head_dim * density
+
+
+def prefill(bench: Bench) -> None:
+    """Attention of a whole prompt in one step."""
+    sizes = bench.sizes
+    table = bench.table(
+        "Attention of prompts",
+        _about(bench, "The bound is the card's product of matrices, see above; masked halves do not count"),
+    )
+    most = max(sizes.lengths)
+    while True:
+        try:
+            layered = Layered(bench, most, most)
+            break
+        except torch.OutOfMemoryError:
+            bench.row(table, tokens=most, what="ours", note="the card's memory does not hold it")
+            most //= 2
+            if most < min(sizes.lengths):
+                return
+    before: tuple[int, float] | None = None
+    try:
+        for length in (n for n in sizes.lengths if n <= most):
+            if before is not None:
+                expected = before[1] * (length / before[0]) ** 2
+                if expected * (5 + 3 * len(sizes.densities)) * 4 > bench.clock.left:
+                    bench.row(table, tokens=length, what="all", note=f"left out: a run would take {expected:.1f} s")
+                    continue
+            try:
+                before = length, _prompt(bench, table, layered, length)
+            except torch.OutOfMemoryError:
+                bench.row(table, tokens=length, what="all", note="the card's memory does not hold it")
+    finally:
+        layered.close()
+
+
+def _prompt(bench: Bench, table: Table, layered: Layered, length: int) -> float:
+    """All of one length; seconds of dense attention."""
+    sizes = bench.sizes
+    step = layered.step(0, length)
+    begin = torch.arange(length // PAGE, device=bench.card.device) * PAGE
+    queries = torch.full_like(begin, PAGE)
+    dense = layered.attend(step, None)
+    runs: dict[str, Run] = {"dense": dense}
+    what: dict[str, tuple[str, float]] = {"dense": ("ours, dense", 1.0)}
+    coarse = {d: lists.coarse(length, sizes.kv_heads, d, sizes.near, bench.seed, begin.device) for d in sizes.densities}
+    for density in sizes.densities:
+        drawn = lists.fine(begin, queries, sizes.kv_heads, density, sizes.near, bench.seed)
+        for kind, found in (("fine", drawn), ("coarse", coarse[density])):
+            runs[f"{kind} {density}"] = layered.attend(step, found)
+            what[f"{kind} {density}"] = f"ours, {kind} lists", found.density
+    times = bench.timer.interleaved(runs, 1.5)
+
+    def add(said: str, seconds: float | None, density: float, note: str = "", ours: bool = False) -> None:
+        flops = _flops(bench, length, density)
+        bench.row(
+            table, tokens=length, what=said, density=density, ms=seconds and seconds * 1e3,
+            TFLOPS=seconds and flops / seconds / 1e12, of_the_bound=bench.share(flops, seconds, "product_flops"),
+            efficiency=times["dense"] * density / seconds if ours and seconds and density < 1 else None,
+            ours_is_faster_by=None if ours or not seconds else seconds / _ours(times, what, said, density),
+            note=note,
+        )  # fmt: skip
+
+    for name, seconds in times.items():
+        add(what[name][0], seconds, what[name][1], ours=True)
+    for density in sizes.densities:
+        try:
+            run, density_of = layered.choose(0, length, _policy(bench, density))
+            seconds = bench.timer.seconds(run, 0.8)
+            add("ours, choice and attention", seconds, density_of(), "with the kernels that choose", ours=True)
+        except torch.OutOfMemoryError:
+            add("ours, choice and attention", None, density, "the card's memory does not hold it", ours=True)
+    q, k, v = peers.drawn(bench, length, length)
+    for said, density, make in peers.prompts(bench, length, q, k, v, coarse):
+        if bench.clock.left < 20 and not bench.dry:
+            add(said, None, density, "there was no time")
+            continue
+        seconds, note = _timed(bench, make)
+        add(said, seconds, density, note)
+    return times["dense"]
+
+
+def _ours(times: dict[str, float], what: dict[str, tuple[str, float]], said: str, density: float) -> float:
+    """Our time for what a peer computes: dense, or the coarse lists of the same density."""
+    same = [
+        t for name, t in times.items() if name != "dense" and name.startswith("coarse") and what[name][1] == density
+    ]
+    return same[0] if same and density < 1 else times["dense"]
+
+
+def _timed(bench: Bench, make: Callable[[], Run]) -> tuple[float | None, str]:
+    """Median seconds, or None and why there is none."""
+    try:
+        run = make()
+        run()
+        bench.card.synchronize()
+        return bench.timer.seconds(run, 0.8), ""
+    except torch.OutOfMemoryError:
+        return None, "the card's memory does not hold it"
+    except ModuleNotFoundError as e:
+        return None, f"{e.name} is not installed"
+    except Exception as e:  # noqa: BLE001  other engines may fail in any way, and the row says how
+        return None, first_line(e)[:160]
+
+
+# decoding -------------------------------------------------------------------------------------------------------------
+def decode(bench: Bench) -> None:
+    """Attention of one new token of one sequence: what counts is how fast keys and values are read."""
+    sizes = bench.sizes
+    size = TORCH[bench.card.number].itemsize
+    table = bench.table(
+        "Attention while decoding",
+        _about(bench, "One sequence; calls follow each other as one CUDA graph, each over another cache, so that none "
+               "finds its keys in the cache of level 2. The bound is the speed of copying"),
+    )  # fmt: skip
+    per_token = 2 * sizes.kv_heads * sizes.head_dim * size
+
+    def copies(length: int) -> int:
+        return max(1, min(64, sizes.scratch // (per_token * length)))
+
+    pages = max(copies(n) * -(-n // PAGE) for n in sizes.lengths)
+    layered = Layered(bench, pages * PAGE, PAGE)
+    try:
+        for length in sizes.lengths:
+            bench.clock.need(5)
+            _token(bench, table, layered, length, copies(length), per_token)
+    finally:
+        layered.close()
+
+
+def _token(bench: Bench, table: Table, layered: Layered, length: int, copies: int, per_token: int) -> None:
+    sizes, device = bench.sizes, bench.card.device
+    steps = [layered.step(length - 1, 1, i * (length // PAGE)) for i in range(copies)]
+    begin, one = (torch.tensor([n], device=device) for n in (length - 1, 1))
+    runs = {"dense": bench.timer.recorded([layered.attend(step, None) for step in steps])}
+    densities = {"dense": 1.0}
+    for density in sizes.densities:
+        drawn = lists.fine(begin, one, sizes.kv_heads, density, min(sizes.near, PAGE), bench.seed)
+        runs[f"{density}"] = bench.timer.recorded([layered.attend(step, drawn) for step in steps])
+        densities[f"{density}"] = drawn.density
+    times = {name: t / copies for name, t in bench.timer.interleaved(runs, 0.6, least=5).items()}
+
+    def add(said: str, seconds: float | None, density: float, note: str = "", ours: bool = False) -> None:
+        read = per_token * length * density
+        bench.row(
+            table, tokens=length, what=said, density=density, us=seconds and seconds * 1e6,
+            GB_per_s=seconds and read / seconds / 1e9, of_the_bound=bench.share(read, seconds, "copy_bytes_per_second"),
+            efficiency=times["dense"] * density / seconds if ours and seconds and density < 1 else None,
+            ours_is_faster_by=None if ours or not seconds else seconds / times["dense"], note=note,
+        )  # fmt: skip
+
+    for name, seconds in times.items():
+        add("ours, dense" if name == "dense" else "ours, fine lists", seconds, densities[name], ours=True)
+    for density in sizes.densities:
+        for columns, said, note in (
+            (True, "ours, columns, choice and attention", "one step in 64 chooses columns"),
+            (False, "ours, choice and attention", "the other 63"),
+        ):
+            run, density_of = layered.choose(length - 1, 1, _policy(bench, density), columns=columns)
+            seconds = bench.timer.seconds(bench.timer.recorded([run]), 0.3)
+            add(said, seconds, density_of(), note, ours=True)
+    caches = [peers.drawn(bench, 1, length) for _ in range(copies)]
+    for said, make in peers.tokens(caches):
+        seconds, note = _timed_all(bench, make, copies)
+        add(said, seconds, 1.0, note)
+
+
+def _timed_all(bench: Bench, make: Callable[[], list[Run]], copies: int) -> tuple[float | None, str]:
+    seconds, note = _timed(bench, lambda: bench.timer.recorded(make()))
+    return seconds and seconds / copies, note

@@ -1,0 +1,125 @@
+"""Time: the running clock of the whole run, and how long something takes on the device."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+Run = Callable[[], Any]
+FLUSH_BYTES = 64 << 20
+"""Written between two runs, at least: twice the cache of level 2 where that is more."""
+
+
+class OutOfTime(Exception):
+    """The time of a part is up; what it has measured stands."""
+
+
+class Clock:
+    """Seconds since the start, and how many are left.
+
+    Args:
+        limit: seconds of the whole run.
+    """
+
+    def __init__(self, limit: float) -> None:
+        self.began, self.limit = time.monotonic(), limit
+        self._part = limit
+
+    @property
+    def now(self) -> float:
+        return time.monotonic() - self.began
+
+    def part(self, seconds: float) -> float:
+        """A part begins and may take so long, but no longer than the whole run has. What it may take."""
+        self._part = min(self.now + seconds, self.limit)
+        return self._part - self.now
+
+    @property
+    def left(self) -> float:
+        """Of the part."""
+        return self._part - self.now
+
+    def need(self, seconds: float = 0.0) -> None:
+        """Raises OutOfTime where the part has less than that."""
+        if self.left <= seconds:
+            raise OutOfTime("there was no time")
+
+
+class Timer:
+    """Medians by CUDA events. What is compared takes turns, and before each run other memory is written: nothing is
+    found in the cache of level 2, and the host is ahead of the device when the first event comes.
+
+    Args:
+        l2: bytes of the cache of level 2.
+    """
+
+    def __init__(self, device: Any, l2: int, clock: Clock) -> None:
+        import torch
+
+        self._torch, self._device, self._clock = torch, device, clock
+        self._scratch = torch.zeros(max(FLUSH_BYTES, 2 * l2), dtype=torch.uint8, device=device)
+
+    def interleaved(
+        self, runs: Mapping[str, Run], seconds: float = 1.0, least: int = 3, most: int = 50
+    ) -> dict[str, float]:
+        """Median seconds of each.
+
+        Args:
+            seconds: for all rounds together, where `least` rounds fit into them.
+        """
+        took = sum(self._once(run) for run in runs.values())  # libraries set themselves up, clocks rise
+        took = min(took, sum(self._once(run) for run in runs.values()))
+        rounds = max(least, min(most, int(seconds / max(took, 1e-6))))
+        found: dict[str, list[float]] = {name: [] for name in runs}
+        names = list(runs)
+        for i in range(rounds):
+            if i >= 1 and self._clock.left <= 0:
+                break
+            for name in names[i % len(names) :] + names[: i % len(names)]:
+                found[name].append(self._once(runs[name]))
+        return {name: statistics.median(times) for name, times in found.items()}
+
+    def seconds(self, run: Run, seconds: float = 0.5) -> float:
+        return self.interleaved({"": run}, seconds)[""]
+
+    def recorded(self, calls: Sequence[Run]) -> Run:
+        """All of them as one CUDA graph, so that the host's time to start kernels does not count."""
+        from transom_cuda_triton.graphs import cuda_record
+
+        def run() -> Any:
+            for call in calls:
+                call()
+            return self._scratch
+
+        replay, _ = cuda_record(run)
+        self._torch.cuda.synchronize()
+        return replay
+
+    def _once(self, run: Run) -> float:
+        cuda = self._torch.cuda
+        begin, end = cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)
+        self._scratch.zero_()
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        return float(begin.elapsed_time(end)) / 1e3
+
+
+class FakeTimer:
+    """Runs everything once and gives a millisecond."""
+
+    def interleaved(
+        self, runs: Mapping[str, Run], seconds: float = 1.0, least: int = 3, most: int = 50
+    ) -> dict[str, float]:
+        for run in runs.values():
+            run()
+        return dict.fromkeys(runs, 1e-3)
+
+    def seconds(self, run: Run, seconds: float = 0.5) -> float:
+        return self.interleaved({"": run})[""]
+
+    def recorded(self, calls: Sequence[Run]) -> Run:
+        return lambda: [call() for call in calls]

@@ -1,0 +1,207 @@
+"""`benchmarks/gpu.py` without a card: a dry run through all of it, and the section that it writes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "benchmarks" / "gpu.py"
+PARTS = ["kernels", "conformance", "bounds", "products", "decode", "model", "prefill"]
+
+
+def started(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(SCRIPT), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    path = tmp_path_factory.mktemp("gpu") / "gpu-{card}.json"
+    done = started("--dry-run", "--out", str(path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    (written,) = path.parent.iterdir()
+    assert "{" not in written.name, "the card's name is in the file's"
+    found: dict[str, Any] = json.loads(written.read_text())
+    return found
+
+
+@pytest.fixture
+def report(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    from gpu_parts import report
+
+    return report
+
+
+@pytest.fixture
+def drawing(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    from gpu_parts import lists
+
+    return lists
+
+
+def rows(result: dict[str, Any], part: str) -> list[dict[str, Any]]:
+    (found,) = (p for p in result["parts"] if p["name"] == part)
+    return [row for table in found["tables"] for row in table["rows"]]
+
+
+def test_every_part_runs_without_a_card(result: dict[str, Any]) -> None:
+    assert [(p["name"], p["state"]) for p in result["parts"]] == [(name, "done") for name in PARTS]
+    assert (result["dry"], result["status"]) == (True, 0)
+    assert result["card"]["arch"] == "interpreted"
+    assert {"python", "torch", "triton", "transom"} <= set(result["versions"])
+    assert set(result["bounds"]) == {"copy_bytes_per_second", "product_flops"}
+
+
+def test_numbers_are_checked_first(result: dict[str, Any]) -> None:
+    assert {c["outcome"] for c in result["checks"]} == {"passed"}
+    names = {c["name"].split(",")[0] for c in result["checks"]}
+    assert {
+        "prefill", "decode", "append", "norm", "gate", "combine", "rotate", "embed", "product", "sample", "routing",
+        "conformance", "generation",
+    } <= names  # fmt: skip
+
+
+def test_every_figure_stands_beside_its_bound_and_its_peers(result: dict[str, Any]) -> None:
+    for part in ("prefill", "decode", "products"):
+        timed = [r for r in rows(result, part) if r.get("ms") or r.get("us")]
+        assert timed
+        assert all(r["of the bound"] for r in timed)
+    said = {r["what"] for r in rows(result, "prefill")}
+    assert {"ours, dense", "ours, fine lists", "torch SDPA, FlashAttention", "flex_attention, coarse lists"} <= said
+    assert any(r["efficiency"] for r in rows(result, "decode"))
+    assert any(r["what"].startswith("torch int4") and r["us"] for r in rows(result, "products"))
+
+
+def test_what_is_not_installed_says_so(result: dict[str, Any]) -> None:
+    for part in ("prefill", "decode"):
+        found = [r for r in rows(result, part) if r["what"] == "FlashInfer"]
+        assert found
+        assert all(r["note"] or r.get("ms") or r.get("us") for r in found)
+
+
+def test_the_whole_model_is_compared(result: dict[str, Any]) -> None:
+    found = rows(result, "model")
+    ways = {(r["weights"], r["attention"], r["sequences"]) for r in found if "attention" in r}
+    assert len(ways) == 8, "two weights, two ways to read, alone and in a batch"
+    assert all(r["prefill density"] < 1 for r in found if r.get("attention") == "sparse")
+    assert any("ratio" in r for r in found)
+    assert any("cache GiB" in r for r in found)
+    assert any("first token s" in r for r in found)
+
+
+def test_without_a_card_one_sentence_is_said(tmp_path: Path) -> None:
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, str(SCRIPT), "--out", str(tmp_path / "out.json")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=120)
+    if done.returncode != 2:
+        pytest.skip("a card is here")
+    assert done.stdout == ""
+    assert done.stderr.startswith("No NVIDIA card")
+    assert done.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_time_that_is_up_is_said(tmp_path: Path) -> None:
+    path = tmp_path / "out.json"
+    done = started("--dry-run", "--limit", "0", "--out", str(path))
+    assert done.returncode == 3
+    assert {p["state"] for p in json.loads(path.read_text())["parts"]} == {"left out"}
+
+
+# lists of keys --------------------------------------------------------------------------------------------------------
+def _read(arrays: dict[str, Any], block: int, head: int, begin: int, queries: int, length: int) -> np.ndarray[Any, Any]:
+    """Which keys each query of a block reads, by the meaning of the lists: bool [queries, length]."""
+    near, count = int(arrays["NEAR"][block, head]), int(arrays["FAR_COUNT"][block, head])
+    far = arrays["FAR"][block, head, :count].numpy()
+    columns = arrays["BLOCK_COLUMNS"][block, head].numpy()
+    columns = columns[columns >= 0]
+    assert (np.diff(far) > 0).all(), "ascending, each once"
+    assert ((far >= 0) & (far < near // 16)).all()
+    assert (columns < max(near, 1)).all()
+    assert not np.isin(columns // 16, far).any()
+    assert len(np.unique(columns)) == len(columns)
+    mask = np.zeros((queries, length), bool)
+    mask[:, near:] = True
+    for unit in far:
+        mask[:, unit * 16 : unit * 16 + 16] = True
+    mask[:, columns] = True
+    return mask & (np.arange(length) <= begin + np.arange(queries)[:, None])
+
+
+@pytest.mark.parametrize("density", [0.1, 0.3, 0.9])
+def test_lists_have_the_density_that_they_say(density: float, drawing: Any, seed: int) -> None:
+    import torch
+
+    length, heads = 4096, 2
+    prompt, token = torch.arange(length // 64) * 64, torch.tensor([length - 9])
+    for begin, queries, near in ((prompt, torch.full_like(prompt, 64), 128), (token, torch.tensor([1]), 64)):
+        drawn = drawing.fine(begin, queries, heads, density, near, seed)
+        read = seen = 0
+        for i, (first, count) in enumerate(zip(begin.tolist(), queries.tolist(), strict=True)):
+            read += sum(_read(drawn.arrays, i, h, first, count, length).sum() for h in range(heads))
+            seen += heads * int(sum(first + j + 1 for j in range(count)))
+        assert drawn.density == pytest.approx(read / seen, rel=1e-6)
+        assert abs(drawn.density - density) < 0.12
+
+
+def test_the_block_mask_is_the_list(drawing: Any, seed: int) -> None:
+    length, heads, group = 2048, 2, 2
+    drawn = drawing.coarse(length, heads, 0.4, 256, seed, "cpu")
+    blocks = drawing.block_mask(drawn, length, group).to_dense()[0].bool().numpy()
+    whole = blocks.repeat(128, 1).repeat(128, 2) & np.tri(length, dtype=bool)
+    read = 0
+    for h in range(heads):
+        own = np.concatenate([_read(drawn.arrays, i, h, 64 * i, 64, length) for i in range(length // 64)])
+        for g in range(group):
+            np.testing.assert_array_equal(whole[h * group + g], own)
+        read += own.sum()
+    assert drawn.density == pytest.approx(read / heads / np.tri(length).sum(), rel=1e-6)
+    assert 0.3 < drawn.density < 0.5
+
+
+# the section of docs/performance.md -----------------------------------------------------------------------------------
+def test_the_document_is_made_of_the_results_that_are_kept(report: Any) -> None:
+    text = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    kept = sorted((ROOT / "benchmarks" / "results").glob("gpu-*.json"))
+    assert report.replaced(text, [json.loads(path.read_text()) for path in kept]) == text
+
+
+def test_a_result_becomes_tables(report: Any, result: dict[str, Any]) -> None:
+    text = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    made = report.replaced(text, [result])
+    assert report.NO_CARD not in made.partition(report.BEGIN)[2]
+    for part in result["parts"]:
+        for table in part["tables"]:
+            assert f"#### {table['title']}\n" in made
+    result = result | {"card": {"name": "X", "arch": "sm_90"}}
+    sampled = [
+        p | {"clocks": [{"sm_mhz": 1500, "watts": 300.5}, {"sm_mhz": 1980, "watts": 650}]} for p in result["parts"]
+    ]
+    assert "the card had 1500 to 1980 MHz, 300 to 650 W." in report.section([result | {"parts": sampled}])
+    lines = [line for line in report.section([result]).splitlines() if line.startswith("|")]
+    assert len(lines) > 50
+    assert report.replaced(made, []) == report.replaced(text, [])
+
+
+def test_results_of_dry_runs_are_no_figures(result: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "dry.json"
+    path.write_text(json.dumps(result))
+    done = started("--docs", str(path))
+    assert done.returncode == 1
+    assert "dry run" in done.stderr
+
+
+def test_a_document_without_the_markers_is_left_alone(report: Any) -> None:
+    with pytest.raises(ValueError, match="once each"):
+        report.replaced("# Performance\n", [])
