@@ -18,12 +18,13 @@ from gpu_parts import lists, peers
 from gpu_parts.bench import Bench, first_line
 from gpu_parts.report import Table
 from gpu_parts.timing import Run
+from transom.programs.written import View
 from transom.sparsity import Sparsity
 from transom_cuda_triton.attention import Attend
 from transom_cuda_triton.compiling import variants_of
 from transom_cuda_triton.engine import TritonEngine
 from transom_cuda_triton.packing import ALIGNMENT
-from transom_cuda_triton.program import Layer, Op, Program, View
+from transom_cuda_triton.program import Layer, Op, Program
 from transom_cuda_triton.routes import Lists, RoutedStep
 from transom_cuda_triton.step import Step, Workspace, plan
 from transom_cuda_triton.store import TORCH

@@ -13,10 +13,11 @@ import torch
 from gpu_parts.attention import _timed
 from gpu_parts.bench import Bench
 from gpu_parts.timing import Run
+from transom.programs.written import View
 from transom_cuda_triton.compiling import variants_of
 from transom_cuda_triton.engine import TritonEngine
 from transom_cuda_triton.packing import ALIGNMENT, Packed
-from transom_cuda_triton.program import Op, Program, View
+from transom_cuda_triton.program import Op, Program
 from transom_cuda_triton.step import Workspace, plan
 from transom_cuda_triton.store import TORCH
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from checkpoints import tiny
 
 from transom import hardware
 from transom.contract import Artifact, Device, Limits, OutOfPages, SparseSession, Work
-from transom.errors import EngineError, OptionError
+from transom.errors import DoesNotFit, EngineError, OptionError
 from transom.graph import Graph
 from transom.reference.executor import Executor
 from transom.reference.session import ReferenceSession
@@ -328,6 +329,12 @@ def test_weights_that_are_no_numbers_are_an_error_and_no_answer(opened: Open, rn
     with pytest.raises(EngineError, match="not finite"):
         session.step([Work(state, [1, 2, 3])])
     assert state.length == 0
+
+
+def test_weights_that_do_not_fit_are_refused_with_the_numbers(tmp_path: Path, rng: np.random.Generator) -> None:
+    artifact = stored(tiny_decoder(rng), tmp_path)
+    with pytest.raises(DoesNotFit, match=r"The weights take .* and cpu has 0.00 GiB free"):
+        BACKEND.load(artifact, replace(cpu(), free_bytes=1000), {}, tmp_path)
 
 
 @pytest.mark.parametrize("file", ["program-0.json", "decoder.json", "weights-0.bin"])

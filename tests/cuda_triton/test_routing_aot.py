@@ -6,7 +6,7 @@ from importlib import import_module
 
 import pytest
 
-from transom_cuda_triton.aot import SHARED_LIMIT, compile_kernel
+from transom_cuda_triton.aot import SHARED_LIMIT, compile_kernel, compile_variant
 from transom_cuda_triton.routing import Routing
 
 TENSOR_CORES = {80: "HMMA", 90: "HGMMA"}
@@ -33,3 +33,13 @@ def test_nothing_is_spilled(arch: int, head_dim: int) -> None:
         if variant.kernel in PRODUCTS and not (constants.get("KEPT") and name == "score_units"):
             cores = TENSOR_CORES[arch] if constants["ROWS"] == 64 else "HMMA"
             assert made.matrix_instructions().get(cores, 0) > 0, variant
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_plain_cores_have_room_for_every_kernel(head_dim: int) -> None:
+    """On sm_70, where only the widest heads go to local memory by more than a few bytes."""
+    for variant in Routing(8, 4, head_dim, head_dim**-0.5, 0.0, 0, False, "fp16", 16, plain=True).variants():
+        made = compile_variant(variant, 70)
+        assert made.shared <= SHARED_LIMIT[70] * 1024
+        assert made.blocks >= 1
+        assert made.spilled <= (512 if head_dim == 256 else 32), variant

@@ -11,8 +11,9 @@ import triton
 
 from transom_cuda_triton.aot import SHARED_LIMIT
 from transom_cuda_triton.efficiency import Loop, main_loops
-from transom_cuda_triton.table import Entry, Row, entries, loops, measure, ratios, resources
-from transom_cuda_triton.tiles import HEAD_SIZES, TENSOR_CORES
+from transom_cuda_triton.program import Layer, Op, Program, Rope, View
+from transom_cuda_triton.table import GROUP, Entry, Row, entries, loops, measure, ratios, resources
+from transom_cuda_triton.tiles import ARCHITECTURES, HEAD_SIZES, TENSOR_CORES
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "kernels.md"
 LEAST_EFFICIENCY = 0.9
@@ -23,11 +24,17 @@ SAMPLE = [
     ("prefill.attend_blocks", "128 bf16", 90), ("prefill.attend_blocks", "128 fp16, dense", 86),
     ("decode.attend_splits", "64 fp16", 90), ("decode.attend_splits", "128 fp16", 80),
     ("linear.multiply_many", "int4, fp16", 89), ("linear.multiply_few", "int8, fp16", 80),
+    *(("linear.multiply_many_float8", "multiply_many_float8, bf16", arch) for arch in (89, 90)),
+    ("append.append", "128 fp16", 90), ("scores.measure_rows", "measure_rows, 128 fp16, blocks", 80),
+    ("norm.rms_norm", "rms_norm, with a sum, bf16", 86), ("sample.sample", "sample", 80),
 ]  # fmt: skip
 """(kernel, what, architecture) of rows that are made again; the first of each name."""
 VOLTA = [("prefill.attend_blocks", f"{size} fp16", 70) for size in (64, 128)] + [
     ("decode.attend_splits", f"{size} fp16", 70) for size in (64, 128)
 ]
+
+# Those that may spill on sm_70.
+ON_VOLTA = ("columns.choose_columns", "scores.measure_rows", "scores.score_units")
 
 
 @cache
@@ -72,17 +79,36 @@ def test_a_list_costs_little_in_the_main_loop(kernel: str, size: int, arch: int)
     assert found.listed.classes["special"] == found.dense.classes["special"]
 
 
-def test_the_document_has_every_row_and_spills_nowhere() -> None:
+def test_the_document_has_every_row_and_almost_nothing_spills() -> None:
+    """What is for checking may (float32), and on sm_70, with plain cores, what chooses for heads of 256."""
     lines = DOCUMENT.read_text(encoding="utf-8").splitlines()
     for e in entries():
         mine = [line.split(" | ") for line in lines if line.startswith(f"| {e.what} | {e.tile} | sm_{e.arch} | ")]
         assert mine, e
+        if e.exact or (e.arch == 70 and e.variant.kernel in ON_VOLTA):
+            continue
         assert {spilled for _, _, _, _, spilled, *_ in mine} == {"0"}, e
     for size in HEAD_SIZES:
         for arch in TENSOR_CORES:
             starts = tuple(f"| prefill, {size} | sm_{arch} | {digit}" for digit in "01")
             ratio = next(line.split(" | ") for line in lines if line.startswith(starts))
             assert float(ratio[2]) >= LEAST_EFFICIENCY
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_the_table_has_what_an_engine_launches(arch: int) -> None:
+    """For a layer of the table's own sizes: attention and the cache with the same types, constants and warps."""
+    pytest.importorskip("torch")
+    from transom_cuda_triton.attention import Attend
+
+    size, number = 128, "fp16"
+    layer = Layer(32, 32 // GROUP, size, size, 0, size**-0.5, 0.0, -1)
+    program = Program(number, (), (), (Rope(0, size // 2, 1.0),), (layer,), (), 9, 0, 0, "")
+    op = Op("attend", 32 * size, View(0), View(0), View(1), View(2), rope=0)
+    listed = {e.variant for e in entries() if e.arch == arch}
+    launched = [v for v in Attend(op, program, arch, processors=1).variants() if v.kernel != "decode.merge_splits"]
+    assert {v.kernel for v in launched} == {"append.append", "prefill.attend_blocks", "decode.attend_splits"}
+    assert [v for v in launched if v not in listed] == []
 
 
 def test_a_loop_is_what_lies_between_a_branch_and_where_it_goes() -> None:

@@ -17,10 +17,11 @@ import ml_dtypes
 import numpy as np
 
 from transom.graph.weights import DENSE_DTYPES, Blocked, BlockedArrays, Weight, dense, dequantize
+from transom.programs.written import NOWHERE, View
 from transom.sparsity import DENSE
 from transom_openvino_cpu.native import packing
 from transom_openvino_cpu.native.engine import NativeEngine
-from transom_openvino_cpu.native.program import NOWHERE, Buffer, Layer, Op, Program, Rope, View
+from transom_openvino_cpu.native.program import Buffer, Layer, Op, Program, Rope
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

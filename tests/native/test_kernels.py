@@ -26,8 +26,9 @@ from programs import (
 
 from transom.errors import EngineError
 from transom.graph.weights import Blocked, dequantize
+from transom.programs.written import View
 from transom.sparsity import Sparsity
-from transom_openvino_cpu.native.program import ACTIVATIONS, Layer, View
+from transom_openvino_cpu.native.program import ACTIVATIONS, Layer
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

@@ -12,10 +12,11 @@ from transom.graph.weights import Array, Weight
 from transom.programs import fusing
 from transom.programs.drafting import Draft, Drafting, Value
 from transom.programs.placing import Placing
+from transom.programs.written import NOWHERE, View
 from transom.sparsity import Sparsity
 from transom_cuda_triton import packing
 from transom_cuda_triton.precision import Precision
-from transom_cuda_triton.program import NOWHERE, Layer, Op, Program, Rope, View
+from transom_cuda_triton.program import Layer, Op, Program, Rope
 
 TILE = 16
 """Columns: views of a buffer begin at a multiple of it, so that every load is aligned."""
@@ -180,7 +181,7 @@ class _Writing:
         self._ops.append(replace(op, late=late))
 
     def _view(self, value: Value) -> View:
-        return View(*self._placing.place(value))
+        return self._placing.place(value)
 
     def _vector(self, array: Array | None) -> int:
         if array is None:

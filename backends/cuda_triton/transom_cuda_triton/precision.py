@@ -55,6 +55,8 @@ class Precision:
             forms = sorted({*forms, self.rounded})
         name = LONG[self.number]
         weights = f"{' and '.join(forms)} weights, " if forms else ""
+        if self.rounded == "fp8":
+            weights += "fp8 activations in products of several rows, other "
         return f"{weights}{name} activations and cache, float32 sums"
 
 

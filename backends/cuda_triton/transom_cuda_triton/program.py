@@ -3,23 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
+from transom.programs.written import NOWHERE, View, lean, operator
 from transom_cuda_triton.packing import Packed
 
 KINDS = ("embed", "norm", "linear", "combine", "gate", "rotate", "attend", "rows", "reduce")
-
-
-@dataclass(frozen=True)
-class View:
-    """Columns of a buffer, from `offset` on."""
-
-    buffer: int
-    offset: int = 0
-
-
-NOWHERE = View(-1)
 
 
 @dataclass(frozen=True)
@@ -102,7 +92,7 @@ class Program:
 
     def to_json(self) -> str:
         raw = asdict(self)
-        raw["ops"] = [_lean(op) for op in self.ops]
+        raw["ops"] = [lean(op) for op in self.ops]
         return json.dumps(raw, separators=(",", ":"))
 
     @classmethod
@@ -123,23 +113,8 @@ class Program:
         )
 
 
-_VIEWS = ("dst", "a", "b", "c")
-_DEFAULTS = {f.name: f.default for f in fields(Op)}
-
-
 def _op(raw: dict[str, Any]) -> Op:
-    values: dict[str, Any] = {k: View(*v) if k in _VIEWS else v for k, v in raw.items()}
-    op = Op(**values)
+    op = operator(Op, raw)
     if op.kind not in KINDS:
         raise ValueError(f"no operator is called {op.kind!r}")
     return op
-
-
-def _lean(op: Op) -> dict[str, Any]:
-    """An operator without what is as usual."""
-    lean: dict[str, Any] = {}
-    for name, usual in _DEFAULTS.items():
-        value = getattr(op, name)
-        if value != usual:
-            lean[name] = [value.buffer, value.offset] if isinstance(value, View) else value
-    return lean

@@ -14,6 +14,7 @@ from typing import Any
 
 from transom.ops.sparse_routing import BLOCK, COLUMN_ROWS, DENSE_ABOVE
 from transom.sparsity import LayerSparsity, Sparsity
+from transom_cuda_triton.tiles import parts
 from transom_cuda_triton.variants import Launcher, Variant
 
 NODE = 8
@@ -73,12 +74,6 @@ def splits_of(blocks: int, kv_heads: int, most_keys: int, processors: int) -> in
     return max(1, min(SPLITS, wanted, -(-most_keys // (BLOCK * NODE)) + 2))
 
 
-def _parts(size: int) -> tuple[int, int]:
-    """A head size as the sum of two powers of two, or of one and 0."""
-    first = 1 << size.bit_length() - 1
-    return first, size - first
-
-
 def _tile(rows: int) -> int:
     """Rows in a program: what a tensor core takes, at most 64."""
     return min(64, max(16, 1 << (rows - 1).bit_length()))
@@ -98,6 +93,8 @@ class Routing:
     dtype: str
     """Triton's type of queries, keys and nodes: "fp16", "bf16" or "fp32"."""
     unit: int
+    plain: bool = False
+    """Products go through plain cores (sm_70), and tiles are as small as they can be: others have no room there."""
 
     # arrays -----------------------------------------------------------------------------------------------------------
     def nodes(self, pages: int, slots: int) -> dict[str, Shape]:
@@ -205,7 +202,8 @@ class Routing:
 
     # their parts ------------------------------------------------------------------------------------------------------
     def _rows(self, decoding: bool) -> int:
-        return min(32 if self._wide else 64, _tile(self.group if decoding else 64))
+        most = 16 if self.plain else 32 if self._wide else 64
+        return min(most, _tile(self.group if decoding else 64))
 
     @property
     def _wide(self) -> bool:
@@ -214,7 +212,7 @@ class Routing:
 
     @property
     def _column_rows(self) -> int:
-        return _tile(COLUMN_ROWS * self.group)
+        return 16 if self.plain else _tile(COLUMN_ROWS * self.group)
 
     @property
     def _column_tiles(self) -> int:
@@ -254,8 +252,14 @@ class Routing:
 
     @property
     def _head(self) -> dict[str, Any]:
-        head, rest = _parts(self.head_dim)
+        head, rest = parts(self.head_dim)
         return {"GROUP": self.group, "HEAD": head, "HEAD_REST": rest}
+
+    @property
+    def _halves(self) -> dict[str, Any]:
+        """Heads in two parts, whose products one after the other take fewer registers."""
+        half, rest = parts(self.head_dim, 64 if self.head_dim <= 128 else 128)
+        return {"HEAD": half, "HEAD_REST": rest}
 
     @property
     def _capped(self) -> dict[str, Any]:
@@ -283,10 +287,12 @@ class Routing:
 
     def _scores(self, decoding: bool) -> dict[str, Variant]:
         rows = {"ROWS": self._rows(decoding)}
-        masses = {**self._head, **self._capped, **rows, "UNIT": self.unit, "KEPT": decoding}
+        head = {**self._head, **self._halves} if self.plain else self._head
+        masses = {**head, **self._capped, **rows, "UNIT": self.unit, "KEPT": decoding}
         merged = {"GROUP": self.group, "SPLITS": SPLITS, "WITH_SINKS": self.with_sinks, **rows}
         # Warps and stages: what spills nothing.
-        cut = (4, 2 if self._wide else 3) if decoding else (8, 1 if self._wide else 2)
+        cut = (4, 3 if self.head_dim > 64 and not self._wide else 2) if decoding else (8, 1 if self._wide else 2)
+        cut = (8, 1) if self.plain else cut
         return {
             "measure_rows": self._variant("scores.measure_rows", _MEASURE_ROWS, masses, *cut),
             "merge_rows": self._variant("scores.merge_rows", _MERGE_ROWS, merged | {"WINDOWED": self.window > 0}, 4),

@@ -11,12 +11,11 @@ import torch
 from transom.contract import OutOfPages, State, Tensor, Work
 from transom.errors import OptionError
 from transom.sessions import PagedSession, PagedState, PageTable, check_step
-from transom.sessions.steps import Array
+from transom.sessions.steps import CHUNK, Array, dense_keys
 from transom.signature import Decoder, LayerCache
 from transom.sparsity import Sparsity
 from transom_cuda_triton.engine import Result, TritonEngine, not_finite
 from transom_cuda_triton.routes import RoutedStep, SequenceRoute
-from transom_cuda_triton.step import BLOCK, CHUNK
 
 if TYPE_CHECKING:
     from transom_cuda_triton.parallel import Team
@@ -156,23 +155,12 @@ class TritonSession(PagedSession):
         if result.counts is None:
             for of, old, new in zip(found, past, counts, strict=True):
                 for i, layer in enumerate(layers):
-                    of[:, i, : layer.kv_heads] = dense_keys(old, new, layer.sliding_window)
+                    of[:, i, : layer.kv_heads] = dense_keys(old, new, layer.sliding_window, chunk=new >= CHUNK)
             return found
         for blocks, counted in zip(result.blocks, result.counts, strict=True):
             for i, (sequence, _, _, queries) in enumerate(blocks.tolist()):
                 found[sequence] += counted[:, :, i].transpose(1, 0, 2).astype(np.float64) * queries
         return found
-
-
-def dense_keys(past: int, count: int, window: int) -> int:
-    """Keys that `count` new tokens see; those of a block that would choose together count alike."""
-    total, position = 0, past
-    while position < past + count:
-        end = min((position // BLOCK + 1) * BLOCK, past + count) if count >= CHUNK else position + 1
-        start = max(0, position - window + 1) if window else 0
-        total += (end - start) * (end - position)
-        position = end
-    return total
 
 
 def _own(work: Work) -> TritonState:

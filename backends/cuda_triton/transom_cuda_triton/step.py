@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from transom.programs.written import View
 from transom_cuda_triton.cache import LayerCache
-from transom_cuda_triton.program import Program, View
+from transom_cuda_triton.program import Program
 from transom_cuda_triton.store import TORCH, Store
 from transom_cuda_triton.variants import Launcher
 

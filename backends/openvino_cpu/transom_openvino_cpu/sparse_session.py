@@ -9,14 +9,9 @@ import numpy as np
 from transom.contract import State, Tensor, Work
 from transom.sessions import PagedSession, PagedState, check_step
 from transom.sessions.pages import PageTable
-from transom.sessions.steps import Array
+from transom.sessions.steps import CHUNK, Array, dense_keys
 from transom.signature import Decoder
 from transom_openvino_cpu.native.engine import NativeEngine
-
-BLOCK = 64
-"""Queries that choose together."""
-CHUNK = 16
-"""New tokens from which on they do."""
 
 
 class SparseState(PagedState):
@@ -74,17 +69,6 @@ class SparseState(PagedState):
 
     def __del__(self) -> None:
         self._free_route()
-
-
-def dense_keys(past: int, count: int, window: int, *, chunk: bool) -> int:
-    """Keys that `count` new tokens see; those of a block that would choose together in a chunk count alike."""
-    total, position = 0, past
-    while position < past + count:
-        end = min((position // BLOCK + 1) * BLOCK, past + count) if chunk else position + 1
-        start = max(0, position - window + 1) if window else 0
-        total += (end - start) * (end - position)
-        position = end
-    return total
 
 
 class SparseSession(PagedSession):

@@ -42,7 +42,7 @@ DEVICE = click.option(
     default="auto",
     show_default=True,
     shell_complete=complete_device,
-    help="An id from `transom devices`; named, it never falls back.",
+    help="An id from `transom devices`, or several with commas between them; named, it never falls back.",
 )
 BACKEND = click.option(
     "--backend",

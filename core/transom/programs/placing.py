@@ -6,6 +6,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from transom.programs.written import View
+
 if TYPE_CHECKING:
     from transom.programs.drafting import Draft, Value
 
@@ -52,14 +54,14 @@ class Placing:
         self.buffers.append(Buffer(width, local))
         return len(self.buffers) - 1
 
-    def place(self, value: Value) -> tuple[int, int]:
-        """The value's buffer, and its first column there."""
+    def place(self, value: Value) -> View:
+        """Where the value lies."""
         root, offset = value.root()
         if id(root) not in self._at:
             local = self._local[id(root)]
             free = self._free.get((root.width, local))
             self._at[id(root)] = free.pop() if free else self._new(root.width, local=local)
-        return self._at[id(root)], offset
+        return View(self._at[id(root)], offset)
 
     def done(self, index: int, draft: Draft) -> None:
         """The draft `index` has run: what it read last is free."""

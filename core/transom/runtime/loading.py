@@ -91,7 +91,8 @@ def load(
     Args:
         model: a GGUF file, a Hugging Face directory, an ONNX file, a `torch.nn.Module` wrapped in
             `transom.TorchSource`, or a transformers model.
-        device: `"auto"`, or an id that `transom.devices()` lists (`"cpu"`, `"cuda:0"`). Named, it never falls back.
+        device: `"auto"`, or an id that `transom.devices()` lists (`"cpu"`, `"cuda:0"`), or several for one model on all
+            of them (`"cuda:0,cuda:1"`). Named, it never falls back.
         backend: `"auto"`, or a name that `transom.backends()` lists. Named, it never falls back.
         context: tokens that one sequence may have; None for the model's own, cut to what fits and said so in
             `report.warnings`.

@@ -11,6 +11,11 @@ from transom.contract import Limits, Tensor, Work
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
+BLOCK = 64
+"""Queries that choose together."""
+CHUNK = 16
+"""New tokens from which on they do."""
+
 
 def check_step(work: Sequence[Work], limits: Limits, vocabulary: int, *, sparsity: bool = False) -> None:
     """The checks that every session owes its host before it changes anything.
@@ -104,3 +109,14 @@ def split_logits(
         else:
             results.append(np.array(part, np.float32) if copy else part)
     return results
+
+
+def dense_keys(past: int, count: int, window: int, *, chunk: bool) -> int:
+    """Keys that `count` new tokens see; those of a block that would choose together in a chunk count alike."""
+    total, position = 0, past
+    while position < past + count:
+        end = min((position // BLOCK + 1) * BLOCK, past + count) if chunk else position + 1
+        start = max(0, position - window + 1) if window else 0
+        total += (end - start) * (end - position)
+        position = end
+    return total

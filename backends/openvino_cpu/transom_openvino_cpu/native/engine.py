@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 
 from transom.errors import EngineError, OptionError
+from transom.programs.written import View
 from transom.signature import LayerCache
 from transom.sparsity import Sparsity
 from transom_openvino_cpu.native import library as native
 from transom_openvino_cpu.native import packing
 from transom_openvino_cpu.native.policies import NativePolicy
-from transom_openvino_cpu.native.program import ACTIVATIONS, BY, CACHES, KINDS, Program, View
+from transom_openvino_cpu.native.program import ACTIVATIONS, BY, CACHES, KINDS, Program
 from transom_openvino_cpu.page_memory import PageMemory
 
 Array = np.ndarray[Any, np.dtype[Any]]

@@ -11,9 +11,10 @@ from transom.graph.weights import Array, Dense
 from transom.programs import fusing
 from transom.programs.drafting import Draft, Drafting, Value
 from transom.programs.placing import Placing
+from transom.programs.written import NOWHERE, View
 from transom_openvino_cpu.native import packing
 from transom_openvino_cpu.native.packing import TILE
-from transom_openvino_cpu.native.program import NOWHERE, Layer, Op, Program, Rope, View
+from transom_openvino_cpu.native.program import Layer, Op, Program, Rope
 from transom_openvino_cpu.precision import Precision
 
 BARRIERS = ("attend", "rows")
@@ -58,7 +59,7 @@ def write(drafting: Drafting, precision: Precision, file: BinaryIO, progress: Ca
         return known[key]
 
     def view(value: Value) -> View:
-        return View(*placing.place(value))
+        return placing.place(value)
 
     ops: list[Op] = []
     for i, draft in enumerate(drafts):

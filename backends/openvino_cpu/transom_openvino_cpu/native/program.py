@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from transom.programs.placing import Buffer
+from transom.programs.written import NOWHERE, View, lean, operator
 from transom_openvino_cpu.native.packing import Packed
 
 KINDS = (
@@ -18,17 +19,6 @@ BY = ("f32", "int8", "bf16")
 """In what numbers activations meet a matrix."""
 CACHES = ("f32", "bf16", "int8")
 """In what numbers keys and values are kept: TR_CACHE_…"""
-
-
-@dataclass(frozen=True)
-class View:
-    """Columns of a buffer, from `offset` on."""
-
-    buffer: int
-    offset: int = 0
-
-
-NOWHERE = View(-1)
 
 
 @dataclass(frozen=True)
@@ -91,7 +81,7 @@ class Program:
 
     def to_json(self) -> str:
         raw = asdict(self)
-        raw["ops"] = [_lean(op) for op in self.ops]
+        raw["ops"] = [lean(op) for op in self.ops]
         return json.dumps(raw, separators=(",", ":"))
 
     @classmethod
@@ -101,7 +91,7 @@ class Program:
         if raw["cache"] not in CACHES:
             raise ValueError(f"no cache is of {raw['cache']!r}")
         return cls(
-            tuple(_op(op) for op in raw["ops"]),
+            tuple(operator(Op, op) for op in raw["ops"]),
             tuple(Packed(**m) for m in raw["matrices"]),
             tuple(Rope(**r) for r in raw["ropes"]),
             tuple(Layer(**x) for x in raw["layers"]),
@@ -111,22 +101,3 @@ class Program:
             int(raw["weight_bytes"]),
             str(raw["sparsity"]),
         )
-
-
-def _op(raw: dict[str, Any]) -> Op:
-    values: dict[str, Any] = {k: View(*v) if k in _VIEWS else v for k, v in raw.items()}
-    return Op(**values)
-
-
-_VIEWS = ("dst", "a", "b", "c")
-_DEFAULTS = {f.name: f.default for f in fields(Op)}
-
-
-def _lean(op: Op) -> dict[str, Any]:
-    """An operator without what is as usual: a program has some hundreds of them, and a cold start reads them all."""
-    lean: dict[str, Any] = {}
-    for name, usual in _DEFAULTS.items():
-        value = getattr(op, name)
-        if value != usual:
-            lean[name] = [value.buffer, value.offset] if isinstance(value, View) else value
-    return lean
