@@ -115,7 +115,9 @@ def test_without_a_card_loading_is_an_error_in_words(graph: Graph, tmp_path: Pat
 @pytest.mark.parametrize(
     ("arch", "instructions"), [("sm_89", ("QMMA",) * 3), ("sm_90", ("HMMA", "QGMMA", "QGMMA"))], ids=["sm_89", "sm_90"]
 )
-def test_float8_goes_through_the_tensor_cores(arch: str, instructions: tuple[str, ...], rng: Any, tmp_path: Any) -> None:
+def test_float8_goes_through_the_tensor_cores(
+    arch: str, instructions: tuple[str, ...], rng: Any, tmp_path: Any
+) -> None:
     """On sm_90 the smallest tile has too few rows for products of four warps: its codes are widened to float16."""
     from transom_cuda_triton.aot import compile_variant
 

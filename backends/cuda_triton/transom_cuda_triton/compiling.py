@@ -90,7 +90,7 @@ def variants_of(program: Program, arch: int) -> list[Variant]:
     from transom_cuda_triton.operators import all_variants
     from transom_cuda_triton.routes import routing_variants
 
-    found = [*all_variants(engine_operators(program, arch, processors=1)), *routing_variants(program)]
+    found = [*all_variants(engine_operators(program, arch, processors=1)), *routing_variants(program, arch)]
     return list(dict.fromkeys(found))
 
 

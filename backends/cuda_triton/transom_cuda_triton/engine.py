@@ -81,7 +81,7 @@ class TritonEngine:
         self.store = Store(program, weights, device, context)
         self.launch, self.reduce = launch, reduce or _alone
         self.operators = engine_operators(program, arch, processors)
-        self.routes = Routes(program, slots, context, device, processors)
+        self.routes = Routes(program, slots, context, device, arch=arch, processors=processors)
         self.graphs = Graphs(self, record)
         self.caches: list[cache.LayerCache] = []
         self.spare = 0

@@ -22,6 +22,7 @@ from transom_cuda_triton.cache import node_bytes
 from transom_cuda_triton.program import Program
 from transom_cuda_triton.routing import Routing, Rule, Shape, coverages, splits_of
 from transom_cuda_triton.store import TORCH
+from transom_cuda_triton.tiles import INTERPRETER, TENSOR_CORES
 from transom_cuda_triton.variants import Variant
 
 if TYPE_CHECKING:
@@ -87,11 +88,13 @@ class Lists:
         }  # fmt: skip
 
 
-def routings(program: Program, unit: int) -> list[Routing]:
+def routings(program: Program, unit: int, arch: int) -> list[Routing]:
     """Of each layer."""
+    plain = arch not in (INTERPRETER, *TENSOR_CORES)
     return [
         Routing(
-            x.kv_heads, x.group, x.head_dim, x.scale, x.softcap, x.window, x.sinks >= 0, program.number, unit
+            x.kv_heads, x.group, x.head_dim, x.scale, x.softcap, x.window, x.sinks >= 0, program.number, unit,
+            plain,
         )
         for x in program.layers
     ]  # fmt: skip
@@ -103,9 +106,9 @@ def units_of(program: Program) -> list[int]:
     return sorted({*UNITS, *(() if own.dense else (own.unit,))})
 
 
-def routing_variants(program: Program) -> list[Variant]:
+def routing_variants(program: Program, arch: int) -> list[Variant]:
     """All that routing may launch."""
-    found = (v for unit in units_of(program) for routing in routings(program, unit) for v in routing.variants())
+    found = (v for unit in units_of(program) for routing in routings(program, unit, arch) for v in routing.variants())
     return list(dict.fromkeys(found))
 
 
@@ -117,11 +120,13 @@ class Routes:
         context: tokens of the longest.
     """
 
-    def __init__(self, program: Program, slots: int, context: int, device: torch.device, processors: int) -> None:
+    def __init__(
+        self, program: Program, slots: int, context: int, device: torch.device, *, arch: int, processors: int
+    ) -> None:
         self._program, self._device, self.slots, self.processors = program, device, slots, processors
         self._most_pages = -(-context // BLOCK)
         self._free = list(range(slots))
-        self._by_unit = {unit: routings(program, unit) for unit in units_of(program)}
+        self._by_unit = {unit: routings(program, unit, arch) for unit in units_of(program)}
         self.kept: list[dict[str, torch.Tensor]] = []
         self._coverages: dict[str, list[torch.Tensor]] = {}
 
