@@ -25,6 +25,7 @@ from transom.sparsity import Sparsity
 from transom.testing.bench import Oracle
 from transom.testing.models import tiny_decoder
 from transom_cuda_triton import CudaTriton, graphs
+from transom_cuda_triton.engine import TritonEngine
 from transom_cuda_triton.routes import SequenceRoute
 from transom_cuda_triton.session import TritonSession
 
@@ -259,6 +260,37 @@ def test_what_is_remembered_is_forgotten_with_its_tokens() -> None:
     assert route.chosen_in == -1
 
 
+def test_a_step_that_fails_halfway_is_forgotten(opened: Open, rng: np.random.Generator, monkeypatch: Any) -> None:
+    """One policy's part of a step has run when the other's fails: nothing of its tokens is remembered."""
+    session = opened(tiny_decoder(rng, context=400))
+    texts, states = [SPARSE.to_string(), NO_COLUMNS.to_string()], [session.new_state() for _ in range(2)]
+
+    def step(counts: tuple[int, int]) -> None:
+        works = zip(states, texts, counts, strict=True)
+        session.step([Work(s, drawn(rng, n), sparsity=t) for s, t, n in works])
+
+    step((150, 150))
+    engine, runs = session._triton, iter((True, False))
+    assert isinstance(engine, TritonEngine)
+    compute = engine.compute
+
+    def once(of: Any) -> Any:
+        if next(runs):
+            return compute(of)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "compute", once)
+        with pytest.raises(KeyboardInterrupt):
+            step((30, 30))
+    for state in states:
+        assert state.length == 150
+        assert state.route is not None
+        assert max(state.route.ring) < 150
+        assert state.route.chosen_in == -1
+    step((1, 1))
+
+
 def test_slots_run_out_and_come_back(opened: Open, rng: np.random.Generator) -> None:
     session, text = opened(tiny_decoder(rng, context=160)), SPARSE.to_string()
     slots = session._triton.routes.slots
@@ -349,6 +381,27 @@ def test_weights_that_do_not_fit_are_refused_with_the_numbers(tmp_path: Path, rn
     artifact = stored(tiny_decoder(rng), tmp_path)
     with pytest.raises(DoesNotFit, match=r"The weights take .* and cpu has 0.00 GiB free"):
         BACKEND.load(artifact, replace(cpu(), free_bytes=1000), {}, tmp_path)
+
+
+def test_the_cache_takes_what_memory_is_left(opened: Open, rng: np.random.Generator, monkeypatch: Any) -> None:
+    """As on a card: nine tenths of what is free beside weights, slots and buffers; less than one context is refused."""
+    from transom_cuda_triton import loading, probing
+    from transom_cuda_triton.step import Workspace
+
+    engine = opened(tiny_decoder(rng, context=640))._triton
+    assert isinstance(engine, TritonEngine)
+    monkeypatch.setattr(probing, "interpreting", lambda: False)
+    others = engine.store.nbytes + engine.routes.nbytes + Workspace.nbytes(engine.program, 1024, 64)
+    assert engine.store.nbytes > 0
+
+    def pages(count: float) -> int:
+        free = others + int(count * engine.page_bytes() / loading.CACHE_SHARE) + 100
+        return loading._pages(engine, cpu(), loading.Place(engine.device, free, 1))
+
+    assert pages(25) == 25
+    assert pages(10) == 10
+    with pytest.raises(DoesNotFit, match=r"cache of 640 tokens takes .* context=576 or less"):
+        pages(9)
 
 
 @pytest.mark.parametrize("file", ["program-0.json", "decoder.json", "weights-0.bin"])

@@ -98,6 +98,12 @@ def test_a_variant_that_was_not_compiled_is_refused() -> None:
         driver(Library())(other, (1,), GIVEN)
 
 
+def test_an_empty_grid_starts_nothing() -> None:
+    library = Library()
+    driver(library)(VARIANT, (3, 0), GIVEN)
+    assert "cuLaunchKernel" not in [name for name, _ in library.calls]
+
+
 def test_closing_unloads_once() -> None:
     library = Library()
     opened = driver(library)

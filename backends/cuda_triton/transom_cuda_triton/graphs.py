@@ -63,6 +63,8 @@ class Graphs:
             self._known[key] = self._recorded(padded, routed)
         recorded = self._known[key]
         self._fill(recorded.step, padded, routed)
+        if routed is not None:
+            self._engine.routes.begin(planned, routed)
         recorded.replay()
         self.replays += 1
         return recorded.step, recorded.logits[:sequences]

@@ -44,6 +44,8 @@ class Interpreter:
     """The interpreter changes Triton's own modules while a kernel runs: one at a time, in the whole process."""
 
     def __call__(self, variant: Variant, grid: tuple[int, ...], arguments: Mapping[str, Any]) -> None:
+        if not all(grid):
+            return
         check_aligned(variant, arguments)
         module, _, name = variant.kernel.partition(".")
         kernel = getattr(importlib.import_module(f"transom_cuda_triton.kernels.{module}"), name)
@@ -96,6 +98,8 @@ class Driver:
         return function
 
     def __call__(self, variant: Variant, grid: tuple[int, ...], arguments: Mapping[str, Any]) -> None:
+        if not all(grid):  # a step of which no logits are wanted; CUDA takes no empty grid
+            return
         code = self._codes.get(variant)
         if code is None:
             raise EngineError(f"This compiled model has no {variant.kernel} as it is wanted", "Load the model anew")

@@ -211,7 +211,8 @@ def _pages(engine: TritonEngine, device: Device, place: Place) -> int:
     one = -(-engine.context // engine.page_tokens)
     if probing.interpreting():
         return max(one, min(INTERPRETED_PAGES, 4 * one))
-    others = engine.routes.nbytes + Workspace.nbytes(engine.program, MAX_TOKENS, MAX_SEQUENCES)
+    buffers = Workspace.nbytes(engine.program, MAX_TOKENS, MAX_SEQUENCES)
+    others = engine.store.nbytes + engine.routes.nbytes + buffers  # `free` is from before all of them
     left = int((place.free - others) * CACHE_SHARE)
     pages = left // engine.page_bytes()
     if pages < one:

@@ -111,14 +111,20 @@ class TritonSession(PagedSession):
         sparse = list(dict.fromkeys(p for p in policies if not p.dense))
         results: list[Any] = [None] * len(work)
         counted: list[tuple[TritonState, Array]] = []
-        for i, policy in enumerate(sparse or [None]):
-            places = [j for j, p in enumerate(policies) if p == policy or (p.dense and i == 0)]
-            part = [work[j] for j in places]
-            found, counts = self._run(part, policy, [tokens[j] for j in places], [past[j] for j in places],
-                                      [pages[j] for j in places])  # fmt: skip
-            for j, result in zip(places, found, strict=True):
-                results[j] = result
-            counted += zip((_own(w) for w in part), counts, strict=True)
+        try:
+            for i, policy in enumerate(sparse or [None]):
+                places = [j for j, p in enumerate(policies) if p == policy or (p.dense and i == 0)]
+                part = [work[j] for j in places]
+                found, counts = self._run(part, policy, [tokens[j] for j in places], [past[j] for j in places],
+                                          [pages[j] for j in places])  # fmt: skip
+                for j, result in zip(places, found, strict=True):
+                    results[j] = result
+                counted += zip((_own(w) for w in part), counts, strict=True)
+        except BaseException:  # what a part of the step has remembered of tokens that are not there
+            for w in work:
+                if (route := _own(w).route) is not None:
+                    route.forget(w.state.length)
+            raise
         for state, count in counted:
             state.counts += count
         return results

@@ -59,5 +59,5 @@ class Launcher(Protocol):
         """Start a variant with every argument that is no constant, by name: tensors and numbers.
 
         Args:
-            grid: programs along one to three axes; none of them 0.
+            grid: programs along one to three axes; nothing is started where one is 0.
         """
