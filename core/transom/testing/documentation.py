@@ -15,10 +15,11 @@ from pathlib import Path
 
 import numpy as np
 
-from transom.contract import Backend, Device
+from transom.contract import Backend, Device, Offer
 from transom.errors import TransomError
 from transom.graph.bodies import has_body
 from transom.graph.passes import decompose
+from transom.hardware import find
 from transom.ops import OpSchema, Param, operators
 from transom.ops.standard import has_own_reference
 from transom.runtime.lowering import claims_of, lower
@@ -34,6 +35,7 @@ MACHINE = Device(
     features=frozenset({"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"}),
     cores=16,
 )
+CARD = find((), "a100")
 SEED = 0
 Key = tuple[str, str]
 """Domain and name of an operator."""
@@ -108,10 +110,21 @@ def with_decoders(backend: Backend, found: Mapping[Key, Coverage], device: Devic
     return result
 
 
+def machine_for(backend: Backend) -> Device:
+    """`MACHINE`, or `CARD` for a backend that is not for processors."""
+    for device, answer in zip((MACHINE, CARD), backend.probe([MACHINE, CARD]), strict=True):
+        if isinstance(answer, Offer) or answer.code != "wrong_device":
+            return device
+    return MACHINE
+
+
 def document(backends: Mapping[str, Backend]) -> str:
     """The whole file, for these backends by name."""
     schemas = [s for s in operators() if s.samples is not None]
-    each = {n: with_decoders(b, {s.key: coverage(b, s) for s in schemas}) for n, b in backends.items()}
+    each = {}
+    for name, backend in backends.items():
+        device = machine_for(backend)
+        each[name] = with_decoders(backend, {s.key: coverage(backend, s, device) for s in schemas}, device)
     found = {s.key: {name: each[name][s.key] for name in backends} for s in schemas}
     lines = [
         "# Operators of the neutral graph",
@@ -127,8 +140,9 @@ def document(backends: Mapping[str, Backend]) -> str:
         "",
         "## Coverage",
         "",
-        f"Each backend's own answer to `claim` on {MACHINE.name}, for graphs of one node out of each random",
-        "sample, and for small decoders of all forms: a backend may take a node there that it does not take alone.",
+        f"Each backend's own answer to `claim` on {MACHINE.name}, or on an {CARD.name} where it is for GPUs, for",
+        "graphs of one node out of each random sample, and for small decoders of all forms: a backend may take a node",
+        "there that it does not take alone.",
         "The conformance kit (`transom.testing`) checks that what is claimed is also computed.",
         "",
         *_table(
