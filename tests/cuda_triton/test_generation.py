@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from checkpoints import tiny
 
 from transom import hardware
-from transom.contract import Artifact, Device, Limits, OutOfPages, SparseSession, Work
+from transom.contract import Artifact, Device, Limits, OutOfPages, SavingSession, SparseSession, Work
 from transom.errors import DoesNotFit, EngineError, OptionError
 from transom.graph import Graph
 from transom.reference.executor import Executor
@@ -312,6 +312,26 @@ def test_policies_without_kernels_are_refused_before_anything_runs(policy: str, 
     with pytest.raises(ValueError, match="routing kernels"):
         session.step([Work(state, [1], sparsity=Sparsity.parse(policy).to_string())])
     assert state.length == 0
+
+
+# states that are written down -----------------------------------------------------------------------------------------
+def test_a_saved_state_goes_on_where_it_was(opened: Open, rng: np.random.Generator) -> None:
+    """In another session of the same model, in float16; and what is no such state is refused."""
+    graph, tokens = tiny_decoder(rng, context=400), drawn(rng, 150)
+    one, other = (opened(graph, precision="f16") for _ in range(2))
+    assert isinstance(one, SavingSession)
+    assert isinstance(other, SavingSession)
+    state = one.new_state()
+    one.step([Work(state, tokens, "none")])
+    saved = one.save(state)
+    again = other.restore(150, saved)
+    assert again.length == 150
+    for text in (None, SPARSE.to_string()):
+        rows = [session.step([Work(s.fork(150), [7], sparsity=text)]) for session, s in ((one, state), (other, again))]
+        np.testing.assert_array_equal(rows[0][0], rows[1][0])
+    for length, arrays in ((149 + 64, saved), (150, {**saved, "layer.0.k": np.zeros((1, 1), np.uint8)}), (150, {})):
+        with pytest.raises(ValueError, match="no pages for"):
+            other.restore(length, arrays)
 
 
 # recorded steps -------------------------------------------------------------------------------------------------------

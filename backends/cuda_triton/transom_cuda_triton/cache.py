@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 
 from transom_cuda_triton.program import Layer, Program
 from transom_cuda_triton.store import TORCH
 
+Array = np.ndarray[Any, np.dtype[Any]]
 PAGE = 64
 """Positions in a page."""
 NODES = 8
@@ -74,3 +77,32 @@ def copy_page(caches: Sequence[LayerCache], source: int, target: int) -> None:
     for cache in caches:
         for tensor in (cache.k, cache.v, cache.means, cache.variances, cache.counts):
             tensor[target].copy_(tensor[source])
+
+
+def _named(caches: Sequence[LayerCache]) -> Iterator[tuple[str, torch.Tensor]]:
+    for i, cache in enumerate(caches):
+        for name in ("k", "v", "means", "variances", "counts"):
+            yield f"layer.{i}.{name}", getattr(cache, name)
+
+
+def page_sizes(caches: Sequence[LayerCache]) -> dict[str, int]:
+    """Bytes of a page in each tensor, by its name."""
+    return {name: tensor[0].numel() * tensor.element_size() for name, tensor in _named(caches)}
+
+
+def read_pages(caches: Sequence[LayerCache], pages: Sequence[int]) -> dict[str, Array]:
+    """What some pages hold, in the host's memory: uint8 [pages, bytes] for each tensor."""
+    found = {}
+    for name, tensor in _named(caches):
+        index = torch.tensor(list(pages), dtype=torch.int64, device=tensor.device)
+        rows = tensor.index_select(0, index).reshape(len(pages), -1)
+        found[name] = rows.contiguous().view(torch.uint8).cpu().numpy().copy()
+    return found
+
+
+def write_pages(caches: Sequence[LayerCache], pages: Sequence[int], arrays: Mapping[str, Array]) -> None:
+    """Write what `read_pages` gave."""
+    for name, tensor in _named(caches):
+        index = torch.tensor(list(pages), dtype=torch.int64, device=tensor.device)
+        rows = torch.from_numpy(np.array(arrays[name], copy=True)).view(tensor.dtype)
+        tensor.index_copy_(0, index, rows.reshape(len(pages), *tensor.shape[1:]).to(tensor.device))

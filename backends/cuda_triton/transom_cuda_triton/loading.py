@@ -50,6 +50,7 @@ def load_artifact(artifact: Artifact, device: Device, options: Options) -> Trito
         EngineError: the files are not what this backend wrote, or a card is not there or does not take them.
         DoesNotFit: a card has no memory for the cache of one sequence, or for the weights.
     """
+    from transom_cuda_triton.saving import SavingTritonSession
     from transom_cuda_triton.session import TritonSession
 
     files = {name: path for name, path in artifact.files.items() if isinstance(path, Path)}
@@ -67,7 +68,7 @@ def load_artifact(artifact: Artifact, device: Device, options: Options) -> Trito
         team = Team(seats, open_share, [x.kv_heads for x in decoder.layers])
         return _session(TritonSession, team, decoder, context, team.room)
     engine, pages = _open(files, device, device.memory_bytes, context, 0, None)
-    return _session(TritonSession, engine, decoder, context, pages)
+    return _session(SavingTritonSession, engine, decoder, context, pages)
 
 
 def _session(kind: Any, engine: Any, decoder: Decoder, context: int, pages: int) -> TritonSession:
