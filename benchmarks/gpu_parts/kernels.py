@@ -21,18 +21,22 @@ import numpy as np
 import torch
 
 from gpu_parts.bench import Bench, first_line
+from transom.graph.weights import dense
 from transom.ops import rms_normalization, rotary_embedding
 from transom.testing.compare import normalised_error, tolerance
-from transom_cuda_triton.operators import pieces, power_of_two, tile_of
+from transom_cuda_triton.operators import WIDTH, pieces, power_of_two, tile_of
+from transom_cuda_triton.packing import rounded_to_float8
 from transom_cuda_triton.precision import LONG
 from transom_cuda_triton.store import TORCH
-from transom_cuda_triton.tiles import decode_tile, linear_tiles, prefill_tile
+from transom_cuda_triton.tiles import FLOAT8 as FLOAT8_ARCHITECTURES
+from transom_cuda_triton.tiles import INTERPRETER, decode_tile, float8_tiles, linear_tiles, prefill_tile
 from transom_cuda_triton.variants import Launcher, Variant
 
 TESTS = Path(__file__).resolve().parents[2] / "tests" / "cuda_triton"
 NUMPY: dict[str, Any] = {"fp32": np.float32, "fp16": np.float16, "bf16": ml_dtypes.bfloat16}
 TRITON = {torch.int32: "i32", torch.int64: "i64", torch.int8: "i8", **{v: k for k, v in TORCH.items()}}
 SILU, GELU, GELU_TANH = 0, 1, 2
+FLOAT8 = torch.float8_e4m3fn
 ROUTINGS = ("64 columns, float16", "soft cap and sinks", "all of it", "many heads of a group", "window")
 """Of the kinds of tests/cuda_triton/test_routing.py: others are the same kernels with other numbers."""
 EXACT = ("sparse", "window", "soft cap and sinks")
@@ -296,6 +300,36 @@ class Kit:
             self.start(launch, "linear.multiply_many", grid, given, tile.warps, tile.stages)
         return self.near(out, is_ @ weights.T)
 
+    def product_float8(self, launch: Launcher, rng: np.random.Generator, rows: int) -> float:
+        """Of several rows the activations are rounded, too: what they should be is rounded by ml_dtypes."""
+        outputs, columns, tiles = 272, 16 * int(rng.integers(8, 40)), float8_tiles(self.arch)
+        codes, scales = rounded_to_float8(dense(rng.standard_normal((outputs, columns)).astype(np.float32)))
+        (x, left), out = self.random(rng, rows, columns), self.empty(rows, outputs)
+        given = {
+            "QUANTS": torch.from_numpy(codes.view(np.uint8)).view(FLOAT8), "SCALES": torch.from_numpy(scales),
+            "OUT": out, "outputs": outputs, "blocks": columns // 16, "out_token": outputs, "X": x, "x_token": columns,
+        }  # fmt: skip
+        if rows == 1:
+            tile = tiles.few
+            given |= {"OUTPUTS": tile.outputs, "WIDTH": tile.width}
+            grid = 1, pieces(outputs, tile.outputs)
+            self.start(launch, "linear.multiply_few_float8", grid, given, tile.warps, tile.stages)
+            return self.near(out, left @ (codes.astype(np.float64) * scales[:, None]).T)
+        rounded = {
+            "CODES": torch.zeros((rows, columns), dtype=torch.uint8).view(FLOAT8), "ROW_SCALES": torch.zeros(rows),
+            "codes_token": columns,
+        }  # fmt: skip
+        first = {name: given[name] for name in ("X", "x_token", "blocks")} | rounded | {"WIDTH": WIDTH}
+        self.start(launch, "linear.round_rows", (rows,), first)
+        tile = next((t for t in tiles.many if t.rows >= rows), tiles.many[-1])
+        second = {name: value for name, value in given.items() if name not in ("X", "x_token")} | rounded
+        second |= {"rows": rows, "ROWS": tile.rows, "OUTPUTS": tile.outputs, "WIDTH": tile.width}
+        grid = pieces(rows, tile.rows), pieces(outputs, tile.outputs)
+        self.start(launch, "linear.multiply_many_float8", grid, second, tile.warps, tile.stages)
+        most = np.abs(left).max(1, keepdims=True) / 448
+        met = (left / most).astype(np.float32).astype(ml_dtypes.float8_e4m3fn).astype(np.float64) * most
+        return self.near(out, met @ (codes.astype(np.float64) * scales[:, None]).T)
+
     def embed(self, launch: Launcher, rng: np.random.Generator, bits: int) -> float:
         vocabulary, columns, block, factor = 30, 96, 16, float(rng.uniform(0.5, 2))
         ids, out = rng.integers(0, vocabulary, 7), self.empty(7, 96)
@@ -401,6 +435,10 @@ def _row_cases(kit: Kit, dry: bool) -> Iterator[Case]:
         ),
         ("sample", kit.sample, {}),
     ]
+    if kit.arch in (INTERPRETER, *FLOAT8_ARCHITECTURES):
+        found += [
+            ("product in float8", kit.product_float8, {"rows": rows}) for rows in (1, 33) + (() if dry else (3, 130))
+        ]
     for what, run, how in found:
         said = ", ".join([what, *(f"{n} {v}" for n, v in how.items() if v != ""), kit.number])
         yield Case(said, partial(_keyed, run, how))
