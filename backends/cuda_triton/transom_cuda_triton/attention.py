@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from transom.sessions.steps import BLOCK
 from transom_cuda_triton.cache import LayerCache
 from transom_cuda_triton.operators import power_of_two
 from transom_cuda_triton.program import Layer, Op, Program
-from transom_cuda_triton.step import BLOCK, Part, Step
+from transom_cuda_triton.step import Part, Step
 from transom_cuda_triton.tiles import Tile, decode_tile, prefill_tile
 from transom_cuda_triton.variants import Variant
 

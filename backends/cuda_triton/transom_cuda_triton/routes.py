@@ -17,6 +17,7 @@ import torch
 
 from transom.contract import OutOfPages
 from transom.ops.sparse_routing import COLUMN_ROWS
+from transom.sessions.steps import BLOCK, CHUNK, Array
 from transom.sparsity import Sparsity
 from transom_cuda_triton.cache import node_bytes
 from transom_cuda_triton.program import Program
@@ -30,9 +31,8 @@ if TYPE_CHECKING:
 
 UNITS = (16,)
 """Keys in a unit that the kernels are compiled for, beside that of the policy a model was loaded with."""
-BLOCK, CHUNK, EVERY = 64, 16, 4
-"""Positions of a block; new tokens from which on they are taken by blocks; one in so many queries is remembered."""
-Array = np.ndarray[Any, np.dtype[Any]]
+EVERY = 4
+"""One in so many queries is remembered."""
 _TYPES = {**TORCH, "i32": torch.int32, "i8": torch.int8}
 
 

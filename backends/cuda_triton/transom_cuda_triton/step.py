@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from transom.programs.written import View
+from transom.sessions.steps import BLOCK, CHUNK
 from transom_cuda_triton.cache import LayerCache
 from transom_cuda_triton.program import Program
 from transom_cuda_triton.store import TORCH, Store
@@ -18,10 +19,6 @@ from transom_cuda_triton.variants import Launcher
 if TYPE_CHECKING:
     from transom_cuda_triton.routes import RoutingStep
 
-BLOCK = 64
-"""Positions of a page, and of the queries that choose together."""
-CHUNK = 16
-"""New tokens of a sequence from which on its queries go by blocks; fewer go one by one, as in decoding."""
 ALIGNED = 64
 """Columns that rows of a buffer are padded to."""
 
