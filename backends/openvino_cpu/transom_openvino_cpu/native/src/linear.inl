@@ -81,7 +81,8 @@ static void quantise_row(const float *x, const Acts &a, int row, int centre) {
       }
       for (; j < u + a.unit; j++) {
         const float v = __builtin_rintf(x[j] * inverse);
-        q[j] = (int8_t)(v == v ? v : 0.f), total += v;
+        // Beside what is no number, `most` need not be the largest: whatever is kept then, the scale says so below.
+        q[j] = (int8_t)__builtin_fmaxf(-127.f, __builtin_fminf(127.f, v)), total += v;
       }
       if (!(total > -1e9f)) // NaN and infinity have become the lowest whole number: the scale tells of them
         scale = NAN, total = 0;
