@@ -137,12 +137,12 @@ def torch_int4(bench: Bench, outputs: int, columns: int, block: int, rows: int, 
     """torch's own product with 4-bit weights in groups, with a scale and a zero point for each.
 
     Raises:
-        NotImplementedError: torch has none for this card or these sizes.
+        LookupError: torch has none for this card or these sizes.
     """
     if block not in TORCH_BLOCKS:
-        raise NotImplementedError(f"torch has groups of {', '.join(map(str, TORCH_BLOCKS))}, not of {block}")
+        raise LookupError(f"torch has groups of {', '.join(map(str, TORCH_BLOCKS))}, not of {block}")
     if not bench.dry and bench.card.arch < 80:
-        raise NotImplementedError("torch's int4 product needs sm_80 or newer")
+        raise LookupError("torch's int4 product needs sm_80 or newer")
     device, aten = bench.card.device, torch.ops.aten
     x = torch.randn((rows, columns), dtype=torch.bfloat16, device=device)
     scales = torch.full((columns // block, outputs, 2), 0.01, dtype=torch.bfloat16, device=device)

@@ -181,35 +181,46 @@ def test_float8_rounds_what_is_plain_and_says_so(count: int, tmp_path: Path, rng
 
 
 # sparse attention -----------------------------------------------------------------------------------------------------
-def _sparse_pair(opened: Open, rng: np.random.Generator, policy: Sparsity, lengths: list[int], decodes: int) -> None:
-    """The same steps by ours and by the reference: logits agree where the same keys were read, and almost always they
-    were."""
+def assert_reads_and_writes_as_the_reference(
+    opened: Open, rng: np.random.Generator, policy: Sparsity, lengths: list[int], decodes: int
+) -> None:
+    """The same steps by ours and by the reference: the same keys are read, and the logits agree.
+
+    Where a choice hangs on rounding, which is rare, another model is drawn.
+    """
+    for _ in range(3):
+        if _reads_alike(opened, rng, policy, lengths, decodes):
+            return
+    pytest.fail("of three models none was read as the reference reads it")
+
+
+def _reads_alike(opened: Open, rng: np.random.Generator, policy: Sparsity, lengths: list[int], decodes: int) -> bool:
     graph = tiny_decoder(rng, context=600, window=200, sinks=True)
     ours, theirs = opened(graph), reference(graph)
     assert isinstance(ours, SparseSession)
-    text = policy.to_string()
+    text, alike = policy.to_string(), True
     states = [(ours.new_state(), theirs.new_state()) for _ in lengths]
     steps = [[drawn(rng, n) for n in lengths], *([drawn(rng, 1) for _ in lengths] for _ in range(decodes))]
-    same = 0
     for tokens in steps:
         got = ours.step([Work(s[0], t, "all", sparsity=text) for s, t in zip(states, tokens, strict=True)])
         wanted = theirs.step([Work(s[1], t, "all", sparsity=text) for s, t in zip(states, tokens, strict=True)])
         for (a, b), g, w in zip(states, got, wanted, strict=True):
-            if np.array_equal(ours.keys_read(a), theirs.keys_read(b)):
-                same += 1
+            same = np.array_equal(ours.keys_read(a), theirs.keys_read(b))
+            alike = alike and same
+            if same:
                 assert np.abs(np.asarray(g) - np.asarray(w)).max() < 1e-4 * np.abs(np.asarray(w)).max()
-    assert same >= len(steps) * len(lengths) - 1, "a choice hangs on rounding once in a while"
     read, seen = np.asarray(ours.keys_read(states[0][0]))
     assert read[1].sum() < seen[1].sum(), "something was left out"
+    return alike
 
 
 def test_prompts_are_read_as_the_policy_says(opened: Open, rng: np.random.Generator) -> None:
-    _sparse_pair(opened, rng, SPARSE, [250, 90], 0)
+    assert_reads_and_writes_as_the_reference(opened, rng, SPARSE, [250, 90], 0)
 
 
 def test_decoding_without_columns_is_the_references(opened: Open, rng: np.random.Generator) -> None:
     """With columns the engine takes them from earlier queries, which the reference does not keep: see test_routing."""
-    _sparse_pair(opened, rng, NO_COLUMNS, [250, 140], 2)
+    assert_reads_and_writes_as_the_reference(opened, rng, NO_COLUMNS, [250, 140], 2)
 
 
 def test_works_of_different_policies_go_in_one_step(opened: Open, rng: np.random.Generator) -> None:

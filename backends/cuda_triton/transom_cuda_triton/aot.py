@@ -144,13 +144,17 @@ def compile_kernel(
     entry, parameters = _entry(ptx)
     made_of = tuple(_PARAMETER.get(signature[name], "u64") for name in arguments)
     if parameters[: len(arguments)] != made_of or set(parameters[len(arguments) :]) - {"u64"}:
-        raise NotImplementedError(
+        raise UnknownForm(
             f"{kernel.__name__} takes {parameters} as Triton {triton.__version__} compiles it, not {made_of}, pointers."
         )
     return Compiled(
         kernel.__name__, arch, cubin, ptx, entry, arguments, aligned, parameters, made.metadata.shared,
         made.metadata.num_warps, usage.get("REG", 0), usage.get("STACK", 0) + usage.get("LOCAL", 0),
     )  # fmt: skip
+
+
+class UnknownForm(RuntimeError):
+    """Triton, in some other version, made code that `launching.Driver` would start wrongly: it is refused instead."""
 
 
 _PARAMETER = {"i32": "u32", "u32": "u32", "i64": "u64", "u64": "u64", "fp32": "f32", "fp64": "f64"}
@@ -161,7 +165,7 @@ def _entry(ptx: str) -> tuple[str, tuple[str, ...]]:
     """The name of the only entry of a PTX module, and the types of its parameters."""
     found = re.findall(r"\.entry\s+([\w$]+)\s*\(([^)]*)\)", ptx)
     if len(found) != 1:
-        raise NotImplementedError(f"A kernel's PTX has one entry; this has {len(found)}.")
+        raise UnknownForm(f"A kernel's PTX has one entry; this has {len(found)}.")
     name, parameters = found[0]
     return name, tuple(re.findall(r"\.param\s+(?:\.align\s+\d+\s+)?\.(\w+)", parameters))
 
@@ -173,7 +177,7 @@ def _refuse(name: str, metadata: Any) -> None:
     for key, usual in {**unasked, **none}.items():
         value = getattr(metadata, key, usual)
         if value != usual and not (usual is None and not value):
-            raise NotImplementedError(f"{name} needs {key} {value} of a launch, which is not provided for.")
+            raise UnknownForm(f"{name} needs {key} {value} of a launch, which is not provided for.")
 
 
 def _tool(name: str, option: str, cubin: bytes) -> str:

@@ -15,7 +15,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from transom.programs.written import View
-from transom_cuda_triton.aot import SHARED_LIMIT, Compiled, compile_variant
+from transom_cuda_triton.aot import SHARED_LIMIT, Compiled, UnknownForm, compile_variant
 from transom_cuda_triton.efficiency import CLASSES, Attention, Loop
 from transom_cuda_triton.operators import Combine, Embed, Gate, LinearFloat8, Norm, Operator, Rotate, power_of_two
 from transom_cuda_triton.packing import Packed
@@ -399,7 +399,7 @@ def measure(entry: Entry) -> Row:
         if entry.loops:
             attention = Attention.of(made.sass(), entry.arch, reads_once=entry.variant.kernel.startswith("decode"))
     elif "mma.sync" in made.ptx:
-        raise NotImplementedError(f"Triton uses the tensor cores of sm_{entry.arch}: the tables do not know how.")
+        raise UnknownForm(f"Triton uses the tensor cores of sm_{entry.arch}: the tables do not know how.")
     return Row(
         entry, made.registers, made.spilled, made.shared, made.blocks, made.occupancy, matrix, attention
     )  # fmt: skip
