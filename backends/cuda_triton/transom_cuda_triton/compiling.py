@@ -36,13 +36,15 @@ ROUNDED = {
     "fp8": "fp8 (E4M3) by rows, and activations by tokens where a step has several",
 }
 KEPT = "precision='auto' keeps them as stored"
+SMALL_FILE = 8 << 20
+"""Bytes."""
 WEIGHTS_SHARE = 0.3
 """Of the progress bar."""
 
 
 def compile_graph(graph: Graph, device: Device, options: Options, progress: Progress) -> Artifact:
-    """The artifact of a decoder all of whose nodes were claimed. The weights lie in a temporary folder, which the host
-    empties.
+    """The artifact of a decoder all of whose nodes were claimed. Large weights lie in a temporary folder, which the
+    host empties.
 
     Raises:
         EngineError: Triton cannot compile a kernel; its own words are in the message.
@@ -63,17 +65,24 @@ def compile_graph(graph: Graph, device: Device, options: Options, progress: Prog
             path = folder / names.weights_file(rank)
             with path.open("w+b") as file:
                 program = write(drafting, precision, file, partial(_weights_share, progress, rank, ranks))
-            files |= {names.program_file(rank): program.to_json().encode(), names.weights_file(rank): path}
+            files |= {names.program_file(rank): program.to_json().encode(), names.weights_file(rank): _small(path)}
             wanted += variants_of(program, arch)
         if not probing.interpreting():
             progress("kernels", WEIGHTS_SHARE)
             codes = compile_all(list(dict.fromkeys(wanted)), arch, partial(_kernels_share, progress))
             files |= code_files(codes)
         progress("kernels", 1.0)
+        if all(isinstance(content, bytes) for content in files.values()):
+            shutil.rmtree(folder, ignore_errors=True)
         return Artifact(files, probing.requirements(device), _notes(graph, drafting, precision, device))
     except BaseException:  # a cancelled compile leaves nothing behind either
         shutil.rmtree(folder, ignore_errors=True)
         raise
+
+
+def _small(path: Path) -> bytes | Path:
+    """A small file's content, in place of the file."""
+    return path.read_bytes() if path.stat().st_size <= SMALL_FILE else path
 
 
 def _weights_share(progress: Progress, rank: int, ranks: int, share: float) -> None:
