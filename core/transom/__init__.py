@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from transom.artifacts import Cache
     from transom.contract import Cancelled, Device
     from transom.errors import TransomError
+    from transom.runtime.exporting import Exported, export
     from transom.runtime.loading import load
     from transom.runtime.model import Model
     from transom.runtime.params import SamplingParams
@@ -30,6 +31,7 @@ _HOME = {
     "Cache": "transom.artifacts",
     "Cancelled": "transom.contract",
     "Device": "transom.contract",
+    "Exported": "transom.runtime.exporting",
     "Generation": "transom.runtime.results",
     "Model": "transom.runtime.model",
     "SamplingParams": "transom.runtime.params",
@@ -38,6 +40,7 @@ _HOME = {
     "backends": "transom.api",
     "devices": "transom.api",
     "explain": "transom.api",
+    "export": "transom.runtime.exporting",
     "load": "transom.runtime.loading",
 }
 
@@ -45,6 +48,7 @@ __all__ = [
     "Cache",
     "Cancelled",
     "Device",
+    "Exported",
     "Generation",
     "Model",
     "SamplingParams",
@@ -53,6 +57,7 @@ __all__ = [
     "backends",
     "devices",
     "explain",
+    "export",
     "load",
 ]
 

@@ -84,18 +84,22 @@ def explain(
     """Every backend against every device, and against every node of the model, before anything is compiled.
 
     Args:
-        model: anything `load` takes, or a `transom.graph.Graph`.
+        model: anything `load` takes, or a `transom.graph.Graph`. A bundle has no nodes any more: its backend alone is
+            asked, whether it fits the device.
         device: `"auto"` for every device that is here, or the name of one (a remote target too).
         sparsity: which keys attention reads, as for `load`.
         probe_file: devices from this JSON file in place of the probe.
 
     Raises:
         SourceError: the model cannot be read.
+        BundleError: a bundle's manifest is damaged, or of a newer Transom.
         OptionError: there is no such device, or the probe file cannot be read.
+        SelectionError: a bundle's backend is not installed.
     """
     from transom.graph import Graph
     from transom.graph.sparse import with_sparsity
-    from transom.runtime.explain import explain_graph
+    from transom.runtime.bundles import bundle_at
+    from transom.runtime.explain import explain_bundle, explain_graph
     from transom.runtime.operators import explaining_rejected, register_operators
     from transom.sources import resolve
     from transom.sparsity import Sparsity
@@ -106,6 +110,8 @@ def explain(
     register_operators(machine.plugins)  # before a graph that uses them is read
     if device != "auto":
         device = hardware.find(machine.devices, device).id
+    if (bundle := bundle_at(model)) is not None:
+        return explain_bundle(bundle, machine, device=device)
     if isinstance(model, Graph):
         return explain_graph(with_sparsity(model, policy), model.name, machine, device=device)
     with explaining_rejected(machine.plugins):

@@ -1,4 +1,4 @@
-"""What a backend implements: five methods, API 1.3. Imports no torch and no vendor SDK.
+"""What a backend implements: five methods, API 1.4. Imports no torch and no vendor SDK.
 
 A plugin is anything with a `transom_backends` hook, found through the entry-point group `transom.backends`. The hook
 returns backends; a backend answers `probe`, `claim`, `compile`, `check` and `load`, and a loaded artifact is a
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transom.graph import Graph
     from transom.ops import OpSchema
 
-API_VERSION = (1, 3)
+API_VERSION = (1, 4)
 """A backend is accepted when `backend.api[0] == API_VERSION[0]` and `backend.api[1] <= API_VERSION[1]`."""
 
 ENTRY_POINT_GROUP = "transom.backends"
@@ -30,13 +30,16 @@ hookspec = pluggy.HookspecMarker("transom")
 hookimpl = pluggy.HookimplMarker("transom")
 
 Options = Mapping[str, object]
-"""What the user asked for. The host always gives three keys, and a backend ignores those that it does not know:
+"""What the user asked for. The host always gives four keys, and a backend ignores those that it does not know:
 
 - `precision`: `"auto"`, `"exact"`, `"fast"`, `"f32"`, `"bf16"`, `"f16"`, `"int8"`, `"fp8"` or `"int4"`. What they mean
   is the backend's to say, in `Artifact.notes`. For one that it cannot give, `claim` raises
   `transom.errors.OptionError`;
 - `context`: int, the tokens that a state must hold, as the host has planned them; None: the model's own;
-- `threads`: int, processor threads to use; None: as many as `Device.cores` says.
+- `threads`: int, processor threads to use; None: as many as `Device.cores` says;
+- `calibration`: a sequence of texts, each a sequence of token ids within the vocabulary and no longer than the context,
+  for a backend that rounds activations and has to see some. Given to `claim` and `compile` alone, and empty for a model
+  without a tokenizer; empty for `load`. Since API 1.4.
 """
 Tensor = Any
 Progress = Callable[[str, float | None], None]

@@ -18,6 +18,7 @@ from transom import hardware
 from transom.contract import Artifact, Device, Limits, OutOfPages, SavingSession, SparseSession, Work
 from transom.errors import DoesNotFit, EngineError, OptionError
 from transom.graph import Graph
+from transom.quantize.passes import Scheme, quantize
 from transom.reference.executor import Executor
 from transom.reference.session import ReferenceSession
 from transom.sources import resolve
@@ -178,6 +179,20 @@ def test_float8_rounds_what_is_plain_and_says_so(count: int, tmp_path: Path, rng
     error = np.abs(np.asarray(got) - wanted).max() / np.abs(wanted).max()
     assert 1e-6 < error < 0.2
     session.close()
+
+
+@pytest.mark.parametrize("scheme", [Scheme("int4"), Scheme("int8", block=32)], ids=str)
+def test_a_graph_that_was_rounded_is_computed_as_it_says(
+    scheme: Scheme, opened: Open, rng: np.random.Generator
+) -> None:
+    graph = quantize(tiny_decoder(rng, linear_bias=True), scheme).graph
+    session, tokens = opened(graph), drawn(rng, 20)
+    state = session.new_state()
+    (many,) = session.step([Work(state, tokens[:-1], "all")])
+    (one,) = session.step([Work(state, tokens[-1:])])
+    wanted = Oracle(graph).logits(tokens)
+    for ours, theirs in ((np.asarray(many), wanted[:-1]), (np.asarray(one), wanted[-1])):
+        assert np.abs(ours - theirs).max() < 1e-4 * np.abs(wanted).max()
 
 
 # sparse attention -----------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import triton.language as tl
 from calls import Array, packed
 
 from transom.graph.weights import dense
+from transom.quantize.rounding import to_float8
 from transom_cuda_triton.kernels.linear import (
     multiply_few,
     multiply_few_float8,
@@ -18,7 +19,6 @@ from transom_cuda_triton.kernels.linear import (
     multiply_many_float8,
     round_rows,
 )
-from transom_cuda_triton.packing import rounded_to_float8
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -125,8 +125,8 @@ def test_what_is_no_number_is_none_in_the_end(wrong: float, rng: np.random.Gener
     round_rows[(3,)](torch.from_numpy(x), codes, scales, 4, 64, 64, WIDTH=32)
     assert np.isnan(scales.numpy()).tolist() == [False, True, False]
     assert not (codes.view(torch.uint8).numpy()[1] & 127).any()
-    quants, row_scales = rounded_to_float8(dense(x))
-    assert np.isnan(row_scales).tolist() == [False, True, False]
+    quants, row_scales, *_ = to_float8(dense(x)).load()
+    assert np.isnan(row_scales[:, 0]).tolist() == [False, True, False]
     assert np.isfinite(quants.astype(np.float32)).all()
 
 
@@ -138,7 +138,8 @@ def test_products_in_float8(rows: int, columns: int, number: type, rng: np.rando
     outputs = int(rng.integers(1, 90))
     weights = (rng.standard_normal((outputs, columns)) * 10.0 ** rng.uniform(-3, 1, (outputs, 1))).astype(np.float32)
     weights[-1] = 0
-    quants, scales = rounded_to_float8(dense(weights))
+    parts = to_float8(dense(weights)).load()
+    quants, scales = parts.quants, parts.scales[:, 0]
     assert np.abs(quants.astype(np.float32)[:-1]).max(1).tolist() == [448] * (outputs - 1)
     wide = quants.astype(np.float64) * scales[:, None]
     assert (np.abs(wide - weights) <= 2.0**-4 * np.abs(weights) + 2.0**-10 * scales[:, None]).all()

@@ -8,11 +8,14 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import onnx_ir as ir
+import onnxruntime
 import pytest
 
 from transom.graph import Blocked, BlockedArrays, Dense, Graph, GraphBuilder, Weight
+from transom.graph.passes import infer_types
 from transom.graph.reading import attributes_of, constant_of, element_type, weight_of
 from transom.graph.weights import dense, dequantize
+from transom.reference.executor import Executor
 from transom.testing.models import tiny_decoder
 
 
@@ -28,6 +31,17 @@ def blocked(
         rng.integers(low, high, (6, 3)).astype(plain) if zeros else None,
     )
     return Blocked((6, 96), 32, dtype, scale, lambda: parts, minimums, zeros)
+
+
+def by_rows(rng: np.random.Generator, dtype: Any, scale: Any) -> Blocked:
+    """A scale for each row: int8 over all its numbers, or 8-bit floats over all of theirs."""
+    if dtype == "int8":
+        quants = rng.integers(-128, 128, (6, 96)).astype(np.int8)
+    else:
+        codes = np.array([c for c in range(256) if c & 127 != 127], np.uint8)  # the others are no numbers
+        quants = rng.permutation(np.resize(codes, 576)).view(ml_dtypes.float8_e4m3fn).reshape(6, 96)
+    parts = BlockedArrays(quants, rng.random((6, 1)).astype(scale))
+    return Blocked((6, 96), 96, dtype, scale, lambda: parts)
 
 
 FORMS = [
@@ -57,13 +71,38 @@ def _matrix(graph: ir.Graph) -> ir.Value:
 def test_quantised_weight_is_read_back_in_its_form(
     dtype: str, scale: str, minimums: bool, zeros: bool, rng: np.random.Generator, tmp_path: Path
 ) -> None:
-    weight = blocked(rng, dtype, scale, minimums, zeros)
+    assert_read_back(blocked(rng, dtype, scale, minimums, zeros), tmp_path)
+
+
+@pytest.mark.parametrize("scale", ["float16", "float32"])
+@pytest.mark.parametrize("dtype", ["int8", "float8e4m3fn"])
+def test_weight_with_a_scale_for_each_row_is_read_back_in_its_form_and_runs_elsewhere(
+    dtype: str, scale: str, rng: np.random.Generator, tmp_path: Path
+) -> None:
+    weight = by_rows(rng, dtype, scale)
+    assert_read_back(weight, tmp_path)
+    graph = infer_types(graph_with(weight)[0])
+    graph.check()
+    graph.save(tmp_path / "graph.onnx")
+    assert Graph.open(tmp_path / "graph.onnx").digest() == graph.digest()
+    assert graph_with(by_rows(rng, dtype, scale))[0].digest() != graph_with(weight)[0].digest()
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(tmp_path / "graph.onnx", options, providers=["CPUExecutionProvider"])
+    unit = np.eye(96, dtype=np.float32)
+    np.testing.assert_array_equal(session.run(None, {"x": unit})[0].T, dequantize(weight))
+    np.testing.assert_array_equal(Executor(graph).run({"x": unit})["y"].T, dequantize(weight))
+
+
+def assert_read_back(weight: Blocked, folder: Path) -> None:
     graph, value = graph_with(weight)
     assert weight_of(value) is weight
-    graph.save(tmp_path / "graph.onnx")
-    read = weight_of(_matrix(Graph.open(tmp_path / "graph.onnx").model.graph))
+    graph.save(folder / "graph.onnx")
+    read = weight_of(_matrix(Graph.open(folder / "graph.onnx").model.graph))
     assert isinstance(read, Blocked)
-    assert (read.shape, read.block, read.dtype, read.scale_dtype) == ((6, 96), 32, dtype, scale)
+    wanted = (weight.shape, weight.block, weight.dtype, weight.scale_dtype)
+    assert (read.shape, read.block, read.dtype, read.scale_dtype) == wanted
+    minimums, zeros = weight.has_minimums, weight.has_zero_points
     assert (read.has_minimums, read.has_zero_points) == (minimums, zeros)
     for got, wanted in zip(read.load(), weight.load(), strict=True):
         if wanted is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -19,6 +20,12 @@ def blocked(rng: np.random.Generator, rows: int = 8, *, minimums: bool = True, z
         rng.integers(0, 16, (rows, 2)).astype(np.uint8) if zeros else None,
     )
     return Blocked((rows, 64), 32, "uint4", "float16", lambda: parts, minimums, zeros)
+
+
+def in_float8(rng: np.random.Generator, rows: int = 8) -> Blocked:
+    quants = rng.standard_normal((rows, 64)).astype(ml_dtypes.float8_e4m3fn)
+    parts = BlockedArrays(quants, rng.random((rows, 1)).astype(np.float32))
+    return Blocked((rows, 64), 64, "float8e4m3fn", "float32", lambda: parts)
 
 
 def test_dequantising_follows_the_formula(rng: np.random.Generator) -> None:
@@ -39,7 +46,7 @@ def test_dequantising_follows_the_formula(rng: np.random.Generator) -> None:
 
 @pytest.mark.parametrize("index", [slice(2, 7), slice(None, None, -1), np.array([3, 3, 0, 7])])
 def test_rows_are_taken_without_loss(index: Any, rng: np.random.Generator) -> None:
-    for weight in (blocked(rng), dense(rng.standard_normal((8, 64)).astype(np.float16))):
+    for weight in (blocked(rng), in_float8(rng), dense(rng.standard_normal((8, 64)).astype(np.float16))):
         taken = take_rows(weight, index)
         wanted = dequantize(weight)[index]
         assert taken.shape == wanted.shape
@@ -52,6 +59,11 @@ def test_rows_of_one_form_are_stacked_and_others_refused(rng: np.random.Generato
     assert both is not None
     assert both.shape == (12, 64)
     np.testing.assert_array_equal(dequantize(both), np.concatenate([dequantize(a), dequantize(b)]))
+    f, g = in_float8(rng, 8), in_float8(rng, 4)
+    floats = concat_rows([f, g])
+    assert floats is not None
+    np.testing.assert_array_equal(dequantize(floats), np.concatenate([dequantize(f), dequantize(g)]))
+    assert concat_rows([a, f]) is None
     d = dense(rng.standard_normal((3, 64)).astype(np.float32))
     stacked = concat_rows([d, d])
     assert isinstance(stacked, Dense)
@@ -67,6 +79,7 @@ def test_sizes_are_those_of_the_stored_form(rng: np.random.Generator) -> None:
     assert dense(np.ones((3, 5), np.float16)).nbytes == 30
     assert blocked(rng, 8, minimums=False, zeros=False).nbytes == 8 * 64 // 2 + 16 * 2
     assert blocked(rng, 8).nbytes == 8 * 64 // 2 + 16 * (2 + 2) + 8
+    assert in_float8(rng, 8).nbytes == 8 * 64 + 8 * 4
 
 
 def test_other_element_types_are_refused() -> None:

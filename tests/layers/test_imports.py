@@ -16,7 +16,7 @@ import transom
 CORE = Path(transom.__file__).parent
 ORDER = (
     "errors", "signature", "sparsity", "contract", "plugins", "hardware", "selection", "artifacts", "ops", "graph",
-    "text", "models", "sources", "programs", "sessions", "reference", "runtime", "api", "testing", "cli",
+    "text", "models", "sources", "programs", "sessions", "reference", "quantize", "runtime", "api", "testing", "cli",
 )  # fmt: skip
 """A room may import those before it. A new room has to be given its place here."""
 

@@ -269,3 +269,28 @@ def test_errors_name_the_node(rng: np.random.Generator) -> None:
     executor = Executor(b.finish(weights_hash="w"))
     with pytest.raises(ValueError, match=r"node layers\.3\.down \(MatMul\)"):
         executor.run({"x": np.ones((2, 3), np.float32), "y": np.ones((4, 2), np.float32)})
+
+
+def test_an_observer_sees_each_node_with_what_it_read_and_made(rng: np.random.Generator) -> None:
+    graph = tiny_decoder(rng)
+    seen: dict[str, tuple[Sequence[Any], Sequence[Any]]] = {}
+
+    def observe(node: ir.Node, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
+        assert len(inputs) == len(node.inputs)
+        seen[str(node.name)] = inputs, outputs
+
+    executor, tokens = Executor(graph), np.arange(5)
+    none = np.zeros(0, np.int64)
+    inputs: dict[str, Any] = {
+        "input_ids": tokens, "positions": tokens, "sequences": tokens * 0, "past_positions": none,
+        "past_sequences": none, "logit_rows": tokens,
+        **{f"past_{part}.{i}": np.zeros((0, 32), np.float32) for part in ("key", "value") for i in range(2)},
+    }  # fmt: skip
+    logits = executor.run(inputs, observe=observe)["logits"]
+    assert set(seen) == {str(n.name) for n in graph.nodes()} - {"embedding"}
+    left, right = seen["layers.0.q"][0]
+    np.testing.assert_array_equal(left @ right, seen["layers.0.q"][1][0])
+    np.testing.assert_array_equal(seen["head"][1][0], logits)
+    seen.clear()
+    executor.run(inputs)
+    assert not seen, "an observer is for one run"

@@ -29,6 +29,7 @@ class TritonKernels:
     largest_head = 256
     largest_group = 64
     neighbours = True
+    float8 = False
 
     def __init__(self, precision: Precision) -> None:
         self._precision = precision

@@ -13,7 +13,8 @@ import ml_dtypes
 import numpy as np
 
 from transom.errors import OptionError
-from transom.graph.weights import Array, Blocked, BlockedArrays, Dense, Weight, affine, dequantize, rounded_to_int8
+from transom.graph.weights import Array, Blocked, Dense, Weight, affine, dequantize
+from transom.quantize.rounding import to_float8, to_int8
 from transom_cuda_triton.precision import Rounded
 
 ALIGNMENT = 256
@@ -26,8 +27,6 @@ NUMBERS: dict[str, Any] = {
 }  # fmt: skip
 GROUPS = (128, 64, 32, 16, SMALLEST_BLOCK)
 """Columns that share a scale where a plain matrix is rounded to int8, best first."""
-FLOAT8: Any = np.dtype(ml_dtypes.float8_e4m3fn)
-LARGEST_FLOAT8 = 448.0
 FLOAT8_COLUMNS = 16
 """What the columns of a matrix in float8 are a multiple of, so that its rows are aligned."""
 
@@ -58,6 +57,8 @@ def packable(weight: Weight) -> str:
     if len(weight.shape) != 2:
         return f"a matrix with {len(weight.shape)} axes"
     if isinstance(weight, Blocked):
+        if weight.dtype not in CENTRES:
+            return f"a matrix of {weight.dtype}"
         if weight.block % SMALLEST_BLOCK or weight.block & (weight.block - 1):
             return f"blocks of {weight.block} columns"
         if weight.shape[1] % weight.block:
@@ -94,15 +95,15 @@ def write_matrix(
     if isinstance(weight, Dense):
         rows, columns = weight.shape
         if rounded == "int8" and roundable(weight, rounded):
-            return _write_blocks(file, *rounded_to_int8(weight, _group(columns)))
+            return _write_blocks(file, to_int8(weight, _group(columns)))
         if rounded == "fp8" and roundable(weight, rounded):
-            codes, scales = rounded_to_float8(weight)
+            codes, scales, *_ = to_float8(weight).load()
             return Packed(
                 8, rows, columns, write_array(file, codes), FLOAT8_COLUMNS, scales=write_array(file, scales),
                 scale_number="fp32", float8=True,
             )  # fmt: skip
         return Packed(0, rows, columns, write_array(file, narrowed(weight, number, name)))
-    return _write_blocks(file, weight, weight.load())
+    return _write_blocks(file, weight)
 
 
 def roundable(weight: Weight, rounded: Rounded) -> bool:
@@ -117,20 +118,6 @@ def roundable(weight: Weight, rounded: Rounded) -> bool:
 def _group(columns: int) -> int:
     """Columns that share a scale in int8; 0: none do."""
     return next((g for g in GROUPS if columns % g == 0), 0)
-
-
-def rounded_to_float8(weight: Dense) -> tuple[Array, Array]:
-    """A plain matrix in E4M3 and the scales of its rows, float32, so that the largest number of a row is 448.
-
-    A row with what is no number has none for a scale, and the run says so; its codes are 0.
-    """
-    wide = dequantize(weight)
-    largest = np.abs(wide).max(-1, initial=0.0)
-    finite = np.isfinite(largest)
-    scales = np.maximum(largest / np.float32(LARGEST_FLOAT8), np.finfo(np.float32).tiny)
-    scales = np.where(finite, scales, np.float32("nan")).astype(np.float32)
-    wide = np.where(finite[:, None], wide, np.float32(0)) / np.where(finite, scales, np.float32(1))[:, None]
-    return np.clip(wide, -LARGEST_FLOAT8, LARGEST_FLOAT8).astype(FLOAT8), scales
 
 
 def narrowed(weight: Dense, number: str, name: str) -> Array:
@@ -154,7 +141,8 @@ def narrowed(weight: Dense, number: str, name: str) -> Array:
     return narrow
 
 
-def _write_blocks(file: BinaryIO, weight: Blocked, parts: BlockedArrays) -> Packed:
+def _write_blocks(file: BinaryIO, weight: Blocked) -> Packed:
+    parts = weight.load()
     rows, columns = weight.shape
     centre = CENTRES[weight.dtype]
     four = weight.dtype in ("int4", "uint4")

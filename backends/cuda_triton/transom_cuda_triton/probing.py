@@ -9,6 +9,7 @@ import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from transom.contract import Device, Offer, Refusal
 
@@ -104,11 +105,16 @@ def answer(
             device.id, "too_old", f"triton {triton} is installed and {wanted} or newer is needed", f"{install} -U"
         )
     if device.kind == "remote":
-        return Offer(device.id, "tuned", f"{device.arch}, Triton {triton}{_products(arch)}", runs_here=False)
+        return Offer(device.id, _band(arch), f"{device.arch}, Triton {triton}{_products(arch)}", runs_here=False)
     if refusal := _torch_refusal(device, arch, torch, install):
         return refusal
     assert torch is not None
-    return Offer(device.id, "tuned", f"{device.arch}, Triton {triton}, torch {torch.version}{_products(arch)}")
+    return Offer(device.id, _band(arch), f"{device.arch}, Triton {triton}, torch {torch.version}{_products(arch)}")
+
+
+def _band(arch: int) -> Literal["tuned", "native"]:
+    """On RTX cards TensorRT comes first, where it is installed: its products in FP8 are what those cards are for."""
+    return "native" if arch in (86, 89) else "tuned"
 
 
 def _together(answers: list[Offer | Refusal], device: Device) -> Offer | Refusal:

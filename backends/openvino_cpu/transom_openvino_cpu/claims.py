@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from transom.contract import Claim
 from transom.graph.pageable import unpageable
-from transom.graph.reading import linear_weight
+from transom.graph.reading import element_type, linear_weight
 from transom.graph.sparse import is_attention
 
 if TYPE_CHECKING:
@@ -96,7 +96,18 @@ def _refusal(node: ir.Node, whole: bool) -> str:
         to = node.attributes.get_int("to", 0)
         if to != 16 and to not in ELEMENT_TYPES:
             return f"no OpenVINO form of a cast to ONNX type {to}"
+    if node.op_type == "QuantizeLinear" and "FLOAT" in (kind := _code_type(node)):
+        return f"OpenVINO rounds to {kind} otherwise than ONNX, and makes numbers of what is none"
     return ""
+
+
+def _code_type(node: ir.Node) -> str:
+    """ONNX's name of what a QuantizeLinear rounds to."""
+    import onnx_ir as ir
+
+    zero = node.inputs[2] if len(node.inputs) > 2 else None
+    told = ir.DataType(node.attributes.get_int("output_dtype", 0))
+    return (element_type(zero) or told or ir.DataType.UINT8).name
 
 
 def _with_inner(node: ir.Node) -> Iterator[ir.Node]:

@@ -30,13 +30,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeGuard
 
 from transom.errors import OptionError
 
 if TYPE_CHECKING:
     from transom.contract import Device, Options
-    from transom.graph.weights import Weight
+    from transom.graph.weights import Blocked, Weight
 
 Hint = Literal["f32", "bf16", "f16"]
 
@@ -125,17 +125,22 @@ def resolve(options: Options, device: Device, matrices: Iterable[Weight], *, dec
 
 def _stored(matrices: Iterable[Weight]) -> Counter[str]:
     """Elements by form: `dense`, `blocked`, and of these `4-bit`."""
-    from transom.graph.weights import Blocked
-
     count: Counter[str] = Counter()
     for weight in matrices:
         elements = weight.shape[0] * weight.shape[-1]
-        if isinstance(weight, Blocked):
+        if _in_integers(weight):
             count["blocked"] += elements
             count["4-bit"] += elements * (weight.dtype in ("int4", "uint4"))
         else:
             count["dense"] += elements
     return count
+
+
+def _in_integers(weight: Weight) -> TypeGuard[Blocked]:
+    """Whether it is in blocks of integers. 8-bit floats are multiplied as wide ones, like a plain matrix."""
+    from transom.graph.weights import Blocked
+
+    return isinstance(weight, Blocked) and "int" in weight.dtype
 
 
 @dataclass(frozen=True)
@@ -154,7 +159,7 @@ def form_of(weight: Weight, precision: Precision) -> Form:
     stored = Form("stored", weight.block if isinstance(weight, Blocked) else 0)
     if not precision.dynamic:
         return stored
-    if isinstance(weight, Blocked):
+    if _in_integers(weight):
         # Integer blocks are multiplied as they are; minimums and small blocks cannot be.
         if not weight.has_minimums and weight.block >= 32:
             return stored

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from transom.graph.weights import Array, Blocked, BlockedArrays, Dense, Weight, dequantize
+from transom.graph.weights import UNPACKED, Array, Blocked, BlockedArrays, Dense, Weight
+from transom.quantize.rounding import to_int8
 from transom_openvino_cpu.precision import Form
 
 Node = Any
@@ -18,14 +19,15 @@ Node = Any
 
 
 def constant(array: Array) -> Node:
-    """Any NumPy array, bfloat16 and 4-bit types included."""
+    """Any NumPy array, bfloat16, E4M3 and 4-bit types included."""
     import openvino as ov
     from openvino import opset13 as op
 
     name = array.dtype.name
-    if name == "bfloat16":
-        tensor = ov.Tensor(ov.Type.bf16, ov.Shape(list(array.shape)))
-        tensor.data.view(np.uint16)[...] = np.asarray(array, order="C").view(np.uint16)
+    if name in ("bfloat16", "float8_e4m3fn"):
+        kind, bits = (ov.Type.bf16, np.uint16) if name == "bfloat16" else (ov.Type.f8e4m3, np.uint8)
+        tensor = ov.Tensor(kind, ov.Shape(list(array.shape)))
+        tensor.data.view(bits)[...] = np.asarray(array, order="C").view(bits)
         return op.constant(tensor)
     if name in ("int4", "uint4"):
         return _packed(array.astype(np.int8 if name == "int4" else np.uint8), signed=name == "int4")
@@ -70,13 +72,10 @@ def _requantised(weight: Weight, group: int) -> Node:
     """int8 in groups along the columns, symmetric."""
     from openvino import opset13 as op
 
-    wide = dequantize(weight)
-    rows, columns = wide.shape
-    wide = wide.reshape(rows, columns // group, group)
-    scales = np.abs(wide).max(-1, keepdims=True) / 127
-    scales = np.maximum(scales, np.finfo(np.float16).tiny).astype(np.float16)
-    quants = np.clip(np.rint(wide / scales.astype(np.float32)), -127, 127).astype(np.int8)
-    scaled = op.multiply(op.convert(op.constant(quants), np.float16), op.constant(scales))
+    rows, columns = weight.shape
+    quants, scales, *_ = to_int8(weight, group).load()
+    grouped = op.constant(quants.reshape(rows, -1, group))
+    scaled = op.multiply(op.convert(grouped, np.float16), op.constant(scales[..., None]))
     return op.convert(_flat(scaled, rows, columns), np.float32)
 
 
@@ -119,8 +118,8 @@ def _quants_and_zeros(weight: Blocked, parts: BlockedArrays, wide: Any) -> tuple
         stored = (quants.astype(np.int16) + shift).astype(np.uint8)
         return op.constant(stored), op.constant((offset + shift).astype(wide))
     zeros = None if parts.zero_points is None else parts.zero_points[..., None]
-    if weight.dtype == "int8" and zeros is None:
-        return op.constant(np.ascontiguousarray(quants.astype(np.int8))), None
+    if weight.dtype in ("int8", "float8e4m3fn") and zeros is None:
+        return constant(quants.astype(UNPACKED[weight.dtype], copy=False)), None
     shift = {"int4": 8, "int8": 128}.get(weight.dtype, 0)
     if zeros is None:
         zeros = np.zeros((rows, columns // weight.block, 1), np.int16)
@@ -173,8 +172,7 @@ def rows_of(weight: Weight, ids: Node) -> Node:
     parts = weight.load()
     rows, columns = weight.shape
     blocks = (rows, columns // weight.block)
-    stored = np.int8 if weight.dtype in ("int4", "int8") else np.uint8
-    quants = parts.quants.astype(stored).reshape(*blocks, weight.block)
+    quants = parts.quants.astype(UNPACKED[weight.dtype], copy=False).reshape(*blocks, weight.block)
 
     def picked(array: Array) -> Node:
         return op.convert(op.gather(constant(array.reshape(*blocks, -1)), ids, zero), np.float32)

@@ -19,6 +19,7 @@ COMMANDS = {
     "backends": "Show what is installed, what failed to load, and how to mend it.",
     "doctor": "Run a tiny model on each device and say what works.",
     "explain": "Show every backend against every kind of node, before compiling.",
+    "export": "Compile a model for a device that need not be here, as a folder to carry there.",
     "inspect": "Show a model's architecture, sizes, quantisation and memory.",
     "verify": "Compare a model with transformers on random prompts.",
     "calibrate-sparsity": "Find how much each head of a model must read, for sparse attention.",
@@ -137,7 +138,9 @@ _RENAMED = {"max_new_tokens": "max-tokens"}
 
 def _as_options(text: str) -> str:
     """Advice written for Python, `context=4096`, as a person types it here: `--context 4096`."""
-    names = "backend|context|device|precision|sparsity|threads|verify|max_new_tokens|temperature|seed|top_k|top_p|min_p"
+    text = text.replace("overwrite=True", "--overwrite")
+    names = "backend|context|device|target|precision|sparsity|threads|verify"
+    names += "|max_new_tokens|temperature|seed|top_k|top_p|min_p"
 
     def flag(found: re.Match[str]) -> str:
         name = _RENAMED.get(found[1], found[1].replace("_", "-"))

@@ -82,10 +82,15 @@ def bench(
     Each backend loads the model in a process of its own; they take turns, prompts are random tokens, and the medians of
     all rounds are shown. Nothing else should run meanwhile.
     """
+    from transom.runtime.bundles import bundle_at, read_manifest
     from transom.sources import resolve
     from transom.sparsity import Sparsity
 
-    resolve(model)  # a wrong path or policy is said before anything is started
+    bundle = bundle_at(model)
+    if bundle is None:
+        resolve(model)  # a wrong path or policy is said before anything is started
+    else:
+        backends = backends or (read_manifest(bundle).backend,)
     Sparsity.parse(options["sparsity"])
     if heat_maps:
         return _heat_maps(model, devices, backends, prompts, heat_maps, as_json, options)
@@ -99,7 +104,7 @@ def bench(
     facts = machine_facts(rows)
     lengths = tuple(sorted(set(prompts))) or (128, 1024)
     needed = _context(model, lengths, new_tokens)
-    options["context"] = options["context"] or needed
+    options["context"] = options["context"] or (needed if bundle is None else None)
     plan = Plan(model, options, lengths, new_tokens, rounds, patience)
     with Progress(stage="Starting") as progress:
         measure(plan, rows, progress)
@@ -160,19 +165,25 @@ def _context(model: str, prompts: Sequence[int], new_tokens: int) -> int:
         OptionError: a prompt is longer than the model was made for, or the model does not generate.
     """
     from transom.errors import OptionError
+    from transom.runtime.bundles import bundle_at, read_manifest
     from transom.sources import resolve
 
-    decoder = resolve(model).open(model).graph.decoder
+    if (bundle := bundle_at(model)) is not None:
+        manifest = read_manifest(bundle)
+        decoder, most = manifest.decoder, manifest.context
+    else:
+        decoder = resolve(model).open(model).graph.decoder
+        most = decoder.context if decoder is not None else 0
     if decoder is None:
         raise OptionError(
             f"{model} is not a decoder with a cache, so there is no generation to time",
             "Time your own calls of model.run() in Python, or see what the model is: transom inspect MODEL",
         )
     needed = max(prompts) + new_tokens
-    if needed > decoder.context:
+    if needed > most:
         raise OptionError(
-            f"{max(prompts)} + {new_tokens} tokens are more than the {decoder.context} the model was made for",
-            f"Ask for at most --prompt-tokens {decoder.context - new_tokens}",
+            f"{max(prompts)} + {new_tokens} tokens are more than the {most} the model was made for",
+            f"Ask for at most --prompt-tokens {most - new_tokens}",
         )
     return needed
 

@@ -55,7 +55,7 @@ def try_backend(payload: Mapping[str, Any], progress: Any) -> dict[str, Any]:
         ids = selfcheck.check_prompt(graph.decoder, None)
         golden = selfcheck.golden_logits(graph, ids)
         next_stage("compiling")
-        options = {"context": graph.decoder.context, "precision": "auto", "threads": None}
+        options = {"context": graph.decoder.context, "precision": "auto", "threads": None, "calibration": ()}
         lowered = lower(graph, plugin.backend, device, options)
         made = plugin.backend.compile(lowered.graph, device, options, progress)
         key = artifact_key({"doctor": plugin.name, "device": device.id})

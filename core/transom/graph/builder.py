@@ -103,7 +103,7 @@ class GraphBuilder:
         """A small constant; equal ones are shared. Python ints are int64, floats float32."""
         if not isinstance(array, np.ndarray):
             array = np.asarray(array, np.float32 if isinstance(array, float) else np.int64)
-        key = (array.dtype.str, array.shape, array.tobytes())
+        key = (array.dtype.name, array.shape, array.tobytes())
         if key not in self._constants:
             saved, self._scope = self._scope, []
             tensor = ir.tensor(array, name=self._name(name))
@@ -380,6 +380,7 @@ _ONNX_NAME: Mapping[str, str] = {
     "uint4": "UINT4",
     "int8": "INT8",
     "uint8": "UINT8",
+    "float8e4m3fn": "FLOAT8E4M3FN",
 }
 _NUMPY_NAME = {v: k for k, v in _ONNX_NAME.items()}
 

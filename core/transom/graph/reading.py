@@ -6,20 +6,30 @@ an ONNX file alike.
 
 from __future__ import annotations
 
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 import onnx_ir as ir
 
 from transom.graph.builder import WEIGHT_META
-from transom.graph.weights import DENSE_DTYPES, Array, Blocked, BlockedArrays, Dense, Weight
+from transom.graph.weights import (
+    DENSE_DTYPES,
+    UNPACKED,
+    Array,
+    Blocked,
+    BlockedArrays,
+    BlockedDtype,
+    Dense,
+    Weight,
+)
 from transom.ops import find
 
-_BLOCKED: dict[ir.DataType, Literal["int4", "uint4", "int8", "uint8"]] = {
+_BLOCKED: dict[ir.DataType, BlockedDtype] = {
     ir.DataType.INT4: "int4",
     ir.DataType.UINT4: "uint4",
     ir.DataType.INT8: "int8",
     ir.DataType.UINT8: "uint8",
+    ir.DataType.FLOAT8E4M3FN: "float8e4m3fn",
 }
 _DENSE = {ir.DataType.FLOAT: "float32", ir.DataType.FLOAT16: "float16", ir.DataType.BFLOAT16: "bfloat16"}
 
@@ -127,7 +137,7 @@ def _dequantized(node: ir.Node) -> Weight | None:
         return None
     zero = None if zeros is None else zeros.const_value
     dtype = _BLOCKED[tensor.dtype]
-    plain = np.uint8 if dtype.startswith("u") else np.int8
+    plain = UNPACKED[dtype]
 
     def load() -> BlockedArrays:
         zero_points = None if zero is None else zero.numpy().astype(plain)

@@ -4,7 +4,8 @@
 
     w[n, k] = scale[n, k // block] * (q[n, k] - zero_point[n, k // block]) + minimum[n, k // block]
 
-which the graph writes as a block `DequantizeLinear` (and an `Add` for the minimums). Nothing is read from the file
+which the graph writes as a block `DequantizeLinear` (and an `Add` for the minimums). q is an integer or an 8-bit float;
+a scale for each row is a block as wide as the matrix. Nothing is read from the file
 before `load` is called, and nothing is kept after: each caller decides how long it needs the arrays.
 """
 
@@ -25,7 +26,19 @@ DENSE_DTYPES = {
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
-BITS = {"int4": 4, "uint4": 4, "int8": 8, "uint8": 8}
+BlockedDtype: TypeAlias = Literal["int4", "uint4", "int8", "uint8", "float8e4m3fn"]
+"""ONNX's names of what a `Blocked` matrix holds."""
+BITS: dict[BlockedDtype, int] = {"int4": 4, "uint4": 4, "int8": 8, "uint8": 8, "float8e4m3fn": 8}
+FLOAT8: Any = np.dtype(ml_dtypes.float8_e4m3fn)
+"""E4M3 without infinities: Micikevicius et al. 2022, FP8 formats for deep learning (arXiv:2209.05433)."""
+UNPACKED: dict[BlockedDtype, Any] = {
+    "int4": np.dtype(np.int8),
+    "uint4": np.dtype(np.uint8),
+    "int8": np.dtype(np.int8),
+    "uint8": np.dtype(np.uint8),
+    "float8e4m3fn": FLOAT8,
+}
+"""In what NumPy keeps one number of each."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +59,7 @@ class BlockedArrays(NamedTuple):
     """The parts of a `Blocked` matrix [N, K], unpacked to one number per element."""
 
     quants: Array
-    """int8 or uint8 [N, K]; 4-bit values too."""
+    """int8, uint8 or float8 (`UNPACKED`) [N, K]; 4-bit values too."""
     scales: Array
     """float16 or float32 [N, K / block]."""
     minimums: Array | None = None
@@ -61,7 +74,7 @@ class Blocked:
 
     shape: tuple[int, int]
     block: int
-    dtype: Literal["int4", "uint4", "int8", "uint8"]
+    dtype: BlockedDtype
     scale_dtype: Literal["float16", "float32"]
     load: Callable[[], BlockedArrays]
     has_minimums: bool = False
@@ -163,14 +176,3 @@ def affine(parts: BlockedArrays, centre: int) -> tuple[Array, Array | None, int]
         shift = -wide * zeros.astype(np.float32)
         return wide, shift if minimums is None else shift + minimums.astype(np.float32), centre
     return scales, minimums, centre
-
-
-def rounded_to_int8(weight: Dense, group: int) -> tuple[Blocked, BlockedArrays]:
-    """A plain matrix rounded to nearest in int8, symmetric, with a float16 scale for each `group` columns."""
-    rows, columns = weight.shape
-    wide = dequantize(weight).reshape(rows, -1, group)
-    scales = np.maximum(np.abs(wide).max(-1) / 127, np.finfo(np.float16).tiny).astype(np.float16)
-    with np.errstate(invalid="ignore"):  # of what is no number: its scale is none either, and the run says so
-        quants = np.clip(np.rint(wide / scales[..., None].astype(np.float32)), -127, 127).astype(np.int8)
-    parts = BlockedArrays(quants.reshape(rows, columns), scales)
-    return Blocked((rows, columns), group, "int8", "float16", lambda: parts), parts

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import ml_dtypes
 import numpy as np
@@ -19,35 +19,37 @@ def reference(inputs: Sequence[Array | None], attributes: Attributes) -> tuple[A
     assert scale is not None
     zero = inputs[2] if len(inputs) > 2 else None
     dtype = _OUTPUT[int(attributes.get("output_dtype", 0))] or scale.dtype
-    axis, block = int(attributes.get("axis", 1)), int(attributes.get("block_size", 0))
-    values = x.astype(np.float32)
-    if block:
-        axis %= x.ndim
-        blocks = scale.shape[axis]
-        if blocks * block == x.shape[axis]:
-            values = values.reshape(*x.shape[:axis], blocks, block, *x.shape[axis + 1 :])
-
-            def spread(s: Array) -> Array:
-                return np.expand_dims(s.astype(np.float32), axis + 1)
-        else:
-
-            def spread(s: Array) -> Array:
-                return np.repeat(s.astype(np.float32), block, axis)[
-                    tuple(slice(None) if a != axis else slice(x.shape[axis]) for a in range(x.ndim))
-                ]
-    else:
-
-        def spread(s: Array) -> Array:
-            if s.size == 1:
-                return s.astype(np.float32).reshape(())
-            shape = [1] * x.ndim
-            shape[axis] = s.size
-            return s.astype(np.float32).reshape(shape)
-
+    shape, spread = granularity(x.shape, scale.shape, attributes)
+    values = x.astype(np.float32).reshape(shape)
     if zero is not None:
-        values = values - spread(zero)
-    values = values * spread(scale)
+        values = values - spread(zero.astype(np.float32))
+    values = values * spread(scale.astype(np.float32))
     return (values.reshape(x.shape).astype(dtype, copy=False),)
+
+
+def granularity(
+    shape: tuple[int, ...], scales: tuple[int, ...], attributes: Attributes
+) -> tuple[tuple[int, ...], Callable[[Array], Array]]:
+    """How scales lie beside numbers, of `QuantizeLinear` and `DequantizeLinear`: the shape to give the numbers, and a
+    function that brings scales or zero points into one that broadcasts with it.
+
+    Args:
+        shape: of the numbers.
+        scales: of the scales, and of the zero points where there are any.
+    """
+    axis, block = int(attributes.get("axis", 1)), int(attributes.get("block_size", 0))
+    if block:
+        axis %= len(shape)
+        blocks = scales[axis]
+        if blocks * block == shape[axis]:
+            return (*shape[:axis], blocks, block, *shape[axis + 1 :]), lambda s: np.expand_dims(s, axis + 1)
+        whole = tuple(slice(shape[axis]) if a == axis else slice(None) for a in range(len(shape)))
+        return shape, lambda s: np.repeat(s, block, axis)[whole]
+    if np.prod(scales, dtype=np.int64) == 1:
+        return shape, lambda s: s.reshape(())
+    row = [1] * len(shape)
+    row[axis] = scales[0]
+    return shape, lambda s: s.reshape(row)
 
 
 def samples(rng: np.random.Generator) -> Iterator[Sample]:
@@ -65,3 +67,7 @@ def samples(rng: np.random.Generator) -> Iterator[Sample]:
     channel = rng.random(n).astype(np.float32) / 50
     yield Sample("int8 per channel", (q8, channel), {"axis": 0}, 1, (0, 1))
     yield Sample("int8 per tensor", (q8, np.array(0.02, np.float32)), {}, 1, (0, 1))
+    rows = {"axis": 1, "block_size": k}
+    yield Sample("int8 rows", (q8, channel[:, None]), rows, 1, (0, 1))
+    f8 = (rng.standard_normal((n, k)) * 100).astype(ml_dtypes.float8_e4m3fn)
+    yield Sample("float8 rows", (f8, channel[:, None]), rows, 1, (0, 1), {0: "float8e4m3fn"})

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from transom.ops import dequantize_linear, rms_normalization, rotary_embedding
+from transom.ops import dequantize_linear, quantize_linear, rms_normalization, rotary_embedding
 from transom.ops.functions import OPSET
 from transom.ops.schema import Array, Attributes, OpSchema, Param, Reference, Sample
 
@@ -100,6 +100,7 @@ _REFERENCES: Mapping[str, Reference] = {
     "DequantizeLinear": dequantize_linear.reference,
     "MatMul": _direct(np.matmul),
     "Mul": _direct(np.multiply),
+    "QuantizeLinear": quantize_linear.reference,
     "RMSNormalization": rms_normalization.reference,
     "RotaryEmbedding": rotary_embedding.reference,
     "Sub": _direct(np.subtract),
@@ -233,6 +234,7 @@ _SAMPLES: Mapping[str, Samples] = {
     "MatMul": _matmul,
     "Mul": _binary,
     "Neg": _unary(),
+    "QuantizeLinear": quantize_linear.samples,
     "RMSNormalization": rms_normalization.samples,
     "Reciprocal": _unary(0.2, 3),
     "Reshape": _reshape,

@@ -7,20 +7,20 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
+import onnx_ir as ir
 
 from transom.graph.pageable import unpageable
-from transom.graph.reading import attributes_of, constant_of, linear_weight, weight_of
+from transom.graph.reading import attributes_of, constant_of, element_type, linear_weight, weight_of
 from transom.graph.sparse import is_attention
 from transom.graph.weights import Array, Dense, Weight, dequantize
 from transom.sparsity import Sparsity, joined
 
 if TYPE_CHECKING:
-    import onnx_ir as ir
-
     from transom.graph import Graph
 
 FLOAT = 1
 """ONNX's number for float32."""
+FLOAT8 = ir.DataType.FLOAT8E4M3FN
 
 
 class Kernels(Protocol):
@@ -34,6 +34,8 @@ class Kernels(Protocol):
     """Query heads of a KV head."""
     neighbours: bool
     """Whether it rotates pairs that lie side by side, too, and not only a head's two halves."""
+    float8: bool
+    """Whether inputs of products may be rounded to E4M3."""
 
     def matrix(self, weight: Weight) -> str:
         """Why it has no product with such a matrix, `"blocks of 12 columns"`; empty if it has one."""
@@ -96,6 +98,8 @@ class Draft:
     """Of a rotation: its pairs lie side by side."""
     rope: int = -1
     """Of attention whose engine rotates keys on their way to the cache: by which rope; -1: they are as they should."""
+    node: str = ""
+    """Of the graph, the one that it was read from."""
     key: int = 0
     """Products with equal keys share a matrix; 0: shared with nobody."""
 
@@ -162,7 +166,7 @@ class Drafting:
         self._values[id(node.outputs[0])] = value
 
     def _emit(self, node: ir.Node, draft: Draft) -> None:
-        draft.width = draft.width or draft.dst.width
+        draft.width, draft.node = draft.width or draft.dst.width, str(node.name)
         self.drafts.append(draft)
         self._set(node, draft.dst)
 
@@ -322,6 +326,18 @@ class Drafting:
                 return
         self._emit(node, Draft("scale", Value(x.width), [x], scale=1.0 / by))
 
+    def _round(self, node: ir.Node) -> None:
+        """A value through E4M3: quantised by one scale, and dequantised by the same."""
+        back = self._only_use(node, "DequantizeLinear")
+        x, scale = self._value(node, 0), self._scalar(node.inputs[1])
+        if back is None or scale is None or not self.kernels.float8 or back.inputs[1] is not node.inputs[1]:
+            raise NoForm(node, "a value that is rounded to 8 bits on its way to a product")
+        code = element_type(node.inputs[2]) if len(node.inputs) > 2 else None
+        if code is not FLOAT8:
+            raise NoForm(node, "a value that is rounded to something else than E4M3")
+        self._skipped.add(id(back))
+        self._emit(back, Draft("round", Value(x.width), [x], scale=scale))
+
     def _only_use(self, node: ir.Node, op_type: str) -> ir.Node | None:
         uses = [use.node for use in node.outputs[0].uses()]
         one = len(uses) == 1 and self._uses(node.outputs[0]) == 1 and uses[0].op_type == op_type
@@ -443,4 +459,5 @@ _READERS: dict[str, Callable[[Drafting, ir.Node], None]] = {
     "Squeeze": Drafting._squeeze,
     "Cast": Drafting._cast,
     "RotaryEmbedding": Drafting._rotate,
+    "QuantizeLinear": Drafting._round,
 }

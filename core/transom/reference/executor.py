@@ -21,6 +21,7 @@ from transom.ops import Array, find
 
 Values = dict[int, Any]
 Adjust = Callable[[ir.Node, dict[str, Any]], None]
+Observe = Callable[[ir.Node, Sequence[Any], Sequence[Any]], None]
 
 CONTROL = ("If", "Loop")
 HELD = 1 << 16
@@ -63,6 +64,7 @@ class Executor:
         self.graph = graph
         self._keep = keep_weights
         self._adjust: Adjust | None = None
+        self._observe: Observe | None = None
         self._kept: dict[int, Array] = {}
         for node in graph.nodes():
             if reason := unsupported(node):
@@ -98,11 +100,15 @@ class Executor:
         *,
         progress: Callable[[float], None] | None = None,
         adjust: Adjust | None = None,
+        observe: Observe | None = None,
     ) -> dict[str, Array]:
         """All outputs by name: arrays of the caller's own, which alias neither weights nor inputs.
 
         Args:
             adjust: called with each node and its attributes before it runs; may change them, for this run alone.
+            observe: called with each node, its inputs (None where absent) and its outputs after it ran, of nodes in
+                subgraphs and of those that prepare weights, too, but not of a Gather from a table of weights. Must not
+                change or keep the arrays.
 
         Raises:
             ValueError: an input is missing, unknown or of another element type; the message names it.
@@ -115,7 +121,7 @@ class Executor:
             raise ValueError(f"unknown inputs: {', '.join(sorted(unknown))}")
         values: Values = {id(v): _as_array(inputs[str(v.name)], v) for v in graph.inputs}
         count = len(graph)
-        self._adjust = adjust
+        self._adjust, self._observe = adjust, observe
         for index, node in enumerate(graph):
             if id(node) not in self._constant:
                 self._execute(node, values)
@@ -178,6 +184,8 @@ class Executor:
             results = schema.reference(arguments, attributes)
         except (ValueError, IndexError, TypeError, KeyError) as e:
             raise ValueError(f"node {node.name} ({node.op_type}): {e}") from e
+        if self._observe is not None:
+            self._observe(node, arguments, results)
         for value, array in zip(node.outputs, results, strict=False):
             values[id(value)] = array
 

@@ -1,4 +1,4 @@
-"""The arguments of `transom.load` that are checked before anything else is done."""
+"""The arguments of `transom.load` and `transom.export` that are checked before anything else is done."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ from transom.errors import OptionError, nearest
 
 PRECISIONS = ("auto", "exact", "fast", "f32", "bf16", "f16", "int8", "fp8", "int4")
 VERIFY = ("auto", "off", "always")
-NAMES = (
-    "backend", "cache", "context", "device", "precision", "probe_file", "progress", "sparsity", "threads", "verify",
-)  # fmt: skip
+_BOTH = ("backend", "cache", "calibration", "context", "precision", "probe_file", "progress", "sparsity", "verify")
+NAMES = {"load": (*_BOTH, "device", "threads"), "export": (*_BOTH, "out", "overwrite", "target")}
+"""Options by function."""
 
 
-def check_arguments(options: Mapping[str, Any], verify: str, policy: str, unknown: Mapping[str, Any]) -> None:
-    """Raise OptionError for an unknown option or a value that is not allowed."""
+def check_arguments(
+    options: Mapping[str, Any], verify: str, policy: str, unknown: Mapping[str, Any], function: str = "load"
+) -> None:
+    """Raise OptionError for an option that the function does not have, or a value that is not allowed."""
     for name in unknown:
-        raise OptionError(f"load() has no option {name!r}", nearest(name, NAMES))
+        raise OptionError(f"{function}() has no option {name!r}", nearest(name, NAMES[function]))
     for name, value, known in (
         ("precision", options["precision"], PRECISIONS),
         ("verify", verify, VERIFY),

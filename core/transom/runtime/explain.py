@@ -1,17 +1,21 @@
-"""Before compiling: every backend against every node, with the reason where it says no. Counts first, nodes after."""
+"""Before compiling: every backend against every node, with the reason where it says no. Counts first, nodes after.
+Of a bundle, which is compiled: its backend against every device."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from transom.contract import Backend, Device, Offer, Refusal
+from transom.contract import Artifact, Backend, Device, Offer, Refusal, Verdict
 from transom.errors import TransomError
 from transom.graph import Graph
+from transom.runtime.bundles import read_manifest
 from transom.runtime.lowering import attempt, claims_of, operator_name
 from transom.runtime.machine import Machine
+from transom.runtime.unbundling import require_backend, verdict_on
 
 
 @dataclass(frozen=True)
@@ -37,10 +41,14 @@ class BackendAnswer:
     nodes: tuple[NodeAnswer, ...] = ()
     error: str = ""
     """Why the backend could not be asked about the nodes."""
+    verdict: Verdict | None = None
+    """On a bundle, in place of answers for nodes."""
 
     @property
     def runs(self) -> bool:
         """Whether the whole model would run."""
+        if self.verdict is not None:
+            return self.verdict.state in ("ok", "slower")
         return bool(self.nodes) and not self.error and all(n.outcome != "refused" for n in self.nodes)
 
     def counts(self) -> list[tuple[int, str, str, str]]:
@@ -58,11 +66,14 @@ class Explanation:
     model: str
     nodes: int
     answers: tuple[BackendAnswer, ...]
+    notes: tuple[str, ...] = ()
+    """What the backend said of a bundle when it compiled it."""
 
     def to_dict(self) -> dict[str, Any]:
         return {
             "model": self.model,
             "nodes": self.nodes,
+            "notes": list(self.notes),
             "answers": [
                 {
                     "backend": a.backend,
@@ -71,6 +82,7 @@ class Explanation:
                     "refusal": {"code": a.answer.code, "reason": a.answer.reason, "fix": a.answer.fix}
                     if isinstance(a.answer, Refusal)
                     else None,
+                    "verdict": None if a.verdict is None else {"state": a.verdict.state, "reason": a.verdict.reason},
                     "runs": a.runs,
                     "error": a.error or None,
                     "counts": [{"nodes": c, "operator": op, "outcome": o, "reason": r} for c, op, o, r in a.counts()],
@@ -84,7 +96,8 @@ class Explanation:
         return "\n".join(self._lines())
 
     def _lines(self) -> Iterator[str]:
-        yield f"{self.model}: {self.nodes} nodes"
+        yield f"{self.model}: {self.nodes} nodes" if self.nodes else f"{self.model}: compiled"
+        yield from (f"  {note}" for note in self.notes)
         for a in self.answers:
             yield ""
             if isinstance(a.answer, Refusal):
@@ -95,6 +108,8 @@ class Explanation:
             yield f"{a.backend} on {a.device}: {'yes' if a.runs else 'no'}, {a.answer.band}, {a.answer.why}"
             if a.error:
                 yield f"  {a.error}"
+            if a.verdict is not None and (a.verdict.reason or a.verdict.state != "ok"):
+                yield f"  {a.verdict.reason or a.verdict.state}"
             for count, operator, outcome, reason in a.counts():
                 yield f"  {count:5} × {operator} {outcome}" + (f": {reason}" if reason else "")
 
@@ -122,9 +137,36 @@ def explain_graph(graph: Graph, name: str, machine: Machine, *, device: str = "a
     return Explanation(name, len(list(graph.nodes())), tuple(answers))
 
 
+def explain_bundle(folder: Path, machine: Machine, *, device: str = "auto") -> Explanation:
+    """Ask a bundle's backend about every device, from the bundle's manifest alone.
+
+    Args:
+        device: `"auto"` for all devices that are here, or the id of one.
+
+    Raises:
+        BundleError: the manifest is damaged, or of a newer version.
+        SelectionError: the backend is not installed.
+    """
+    manifest = read_manifest(folder)
+    require_backend(manifest, folder, machine)
+    artifact = Artifact({}, manifest.requires, manifest.notes)
+    wanted = {d.id: d for d in machine.devices if (d.kind != "remote" if device == "auto" else d.id == device)}
+    answers = []
+    for name, answer in machine.answers:
+        if name != manifest.backend or answer.device_id not in wanted:
+            continue
+        if isinstance(answer, Refusal):
+            answers.append(BackendAnswer(name, answer.device_id, answer))
+            continue
+        asked = wanted[answer.device_id]
+        verdict = verdict_on(name, artifact, machine, asked)
+        answers.append(BackendAnswer(name, asked.id, answer, verdict=verdict))
+    return Explanation(f"{manifest.name} in the bundle {folder}", 0, tuple(answers), manifest.notes)
+
+
 def _ask(graph: Graph, backend: Backend, device: Device) -> tuple[NodeAnswer, ...]:
     """What becomes of each node when a load takes it as far as it goes (`lowering.attempt`)."""
-    options = {"context": None, "precision": "auto", "threads": None}
+    options = {"context": None, "precision": "auto", "threads": None, "calibration": ()}
     first = {c.node: c for c in claims_of(graph, backend, device, options)}
     last = attempt(graph, backend, device, options)
     final = {c.node: c for c in last.claims}

@@ -51,6 +51,10 @@ class Job:
     """Compare with the reference; else only see that it runs."""
     sparsity: str = DENSE
     """The policy, in canonical form, with the heads of a file where there is one; what Transom ships is not in it."""
+    texts: tuple[str, ...] = ()
+    """The user's, to calibrate on; empty for those that come with Python."""
+    runs: bool = True
+    """False: the device is only compiled for, so what is compiled is never opened here."""
 
     @property
     def source_context(self) -> int | None:
@@ -61,7 +65,7 @@ class Job:
     @property
     def artifact_key(self) -> str:
         """Without the source, which `prepared.Prepared.artifact_key` adds; without `context` and `threads`, which may
-        change between compiling and loading."""
+        change between compiling and loading; without the texts of a user who gave none."""
         return artifact_key(
             {
                 "backend": self.backend,
@@ -72,6 +76,7 @@ class Job:
                 "precision": self.options["precision"],
                 "sparsity": self.sparsity,
                 "transom": version(),
+                **({"calibration": self.texts} if self.texts else {}),
             }
         )
 
@@ -79,18 +84,22 @@ class Job:
     def failure_key(self) -> str:
         """Names this attempt, to remember that it failed."""
         precision, context = self.options["precision"], self.source_context
-        return artifact_key({"of": [self.content, self.place, precision, context, self.sparsity, version()]})
+        return artifact_key(
+            {"of": [self.content, self.place, precision, context, self.sparsity, version(), self.texts]}
+        )
 
     def believes(self, verdict: object) -> bool:
-        """Whether the verdict that `selfcheck` left is enough to open the artifact in the host's own process."""
-        return isinstance(verdict, dict) and not (self.verify and verdict.get("ran_only"))
+        """Whether the verdict that `selfcheck` left is enough to open the artifact in the host's own process; what is
+        never opened needs none."""
+        return not self.runs or (isinstance(verdict, dict) and not (self.verify and verdict.get("ran_only")))
 
     def to_payload(self) -> dict[str, Any]:
         return {**vars(self), "device": to_json([self.device]), "options": dict(self.options)}
 
     @classmethod
     def from_payload(cls, payload: Mapping[str, Any]) -> Job:
-        return cls(**{**payload, "device": from_json(payload["device"])[0]})
+        device, texts = from_json(payload["device"])[0], tuple(payload["texts"])
+        return cls(**{**payload, "device": device, "texts": texts})
 
 
 def run(payload: Mapping[str, Any], progress: Progress) -> Any:

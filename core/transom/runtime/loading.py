@@ -2,7 +2,8 @@
 
 On a warm start nothing but the artifact is read: the probe, the choice, the manifest's checks, the engine's import. On
 a cold one a child process reads the source, compiles, and compares the result with the reference; only what it
-believed is opened here. Imports nothing heavier than the warm start needs.
+believed is opened here. Imports nothing heavier than the warm start needs. `Loader` also makes what `transom.export`
+writes, and opens bundles (`transom.runtime.unbundling`).
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from transom.artifacts import Cache, Overflow, StoredArtifact, artifact_key
+from transom.artifacts import Cache, Overflow, artifact_key
+from transom.artifacts.files import remove_unless_held
 from transom.contract import Progress
 from transom.errors import (
     CacheError,
@@ -27,12 +29,14 @@ from transom.errors import (
 )
 from transom.runtime import calibrations, failures, memory, prepared
 from transom.runtime.arguments import check_arguments, check_objects
+from transom.runtime.bundles import bundle_at
 from transom.runtime.guarding import guarded, interrupts_kept
 from transom.runtime.identity import content_key, fingerprint_of, may_use_operators
 from transom.runtime.jobs import ENTRY, Job
 from transom.runtime.machine import Machine, choose, survey
 from transom.runtime.operators import explaining_rejected, operators_identity, register_operators
-from transom.runtime.prepared import Prepared
+from transom.runtime.pieces import given_texts
+from transom.runtime.prepared import Compiled, Prepared
 from transom.runtime.report import Report
 from transom.runtime.trial import run_in_child
 from transom.selection import Candidate, Choice
@@ -48,7 +52,9 @@ if TYPE_CHECKING:
     from transom.sparsity import Heads
     from transom.text import ChatTemplate, GenerationDefaults, Tokenizer
 
-_PRECISION = "precision: "
+T = TypeVar("T")
+
+PRECISION = "precision: "
 """How an artifact's note begins that says in what numbers it computes."""
 
 
@@ -80,6 +86,7 @@ def load(
     precision: str = "auto",
     threads: int | None = None,
     sparsity: Any = "off",
+    calibration: Sequence[str | Path] = (),
     verify: str = "auto",
     probe_file: str | Path | None = None,
     cache: Cache | None = None,
@@ -90,7 +97,9 @@ def load(
 
     Args:
         model: a GGUF file, a Hugging Face directory, an ONNX file, a `torch.nn.Module` wrapped in
-            `transom.TorchSource`, or a transformers model.
+            `transom.TorchSource`, a transformers model, or a bundle that `transom.export` wrote. A bundle's backend is
+            the one that it names, and `precision`, `sparsity` and what else is built into it are its own: `"auto"` and
+            `"off"` leave them as they are, another value is an OptionError.
         device: `"auto"`, or an id that `transom.devices()` lists (`"cpu"`, `"cuda:0"`), or several for one model on all
             of them (`"cuda:0,cuda:1"`). Named, it never falls back.
         backend: `"auto"`, or a name that `transom.backends()` lists. Named, it never falls back.
@@ -101,6 +110,8 @@ def load(
         threads: processor threads; None for every core this process may use.
         sparsity: which keys attention reads (`transom.sparsity.Sparsity.parse`): `"off"` for all, `"safe"`,
             `"balanced"`, `"fast"`, `"classic"`, a coverage such as 0.94, a JSON file, or a `Sparsity`.
+        calibration: texts, or paths of text files, that are like what the model will read, for a backend that rounds
+            activations; empty for passages that come with Python.
         verify: `"auto"` compares a new artifact with the reference once on each device, `"always"` at every load,
             `"off"` never.
         probe_file: devices from a JSON file in place of the probe (`transom doctor --json` writes one).
@@ -110,6 +121,7 @@ def load(
 
     Raises:
         SourceError: the model cannot be read.
+        BundleError: the bundle is damaged, or of a newer Transom.
         SelectionError: nothing can run it as asked; the details say what each backend answered.
         DoesNotFit: it needs more memory than there is.
         SelfCheckFailed, EngineError, UnsupportedError: a named backend cannot run it. `auto` moves on to the next
@@ -120,14 +132,15 @@ def load(
     policy = os.environ.get("TRANSOM_AUTO", "").strip() or "measure"
     check_arguments(options, verify, policy, unknown)
     check_objects(cache, progress)
-    loader = _Loader(
-        model,
-        options=options,
-        sparsity=Sparsity.parse(sparsity),
-        verify=verify,
-        cache=cache or Cache.default(),
-        progress=progress or (lambda stage, share: None),
-    )
+    asked = Asked(options, Sparsity.parse(sparsity), given_texts(calibration), verify)
+    kept, told = cache or Cache.default(), progress or (lambda stage, share: None)
+    if (bundle := bundle_at(model)) is not None:
+        from transom.runtime.unbundling import load_bundle
+
+        return load_bundle(
+            bundle, asked, device=device, backend=backend, probe_file=probe_file, cache=kept, progress=told
+        )
+    loader = Loader(model, asked, cache=kept, progress=told)
     with loader.stages.time("probe"):
         machine = survey(probe_file, target=device)
         choice = choose(machine, device=device, backend=backend)
@@ -136,15 +149,38 @@ def load(
     if choice.kinds_to_measure and policy == "measure":
         speeds = loader.speeds(machine, choice.kinds_to_measure)
         choice = choose(machine, device=device, backend=backend, measured=speeds)
-    return loader.first_that_works(machine, choice)
+    return loader.first_that_works(machine, choice, lambda turn: loader.open(machine, choice, turn))
 
 
 @dataclass(frozen=True)
-class _Ready:
-    """An artifact that may be opened here."""
+class Asked:
+    """What the user asked for, checked."""
+
+    options: Mapping[str, Any]
+    """`precision`, `context` (None: the model's own), `threads` (None: all)."""
+    sparsity: Sparsity
+    texts: tuple[str, ...]
+    """To calibrate on; empty for those that come with Python."""
+    verify: str
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A candidate that is to be tried now, and those before it that could not."""
+
+    candidate: Candidate
+    set_aside: Sequence[tuple[Candidate, TransomError]]
+
+    def warnings(self) -> list[str]:
+        return [f"{c.backend} on {c.device.id} was set aside: {error.cause}" for c, error in self.set_aside]
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A compiled model that may be opened here, or that is only compiled for another machine."""
 
     source: Prepared
-    stored: StoredArtifact
+    stored: Compiled
     verdict: object
     plan: memory.MemoryPlan | None
     """None for a graph that is not a decoder."""
@@ -160,29 +196,24 @@ class _Text(NamedTuple):
     defaults: GenerationDefaults
 
 
-class _Loader:
-    """The state of one call of `load`."""
+class Loader:
+    """The state of one call of `load` or `export`."""
 
-    def __init__(
-        self,
-        model: Any,
-        *,
-        options: Mapping[str, Any],
-        sparsity: Sparsity,
-        verify: str,
-        cache: Cache,
-        progress: Progress,
-    ) -> None:
-        self.options, self.verify, self.cache, self.progress = options, verify, cache, progress
-        self.sparsity = sparsity
+    bundle = ""
+    """The folder that the compiled model comes from, where it is not the cache."""
+
+    def __init__(self, model: Any, asked: Asked, *, cache: Cache, progress: Progress) -> None:
+        self.options, self.verify, self.cache, self.progress = asked.options, asked.verify, cache, progress
+        self.sparsity = asked.sparsity
         """As asked for; with the heads that lie beside the model or in the cache, once it is identified."""
-        self._heads_from = "given with the policy" if sparsity.heads else ""
+        self.texts = asked.texts
+        self._heads_from = "given with the policy" if asked.sparsity.heads else ""
         self.stages = Stages()
         self.warnings: list[str] = []
         self._model = model
         self._path = ""
         self._content = ""
-        self._fingerprint = ""
+        self.fingerprint = ""
         self._uses_operators = False
         """Whether the graph may use operators that plugins bring."""
         self._in_memory: SourceModel | None = None
@@ -194,10 +225,10 @@ class _Loader:
         path = local_path(self._model)
         if path is not None:
             self._path = str(path.absolute())
-            self._fingerprint = fingerprint_of(path, self.cache)
+            self.fingerprint = fingerprint_of(path, self.cache)
             self._uses_operators = bool(plugins.bringing_operators()) and may_use_operators(path)
             operators = operators_identity(plugins) if self._uses_operators else ""
-            self._content = content_key(self._fingerprint, operators)
+            self._content = content_key(self.fingerprint, operators)
             self._find_heads()
             return
         source = resolve(self._model)
@@ -207,8 +238,8 @@ class _Loader:
         with explaining_rejected(plugins):
             self._in_memory = source.open(self._model, context=self.options["context"], progress=self.progress)
         self._path = self._in_memory.name
-        self._fingerprint = self._in_memory.graph.digest()
-        self._content = content_key(self._fingerprint, operators_identity(plugins))
+        self.fingerprint = self._in_memory.graph.digest()
+        self._content = content_key(self.fingerprint, operators_identity(plugins))
         self._find_heads()
         self._held.append(prepared.keep(self.cache, self._content, self._in_memory))
 
@@ -216,7 +247,7 @@ class _Loader:
         """Give the policy the heads that lie beside the model or in the cache, where it has none of its own."""
         if self.sparsity.dense or self.sparsity.heads is not None:
             return
-        if (found := calibrations.local(self._local_path(), self.cache, self._fingerprint)) is not None:
+        if (found := calibrations.local(self._local_path(), self.cache, self.fingerprint)) is not None:
             self.sparsity, self._heads_from = self.sparsity.with_heads(found.heads), found.source
 
     def _heads_finder(self, sparsity: Sparsity, source: Prepared) -> Callable[[], Heads | None]:
@@ -224,7 +255,7 @@ class _Loader:
 
         It lives as long as the model, so it holds no `source`, which would keep its entry of the cache in use.
         """
-        path, cache, fingerprint = self._local_path(), self.cache, self._fingerprint
+        path, cache, fingerprint = self._local_path(), self.cache, self.fingerprint
         decoder, name = source.decoder, source.name
 
         def find() -> Heads | None:
@@ -274,8 +305,9 @@ class _Loader:
                 return 0.0
 
     # one candidate after the other ------------------------------------------------------------------------------------
-    def first_that_works(self, machine: Machine, choice: Choice) -> Model:
-        """Open the first candidate that can be. All are within what the user named, so a promise is never broken."""
+    def first_that_works(self, machine: Machine, choice: Choice, use: Callable[[Turn], T]) -> T:
+        """What `use` makes of the first candidate that can be used. All are within what the user named, so a promise is
+        never broken."""
         set_aside: list[tuple[Candidate, TransomError]] = []
         for candidate in choice.ranked:
             alone = len(choice.ranked) == 1
@@ -283,7 +315,7 @@ class _Loader:
                 set_aside.append((candidate, known))
                 continue
             try:
-                return self._open(machine, choice, candidate, set_aside)
+                return use(Turn(candidate, set_aside))
             except failures.MOVES_ON as error:
                 if alone:
                     raise
@@ -300,16 +332,10 @@ class _Loader:
     def _known_failure(self, machine: Machine, candidate: Candidate) -> TransomError | None:
         return failures.remembered(self.cache, self._job(machine, candidate)) if self.verify == "auto" else None
 
-    def _open(
-        self,
-        machine: Machine,
-        choice: Choice,
-        candidate: Candidate,
-        set_aside: Sequence[tuple[Candidate, TransomError]],
-    ) -> Model:
-        found = self._find(machine, candidate)
-        cached = not isinstance(found, str)
-        ready = self._prepare(machine, candidate) if isinstance(found, str) else found
+    def open(self, machine: Machine, choice: Choice, turn: Turn) -> Model:
+        """The model, opened in this process."""
+        candidate = turn.candidate
+        ready, cached = self.ready(machine, candidate)
         try:
             session, text = self._load(machine, candidate, ready)
         except EngineError as error:
@@ -317,24 +343,33 @@ class _Loader:
                 raise
             # What an earlier process could open: the SDK has changed, or what it keeps beside the artifact has.
             ready.stored.discard(error.cause)
-            cached = False
-            ready = self._prepare(machine, candidate)
+            ready, cached = self._prepare(machine, candidate), False
             session, text = self._load(machine, candidate, ready)
         try:
             if self.verify == "always":
                 with self.stages.time("check"):
                     ready = replace(ready, verdict=self._check_here(machine, candidate, ready, session))
-            return self._model_of(machine, choice, candidate, ready, session, text, set_aside, cached)
+            return self._model_of(machine, choice, turn, ready, session, text, cached)
         except BaseException:
             session.close()
             ready.stored.release()
             raise
 
     # the artifact -----------------------------------------------------------------------------------------------------
+    def ready(self, machine: Machine, candidate: Candidate) -> tuple[Ready, bool]:
+        """The compiled model, and whether it was there already."""
+        found = self._find(machine, candidate)
+        return (self._prepare(machine, candidate), False) if isinstance(found, str) else (found, True)
+
+    def drop(self, stored: Compiled) -> None:
+        """Take a compiled model whose files have gone elsewhere out of the cache, unless another process uses it."""
+        stored.release()
+        remove_unless_held(self.cache.root / "artifacts" / stored.key, self.cache.root / "trash")
+
     def _source(self, job: Job) -> Prepared | None:
         return prepared.find(self.cache, job.content, job.source_context)
 
-    def _find(self, machine: Machine, candidate: Candidate, told: object = None) -> _Ready | str:
+    def _find(self, machine: Machine, candidate: Candidate, told: object = None) -> Ready | str:
         """What the cache has and may be opened here; or why not, empty where there is simply nothing.
 
         Args:
@@ -372,9 +407,9 @@ class _Loader:
         if not job.believes(checked):
             stored.release()
             return "it is not believed here yet"
-        return _Ready(source, stored, checked, plan, verdict.reason if verdict.state == "slower" else "")
+        return Ready(source, stored, checked, plan, verdict.reason if verdict.state == "slower" else "")
 
-    def _stale(self, stored: StoredArtifact, plan: memory.MemoryPlan | None, verdict: Verdict) -> str:
+    def _stale(self, stored: Compiled, plan: memory.MemoryPlan | None, verdict: Verdict) -> str:
         """Why the artifact must be compiled anew; empty when it need not."""
         if verdict.state == "rebuild":
             return verdict.reason or "the backend wants it rebuilt"
@@ -397,7 +432,7 @@ class _Loader:
             exact_float32=candidate.offer.band == "fallback",
         )
 
-    def _prepare(self, machine: Machine, candidate: Candidate) -> _Ready:
+    def _prepare(self, machine: Machine, candidate: Candidate) -> Ready:
         """Have a child process read, compile and check; then find what it left in the cache.
 
         A cache that cannot keep the artifact (disk full) is replaced by a temporary one for this process, with a
@@ -421,8 +456,11 @@ class _Loader:
                 )
             if attempt == 1:
                 self._use_temporary_cache(done["warnings"] or [self.cache.keeps_nothing()])
-        raise CacheError(
-            f"Neither the cache nor the temporary folder {self.cache.root} can keep the compiled model",
+        raise self._no_room("the compiled model")
+
+    def _no_room(self, what: str) -> CacheError:
+        return CacheError(
+            f"Neither the cache nor the temporary folder {self.cache.root} can keep {what}",
             "Free some disk space, or set TRANSOM_CACHE to a folder with room",
         )
 
@@ -451,6 +489,8 @@ class _Loader:
             place=machine.place(candidate),
             verify=self.verify != "off",
             sparsity=self.sparsity.to_string(),
+            texts=self.texts,
+            runs=candidate.offer.runs_here,
         )
 
     def _child(self, work: str, machine: Machine, candidate: Candidate) -> Any:
@@ -473,9 +513,10 @@ class _Loader:
             raise
 
     # opening it here --------------------------------------------------------------------------------------------------
-    def _load(self, machine: Machine, candidate: Candidate, ready: _Ready) -> tuple[Session, _Text]:
+    def _load(self, machine: Machine, candidate: Candidate, ready: Ready) -> tuple[Session, _Text]:
         backend, source = machine.plugins.backends[candidate.backend].backend, ready.source
-        options = {**self.options, "context": ready.plan.context if ready.plan else self.options["context"]}
+        context = ready.plan.context if ready.plan else self.options["context"]
+        options = {**self.options, "context": context, "calibration": ()}
         if self._uses_operators:
             register_operators(machine.plugins)  # a backend may open a graph that uses them
         with ThreadPoolExecutor(1) as beside, self.stages.time("load"):
@@ -487,13 +528,28 @@ class _Loader:
             )
             return session, text.result()
 
-    def _check_here(self, machine: Machine, candidate: Candidate, ready: _Ready, session: Session) -> dict[str, Any]:
+    def golden(self, machine: Machine, candidate: Candidate, source: Prepared) -> Mapping[str, Any]:
+        """The reference's answers to the check prompt, computed now where the cache has them no more.
+
+        Raises:
+            CacheError: neither the cache nor a temporary folder can keep them.
+        """
         from transom.runtime import selfcheck
 
-        wanted = selfcheck.recall_golden(self.cache, ready.source)
-        if wanted is None:  # evicted since; the verdict that it gave is still there
+        for attempt in (1, 2):
+            if (known := selfcheck.recall_golden(self.cache, source)) is not None:
+                return known
+            if attempt == 2:
+                self._use_temporary_cache([self.cache.keeps_nothing()])
             self._child("golden", machine, candidate)
-            wanted = selfcheck.recall_golden(self.cache, ready.source) or {}
+        if (known := selfcheck.recall_golden(self.cache, source)) is not None:
+            return known
+        raise self._no_room("the reference's answers")
+
+    def _check_here(self, machine: Machine, candidate: Candidate, ready: Ready, session: Session) -> dict[str, Any]:
+        from transom.runtime import selfcheck
+
+        wanted = self.golden(machine, candidate, ready.source)
         exact = bool(ready.stored.origin.ingredients.get("exact", True))
         return selfcheck.verdict(session, wanted, ready.source, backend=candidate.backend, exact=exact)
 
@@ -501,30 +557,28 @@ class _Loader:
         self,
         machine: Machine,
         choice: Choice,
-        candidate: Candidate,
-        ready: _Ready,
+        turn: Turn,
+        ready: Ready,
         session: Session,
         text: _Text,
-        set_aside: Sequence[tuple[Candidate, TransomError]],
         cached: bool,
     ) -> Model:
         from transom.runtime.model import InputSpec, Loaded, Model
 
-        source, stored, plan = ready.source, ready.stored, ready.plan
+        candidate, source, stored, plan = turn.candidate, ready.source, ready.stored, ready.plan
         sparsity, heads_from = self.sparsity, self._heads_from
         if source.decoder is not None:
             sparsity, shipped_for = calibrations.calibrated(sparsity, source.decoder, source.name)
             heads_from = heads_from or shipped_for
-        warnings = [*choice.warnings, *self.cache.warnings, *self.warnings]
-        warnings += [f"{c.backend} on {c.device.id} was set aside: {error.cause}" for c, error in set_aside]
+        warnings = [*choice.warnings, *self.cache.warnings, *self.warnings, *turn.warnings()]
         if plan is not None and plan.note:
             warnings.append(plan.note)
         if ready.slower:
             warnings.append(f"The compiled model is slower here than a fresh one: {ready.slower}")
-        notes = [*source.notes, *stored.artifact.notes, *_strings(stored.origin.ingredients.get("decomposed"))]
+        precision, notes = notes_of(source, stored)
         why = choice.why
         if candidate is not choice.ranked[0]:
-            names = ", ".join(f"{c.backend} on {c.device.id}" for c, _ in set_aside)
+            names = ", ".join(f"{c.backend} on {c.device.id}" for c, _ in turn.set_aside)
             why = f"{candidate.backend} on {candidate.device.id}: {candidate.offer.why}. Set aside before it: {names}."
         report = Report(
             model=source.name,
@@ -533,16 +587,17 @@ class _Loader:
             device=candidate.device,
             why=why,
             source=source.kind,
-            precision=next((n.removeprefix(_PRECISION) for n in notes if n.startswith(_PRECISION)), ""),
+            precision=precision,
             context=plan.context if plan else 0,
             model_context=source.decoder.context if source.decoder else 0,
             warnings=tuple(dict.fromkeys(warnings)),
             refusals=choice.refusals,
-            notes=tuple(n for n in dict.fromkeys(notes) if not n.startswith(_PRECISION)),
+            notes=notes,
             memory=plan.parts() if plan else {},
-            check=_verdict_text(ready.verdict),
+            check=verdict_text(ready.verdict),
             sparsity=calibrations.described(sparsity, heads_from),
-            cache_hit=cached,
+            cache_hit=cached or bool(self.bundle),
+            bundle=self.bundle,
             startup=dict(self.stages.seconds),
         )
         return Model(
@@ -563,7 +618,7 @@ class _Loader:
         )
 
 
-def _bound_context(stored: StoredArtifact, plan: memory.MemoryPlan) -> int:
+def _bound_context(stored: Compiled, plan: memory.MemoryPlan) -> int:
     """The context an artifact was compiled for, where it is good enough though not the one planned now; else 0.
 
     That is when `auto` cut both to the memory that was free: a little more of it today is no reason to compile anew.
@@ -573,7 +628,7 @@ def _bound_context(stored: StoredArtifact, plan: memory.MemoryPlan) -> int:
     return int(bound) if fits else 0
 
 
-def _releaser(stored: StoredArtifact, held: list[object]) -> Callable[[], None]:
+def _releaser(stored: Compiled, held: list[object]) -> Callable[[], None]:
     def release() -> None:
         stored.release()
         held.clear()
@@ -581,11 +636,18 @@ def _releaser(stored: StoredArtifact, held: list[object]) -> Callable[[], None]:
     return release
 
 
+def notes_of(source: Prepared, stored: Compiled) -> tuple[str, tuple[str, ...]]:
+    """In what numbers a compiled model computes, empty where its backend does not say; and the notes on it."""
+    notes = [*source.notes, *stored.artifact.notes, *_strings(stored.origin.ingredients.get("decomposed"))]
+    precision = next((n.removeprefix(PRECISION) for n in notes if n.startswith(PRECISION)), "")
+    return precision, tuple(n for n in dict.fromkeys(notes) if not n.startswith(PRECISION))
+
+
 def _strings(value: object) -> list[str]:
     return [str(v) for v in value] if isinstance(value, list | tuple) else []
 
 
-def _verdict_text(verdict: object) -> str:
+def verdict_text(verdict: object) -> str:
     if not isinstance(verdict, dict):
         return ""
     return f"passed, {verdict['text']}" if verdict.get("checked") else str(verdict.get("reason", ""))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from transom.artifacts import artifact_key
 from transom.errors import SourceError
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from transom.artifacts import Cache, Entry
+    from transom.artifacts import Cache, Entry, Origin
+    from transom.contract import Artifact
     from transom.graph import Graph
     from transom.runtime.jobs import Job
     from transom.sources import SourceModel
@@ -32,6 +33,45 @@ _DOMAINS = ("", "ai.onnx", "ai.onnx.ml", "transom")
 """Whose operators mean the same in every installation of one version."""
 
 
+class Files(Protocol):
+    """Named files that belong together: an entry of the cache, or a bundle."""
+
+    @property
+    def key(self) -> str: ...
+
+    @property
+    def files(self) -> Mapping[str, Path]: ...
+
+    def read(self, name: str) -> bytes:
+        """A file's content."""
+        ...
+
+
+class Compiled(Protocol):
+    """A compiled model that a session can be opened from: an artifact of the cache, or a bundle."""
+
+    artifact: Artifact
+    origin: Origin
+
+    @property
+    def key(self) -> str: ...
+
+    @property
+    def scratch(self) -> Path: ...
+
+    def verdict(self, where: str) -> object:
+        """The self-check's in this place (`Machine.place`), or None."""
+        ...
+
+    def record_verdict(self, where: str, verdict: object) -> None: ...
+
+    def discard(self, reason: str) -> None:
+        """Do not believe it any more."""
+        ...
+
+    def release(self) -> None: ...
+
+
 @dataclass(frozen=True)
 class Prepared:
     """What the host needs of a source besides the compiled model."""
@@ -43,7 +83,7 @@ class Prepared:
     graph_digest: str
     inputs: Mapping[str, tuple[str, tuple[int | str | None, ...]]]
     """Element type and shape of each input of a graph that is not a decoder."""
-    files: Entry
+    files: Files
     foreign: bool = False
     """Whether its graph may use operators that plugins bring: then the digest of the graph does not say what it means,
     and `key` does."""

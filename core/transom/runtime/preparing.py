@@ -19,19 +19,21 @@ from typing import Any
 import numpy as np
 
 from transom.artifacts import Cache, Origin, Slot, StoredArtifact
-from transom.contract import Artifact, Options, Progress, Session
+from transom.contract import Artifact, Progress, Session
 from transom.errors import SelectionError, TransomError, UnsupportedError
 from transom.graph import Graph
 from transom.graph.sparse import with_sparsity
 from transom.plugins import LoadedBackend, Plugins, load_plugins
 from transom.runtime import memory, prepared, selfcheck
 from transom.runtime.beside import wait_for
+from transom.runtime.bundles import open_bundle
 from transom.runtime.calibrations import calibrated
 from transom.runtime.guarding import guarded
 from transom.runtime.jobs import Job
 from transom.runtime.lowering import lower
 from transom.runtime.operators import explaining_rejected, register_operators
-from transom.runtime.prepared import Prepared
+from transom.runtime.pieces import Pieces, pieces
+from transom.runtime.prepared import Compiled, Prepared
 from transom.sources import SourceModel, resolve
 from transom.sources.finite import require_finite_graph
 from transom.sparsity import Sparsity
@@ -67,6 +69,17 @@ def prepare(payload: Mapping[str, Any], progress: Progress, reference: Future[An
 def golden(payload: Mapping[str, Any], progress: Progress) -> None:
     """Compute the reference's answers to the check prompt, where the cache has them no more."""
     _Desk(payload, progress).golden()
+
+
+def check(payload: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
+    """Open a bundle where it has never run, and hold it against the answers that it carries; the verdict."""
+    desk = _Desk(payload, progress)
+    bundle = open_bundle(Path(desk.job.model), desk.cache, progress)
+    try:
+        desk.take(bundle.source)
+        return desk.check(bundle, bundle.golden() if desk.job.verify else {})
+    finally:
+        bundle.release()
 
 
 def measure(payload: Mapping[str, Any], progress: Progress) -> float:
@@ -156,6 +169,10 @@ class _Desk:
         assert self._source is not None
         return self._source
 
+    def take(self, source: Prepared) -> None:
+        """Work with a source that does not come from the cache."""
+        self._source = source
+
     def _find(self) -> Prepared | None:
         if self._source is None:
             self._source = prepared.find(self.cache, self.job.content, self.job.source_context)
@@ -201,9 +218,9 @@ class _Desk:
         return selfcheck.check_prompt(source.decoder, source.tokenizer())
 
     # the artifact -----------------------------------------------------------------------------------------------------
-    def options(self) -> Options:
-        """The user's options with the context that was planned; refuses what does not fit."""
-        options = dict(self.job.options)
+    def options(self) -> dict[str, Any]:
+        """The user's options with the context that was planned, and no texts; refuses what does not fit."""
+        options = {**self.job.options, "calibration": ()}
         decoder = self.source().decoder
         if decoder is not None:
             options["context"] = memory.plan(
@@ -214,6 +231,13 @@ class _Desk:
                 exact_float32=self.job.band == "fallback",
             ).context
         return options
+
+    def texts(self, context: int) -> Pieces:
+        """What a backend may calibrate on; nothing for a graph that is not a decoder."""
+        decoder = self.source().decoder
+        if decoder is None:
+            return ()
+        return pieces(self.source().tokenizer(), decoder.vocabulary, context, self.job.texts)
 
     def policy(self) -> Sparsity:
         """The sparsity policy, with the heads that Transom ships for this model where it has none of its own."""
@@ -228,14 +252,16 @@ class _Desk:
         with self.cache.building(key, self.progress) as slot:
             stored = slot.found or self._compile(slot, options)
             if not self.job.believes(stored.verdict(self.job.place)):
-                stored.record_verdict(self.job.place, self._check(stored))
+                wanted = self.golden() if self.job.verify else {}
+                stored.record_verdict(self.job.place, self.check(stored, wanted))
         return stored
 
-    def _compile(self, slot: Slot, options: Options) -> StoredArtifact:
+    def _compile(self, slot: Slot, options: Mapping[str, Any]) -> StoredArtifact:
         dense = self.graph()
         graph = with_sparsity(dense, self.policy())
         with self._timed("compile"):
             backend, device = self.plugin.backend, self.job.device
+            options = {**options, "calibration": self.texts(options["context"])}
             lowered = lower(graph, backend, device, options)
             self.progress("compile", None)
 
@@ -271,7 +297,7 @@ class _Desk:
             )
             return slot.store(made, origin, self.progress)
 
-    def load(self, stored: StoredArtifact) -> Session:
+    def load(self, stored: Compiled) -> Session:
         backend, device, options = self.plugin.backend, self.job.device, self.options()
         call = lambda: backend.load(stored.artifact, device, options, stored.scratch)  # noqa: E731
         return guarded(backend.name, "loading this model", call)
@@ -309,16 +335,14 @@ class _Desk:
             selfcheck.keep_golden(self.cache, self.source(), answer)
         return answer
 
-    def _check(self, stored: StoredArtifact) -> dict[str, Any]:
-        """Run the loaded artifact and hold it against the reference; raises where they disagree."""
-        decoder = self.source().decoder
-        wanted = self.golden() if self.job.verify else {}
+    def check(self, stored: Compiled, wanted: Mapping[str, selfcheck.Array]) -> dict[str, Any]:
+        """Run the loaded artifact and hold it against the reference's answers; raises where they disagree."""
         with self._timed("check"):
             self.progress("check", None)
             session = self.load(stored)
             try:
                 if not self.job.verify:
-                    if decoder is not None:
+                    if self.source().decoder is not None:
                         selfcheck.session_logits(session, self.prompt(), self.job.backend)
                     return {"checked": False, "reason": "switched off", "ran_only": True}
                 exact = bool(stored.origin.ingredients.get("exact", True))

@@ -46,6 +46,8 @@ class Report:
     """Which keys attention reads, and whether the model's heads are calibrated; empty: all of them."""
     cache_hit: bool = False
     """Whether the compiled artifact was there already."""
+    bundle: str = ""
+    """The folder that `transom.export` wrote, where the model was loaded from one."""
     startup: Mapping[str, float] = field(default_factory=dict)
     """Seconds by stage, in the order in which they ran."""
 
@@ -59,7 +61,7 @@ class Report:
             ("memory", self._memory()),
             ("sparsity", self.sparsity),
             ("self-check", self.check),
-            ("artifact", "from the cache" if self.cache_hit else "compiled now"),
+            ("artifact", self._artifact()),
             ("start-up", self._startup()),
         ]
         lines += [f"  {name + ':':<12}{text}" for name, text in facts if text]
@@ -93,6 +95,7 @@ class Report:
             "sparsity": self.sparsity,
             "check": self.check,
             "cache_hit": self.cache_hit,
+            "bundle": self.bundle,
             "startup": dict(self.startup),
         }
 
@@ -108,6 +111,11 @@ class Report:
         parts = [f"{name} {_bytes(size)}" for name, size in self.memory.items() if name != "available" and size]
         room = self.memory.get("available")
         return ", ".join(parts) + (f"; {_bytes(room)} available" if room else "")
+
+    def _artifact(self) -> str:
+        if self.bundle:
+            return f"from the bundle {self.bundle}"
+        return "from the cache" if self.cache_hit else "compiled now"
 
     def _startup(self) -> str:
         if not self.startup:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from transom.artifacts import Cache
+from transom.runtime.bundles import bundle_at
 from transom.runtime.identity import fingerprint_of
 from transom.sources import local_path, resolve
 
@@ -28,7 +29,9 @@ def require_sound_template(model: Any, cache: Cache | None = None) -> None:
         SourceError: the model cannot be read.
     """
     path = local_path(model)
-    if path is None:
+    if (
+        path is None or bundle_at(path) is not None
+    ):  # nothing is compiled for a bundle, and loading checks its files first
         return
     cache = cache or Cache.default()
     key = f"{_FORMAT}-{fingerprint_of(path, cache)}"

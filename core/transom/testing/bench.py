@@ -24,7 +24,7 @@ from transom.testing.result import Failed, Refused
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-UNASKED: Mapping[str, object] = {"precision": "auto", "context": None, "threads": None}
+UNASKED: Mapping[str, object] = {"precision": "auto", "context": None, "threads": None, "calibration": ()}
 """The options of a load where the user named none: the host always gives these keys."""
 
 

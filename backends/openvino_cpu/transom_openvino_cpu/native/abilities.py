@@ -16,6 +16,7 @@ class NativeKernels:
     largest_head = 256
     largest_group = 64
     neighbours = False
+    float8 = False
 
     def __init__(self, precision: Precision) -> None:
         self._precision = precision

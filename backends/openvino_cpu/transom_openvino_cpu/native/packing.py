@@ -12,7 +12,8 @@ from typing import BinaryIO
 import ml_dtypes
 import numpy as np
 
-from transom.graph.weights import Array, Blocked, BlockedArrays, Dense, Weight, affine, rounded_to_int8
+from transom.graph.weights import Array, Blocked, Dense, Weight, affine
+from transom.quantize import rounding
 
 TILE = 16
 """Rows in a tile."""
@@ -57,6 +58,8 @@ def packable(weight: Weight) -> str:
     """Why the library cannot read such a matrix; empty if it can."""
     if len(weight.shape) != 2:
         return f"a matrix with {len(weight.shape)} axes"
+    if isinstance(weight, Blocked) and weight.dtype not in CENTRES:
+        return f"a matrix of {weight.dtype}"
     if isinstance(weight, Blocked) and (weight.block % SMALLEST_BLOCK or weight.shape[1] % weight.block):
         return f"blocks of {weight.block} columns"
     return ""
@@ -89,10 +92,10 @@ def write_matrix(file: BinaryIO, weight: Weight, *, narrow: bool = False, to_int
         to_int8: plain numbers are rounded to int8 in groups of `GROUP`, or of the largest divisor below.
     """
     if isinstance(weight, Dense) and to_int8:
-        return _write_blocks(file, *rounded_to_int8(weight, group_of(weight.shape[1])))
+        return _write_blocks(file, rounding.to_int8(weight, group_of(weight.shape[1])))
     if isinstance(weight, Dense):
         return _write_dense(file, weight, narrow=narrow)
-    return _write_blocks(file, weight, weight.load())
+    return _write_blocks(file, weight)
 
 
 def _tiles(array: Array) -> Array:
@@ -121,7 +124,8 @@ def _write_dense(file: BinaryIO, weight: Dense, *, narrow: bool) -> Packed:
     return Packed(kind, rows, columns, 0, 0, False, False, at)
 
 
-def _write_blocks(file: BinaryIO, weight: Blocked, parts: BlockedArrays) -> Packed:
+def _write_blocks(file: BinaryIO, weight: Blocked) -> Packed:
+    parts = weight.load()
     rows, columns = weight.shape
     block, centre = weight.block, CENTRES[weight.dtype]
     four = weight.dtype in ("int4", "uint4")

@@ -1,0 +1,154 @@
+"""Attention over a cache of fixed size, [batch, heads, positions, columns], in the operators that TensorRT fuses.
+
+New keys and values go to the cache in place, which is TensorRT's `KVCacheUpdate` and ONNX's `TensorScatter`; then all
+queries look at the whole cache through a mask. TensorRT's fused kernels have no soft cap, no sinks and no float32:
+such attention is written as two products and a softmax.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx_ir as ir
+
+from transom_tensorrt.forms import rounded_to_float8
+from transom_tensorrt.writing import BOOL, FLOAT, INT64, OnnxWriter
+
+if TYPE_CHECKING:
+    from transom.graph.weights import Array
+    from transom.signature import LayerCache
+
+LEAST = -1e30
+"""Stands for minus infinity where a softmax subtracts: no key with it has any mass, and no difference is NaN."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What attention is in one layer."""
+
+    cache: LayerCache
+    scale: float
+    softcap: float
+    sinks: Array | None
+
+    def window(self, positions: int) -> int:
+        """Positions that a query sees, of so many; 0: all."""
+        return self.cache.sliding_window if self.cache.sliding_window < positions else 0
+
+    def of(self, heads: Sequence[int]) -> Layer:
+        """The same with some of the KV heads."""
+        group = self.cache.q_heads // self.cache.kv_heads
+        sinks = None if self.sinks is None else np.asarray(self.sinks).reshape(-1, group)[list(heads)].reshape(-1)
+        return replace(self, cache=replace(self.cache, q_heads=group * len(heads), kv_heads=len(heads)), sinks=sinks)
+
+    def fused(self, number: ir.DataType) -> bool:
+        """Whether TensorRT has a kernel for it."""
+        plain = not self.softcap and self.sinks is None and self.cache.head_dim == self.cache.value_dim
+        return plain and number != FLOAT
+
+
+@dataclass
+class Places:
+    """Where the tokens of a step are: what every layer's masks are made of.
+
+    Shapes: B sequences, each with S new tokens; C positions in the cache.
+    """
+
+    write: OnnxWriter
+    past: ir.Value
+    """int64 [B]: tokens of each sequence that were there before."""
+    positions: ir.Value
+    """int64 [B, S]."""
+    context: int
+    """C."""
+
+    def __post_init__(self) -> None:
+        self._masks: dict[int, ir.Value] = {}
+
+    def visible(self, window: int) -> ir.Value:
+        """bool [B, 1, S, C]: the positions that each new token sees; `window` 0: all up to its own."""
+        if window not in self._masks:
+            w = self.write
+            at = w.constant(np.arange(self.context, dtype=np.int64))
+            own = w("Unsqueeze", self.positions, w.ints([1, 3]))  # [B, 1, S, 1]
+            seen = w("LessOrEqual", at, own, dtype=BOOL)
+            if window:
+                first = w("Sub", own, w.ints(window))
+                seen = w("And", seen, w("Greater", at, first, dtype=BOOL))
+            self._masks[window] = seen
+        return self._masks[window]
+
+
+@dataclass(frozen=True)
+class Fused:
+    """An attention of the ONNX model that TensorRT has a kernel for, by the names of what goes in; see `building`."""
+
+    name: str
+    """Of the node."""
+    query: str
+    keys: str
+    values: str
+    mask: str
+    """Empty: its tokens see all that came before."""
+    float8: bool = False
+    """Whether queries, keys and values went through E4M3, and the softmax is to."""
+
+
+def attend(
+    w: OnnxWriter,
+    layer: Layer,
+    q: ir.Value,
+    keys: ir.Value,
+    values: ir.Value,
+    mask: ir.Value,
+    *,
+    sinks: ir.Value | None = None,
+    scales: tuple[float, float, float] | None = None,
+) -> ir.Value:
+    """[B, query heads, S, value columns].
+
+    Args:
+        q: [B, query heads, S, columns], scaled, in the type of the keys.
+        keys, values: [B, KV heads, C, columns].
+        mask: bool [B, 1, S, C].
+        sinks: float32 [1 or B, KV heads, G, 1, 1].
+        scales: of queries, keys and values, which are rounded to E4M3 by them; None: they are not rounded.
+    """
+    number = keys.dtype
+    assert number is not None
+    if layer.fused(number):
+        inputs = [q, keys, values]
+        if scales is not None:
+            inputs = [rounded_to_float8(w, x, s) for x, s in zip(inputs, scales, strict=True)]
+        return w("Attention", *inputs, mask, is_causal=0, scale=1.0)
+    kv_heads, group = layer.cache.kv_heads, layer.cache.q_heads // layer.cache.kv_heads
+    grouped = w("Reshape", q, w.ints([0, kv_heads, group, -1, layer.cache.head_dim]))  # [B, KV, G, S, D]
+    turned = w("Unsqueeze", w("Transpose", keys, perm=[0, 1, 3, 2]), w.ints([2]))
+    scores = w.cast(w("MatMul", grouped, turned), FLOAT)  # [B, KV, G, S, C]
+    if layer.softcap:
+        cap = w.number(layer.softcap, FLOAT)
+        scores = w("Mul", w("Tanh", w("Div", scores, cap)), cap)
+    scores = w("Where", w("Unsqueeze", mask, w.ints([1])), scores, w.number(LEAST, FLOAT), dtype=FLOAT)
+    if sinks is None:
+        shares = w("Softmax", scores, axis=-1)
+    else:
+        top = w("Max", w("ReduceMax", scores, w.ints([-1]), keepdims=1), sinks)
+        weights = w("Exp", w("Sub", scores, top))
+        total = w("Add", w("ReduceSum", weights, w.ints([-1]), keepdims=1), w("Exp", w("Sub", sinks, top)))
+        shares = w("Div", weights, total)
+    out = w("MatMul", w.cast(shares, number), w("Unsqueeze", values, w.ints([2])))  # [B, KV, G, S, Dv]
+    return w("Reshape", out, w.ints([0, layer.cache.q_heads, -1, layer.cache.value_dim]))
+
+
+def heads(w: OnnxWriter, rows: ir.Value, places: Places, count: int, columns: int) -> ir.Value:
+    """Rows of a step, [B * S, count * columns], as [B, count, S, columns]."""
+    sizes = w("Concat", w("Shape", places.positions, dtype=INT64), w.ints([count, columns]), axis=0)
+    return w("Transpose", w("Reshape", rows, sizes), perm=[0, 2, 1, 3])
+
+
+def rows_of(w: OnnxWriter, x: ir.Value, width: int) -> ir.Value:
+    """The other way round: [B, count, S, columns] as [B * S, width]."""
+    return w("Reshape", w("Transpose", x, perm=[0, 2, 1, 3]), w.ints([-1, width]))

@@ -1,0 +1,283 @@
+"""Compile: a graph, rounded as asked for, as an ONNX model; and the engine that TensorRT builds from it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import onnx_ir as ir
+
+from transom.contract import Artifact, Device, Options, Progress
+from transom.errors import DoesNotFit, EngineError
+from transom.graph.weights import Blocked, Weight, dequantize
+from transom.ops.sparse_routing import COLUMN_ROWS
+from transom.programs.drafting import Draft, Drafting
+from transom_tensorrt import forms, inspecting, network, probing
+from transom_tensorrt.building import Built, Wanted, build
+from transom_tensorrt.claims import matrices, precision_of
+from transom_tensorrt.lowering import Lowered, RtxKernels, lower
+from transom_tensorrt.network import Network, Profile
+from transom_tensorrt.precision import Precision
+from transom_tensorrt.sdk import Sdk, installed
+
+if TYPE_CHECKING:
+    from transom.graph import Graph
+    from transom.quantize.calibration import Activations
+    from transom.quantize.passes import Quantized
+
+PREFIX = "transom-tensorrt-"
+SMALL = 1024
+"""Bytes of an initializer that stays in the ONNX file itself."""
+ROUNDING_FILE = "rounding.txt"
+"""What rounding did to each product, for people."""
+SHARES = {"calibrate": (0.0, 0.3), "round": (0.3, 0.4), "write": (0.4, 0.5), "parse": (0.5, 0.55), "build": (0.55, 1.0)}
+"""Of the progress bar, from where to where."""
+NEAR_THE_END = 65504 / 4
+"""A magnitude in attention from which on bfloat16 is taken: other texts may have larger ones than those seen."""
+
+
+def compile_graph(graph: Graph, device: Device, options: Options, progress: Progress) -> Artifact:
+    """The artifact of a decoder all of whose nodes were claimed. Large files lie in a temporary folder, which the host
+    empties.
+
+    Raises:
+        EngineError: TensorRT cannot build it; its own words are in the message.
+        DoesNotFit: building takes more memory than this machine has.
+        OptionError: the precision cannot be had on this card or for this checkpoint.
+    """
+    decoder = graph.decoder
+    assert decoder is not None
+    asked: Any = options.get("context")
+    context = min(int(asked or decoder.context), decoder.context)
+    prepared = _prepare(graph, device, options, progress)
+    drafting = Drafting(prepared.graph, RtxKernels())
+    anew = round_anew(drafting.drafts)
+    lowered = lower(drafting, prepared.precision, context, prepared.activations)
+    made = _network(lowered, drafting, prepared.precision, context)
+    sdk = None if probing.emulating() else probing.sdk_for(device, installed())
+    if sdk is not None:
+        require_memory(weight_bytes(lowered.model), _available())
+    folder = Path(tempfile.mkdtemp(prefix=PREFIX))
+    try:
+        files: dict[str, bytes | Path] = {
+            network.NETWORK_FILE: made.to_json().encode(), network.DECODER_FILE: decoder.to_json().encode(),
+        }  # fmt: skip
+        notes = [f"precision: {prepared.precision.describe(matrices(prepared.graph))}", *prepared.notes, *anew]
+        if prepared.rounding:
+            files[ROUNDING_FILE] = prepared.rounding.encode()
+        model = folder / network.MODEL_FILE
+        _tell(progress, "write", 0.0)
+        ir.save(lowered.model, model, external_data=network.WEIGHTS_FILE, size_threshold_bytes=SMALL)
+        if sdk is None:
+            weights = folder / network.WEIGHTS_FILE
+            files |= {network.MODEL_FILE: model} | ({network.WEIGHTS_FILE: weights} if weights.exists() else {})
+        else:
+            plan = folder / network.ENGINE_FILE
+            built = _build(model, plan, lowered, made, device, sdk, progress)
+            for used in (model, folder / network.WEIGHTS_FILE):
+                used.unlink(missing_ok=True)
+            files |= {
+                network.ENGINE_FILE: plan, network.LAYERS_FILE: inspecting.to_json(built.layers).encode(),
+                network.BUILD_FILE: json.dumps(build_facts(built, made), indent=1).encode(),
+            }  # fmt: skip
+            notes += engine_notes(built, made)
+        progress("build", 1.0)
+        requires = probing.requirements(device) | {"context": str(context)}
+        return Artifact(files, requires, notes)
+    except BaseException:  # a cancelled build leaves nothing behind either
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+# what is computed in what ---------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Prepared:
+    """A graph in the numbers that were asked for."""
+
+    graph: Graph
+    precision: Precision
+    activations: Activations | None
+    notes: Sequence[str]
+    rounding: str = ""
+    """The table of errors, for people."""
+
+
+def _prepare(graph: Graph, device: Device, options: Options, progress: Progress) -> Prepared:
+    from transom.quantize.calibration import calibrate
+    from transom.quantize.passes import Scheme, quantize, vocabulary_products
+
+    precision = precision_of(graph, device, options)
+    seen = None
+    notes: list[str] = []
+    if precision.activations:
+        texts: Any = options.get("calibration")
+        seen = calibrate(graph, texts, progress=lambda share: _tell(progress, "calibrate", share))
+        precision, said = wide_enough(precision, seen, probing.architecture(device))
+        notes += said
+    elif precision.rounded == "fp8":
+        notes.append(
+            "inputs of products are not rounded: the model has no tokenizer, so there are no texts to see them on"
+        )
+    if not precision.rounded:
+        return Prepared(graph, precision, seen, notes)
+    scheme = Scheme(precision.rounded, activations="fp8" if precision.activations else "")
+    if precision.rounded != "int8":
+        scheme = replace(scheme, keep=vocabulary_products(graph))
+    rounded = quantize(graph, scheme, seen, lambda share: _tell(progress, "round", share))
+    notes, table = [*notes, *_rounding_notes(rounded)], rounded.table()
+    if precision.rounded != "int8":  # and the vocabulary matrix to int8: its errors show in the logits at once
+        rounded = quantize(rounded.graph, Scheme("int8"), seen)
+        notes, table = [*notes, *_rounding_notes(rounded)[:1]], f"{table}\n\n{rounded.table()}"
+    return Prepared(rounded.graph, precision, seen, notes, table)
+
+
+def _rounding_notes(rounded: Quantized) -> list[str]:
+    if not rounded.layers:
+        return []
+    return [rounded.summary, f"the error of each product is in the artifact's {ROUNDING_FILE}"]
+
+
+def wide_enough(precision: Precision, seen: Activations, arch: int) -> tuple[Precision, list[str]]:
+    """bfloat16 in place of float16, where what was seen comes near float16's end and nobody asked for float16."""
+    from transom_tensorrt.precision import BFLOAT16_SINCE
+
+    largest = max((v.largest for (_, i), v in seen.inputs.items() if i > 0), default=0.0)
+    if precision.number != "float16" or not precision.free or largest < NEAR_THE_END:
+        return precision, []
+    if probing.emulating() or arch < BFLOAT16_SINCE:
+        return precision, [f"keys and values have magnitudes up to {largest:.3g}, and float16 ends at 65504"]
+    return replace(precision, number="bfloat16"), [
+        f"bfloat16 in place of float16: keys and values have magnitudes up to {largest:.3g}"
+    ]
+
+
+def round_anew(drafts: Sequence[Draft]) -> list[str]:
+    """Give matrices whose stored form TensorRT has no fast product for another one, and say so."""
+    from transom.quantize.rounding import to_int8
+
+    forms_of: dict[str, int] = {}
+    off: list[float] = []
+    for draft in drafts:
+        weight = draft.weight
+        if draft.kind != "linear" or not isinstance(weight, Blocked) or forms.kept(weight):
+            continue
+        named = f"{weight.dtype} in blocks of {weight.block}"
+        forms_of[named] = forms_of.get(named, 0) + 1
+        draft.weight = to_int8(weight)
+        off.append(_error(weight, draft.weight))
+    if not off:
+        return []
+    stored = ", ".join(f"{count} in {name}" for name, count in forms_of.items())
+    return [
+        f"{len(off)} matrices ({stored}) were rounded anew to int8 by rows, which TensorRT multiplies without "
+        f"unpacking them first: off by {sum(off) / len(off):.2%} (mean), at most {max(off):.2%}"
+    ]
+
+
+def _error(before: Weight, after: Weight) -> float:
+    """‖W - Ŵ‖ / ‖W‖."""
+    import numpy as np
+
+    a, b = dequantize(before), dequantize(after)
+    return float(np.linalg.norm(a - b) / max(float(np.linalg.norm(a)), 1e-30))
+
+
+# the engine -----------------------------------------------------------------------------------------------------------
+def _network(lowered: Lowered, drafting: Drafting, precision: Precision, context: int) -> Network:
+    most = min(network.CHUNK, context)
+    # Fewer new tokens than that choose each by itself, which the engine has them do one after the other.
+    least = 1 if drafting.sparsity.dense else min(COLUMN_ROWS, most)
+    # Logits of all tokens are rare, and room for them is kept on the card. A step that is cut would choose otherwise.
+    rows = min(network.ROWS, most) if drafting.sparsity.dense else most
+    return Network(
+        number=precision.number, context=context, vocabulary=drafting.decoder.vocabulary, kept=lowered.kept,
+        prefill=Profile((1, 1, 1), (least, most, most), (1, 1, rows)),
+        decode=Profile((1, 1, network.SEQUENCES), (1, 1, 1), (1, 1, network.SEQUENCES)),
+        queries=lowered.queries, sparsity=drafting.sparsity.to_string(),
+    )  # fmt: skip
+
+
+def _build(
+    model: Path, plan: Path, lowered: Lowered, made: Network, device: Device, sdk: Sdk, progress: Progress
+) -> Built:
+    arch = probing.architecture(device)
+    wanted = Wanted(made, lowered.inputs, arch, lowered.fused)
+    built = build(model, plan, wanted, sdk, lambda stage, share: _tell(progress, stage, share))
+    if not built.layers:
+        raise EngineError(f"{sdk.name} {sdk.version} built an engine and said nothing of its layers",
+                          "Report it, with the output of: transom doctor")  # fmt: skip
+    return built
+
+
+def build_facts(built: Built, made: Network) -> dict[str, float]:
+    """In bytes, but for `seconds` and counts. With `sequences` of up to `context` tokens an engine needs `weights`,
+    `activations` and so many times `cache_per_sequence` on its card."""
+    return {
+        "seconds": round(built.seconds, 1), "build_memory": built.memory["build"], "engine": built.memory["engine"],
+        "weights": built.memory.get("weights", 0), "activations": built.memory.get("activations", 0),
+        "cache_per_sequence": made.slot_bytes, "context": made.context, "sequences": made.decode.batch[2],
+    }  # fmt: skip
+
+
+def engine_notes(built: Built, made: Network) -> list[str]:
+    """What the builder said of an engine, for the report."""
+    caches = [name for k in made.kept for name in (k.input, k.output)]
+    sizes = built.memory
+    cache = made.slot_bytes
+    notes = [
+        f"engine of {_size(sizes['engine'])}, built in {built.seconds:.0f} s with {_size(sizes['build'])} of memory",
+        f"on the card: {_size(sizes.get('weights', 0))} of weights, {_size(sizes.get('activations', 0))} for a step, "
+        f"and {_size(cache)} for each sequence of {made.context} tokens",
+        f"prompts go through one by one, {made.prefill.tokens[2]} tokens at a time; up to {made.decode.batch[2]} "
+        "sequences decode together",
+    ]
+    for name, profile in (("prefill", 0), ("decode", 1)):
+        notes.append(f"{name}: {inspecting.summary(built.layers, profile, caches)}")
+    return notes
+
+
+# memory ---------------------------------------------------------------------------------------------------------------
+BUILD_BASE = 700 << 20
+"""Bytes that a build takes whatever is built: libraries, the compiler, code for one model."""
+BUILD_FACTOR = 3.2
+"""Bytes for each byte of weights; `benchmarks/rtx_build.py` measures it."""
+
+
+def weight_bytes(model: ir.Model) -> int:
+    """Of a lowered model."""
+    return sum(int(v.const_value.nbytes) for v in model.graph.initializers.values() if v.const_value is not None)
+
+
+def require_memory(weights: int, available: int | None) -> None:
+    """Raises DoesNotFit for a build that this machine has not enough memory for."""
+    needed = BUILD_BASE + int(BUILD_FACTOR * weights)
+    if available is not None and needed > available:
+        raise DoesNotFit(
+            f"Building this engine takes about {_size(needed)} of memory ({_size(weights)} of weights), and this "
+            f"machine has {_size(available)} free",
+            "Build it on a machine with more memory, or with a smaller precision, such as int4",
+        )
+
+
+def _available() -> int | None:
+    """Bytes that this process may still take; None where that is not known."""
+    from transom.hardware.cpu import probe_cpu
+
+    return probe_cpu().free_bytes
+
+
+def _tell(progress: Progress, stage: str, share: float | None) -> None:
+    begin, end = SHARES[stage]
+    progress(stage, begin if share is None else begin + (end - begin) * share)
+
+
+def _size(count: int) -> str:
+    for unit, scale in (("GB", 1e9), ("MB", 1e6)):
+        if count >= scale:
+            return f"{count / scale:.1f} {unit}"
+    return f"{count / 1e3:.0f} kB"

@@ -1,0 +1,179 @@
+"""Matrix products in the forms that TensorRT fuses: how a weight lies in the network, and what its input goes through.
+
+A matrix is written as [columns, rows], as `MatMul` wants it: TensorRT keeps one copy of it for all profiles then, where
+a transposed one is kept once for each (tensorrt-rtx 1.7). What TensorRT refuses is written otherwise where that is
+exact: blocks with minimums or zero points become symmetric ones and a second, small product.
+
+| Form | Weights | Its input | The product |
+|---|---|---|---|
+| `plain` | the network's number | the same | the same |
+| `int4` | 4 bits in blocks of 16, 32, 64 or 128 columns | the network's number | the same |
+| `int8` | 8 bits, a scale for each row | the network's number | the same |
+| `float8` | E4M3, a scale for each row | the network's number | the same |
+| `float8 x float8` | E4M3, a scale for each row | E4M3, one scale | float32 |
+
+The last one has float32 scales: with float16 scales TensorRT writes the product of the bare codes in float16, which
+ends at 65504, and multiplies by the scales afterwards.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+
+from transom.graph.weights import Array, Blocked, Dense, Weight, affine, dequantize
+from transom_tensorrt.writing import FLOAT, FLOAT8, OnnxWriter
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+LARGEST = 448.0
+"""Of E4M3."""
+INT4_BLOCKS = (16, 32, 64, 128)
+CENTRES = {"int4": 0, "uint4": -8}
+"""What is added to a stored quant to make it one of -8 … 7."""
+
+
+def refusal(weight: Weight) -> str:
+    """Why there is no product with such a matrix; empty if there is."""
+    if len(weight.shape) != 2:
+        return f"a matrix with {len(weight.shape)} axes"
+    if isinstance(weight, Blocked) and weight.shape[1] % weight.block:
+        return f"blocks of {weight.block} in {weight.shape[1]} columns"
+    return ""
+
+
+def kept(weight: Weight) -> bool:
+    """Whether a matrix that is quantised already is used as it is stored. One that is not is rounded anew."""
+    if not isinstance(weight, Blocked):
+        return False
+    if weight.dtype in CENTRES:
+        return weight.block in INT4_BLOCKS
+    return weight.block == weight.shape[1] and not weight.has_minimums and not weight.has_zero_points
+
+
+@dataclass
+class Linear:
+    """One product; rows of numbers go in and come out."""
+
+    write: OnnxWriter
+    number: ir.DataType
+    """The network's."""
+    weight: Weight
+    name: str
+    rounded: bool = False
+    """Whether its input went through E4M3."""
+
+    def __call__(self, x: ir.Value) -> ir.Value:
+        """x @ weightᵀ; x [tokens, columns] in any floating type."""
+        if isinstance(self.weight, Dense):
+            return self._plain(x, self.weight)
+        if self.weight.dtype == "float8e4m3fn" and self.rounded:
+            return self._float8_twice(x, self.weight)
+        if self.weight.dtype in CENTRES:
+            return self._int4(x, self.weight)
+        return self._by_rows(x, self.weight)
+
+    def _plain(self, x: ir.Value, weight: Dense) -> ir.Value:
+        rows, columns = weight.shape
+
+        def load() -> Array:
+            return narrowed(dequantize(weight).T, self.number, self.name)
+
+        return self._product(x, self.write.weight(self.name, self.number, (columns, rows), load))
+
+    def _product(self, x: ir.Value, matrix: ir.Value) -> ir.Value:
+        return self.write("MatMul", self.write.cast(x, self.number), matrix)
+
+    def _by_rows(self, x: ir.Value, weight: Blocked) -> ir.Value:
+        if not kept(weight):
+            raise ValueError(f"{self.name} is {weight.dtype} in blocks of {weight.block}, which was to be rounded anew")
+        w, (rows, columns) = self.write, weight.shape
+        dtype = FLOAT8 if weight.dtype == "float8e4m3fn" else ir.DataType.INT8
+        quants = w.weight(self.name, dtype, (columns, rows), lambda: weight.load().quants.T)
+        scales = w.weight(f"{self.name}.scales", self.number, (rows,), self._scales(weight, self.number))
+        return self._product(x, w("DequantizeLinear", quants, scales, dtype=self.number, axis=1))
+
+    def _float8_twice(self, x: ir.Value, weight: Blocked) -> ir.Value:
+        w, (rows, columns) = self.write, weight.shape
+        quants = w.weight(self.name, FLOAT8, (columns, rows), lambda: weight.load().quants.T)
+        scales = w.weight(f"{self.name}.scales", FLOAT, (rows,), self._scales(weight, FLOAT))
+        matrix = w("DequantizeLinear", quants, scales, dtype=FLOAT, axis=1)
+        return w("MatMul", w.cast(x, FLOAT), matrix)
+
+    def _scales(self, weight: Blocked, number: ir.DataType) -> Callable[[], Array]:
+        return lambda: narrowed(weight.load().scales.reshape(-1), number, f"{self.name}'s scales")
+
+    def _int4(self, x: ir.Value, weight: Blocked) -> ir.Value:
+        """Blocks along the columns; minimums and zero points by a second product, of the sums of each block's inputs.
+
+        sum_k x_k (s (q_k - z) + m) = sum_k x_k s (q_k - 8) + (sum_k x_k) (m + s (8 - z)), and as many numbers as there
+        are blocks are read besides.
+        """
+        w, (rows, columns), block = self.write, weight.shape, weight.block
+        centre = CENTRES[weight.dtype]
+
+        def quants() -> Array:
+            codes = weight.load().quants.astype(np.int8) + np.int8(centre)
+            return codes.T.astype(ml_dtypes.int4)
+
+        def scales() -> Array:
+            return narrowed(affine(weight.load(), centre)[0].T, self.number, f"{self.name}'s scales")
+
+        matrix = w("DequantizeLinear",
+                   w.weight(self.name, ir.DataType.INT4, (columns, rows), quants),
+                   w.weight(f"{self.name}.scales", self.number, (columns // block, rows), scales),
+                   dtype=self.number, axis=0, block_size=block)  # fmt: skip
+        x = w.cast(x, self.number)
+        product = w("MatMul", x, matrix)
+        if not _shifted(weight):
+            return product
+
+        def shifts() -> Array:
+            stored, minimums, zero = affine(weight.load(), centre)
+            shift = -np.float32(zero) * stored.astype(np.float32)
+            return narrowed((shift if minimums is None else shift + minimums.astype(np.float32)).T, self.number,
+                            f"{self.name}'s minimums")  # fmt: skip
+
+        by_block = w("Reshape", w.cast(x, FLOAT), w.ints([-1, columns // block, block]))
+        sums = w("ReduceSum", by_block, w.ints([2]), keepdims=0)
+        small = w.weight(f"{self.name}.minimums", self.number, (columns // block, rows), shifts)
+        return w("Add", product, w("MatMul", w.cast(sums, self.number), small))
+
+
+def _shifted(weight: Blocked) -> bool:
+    """Whether a quant of -8 … 7 times its scale is not yet the weight."""
+    return weight.has_minimums or weight.has_zero_points or weight.dtype == "uint4"
+
+
+def rounded_to_float8(w: OnnxWriter, x: ir.Value, scale: float) -> ir.Value:
+    """x through E4M3 times a scale, and what is beyond 448 of it is cut off; of x's type."""
+    assert x.dtype is not None
+    by = w.number(max(scale, float(np.finfo(np.float16).tiny)), x.dtype)
+    zero = w.constant(np.zeros((), ml_dtypes.float8_e4m3fn))
+    codes = w("QuantizeLinear", x, by, zero, dtype=FLOAT8, saturate=1)
+    return w("DequantizeLinear", codes, by, zero, dtype=x.dtype)
+
+
+def narrowed(array: Array, number: ir.DataType, name: str) -> Array:
+    """An array in another number.
+
+    Raises:
+        OptionError: a finite number would become infinite.
+    """
+    from transom.errors import OptionError
+
+    kept_as: Any = number.numpy()
+    with np.errstate(over="ignore"):
+        narrow: Array = array.astype(kept_as)
+    if number == ir.DataType.FLOAT16 and not np.isfinite(narrow).all() and np.isfinite(array.astype(np.float32)).all():
+        largest = float(np.abs(array.astype(np.float32)).max())
+        raise OptionError(
+            f"{name} has numbers up to {largest:.4g}, and float16 ends at 65504",
+            "Use precision='bf16', which has the range of float32",
+        )
+    return narrow

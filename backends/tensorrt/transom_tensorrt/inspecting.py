@@ -1,0 +1,230 @@
+"""What an engine is made of, as TensorRT's builder says at the end of a build: kernels, their tensors, their memory.
+
+An engine is only opened where its card is, and so is TensorRT's inspector. But a builder that is asked for details
+tells its logger the same of each layer, in lines that `parse` reads. Nothing here imports TensorRT.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+HEADING = "Layers:"
+"""How the message begins that has a line for each layer."""
+BITS = {"Float": 32, "Half": 16, "BFloat16": 16, "FP8": 8, "Int8": 8, "UInt8": 8, "Bool": 8, "Int4": 4, "FP4": 4,
+        "Int32": 32, "Int64": 64}  # fmt: skip
+WORDS = {"Float": "float32", "Half": "float16", "BFloat16": "bfloat16", "FP8": "fp8", "Int8": "int8", "Int4": "int4"}
+_LAYER = re.compile(r"^Name: (.*?), LayerType: (\w+), ")
+_TENSOR = re.compile(r"\{ Name: ([^{}]*?), (?:Location: \w+, )?Dimensions: \[([^\]]*)\].*?Datatype: (\w+),")
+_PROFILE = re.compile(r"\[profile (\d+)\]")
+_COMPILED = re.compile(r"_myl(\d+)_\d+$")
+_WORK = ("kgen", "gemm", "runtime_fusion", "reformat", "cask", "conv", "softmax", "norm")
+_MOVES = re.compile(r"__myl_((?:Move|Tran|Resh|Cast|Repl|Slic|Conc)+)_myl\d+_\d+$")
+_MEMORY = {
+    "activations": re.compile(r"Total Activation Memory: (\d+) bytes"),
+    "weights": re.compile(r"Total Weights Memory: (\d+) bytes"),
+}
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """What a layer reads or writes."""
+
+    name: str
+    shape: tuple[int, ...]
+    """-1 where it is dynamic."""
+    dtype: str
+    """In TensorRT's words: `"Half"`, `"FP8"`."""
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(abs(d) for d in self.shape) * BITS.get(self.dtype, 0) // 8
+
+    @property
+    def constant(self) -> bool:
+        """Whether it is weights: they have names of the compiler's own."""
+        return "dconst" in self.name or "_constant" in self.name
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One thing that is launched."""
+
+    name: str
+    kind: str
+    """In the compiler's words: `"gemm"`, `"kgen"`, `"runtime_fusion"`."""
+    profile: int
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+
+    @property
+    def attention(self) -> bool:
+        return "_mha_" in self.name
+
+    @property
+    def matrix(self) -> Tensor | None:
+        """The weights of a product, the largest constant with two axes; scales of blocks have two axes, too."""
+        wide = [t for t in self.inputs if t.constant and sum(abs(d) > 1 for d in t.shape) >= 2]
+        return max(wide, key=lambda t: math.prod(t.shape), default=None)
+
+    @property
+    def product(self) -> bool:
+        """Whether it multiplies by a weight matrix."""
+        multiplies = self.kind in ("gemm", "cask") or (self.kind == "runtime_fusion" and "Fc" in self.name)
+        return multiplies and self.matrix is not None
+
+    @property
+    def moves(self) -> bool:
+        """Whether it only moves or converts numbers."""
+        return self.kind == "reformat" or bool(_MOVES.search(self.name))
+
+
+def parse(messages: Iterable[str]) -> tuple[Layer, ...]:
+    """The layers that a builder's messages tell of. Other messages are skipped; none tell of any where it was not asked
+    for details."""
+    lines = [line for m in messages if m.startswith(HEADING) for line in m.splitlines()[1:] if _LAYER.match(line)]
+    profiles: dict[str, int] = {}
+    """Each profile is compiled by itself, and numbered anew. Only the names of inputs tell which number is whose."""
+    for line in lines:
+        if (told := _PROFILE.search(line)) is not None:
+            profiles[_compiled(line)] = int(told.group(1))
+    return tuple(_layer(line, profiles.get(_compiled(line), 0)) for line in lines)
+
+
+def _compiled(line: str) -> str:
+    """The number of the compiled part that a layer belongs to; its name where it has none."""
+    start = _LAYER.match(line)
+    name = start.group(1) if start else line
+    found = _COMPILED.search(name)
+    return found.group(1) if found else name
+
+
+def _layer(line: str, profile: int) -> Layer:
+    start = _LAYER.match(line)
+    assert start is not None
+    name, kind = start.groups()
+    inputs = (*_tensors_of(line, "Inputs"), *_tensors_of(line, "Constants"))
+    return Layer(name, kind, profile, inputs, _tensors_of(line, "Outputs"))
+
+
+def _tensors_of(line: str, label: str) -> tuple[Tensor, ...]:
+    at = line.find(f", {label}: [")
+    if at < 0:
+        return ()
+    at = end = line.index("[", at)
+    depth = 0
+    while end < len(line):
+        depth += {"[": 1, "]": -1}.get(line[end], 0)
+        end += 1
+        if not depth:
+            break
+    return tuple(
+        Tensor(name, tuple(int(d) for d in dims.split(",") if d.strip()), dtype)
+        for name, dims, dtype in _TENSOR.findall(line[at:end])
+    )
+
+
+def memory(messages: Iterable[str]) -> dict[str, int]:
+    """Bytes that an engine needs on its card, as its builder says: `activations`, `weights`."""
+    found: dict[str, int] = {}
+    for message in messages:
+        for name, pattern in _MEMORY.items():
+            if said := pattern.search(message):
+                found[name] = int(said.group(1))
+    return found
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What one profile's layers amount to."""
+
+    launches: int
+    """Kernels that are launched in a step."""
+    products: dict[str, int]
+    """Products with weight matrices, by what they multiply: `"fp8 x fp8"`, `"float16 x int4"`."""
+    attention: dict[str, int]
+    """Fused attention, by the type of its keys."""
+    moves: int
+    """Kernels that only move or convert numbers."""
+    cache_copies: int
+    """Kernels that write as many numbers as a whole cache has, without being its update."""
+    weight_bytes: dict[str, int]
+    """Of all weight matrices, by type."""
+
+    def __str__(self) -> str:
+        products = ", ".join(f"{count} products {kind}" for kind, count in sorted(self.products.items()))
+        fused = ", ".join(f"{count} fused attentions in {kind}" for kind, count in sorted(self.attention.items()))
+        copies = f", {self.cache_copies} copies of a cache" if self.cache_copies else ""
+        return f"{self.launches} launches: {', '.join(x for x in (products, fused) if x)}, {self.moves} moves{copies}"
+
+
+def summary(layers: Sequence[Layer], profile: int, caches: Sequence[str] = ()) -> Summary:
+    """Args:
+    profile: whose layers.
+    caches: names of the tensors that hold a cache; an update writes to one of them.
+    """
+    own = [x for x in layers if x.profile == profile and x.kind in _WORK]
+    products: Counter[str] = Counter()
+    bytes_of: Counter[str] = Counter()
+    seen: set[str] = set()
+    for layer in own:
+        matrix = layer.matrix
+        if layer.product and matrix is not None:
+            products[f"{_word(_activation(layer))} x {_word(matrix.dtype)}"] += 1
+            if matrix.name not in seen:
+                seen.add(matrix.name)
+                bytes_of[_word(matrix.dtype)] += matrix.nbytes
+    fused = Counter(_word(x.inputs[0].dtype) for x in own if x.attention and x.inputs)
+    return Summary(
+        launches=len(own), products=dict(products), attention=dict(fused), moves=sum(x.moves for x in own),
+        cache_copies=sum(_copies(x, caches) for x in own), weight_bytes=dict(bytes_of),
+    )  # fmt: skip
+
+
+def _activation(layer: Layer) -> str:
+    """The type of what a product multiplies its matrix by; a sum that is fused into it has a wider one."""
+    given = [t.dtype for t in layer.inputs if not t.constant and len(t.shape) >= 2]
+    return min(given, key=lambda dtype: BITS.get(dtype, 64), default="?")
+
+
+def _copies(layer: Layer, caches: Sequence[str]) -> bool:
+    """Whether it reads a cache and writes as many numbers somewhere else, or writes one that it does not update."""
+    if layer.attention:
+        return False
+    read = [_numbers(t) for t in layer.inputs if _is_cache(t, caches)]
+    written = [_numbers(t) for t in layer.outputs if not _is_cache(t, caches)]
+    elsewhere = any(w >= r and w % r == 0 for r in read for w in written)
+    return elsewhere or (layer.moves and any(_is_cache(t, caches) for t in layer.outputs))
+
+
+def _numbers(tensor: Tensor) -> int:
+    """In one sequence."""
+    return math.prod(d for d in tensor.shape if d > 0)
+
+
+def _is_cache(tensor: Tensor, caches: Sequence[str]) -> bool:
+    name = tensor.name.split(" [profile")[0]
+    return name in caches
+
+
+def _word(dtype: str) -> str:
+    return WORDS.get(dtype, dtype.lower())
+
+
+def to_json(layers: Sequence[Layer]) -> str:
+    return json.dumps([asdict(layer) for layer in layers], separators=(",", ":"))
+
+
+def from_json(text: str) -> tuple[Layer, ...]:
+    """Raises ValueError, KeyError or TypeError for what `to_json` did not write."""
+    raw: list[dict[str, Any]] = json.loads(text)
+    return tuple(Layer(x["name"], x["kind"], x["profile"], _tensors(x["inputs"]), _tensors(x["outputs"])) for x in raw)
+
+
+def _tensors(raw: Sequence[dict[str, Any]]) -> tuple[Tensor, ...]:
+    return tuple(Tensor(t["name"], tuple(t["shape"]), t["dtype"]) for t in raw)

@@ -1,0 +1,72 @@
+"""TensorRT-RTX compiles kernels for the card when it first needs them; what it compiled is kept in the scratch folder.
+
+TensorRT checks itself that a cache fits, and says nothing where it does not. So that one version's cache does not take
+the place of another's for nothing, the file's name tells the version of TensorRT, the driver and the card.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from pathlib import Path
+from typing import Any
+
+from transom.artifacts.files import replace_atomically
+from transom.contract import Device
+
+_log = logging.getLogger("transom.tensorrt")
+_PATTERN = "kernels-*.cache"
+
+
+class KernelCache:
+    """A file of compiled kernels, and TensorRT's `IRuntimeCache` that it becomes.
+
+    Args:
+        scratch: a folder that lasts.
+        version: of TensorRT.
+    """
+
+    def __init__(self, scratch: Path, version: str, device: Device) -> None:
+        made_for = "\n".join((version, device.identity, *(f"{k} {v}" for k, v in sorted(device.drivers.items()))))
+        digest = hashlib.blake2b(made_for.encode(), digest_size=8).hexdigest()
+        self.path = scratch / _PATTERN.replace("*", digest)
+        self._cache: Any = None
+        self._known = b""
+
+    def attach(self, config: Any) -> None:
+        """Give the kernels that were kept to an `IRuntimeConfig`, and keep those that are compiled for it."""
+        if self._cache is None:
+            self._cache = config.create_runtime_cache()
+            self._read()
+        config.set_runtime_cache(self._cache)
+
+    def _read(self) -> None:
+        try:
+            data = self.path.read_bytes()
+        except OSError:  # there is none yet; without one, kernels are compiled
+            return
+        if self._cache.deserialize(data):
+            self._known = data
+
+    def save(self) -> None:
+        """Write the kernels down if there are new ones. A disk that does not take them costs time, next time."""
+        if self._cache is None:
+            return
+        made = self._cache.serialize()
+        data = b"" if made is None else bytes(memoryview(made))
+        if not data or data == self._known:
+            return
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            replace_atomically(self.path, data)
+            for other in self.path.parent.glob(_PATTERN):
+                if other != self.path:
+                    other.unlink(missing_ok=True)
+        except OSError as e:
+            _log.warning("TensorRT's kernels are not kept: %s cannot be written: %s", self.path, e)
+            return
+        self._known = data
+
+    def close(self) -> None:
+        """Let go of TensorRT's cache; after this, nothing is saved."""
+        self._cache = None

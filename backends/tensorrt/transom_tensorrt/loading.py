@@ -1,0 +1,74 @@
+"""Load: open an artifact on its device and make its session."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from transom.contract import Artifact, Device, Options
+from transom.errors import EngineError
+from transom.signature import Decoder
+from transom_tensorrt.network import DECODER_FILE, ENGINE_FILE, MODEL_FILE, NETWORK_FILE, SEQUENCES, Network
+from transom_tensorrt.sdk import MODULES, library
+
+if TYPE_CHECKING:
+    from transom_tensorrt.executing import Executor
+    from transom_tensorrt.session import SlotSession
+
+MOST_SLOTS = 4 * SEQUENCES
+"""Sequences that have caches, at most; more of them decode in more runs."""
+DAMAGED = "Remove it with: transom cache clear"
+
+
+def load_artifact(artifact: Artifact, device: Device, options: Options, scratch: Path) -> SlotSession:
+    """A session over the artifact: on the card, or emulated where the artifact holds a model in place of an engine.
+
+    Raises:
+        EngineError: the files are not what this backend wrote, or the card does not take them.
+        MissingExtra: a library is not installed.
+        DoesNotFit: the card has no memory for the weights, or for the cache of one sequence.
+    """
+    from transom_tensorrt.engine import SlotEngine
+    from transom_tensorrt.session import SlotSession
+
+    files = {name: path for name, path in artifact.files.items() if isinstance(path, Path)}
+    try:
+        decoder = Decoder.from_json(files[DECODER_FILE].read_text())
+        network = Network.from_json(files[NETWORK_FILE].read_text())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise EngineError(f"This compiled model is damaged: {e}", DAMAGED) from e
+    context = min(int(str(options.get("context") or decoder.context)), decoder.context, network.context)
+    if MODEL_FILE in files:
+        executor = _emulated(network, files[MODEL_FILE], device, options)
+    else:
+        executor = _on_card(network, files, artifact, device, scratch)
+    try:
+        return SlotSession(SlotEngine(network, executor, executor.allocate(MOST_SLOTS)), decoder, context=context)
+    except BaseException:
+        executor.close()
+        raise
+
+
+def _emulated(network: Network, model: Path, device: Device, options: Options) -> Executor:
+    from transom_tensorrt.emulating import OnnxExecutor
+
+    return OnnxExecutor(network, model, int(str(options.get("threads") or device.cores)))
+
+
+def _on_card(
+    network: Network, files: dict[str, Path], artifact: Artifact, device: Device, scratch: Path
+) -> Executor:  # fmt: skip
+    from transom_tensorrt.cuda import Card
+    from transom_tensorrt.kernel_cache import KernelCache
+    from transom_tensorrt.rtx import RtxExecutor
+
+    sdk, _, _ = artifact.requires.get("sdk", "").partition(" ")  # and a version, which `probing.judge` has compared
+    if sdk not in MODULES or ENGINE_FILE not in files:
+        raise EngineError("This compiled model is damaged: it has no engine", DAMAGED)
+    trt = library(sdk)
+    card = Card(device)
+    try:
+        return RtxExecutor(network, files[ENGINE_FILE], trt, card, KernelCache(scratch, str(trt.__version__), device))
+    except BaseException:
+        card.close()
+        raise

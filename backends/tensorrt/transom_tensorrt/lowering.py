@@ -1,0 +1,383 @@
+"""From a drafted decoder to one strongly typed ONNX model, which TensorRT's parser and onnxruntime both take.
+
+Its inputs: `input_ids` int64 [batch, tokens], `past` int64 [batch], the tokens each sequence had before, `rows` int64
+[rows], the tokens whose logits are wanted, counted over the whole step, and the caches `past_key.N`, `past_value.N`
+[batch, KV heads, context, columns]. Its outputs: `logits` float32 [rows, vocabulary], the caches as `present_key.N` and
+`present_value.N`, which an engine binds to the same memory, and `query.N`, which nobody reads: TensorRT's fused
+attention has a kernel for grouped queries only where they are an output (tensorrt-rtx 1.7), and copies the whole cache
+for each query head otherwise.
+
+What lies between matrix products is computed in float32, the sum that runs through all layers too: float16 ends at
+65504, which several models exceed there. Products and the cache are in the network's number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx_ir as ir
+
+from transom.graph.weights import Array, Weight, dequantize
+from transom.ops.sparse_routing import BLOCK
+from transom.programs import fusing
+from transom.programs.drafting import Draft, Drafting, Value
+from transom.signature import cache_input_names, cache_output_names
+from transom.sparsity import Sparsity
+from transom_tensorrt import attention, forms, sparse
+from transom_tensorrt.network import LENGTHS, QUERY, Kept
+from transom_tensorrt.writing import FLOAT, INT32, INT64, OnnxWriter
+
+if TYPE_CHECKING:
+    from transom.quantize.calibration import Activations
+    from transom_tensorrt.precision import Precision
+
+NUMBERS = {"float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16, "float32": FLOAT}
+
+
+class RtxKernels:
+    """What can be written: see `transom.programs.Kernels`."""
+
+    tile = 1
+    largest_head = 256
+    """Of TensorRT's fused attention."""
+    largest_group = 1 << 30
+    neighbours = True
+    float8 = True
+
+    def matrix(self, weight: Weight) -> str:
+        return forms.refusal(weight)
+
+    def by(self, weight: Weight, *, head: bool) -> str:
+        return ""
+
+    def policy(self, policy: Sparsity) -> str:
+        return sparse.refusal(policy)
+
+
+@dataclass
+class Lowered:
+    """A network that is written down as soon as it is saved."""
+
+    model: ir.Model
+    inputs: Mapping[str, tuple[str | int, ...]]
+    """Shape of each, in numbers and the symbols `batch`, `tokens` and `rows`."""
+    kept: tuple[Kept, ...]
+    fused: tuple[attention.Fused, ...]
+    queries: tuple[int, ...]
+    """Heads times columns of each output `query.N`."""
+
+
+def lower(drafting: Drafting, precision: Precision, context: int, activations: Activations | None = None) -> Lowered:
+    """Write a network down.
+
+    Args:
+        context: positions in the cache.
+        activations: what was seen of them; needed for attention in float8.
+
+    Raises:
+        OptionError: when it is saved, for a weight that is too large for the network's number.
+    """
+    return _Lowering(drafting, precision, context, activations).lower()
+
+
+def fuse(drafting: Drafting) -> list[Draft]:
+    """The same program in fewer operators: scales in the embedding, biases after products, products of one input
+    together."""
+    drafts = fusing.fuse_scales(list(drafting.drafts))
+    drafts = fusing.fuse_biases(drafts)
+    return fusing.fuse_same_input(drafts, 1)
+
+
+class _Lowering:
+    def __init__(self, drafting: Drafting, precision: Precision, context: int, activations: Activations | None) -> None:
+        self.activations = activations
+        self.drafting, self.decoder, self.precision, self.context = drafting, drafting.decoder, precision, context
+        self.positions = -(-context // BLOCK) * BLOCK
+        """Of the caches: whole blocks, which also keeps the cache of each sequence at an aligned address."""
+        self.number = NUMBERS[precision.number]
+        self.write = OnnxWriter("decoder")
+        self._values: dict[int, ir.Value] = {}
+        """Rows of numbers, [batch * tokens, width]."""
+        self._heads: dict[int, ir.Value] = {}
+        """The same as heads, [batch, heads, tokens, columns]."""
+        self._rounded: set[int] = set()
+        """Those that went through E4M3."""
+        self._shapes: dict[str, tuple[str | int, ...]] = {}
+        self._matrices = 0
+
+    def _input(self, name: str, dtype: ir.DataType, *shape: str | int) -> ir.Value:
+        self._shapes[name] = shape
+        return self.write.input(name, dtype, shape)
+
+    def lower(self) -> Lowered:
+        w = self.write
+        ids = self._input("input_ids", INT64, "batch", "tokens")
+        past = self._input("past", INT64, "batch")
+        self.rows = self._input("rows", INT64, "rows")
+        size = w("Gather", w("Shape", ids), w.ints(1), axis=0)
+        steps = w("Range", w.ints(0), size, w.ints(1))
+        positions = w("Add", w("Unsqueeze", past, w.ints([1])), w("Unsqueeze", steps, w.ints([0])))
+        last = w("ReduceMax", positions, w.ints([1]), keepdims=0)
+        w("Cast", w("Add", last, w.ints(1)), dtype=INT32, to=int(INT32)).name = LENGTHS
+        self.places = attention.Places(w, past, positions, self.positions)
+        self.ids = w("Reshape", ids, w.ints([-1]))
+        self._kept: list[tuple[ir.Value, Kept]] = []
+        self._queries: list[tuple[ir.Value, tuple[str | int, ...], int]] = []
+        self._fused: list[tuple[ir.Node, ir.Value | None, bool]] = []
+        self._grid: sparse.Blocks | None = None
+        self._step_ids = ids
+        self._sizes_of: dict[str, tuple[int, int]] = {}
+        for i, cache in enumerate(self.decoder.layers):
+            for name, columns in zip(cache_input_names(i), (cache.head_dim, cache.value_dim), strict=True):
+                self._sizes_of[name] = cache.kv_heads, columns
+        for draft in fuse(self.drafting):
+            w.scope = f"{draft.kind}."
+            self._write(draft)
+        logits = w.cast(self._of(self.drafting.logits), FLOAT)
+        w.output(logits, "logits", ("rows", self.decoder.vocabulary))
+        for value, kept in self._kept:
+            w.output(value, kept.output, ("batch", *kept.shape))
+        widths = []
+        for i, (query, shape, width) in enumerate(self._queries):
+            w.output(query, f"{QUERY}.{i}", shape)
+            widths.append(width)
+        fused = tuple(
+            attention.Fused(str(node.name), *_first_three(node), "" if mask is None else str(mask.name), float8)
+            for node, mask, float8 in self._fused
+        )
+        return Lowered(w.model(), self._shapes, tuple(k for _, k in self._kept), fused, tuple(widths))
+
+    # values -----------------------------------------------------------------------------------------------------------
+    def _of(self, value: Value) -> ir.Value:
+        """As rows."""
+        if id(value) in self._values:
+            return self._values[id(value)]
+        w = self.write
+        if value.parent is not None:
+            whole = self._of(value.parent)
+            found = w("Slice", whole, w.ints([value.offset]), w.ints([value.offset + value.width]), w.ints([1]))
+        else:
+            found = attention.rows_of(w, self._heads[id(value)], value.width)
+        self._values[id(value)] = found
+        return found
+
+    def _as_heads(self, value: Value, count: int) -> ir.Value:
+        if id(value) not in self._heads:
+            rows = self._of(value)
+            self._heads[id(value)] = attention.heads(self.write, rows, self.places, count, value.width // count)
+        return self._heads[id(value)]
+
+    # operators --------------------------------------------------------------------------------------------------------
+    def _write(self, draft: Draft) -> None:
+        if draft.kind == "rope":
+            self._heads[id(draft.dst)] = self._rope(draft)
+            return
+        writers: Mapping[str, Callable[[Draft], ir.Value]] = {
+            "embed": self._embed, "rows": self._rows, "norm": self._norm, "linear": self._linear, "add": self._add,
+            "bias": self._bias, "scale": self._scale, "softcap": self._softcap, "glu": self._gate,
+            "attend": self._attend, "round": self._round,
+        }  # fmt: skip
+        self._values[id(draft.dst)] = writers[draft.kind](draft)
+
+    def _wide(self, value: Value) -> ir.Value:
+        """In float32."""
+        return self.write.cast(self._of(value), FLOAT)
+
+    def _embed(self, draft: Draft) -> ir.Value:
+        w, weight = self.write, draft.weight
+        assert weight is not None
+        name = "embedding"
+
+        def load() -> Array:
+            return forms.narrowed(dequantize(weight), self.number, "the embedding")
+
+        table = w.weight(name, self.number, weight.shape, load)
+        rows = w.cast(w("Gather", table, self.ids, axis=0), FLOAT)
+        return rows if draft.scale == 1.0 else w("Mul", rows, w.number(draft.scale, FLOAT))
+
+    def _rows(self, draft: Draft) -> ir.Value:
+        return self.write("Gather", self._of(draft.inputs[0]), self.rows, axis=0)
+
+    def _norm(self, draft: Draft) -> ir.Value:
+        w, x = self.write, self._wide(draft.inputs[0])
+        assert draft.vector is not None
+        gain = w.constant(np.asarray(draft.vector, np.float32))
+        if draft.groups > 1:
+            x = w("Reshape", x, w.ints([-1, draft.groups, draft.dst.width // draft.groups]))
+        x = w("RMSNormalization", x, gain, axis=-1, epsilon=float(draft.scale), stash_type=1)
+        return x if draft.groups == 1 else w("Reshape", x, w.ints([-1, draft.dst.width]))
+
+    def _linear(self, draft: Draft) -> ir.Value:
+        w = self.write
+        assert draft.weight is not None
+        self._matrices += 1
+        name = f"matrix_{self._matrices}"
+        linear = forms.Linear(w, self.number, draft.weight, name, rounded=id(draft.inputs[0]) in self._rounded)
+        product = linear(self._of(draft.inputs[0]))
+        if draft.vector is None:
+            return product
+        return w("Add", w.cast(product, FLOAT), w.constant(np.asarray(draft.vector, np.float32)))
+
+    def _add(self, draft: Draft) -> ir.Value:
+        return self.write("Add", self._wide(draft.inputs[0]), self._wide(draft.inputs[1]))
+
+    def _bias(self, draft: Draft) -> ir.Value:
+        return self.write("Add", self._wide(draft.inputs[0]), self.write.constant(np.asarray(draft.vector, np.float32)))
+
+    def _scale(self, draft: Draft) -> ir.Value:
+        return self.write("Mul", self._wide(draft.inputs[0]), self.write.number(draft.scale, FLOAT))
+
+    def _softcap(self, draft: Draft) -> ir.Value:
+        w, cap = self.write, self.write.number(draft.scale, FLOAT)
+        return w("Mul", w("Tanh", w("Div", self._wide(draft.inputs[0]), cap)), cap)
+
+    def _gate(self, draft: Draft) -> ir.Value:
+        w, (x, up) = self.write, (self._wide(v) for v in draft.inputs)
+        if draft.act == "silu":
+            x = w("Mul", x, w("Sigmoid", x))
+        else:
+            x = w("Gelu", x, approximate="tanh" if draft.act == "gelu_tanh" else "none")
+        return w("Mul", x, up)
+
+    def _round(self, draft: Draft) -> ir.Value:
+        self._rounded.add(id(draft.dst))
+        return forms.rounded_to_float8(self.write, self._wide(draft.inputs[0]), draft.scale)
+
+    def _rope(self, draft: Draft) -> ir.Value:
+        w = self.write
+        frequencies, factor = self.drafting.ropes[draft.index]
+        x = w.cast(self._as_heads(draft.inputs[0], draft.groups), FLOAT)
+        angles = np.arange(self.context)[:, None] * np.asarray(frequencies, np.float64)[None]
+        cos, sin = (w.constant((f(angles) * factor).astype(np.float32)) for f in (np.cos, np.sin))
+        turned = 2 * frequencies.size
+        partial: dict[str, Any] = {} if turned == draft.dst.width // draft.groups else {"rotary_embedding_dim": turned}
+        return w("RotaryEmbedding", x, cos, sin, self.places.positions, interleaved=int(draft.neighbours), **partial)
+
+    # attention --------------------------------------------------------------------------------------------------------
+    def _attend(self, draft: Draft) -> ir.Value:
+        w, index = self.write, draft.index
+        cache = self.decoder.layers[index]
+        layer = attention.Layer(cache, *self.drafting.layers[index])
+        keys, values = (
+            self._keep(name, output, w.cast(self._as_heads(value, cache.kv_heads), self.number))
+            for name, output, value in zip(
+                cache_input_names(index), cache_output_names(index), draft.inputs[1:], strict=True
+            )
+        )
+        policy = self.drafting.sparsity.layer(index)
+        every = range(cache.kv_heads)
+        one_for_all = policy.heads is not None and len(policy.heads) == 1
+        dense = [h for h in every if policy.dense_head(0 if one_for_all else h)]
+        if len(dense) == cache.kv_heads:
+            return self._dense(draft.node, layer, self._as_heads(draft.inputs[0], cache.q_heads), keys, values)
+        q = self._wide(draft.inputs[0])
+        chosen = [h for h in every if h not in dense]
+        part = sparse.Part(layer.of(chosen), tuple(chosen), cache.kv_heads)
+        found = self._sparse(index, part, self._of_heads(q, layer, chosen), keys, values)
+        if not dense:
+            return found
+        few = w.constant(np.asarray(dense, np.int64))
+        some = layer.of(dense)
+        own = attention.heads(w, self._of_heads(q, layer, dense), self.places, some.cache.q_heads, cache.head_dim)
+        whole = self._dense(draft.node, some, own, *(w("Gather", x, few, axis=1) for x in (keys, values)))
+        order = np.argsort([*chosen, *dense])
+        group = cache.q_heads // cache.kv_heads * cache.value_dim
+        parts = [w("Reshape", x, w.ints([-1, n, group])) for x, n in ((found, len(chosen)), (whole, len(dense)))]
+        together = w("Gather", w("Concat", *parts, axis=1), w.constant(np.asarray(order, np.int64)), axis=1)
+        return w("Reshape", together, w.ints([-1, draft.dst.width]))
+
+    def _of_heads(self, q: ir.Value, layer: attention.Layer, heads: Sequence[int]) -> ir.Value:
+        """The columns of queries [rows, all query heads * columns] that belong to some KV heads."""
+        w, kv_heads = self.write, layer.cache.kv_heads
+        if len(heads) == kv_heads:
+            return q
+        split = w("Reshape", q, w.ints([-1, kv_heads, layer.cache.q_heads // kv_heads * layer.cache.head_dim]))
+        some = w("Gather", split, w.constant(np.asarray(heads, np.int64)), axis=1)
+        return w("Reshape", some, w.ints([-1, layer.of(heads).cache.q_heads * layer.cache.head_dim]))
+
+    def _keep(self, name: str, output: str, new: ir.Value) -> ir.Value:
+        """A cache with the step's keys or values, [batch, heads, tokens, columns]."""
+        assert new.dtype is not None
+        heads, columns = self._sizes_of[name]
+        before = self._input(name, new.dtype, "batch", heads, self.positions, columns)
+        after = self.write("TensorScatter", before, new, self.places.past, axis=-2)
+        self._kept.append((after, Kept(name, output, (heads, self.positions, columns), self.precision.number)))
+        return after
+
+    def _dense(self, node: str, layer: attention.Layer, q: ir.Value, keys: ir.Value, values: ir.Value) -> ir.Value:
+        """Attention of queries [batch, heads, tokens, columns] over all keys that they see; rows come out."""
+        w, cache = self.write, layer.cache
+        window = layer.window(self.positions)
+        mask = self.places.visible(window)
+        query = w.cast(w("Mul", w.cast(q, FLOAT), w.number(layer.scale, FLOAT)), self.number)
+        sinks = None
+        if layer.sinks is not None:
+            sinks = w.constant(np.asarray(layer.sinks, np.float32).reshape(1, cache.kv_heads, -1, 1, 1))
+        scales = self._attention_scales(node, layer)
+        out = attention.attend(w, layer, query, keys, values, mask, sinks=sinks, scales=scales)
+        self._remember(out, query, layer, mask if window else None, scales is not None)
+        return attention.rows_of(w, out, cache.q_heads * cache.value_dim)
+
+    def _sparse(self, index: int, part: sparse.Part, q: ir.Value, keys: ir.Value, values: ir.Value) -> ir.Value:
+        """Attention over what its blocks choose; rows in, rows out."""
+        w, layer, blocks = self.write, part.layer, self._blocks()
+        shape = (len(part.heads), blocks.sizes.nodes, layer.cache.head_dim)
+        names = [(f"past_{what}.{index}", f"present_{what}.{index}") for what in ("mean", "variance")]
+        before = [self._input(name, FLOAT, "batch", *shape) for name, _ in names]
+        nodes = sparse.updated_nodes(blocks, part, keys, *before)
+        for value, (name, output) in zip(nodes, names, strict=True):
+            self._kept.append((value, Kept(name, output, shape, "float32")))
+        found = sparse.read(blocks, part, q, keys, values, *nodes)
+        scaled = w.cast(w("Mul", q, w.number(layer.scale, FLOAT)), self.number)
+        query = sparse.grid(blocks, part, scaled)
+        group = layer.cache.q_heads // layer.cache.kv_heads
+        single = replace(layer, cache=replace(layer.cache, q_heads=group, kv_heads=1))
+        sinks = None
+        if layer.sinks is not None:
+            column = w.constant(np.asarray(layer.sinks, np.float32).reshape(1, layer.cache.kv_heads, 1, group))
+            each = w("Expand", column, blocks.shape(blocks.batch, layer.cache.kv_heads, blocks.blocks, group))
+            sinks = w("Reshape", each, w.ints([-1, 1, group, 1, 1]))
+        out = attention.attend(w, single, query, found.keys, found.values, found.seen, sinks=sinks)
+        self._remember(out, query, single, found.seen, False, width=layer.cache.q_heads * layer.cache.head_dim)
+        return sparse.ungrid(blocks, part, out)
+
+    def _remember(
+        self,
+        out: ir.Value,
+        query: ir.Value,
+        layer: attention.Layer,
+        mask: ir.Value | None,
+        float8: bool,
+        width: int = 0,
+    ) -> None:
+        """Attention that TensorRT has a kernel for is put there by name, and its queries are an output."""
+        if not layer.fused(self.number):
+            return
+        node = out.producer()
+        assert node is not None
+        self._fused.append((node, mask, float8))
+        shape = ("batch" if not width else "blocks", layer.cache.q_heads, "tokens" if not width else "places",
+                 layer.cache.head_dim)  # fmt: skip
+        self._queries.append((query, shape, width or layer.cache.q_heads * layer.cache.head_dim))
+
+    def _blocks(self) -> sparse.Blocks:
+        if self._grid is None:
+            sizes = sparse.Sizes(self.drafting.sparsity, self.positions)
+            self._grid = sparse.Blocks(self.write, self.places.past, self._step_ids, sizes)
+        return self._grid
+
+    def _attention_scales(self, node: str, layer: attention.Layer) -> tuple[float, float, float] | None:
+        """What queries, keys and values are rounded to E4M3 by; None: they are not."""
+        if not self.precision.attention or self.activations is None or not layer.fused(self.number):
+            return None
+        q, k, v = (self.activations.input(node, i).bound / forms.LARGEST for i in range(3))
+        return q * layer.scale, k, v
+
+
+def _first_three(node: ir.Node) -> tuple[str, str, str]:
+    """The names of a node's first three inputs."""
+    q, k, v = (str(x.name) for x in node.inputs[:3] if x is not None)
+    return q, k, v

@@ -1,0 +1,158 @@
+"""What the backend says of each device and of each artifact, from the host's records and installed packages alone."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+from transom.contract import Device, Offer, Refusal, Verdict
+from transom_tensorrt.sdk import CLASSIC, OLDEST, RTX, SERVED, Sdk, installed, numbers
+
+INSTALL = "pip install 'transom[tensorrt]'"
+FORMAT = "1"
+"""Of the files that this backend writes."""
+EMULATE = "TRANSOM_TENSORRT_EMULATE"
+EMULATED = "emulated"
+FLOAT8_SINCE = 89
+LEAST_CUDA = (12,)
+
+
+def emulating() -> bool:
+    """Whether networks run in onnxruntime, on the CPU, in place of engines."""
+    return os.environ.get(EMULATE) == "1"
+
+
+def architecture(device: Device) -> int:
+    """89 for sm_89; 0 for what is no NVIDIA GPU."""
+    found = re.fullmatch(r"sm_(\d+)", device.arch)
+    return int(found.group(1)) if found else 0
+
+
+def sdk_for(device: Device, sdks: Sequence[Sdk]) -> Sdk | None:
+    """What serves a device: tensorrt-rtx where it can, else classic TensorRT, which builds where the card is."""
+    arch = architecture(device)
+    fit = [s for s in sdks if arch in SERVED[s.name] and not s.old and (s.crosses or device.kind == "cuda")]
+    return min(fit, key=lambda s: s.name != RTX, default=None)
+
+
+def answer(
+    device: Device, sdks: Sequence[Sdk] | None = None, packages: Mapping[str, bool] | None = None
+) -> Offer | Refusal:
+    """Yes or no for one device.
+
+    Args:
+        sdks, packages: for tests; what is installed.
+    """
+    sdks = installed() if sdks is None else sdks
+    packages = _packages() if packages is None else packages
+    if device.members:
+        return Refusal(device.id, "wrong_device", "runs a model on one card, not on several together",
+                       "Use backend='cuda_triton' for several cards")  # fmt: skip
+    if emulating():
+        return _emulated(device, packages)
+    arch = architecture(device)
+    if device.kind not in ("cuda", "remote") or not arch:
+        what = "a device that is only compiled for" if device.kind == "remote" else f"a device of kind {device.kind}"
+        return Refusal(device.id, "wrong_device", f"runs on NVIDIA GPUs only; {device.id} is {what}")
+    sdk = sdk_for(device, sdks)
+    if sdk is None:
+        return _refused(device, arch, sdks)
+    why = f"{device.arch}{' with FP8' if arch >= FLOAT8_SINCE else ''}, {sdk.name} {sdk.version}"
+    if device.kind == "remote":
+        return Offer(device.id, _band(arch), why, runs_here=False)
+    if not packages.get("cuda"):
+        return Refusal(device.id, "missing_dep", "the package cuda-bindings is not installed", INSTALL)
+    driver, cuda = device.drivers.get("nvidia", "that is here"), numbers(device.drivers.get("cuda", ""))[:1]
+    if cuda and cuda < LEAST_CUDA:
+        reason = f"needs a driver with CUDA {LEAST_CUDA[0]}, and the driver {driver} has CUDA {cuda[0]}"
+        return Refusal(device.id, "too_old", reason, "Update NVIDIA's driver")
+    return Offer(device.id, _band(arch), why)
+
+
+def _band(arch: int) -> Literal["tuned", "native"]:
+    """FP8 and engines for the very card are what it was made for; elsewhere our own kernels come first, which need no
+    rounding to be fast."""
+    return "tuned" if arch in (89, 120, 121) else "native"
+
+
+def _refused(device: Device, arch: int, sdks: Sequence[Sdk]) -> Refusal:
+    if arch < 75:
+        return Refusal(device.id, "wrong_device", f"TensorRT serves sm_75 and newer, and this is {device.arch}",
+                       "Use backend='cuda_triton': pip install 'transom[v100]'")  # fmt: skip
+    old = [s for s in sdks if s.old and arch in SERVED[s.name]]
+    if old:
+        least = ".".join(map(str, OLDEST[old[0].name]))
+        return Refusal(
+            device.id, "too_old", f"{old[0].name} {old[0].version} is installed and {least} or newer is needed",
+            f"{INSTALL} -U" if old[0].name == RTX else "pip install -U tensorrt",
+        )  # fmt: skip
+    if arch in SERVED[RTX]:
+        return Refusal(device.id, "missing_dep", "the package tensorrt-rtx is not installed", INSTALL)
+    if arch not in SERVED[CLASSIC]:
+        return Refusal(device.id, "missing_feature", f"TensorRT is not known to serve {device.arch}")
+    if device.kind == "remote":
+        reason = f"tensorrt-rtx does not build for {device.arch}, and classic TensorRT builds only where the card is"
+        fix = "Use backend='cuda_triton', or build on a machine with the card"
+        return Refusal(device.id, "missing_feature", reason, fix)
+    reason = f"tensorrt-rtx does not serve {device.arch}, and classic TensorRT is not installed"
+    return Refusal(device.id, "missing_dep", reason, "pip install tensorrt")
+
+
+def _emulated(device: Device, packages: Mapping[str, bool]) -> Offer | Refusal:
+    if device.kind != "cpu":
+        reason = f"{EMULATE}=1 is set: networks run in onnxruntime, on the CPU"
+        return Refusal(device.id, "wrong_device", reason, f"Unset {EMULATE}, or use device='cpu'")
+    if not packages.get("onnxruntime"):
+        return Refusal(device.id, "missing_dep", "the package onnxruntime is not installed", "pip install onnxruntime")
+    return Offer(device.id, "fallback", "TensorRT networks in onnxruntime, for tests: slow")
+
+
+@functools.cache
+def _packages() -> Mapping[str, bool]:
+    import importlib.metadata
+
+    def there(name: str) -> bool:
+        try:
+            return bool(importlib.metadata.version(name))
+        except importlib.metadata.PackageNotFoundError:
+            return False
+
+    return {"cuda": there("cuda-bindings"), "onnxruntime": there("onnxruntime")}
+
+
+@functools.cache
+def code_digest() -> str:
+    """Of what networks are written by: engines that other code has made are built anew."""
+    here = Path(__file__).parent
+    digest = hashlib.blake2b(digest_size=8)
+    for name in ("attention", "building", "forms", "lowering", "network", "precision", "writing"):
+        digest.update(name.encode() + b"\0" + (here / f"{name}.py").read_bytes())
+    return digest.hexdigest()
+
+
+def requirements(device: Device) -> dict[str, str]:
+    """What an engine built for a device needs: everything that `judge` compares, but for the context."""
+    if emulating():
+        return {"format": FORMAT, "code": code_digest(), "arch": EMULATED, "sdk": "onnxruntime"}
+    sdk = sdk_for(device, installed())
+    named = f"{sdk.name} {sdk.version}" if sdk is not None else "none"
+    return {"format": FORMAT, "code": code_digest(), "arch": device.arch, "sdk": named}
+
+
+def judge(requires: Mapping[str, str], device: Device) -> Verdict:
+    """May an engine be opened on this device? An engine runs on the architecture it was built for, by the version that
+    built it; nothing of it is opened to see that."""
+    here = requirements(device)
+    if requires.get("arch") != here["arch"]:
+        return Verdict("rebuild", f"built for {requires.get('arch', 'an unknown card')}, and this is {here['arch']}")
+    if requires.get("sdk") != here["sdk"]:
+        return Verdict("rebuild", f"built by {requires.get('sdk', 'an unknown TensorRT')}, and here is {here['sdk']}")
+    for key in ("format", "code"):
+        if requires.get(key) != here[key]:
+            return Verdict("rebuild", "built by another version of Transom's backend tensorrt")
+    return Verdict("ok")

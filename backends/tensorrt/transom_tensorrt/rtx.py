@@ -1,0 +1,344 @@
+"""The network on a card, by TensorRT: an engine, one execution context for each way of running, and the caches.
+
+Nothing but token ids goes to the card in a step, and nothing but logits comes back. A context reads a cache and writes
+it at the same address, that of the first slot of the run. Both contexts share the memory of activations, since they
+never run at once.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from transom.errors import DoesNotFit, EngineError
+from transom_tensorrt.cuda import ALIGNMENT, Card, OutOfMemory, aligned
+from transom_tensorrt.executing import WAYS, Array, Way, profile_of, rows_of, stored
+from transom_tensorrt.kernel_cache import KernelCache
+from transom_tensorrt.network import QUERY, Kept, Network
+
+SHARE = 0.9
+"""Of the memory that is free once everything else is there, what slots may take: the rest is for kernels that are yet
+to be compiled, for recorded graphs and for other programs."""
+READ_BYTES = 64 << 20
+"""Of an engine's file in host memory at once."""
+LAST_WORDS = 8
+"""Messages of TensorRT's that an error shows."""
+WARM_RUNS = 3
+"""The first sets things up, the second is recorded, the third is the first replay."""
+MORE_PLACES = 126
+"""For queries, than there are tokens: see `Network.queries`."""
+DAMAGED = "Remove it with: transom cache clear"
+_WRONG = {
+    "VERSION_MISMATCH": ("it was built by another version of TensorRT", DAMAGED),
+    "UNSUPPORTED_CC": ("it was built for another kind of card", DAMAGED),
+    "OLD_CUDA_DRIVER": ("the driver is too old", "Install a newer driver"),
+    "OLD_CUDA_RUNTIME": ("the CUDA runtime is too old", "pip install -U 'transom[tensorrt]'"),
+    "INSUFFICIENT_GPU_MEMORY": ("the card has too little memory", "Use a card with more memory, or smaller weights"),
+    "MALFORMED_ENGINE": ("the file is damaged", DAMAGED),
+    "CUDA_ERROR": ("CUDA does not work", "See whether nvidia-smi answers"),
+}
+"""What `get_engine_validity` may find, by TensorRT's names: reason and fix."""
+
+
+class Words:
+    """The last that TensorRT said of errors. Its threads may speak at any time."""
+
+    def __init__(self, trt: Any) -> None:
+        last: deque[str] = deque(maxlen=LAST_WORDS)
+        bad = (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR)
+
+        class Logger(trt.ILogger):  # type: ignore[misc]
+            def __init__(self) -> None:
+                trt.ILogger.__init__(self)
+
+            def log(self, severity: Any, message: str) -> None:
+                if severity in bad and message.strip():
+                    last.append(message.strip().splitlines()[0][:300])
+
+        self._last = last
+        self.logger = Logger()
+
+    def error(self, what: str, fix: str) -> EngineError:
+        """An error with the words since the one before it."""
+        said = tuple(self._last)
+        self._last.clear()
+        return EngineError(f"TensorRT cannot {what}" + (f": {said[-1]}" if said else ""), fix, said[:-1])
+
+
+class RtxExecutor:
+    """An `Executor` on a card.
+
+    Args:
+        trt: the module `tensorrt_rtx`, or `tensorrt`.
+        plan: the file of the engine.
+        kernels: where compiled kernels are kept.
+
+    Raises:
+        EngineError: TensorRT does not take the engine, or it is not that of the network.
+        DoesNotFit: the card has no memory for weights or activations.
+    """
+
+    def __init__(self, network: Network, plan: Path, trt: Any, card: Card, kernels: KernelCache) -> None:
+        self._network, self._trt, self._card, self._kernels = network, trt, card, kernels
+        self._words = Words(trt)
+        self._contexts: dict[Way, Any] = {}
+        self._bound: dict[Way, tuple[int, ...]] = {}
+        self._caches: dict[str, int] = {}
+        self._closed = False
+        try:
+            self.weight_bytes = plan.stat().st_size
+        except OSError as e:
+            raise EngineError(f"This compiled model is damaged: {e}", DAMAGED) from e
+        card.use()
+        if self.weight_bytes > card.free_bytes():
+            raise self._too_large(self.weight_bytes, "Its weights take")
+        self._runtime = trt.Runtime(self._words.logger)
+        _check_header(self._runtime, trt, plan)
+        with plan.open("rb") as file:
+            self._engine = self._runtime.deserialize_cuda_engine(_reader(trt, file))
+        if self._engine is None:
+            raise self._words.error(f"open the engine of this model on {card.name}", DAMAGED)
+        self._check_names()
+        try:
+            self._buffers()
+        except OutOfMemory as e:
+            size = self._activation_bytes() + 4 * self._most_rows() * network.vocabulary
+            raise self._too_large(size, "Beside its weights, activations and logits take") from e
+        for index, way in enumerate(WAYS):
+            self._contexts[way] = self._context(index)
+
+    def _too_large(self, size: int, what: str) -> DoesNotFit:
+        return DoesNotFit(
+            f"{what} {_size(size)}, and {self._card.name} has {_size(self._card.free_bytes())} free",
+            "Use a card with more memory, or a checkpoint with smaller weights",
+        )
+
+    def _check_names(self) -> None:
+        """Whether the engine is that of the network."""
+        names = {self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)}
+        kept = {name for k in self._network.kept for name in (k.input, k.output)}
+        if names != {"input_ids", "past", "rows", "logits", *kept, *self._queries()}:
+            raise EngineError("The engine of this compiled model has other inputs than its network", DAMAGED)
+        if self._engine.num_optimization_profiles != len(WAYS):
+            raise EngineError("The engine of this compiled model takes other shapes than its network", DAMAGED)
+        if any(k.nbytes % ALIGNMENT for k in self._network.kept):
+            raise EngineError(
+                f"Caches of {self._network.context} tokens do not all begin where TensorRT takes them, at multiples of "
+                f"{ALIGNMENT} bytes",
+                "Load the model with a context that is a multiple of 64",
+            )
+
+    def _queries(self) -> list[str]:
+        return [f"{QUERY}.{i}" for i in range(len(self._network.queries))]
+
+    def _activation_bytes(self) -> int:
+        return max(int(self._engine.get_device_memory_size_for_profile_v2(i)) for i in range(len(WAYS)))
+
+    def _most_rows(self) -> int:
+        return max(profile_of(self._network, way).rows[2] for way in WAYS)
+
+    def _buffers(self) -> None:
+        """Places that never change, so that what TensorRT has recorded stays right."""
+        profiles = [profile_of(self._network, way) for way in WAYS]
+        sizes = {
+            "input_ids": max(p.batch[2] * p.tokens[2] for p in profiles),
+            "past": max(p.batch[2] for p in profiles),
+            "rows": self._most_rows(),
+        }
+        starts, at = {}, 0
+        for name, count in sizes.items():
+            starts[name] = at
+            at += aligned(8 * count) // 8
+        self._given = self._card.pinned((at,), np.int64)
+        self._given.array[:] = 0
+        self._logits = self._card.pinned((self._most_rows(), self._network.vocabulary), np.float32)
+        self._starts = starts
+        self._inputs = self._card.allocate(self._given.array.nbytes)
+        self._outputs = self._card.allocate(self._logits.array.nbytes)
+        tokens = max(p.batch[2] * p.tokens[2] for p in profiles) + MORE_PLACES
+        widest = max(self._network.queries, default=0) * (4 if self._network.number == "float32" else 2)
+        self._spare = self._card.allocate(max(1, tokens * widest))
+        self._activations = self._activation_bytes()
+        self._scratch = self._card.allocate(max(1, self._activations))
+
+    def _context(self, profile: int) -> Any:
+        trt = self._trt
+        config = self._engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        if hasattr(config, "create_runtime_cache"):  # TensorRT-RTX, which compiles for the card and its shapes here
+            self._kernels.attach(config)
+            config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+            # A prompt of a new length must not wait until its kernels are compiled: it runs with those for any length.
+            config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.LAZY
+        context = self._engine.create_execution_context(config)
+        if context is None:
+            raise self._words.error(f"prepare the engine of this model on {self._card.name}", DAMAGED)
+        if not context.set_optimization_profile_async(profile, self._card.stream):
+            raise self._words.error("use the shapes that the engine was built for", DAMAGED)
+        self._card.wait()
+        context.set_device_memory(self._scratch, self._activations)
+        for name, start in self._starts.items():
+            context.set_tensor_address(name, self._inputs + 8 * start)
+        context.set_tensor_address("logits", self._outputs)
+        for name in self._queries():
+            context.set_tensor_address(name, self._spare)
+        return context
+
+    # slots ------------------------------------------------------------------------------------------------------------
+    def allocate(self, most: int) -> int:
+        left = int(self._card.free_bytes() * SHARE)
+        slots = min(most, left // self._network.slot_bytes)
+        while slots:
+            try:
+                base = self._card.allocate(sum(aligned(slots * kept.nbytes) for kept in self._network.kept))
+            except OutOfMemory:  # somebody else took it, or it is in pieces
+                slots = slots * 3 // 4
+                continue
+            for kept in self._network.kept:
+                self._caches[kept.input] = base
+                base += aligned(slots * kept.nbytes)
+            return slots
+        network = self._network
+        fitting = min(network.context * left // network.slot_bytes, network.context // 2)
+        raise DoesNotFit(
+            f"A cache of {network.context} tokens takes {_size(network.slot_bytes)} on {self._card.name}, and "
+            f"{_size(left)} are left beside weights and activations",
+            f"Load it with context={fitting} or less" if fitting else "Use a card with more memory",
+        )
+
+    def _place(self, kept: Kept, slot: int, positions: int = 0) -> tuple[int, int, int]:
+        """Where a slot's part of a kept tensor is: its address, the bytes of a head, and how many of those the first
+        positions need."""
+        heads, rows, _ = kept.shape
+        head = kept.nbytes // heads
+        needed = rows_of(self._network, kept, positions) * (head // rows)
+        return self._caches[kept.input] + slot * kept.nbytes, head, needed
+
+    def copy_slot(self, source: int, target: int, positions: int) -> None:
+        for kept in self._network.kept:
+            at, head, needed = self._place(kept, source, positions)
+            self._card.copy_rows(self._place(kept, target)[0], at, head, needed, kept.shape[0])
+
+    def clear_slot(self, slot: int, start: int) -> None:
+        for kept in self._network.kept:
+            at, head, needed = self._place(kept, slot, start)
+            self._card.clear_rows(at + needed, head, head - needed, kept.shape[0])
+
+    def read_slot(self, slot: int, positions: int) -> Mapping[str, Array]:
+        found: dict[str, Array] = {}
+        for kept in self._network.kept:
+            at, head, _ = self._place(kept, slot)
+            shape = kept.shape[0], rows_of(self._network, kept, positions), kept.shape[2]
+            found[kept.input] = np.empty(shape, stored(kept))
+            self._card.download_rows(found[kept.input], at, head)
+        return found
+
+    def write_slot(self, slot: int, arrays: Mapping[str, Array]) -> None:
+        for kept in self._network.kept:
+            at, head, _ = self._place(kept, slot)
+            self._card.upload_rows(at, head, np.ascontiguousarray(arrays[kept.input]))
+
+    # runs -------------------------------------------------------------------------------------------------------------
+    def run(self, way: Way, ids: Array, past: Array, rows: Array, first: int) -> Array:
+        context, card = self._contexts[way], self._card
+        card.use()
+        for name, array in (("input_ids", ids), ("past", past), ("rows", rows)):
+            start = self._starts[name]
+            self._given.array[start : start + array.size] = array.reshape(-1)
+        self._bind(way, context, (*ids.shape, len(rows), first))
+        card.upload(self._inputs, self._given.pointer, self._given.array.nbytes)
+        if not context.execute_async_v3(card.stream):
+            raise self._words.error("run a step", "See whether nvidia-smi answers, and load the model anew")
+        card.download(self._logits.pointer, self._outputs, 4 * len(rows) * self._network.vocabulary)
+        card.wait()
+        return self._logits.array[: len(rows)]
+
+    def _bind(self, way: Way, context: Any, shape: tuple[int, int, int, int]) -> None:
+        """Shapes and addresses, those that are others than the last time: a deep model has hundreds.
+
+        Args:
+            shape: slots, tokens of each, rows, and the first slot.
+        """
+        count, tokens, rows, first = shape
+        before = self._bound.pop(way, (-1, -1, -1, -1))  # put back once all is bound
+        done = True
+        if shape[:3] != before[:3]:
+            for name, size in (("input_ids", (count, tokens)), ("past", (count,)), ("rows", (rows,))):
+                done &= context.set_input_shape(name, size)
+        for kept in self._network.kept:
+            if count != before[0]:
+                done &= context.set_input_shape(kept.input, (count, *kept.shape))
+            if first != before[3]:
+                at = self._place(kept, first)[0]
+                done &= context.set_tensor_address(kept.input, at) and context.set_tensor_address(kept.output, at)
+        if not done:
+            raise self._words.error(f"take a step of {count} x {tokens} tokens", DAMAGED)
+        self._bound[way] = shape
+
+    def warm_up(self) -> None:
+        """Compile what is not in the cache of kernels, and record a step of one token."""
+        zero = np.zeros(1, np.int64)
+        tokens = profile_of(self._network, "prefill").tokens[1]
+        self.run("prefill", np.zeros((1, tokens), np.int64), zero, zero, 0)
+        for _ in range(WARM_RUNS):
+            self.run("decode", zero[None], zero, zero, 0)
+        self.clear_slot(0, 0)
+        self._kernels.save()
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self._card.use()
+        self._kernels.save()
+        self._contexts.clear()  # a context must go before its engine and its kernels, an engine before its runtime
+        self._kernels.close()
+        self._engine = self._runtime = None
+        self._card.close()
+
+
+def _check_header(runtime: Any, trt: Any, plan: Path) -> None:
+    """What TensorRT can say of an engine before it opens it.
+
+    Raises:
+        EngineError: it would not take it, and why.
+    """
+    if not hasattr(runtime, "get_engine_validity"):  # classic TensorRT
+        return
+    with plan.open("rb") as file:
+        header = file.read(int(runtime.engine_header_size))
+    validity, found = runtime.get_engine_validity(header)
+    if validity != trt.EngineValidity.INVALID:
+        return
+    kinds = trt.EngineInvalidityDiagnostics.__members__
+    wrong = [_WRONG[name] for name, kind in kinds.items() if name in _WRONG and int(found) & int(kind.value)]
+    reason, fix = wrong[0] if wrong else ("it does not say why", DAMAGED)
+    raise EngineError(f"TensorRT {trt.__version__} does not take the engine of this model: {reason}", fix)
+
+
+def _reader(trt: Any, file: Any) -> Any:
+    """The file as TensorRT reads it: in parts, so that it is never in host memory as a whole."""
+
+    class Reader(trt.IStreamReaderV2):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IStreamReaderV2.__init__(self)
+
+        def read(self, size: int, stream: int) -> bytes:
+            data: bytes = file.read(min(size, READ_BYTES))
+            return data
+
+        def seek(self, offset: int, where: Any) -> bool:
+            from_end = where == trt.SeekPosition.END
+            # Some of TensorRT's documents count backwards from the end with a positive offset, some with a negative.
+            file.seek(-abs(offset) if from_end else offset, 2 if from_end else int(where == trt.SeekPosition.CUR))
+            return True
+
+    return Reader()
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB"

@@ -1,0 +1,93 @@
+"""Which TensorRT is meant: `tensorrt-rtx`, which builds for cards that are not here, or classic `tensorrt`.
+
+Both have the same Python API as far as this backend goes. Versions are read from installed packages; the libraries
+themselves are imported by `library` alone, when something is built or loaded.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+import re
+from dataclasses import dataclass
+from typing import Any
+
+RTX, CLASSIC = "tensorrt-rtx", "tensorrt"
+PACKAGES = {
+    RTX: ("tensorrt-rtx", "tensorrt_rtx", "tensorrt_rtx_cu13", "tensorrt_rtx_cu12"),
+    CLASSIC: ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"),
+}
+"""Names of distributions, by SDK."""
+MODULES = {RTX: "tensorrt_rtx", CLASSIC: "tensorrt"}
+OLDEST = {RTX: (1, 7), CLASSIC: (10, 15)}
+"""With attention, lengths and an updated cache as layers of their own."""
+SERVED = {RTX: (75, 80, 86, 89, 120, 121), CLASSIC: (80, 86, 89, 90, 100, 103, 120, 121)}
+"""Architectures, 89 for sm_89. Classic TensorRT serves sm_75, too, without its fused attention."""
+
+
+@dataclass(frozen=True)
+class Sdk:
+    """An installed one."""
+
+    name: str
+    version: str
+
+    @property
+    def crosses(self) -> bool:
+        """Whether it builds for cards that are not here."""
+        return self.name == RTX
+
+    @property
+    def old(self) -> bool:
+        return numbers(self.version) < OLDEST[self.name]
+
+
+@functools.cache
+def installed() -> tuple[Sdk, ...]:
+    """Those that are installed. The package `tensorrt` of PyPI that only downloads another one does not count."""
+    found = []
+    for name, packages in PACKAGES.items():
+        versions = [v for package in packages if (v := _version(package)) is not None]
+        if versions and _has_module(packages, MODULES[name]):
+            found.append(Sdk(name, versions[0]))
+    return tuple(found)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _has_module(packages: tuple[str, ...], module: str) -> bool:
+    """Whether one of the packages brings the module; asking for it by `find_spec` might find something of ours."""
+    for package in packages:
+        try:
+            files = importlib.metadata.distribution(package).files or ()
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        if any(str(f).startswith(f"{module}/") for f in files):
+            return True
+    return False
+
+
+def numbers(version: str) -> tuple[int, ...]:
+    """(1, 7) of "1.7.1.116"."""
+    parts = re.split(r"[.+]", version)[:2]
+    return tuple(int(m.group()) for p in parts if (m := re.match(r"\d+", p)))
+
+
+def library(name: str) -> Any:
+    """The module of an SDK.
+
+    Raises:
+        MissingExtra: it cannot be imported.
+    """
+    from transom.errors import MissingExtra
+
+    try:
+        return importlib.import_module(MODULES[name])
+    except (ImportError, OSError) as e:
+        raise MissingExtra(f"The library {name} cannot be imported: {e}", "tensorrt") from e

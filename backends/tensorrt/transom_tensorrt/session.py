@@ -1,0 +1,66 @@
+"""The contract session over slots: a sequence holds one, and can be written down and made again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from transom.contract import State, Tensor
+from transom.sessions import PagedSession, PagedState
+from transom.signature import Decoder
+from transom_tensorrt.engine import SlotEngine
+from transom_tensorrt.executing import Array, rows_of, stored
+from transom_tensorrt.network import CHUNK
+
+
+class SlotSession(PagedSession):
+    """A `transom.contract.SavingSession`.
+
+    Args:
+        context: tokens that one state may hold; at most the network's.
+    """
+
+    def __init__(self, engine: SlotEngine, decoder: Decoder, *, context: int) -> None:
+        self._slots = engine
+        super().__init__(
+            engine, decoder, context=context, pages=engine.slots, max_sequences=engine.slots, max_tokens=CHUNK
+        )
+
+    def save(self, state: State) -> Mapping[str, Tensor]:
+        """What is kept of the state by the input's name, [heads, rows, columns]: float32, or bits of 16-bit numbers."""
+        self._need_open()
+        if not isinstance(state, PagedState) or state.table.pool is not self._pool:
+            raise ValueError("this sequence state belongs to another session")
+        pages = state.table.pages
+        return self._slots.read(pages[0] if pages else 0, state.length)
+
+    def restore(self, length: int, arrays: Mapping[str, Tensor]) -> PagedState:
+        """A state out of what `save` gave.
+
+        Raises:
+            ValueError: these are no arrays of a state of so many tokens.
+            OutOfPages: no slot is free.
+        """
+        self._need_open()
+        if not 0 <= length <= self._limits.context:
+            raise ValueError(f"{length} tokens exceed the context of {self._limits.context} tokens")
+        given: dict[str, Array] = {}
+        network = self._slots.network
+        for kept in network.kept:
+            heads, _, columns = kept.shape
+            array = given[kept.input] = np.asarray(arrays.get(kept.input, ()))
+            if array.dtype != stored(kept) or array.shape != (heads, rows_of(network, kept, length), columns):
+                raise ValueError(f"{kept.input} is not that of {length} tokens")
+        state = self.new_state()
+        if not length:
+            return state
+        self._warming.join()
+        reservation = self._pool.reserve([(state.table, length)])
+        try:
+            self._slots.write(reservation.pages[0][0], length, given)
+        except BaseException:
+            reservation.rollback()
+            raise
+        reservation.commit()
+        return state

@@ -1,0 +1,142 @@
+"""`transom export`: a model compiled for a device that need not be here, as a folder to carry there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from transom.cli.options import (
+    BACKEND,
+    CONTEXT,
+    JSON,
+    PRECISION,
+    PROBE_FILE,
+    SPARSITY,
+    VERIFY,
+    complete_device,
+)
+from transom.cli.output import Progress, print_json, table, warn
+
+if TYPE_CHECKING:
+    from transom.contract import Offer, Refusal
+    from transom.runtime.exporting import Exported, Target
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  transom export model.gguf --target rtx-4090 --out model-4090
+  transom export path/to/checkpoint --target cpu --out bundle --precision int8 --context 4096
+  transom export model.gguf --target a100 --out bundle --text letters.txt --text contracts.txt
+  transom export --target list
+  transom run bundle "Hello"
+"""
+)
+@click.argument("model", type=click.Path(), required=False)
+@click.option(
+    "--target", metavar="NAME", shell_complete=complete_device,
+    help="The device to compile for: one of this machine, or another one that `--target list` shows.",
+)  # fmt: skip
+@click.option("--out", metavar="DIR", type=click.Path(), help="The folder to write; new, or empty.")
+@click.option("--overwrite", is_flag=True, help="Replace the bundle that is in it.")
+@BACKEND
+@CONTEXT
+@PRECISION
+@SPARSITY
+@click.option(
+    "--text", "texts", multiple=True, metavar="FILE", type=click.Path(),
+    help="A text like those the model will read, for backends that round activations; may be repeated. "
+    "[default: documentation and code from Python itself]",
+)  # fmt: skip
+@VERIFY
+@PROBE_FILE
+@JSON
+def export(
+    model: str | None,
+    target: str | None,
+    out: str | None,
+    texts: tuple[str, ...],
+    probe_file: str | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Compile MODEL for a device and write it as a bundle: a folder that `transom run` opens where that device is.
+
+    A bundle for a device of this machine is compared with the reference before it is written, another one where it is
+    first loaded.
+    """
+    import transom
+    from transom.errors import OptionError
+
+    if target == "list":
+        _list(probe_file, as_json)
+        return
+    if target is None:
+        from transom.runtime.exporting import known_targets
+
+        raise OptionError(
+            "There is no device to compile for",
+            f"Name one with --target: {', '.join(known_targets(probe_file))}. Who compiles for which: --target list",
+        )
+    if model is None:
+        raise OptionError("There is no model to export", "Give it first, as in: transom export model.gguf --target cpu")
+    if out is None:
+        raise OptionError("There is no folder to write the bundle into", "Name it with --out DIR")
+    with Progress(stage="read") as progress:
+        made = transom.export(
+            model,
+            target=target,
+            out=out,
+            calibration=[Path(text) for text in texts],
+            probe_file=probe_file,
+            progress=progress,
+            **options,
+        )
+    if as_json:
+        print_json(made.to_dict())
+        return
+    _print(made)
+
+
+def _print(made: Exported) -> None:
+    for warning in made.warnings:
+        warn(warning)
+    click.echo(str(made))
+
+
+def _list(probe_file: str | None, as_json: bool) -> None:
+    """Every target, with the backends that compile for it or else what would make one."""
+    from transom.contract import Offer
+    from transom.runtime.exporting import targets
+
+    found = targets(probe_file)
+    if as_json:
+        print_json({"targets": [_facts(target) for target in found]})
+        return
+    rows = []
+    for target in found:
+        able = [name for name, answer in target.answers if isinstance(answer, Offer)]
+        rows.append((target.name, target.device.name, target.device.arch, ", ".join(able) or _way(target.answers)))
+    table(("target", "name", "architecture", "backends that compile for it"), rows)
+
+
+def _way(answers: Sequence[tuple[str, Offer | Refusal]]) -> str:
+    """Why no backend compiles for a target, and what would help; of those that could, where there are such."""
+    from transom.contract import Refusal
+
+    refused = [(name, answer) for name, answer in answers if isinstance(answer, Refusal)]
+    close = [(name, answer) for name, answer in refused if answer.code != "wrong_device"]
+    if not close:
+        return "none: no backend that is installed is made for it"
+    return "none: " + "; ".join(f"{n}: {a.reason}" + (f" ({a.fix})" if a.fix else "") for n, a in close)
+
+
+def _facts(target: Target) -> dict[str, Any]:
+    from transom.contract import Offer
+
+    said = [{"backend": name, "offer": isinstance(answer, Offer), **vars(answer)} for name, answer in target.answers]
+    return {"target": target.name, "id": target.device.id, "name": target.device.name, "arch": target.device.arch,
+            "answers": said}  # fmt: skip

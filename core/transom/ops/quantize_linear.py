@@ -1,0 +1,61 @@
+"""NumPy reference of ONNX `QuantizeLinear` (opset 24): per tensor, axis or block, to integers and to small floats."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from transom.ops.dequantize_linear import granularity
+from transom.ops.schema import Array, Attributes, Sample
+
+_INTEGERS: dict[int, Any] = {
+    2: np.uint8, 3: np.int8, 4: np.uint16, 5: np.int16, 21: ml_dtypes.uint4, 22: ml_dtypes.int4,
+}  # fmt: skip
+_FLOATS: dict[int, Any] = {
+    17: ml_dtypes.float8_e4m3fn, 18: ml_dtypes.float8_e4m3fnuz, 19: ml_dtypes.float8_e5m2,
+    20: ml_dtypes.float8_e5m2fnuz, 23: ml_dtypes.float4_e2m1fn,
+}  # fmt: skip
+_PRECISIONS: dict[int, Any] = {1: np.float32, 10: np.float16, 16: ml_dtypes.bfloat16}
+
+
+def reference(inputs: Sequence[Array | None], attributes: Attributes) -> tuple[Array, ...]:
+    """`x / scale`, rounded to the nearest code, ties to even, plus `zero_point`; beyond the largest code it is the
+    largest, and what is no number stays none where the type has one.
+
+    With `saturate=0` what is beyond the largest 8-bit float is infinite, or no number. The division is made in the
+    scale's type, or in `precision`.
+    """
+    x, scale = inputs[0], inputs[1]
+    assert x is not None
+    assert scale is not None
+    zero = inputs[2] if len(inputs) > 2 else None
+    named = int(attributes.get("output_dtype", 0))
+    kind = np.dtype(zero.dtype if zero is not None else (_INTEGERS | _FLOATS)[named or 2])
+    told = int(attributes.get("precision", 0))
+    scales = scale.dtype.type if scale.dtype in map(np.dtype, _PRECISIONS.values()) else np.float32
+    number: Any = _PRECISIONS[told] if told else scales
+    shape, spread = granularity(x.shape, scale.shape, attributes)
+    values = (x.astype(number).reshape(shape) / spread(scale.astype(number))).astype(np.float32)
+    whole = kind in map(np.dtype, _INTEGERS.values())
+    if whole:
+        values = np.rint(values)
+    if zero is not None:
+        values = values + spread(zero.astype(np.float32))
+    if whole or int(attributes.get("saturate", 1)):
+        types: Any = ml_dtypes
+        limits = types.iinfo(kind) if whole else types.finfo(kind)
+        values = np.clip(values, np.float32(limits.min), np.float32(limits.max))
+    with np.errstate(invalid="ignore"):  # no number has no integer, and ONNX says nothing of it
+        return (values.reshape(x.shape).astype(kind),)
+
+
+def samples(rng: np.random.Generator) -> Iterator[Sample]:
+    x = (rng.standard_normal((6, 64)) * 3).astype(np.float32)
+    scale, channel = np.array(0.03, np.float32), (rng.random(64).astype(np.float32) + np.float32(0.5)) / 20
+    zero = np.array(rng.integers(100, 156), np.uint8)
+    yield Sample("int8 per tensor", (x, scale, np.array(0, np.int8)), {}, 1, (1, 2))
+    yield Sample("uint8 per tensor, zero point", (x, scale, zero), {}, 1, (1, 2))
+    yield Sample("int8 per channel", (x, channel), {"axis": 1, "output_dtype": 3}, 1, (1,))

@@ -1,0 +1,199 @@
+"""Loading a bundle: the backend that it names, on the device of this machine that the backend says it fits.
+
+Nothing is compiled and no source is read. Where it has never run, a child process opens it first and holds it against
+the reference's answers that came with it; the verdict is remembered in this machine's cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transom.contract import Refusal
+from transom.errors import EngineError, OptionError, SelectionError
+from transom.runtime.bundles import Bundle, Manifest, open_bundle
+from transom.runtime.guarding import guarded
+from transom.runtime.loading import Asked, Loader, Ready, Stages
+from transom.runtime.machine import Machine, choose, survey
+from transom.sparsity import Sparsity
+
+if TYPE_CHECKING:
+    from transom.artifacts import Cache
+    from transom.contract import Artifact, Device, Progress, Verdict
+    from transom.runtime.model import Model
+    from transom.runtime.prepared import Prepared
+    from transom.selection import Candidate, Choice
+
+
+def load_bundle(
+    folder: Path,
+    asked: Asked,
+    *,
+    device: str,
+    backend: str,
+    probe_file: str | Path | None,
+    cache: Cache,
+    progress: Progress,
+) -> Model:
+    """What `transom.load` does with a bundle.
+
+    Raises:
+        BundleError: it is damaged, or of a newer version.
+        OptionError: an option contradicts what is built into it.
+        SelectionError: its backend is not installed, or fits no device here; the details say why.
+        EngineError, SelfCheckFailed: it cannot be opened, or does not compute what the model means.
+    """
+    stages = Stages()
+    with stages.time("read"):
+        bundle = open_bundle(folder, cache, progress)
+    try:
+        asked = _agreed(bundle.manifest, folder, asked, backend)
+        loader = _Loader(bundle, asked, stages, cache=cache, progress=progress)
+        with stages.time("probe"):
+            machine = survey(probe_file, target=device)
+            choice = _fitting(bundle, machine, choice_for(bundle.manifest, folder, machine, device))
+        return loader.first_that_works(machine, choice, lambda turn: loader.open(machine, choice, turn))
+    except BaseException:
+        bundle.release()
+        raise
+
+
+# -------------------------------------------------------------------------------------------------------------- options
+
+
+def _agreed(manifest: Manifest, folder: Path, asked: Asked, backend: str) -> Asked:
+    """What was asked for, with the bundle's own values where nothing was. Raises OptionError where they contradict."""
+
+    def contradicts(name: str, value: object, own: object, fix: str = "Leave the option out") -> OptionError:
+        return OptionError(f"{name}={value!r} does not fit the bundle {folder}, which has {name}={own!r}", fix)
+
+    again = "Leave the option out, or export the model again with it"
+    if backend not in ("auto", manifest.backend):
+        raise contradicts("backend", backend, manifest.backend)
+    precision = manifest.options["precision"]
+    if asked.options["precision"] not in ("auto", precision):
+        raise contradicts("precision", asked.options["precision"], precision, again)
+    policy = Sparsity.from_string(manifest.options["sparsity"])
+    if not asked.sparsity.dense and asked.sparsity.with_heads(policy.heads) != policy:
+        raise contradicts("sparsity", str(asked.sparsity), str(policy), again)
+    if asked.texts:
+        raise OptionError(f"The bundle {folder} is compiled already, so there is nothing to calibrate", "Leave it out")
+    context, threads = asked.options["context"], asked.options["threads"]
+    if (bound := manifest.requires.get("context")) is not None and bound.isdigit():
+        if context not in (None, int(bound)):
+            raise contradicts("context", context, int(bound), again)
+        context = int(bound)
+    if manifest.requires.get("threads", str(threads)) != str(threads):
+        raise contradicts("threads", threads, manifest.requires["threads"])
+    context = context or manifest.options["context"]
+    return replace(asked, options={"context": context, "precision": precision, "threads": threads}, sparsity=policy)
+
+
+# -------------------------------------------------------------------------------------------------------------- devices
+
+
+def choice_for(manifest: Manifest, folder: Path, machine: Machine, device: str) -> Choice:
+    """The devices that the bundle's backend offers to run on. Raises OptionError, SelectionError."""
+    require_backend(manifest, folder, machine)
+    try:
+        return choose(machine, device=device, backend=manifest.backend)
+    except SelectionError as error:
+        cause = f"The bundle {folder} was compiled for {_named(manifest.target)}. {error.cause}"
+        said = [answer for name, answer in machine.answers if name == manifest.backend]
+        mendable = any(isinstance(a, Refusal) and a.fix and a.code != "wrong_device" for a in said)
+        fix = error.fix if mendable else _ELSEWHERE.format(machine.devices[0].id if machine.devices else "NAME")
+        raise SelectionError(cause, fix, error.details) from None
+
+
+def require_backend(manifest: Manifest, folder: Path, machine: Machine) -> None:
+    """Raise SelectionError where the bundle's backend is not installed."""
+    if manifest.backend in machine.plugins.backends:
+        return
+    what = " ".join(filter(None, (manifest.distribution, manifest.backend_version)))
+    own = manifest.distribution == "transom"
+    fix = "pip install --upgrade transom" if own else f"pip install {manifest.distribution}"
+    there = ", ".join(machine.plugins.backends) or "none"
+    raise SelectionError(
+        f"The bundle {folder} needs the backend {manifest.backend} (of {what}), which is not there",
+        f"Install it with: {fix}",
+        [f"Backends that are there: {there}", *map(str, machine.failures)],
+    )
+
+
+def verdict_on(name: str, artifact: Artifact, machine: Machine, device: Device) -> Verdict:
+    """What a backend says of an artifact on a device."""
+    backend = machine.plugins.backends[name].backend
+    return guarded(name, "checking a compiled model", lambda: backend.check(artifact, device))
+
+
+def _fitting(bundle: Bundle, machine: Machine, choice: Choice) -> Choice:
+    """The choice without the devices that the bundle does not fit. Raises SelectionError where none is left."""
+    manifest = bundle.manifest
+    verdicts = [
+        (candidate, verdict_on(manifest.backend, bundle.artifact, machine, candidate.device))
+        for candidate in choice.ranked
+    ]
+    fitting = tuple(candidate for candidate, verdict in verdicts if verdict.state in ("ok", "slower"))
+    if not fitting:
+        raise SelectionError(
+            f"The bundle {bundle.folder} was compiled for {_named(manifest.target)}, and fits no device that was asked "
+            "for here",
+            _ELSEWHERE.format(choice.ranked[0].device.id),
+            [f"{manifest.backend} on {c.device.id}: {v.reason or v.state}" for c, v in verdicts],
+        )
+    best = fitting[0]
+    label = f" ({best.device.name})" if best.device.name else ""
+    why = f"{best.backend} on {best.device.id}{label}: {best.offer.why}. The bundle was compiled for "
+    return replace(choice, ranked=fitting, why=f"{why}{_named(manifest.target)}.", kinds_to_measure=())
+
+
+_ELSEWHERE = "Take it there, or export the model again for this machine: transom export MODEL --target {} --out DIR"
+
+
+def _named(device: Device) -> str:
+    return f"{device.id} ({', '.join(filter(None, (device.name, device.arch)))})"
+
+
+# -------------------------------------------------------------------------------------------------------------- loading
+
+
+class _Loader(Loader):
+    """The state of one load of a bundle."""
+
+    def __init__(self, bundle: Bundle, asked: Asked, stages: Stages, *, cache: Cache, progress: Progress) -> None:
+        super().__init__(bundle.folder, asked, cache=cache, progress=progress)
+        self.stages = stages
+        self.bundle = str(bundle.folder)
+        self.fingerprint = bundle.manifest.fingerprint
+        self._path = str(bundle.folder)
+        self._content = bundle.key
+        self._uses_operators = bundle.manifest.foreign
+        self._heads_from = "as the bundle was compiled" if asked.sparsity.heads else ""
+        self._bundle = bundle
+
+    def _local_path(self) -> Path | None:
+        return None  # nothing lies beside a bundle
+
+    def _find(self, machine: Machine, candidate: Candidate, told: object = None) -> Ready | str:
+        bundle, job = self._bundle, self._job(machine, candidate)
+        verdict = verdict_on(candidate.backend, bundle.artifact, machine, candidate.device)
+        plan = self._plan(bundle.source, candidate)
+        checked = bundle.verdict(job.place) or told
+        if not job.believes(checked):
+            return "it is not believed here yet"
+        return Ready(bundle.source, bundle, checked, plan, verdict.reason if verdict.state == "slower" else "")
+
+    def _prepare(self, machine: Machine, candidate: Candidate) -> Ready:
+        job = self._job(machine, candidate)
+        with self.stages.time("child check"):
+            told = self._child("check", machine, candidate)
+        self._bundle.record_verdict(job.place, told)
+        found = self._find(machine, candidate, told)
+        if isinstance(found, str):
+            raise EngineError(f"The bundle {self._bundle.folder} was checked just now and is not believed: {found}")
+        return found
+
+    def golden(self, machine: Machine, candidate: Candidate, source: Prepared) -> Mapping[str, Any]:
+        return self._bundle.golden()

@@ -1,0 +1,78 @@
+"""Runs a lowered network in onnxruntime as it stands, every optimisation off, step by step with its caches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+
+from transom.contract import Limits, Work
+from transom.graph import Graph
+from transom.programs.drafting import Drafting
+from transom.reference.executor import Executor
+from transom.sessions import PackedSession
+from transom_tensorrt.compiling import round_anew
+from transom_tensorrt.lowering import Lowered, RtxKernels, lower
+from transom_tensorrt.precision import Precision
+
+Array = np.ndarray[Any, np.dtype[Any]]
+NUMPY: dict[str, Any] = {"float16": np.float16, "float32": np.float32}
+
+
+def session(model: ir.Model, folder: Path) -> ort.InferenceSession:
+    """onnxruntime over what TensorRT's parser is given."""
+    folder.mkdir(parents=True, exist_ok=True)
+    ir.save(model, folder / "model.onnx", external_data="model.weights", size_threshold_bytes=1024)
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 3
+    return ort.InferenceSession(str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"])
+
+
+class Running:
+    """A lowered decoder and the caches of a batch of sequences."""
+
+    def __init__(self, graph: Graph, precision: Precision, context: int, folder: Path, **more: Any) -> None:
+        drafting = Drafting(graph, RtxKernels())
+        round_anew(drafting.drafts)
+        self.lowered: Lowered = lower(drafting, precision, context, **more)
+        self._session = session(self.lowered.model, folder)
+
+    def start(self, batch: int = 1) -> dict[str, Array]:
+        """Empty caches; what is in them must not matter."""
+        kept = self.lowered.kept
+        return {k.input: np.full((batch, *k.shape), 7, NUMPY[k.number]) for k in kept}
+
+    def step(self, caches: dict[str, Array], ids: Sequence[Sequence[int]], past: Sequence[int]) -> Array:
+        """float32 [batch * tokens, vocabulary]; the caches are what they are afterwards."""
+        given = np.asarray(ids, np.int64)
+        inputs = {"input_ids": given, "past": np.asarray(past, np.int64), "rows": np.arange(given.size)}
+        names = ["logits", *(k.output for k in self.lowered.kept)]
+        logits, *after = self._session.run(names, {**inputs, **caches})
+        for kept, value in zip(self.lowered.kept, after, strict=True):
+            caches[kept.input] = value
+        return np.asarray(logits)
+
+    def logits(self, parts: Sequence[Sequence[int]]) -> Array:
+        """Of one sequence that comes in parts, float32 [tokens, vocabulary]."""
+        caches, at, found = self.start(), 0, []
+        for part in parts:
+            found.append(self.step(caches, [part], [at]))
+            at += len(part)
+        return np.concatenate(found)
+
+
+def reference(graph: Graph, parts: Sequence[Sequence[int]]) -> Array:
+    """The NumPy reference's logits of the same, float32 [tokens, vocabulary]."""
+    assert graph.decoder is not None
+    packed = PackedSession(Executor(graph, keep_weights=True).run, graph.decoder, Limits(1, 4096, 4096, 0))
+    state = packed.new_state()
+    return np.concatenate([np.asarray(packed.step([Work(state, part, "all")])[0]) for part in parts])
+
+
+def parted(rng: np.random.Generator, vocabulary: int, lengths: Sequence[int]) -> list[list[int]]:
+    return [rng.integers(0, vocabulary, n).tolist() for n in lengths]

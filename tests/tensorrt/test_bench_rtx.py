@@ -1,0 +1,353 @@
+"""`benchmarks/rtx.py` without a card: a dry run through all of it, what it computes, and the section that it writes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import rtx_made_up
+
+from transom.contract import Device
+from transom_tensorrt import TensorRt
+from transom_tensorrt.network import MODEL_FILE
+from transom_tensorrt.probing import EMULATE
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "benchmarks" / "rtx.py"
+PARTS = ["card", "fidelity", "build", "dense", "sparse", "cold"]
+CPU = Device("cpu", "cpu", "x86_64", 8 << 30, identity="some CPU", cores=2)
+
+
+def started(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(SCRIPT), *arguments]
+    return subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=300, env={**os.environ, **environment}
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("rtx")
+    scratch = tmp_path_factory.mktemp("scratch")
+    done = started("--dry-run", "--scratch", str(scratch), "--out", str(folder / "rtx-{card}.json"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not list(scratch.iterdir()), "engines go with the run"
+    (written,) = folder.iterdir()
+    assert "{" not in written.name, "the card's name is in the file's"
+    found: dict[str, Any] = json.loads(written.read_text())
+    return found
+
+
+@pytest.fixture
+def parts(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The benchmark's modules."""
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    from gpu_parts import report, running, timing
+    from rtx_parts import bench, building, card, children, decoders, decoding, depths
+
+    return SimpleNamespace(
+        bench=bench, building=building, card=card, children=children, decoders=decoders, decoding=decoding,
+        depths=depths, report=report, running=running, timing=timing,
+    )  # fmt: skip
+
+
+def bench_for(parts: Any, folder: Path, card: Any = None, limit: float = 60.0) -> Any:
+    card = card or parts.card.Card(CPU, True)
+    about = parts.report.Document(card.describe(), {}, card.dry, [], parts=[parts.report.Part("some")])
+    return parts.bench.Bench(card, parts.timing.Clock(limit), about, parts.bench.TOY, PARTS, 0, folder)
+
+
+def rows(result: dict[str, Any], part: str) -> list[dict[str, Any]]:
+    (found,) = (p for p in result["parts"] if p["name"] == part)
+    return [row for table in found["tables"] for row in table["rows"]]
+
+
+# a dry run ------------------------------------------------------------------------------------------------------------
+def test_every_part_runs_without_a_card(result: dict[str, Any]) -> None:
+    assert [(p["name"], p["state"]) for p in result["parts"]] == [(name, "done") for name in PARTS]
+    assert (result["dry"], result["status"]) == (True, 0)
+    assert result["card"]["arch"] == "emulated"
+    assert {"python", "tensorrt-rtx", "onnxruntime", "transom"} <= set(result["versions"])
+    assert set(result["bounds"]) == {"copy_bytes_per_second"}
+
+
+def test_numbers_are_checked_in_every_precision(result: dict[str, Any]) -> None:
+    assert {c["outcome"] for c in result["checks"]} == {"passed"}
+    found = rows(result, "fidelity")
+    tiny = {r["precision"]: r for r in found if r["model"] == "tiny"}
+    assert set(tiny) == {"f16", "fp8", "int8", "int4", "auto"}
+    assert tiny["f16"]["KL"] < tiny["int8"]["KL"] < tiny["int4"]["KL"] < 1
+    assert tiny["auto"]["note"] == "the engine of fp8"
+    assert any(r["model"] == "SmolLM2-135M" and r["correlation"] > 0.99 for r in found)
+
+
+def test_fp8_stands_beside_float16_at_every_depth(result: dict[str, Any]) -> None:
+    found = [r for r in rows(result, "dense") if "ms" in r]
+    assert {(r["weights"], r["layers"]) for r in found} == {(w, n) for w in ("f16", "fp8") for n in (1, 2, 4)}
+    assert all(r["of the bound"] and r["MB read"] for r in found)
+    assert {(r["weights"], r["layers"]) for r in rows(result, "dense") if "s" in r} == {
+        (w, n) for w in ("f16", "fp8") for n in (1, 2, 4)
+    }
+    assert sum("times as long" in r.get("note", "") for r in rows(result, "dense")) == 2
+
+
+def test_the_whole_model_is_computed_and_the_arithmetic_is_shown(result: dict[str, Any]) -> None:
+    (one, two, four) = (
+        next(r for r in rows(result, "dense") if "ms" in r and (r["weights"], r["layers"]) == ("fp8", n))
+        for n in (1, 2, 4)
+    )
+    layer = two["ms"] - one["ms"]
+    assert four["ms"] == pytest.approx(one["ms"] + 3 * layer, rel=1e-6)
+    assert four["MB read"] == pytest.approx(one["MB read"] + 3 * (two["MB read"] - one["MB read"]), rel=1e-6)
+    assert four["note"].startswith("computed: ")
+    assert "of matrices" in four["note"]
+    assert four["times 28"] == pytest.approx(four["tokens per s"] / 28)
+    assert four["times 84"] == pytest.approx(four["tokens per s"] / 84)
+    assert not any("times 28" in r for r in (one, two)), "only the whole model is held against the marks"
+
+
+def test_sparse_attention_and_batches_stand_beside_dense(result: dict[str, Any]) -> None:
+    found = [r for r in rows(result, "sparse") if "ms" in r]
+    ways = {(r["attention"], r["sequences"]) for r in found}
+    assert ways == {("dense", 1), ("dense", 2), ("sparse", 1)}
+    assert all({r["layers"] for r in found if (r["attention"], r["sequences"]) == way} == {1, 2, 4} for way in ways)
+
+
+def test_cold_starts_are_without_and_with_kernels(result: dict[str, Any]) -> None:
+    found = rows(result, "cold")
+    assert [r["kernels"] for r in found] == ["compiled", "kept"]
+    assert all(r["whole s"] == pytest.approx(r["imports s"] + r["load s"] + r["first token s"]) for r in found)
+
+
+def test_without_a_card_one_sentence_is_said(tmp_path: Path) -> None:
+    done = started("--out", str(tmp_path / "out.json"), CUDA_VISIBLE_DEVICES="", TRANSOM_TENSORRT_EMULATE="1")
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == ""
+    assert done.stderr.startswith("No card")
+    assert done.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_time_that_is_up_is_said(tmp_path: Path) -> None:
+    path = tmp_path / "out.json"
+    done = started("--dry-run", "--limit", "0", "--out", str(path))
+    assert done.returncode == 3
+    assert {p["state"] for p in json.loads(path.read_text())["parts"]} == {"left out"}
+
+
+@pytest.mark.parametrize("layers", [["4"], ["4", "4"], ["0", "4"]])
+def test_one_depth_is_not_enough(layers: list[str]) -> None:
+    done = started("--dry-run", "--layers", *layers)
+    assert done.returncode == 2
+    assert "two or more different depths" in done.stderr
+
+
+# what is built --------------------------------------------------------------------------------------------------------
+def test_a_drawn_model_is_the_network_that_rounding_gives(
+    parts: Any, monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator
+) -> None:
+    monkeypatch.setenv(EMULATE, "1")
+
+    def network(form: str, **options: Any) -> list[tuple[str, tuple[Any, ...]]]:
+        graph = parts.decoders.shaped("tiny", 2, 128, form)
+        given = {"precision": "f16", "context": None, "threads": None, "calibration": (), **options}
+        path = TensorRt().compile(graph, CPU, given, lambda stage, share: None).files[MODEL_FILE]
+        model = ir.load(str(path))
+        return [(n.op_type, tuple((v.dtype, v.shape) for v in n.inputs if v is not None)) for n in model.graph]
+
+    text = rng.integers(0, 1024, 32).tolist()
+    assert network("fp8") == network("f16", precision="fp8", calibration=[text])
+    assert network("fp8") != network("f16")
+
+
+def test_drawn_matrices_are_as_large_as_rounded_ones(parts: Any) -> None:
+    from transom.graph.weights import dense, dequantize
+
+    weight = dense(np.zeros((96, 64), np.float32))
+    for make in (parts.decoders.drawn_float8, parts.decoders.drawn_int8, parts.decoders.drawn_float16):
+        drawn = make(weight, 3)
+        assert drawn.shape == weight.shape
+        numbers = dequantize(drawn)
+        assert numbers.std() == pytest.approx(64**-0.5, rel=0.05)
+        assert not np.array_equal(numbers, dequantize(make(weight, 4)))
+
+
+def test_only_what_the_parts_need_is_built(parts: Any) -> None:
+    sizes, models = parts.bench.Sizes(), parts.bench.models
+    assert [m.name for m in models(sizes, ["dense"])] == ["fp8-2", "fp8-6", "f16-2", "f16-6"]
+    assert [m.name for m in models(sizes, ["sparse"])] == ["fp8-2", "fp8-6", "fp8-2-sparse", "fp8-6-sparse"]
+    assert [m.name for m in models(sizes, ["cold"])] == ["fp8-6"]
+    assert models(sizes, ["fidelity"]) == []
+
+
+def test_a_build_that_fails_leaves_the_others(parts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = bench_for(parts, tmp_path)
+
+    def ask(bench: Any, what: str, *, model: dict[str, Any], **more: Any) -> dict[str, Any]:
+        if model["form"] == "f16":
+            raise RuntimeError("the process ended with status -6: aborted")
+        return {"seconds": 1.0, "bytes": 10, "peak": 10, "notes": []}
+
+    monkeypatch.setattr(parts.building, "ask", ask)
+    parts.building.run(bench)
+    assert {m.form for m in bench.built} == {"fp8"}
+    assert [(c["name"], c["outcome"]) for c in bench.document.checks] == [
+        ("build f16-1", "failed"), ("build f16-2", "failed"),
+    ]  # fmt: skip
+    assert parts.running.status_of(bench.document) == parts.running.WRONG
+
+
+def test_a_disk_that_is_too_small_is_said(parts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = bench_for(parts, tmp_path)
+    monkeypatch.setattr(parts.building.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    parts.building.run(bench)
+    assert not bench.built
+    assert all("--scratch" in row["note"] for row in bench.part.tables[0].rows)
+
+
+# children -------------------------------------------------------------------------------------------------------------
+@pytest.fixture
+def child(parts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Makes a text the script of children."""
+
+    def write(text: str) -> None:
+        path = tmp_path / "child.py"
+        path.write_text(text)
+        monkeypatch.setattr(parts.children, "SCRIPT", path)
+
+    return write
+
+
+def test_a_child_is_told_and_tells(parts: Any, tmp_path: Path, child: Any) -> None:
+    child("import sys; print('words'); print('RESULT ' + sys.argv[3])")
+    found = parts.children.ask(bench_for(parts, tmp_path), "build", folder=tmp_path / "a")
+    assert found == {"dry": True, "folder": str(tmp_path / "a")}
+
+
+def test_a_child_that_fails_has_its_last_words(parts: Any, tmp_path: Path, child: Any) -> None:
+    child("import sys; sys.exit('no memory left')")
+    with pytest.raises(RuntimeError, match="status 1: no memory left"):
+        parts.children.ask(bench_for(parts, tmp_path), "build")
+
+
+def test_a_child_that_is_late_is_ended(parts: Any, tmp_path: Path, child: Any) -> None:
+    child("import time; time.sleep(1000)")
+    bench = bench_for(parts, tmp_path, limit=0.2)
+    with pytest.raises(parts.timing.OutOfTime):
+        parts.children.ask(bench, "build")
+    assert bench.child is None
+
+
+def test_a_run_that_is_given_up_ends_its_child_and_removes_its_folder(parts: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    bench = bench_for(parts, folder)
+    bench.child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"], text=True)
+    bench.abandon()
+    assert bench.child.wait(timeout=60) < 0
+    assert not folder.exists()
+
+
+# arithmetic -----------------------------------------------------------------------------------------------------------
+def test_layers_are_told_apart_from_the_rest(parts: Any) -> None:
+    found = parts.depths.separate({2: 0.7, 6: 1.9})
+    assert (found.layer, found.rest) == (pytest.approx(0.3), pytest.approx(0.1))
+    assert found.of(32) == pytest.approx(9.7)
+    assert found.arithmetic(32, 1e3, "ms") == "computed: 100 ms + 32 layers x 300 ms"
+    assert parts.depths.separate({1: 2.0, 2: 3.0, 3: 4.0}).of(10) == pytest.approx(11.0)
+    with pytest.raises(ValueError, match="cannot be separated"):
+        parts.depths.separate({2: 1.0})
+
+
+def test_bytes_of_a_step_are_those_of_an_8b_model(parts: Any, tmp_path: Path) -> None:
+    bench = bench_for(parts, tmp_path)
+    bench.sizes = parts.bench.Sizes()
+    Model, Way = parts.bench.Model, parts.decoding.Way
+    layer, head = 2 * 4096 * 4096 + 2 * 1024 * 4096 + 3 * 14336 * 4096, 128256 * 4096
+    cache = 16384 * 2 * 2 * 8 * 128
+    plain = parts.decoding.read_by(bench, Way(Model("f16", 32)))
+    assert plain.total == 2 * (32 * layer + head) + 32 * cache
+    rounded = parts.decoding.read_by(bench, Way(Model("fp8", 32), 8))
+    scales = 32 * 4 * (3 * 4096 + 2 * 1024 + 2 * 14336) + 2 * 128256
+    assert rounded.total == 32 * layer + head + scales + 8 * 32 * cache
+    assert "8 x 16384 x 131072 bytes of keys and values" in rounded.arithmetic()
+    sparse = parts.decoding.read_by(bench, Way(Model("fp8", 32, sparse=True)))
+    assert sparse.keys == 64 * 16 + 64 + 128, "chosen units, the first block, the nearest two"
+    assert sparse.nodes == 32 * 8 * 128 * 2 * 4 * (16384 + 64 + 64) // 8
+
+
+def test_models_share_the_card_as_far_as_they_fit(parts: Any) -> None:
+    Model, groups = parts.bench.Model, parts.decoding.groups
+    needs = {Model(form, n): n for n in (2, 6) for form in ("f16", "fp8")}
+    every, pairs = list(needs), [[Model("f16", n), Model("fp8", n)] for n in (2, 6)]
+    assert groups(needs, 16) == [every]
+    assert groups(needs, 15) == pairs
+    assert groups(needs, 12) == pairs
+    assert groups(needs, 11) == [[model] for model in every]
+
+
+# the card -------------------------------------------------------------------------------------------------------------
+@pytest.fixture
+def cuda(parts: Any, monkeypatch: pytest.MonkeyPatch) -> rtx_made_up.Cuda:
+    """A card that is made up, and that the probe shows."""
+    made = rtx_made_up.Cuda(memory=1 << 24)
+    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", made)  # type: ignore[arg-type]
+    monkeypatch.setattr(parts.card.hardware, "probe_devices", lambda: (CPU, rtx_made_up.CARD))
+    return made
+
+
+def test_the_bandwidth_is_that_of_copies_on_the_card(parts: Any, tmp_path: Path, cuda: rtx_made_up.Cuda) -> None:
+    bench = bench_for(parts, tmp_path, parts.card.here(False))
+    parts.card.run(bench)
+    (row,) = bench.part.tables[0].rows
+    assert bench.document.bounds["copy_bytes_per_second"] == pytest.approx(row["GB per s"] * 1e9)
+    copies = cuda.named("cudaMemcpyAsync")
+    assert len(copies) == parts.card.COPIES * (parts.card.ROUNDS + 1)
+    assert {call[3:5] for call in copies} == {(1 << 16, "across")}
+    assert not cuda.blocks, "the memory is given back"
+
+
+def test_a_card_that_cuda_hides_is_none(parts: Any, cuda: rtx_made_up.Cuda) -> None:
+    assert parts.card.here(False).device == rtx_made_up.CARD
+    cuda.failing["cudaDeviceGetByPCIBusId"] = rtx_made_up.Status.LAUNCH_FAILED
+    with pytest.raises(parts.card.NoCard, match="CUDA does not show cuda:0"):
+        parts.card.here(False)
+
+
+# the section of docs/performance.md -----------------------------------------------------------------------------------
+def test_the_document_is_made_of_the_results_that_are_kept(parts: Any) -> None:
+    text = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    kept = sorted((ROOT / "benchmarks" / "results").glob("rtx-*.json"))
+    assert parts.report.replaced(text, [json.loads(path.read_text()) for path in kept], "rtx") == text
+
+
+def test_a_result_becomes_tables_in_its_own_section(parts: Any, result: dict[str, Any]) -> None:
+    text = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    made = parts.report.replaced(text, [result], "rtx")
+    begin, end = parts.report.markers("rtx")
+    before, _, rest = text.partition(begin)
+    assert made.startswith(before)
+    assert made.endswith(rest.partition(end)[2])
+    section = made.partition(begin)[2].partition(end)[0]
+    assert parts.report.NO_CARD not in section
+    for part in result["parts"]:
+        for table in part["tables"]:
+            assert f"#### {table['title']}\n" in section
+    assert "Copying on the card reaches" in section
+    assert parts.report.replaced(made, [], "rtx") == parts.report.replaced(text, [], "rtx")
+
+
+def test_results_of_dry_runs_are_no_figures(result: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "dry.json"
+    path.write_text(json.dumps(result))
+    done = started("--docs", str(path))
+    assert done.returncode == 1
+    assert "dry run" in done.stderr

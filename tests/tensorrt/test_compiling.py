@@ -1,0 +1,373 @@
+"""Engines for cards that are not here: what they are made of, what is refused, and what a build leaves behind."""
+
+from __future__ import annotations
+
+import errno
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from checkpoints import fresh_rng, tiny
+from targets import BACKEND, built, content, summaries, target
+
+from transom.contract import Cancelled
+from transom.errors import DoesNotFit, EngineError, OptionError
+from transom.graph import Graph
+from transom.graph.builder import WEIGHT_META
+from transom.graph.sparse import with_sparsity
+from transom.graph.weights import Dense
+from transom.quantize.calibration import Activations, Observed
+from transom.sources import resolve
+from transom.sparsity import Sparsity
+from transom.testing.models import tiny_decoder
+from transom_tensorrt import compiling, network
+from transom_tensorrt.network import Network
+from transom_tensorrt.precision import Precision
+
+STATIC = Sparsity(1.0, columns=0, top_k=4, dense_below=64, max_density=0.6)
+HEAD = 320 * 256
+"""Numbers of the vocabulary matrix."""
+TEXT = [list(range(3, 60))]
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return fresh_rng()
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+
+
+def wide(rng: np.random.Generator, **form: Any) -> Graph:
+    """Of the widths at which TensorRT's kernels are those of a real model."""
+    sizes: dict[str, Any] = {
+        "hidden": 256,
+        "inner": 512,
+        "head_dim": 64,
+        "q_heads": 4,
+        "kv_heads": 2,
+        "vocabulary": 320,
+    }
+    return tiny_decoder(rng, **{**sizes, "context": 1024, **form})
+
+
+# ------------------------------------------------------------------------------------------------- what an engine is of
+
+FORMS = {
+    "fp8": ("fp8 x fp8", {"fp8"}), "int8": ("float16 x int8", {"int8"}), "int4": ("float16 x int4", {"int4"}),
+    "f16": ("float16 x float16", {"float16"}), "bf16": ("bfloat16 x bfloat16", {"bfloat16"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("precision", FORMS)
+@pytest.mark.parametrize("policy", [None, STATIC], ids=["dense", "sparse"])
+def test_products_attention_and_weights_are_what_they_should_be(
+    precision: str, policy: Sparsity | None, rng: np.random.Generator
+) -> None:
+    """Every product multiplies what was asked for, attention is fused, no cache is copied to decode a token."""
+    graph = wide(rng, layers=2)
+    if policy is not None:
+        graph = with_sparsity(graph, policy)
+    artifact = built(graph, precision=precision, calibration=TEXT)
+    product, weights = FORMS[precision]
+    number = "bfloat16" if precision == "bf16" else "float16"
+    size = 4 * 2 * (256 * 512 + 256 * 256 + 3 * 256 * 512) // 4 + HEAD  # q, k, v; o; gate, up, down; the head
+    bits = {"fp8": 8, "int8": 8, "int4": 4, "float16": 16, "bfloat16": 16}
+    for name, summary in zip(("prefill", "decode"), summaries(artifact), strict=True):
+        if precision in ("int4", "fp8"):  # but for the vocabulary matrix
+            rest = (size - HEAD) * bits[precision] // 8
+            assert summary.products == {product: 8, "float16 x int8": 1}, name
+            assert summary.weight_bytes == {precision: rest, "int8": HEAD}, name
+            assert summary.attention == {number: 2}, name
+            assert not (name == "decode" or policy is None) or summary.cache_copies == 0, name
+            continue
+        assert summary.products == {product: 9}, name
+        assert summary.attention == {number: 2}, name
+        assert set(summary.weight_bytes) == weights, name
+        (stored,) = summary.weight_bytes.values()
+        assert stored == size * bits[next(iter(weights))] // 8, name
+        assert not (name == "decode" or policy is None) or summary.cache_copies == 0, name
+    made = Network.from_json(content(artifact, network.NETWORK_FILE))
+    assert made.context == 1024
+    assert made.number == number
+    assert len(made.queries) == 2
+
+
+def test_float8_products_are_summed_in_float32(rng: np.random.Generator) -> None:
+    """A product of bare codes, before its scales, is beyond what float16 holds."""
+    from transom_tensorrt import inspecting
+
+    artifact = built(wide(rng), precision="fp8", calibration=TEXT)
+    layers = inspecting.from_json(content(artifact, network.LAYERS_FILE))
+    products = [x for x in layers if x.matrix is not None and x.product and x.matrix.dtype == "FP8"]
+    assert len(products) == 16
+    assert {t.dtype for x in products for t in x.outputs} == {"Float"}
+
+
+def test_fast_has_attention_in_float8(rng: np.random.Generator) -> None:
+    for summary in summaries(built(wide(rng), precision="fast", calibration=TEXT)):
+        assert summary.attention == {"fp8": 2}
+        assert summary.cache_copies > 0  # as its description says
+
+
+def test_exact_is_float32_throughout(rng: np.random.Generator) -> None:
+    for summary in summaries(built(wide(rng), precision="exact")):
+        assert summary.products == {"float32 x float32": 9}
+        assert not summary.attention
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
+@pytest.mark.parametrize("precision", ["fp8", "int4", "int8", "f16"])
+@pytest.mark.parametrize("policy", [None, STATIC], ids=["dense", "sparse"])
+def test_families_are_built(
+    family: str, precision: str, policy: Sparsity | None, rng: np.random.Generator, tmp_path: Path
+) -> None:
+    sizes = {"intermediate_size": 128, "head_dim": 32, "max_position_embeddings": 256}
+    tiny(family, tmp_path / "model", rng, **sizes)
+    graph = resolve(tmp_path / "model").open(tmp_path / "model").graph
+    artifact = built(graph if policy is None else with_sparsity(graph, policy), precision=precision, calibration=TEXT)
+    prefill, decode = summaries(artifact)
+    assert graph.decoder is not None
+    layers = len(graph.decoder.layers)
+    assert sum(decode.products.values()) >= 4 * layers + 1
+    assert sum(prefill.attention.values()) == sum(decode.attention.values()) == layers
+
+
+@pytest.mark.parametrize("card", ["t4", "a100", "rtx-3090", "rtx-4060", "rtx-5090"])
+def test_other_cards_are_built_for_from_the_same_code(card: str, rng: np.random.Generator) -> None:
+    artifact = built(wide(rng), card, calibration=TEXT)
+    assert artifact.requires["arch"] == target(card).arch
+    prefill, _ = summaries(artifact)
+    float8 = card in ("rtx-4060", "rtx-5090")
+    assert set(prefill.products) == ({"fp8 x fp8", "float16 x int8"} if float8 else {"float16 x float16"})
+
+
+# -------------------------------------------------------------------------------------------------------------- reports
+
+
+def test_what_was_built_is_told(rng: np.random.Generator) -> None:
+    artifact = built(wide(rng), calibration=TEXT)
+    notes = "\n".join(artifact.notes)
+    assert "precision: fp8 and int8 weights, fp8 inputs of products, float16 products and cache" in notes
+    for said in ("products rounded to nearest, fp8", "engine of", "on the card:", "prefill: ", "decode: ", "fused"):
+        assert said in notes
+    table = content(artifact, compiling.ROUNDING_FILE)
+    assert table.splitlines()[0].split() == ["product", "form", "before", "after", "weight", "error", "output", "error"]
+    assert sum(" fp8 by rows " in line for line in table.splitlines()) == 14
+    assert sum(" int8 by rows " in line for line in table.splitlines()) == 1
+    assert artifact.requires["context"] == "1024"
+    facts = json.loads(content(artifact, network.BUILD_FILE))
+    assert facts["cache_per_sequence"] == 2 * 2 * 1024 * 2 * 64 * 2  # layers, keys and values, tokens, heads, columns
+    assert facts["engine"] == Path(artifact.files[network.ENGINE_FILE]).stat().st_size
+    assert facts["weights"] > HEAD
+    assert 0 < facts["activations"] < facts["build_memory"]
+
+
+def test_without_texts_inputs_are_left_alone(rng: np.random.Generator) -> None:
+    artifact = built(wide(rng), precision="fp8")
+    prefill, _ = summaries(artifact)
+    assert set(prefill.products) == {"float16 x fp8", "float16 x int8"}
+    assert any("no texts to see them on" in note for note in artifact.notes)
+
+
+@pytest.mark.parametrize("stored", ["int4", "uint4_minimums", "uint4_zero_points", "int8"])
+def test_quantised_checkpoints_stay_as_they_are_where_that_can_be(stored: Any, rng: np.random.Generator) -> None:
+    artifact = built(wide(rng, weights=stored))
+    _, decode = summaries(artifact)
+    if stored == "int8":
+        assert any("15 matrices (15 in int8 in blocks of 32) were rounded anew" in note for note in artifact.notes)
+        assert set(decode.products) == {"float16 x int8"}
+        return
+    assert not any("rounded" in note for note in artifact.notes)
+    shifted = {"float16 x float16": 9} if stored != "int4" else {}
+    assert decode.products == {"float16 x int4": 9, **shifted}
+
+
+def test_range_decides_between_two_kinds_of_16_bits() -> None:
+    def seen(largest: float) -> Activations:
+        return Activations({("a", 0): Observed(9e9, 9e9), ("a", 1): Observed(largest, largest)}, {}, 1, None)
+
+    free, asked = Precision("float16", "fp8", True, free=True), Precision("float16")
+    assert compiling.wide_enough(free, seen(1e3), 89) == (free, [])
+    assert compiling.wide_enough(asked, seen(1e6), 89) == (asked, [])
+    wider, said = compiling.wide_enough(free, seen(2e4), 89)
+    assert wider.number == "bfloat16"
+    assert "up to 2e+04" in said[0]
+    kept, said = compiling.wide_enough(free, seen(2e4), 75)
+    assert kept.number == "float16"
+    assert "float16 ends at 65504" in said[0]
+
+
+# ------------------------------------------------------------------------------------------------------------- refusals
+
+
+def test_too_little_memory_is_refused_with_the_numbers() -> None:
+    compiling.require_memory(1 << 30, None)
+    compiling.require_memory(1 << 30, 64 << 30)
+    with pytest.raises(DoesNotFit, match=r"takes about \d+\.\d GB of memory \(8\.6 GB of weights\).* has 8\.6 GB free"):
+        compiling.require_memory(8 << 30, 8 << 30)
+
+
+def test_nothing_is_built_where_memory_is_short(
+    rng: np.random.Generator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiling, "_available", lambda: 1 << 20)
+    with pytest.raises(DoesNotFit):
+        built(wide(rng), precision="f16")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_weight_beyond_float16_is_refused_with_its_size(rng: np.random.Generator, tmp_path: Path) -> None:
+    graph = _scaled(wide(rng, layers=1), 1e6)
+    with pytest.raises(OptionError, match=r"has numbers up to .*, and float16 ends at 65504.*precision='bf16'"):
+        built(graph, precision="f16")
+    assert not list(tmp_path.iterdir())
+
+
+def _scaled(graph: Graph, factor: float) -> Graph:
+    """The same graph with its first matrix that much larger."""
+    for value in graph.model.graph.initializers.values():
+        kept = value.meta.get(WEIGHT_META)
+        if isinstance(kept, Dense) and len(kept.shape) == 2 and kept.shape[0] != kept.shape[1]:
+            value.meta[WEIGHT_META] = replace(kept, load=partial(_times, kept.load, factor))
+            return graph
+    raise AssertionError("no matrix")
+
+
+def _times(load: Callable[[], Any], factor: float) -> Any:
+    return load() * np.float32(factor)
+
+
+@pytest.mark.parametrize("precision", ["fp8", "fast"])
+def test_float8_is_refused_below_sm_89_with_another_plan(precision: str, rng: np.random.Generator) -> None:
+    with pytest.raises(OptionError, match=r"of sm_89 or newer, and this is sm_86.*Use precision='int8' or 'int4'"):
+        BACKEND.claim(wide(rng), target("rtx-3090"), {"precision": precision, "calibration": TEXT})
+
+
+def test_bfloat16_is_refused_on_turing(rng: np.random.Generator) -> None:
+    with pytest.raises(OptionError, match="needs sm_80 or newer"):
+        BACKEND.claim(wide(rng), target("t4"), {"precision": "bf16"})
+
+
+def test_an_unknown_precision_is_refused(rng: np.random.Generator) -> None:
+    with pytest.raises(OptionError, match="is unknown"):
+        BACKEND.claim(wide(rng), target("t4"), {"precision": "int2"})
+
+
+def test_int4_needs_columns_in_blocks(rng: np.random.Generator) -> None:
+    with pytest.raises(OptionError, match="rounds blocks of 32 columns, and a matrix has 100"):
+        BACKEND.claim(wide(rng, inner=100), target("rtx-4090"), {"precision": "int4"})
+
+
+@pytest.mark.parametrize(
+    ("form", "reason"),
+    [({"attention_bias": True}, "no kernel for Concat"), ({"head_dim": 320}, "heads of 320 columns")],
+)
+def test_nodes_are_refused_with_their_reason(form: dict[str, Any], reason: str, rng: np.random.Generator) -> None:
+    claims = BACKEND.claim(wide(rng, **form), target("rtx-4090"), {})
+    assert any(reason in c.reason for c in claims if not c.ok)
+
+
+@pytest.mark.parametrize("policy", [Sparsity(0.9), Sparsity(1.0, top_k=4)], ids=["coverage", "columns"])
+def test_policies_without_static_shapes_are_refused(policy: Sparsity, rng: np.random.Generator) -> None:
+    claims = BACKEND.claim(with_sparsity(wide(rng), policy), target("rtx-4090"), {})
+    (refused,) = [c for c in claims if not c.ok]
+    assert "use top_k=…" in refused.reason or "use columns=0" in refused.reason
+
+
+def test_claims_say_what_is_exact(rng: np.random.Generator) -> None:
+    graph = wide(rng)
+    claims = {c.node: c.exact for c in BACKEND.claim(graph, target("rtx-4090"), {"precision": "f16"})}
+    assert all(claims.values())
+    claims = {c.node: c.exact for c in BACKEND.claim(graph, target("rtx-4090"), {"precision": "fp8"})}
+    assert sum(not exact for exact in claims.values()) == 15
+
+
+# -------------------------------------------------------------------------------------------------- what is left behind
+
+
+class _Stop(BaseException):
+    """As Ctrl-C is one."""
+
+
+@pytest.mark.parametrize("error", [Cancelled("stop"), KeyboardInterrupt(), _Stop()], ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize("stage", ["calibrate", "round", "write", "parse", "build"])
+def test_a_build_that_is_stopped_leaves_nothing(
+    error: BaseException, stage: str, rng: np.random.Generator, tmp_path: Path
+) -> None:
+    graph = wide(rng)
+    seen: list[str] = []
+
+    def progress(name: str, share: float | None) -> None:
+        seen.append(name)
+        if name == stage and (stage != "build" or (share or 0) > 0.6):
+            raise error
+
+    options = {"precision": "fp8", "context": None, "threads": None, "calibration": TEXT}
+    with pytest.raises(type(error)):
+        BACKEND.compile(graph, target("rtx-4090"), options, progress)
+    assert stage in seen
+    assert not list(tmp_path.iterdir())
+
+
+def test_progress_grows_to_the_end(rng: np.random.Generator) -> None:
+    told: list[tuple[str, float | None]] = []
+    options = {"precision": "fp8", "context": None, "threads": None, "calibration": TEXT}
+    BACKEND.compile(wide(rng), target("rtx-4090"), options, lambda s, x: told.append((s, x)))
+    shares = [x for _, x in told if x is not None]
+    assert shares == sorted(shares)
+    assert shares[-1] == 1.0
+    assert list(dict.fromkeys(s for s, _ in told)) == ["calibrate", "round", "write", "parse", "build"]
+
+
+def test_a_full_disk_is_an_oserror_and_leaves_nothing(
+    rng: np.random.Generator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The host knows what to do about it."""
+
+    class Full:
+        def __init__(self, file: Any) -> None:
+            self._file = file
+
+        def write(self, data: bytes) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        def __enter__(self) -> Full:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            self._file.close()
+
+    original = Path.open
+
+    def opened(self: Path, mode: str = "r", **more: Any) -> Any:
+        file = original(self, mode, **more)
+        return Full(file) if self.name == network.ENGINE_FILE and "w" in mode else file
+
+    monkeypatch.setattr(Path, "open", opened)
+    with pytest.raises(OSError, match="No space left"):
+        built(wide(rng), precision="f16")
+    assert not list(tmp_path.iterdir())
+
+
+def test_tensorrts_own_words_are_in_the_error(rng: np.random.Generator, tmp_path: Path) -> None:
+    from transom_tensorrt.building import Wanted, build
+    from transom_tensorrt.network import Profile
+    from transom_tensorrt.sdk import installed
+
+    wrong = tmp_path / "wrong.onnx"
+    wrong.write_bytes(b"no model")
+    profile = Profile((1, 1, 1), (1, 1, 1), (1, 1, 1))
+    wanted = Wanted(Network("float16", 1, 1, (), profile, profile), {}, 89)
+    with pytest.raises(EngineError, match=r"TensorRT \(tensorrt-rtx .*\): it cannot read the network"):
+        build(wrong, tmp_path / "plan", wanted, installed()[0], lambda s, x: None)

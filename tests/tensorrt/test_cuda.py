@@ -1,0 +1,139 @@
+"""One card through CUDA's runtime, which is made up here: what it is asked for, and what is said where it fails."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from rtx_made_up import CARD, Cuda, Status
+
+from transom.errors import EngineError, MissingExtra
+from transom_tensorrt.cuda import Card, OutOfMemory
+
+
+def test_a_card_is_found_by_its_address() -> None:
+    cuda = Cuda()
+    card = Card(CARD, cuda)
+    assert ("cudaSetDevice", 3) in cuda.calls
+    assert ("cudaStreamCreateWithFlags", 1) in cuda.calls, "one that does not wait for the default stream"
+    assert card.stream == 77
+
+
+def test_a_card_that_cuda_does_not_show_is_an_error() -> None:
+    cuda = Cuda()
+    with pytest.raises(EngineError, match="CUDA does not show cuda:0"):
+        Card(replace(CARD, identity="pci:0000:17:00.0 other"), cuda)
+    assert cuda.last == 0
+
+
+def test_without_the_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", None)
+    with pytest.raises(MissingExtra, match=r"transom\[tensorrt\]"):
+        Card(CARD)
+
+
+def test_each_thread_takes_the_card_once() -> None:
+    cuda = Cuda()
+    card = Card(CARD, cuda)
+    for _ in range(2):
+        thread = threading.Thread(target=lambda: [card.free_bytes() for _ in range(3)])
+        thread.start()
+        thread.join()
+    assert len(cuda.named("cudaSetDevice")) == 3
+
+
+def test_memory_is_zero_and_given_back() -> None:
+    cuda = Cuda()
+    card = Card(CARD, cuda)
+    pointer = card.allocate(1000)
+    found = np.ones(1000, np.uint8)
+    card.download_rows(found.reshape(1, -1), pointer, 1000)
+    assert not found.any()
+    pinned = card.pinned((3, 5), np.float32)
+    assert pinned.array.shape == (3, 5)
+    assert pinned.array.ctypes.data == pinned.pointer
+    card.close()
+    card.close()
+    assert [c[0] for c in cuda.calls[-3:]] == ["cudaFree", "cudaFreeHost", "cudaStreamDestroy"]
+    assert not cuda.blocks
+
+
+def test_memory_that_is_not_there_is_no_error_for_others_to_find() -> None:
+    cuda = Cuda(memory=1000)
+    with pytest.raises(OutOfMemory):
+        Card(CARD, cuda).allocate(1001)
+    assert cuda.last == 0, "TensorRT asks CUDA for the last error, too"
+
+
+def test_rows_are_copied_and_cleared_up_to_their_width(rng: np.random.Generator) -> None:
+    card = Card(CARD, Cuda())
+    a, b = card.allocate(60), card.allocate(60)
+    rows = rng.integers(1, 255, (3, 20)).astype(np.uint8)
+    card.upload_rows(a, 20, rows)
+    card.copy_rows(b, a, 20, 8, 3)
+    card.clear_rows(b + 2, 20, 3, 3)
+    got = np.zeros((3, 20), np.uint8)
+    card.download_rows(got, b, 20)
+    want = rows.copy()
+    want[:, 8:] = 0
+    want[:, 2:5] = 0
+    np.testing.assert_array_equal(got, want)
+
+
+def test_nothing_is_asked_for_rows_of_no_bytes() -> None:
+    cuda = Cuda()
+    card = Card(CARD, cuda)
+    card.copy_rows(256, 512, 20, 0, 3)
+    card.clear_rows(256, 20, 0, 3)
+    card.download_rows(np.zeros((3, 0), np.uint8), 256, 20)
+    assert not cuda.named("cudaMemcpy2DAsync", "cudaMemset2DAsync")
+
+
+@pytest.mark.parametrize(
+    ("function", "what"),
+    [
+        ("cudaSetDevice", "use the card"),
+        ("cudaStreamCreateWithFlags", "make a stream"),
+        ("cudaMemGetInfo", "say how much memory is free"),
+        ("cudaMalloc", "give 10 bytes"),
+        ("cudaMallocHost", "pin 80 bytes"),
+        ("cudaMemcpyAsync", "copy to the card"),
+        ("cudaStreamSynchronize", "finish its work"),
+    ],
+)
+def test_what_cuda_says_is_passed_on(function: str, what: str) -> None:
+    def work() -> None:
+        card = Card(CARD, Cuda(**{function: Status.LAUNCH_FAILED}))
+        card.free_bytes()
+        pointer = card.allocate(10)
+        pinned = card.pinned((10,), np.int64)
+        card.upload(pointer, pinned.pointer, 10)
+        card.wait()
+
+    with pytest.raises(EngineError) as error:
+        work()
+    assert f"cuda:0 cannot {what}" in error.value.cause
+    assert "launch failed (CUDA 719)" in error.value.cause
+    assert "nvidia-smi" in error.value.fix
+
+
+def test_the_made_up_cuda_has_nothing_that_the_real_one_has_not() -> None:
+    from cuda.bindings import runtime
+
+    functions = {name.removeprefix("_") for name in vars(Cuda) if name.startswith("_cuda")}
+    assert len(functions) > 10
+    for name in (*functions, "cudaSetDevice", "cudaStreamSynchronize", "cudaStreamDestroy", "cudaFreeHost"):
+        assert callable(getattr(runtime, name))
+    for kind in vars(Cuda.cudaMemcpyKind):
+        assert hasattr(runtime.cudaMemcpyKind, kind)
+    assert int(runtime.cudaError_t.cudaErrorMemoryAllocation) == Status.OUT_OF_MEMORY
+    assert runtime.cudaStreamNonBlocking == 1
+
+
+def test_the_real_cuda_says_why_a_card_that_is_nowhere_is_not_shown() -> None:
+    """With or without a driver."""
+    with pytest.raises(EngineError, match=r"cuda:0 \(pci:ffff:7f:1f.0 none\).*\(CUDA \d+\)"):
+        Card(replace(CARD, identity="pci:ffff:7f:1f.0 none"))

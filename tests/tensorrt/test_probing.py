@@ -1,0 +1,133 @@
+"""What the backend says of devices and artifacts, by records and installed packages alone."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from targets import BACKEND, target
+
+from transom.contract import Device, Offer, Refusal
+from transom_tensorrt import probing, sdk
+from transom_tensorrt.sdk import CLASSIC, RTX, Sdk
+
+NEW, OLD = Sdk(RTX, "1.7.1.116"), Sdk(RTX, "1.3.0.35")
+BIG, BIG_OLD = Sdk(CLASSIC, "10.15.1"), Sdk(CLASSIC, "10.3.0")
+ALL = {"cuda": True, "onnxruntime": True}
+
+
+def here(name: str, **changes: Any) -> Device:
+    """A card of the catalogue as if it were in this machine."""
+    drivers = {"nvidia": "580.65", "cuda": "13.0"}
+    return replace(target(name), kind="cuda", id="cuda:0", drivers=drivers, **changes)
+
+
+@pytest.mark.parametrize(
+    ("device", "sdks", "answer"),
+    [
+        (here("rtx-4090"), (NEW,), "tuned: sm_89 with FP8, tensorrt-rtx 1.7.1.116"),
+        (here("rtx-4090"), (NEW, BIG), "tuned: sm_89 with FP8, tensorrt-rtx 1.7.1.116"),
+        (here("rtx-4090"), (BIG,), "tuned: sm_89 with FP8, tensorrt 10.15.1"),
+        (here("rtx-5090"), (NEW,), "tuned: sm_120 with FP8, tensorrt-rtx 1.7.1.116"),
+        (here("rtx-3090"), (NEW,), "native: sm_86, tensorrt-rtx 1.7.1.116"),
+        (here("t4"), (NEW,), "native: sm_75, tensorrt-rtx 1.7.1.116"),
+        (here("a100"), (NEW,), "native: sm_80, tensorrt-rtx 1.7.1.116"),
+        (here("h100"), (NEW, BIG), "native: sm_90 with FP8, tensorrt 10.15.1"),
+        (here("h100"), (NEW,), "missing_dep: tensorrt-rtx does not serve sm_90, and classic TensorRT is not installed"),
+        (here("h100"), (NEW, BIG_OLD), "too_old: tensorrt 10.3.0 is installed and 10.15 or newer is needed"),
+        (here("rtx-4090"), (), "missing_dep: the package tensorrt-rtx is not installed"),
+        (here("rtx-4090"), (OLD,), "too_old: tensorrt-rtx 1.3.0.35 is installed and 1.7 or newer is needed"),
+        (here("v100"), (NEW, BIG), "wrong_device: TensorRT serves sm_75 and newer, and this is sm_70"),
+        (here("b200"), (NEW, BIG), "native: sm_100 with FP8, tensorrt 10.15.1"),
+        (target("rtx-4090"), (NEW,), "tuned: sm_89 with FP8, tensorrt-rtx 1.7.1.116"),
+        (target("h100"), (NEW, BIG), "missing_feature: tensorrt-rtx does not build for sm_90"),
+        (target("snapdragon-8-gen-2"), (NEW,), "wrong_device: runs on NVIDIA GPUs only"),
+        (Device("cpu", "cpu", "x86_64", 1), (NEW,), "wrong_device: runs on NVIDIA GPUs only; cpu is a device of kind"),
+    ],
+)  # fmt: skip
+def test_answers(device: Device, sdks: tuple[Sdk, ...], answer: str) -> None:
+    found = probing.answer(device, sdks, ALL)
+    said = f"{found.band}: {found.why}" if isinstance(found, Offer) else f"{found.code}: {found.reason}"
+    assert said.startswith(answer)
+    assert found.device_id == device.id
+    if isinstance(found, Offer):
+        assert found.runs_here == (device.kind == "cuda")
+    elif found.code in ("missing_dep", "too_old"):
+        assert found.fix
+
+
+def test_v100_is_pointed_to_our_own_kernels() -> None:
+    found = probing.answer(here("v100"), (NEW,), ALL)
+    assert isinstance(found, Refusal)
+    assert "cuda_triton" in found.fix
+
+
+def test_a_package_or_a_driver_that_is_missing_is_refused() -> None:
+    found = probing.answer(here("rtx-4090"), (NEW,), {"cuda": False})
+    assert isinstance(found, Refusal)
+    assert (found.code, found.fix) == ("missing_dep", "pip install 'transom[tensorrt]'")
+    old = replace(here("rtx-4090"), drivers={"nvidia": "470.1", "cuda": "11.4"})
+    found = probing.answer(old, (NEW,), ALL)
+    assert isinstance(found, Refusal)
+    assert found.reason == "needs a driver with CUDA 12, and the driver 470.1 has CUDA 11"
+
+
+def test_several_cards_together_are_refused() -> None:
+    both = replace(here("rtx-4090"), id="cuda:0,cuda:1", members=(here("rtx-4090"), here("rtx-4090")))
+    found = probing.answer(both, (NEW,), ALL)
+    assert isinstance(found, Refusal)
+    assert "on one card" in found.reason
+
+
+def test_an_engine_is_judged_by_what_it_was_built_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probing, "installed", lambda: (NEW,))
+    device = here("rtx-4090")
+    good = probing.requirements(device) | {"context": "4096"}
+    assert probing.judge(good, device).state == "ok"
+    for changed, said in (
+        ({"arch": "sm_86"}, "built for sm_86, and this is sm_89"),
+        ({"sdk": "tensorrt-rtx 1.6.0"}, "built by tensorrt-rtx 1.6.0, and here is tensorrt-rtx 1.7.1.116"),
+        ({"code": "0"}, "built by another version"),
+        ({"format": "0"}, "built by another version"),
+    ):
+        verdict = probing.judge({**good, **changed}, device)
+        assert verdict.state == "rebuild"
+        assert said in verdict.reason
+    assert probing.judge({}, device).reason == "built for an unknown card, and this is sm_89"
+    monkeypatch.setattr(probing, "installed", lambda: ())
+    assert "here is none" in probing.judge(good, device).reason
+
+
+def test_emulation_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = Device("cpu", "cpu", "x86_64", 1)
+    monkeypatch.setenv(probing.EMULATE, "1")
+    found = probing.answer(cpu, (), ALL)
+    assert isinstance(found, Offer)
+    assert found.band == "fallback"
+    refused = probing.answer(cpu, (), {"onnxruntime": False})
+    assert isinstance(refused, Refusal)
+    assert refused.fix == "pip install onnxruntime"
+    card = probing.answer(here("rtx-4090"), (NEW,), ALL)
+    assert isinstance(card, Refusal)
+    assert "is set" in card.reason
+    assert probing.judge(probing.requirements(cpu), cpu).state == "ok"
+
+
+def test_what_is_installed_is_found() -> None:
+    (found,) = sdk.installed()
+    assert found.name == RTX
+    assert not found.old
+    assert sdk.numbers("10.15.1+cu13") == (10, 15)
+
+
+def test_asking_imports_no_tensorrt() -> None:
+    code = (
+        "import sys; from transom.hardware.catalogue import catalogue; from transom_tensorrt import TensorRt\n"
+        "TensorRt().probe(catalogue())\n"
+        "assert not [m for m in sys.modules if m.split('.')[0] in ('tensorrt_rtx', 'tensorrt', 'cuda', 'onnxruntime')]"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert BACKEND.name == "tensorrt"
