@@ -18,23 +18,18 @@ measured, and what was stands in the result.
 from __future__ import annotations
 
 import argparse
-import json
-import multiprocessing
 import os
-import re
 import secrets
 import sys
 import tempfile
-import threading
-import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from gpu_parts.running import NO_CARD, OK, document, finish, perform, watched
+
 LIMIT = 570.0
 """Seconds of a run: what is measured then is written, and the process ends well before ten minutes."""
-DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "performance.md"
-OK, WRONG, NO_CARD, CUT = 0, 1, 2, 3
 PARTS: dict[str, tuple[str, float]] = {
     "kernels": ("gpu_parts.kernels:run", 110),
     "conformance": ("gpu_parts.conformance:run", 85),
@@ -45,15 +40,6 @@ PARTS: dict[str, tuple[str, float]] = {
     "prefill": ("gpu_parts.attention:prefill", 115),
 }
 """In order: what runs them, and seconds that each may take; together what a run has."""
-
-
-def function(name: str) -> Callable[[Any], None]:
-    """`"module:function"`. Imported when it is needed: a dry run sets the interpreter first."""
-    from importlib import import_module
-
-    module, _, of = name.partition(":")
-    found: Callable[[Any], None] = getattr(import_module(module), of)
-    return found
 
 
 def bench_for(arguments: argparse.Namespace, command: Sequence[str]) -> Any:
@@ -75,69 +61,7 @@ def bench_for(arguments: argparse.Namespace, command: Sequence[str]) -> Any:
     timer = FakeTimer() if card.dry else Timer(card.device, card.l2, clock)
     document = Document(card.describe(), card.versions(), card.dry, list(command))
     seed = secrets.randbits(32) if arguments.seed is None else arguments.seed
-    return Bench(card, clock, timer, sizes, arguments.quick, document, seed, Path(arguments.scratch))
-
-
-def write(bench: Any, path: str | None) -> None:
-    """The result so far; `{card}` in the path is the card's name."""
-    bench.document.seconds = round(bench.clock.now, 1)
-    if path is None:
-        return
-    name = re.sub(r"[^a-z0-9]+", "-", str(bench.document.card["name"]).lower()).strip("-")
-    target = Path(path.replace("{card}", name))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(json.dumps(bench.document.to_dict(), indent=1) + "\n")
-    bench.say(f"wrote {target}")
-
-
-def run_part(bench: Any, name: str) -> None:
-    """One part: whatever happens within stands in its state."""
-    from gpu_parts.report import Part
-    from gpu_parts.timing import OutOfTime
-
-    where, seconds = PARTS[name]
-    part = Part(name)
-    bench.document.parts.append(part)
-    if bench.clock.part(seconds) <= 0:
-        part.state, part.reason = "left out", "the time of the whole run was up"
-        return
-    began = bench.clock.now
-    bench.say(f"== {name}, at most {bench.clock.left:.0f} s")
-    part.clocks.append(bench.card.state())
-    try:
-        function(where)(bench)
-        part.state = "done"
-    except OutOfTime:
-        part.state, part.reason = "cut", f"it had {seconds:.0f} s"
-    except Exception as e:  # noqa: BLE001  the other parts shall run all the same
-        said = str(e).strip().splitlines() or [""]
-        part.state, part.reason = "failed", f"{type(e).__name__}: {said[0]}"
-        traceback.print_exc()
-    part.clocks.append(bench.card.state())
-    part.seconds = round(bench.clock.now - began, 2)
-    bench.say(f"== {name}: {part.state} {part.reason}")
-
-
-def status_of(document: Any) -> int:
-    """The exit status for what a run has found."""
-    if any(c["outcome"] == "failed" for c in document.checks) or any(p.state == "failed" for p in document.parts):
-        return WRONG
-    late = ("time was up", "no time")
-    left_out = any(c["outcome"] == "left out" and any(t in c["reason"] for t in late) for c in document.checks)
-    return CUT if left_out or any(p.state != "done" for p in document.parts) else OK
-
-
-def stop(bench: Any, path: str | None) -> None:
-    """The time is up while something still runs: write what there is, and end this process and those it started."""
-    for part in bench.document.parts:
-        if part.state == "running":
-            part.state, part.reason = "cut", "the time of the whole run was up"
-    bench.document.status = status_of(bench.document)
-    write(bench, path)
-    for process in multiprocessing.active_children():
-        process.kill()
-    sys.stdout.flush()
-    os._exit(bench.document.status or CUT)
+    return Bench(card, clock, document, timer, sizes, arguments.quick, seed, Path(arguments.scratch))
 
 
 def measure(arguments: argparse.Namespace, command: Sequence[str]) -> int:
@@ -151,40 +75,12 @@ def measure(arguments: argparse.Namespace, command: Sequence[str]) -> int:
     about = bench.document
     bench.say(f"{about.card['name']} ({about.card['arch']}), seed {bench.seed}")
     bench.say(", ".join(f"{name} {value}" for name, value in about.versions.items() if value))
-    watch = threading.Timer(arguments.limit + 10, stop, (bench, arguments.out))
-    watch.daemon = True
-    watch.start()
-    for name in PARTS:
+    watch = watched(bench, arguments.out)
+    for name, (where, seconds) in PARTS.items():
         if name in (arguments.only or PARTS) or (name == "bounds" and arguments.only):
-            run_part(bench, name)
+            perform(bench, name, where, seconds)
     watch.cancel()
-    about.status = status_of(about)
-    for check in about.checks:
-        if check["outcome"] == "failed":
-            print(f"FAILED  {check['name']}: {check['reason']}")
-    for part in about.parts:
-        if part.state != "done":
-            print(f"{part.state}  {part.name}: {part.reason}")
-    write(bench, arguments.out)
-    counts = {o: sum(c["outcome"] == o for c in about.checks) for o in ("passed", "failed", "left out")}
-    print(f"checks: {', '.join(f'{n} {o}' for o, n in counts.items())}; {about.seconds:.0f} s; status {about.status}")
-    return about.status
-
-
-def document(paths: Sequence[Path]) -> None:
-    """Write the section of docs/performance.md from result files.
-
-    Raises:
-        ValueError: one is of a dry run, whose times are none, or is no result.
-    """
-    from gpu_parts.report import replaced
-
-    found = [json.loads(path.read_text()) for path in sorted(paths)]
-    for path, result in zip(sorted(paths), found, strict=True):
-        if result["dry"]:
-            raise ValueError(f"{path} is of a dry run: it has no times")
-    DOCUMENT.write_text(replaced(DOCUMENT.read_text(encoding="utf-8"), found), encoding="utf-8")
-    print(f"wrote {DOCUMENT} from {len(found)} results")
+    return finish(bench, arguments.out)
 
 
 def main(command: Sequence[str] | None = None) -> int:
@@ -203,12 +99,7 @@ def main(command: Sequence[str] | None = None) -> int:
     parser.add_argument("--child-cold", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args(command)
     if arguments.docs is not None:
-        try:
-            document(arguments.docs)
-        except (OSError, ValueError) as e:
-            print(e, file=sys.stderr)
-            return WRONG
-        return OK
+        return document(arguments.docs, "gpu")
     if arguments.child_cold is not None:
         from gpu_parts.model import child
 

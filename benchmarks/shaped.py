@@ -34,9 +34,15 @@ TABLE = 1 << 22
 
 
 @cache
-def _table(stored: str) -> Any:
+def _table() -> Any:
+    return np.random.default_rng(0).standard_normal(TABLE).astype(np.float32)
+
+
+def _scaled(stored: str, columns: int, place: int) -> Any:
+    """The table from a place on, for a matrix of so many columns: scaled in float32, since processors multiply 16-bit
+    numbers slowly."""
     kept: Any = ml_dtypes.bfloat16 if stored == "bfloat16" else np.dtype(stored)
-    return np.random.default_rng(0).standard_normal(TABLE).astype(np.float32).astype(kept)
+    return np.roll(_table() * np.float32(columns**-0.5), place).astype(kept)
 
 
 class Drawn:
@@ -56,8 +62,7 @@ class Drawn:
         place = self._made * 7919
 
         def load() -> Any:
-            table = np.roll(_table(self._stored), place)
-            return np.resize(table, (rows, columns)) * table.dtype.type(columns**-0.5)
+            return np.resize(_scaled(self._stored, columns, place), (rows, columns))
 
         return Dense((rows, columns), self._stored, load)
 
@@ -66,29 +71,3 @@ def decoder(shape: str, context: int, stored: str = "bfloat16") -> Graph:
     """A decoder of one of `SHAPES`, its matrices in `stored`: `"bfloat16"`, `"float16"` or `"float32"`."""
     with mock.patch.object(models, "_Weights", Drawn):
         return models.tiny_decoder(np.random.default_rng(0), context=context, weights=stored, **SHAPES[shape])  # type: ignore[arg-type]
-
-
-def plain(graph: Graph) -> Graph:
-    """A decoder whose quantised matrices are plain float16 ones, read as they would be computed: to round anew."""
-    from transom.graph.editing import Editor
-    from transom.graph.reading import linear_weight
-    from transom.graph.weights import Blocked, Weight, dequantize
-
-    model = graph.model.clone()
-    editor = Editor(model)
-    made: dict[int, Any] = {}
-
-    def loaded(weight: Weight) -> Any:
-        return lambda: dequantize(weight).astype(np.float16)
-
-    for node in list(model.graph):
-        weight = linear_weight(node)
-        if not isinstance(weight, Blocked):
-            continue
-        if id(weight) not in made:
-            name = f"{node.name}.plain"
-            matrix = editor.weight(Dense(weight.shape, "float16", loaded(weight)), name)
-            made[id(weight)] = editor.op("Transpose", matrix, perm=[1, 0], name=f"{name}.transposed")
-        node.replace_input_with(1, made[id(weight)])
-    editor.finish_edit()
-    return Graph(model, weights_hash=f"{graph.weights_hash}-plain", notes=graph.notes)

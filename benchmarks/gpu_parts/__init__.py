@@ -1,1 +1,1 @@
-"""What `benchmarks/gpu.py` measures, one idea to a file. Nothing here is imported before the script has set up."""
+"""What `benchmarks/gpu.py` measures, one idea to a file. What imports torch is imported once the script has set up."""

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from gpu_parts.card import Card
-from gpu_parts.report import Cell, Document, Part, Table, line
-from gpu_parts.timing import Clock, FakeTimer, Timer
+from gpu_parts.running import Running
+from gpu_parts.timing import FakeTimer, Timer
 
 
 @dataclass(frozen=True)
@@ -59,60 +59,12 @@ TOY = Sizes(
 
 
 @dataclass
-class Bench:
+class Bench(Running[Card]):
     """One run."""
 
-    card: Card
-    clock: Clock
     timer: Timer | FakeTimer
     sizes: Sizes
     quick: bool
-    document: Document
     seed: int
     folder: Path = field(default_factory=lambda: Path(tempfile.gettempdir()))
     """For artifacts."""
-
-    @property
-    def dry(self) -> bool:
-        return self.card.dry
-
-    @property
-    def part(self) -> Part:
-        return self.document.parts[-1]
-
-    def say(self, text: str) -> None:
-        print(f"[{self.clock.now:5.0f} s] {text}", flush=True)
-
-    def table(self, title: str, about: str) -> Table:
-        self.say(title)
-        self.part.tables.append(Table(title, about))
-        return self.part.tables[-1]
-
-    def row(self, table: Table, **cells: Cell) -> None:
-        """Add a row and show it, and note the card's clocks. Underscores of names are blanks."""
-        found = {name.replace("_", " "): value for name, value in cells.items()}
-        table.rows.append(found)
-        if not self.dry:
-            self.part.clocks.append(self.card.state())
-        self.say(line(found))
-
-    def check(
-        self, name: str, outcome: str, reason: str = "", error: float | None = None, *, loud: bool = True
-    ) -> None:
-        """passed, failed or left out; said aloud unless it passed."""
-        self.document.checks.append({"name": name, "outcome": outcome, "reason": reason, "error": error})
-        if loud and outcome != "passed":
-            self.say(f"{outcome.upper()}  {name}: {reason}")
-
-    def bound(self, name: str) -> float | None:
-        return self.document.bounds.get(name)
-
-    def share(self, amount: float, seconds: float | None, bound: str) -> float | None:
-        """What share of a bound is reached, by an amount of it in so many seconds."""
-        most = self.bound(bound)
-        return None if seconds is None or not most else amount / seconds / most
-
-
-def first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib.metadata
 import os
-import platform
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures import TimeoutError as NotReady
 from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from typing import Any
 
+from gpu_parts import clocks
 from transom import hardware
 from transom.contract import Device, Offer
 from transom.errors import EngineError
@@ -133,46 +131,13 @@ class Card:
         """Clocks (MHz), temperature (°C), power (W) and what slows the card, by NVML; empty in a dry run."""
         if self.dry:
             return {}
-        try:
-            import pynvml
-
-            with _nvml(pynvml):
-                card = pynvml.nvmlDeviceGetHandleByPciBusId(self.host.identity.removeprefix("pci:").split()[0])
-                ask = {
-                    "sm_mhz": lambda: pynvml.nvmlDeviceGetClockInfo(card, pynvml.NVML_CLOCK_SM),
-                    "most_sm_mhz": lambda: pynvml.nvmlDeviceGetMaxClockInfo(card, pynvml.NVML_CLOCK_SM),
-                    "memory_mhz": lambda: pynvml.nvmlDeviceGetClockInfo(card, pynvml.NVML_CLOCK_MEM),
-                    "celsius": lambda: pynvml.nvmlDeviceGetTemperature(card, pynvml.NVML_TEMPERATURE_GPU),
-                    "watts": lambda: pynvml.nvmlDeviceGetPowerUsage(card) / 1e3,
-                    "most_watts": lambda: pynvml.nvmlDeviceGetEnforcedPowerLimit(card) / 1e3,
-                    "slowed_by": lambda: pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(card),
-                }
-                found: dict[str, Any] = {}
-                for name, question in ask.items():
-                    with contextlib.suppress(pynvml.NVMLError, AttributeError):
-                        found[name] = question()
-                return found
-        except Exception as e:  # noqa: BLE001  figures stand without it, and it says why it is missing
-            return {"missing": str(e)}
+        return clocks.state(self.host)
 
     def versions(self) -> dict[str, Any]:
         import torch
 
-        found: dict[str, Any] = {"python": platform.python_version(), "platform": platform.platform()}
-        for name in PACKAGES:
-            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-                found[name] = importlib.metadata.version(name)
-        found |= {"cuda of torch": torch.version.cuda or "", "cudnn": str(torch.backends.cudnn.version() or "")}
-        return found | {f"driver: {name}": version for name, version in self.host.drivers.items()}
-
-
-@contextlib.contextmanager
-def _nvml(pynvml: Any) -> Iterator[None]:
-    pynvml.nvmlInit()
-    try:
-        yield
-    finally:
-        pynvml.nvmlShutdown()
+        torchs = {"cuda of torch": torch.version.cuda or "", "cudnn": str(torch.backends.cudnn.version() or "")}
+        return clocks.versions(PACKAGES, self.host) | torchs
 
 
 def here(dry: bool) -> Card:

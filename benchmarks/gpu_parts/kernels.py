@@ -20,12 +20,13 @@ import ml_dtypes
 import numpy as np
 import torch
 
-from gpu_parts.bench import Bench, first_line
+from gpu_parts.bench import Bench
+from gpu_parts.running import first_line
 from transom.graph.weights import dense
 from transom.ops import rms_normalization, rotary_embedding
+from transom.quantize.rounding import to_float8
 from transom.testing.compare import normalised_error, tolerance
 from transom_cuda_triton.operators import WIDTH, pieces, power_of_two, tile_of
-from transom_cuda_triton.packing import rounded_to_float8
 from transom_cuda_triton.precision import LONG
 from transom_cuda_triton.store import TORCH
 from transom_cuda_triton.tiles import FLOAT8 as FLOAT8_ARCHITECTURES
@@ -303,7 +304,8 @@ class Kit:
     def product_float8(self, launch: Launcher, rng: np.random.Generator, rows: int) -> float:
         """Of several rows the activations are rounded, too: what they should be is rounded by ml_dtypes."""
         outputs, columns, tiles = 272, 16 * int(rng.integers(8, 40)), float8_tiles(self.arch)
-        codes, scales = rounded_to_float8(dense(rng.standard_normal((outputs, columns)).astype(np.float32)))
+        parts = to_float8(dense(rng.standard_normal((outputs, columns)).astype(np.float32))).load()
+        codes, scales = parts.quants, parts.scales[:, 0]
         (x, left), out = self.random(rng, rows, columns), self.empty(rows, outputs)
         given = {
             "QUANTS": torch.from_numpy(codes.view(np.uint8)).view(FLOAT8), "SCALES": torch.from_numpy(scales),

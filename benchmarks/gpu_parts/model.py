@@ -19,9 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from gpu_parts.bench import Bench, first_line
+from gpu_parts.bench import Bench
 from gpu_parts.hollow import Hollow, compiled, fill
 from gpu_parts.report import Table
+from gpu_parts.running import first_line
 from transom.contract import Work
 from transom.sparsity import Sparsity
 from transom_cuda_triton import names

@@ -238,6 +238,16 @@ def test_a_child_that_fails_has_its_last_words(parts: Any, tmp_path: Path, child
         parts.children.ask(bench_for(parts, tmp_path), "build")
 
 
+def test_an_error_in_a_child_is_told_by_its_cause(parts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(EMULATE, "1")
+    nowhere = {"form": "f16", "layers": 1, "sparse": False}
+    with pytest.raises(RuntimeError, match="OptionError: The sparsity policy has the unknown key 'nothing'"):
+        parts.children.ask(
+            bench_for(parts, tmp_path), "build", model=nowhere, shape="tiny", context=64, folder=tmp_path / "a",
+            policy={"nothing": 1},
+        )  # fmt: skip
+
+
 def test_a_child_that_is_late_is_ended(parts: Any, tmp_path: Path, child: Any) -> None:
     child("import time; time.sleep(1000)")
     bench = bench_for(parts, tmp_path, limit=0.2)
@@ -292,6 +302,74 @@ def test_models_share_the_card_as_far_as_they_fit(parts: Any) -> None:
     assert groups(needs, 15) == pairs
     assert groups(needs, 12) == pairs
     assert groups(needs, 11) == [[model] for model in every]
+    assert groups({}, 11) == []
+
+
+class Session:
+    """Holds states in so many slots, and counts what it does.
+
+    Args:
+        slots: that there are.
+    """
+
+    def __init__(self, slots: int) -> None:
+        self.slots, self.steps, self.closed = slots, [], False  # type: ignore[var-annotated]
+        self.limits = SimpleNamespace(max_tokens=100)
+
+    def pages(self) -> tuple[int, int]:
+        return self.slots, self.slots
+
+    def new_state(self) -> Any:
+        return State(0)
+
+    def step(self, work: Any) -> list[Any]:
+        self.steps.append(([w.state.length for w in work], [len(w.tokens) for w in work], work[0].logits))
+        for w in work:
+            w.state.length += len(w.tokens)
+        return [None if w.logits == "none" else np.arange(7.0) for w in work]
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class State:
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def fork(self, length: int) -> State:
+        return State(length)
+
+    def truncate(self, length: int) -> None:
+        self.length = length
+
+    def free(self) -> None:
+        self.length = -1
+
+
+@pytest.mark.parametrize("room", [2, 3])
+def test_prompts_are_read_in_chunks_and_every_step_follows_the_same_tokens(
+    parts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int
+) -> None:
+    bench, session = bench_for(parts, tmp_path), Session(room)
+    model = parts.bench.Model("fp8", 1)
+    one, two = parts.decoding.Way(model), parts.decoding.Way(model, 2)
+    bench.built[model] = tmp_path
+    monkeypatch.setattr(parts.decoding, "_need", lambda folder, count: 1)
+    monkeypatch.setattr(parts.decoding, "load", lambda folder, device, slots: session)
+    found: Any = {}
+    parts.decoding.measure(bench, [one, two], found)
+    assert session.closed
+    tokens, rounds, decodes = bench.sizes.tokens, bench.sizes.rounds, bench.sizes.decodes
+    chunks = [([0], [100], "none"), ([100], [tokens - 100], "last")]
+    assert session.steps[: 2 * (rounds + 1)] == chunks * (rounds + 1)
+    steps = [lengths for lengths, _, _ in session.steps[2 * (rounds + 1) :]]
+    assert all(set(lengths) <= set(range(tokens, tokens + decodes)) for lengths in steps)
+    assert len(found[one].prompts) == rounds
+    assert len(found[one].steps) == rounds * decodes, "the first round does not count"
+    assert (two in found) == (room == 3), "a fork is copied while the prompt's own cache is still there"
+    left_out = [c["name"] for c in bench.document.checks if c["outcome"] == "left out"]
+    assert left_out == ([] if room == 3 else ["2 sequences of fp8-1"])
+    assert parts.running.status_of(bench.document) != parts.running.WRONG
 
 
 # the card -------------------------------------------------------------------------------------------------------------

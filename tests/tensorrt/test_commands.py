@@ -34,10 +34,9 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(*arguments: str, cache: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", "from transom.cli import main; main()", *arguments], capture_output=True, text=True, check=False,
-        env={**os.environ, "TRANSOM_CACHE": str(cache), **environment},
-    )  # fmt: skip
+    transom = [sys.executable, "-c", "from transom.cli import main; main()", *arguments]
+    settings = {**os.environ, "TRANSOM_CACHE": str(cache), **environment}
+    return subprocess.run(transom, capture_output=True, text=True, check=False, env=settings)
 
 
 @pytest.fixture(scope="module")

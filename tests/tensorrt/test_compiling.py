@@ -19,7 +19,7 @@ from checkpoints import fresh_rng, tiny
 from targets import BACKEND, built, content, summaries, target
 
 from transom.contract import Cancelled
-from transom.errors import DoesNotFit, EngineError, OptionError
+from transom.errors import DoesNotFit, EngineError, OptionError, UnsupportedError
 from transom.graph import Graph
 from transom.graph.builder import WEIGHT_META
 from transom.graph.sparse import with_sparsity
@@ -257,6 +257,12 @@ def test_float8_is_refused_below_sm_89_with_another_plan(precision: str, rng: np
 def test_bfloat16_is_refused_on_turing(rng: np.random.Generator) -> None:
     with pytest.raises(OptionError, match="needs sm_80 or newer"):
         BACKEND.claim(wide(rng), target("t4"), {"precision": "bf16"})
+
+
+def test_caches_that_would_not_be_aligned_are_refused(rng: np.random.Generator, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match="Caches of 1 heads with 17 columns do not begin"):
+        built(wide(rng, kv_heads=1, value_dim=17, context=64), precision="f16")
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_unknown_precision_is_refused(rng: np.random.Generator) -> None:

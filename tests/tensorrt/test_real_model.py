@@ -13,8 +13,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 from models import sample_model
+from rtx_parts.decoders import changed, plain
 from running import Running, reference
-from shaped import plain
 from targets import built, content, summaries
 
 from transom.quantize.calibration import calibrate
@@ -46,8 +46,8 @@ def wanted(source: Any, ids: list[int]) -> np.ndarray[Any, Any]:
 
 
 def test_its_stored_weights_are_the_references(source: Any, ids: list[int], wanted: Any, tmp_path: Path) -> None:
-    """4-bit blocks with minimums, in float16; the vocabulary matrix, whose 8-bit blocks are rounded anew by rows, is off
-    by 1 %."""
+    """4-bit blocks with minimums, in float16; the vocabulary matrix, whose 8-bit blocks are rounded anew by rows, is
+    off by 1 %."""
     running = Running(source.graph, Precision("float16"), 64, tmp_path)
     found = compare(wanted, running.logits([ids[:-3], *([t] for t in ids[-3:])]))
     assert found.kl_mean < 5e-3, found
@@ -63,7 +63,7 @@ def test_rounded_anew_it_stays_near(
     scheme: Scheme, bound: float, source: Any, ids: list[int], wanted: Any, tmp_path: Path
 ) -> None:
     """Bounds on the divergence from the weights as stored, in nats; rounding to nearest, without better methods."""
-    graph = plain(source.graph)
+    graph = changed(source.graph, plain, "plain")
     texts = pieces(source.tokenizer, 49152, 256, ())[:2]
     seen = calibrate(graph, texts) if scheme.activations else None
     rounded = quantize(graph, replace(scheme, keep=vocabulary_products(graph)), seen).graph
@@ -73,7 +73,7 @@ def test_rounded_anew_it_stays_near(
 
 
 def test_its_engine_is_of_float8(source: Any, ids: list[int]) -> None:
-    artifact = built(plain(source.graph), precision="fp8", calibration=[ids], context=1024)
+    artifact = built(changed(source.graph, plain, "plain"), precision="fp8", calibration=[ids], context=1024)
     for summary in summaries(artifact):
         assert summary.products == {"fp8 x fp8": 4 * LAYERS, "float16 x int8": 1}
         assert summary.attention == {"float16": LAYERS}

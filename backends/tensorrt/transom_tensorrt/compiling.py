@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import onnx_ir as ir
 
 from transom.contract import Artifact, Device, Options, Progress
-from transom.errors import DoesNotFit, EngineError
+from transom.errors import DoesNotFit, EngineError, UnsupportedError
 from transom.graph.weights import Blocked, Weight, dequantize
 from transom.ops.sparse_routing import COLUMN_ROWS
 from transom.programs.drafting import Draft, Drafting
@@ -189,6 +189,12 @@ def _error(before: Weight, after: Weight) -> float:
 
 # the engine -----------------------------------------------------------------------------------------------------------
 def _network(lowered: Lowered, drafting: Drafting, precision: Precision, context: int) -> Network:
+    if odd := [k for k in lowered.kept if k.nbytes % network.ALIGNMENT]:
+        raise UnsupportedError(
+            f"Caches of {odd[0].shape[0]} heads with {odd[0].shape[2]} columns do not begin where TensorRT takes them, "
+            f"at multiples of {network.ALIGNMENT} bytes",
+            "Choose another backend, or do without a sparsity policy",
+        )
     most = min(network.CHUNK, context)
     # Fewer new tokens than that choose each by itself, which the engine has them do one after the other.
     least = 1 if drafting.sparsity.dense else min(COLUMN_ROWS, most)

@@ -17,13 +17,12 @@ import numpy as np
 from transom.contract import Device
 from transom.errors import EngineError, MissingExtra
 from transom_tensorrt.executing import Array
+from transom_tensorrt.network import ALIGNMENT
 
 _NON_BLOCKING = 1
 """cudaStreamNonBlocking: the stream does not wait for the default one, on which nothing can be recorded."""
 _OUT_OF_MEMORY = 2
 """cudaErrorMemoryAllocation."""
-ALIGNMENT = 256
-"""Bytes, of what `cudaMalloc` gives and TensorRT wants."""
 
 
 class OutOfMemory(Exception):

@@ -18,18 +18,16 @@ ends at 65504, and multiplies by the scales afterwards.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from transom.graph.weights import Array, Blocked, Dense, Weight, affine, dequantize
+from transom.graph.weights import Array, Blocked, BlockedArrays, Dense, Weight, affine, dequantize
 from transom_tensorrt.writing import FLOAT, FLOAT8, OnnxWriter
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 LARGEST = 448.0
 """Of E4M3."""
@@ -56,6 +54,20 @@ def kept(weight: Weight) -> bool:
     return weight.block == weight.shape[1] and not weight.has_minimums and not weight.has_zero_points
 
 
+class LastRead:
+    """Keeps the parts of the matrix that was read last: they are written one after the other, and a matrix that is
+    rounded on the way takes long to read."""
+
+    def __init__(self) -> None:
+        self._weight: Blocked | None = None
+        self._parts: BlockedArrays | None = None
+
+    def __call__(self, weight: Blocked) -> BlockedArrays:
+        if self._weight is not weight or self._parts is None:
+            self._weight, self._parts = weight, weight.load()
+        return self._parts
+
+
 @dataclass
 class Linear:
     """One product; rows of numbers go in and come out."""
@@ -65,6 +77,8 @@ class Linear:
     """The network's."""
     weight: Weight
     name: str
+    read: Callable[[Blocked], BlockedArrays]
+    """One `LastRead` for all products of a network."""
     rounded: bool = False
     """Whether its input went through E4M3."""
 
@@ -94,19 +108,19 @@ class Linear:
             raise ValueError(f"{self.name} is {weight.dtype} in blocks of {weight.block}, which was to be rounded anew")
         w, (rows, columns) = self.write, weight.shape
         dtype = FLOAT8 if weight.dtype == "float8e4m3fn" else ir.DataType.INT8
-        quants = w.weight(self.name, dtype, (columns, rows), lambda: weight.load().quants.T)
+        quants = w.weight(self.name, dtype, (columns, rows), lambda: self.read(weight).quants.T)
         scales = w.weight(f"{self.name}.scales", self.number, (rows,), self._scales(weight, self.number))
         return self._product(x, w("DequantizeLinear", quants, scales, dtype=self.number, axis=1))
 
     def _float8_twice(self, x: ir.Value, weight: Blocked) -> ir.Value:
         w, (rows, columns) = self.write, weight.shape
-        quants = w.weight(self.name, FLOAT8, (columns, rows), lambda: weight.load().quants.T)
+        quants = w.weight(self.name, FLOAT8, (columns, rows), lambda: self.read(weight).quants.T)
         scales = w.weight(f"{self.name}.scales", FLOAT, (rows,), self._scales(weight, FLOAT))
         matrix = w("DequantizeLinear", quants, scales, dtype=FLOAT, axis=1)
         return w("MatMul", w.cast(x, FLOAT), matrix)
 
     def _scales(self, weight: Blocked, number: ir.DataType) -> Callable[[], Array]:
-        return lambda: narrowed(weight.load().scales.reshape(-1), number, f"{self.name}'s scales")
+        return lambda: narrowed(self.read(weight).scales.reshape(-1), number, f"{self.name}'s scales")
 
     def _int4(self, x: ir.Value, weight: Blocked) -> ir.Value:
         """Blocks along the columns; minimums and zero points by a second product, of the sums of each block's inputs.
@@ -118,11 +132,11 @@ class Linear:
         centre = CENTRES[weight.dtype]
 
         def quants() -> Array:
-            codes = weight.load().quants.astype(np.int8) + np.int8(centre)
+            codes = self.read(weight).quants.astype(np.int8) + np.int8(centre)
             return codes.T.astype(ml_dtypes.int4)
 
         def scales() -> Array:
-            return narrowed(affine(weight.load(), centre)[0].T, self.number, f"{self.name}'s scales")
+            return narrowed(affine(self.read(weight), centre)[0].T, self.number, f"{self.name}'s scales")
 
         matrix = w("DequantizeLinear",
                    w.weight(self.name, ir.DataType.INT4, (columns, rows), quants),
@@ -134,7 +148,7 @@ class Linear:
             return product
 
         def shifts() -> Array:
-            stored, minimums, zero = affine(weight.load(), centre)
+            stored, minimums, zero = affine(self.read(weight), centre)
             shift = -np.float32(zero) * stored.astype(np.float32)
             return narrowed((shift if minimums is None else shift + minimums.astype(np.float32)).T, self.number,
                             f"{self.name}'s minimums")  # fmt: skip

@@ -107,6 +107,7 @@ class _Lowering:
         """Those that went through E4M3."""
         self._shapes: dict[str, tuple[str | int, ...]] = {}
         self._matrices = 0
+        self._read = forms.LastRead()
 
     def _input(self, name: str, dtype: ir.DataType, *shape: str | int) -> ir.Value:
         self._shapes[name] = shape
@@ -215,7 +216,8 @@ class _Lowering:
         assert draft.weight is not None
         self._matrices += 1
         name = f"matrix_{self._matrices}"
-        linear = forms.Linear(w, self.number, draft.weight, name, rounded=id(draft.inputs[0]) in self._rounded)
+        rounded = id(draft.inputs[0]) in self._rounded
+        linear = forms.Linear(w, self.number, draft.weight, name, self._read, rounded)
         product = linear(self._of(draft.inputs[0]))
         if draft.vector is None:
             return product

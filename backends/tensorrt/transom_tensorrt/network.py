@@ -28,6 +28,8 @@ QUERY = "query"
 """How the outputs are named that hold a layer's queries. They are written one after the other, and read by the layer's
 own attention alone: all of them may lie in the same memory."""
 
+ALIGNMENT = 256
+"""Bytes: at multiples of it `cudaMalloc` begins, and TensorRT wants every tensor to."""
 CHUNK = 1024
 """Tokens of the longest step of one sequence."""
 ROWS = 256

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 
 from transom.errors import DoesNotFit, EngineError
-from transom_tensorrt.cuda import ALIGNMENT, Card, OutOfMemory, aligned
+from transom_tensorrt.cuda import Card, OutOfMemory, aligned
 from transom_tensorrt.executing import WAYS, Array, Way, profile_of, rows_of, stored
 from transom_tensorrt.kernel_cache import KernelCache
-from transom_tensorrt.network import QUERY, Kept, Network
+from transom_tensorrt.network import ALIGNMENT, QUERY, Kept, Network
 
 SHARE = 0.9
 """Of the memory that is free once everything else is there, what slots may take: the rest is for kernels that are yet
@@ -125,12 +125,8 @@ class RtxExecutor:
             raise EngineError("The engine of this compiled model has other inputs than its network", DAMAGED)
         if self._engine.num_optimization_profiles != len(WAYS):
             raise EngineError("The engine of this compiled model takes other shapes than its network", DAMAGED)
-        if any(k.nbytes % ALIGNMENT for k in self._network.kept):
-            raise EngineError(
-                f"Caches of {self._network.context} tokens do not all begin where TensorRT takes them, at multiples of "
-                f"{ALIGNMENT} bytes",
-                "Load the model with a context that is a multiple of 64",
-            )
+        if any(k.nbytes % ALIGNMENT for k in self._network.kept):  # `compiling` has refused that
+            raise EngineError("The caches of this compiled model do not lie where TensorRT takes them", DAMAGED)
 
     def _queries(self) -> list[str]:
         return [f"{QUERY}.{i}" for i in range(len(self._network.queries))]

@@ -1,0 +1,1 @@
+"""What `benchmarks/rtx.py` measures, one idea to a file. None of it needs torch."""

@@ -1,0 +1,102 @@
+"""What every part is handed: the card, the clock, the sizes, what was built, and where results go."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from subprocess import Popen
+
+from gpu_parts.running import Running
+
+from rtx_parts.card import Card
+from rtx_parts.decoders import FORMS
+from transom.sparsity import Sparsity
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of what is measured."""
+
+    shape: str = "8B"
+    """Of `shaped.SHAPES`."""
+    depths: tuple[int, ...] = (2, 6)
+    """Layers of the models that are built."""
+    whole: int = 32
+    """Layers of the model that figures are about."""
+    tokens: int = 16384
+    """Of a prompt, behind which tokens are decoded."""
+    decodes: int = 32
+    """Tokens of one measurement. What they and the prompt take, in whole blocks of 64, is the context."""
+    rounds: int = 4
+    """Measurements of each kind; one more comes first and does not count."""
+    batch: int = 8
+    """Sequences that decode together, beside one alone."""
+    copied: int = 1 << 30
+    """Bytes that are copied to measure the memory."""
+    checked: int = 256
+    """Tokens of text whose logits are held against the reference's."""
+    starts: int = 3
+    """Processes of each kind whose cold start is measured."""
+    policy: Sparsity = field(default_factory=lambda: Sparsity(1.0, top_k=64, columns=0, max_density=0.6))
+    precisions: tuple[str, ...] = ("f16", "fp8", "int8", "int4", "auto")
+    """Of SmolLM2, whose logits are held against the reference's."""
+
+    @property
+    def context(self) -> int:
+        return -(-(self.tokens + self.decodes) // 64) * 64
+
+
+TOY = Sizes(
+    shape="tiny", depths=(1, 2), whole=4, tokens=192, decodes=2, rounds=1, batch=2, copied=1 << 16, checked=24,
+    starts=1, precisions=("f16",), policy=Sparsity(1.0, top_k=2, columns=0, max_density=0.6, dense_below=64),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Model:
+    """One that is built."""
+
+    form: str
+    """One of `decoders.FORMS`."""
+    layers: int
+    sparse: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.form}-{self.layers}{'-sparse' if self.sparse else ''}"
+
+
+def models(sizes: Sizes, parts: Sequence[str]) -> list[Model]:
+    """What these parts need, what matters most first."""
+    depths = sorted(sizes.depths)
+    found = [Model("fp8", n) for n in (depths if {"dense", "sparse"} & set(parts) else depths[-1:])]
+    if "dense" in parts:
+        found += [Model(form, n) for form in FORMS if form != "fp8" for n in depths]
+    if "sparse" in parts:
+        found += [Model("fp8", n, sparse=True) for n in depths]
+    return found if {"dense", "sparse", "cold"} & set(parts) else []
+
+
+@dataclass
+class Bench(Running[Card]):
+    """One run."""
+
+    sizes: Sizes
+    parts: Sequence[str]
+    """Those that run."""
+    seed: int
+    folder: Path
+    """Of this run, which goes with it."""
+    built: dict[Model, Path] = field(default_factory=dict)
+    """Folders with artifacts, see `stored`."""
+    child: Popen[str] | None = None
+    """The process that builds or computes for this one now."""
+
+    def abandon(self) -> None:
+        """End what this run has started, and remove its folder."""
+        super().abandon()
+        if self.child is not None:
+            self.child.kill()
+        shutil.rmtree(self.folder, ignore_errors=True)

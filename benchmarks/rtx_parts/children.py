@@ -1,0 +1,54 @@
+"""Processes that do one thing and tell of it: a builder that aborts ends no other, and one that is late is ended."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from gpu_parts.timing import OutOfTime
+
+from rtx_parts.bench import Bench
+
+SCRIPT = Path(__file__).resolve().parents[1] / "rtx.py"
+MARK = "RESULT "
+
+
+def tell(found: dict[str, Any]) -> None:
+    """In a child: what it has found."""
+    print(MARK + json.dumps(found), flush=True)
+
+
+def ask(bench: Bench, what: str, **arguments: Any) -> dict[str, Any]:
+    """Run the script's child `what`, and what it tells.
+
+    Args:
+        arguments: JSON types, and paths.
+
+    Raises:
+        OutOfTime: the part's time was up before it told anything; it is ended.
+        RuntimeError: it failed; its last words.
+    """
+    bench.clock.need()
+    given = json.dumps({"dry": bench.dry, **arguments}, default=str)
+    command = [sys.executable, str(SCRIPT), "--child", what, given]
+    environment = {**os.environ, "TMPDIR": str(bench.folder)}
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment) as process:
+        bench.child = process
+        try:
+            out, errors = process.communicate(timeout=max(0.1, bench.clock.left))
+        except subprocess.TimeoutExpired:
+            raise OutOfTime("there was no time") from None
+        finally:
+            process.kill()
+            bench.child = None
+    for line in reversed(out.splitlines()):
+        if line.startswith(MARK):
+            found: dict[str, Any] = json.loads(line.removeprefix(MARK))
+            return found
+    said = errors.strip().splitlines() or ["nothing"]
+    raise RuntimeError(f"the process ended with status {process.returncode}: {said[-1]}")
