@@ -16,12 +16,16 @@ run: .venv/.ready $(if $(MODEL),,$(SAMPLE))
 	@.venv/bin/transom run "$(if $(MODEL),$(MODEL),$$(cat $(SAMPLE)))" "$$PROMPT" $(ARGS)
 export PROMPT
 
-# Triton's interpreter needs a process of its own. It runs beside the others, and what it said comes last.
+# Two processes side by side, so that two cores have about as much to do; what the second one said comes last. Triton's
+# interpreter needs a process of its own, and the TensorRT backend's tests come after it.
 test: .venv-test/.ready
 ifeq ($(strip $(ARGS)),)
-	@log=$$(mktemp); trap 'kill $$other 2> /dev/null; rm -f $$log' EXIT; TRITON_INTERPRET=1 .venv-test/bin/python -m pytest tests/cuda_triton > $$log 2>&1 & other=$$!; \
-	.venv-test/bin/python -m pytest; mine=$$?; \
-	echo "CUDA kernels in Triton's interpreter:"; wait $$other; theirs=$$?; cat $$log; \
+	@log=$$(mktemp); trap 'kill $$other 2> /dev/null; rm -f $$log' EXIT; \
+	(trap 'kill $$(jobs -p) 2> /dev/null' TERM; \
+	TRITON_INTERPRET=1 .venv-test/bin/python -m pytest tests/cuda_triton & wait $$!; first=$$?; \
+	.venv-test/bin/python -m pytest tests/tensorrt & wait $$!; exit $$((first | $$?))) > $$log 2>&1 & other=$$!; \
+	.venv-test/bin/python -m pytest --ignore tests/tensorrt; mine=$$?; \
+	echo "CUDA kernels in Triton's interpreter, and the TensorRT backend:"; wait $$other; theirs=$$?; cat $$log; \
 	exit $$((mine | theirs))
 else
 	@.venv-test/bin/python -m pytest $(ARGS)

@@ -26,10 +26,11 @@ def card(arch: int, **changes: Any) -> Device:
 
 
 @pytest.mark.parametrize("arch", probing.ARCHITECTURES)
-def test_cards_with_kernels_are_offered_as_tuned(arch: int) -> None:
+def test_cards_with_kernels_are_offered(arch: int) -> None:
+    """RTX cards behind TensorRT, where that is installed."""
     offer = probing.answer(card(arch), TORCH, TRITON)
     assert isinstance(offer, Offer)
-    assert offer.band == "tuned"
+    assert offer.band == ("native" if arch in (86, 89) else "tuned")
     assert offer.runs_here
     assert f"sm_{arch}" in offer.why
     assert TRITON in offer.why

@@ -127,8 +127,10 @@ def test_exact_is_float32_throughout(rng: np.random.Generator) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
-@pytest.mark.parametrize("precision", ["fp8", "int4", "int8", "f16"])
-@pytest.mark.parametrize("policy", [None, STATIC], ids=["dense", "sparse"])
+@pytest.mark.parametrize(
+    ("precision", "policy"), [*((p, None) for p in ("fp8", "int4", "int8", "f16")), ("fp8", STATIC)],
+    ids=["fp8", "int4", "int8", "f16", "fp8 sparse"],
+)  # fmt: skip
 def test_families_are_built(
     family: str, precision: str, policy: Sparsity | None, rng: np.random.Generator, tmp_path: Path
 ) -> None:
@@ -221,10 +223,27 @@ def test_too_little_memory_is_refused_with_the_numbers() -> None:
 def test_nothing_is_built_where_memory_is_short(
     rng: np.random.Generator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """And nothing has begun by then: neither calibrating nor rounding, which take long."""
     monkeypatch.setattr(compiling, "_available", lambda: 1 << 20)
+    options = {"precision": "fp8", "context": None, "threads": None, "calibration": TEXT}
+    told: list[str] = []
     with pytest.raises(DoesNotFit):
-        built(wide(rng), precision="f16")
+        BACKEND.compile(wide(rng), target("rtx-4090"), options, lambda stage, share: told.append(stage))
+    assert not told
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("precision", ["f16", "fp8", "int8", "int4", "exact"])
+@pytest.mark.parametrize("stored", ["float32", "int4", "uint4_minimums", "int8"])
+def test_the_plan_is_what_weights_take(precision: str, stored: Any, rng: np.random.Generator) -> None:
+    graph = wide(rng, weights=stored)
+    options = {"precision": precision, "context": None, "threads": None, "calibration": TEXT}
+    card = target("rtx-4090")
+    planned = compiling.planned_bytes(graph, compiling.precision_of(graph, card, options))
+    artifact = BACKEND.compile(graph, card, options, lambda stage, share: None)
+    weights = json.loads(content(artifact, network.BUILD_FILE))["weights"]
+    rotations = 2 * 1024 * 32 * 4 * 2  # tables of cosines and sines, of each profile; vectors are small
+    assert abs(weights - planned) < 0.15 * planned + rotations
 
 
 def test_a_weight_beyond_float16_is_refused_with_its_size(rng: np.random.Generator, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -54,14 +55,14 @@ def compile_graph(graph: Graph, device: Device, options: Options, progress: Prog
     assert decoder is not None
     asked: Any = options.get("context")
     context = min(int(asked or decoder.context), decoder.context)
+    sdk = None if probing.emulating() else probing.sdk_for(device, installed())
+    if sdk is not None:  # before anything that takes long
+        require_memory(planned_bytes(graph, precision_of(graph, device, options)), _available())
     prepared = _prepare(graph, device, options, progress)
     drafting = Drafting(prepared.graph, RtxKernels())
     anew = round_anew(drafting.drafts)
     lowered = lower(drafting, prepared.precision, context, prepared.activations)
     made = _network(lowered, drafting, prepared.precision, context)
-    sdk = None if probing.emulating() else probing.sdk_for(device, installed())
-    if sdk is not None:
-        require_memory(weight_bytes(lowered.model), _available())
     folder = Path(tempfile.mkdtemp(prefix=PREFIX))
     try:
         files: dict[str, bytes | Path] = {
@@ -132,7 +133,11 @@ def _prepare(graph: Graph, device: Device, options: Options, progress: Progress)
     notes, table = [*notes, *_rounding_notes(rounded)], rounded.table()
     if precision.rounded != "int8":  # and the vocabulary matrix to int8: its errors show in the logits at once
         rounded = quantize(rounded.graph, Scheme("int8"), seen)
-        notes, table = [*notes, *_rounding_notes(rounded)[:1]], f"{table}\n\n{rounded.table()}"
+        if rounded.layers:
+            notes.append(
+                f"the vocabulary matrix was rounded to int8 by rows, off by {rounded.layers[0].weight_error:.2%}"
+            )
+            table = f"{table}\n\n{rounded.table()}"
     return Prepared(rounded.graph, precision, seen, notes, table)
 
 
@@ -250,13 +255,22 @@ def engine_notes(built: Built, made: Network) -> list[str]:
 # memory ---------------------------------------------------------------------------------------------------------------
 BUILD_BASE = 700 << 20
 """Bytes that a build takes whatever is built: libraries, the compiler, code for one model."""
-BUILD_FACTOR = 3.2
-"""Bytes for each byte of weights; `benchmarks/rtx_build.py` measures it."""
+BUILD_FACTOR = 2.7
+"""Bytes for each byte of weights. `benchmarks/rtx_build.py` measures 2.1 to 2.6: least where most is rounded."""
 
 
-def weight_bytes(model: ir.Model) -> int:
-    """Of a lowered model."""
-    return sum(int(v.const_value.nbytes) for v in model.graph.initializers.values() if v.const_value is not None)
+def planned_bytes(graph: Graph, precision: Precision) -> int:
+    """What the weights of a network will take, from the shapes of a decoder's matrices alone."""
+    assert graph.decoder is not None
+    number = 4 if precision.number == "float32" else 2
+    rounded = {"int4": 0.5 + 2 / 32, "int8": 1, "fp8": 1}.get(precision.rounded, number)
+    total = float(number * graph.decoder.vocabulary * graph.decoder.hidden)  # the table of embeddings
+    for weight in matrices(graph):
+        if isinstance(weight, Blocked):
+            total += weight.nbytes if forms.kept(weight) else math.prod(weight.shape)
+        else:
+            total += rounded * math.prod(weight.shape)
+    return int(total)
 
 
 def require_memory(weights: int, available: int | None) -> None:
