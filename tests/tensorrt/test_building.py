@@ -99,6 +99,7 @@ def test_a_builder_that_dies_is_an_error_with_its_last_words(tmp_path: Path) -> 
 
 SAID = [
     "Total Activation Memory: 8278528 bytes",
+    "Total Activation Memory: 1024 bytes",
     "Total Weights Memory: 13768192 bytes",
     """Layers:
 Name: __mye1_0_myl1_0, LayerType: shape_call, Inputs: [], Constants: [], Outputs: [], TacticName: , StreamId: 0, Metadata: 

@@ -35,6 +35,8 @@ def here(name: str, **changes: Any) -> Device:
         (here("rtx-3090"), (NEW,), "native: sm_86, tensorrt-rtx 1.7.1.116"),
         (here("t4"), (NEW,), "native: sm_75, tensorrt-rtx 1.7.1.116"),
         (here("a100"), (NEW,), "native: sm_80, tensorrt-rtx 1.7.1.116"),
+        (here("a100"), (NEW, BIG), "native: sm_80, tensorrt 10.15.1"),
+        (target("a100"), (NEW, BIG), "native: sm_80, tensorrt-rtx 1.7.1.116"),
         (here("h100"), (NEW, BIG), "native: sm_90 with FP8, tensorrt 10.15.1"),
         (here("h100"), (NEW,), "missing_dep: tensorrt-rtx does not serve sm_90, and classic TensorRT is not installed"),
         (here("h100"), (NEW, BIG_OLD), "too_old: tensorrt 10.3.0 is installed and 10.15 or newer is needed"),

@@ -130,12 +130,13 @@ def _tensors_of(line: str, label: str) -> tuple[Tensor, ...]:
 
 
 def memory(messages: Iterable[str]) -> dict[str, int]:
-    """Bytes that an engine needs on its card, as its builder says: `activations`, `weights`."""
+    """Bytes that an engine needs on its card, as its builder says: `activations`, which it says for each profile, and
+    which never are in use at once, and `weights`."""
     found: dict[str, int] = {}
     for message in messages:
         for name, pattern in _MEMORY.items():
             if said := pattern.search(message):
-                found[name] = int(said.group(1))
+                found[name] = max(found.get(name, 0), int(said.group(1)))
     return found
 
 

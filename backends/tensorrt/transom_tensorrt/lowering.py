@@ -107,6 +107,7 @@ class _Lowering:
         """Those that went through E4M3."""
         self._shapes: dict[str, tuple[str | int, ...]] = {}
         self._matrices = 0
+        self._tables: dict[int, tuple[ir.Value, ir.Value]] = {}
         self._read = forms.LastRead()
 
     def _input(self, name: str, dtype: ir.DataType, *shape: str | int) -> ir.Value:
@@ -250,13 +251,20 @@ class _Lowering:
 
     def _rope(self, draft: Draft) -> ir.Value:
         w = self.write
-        frequencies, factor = self.drafting.ropes[draft.index]
         x = w.cast(self._as_heads(draft.inputs[0], draft.groups), FLOAT)
-        angles = np.arange(self.context)[:, None] * np.asarray(frequencies, np.float64)[None]
-        cos, sin = (w.constant((f(angles) * factor).astype(np.float32)) for f in (np.cos, np.sin))
-        turned = 2 * frequencies.size
+        cos, sin = self._rotations(draft.index)
+        turned = 2 * self.drafting.ropes[draft.index][0].size
         partial: dict[str, Any] = {} if turned == draft.dst.width // draft.groups else {"rotary_embedding_dim": turned}
         return w("RotaryEmbedding", x, cos, sin, self.places.positions, interleaved=int(draft.neighbours), **partial)
+
+    def _rotations(self, rope: int) -> tuple[ir.Value, ir.Value]:
+        """Cosines and sines of a rope, float32 [context, pairs], made once for all layers."""
+        if rope not in self._tables:
+            frequencies, factor = self.drafting.ropes[rope]
+            angles = np.arange(self.context)[:, None] * np.asarray(frequencies, np.float64)[None]
+            cos, sin = (self.write.constant((f(angles) * factor).astype(np.float32)) for f in (np.cos, np.sin))
+            self._tables[rope] = cos, sin
+        return self._tables[rope]
 
     # attention --------------------------------------------------------------------------------------------------------
     def _attend(self, draft: Draft) -> ir.Value:

@@ -19,6 +19,8 @@ FORMAT = "1"
 EMULATE = "TRANSOM_TENSORRT_EMULATE"
 EMULATED = "emulated"
 FLOAT8_SINCE = 89
+DATA_CENTRES = (80, 90, 100, 103)
+"""Architectures that TensorRT-RTX is not made for, though it has code for sm_80."""
 LEAST_CUDA = (12,)
 
 
@@ -34,10 +36,12 @@ def architecture(device: Device) -> int:
 
 
 def sdk_for(device: Device, sdks: Sequence[Sdk]) -> Sdk | None:
-    """What serves a device: tensorrt-rtx where it can, else classic TensorRT, which builds where the card is."""
+    """What serves a device: tensorrt-rtx, or classic TensorRT, which builds where the card is. Cards of data centres
+    take the latter where both would do."""
     arch = architecture(device)
     fit = [s for s in sdks if arch in SERVED[s.name] and not s.old and (s.crosses or device.kind == "cuda")]
-    return min(fit, key=lambda s: s.name != RTX, default=None)
+    preferred = CLASSIC if arch in DATA_CENTRES else RTX
+    return min(fit, key=lambda s: s.name != preferred, default=None)
 
 
 def answer(
