@@ -454,3 +454,9 @@ def test_a_rounded_graph_streams_its_weights_like_any_other(rng: np.random.Gener
         **{f"past_{part}.{i}": np.zeros((0, 32), np.float32) for part in ("key", "value") for i in range(2)},
     }  # fmt: skip
     np.testing.assert_array_equal(Executor(found).run(inputs)["logits"], wanted)
+
+
+@pytest.mark.parametrize("form", [{}, {"final_softcap": 5.0}, {"vocabulary": 64}], ids=str)
+def test_the_vocabulary_matrix_is_what_logits_are_made_by(form: dict[str, Any], rng: np.random.Generator) -> None:
+    """And not every matrix with as many rows: the model is 64 wide."""
+    assert vocabulary_products(tiny_decoder(rng, **form)) == {"head"}

@@ -78,10 +78,12 @@ def test_a_builder_that_dies_is_an_error_with_its_last_words(tmp_path: Path) -> 
     child process of its own."""
     (tmp_path / "dying_builder.py").write_text(
         "import faulthandler, os, tensorrt_rtx as trt\n"
+        "from transom_tensorrt.building import _Heard, _logger\n"
         "def build(payload, progress):\n"
         "    faulthandler.disable()\n"
-        "    trt.Builder(trt.Logger(trt.Logger.WARNING))\n"
-        "    print('what it said last', flush=True)\n"
+        "    logger = _logger(trt, _Heard())\n"
+        "    trt.Builder(logger)\n"
+        "    logger.log(trt.ILogger.ERROR, 'what it said last')\n"
         "    os.abort()\n"
     )
     code = (
@@ -92,7 +94,7 @@ def test_a_builder_that_dies_is_an_error_with_its_last_words(tmp_path: Path) -> 
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     assert "Building failed in its child process: killed by SIGABRT" in done.stdout
-    assert "what it said last" in done.stdout
+    assert "TensorRT: what it said last" in done.stdout
 
 
 # --------------------------------------------------------------------------------------------------------- what it says

@@ -129,7 +129,10 @@ def _logger(trt: Any, heard: _Heard) -> Any:
             trt.ILogger.__init__(self)
 
         def log(self, severity: Any, message: str) -> None:
-            if severity in (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR, trt.ILogger.WARNING):
+            bad = severity in (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR)
+            if bad:  # should it abort the process next, the host finds its last words there
+                print(f"TensorRT: {message}", file=sys.stderr, flush=True)
+            if bad or severity == trt.ILogger.WARNING:
                 heard.complaints.append(message)
             elif severity == trt.ILogger.INFO or message.startswith(inspecting.HEADING):
                 heard.messages.append(message)
