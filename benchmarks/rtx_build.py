@@ -2,6 +2,7 @@
 
     python benchmarks/rtx_build.py                         # 1B-shaped, fp8, int8, int4 and f16, for an RTX 4090
     python benchmarks/rtx_build.py --shape tiny --precision fp8
+    python benchmarks/rtx_build.py --shape sample --sparse # SmolLM2-135M, its matrices as plain numbers
 
 Each build has a process of its own, so that the most memory that a process has held is that of one build. `memory per
 byte of weights` is what `transom_tensorrt.compiling` refuses builds by (`BUILD_BASE`, `BUILD_FACTOR`).
@@ -24,18 +25,39 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from models import sample_model
+from rtx_parts.decoders import changed, plain
 from shaped import SHAPES, decoder
 
+from transom.graph import Graph
+from transom.graph.sparse import with_sparsity
+from transom.sources import resolve
+from transom.sparsity import Sparsity
 
-def build(shape: str, precision: str, target: str, context: int) -> dict[str, Any]:
+POLICY = Sparsity(1.0, top_k=64, columns=0, max_density=0.6)
+SAMPLE = "sample"
+
+
+def sample() -> tuple[Graph, list[list[int]]]:
+    """SmolLM2-135M with plain matrices, and a text."""
+    source = resolve(sample_model()).open(sample_model())
+    assert source.tokenizer is not None
+    return changed(source.graph, plain, "plain"), [source.tokenizer.encode("The capital of France is Paris. " * 30)]
+
+
+def build(shape: str, precision: str, target: str, context: int, sparse: bool) -> dict[str, Any]:
     """One build, in this process."""
     from transom.hardware.catalogue import catalogue
     from transom_tensorrt import TensorRt
 
     device = next(d for d in catalogue() if d.id == f"remote:{target}")
-    graph = decoder(shape, context)
-    rng = np.random.default_rng(1)
-    texts = [rng.integers(0, SHAPES[shape]["vocabulary"], 64).tolist()]
+    if shape == SAMPLE:
+        graph, texts = sample()
+    else:
+        rng = np.random.default_rng(1)
+        graph, texts = decoder(shape, context), [rng.integers(0, SHAPES[shape]["vocabulary"], 64).tolist()]
+    if sparse:
+        graph = with_sparsity(graph, POLICY)
     options = {"precision": precision, "context": context, "threads": None, "calibration": texts}
     stages: dict[str, float] = {}
     last = ["start", time.perf_counter()]
@@ -53,7 +75,7 @@ def build(shape: str, precision: str, target: str, context: int) -> dict[str, An
     assert isinstance(engine, Path)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     found = {
-        "shape": shape, "precision": precision, "target": target, "context": network["context"],
+        "shape": shape, "sparse": sparse, "precision": precision, "target": target, "context": network["context"],
         "seconds": round(seconds, 1), "peak_gb": round(peak / 1e9, 2),
         "engine_gb": round(engine.stat().st_size / 1e9, 3), "stages": {k: round(v, 1) for k, v in stages.items()},
         "notes": list(artifact.notes),
@@ -64,7 +86,8 @@ def build(shape: str, precision: str, target: str, context: int) -> dict[str, An
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="1B")
+    parser.add_argument("--shape", choices=[*SHAPES, SAMPLE], default="1B")
+    parser.add_argument("--sparse", action="store_true", help="with sparse attention, 64 units")
     parser.add_argument("--precision", default="fp8,int8,int4,f16", help="one or several, with commas")
     parser.add_argument("--target", default="rtx-4090")
     parser.add_argument("--context", type=int, default=4096)
@@ -72,13 +95,15 @@ def main() -> int:
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
-        print(json.dumps(build(arguments.shape, arguments.precision, arguments.target, arguments.context)))
+        one = (arguments.shape, arguments.precision, arguments.target, arguments.context, arguments.sparse)
+        print(json.dumps(build(*one)))
         return 0
     results = []
     print("precision    build s   peak GB   engine GB")
     for precision in arguments.precision.split(","):
         command = [sys.executable, __file__, "--one", "--shape", arguments.shape, "--precision", precision]
         command += ["--target", arguments.target, "--context", str(arguments.context)]
+        command += ["--sparse"] if arguments.sparse else []
         with tempfile.TemporaryDirectory() as folder:
             environment = {**os.environ, "TMPDIR": folder}
             done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)

@@ -7,7 +7,6 @@ error here: TensorRT gives no other sign that it does not understand what the in
 
 from __future__ import annotations
 
-import resource
 import sys
 import time
 from dataclasses import dataclass, field
@@ -118,7 +117,11 @@ def _refused(sdk: Sdk, what: str, heard: _Heard) -> EngineError:
 
 
 def _peak() -> int:
-    """Bytes: the most that this process has held so far."""
+    """Bytes: the most that this process has held so far; 0 on Windows, where Python cannot tell."""
+    try:
+        import resource
+    except ImportError:
+        return 0
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024
 

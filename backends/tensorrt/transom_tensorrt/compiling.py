@@ -240,8 +240,9 @@ def engine_notes(built: Built, made: Network) -> list[str]:
     caches = [name for k in made.kept for name in (k.input, k.output)]
     sizes = built.memory
     cache = made.slot_bytes
+    memory = f" with {_size(sizes['build'])} of memory" if sizes["build"] else ""
     notes = [
-        f"engine of {_size(sizes['engine'])}, built in {built.seconds:.0f} s with {_size(sizes['build'])} of memory",
+        f"engine of {_size(sizes['engine'])}, built in {built.seconds:.0f} s{memory}",
         f"on the card: {_size(sizes.get('weights', 0))} of weights, {_size(sizes.get('activations', 0))} for a step, "
         f"and {_size(cache)} for each sequence of {made.context} tokens",
         f"prompts go through one by one, {made.prefill.tokens[2]} tokens at a time; up to {made.decode.batch[2]} "
