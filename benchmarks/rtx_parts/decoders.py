@@ -21,6 +21,7 @@ from transom.graph import Graph
 from transom.graph.editing import Editor
 from transom.graph.reading import linear_weight
 from transom.graph.weights import FLOAT8, Blocked, BlockedArrays, Dense, Weight, dequantize
+from transom.quantize.passes import vocabulary_products
 from transom.testing import models
 
 FORMS = ("f16", "fp8")
@@ -43,12 +44,13 @@ def shaped(shape: str, layers: int, context: int, form: str) -> Graph:
     sizes: dict[str, Any] = {**SHAPES[shape], "layers": layers}
     with mock.patch.object(models, "_Weights", Drawn):
         graph = models.tiny_decoder(np.random.default_rng(0), context=context, weights="float16", **sizes)
-    vocabulary = SHAPES[shape]["vocabulary"]
+    kept = vocabulary_products(graph)
+    heads = {id(linear_weight(node)) for node in graph.nodes() if node.name in kept}
 
     def drawn(weight: Weight, number: int) -> Weight:
         if form == "f16":
             return drawn_float16(weight, number)
-        return drawn_int8(weight, number) if weight.shape[0] == vocabulary else drawn_float8(weight, number)
+        return drawn_int8(weight, number) if id(weight) in heads else drawn_float8(weight, number)
 
     return changed(graph, drawn, form)
 
