@@ -482,8 +482,12 @@ def test_a_manifest_that_was_cut_is_damaged_and_one_that_is_gone_leaves_no_model
 def test_keys_that_a_later_version_adds_are_no_harm(here: Any, export: Any) -> None:
     here.use(MadeUp("sound"))
     made = export()
+    with here.load(made.folder) as model:
+        wanted = model.logits([1, 2, 3])
     _edited(made.folder, later={"more": 1})
-    here.load(made.folder).close()
+    with here.load(made.folder) as model:
+        assert model.report.bundle == str(made.folder)
+        np.testing.assert_array_equal(model.logits([1, 2, 3]), wanted)
 
 
 # -------------------------------------------------------------------------------------------------------------- writing
