@@ -337,7 +337,7 @@ def _nothing_runs(
         fix = _command(INSTALL.get(kind, "")) or "Install a plugin for it; see: transom backends"
     if not scope:
         fix = "The probe found no device; see: transom doctor"
-    details = [_line(name, refusal) for name, refusal in refusals if backend in ("auto", name)]
+    details = [_line(name, refusal, purpose) for name, refusal in refusals if backend in ("auto", name)]
     if backend == "auto" and devices and not answers:
         details.append("no backend is installed")
     details += [_capital(str(failure)) for failure in failures]
@@ -349,18 +349,28 @@ _FIXABLE = ("missing_dep", "too_old", "failed", "missing_feature", "wrong_device
 """The order in which fixes are worth trying: a package to install before a machine to buy."""
 
 
+_PIP = "pip install"
+
+
 def _best_fix(refusals: Sequence[Refusal]) -> str:
-    with_fix = [refusal for refusal in refusals if refusal.fix]
-    return min(with_fix, key=lambda refusal: _FIXABLE.index(refusal.code)).fix if with_fix else ""
+    """The first that is worth trying. Of packages that are missing, all: which of them serves best shows only with an
+    offer."""
+    with_fix = sorted((r for r in refusals if r.fix), key=lambda refusal: _FIXABLE.index(refusal.code))
+    if not with_fix:
+        return ""
+    packages = [r.fix for r in with_fix if r.code == "missing_dep" and r.fix.startswith(_PIP)]
+    return ", or: ".join(dict.fromkeys(packages)) if with_fix[0].fix in packages else with_fix[0].fix
 
 
 def _command(fix: str) -> str:
     """A bare command becomes a sentence that can follow another."""
-    return f"Install it with: {fix}" if fix.startswith("pip install") else fix
+    return f"Install it with: {fix}" if fix.startswith(_PIP) else fix
 
 
-def _line(backend: str, refusal: Refusal) -> str:
+def _line(backend: str, refusal: Refusal, purpose: Literal["run", "export"]) -> str:
     fix = f" -> {refusal.fix}" if refusal.fix else ""
+    if purpose == "export":  # backends name the argument of `load`
+        fix = fix.replace("device=", "target=")
     return f"{backend} on {refusal.device_id}: {refusal.reason} [{refusal.code}]{fix}"
 
 

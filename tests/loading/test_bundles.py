@@ -522,12 +522,32 @@ def test_only_a_bundle_gives_its_place_to_another_and_only_when_told(here: Any, 
 
 
 def test_a_folder_that_cannot_be_written_is_said_before_anything_is_compiled(
-    here: Any, export: Any, monkeypatch: pytest.MonkeyPatch
+    here: Any, export: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     here.use(MadeUp("sound"))
-    monkeypatch.setattr(os, "access", lambda path, mode: False)
-    with pytest.raises(OptionError, match="cannot be written"):
+    mkdir = os.mkdir
+
+    def refused(path: Any, mode: int = 0o777) -> None:
+        if Path(path).parent == tmp_path:
+            raise OSError(errno.EROFS, "Read-only file system")
+        mkdir(path, mode)
+
+    monkeypatch.setattr(os, "mkdir", refused)
+    with pytest.raises(OptionError, match=r"cannot be written: Read-only file system"):
         export()
+    assert here.jobs == []
+    monkeypatch.undo()
+    assert export().folder.is_dir()
+    assert left_over(tmp_path) == ["bundle"]
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".transom-")]
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="a file system of Linux's kernel")
+def test_what_looks_as_if_it_could_be_written_is_tried(here: Any, export: Any) -> None:
+    """The administrator has every permission in /proc, and nobody makes a folder there."""
+    here.use(MadeUp("sound"))
+    with pytest.raises(OptionError, match="The folder /proc cannot be written"):
+        export(out="/proc/bundle")
     assert here.jobs == []
 
 

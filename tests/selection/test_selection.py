@@ -408,6 +408,26 @@ def test_a_package_to_install_is_offered_before_any_other_fix() -> None:
         assert error.value.fix == "Install it with: pip install sdk"
 
 
+def test_of_several_packages_that_are_missing_each_is_named_once() -> None:
+    answers = [
+        ("a", Refusal("cpu", "missing_dep", "no SDK", "pip install sdk")),
+        ("b", Refusal("cpu", "missing_dep", "no kit", "pip install kit")),
+        ("c", Refusal("cpu", "missing_dep", "no SDK", "pip install sdk")),
+        ("d", Refusal("cpu", "too_old", "SDK 1", "pip install --upgrade sdk")),
+    ]
+    with pytest.raises(SelectionError) as error:
+        select([m.XEON], answers)
+    assert error.value.fix == "Install it with: pip install sdk, or: pip install kit"
+
+
+def test_the_device_that_a_backend_proposes_is_a_target_where_one_exports() -> None:
+    answers = [("a", Refusal("cpu", "wrong_device", "runs on GPUs", "Use device='cuda:0'"))]
+    for purpose, argument in (("run", "device"), ("export", "target")):
+        with pytest.raises(SelectionError) as error:
+            select([m.XEON], answers, purpose=purpose)  # type: ignore[arg-type]
+        assert error.value.details == (f"a on cpu: runs on GPUs [wrong_device] -> Use {argument}='cuda:0'",)
+
+
 def test_an_offer_that_only_compiles_does_not_run() -> None:
     devices = [m.XEON, m.PHONE]
     with pytest.raises(SelectionError) as error:

@@ -11,6 +11,7 @@ import errno
 import json
 import os
 import stat
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -346,8 +347,10 @@ def require_free(folder: Path, *, overwrite: bool) -> None:
         raise OptionError(
             f"There is no folder {folder.parent} to write the bundle into", "Make it, or choose another folder"
         )
-    if not os.access(folder.parent, os.W_OK | os.X_OK):
-        raise OptionError(f"The folder {folder.parent} cannot be written", other)
+    try:  # permissions do not tell: of file systems that are read-only or kept by the kernel
+        os.rmdir(tempfile.mkdtemp(prefix=".transom-", dir=folder.parent))
+    except OSError as error:
+        raise OptionError(f"The folder {folder.parent} cannot be written: {error.strerror or error}", other) from error
     if not os.path.lexists(folder):
         return
     if folder.is_symlink() or not folder.is_dir():
