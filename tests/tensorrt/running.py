@@ -38,7 +38,8 @@ class Running:
 
     def __init__(self, graph: Graph, precision: Precision, context: int, folder: Path, **more: Any) -> None:
         drafting = Drafting(graph, RtxKernels())
-        round_anew(drafting.drafts)
+        if precision.number != "float32":
+            round_anew(drafting.drafts, lambda share: None)
         self.lowered: Lowered = lower(drafting, precision, context, **more)
         self._session = session(self.lowered.model, folder)
 

@@ -6,13 +6,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 
 from transom.errors import EngineError
-from transom_tensorrt import inspecting
+from transom_tensorrt import building, inspecting
 from transom_tensorrt.building import Wanted, build
 from transom_tensorrt.network import Network, Profile
 from transom_tensorrt.sdk import installed
@@ -71,6 +72,21 @@ def test_what_is_known_to_fail_still_fails(case: str, tmp_path: Path) -> None:
         inputs = {"x": (1, 64)}
     with pytest.raises(EngineError, match="it cannot read the network"):
         build(saved(w, tmp_path), tmp_path / "plan", Wanted(NETWORK, inputs, 89), installed()[0], lambda s, x: None)
+
+
+def test_a_builder_that_cannot_be_made_is_an_error_with_tensorrts_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trt = building.library("tensorrt-rtx")
+
+    def broken(logger: Any) -> None:
+        logger.log(trt.ILogger.ERROR, "no driver to speak of")
+        raise TypeError("pybind11::init(): factory function returned nullptr")
+
+    monkeypatch.setattr(trt, "Builder", broken)
+    with pytest.raises(EngineError, match="it cannot be started") as caught:
+        build(tmp_path / "model.onnx", tmp_path / "plan", Wanted(NETWORK, {}, 89), installed()[0], lambda s, x: None)
+    assert caught.value.details == ("no driver to speak of",)
 
 
 def test_a_builder_that_dies_is_an_error_with_its_last_words(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from transom.runtime.selfcheck import compare
 from transom.sources import resolve
 from transom.testing.models import VARIANTS, tiny_decoder
 from transom_tensorrt.lowering import RtxKernels
+from transom_tensorrt.network import ALIGNMENT
 from transom_tensorrt.precision import Precision
 
 CONTEXT = 64
@@ -111,6 +112,24 @@ def test_rounded_graphs_are_the_references(
     assert compare(wanted, exact).kl_mean < (1e-3 if activations else 1e-9)
     half = compare(wanted, Running(rounded, HALF, CONTEXT, tmp_path / "half").logits(parts))
     assert half.kl_mean < 3e-3, half
+
+
+def test_8_bit_blocks_are_the_references_in_float32(rng: np.random.Generator, tmp_path: Path) -> None:
+    """Where networks are for speed they are rounded anew."""
+    graph = tiny_decoder(rng, weights="int8")
+    parts = parted(rng, 61, [17, 1, 1, 5])
+    wanted = reference(graph, parts)
+    assert np.abs(Running(graph, EXACT, CONTEXT, tmp_path / "exact").logits(parts) - wanted).max() < 1e-4
+    assert compare(wanted, Running(graph, HALF, CONTEXT, tmp_path / "half").logits(parts)).kl_mean < 3e-3
+
+
+@pytest.mark.parametrize("columns", [1, 17, 20])
+def test_caches_begin_where_tensorrt_takes_them_whatever_heads_there_are(
+    columns: int, rng: np.random.Generator, tmp_path: Path
+) -> None:
+    graph = tiny_decoder(rng, q_heads=2, kv_heads=1, head_dim=2 * columns, layers=1)
+    running = Running(graph, HALF, CONTEXT, tmp_path)
+    assert all(k.nbytes % ALIGNMENT == 0 for k in running.lowered.kept)
 
 
 def test_most_codes_of_float8_inputs_are_the_references(rng: np.random.Generator, tmp_path: Path) -> None:

@@ -6,8 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from transom.contract import Claim
-from transom.graph.reading import linear_weight
-from transom.graph.weights import Weight
+from transom.graph.reading import linear_weight, matrices
 from transom.programs.drafting import Drafting, NoForm
 from transom_cuda_triton import probing
 from transom_cuda_triton.lowering import TritonKernels
@@ -18,11 +17,6 @@ from transom_cuda_triton.tiles import parts
 if TYPE_CHECKING:
     from transom.contract import Device, Options
     from transom.graph import Graph
-
-
-def matrices(graph: Graph) -> list[Weight]:
-    """The weights of the graph's matrix products."""
-    return [w for n in graph.nodes() if (w := linear_weight(n)) is not None]
 
 
 def precision_of(graph: Graph, device: Device, options: Options) -> Precision:

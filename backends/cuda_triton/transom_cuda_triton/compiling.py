@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from transom.contract import Artifact, Device, Options, Progress
 from transom.errors import EngineError
+from transom.graph.reading import matrices
 from transom.programs.drafting import Drafting
 from transom_cuda_triton import names, probing
-from transom_cuda_triton.claims import matrices, precision_of
+from transom_cuda_triton.claims import precision_of
 from transom_cuda_triton.lowering import TritonKernels, write
 from transom_cuda_triton.precision import Precision
 from transom_cuda_triton.program import Program

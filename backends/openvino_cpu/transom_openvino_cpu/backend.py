@@ -27,11 +27,12 @@ class OpenVinoCpu:
         return [probing.answer(device) for device in devices]
 
     def claim(self, graph: Graph, device: Device, options: Options) -> Sequence[Claim]:
+        from transom.graph.reading import matrices
         from transom_openvino_cpu import claims
         from transom_openvino_cpu.precision import resolve
 
         decoder = graph.decoder is not None
-        precision = resolve(options, device, claims.matrices(graph), decoder=decoder)
+        precision = resolve(options, device, matrices(graph), decoder=decoder)
         return list(claims.claims(graph, precision, device))
 
     def compile(self, part: Graph, device: Device, options: Options, progress: Progress) -> Artifact:

@@ -15,13 +15,7 @@ if TYPE_CHECKING:
 
     from transom.contract import Device
     from transom.graph import Graph
-    from transom.graph.weights import Weight
     from transom_openvino_cpu.precision import Precision
-
-
-def matrices(graph: Graph) -> list[Weight]:
-    """The weights of the graph's matrix products."""
-    return [w for n in graph.nodes() if (w := linear_weight(n)) is not None]
 
 
 def paged(graph: Graph) -> bool:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from transom.contract import Artifact, Device, Options, Progress
 from transom.errors import EngineError
+from transom.graph.reading import matrices
 from transom.graph.weights import Dense
 from transom_openvino_cpu import claims, names
 from transom_openvino_cpu.engine import openvino
@@ -41,7 +42,7 @@ def compile_graph(graph: Graph, device: Device, options: Options, progress: Prog
         EngineError: OpenVINO cannot compile the graph; its own words are in the message.
         OptionError: the precision cannot be had on this CPU or for this checkpoint.
     """
-    precision = resolve(options, device, claims.matrices(graph), decoder=graph.decoder is not None)
+    precision = resolve(options, device, matrices(graph), decoder=graph.decoder is not None)
     drafting = drafted(graph, precision, device)
     folder = Path(tempfile.mkdtemp(prefix=PREFIX))
     try:

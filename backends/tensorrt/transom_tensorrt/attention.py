@@ -128,9 +128,7 @@ def attend(
     grouped = w("Reshape", q, w.ints([0, kv_heads, group, -1, layer.cache.head_dim]))  # [B, KV, G, S, D]
     turned = w("Unsqueeze", w("Transpose", keys, perm=[0, 1, 3, 2]), w.ints([2]))
     scores = w.cast(w("MatMul", grouped, turned), FLOAT)  # [B, KV, G, S, C]
-    if layer.softcap:
-        cap = w.number(layer.softcap, FLOAT)
-        scores = w("Mul", w("Tanh", w("Div", scores, cap)), cap)
+    scores = w.softcapped(scores, layer.softcap)
     scores = w("Where", w("Unsqueeze", mask, w.ints([1])), scores, w.number(LEAST, FLOAT), dtype=FLOAT)
     if sinks is None:
         shares = w("Softmax", scores, axis=-1)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from transom.errors import EngineError
+from transom.quantize.rounding import LARGEST_FLOAT8
 from transom_tensorrt import inspecting
 from transom_tensorrt.attention import Fused
 from transom_tensorrt.network import LENGTHS, Network, Profile, Shape
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
     from transom.contract import Progress
 
-FLOAT8_LARGEST = 448.0
 LAST_WORDS = 8
 """Messages of TensorRT's that an error shows."""
 
@@ -38,7 +38,7 @@ class Wanted:
     network: Network
     inputs: Mapping[str, Shape]
     arch: int
-    """89 for sm_89; 0: the card that is here."""
+    """89 for sm_89."""
     fused: tuple[Fused, ...] = ()
     """Attention that TensorRT has kernels for."""
 
@@ -72,9 +72,10 @@ def build(model: Path, plan: Path, wanted: Wanted, sdk: Sdk, progress: Progress)
     heard = _Heard()
     logger = _logger(trt, heard)
     start = time.perf_counter()
-    builder = trt.Builder(logger)
-    if builder is None:
-        raise _refused(sdk, "it cannot be started", heard)
+    try:
+        builder = trt.Builder(logger)
+    except TypeError as e:  # pybind11's, for a factory that returned nothing
+        raise _refused(sdk, "it cannot be started", heard) from e
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
     progress("parse", None)
@@ -85,7 +86,7 @@ def build(model: Path, plan: Path, wanted: Wanted, sdk: Sdk, progress: Progress)
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     config.clear_flag(trt.BuilderFlag.TF32)
-    if sdk.crosses and wanted.arch:
+    if sdk.crosses:
         config.num_compute_capabilities = 1
         config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{wanted.arch}"), 0)
     for profile in (wanted.network.prefill, wanted.network.decode):
@@ -231,7 +232,7 @@ def _attend(trt: Any, network: Any, wanted: Wanted) -> list[Any]:
             attention.key_value_lengths = _tensor(layers, LENGTHS)
         if form.float8:
             dtype = np.float16 if wanted.network.number == "float16" else np.float32
-            scale = np.asarray(1 / FLOAT8_LARGEST, dtype)
+            scale = np.asarray(1 / LARGEST_FLOAT8, dtype)
             held.append(scale)
             attention.normalization_quantize_to_type = trt.fp8
             attention.normalization_quantize_scale = network.add_constant((), trt.Weights(scale)).get_output(0)

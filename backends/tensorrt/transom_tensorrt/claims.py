@@ -6,21 +6,18 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from transom.contract import Claim
-from transom.graph.reading import linear_weight
-from transom.graph.weights import Blocked, Weight
+from transom.graph.reading import linear_weight, matrices
+from transom.graph.sparse import is_attention
+from transom.graph.weights import Blocked
 from transom.programs.drafting import Drafting, NoForm
-from transom_tensorrt import forms, probing
+from transom.sparsity import Sparsity
+from transom_tensorrt import forms, probing, sparse
 from transom_tensorrt.lowering import RtxKernels
 from transom_tensorrt.precision import Precision, resolve
 
 if TYPE_CHECKING:
     from transom.contract import Device, Options
     from transom.graph import Graph
-
-
-def matrices(graph: Graph) -> list[Weight]:
-    """The weights of the graph's matrix products."""
-    return [w for n in graph.nodes() if (w := linear_weight(n)) is not None]
 
 
 def precision_of(graph: Graph, device: Device, options: Options) -> Precision:
@@ -48,8 +45,17 @@ def claims(graph: Graph, device: Device, options: Options) -> Iterator[Claim]:
         if node is wrong:
             yield Claim(str(node.name), False, reason)
             continue
+        if is_attention(node):
+            policy = Sparsity.parse(node.attributes.get_string("sparsity", "dense"))
+            layer = graph.decoder.layers[node.attributes.get_int("layer", 0)]
+            if reason := sparse.unaligned(policy, layer.head_dim):
+                yield Claim(str(node.name), False, reason)
+            else:
+                yield Claim(str(node.name), True, exact=policy.dense and not precision.attention)
+            continue
         weight = linear_weight(node)
-        anew = isinstance(weight, Blocked) and not forms.kept(weight)
-        rounded = weight is not None and (anew or (bool(precision.rounded) and not isinstance(weight, Blocked)))
-        sparse = node.op_type == "CachedAttention" and node.attributes.get_string("sparsity", "dense") != "dense"
-        yield Claim(str(node.name), True, exact=not rounded and not sparse)
+        if isinstance(weight, Blocked):
+            rounded = precision.number != "float32" and not forms.kept(weight)
+        else:
+            rounded = weight is not None and bool(precision.rounded)
+        yield Claim(str(node.name), True, exact=not rounded)

@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,16 +14,17 @@ from typing import TYPE_CHECKING, Any
 import onnx_ir as ir
 
 from transom.contract import Artifact, Device, Options, Progress
-from transom.errors import DoesNotFit, EngineError, UnsupportedError
-from transom.graph.weights import Blocked, Weight, dequantize
+from transom.errors import DoesNotFit, EngineError
+from transom.graph.reading import linear_weight, matrices
+from transom.graph.weights import Blocked, held
 from transom.ops.sparse_routing import COLUMN_ROWS
 from transom.programs.drafting import Draft, Drafting
 from transom_tensorrt import forms, inspecting, network, probing
 from transom_tensorrt.building import Built, Wanted, build
-from transom_tensorrt.claims import matrices, precision_of
+from transom_tensorrt.claims import precision_of
 from transom_tensorrt.lowering import Lowered, RtxKernels, lower
 from transom_tensorrt.network import Network, Profile
-from transom_tensorrt.precision import Precision
+from transom_tensorrt.precision import ROUNDING, Precision
 from transom_tensorrt.sdk import Sdk, installed
 
 if TYPE_CHECKING:
@@ -36,7 +37,10 @@ SMALL = 1024
 """Bytes of an initializer that stays in the ONNX file itself."""
 ROUNDING_FILE = "rounding.txt"
 """What rounding did to each product, for people."""
-SHARES = {"calibrate": (0.0, 0.3), "round": (0.3, 0.4), "write": (0.4, 0.5), "parse": (0.5, 0.55), "build": (0.55, 1.0)}
+SHARES = {
+    "observe": (0.0, 0.3), "round": (0.3, 0.36), "requantize": (0.36, 0.4), "write": (0.4, 0.5),
+    "parse": (0.5, 0.55), "build": (0.55, 1.0),
+}  # fmt: skip
 """Of the progress bar, from where to where."""
 NEAR_THE_END = 65504 / 4
 """A magnitude in attention from which on bfloat16 is taken: other texts may have larger ones than those seen."""
@@ -57,10 +61,14 @@ def compile_graph(graph: Graph, device: Device, options: Options, progress: Prog
     context = min(int(asked or decoder.context), decoder.context)
     sdk = None if probing.emulating() else probing.sdk_for(device, installed())
     if sdk is not None:  # before anything that takes long
-        require_memory(planned_bytes(graph, precision_of(graph, device, options)), _available())
+        precision = precision_of(graph, device, options)
+        smallest = planned_bytes(graph, replace(precision, rounded="int4"))
+        require_memory(planned_bytes(graph, precision), _available(), smallest)
     prepared = _prepare(graph, device, options, progress)
     drafting = Drafting(prepared.graph, RtxKernels())
-    anew = round_anew(drafting.drafts)
+    anew: list[str] = []
+    if prepared.precision.number != "float32":  # that is for checking, and keeps every weight as it is
+        anew = round_anew(drafting.drafts, lambda share: _tell(progress, "requantize", share))
     lowered = lower(drafting, prepared.precision, context, prepared.activations)
     made = _network(lowered, drafting, prepared.precision, context)
     folder = Path(tempfile.mkdtemp(prefix=PREFIX))
@@ -117,7 +125,7 @@ def _prepare(graph: Graph, device: Device, options: Options, progress: Progress)
     notes: list[str] = []
     if precision.activations:
         texts: Any = options.get("calibration")
-        seen = calibrate(graph, texts, progress=lambda share: _tell(progress, "calibrate", share))
+        seen = calibrate(graph, texts, progress=lambda share: _tell(progress, "observe", share))
         precision, said = wide_enough(precision, seen, probing.architecture(device))
         notes += said
     elif precision.rounded == "fp8":
@@ -125,6 +133,9 @@ def _prepare(graph: Graph, device: Device, options: Options, progress: Progress)
             "inputs of products are not rounded: the model has no tokenizer, so there are no texts to see them on"
         )
     if not precision.rounded:
+        asked = str(options.get("precision"))
+        if asked in ROUNDING:
+            notes.append(f"precision {asked!r} rounds plain matrices, and all of these are quantised in the checkpoint")
         return Prepared(graph, precision, seen, notes)
     scheme = Scheme(precision.rounded, activations="fp8" if precision.activations else "")
     if precision.rounded != "int8":
@@ -161,20 +172,27 @@ def wide_enough(precision: Precision, seen: Activations, arch: int) -> tuple[Pre
     ]
 
 
-def round_anew(drafts: Sequence[Draft]) -> list[str]:
-    """Give matrices whose stored form TensorRT has no fast product for another one, and say so."""
+def round_anew(drafts: Sequence[Draft], progress: Callable[[float], None]) -> list[str]:
+    """Give matrices whose stored form TensorRT has no fast product for another one, and say so.
+
+    Raises:
+        SourceError: a weight is not finite.
+    """
+    from transom.quantize.passes import weight_error
     from transom.quantize.rounding import to_int8
 
     forms_of: dict[str, int] = {}
     off: list[float] = []
-    for draft in drafts:
+    for done, draft in enumerate(drafts):
         weight = draft.weight
         if draft.kind != "linear" or not isinstance(weight, Blocked) or forms.kept(weight):
             continue
+        progress(done / len(drafts))
         named = f"{weight.dtype} in blocks of {weight.block}"
         forms_of[named] = forms_of.get(named, 0) + 1
         draft.weight = to_int8(weight)
-        off.append(_error(weight, draft.weight))
+        read = held(weight)
+        off.append(weight_error(draft.node, read, to_int8(read)))
     if not off:
         return []
     stored = ", ".join(f"{count} in {name}" for name, count in forms_of.items())
@@ -184,22 +202,9 @@ def round_anew(drafts: Sequence[Draft]) -> list[str]:
     ]
 
 
-def _error(before: Weight, after: Weight) -> float:
-    """‖W - Ŵ‖ / ‖W‖."""
-    import numpy as np
-
-    a, b = dequantize(before), dequantize(after)
-    return float(np.linalg.norm(a - b) / max(float(np.linalg.norm(a)), 1e-30))
-
-
 # the engine -----------------------------------------------------------------------------------------------------------
 def _network(lowered: Lowered, drafting: Drafting, precision: Precision, context: int) -> Network:
-    if odd := [k for k in lowered.kept if k.nbytes % network.ALIGNMENT]:
-        raise UnsupportedError(
-            f"Caches of {odd[0].shape[0]} heads with {odd[0].shape[2]} columns do not begin where TensorRT takes them, "
-            f"at multiples of {network.ALIGNMENT} bytes",
-            "Choose another backend, or do without a sparsity policy",
-        )
+    assert all(k.nbytes % network.ALIGNMENT == 0 for k in lowered.kept)  # `claims` refuses what would not be
     most = min(network.CHUNK, context)
     # Fewer new tokens than that choose each by itself, which the engine has them do one after the other.
     least = 1 if drafting.sparsity.dense else min(COLUMN_ROWS, most)
@@ -262,26 +267,40 @@ BUILD_FACTOR = 3.0
 
 def planned_bytes(graph: Graph, precision: Precision) -> int:
     """What the weights of a network will take, from the shapes of a decoder's matrices alone."""
+    from transom.quantize.passes import vocabulary_products
+
     assert graph.decoder is not None
     number = 4 if precision.number == "float32" else 2
     rounded = {"int4": 0.5 + 2 / 32, "int8": 1, "fp8": 1}.get(precision.rounded, number)
     total = float(number * graph.decoder.vocabulary * graph.decoder.hidden)  # the table of embeddings
-    for weight in matrices(graph):
-        if isinstance(weight, Blocked):
-            total += weight.nbytes if forms.kept(weight) else math.prod(weight.shape)
-        else:
-            total += rounded * math.prod(weight.shape)
+    heads = vocabulary_products(graph)
+    for node in graph.nodes():
+        weight = linear_weight(node)
+        if weight is None:
+            continue
+        if isinstance(weight, Blocked) and forms.kept(weight):
+            total += weight.nbytes
+            continue
+        each = (4 if precision.number == "float32" else 1) if isinstance(weight, Blocked) else rounded
+        if precision.rounded and node.name in heads:
+            each = 1
+        total += each * math.prod(weight.shape)
     return int(total)
 
 
-def require_memory(weights: int, available: int | None) -> None:
-    """Raises DoesNotFit for a build that this machine has not enough memory for."""
+def require_memory(weights: int, available: int | None, smallest: int) -> None:
+    """Raises DoesNotFit for a build that this machine has not enough memory for.
+
+    Args:
+        weights: bytes of them.
+        smallest: the same, if plain matrices were rounded to int4.
+    """
     needed = BUILD_BASE + int(BUILD_FACTOR * weights)
     if available is not None and needed > available:
         raise DoesNotFit(
             f"Building this engine takes about {_size(needed)} of memory ({_size(weights)} of weights), and this "
             f"machine has {_size(available)} free",
-            "Build it on a machine with more memory, or with a smaller precision, such as int4",
+            "Build it on a machine with more memory" + (", or with precision='int4'" if smallest < weights else ""),
         )
 
 

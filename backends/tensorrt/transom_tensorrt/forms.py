@@ -29,8 +29,6 @@ import onnx_ir as ir
 from transom.graph.weights import Array, Blocked, BlockedArrays, Dense, Weight, affine, dequantize
 from transom_tensorrt.writing import FLOAT, FLOAT8, OnnxWriter
 
-LARGEST = 448.0
-"""Of E4M3."""
 INT4_BLOCKS = (16, 32, 64, 128)
 CENTRES = {"int4": 0, "uint4": -8}
 """What is added to a stored quant to make it one of -8 … 7."""
@@ -46,7 +44,8 @@ def refusal(weight: Weight) -> str:
 
 
 def kept(weight: Weight) -> bool:
-    """Whether a matrix that is quantised already is used as it is stored. One that is not is rounded anew."""
+    """Whether a matrix that is quantised already is used as it is stored. One that is not is rounded anew, or unpacked
+    in a float32 network, which is for checking."""
     if not isinstance(weight, Blocked):
         return False
     if weight.dtype in CENTRES:
@@ -84,7 +83,7 @@ class Linear:
 
     def __call__(self, x: ir.Value) -> ir.Value:
         """x @ weightᵀ; x [tokens, columns] in any floating type."""
-        if isinstance(self.weight, Dense):
+        if isinstance(self.weight, Dense) or (self.number == FLOAT and not kept(self.weight)):
             return self._plain(x, self.weight)
         if self.weight.dtype == "float8e4m3fn" and self.rounded:
             return self._float8_twice(x, self.weight)
@@ -92,7 +91,7 @@ class Linear:
             return self._int4(x, self.weight)
         return self._by_rows(x, self.weight)
 
-    def _plain(self, x: ir.Value, weight: Dense) -> ir.Value:
+    def _plain(self, x: ir.Value, weight: Weight) -> ir.Value:
         rows, columns = weight.shape
 
         def load() -> Array:
@@ -188,6 +187,6 @@ def narrowed(array: Array, number: ir.DataType, name: str) -> Array:
         largest = float(np.abs(array.astype(np.float32)).max())
         raise OptionError(
             f"{name} has numbers up to {largest:.4g}, and float16 ends at 65504",
-            "Use precision='bf16', which has the range of float32",
+            "Use precision='bf16', which has the range of float32, on sm_80 and newer, or precision='exact'",
         )
     return narrow

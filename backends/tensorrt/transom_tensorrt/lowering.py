@@ -24,16 +24,21 @@ from transom.graph.weights import Array, Weight, dequantize
 from transom.ops.sparse_routing import BLOCK
 from transom.programs import fusing
 from transom.programs.drafting import Draft, Drafting, Value
+from transom.quantize.rounding import LARGEST_FLOAT8
 from transom.signature import cache_input_names, cache_output_names
 from transom.sparsity import Sparsity
 from transom_tensorrt import attention, forms, sparse
-from transom_tensorrt.network import LENGTHS, QUERY, Kept
+from transom_tensorrt.network import ALIGNMENT, LENGTHS, QUERY, Kept
 from transom_tensorrt.writing import FLOAT, INT32, INT64, OnnxWriter
 
 if TYPE_CHECKING:
     from transom.quantize.calibration import Activations
     from transom_tensorrt.precision import Precision
 
+POSITIONS = 2 * BLOCK
+"""Caches have a multiple of so many: whole blocks, and the cache of each sequence begins where TensorRT takes it,
+whatever heads and columns there are."""
+assert POSITIONS * 2 % ALIGNMENT == 0
 NUMBERS = {"float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16, "float32": FLOAT}
 
 
@@ -95,8 +100,8 @@ class _Lowering:
     def __init__(self, drafting: Drafting, precision: Precision, context: int, activations: Activations | None) -> None:
         self.activations = activations
         self.drafting, self.decoder, self.precision, self.context = drafting, drafting.decoder, precision, context
-        self.positions = -(-context // BLOCK) * BLOCK
-        """Of the caches: whole blocks, which also keeps the cache of each sequence at an aligned address."""
+        self.positions = -(-context // POSITIONS) * POSITIONS
+        """Of the caches."""
         self.number = NUMBERS[precision.number]
         self.write = OnnxWriter("decoder")
         self._values: dict[int, ir.Value] = {}
@@ -234,8 +239,7 @@ class _Lowering:
         return self.write("Mul", self._wide(draft.inputs[0]), self.write.number(draft.scale, FLOAT))
 
     def _softcap(self, draft: Draft) -> ir.Value:
-        w, cap = self.write, self.write.number(draft.scale, FLOAT)
-        return w("Mul", w("Tanh", w("Div", self._wide(draft.inputs[0]), cap)), cap)
+        return self.write.softcapped(self._wide(draft.inputs[0]), draft.scale)
 
     def _gate(self, draft: Draft) -> ir.Value:
         w, (x, up) = self.write, (self._wide(v) for v in draft.inputs)
@@ -383,7 +387,7 @@ class _Lowering:
         """What queries, keys and values are rounded to E4M3 by; None: they are not."""
         if not self.precision.attention or self.activations is None or not layer.fused(self.number):
             return None
-        q, k, v = (self.activations.input(node, i).bound / forms.LARGEST for i in range(3))
+        q, k, v = (self.activations.input(node, i).bound / LARGEST_FLOAT8 for i in range(3))
         return q * layer.scale, k, v
 
 

@@ -26,7 +26,7 @@ gain by it, while each decoded token reads the cache and writes it once more.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from transom.contract import Options
     from transom.graph.weights import Weight
 
+ROUNDING = ("fast", "int8", "fp8", "int4")
+"""Those that say what plain matrices are rounded to."""
 NAMES = ("auto", "exact", "fast", "f32", "bf16", "f16", "int8", "fp8", "int4")
 Number = Literal["float32", "bfloat16", "float16"]
 Rounded = Literal["", "int8", "fp8", "int4"]
@@ -87,6 +89,7 @@ def resolve(options: Options, arch: int, matrices: Iterable[Weight], *, emulated
         raise OptionError(f"precision={asked!r} is unknown", f"It is one of {', '.join(NAMES)}")
     known = list(matrices)
     plain = [w for w in known if isinstance(w, Dense)]
+    """What is rounded, where anything is."""
     if asked in ("exact", "f32"):
         return Precision("float32")
     if asked == "bf16":
@@ -107,9 +110,8 @@ def resolve(options: Options, arch: int, matrices: Iterable[Weight], *, emulated
     number: Number = "bfloat16" if wide else "float16"
     if asked == "auto":
         asked = "fp8" if plain and float8 else ""
-    rounded: Rounded = (
-        "fp8" if asked in ("fp8", "fast") else "int8" if asked == "int8" else "int4" if asked == "int4" else ""
-    )
+    wanted: Mapping[str, Rounded] = {"fp8": "fp8", "fast": "fp8", "int8": "int8", "int4": "int4"}
+    rounded = wanted.get(asked, "") if plain else ""
     if rounded == "int4":
         uneven = next((w for w in plain if w.shape[-1] % 32), None)
         if uneven is not None:
@@ -117,7 +119,7 @@ def resolve(options: Options, arch: int, matrices: Iterable[Weight], *, emulated
                 f"precision='int4' rounds blocks of 32 columns, and a matrix has {uneven.shape[-1]}",
                 "Use precision='int8'",
             )
-    inputs = rounded == "fp8" and bool(options.get("calibration")) and bool(plain)
+    inputs = rounded == "fp8" and bool(options.get("calibration"))
     if inputs:
         number = "float16"  # what is rounded to float8 goes through float32, and the texts show what attention needs
     return Precision(number, rounded, inputs, attention=asked == "fast" and inputs, free=True)

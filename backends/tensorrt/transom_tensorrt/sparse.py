@@ -15,6 +15,7 @@ that are read; L keys of the local window and the block itself; D columns of a k
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -22,14 +23,16 @@ import numpy as np
 import onnx_ir as ir
 
 from transom.ops.sparse_routing import BLOCK, DENSE_ABOVE, VARIANCE_CAP, VARIANCE_WEIGHT
+from transom_tensorrt.attention import LEAST
+from transom_tensorrt.network import ALIGNMENT
 from transom_tensorrt.writing import BOOL, FLOAT, INT64, OnnxWriter
 
 if TYPE_CHECKING:
     from transom.sparsity import Sparsity
     from transom_tensorrt.attention import Layer
 
-FORCED, EVERY = 2.0, 3.0
-"""Scores above any that a unit can have: of the first block, and of what is read in any case."""
+FORCED = 2.0
+"""A score above any that a unit can have: of the first block."""
 
 
 def refusal(policy: Sparsity) -> str:
@@ -43,6 +46,15 @@ def refusal(policy: Sparsity) -> str:
     if policy.score != "rms":
         return f"engines score units by 'rms', not by {policy.score!r}"
     return ""
+
+
+def unaligned(policy: Sparsity, columns: int) -> str:
+    """Why means of heads with so many columns lie where TensorRT takes no tensor; empty if they do not. Each block
+    has some nodes, and their float32 numbers have to fill a whole number of steps."""
+    if policy.dense or BLOCK // policy.node * columns * 4 % ALIGNMENT == 0:
+        return ""
+    least = ALIGNMENT // 4 // math.gcd(ALIGNMENT // 4, BLOCK // policy.node)
+    return f"sparse attention needs heads of a multiple of {least} columns, and these have {columns}"
 
 
 @dataclass(frozen=True)
@@ -357,7 +369,7 @@ def _scores(
 
     logits = by_node(together, means)
     more = w("Mul", by_node(w("Mul", together, together), variances), w.number(0.5 * VARIANCE_WEIGHT, FLOAT))
-    logits = _capped(w, w("Add", logits, w("Min", more, w.number(VARIANCE_CAP, FLOAT))), layer)
+    logits = w.softcapped(w("Add", logits, w("Min", more, w.number(VARIANCE_CAP, FLOAT))), layer.softcap)
 
     row = w("Unsqueeze", b.look, w.ints([1, 4, 5]))  # [B, 1, NB, R, 1, 1]
     start = b.first_seen(row, window)
@@ -365,12 +377,13 @@ def _scores(
     begins = np.arange(sizes.nodes, dtype=np.int64) * rule.node
     visible = w("And", w("Less", w.constant(begins), far_end, dtype=BOOL),
                 w("Greater", w.constant(begins + rule.node), start, dtype=BOOL))  # fmt: skip
-    least = w.number(-1e30, FLOAT)
+    least = w.number(LEAST, FLOAT)
     logits = w("Where", visible, logits, least, dtype=FLOAT)
 
     flat = w("Reshape", asked, b.shape(b.batch, heads, b.blocks, -1, columns))
     near = w("MatMul", flat, w("Transpose", w.cast(near_keys, FLOAT), perm=[0, 1, 2, 4, 3]))
-    near = _capped(w, w("Reshape", near, b.shape(b.batch, heads, b.blocks, b.looked, group, sizes.near)), layer)
+    near = w("Reshape", near, b.shape(b.batch, heads, b.blocks, b.looked, group, sizes.near))
+    near = w.softcapped(near, layer.softcap)
     at = w("Unsqueeze", _near_positions(b), w.ints([1, 3, 4]))  # [B, 1, NB, 1, 1, L]
     near_seen = w("And", w("LessOrEqual", at, row, dtype=BOOL), w("GreaterOrEqual", at, start, dtype=BOOL))
     near = w("Where", near_seen, near, least, dtype=FLOAT)
@@ -393,13 +406,6 @@ def _scores(
     squares = w("ReduceSum", w("Mul", w("Mul", share, share), counts), w.ints([3, 4]), keepdims=0)
     number = w("Mul", w("ReduceSum", counts, w.ints([3, 4]), keepdims=0), w.number(float(group), FLOAT))
     return w("Sqrt", w("Div", squares, number))
-
-
-def _capped(w: OnnxWriter, logits: ir.Value, layer: Layer) -> ir.Value:
-    if not layer.softcap:
-        return logits
-    cap = w.number(layer.softcap, FLOAT)
-    return w("Mul", w("Tanh", w("Div", logits, cap)), cap)
 
 
 def grid(b: Blocks, part: Part, q: ir.Value) -> ir.Value:

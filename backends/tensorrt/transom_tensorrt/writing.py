@@ -77,6 +77,13 @@ class OnnxWriter:
     def number(self, value: float, dtype: ir.DataType) -> ir.Value:
         return self.constant(np.asarray(value, np.float32).astype(dtype.numpy()))
 
+    def softcapped(self, x: ir.Value, cap: float) -> ir.Value:
+        """cap * tanh(x / cap); float32. `x` itself where there is no cap: 0."""
+        if not cap:
+            return x
+        by = self.number(cap, FLOAT)
+        return self("Mul", self("Tanh", self("Div", x, by)), by)
+
     def weight(self, name: str, dtype: ir.DataType, shape: Sequence[int], load: Callable[[], Array]) -> ir.Value:
         """An initializer that is read when the model is written, one at a time."""
 

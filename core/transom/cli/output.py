@@ -40,6 +40,10 @@ _STAGES = {
     "load": "Loading the model",
     "prompt": "Reading the prompt",
     "calibrate": "Measuring the heads",
+    "observe": "Measuring the activations",
+    "round": "Rounding the weights",
+    "requantize": "Rounding the weights",
+    "build": "Building the engine",
 }
 _said: set[str] = set()
 

@@ -6,7 +6,7 @@ an ONNX file alike.
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import onnx_ir as ir
@@ -23,6 +23,9 @@ from transom.graph.weights import (
     Weight,
 )
 from transom.ops import find
+
+if TYPE_CHECKING:
+    from transom.graph.graph import Graph
 
 _BLOCKED: dict[ir.DataType, BlockedDtype] = {
     ir.DataType.INT4: "int4",
@@ -202,6 +205,11 @@ def element_type(value: ir.Value | None) -> ir.DataType | None:
         told = node.attributes.get_int("output_dtype", 0)
         return ir.DataType(told) if told else element_type(node.inputs[1])
     return element_type(node.inputs[0]) if node.op_type in ("Identity", "Reshape", "Add") else None
+
+
+def matrices(graph: Graph) -> list[Weight]:
+    """The weights of a graph's matrix products, in their order; one that products share is there for each."""
+    return [w for n in graph.nodes() if (w := linear_weight(n)) is not None]
 
 
 def linear_weight(node: ir.Node) -> Weight | None:

@@ -118,6 +118,15 @@ def dequantize(weight: Weight, rows: Array | slice | None = None) -> Array:
     return out.reshape(n, k)
 
 
+def held(weight: Weight) -> Weight:
+    """The same weight with its content read, for whoever goes through it several times."""
+    if isinstance(weight, Dense):
+        array = weight.load()
+        return replace(weight, load=lambda: array)
+    parts = weight.load()
+    return replace(weight, load=lambda: parts)
+
+
 def take_rows(weight: Weight, index: Array | slice) -> Weight:
     """The same weight with its first axis reordered or cut; lossless for both forms.
 

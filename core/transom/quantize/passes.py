@@ -8,7 +8,7 @@ tables stay as they are; a table that is the vocabulary matrix, too, gets a roun
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -19,7 +19,7 @@ from transom.errors import OptionError, SourceError
 from transom.graph import Graph
 from transom.graph.editing import Editor
 from transom.graph.reading import linear_weight
-from transom.graph.weights import FLOAT8, Array, Blocked, Dense, dequantize
+from transom.graph.weights import FLOAT8, Array, Blocked, Dense, Weight, dequantize, held
 from transom.ops import find
 from transom.quantize.calibration import Activations
 from transom.quantize.rounding import BLOCKS, LARGEST_FLOAT8, to_float8, to_int4, to_int8
@@ -297,26 +297,16 @@ class _Rounding:
         return np.asarray(scale, np.float32), np.zeros((), FLOAT8)
 
     def _errors(self, nodes: Sequence[ir.Node], weight: Dense, rounded: Blocked) -> list[LayerError]:
-        held, parts = weight.load(), rounded.load()
-        exact, other = replace(weight, load=lambda: held), replace(rounded, load=lambda: parts)
         inputs = [self._samples(node) for node in nodes]
         off, size = 0.0, 0.0
         outputs = np.zeros((2, len(nodes)))
-        rows, columns = weight.shape
-        count = max(1, _AT_ONCE // columns)
-        for at in range(0, rows, count):
-            part = slice(at, at + count)
-            a, b = dequantize(exact, part), dequantize(other, part)
+        for a, b in _in_parts(weight, rounded):
             for i, pair in enumerate(inputs):
                 if pair is not None:
                     wanted = pair[0] @ a.T
                     outputs[:, i] += _square(wanted - pair[1] @ b.T), _square(wanted)
             off, size = off + _square(a - b), size + _square(a)
-        if not np.isfinite(off):
-            raise SourceError(
-                f"The weight of {nodes[0].name} holds what is no number, or infinite",
-                "Download or convert the checkpoint again",
-            )
+        _need_finite(off, str(nodes[0].name))
         form = str(replace(self._scheme, activations=""))
         return [
             LayerError(
@@ -337,6 +327,36 @@ class _Rounding:
         (codes,) = _reference("QuantizeLinear", rows, scale, zero)
         (wide,) = _reference("DequantizeLinear", codes, scale, zero)
         return rows, wide
+
+
+def weight_error(name: str, before: Weight, after: Weight) -> float:
+    """‖W - Ŵ‖ / ‖W‖ of a matrix and what stands for it, some rows at a time.
+
+    Raises:
+        SourceError: the matrix is not finite; names it.
+    """
+    off, size = 0.0, 0.0
+    for a, b in _in_parts(before, after):
+        off, size = off + _square(a - b), size + _square(a)
+    _need_finite(off, name)
+    return _ratio(off, size)
+
+
+def _in_parts(before: Weight, after: Weight) -> Iterator[tuple[Array, Array]]:
+    """The same rows of both, float32, read once."""
+    exact, other = held(before), held(after)
+    rows, columns = before.shape
+    count = max(1, _AT_ONCE // columns)
+    for at in range(0, rows, count):
+        part = slice(at, at + count)
+        yield dequantize(exact, part), dequantize(other, part)
+
+
+def _need_finite(off: float, name: str) -> None:
+    if not np.isfinite(off):
+        raise SourceError(
+            f"The weight of {name} holds what is no number, or infinite", "Download or convert the checkpoint again"
+        )
 
 
 def _reference(name: str, *inputs: Array) -> tuple[Array, ...]:
