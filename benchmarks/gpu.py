@@ -4,7 +4,7 @@
     python benchmarks/gpu.py --out benchmarks/results/gpu-{card}.json
     python benchmarks/gpu.py --only prefill decode --quick
     python benchmarks/gpu.py --dry-run                      # no card: toy sizes in Triton's interpreter, no real times
-    python benchmarks/gpu.py --docs benchmarks/results/*.json   # writes a section of docs/performance.md
+    python benchmarks/gpu.py --docs benchmarks/results/gpu-*.json   # writes a section of docs/performance.md
 
 First the numbers: every kernel against the reference, through the machine code that is compiled ahead of time and the
 driver; the conformance kit in float16 and bfloat16; and generations that must be the reference's. A failure is printed
@@ -19,14 +19,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import secrets
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gpu_parts.running import NO_CARD, OK, document, finish, perform, watched
+from parts.running import NO_CARD, OK, NoCard, begin, document, finish, options, perform
 
 LIMIT = 570.0
 """Seconds of a run: what is measured then is written, and the process ends well before ten minutes."""
@@ -46,56 +45,48 @@ def bench_for(arguments: argparse.Namespace, command: Sequence[str]) -> Any:
     """A bench on the card of this machine.
 
     Raises:
-        gpu_parts.card.NoCard: there is none.
+        NoCard: there is none.
     """
     from dataclasses import replace
 
     from gpu_parts.bench import QUICK, TOY, Bench, Sizes
     from gpu_parts.card import here
-    from gpu_parts.report import Document
-    from gpu_parts.timing import Clock, FakeTimer, Timer
+    from gpu_parts.timing import FakeTimer, Timer
+    from parts.report import Document
+    from parts.timing import Clock
 
     clock = Clock(arguments.limit)
     card = here(arguments.dry_run)
     sizes = TOY if arguments.dry_run else replace(Sizes(), **QUICK) if arguments.quick else Sizes()
     timer = FakeTimer() if card.dry else Timer(card.device, card.l2, clock)
-    document = Document(card.describe(), card.versions(), card.dry, list(command))
-    seed = secrets.randbits(32) if arguments.seed is None else arguments.seed
-    return Bench(card, clock, document, timer, sizes, arguments.quick, seed, Path(arguments.scratch))
+    about = Document("gpu", card.describe(), card.versions(), card.dry, list(command))
+    return Bench(card, clock, about, arguments.seed, timer, sizes, arguments.quick, Path(arguments.scratch))
 
 
 def measure(arguments: argparse.Namespace, command: Sequence[str]) -> int:
-    from gpu_parts.card import NoCard
-
     try:
         bench = bench_for(arguments, command)
     except NoCard as e:
-        print(f"No NVIDIA card is here that cuda_triton can use ({e}); without one, use --dry-run.", file=sys.stderr)
+        print(e, file=sys.stderr)
         return NO_CARD
-    about = bench.document
-    bench.say(f"{about.card['name']} ({about.card['arch']}), seed {bench.seed}")
-    bench.say(", ".join(f"{name} {value}" for name, value in about.versions.items() if value))
-    watch = watched(bench, arguments.out)
-    for name, (where, seconds) in PARTS.items():
-        if name in (arguments.only or PARTS) or (name == "bounds" and arguments.only):
-            perform(bench, name, where, seconds)
-    watch.cancel()
+    watch = begin(bench, arguments.out)
+    try:
+        for name, (where, seconds) in PARTS.items():
+            if name in (arguments.only or PARTS) or (name == "bounds" and arguments.only):
+                perform(bench, name, where, seconds)
+    finally:
+        watch.cancel()
     return finish(bench, arguments.out)
 
 
 def main(command: Sequence[str] | None = None) -> int:
     command = list(sys.argv[1:] if command is None else command)
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", help="the JSON file to write; {card} in it becomes the card's name")
+    options(parser)
     parser.add_argument("--only", nargs="+", choices=list(PARTS), help="these parts alone, and the card's bounds")
     parser.add_argument("--quick", action="store_true", help="fewer cases, lengths and densities")
-    parser.add_argument("--dry-run", action="store_true", help="toy sizes in Triton's interpreter: all but the card")
     parser.add_argument("--limit", type=float, default=LIMIT, help="seconds of the whole run")
-    parser.add_argument("--seed", type=int, help="of the random inputs; a fresh one by default")
     parser.add_argument("--scratch", default=tempfile.gettempdir(), help="a folder for compiled models, on a disk")
-    parser.add_argument(
-        "--docs", nargs="*", type=Path, metavar="FILE", help="write the section of docs/performance.md from these"
-    )
     parser.add_argument("--child-cold", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args(command)
     if arguments.docs is not None:

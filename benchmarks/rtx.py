@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import secrets
 import shutil
 import sys
 import tempfile
@@ -28,7 +27,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from gpu_parts.running import NO_CARD, OK, WRONG, document, finish, function, perform, watched
+from parts.running import NO_CARD, OK, WRONG, NoCard, begin, document, finish, function, options, perform
 
 LIMIT, FULL_LIMIT = 560.0, 3600.0
 """Seconds of a run, and of one with `--full`."""
@@ -48,28 +47,25 @@ CHILDREN = {name: f"rtx_parts.{module}:child" for name, module in
 
 
 def measure(arguments: argparse.Namespace, command: Sequence[str]) -> int:
-    from gpu_parts.report import Document
-    from gpu_parts.timing import Clock
+    from parts.report import Document
+    from parts.timing import Clock
     from rtx_parts.bench import TOY, Bench, Sizes
-    from rtx_parts.card import NoCard, here
+    from rtx_parts.card import here
 
     limit = arguments.limit if arguments.limit is not None else FULL_LIMIT if arguments.full else LIMIT
     clock = Clock(limit)
     try:
         card = here(arguments.dry_run)
     except NoCard as e:
-        print(f"No card is here that the backend tensorrt can use ({e}); without one, use --dry-run.", file=sys.stderr)
+        print(e, file=sys.stderr)
         return NO_CARD
     sizes = TOY if arguments.dry_run else Sizes()
     depths = tuple(arguments.layers or ((sizes.whole,) if arguments.full else sizes.depths))
-    about = Document(card.describe(), card.versions(), card.dry, list(command))
-    seed = secrets.randbits(32) if arguments.seed is None else arguments.seed
+    about = Document("rtx", card.describe(), card.versions(), card.dry, list(command))
     parts = [name for name in PARTS if name in (arguments.only or PARTS)]
     folder = Path(tempfile.mkdtemp(prefix="transom-rtx-", dir=arguments.scratch))
-    bench = Bench(card, clock, about, replace(sizes, depths=depths), parts, seed, folder)
-    bench.say(f"{about.card['name']} ({about.card['arch']}), seed {seed}")
-    bench.say(", ".join(f"{name} {value}" for name, value in about.versions.items() if value))
-    watch = watched(bench, arguments.out)
+    bench = Bench(card, clock, about, arguments.seed, replace(sizes, depths=depths), parts, folder)
+    watch = begin(bench, arguments.out)
     try:
         ends = 0.0
         for name, (where, seconds) in PARTS.items():
@@ -97,19 +93,14 @@ def child(what: str, given: str) -> int:
 def main(command: Sequence[str] | None = None) -> int:
     command = list(sys.argv[1:] if command is None else command)
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", help="the JSON file to write; {card} in it becomes the card's name")
+    options(parser)
     parser.add_argument("--only", nargs="+", choices=[p for p in PARTS if p not in ALWAYS], help="these parts alone")
     parser.add_argument("--layers", nargs="+", type=int, help="depths of the models that are built; two or more")
     parser.add_argument("--full", action="store_true", help="build and measure all layers; takes long, and much memory")
-    parser.add_argument("--dry-run", action="store_true", help="tiny shapes in ONNX Runtime: all but the card")
     parser.add_argument(
         "--limit", type=float, help=f"seconds of the whole run; {LIMIT:.0f}, or {FULL_LIMIT:.0f} in full"
     )
-    parser.add_argument("--seed", type=int, help="of the random prompts; a fresh one by default")
     parser.add_argument("--scratch", default=tempfile.gettempdir(), help="a folder for engines, 20 GB, on a disk")
-    parser.add_argument(
-        "--docs", nargs="*", type=Path, metavar="FILE", help="write the section of docs/performance.md from these"
-    )
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args(command)
     if arguments.docs is not None:

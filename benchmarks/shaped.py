@@ -31,18 +31,20 @@ SHAPES: dict[str, dict[str, int]] = {
 }  # fmt: skip
 """Of Llama 3.2 1B and Llama 3.1 8B (Meta's model cards), and one to try things with. The head is tied, as in 1B."""
 TABLE = 1 << 22
+STRIDE = 7919
+"""Numbers of the table between the beginnings of one matrix and the next."""
 
 
 @cache
-def _table() -> Any:
+def table() -> Any:
+    """The numbers that all matrices are cut out of."""
     return np.random.default_rng(0).standard_normal(TABLE).astype(np.float32)
 
 
-def _scaled(stored: str, columns: int, place: int) -> Any:
-    """The table from a place on, for a matrix of so many columns: scaled in float32, since processors multiply 16-bit
-    numbers slowly."""
+def scaled(stored: str, columns: int) -> Any:
+    """The table for a matrix of so many columns: scaled in float32, since processors multiply 16-bit numbers slowly."""
     kept: Any = ml_dtypes.bfloat16 if stored == "bfloat16" else np.dtype(stored)
-    return np.roll(_table() * np.float32(columns**-0.5), place).astype(kept)
+    return (table() * np.float32(columns**-0.5)).astype(kept)
 
 
 class Drawn:
@@ -59,15 +61,25 @@ class Drawn:
 
     def matrix(self, rows: int, columns: int) -> Dense:
         self._made += 1
-        place = self._made * 7919
+        place = self._made * STRIDE
 
         def load() -> Any:
-            return np.resize(_scaled(self._stored, columns, place), (rows, columns))
+            return np.resize(np.roll(scaled(self._stored, columns), place), (rows, columns))
 
         return Dense((rows, columns), self._stored, load)
 
 
-def decoder(shape: str, context: int, stored: str = "bfloat16") -> Graph:
-    """A decoder of one of `SHAPES`, its matrices in `stored`: `"bfloat16"`, `"float16"` or `"float32"`."""
-    with mock.patch.object(models, "_Weights", Drawn):
-        return models.tiny_decoder(np.random.default_rng(0), context=context, weights=stored, **SHAPES[shape])  # type: ignore[arg-type]
+def made_of(weights: Any, context: int, stored: str, **sizes: Any) -> Graph:
+    """A decoder of any sizes, its weights made by a class like `Drawn`."""
+    with mock.patch.object(models, "_Weights", weights):
+        return models.tiny_decoder(np.random.default_rng(0), context=context, weights=stored, **sizes)  # type: ignore[arg-type]
+
+
+def decoder(shape: str, context: int, stored: str = "bfloat16", layers: int | None = None) -> Graph:
+    """A decoder of one of `SHAPES`, its matrices in `stored`: `"bfloat16"`, `"float16"` or `"float32"`.
+
+    Args:
+        layers: None: as many as the shape has.
+    """
+    sizes = SHAPES[shape] if layers is None else {**SHAPES[shape], "layers": layers}
+    return made_of(Drawn, context, stored, **sizes)

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from parts.report import Table
+from parts.running import first_line
 
 from gpu_parts import lists, peers
 from gpu_parts.bench import Bench
-from gpu_parts.report import Table
-from gpu_parts.running import first_line
 from gpu_parts.timing import Run
 from transom.programs.written import View
 from transom.sparsity import Sparsity

@@ -6,8 +6,9 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from parts.running import Running
+
 from gpu_parts.card import Card
-from gpu_parts.running import Running
 from gpu_parts.timing import FakeTimer, Timer
 
 
@@ -65,6 +66,5 @@ class Bench(Running[Card]):
     timer: Timer | FakeTimer
     sizes: Sizes
     quick: bool
-    seed: int
     folder: Path = field(default_factory=lambda: Path(tempfile.gettempdir()))
     """For artifacts."""

@@ -11,7 +11,9 @@ from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from typing import Any
 
-from gpu_parts import clocks
+from parts import clocks
+from parts.running import NoCard
+
 from transom import hardware
 from transom.contract import Device, Offer
 from transom.errors import EngineError
@@ -21,10 +23,6 @@ from transom_cuda_triton.variants import Code, Launcher, Variant
 PACKAGES = ("transom", "torch", "triton", "flashinfer-python", "numpy")
 MOST_PROCESSES = 16
 DRY_PROCESSORS = 4
-
-
-class NoCard(Exception):
-    """There is none that the backend can use; the message says why."""
 
 
 @dataclass
@@ -153,7 +151,7 @@ def here(dry: bool) -> Card:
     taken = [d for d in cards if isinstance(answers[d.id], Offer)]
     if not taken:
         refused = [f"{d.id}: {answers[d.id].reason} ({answers[d.id].fix})".replace(" ()", "") for d in cards]
-        raise NoCard("; ".join(refused) or "no NVIDIA driver shows one")
+        raise NoCard(CudaTriton.name, refused)
     host = replace(taken[0], cores=cores)
     import torch
 
@@ -167,7 +165,7 @@ def here(dry: bool) -> Card:
     try:
         place = _place(host)
     except EngineError as e:
-        raise NoCard(str(e)) from e
+        raise NoCard(CudaTriton.name, [str(e)]) from e
     about = torch.cuda.get_device_properties(place.device)
     return Card(
         host, place.device, probing.architecture(host), place.processors, int(about.L2_cache_size),

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from parts.running import first_line
 
 from gpu_parts.bench import Bench
-from gpu_parts.running import first_line
 from transom.contract import Artifact, Limits, Work
 from transom.graph import Graph
 from transom.reference.executor import Executor

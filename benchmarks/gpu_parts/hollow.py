@@ -10,17 +10,16 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
+from shaped import made_of
 
 from gpu_parts.bench import Bench
 from transom.contract import Artifact
 from transom.graph import Blocked, BlockedArrays, Dense, Graph
 from transom.programs.drafting import Drafting
 from transom.signature import Decoder
-from transom.testing import models
 from transom_cuda_triton import names, probing
 from transom_cuda_triton.claims import precision_of
 from transom_cuda_triton.compiling import code_files, variants_of
@@ -81,11 +80,10 @@ def decoder(bench: Bench, weights: str) -> Graph:
     """A decoder of the sizes of the bench, its matrices in `float16` or `int4`."""
     s = bench.sizes
     context = -(-(s.end_to_end + 16 * s.decodes) // 64) * 64
-    with mock.patch.object(models, "_Weights", Zeros):
-        return models.tiny_decoder(
-            np.random.default_rng(0), layers=s.layers, q_heads=s.heads, kv_heads=s.kv_heads, head_dim=s.head_dim,
-            vocabulary=s.vocabulary, context=context, weights=weights, block=s.block, hidden=s.hidden, inner=s.inner,
-        )  # type: ignore[arg-type]  # fmt: skip
+    return made_of(
+        Zeros, context, weights, layers=s.layers, q_heads=s.heads, kv_heads=s.kv_heads, head_dim=s.head_dim,
+        vocabulary=s.vocabulary, block=s.block, hidden=s.hidden, inner=s.inner,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

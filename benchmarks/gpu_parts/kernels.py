@@ -19,9 +19,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import torch
+from parts.running import first_line
 
 from gpu_parts.bench import Bench
-from gpu_parts.running import first_line
 from transom.graph.weights import dense
 from transom.ops import rms_normalization, rotary_embedding
 from transom.quantize.rounding import to_float8

@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from parts.report import Table
+from parts.running import first_line
+from parts.telling import tell, told
 
 from gpu_parts.bench import Bench
 from gpu_parts.hollow import Hollow, compiled, fill
-from gpu_parts.report import Table
-from gpu_parts.running import first_line
 from transom.contract import Work
 from transom.sparsity import Sparsity
 from transom_cuda_triton import names
@@ -347,11 +348,7 @@ def _cold_once(bench: Bench, hollow: Hollow, folder: Path) -> dict[str, float]:
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, timeout=max(5.0, bench.clock.left), env=dict(os.environ)
     )
-    for line in reversed(done.stdout.splitlines()):
-        if line.startswith("RESULT "):
-            return dict(json.loads(line.removeprefix("RESULT ")))
-    said = done.stderr.strip().splitlines() or ["nothing"]
-    raise RuntimeError(f"the process ended with status {done.returncode}: {said[-1]}")
+    return told(done.returncode, done.stdout, done.stderr)
 
 
 def child(folder: Path, began: float) -> None:
@@ -373,7 +370,6 @@ def child(folder: Path, began: float) -> None:
     session.step([Work(session.new_state(), [1, 2, 3], top_k=1)])
     ended = time.time()
     session.close()
-    found = {
-        "imports": imported - began, "load": loaded - imported, "first_token": ended - loaded, "whole": ended - began,
-    }  # fmt: skip
-    print("RESULT " + json.dumps(found), flush=True)
+    tell(
+        {"imports": imported - began, "load": loaded - imported, "first_token": ended - loaded, "whole": ended - began}
+    )  # fmt: skip

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from subprocess import Popen
 
-from gpu_parts.running import Running
+from parts.running import Running
 
 from rtx_parts.card import Card
 from rtx_parts.decoders import FORMS
@@ -86,7 +86,6 @@ class Bench(Running[Card]):
     sizes: Sizes
     parts: Sequence[str]
     """Those that run."""
-    seed: int
     folder: Path
     """Of this run, which goes with it."""
     built: dict[Model, Path] = field(default_factory=dict)

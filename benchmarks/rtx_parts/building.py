@@ -9,11 +9,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from gpu_parts.timing import OutOfTime
+from parts.telling import tell
+from parts.timing import OutOfTime
 
 from rtx_parts.bench import Bench, Model, models
 from rtx_parts.card import BACKEND, here
-from rtx_parts.children import ask, tell
+from rtx_parts.children import ask
 from rtx_parts.decoders import matrix_bytes, shaped
 from rtx_parts.stored import store
 from transom.graph import Graph
@@ -67,6 +68,11 @@ def _build(bench: Bench, table: Any, model: Model) -> None:
         bench.say(f"  {note}")
 
 
+def peak() -> int:
+    """The most bytes that this process has held."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 def child(given: dict[str, Any]) -> None:
     """The process of one build."""
     model, folder = Model(**given["model"]), Path(given["folder"])
@@ -77,5 +83,4 @@ def child(given: dict[str, Any]) -> None:
     artifact = BACKEND.compile(graph, device, options, lambda stage, share: None)
     seconds = time.perf_counter() - began
     size = store(artifact, folder)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    tell({"seconds": seconds, "bytes": size, "peak": peak, "notes": list(artifact.notes)})
+    tell({"seconds": seconds, "bytes": size, "peak": peak(), "notes": list(artifact.notes)})

@@ -8,7 +8,8 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from gpu_parts import clocks
+from parts import clocks
+from parts.running import NoCard
 
 from transom import hardware
 from transom.contract import Device, Offer
@@ -24,10 +25,6 @@ COPIES = 16
 """One after the other, before the host waits."""
 ROUNDS = 5
 DRY_BYTES = 64 << 30
-
-
-class NoCard(Exception):
-    """There is none that the backend can use; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +57,7 @@ class Card:
         }  # fmt: skip
 
     def state(self) -> dict[str, Any]:
-        """See `gpu_parts.clocks.state`; empty in a dry run."""
+        """See `parts.clocks.state`; empty in a dry run."""
         return {} if self.dry else clocks.state(self.device)
 
     def versions(self) -> dict[str, Any]:
@@ -88,7 +85,7 @@ def here(dry: bool) -> Card:
             refused.append(f"{device.id}: {e.cause}")
             continue
         return card
-    raise NoCard("; ".join(refused) or "no NVIDIA driver shows one")
+    raise NoCard(BACKEND.name, refused)
 
 
 def run(bench: Bench) -> None:

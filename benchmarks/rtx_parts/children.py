@@ -9,17 +9,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from gpu_parts.timing import OutOfTime
+from parts.telling import told
+from parts.timing import OutOfTime
 
 from rtx_parts.bench import Bench
 
 SCRIPT = Path(__file__).resolve().parents[1] / "rtx.py"
-MARK = "RESULT "
-
-
-def tell(found: dict[str, Any]) -> None:
-    """In a child: what it has found."""
-    print(MARK + json.dumps(found), flush=True)
 
 
 def ask(bench: Bench, what: str, **arguments: Any) -> dict[str, Any]:
@@ -46,9 +41,4 @@ def ask(bench: Bench, what: str, **arguments: Any) -> dict[str, Any]:
         finally:
             process.kill()
             bench.child = None
-    for line in reversed(out.splitlines()):
-        if line.startswith(MARK):
-            found: dict[str, Any] = json.loads(line.removeprefix(MARK))
-            return found
-    said = errors.strip().splitlines() or ["nothing"]
-    raise RuntimeError(f"the process ended with status {process.returncode}: {said[-1]}")
+    return told(process.returncode, out, errors)

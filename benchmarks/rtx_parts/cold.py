@@ -8,10 +8,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from gpu_parts.timing import OutOfTime
+from parts.telling import tell
+from parts.timing import OutOfTime
 
 from rtx_parts.bench import Bench, Model
-from rtx_parts.children import ask, tell
+from rtx_parts.children import ask
 
 FIRST = [1, 2, 3]
 """Tokens of the prompt."""

@@ -11,18 +11,16 @@ import hashlib
 from collections.abc import Callable
 from functools import cache
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import onnx_ir as ir
-from shaped import SHAPES, TABLE, Drawn
+from shaped import STRIDE, decoder, scaled, table
 
 from transom.graph import Graph
 from transom.graph.editing import Editor
 from transom.graph.reading import linear_weight
 from transom.graph.weights import FLOAT8, Blocked, BlockedArrays, Dense, Weight, dequantize
 from transom.quantize.passes import vocabulary_products
-from transom.testing import models
 
 FORMS = ("f16", "fp8")
 SPREAD, INT8_SPREAD = 96.0, 28.0
@@ -30,8 +28,6 @@ SPREAD, INT8_SPREAD = 96.0, 28.0
 LARGEST_INPUT = 8.0
 """What the scale of every product's input is made from: the inputs of a random model are about normally distributed."""
 LARGEST_CODE = 448.0
-STRIDE = 7919
-"""Numbers of the table between the beginnings of one matrix and the next."""
 
 
 def shaped(shape: str, layers: int, context: int, form: str) -> Graph:
@@ -41,9 +37,7 @@ def shaped(shape: str, layers: int, context: int, form: str) -> Graph:
         form: `"f16"`, or `"fp8"`, as the backend rounds to it: matrices and inputs of products in E4M3, the vocabulary
             matrix in int8 by rows.
     """
-    sizes: dict[str, Any] = {**SHAPES[shape], "layers": layers}
-    with mock.patch.object(models, "_Weights", Drawn):
-        graph = models.tiny_decoder(np.random.default_rng(0), context=context, weights="float16", **sizes)
+    graph = decoder(shape, context, "float16", layers)
     kept = vocabulary_products(graph)
     heads = {id(linear_weight(node)) for node in graph.nodes() if node.name in kept}
 
@@ -101,27 +95,18 @@ def _through_float8(editor: Editor, x: ir.Value) -> ir.Value:
 
 
 @cache
-def _normal() -> Any:
-    return np.random.default_rng(0).standard_normal(TABLE).astype(np.float32)
-
-
-@cache
 def _codes() -> Any:
-    return np.clip(_normal() * np.float32(SPREAD), -LARGEST_CODE, LARGEST_CODE).astype(FLOAT8)
+    return np.clip(table() * np.float32(SPREAD), -LARGEST_CODE, LARGEST_CODE).astype(FLOAT8)
 
 
 @cache
 def _whole_numbers() -> Any:
-    return np.clip(np.rint(_normal() * np.float32(INT8_SPREAD)), -127, 127).astype(np.int8)
+    return np.clip(np.rint(table() * np.float32(INT8_SPREAD)), -127, 127).astype(np.int8)
 
 
-def _scaled(columns: int) -> Any:
-    return (_normal() * np.float32(columns**-0.5)).astype(np.float16)
-
-
-def _spread(table: Any, rows: int, columns: int, number: int) -> Any:
+def _spread(numbers: Any, rows: int, columns: int, number: int) -> Any:
     """[rows, columns] of a table, column after column as networks have matrices: nobody has to transpose it."""
-    return np.resize(np.roll(table, number * STRIDE), (columns, rows)).T
+    return np.resize(np.roll(numbers, number * STRIDE), (columns, rows)).T
 
 
 def drawn_float8(weight: Weight, number: int) -> Blocked:
@@ -150,7 +135,7 @@ def drawn_float16(weight: Weight, number: int) -> Dense:
     """A matrix of random numbers in float16, in the shape of another one."""
     rows, columns = weight.shape
 
-    return Dense((rows, columns), "float16", lambda: _spread(_scaled(columns), rows, columns, number))
+    return Dense((rows, columns), "float16", lambda: _spread(scaled("float16", columns), rows, columns, number))
 
 
 def plain(weight: Weight, number: int) -> Dense:

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gpu_parts.report import Cell, Table
-from gpu_parts.running import first_line
+from parts.report import Cell, Table
+from parts.running import first_line
 from shaped import SHAPES
 
 from rtx_parts.bench import Bench, Model

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gpu_parts.report import Table
-from gpu_parts.timing import OutOfTime
 from models import sample_model, texts
+from parts.report import Table
+from parts.telling import tell
+from parts.timing import OutOfTime
 
 from rtx_parts.bench import Bench
 from rtx_parts.card import BACKEND, here
-from rtx_parts.children import ask, tell
+from rtx_parts.children import ask
 from rtx_parts.decoders import changed, plain
 from rtx_parts.stored import load, store
 from transom.errors import OptionError

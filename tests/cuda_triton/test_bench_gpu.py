@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +37,18 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.fixture
 def report(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(str(SCRIPT.parent))
-    from gpu_parts import report
+    from parts import report
 
     return report
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The script as a module."""
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    import gpu
+
+    return gpu
 
 
 @pytest.fixture
@@ -56,7 +66,7 @@ def rows(result: dict[str, Any], part: str) -> list[dict[str, Any]]:
 
 def test_every_part_runs_without_a_card(result: dict[str, Any]) -> None:
     assert [(p["name"], p["state"]) for p in result["parts"]] == [(name, "done") for name in PARTS]
-    assert (result["dry"], result["status"]) == (True, 0)
+    assert (result["script"], result["dry"], result["status"]) == ("gpu", True, 0)
     assert result["card"]["arch"] == "interpreted"
     assert {"python", "torch", "triton", "transom"} <= set(result["versions"])
     assert set(result["bounds"]) == {"copy_bytes_per_second", "product_flops"}
@@ -118,6 +128,21 @@ def test_time_that_is_up_is_said(tmp_path: Path) -> None:
     assert {p["state"] for p in json.loads(path.read_text())["parts"]} == {"left out"}
 
 
+def test_a_run_that_is_interrupted_is_watched_no_longer(script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    watch = threading.Timer(1000, print)
+
+    def interrupted(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(script, "bench_for", lambda arguments, command: None)
+    monkeypatch.setattr(script, "begin", lambda bench, path: watch)
+    monkeypatch.setattr(script, "perform", interrupted)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(KeyboardInterrupt):
+        script.main(["--dry-run"])
+    assert watch.finished.is_set(), "nothing writes a result and ends the process later"
+
+
 # lists of keys --------------------------------------------------------------------------------------------------------
 def _read(arrays: dict[str, Any], block: int, head: int, begin: int, queries: int, length: int) -> np.ndarray[Any, Any]:
     """Which keys each query of a block reads, by the meaning of the lists: bool [queries, length]."""
@@ -173,13 +198,13 @@ def test_the_block_mask_is_the_list(drawing: Any, seed: int) -> None:
 def test_the_document_is_made_of_the_results_that_are_kept(report: Any) -> None:
     text = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
     kept = sorted((ROOT / "benchmarks" / "results").glob("gpu-*.json"))
-    assert report.replaced(text, [json.loads(path.read_text()) for path in kept]) == text
+    assert report.replaced(text, [json.loads(path.read_text()) for path in kept], "gpu") == text
 
 
 def test_a_result_becomes_tables(report: Any, result: dict[str, Any]) -> None:
     text = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
-    made = report.replaced(text, [result])
-    assert report.NO_CARD not in made.partition(report.BEGIN)[2]
+    made = report.replaced(text, [result], "gpu")
+    assert report.NO_CARD not in made.partition(report.markers("gpu")[0])[2]
     for part in result["parts"]:
         for table in part["tables"]:
             assert f"#### {table['title']}\n" in made
@@ -190,7 +215,7 @@ def test_a_result_becomes_tables(report: Any, result: dict[str, Any]) -> None:
     assert "the card had 1500 to 1980 MHz, 300 to 650 W." in report.section([result | {"parts": sampled}])
     lines = [line for line in report.section([result]).splitlines() if line.startswith("|")]
     assert len(lines) > 50
-    assert report.replaced(made, []) == report.replaced(text, [])
+    assert report.replaced(made, [], "gpu") == report.replaced(text, [], "gpu")
 
 
 def test_results_of_dry_runs_are_no_figures(result: dict[str, Any], tmp_path: Path) -> None:
@@ -201,6 +226,25 @@ def test_results_of_dry_runs_are_no_figures(result: dict[str, Any], tmp_path: Pa
     assert "dry run" in done.stderr
 
 
+@pytest.mark.parametrize("changed", [{"script": "rtx"}, None])
+def test_results_of_another_script_are_refused_in_a_sentence(
+    result: dict[str, Any], script: Any, report: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any,
+    changed: dict[str, str] | None,
+) -> None:  # fmt: skip
+    path, page = tmp_path / "some.json", tmp_path / "page.md"
+    before = "\n".join(report.markers("gpu"))
+    page.write_text(before)
+    monkeypatch.setattr("parts.running.DOCUMENT", page)
+    own = result | {"dry": False}
+    path.write_text(json.dumps([] if changed is None else own | changed))
+    assert script.main(["--docs", str(path)]) == 1
+    assert capsys.readouterr().err == f"{path} is no result of benchmarks/gpu.py\n"
+    assert page.read_text() == before
+    path.write_text(json.dumps(own))
+    assert script.main(["--docs", str(path)]) == 0
+    assert page.read_text() != before
+
+
 def test_a_document_without_the_markers_is_left_alone(report: Any) -> None:
     with pytest.raises(ValueError, match="once each"):
-        report.replaced("# Performance\n", [])
+        report.replaced("# Performance\n", [], "gpu")

@@ -11,7 +11,9 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import rtx_build
+from parts.report import markers
 
+BEGIN, END = markers("rtx_build")
 SCRIPT = str(Path(rtx_build.__file__))
 
 
@@ -39,7 +41,7 @@ def test_a_build_is_measured_and_becomes_a_line(tmp_path: Path, monkeypatch: pyt
     assert result["peak_gb"] > 0.1
 
     page = tmp_path / "page.md"
-    page.write_text(f"before\n{rtx_build.BEGIN}\nold\n{rtx_build.END}\nafter\n")
+    page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
     monkeypatch.setattr(rtx_build, "DOCUMENT", page)
     assert rtx_build.document([out]) == 0
     lines = page.read_text().splitlines()
@@ -50,9 +52,12 @@ def test_a_build_is_measured_and_becomes_a_line(tmp_path: Path, monkeypatch: pyt
     assert "old" not in lines
 
 
-def test_a_page_without_the_markers_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("text", ["nothing", f"before\n{END}\n{BEGIN}\nafter\n", f"{BEGIN}\n{BEGIN}\n{END}\n"])
+def test_a_page_without_the_markers_in_order_is_left_alone(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     page = tmp_path / "page.md"
-    page.write_text("nothing")
+    page.write_text(text)
     monkeypatch.setattr(rtx_build, "DOCUMENT", page)
     assert rtx_build.document([]) == 1
-    assert page.read_text() == "nothing"
+    assert page.read_text() == text

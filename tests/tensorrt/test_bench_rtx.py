@@ -50,19 +50,20 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def parts(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The benchmark's modules."""
     monkeypatch.syspath_prepend(str(SCRIPT.parent))
-    from gpu_parts import report, running, timing
+    import shaped
+    from parts import report, running, timing
     from rtx_parts import bench, building, card, children, decoders, decoding, depths
 
     return SimpleNamespace(
         bench=bench, building=building, card=card, children=children, decoders=decoders, decoding=decoding,
-        depths=depths, report=report, running=running, timing=timing,
+        depths=depths, report=report, running=running, shaped=shaped, timing=timing,
     )  # fmt: skip
 
 
 def bench_for(parts: Any, folder: Path, card: Any = None, limit: float = 60.0) -> Any:
     card = card or parts.card.Card(CPU, True)
-    about = parts.report.Document(card.describe(), {}, card.dry, [], parts=[parts.report.Part("some")])
-    return parts.bench.Bench(card, parts.timing.Clock(limit), about, parts.bench.TOY, PARTS, 0, folder)
+    about = parts.report.Document("rtx", card.describe(), {}, card.dry, [], parts=[parts.report.Part("some")])
+    return parts.bench.Bench(card, parts.timing.Clock(limit), about, 0, parts.bench.TOY, PARTS, folder)
 
 
 def rows(result: dict[str, Any], part: str) -> list[dict[str, Any]]:
@@ -73,7 +74,7 @@ def rows(result: dict[str, Any], part: str) -> list[dict[str, Any]]:
 # a dry run ------------------------------------------------------------------------------------------------------------
 def test_every_part_runs_without_a_card(result: dict[str, Any]) -> None:
     assert [(p["name"], p["state"]) for p in result["parts"]] == [(name, "done") for name in PARTS]
-    assert (result["dry"], result["status"]) == (True, 0)
+    assert (result["script"], result["dry"], result["status"]) == ("rtx", True, 0)
     assert result["card"]["arch"] == "emulated"
     assert {"python", "tensorrt-rtx", "onnxruntime", "transom"} <= set(result["versions"])
     assert set(result["bounds"]) == {"copy_bytes_per_second"}
@@ -131,7 +132,7 @@ def test_without_a_card_one_sentence_is_said(tmp_path: Path) -> None:
     done = started("--out", str(tmp_path / "out.json"), CUDA_VISIBLE_DEVICES="", TRANSOM_TENSORRT_EMULATE="1")
     assert done.returncode == 2, done.stderr
     assert done.stdout == ""
-    assert done.stderr.startswith("No card")
+    assert done.stderr.startswith("No NVIDIA card")
     assert done.stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())
 
@@ -166,6 +167,18 @@ def test_a_drawn_model_is_the_network_that_rounding_gives(
     text = rng.integers(0, 1024, 32).tolist()
     assert network("fp8") == network("f16", precision="fp8", calibration=[text])
     assert network("fp8") != network("f16")
+
+
+def test_drawn_models_are_of_any_depth_and_share_one_table_of_numbers(parts: Any) -> None:
+    from transom.graph.weights import dequantize
+
+    for layers, found in ((None, 2), (3, 3)):
+        assert len(parts.shaped.decoder("tiny", 128, "float16", layers).decoder.layers) == found
+    assert len(parts.decoders.shaped("tiny", 3, 128, "fp8").decoder.layers) == 3
+    numbers = parts.shaped.table()
+    assert parts.decoders.table() is numbers
+    first = dequantize(parts.shaped.Drawn(None, "float32", 0).matrix(2, 4))
+    np.testing.assert_array_equal(first.ravel(), numbers[-parts.shaped.STRIDE :][:8] / 2)
 
 
 def test_drawn_matrices_are_as_large_as_rounded_ones(parts: Any) -> None:

@@ -5,10 +5,12 @@ Knows nothing of what is measured, and imports no torch.
 
 from __future__ import annotations
 
+import argparse
 import json
 import multiprocessing
 import os
 import re
+import secrets
 import sys
 import threading
 import traceback
@@ -17,14 +19,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
-from gpu_parts.report import Cell, Document, Part, Table, line, replaced
-from gpu_parts.timing import Clock, OutOfTime
+from parts.report import Cell, Document, Part, Table, line, replaced
+from parts.timing import Clock, OutOfTime
 
 OK, WRONG, NO_CARD, CUT = 0, 1, 2, 3
 """Exit status: all done and right; a number is wrong or a part failed; no card; the time was up before all was done."""
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "performance.md"
 SPARE = 10.0
 """Seconds beyond the limit after which a run is ended from outside."""
+
+
+class NoCard(Exception):
+    """There is none that a backend can use.
+
+    Args:
+        refused: each card that is here, and why the backend does not take it.
+    """
+
+    def __init__(self, backend: str, refused: Sequence[str]) -> None:
+        why = "; ".join(refused) or "no NVIDIA driver shows one"
+        super().__init__(f"No NVIDIA card is here that {backend} can use ({why}); without one, use --dry-run.")
 
 
 class Measured(Protocol):
@@ -50,6 +64,8 @@ class Running(Generic[C]):
     card: C
     clock: Clock
     document: Document
+    seed: int
+    """Of all that is random."""
 
     @property
     def dry(self) -> bool:
@@ -95,6 +111,24 @@ class Running(Generic[C]):
         """End the processes that this one has started."""
         for process in multiprocessing.active_children():
             process.kill()
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    """Add what both scripts take."""
+    parser.add_argument("--out", help="the JSON file to write; {card} in it becomes the card's name")
+    parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU: all but the card")
+    parser.add_argument("--seed", type=int, default=secrets.randbits(32), help="a fresh one by default")
+    parser.add_argument(
+        "--docs", nargs="*", type=Path, metavar="FILE", help="write the section of docs/performance.md from these"
+    )
+
+
+def begin(run: Running[Any], path: str | None) -> threading.Timer:
+    """Say what is measured and with what; the watch over the run, see `watched`."""
+    about = run.document
+    run.say(f"{about.card['name']} ({about.card['arch']}), seed {run.seed}")
+    run.say(", ".join(f"{name} {value}" for name, value in about.versions.items() if value))
+    return watched(run, path)
 
 
 def first_line(error: BaseException) -> str:
@@ -200,11 +234,13 @@ def document(paths: Sequence[Path], script: str) -> int:
     """Write a section of docs/performance.md from result files; the exit status.
 
     Args:
-        script: whose results they are, `"gpu"`.
+        script: whose results they are, `"gpu"` or `"rtx"`.
     """
     try:
         found = [json.loads(path.read_text()) for path in sorted(paths)]
         for path, result in zip(sorted(paths), found, strict=True):
+            if not isinstance(result, dict) or result.get("script") != script:
+                raise ValueError(f"{path} is no result of benchmarks/{script}.py")
             if result["dry"]:
                 raise ValueError(f"{path} is of a dry run: it has no times")
         DOCUMENT.write_text(replaced(DOCUMENT.read_text(encoding="utf-8"), found, script), encoding="utf-8")
