@@ -6,6 +6,9 @@ from __future__ import annotations
 import ctypes
 import enum
 import json
+import threading
+import weakref
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +22,11 @@ CARD = Device(
     "cuda", "cuda:0", "sm_89", 24 << 30, identity="pci:0000:65:00.0 RTX 4090", name="RTX 4090",
     drivers={"nvidia": "580.65", "cuda": "13.0"},
 )  # fmt: skip
+
+OTHER = replace(CARD, id="cuda:1", identity="pci:0000:b3:00.0 RTX 4090")
+"""One of the same kind beside it."""
+NUMBERS = {b"0000:65:00.0": 3, b"0000:b3:00.0": 4}
+"""CUDA's, by address."""
 
 
 class Status(enum.IntEnum):
@@ -43,8 +51,16 @@ class Cuda:
         self.memory, self.failing = memory, failing
         self.calls: list[tuple[Any, ...]] = []
         self.blocks: dict[int, Any] = {}
+        self.placed: dict[int, int] = {}
+        """The card's number by the block's address."""
         self.last = 0
         """What `cudaGetLastError` would give."""
+        self._threads = threading.local()
+
+    @property
+    def current(self) -> int:
+        """The card of the calling thread."""
+        return getattr(self._threads, "current", 0)
 
     def __getattr__(self, name: str) -> Any:
         if not name.startswith("cuda"):
@@ -64,7 +80,11 @@ class Cuda:
         return [call for call in self.calls if call[0] in names]
 
     def _cudaDeviceGetByPCIBusId(self, address: bytes) -> tuple[Any, ...]:
-        return (3,) if address == b"0000:65:00.0" else (Status.LAUNCH_FAILED, None)
+        return (NUMBERS[address],) if address in NUMBERS else (Status.LAUNCH_FAILED, None)
+
+    def _cudaSetDevice(self, number: int) -> tuple[Any, ...]:
+        self._threads.current = number
+        return ()
 
     def _cudaGetErrorString(self, status: Status) -> tuple[Any, ...]:
         return (status.name.lower().replace("_", " ").encode(),)
@@ -87,6 +107,7 @@ class Cuda:
         block = np.full(size + 256, 0xFF, np.uint8)  # NaN, if read as numbers
         address = -(-block.ctypes.data // 256) * 256
         self.blocks[address] = (block, size)
+        self.placed[address] = self.current
         return int(address)
 
     def _cudaMallocHost(self, size: int) -> tuple[Any, ...]:
@@ -155,7 +176,7 @@ class Trt:
     Args:
         cuda: the card.
         activations: bytes that each profile needs.
-        refusing: what gives nothing: "deserialize", "context", "execute", "profile", "shape", "cache".
+        refusing: what gives nothing: "runtime", "deserialize", "context", "execute", "profile", "shape", "cache".
     """
 
     ILogger = _Logger
@@ -175,6 +196,7 @@ class Trt:
         self.validity: tuple[Validity, int] = (Validity.VALID, 0)
         self.calls: list[tuple[Any, ...]] = []
         self.contexts: list[_Context] = []
+        self.engines: list[weakref.ref[_Engine]] = []
         self.kernels: set[str] = set()
         """Compiled in this process."""
         self.reads: list[int] = []
@@ -182,6 +204,9 @@ class Trt:
 
     def Runtime(self, logger: Any) -> _Runtime:
         self.logger = logger
+        if self.refusing == "runtime":
+            self.say("CUDA initialization failure with error: 35")
+            raise TypeError("pybind11::init(): factory function returned nullptr")
         return (_ClassicRuntime if self.classic else _Runtime)(self)
 
     def say(self, *words: str) -> None:
@@ -225,6 +250,7 @@ class _Engine:
 
     def __init__(self, trt: Trt, model: Path) -> None:
         self.trt = trt
+        trt.engines.append(weakref.ref(self))
         settings = onnxruntime.SessionOptions()
         settings.log_severity_level = 3
         settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -246,8 +272,9 @@ class _Engine:
         if self.trt.refusing == "context":
             self.trt.say("no context")
             return None
-        self.trt.contexts.append(_Context(self, config))
-        return self.trt.contexts[-1]
+        context = _Context(self, config)
+        self.trt.contexts.append(context)
+        return context
 
 
 class _ClassicConfig:
@@ -327,6 +354,7 @@ class _Context:
 
     def execute_async_v3(self, stream: int) -> bool:
         assert stream == 77
+        assert self.trt.cuda.current == NUMBERS[b"0000:65:00.0"]
         assert self.memory is not None
         assert self.memory[1] >= self.trt.activations[self.profile]
         self.trt.calls.append(("execute", self.profile, dict(self.shapes), dict(self.addresses)))

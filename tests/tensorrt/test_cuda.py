@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from rtx_made_up import CARD, Cuda, Status
+from rtx_made_up import CARD, OTHER, Cuda, Status
 
 from transom.errors import EngineError, MissingExtra
 from transom_tensorrt.cuda import Card, OutOfMemory
@@ -35,14 +35,50 @@ def test_without_the_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch)
         Card(CARD)
 
 
-def test_each_thread_takes_the_card_once() -> None:
+def test_each_of_two_cards_gives_its_own_memory_in_whatever_thread() -> None:
     cuda = Cuda()
-    card = Card(CARD, cuda)
+    cards = {3: Card(CARD, cuda), 4: Card(OTHER, cuda)}
+    given: list[tuple[int, int]] = []
+
+    def take() -> None:
+        for number in (3, 4, 3, 3, 4):
+            given.append((number, cards[number].allocate(8)))
+            cuda.cudaSetDevice(0)  # as somebody else in this thread may
+
+    take()
     for _ in range(2):
-        thread = threading.Thread(target=lambda: [card.free_bytes() for _ in range(3)])
+        thread = threading.Thread(target=take)
         thread.start()
         thread.join()
-    assert len(cuda.named("cudaSetDevice")) == 3
+    assert len(given) == 15
+    assert [cuda.placed[pointer] for _, pointer in given] == [number for number, _ in given]
+
+
+def test_all_that_a_card_is_asked_for_is_asked_of_that_card() -> None:
+    cuda = Cuda()
+    card, other = Card(CARD, cuda), Card(OTHER, cuda)
+    pointer, rows = card.allocate(20), np.zeros((1, 20), np.uint8)
+    pinned = card.pinned((20,), np.uint8)
+    for ask in (
+        card.free_bytes, card.wait, lambda: card.pinned((1,), np.uint8),
+        lambda: card.upload(pointer, pinned.pointer, 20), lambda: card.download(pinned.pointer, pointer, 20),
+        lambda: card.copy_rows(pointer, pointer, 20, 20, 1), lambda: card.clear_rows(pointer, 20, 20, 1),
+        lambda: card.upload_rows(pointer, 20, rows), lambda: card.download_rows(rows, pointer, 20), card.close,
+    ):  # fmt: skip
+        other.use()
+        ask()
+        assert cuda.current == 3
+
+
+def test_a_card_that_fails_for_good_is_closed_without_a_word() -> None:
+    """An error that is under way would be hidden."""
+    cuda = Cuda()
+    card = Card(CARD, cuda)
+    card.allocate(10)
+    cuda.failing["cudaSetDevice"] = Status.LAUNCH_FAILED
+    card.close()
+    assert not cuda.blocks
+    assert cuda.calls[-1][0] == "cudaStreamDestroy"
 
 
 def test_memory_is_zero_and_given_back() -> None:

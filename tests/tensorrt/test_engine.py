@@ -257,6 +257,22 @@ def test_what_is_not_finite_is_an_error_and_spoils_nobody_else(rng: np.random.Ge
     np.testing.assert_array_equal(got, logits_of([*rig.held[a], 4]))
 
 
+def test_a_card_that_fails_for_good_says_why_and_not_that_it_cannot_clear(rng: np.random.Generator) -> None:
+    rig = Rig(rng, 3)
+    a, b, c = (rig.state(2) for _ in range(3))
+    asked = []
+
+    def burning(slot: int, start: int) -> None:
+        asked.append((slot, start))
+        raise EngineError("cuda:0 cannot clear memory", "")
+
+    rig.executor.clear_slot = burning  # type: ignore[method-assign]
+    rig.executor.fail = EngineError("the card is on fire", "")
+    with pytest.raises(EngineError, match="the card is on fire"):
+        rig.session.step([Work(state, [1, 2]) for state in (a, b, c)])
+    assert asked == [(state.table.pages[0], 2) for state in (a, b, c)]
+
+
 @pytest.mark.parametrize("how", ["new", "one token", "fork", "restore"])
 def test_what_a_sequence_left_behind_does_not_reach_the_next_one(rng: np.random.Generator, how: str) -> None:
     rig = Rig(rng, 2)

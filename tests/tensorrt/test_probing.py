@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.metadata
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,9 +18,10 @@ from transom.contract import Device, Offer, Refusal
 from transom_tensorrt import probing, sdk
 from transom_tensorrt.sdk import CLASSIC, RTX, Sdk
 
-NEW, OLD = Sdk(RTX, "1.7.1.116"), Sdk(RTX, "1.3.0.35")
-BIG, BIG_OLD = Sdk(CLASSIC, "10.15.1"), Sdk(CLASSIC, "10.3.0")
-ALL = {"cuda": True, "onnxruntime": True}
+NEW, OLD = Sdk(RTX, "1.7.1.116", 13), Sdk(RTX, "1.3.0.35")
+BIG, BIG_OLD = Sdk(CLASSIC, "10.15.1", 13), Sdk(CLASSIC, "10.3.0")
+ALL = {"cuda": "13.5.0", "onnxruntime": "1.24.0"}
+PACKAGE = Path(probing.__file__).parent
 
 
 def here(name: str, **changes: Any) -> Device:
@@ -67,14 +72,59 @@ def test_v100_is_pointed_to_our_own_kernels() -> None:
     assert "cuda_triton" in found.fix
 
 
+@pytest.mark.parametrize(
+    ("device", "fix"),
+    [
+        (target("h100"), "Use backend='cuda_triton', or build on a machine with the card"),
+        (target("b200"), "Build on a machine with the card"),
+        (replace(here("v100"), arch="sm_61"), ""),
+        (replace(here("a100"), members=(here("a100"),) * 2), "Use backend='cuda_triton' for several cards"),
+        (replace(here("b200"), members=(here("b200"),) * 2), "Name one of the cards"),
+    ],
+)
+def test_nobody_is_sent_to_kernels_that_are_not_there(device: Device, fix: str) -> None:
+    found = probing.answer(device, (NEW, BIG), ALL)
+    assert isinstance(found, Refusal)
+    assert found.fix == fix
+
+
+def test_our_own_kernels_are_there_for_the_architectures_that_are_sent_to_them() -> None:
+    from transom_cuda_triton.probing import ARCHITECTURES
+
+    assert probing.OUR_KERNELS == ARCHITECTURES
+
+
 def test_a_package_or_a_driver_that_is_missing_is_refused() -> None:
-    found = probing.answer(here("rtx-4090"), (NEW,), {"cuda": False})
+    found = probing.answer(here("rtx-4090"), (NEW,), {})
     assert isinstance(found, Refusal)
     assert (found.code, found.fix) == ("missing_dep", "pip install 'transom[tensorrt]'")
     old = replace(here("rtx-4090"), drivers={"nvidia": "470.1", "cuda": "11.4"})
-    found = probing.answer(old, (NEW,), ALL)
+    found = probing.answer(old, (Sdk(RTX, "1.7", 12),), {"cuda": "12.9.4"})
     assert isinstance(found, Refusal)
-    assert found.reason == "needs a driver with CUDA 12, and the driver 470.1 has CUDA 11"
+    assert found.reason == "tensorrt-rtx 1.7 needs a driver with CUDA 12, and the driver 470.1 has CUDA 11"
+
+
+@pytest.mark.parametrize(
+    ("made_for", "bindings", "driver", "needs"),
+    [
+        (13, "13.5.0", "12.8", "tensorrt-rtx 1.7 needs a driver with CUDA 13"),
+        (13, "12.9.4", "12.8", "tensorrt-rtx 1.7 needs a driver with CUDA 13"),
+        (12, "13.5.0", "12.8", "cuda-bindings 13.5.0 needs a driver with CUDA 13"),
+        (12, "12.9.4", "12.2", ""),
+        (13, "13.5.0", "13.0", ""),
+        (12, "12.9.4", "13.1", ""),
+        (13, "13.5.0", "", ""),
+    ],
+)
+def test_a_driver_is_as_new_as_what_is_installed_needs(made_for: int, bindings: str, driver: str, needs: str) -> None:
+    device = replace(here("rtx-4090"), drivers={"nvidia": "570.86"} | ({"cuda": driver} if driver else {}))
+    found = probing.answer(device, (Sdk(RTX, "1.7", made_for),), {"cuda": bindings})
+    if not needs:
+        assert isinstance(found, Offer)
+        return
+    assert isinstance(found, Refusal)
+    assert (found.code, found.fix) == ("too_old", "Update NVIDIA's driver")
+    assert found.reason == f"{needs}, and the driver 570.86 has CUDA 12"
 
 
 def test_several_cards_together_are_refused() -> None:
@@ -109,7 +159,7 @@ def test_emulation_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     found = probing.answer(cpu, (), ALL)
     assert isinstance(found, Offer)
     assert found.band == "fallback"
-    refused = probing.answer(cpu, (), {"onnxruntime": False})
+    refused = probing.answer(cpu, (), {"cuda": "13.5.0"})
     assert isinstance(refused, Refusal)
     assert refused.fix == "pip install onnxruntime"
     card = probing.answer(here("rtx-4090"), (NEW,), ALL)
@@ -118,11 +168,82 @@ def test_emulation_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     assert probing.judge(probing.requirements(cpu), cpu).state == "ok"
 
 
+@pytest.mark.parametrize("value", ["0", "yes", "onnxruntime", " "])
+def test_a_value_of_the_variable_that_means_nothing_is_refused(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv(probing.EMULATE, value)
+    for device in (Device("cpu", "cpu", "x86_64", 1), here("rtx-4090"), target("rtx-4090")):
+        found = probing.answer(device, (NEW,), ALL)
+        assert isinstance(found, Refusal)
+        assert (found.code, found.device_id) == ("failed", device.id)
+        assert found.reason == f"the environment variable TRANSOM_TENSORRT_EMULATE is {value!r}"
+        assert found.fix == "Set TRANSOM_TENSORRT_EMULATE to 1, or do not set it"
+    monkeypatch.setenv(probing.EMULATE, "")
+    assert isinstance(probing.answer(here("rtx-4090"), (NEW,), ALL), Offer)
+
+
 def test_what_is_installed_is_found() -> None:
     (found,) = sdk.installed()
     assert found.name == RTX
     assert not found.old
     assert sdk.numbers("10.15.1+cu13") == (10, 15)
+
+
+@pytest.mark.parametrize(
+    ("packages", "cuda"),
+    [
+        (("tensorrt-rtx", "tensorrt_rtx_cu13"), 13),
+        (("tensorrt-rtx", "tensorrt_rtx_cu12"), 12),
+        (("tensorrt_rtx",), 12),
+        (("tensorrt", "tensorrt-cu13"), 13),
+        (("tensorrt", "tensorrt-cu12"), 12),
+    ],
+)
+def test_which_cuda_it_is_made_for_is_in_the_packages_name(
+    monkeypatch: pytest.MonkeyPatch, packages: tuple[str, ...], cuda: int
+) -> None:
+    def version(name: str) -> str:
+        if name not in packages:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return "9.9"
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    monkeypatch.setattr(sdk, "_has_module", lambda packages, module: True)
+    (found,) = sdk.installed.__wrapped__()
+    assert (found.version, found.cuda) == ("9.9", cuda)
+
+
+def test_an_engine_is_built_anew_after_a_change_of_any_module_but_those_that_only_run(tmp_path: Path) -> None:
+    folder = tmp_path / "package"
+    shutil.copytree(PACKAGE, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    assert probing.digest_of(folder) == probing.code_digest.__wrapped__()
+    counted = set()
+    for path in folder.glob("*.py"):
+        before, text = probing.digest_of(folder), path.read_bytes()
+        path.write_bytes(text + b"#")
+        if probing.digest_of(folder) != before:
+            counted.add(path.stem)
+        path.write_bytes(text)
+    assert {"sparse", "compiling", "lowering", "attention", "building", "claims", "forms", "precision"} <= counted
+    assert {path.stem for path in folder.glob("*.py")} - counted == {
+        "__init__", "backend", "cuda", "emulating", "engine", "executing", "kernel_cache", "loading", "rtx", "session",
+    }  # fmt: skip
+    before = probing.digest_of(folder)
+    (folder / "new").mkdir()
+    (folder / "new" / "one.py").write_text("")
+    assert probing.digest_of(folder) != before
+
+
+def test_nothing_that_only_runs_is_imported_by_what_compiles() -> None:
+    seen, left = set(), ["compiling", "claims"]
+    while left:
+        name = left.pop()
+        seen.add(name)
+        for node in ast.walk(ast.parse((PACKAGE / f"{name}.py").read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == PACKAGE.name:
+                _, _, module = str(node.module).partition(".")
+                left += {module} - seen if module else {alias.name for alias in node.names} - seen
+    assert "sparse" in seen
+    assert not seen & probing.RUN_ONLY
 
 
 def test_asking_imports_no_tensorrt() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import rtx_made_up
-from rtx_made_up import CARD, Cuda, Diagnostics, Status, Trt, Validity
+from rtx_made_up import CARD, OTHER, Cuda, Diagnostics, Status, Trt, Validity
 from rtx_networks import Compiled, compiled
 
 from transom.errors import DoesNotFit, EngineError
@@ -80,7 +81,8 @@ def test_a_run_sends_ids_and_brings_back_logits_and_nothing_else(made: Compiled,
     executor.allocate(4)
     cuda.calls.clear()
     executor.run("decode", np.zeros((3, 1), int), np.zeros(3, int), np.arange(2), 1)
-    assert [call[0] for call in cuda.calls] == [
+    assert {call[1] for call in cuda.named("cudaSetDevice")} == {3}
+    assert [call[0] for call in cuda.calls if call[0] != "cudaSetDevice"] == [
         "cudaMemcpyAsync", "execute", "cudaMemcpyAsync", "cudaStreamSynchronize",
     ]  # fmt: skip
     up, down = cuda.named("cudaMemcpyAsync")
@@ -192,7 +194,7 @@ def test_a_card_without_room_for_one_sequence_says_what_would_fit(made: Compiled
 def test_a_card_too_small_for_the_engine_is_refused_with_numbers(made: Compiled, tmp_path: Path, short: str) -> None:
     cuda = Cuda(memory=1000 if short == "weights" else 1 << 20)
     trt = Trt(cuda, activations=(4 << 30, 0))
-    with pytest.raises(DoesNotFit, match=f"{short}.* GiB, and cuda:0 has"):
+    with pytest.raises(DoesNotFit, match=f"{short}.* GB, and cuda:0 has .* GB free"):
         opened(made, trt, tmp_path)
 
 
@@ -233,6 +235,7 @@ def test_an_engine_that_is_merely_slower_is_opened(made: Compiled, tmp_path: Pat
 @pytest.mark.parametrize(
     ("refusing", "what"),
     [
+        ("runtime", "start on cuda:0: CUDA initialization failure with error: 35"),
         ("deserialize", "open the engine of this model on cuda:0: then that"),
         ("context", "prepare the engine of this model on cuda:0: no context"),
         ("profile", "use the shapes"),
@@ -246,6 +249,72 @@ def test_what_tensorrt_says_while_opening_is_passed_on(
     assert "warning" not in str(error.value)
     if refusing == "deserialize":
         assert error.value.details == ("first this",)
+
+
+class Contexts(list[Any]):
+    """Keeps none, and notes beside CUDA's calls that one has gone."""
+
+    def __init__(self, cuda: Cuda) -> None:
+        self.cuda = cuda
+
+    def append(self, context: Any) -> None:
+        weakref.finalize(context, self.cuda.calls.append, ("context gone",))
+
+
+@pytest.mark.parametrize("why", ["names", "aligned", "memory", "context", "profile", "kernels"])
+def test_what_fails_while_opening_leaves_no_engine_on_the_card(
+    made: Compiled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
+    """The host keeps the error, and its frames with it, while another backend loads."""
+    cuda = Cuda()
+    trt = Trt(cuda, refusing=why, activations=(4 << 30, 0) if why == "memory" else (5000, 3000))
+    trt.contexts = Contexts(cuda)
+    first, *others = made.network.kept
+    if why == "names":
+        made = replace(made, network=replace(made.network, kept=tuple(others)))
+    elif why == "aligned":
+        made = replace(made, network=replace(made.network, kept=(replace(first, shape=(1, 3, 17)), *others)))
+    elif why == "kernels":
+        monkeypatch.setattr(rtx_made_up._Config, "set_runtime_cache", lambda self, cache: 1 // 0)
+    with pytest.raises((EngineError, DoesNotFit, ZeroDivisionError)) as kept:
+        opened(made, trt, tmp_path)
+    (engine,) = trt.engines
+    assert engine() is None, kept
+    assert cuda.calls.count(("context gone",)) == (why == "profile")
+
+
+def test_contexts_go_before_the_memory_that_they_were_given(made: Compiled, tmp_path: Path) -> None:
+    for close in (True, False):
+        trt = Trt(cuda := Cuda(), refusing="" if close else "profile")
+        trt.contexts = Contexts(cuda)
+        card = Card(CARD, cuda)
+        try:
+            RtxExecutor(made.network, made.model, trt, card, KernelCache(tmp_path, "1", CARD)).close()
+        except EngineError:
+            card.close()
+        names = [call[0] for call in cuda.calls if call[0] in ("context gone", "cudaFree", "cudaStreamDestroy")]
+        contexts = 2 if close else 1
+        assert names[:contexts] == ["context gone"] * contexts
+        assert names[contexts] == "cudaFree"
+        assert names[-1] == "cudaStreamDestroy"
+
+
+@pytest.mark.parametrize("function", ["cudaSetDevice", "serialize"])
+def test_an_executor_whose_card_fails_for_good_lets_go_of_it(
+    made: Compiled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str
+) -> None:
+    trt = Trt(cuda := Cuda())
+    trt.contexts = Contexts(cuda)
+    executor = opened(made, trt, tmp_path)
+    if function == "serialize":
+        monkeypatch.setattr(rtx_made_up._Cache, "serialize", lambda self: 1 // 0)
+        with pytest.raises(ZeroDivisionError):
+            executor.close()
+    else:
+        cuda.failing[function] = Status.LAUNCH_FAILED
+        executor.close()
+    assert trt.engines[0]() is None
+    assert not cuda.blocks
 
 
 def test_what_tensorrt_says_of_a_step_is_passed_on_once(made: Compiled, tmp_path: Path) -> None:
@@ -275,9 +344,11 @@ def test_an_engine_of_another_network_is_refused(made: Compiled, tmp_path: Path)
 
 
 def test_slots_that_would_not_begin_at_aligned_addresses_are_refused(rng: np.random.Generator, tmp_path: Path) -> None:
-    made = compiled(rng, tmp_path, kv_heads=1, value_dim=17)
+    made = compiled(rng, tmp_path)
+    first, *others = made.network.kept
+    odd = replace(made.network, kept=(replace(first, shape=(1, 3, 17)), *others))
     with pytest.raises(EngineError, match="do not lie where TensorRT takes them"):
-        opened(made, Trt(Cuda()), tmp_path)
+        opened(replace(made, network=odd), Trt(Cuda()), tmp_path)
 
 
 def test_a_missing_engine_is_a_damaged_model(made: Compiled, tmp_path: Path) -> None:
@@ -396,6 +467,21 @@ def test_kernels_of_another_version_or_driver_are_not_read_and_go(made: Compiled
     executor.warm_up()
     assert "foreign" not in trt.kernels
     assert len(kernel_files(tmp_path)) == 1
+
+
+def test_cards_of_one_kind_share_kernels_and_those_of_another_kind_keep_theirs(made: Compiled, tmp_path: Path) -> None:
+    trt = Trt(Cuda())
+    mine, twin = (KernelCache(tmp_path, trt.__version__, card).path for card in (CARD, OTHER))
+    assert mine == twin
+    others = [replace(CARD, name="RTX 4080"), replace(CARD, arch="sm_86")]
+    theirs = [KernelCache(tmp_path, trt.__version__, card).path for card in others]
+    for path in theirs:
+        path.write_text("theirs")
+    executor = opened(made, trt, tmp_path)
+    executor.allocate(1)
+    executor.warm_up()
+    assert kernel_files(tmp_path) == sorted([mine, *theirs])
+    assert {path.read_text() for path in theirs} == {"theirs"}
 
 
 def test_kernels_that_tensorrt_does_not_take_are_compiled_again(made: Compiled, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +228,27 @@ def test_a_state_is_written_down_and_made_again_elsewhere(rng: np.random.Generat
         other.restore(7, saved)
     session.close()
     other.close()
+
+
+def test_a_state_is_written_down_once_the_session_is_warm(made: Compiled, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing may wait for a stream that is being recorded."""
+    reading, order = threading.Event(), []
+
+    def warm_up(self: OnnxExecutor) -> None:
+        reading.wait(0.5)
+        order.append("warm")
+
+    def read_slot(self: OnnxExecutor, slot: int, positions: int) -> dict[str, Array]:
+        reading.set()
+        order.append("read")
+        return {}
+
+    monkeypatch.setattr(OnnxExecutor, "warm_up", warm_up)
+    monkeypatch.setattr(OnnxExecutor, "read_slot", read_slot)
+    session = opened(made, 2)
+    session.save(session.new_state())
+    session.close()
+    assert order == ["warm", "read"]
 
 
 def test_what_is_no_saved_state_is_refused(made: Compiled) -> None:

@@ -1,14 +1,14 @@
 """Memory, copies and a stream of one card, through CUDA's runtime (the package `cuda-bindings`).
 
 Pointers are integers. What is asked of the card is done in order, on one stream, and the host does not wait for it but
-in `wait`. CUDA's current card is a thread's own, and calls come from several: each sets it when it first comes.
+in `wait`. CUDA's current card is a thread's own, and whoever else runs in that thread may take another: each call
+sets it, which costs next to nothing where it is set already.
 """
 
 from __future__ import annotations
 
 import ctypes
 import importlib
-import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -53,7 +53,6 @@ class Card:
     def __init__(self, device: Device, runtime: Any = None) -> None:
         self.name = device.id
         self._cuda = _runtime() if runtime is None else runtime
-        self._here = threading.local()
         address = device.identity.removeprefix("pci:").split(" ")[0]
         status, number = self._cuda.cudaDeviceGetByPCIBusId(address.encode())
         if int(status):
@@ -77,9 +76,7 @@ class Card:
 
     def use(self) -> None:
         """Make this card the calling thread's."""
-        if not getattr(self._here, "set", False):
-            self._check("use the card", self._cuda.cudaSetDevice(self._number)[0])
-            self._here.set = True
+        self._check("use the card", self._cuda.cudaSetDevice(self._number)[0])
 
     # memory -----------------------------------------------------------------------------------------------------------
     def free_bytes(self) -> int:
@@ -149,7 +146,7 @@ class Card:
         """Give all memory and the stream back; doing it twice does nothing."""
         if self._stream is None:
             return
-        self.use()
+        self._cuda.cudaSetDevice(self._number)  # not `use`: an error here would hide the one before
         for pointer in self._memory:
             self._cuda.cudaFree(pointer)
         for pointer in self._host:

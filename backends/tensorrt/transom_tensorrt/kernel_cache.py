@@ -1,7 +1,8 @@
 """TensorRT-RTX compiles kernels for the card when it first needs them; what it compiled is kept in the scratch folder.
 
 TensorRT checks itself that a cache fits, and says nothing where it does not. So that one version's cache does not take
-the place of another's for nothing, the file's name tells the version of TensorRT, the driver and the card.
+the place of another's for nothing, the file's name tells the kind of card, the driver and the version of TensorRT.
+Cards of one kind share a file, and those of another kind, which may run the same engine, keep theirs.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from transom.artifacts.files import replace_atomically
 from transom.contract import Device
 
 _log = logging.getLogger("transom.tensorrt")
-_PATTERN = "kernels-*.cache"
 
 
 class KernelCache:
@@ -27,9 +27,10 @@ class KernelCache:
     """
 
     def __init__(self, scratch: Path, version: str, device: Device) -> None:
-        made_for = "\n".join((version, device.identity, *(f"{k} {v}" for k, v in sorted(device.drivers.items()))))
-        digest = hashlib.blake2b(made_for.encode(), digest_size=8).hexdigest()
-        self.path = scratch / _PATTERN.replace("*", digest)
+        card = _digest(device.name, device.arch)
+        software = _digest(version, *(f"{k} {v}" for k, v in sorted(device.drivers.items())))
+        self.path = scratch / f"kernels-{card}-{software}.cache"
+        self._outdated = f"kernels-{card}-*.cache"
         self._cache: Any = None
         self._known = b""
 
@@ -59,7 +60,7 @@ class KernelCache:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             replace_atomically(self.path, data)
-            for other in self.path.parent.glob(_PATTERN):
+            for other in self.path.parent.glob(self._outdated):
                 if other != self.path:
                     other.unlink(missing_ok=True)
         except OSError as e:
@@ -70,3 +71,7 @@ class KernelCache:
     def close(self) -> None:
         """Let go of TensorRT's cache; after this, nothing is saved."""
         self._cache = None
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.blake2b("\n".join(parts).encode(), digest_size=8).hexdigest()

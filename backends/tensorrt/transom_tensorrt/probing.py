@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from transom.contract import Device, Offer, Refusal, Verdict
-from transom_tensorrt.sdk import CLASSIC, OLDEST, RTX, SERVED, Sdk, installed, numbers
+from transom_tensorrt.sdk import CLASSIC, OLDEST, RTX, SERVED, Sdk, installed, numbers, version_of
 
 INSTALL = "pip install 'transom[tensorrt]'"
 FORMAT = "1"
@@ -21,7 +21,12 @@ EMULATED = "emulated"
 FLOAT8_SINCE = 89
 DATA_CENTRES = (80, 90, 100, 103)
 """Architectures that TensorRT-RTX is not made for, though it has code for sm_80."""
-LEAST_CUDA = (12,)
+OUR_KERNELS = (70, 80, 86, 89, 90)
+"""Architectures that the backend `cuda_triton` takes, and others are not sent to."""
+RUN_ONLY = frozenset({
+    "__init__", "backend", "cuda", "emulating", "engine", "executing", "kernel_cache", "loading", "rtx", "session",
+})  # fmt: skip
+"""Modules of this package that no network is written and no engine built by."""
 
 
 def emulating() -> bool:
@@ -45,18 +50,22 @@ def sdk_for(device: Device, sdks: Sequence[Sdk]) -> Sdk | None:
 
 
 def answer(
-    device: Device, sdks: Sequence[Sdk] | None = None, packages: Mapping[str, bool] | None = None
+    device: Device, sdks: Sequence[Sdk] | None = None, packages: Mapping[str, str] | None = None
 ) -> Offer | Refusal:
     """Yes or no for one device.
 
     Args:
-        sdks, packages: for tests; what is installed.
+        sdks, packages: for tests; what is installed, packages as `_packages` gives them.
     """
     sdks = installed() if sdks is None else sdks
     packages = _packages() if packages is None else packages
+    if (asked := os.environ.get(EMULATE, "")) not in ("", "1"):
+        fix = f"Set {EMULATE} to 1, or do not set it"
+        return Refusal(device.id, "failed", f"the environment variable {EMULATE} is {asked!r}", fix)
     if device.members:
-        return Refusal(device.id, "wrong_device", "runs a model on one card, not on several together",
-                       "Use backend='cuda_triton' for several cards")  # fmt: skip
+        ours = all(architecture(member) in OUR_KERNELS for member in device.members)
+        fix = "Use backend='cuda_triton' for several cards" if ours else "Name one of the cards"
+        return Refusal(device.id, "wrong_device", "runs a model on one card, not on several together", fix)
     if emulating():
         return _emulated(device, packages)
     arch = architecture(device)
@@ -71,11 +80,23 @@ def answer(
         return Offer(device.id, _band(arch), why, runs_here=False)
     if not packages.get("cuda"):
         return Refusal(device.id, "missing_dep", "the package cuda-bindings is not installed", INSTALL)
-    driver, cuda = device.drivers.get("nvidia", "that is here"), numbers(device.drivers.get("cuda", ""))[:1]
-    if cuda and cuda < LEAST_CUDA:
-        reason = f"needs a driver with CUDA {LEAST_CUDA[0]}, and the driver {driver} has CUDA {cuda[0]}"
-        return Refusal(device.id, "too_old", reason, "Update NVIDIA's driver")
-    return Offer(device.id, _band(arch), why)
+    return _old_driver(device, sdk, packages["cuda"]) or Offer(device.id, _band(arch), why)
+
+
+def _old_driver(device: Device, sdk: Sdk, bindings: str) -> Refusal | None:
+    """Where an engine could be built, which takes minutes, and never loaded."""
+    needed = {f"{sdk.name} {sdk.version}": sdk.cuda, f"cuda-bindings {bindings}": _major(bindings)}
+    by = max(needed, key=lambda name: needed[name])
+    here, driver = _major(device.drivers.get("cuda", "")), device.drivers.get("nvidia", "that is here")
+    if not here or here >= needed[by]:
+        return None
+    reason = f"{by} needs a driver with CUDA {needed[by]}, and the driver {driver} has CUDA {here}"
+    return Refusal(device.id, "too_old", reason, "Update NVIDIA's driver")
+
+
+def _major(version: str) -> int:
+    """0 where it is not known."""
+    return next(iter(numbers(version)), 0)
 
 
 def _band(arch: int) -> Literal["tuned", "native"]:
@@ -86,8 +107,8 @@ def _band(arch: int) -> Literal["tuned", "native"]:
 
 def _refused(device: Device, arch: int, sdks: Sequence[Sdk]) -> Refusal:
     if arch < 75:
-        return Refusal(device.id, "wrong_device", f"TensorRT serves sm_75 and newer, and this is {device.arch}",
-                       "Use backend='cuda_triton': pip install 'transom[v100]'")  # fmt: skip
+        fix = "Use backend='cuda_triton': pip install 'transom[v100]'" if arch in OUR_KERNELS else ""
+        return Refusal(device.id, "wrong_device", f"TensorRT serves sm_75 and newer, and this is {device.arch}", fix)
     old = [s for s in sdks if s.old and arch in SERVED[s.name]]
     if old:
         least = ".".join(map(str, OLDEST[old[0].name]))
@@ -101,13 +122,13 @@ def _refused(device: Device, arch: int, sdks: Sequence[Sdk]) -> Refusal:
         return Refusal(device.id, "missing_feature", f"TensorRT is not known to serve {device.arch}")
     if device.kind == "remote":
         reason = f"tensorrt-rtx does not build for {device.arch}, and classic TensorRT builds only where the card is"
-        fix = "Use backend='cuda_triton', or build on a machine with the card"
-        return Refusal(device.id, "missing_feature", reason, fix)
+        other = "Use backend='cuda_triton', or build" if arch in OUR_KERNELS else "Build"
+        return Refusal(device.id, "missing_feature", reason, f"{other} on a machine with the card")
     reason = f"tensorrt-rtx does not serve {device.arch}, and classic TensorRT is not installed"
     return Refusal(device.id, "missing_dep", reason, "pip install tensorrt")
 
 
-def _emulated(device: Device, packages: Mapping[str, bool]) -> Offer | Refusal:
+def _emulated(device: Device, packages: Mapping[str, str]) -> Offer | Refusal:
     if device.kind != "cpu":
         reason = f"{EMULATE}=1 is set: networks run in onnxruntime, on the CPU"
         return Refusal(device.id, "wrong_device", reason, f"Unset {EMULATE}, or use device='cpu'")
@@ -117,25 +138,26 @@ def _emulated(device: Device, packages: Mapping[str, bool]) -> Offer | Refusal:
 
 
 @functools.cache
-def _packages() -> Mapping[str, bool]:
-    import importlib.metadata
-
-    def there(name: str) -> bool:
-        try:
-            return bool(importlib.metadata.version(name))
-        except importlib.metadata.PackageNotFoundError:
-            return False
-
-    return {"cuda": there("cuda-bindings"), "onnxruntime": there("onnxruntime")}
+def _packages() -> Mapping[str, str]:
+    """Versions of those that are installed."""
+    names = {"cuda": "cuda-bindings", "onnxruntime": "onnxruntime"}
+    return {name: version for name, package in names.items() if (version := version_of(package)) is not None}
 
 
 @functools.cache
 def code_digest() -> str:
     """Of what networks are written by: engines that other code has made are built anew."""
-    here = Path(__file__).parent
+    return digest_of(Path(__file__).parent)
+
+
+def digest_of(package: Path) -> str:
+    """Of all modules but those of `RUN_ONLY`: an engine that is built anew for nothing costs minutes, and one that
+    should have been and was not gives wrong answers."""
     digest = hashlib.blake2b(digest_size=8)
-    for name in ("attention", "building", "forms", "lowering", "network", "precision", "writing"):
-        digest.update(name.encode() + b"\0" + (here / f"{name}.py").read_bytes())
+    for path in sorted(package.rglob("*.py")):
+        name = path.relative_to(package).with_suffix("").as_posix()
+        if name not in RUN_ONLY:
+            digest.update(name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 
 

@@ -7,6 +7,8 @@ never run at once.
 
 from __future__ import annotations
 
+import contextlib
+import traceback
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
@@ -96,17 +98,29 @@ class RtxExecutor:
         card.use()
         if self.weight_bytes > card.free_bytes():
             raise self._too_large(self.weight_bytes, "Its weights take")
-        self._runtime = trt.Runtime(self._words.logger)
-        _check_header(self._runtime, trt, plan)
+        try:
+            self._runtime = trt.Runtime(self._words.logger)
+        except TypeError as e:  # all that its bindings say where there is no runtime
+            raise self._words.error(f"start on {card.name}", "See whether nvidia-smi answers") from e
+        try:
+            self._open(plan)
+        except BaseException as e:
+            # Whoever keeps the error keeps its frames, and this executor and contexts in them, with all their memory.
+            traceback.clear_frames(e.__traceback__)
+            self._release()
+            raise
+
+    def _open(self, plan: Path) -> None:
+        _check_header(self._runtime, self._trt, plan)
         with plan.open("rb") as file:
-            self._engine = self._runtime.deserialize_cuda_engine(_reader(trt, file))
+            self._engine = self._runtime.deserialize_cuda_engine(_reader(self._trt, file))
         if self._engine is None:
-            raise self._words.error(f"open the engine of this model on {card.name}", DAMAGED)
+            raise self._words.error(f"open the engine of this model on {self._card.name}", DAMAGED)
         self._check_names()
         try:
             self._buffers()
         except OutOfMemory as e:
-            size = self._activation_bytes() + 4 * self._most_rows() * network.vocabulary
+            size = self._activation_bytes() + 4 * self._most_rows() * self._network.vocabulary
             raise self._too_large(size, "Beside its weights, activations and logits take") from e
         for index, way in enumerate(WAYS):
             self._contexts[way] = self._context(index)
@@ -289,12 +303,20 @@ class RtxExecutor:
         if self._closed:
             return
         self._closed = True
-        self._card.use()
-        self._kernels.save()
-        self._contexts.clear()  # a context must go before its engine and its kernels, an engine before its runtime
+        with contextlib.suppress(EngineError):  # a card that does not answer is let go all the same
+            self._card.use()
+        try:
+            self._kernels.save()
+        finally:
+            self._release()
+            self._card.close()
+
+    def _release(self) -> None:
+        """Let go of what is TensorRT's: a context before its engine, its kernels, and the memory and stream that `Card`
+        gave it; an engine before its runtime."""
+        self._contexts.clear()
         self._kernels.close()
         self._engine = self._runtime = None
-        self._card.close()
 
 
 def _check_header(runtime: Any, trt: Any, plan: Path) -> None:
@@ -337,4 +359,4 @@ def _reader(trt: Any, file: Any) -> Any:
 
 
 def _size(count: int) -> str:
-    return f"{count / 2**30:.2f} GiB"
+    return f"{count / 1e9:.2f} GB"

@@ -32,6 +32,8 @@ class Sdk:
 
     name: str
     version: str
+    cuda: int = 12
+    """The major version of CUDA that it is made for."""
 
     @property
     def crosses(self) -> bool:
@@ -48,13 +50,14 @@ def installed() -> tuple[Sdk, ...]:
     """Those that are installed. The package `tensorrt` of PyPI that only downloads another one does not count."""
     found = []
     for name, packages in PACKAGES.items():
-        versions = [v for package in packages if (v := _version(package)) is not None]
+        versions = {package: v for package in packages if (v := version_of(package)) is not None}
         if versions and _has_module(packages, MODULES[name]):
-            found.append(Sdk(name, versions[0]))
+            cuda = 13 if any(package.endswith("cu13") for package in versions) else 12
+            found.append(Sdk(name, next(iter(versions.values())), cuda))
     return tuple(found)
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -33,6 +33,7 @@ class SlotSession(PagedSession):
         if not isinstance(state, PagedState) or state.table.pool is not self._pool:
             raise ValueError("this sequence state belongs to another session")
         pages = state.table.pages
+        self._warming.join()
         return self._slots.read(pages[0] if pages else 0, state.length)
 
     def restore(self, length: int, arrays: Mapping[str, Tensor]) -> PagedState:
