@@ -98,10 +98,9 @@ def explain(
     """
     from transom.graph import Graph
     from transom.graph.sparse import with_sparsity
-    from transom.runtime.bundles import bundle_at
     from transom.runtime.explain import explain_bundle, explain_graph
     from transom.runtime.operators import explaining_rejected, register_operators
-    from transom.sources import resolve
+    from transom.sources import bundle_at, resolve
     from transom.sparsity import Sparsity
 
     policy = Sparsity.parse(sparsity)

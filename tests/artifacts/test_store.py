@@ -249,3 +249,24 @@ def test_a_lookup_imports_nothing_that_a_warm_start_can_do_without(cache: Cache,
     )
     done = subprocess.run([sys.executable, "-c", script, cache.root], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("outside", [False, True], ids=["in the cache", "in the temporary folder"])
+def test_an_artifact_is_removed_where_it_lies_with_its_scratch_folder_unless_another_uses_it(
+    tmp_path: Path, build: Build, outside: bool
+) -> None:
+    cache = Cache(tmp_path / "cache")
+    if outside:
+        (tmp_path / "cache").write_text("not a folder")
+    stored = build(cache, "key")
+    assert stored.temporary == outside
+    path, scratch = stored.path, stored.scratch
+    other = cache.lookup("key")
+    assert other is not None
+    assert not stored.remove()
+    assert path.is_dir()
+    assert other.remove()
+    assert not path.exists()
+    assert not scratch.exists()
+    assert not other.remove()
+    assert cache.lookup("key") is None

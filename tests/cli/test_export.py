@@ -131,6 +131,17 @@ def test_a_bundle_is_replaced_only_when_told(transom: Any, model: Path) -> None:
     assert "is a bundle" in err
 
 
+@pytest.mark.parametrize("command", ["inspect", "verify", "calibrate-sparsity"])
+def test_what_needs_the_model_itself_says_so_of_a_bundle(transom: Any, model: Path, command: str) -> None:
+    assert transom("export", model, "--target", "cpu", "--out", "bundle", *TOY).status == 0
+    status, out, err = transom(command, "bundle")
+    assert (status, out) == (2, "")
+    assert (
+        err
+        == "Error: bundle is a bundle, which is compiled already. Give the model that it was made of in its place.\n"
+    )
+
+
 def test_texts_are_given_by_file(transom: Any, model: Path, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("a text to calibrate on")
     command = ("export", model, "--target", "cpu", "--out", "bundle", "--text", "text.txt", *TOY)

@@ -1,6 +1,7 @@
 """What the tests of loading share: a tiny model, made-up machines and backends, and two ways to load with them.
 
 `here` loads in the test's own process, the jobs of the child process included: quick, for everything that stays alive.
+`export` makes a bundle there, and `elsewhere` is another machine to load it on.
 `packages` installs the made-up backends as a distribution, for tests in which a process dies or a fresh one is needed.
 """
 
@@ -8,11 +9,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,12 +28,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import byte_llama
 from made_up import CPU
 
+import transom
 from transom import hardware
 from transom.artifacts import Cache
 from transom.contract import Cancelled, Device
 from transom.plugins import LoadedBackend, Plugins
 from transom.reference import ReferenceBackend
-from transom.runtime import jobs, loading, machine, memory, preparing, trial
+from transom.runtime import exporting, jobs, loader, loading, machine, memory, preparing, trial
 
 
 @pytest.fixture(scope="session")
@@ -99,11 +102,32 @@ class Here:
 def here(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Here:
     here = Here(tiny_model, Cache(tmp_path / "cache"), monkeypatch)
     monkeypatch.setenv("OPENBLAS_NUM_THREADS", os.environ.get("OPENBLAS_NUM_THREADS", "2"))  # `jobs.run` sets it
-    monkeypatch.setattr(loading, "run_in_child", here.child)
+    monkeypatch.setattr(loader, "run_in_child", here.child)
     monkeypatch.setattr(machine, "load_plugins", lambda: here.plugins)
     monkeypatch.setattr(preparing, "load_plugins", lambda: here.plugins)
     monkeypatch.setattr(hardware, "probe", lambda probe_file=None: hardware.Found(tuple(here.devices)))
     return here
+
+
+@pytest.fixture
+def export(here: Any, tmp_path: Path) -> Callable[..., exporting.Exported]:
+    def run(model: Any = None, **options: Any) -> exporting.Exported:
+        where = {"target": "cpu", "out": tmp_path / "bundle", "cache": here.cache}
+        return transom.export(here.model if model is None else model, **{**where, **options})
+
+    return run
+
+
+@pytest.fixture
+def elsewhere(here: Any, tmp_path: Path) -> Any:
+    """Forgets the cache in which the bundle was made, as another machine would."""
+
+    def move() -> None:
+        shutil.rmtree(here.cache.root)
+        here.cache = Cache(tmp_path / "elsewhere")
+        here.jobs.clear()
+
+    return move
 
 
 @dataclass

@@ -11,9 +11,11 @@ from typing import Any
 import byte_llama
 import numpy as np
 import pytest
+from bundling import HEXAGON, Tools
+from made_up import CPU
 
 import transom
-from transom.runtime import beside, loading
+from transom.runtime import beside, loader
 from transom.runtime.jobs import Job
 from transom.runtime.trial import run_in_child
 
@@ -29,7 +31,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Payload]:
         payloads.append(dict(payload))
         return run_in_child(entry, payload, **options)
 
-    monkeypatch.setattr(loading, "run_in_child", noted)
+    monkeypatch.setattr(loader, "run_in_child", noted)
     return payloads
 
 
@@ -62,13 +64,30 @@ def test_it_needs_a_processor_and_room(
     for processors, possible in (({0}, False), ({0, 1}, True)):
         host = replace(here, affinity=frozenset(processors))
         monkeypatch.setattr(beside, "this_host", lambda host=host: host)
-        assert beside.worth_it(job, empty) == possible
+        assert beside.worth_it(job, empty, job.device.free_bytes) == possible
     size = model.stat().st_size
-    for free, possible in ((None, False), (size, False), (beside.ROOM * size + 1, True)):
-        assert beside.worth_it(replace(job, device=replace(job.device, free_bytes=free)), empty) == possible
-    assert not beside.worth_it(replace(job, verify=False), empty)
-    assert not beside.worth_it(replace(job, graph="kept"), empty)
-    assert not beside.worth_it(replace(job, model=str(tmp_path / "nowhere")), empty)
+    enough = beside.ROOM * size + 1
+    for free, possible in ((None, False), (size, False), (enough, True)):
+        assert beside.worth_it(job, empty, free) == possible
+    assert not beside.worth_it(replace(job, verify=False), empty, enough)
+    assert not beside.worth_it(replace(job, graph="kept"), empty, enough)
+    assert not beside.worth_it(replace(job, model=str(tmp_path / "nowhere")), empty, enough)
+
+
+@pytest.mark.parametrize("free", [None, 1 << 34])
+def test_what_is_compiled_for_elsewhere_takes_it_along_and_the_host_s_memory_counts(
+    here: Any, export: Any, monkeypatch: pytest.MonkeyPatch, free: int | None
+) -> None:
+    here.use(Tools("tools"), devices=[replace(CPU, free_bytes=free)])
+    wanted: list[bool] = []
+
+    def noted(entry: str, payload: Payload, **options: Any) -> Any:
+        wanted.append(payload["beside"])
+        return here.child(entry, {**payload, "beside": False}, **options)
+
+    monkeypatch.setattr(loader, "run_in_child", noted)
+    export(target=HEXAGON, verify="off")
+    assert wanted == [free is not None and len(os.sched_getaffinity(0)) > 1]
 
 
 def test_the_end_of_the_block_stops_the_process(asked: list[Payload], model: Path, tmp_path: Path) -> None:

@@ -1,12 +1,8 @@
-"""A model exported as a bundle and loaded from it: the same answers elsewhere, and all that can stand in the way."""
+"""A model exported as a bundle and loaded from it: the same answers elsewhere, its own options, the device it fits."""
 
 from __future__ import annotations
 
-import errno
 import json
-import os
-import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,62 +10,16 @@ from typing import Any
 import byte_llama
 import numpy as np
 import pytest
+from bundling import HEXAGON, Tools, left_over
 from made_up import CPU, MadeUp
 
 import transom
-from transom.artifacts import Cache, hash_file
-from transom.contract import Cancelled, Offer, Refusal, Verdict
-from transom.errors import DoesNotFit, EngineError, OptionError, SelectionError, SelfCheckFailed, SourceError
-from transom.runtime import bundles, exporting
-from transom.runtime.bundles import BundleError
+from transom.artifacts import hash_file
+from transom.artifacts.files import is_held
+from transom.contract import Refusal
+from transom.errors import DoesNotFit, EngineError, OptionError, SelectionError, SelfCheckFailed
+from transom.runtime.bundles import open_bundle
 from transom.sparsity import Sparsity
-
-HEXAGON = "snapdragon-8-gen-2"
-
-
-class Tools(MadeUp):
-    """Compiles for phones, runs on none of them, and insists on the architecture that it compiled for."""
-
-    def probe(self, devices: Any) -> Any:
-        return [
-            Offer(d.id, self.band, self.why, runs_here=d.kind != "remote")
-            if d.kind == self.kind or d.arch.startswith("hexagon")
-            else Refusal(d.id, "wrong_device", "not for it")
-            for d in devices
-        ]
-
-    def compile(self, part: Any, device: Any, options: Any, progress: Any) -> Any:
-        made = super().compile(part, device, options, progress)
-        return replace(made, requires={**made.requires, "arch": device.arch})
-
-    def check(self, artifact: Any, device: Any) -> Verdict:
-        made = artifact.requires["arch"]
-        return Verdict("ok") if made == device.arch else Verdict("rebuild", f"made for {made}, this is {device.arch}")
-
-
-@pytest.fixture
-def export(here: Any, tmp_path: Path) -> Callable[..., exporting.Exported]:
-    def run(model: Any = None, **options: Any) -> exporting.Exported:
-        where = {"target": "cpu", "out": tmp_path / "bundle", "cache": here.cache}
-        return transom.export(here.model if model is None else model, **{**where, **options})
-
-    return run
-
-
-@pytest.fixture
-def elsewhere(here: Any, tmp_path: Path) -> Any:
-    """Forgets the cache in which the bundle was made, as another machine would."""
-
-    def move() -> None:
-        shutil.rmtree(here.cache.root)
-        here.cache = Cache(tmp_path / "elsewhere")
-        here.jobs.clear()
-
-    return move
-
-
-def left_over(folder: Path) -> list[str]:
-    return sorted(p.name for p in folder.iterdir() if "bundle" in p.name)
 
 
 # ------------------------------------------------------------------------------------------------- there and back again
@@ -111,7 +61,7 @@ def test_a_bundle_for_a_device_that_is_not_here_is_compiled_and_never_opened(her
     tools = Tools("tools", "load:raise")
     here.use(tools)
     made = export(target=HEXAGON)
-    assert here.jobs == ["prepare", "golden"]
+    assert here.jobs == ["prepare"]  # the model is read once
     assert tools.calls == ["compile"]
     assert made.device.id == f"remote:{HEXAGON}"
     assert "where the bundle is loaded" in made.check
@@ -207,10 +157,10 @@ def test_a_graph_that_is_no_decoder_can_be_carried_too(here: Any, export: Any, r
 def test_a_model_in_memory_can_be_carried_too(here: Any, export: Any, rng: np.random.Generator) -> None:
     from test_in_memory import MemorySource, Thing
 
-    from transom.runtime import loading
+    from transom.runtime import loader
     from transom.testing.models import tiny_decoder
 
-    here.monkeypatch.setattr(loading, "resolve", lambda spec: MemorySource())
+    here.monkeypatch.setattr(loader, "resolve", lambda spec: MemorySource())
     here.use(MadeUp("sound"))
     thing = Thing(tiny_decoder(rng))
     with here.load(thing) as model:
@@ -352,6 +302,54 @@ def test_verify_always_compares_with_the_bundle_s_own_answers(here: Any, export:
     assert here.jobs == []
 
 
+def test_verify_always_compares_again_before_a_bundle_is_written(here: Any, export: Any) -> None:
+    sound = MadeUp("sound")
+    here.use(sound)
+    first = export(verify="always")
+    assert here.jobs == ["prepare"]
+    assert first.check.startswith("passed")
+    here.jobs.clear()
+    again = export(verify="always", overwrite=True)
+    assert here.jobs == ["recheck"]
+    assert again.check.startswith("passed")
+    assert sound.calls.count("compile") == 1
+    sound.does = "garbage"
+    export(overwrite=True)  # believed, as it was there
+    with pytest.raises(SelfCheckFailed):
+        export(verify="always", overwrite=True, backend="sound")
+    with pytest.raises(SelfCheckFailed):  # and believed no more
+        export(overwrite=True, backend="sound")
+    assert first.folder.is_dir()
+
+
+def test_what_a_fresh_one_would_do_faster_is_said_of_a_bundle_as_of_a_model(here: Any, export: Any) -> None:
+    here.use(MadeUp("sound", "check:slower"))
+    said = "The compiled model is slower here than a fresh one: said slower"
+    assert said in export().warnings
+    with here.load() as model:
+        assert said in model.report.warnings
+
+
+def test_the_device_of_the_environment_is_for_running_and_has_no_say_in_what_to_compile_for(
+    here: Any, export: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here.use(MadeUp("sound"))
+    monkeypatch.setenv("TRANSOM_DEVICE", "npu:0")
+    assert export().device.id == "cpu"
+
+
+def test_the_scratch_folder_of_a_bundle_is_held_while_it_is_open_and_when_it_is_opened_again(
+    here: Any, export: Any
+) -> None:
+    here.use(MadeUp("sound"))
+    bundle = open_bundle(export().folder, here.cache)
+    for _ in range(2):
+        scratch = bundle.scratch
+        assert is_held(scratch)
+        bundle.release()
+        assert not is_held(scratch)
+
+
 def test_what_can_no_longer_be_opened_is_checked_again(here: Any, export: Any) -> None:
     sound = MadeUp("sound")
     here.use(sound)
@@ -386,386 +384,3 @@ def test_explain_asks_the_bundle_s_backend_about_every_device(here: Any, export:
     assert "made for x86_64, this is riscv64" in str(found)
     assert json.loads(json.dumps(found.to_dict()))["answers"][1]["verdict"]["state"] == "rebuild"
     assert [a.device for a in transom.explain(made.folder, "v100").answers] == ["remote:v100"]
-
-
-# --------------------------------------------------------------------------------------------------------------- damage
-def _flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 255
-    path.unlink()  # the cache may hold the same file
-    path.write_bytes(content)
-
-
-def _cut(path: Path) -> None:
-    content = path.read_bytes()
-    path.unlink()
-    path.write_bytes(content[:-1])
-
-
-def _link(path: Path) -> None:
-    os.rename(path, path.parent.parent / "away")
-    path.symlink_to(path.parent.parent / "away")
-
-
-@pytest.mark.parametrize("name", ["artifact/graph.onnx.data", "tokenizer.json", "golden.npz"])
-@pytest.mark.parametrize(
-    ("damage", "said"),
-    [(_flip, "its hash is another"), (_cut, "bytes in place of"), (Path.unlink, "is missing"), (_link, "plain file")],
-    ids=["altered", "cut", "missing", "a link"],
-)
-def test_a_damaged_bundle_is_one_sentence_before_anything_is_opened(
-    here: Any, export: Any, tmp_path: Path, name: str, damage: Callable[[Path], None], said: str
-) -> None:
-    sound = MadeUp("sound")
-    here.use(sound)
-    made = export(out=tmp_path / "made" if (tmp_path / "made").mkdir() else tmp_path / "made" / "bundle")
-    here.load(made.folder).close()
-    sound.calls.clear()
-    damage(made.folder / name)
-    (made.folder / "away").unlink(missing_ok=True)
-    with pytest.raises(BundleError, match=said) as caught:
-        here.load(made.folder)
-    assert name in caught.value.cause
-    assert "\n" not in str(caught.value)
-    assert sound.calls == []
-
-
-def test_a_foreign_file_is_named(here: Any, export: Any) -> None:
-    here.use(MadeUp("sound"))
-    made = export()
-    (made.folder / "artifact" / "more.bin").write_text("x")
-    with pytest.raises(BundleError, match=r"artifact/more\.bin, which is not a part of it"):
-        here.load(made.folder)
-    with pytest.raises(OptionError, match=r"artifact/more\.bin is not a part of it"):
-        export(overwrite=True)
-
-
-def _edited(folder: Path, **changes: Any) -> None:
-    path = folder / "manifest.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
-
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"transom_bundle": 2}, "is of version 2, and this Transom reads version 1"),
-        ({"transom_bundle": "one"}, "is damaged"),
-        ({"target": {"kind": "cpu"}}, "is damaged"),
-        ({"files": {"../outside": {"bytes": 1, "blake2b": ""}}}, "is damaged"),
-        ({"files": 3}, "is damaged"),
-        ({"decoder": {"family": "llama"}}, "is damaged"),
-        ({"options": {}}, "is damaged"),
-    ],
-)
-def test_a_manifest_that_is_newer_or_wrong_is_refused(here: Any, export: Any, changes: Any, said: str) -> None:
-    here.use(MadeUp("sound"))
-    made = export()
-    _edited(made.folder, **changes)
-    for call in (lambda: here.load(made.folder), lambda: transom.explain(made.folder)):
-        with pytest.raises(BundleError, match=said) as caught:
-            call()
-    assert ("pip install --upgrade transom" in caught.value.fix) == ("version 2" in said)
-
-
-def test_a_manifest_that_was_cut_is_damaged_and_one_that_is_gone_leaves_no_model(here: Any, export: Any) -> None:
-    here.use(MadeUp("sound"))
-    made = export()
-    path = made.folder / "manifest.json"
-    path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(BundleError, match="manifest"):
-        here.load(made.folder)
-    path.unlink()
-    with pytest.raises(SourceError, match="holds no model"):
-        here.load(made.folder)
-
-
-def test_keys_that_a_later_version_adds_are_no_harm(here: Any, export: Any) -> None:
-    here.use(MadeUp("sound"))
-    made = export()
-    with here.load(made.folder) as model:
-        wanted = model.logits([1, 2, 3])
-    _edited(made.folder, later={"more": 1})
-    with here.load(made.folder) as model:
-        assert model.report.bundle == str(made.folder)
-        np.testing.assert_array_equal(model.logits([1, 2, 3]), wanted)
-
-
-# -------------------------------------------------------------------------------------------------------------- writing
-def test_only_a_bundle_gives_its_place_to_another_and_only_when_told(here: Any, export: Any, tmp_path: Path) -> None:
-    here.use(MadeUp("sound"))
-    (tmp_path / "file").write_text("mine")
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "mine").write_text("mine")
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "link").symlink_to(tmp_path / "empty")
-    for out, said in (
-        ("file", "is no folder"),
-        ("link", "is no folder"),
-        ("full", "is not empty"),
-        ("none/bundle", "There is no folder"),
-    ):
-        for overwrite in (False, True):
-            with pytest.raises(OptionError, match=said):
-                export(out=tmp_path / out, overwrite=overwrite)
-    assert here.jobs == []  # told before anything is compiled
-    first = export(out=tmp_path / "empty")
-    with pytest.raises(OptionError, match="There is a bundle"):
-        export(out=first.folder)
-    export(out=first.folder, overwrite=True, precision="f32")
-    assert json.loads((first.folder / "manifest.json").read_text())["options"]["precision"] == "f32"
-    assert not list(tmp_path.glob(".*"))
-    for wrong in ("", "/", 5):
-        with pytest.raises(OptionError, match="out="):
-            export(out=wrong)
-    with pytest.raises(OptionError, match="is a bundle"):
-        export(first.folder, out=tmp_path / "second")
-
-
-def test_a_folder_that_cannot_be_written_is_said_before_anything_is_compiled(
-    here: Any, export: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    here.use(MadeUp("sound"))
-    mkdir = os.mkdir
-
-    def refused(path: Any, mode: int = 0o777) -> None:
-        if Path(path).parent == tmp_path:
-            raise OSError(errno.EROFS, "Read-only file system")
-        mkdir(path, mode)
-
-    monkeypatch.setattr(os, "mkdir", refused)
-    with pytest.raises(OptionError, match=r"cannot be written: Read-only file system"):
-        export()
-    assert here.jobs == []
-    monkeypatch.undo()
-    assert export().folder.is_dir()
-    assert left_over(tmp_path) == ["bundle"]
-    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".transom-")]
-
-
-@pytest.mark.skipif(not Path("/proc/self").exists(), reason="a file system of Linux's kernel")
-def test_what_looks_as_if_it_could_be_written_is_tried(here: Any, export: Any) -> None:
-    """The administrator has every permission in /proc, and nobody makes a folder there."""
-    here.use(MadeUp("sound"))
-    with pytest.raises(OptionError, match="The folder /proc cannot be written"):
-        export(out="/proc/bundle")
-    assert here.jobs == []
-
-
-def test_an_option_that_is_not_one_is_refused_with_the_nearest(export: Any) -> None:
-    for options, nearest in (
-        ({"overwrit": True}, '"overwrite"'),
-        ({"precision": "int9"}, '"int8"'),
-        ({"verify": "of"}, '"off"'),
-    ):
-        with pytest.raises(OptionError) as caught:
-            export(**options)
-        assert nearest in caught.value.fix
-
-
-def test_what_is_compiled_for_elsewhere_moves_out_of_the_cache_and_what_runs_here_stays_in_it(
-    here: Any, export: Any, caplog: pytest.LogCaptureFixture
-) -> None:
-    """One name for each file in any case: ONNX refuses weights that have two."""
-    here.use(Tools("tools"))
-    export(target=HEXAGON)
-    assert not list((here.cache.root / "artifacts").iterdir())
-    local = export(overwrite=True)
-    assert len(list((here.cache.root / "artifacts").iterdir())) == 1
-    for folder in (local.folder, here.cache.root):
-        assert {p.stat().st_nlink for p in folder.rglob("*") if p.is_file()} == {1}
-    here.cache.clear()
-    here.load(local.folder).close()
-    assert caplog.records == []
-
-
-@pytest.mark.parametrize("why", ["another disk", "another name already"])
-def test_files_that_cannot_move_are_copied(
-    here: Any, export: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, why: str
-) -> None:
-    here.use(Tools("tools"))
-
-    def refuse(source: Path, target: Path) -> None:
-        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
-
-    def name_again(stage: str, share: float | None) -> None:
-        if (stage, share) == ("write", 0.0):
-            for file in (here.cache.root / "artifacts").rglob("files/*"):
-                os.link(file, tmp_path / file.name)
-
-    if why == "another disk":
-        monkeypatch.setattr(os, "link", refuse)
-    made = export(target=HEXAGON, progress=name_again if why == "another name already" else None)
-    data = made.folder / "artifact" / "graph.onnx.data"
-    assert data.stat().st_nlink == 1
-    [entry] = (here.cache.root / "artifacts").iterdir()
-    assert (entry / "files" / "graph.onnx.data").read_bytes() == data.read_bytes()
-
-
-@pytest.mark.parametrize("room", [0, 36_000])
-@pytest.mark.parametrize("older", [False, True], ids=["new", "over an older one"])
-def test_a_full_disk_leaves_nothing_and_an_older_bundle_as_it_was(
-    here: Any, export: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, room: int, older: bool
-) -> None:
-    here.use(MadeUp("sound"))
-    if older:
-        export()
-    write, left = bundles.write_durably, [room]
-
-    def limited(path: Path, data: bytes) -> None:
-        left[0] -= len(data)
-        if left[0] < 0:
-            path.write_bytes(data[: len(data) // 2])
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-        write(path, data)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(bundles, "write_durably", limited)
-        with pytest.raises(BundleError, match="No space left on device") as caught:
-            export(overwrite=True, precision="f32")
-    assert "Free space" in caught.value.fix
-    assert left_over(tmp_path) == (["bundle"] if older else [])
-    if older:
-        with here.load(tmp_path / "bundle", precision="auto") as model:
-            assert model.report.bundle
-    export(overwrite=True)
-
-
-def test_a_cache_without_room_costs_a_warning_and_no_bundle(here: Any, export: Any, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("not a folder")
-    here.use(MadeUp("sound"))
-    made = export(cache=Cache(tmp_path / "file"))
-    assert any("TRANSOM_CACHE" in warning for warning in made.warnings)
-    with here.load(made.folder) as model:
-        assert model.report.backend == "sound"
-
-
-@pytest.mark.parametrize("target", ["cpu", HEXAGON])
-@pytest.mark.parametrize("room", [0, 3000, 6000, 12_000, 36_000])
-def test_a_cache_that_gets_full_costs_a_warning_and_no_bundle(
-    here: Any, export: Any, monkeypatch: pytest.MonkeyPatch, room: int, target: str
-) -> None:
-    from test_artifacts_in_use import fill_disk
-
-    here.use(Tools("tools"))
-    with monkeypatch.context() as patch:
-        fill_disk(patch, here.cache.root, room)
-        made = export(target=target)
-    assert any("TRANSOM_CACHE" in warning for warning in made.warnings)
-    manifest = json.loads((made.folder / "manifest.json").read_text())
-    assert manifest["expected"]["tokens"]
-    assert all((made.folder / name).stat().st_size == f["bytes"] for name, f in manifest["files"].items())
-
-
-def test_a_bundle_runs_where_the_cache_cannot_be_written(here: Any, export: Any, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("not a folder")
-    here.use(MadeUp("sound"))
-    made = export()
-    here.cache = Cache(tmp_path / "file")
-    with here.load(made.folder) as model:
-        assert any("TRANSOM_CACHE" in warning for warning in model.report.warnings)
-        assert model.generate("Hello", max_new_tokens=2).usage.completion_tokens
-
-
-@pytest.mark.parametrize("stage", ["compile", "write"])
-@pytest.mark.parametrize("error", [Cancelled, KeyboardInterrupt])
-def test_stopping_leaves_nothing(
-    here: Any, export: Any, tmp_path: Path, stage: str, error: type[BaseException]
-) -> None:
-    here.use(MadeUp("sound"))
-
-    def stop(at: str, share: float | None) -> None:
-        if at == stage and (share or 1.0) > 0.5:
-            raise error
-
-    with pytest.raises(error):
-        export(progress=stop)
-    assert left_over(tmp_path) == []
-    assert not list((here.cache.root / "building").iterdir())
-    export()
-
-
-# ------------------------------------------------------------------------------------------------ in processes that die
-WRITE = """
-import os, signal
-from transom.runtime import bundles
-sync, count = bundles.sync_file, [0]
-
-def die(path):
-    count[0] += 1
-    if count[0] == 3:
-        os.kill(os.getpid(), signal.SIGKILL)
-    sync(path)
-
-bundles.sync_file = die
-transom.export(model, target="cpu", out=sys.argv[2], backend="sound", overwrite=True)
-"""
-EXPORT = """
-made = transom.export(model, target="cpu", out=sys.argv[2], backend="sound", overwrite=True)
-with transom.load(made.folder) as loaded:
-    show(text=loaded.generate("Hello", max_new_tokens=4).token_ids, startup=list(loaded.report.startup))
-"""
-
-
-def test_a_kill_leaves_no_bundle_and_what_is_left_goes_with_the_next_export(packages: Any, tmp_path: Path) -> None:
-    packages.use({"name": "sound"})
-    out = tmp_path / "out" / "bundle"
-    out.parent.mkdir()
-    child = packages.start(WRITE, out)
-    child.communicate(timeout=120)
-    assert child.returncode == -9
-    assert not out.exists()
-    [half] = out.parent.iterdir()
-    assert half.name.startswith(".")
-    assert not list(half.rglob("manifest.json"))
-    done = packages.run(EXPORT, out)
-    assert done["text"]
-    assert "child check" in done["startup"]
-    assert os.listdir(out.parent) == ["bundle"]
-
-
-def test_a_kill_while_it_compiles_leaves_nothing_beside_the_place(packages: Any, tmp_path: Path) -> None:
-    import time
-
-    packages.use({"name": "sound", "does": "compile:slow"})
-    out = tmp_path / "out" / "bundle"
-    out.parent.mkdir()
-    child = packages.start(EXPORT, out)
-    end = time.monotonic() + 60
-    while not packages.log and time.monotonic() < end:
-        time.sleep(0.05)
-    child.kill()
-    child.communicate(timeout=60)
-    assert packages.log
-    assert os.listdir(out.parent) == []
-
-
-@pytest.mark.parametrize(("does", "said"), [("load:abort", "SIGABRT"), ("step:ill", "SIGILL")])
-def test_an_engine_that_dies_on_a_bundle_does_so_in_a_child_process(
-    packages: Any, tmp_path: Path, does: str, said: str
-) -> None:
-    packages.use({"name": "sound"})
-    packages.run(EXPORT, tmp_path / "bundle")
-    shutil.rmtree(packages.cache)
-    packages.use({"name": "sound", "does": does})
-    died = packages.run("model = sys.argv[2]\nshow(**outcome())", tmp_path / "bundle")
-    assert died["error"] == "ChildFailed"
-    assert said in died["cause"]
-
-
-def test_a_bundle_opens_without_onnx_and_without_its_model(packages: Any, tmp_path: Path) -> None:
-    packages.use({"name": "sound"})
-    packages.run(EXPORT, tmp_path / "bundle")
-    warm = packages.run(
-        """
-        import made_up
-        from transom.contract import Limits
-        from transom.sessions import PackedSession
-        made_up.MadeUp.load = lambda self, artifact, device, options, scratch: PackedSession(
-            lambda inputs: {}, None, Limits(1, 16, options["context"], 0))
-        with transom.load(sys.argv[2]) as loaded:
-            assert loaded.tokenize("Hello")
-            show(modules=sorted(sys.modules))
-        """,
-        tmp_path / "bundle",
-    )
-    assert not {"onnx", "onnx_ir", "gguf", "transom.graph", "transom.models"} & set(warm["modules"])

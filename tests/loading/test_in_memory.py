@@ -12,7 +12,7 @@ from made_up import MadeUp
 
 from transom.errors import SelfCheckFailed
 from transom.graph import Graph
-from transom.runtime import identity, loading, preparing
+from transom.runtime import identity, loader, preparing
 from transom.sources import SourceModel
 from transom.testing.models import tiny_decoder
 from transom.text import GenerationDefaults
@@ -43,7 +43,7 @@ def memory(here: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     def never(spec: Any) -> None:
         raise AssertionError("the child process cannot see what is in memory")
 
-    monkeypatch.setattr(loading, "resolve", lambda spec: MemorySource())
+    monkeypatch.setattr(loader, "resolve", lambda spec: MemorySource())
     monkeypatch.setattr(preparing, "resolve", never)
     return here
 

@@ -56,6 +56,18 @@ def test_what_is_no_list_of_texts_is_refused(given: Any, said: str) -> None:
     assert caught.value.fix
 
 
+def test_the_name_of_a_file_is_not_taken_for_a_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text("from a file")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for given in (str(path), "~/text.txt"):
+        with pytest.raises(OptionError, match=r"the name of the file .*text\.txt") as caught:
+            given_texts(["a text", given])
+        assert f"calibration=[Path('{given}')]" in caught.value.fix
+    for text in (f"{path}\n{path}", str(tmp_path), "zero\0byte", "long " * 10_000):
+        assert given_texts([text])
+
+
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "latin").write_bytes(b"caf\xe9")
     with pytest.raises(SourceError, match="latin is not UTF-8"):

@@ -67,6 +67,18 @@ def test_a_directory_with_several_gguf_files_asks_which(models: Path, tmp_path: 
     assert "2 GGUF models: a.gguf, b.gguf" in text
 
 
+@pytest.mark.parametrize("manifest", ['{"transom_bundle": 1}', '{"transom_bundle": 1, "tra'])
+def test_a_bundle_is_called_one_whole_or_damaged(models: Path, tmp_path: Path, manifest: str) -> None:
+    (tmp_path / "artifact").mkdir()
+    (tmp_path / "manifest.json").write_text(manifest)
+    text = failure(tmp_path)
+    assert (
+        text == f"{tmp_path} is a bundle, which is compiled already. Give the model that it was made of in its place."
+    )
+    (tmp_path / "manifest.json").write_text("{}")
+    assert "holds no model" in failure(tmp_path)
+
+
 def test_no_such_path(models: Path) -> None:
     text = failure(models / "nothing" / "here.gguf")
     assert "There is no" in text

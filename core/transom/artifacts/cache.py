@@ -7,14 +7,14 @@ import logging
 import os
 import weakref
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from transom.artifacts.entries import SCRATCH, VERDICTS, Draft, Entry, Shelf, Verify
-from transom.artifacts.files import MARK, delete, hold, is_held, unique
+from transom.artifacts.files import delete, hold, is_left_over, unique
 from transom.artifacts.keys import canonical, check_key, content_hash, parse_size
 from transom.artifacts.notebook import Notebook
 from transom.contract import Artifact
@@ -139,6 +139,11 @@ class StoredArtifact:
     def discard(self, reason: str) -> None:
         """Remove it with its scratch folder, as after the verdict "rebuild"; logs the reason."""
         self._entry.discard(reason)
+
+    def remove(self) -> bool:
+        """Take it out of the cache with its scratch folder, as when its files have gone elsewhere; it is not open any
+        more. False where it stays, because somebody else uses it or it cannot be removed."""
+        return self._entry.remove()
 
     def release(self) -> None:
         """Let it be evicted. Call it when the session that uses the files is closed."""
@@ -509,12 +514,9 @@ def _remove_own(root: Path, maker: int) -> None:
 
 def _sweep_overflow(parent: Path) -> None:
     """Remove the temporary roots of processes that were killed; a living process holds its own."""
-    owner = os.getuid() if hasattr(os, "getuid") else None
     for folder in parent.glob(_OVERFLOW + "*"):
-        with suppress(FileNotFoundError):  # another process sweeps too
-            mine = owner is None or folder.lstat().st_uid == owner
-            if mine and not folder.is_symlink() and (folder / MARK).exists() and not is_held(folder):
-                delete(folder)
+        if is_left_over(folder):
+            delete(folder)
 
 
 _OPENED: dict[tuple[Path, int | None], Cache] = {}

@@ -152,6 +152,11 @@ class Entry:
         """Remove the entry, as after a "rebuild" verdict; it is made again when it is next wanted."""
         self._shelf.discard(self.path, self._hold, reason)
 
+    def remove(self) -> bool:
+        """Release the entry, and remove it unless somebody else holds it. False when it has to stay."""
+        self.release()
+        return self._shelf.remove(self.path.name)
+
     def release(self) -> None:
         self._hold.release()
 
@@ -259,6 +264,15 @@ class Shelf:
             move_aside(self.root / SCRATCH / path.name, self.trash)
         outcome = "it was removed" if gone or not path.exists() else "it cannot be removed"
         _log.warning("cache entry %s/%s is not used: %s; %s", self.kind, path.name, reason, outcome)
+
+    def remove(self, key: str) -> bool:
+        """Remove an entry that nobody holds, with its scratch folder. False when it has to stay."""
+        if not remove_unless_held(self.folder / key, self.trash):
+            return False
+        self._verified.pop(key, None)
+        if self.kind == "artifacts":
+            remove_unless_held(self.root / SCRATCH / key, self.trash)
+        return True
 
     def begin(self, key: str) -> Draft:
         """Start an entry. Raises OSError when nothing can be written here."""

@@ -202,6 +202,18 @@ def is_held(folder: Path) -> bool:
         os.close(fd)
 
 
+def is_left_over(folder: Path) -> bool:
+    """Whether a folder is what a killed process of this user left: marked, and held by nobody.
+
+    Whose it is comes first: into another user's folder there may be no looking.
+    """
+    try:
+        mine = not hasattr(os, "getuid") or folder.lstat().st_uid == os.getuid()
+        return mine and not folder.is_symlink() and (folder / MARK).exists() and not is_held(folder)
+    except OSError:  # another process sweeps too
+        return False
+
+
 def remove_unless_held(folder: Path, trash: Path, *, unmarked_age: float = 0.0) -> bool:
     """Remove a folder that nobody holds: rename it into `trash`, then delete it. False when it has to stay.
 

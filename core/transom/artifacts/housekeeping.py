@@ -124,11 +124,7 @@ def evict(root: Path, *, limit: int | None = None, unused_since: float | None = 
 def _remove(root: Path, item: Item) -> bool:
     if item.kind == SCRATCH and (root / "artifacts" / item.key).exists():
         return False  # its artifact was made since the list was
-    if not remove_unless_held(item.path, root / "trash"):
-        return False
-    if item.kind == "artifacts":
-        remove_unless_held(root / SCRATCH / item.key, root / "trash")
-    return True
+    return Shelf(root, item.kind).remove(item.key)
 
 
 def sweep(root: Path) -> int:

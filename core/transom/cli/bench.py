@@ -82,8 +82,8 @@ def bench(
     Each backend loads the model in a process of its own; they take turns, prompts are random tokens, and the medians of
     all rounds are shown. Nothing else should run meanwhile.
     """
-    from transom.runtime.bundles import bundle_at, read_manifest
-    from transom.sources import resolve
+    from transom.runtime.bundles import read_manifest
+    from transom.sources import bundle_at, resolve
     from transom.sparsity import Sparsity
 
     bundle = bundle_at(model)
@@ -165,8 +165,8 @@ def _context(model: str, prompts: Sequence[int], new_tokens: int) -> int:
         OptionError: a prompt is longer than the model was made for, or the model does not generate.
     """
     from transom.errors import OptionError
-    from transom.runtime.bundles import bundle_at, read_manifest
-    from transom.sources import resolve
+    from transom.runtime.bundles import read_manifest
+    from transom.sources import bundle_at, resolve
 
     if (bundle := bundle_at(model)) is not None:
         manifest = read_manifest(bundle)

@@ -49,7 +49,9 @@ def verify(
     """
     import transom
     from transom.runtime.verify import verify_model
+    from transom.sources import resolve
 
+    resolve(model)  # a wrong path, or a bundle, which has no other program, is said before anything is loaded
     with Progress(stage="load") as progress:
         loaded = transom.load(model, **load_arguments(options), progress=progress)
         with loaded:

@@ -24,9 +24,14 @@ HEARTBEAT = 0.25
 """Seconds between two reports."""
 
 
-def worth_it(job: Job, cache: Cache) -> bool:
-    """Whether the reference's answer is wanted and not known, and there is a processor and memory for it."""
-    if not job.verify or job.graph or len(this_host().affinity) < 2:
+def worth_it(job: Job, cache: Cache, free: int | None) -> bool:
+    """Whether the reference's answer is wanted and not known, and there is a processor and memory for it.
+
+    Args:
+        free: bytes of the host's memory, whatever the device; None where nobody knows.
+    """
+    wanted = job.verify or not job.runs  # what is compiled for elsewhere carries it there
+    if not wanted or job.graph or len(this_host().affinity) < 2:
         return False
     # Only the host comes here. Importing these would keep the child from starting the other process first of all.
     from transom.runtime import prepared
@@ -41,7 +46,7 @@ def worth_it(job: Job, cache: Cache) -> bool:
         size = sum(p.stat().st_size for p in files)
     except OSError:
         return False
-    return job.device.free_bytes is not None and job.device.free_bytes > ROOM * size
+    return free is not None and free > ROOM * size
 
 
 @contextmanager

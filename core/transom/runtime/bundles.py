@@ -6,7 +6,6 @@ and checking one before anything in it is opened.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import os
@@ -21,13 +20,24 @@ from typing import TYPE_CHECKING, Any
 
 from transom.artifacts import FileRecord, Origin, Overflow, artifact_key, hash_file
 from transom.artifacts.entries import SCRATCH, check_file_name
-from transom.artifacts.files import MARK, Hold, delete, hold, is_held, sync_file, sync_folder, unique, write_durably
+from transom.artifacts.files import (
+    MARK,
+    Hold,
+    delete,
+    hold,
+    is_left_over,
+    sync_file,
+    sync_folder,
+    unique,
+    write_durably,
+)
 from transom.contract import Artifact, Device
 from transom.errors import OptionError, SourceError, TransomError
 from transom.hardware.probe_file import from_json, to_json
 from transom.runtime.prepared import Prepared
 from transom.signature import Decoder
-from transom.sources import local_path
+from transom.sources import bundle_at
+from transom.sources.resolve import BUNDLE_KEY, BUNDLE_MANIFEST
 
 if TYPE_CHECKING:
     from transom.artifacts import Cache
@@ -35,9 +45,6 @@ if TYPE_CHECKING:
 
 VERSION = 1
 """Of the manifest. Rises when a reader of the old one would misread the new one; keys are added without that."""
-KEY = "transom_bundle"
-"""The manifest's first key, whose value is its version."""
-MANIFEST = "manifest.json"
 GOLDEN = "golden.npz"
 ARTIFACT = "artifact"
 """The folder of the backend's own files."""
@@ -87,7 +94,7 @@ class Manifest:
 
     def to_json(self) -> dict[str, Any]:
         return {
-            KEY: VERSION,
+            BUNDLE_KEY: VERSION,
             "transom": self.transom,
             "created": self.created,
             "model": {
@@ -122,6 +129,9 @@ class Manifest:
         options = {name: whole["options"][name] for name in ("precision", "context", "sparsity")}
         if not isinstance(options["precision"], str) or not isinstance(options["sparsity"], str):
             raise TypeError("options")
+        context = options["context"]
+        if context is not None and (type(context) is not int or context < 1):
+            raise ValueError("context")
         return cls(
             transom=str(whole["transom"]),
             created=str(whole["created"]),
@@ -135,7 +145,7 @@ class Manifest:
             backend=str(backend["name"]),
             backend_version=str(backend["version"]),
             distribution=str(backend["distribution"]),
-            target=from_json({"devices": [whole["target"]]}, MANIFEST)[0],
+            target=from_json({"devices": [whole["target"]]}, BUNDLE_MANIFEST)[0],
             requires={str(name): str(value) for name, value in whole["requires"].items()},
             options=options,
             precision=str(whole["precision"]),
@@ -163,16 +173,6 @@ def _device_to_json(device: Device) -> Any:
 # -------------------------------------------------------------------------------------------------------------- reading
 
 
-def bundle_at(model: object) -> Path | None:
-    """The folder where the model is a bundle, whole or damaged; None where it is something else."""
-    path = local_path(model)
-    try:
-        found = path is not None and f'"{KEY}"'.encode() in (path / MANIFEST).read_bytes()
-    except (OSError, ValueError):
-        return None
-    return path.absolute() if path is not None and found else None
-
-
 def read_manifest(folder: Path) -> Manifest:
     """What a bundle says about itself. Nothing else in it is looked at.
 
@@ -181,8 +181,8 @@ def read_manifest(folder: Path) -> Manifest:
     """
     damaged = f"The manifest of the bundle {folder} is damaged"
     try:
-        whole = json.loads((folder / MANIFEST).read_bytes())
-        version = whole[KEY]
+        whole = json.loads((folder / BUNDLE_MANIFEST).read_bytes())
+        version = whole[BUNDLE_KEY]
         if not isinstance(version, int) or version < 1:
             raise BundleError(damaged, _AGAIN)
         if version > VERSION:
@@ -276,7 +276,7 @@ class Bundle:
     def release(self) -> None:
         if self._hold is not None:
             self._hold.release()
-        self._overflow = None
+        self._hold = self._overflow = None  # it may be opened again, and its folder must be held then
 
     def _verdict_key(self, where: str) -> str:
         return artifact_key({"bundle": self.key, "place": where})
@@ -303,7 +303,7 @@ def open_bundle(folder: Path, cache: Cache, progress: Progress | None = None) ->
     for name, record in manifest.files.items():
         if doubt := _doubt(folder / name, record, cache, progress) if name in found else "is missing":
             raise BundleError(f"The file {name} of the bundle {folder} {doubt}", _AGAIN)
-    return Bundle(folder, manifest, artifact_key({"bundle": (folder / MANIFEST).read_bytes()}), cache)
+    return Bundle(folder, manifest, artifact_key({"bundle": (folder / BUNDLE_MANIFEST).read_bytes()}), cache)
 
 
 def _doubt(path: Path, record: FileRecord, cache: Cache, progress: Progress | None) -> str:
@@ -329,7 +329,7 @@ def _files_in(folder: Path) -> set[str]:
     for parent, folders, names in os.walk(folder):
         links = [name for name in folders if os.path.islink(os.path.join(parent, name))]
         found |= {Path(parent, name).relative_to(folder).as_posix() for name in [*names, *links]}
-    return found - {MANIFEST}
+    return found - {BUNDLE_MANIFEST}
 
 
 # -------------------------------------------------------------------------------------------------------------- writing
@@ -340,10 +340,14 @@ def require_free(folder: Path, *, overwrite: bool) -> None:
 
     Raises:
         OptionError: the folder is not empty, or there is a bundle and it is not to be overwritten, or the folder around
-            it is missing or cannot be written.
+            it is missing or cannot be written, or what is there cannot be read.
     """
     other = "Choose another folder"
-    if not folder.parent.is_dir():
+    try:
+        around = folder.parent.is_dir()
+    except OSError as error:
+        raise OptionError(f"The folder {folder.parent} cannot be read: {error.strerror or error}", other) from error
+    if not around:
         raise OptionError(
             f"There is no folder {folder.parent} to write the bundle into", "Make it, or choose another folder"
         )
@@ -355,7 +359,11 @@ def require_free(folder: Path, *, overwrite: bool) -> None:
         return
     if folder.is_symlink() or not folder.is_dir():
         raise OptionError(f"{folder} is there already and is no folder", other)
-    if not any(folder.iterdir()):
+    try:
+        empty = not any(folder.iterdir())
+    except OSError as error:
+        raise OptionError(f"The folder {folder} cannot be read: {error.strerror or error}", other) from error
+    if empty:
         return
     if bundle_at(folder) is None:
         raise OptionError(f"The folder {folder} is not empty", f"{other}, or empty it")
@@ -373,19 +381,18 @@ def write_bundle(
     files: Mapping[str, bytes | Path],
     manifest: Callable[[Mapping[str, FileRecord]], Manifest],
     *,
-    link: bool,
+    take: Callable[[], bool] | None,
     overwrite: bool,
     progress: Progress,
-) -> tuple[Manifest, bool]:
+) -> Manifest:
     """Write a bundle, whole or not at all: beside its place first, and renamed when all of it is on the disk.
 
     Args:
         files: content or path by name.
         manifest: makes the manifest, once sizes and hashes are known.
-        link: share the backend's files with the folder that they are in, where the file system allows it. They must
-            not stay there: ONNX refuses weights that have two names.
-
-    Returns the manifest, and whether files are shared.
+        take: removes the folder that the backend's files are in, and says whether it went. With it they move, where the
+            file system allows that; None, and where it stays: they are copied, since ONNX refuses weights that have two
+            names.
 
     Raises:
         OptionError: as `require_free`.
@@ -393,24 +400,28 @@ def write_bundle(
     """
     try:
         with _staging(folder) as staging:
-            new, records, linked = staging / "new", {}, False
+            new, records, linked = staging / "new", {}, []
             new.mkdir()
             for done, (name, content) in enumerate(files.items()):
                 progress("write", done / len(files))
                 target = new / check_file_name(name)
                 target.parent.mkdir(parents=True, exist_ok=True)
-                linked |= link and name.startswith(f"{ARTIFACT}/") and _link(content, target)
-                if not target.exists():
+                if take is not None and name.startswith(f"{ARTIFACT}/") and _link(content, target):
+                    linked.append(target)
+                else:
                     _copy(content, target)
                 records[name] = FileRecord(target.stat().st_size, hash_file(target))
             made = manifest(records)
-            write_durably(new / MANIFEST, json.dumps(made.to_json(), indent=1, allow_nan=False).encode() + b"\n")
+            write_durably(new / BUNDLE_MANIFEST, json.dumps(made.to_json(), indent=1, allow_nan=False).encode() + b"\n")
             for parent in {new, *((new / name).parent for name in files)}:
                 sync_folder(parent)
             progress("write", 1.0)
             require_free(folder, overwrite=overwrite)  # it has been long since somebody looked
+            if take is not None and linked and not take():
+                for target in linked:
+                    _separate(target, staging / "copy")
             _publish(new, folder, staging / _REPLACED)
-            return made, linked
+            return made
     except OSError as error:
         raise BundleError(
             f"The bundle {folder} cannot be written: {error.strerror or error}",
@@ -442,6 +453,13 @@ def _copy(content: bytes | Path, target: Path) -> None:
 
     shutil.copyfile(content, target)
     sync_file(target)
+
+
+def _separate(target: Path, copy: Path) -> None:
+    """Make one of a file's names a file of its own."""
+    _copy(target, copy)
+    os.replace(copy, target)
+    sync_folder(target.parent)
 
 
 def _publish(new: Path, folder: Path, aside: Path) -> None:
@@ -479,11 +497,8 @@ def _staging(folder: Path) -> Iterator[Path]:
 def _sweep(left: Path) -> None:
     """Remove the folder of a process that was killed; not where it may hold the only copy of a bundle."""
     place = left.with_name(left.name[1:].rpartition(_STAGING)[0])
-    with contextlib.suppress(FileNotFoundError):  # another process sweeps too
-        mine = not hasattr(os, "getuid") or left.lstat().st_uid == os.getuid()
-        spare = place.exists() or not (left / _REPLACED).exists()
-        if mine and spare and not left.is_symlink() and (left / MARK).exists() and not is_held(left):
-            delete(left)
+    if is_left_over(left) and (place.exists() or not (left / _REPLACED).exists()):
+        delete(left)
 
 
 def now() -> str:

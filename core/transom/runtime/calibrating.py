@@ -17,6 +17,7 @@ from transom.runtime.head_effects import MEASURED, NEW, Calibrated, calibrate
 from transom.runtime.identity import fingerprint_of
 from transom.runtime.loading import load
 from transom.runtime.passages import default_texts, passages, read_text
+from transom.sources import resolve
 from transom.sparsity import PRESETS, place_beside, shape_of
 
 DEPTH = 4096
@@ -77,11 +78,12 @@ def calibrate_file(
 
     Raises:
         OptionError: no decoder with a tokenizer, its context or a text is too short, or its backend obeys no policies.
-        SourceError: a text cannot be read.
+        SourceError: a text cannot be read, or the model is a bundle.
         TransomError: as `transom.load`.
         OSError: `out` cannot be written.
     """
     path, cache = Path(path), cache or Cache.default()
+    resolve(path)  # a bundle could be loaded, but nothing that is found would change it
     given = {t.name: read_text(t) for t in texts} or default_texts()
     if out is not None and not out.parent.is_dir():
         raise OptionError(f"There is no folder {out.parent}", "Make it, or choose another file with --out")

@@ -13,21 +13,22 @@ from pathlib import Path
 from typing import Any
 
 from transom import hardware
-from transom.artifacts import Cache, FileRecord
+from transom.artifacts import Cache, FileRecord, StoredArtifact
 from transom.contract import Device, Offer, Progress, Refusal
 from transom.errors import OptionError, SelectionError, TransomError, nearest
 from transom.hardware.catalogue import PREFIX
 from transom.runtime import calibrations
 from transom.runtime.arguments import check_arguments, check_objects
-from transom.runtime.bundles import ARTIFACT, GOLDEN, MANIFEST, Manifest, bundle_at, now, require_free, write_bundle
+from transom.runtime.bundles import ARTIFACT, GOLDEN, Manifest, now, require_free, write_bundle
 from transom.runtime.guarding import interrupts_kept
 from transom.runtime.jobs import version
-from transom.runtime.loading import Asked, Loader, Ready, Turn, notes_of, verdict_text
-from transom.runtime.machine import Machine, survey
+from transom.runtime.loader import Asked, Loader, Ready, Turn, decomposed, notes_of, verdict_text
+from transom.runtime.machine import Machine, can_be_mended, choose, survey
 from transom.runtime.memory import size
 from transom.runtime.pieces import given_texts
-from transom.selection import Choice, select
-from transom.sources import local_path
+from transom.selection import Choice
+from transom.sources import bundle_at, local_path
+from transom.sources.resolve import BUNDLE_MANIFEST
 from transom.sparsity import Sparsity
 
 TEXT_FILES = ("tokenizer.json", "chat_template.json", "generation.json")
@@ -110,10 +111,11 @@ def export(
         backend: `"auto"`, or the name of one. Named, no other is taken.
         context: tokens that one sequence may have; None for the model's own, cut to what fits the target.
         precision, sparsity: as for `transom.load`; built into the bundle.
-        calibration: texts, or paths of text files, for a backend that rounds activations; empty for passages that come
-            with Python.
-        verify: `"off"` runs what was compiled for a device of this machine without comparing it with the reference.
-            What is compiled for elsewhere is compared where it is loaded.
+        calibration: texts, or text files as `pathlib.Path`, for a backend that rounds activations; empty for passages
+            that come with Python.
+        verify: `"auto"` compares what is compiled for a device of this machine with the reference where that has not
+            been done, `"always"` in any case, and `"off"` only runs it. What is compiled for elsewhere is compared
+            where it is loaded.
         overwrite: whether a bundle that is in `out` may be replaced.
         cache: the artifact cache; None for the default one.
         progress: called with (stage, share done or None); may raise `transom.Cancelled`.
@@ -141,7 +143,9 @@ def export(
     loader.identify(machine.plugins)
 
     def use(turn: Turn) -> Exported:
-        ready, _ = loader.ready(machine, turn.candidate)
+        ready, cached = loader.ready(machine, turn.candidate)
+        if cached and verify == "always" and turn.candidate.offer.runs_here:
+            ready = loader.ready_again(machine, turn.candidate, ready)
         try:
             manifest = _write(loader, machine, turn, ready, folder, _licence(model), overwrite=overwrite)
             return _exported(loader, choice, turn, ready, folder, manifest, time.perf_counter() - start)
@@ -155,40 +159,30 @@ def _place(out: str | Path) -> Path:
     """The folder as an absolute path, its parents' links followed."""
     try:
         path = Path(out).expanduser().absolute()
+        if "\0" in path.name:
+            raise ValueError("it has a zero byte")
+        if path.name and str(out):
+            return path.parent.resolve() / path.name
     except TypeError:
         raise OptionError(f"out={out!r} is not a path", "Give the folder to write") from None
-    if not path.name or not str(out):
-        raise OptionError(f"out={str(out)!r} names no folder", "Give the folder to write")
-    return path.parent.resolve() / path.name
+    except (OSError, RuntimeError, ValueError) as error:  # no such user, links that go in a circle, a zero byte
+        raise OptionError(f"out={str(out)!r} cannot be a folder: {error}", "Give another one") from None
+    raise OptionError(f"out={str(out)!r} names no folder", "Give the folder to write")
 
 
 def _chosen(target: str, backend: str, probe_file: str | Path | None) -> tuple[Machine, Choice]:
-    """The backends that compile for the target. What `TRANSOM_DEVICE` names is for running and has no say."""
+    """The backends that compile for the target. It is named, so what `TRANSOM_DEVICE` names has no say."""
     if not isinstance(target, str) or target.strip().lower() in ("", "auto"):
         raise OptionError(f"target={target!r} names no device", nearest("", known_targets(probe_file)))
     machine = survey(probe_file, target=target)
-    offers = [(name, answer) for name, answer in machine.answers if isinstance(answer, Offer)]
-    hook = machine.plugins.choose(offers)
     try:
-        choice = select(
-            machine.devices,
-            machine.answers,
-            device=target,
-            backend=backend,
-            hook=hook,
-            failures=machine.failures,
-            purpose="export",
-            notes=machine.found.notes,
-        )
+        return machine, choose(machine, device=target, backend=backend, purpose="export")
     except SelectionError as error:
-        said = [
-            answer for _, answer in machine.answers if answer.device_id == hardware.find(machine.devices, target).id
-        ]
-        if any(isinstance(a, Refusal) and a.fix and a.code != "wrong_device" for a in said):
+        device = hardware.find(machine.devices, target)
+        if can_be_mended(answer for _, answer in machine.answers if answer.device_id == device.id):
             raise
         fix = "Choose another target; who compiles for which: transom export --target list"
         raise SelectionError(error.cause, fix, error.details) from None
-    return machine, choice
 
 
 # -------------------------------------------------------------------------------------------------------------- targets
@@ -266,7 +260,7 @@ def _write(
             precision=precision,
             exact=bool(stored.origin.ingredients.get("exact", True)),
             notes=tuple(stored.artifact.notes),
-            decomposed=_strings(stored.origin.ingredients.get("decomposed")),
+            decomposed=decomposed(stored),
             context=plan.context if plan else 0,
             memory=memory,
             decoder=decoder,
@@ -277,11 +271,8 @@ def _write(
         )
 
     # Of several GB that nobody opens here, one copy is enough: they move. What runs here stays in the cache for a load.
-    moves = not candidate.offer.runs_here
-    made, shared = write_bundle(folder, files, manifest, link=moves, overwrite=overwrite, progress=loader.progress)
-    if shared:
-        loader.drop(stored)
-    return made
+    take = stored.remove if not candidate.offer.runs_here and isinstance(stored, StoredArtifact) else None
+    return write_bundle(folder, files, manifest, take=take, overwrite=overwrite, progress=loader.progress)
 
 
 def _npz(arrays: Mapping[str, Any]) -> bytes:
@@ -292,10 +283,6 @@ def _npz(arrays: Mapping[str, Any]) -> bytes:
     buffer = io.BytesIO()
     np.savez(buffer, allow_pickle=False, **arrays)
     return buffer.getvalue()
-
-
-def _strings(value: object) -> tuple[str, ...]:
-    return tuple(map(str, value)) if isinstance(value, list | tuple) else ()
 
 
 def _licence(model: Any) -> str | None:
@@ -323,9 +310,6 @@ def _exported(
     loader: Loader, choice: Choice, turn: Turn, ready: Ready, folder: Path, manifest: Manifest, seconds: float
 ) -> Exported:
     precision, notes = notes_of(ready.source, ready.stored)
-    warnings = [*choice.warnings, *loader.cache.warnings, *loader.warnings, *turn.warnings()]
-    if ready.plan is not None and ready.plan.note:
-        warnings.append(ready.plan.note)
     files = {name: record.bytes for name, record in manifest.files.items()}
     return Exported(
         folder=folder,
@@ -333,11 +317,11 @@ def _exported(
         backend=manifest.backend,
         backend_version=manifest.backend_version,
         device=manifest.target,
-        files={**files, MANIFEST: (folder / MANIFEST).stat().st_size},
+        files={**files, BUNDLE_MANIFEST: (folder / BUNDLE_MANIFEST).stat().st_size},
         precision=precision,
         context=manifest.context,
         notes=notes,
-        warnings=tuple(dict.fromkeys(warnings)),
+        warnings=loader.warnings_of(choice, turn, ready),
         check=verdict_text(ready.verdict) or "none here: it is done where the bundle is loaded",
         seconds=seconds,
     )

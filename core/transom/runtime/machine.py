@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from transom import hardware
 from transom.artifacts import artifact_key
@@ -31,6 +32,11 @@ class Machine:
     def failures(self) -> tuple[PluginFailure, ...]:
         """Everything that has gone wrong with plugins so far; asking them more can add to it."""
         return tuple(dict.fromkeys(self.plugins.failures))
+
+    @property
+    def free_bytes(self) -> int | None:
+        """Of the host's own memory, in which the reference runs whatever the device; None where nobody knows."""
+        return next((device.free_bytes for device in self.devices if device.kind == "cpu"), None)
 
     def place(self, candidate: Candidate) -> str:
         """Names hardware, driver, backend and versions: a verdict or a speed holds for these and for no others.
@@ -66,7 +72,12 @@ def survey(probe_file: str | Path | None = None, *, target: str = "auto") -> Mac
 
 
 def choose(
-    machine: Machine, *, device: str = "auto", backend: str = "auto", measured: Mapping[str, float] | None = None
+    machine: Machine,
+    *,
+    device: str = "auto",
+    backend: str = "auto",
+    measured: Mapping[str, float] | None = None,
+    purpose: Literal["run", "export"] = "run",
 ) -> Choice:
     """The pure selection, with what the environment and the plugins' hooks say. Raises as `selection.select`."""
     hook = machine.plugins.choose([(name, answer) for name, answer in machine.answers if isinstance(answer, Offer)])
@@ -78,6 +89,12 @@ def choose(
         environment_device=os.environ.get("TRANSOM_DEVICE") or None,
         hook=hook,
         failures=machine.failures,  # the hooks' own included
+        purpose=purpose,
         measured=measured,
         notes=machine.found.notes,
     )
+
+
+def can_be_mended(answers: Iterable[Offer | Refusal]) -> bool:
+    """Whether one of the refusals says what would help short of another device."""
+    return any(isinstance(a, Refusal) and bool(a.fix) and a.code != "wrong_device" for a in answers)

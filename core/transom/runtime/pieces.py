@@ -6,6 +6,7 @@ backend compiles, in the child process, and so do the passages that stand in for
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,10 +32,11 @@ def given_texts(calibration: object) -> tuple[str, ...]:
     """The texts that a user gave, read and cut to what is looked at.
 
     Args:
-        calibration: a list of texts and paths of text files.
+        calibration: a list of texts as `str`, and of text files as `pathlib.Path`.
 
     Raises:
-        OptionError: it is no list, has more texts than pieces are taken, or holds something else or an empty text.
+        OptionError: it is no list, has more texts than pieces are taken, or holds something else, an empty text, or the
+            name of a file for one.
         SourceError: a file cannot be read, or is not UTF-8.
     """
     if isinstance(calibration, str | bytes | Path) or not isinstance(calibration, Iterable):
@@ -48,6 +50,10 @@ def given_texts(calibration: object) -> tuple[str, ...]:
 
             text = read_text(item)
         elif isinstance(item, str):
+            if len(item.splitlines()) == 1 and os.path.isfile(os.path.expanduser(item)):
+                raise OptionError(
+                    f"calibration holds the name of the file {item} as a text", f"Write calibration=[Path({item!r})]"
+                )
             text = item
         else:
             raise OptionError(f"calibration holds a {type(item).__name__}", "Give texts, or paths as pathlib.Path")

@@ -8,9 +8,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from transom.artifacts import Cache
-from transom.runtime.bundles import bundle_at
 from transom.runtime.identity import fingerprint_of
-from transom.sources import local_path, resolve
+from transom.sources import bundle_at, local_path, resolve
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -11,17 +11,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transom.contract import Refusal
 from transom.errors import EngineError, OptionError, SelectionError
 from transom.runtime.bundles import Bundle, Manifest, open_bundle
 from transom.runtime.guarding import guarded
-from transom.runtime.loading import Asked, Loader, Ready, Stages
-from transom.runtime.machine import Machine, choose, survey
+from transom.runtime.loader import Asked, Loader, Ready, Stages
+from transom.runtime.machine import Machine, can_be_mended, choose, survey
 from transom.sparsity import Sparsity
 
 if TYPE_CHECKING:
     from transom.artifacts import Cache
     from transom.contract import Artifact, Device, Progress, Verdict
+    from transom.plugins import Plugins
     from transom.runtime.model import Model
     from transom.runtime.prepared import Prepared
     from transom.selection import Candidate, Choice
@@ -54,6 +54,7 @@ def load_bundle(
         with stages.time("probe"):
             machine = survey(probe_file, target=device)
             choice = _fitting(bundle, machine, choice_for(bundle.manifest, folder, machine, device))
+        loader.identify(machine.plugins)
         return loader.first_that_works(machine, choice, lambda turn: loader.open(machine, choice, turn))
     except BaseException:
         bundle.release()
@@ -102,8 +103,8 @@ def choice_for(manifest: Manifest, folder: Path, machine: Machine, device: str) 
     except SelectionError as error:
         cause = f"The bundle {folder} was compiled for {_named(manifest.target)}. {error.cause}"
         said = [answer for name, answer in machine.answers if name == manifest.backend]
-        mendable = any(isinstance(a, Refusal) and a.fix and a.code != "wrong_device" for a in said)
-        fix = error.fix if mendable else _ELSEWHERE.format(machine.devices[0].id if machine.devices else "NAME")
+        here = machine.devices[0].id if machine.devices else "NAME"
+        fix = error.fix if can_be_mended(said) else _ELSEWHERE.format(here)
         raise SelectionError(cause, fix, error.details) from None
 
 
@@ -166,12 +167,15 @@ class _Loader(Loader):
         super().__init__(bundle.folder, asked, cache=cache, progress=progress)
         self.stages = stages
         self.bundle = str(bundle.folder)
-        self.fingerprint = bundle.manifest.fingerprint
-        self._path = str(bundle.folder)
-        self._content = bundle.key
-        self._uses_operators = bundle.manifest.foreign
-        self._heads_from = "as the bundle was compiled" if asked.sparsity.heads else ""
         self._bundle = bundle
+
+    def identify(self, plugins: Plugins) -> None:
+        """The bundle says all of it, and is known by its own content."""
+        self._path = str(self._bundle.folder)
+        self.fingerprint = self._bundle.manifest.fingerprint
+        self._uses_operators = self._bundle.manifest.foreign
+        self._content = self._bundle.key
+        self._heads_from = "as the bundle was compiled" if self.sparsity.heads else ""
 
     def _local_path(self) -> Path | None:
         return None  # nothing lies beside a bundle

@@ -1,4 +1,4 @@
-"""Which source a spec belongs to, and clear words where it belongs to none."""
+"""Which source a spec belongs to, and clear words where it belongs to none: a bundle, for one, is compiled already."""
 
 from __future__ import annotations
 
@@ -19,6 +19,10 @@ _SOURCES = (
 )
 """Asked in this order. A source that needs an extra imports it when it opens a model, not before."""
 
+BUNDLE_MANIFEST = "manifest.json"
+BUNDLE_KEY = "transom_bundle"
+"""The first key of a bundle's manifest. By these two a bundle is known; what is in it only `transom.runtime` reads."""
+
 _WAYS = "Give the path of a .gguf file, of a Hugging Face directory (config.json, *.safetensors), or of an .onnx file"
 
 
@@ -37,12 +41,16 @@ def resolve(spec: Spec) -> Source:
     """The source of a spec.
 
     Raises:
-        SourceError: no such path, an empty directory, a file of another kind, a pipe, socket or device, an object that
-            is no model.
+        SourceError: no such path, an empty directory, a bundle, a file of another kind, a pipe, socket or device, an
+            object that is no model.
     """
     path = local_path(spec)
     if path is not None:
         _require_readable(spec, path)
+        if bundle_at(path) is not None:
+            raise SourceError(
+                f"{path} is a bundle, which is compiled already", "Give the model that it was made of in its place"
+            )
     for source in sources():
         if source.matches(spec):
             return source
@@ -52,6 +60,16 @@ def resolve(spec: Spec) -> Source:
         )
         raise SourceError(cause, _WAYS)
     raise _no_model_inside(path) if path.is_dir() else _other_file(path)
+
+
+def bundle_at(spec: Spec) -> Path | None:
+    """The folder where the spec is a bundle, whole or damaged; None where it is something else."""
+    path = local_path(spec)
+    try:
+        found = path is not None and f'"{BUNDLE_KEY}"'.encode() in (path / BUNDLE_MANIFEST).read_bytes()
+    except (OSError, ValueError):
+        return None
+    return path.absolute() if path is not None and found else None
 
 
 def _require_readable(spec: Spec, path: Path) -> None:
