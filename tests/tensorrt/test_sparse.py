@@ -17,6 +17,7 @@ from running import Running, parted, reference, session
 from transom.graph.sparse import with_sparsity
 from transom.ops.sparse_routing import Scores, route
 from transom.programs.drafting import Drafting, NoForm
+from transom.programs.onnx_writing import BOOL, FLOAT, INT64, OnnxWriter
 from transom.runtime.selfcheck import compare
 from transom.signature import LayerCache
 from transom.sparsity import Sparsity
@@ -24,7 +25,6 @@ from transom.testing.models import tiny_decoder
 from transom_tensorrt import attention, sparse
 from transom_tensorrt.lowering import RtxKernels
 from transom_tensorrt.precision import Precision
-from transom_tensorrt.writing import BOOL, FLOAT, INT64, OnnxWriter
 
 CONTEXT = 640
 STATIC = Sparsity(1.0, columns=0, top_k=4, dense_below=0, max_density=0.6)

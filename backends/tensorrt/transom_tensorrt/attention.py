@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_ir as ir
 
+from transom.programs.onnx_writing import BOOL, FLOAT, INT64, OnnxWriter
 from transom_tensorrt.forms import rounded_to_float8
-from transom_tensorrt.writing import BOOL, FLOAT, INT64, OnnxWriter
 
 if TYPE_CHECKING:
     from transom.graph.weights import Array

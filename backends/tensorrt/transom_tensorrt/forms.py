@@ -27,7 +27,7 @@ import numpy as np
 import onnx_ir as ir
 
 from transom.graph.weights import Array, Blocked, BlockedArrays, Dense, Weight, affine, dequantize
-from transom_tensorrt.writing import FLOAT, FLOAT8, OnnxWriter
+from transom.programs.onnx_writing import FLOAT, FLOAT8, OnnxWriter
 
 INT4_BLOCKS = (16, 32, 64, 128)
 CENTRES = {"int4": 0, "uint4": -8}

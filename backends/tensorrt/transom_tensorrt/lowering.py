@@ -24,12 +24,12 @@ from transom.graph.weights import Array, Weight, dequantize
 from transom.ops.sparse_routing import BLOCK
 from transom.programs import fusing
 from transom.programs.drafting import Draft, Drafting, Value
+from transom.programs.onnx_writing import FLOAT, INT32, INT64, OnnxWriter
 from transom.quantize.rounding import LARGEST_FLOAT8
 from transom.signature import cache_input_names, cache_output_names
 from transom.sparsity import Sparsity
 from transom_tensorrt import attention, forms, sparse
 from transom_tensorrt.network import ALIGNMENT, LENGTHS, QUERY, Kept
-from transom_tensorrt.writing import FLOAT, INT32, INT64, OnnxWriter
 
 if TYPE_CHECKING:
     from transom.quantize.calibration import Activations

@@ -23,9 +23,9 @@ import numpy as np
 import onnx_ir as ir
 
 from transom.ops.sparse_routing import BLOCK, DENSE_ABOVE, VARIANCE_CAP, VARIANCE_WEIGHT
+from transom.programs.onnx_writing import BOOL, FLOAT, INT64, OnnxWriter
 from transom_tensorrt.attention import LEAST
 from transom_tensorrt.network import ALIGNMENT
-from transom_tensorrt.writing import BOOL, FLOAT, INT64, OnnxWriter
 
 if TYPE_CHECKING:
     from transom.sparsity import Sparsity

@@ -1,4 +1,4 @@
-"""Writing an ONNX model whose types are all explicit: what a strongly typed TensorRT network is parsed from."""
+"""Writing an ONNX model whose types are all explicit: what a strongly typed network of another engine is made from."""
 
 from __future__ import annotations
 
