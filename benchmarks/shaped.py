@@ -28,8 +28,29 @@ SHAPES: dict[str, dict[str, int]] = {
         "layers": 32, "q_heads": 32, "kv_heads": 8, "head_dim": 128, "hidden": 4096, "inner": 14336,
         "vocabulary": 128256,
     },
+    "3B": {
+        "layers": 28, "q_heads": 24, "kv_heads": 8, "head_dim": 128, "hidden": 3072, "inner": 8192,
+        "vocabulary": 128256,
+    },
+    "6B-grouped": {
+        "layers": 32, "q_heads": 32, "kv_heads": 4, "head_dim": 128, "hidden": 4096, "inner": 11008,
+        "vocabulary": 64000,
+    },
+    "7B": {
+        "layers": 32, "q_heads": 32, "kv_heads": 32, "head_dim": 128, "hidden": 4096, "inner": 11008,
+        "vocabulary": 32000,
+    },
+    "7B-grouped": {
+        "layers": 32, "q_heads": 32, "kv_heads": 8, "head_dim": 128, "hidden": 4096, "inner": 14336,
+        "vocabulary": 32000,
+    },
+    "7B-wide": {
+        "layers": 28, "q_heads": 28, "kv_heads": 4, "head_dim": 128, "hidden": 3584, "inner": 18944,
+        "vocabulary": 152064,
+    },
 }  # fmt: skip
-"""Of Llama 3.2 1B and Llama 3.1 8B (Meta's model cards), and one to try things with. The head is tied, as in 1B."""
+"""Of Llama 3.2 1B and 3B, Llama 3.1 8B and Llama 2 7B (Meta's model cards), of Yi-6B (01.AI's), Mistral 7B v0.1
+(Mistral AI's) and Qwen2.5 7B (the Qwen team's), and one to try things with. The head is tied, as in 1B and 3B."""
 TABLE = 1 << 22
 STRIDE = 7919
 """Numbers of the table between the beginnings of one matrix and the next."""

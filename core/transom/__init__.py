@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from transom.runtime.loading import load
     from transom.runtime.model import Model
     from transom.runtime.params import SamplingParams
+    from transom.runtime.plans import plan_export
     from transom.runtime.results import Generation
     from transom.sources.torch import TorchSource
 
@@ -42,6 +43,7 @@ _HOME = {
     "explain": "transom.api",
     "export": "transom.runtime.exporting",
     "load": "transom.runtime.loading",
+    "plan_export": "transom.runtime.plans",
 }
 
 __all__ = [
@@ -59,6 +61,7 @@ __all__ = [
     "explain",
     "export",
     "load",
+    "plan_export",
 ]
 
 

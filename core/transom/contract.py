@@ -1,4 +1,4 @@
-"""What a backend implements: five methods, API 1.4. Imports no torch and no vendor SDK.
+"""What a backend implements: five methods, API 1.5. Imports no torch and no vendor SDK.
 
 A plugin is anything with a `transom_backends` hook, found through the entry-point group `transom.backends`. The hook
 returns backends; a backend answers `probe`, `claim`, `compile`, `check` and `load`, and a loaded artifact is a
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transom.graph import Graph
     from transom.ops import OpSchema
 
-API_VERSION = (1, 4)
+API_VERSION = (1, 5)
 """A backend is accepted when `backend.api[0] == API_VERSION[0]` and `backend.api[1] <= API_VERSION[1]`."""
 
 ENTRY_POINT_GROUP = "transom.backends"
@@ -107,6 +107,9 @@ class Offer:
     """
     runs_here: bool = True
     """False: compile and export only."""
+    by_name: bool = False
+    """Only for who names the backend, or has a bundle of its own: an emulator, or an engine that another one beats.
+    `auto` runs no model on it. Since API 1.5."""
 
 
 @dataclass(frozen=True)
@@ -338,6 +341,27 @@ class Backend(Protocol):
         A backend that builds one of them into its artifact writes what `compile` was given into `Artifact.requires`,
         as text under the option's name: `{"context": "4096"}`. The host then calls `load` with that value only, and
         has the model compiled anew when another one is wanted.
+        """
+        ...
+
+
+@runtime_checkable
+class AppBackend(Backend, Protocol):
+    """A backend whose bundles are opened by apps without Transom. Optional; the host asks with `isinstance`. Since API
+    1.5."""
+
+    def app_files(
+        self, manifest: Mapping[str, Any], variant: Mapping[str, Any], texts: Mapping[str, bytes]
+    ) -> Mapping[str, bytes]:
+        """Files for the root of a bundle, by name; a plain function of what it is given.
+
+        Args:
+            manifest: the bundle's, as `manifest.json` will have it, but without `files` and `variants`.
+            variant: the object of this backend's variant, as in the manifest.
+            texts: the bundle's text files: `tokenizer.json`, `tokenizer_config.json`, `generation.json`, …
+
+        What it returns as `README.md` is not written as it is: it becomes a part of the bundle's own, which is for the
+        developer of an app; it begins with a heading of the second level.
         """
         ...
 

@@ -58,6 +58,10 @@ class EngineError(TransomError):
     """A backend broke: it raised, died of a signal, or broke its contract while compiling, loading or running."""
 
 
+class FidelityError(TransomError):
+    """What was compiled for export diverges from the model by more than is allowed, so nothing was written."""
+
+
 class SelfCheckFailed(TransomError):
     """The compiled model does not agree with the reference on the check prompt."""
 

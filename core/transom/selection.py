@@ -129,6 +129,9 @@ def select(
         elif purpose == "run" and not answer.runs_here:
             reason = f"compiles for it, but cannot run it here ({answer.why})"
             refusals.append((name, Refusal(answer.device_id, "wrong_device", reason)))
+        elif answer.by_name and backend != name:
+            reason = f"runs only for who asks for it ({answer.why})"
+            refusals.append((name, Refusal(answer.device_id, "wrong_device", reason, f'Use backend="{name}"')))
         else:
             offers.append(Candidate(name, by_id[answer.device_id], answer))
     pool = [candidate for candidate in offers if backend in ("auto", candidate.backend)]

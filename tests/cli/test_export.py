@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 import toy
 
-TOY = ("--backend", "toy", "--verify", "off")
+TOY = ("--format", "toy", "--verify", "off")
 
 
 def test_a_model_becomes_a_bundle_that_explain_knows(transom: Any, model: Path, tmp_path: Path) -> None:
     status, out, err = transom("export", model, "--target", "cpu", "--out", "bundle", *TOY)
     assert (status, err) == (0, "")
-    assert "by toy 1.0, in" in out
+    assert "for cpu (" in out
+    assert ", by toy 1.0\n" in out
     assert "precision:  wood" in out
     status, out, err = transom("explain", "bundle", "--device", "cpu")
     assert status == 0, err
@@ -49,7 +50,7 @@ def test_run_chat_and_bench_open_a_bundle(transom: Any, model: Path, tmp_path: P
 
 
 def test_bench_times_the_bundle_s_own_backend(bare: Any, model: Path) -> None:
-    assert bare("export", model, "--target", "cpu", "--out", "bundle", "--backend", "reference").status == 0
+    assert bare("export", model, "--target", "cpu", "--out", "bundle", "--format", "reference").status == 0
     command = ("bench", "bundle", "--prompt-tokens", "8", "--new-tokens", "2", "--rounds", "1", "--json")
     status, out, err = bare(*command)
     assert status == 0, err
@@ -62,9 +63,31 @@ def test_json_is_one_document(transom: Any, model: Path, tmp_path: Path) -> None
     status, out, err = transom("export", model, "--target", "cpu", "--out", "bundle", *TOY, "--json", "--context", "64")
     assert (status, err) == (0, "")
     made = json.loads(out)
-    assert made["context"] == 64
+    assert made["variants"][0]["context"] == 64
     assert made["folder"] == str(tmp_path / "bundle")
-    assert set(made["files"]) >= {"manifest.json", "golden.npz", "artifact/toy.json"}
+    assert set(made["files"]) >= {"manifest.json", "golden.npz", "toy/toy.json"}
+
+
+def test_a_plan_writes_nothing_and_says_each_target_and_format(transom: Any, model: Path, tmp_path: Path) -> None:
+    before = sorted(os.listdir(tmp_path))
+    command = ("export", model, "--target", "snapdragon-8-gen-2,android-arm64", "--format", "qnn,onnx", "--plan")
+    status, out, err = transom(*command, "--precision", "int4", "--context", "64")
+    assert (status, err) == (0, "")
+    assert out.count("Tiny for remote:snapdragon-8-gen-2") == 1
+    assert out.count("Tiny for remote:android-arm64") == 1
+    assert out.count("\nqnn, int4:") == out.count("\nonnx, int4:") == 2
+    assert "a bound and not a measurement" in out
+    status, out, _ = transom(*command, "--context", "64", "--json")
+    assert [plan["target"] for plan in json.loads(out)["plans"]] == [
+        "remote:snapdragon-8-gen-2",
+        "remote:android-arm64",
+    ]
+    assert sorted(os.listdir(tmp_path)) == before
+    status, _, err = transom("export", model, "--target", "snapdragon-8-gen-2", "--plan")
+    assert status == 2
+    assert "toy needs a toy driver" in err
+    status, _, err = transom(*command, "--context", "99999")
+    assert (status, "--context 99999" in err) == (2, True)
 
 
 def test_the_list_of_targets_says_who_compiles_for_them(transom: Any) -> None:
@@ -92,7 +115,7 @@ def test_the_list_of_targets_says_who_compiles_for_them(transom: Any) -> None:
         (("--target", "cpu", "--out", "b", "--text", "none.txt"), "none.txt cannot be read"),
         (("--target", "cpu", "--out", "b", "--text", "empty.txt"), "is empty"),
         (("--target", "cpu", "--out", "b", "--context", "99999"), "--context 99999"),
-        (("--target", "cpu", "--out", "b", "--backend", "toyy"), 'Did you mean "toy"?'),
+        (("--target", "cpu", "--out", "b", "--format", "toyy"), 'Did you mean "toy"?'),
         (("--target", "cpu", "--out", "b", "--precision", "f99"), "f99"),
     ],
 )

@@ -35,7 +35,7 @@ def _link(path: Path) -> None:
     path.symlink_to(path.parent.parent / "away")
 
 
-@pytest.mark.parametrize("name", ["artifact/graph.onnx.data", "tokenizer.json", "golden.npz"])
+@pytest.mark.parametrize("name", ["sound/graph.onnx.data", "tokenizer.json", "golden.npz"])
 @pytest.mark.parametrize(
     ("damage", "said"),
     [(_flip, "its hash is another"), (_cut, "bytes in place of"), (Path.unlink, "is missing"), (_link, "plain file")],
@@ -61,10 +61,10 @@ def test_a_damaged_bundle_is_one_sentence_before_anything_is_opened(
 def test_a_foreign_file_is_named(here: Any, export: Any) -> None:
     here.use(MadeUp("sound"))
     made = export()
-    (made.folder / "artifact" / "more.bin").write_text("x")
-    with pytest.raises(BundleError, match=r"artifact/more\.bin, which is not a part of it"):
+    (made.folder / "sound" / "more.bin").write_text("x")
+    with pytest.raises(BundleError, match=r"sound/more\.bin, which is not a part of it"):
         here.load(made.folder)
-    with pytest.raises(OptionError, match=r"artifact/more\.bin is not a part of it"):
+    with pytest.raises(OptionError, match=r"sound/more\.bin is not a part of it"):
         export(overwrite=True)
 
 
@@ -78,7 +78,9 @@ def _edited(folder: Path, **changes: Any) -> None:
     [
         ({"transom_bundle": 2}, "is of version 2, and this Transom reads version 1"),
         ({"transom_bundle": "one"}, "is damaged"),
-        ({"target": {"kind": "cpu"}}, "is damaged"),
+        ({"variants": []}, "is damaged"),
+        ({"variants": [{"name": "sound"}]}, "is damaged"),
+        ({"files": {}}, "is damaged"),
         ({"files": {"../outside": {"bytes": 1, "blake2b": ""}}}, "is damaged"),
         ({"files": 3}, "is damaged"),
         ({"decoder": {"family": "llama"}}, "is damaged"),

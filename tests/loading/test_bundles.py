@@ -33,12 +33,13 @@ def test_a_bundle_answers_as_the_model_does_and_is_checked_once(
     here.jobs.clear()
     made = export()
     assert here.jobs == []  # what a load had compiled is taken as it is
-    assert (made.backend, made.device.id, made.precision, made.context) == ("sound", "cpu", "wood", 512)
-    assert made.check.startswith("passed")
+    (variant,) = made.variants
+    assert (variant.backend, variant.device.id, variant.precision, variant.context) == ("sound", "cpu", "wood", 512)
+    assert variant.check.startswith("passed")
     assert made.bytes == sum(p.stat().st_size for p in made.folder.rglob("*") if p.is_file())
-    assert {f"artifact/{n}" for n in ("graph.onnx", "graph.onnx.data")} < set(made.files)
+    assert {f"sound/{n}" for n in ("graph.onnx", "graph.onnx.data")} < set(made.files)
     assert str(made.folder) in str(made)
-    assert json.loads(json.dumps(made.to_dict()))["device"]["id"] == "cpu"
+    assert json.loads(json.dumps(made.to_dict()))["variants"][0]["device"]["id"] == "cpu"
     elsewhere()
     for jobs in (["check"], []):
         here.jobs.clear()
@@ -63,8 +64,8 @@ def test_a_bundle_for_a_device_that_is_not_here_is_compiled_and_never_opened(her
     made = export(target=HEXAGON)
     assert here.jobs == ["prepare"]  # the model is read once
     assert tools.calls == ["compile"]
-    assert made.device.id == f"remote:{HEXAGON}"
-    assert "where the bundle is loaded" in made.check
+    assert made.variants[0].device.id == f"remote:{HEXAGON}"
+    assert "where the bundle is loaded" in made.variants[0].check
     with pytest.raises(SelectionError, match="was compiled for remote:snapdragon-8-gen-2") as caught:
         here.load(made.folder)
     assert caught.value.details == ("tools on cpu: made for hexagon_v73, this is x86_64",)
@@ -78,7 +79,7 @@ def test_a_target_that_no_backend_compiles_for_lists_what_each_says(here: Any, e
     assert any(line.startswith("tools on remote:rtx-4090: not for it") for line in caught.value.details)
     assert "--target list" in caught.value.fix
     with pytest.raises(SelectionError, match='"reference" cannot compile for'):
-        export(target=HEXAGON, backend="reference")
+        export(target=HEXAGON, format="reference")
     for target in ("rtx-409", "cuda:3", "auto", ""):
         with pytest.raises(OptionError, match=r'target=|device "'):
             export(target=target)
@@ -88,10 +89,10 @@ def test_a_target_that_no_backend_compiles_for_lists_what_each_says(here: Any, e
 def test_the_next_backend_is_taken_where_the_first_one_fails(here: Any, export: Any) -> None:
     here.use(MadeUp("a_shady", "garbage", band="tuned"), MadeUp("b_sound"))
     made = export()
-    assert made.backend == "b_sound"
+    assert made.variants[0].backend == "b_sound"
     assert any("a_shady on cpu was set aside" in warning for warning in made.warnings)
     with pytest.raises(SelfCheckFailed):
-        export(backend="a_shady", overwrite=True)
+        export(format="a_shady", overwrite=True)
     with here.load(made.folder) as model:  # the older bundle is still there
         assert model.report.backend == "b_sound"
 
@@ -109,12 +110,13 @@ def test_the_manifest_says_what_is_needed_to_judge_it(
     manifest = json.loads((made.folder / "manifest.json").read_text())
     assert next(iter(manifest.items())) == ("transom_bundle", 1)
     assert manifest["model"]["license"] == "mit"
-    assert manifest["target"]["arch"] == manifest["requires"]["arch"] == "hexagon_v73"
+    (variant,) = manifest["variants"]
+    assert variant["target"]["arch"] == variant["requires"]["arch"] == "hexagon_v73"
     assert manifest["options"] == {"precision": "auto", "context": 100, "sparsity": "dense"}
-    assert manifest["context"] == 100
-    assert manifest["memory"]["cache_per_token"] == 2 * 2 * (16 + 16) * 2  # layers, heads, key and value, bytes
+    assert variant["context"] == 100
+    assert variant["memory"]["cache_per_token"] == 2 * 2 * (16 + 16) * 2  # layers, heads, key and value, bytes
     assert manifest["decoder"]["vocabulary"] == 262
-    assert manifest["precision"] == "wood"
+    assert variant["precision"] == "wood"
     names = {p.relative_to(made.folder).as_posix() for p in made.folder.rglob("*") if p.is_file()}
     assert names == {*manifest["files"], "manifest.json"}
     for name, record in manifest["files"].items():
@@ -147,7 +149,7 @@ def test_a_graph_that_is_no_decoder_can_be_carried_too(here: Any, export: Any, r
         [onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [2, 3])], [weight],
     )  # fmt: skip
     onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)]), tmp_path / "plain.onnx")
-    made = export(tmp_path / "plain.onnx", backend="reference")
+    made = export(tmp_path / "plain.onnx", format="reference")
     x = rng.standard_normal((2, 4)).astype(np.float32)
     with here.load(made.folder) as model:
         np.testing.assert_allclose(model.run({"x": x})["y"], x @ onnx.numpy_helper.to_array(weight), atol=1e-5)
@@ -178,7 +180,7 @@ def test_the_page_on_bundles_names_every_key_and_computes_the_hashes(here: Any, 
     made = export()
     manifest = json.loads((made.folder / "manifest.json").read_text())
     table = page[page.index("## The manifest") : page.index("## The hash")]
-    for key, value in manifest.items():
+    for key, value in [*manifest.items(), *manifest["variants"][0].items()]:
         inner = key in ("model", "backend", "memory", "expected")
         for name in [f"{key}.{k}" for k in value] if inner else [key]:
             assert f"`{name}`" in table, name
@@ -194,10 +196,10 @@ def test_the_page_on_bundles_names_every_key_and_computes_the_hashes(here: Any, 
 # -------------------------------------------------------------------------------------------------------------- options
 def test_options_that_contradict_the_bundle_are_refused_with_its_own_value(here: Any, export: Any) -> None:
     here.use(MadeUp("bound", "bound"), MadeUp("other"))
-    made = export(backend="bound", precision="f32", context=100, sparsity="fast")
+    made = export(format="bound", precision="f32", context=100, sparsity="fast")
     policy = Sparsity.parse("fast")
     for options, said in (
-        ({"backend": "other"}, "has backend='bound'"),
+        ({"backend": "other"}, r"one of these: bound \(backend='bound'\)"),
         ({"precision": "bf16"}, "has precision='f32'"),
         ({"sparsity": "safe"}, "has sparsity='fast'"),
         ({"context": 200}, "has context=100"),
@@ -307,18 +309,18 @@ def test_verify_always_compares_again_before_a_bundle_is_written(here: Any, expo
     here.use(sound)
     first = export(verify="always")
     assert here.jobs == ["prepare"]
-    assert first.check.startswith("passed")
+    assert first.variants[0].check.startswith("passed")
     here.jobs.clear()
     again = export(verify="always", overwrite=True)
     assert here.jobs == ["recheck"]
-    assert again.check.startswith("passed")
+    assert again.variants[0].check.startswith("passed")
     assert sound.calls.count("compile") == 1
     sound.does = "garbage"
     export(overwrite=True)  # believed, as it was there
     with pytest.raises(SelfCheckFailed):
-        export(verify="always", overwrite=True, backend="sound")
+        export(verify="always", overwrite=True, format="sound")
     with pytest.raises(SelfCheckFailed):  # and believed no more
-        export(overwrite=True, backend="sound")
+        export(overwrite=True, format="sound")
     assert first.folder.is_dir()
 
 
@@ -335,7 +337,7 @@ def test_the_device_of_the_environment_is_for_running_and_has_no_say_in_what_to_
 ) -> None:
     here.use(MadeUp("sound"))
     monkeypatch.setenv("TRANSOM_DEVICE", "npu:0")
-    assert export().device.id == "cpu"
+    assert export().variants[0].device.id == "cpu"
 
 
 def test_the_scratch_folder_of_a_bundle_is_held_while_it_is_open_and_when_it_is_opened_again(

@@ -11,7 +11,7 @@ import pytest
 
 EXPORT = """
 try:
-    made = transom.export(model, target=sys.argv[2], out=sys.argv[3], backend=sys.argv[4])
+    made = transom.export(model, target=sys.argv[2], out=sys.argv[3], format=sys.argv[4])
     show(made=made.to_dict())
 except TransomError as error:
     show(error=str(error))
@@ -37,8 +37,9 @@ def engines(packages: Any) -> Any:
 def test_a_bundle_for_this_processor_answers_to_the_last_bit_as_the_model_does(engines: Any, tmp_path: Path) -> None:
     bundle = tmp_path / "bundle"
     made = engines.run(EXPORT, "cpu", bundle, "openvino_cpu")["made"]
-    assert made["backend"] == "openvino_cpu"
-    assert made["check"].startswith("passed")
+    (variant,) = made["variants"]
+    assert variant["backend"] == "openvino_cpu"
+    assert variant["check"].startswith("passed")
     direct = engines.run(LOAD.replace("sys.argv[2]", "model, backend='openvino_cpu'"))
     shutil.rmtree(engines.cache)
     first = engines.run(LOAD, bundle)
@@ -48,7 +49,7 @@ def test_a_bundle_for_this_processor_answers_to_the_last_bit_as_the_model_does(e
     assert "child check" not in second["report"]["startup"]
     assert [answer["tokens"] for answer in (first, second)] == [direct["tokens"]] * 2
     assert [answer["logits"] for answer in (first, second)] == [direct["logits"]] * 2
-    assert second["report"]["precision"] == direct["report"]["precision"] == made["precision"]
+    assert second["report"]["precision"] == direct["report"]["precision"] == variant["precision"]
 
 
 @pytest.mark.parametrize(("target", "arch"), [("a100", "sm_80"), ("remote:rtx-4090", "sm_89")])
@@ -57,11 +58,12 @@ def test_a_bundle_for_a_card_is_compiled_without_one_and_needs_it_to_run(
 ) -> None:
     bundle = tmp_path / "bundle"
     made = engines.run(EXPORT, target, bundle, "cuda_triton")["made"]
-    assert made["backend"] == "cuda_triton"
-    assert made["device"]["arch"] == arch
-    assert made["files"]["artifact/kernels.bin"] > 0
+    (variant,) = made["variants"]
+    assert variant["backend"] == "cuda_triton"
+    assert variant["device"]["arch"] == arch
+    assert made["files"]["cuda_triton/kernels.bin"] > 0
     manifest = json.loads((bundle / "manifest.json").read_text())
-    assert manifest["requires"]["arch"] == arch
+    assert manifest["variants"][0]["requires"]["arch"] == arch
     assert manifest["expected"]["tokens"]
     # A machine without cards is made up, so that the test says the same on one that has them.
     devices = '{"devices": [{"kind": "cpu", "id": "cpu", "arch": "x86_64", "memory_bytes": 8000000000}]}'

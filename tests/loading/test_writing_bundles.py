@@ -16,7 +16,7 @@ from made_up import MadeUp
 from transom.artifacts import Cache
 from transom.contract import Cancelled
 from transom.errors import OptionError
-from transom.runtime import bundles
+from transom.runtime import bundle_writing
 from transom.runtime.bundles import BundleError
 
 
@@ -186,7 +186,7 @@ def test_files_that_cannot_move_are_copied(
     made = export(
         target=HEXAGON, progress={"another name already": name_again, "used by another process": use}.get(why)
     )
-    data = made.folder / "artifact" / "graph.onnx.data"
+    data = made.folder / "tools" / "graph.onnx.data"
     assert data.stat().st_nlink == 1
     [entry] = (here.cache.root / "artifacts").iterdir()
     assert (entry / "files" / "graph.onnx.data").read_bytes() == data.read_bytes()
@@ -200,7 +200,7 @@ def test_a_full_disk_leaves_nothing_and_an_older_bundle_as_it_was(
     here.use(MadeUp("sound"))
     if older:
         export()
-    write, left = bundles.write_durably, [room]
+    write, left = bundle_writing.write_durably, [room]
 
     def limited(path: Path, data: bytes) -> None:
         left[0] -= len(data)
@@ -210,7 +210,7 @@ def test_a_full_disk_leaves_nothing_and_an_older_bundle_as_it_was(
         write(path, data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(bundles, "write_durably", limited)
+        patch.setattr(bundle_writing, "write_durably", limited)
         with pytest.raises(BundleError, match="No space left on device") as caught:
             export(overwrite=True, precision="f32")
     assert "Free space" in caught.value.fix
@@ -279,20 +279,20 @@ def test_stopping_leaves_nothing(
 # ------------------------------------------------------------------------------------------------ in processes that die
 WRITE = """
 import os, signal
-from transom.runtime import bundles
-sync, count = bundles.sync_file, [0]
+from transom.runtime import bundle_writing
+sync, count = bundle_writing.sync_file, [0]
 
 def die(path):
     count[0] += 1
-    if count[0] == 3:
+    if count[0] == 2:
         os.kill(os.getpid(), signal.SIGKILL)
     sync(path)
 
-bundles.sync_file = die
-transom.export(model, target="cpu", out=sys.argv[2], backend="sound", overwrite=True)
+bundle_writing.sync_file = die
+transom.export(model, target="cpu", out=sys.argv[2], format="sound", overwrite=True)
 """
 EXPORT = """
-made = transom.export(model, target="cpu", out=sys.argv[2], backend="sound", overwrite=True)
+made = transom.export(model, target="cpu", out=sys.argv[2], format="sound", overwrite=True)
 with transom.load(made.folder) as loaded:
     show(text=loaded.generate("Hello", max_new_tokens=4).token_ids, startup=list(loaded.report.startup))
 """

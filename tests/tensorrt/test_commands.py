@@ -42,9 +42,7 @@ def command(*arguments: str, cache: Path, **environment: str) -> subprocess.Comp
 @pytest.fixture(scope="module")
 def bundle(model: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("bundles") / "engine"
-    done = command(
-        "export", str(model), "--target", "rtx-4090", "--backend", "tensorrt", "--out", str(out), cache=cache
-    )
+    done = command("export", str(model), "--target", "rtx-4090", "--format", "tensorrt", "--out", str(out), cache=cache)
     assert done.returncode == 0, done.stderr
     assert "products rounded to nearest, fp8" in done.stdout + done.stderr
     return out
@@ -52,15 +50,16 @@ def bundle(model: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 def test_a_bundle_has_an_engine_and_says_what_it_is(bundle: Path) -> None:
     manifest = json.loads((bundle / "manifest.json").read_text())
-    assert manifest["backend"]["name"] == "tensorrt"
-    assert manifest["requires"]["arch"] == "sm_89"
-    assert manifest["requires"]["sdk"].startswith("tensorrt-rtx 1.")
-    assert manifest["requires"]["context"] == "256"
-    notes = "\n".join(manifest["notes"])
+    (variant,) = manifest["variants"]
+    assert variant["backend"]["name"] == "tensorrt"
+    assert variant["requires"]["arch"] == "sm_89"
+    assert variant["requires"]["sdk"].startswith("tensorrt-rtx 1.")
+    assert variant["requires"]["context"] == "256"
+    notes = "\n".join(variant["notes"])
     for said in ("engine of", "built in", "of memory", "on the card:", "prefill:", "decode:", "fused attentions"):
         assert said in notes
     assert {"engine.plan", "layers.json", "build.json", "rounding.txt"} <= {
-        p.name for p in (bundle / "artifact").iterdir()
+        p.name for p in (bundle / "tensorrt").iterdir()
     }
 
 
@@ -86,14 +85,14 @@ def test_a_damaged_engine_is_refused_before_it_is_opened(damage: str, bundle: Pa
 
     copy = tmp_path / "copy"
     shutil.copytree(bundle, copy)
-    plan = copy / "artifact" / "engine.plan"
+    plan = copy / "tensorrt" / "engine.plan"
     data = bytearray(plan.read_bytes())
     if damage == "cut":
         del data[len(data) // 2 :]
     elif damage == "altered":
         data[len(data) // 2] ^= 1
     if damage == "foreign":
-        (copy / "artifact" / "other.plan").write_bytes(data)
+        (copy / "tensorrt" / "other.plan").write_bytes(data)
     else:
         plan.write_bytes(data)
     with pytest.raises(TransomError, match=r"engine\.plan|other\.plan"):
@@ -120,7 +119,7 @@ def test_it_writes_what_the_reference_writes(precision: str, model: Path, cache:
 def test_targets_that_cannot_be_built_for_say_why(model: Path, cache: Path, tmp_path: Path) -> None:
     for target, said in (("v100", "TensorRT serves sm_75 and newer"), ("h100", "does not build for sm_90")):
         out = str(tmp_path / target)
-        done = command("export", str(model), "--target", target, "--backend", "tensorrt", "--out", out, cache=cache)
+        done = command("export", str(model), "--target", target, "--format", "tensorrt", "--out", out, cache=cache)
         assert done.returncode == 2
         assert said in done.stderr
         assert not Path(out).exists()

@@ -20,6 +20,7 @@ COMMANDS = {
     "doctor": "Run a tiny model on each device and say what works.",
     "explain": "Show every backend against every kind of node, before compiling.",
     "export": "Compile a model for a device that need not be here, as a folder to carry there.",
+    "bundle": "Replay what a bundle expects, or tell whether it is good on a device.",
     "inspect": "Show a model's architecture, sizes, quantisation and memory.",
     "verify": "Compare a model with transformers on random prompts.",
     "calibrate-sparsity": "Find how much each head of a model must read, for sparse attention.",

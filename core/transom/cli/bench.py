@@ -90,7 +90,7 @@ def bench(
     if bundle is None:
         resolve(model)  # a wrong path or policy is said before anything is started
     else:
-        backends = backends or (read_manifest(bundle).backend,)
+        backends = backends or tuple(dict.fromkeys(v.backend for v in read_manifest(bundle).variants))
     Sparsity.parse(options["sparsity"])
     if heat_maps:
         return _heat_maps(model, devices, backends, prompts, heat_maps, as_json, options)
@@ -170,7 +170,7 @@ def _context(model: str, prompts: Sequence[int], new_tokens: int) -> int:
 
     if (bundle := bundle_at(model)) is not None:
         manifest = read_manifest(bundle)
-        decoder, most = manifest.decoder, manifest.context
+        decoder, most = manifest.decoder, manifest.variants[0].context
     else:
         decoder = resolve(model).open(model).graph.decoder
         most = decoder.context if decoder is not None else 0

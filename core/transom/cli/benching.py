@@ -102,7 +102,7 @@ def rows_for(devices: Sequence[str], backends: Sequence[str], probe_file: str | 
         for name, answer in machine.answers
         if isinstance(answer, Offer)
         and answer.runs_here
-        and (not backends or name in backends)
+        and (name in backends if backends else not answer.by_name)
         and (answer.device_id in ids if ids else by_id[answer.device_id].kind != "remote")
     ]
     if not rows:

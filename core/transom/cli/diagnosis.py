@@ -127,7 +127,7 @@ def diagnose(probe_file: Path | None = None, progress: Progress | None = None) -
         if tried
         else Trial(name, answer.device_id, "not tried", answer.why)
         for name, answer in answers
-        if isinstance(answer, Offer) and answer.runs_here
+        if isinstance(answer, Offer) and answer.runs_here and not answer.by_name
     ]
     return Diagnosis(
         devices=tuple(here.values()),

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from transom.cli.options import (
-    BACKEND,
     CONTEXT,
     JSON,
     PRECISION,
@@ -31,6 +30,8 @@ Examples:
   transom export model.gguf --target rtx-4090 --out model-4090
   transom export path/to/checkpoint --target cpu --out bundle --precision int8 --context 4096
   transom export model.gguf --target a100 --out bundle --text letters.txt --text contracts.txt
+  transom export model.gguf --target snapdragon-8-gen-2 --format qnn,onnx --context 2048 --out bundle
+  transom export model.gguf --target snapdragon-8-gen-2 --format qnn --precision int4 --plan
   transom export --target list
   transom run bundle "Hello"
 """
@@ -38,11 +39,17 @@ Examples:
 @click.argument("model", type=click.Path(), required=False)
 @click.option(
     "--target", metavar="NAME", shell_complete=complete_device,
-    help="The device to compile for: one of this machine, or another one that `--target list` shows.",
+    help="The device to compile for: one of this machine, or another one that `--target list` shows; or several with "
+    "commas.",
 )  # fmt: skip
+@click.option("--plan", "planned", is_flag=True, help="Only say what would be written, and how fast it could be.")
 @click.option("--out", metavar="DIR", type=click.Path(), help="The folder to write; new, or empty.")
 @click.option("--overwrite", is_flag=True, help="Replace the bundle that is in it.")
-@BACKEND
+@click.option(
+    "--format", default="auto", metavar="NAME",
+    help="What to compile to: the name of a backend that --target list shows, or several with commas. [default: the "
+    "best]",
+)  # fmt: skip
 @CONTEXT
 @PRECISION
 @SPARSITY
@@ -52,12 +59,17 @@ Examples:
     "[default: documentation and code from Python itself]",
 )  # fmt: skip
 @VERIFY
+@click.option(
+    "--max-kl", type=float, metavar="NATS",
+    help="Write nothing if the logits diverge by more from the reference's, where an emulator here can tell.",
+)  # fmt: skip
 @PROBE_FILE
 @JSON
 def export(
     model: str | None,
     target: str | None,
     out: str | None,
+    planned: bool,
     texts: tuple[str, ...],
     probe_file: str | None,
     as_json: bool,
@@ -65,8 +77,8 @@ def export(
 ) -> None:
     """Compile MODEL for a device and write it as a bundle: a folder that `transom run` opens where that device is.
 
-    A bundle for a device of this machine is compared with the reference before it is written, another one where it is
-    first loaded.
+    A bundle for a device of this machine is compared with the reference before it is written; another one too, where an
+    emulator is here, and again where it is first loaded.
     """
     import transom
     from transom.errors import OptionError
@@ -83,6 +95,9 @@ def export(
         )
     if model is None:
         raise OptionError("There is no model to export", "Give it first, as in: transom export model.gguf --target cpu")
+    if planned:
+        _plan(model, target, probe_file, as_json, options)
+        return
     if out is None:
         raise OptionError("There is no folder to write the bundle into", "Name it with --out DIR")
     with Progress(stage="read") as progress:
@@ -99,6 +114,17 @@ def export(
         print_json(made.to_dict())
         return
     _print(made)
+
+
+def _plan(model: str, target: str, probe_file: str | None, as_json: bool, options: dict[str, Any]) -> None:
+    import transom
+
+    asked = {name: options[name] for name in ("format", "context", "precision")}
+    plans = transom.plan_export(model, target=target, probe_file=probe_file, **asked)
+    if as_json:
+        print_json({"plans": [plan.to_dict() for plan in plans]})
+        return
+    click.echo("\n\n".join(map(str, plans)))
 
 
 def _print(made: Exported) -> None:

@@ -1,8 +1,8 @@
 """Targets that can be compiled for without being here: phones, laptops and graphics cards, as devices of kind `remote`.
 
 Memory is that of the card as sold (the smallest where there are several), and 0 for a system on a chip, whose phone
-decides. `drivers` of a Snapdragon holds the numbers Qualcomm's QNN asks for; the pair of `soc_model` and `htp_arch`
-must match, and the compiler does not check it.
+decides, and for the processor of any phone. `drivers` of a Snapdragon holds the numbers Qualcomm's QNN asks for; the
+pair of `soc_model` and `htp_arch` must match, and the compiler does not check it.
 """
 
 from __future__ import annotations
@@ -52,6 +52,12 @@ _PHONES: dict[str, tuple[str, str, int, int]] = {
 }
 """Name, chip, `QNN_SOC_MODEL_*`, Hexagon version (QNN's QnnTypes.h and its table of supported devices)."""
 
+_PROCESSORS: dict[str, tuple[str, str]] = {
+    "android-arm64": ("Android phone, its processor", "aarch64"),
+    "ios-arm64": ("iPhone or iPad, its processor", "aarch64"),
+}
+"""Name and architecture of processors that whole families have."""
+
 
 @cache
 def catalogue() -> tuple[Device, ...]:
@@ -82,7 +88,11 @@ def catalogue() -> tuple[Device, ...]:
         )
         for key, (name, chip, model, version) in _PHONES.items()
     ]
-    return tuple(sorted((*cards, *phones), key=lambda device: device.id))
+    processors = [
+        Device(kind="remote", id=PREFIX + key, arch=arch, memory_bytes=0, identity=PREFIX + key, name=name)
+        for key, (name, arch) in _PROCESSORS.items()
+    ]
+    return tuple(sorted((*cards, *phones, *processors), key=lambda device: device.id))
 
 
 def _hexagon_features(version: int) -> frozenset[str]:

@@ -148,20 +148,26 @@ def explain_bundle(folder: Path, machine: Machine, *, device: str = "auto") -> E
         SelectionError: the backend is not installed.
     """
     manifest = read_manifest(folder)
-    require_backend(manifest, folder, machine)
-    artifact = Artifact({}, manifest.requires, manifest.notes)
     wanted = {d.id: d for d in machine.devices if (d.kind != "remote" if device == "auto" else d.id == device)}
-    answers = []
-    for name, answer in machine.answers:
-        if name != manifest.backend or answer.device_id not in wanted:
-            continue
-        if isinstance(answer, Refusal):
-            answers.append(BackendAnswer(name, answer.device_id, answer))
-            continue
-        asked = wanted[answer.device_id]
-        verdict = verdict_on(name, artifact, machine, asked)
-        answers.append(BackendAnswer(name, asked.id, answer, verdict=verdict))
-    return Explanation(f"{manifest.name} in the bundle {folder}", 0, tuple(answers), manifest.notes)
+    answers: list[BackendAnswer] = []
+    for variant in manifest.variants:
+        require_backend(variant, folder, machine)
+        artifact = Artifact({}, variant.requires, variant.notes)
+        for name, answer in machine.answers:
+            if name != variant.backend or answer.device_id not in wanted:
+                continue
+            if isinstance(answer, Refusal):
+                answers.append(BackendAnswer(name, answer.device_id, answer))
+                continue
+            asked = wanted[answer.device_id]
+            verdict = verdict_on(name, artifact, machine, asked)
+            answers.append(BackendAnswer(name, asked.id, answer, verdict=verdict))
+    notes = [
+        f"{variant.name}: {note}" if len(manifest.variants) > 1 else note
+        for variant in manifest.variants
+        for note in variant.notes
+    ]
+    return Explanation(f"{manifest.name} in the bundle {folder}", 0, tuple(answers), tuple(notes))
 
 
 def _ask(graph: Graph, backend: Backend, device: Device) -> tuple[NodeAnswer, ...]:

@@ -6,32 +6,73 @@ and checked where its device is one of this machine, and then written down with 
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from transom import hardware
-from transom.artifacts import Cache, FileRecord, StoredArtifact
+from transom.artifacts import Cache, StoredArtifact
 from transom.contract import Device, Offer, Progress, Refusal
-from transom.errors import OptionError, SelectionError, TransomError, nearest
+from transom.errors import OptionError, SelectionError, nearest
 from transom.hardware.catalogue import PREFIX
-from transom.runtime import calibrations
+from transom.runtime import bundle_texts, calibrations
 from transom.runtime.arguments import check_arguments, check_objects
-from transom.runtime.bundles import ARTIFACT, GOLDEN, Manifest, now, require_free, write_bundle
+from transom.runtime.bundle_writing import Piece, now, require_free, write_bundle
+from transom.runtime.bundles import GOLDEN, LICENSES, Manifest, Variant
 from transom.runtime.guarding import interrupts_kept
 from transom.runtime.jobs import version
 from transom.runtime.loader import Asked, Loader, Ready, Turn, decomposed, notes_of, verdict_text
 from transom.runtime.machine import Machine, can_be_mended, choose, survey
 from transom.runtime.memory import size
 from transom.runtime.pieces import given_texts
+from transom.runtime.prepared import Compiled
+from transom.runtime.proof import proved, told
 from transom.selection import Choice
-from transom.sources import bundle_at, local_path
+from transom.sources import bundle_at
 from transom.sources.resolve import BUNDLE_MANIFEST
 from transom.sparsity import Sparsity
 
-TEXT_FILES = ("tokenizer.json", "chat_template.json", "generation.json")
+LIBRARIES_FILE = "libraries.json"
+"""Of an artifact: a list of file names, of the native libraries that an app needs for it. Backends may write it."""
+
+
+@dataclass(frozen=True)
+class ExportedVariant:
+    """What one backend compiled for one target."""
+
+    name: str
+    backend: str
+    backend_version: str
+    device: Device
+    """The target."""
+    precision: str
+    """In what numbers it computes, as the backend says."""
+    context: int
+    """Tokens that it was compiled for; 0 for a graph that is not a decoder."""
+    notes: tuple[str, ...]
+    """What was changed on the way."""
+    check: str
+    """The verdict of the self-check, or what an emulator showed; for a device that is not here, that there was none."""
+    fidelity: Mapping[str, Any] | None
+    """As in the manifest."""
+
+    def lines(self) -> list[str]:
+        where = f"{self.device.id} ({self.device.name})" if self.device.name else self.device.id
+        facts = [
+            ("precision", self.precision),
+            ("context", f"{self.context} tokens" if self.context else ""),
+            ("self-check", self.check),
+        ]
+        lines = [f"  {self.name}: for {where}, by {self.backend} {self.backend_version}"]
+        lines += [f"    {name + ':':<12}{text}" for name, text in facts if text]
+        return lines + [f"    note:       {text}" for text in self.notes]
+
+    def to_dict(self) -> dict[str, Any]:
+        devices: Any = hardware.to_json([self.device])["devices"]
+        return {**vars(self), "device": devices[0], "notes": list(self.notes)}
 
 
 @dataclass(frozen=True)
@@ -40,21 +81,11 @@ class Exported:
 
     folder: Path
     model: str
-    backend: str
-    backend_version: str
-    device: Device
-    """The target."""
+    variants: tuple[ExportedVariant, ...]
+    """In the order in which they were asked for."""
     files: Mapping[str, int]
     """Bytes by name, the manifest included."""
-    precision: str
-    """In what numbers it computes, as the backend says."""
-    context: int
-    """Tokens that it was compiled for; 0 for a graph that is not a decoder."""
-    notes: tuple[str, ...]
-    """What was changed on the way."""
     warnings: tuple[str, ...]
-    check: str
-    """The verdict of the self-check; for a device that is not here, that there was none."""
     seconds: float
 
     @property
@@ -62,39 +93,30 @@ class Exported:
         return sum(self.files.values())
 
     def __str__(self) -> str:
-        where = f"{self.device.id} ({self.device.name})" if self.device.name else self.device.id
-        lines = [f"{self.model} for {where}, by {self.backend} {self.backend_version}, in {self.folder}"]
-        facts = [
-            ("precision", self.precision),
-            ("context", f"{self.context} tokens" if self.context else ""),
-            ("self-check", self.check),
-            ("size", f"{size(self.bytes)} in {len(self.files)} files"),
-            ("time", f"{self.seconds:.1f} s"),
-        ]
-        lines += [f"  {name + ':':<12}{text}" for name, text in facts if text]
-        lines += [f"  warning:    {text}" for text in self.warnings]
-        lines += [f"  note:       {text}" for text in self.notes]
-        return "\n".join(lines)
+        lines = [f"{self.model} in {self.folder}: {size(self.bytes)} in {len(self.files)} files, {self.seconds:.1f} s"]
+        for variant in self.variants:
+            lines += variant.lines()
+        return "\n".join([*lines, *(f"  warning: {text}" for text in self.warnings)])
 
     def to_dict(self) -> dict[str, Any]:
         """JSON types only."""
-        devices: Any = hardware.to_json([self.device])["devices"]
-        own = {"folder": str(self.folder), "device": devices[0], "files": dict(self.files)}
-        return {**vars(self), **own, "notes": list(self.notes), "warnings": list(self.warnings)}
+        own = {"folder": str(self.folder), "files": dict(self.files), "warnings": list(self.warnings)}
+        return {**vars(self), **own, "variants": [variant.to_dict() for variant in self.variants]}
 
 
 @interrupts_kept()
 def export(
     model: Any,
     *,
-    target: str,
+    target: str | Sequence[str],
     out: str | Path,
-    backend: str = "auto",
+    format: str | Sequence[str] = "auto",
     context: int | None = None,
     precision: str = "auto",
     sparsity: Any = "off",
     calibration: Sequence[str | Path] = (),
     verify: str = "auto",
+    max_kl: float | None = None,
     overwrite: bool = False,
     cache: Cache | None = None,
     progress: Progress | None = None,
@@ -106,16 +128,19 @@ def export(
     Args:
         model: anything that `transom.load` compiles.
         target: a name of the catalogue (`"rtx-4090"`, also `"remote:rtx-4090"`), or the id of a device that is here
-            (`"cpu"`, `"cuda:0"`).
+            (`"cpu"`, `"cuda:0"`); several as a list, or as one text with commas. The bundle has a variant for each.
         out: the folder to write. It must not exist, or be empty, or be a bundle that is to be overwritten.
-        backend: `"auto"`, or the name of one. Named, no other is taken.
+        format: `"auto"`, or what the backend is called that compiles (`"qnn"`, `"onnx"`, `"tensorrt"`); several as a
+            list, or as one text with commas, for each target. Named, no other is taken.
         context: tokens that one sequence may have; None for the model's own, cut to what fits the target.
         precision, sparsity: as for `transom.load`; built into the bundle.
         calibration: texts, or text files as `pathlib.Path`, for a backend that rounds activations; empty for passages
             that come with Python.
         verify: `"auto"` compares what is compiled for a device of this machine with the reference where that has not
             been done, `"always"` in any case, and `"off"` only runs it. What is compiled for elsewhere is compared
-            where it is loaded.
+            on what can run it here, an emulator, and where it is loaded.
+        max_kl: nats that the logits of what is compiled for elsewhere may diverge by from the reference's (mean over
+            the fixed prompt); None for the bound of the self-check. It counts where something here can run it.
         overwrite: whether a bundle that is in `out` may be replaced.
         cache: the artifact cache; None for the default one.
         progress: called with (stage, share done or None); may raise `transom.Cancelled`.
@@ -127,32 +152,81 @@ def export(
         OptionError: an unknown target, option or value, or `out` is in use.
         BundleError: the bundle cannot be written.
         SelectionError: no backend compiles for the target; the details say what each answered.
+        FidelityError: what was compiled diverges by more than `max_kl`; names the worst products.
         SourceError, UnsupportedError, DoesNotFit, EngineError, SelfCheckFailed: as for `transom.load`.
     """
     start = time.perf_counter()
     options = {"context": context, "precision": precision, "threads": None}
     check_arguments(options, verify, "static", unknown, "export")
     check_objects(cache, progress)
+    pairs = pairs_of(target, format)
+    _check_bound(max_kl)
     if bundle_at(model) is not None:
         raise OptionError(f"{model} is a bundle, which is compiled already", "Export the model that it was made of")
     folder = _place(out)
     require_free(folder, overwrite=overwrite)
     asked = Asked(options, Sparsity.parse(sparsity), given_texts(calibration), verify)
     loader = Loader(model, asked, cache=cache or Cache.default(), progress=progress or (lambda stage, share: None))
-    machine, choice = _chosen(target, backend, probe_file)
-    loader.identify(machine.plugins)
+    chosen = [chosen_for(name, backend, probe_file) for name, backend in pairs]
+    loader.identify(chosen[0][0].plugins)
+    made: list[_Made] = []
+    try:
+        for machine, choice in chosen:
+            use = _user(loader, machine, choice, max_kl)
+            made.append(loader.first_that_works(machine, choice, use))
+        manifest = _write(loader, made, folder, model, overwrite=overwrite)
+        return _exported(loader, made, folder, manifest, time.perf_counter() - start)
+    finally:
+        for one in made:
+            one.ready.stored.release()
 
-    def use(turn: Turn) -> Exported:
+
+@dataclass(frozen=True)
+class _Made:
+    """What was compiled for one target."""
+
+    machine: Machine
+    choice: Choice
+    turn: Turn
+    ready: Ready
+    fidelity: Mapping[str, Any] | None
+
+
+def _user(loader: Loader, machine: Machine, choice: Choice, max_kl: float | None) -> Callable[[Turn], _Made]:
+    """What compiles for a candidate, and proves it where something here can run it."""
+
+    def use(turn: Turn) -> _Made:
         ready, cached = loader.ready(machine, turn.candidate)
-        if cached and verify == "always" and turn.candidate.offer.runs_here:
-            ready = loader.ready_again(machine, turn.candidate, ready)
         try:
-            manifest = _write(loader, machine, turn, ready, folder, _licence(model), overwrite=overwrite)
-            return _exported(loader, choice, turn, ready, folder, manifest, time.perf_counter() - start)
-        finally:
+            if cached and loader.verify == "always" and turn.candidate.offer.runs_here:
+                ready = loader.ready_again(machine, turn.candidate, ready)
+            return _Made(machine, choice, turn, ready, proved(loader, machine, turn.candidate, ready, max_kl))
+        except BaseException:
             ready.stored.release()
+            raise
 
-    return loader.first_that_works(machine, choice, use)
+    return use
+
+
+def pairs_of(target: str | Sequence[str], format: str | Sequence[str]) -> list[tuple[str, str]]:
+    """Each target with each format, in order."""
+    lists = []
+    for name, given in (("target", target), ("format", format)):
+        many = given.split(",") if isinstance(given, str) else list(given) if isinstance(given, Sequence) else [given]
+        words = [word.strip() if isinstance(word, str) else word for word in many]
+        if not words or not all(isinstance(word, str) and word for word in words):
+            raise OptionError(f"{name}={given!r} names none", f"Give a name, or several with commas, as {name}")
+        if len(set(words)) < len(words):
+            raise OptionError(f"{name}={given!r} names one twice", "Name each once")
+        lists.append(words)
+    targets, formats = lists
+    return [(t, f) for t in targets for f in formats]
+
+
+def _check_bound(max_kl: object) -> None:
+    number = isinstance(max_kl, int | float) and not isinstance(max_kl, bool)
+    if max_kl is not None and not (number and max_kl > 0):  # type: ignore[operator]
+        raise OptionError(f"max_kl={max_kl!r} is no bound", "Give nats above 0, such as 0.1")
 
 
 def _place(out: str | Path) -> Path:
@@ -170,7 +244,7 @@ def _place(out: str | Path) -> Path:
     raise OptionError(f"out={str(out)!r} names no folder", "Give the folder to write")
 
 
-def _chosen(target: str, backend: str, probe_file: str | Path | None) -> tuple[Machine, Choice]:
+def chosen_for(target: str, backend: str, probe_file: str | Path | None) -> tuple[Machine, Choice]:
     """The backends that compile for the target. It is named, so what `TRANSOM_DEVICE` names has no say."""
     if not isinstance(target, str) or target.strip().lower() in ("", "auto"):
         raise OptionError(f"target={target!r} names no device", nearest("", known_targets(probe_file)))
@@ -219,60 +293,90 @@ def known_targets(probe_file: str | Path | None = None) -> list[str]:
 # -------------------------------------------------------------------------------------------------------------- writing
 
 
-def _write(
-    loader: Loader, machine: Machine, turn: Turn, ready: Ready, folder: Path, licence: str | None, *, overwrite: bool
-) -> Manifest:
-    source, stored, candidate = ready.source, ready.stored, turn.candidate
-    plugin = machine.plugins.backends[candidate.backend]
-    golden = loader.golden(machine, candidate, source)
-    files: dict[str, bytes | Path] = {f"{ARTIFACT}/{name}": content for name, content in stored.artifact.files.items()}
-    files |= {name: source.files.files[name] for name in TEXT_FILES if name in source.files.files}
-    files[GOLDEN] = _npz(golden)
-    policy, plan, decoder = loader.sparsity, ready.plan, source.decoder
+def _write(loader: Loader, made: Sequence[_Made], folder: Path, model: Any, *, overwrite: bool) -> Manifest:
+    first = made[0]
+    source = first.ready.source
+    golden = loader.golden(first.machine, first.turn.candidate, source)
+    policy, decoder = loader.sparsity, source.decoder
     if decoder is not None:
         policy, _ = calibrations.calibrated(policy, decoder, source.name)
+    texts, _ = bundle_texts.texts_of(source)
+    licences = bundle_texts.licences_of(model)
+    manifest = Manifest(
+        transom=version(),
+        created=now(),
+        name=source.name,
+        kind=source.kind,
+        fingerprint=loader.fingerprint,
+        graph=source.graph_digest,
+        foreign=source.foreign,
+        license=bundle_texts.licence_of(model, licences),
+        model_notes=source.notes,
+        options={
+            "precision": loader.options["precision"],
+            "context": loader.options["context"],
+            "sparsity": policy.to_string(),
+        },
+        decoder=decoder,
+        inputs=source.inputs,
+        tokens=tuple(int(i) for i in golden["ids"]) if decoder else (),
+        best=tuple(int(i) for i in golden["logits"].argmax(-1)) if decoder else (),
+    )
+    names = _names(made)
+    pieces = [_piece(name, one) for name, one in zip(names, made, strict=True)]
+    files: dict[str, bytes | Path] = {**texts, GOLDEN: _npz(golden)}
+    files |= {f"{LICENSES}/{path.name}": path for path in licences}
+    backends = {one.turn.candidate.backend: one.machine.plugins.backends[one.turn.candidate.backend] for one in made}
+
+    def finish(found: Manifest) -> dict[str, bytes]:
+        return bundle_texts.app_files(found, {n: plugin.backend for n, plugin in backends.items()}, texts)
+
+    return write_bundle(folder, manifest, files, pieces, finish, overwrite=overwrite, progress=loader.progress)
+
+
+def _names(made: Sequence[_Made]) -> list[str]:
+    """Of the variants: the format, and the target where the format alone would not tell them apart."""
+    formats = [one.turn.candidate.backend for one in made]
+    names = []
+    for name, one in zip(formats, made, strict=True):
+        target = one.turn.candidate.device.id.removeprefix(PREFIX).replace(":", "-")
+        names.append(name if formats.count(name) == 1 else f"{name}-{target}")
+    return names
+
+
+def _piece(name: str, one: _Made) -> Piece:
+    candidate, source, stored, plan = one.turn.candidate, one.ready.source, one.ready.stored, one.ready.plan
+    plugin = one.machine.plugins.backends[candidate.backend]
     memory = {}
     if plan is not None:
         memory = {"weights": plan.weights, "cache_per_token": plan.cache // plan.context, "workspace": plan.workspace}
     precision, _ = notes_of(source, stored)
-
-    def manifest(records: Mapping[str, FileRecord]) -> Manifest:
-        return Manifest(
-            transom=version(),
-            created=now(),
-            name=source.name,
-            kind=source.kind,
-            fingerprint=loader.fingerprint,
-            graph=source.graph_digest,
-            foreign=source.foreign,
-            license=licence,
-            model_notes=source.notes,
-            backend=candidate.backend,
-            backend_version=plugin.version,
-            distribution=plugin.distribution,
-            target=candidate.device,
-            requires=stored.artifact.requires,
-            options={
-                "precision": loader.options["precision"],
-                "context": loader.options["context"],
-                "sparsity": policy.to_string(),
-            },
-            precision=precision,
-            exact=bool(stored.origin.ingredients.get("exact", True)),
-            notes=tuple(stored.artifact.notes),
-            decomposed=decomposed(stored),
-            context=plan.context if plan else 0,
-            memory=memory,
-            decoder=decoder,
-            inputs=source.inputs,
-            tokens=tuple(int(i) for i in golden["ids"]) if decoder else (),
-            best=tuple(int(i) for i in golden["logits"].argmax(-1)) if decoder else (),
-            files=records,
-        )
-
+    variant = Variant(
+        name=name,
+        backend=candidate.backend,
+        backend_version=plugin.version,
+        distribution=plugin.distribution,
+        target=candidate.device,
+        requires=stored.artifact.requires,
+        precision=precision,
+        exact=bool(stored.origin.ingredients.get("exact", True)),
+        notes=tuple(stored.artifact.notes),
+        decomposed=decomposed(stored),
+        context=plan.context if plan else 0,
+        memory=memory,
+        libraries=_libraries(stored),
+        fidelity=one.fidelity,
+        files={},
+    )
     # Of several GB that nobody opens here, one copy is enough: they move. What runs here stays in the cache for a load.
     take = stored.remove if not candidate.offer.runs_here and isinstance(stored, StoredArtifact) else None
-    return write_bundle(folder, files, manifest, take=take, overwrite=overwrite, progress=loader.progress)
+    return Piece(variant, stored.artifact.files, take)
+
+
+def _libraries(stored: Compiled) -> tuple[str, ...]:
+    """What the backend says that an app needs."""
+    path = stored.artifact.files.get(LIBRARIES_FILE)
+    return tuple(map(str, json.loads(path.read_text(encoding="utf-8")))) if isinstance(path, Path) else ()
 
 
 def _npz(arrays: Mapping[str, Any]) -> bytes:
@@ -285,43 +389,35 @@ def _npz(arrays: Mapping[str, Any]) -> bytes:
     return buffer.getvalue()
 
 
-def _licence(model: Any) -> str | None:
-    """What the model's files say of their licence: GGUF's `general.license`, or the name of a file; None: nothing."""
-    path = local_path(model)
-    if path is None:
-        return None
-    if path.is_dir():
-        names = sorted(p.name for p in path.iterdir() if p.name.lower().startswith(("license", "licence", "copying")))
-        if names:
-            return names[0]
-    from transom.sources.gguf import GgufSource, gguf_path
-    from transom.sources.gguf_file import open_gguf
-
-    if not GgufSource().matches(path):
-        return None
-    try:
-        found = open_gguf(gguf_path(path)).metadata.get("general.license")
-    except TransomError:  # who reads the model says what is wrong with it
-        return None
-    return found if isinstance(found, str) and found else None
-
-
-def _exported(
-    loader: Loader, choice: Choice, turn: Turn, ready: Ready, folder: Path, manifest: Manifest, seconds: float
-) -> Exported:
-    precision, notes = notes_of(ready.source, ready.stored)
+def _exported(loader: Loader, made: Sequence[_Made], folder: Path, manifest: Manifest, seconds: float) -> Exported:
     files = {name: record.bytes for name, record in manifest.files.items()}
+    warnings = [text for one in made for text in loader.warnings_of(one.choice, one.turn, one.ready)]
     return Exported(
         folder=folder,
-        model=ready.source.name,
-        backend=manifest.backend,
-        backend_version=manifest.backend_version,
-        device=manifest.target,
+        model=manifest.name,
+        variants=tuple(_result(variant, one) for variant, one in zip(manifest.variants, made, strict=True)),
         files={**files, BUNDLE_MANIFEST: (folder / BUNDLE_MANIFEST).stat().st_size},
-        precision=precision,
-        context=manifest.context,
-        notes=notes,
-        warnings=loader.warnings_of(choice, turn, ready),
-        check=verdict_text(ready.verdict) or "none here: it is done where the bundle is loaded",
+        warnings=tuple(dict.fromkeys(warnings)),
         seconds=seconds,
     )
+
+
+def _result(variant: Variant, one: _Made) -> ExportedVariant:
+    precision, notes = notes_of(one.ready.source, one.ready.stored)
+    return ExportedVariant(
+        name=variant.name,
+        backend=variant.backend,
+        backend_version=variant.backend_version,
+        device=variant.target,
+        precision=precision,
+        context=variant.context,
+        notes=notes,
+        check=_check_text(one),
+        fidelity=variant.fidelity,
+    )
+
+
+def _check_text(one: _Made) -> str:
+    if one.fidelity is not None:
+        return told(one.fidelity)
+    return verdict_text(one.ready.verdict) or "none here: it is done where the bundle is loaded"

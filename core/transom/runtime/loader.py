@@ -40,7 +40,7 @@ from transom.sparsity import shipped
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from transom.contract import Progress, Session, Verdict
+    from transom.contract import Device, Progress, Session, Verdict
     from transom.plugins import Plugins
     from transom.runtime.model import Model
     from transom.sparsity import Heads, Sparsity
@@ -418,14 +418,18 @@ class Loader:
             runs=candidate.offer.runs_here,
         )
 
-    def _child(self, work: str, machine: Machine, candidate: Candidate) -> Any:
-        """Run a job of `transom.runtime.preparing`, with a cache in which it can leave what it makes."""
+    def _child(self, work: str, machine: Machine, candidate: Candidate, **more: Any) -> Any:
+        """Run a job of `transom.runtime.preparing`, with a cache in which it can leave what it makes.
+
+        Args:
+            more: what it is told besides the job, in JSON types.
+        """
         if (error := self.cache.unwritable()) is not None:
             self._use_temporary_cache([self.cache.keeps_nothing(error)])
         job = self._job(machine, candidate)
         if self._in_memory is not None and self.cache.sources.lookup(job.graph) is None:
             self._held.append(prepared.keep_graph(self.cache, job.graph, self._in_memory.graph))
-        payload = {"work": work, **job.to_payload()}
+        payload = {"work": work, **job.to_payload(), **more}
         if work == "prepare":
             from transom.runtime.beside import worth_it
 
@@ -470,6 +474,13 @@ class Loader:
         if (known := selfcheck.recall_golden(self.cache, source)) is not None:
             return known
         raise self._no_room("the reference's answers")
+
+    def prove(self, machine: Machine, candidate: Candidate, on: Device) -> dict[str, Any]:
+        """What `preparing.prove` finds, in a child process: an emulator may abort."""
+        from transom.hardware.probe_file import to_json
+
+        found: dict[str, Any] = self._child("prove", machine, candidate, on=to_json([on]))
+        return found
 
     def _check_here(self, machine: Machine, candidate: Candidate, ready: Ready, session: Session) -> dict[str, Any]:
         from transom.runtime import selfcheck

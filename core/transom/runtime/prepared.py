@@ -28,6 +28,8 @@ FORMAT = 2
 """Part of the key: changes when what is stored, or how a source is read, changes."""
 
 
+TOKENIZER_HEADER = "tokenizer.transom.json"
+"""Where `tokenizer.json` is in Hugging Face's own form, as in a bundle: what Transom knows besides."""
 _GRAPH = "graph.onnx"
 _DOMAINS = ("", "ai.onnx", "ai.onnx.ml", "transom")
 """Whose operators mean the same in every installation of one version."""
@@ -98,7 +100,9 @@ class Prepared:
 
     def tokenizer(self) -> Tokenizer | None:
         path = self.files.files.get("tokenizer.json")
-        return None if path is None else Tokenizer.load(path)
+        if path is None or TOKENIZER_HEADER not in self.files.files:
+            return None if path is None else Tokenizer.load(path)
+        return Tokenizer.joined(self.files.read(TOKENIZER_HEADER), self.files.read("tokenizer.json"), path)
 
     def chat_template(self) -> ChatTemplate | None:
         data = self._json("chat_template.json")

@@ -23,6 +23,7 @@ from transom.contract import Artifact, Progress, Session
 from transom.errors import SelectionError, TransomError, UnsupportedError
 from transom.graph import Graph
 from transom.graph.sparse import with_sparsity
+from transom.hardware.probe_file import from_json
 from transom.plugins import LoadedBackend, Plugins, load_plugins
 from transom.runtime import memory, prepared, selfcheck
 from transom.runtime.beside import wait_for
@@ -88,6 +89,36 @@ def check(payload: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
         return desk.check(bundle, bundle.golden() if desk.job.verify else {})
     finally:
         bundle.release()
+
+
+def prove(payload: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
+    """Run what was compiled for another device on one of this machine that can, an emulator say, and compare it with
+    the reference: what `Variant.fidelity` holds, but for `where`.
+
+    Args:
+        payload: the job with the device that it was compiled for; `on`: the device that is here.
+
+    Raises:
+        EngineError: it cannot be opened there, or fails.
+    """
+    arguments = dict(payload)
+    on = from_json(arguments.pop("on"))[0]
+    desk = _Desk(arguments, progress)
+    with desk.believed() as stored:
+        wanted = desk.golden()
+        progress("prove", None)
+        options = {**desk.options(), "threads": None}
+        backend = desk.plugin.backend
+        session = guarded(
+            backend.name, "loading this model", lambda: backend.load(stored.artifact, on, options, stored.scratch)
+        )
+        try:
+            got = selfcheck.session_logits(session, wanted["ids"].tolist(), backend.name)
+        finally:
+            session.close()
+        golden = wanted["logits"][: len(got)]
+        found = guarded(backend.name, "checking logits", lambda: selfcheck.compare(golden, got))
+        return {"tokens": len(got), "kl": found.kl_mean, "top1": found.top1, "cosine": selfcheck.cosine(golden, got)}
 
 
 def measure(payload: Mapping[str, Any], progress: Progress) -> float:

@@ -98,6 +98,14 @@ def compare(expected: Array, got: Array) -> Agreement:
     )
 
 
+def cosine(a: Array, b: Array) -> float:
+    """Of the rows of two sets of logits, their mean; 0 where one is not finite."""
+    x, y = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    norms = np.linalg.norm(x, axis=-1) * np.linalg.norm(y, axis=-1)
+    found = float(((x * y).sum(-1) / np.where(norms == 0, 1.0, norms)).mean())
+    return found if np.isfinite(found) else 0.0
+
+
 def _correlation(a: Array, b: Array) -> Array:
     """Of each row. Rows without variance have none: there only the difference counts."""
     x, y = a - a.mean(-1, keepdims=True), b - b.mean(-1, keepdims=True)

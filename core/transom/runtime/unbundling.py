@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transom.errors import EngineError, OptionError, SelectionError
-from transom.runtime.bundles import Bundle, Manifest, open_bundle
+from transom.runtime.bundles import Bundle, Manifest, Variant, open_bundle
 from transom.runtime.guarding import guarded
 from transom.runtime.loader import Asked, Loader, Ready, Stages
 from transom.runtime.machine import Machine, can_be_mended, choose, survey
+from transom.selection import BANDS
 from transom.sparsity import Sparsity
 
 if TYPE_CHECKING:
@@ -36,8 +37,12 @@ def load_bundle(
     probe_file: str | Path | None,
     cache: Cache,
     progress: Progress,
+    variant: str = "",
 ) -> Model:
     """What `transom.load` does with a bundle.
+
+    Args:
+        variant: the name of one; empty: the first that fits best.
 
     Raises:
         BundleError: it is damaged, or of a newer version.
@@ -49,11 +54,11 @@ def load_bundle(
     with stages.time("read"):
         bundle = open_bundle(folder, cache, progress)
     try:
-        asked = _agreed(bundle.manifest, folder, asked, backend)
-        loader = _Loader(bundle, asked, stages, cache=cache, progress=progress)
         with stages.time("probe"):
             machine = survey(probe_file, target=device)
-            choice = _fitting(bundle, machine, choice_for(bundle.manifest, folder, machine, device))
+            bundle, choice = _chosen(bundle, machine, device, backend, variant)
+        asked = _agreed(bundle.manifest, bundle.variant, folder, asked)
+        loader = _Loader(bundle, asked, stages, cache=cache, progress=progress)
         loader.identify(machine.plugins)
         return loader.first_that_works(machine, choice, lambda turn: loader.open(machine, choice, turn))
     except BaseException:
@@ -64,15 +69,13 @@ def load_bundle(
 # -------------------------------------------------------------------------------------------------------------- options
 
 
-def _agreed(manifest: Manifest, folder: Path, asked: Asked, backend: str) -> Asked:
+def _agreed(manifest: Manifest, variant: Variant, folder: Path, asked: Asked) -> Asked:
     """What was asked for, with the bundle's own values where nothing was. Raises OptionError where they contradict."""
 
     def contradicts(name: str, value: object, own: object, fix: str = "Leave the option out") -> OptionError:
         return OptionError(f"{name}={value!r} does not fit the bundle {folder}, which has {name}={own!r}", fix)
 
     again = "Leave the option out, or export the model again with it"
-    if backend not in ("auto", manifest.backend):
-        raise contradicts("backend", backend, manifest.backend)
     precision = manifest.options["precision"]
     if asked.options["precision"] not in ("auto", precision):
         raise contradicts("precision", asked.options["precision"], precision, again)
@@ -82,12 +85,12 @@ def _agreed(manifest: Manifest, folder: Path, asked: Asked, backend: str) -> Ask
     if asked.texts:
         raise OptionError(f"The bundle {folder} is compiled already, so there is nothing to calibrate", "Leave it out")
     context, threads = asked.options["context"], asked.options["threads"]
-    if (bound := manifest.requires.get("context")) is not None and bound.isdigit():
+    if (bound := variant.requires.get("context")) is not None and bound.isdigit():
         if context not in (None, int(bound)):
             raise contradicts("context", context, int(bound), again)
         context = int(bound)
-    if manifest.requires.get("threads", str(threads)) != str(threads):
-        raise contradicts("threads", threads, manifest.requires["threads"])
+    if variant.requires.get("threads", str(threads)) != str(threads):
+        raise contradicts("threads", threads, variant.requires["threads"])
     context = context or manifest.options["context"]
     return replace(asked, options={"context": context, "precision": precision, "threads": threads}, sparsity=policy)
 
@@ -95,29 +98,51 @@ def _agreed(manifest: Manifest, folder: Path, asked: Asked, backend: str) -> Ask
 # -------------------------------------------------------------------------------------------------------------- devices
 
 
-def choice_for(manifest: Manifest, folder: Path, machine: Machine, device: str) -> Choice:
-    """The devices that the bundle's backend offers to run on. Raises OptionError, SelectionError."""
-    require_backend(manifest, folder, machine)
+def _chosen(bundle: Bundle, machine: Machine, device: str, backend: str, name: str) -> tuple[Bundle, Choice]:
+    """The variant that fits best, and the devices that it fits. The error where none does is that of the first."""
+    variants, folder = bundle.manifest.variants, bundle.folder
+    asked = [v for v in variants if backend in ("auto", v.backend) and name in ("", v.name)]
+    if not asked:
+        there = ", ".join(f"{v.name} (backend={v.backend!r})" for v in variants)
+        what = f"backend={backend!r}" if backend != "auto" else f"the variant {name!r}"
+        raise OptionError(f"{what} does not fit the bundle {folder}", f"Leave it out, or name one of these: {there}")
+    found: list[tuple[Bundle, Choice]] = []
+    errors: list[SelectionError] = []
+    for variant in asked:
+        one = bundle.of(variant)
+        try:
+            found.append((one, _fitting(one, machine, choice_for(variant, folder, machine, device))))
+        except SelectionError as error:
+            errors.append(error)
+    if not found:
+        raise errors[0]
+    # An emulator is for who has nothing better; between equals the bundle's order counts.
+    return min(found, key=lambda pair: (pair[1].offer.by_name, -BANDS.index(pair[1].offer.band)))
+
+
+def choice_for(variant: Variant, folder: Path, machine: Machine, device: str) -> Choice:
+    """The devices that a variant's backend offers to run on. Raises OptionError, SelectionError."""
+    require_backend(variant, folder, machine)
     try:
-        return choose(machine, device=device, backend=manifest.backend)
+        return choose(machine, device=device, backend=variant.backend)
     except SelectionError as error:
-        cause = f"The bundle {folder} was compiled for {_named(manifest.target)}. {error.cause}"
-        said = [answer for name, answer in machine.answers if name == manifest.backend]
+        cause = f"The bundle {folder} was compiled for {_named(variant.target)}. {error.cause}"
+        said = [answer for name, answer in machine.answers if name == variant.backend]
         here = machine.devices[0].id if machine.devices else "NAME"
         fix = error.fix if can_be_mended(said) else _ELSEWHERE.format(here)
         raise SelectionError(cause, fix, error.details) from None
 
 
-def require_backend(manifest: Manifest, folder: Path, machine: Machine) -> None:
-    """Raise SelectionError where the bundle's backend is not installed."""
-    if manifest.backend in machine.plugins.backends:
+def require_backend(variant: Variant, folder: Path, machine: Machine) -> None:
+    """Raise SelectionError where a variant's backend is not installed."""
+    if variant.backend in machine.plugins.backends:
         return
-    what = " ".join(filter(None, (manifest.distribution, manifest.backend_version)))
-    own = manifest.distribution == "transom"
-    fix = "pip install --upgrade transom" if own else f"pip install {manifest.distribution}"
+    what = " ".join(filter(None, (variant.distribution, variant.backend_version)))
+    own = variant.distribution == "transom"
+    fix = "pip install --upgrade transom" if own else f"pip install {variant.distribution}"
     there = ", ".join(machine.plugins.backends) or "none"
     raise SelectionError(
-        f"The bundle {folder} needs the backend {manifest.backend} (of {what}), which is not there",
+        f"The bundle {folder} needs the backend {variant.backend} (of {what}), which is not there",
         f"Install it with: {fix}",
         [f"Backends that are there: {there}", *map(str, machine.failures)],
     )
@@ -131,23 +156,23 @@ def verdict_on(name: str, artifact: Artifact, machine: Machine, device: Device) 
 
 def _fitting(bundle: Bundle, machine: Machine, choice: Choice) -> Choice:
     """The choice without the devices that the bundle does not fit. Raises SelectionError where none is left."""
-    manifest = bundle.manifest
+    variant = bundle.variant
     verdicts = [
-        (candidate, verdict_on(manifest.backend, bundle.artifact, machine, candidate.device))
+        (candidate, verdict_on(variant.backend, bundle.artifact, machine, candidate.device))
         for candidate in choice.ranked
     ]
     fitting = tuple(candidate for candidate, verdict in verdicts if verdict.state in ("ok", "slower"))
     if not fitting:
         raise SelectionError(
-            f"The bundle {bundle.folder} was compiled for {_named(manifest.target)}, and fits no device that was asked "
+            f"The bundle {bundle.folder} was compiled for {_named(variant.target)}, and fits no device that was asked "
             "for here",
             _ELSEWHERE.format(choice.ranked[0].device.id),
-            [f"{manifest.backend} on {c.device.id}: {v.reason or v.state}" for c, v in verdicts],
+            [f"{variant.backend} on {c.device.id}: {v.reason or v.state}" for c, v in verdicts],
         )
     best = fitting[0]
     label = f" ({best.device.name})" if best.device.name else ""
     why = f"{best.backend} on {best.device.id}{label}: {best.offer.why}. The bundle was compiled for "
-    return replace(choice, ranked=fitting, why=f"{why}{_named(manifest.target)}.", kinds_to_measure=())
+    return replace(choice, ranked=fitting, why=f"{why}{_named(variant.target)}.", kinds_to_measure=())
 
 
 _ELSEWHERE = "Take it there, or export the model again for this machine: transom export MODEL --target {} --out DIR"

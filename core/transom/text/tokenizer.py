@@ -213,6 +213,17 @@ class Tokenizer:
 
     # ---------------------------------------------------------------- files
 
+    def header(self) -> str:
+        """What a `tokenizer.json` does not say, as JSON."""
+        return json.dumps(
+            {
+                "format": _FORMAT,
+                "version": _FORMAT_VERSION,
+                "ids": self._ids._asdict(),
+                "vocabulary_size": self._vocabulary_size,
+            }
+        )
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the compact form that `load` reads, in one step.
 
@@ -222,16 +233,10 @@ class Tokenizer:
         import tempfile
 
         path = Path(path)
-        header = {
-            "format": _FORMAT,
-            "version": _FORMAT_VERSION,
-            "ids": self._ids._asdict(),
-            "vocabulary_size": self._vocabulary_size,
-        }
         handle, temporary = tempfile.mkstemp(prefix=path.name, suffix=".part", dir=path.parent)
         try:
             with os.fdopen(handle, "wb") as file:
-                file.write(json.dumps(header).encode() + b"\n" + _quick_json(self.to_json()).encode())
+                file.write(self.header().encode() + b"\n" + _quick_json(self.to_json()).encode())
             os.replace(temporary, path)
         except BaseException:
             os.unlink(temporary)
@@ -244,19 +249,31 @@ class Tokenizer:
         Raises:
             SourceError: no such file, another format, or a damaged one.
         """
-        from tokenizers import Tokenizer as Rust
-
         try:
-            header_line, _, body = Path(path).read_bytes().partition(b"\n")
+            header, _, body = Path(path).read_bytes().partition(b"\n")
         except OSError as error:
             raise SourceError(f"{path} cannot be read: {error.strerror}", "Check the path") from error
+        return cls.joined(header, body, path)
+
+    @classmethod
+    def joined(cls, header: bytes, body: bytes, path: str | os.PathLike[str]) -> Tokenizer:
+        """Put together what `header` and `to_json` gave.
+
+        Args:
+            path: where the text was, for errors.
+
+        Raises:
+            SourceError: one of them is of another format, or damaged.
+        """
+        from tokenizers import Tokenizer as Rust
+
         damaged = f"{path} is not a tokenizer that Transom wrote, or it is damaged"
         fix = "Delete it, and it is made again from the model"
         try:
-            header: dict[str, Any] = json.loads(header_line)
-            if header["format"] != _FORMAT or header["version"] != _FORMAT_VERSION:
+            facts: dict[str, Any] = json.loads(header)
+            if facts["format"] != _FORMAT or facts["version"] != _FORMAT_VERSION:
                 raise SourceError(damaged, fix)
-            ids, size = SpecialIds(**header["ids"]), int(header["vocabulary_size"])
+            ids, size = SpecialIds(**facts["ids"]), int(facts["vocabulary_size"])
         except (ValueError, KeyError, TypeError) as error:
             raise SourceError(damaged, fix) from error
         try:

@@ -1,0 +1,166 @@
+"""Which models fit a phone, in which form, and how fast it could be at most: shapes × forms, without a phone.
+
+    python benchmarks/phone_plan.py                                 # the goal: 3.2 GB and 4.5 tokens/s at 2048 tokens
+    python benchmarks/phone_plan.py --target snapdragon-8-elite --context 4096 --shapes 3B 7B --json plan.json
+
+The shapes are those of `shaped.py`; no weight is made. Forms are those that the Hexagon computes in, 4-bit products
+whose scales are for blocks of 32, 64 or 128 numbers or for a row, and 8-bit ones, and the portable ONNX decoder for the
+processor. Bytes of weights are those in memory: the Hexagon's variants have their embeddings in a mapped file, unless
+the table says that they are in memory. Speeds are bounds by the bandwidth of memory. What others published stands
+below, with the part of the bound that it is, at the context that it was made for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from shaped import decoder
+
+from transom.contract import Device
+from transom.graph import Graph
+from transom.hardware import catalogue
+from transom.hardware.catalogue import PREFIX
+from transom.runtime.inventory import inventory
+from transom.runtime.planning import plan_export
+from transom.runtime.published import published
+from transom.runtime.storage import FORMS, Form, MatrixForm
+
+GIB = 1 << 30
+NAMES = {
+    "1B": "Llama 3.2 1B", "3B": "Llama 3.2 3B", "6B-grouped": "Yi-6B", "7B": "Llama 2 7B",
+    "7B-grouped": "Mistral 7B", "7B-wide": "Qwen2.5 7B", "8B": "Llama 3.1 8B",
+}  # fmt: skip
+
+
+def forms() -> dict[str, Form]:
+    """By what they are called in the table."""
+    int4, int8 = FORMS["qnn"]["int4"], FORMS["qnn"]["int8"]
+    row = int8.products.row
+    blocks = {f"4 bit, blocks of {n}": MatrixForm(4, n, 2, row) for n in (32, 64, 128)}
+    rows = MatrixForm(4, row=row)
+    found = {name: replace(int4, products=form) for name, form in blocks.items()}
+    found["4 bit, by rows"] = replace(int4, products=rows)
+    found["4 bit, by rows, vocabulary too"] = replace(int4, products=rows, vocabulary=rows)
+    found["4 bit, blocks of 32, cache of 16 bit"] = replace(int4, cache=2)
+    found["4 bit, blocks of 32, embeddings in memory"] = replace(int4, embedding_mapped=False)
+    found["8 bit, by rows"] = int8
+    found["onnx, 4 bit, blocks of 32"] = FORMS["onnx"]["int4"]
+    return found
+
+
+@dataclass(frozen=True)
+class Row:
+    """One shape in one form."""
+
+    shape: str
+    form: str
+    parts: int
+    weights: int
+    cache: int
+    bound: float
+    """Tokens a second."""
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.cache
+
+    def cells(self, goal: float, least: float) -> tuple[str, ...]:
+        sizes = [f"{n / 1e9:.2f}" for n in (self.weights, self.cache, self.total)]
+        fits = {"GB": goal * 1e9, "GiB": goal * GIB}
+        meets = [
+            " ".join(unit for unit, most in fits.items() if count <= most) or "no"
+            for count in (self.total, self.weights)
+        ]
+        bound = f"{self.bound:.1f}{'' if self.bound > least else ' (too slow)'}"
+        return (self.form, str(self.parts), *sizes, f"{self.total / GIB:.2f}", *meets, bound)
+
+
+HEAD = ("form", "parts", "weights GB", "cache GB", "both GB", "both GiB", "both fit", "weights fit", "bound tokens/s")
+
+
+def rows(shape: str, graph: Graph, device: Device, context: int) -> Iterator[Row]:
+    assert graph.decoder is not None
+    named = forms()
+    plan = plan_export(graph, graph.decoder, device, list(named.values()), context)
+    for name, variant in zip(named, plan.variants, strict=True):
+        last = variant.at[-1]
+        assert last.bound is not None
+        yield Row(shape, name, max(1, len(variant.parts)), variant.weight_bytes, last.cache, last.bound)
+
+
+def verdict(found: list[Row], graph: Graph, goal: float, context: int) -> str:
+    """Which forms meet the goal, or why none can."""
+    best = [row.form for row in found if row.total <= goal * 1e9]
+    if best:
+        return f"Within {goal:g} GB with its cache of {context} tokens: {'; '.join(best)}."
+    held = inventory(graph)
+    numbers = sum(m.numbers for m in held.products)
+    least = min(found, key=lambda row: row.total)
+    rest = least.total - int(numbers * 4 / 8)
+    why = f"{numbers / 1e9:.3f} billion numbers of products at 4 bits and no scales are {numbers / 2e9:.2f} GB"
+    left = (goal * 1e9 - rest) * 8 / numbers
+    return (
+        f"No form is within {goal:g} GB with its cache of {context} tokens: {why}, and the least of the rest is "
+        f"{rest / 1e9:.2f} GB. The products would have to take {left:.2f} bits a number."
+    )
+
+
+def figures(graph: Graph, devices: dict[str, Device]) -> Iterator[str]:
+    """What others published for a shape, beside the bound in blocks of 32 at its context; 2048 where none is told."""
+    assert graph.decoder is not None
+    for figure in published(graph.decoder):
+        context = min(figure.context or 2048, graph.decoder.context)
+        form = FORMS["qnn"]["int4"]
+        plan = plan_export(graph, graph.decoder, devices[figure.target], [form], context)
+        bound = plan.variants[0].at[-1].bound
+        assert bound is not None
+        share = figure.tokens_per_second / bound
+        yield f"  {figure}\n    {share:.0%} of a bound of {bound:.1f} ({figure.target}, {form.name}, {context} tokens)"
+
+
+def table(found: list[Row], goal: float, least: float) -> str:
+    lines = [HEAD, *(row.cells(goal, least) for row in found)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(c.ljust(w) if not i else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
+        for line in lines
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    phones = {d.id.removeprefix(PREFIX): d for d in catalogue() if d.arch.startswith("hexagon")}
+    parser.add_argument("--target", choices=sorted(phones), default="snapdragon-8-gen-2")
+    parser.add_argument("--shapes", nargs="+", choices=list(NAMES), default=list(NAMES))
+    parser.add_argument("--context", type=int, default=2048, help="tokens")
+    parser.add_argument("--goal", type=float, default=3.2, help="of weights and cache, in GB and in GiB")
+    parser.add_argument("--least", type=float, default=4.5, help="tokens/s that the bound has to be above")
+    parser.add_argument("--explain", action="store_true", help="the whole arithmetic of each shape's int4 form")
+    parser.add_argument("--json", type=Path, help="write the rows there, too")
+    options = parser.parse_args()
+    device = phones[options.target]
+    told: list[Row] = []
+    print(f"{device.name}, {options.context} tokens; GB are 1e9 bytes. Bounds, not measurements.")
+    for shape in options.shapes:
+        graph = decoder(shape, max(options.context, 4096))
+        found = list(rows(shape, graph, device, options.context))
+        told += found
+        print(f"\n{NAMES[shape]}\n{table(found, options.goal, options.least)}")
+        print(verdict(found, graph, options.goal, options.context))
+        if options.explain:
+            assert graph.decoder is not None
+            plan = plan_export(graph, graph.decoder, device, [("qnn", "int4")], options.context)
+            print(replace(plan, model=NAMES[shape], published=()))
+        known = list(figures(graph, phones))
+        if known:
+            print("Published, not measured by us:", *known, sep="\n")
+    if options.json is not None:
+        options.json.write_text(json.dumps([asdict(row) for row in told], indent=2), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

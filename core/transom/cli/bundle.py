@@ -1,0 +1,124 @@
+"""`transom bundle`: what can be told of a bundle, and proved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from transom.cli.options import JSON, PROBE_FILE, complete_device
+from transom.cli.output import Progress, print_json, table
+
+
+@click.group(
+    epilog="""\b
+Examples:
+  transom bundle verify bundle
+  transom bundle verify bundle --variant onnx
+  transom bundle judge bundle --device snapdragon-8-gen-3
+  transom bundle libraries bundle app-release.apk
+"""
+)
+def bundle() -> None:
+    """Prove a bundle, or tell whether it is good on a device."""
+
+
+@bundle.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--variant", "variants", multiple=True, metavar="NAME", help="This one alone; may be repeated.")
+@click.option(
+    "--device", default="auto", metavar="NAME", shell_complete=complete_device,
+    help="The device of this machine to run on. [default: the best for each variant]",
+)  # fmt: skip
+@PROBE_FILE
+@JSON
+def verify(folder: Path, variants: tuple[str, ...], device: str, probe_file: str | None, as_json: bool) -> None:
+    """Replay the expected answers of the bundle in FOLDER, with each variant that something here can run."""
+    from transom.errors import SelectionError, SelfCheckFailed
+    from transom.runtime.replaying import replay
+
+    with Progress(stage="read") as progress:
+        _, found = replay(_bundle(folder), variants=variants, device=device, probe_file=probe_file, progress=progress)
+    if as_json:
+        print_json({"bundle": str(folder), "variants": [vars(one) for one in found]})
+    else:
+        table(("variant", "outcome", "where", "what"), [(r.variant, r.state, r.where or "-", r.text) for r in found])
+    if failed := [one.variant for one in found if one.state == "failed"]:
+        raise SelfCheckFailed(f"{folder} does not answer as expected: {', '.join(failed)}", "Export the model again")
+    if not any(one.state == "passed" for one in found):
+        raise SelectionError(f"Nothing here can run a variant of {folder}", "Take it to a device that can")
+
+
+@bundle.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option(
+    "--device", default="auto", metavar="NAME", shell_complete=complete_device,
+    help="A device of this machine, or a target that transom export --target list shows. [default: all that are here]",
+)  # fmt: skip
+@PROBE_FILE
+@JSON
+def judge(folder: Path, device: str, probe_file: str | None, as_json: bool) -> None:
+    """Tell from the manifest of FOLDER alone which variants are good on a device, without opening the model."""
+    import json
+
+    from transom import hardware
+    from transom.runtime.bundles import read_manifest
+    from transom.runtime.judging import judge as judged
+    from transom.runtime.machine import survey
+
+    place = _bundle(folder)
+    read_manifest(place)  # what is wrong with it is said in a sentence
+    manifest = json.loads((place / "manifest.json").read_bytes())
+    machine = survey(probe_file, target=device)
+    asked = [d for d in machine.devices if d.kind != "remote"]
+    if device != "auto":
+        asked = [hardware.find(machine.devices, device)]
+    rows = [(d, verdict) for d in asked for verdict in judged(manifest, d)]
+    if as_json:
+        print_json({"bundle": str(folder), "verdicts": [{"device": d.id, **vars(v)} for d, v in rows]})
+        return
+    table(
+        ("device", "variant", "good", "context", "why not"),
+        [(d.id, v.name, "yes" if v.fits else "no", str(v.context or "-"), v.reason or "-") for d, v in rows],
+    )
+
+
+@bundle.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("package", type=click.Path(path_type=Path))
+@click.option("--abi", default="arm64-v8a", metavar="NAME", help="The ABI that must be complete.", show_default=True)
+@JSON
+def libraries(folder: Path, package: Path, abi: str, as_json: bool) -> None:
+    """Check that PACKAGE (an APK, AAR, app bundle or folder) has the native libraries that the bundle in FOLDER needs.
+
+    Missing ones, those for another processor, and those that newer phones or the app store reject are named.
+    """
+    from transom.errors import OptionError
+    from transom.runtime.bundles import read_manifest
+    from transom.runtime.native_libraries import inspect
+    from transom.runtime.native_libraries import judge as judged
+
+    manifest = read_manifest(_bundle(folder))
+    found = inspect(package)
+    needed = list(dict.fromkeys(name for variant in manifest.variants for name in variant.libraries))
+    problems = judged(found, needed, abi)
+    if as_json:
+        print_json({"needed": needed, "found": [vars(library) for library in found], "problems": problems})
+    else:
+        table(
+            ("library", "ABI", "page"),
+            [(library.name, library.abi, str(library.page)) for library in found],
+            right=(2,),
+        )
+    if problems:
+        raise OptionError(f"{package} is not good for {folder}", "Mend these, and build the app again", problems)
+
+
+def _bundle(folder: Path) -> Path:
+    from transom.errors import SourceError
+    from transom.sources import bundle_at
+
+    found = bundle_at(folder)
+    if found is None:
+        raise SourceError(f"{folder} is no bundle", "Give a folder that transom export wrote")
+    return found

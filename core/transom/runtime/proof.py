@@ -1,0 +1,85 @@
+"""Proving what was compiled for a device that is not here: on something here that can run it, an emulator say, its
+logits are compared with the reference's, and too large a difference keeps it from being shipped."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transom.contract import Offer
+from transom.errors import FidelityError
+
+if TYPE_CHECKING:
+    from transom.contract import Device
+    from transom.runtime.loader import Loader, Ready
+    from transom.runtime.machine import Machine
+    from transom.runtime.prepared import Compiled
+    from transom.selection import Candidate
+
+ERRORS_FILE = "errors.json"
+"""Of an artifact: a list of objects with `node` and `error` (relative), the worst first. Backends may write it."""
+NAMED = 3
+"""Products that a refusal names."""
+
+
+def proved(
+    loader: Loader, machine: Machine, candidate: Candidate, ready: Ready, max_kl: float | None
+) -> Mapping[str, Any] | None:
+    """What `Variant.fidelity` holds; None where nothing here can run it, or where it needs no proof: it runs here, it
+    is no decoder, or `verify` is off.
+
+    Raises:
+        FidelityError: the divergence is above the bound; names the worst products.
+        EngineError: it cannot be run.
+    """
+    if candidate.offer.runs_here or loader.verify == "off" or ready.source.decoder is None:
+        return None
+    found = _place(machine, candidate, ready.stored)
+    if found is None:
+        return None
+    device, offer = found
+    numbers = loader.prove(machine, candidate, device)
+    fidelity = {"where": f"{offer.why}, on {device.id}", **numbers}
+    from transom.runtime.selfcheck import LIMITS
+
+    exact = bool(ready.stored.origin.ingredients.get("exact", True))
+    bound = LIMITS[exact][0] if max_kl is None else max_kl
+    if not fidelity["kl"] <= bound:
+        raise FidelityError(
+            f"What {candidate.backend} compiled diverges by {fidelity['kl']:.3g} nats from the reference on the fixed "
+            f"prompt ({fidelity['where']}), and {bound:g} are allowed{_worst(ready.stored)}",
+            "Choose another precision, give texts like those the model will read, or allow more with max_kl",
+        )
+    return fidelity
+
+
+def told(fidelity: Mapping[str, Any]) -> str:
+    """For people."""
+    return (
+        f"mean KL {fidelity['kl']:.2g} nats, cosine {fidelity['cosine']:.5f}, same best token {fidelity['top1']:.0%} "
+        f"of {fidelity['tokens']} positions ({fidelity['where']})"
+    )
+
+
+def _place(machine: Machine, candidate: Candidate, stored: Compiled) -> tuple[Device, Offer] | None:
+    """The first device of this machine on which the backend itself can run what it compiled."""
+    from transom.runtime.unbundling import verdict_on
+
+    here = {device.id: device for device in machine.devices if device.kind != "remote"}
+    for name, answer in machine.answers:
+        if name != candidate.backend or not isinstance(answer, Offer) or not answer.runs_here:
+            continue
+        device = here.get(answer.device_id)
+        if device is not None and verdict_on(name, stored.artifact, machine, device).state in ("ok", "slower"):
+            return device, answer
+    return None
+
+
+def _worst(stored: Compiled) -> str:
+    path = stored.artifact.files.get(ERRORS_FILE)
+    if not isinstance(path, Path):
+        return ""
+    worst = [f"{e['node']} ({e['error']:.1%})" for e in json.loads(path.read_text(encoding="utf-8"))[:NAMED]]
+    return f"; the worst products are {', '.join(worst)}" if worst else ""

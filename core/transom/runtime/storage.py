@@ -1,0 +1,157 @@
+"""In what form a format of a bundle keeps a model: bits and scales of its matrices, numbers of its cache, files.
+
+The bytes of the Hexagon's context binaries are measured: single products of 1024 to 11008 rows and columns, compiled by
+onnxruntime-qnn 2.7 for v73 and v69, take their codes, 2 bytes for the scale of each block (whatever the type of the
+scale that was given), and 6 to 20 bytes for each row. (4-bit matrices by rows take 8 bits a number where zero points of
+0 are not written down.) The code of a layer's two graphs is what SmolLM2-135M has besides, for 1024 tokens.
+
+A portable ONNX decoder has ONNX Runtime's `MatMulNBits`, whose scales are as wide as what is multiplied: float32. What
+it packs anew when it opens a model was measured on x86-64 with ONNX Runtime 1.3x, of models of 0.1 and 0.6 billion.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from transom.errors import OptionError
+from transom.graph.weights import BITS
+from transom.runtime.memory import CHUNK, weight_bytes
+
+if TYPE_CHECKING:
+    from transom.runtime.inventory import Matrix
+    from transom.signature import Decoder
+
+PART_BYTES = 3_600_000_000
+"""Bytes of weights in one context binary of the Hexagon. A context ends at 4 GB, and activations and code are in it."""
+
+
+@dataclass(frozen=True)
+class MatrixForm:
+    """How the numbers of a matrix are kept."""
+
+    bits: float
+    block: int = 0
+    """Numbers of a row that share a scale; 0: no scales but that of the row."""
+    scale: int = 0
+    """Bytes of a block's scale."""
+    row: int = 0
+    """Bytes that each row takes besides."""
+
+    def bytes(self, rows: int, columns: int) -> int:
+        blocks = -(-columns // self.block) if self.block else 0
+        return rows * (math.ceil(columns * self.bits / 8) + blocks * self.scale + self.row)
+
+    def __str__(self) -> str:
+        block = f", {self.scale} bytes for each {self.block} of them" if self.block else ""
+        row = f", {self.row} bytes for each row" if self.row else ""
+        return f"{self.bits:.3g} bits a number{block}{row}"
+
+
+@dataclass(frozen=True)
+class Form:
+    """One way to keep a whole decoder."""
+
+    format: str
+    """`"qnn"`, `"onnx"`."""
+    precision: str
+    products: MatrixForm
+    vocabulary: MatrixForm
+    embedding: MatrixForm
+    embedding_mapped: bool
+    """The table lies in a file that is mapped, and the rows of a prompt are read of it."""
+    rest: int
+    """Bytes of a number of norms and biases."""
+    cache: float
+    """Bytes of a number in the cache."""
+    static: bool
+    """Shapes are fixed: a step reads all places of the cache, filled or not, windows or not."""
+    chunk: int
+    """Tokens of a prefill step."""
+    cache_copies: int = 1
+    """Caches that are there during a step: 2 where the new one is made beside the old one."""
+    packed: float = 1.0
+    """Times of their bytes in the file that matrices take in memory."""
+    layer: int = 0
+    """Bytes of a layer's compiled code, of both graphs where there are two."""
+    part_bytes: int = 0
+    """Bytes of weights that one compiled part may have; 0: all are in one."""
+    kept_scale: int = 0
+    """Matrices that the checkpoint has in integer blocks stay in them, with so many bytes for a scale or a minimum; 0:
+    they are rounded anew."""
+    shares_table: bool = False
+    """A vocabulary matrix that is the table of embeddings, too, is there once."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.format}, {self.precision}"
+
+    def bytes(self, matrix: Matrix, form: MatrixForm) -> int:
+        """Of a matrix that is to have a form."""
+        stored = matrix.stored
+        if not self.kept_scale or stored is None:
+            return form.bytes(matrix.rows, matrix.columns)
+        zero = BITS[stored.dtype] / 8 if stored.has_zero_points else 0
+        block = self.kept_scale * (2 if stored.has_minimums else 1) + zero
+        return math.ceil(matrix.numbers * BITS[stored.dtype] / 8 + matrix.numbers // stored.block * block)
+
+
+_ROW = 16
+_F16, _F32 = MatrixForm(16), MatrixForm(32)
+_INT8, _INT4 = MatrixForm(8, row=_ROW), MatrixForm(4, block=32, scale=2, row=_ROW)
+_NBITS8, _NBITS4 = MatrixForm(8, block=32, scale=4), MatrixForm(4, block=32, scale=4)
+
+
+def _qnn(precision: str, products: MatrixForm, vocabulary: MatrixForm, cache: float, layer: int) -> Form:
+    return Form(
+        "qnn", precision, products, vocabulary, _F16, embedding_mapped=True, rest=2, cache=cache, static=True,
+        chunk=128, layer=layer, part_bytes=PART_BYTES,
+    )  # fmt: skip
+
+
+def _onnx(
+    precision: str, products: MatrixForm, table: MatrixForm, cache: float, packed: float = 1.0, kept_scale: int = 4
+) -> Form:
+    return Form(
+        "onnx", precision, products, table, table, embedding_mapped=False, rest=4, cache=cache, static=False,
+        chunk=CHUNK, cache_copies=2, packed=packed, kept_scale=kept_scale, shares_table=True,
+    )  # fmt: skip
+
+
+_INT8_QNN, _INT4_ONNX = _qnn("int8", _INT8, _INT8, 1, 150_000), _onnx("int4", _NBITS4, _NBITS8, 4, packed=1.25)
+_EXACT = _onnx("exact", _F32, _F32, 4, kept_scale=0)
+FORMS: Mapping[str, Mapping[str, Form]] = {
+    "qnn": {
+        "auto": _INT8_QNN,
+        "int8": _INT8_QNN,
+        "int4": _qnn("int4", _INT4, _INT8, 1, 95_000),
+        "f16": _qnn("f16", _F16, _F16, 2, 550_000),
+    },
+    "onnx": {
+        "auto": _INT4_ONNX,
+        "int4": _INT4_ONNX,
+        "int8": _onnx("int8", _NBITS8, _NBITS8, 4, packed=1.2),
+        "f16": _onnx("f16", _F16, _F16, 2),
+        "f32": _EXACT,
+        "exact": _EXACT,
+    },
+}
+"""By format and `precision`."""
+
+
+def form_of(format: str, precision: str, decoder: Decoder) -> Form:
+    """How a format keeps a decoder in a precision; of a format that is not known here as `memory` plans for all.
+
+    Raises:
+        OptionError: the format does not have the precision.
+    """
+    forms = FORMS.get(format)
+    if forms is None:
+        form = MatrixForm(8 * weight_bytes(decoder, precision) / max(decoder.parameters, 1))
+        cache = 4 if precision in ("f32", "exact") else 2
+        return Form(format, precision, form, form, form, False, 4, cache, False, CHUNK, shares_table=True)
+    if precision not in forms:
+        raise OptionError(f"{format} has no precision={precision!r}", f"It has {', '.join(forms)}")
+    return forms[precision]
