@@ -45,6 +45,8 @@ class Phones(MadeUp):
             "arch": device.arch.encode(),
             "shared/table.bin": b"one for all",
             "shared/own.bin": device.arch.encode(),
+            "libraries.json": b'["libone.so", "libtwo.so"]',
+            "memory.json": b'{"weights": 1000, "cache_per_token": 10}',
             "errors.json": json.dumps([{"node": "worst", "error": 0.5}, {"node": "better", "error": 0.1}]).encode(),
         }
         return Artifact(files, {**made.requires, "arch": device.arch}, made.notes)
@@ -139,7 +141,12 @@ def test_what_is_compiled_for_elsewhere_is_proved_where_an_emulator_is(here: Any
     here.use(phones)
     made = export(target=HEXAGON)
     assert here.jobs == ["prepare", "prove"]
-    fidelity = manifest_of(made.folder)["variants"][0]["fidelity"]
+    [variant] = manifest_of(made.folder)["variants"]
+    assert variant["libraries"] == ["libone.so", "libtwo.so"]
+    assert (variant["memory"]["weights"], variant["memory"]["cache_per_token"]) == (1000, 10)
+    workspace = variant["memory"]["workspace"]
+    assert variant["memory"]["at"] == {"512": 1000 + 512 * 10 + workspace}
+    fidelity = variant["fidelity"]
     assert fidelity["where"] == "an emulator, on cpu"
     assert fidelity["kl"] < 1e-6
     assert (fidelity["top1"], fidelity["tokens"] > 4) == (1.0, True)
@@ -148,6 +155,24 @@ def test_what_is_compiled_for_elsewhere_is_proved_where_an_emulator_is(here: Any
     assert export(target=HEXAGON, verify="off", overwrite=True).variants[0].fidelity is None
     phones.emulated = False
     assert export(target=HEXAGON, overwrite=True).variants[0].fidelity is None
+
+
+def test_what_the_emulator_cannot_open_is_compiled_for_it_once_more_and_not_kept(here: Any, export: Any) -> None:
+    class Sharing(Phones):
+        def check(self, artifact: Any, device: Any) -> Verdict:
+            fits = device.arch == artifact.requires["arch"]
+            return Verdict("ok") if fits else Verdict("never", "shares its weights")
+
+    phones = Sharing()
+    here.use(phones)
+    made = export(target=HEXAGON)
+    assert phones.calls.count("compile") == 2
+    fidelity = made.variants[0].fidelity
+    assert fidelity["where"] == "an emulator, on cpu, compiled for it once more"
+    assert fidelity["kl"] < 1e-6
+    assert not list((here.cache.root / "artifacts").glob("*/files/arch")), "both are gone: one moved into the bundle"
+    _, [found] = replay(made.folder, cache=here.cache)
+    assert (found.state, "shares its weights" in found.text) == ("not here", True)
 
 
 def test_what_diverges_is_not_shipped_and_the_worst_products_are_named(here: Any, export: Any, tmp_path: Path) -> None:

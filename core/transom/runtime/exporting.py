@@ -37,6 +37,9 @@ from transom.sparsity import Sparsity
 
 LIBRARIES_FILE = "libraries.json"
 """Of an artifact: a list of file names, of the native libraries that an app needs for it. Backends may write it."""
+MEMORY_FILE = "memory.json"
+"""Of an artifact: an object with `weights`, `workspace` and `cache_per_token` in bytes, for a backend that knows better
+than the plan made beforehand. Backends may write it."""
 
 
 @dataclass(frozen=True)
@@ -350,6 +353,7 @@ def _piece(name: str, one: _Made) -> Piece:
     memory = {}
     if plan is not None:
         memory = {"weights": plan.weights, "cache_per_token": plan.cache // plan.context, "workspace": plan.workspace}
+        memory |= {name: int(count) for name, count in (_told(stored, MEMORY_FILE) or {}).items() if name in memory}
     precision, _ = notes_of(source, stored)
     variant = Variant(
         name=name,
@@ -364,7 +368,7 @@ def _piece(name: str, one: _Made) -> Piece:
         decomposed=decomposed(stored),
         context=plan.context if plan else 0,
         memory=memory,
-        libraries=_libraries(stored),
+        libraries=tuple(map(str, _told(stored, LIBRARIES_FILE) or ())),
         fidelity=one.fidelity,
         files={},
     )
@@ -373,10 +377,10 @@ def _piece(name: str, one: _Made) -> Piece:
     return Piece(variant, stored.artifact.files, take)
 
 
-def _libraries(stored: Compiled) -> tuple[str, ...]:
-    """What the backend says that an app needs."""
-    path = stored.artifact.files.get(LIBRARIES_FILE)
-    return tuple(map(str, json.loads(path.read_text(encoding="utf-8")))) if isinstance(path, Path) else ()
+def _told(stored: Compiled, name: str) -> Any:
+    """What a file of an artifact says, JSON; None where it is not there."""
+    path = stored.artifact.files.get(name)
+    return json.loads(path.read_text(encoding="utf-8")) if isinstance(path, Path) else None
 
 
 def _npz(arrays: Mapping[str, Any]) -> bytes:

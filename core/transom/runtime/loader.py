@@ -475,11 +475,11 @@ class Loader:
             return known
         raise self._no_room("the reference's answers")
 
-    def prove(self, machine: Machine, candidate: Candidate, on: Device) -> dict[str, Any]:
+    def prove(self, machine: Machine, candidate: Candidate, on: Device, *, remove: bool) -> dict[str, Any]:
         """What `preparing.prove` finds, in a child process: an emulator may abort."""
         from transom.hardware.probe_file import to_json
 
-        found: dict[str, Any] = self._child("prove", machine, candidate, on=to_json([on]))
+        found: dict[str, Any] = self._child("prove", machine, candidate, on=to_json([on]), remove=remove)
         return found
 
     def _check_here(self, machine: Machine, candidate: Candidate, ready: Ready, session: Session) -> dict[str, Any]:

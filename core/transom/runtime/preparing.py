@@ -96,14 +96,15 @@ def prove(payload: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
     the reference: what `Variant.fidelity` holds, but for `where`.
 
     Args:
-        payload: the job with the device that it was compiled for; `on`: the device that is here.
+        payload: the job with the device that it is compiled for; `on`: the device that is here; `remove`: whether what
+            is compiled serves for this alone.
 
     Raises:
         EngineError: it cannot be opened there, or fails.
     """
     arguments = dict(payload)
-    on = from_json(arguments.pop("on"))[0]
-    desk = _Desk(arguments, progress)
+    on, remove = from_json(arguments.pop("on"))[0], arguments.pop("remove")
+    desk = _Desk({**arguments, "runs": False}, progress)  # it is not to be refused here: who asked judges the numbers
     with desk.believed() as stored:
         wanted = desk.golden()
         progress("prove", None)
@@ -116,6 +117,8 @@ def prove(payload: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
             got = selfcheck.session_logits(session, wanted["ids"].tolist(), backend.name)
         finally:
             session.close()
+        if remove:
+            stored.remove()
         golden = wanted["logits"][: len(got)]
         found = guarded(backend.name, "checking logits", lambda: selfcheck.compare(golden, got))
         return {"tokens": len(got), "kl": found.kl_mean, "top1": found.top1, "cosine": selfcheck.cosine(golden, got)}

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from transom.contract import Offer
 from transom.errors import FidelityError
+from transom.runtime.unbundling import verdict_on
+from transom.selection import Candidate
 
 if TYPE_CHECKING:
-    from transom.contract import Device
     from transom.runtime.loader import Loader, Ready
     from transom.runtime.machine import Machine
     from transom.runtime.prepared import Compiled
-    from transom.selection import Candidate
 
 ERRORS_FILE = "errors.json"
 """Of an artifact: a list of objects with `node` and `error` (relative), the worst first. Backends may write it."""
@@ -36,13 +36,18 @@ def proved(
     """
     if candidate.offer.runs_here or loader.verify == "off" or ready.source.decoder is None:
         return None
-    found = _place(machine, candidate, ready.stored)
+    found = _place(machine, candidate)
     if found is None:
         return None
-    device, offer = found
-    numbers = loader.prove(machine, candidate, device)
-    fidelity = {"where": f"{offer.why}, on {device.id}", **numbers}
-    from transom.runtime.selfcheck import LIMITS
+    own = verdict_on(candidate.backend, ready.stored.artifact, machine, found.device).state in ("ok", "slower")
+    if not own and not found.offer.by_name:
+        return None  # a real device, but another one
+    # What cannot be opened here, a chip's context with shared weights say, is compiled once more for what is here: the
+    # same graphs and numbers.
+    numbers = loader.prove(machine, candidate if own else found, found.device, remove=not own)
+    again = "" if own else ", compiled for it once more"
+    fidelity = {"where": f"{found.offer.why}, on {found.device.id}{again}", **numbers}
+    from transom.runtime.selfcheck import LIMITS  # imports NumPy
 
     exact = bool(ready.stored.origin.ingredients.get("exact", True))
     bound = LIMITS[exact][0] if max_kl is None else max_kl
@@ -63,17 +68,14 @@ def told(fidelity: Mapping[str, Any]) -> str:
     )
 
 
-def _place(machine: Machine, candidate: Candidate, stored: Compiled) -> tuple[Device, Offer] | None:
-    """The first device of this machine on which the backend itself can run what it compiled."""
-    from transom.runtime.unbundling import verdict_on
-
+def _place(machine: Machine, candidate: Candidate) -> Candidate | None:
+    """The first device of this machine that the backend itself offers to run on."""
     here = {device.id: device for device in machine.devices if device.kind != "remote"}
     for name, answer in machine.answers:
         if name != candidate.backend or not isinstance(answer, Offer) or not answer.runs_here:
             continue
-        device = here.get(answer.device_id)
-        if device is not None and verdict_on(name, stored.artifact, machine, device).state in ("ok", "slower"):
-            return device, answer
+        if answer.device_id in here:
+            return Candidate(name, here[answer.device_id], answer)
     return None
 
 
