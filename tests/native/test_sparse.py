@@ -25,8 +25,8 @@ CONTEXT = 1024
 BASE = Sparsity(0.6, dense_below=128)
 CLASSIC = Sparsity(0.3, local_window=128, columns=0, node=64, unit=64, score="mean", dense_below=128)
 DRAWS = 60
-"""About one draw in four or five is clear where nearly all is read and cut off again: 20 were too few, once in a hundred
-times."""
+"""About one draw in four or five is clear where nearly all is read and cut off again: 20 were too few, once in a
+hundred times."""
 CLOSE = 1e-4
 """A choice with less of a margin may turn out the other way by rounding; such a draw is made again."""
 
@@ -136,7 +136,7 @@ def test_narrow_caches_choose_and_give_nearly_the_same(name: str, cache: str, rn
         (wanted, (read, seen)), (got, counts) = found
         np.testing.assert_array_equal(counts[1], seen)
         assert abs(counts[0].sum() / read.sum() - 1) < 0.1, level
-        # A unit on the edge falls to the other side, and a random model's logits leap with it, those of all later tokens
-        # too: in a rare draw of more than half of the rows. An error of the kernels would be in every row.
+        # A unit on the edge falls to the other side, and a random model's logits leap with it, those of all later
+        # tokens too: in a rare draw of more than half of the rows. An error of the kernels would be in every row.
         off = np.quantile(np.linalg.norm(got - wanted, axis=-1) / np.linalg.norm(wanted, axis=-1), 0.25)
         assert off < {"bf16": 0.02, "int8": 0.06}[cache], (level, off)

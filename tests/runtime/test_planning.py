@@ -352,7 +352,9 @@ def test_no_published_figure_is_above_the_bound_of_its_phone(shaped: ModuleType)
 @pytest.mark.parametrize("precision", ["int4", "int8", "f16", "exact"])
 def test_portable_decoders_weigh_what_is_planned(shaped: ModuleType, precision: str) -> None:
     """Compiled; every weight begins on a page of its own, and tables of rotations are there, too."""
-    backend = pytest.importorskip("transom_mobile_export").OnnxDecoder()
+    from transom_mobile_export.genai import OnnxDecoder
+
+    backend = OnnxDecoder()
     graph = shaped.made_of(shaped.Drawn, 256, "bfloat16", **{**shaped.SHAPES["tiny"], "vocabulary": 2048})
     artifact = backend.compile(graph, HERE, {"precision": precision, "context": 256}, lambda stage, share: None)
     file = Path(artifact.files["model.onnx.data"])

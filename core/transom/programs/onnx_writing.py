@@ -47,13 +47,13 @@ class OnnxWriter:
         return self.several(op_type, *inputs, dtypes=(dtype or type_of(inputs[0]),), **attributes)[0]
 
     def several(
-        self, op_type: str, *inputs: ir.Value | None, dtypes: Sequence[ir.DataType], **attributes: Any
+        self, op_type: str, *inputs: ir.Value | None, dtypes: Sequence[ir.DataType], domain: str = "", **attributes: Any
     ) -> tuple[ir.Value, ...]:
-        """Append a standard operator with as many outputs as there are types."""
+        """Append an operator with as many outputs as there are types; a standard one unless a domain is named."""
         self._count += 1
         name = f"{self.scope}{op_type}_{self._count}"
         given = [ir.convenience.convert_attribute(k, v) for k, v in attributes.items()]
-        node = ir.Node("", op_type, inputs, given, num_outputs=len(dtypes), name=name)
+        node = ir.Node(domain, op_type, inputs, given, num_outputs=len(dtypes), name=name)
         for i, (value, dtype) in enumerate(zip(node.outputs, dtypes, strict=True)):
             value.name, value.type = name if i == 0 else f"{name}.{i}", ir.TensorType(dtype)
         self.graph.append(node)

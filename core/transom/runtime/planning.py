@@ -324,7 +324,7 @@ class _Planning:
             numbers = sum(layer.elements * min(context, layer.sliding_window or context) for layer in decoder.layers)
             seen = int(numbers * form.cache)
         read = sum(w.read for w in weights) + seen
-        peak = sum(w.held for w in weights) + cache * form.cache_copies + self.workspace(context)
+        peak = sum(w.held for w in weights) + cache + self.workspace(context)
         bound = None if self.memory is None else self.memory.bytes_per_second / read
         return AtContext(context, cache, peak, read, bound)
 
@@ -350,8 +350,6 @@ class _Planning:
                 f"the engine packs matrices anew, into {form.packed:g} times as much as the file has of them (as on "
                 "x86-64); pages of the file that it has read can be given back"
             )
-        if form.cache_copies > 1:
-            yield "at its peak a step has the cache twice, old and new; once where the app gives one buffer as both"
         yield "the app itself and the libraries of the engine need memory besides"
 
 

@@ -70,8 +70,6 @@ class Form:
     """Shapes are fixed: a step reads all places of the cache, filled or not, windows or not."""
     chunk: int
     """Tokens of a prefill step."""
-    cache_copies: int = 1
-    """Caches that are there during a step: 2 where the new one is made beside the old one."""
     packed: float = 1.0
     """Times of their bytes in the file that matrices take in memory."""
     layer: int = 0
@@ -116,7 +114,7 @@ def _onnx(
 ) -> Form:
     return Form(
         "onnx", precision, products, table, table, embedding_mapped=False, rest=4, cache=cache, static=False,
-        chunk=CHUNK, cache_copies=2, packed=packed, kept_scale=kept_scale, shares_table=True,
+        chunk=CHUNK, packed=packed, kept_scale=kept_scale, shares_table=True,
     )  # fmt: skip
 
 

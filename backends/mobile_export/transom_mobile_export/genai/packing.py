@@ -1,0 +1,104 @@
+"""Quantised matrices in the layout of ONNX Runtime's `MatMulNBits` and `GatherBlockQuantized`.
+
+    w[n, k] = scale[n, b] * (code[n, k] - zero_point[n, b]),  b = k // block
+
+with codes of 4 or 8 bits that are never negative, and blocks of 16, 32, 64, 128 or 256 columns. Every integer form of a
+checkpoint is written so without loss: larger blocks are cut, signed codes get 8 or 128 added, and minimums, which the
+layout lacks, become a small matrix of their own that the sums of each block's inputs are multiplied by,
+
+    sum_k x_k (s (q_k - z) + m) = sum_k x_k s (q_k - c) + (sum_k x_k) (m + s (c - z)).
+
+c, 8 or 128, is the zero point that both operators take where none is given.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from transom.graph.weights import BITS, Array, Blocked, BlockedArrays, Weight, affine
+
+SMALLEST_BLOCK, LARGEST_BLOCK = 16, 256
+
+
+def block_of(weight: Weight) -> int:
+    """Columns of a block in this layout; 0 where the matrix has no form in it: it is plain, of floats, or in blocks
+    that no 16 columns divide."""
+    if not isinstance(weight, Blocked) or weight.dtype == "float8e4m3fn" or weight.shape[1] % weight.block:
+        return 0
+    block = math.gcd(weight.block, LARGEST_BLOCK)
+    return block if block >= SMALLEST_BLOCK else 0
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A matrix [rows, columns] in this layout; there are `columns / block` blocks."""
+
+    bits: int
+    block: int
+    codes: Array
+    """uint8 [rows, blocks, block * bits / 8]; of two codes of 4 bits in a byte the first one is in the lower half."""
+    scales: Array
+    """float32 [rows, blocks]."""
+    zero_points: Array | None
+    """uint8 [rows, blocks of 8 bits or pairs of 4 bits]; None: 8 or 128 everywhere."""
+    shifts: Array | None
+    """float32 [rows, blocks], added to every number of a block; None: nothing is."""
+
+    def zero_shifts(self) -> Array | None:
+        """What zero points add to every number of a block, float32 [rows, blocks]; None where there are none."""
+        if self.zero_points is None:
+            return None
+        zeros = self.zero_points
+        if self.bits == 4:
+            zeros = np.stack([zeros & 15, zeros >> 4], -1).reshape(len(zeros), -1)[:, : self.scales.shape[1]]
+        shifts: Array = self.scales * (np.float32(1 << (self.bits - 1)) - zeros.astype(np.float32))
+        return shifts
+
+
+def pack(weight: Blocked) -> Packed:
+    """Reads a matrix that `block_of` knows, and packs it."""
+    block, bits = block_of(weight), BITS[weight.dtype]
+    centre = 1 << (bits - 1)
+    signed = weight.dtype in ("int4", "int8")
+    rows, columns = weight.shape
+    parts = weight.load()
+    cut = weight.block // block
+
+    def each(part: Array) -> Array:
+        """For each block what the larger one before it was cut has."""
+        return part if cut == 1 else np.repeat(part, cut, axis=1)
+
+    scales = each(parts.scales.astype(np.float32))
+    zeros = shifts = None
+    if weight.has_minimums:
+        shifts = each(_shifts(parts, centre if signed else 0, centre))
+    elif parts.zero_points is not None or not signed:
+        stored = np.zeros(parts.scales.shape, np.uint8) if parts.zero_points is None else parts.zero_points
+        zeros = _in_bytes(each(_unsigned(stored, centre if signed else 0)), bits)
+    codes = _in_bytes(_unsigned(parts.quants, centre if signed else 0), bits)
+    codes = codes.reshape(rows, columns // block, block * bits // 8)
+    return Packed(bits, block, codes, np.ascontiguousarray(scales), zeros, shifts)
+
+
+def _unsigned(codes: Array, added: int) -> Array:
+    """int8 or uint8 codes plus what makes them uint8, without a wider copy: sums wrap around as they should."""
+    return codes.view(np.uint8) + np.uint8(added)
+
+
+def _shifts(parts: BlockedArrays, added: int, centre: int) -> Array:
+    """What is missing when codes are taken for distances from the centre: float32, for each stored block."""
+    scales, minimums, zero = affine(parts, added)
+    shift: Array = np.float32(centre - zero) * scales.astype(np.float32)
+    return shift if minimums is None else shift + minimums.astype(np.float32)
+
+
+def _in_bytes(codes: Array, bits: int) -> Array:
+    """uint8 codes [rows, count], two in a byte where they have 4 bits; an odd last one has 0 beside it."""
+    if bits == 8:
+        return np.ascontiguousarray(codes)
+    if codes.shape[1] % 2:
+        codes = np.pad(codes, ((0, 0), (0, 1)))
+    return np.ascontiguousarray(codes[:, 0::2] | (codes[:, 1::2] << 4))

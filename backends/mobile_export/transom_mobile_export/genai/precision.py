@@ -1,0 +1,67 @@
+"""In what numbers a portable decoder computes, by what was asked for.
+
+| `precision` | What it means |
+|---|---|
+| `exact`, `f32` | float32 throughout, quantised matrices unpacked; for checking, not for phones |
+| `f16` | plain matrices, their products and the cache in float16 |
+| `int8` | plain matrices in int8, a scale for each 32 columns |
+| `int4` | plain matrices in int4, a scale for each 32 columns; the vocabulary matrix and the embeddings in int8 |
+| `auto` | `int4` |
+
+What the checkpoint has quantised stays as it is stored, whatever is asked for but `exact`. Activations between products
+are float32. Where a matrix is of integers, ONNX Runtime rounds what it multiplies to int8, a scale for each block
+(`accuracy_level` 4 of its `MatMulNBits`): that is what makes such products fast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from transom.errors import OptionError
+
+if TYPE_CHECKING:
+    from transom.contract import Options
+
+NAMES = ("auto", "exact", "f32", "f16", "int8", "int4")
+
+
+@dataclass(frozen=True)
+class Precision:
+    """A resolved choice."""
+
+    number: Literal["float32", "float16"] = "float32"
+    """Of plain matrices, their products and the cache."""
+    rounded: Literal["", "int8", "int4"] = ""
+    """What plain matrices are rounded to; empty: nothing."""
+    exact: bool = False
+    """Whether quantised matrices are unpacked."""
+
+    def describe(self, forms: Sequence[str]) -> str:
+        """As a report has it.
+
+        Args:
+            forms: element types of the matrices as they are written.
+        """
+        names = " and ".join(sorted(set(forms), key=lambda form: (-forms.count(form), form)))
+        inputs = ", int8 inputs of integer products" if any(form.startswith("int") for form in forms) else ""
+        return f"{names} weights{inputs}, {self.number} cache, float32 between products"
+
+
+def resolve(options: Options) -> Precision:
+    """The precision for these options.
+
+    Raises:
+        OptionError: there is none of this name here.
+    """
+    asked = str(options.get("precision") or "auto")
+    if asked not in NAMES:
+        raise OptionError(
+            f"precision={asked!r} is none of a portable ONNX decoder's", f"It is one of {', '.join(NAMES)}"
+        )
+    if asked in ("exact", "f32"):
+        return Precision(exact=True)
+    if asked == "f16":
+        return Precision("float16")
+    return Precision(rounded="int8" if asked == "int8" else "int4")

@@ -1,0 +1,63 @@
+"""What the backend says of each device and of each artifact, from the host's records and installed packages alone."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from importlib import metadata
+
+from transom.contract import Device, Offer, Refusal, Verdict
+
+INSTALL = "pip install 'transom[onnx]'"
+FORMAT = "1"
+"""Of the files that this backend writes."""
+NEEDED = "onnx_decoder"
+"""The one thing that such a model needs: a runtime that knows this format."""
+OLDEST = (1, 24)
+"""The oldest ONNX Runtime that all of these models were tried with."""
+NAMED = "ONNX Runtime {} or newer, with GenAI"
+
+
+def serves(device: Device) -> bool:
+    """Whether models are written for such a device, which is not here: a phone's or a board's processor."""
+    return device.kind == "remote" and (device.arch == "aarch64" or device.arch.startswith("hexagon_"))
+
+
+def answer(device: Device) -> Offer | Refusal:
+    """Yes or no for one device."""
+    if serves(device):
+        return Offer(device.id, "generic", NAMED.format(".".join(map(str, OLDEST))), runs_here=False)
+    if device.kind != "cpu" or device.members:
+        reason = f"writes models for the processors of phones and boards, and runs them on the CPU; {device.id} is none"
+        return Refusal(device.id, "wrong_device", reason)
+    found = installed()
+    if found is None:
+        return Refusal(device.id, "missing_dep", "the package onnxruntime is not installed", INSTALL)
+    if numbers(found) < OLDEST:
+        oldest = ".".join(map(str, OLDEST))
+        reason = f"onnxruntime {found} is installed, and {oldest} or newer is needed"
+        return Refusal(device.id, "too_old", reason, f"{INSTALL} -U")
+    return Offer(device.id, "generic", f"ONNX Runtime {found}", by_name=True)
+
+
+def judge(requires: Mapping[str, str], device: Device) -> Verdict:
+    """May a model be opened on this device?"""
+    if requires.get(NEEDED) != FORMAT:
+        return Verdict("rebuild", "written by another version of Transom's backend onnx")
+    if device.kind == "cpu" or serves(device):
+        return Verdict("ok")
+    return Verdict("never", f"a portable ONNX decoder runs on CPUs, and {device.id} is none")
+
+
+@functools.cache
+def installed() -> str | None:
+    """The version of ONNX Runtime that is installed here."""
+    try:
+        return metadata.version("onnxruntime")
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def numbers(version: str) -> tuple[int, ...]:
+    """`(1, 24)` of `"1.24.1"`."""
+    return tuple(int(part) for part in version.split(".")[:2] if part.isdigit())

