@@ -17,17 +17,18 @@ run: .venv/.ready $(if $(MODEL),,$(SAMPLE))
 export PROMPT
 
 # Two processes side by side, so that two cores have about as much to do; what the second one said comes last. Triton's
-# interpreter needs a process of its own, and the TensorRT backend's tests come after it. Processes in the background do
+# interpreter needs a process of its own, and the tests of what is built for elsewhere come after it. Processes in the background do
 # not hear of Ctrl-C, so whatever ends this shell ends them; a shell runs no EXIT trap when a signal ends it.
 test: .venv-test/.ready
 ifeq ($(strip $(ARGS)),)
+	@PYTHON=.venv-test/bin/python .ci/edge-tools || echo "The tests of examples/edge skip what needs these."
 	@log=$$(mktemp); trap 'kill $$other 2> /dev/null; rm -f $$log' EXIT; trap 'exit 1' HUP INT TERM; \
 	(trap 'kill $$child 2> /dev/null; exit 1' HUP TERM; \
 	TRITON_INTERPRET=1 .venv-test/bin/python -m pytest tests/cuda_triton & child=$$!; wait $$child; first=$$?; \
-	.venv-test/bin/python -m pytest tests/tensorrt & child=$$!; wait $$child; exit $$((first | $$?))) > $$log 2>&1 & \
-	other=$$!; \
-	.venv-test/bin/python -m pytest --ignore tests/tensorrt; mine=$$?; \
-	echo "CUDA kernels in Triton's interpreter, and the TensorRT backend:"; wait $$other; theirs=$$?; cat $$log; \
+	.venv-test/bin/python -m pytest tests/tensorrt tests/mobile_export & child=$$!; wait $$child; \
+	exit $$((first | $$?))) > $$log 2>&1 & other=$$!; \
+	.venv-test/bin/python -m pytest --ignore tests/tensorrt --ignore tests/mobile_export; mine=$$?; \
+	echo "CUDA kernels in Triton's interpreter, the TensorRT backend, and bundles for phones:"; wait $$other; theirs=$$?; cat $$log; \
 	exit $$((mine | theirs))
 else
 	@.venv-test/bin/python -m pytest $(ARGS)

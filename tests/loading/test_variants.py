@@ -114,14 +114,19 @@ def test_variants_with_the_same_files_have_them_once(here: Any, export: Any) -> 
 def test_each_format_is_a_variant_and_the_engine_comes_before_the_emulator(
     here: Any, export: Any, elsewhere: Any
 ) -> None:
-    here.use(Phones(), Portable("portable"), MadeUp("native", band="tuned"))
+    phones, portable = Phones(), Portable("portable")
+    here.use(phones, portable, MadeUp("native", band="tuned"))
     made = export(target=HEXAGON, format="phones,portable")
     assert [v.name for v in made.variants] == ["phones", "portable"]
     elsewhere()
     with here.load(made.folder) as model:
         assert model.report.backend == "portable"  # of the same rank as an emulator by name, but of a better band
+    opened = len(portable.calls)
     with here.load(made.folder, backend="phones") as model:
         assert model.report.backend == "phones"
+    assert phones.calls[-2:] == ["load", "load"], "checked, and opened"
+    assert len(portable.calls) == opened
+    with here.load(made.folder, backend="phones") as model:
         assert "an emulator" in model.report.why
     with pytest.raises(OptionError, match=r"one of these: phones \(backend='phones'\), portable"):
         here.load(made.folder, backend="native")

@@ -116,8 +116,19 @@ def lower(graph: Graph, backend: Backend, device: Device, options: Options) -> L
     raise UnsupportedError(
         f"The backend {backend.name} cannot run {len(nodes)} node{'s' * (len(nodes) > 1)} of this model",
         "Choose another backend, or see every node with: transom explain MODEL",
-        refusal_lines([(operator, name, refused[name]) for operator, name in nodes]),
+        _reasons_before(graph, lowered) + refusal_lines([(operator, name, refused[name]) for operator, name in nodes]),
     )
+
+
+def _reasons_before(graph: Graph, lowered: Lowered) -> list[str]:
+    """Why nodes were refused that were tried in simpler operators in vain: what is refused inside them tells less."""
+    names = tuple(lowered.refused)
+    tried = [
+        (operator_name(n.domain, n.op_type), str(n.name), lowered.decomposed[str(n.name)])
+        for n in graph.nodes()
+        if n.name in lowered.decomposed and any(inner.startswith(f"{n.name}.") for inner in names)
+    ]
+    return [f"{line}; tried in simpler operators" for line in refusal_lines(tried)]
 
 
 def operator_name(domain: str, op_type: str) -> str:

@@ -81,9 +81,16 @@ def golden(payload: Mapping[str, Any], progress: Progress) -> None:
 
 
 def check(payload: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
-    """Open a bundle where it has never run, and hold it against the answers that it carries; the verdict."""
-    desk = _Desk(payload, progress)
-    bundle = open_bundle(Path(desk.job.model), desk.cache, progress)
+    """Open a bundle where it has never run, and hold it against the answers that it carries; the verdict.
+
+    Args:
+        payload: the job, and the name of the `variant`.
+    """
+    arguments = dict(payload)
+    name = arguments.pop("variant")
+    desk = _Desk(arguments, progress)
+    whole = open_bundle(Path(desk.job.model), desk.cache, progress)
+    bundle = whole.of(next(v for v in whole.manifest.variants if v.name == name))
     try:
         desk.take(bundle.source)
         return desk.check(bundle, bundle.golden() if desk.job.verify else {})

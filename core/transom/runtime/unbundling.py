@@ -217,7 +217,7 @@ class _Loader(Loader):
     def _prepare(self, machine: Machine, candidate: Candidate) -> Ready:
         job = self._job(machine, candidate)
         with self.stages.time("child check"):
-            told = self._child("check", machine, candidate)
+            told = self._child("check", machine, candidate, variant=self._bundle.variant.name)
         self._bundle.record_verdict(job.place, told)
         found = self._find(machine, candidate, told)
         if isinstance(found, str):

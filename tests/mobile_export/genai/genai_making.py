@@ -70,7 +70,12 @@ def app_files(graph: Graph, it: Made, generation: GenerationDefaults, **texts: b
     assert graph.decoder is not None
     manifest = {"decoder": json.loads(graph.decoder.to_json())}
     (told,) = (note for note in it.artifact.notes if note.startswith("precision: "))
-    variant = {"name": VARIANT, "context": it.context, "precision": told.removeprefix("precision: ")}
+    variant = {
+        "name": VARIANT,
+        "files": {"model.onnx": f"{VARIANT}/model.onnx"},
+        "context": it.context,
+        "precision": told.removeprefix("precision: "),
+    }
     given = {"generation.json": json.dumps(generation.to_json()).encode(), **texts}
     return dict(BACKEND.app_files(manifest, variant, given))
 

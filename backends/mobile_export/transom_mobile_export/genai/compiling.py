@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 from pathlib import Path
@@ -17,9 +18,15 @@ from transom_mobile_export.genai.writing import RuntimeWriter
 
 if TYPE_CHECKING:
     from transom.graph import Graph
+    from transom.signature import Decoder
 
 PREFIX = "transom-onnx-"
 MODEL_FILE, DATA_FILE, DECODER_FILE = "model.onnx", "model.onnx.data", "decoder.json"
+MEMORY_FILE, LIBRARIES_FILE = "memory.json", "libraries.json"
+LIBRARIES = ("libonnxruntime.so", "libonnxruntime-genai.so")
+"""What an Android app needs, by file name; the runner needs the first alone."""
+CHUNK = 512
+"""Tokens of a prompt that run at once: the logits of all of them would be a large part of a phone's memory."""
 
 
 def compile_graph(graph: Graph, options: Options, progress: Progress) -> Artifact:
@@ -50,9 +57,20 @@ def compile_graph(graph: Graph, options: Options, progress: Progress) -> Artifac
     except BaseException:  # a cancelled compile leaves nothing behind either
         shutil.rmtree(folder, ignore_errors=True)
         raise
+    size = (folder / DATA_FILE).stat().st_size
     files: dict[str, bytes | Path] = {
+        MEMORY_FILE: json.dumps(_memory(decoder, context, size, half=precision.number == "float16")).encode(),
+        LIBRARIES_FILE: json.dumps(LIBRARIES).encode(),
         MODEL_FILE: folder / MODEL_FILE, DATA_FILE: folder / DATA_FILE, DECODER_FILE: decoder.to_json().encode(),
     }  # fmt: skip
     requires = {NEEDED: FORMAT} | ({"context": str(context)} if context < decoder.context else {})
     notes = [f"precision: {precision.describe(lowered.forms)}", *rounding.notes(lowered.rounded)]
     return Artifact(files, requires, notes)
+
+
+def _memory(decoder: Decoder, context: int, size: int, *, half: bool) -> dict[str, int]:
+    """Bytes: the file of weights, the cache of one token, and what running takes besides: ONNX Runtime packs integer
+    matrices anew, into about 1.25 times as much as the file has."""
+    width = sum(layer.kv_heads * (layer.head_dim + layer.value_dim) for layer in decoder.layers)
+    logits = min(CHUNK, context) * decoder.vocabulary * 4
+    return {"weights": size, "cache_per_token": width * (2 if half else 4), "workspace": size // 4 + logits}

@@ -6,10 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from transom.text.defaults import GenerationDefaults
-from transom_mobile_export.genai.compiling import MODEL_FILE
+from transom_mobile_export.genai.compiling import CHUNK, MODEL_FILE
 
-CHUNK = 512
-"""Tokens of a prompt that run at once: the logits of all of them would be a large part of a phone's memory."""
 LENGTH = 2048
 """Tokens of a sequence unless an app says otherwise by `max_length`: GenAI makes and fills the cache for all of them
 before the first one."""
@@ -34,7 +32,7 @@ def genai_config(
         "eos_token_id": list(generation.eos_ids),
         "pad_token_id": padding(generation),
         "decoder": {
-            "filename": f"{variant['name']}/{MODEL_FILE}",
+            "filename": variant["files"][MODEL_FILE],
             "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
             "hidden_size": decoder["hidden"],
             "num_hidden_layers": len(layers),

@@ -1,0 +1,253 @@
+"""Compile: a decoder, rounded as asked for, as static graphs, and what QNN makes of them.
+
+The ONNX models that QNN compiles are written into a temporary folder and removed: an app needs the contexts alone.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx_ir as ir
+
+from transom.contract import Artifact, Device, Options, Progress
+from transom.errors import OptionError, UnsupportedError
+from transom.graph.weights import held
+from transom.programs.drafting import NoForm
+from transom.programs.onnx_writing import IR_VERSION
+from transom_mobile_export.htp import probing, sdk
+from transom_mobile_export.htp.claims import Drafted, drafted
+from transom_mobile_export.htp.encoding import LARGEST_WIDE, RoundedMatrices, add_half_cache, add_rounding
+from transom_mobile_export.htp.layout import (
+    CACHE_BYTES,
+    CHUNK,
+    EMBEDDING_FILE,
+    ERRORS_FILE,
+    LARGEST,
+    LIBRARIES_FILE,
+    MEMORY_FILE,
+    VARIANT_FILE,
+    PartFiles,
+    Variant,
+    cache_layers,
+)
+from transom_mobile_export.htp.lowering import Matrices, lower, plain
+from transom_mobile_export.htp.measuring import Deviation, measure
+from transom_mobile_export.htp.observing import SMALL, UNSEEN, Seen, observe, rows_of
+from transom_mobile_export.htp.parts import Part, plan_parts
+from transom_mobile_export.htp.precision import Precision, resolve
+
+if TYPE_CHECKING:
+    from transom.graph import Graph
+    from transom.programs.drafting import Draft
+
+PREFIX = "transom-qnn-"
+RANDOM_TEXTS = (4, 64)
+"""Texts of random tokens and their length, for a model without a tokenizer."""
+ROWS_AT_ONCE = 4096
+"""Rows of the embedding that are written at a time."""
+SHARES = {"observe": (0.0, 0.3), "measure": (0.3, 0.4), "embed": (0.4, 0.45), "compile": (0.45, 1.0)}
+"""Of the progress bar, from where to where."""
+
+
+def compile_graph(
+    graph: Graph, device: Device, options: Options, progress: Progress, *, chunk: int = CHUNK, largest: int = LARGEST
+) -> Artifact:
+    """The artifact of a decoder all of whose nodes were claimed. Large files lie in a temporary folder, which the host
+    empties.
+
+    Args:
+        chunk: new tokens of a prefill, at most.
+        largest: bytes of weights that one part may have.
+
+    Raises:
+        UnsupportedError: the HTP does not have an operator, or the model cannot be cut where it has to be.
+        DoesNotFit: a single layer is too large for a context.
+        OptionError: the precision cannot be had for this checkpoint.
+        EngineError: QNN cannot compile it; its own words are in the message.
+    """
+    chip = probing.target(device)
+    precision = resolve(options, chip.htp_arch)
+    try:
+        model = drafted(graph, precision)
+    except NoForm as e:
+        raise UnsupportedError(f"The node {e.node.name} cannot be run: {e.reason}", "Use another backend") from e
+    decoder = model.drafting.decoder
+    asked: Any = options.get("context")
+    context = min(int(asked or decoder.context), decoder.context)
+    chunk = min(chunk, context)
+    parts = plan_parts(model.layers, largest=largest)
+    notes = [f"precision: {precision.describe()}", *plan_notes(parts)]
+    folder = Path(tempfile.mkdtemp(prefix=PREFIX))
+    try:
+        prepared = Prepared(model, precision, Seen({}, UNSEEN), plain)
+        files: dict[str, bytes | Path] = {}
+        matrices = folder / "matrices"
+        matrices.mkdir()
+        if precision.rounded:
+            prepared, errors, said = _rounded(
+                model, precision, texts_of(options, decoder.vocabulary), matrices, progress
+            )
+            files[ERRORS_FILE] = errors
+            notes += said
+        table = folder / Path(EMBEDDING_FILE).name
+        write_embedding(model.embed, table, _told(progress, "embed"))
+        variant = Variant(
+            context, chunk, decoder.vocabulary, decoder.hidden, float(model.embed.scale), cache_layers(decoder),
+            precision.cache, prepared.seen.mask_low,
+            tuple(PartFiles(f"part{i}_prefill.onnx", f"part{i}_decode.onnx", (p.first, p.end))
+                  for i, p in enumerate(parts)),
+            chip.soc_model, chip.htp_arch,
+        )  # fmt: skip
+        share, tell = probing.shares(device), _told(progress, "compile")
+        binaries: dict[str, Path] = {}
+        for i, (part, names) in enumerate(zip(parts, variant.parts, strict=True)):
+            tell(i / len(parts))
+            binaries |= _compile_part(prepared, part, names, variant, folder, share)
+        shutil.rmtree(matrices)
+        size = sum(path.stat().st_size for path in binaries.values())
+        kind = "prefill and decode share weights" if share else "prefill and decode have their own"
+        notes.append(f"{len(parts)} part{'s' if len(parts) > 1 else ''} of {size / 1e6:.1f} MB in all; {kind}")
+        files |= {VARIANT_FILE: variant.to_json().encode(), EMBEDDING_FILE: table, **binaries}
+        files[LIBRARIES_FILE] = json.dumps(probing.libraries(chip.htp_arch)).encode()
+        files[MEMORY_FILE] = json.dumps(_memory(variant, size)).encode()
+        progress("compile", 1.0)
+        return Artifact(files, probing.requirements(device, context), notes)
+    except BaseException:  # a cancelled compile leaves nothing behind either
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """All that graphs are written from."""
+
+    model: Drafted
+    precision: Precision
+    seen: Seen
+    matrices: Matrices
+
+
+def _rounded(
+    model: Drafted, precision: Precision, texts: tuple[Sequence[Sequence[int]], str], folder: Path, progress: Progress
+) -> tuple[Prepared, bytes, list[str]]:
+    """What rounded graphs are written from, what rounding does as JSON, and notes of it."""
+    seen = observe(model, texts[0], _told(progress, "observe"))
+    matrices = RoundedMatrices(precision, seen.squares, folder)
+    worst = measure(model, precision, seen, matrices, texts[0][0], _told(progress, "measure"))
+    notes = [texts[1], error_note(worst)]
+    if seen.widest > LARGEST_WIDE:
+        notes.append(
+            f"the hidden state has magnitudes up to {seen.widest:.4g}, too near the end of float16: it is rounded to "
+            "uint16"
+        )
+    errors = json.dumps([asdict(deviation) for deviation in worst], indent=1).encode()
+    return Prepared(model, precision, seen, matrices), errors, notes
+
+
+def plan_notes(parts: Sequence[Part]) -> list[str]:
+    """The plan for people; one part needs none."""
+    if len(parts) == 1:
+        return []
+    sizes = "; ".join(f"{part.name}: {part.bytes / 1e6:.1f} MB" for part in parts)
+    return [f"the weights are too large for one context and are cut into {len(parts)} parts: {sizes}"]
+
+
+def texts_of(options: Options, vocabulary: int) -> tuple[Sequence[Sequence[int]], str]:
+    """What activations are seen on, and a note of it."""
+    given: Any = options.get("calibration") or ()
+    texts = [text for text in given if len(text)]
+    if texts:
+        return texts, f"activations are rounded by what {sum(map(len, texts))} tokens of text showed"
+    rng = np.random.default_rng(0)
+    return rng.integers(0, vocabulary, RANDOM_TEXTS).tolist(), (
+        "activations are rounded by what random tokens showed, since there are no texts: the model has no tokenizer"
+    )
+
+
+def error_note(worst: Sequence[Deviation]) -> str:
+    products = [d.error for d in worst if d.what == "product"]
+    first = next(d for d in worst if d.what == "product")
+    return (
+        f"rounding: products are off by {sum(products) / len(products):.2%} (mean), at most {first.error:.2%} "
+        f"({first.node}); all of them are in {ERRORS_FILE}"
+    )
+
+
+def write_embedding(embed: Draft, path: Path, progress: Callable[[float], None]) -> None:
+    """The table as float16 rows, [vocabulary, hidden], not scaled.
+
+    Raises:
+        OptionError: a number is too large for float16.
+    """
+    weight = embed.weight
+    assert weight is not None
+    weight = held(weight)
+    rows = weight.shape[0]
+    with path.open("wb") as file:
+        for start in range(0, rows, ROWS_AT_ONCE):
+            wide = rows_of(weight, range(start, min(rows, start + ROWS_AT_ONCE)))
+            with np.errstate(over="ignore"):
+                narrow = wide.astype("<f2")
+            if not np.isfinite(narrow).all():
+                raise OptionError(
+                    f"The embedding has numbers up to {np.abs(wide).max():.4g}, and float16 ends at 65504",
+                    "Use another backend",
+                )
+            file.write(narrow.tobytes())
+            progress(start / rows)
+
+
+def _compile_part(
+    prepared: Prepared, part: Part, names: PartFiles, variant: Variant, folder: Path, share: bool
+) -> dict[str, Path]:
+    """Both graphs of a part; the files of their contexts by name."""
+    chip = probing.Chip(variant.soc_model, variant.htp_arch)
+    sessions = []
+    for tokens, name in ((variant.chunk, names.prefill), (1, names.decode)):
+        with tempfile.TemporaryDirectory(prefix="graph-", dir=folder) as sources:
+            source = Path(sources) / name
+            write_graph(prepared, part, source, tokens, variant.context)
+            sessions.append(sdk.compile_context(source, folder / name, chip, share=share, last=name == names.decode))
+    del sessions
+    stems = tuple(Path(name).stem for name in (names.prefill, names.decode))
+    return {path.name: path for path in sorted(folder.iterdir()) if path.name.startswith(stems)}
+
+
+def write_graph(prepared: Prepared, part: Part, path: Path, tokens: int, context: int) -> None:
+    """One graph of a part as QNN is given it."""
+    drafting, precision = prepared.model.drafting, prepared.precision
+    lowered = lower(drafting, part, tokens=tokens, cached=context, context=context, matrices=prepared.matrices)
+    if precision.rounded:
+        add_rounding(lowered, prepared.seen, ir.DataType[precision.cache.upper()])
+    else:
+        add_half_cache(lowered)
+    written = ir.Model(lowered.graph, ir_version=IR_VERSION, producer_name="transom")
+    ir.save(written, path, external_data=f"{path.stem}.weights", size_threshold_bytes=SMALL)
+
+
+def _told(progress: Progress, stage: str) -> Callable[[float], None]:
+    begin, end = SHARES[stage]
+
+    def tell(share: float) -> None:
+        progress(stage, begin + (end - begin) * share)
+
+    tell(0.0)
+    return tell
+
+
+def _memory(variant: Variant, size: int) -> dict[str, int]:
+    """Bytes on the chip and in the app: the contexts, the cache of one token, and what a prefill takes in and gives."""
+    number = CACHE_BYTES[variant.cache]
+    rows = variant.chunk * (2 * variant.hidden + variant.context + variant.chunk) + variant.vocabulary
+    return {
+        "weights": size,
+        "cache_per_token": sum(c.kv_heads * (c.head_dim + c.value_dim) * number for c in variant.layers),
+        "workspace": 4 * rows,
+    }

@@ -1,0 +1,198 @@
+"""What the backend says of each device and of each artifact, from the host's records and installed packages alone."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from transom.contract import Device, Offer, Refusal, Verdict
+
+INSTALL = "pip install 'transom[qnn]'"
+QNN, ORT = "onnxruntime-qnn", "onnxruntime"
+OLDEST = (2, 7)
+"""Of onnxruntime-qnn: what this backend was tried with."""
+FORMAT = "1"
+"""Of the files that this backend writes."""
+SHARING_SINCE = 73
+"""The Hexagon version from which on the graphs of a context share their weights."""
+SOC_MODELS: Mapping[int, tuple[str, int]] = {
+    36: ("SM8450", 69), 42: ("SM8475", 69), 43: ("SM8550", 73), 57: ("SM8650", 75), 60: ("SC8380XP", 73),
+    69: ("SM8750", 79), 87: ("SM8850", 81),
+}  # fmt: skip
+"""`QNN_SOC_MODEL_*` -> chip, Hexagon version: QNN's QnnTypes.h and its table of supported devices. QNN's compiler takes
+any pair of the two and says nothing; a binary of a wrong pair does not open on the phone."""
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What is compiled for."""
+
+    soc_model: int
+    htp_arch: int
+    """73 for Hexagon v73."""
+
+
+EMULATED = Chip(43, 73)
+"""What is compiled for where the emulator is to run it."""
+
+
+def answer(device: Device, packages: Mapping[str, str] | None = None) -> Offer | Refusal:
+    """Yes or no for one device.
+
+    Args:
+        packages: for tests; versions of installed packages, as `installed` gives them.
+    """
+    if device.kind == "cpu":
+        return _emulator(device, installed() if packages is None else packages)
+    if device.kind != "remote" or not device.arch.startswith("hexagon_"):
+        reason = (
+            f"compiles for the HTP of Snapdragon chips; {device.id} is a device of kind {device.kind}, {device.arch}"
+        )
+        return Refusal(device.id, "wrong_device", reason)
+    chip = chip_of(device)
+    if isinstance(chip, str):
+        return Refusal(device.id, "wrong_device", chip, "Name a target of: transom export --target list")
+    packages = installed() if packages is None else packages
+    refused = _missing(device, packages)
+    return refused or Offer(device.id, "tuned", f"{device.arch}, QNN {packages[QNN]}", runs_here=False)
+
+
+def chip_of(device: Device) -> Chip | str:
+    """The chip of a device that is only compiled for; or why nothing is compiled for it."""
+    found = re.fullmatch(r"hexagon_v(\d+)", device.arch)
+    numbers = [device.drivers.get(key, "") for key in ("soc_model", "htp_arch")]
+    if found is None or not all(n.isdigit() for n in numbers):
+        return f"{device.id} does not say which chip it is: `drivers` has no numbers soc_model and htp_arch"
+    version, (soc_model, htp_arch) = int(found.group(1)), map(int, numbers)
+    if version < 69:
+        return f"Hexagon v{version} has neither float16 nor 4-bit blocks; v69 and newer are served"
+    if soc_model not in SOC_MODELS:
+        known = ", ".join(f"{number} ({name})" for number, (name, _) in SOC_MODELS.items())
+        return f"soc_model {soc_model} is not known here; known are {known}"
+    name, right = SOC_MODELS[soc_model]
+    if right != htp_arch or right != version:
+        return (
+            f"soc_model {soc_model} is {name}, whose HTP is v{right}, and {device.id} says v{htp_arch} ({device.arch})"
+        )
+    return Chip(soc_model, htp_arch)
+
+
+def target(device: Device) -> Chip:
+    """What a device that was offered is compiled for."""
+    chip = EMULATED if device.kind == "cpu" else chip_of(device)
+    assert isinstance(chip, Chip)
+    return chip
+
+
+def shares(device: Device) -> bool:
+    """Whether prefill and decode are put into one context, with one copy of the weights.
+
+    The emulator dies of a context with shared weights (onnxruntime-qnn 2.7): it gets one context for each.
+    """
+    return device.kind == "remote" and target(device).htp_arch >= SHARING_SINCE
+
+
+def _missing(device: Device, packages: Mapping[str, str]) -> Refusal | None:
+    machine = packages.get("machine", "")
+    if machine not in ("x86_64", "amd64"):
+        reason = f"QNN's compiler runs on x86-64, and this machine is {machine or 'not known'}"
+        return Refusal(device.id, "missing_feature", reason, "Compile on a machine with an x86-64 processor")
+    for package in (ORT, QNN):
+        if package not in packages:
+            return Refusal(device.id, "missing_dep", f"the package {package} is not installed", INSTALL)
+    if numbers(packages[QNN]) < OLDEST:
+        least = ".".join(map(str, OLDEST))
+        reason = f"{QNN} {packages[QNN]} is installed and {least} or newer is needed"
+        return Refusal(device.id, "too_old", reason, f"{INSTALL} -U")
+    return None
+
+
+def _emulator(device: Device, packages: Mapping[str, str]) -> Offer | Refusal:
+    if device.arch != "x86_64":
+        return Refusal(device.id, "wrong_device", f"Qualcomm's HTP emulator runs on x86_64, not on {device.arch}")
+    why = f"Qualcomm's HTP emulator, for checking: QNN {packages.get(QNN)}, onnxruntime {packages.get(ORT)}"
+    return _missing(device, packages) or Offer(device.id, "fallback", why, by_name=True)
+
+
+@functools.cache
+def installed() -> Mapping[str, str]:
+    """Versions by package, of those that are installed; and `machine`, the processor as Python names it."""
+    import platform
+
+    found = {"machine": platform.machine().lower()}
+    for package in (QNN, ORT):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def numbers(version: str) -> tuple[int, ...]:
+    """(2, 7) of "2.7.0"."""
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+
+
+def requirements(device: Device, context: int) -> dict[str, str]:
+    """What a model compiled for a device needs."""
+    chip = target(device)
+    return {
+        "format": FORMAT, "soc_model": str(chip.soc_model), "htp_arch": str(chip.htp_arch), "qnn": installed()[QNN],
+        "context": str(context), "weights": "shared" if shares(device) else "apart",
+    }  # fmt: skip
+
+
+def judge(requires: Mapping[str, str], device: Device, packages: Mapping[str, str] | None = None) -> Verdict:
+    """May an artifact be opened on this device? A context opens on the chip that it was compiled for, with the QNN that
+    made it or a newer one; the emulator opens those for any chip, unless graphs share weights."""
+    packages = installed() if packages is None else packages
+    if requires.get("format") != FORMAT:
+        return Verdict("rebuild", "its files are those of another version of Transom's backend qnn")
+    if device.kind == "cpu":
+        offer = _emulator(device, packages)
+        if isinstance(offer, Refusal):
+            return Verdict("never", offer.reason)
+        if (pair := _known_pair(requires)) is not None:
+            return pair
+        if requires.get("weights") != "apart":
+            reason = "its graphs share their weights, which Qualcomm's emulator cannot open: it runs on the chip alone"
+            return Verdict("never", reason)
+        return _new_enough(requires, packages)
+    chip = chip_of(device) if device.kind == "remote" else f"{device.id} has no HTP"
+    if isinstance(chip, str):
+        return Verdict("never", chip)
+    if requires.get("weights") not in ("apart", "shared"):
+        return Verdict("rebuild", "it does not say how its graphs hold their weights")
+    wanted = requires.get("soc_model", ""), requires.get("htp_arch", "")
+    if wanted != (str(chip.soc_model), str(chip.htp_arch)):
+        made_for = f"soc_model {wanted[0]}, htp_arch {wanted[1]}"
+        return Verdict("rebuild", f"compiled for {made_for}; {device.id} has {chip.soc_model}, {chip.htp_arch}")
+    return _new_enough(requires, packages)
+
+
+def _known_pair(requires: Mapping[str, str]) -> Verdict | None:
+    """What is wrong with the chip that an artifact was compiled for; None: nothing."""
+    soc_model, htp_arch = requires.get("soc_model", ""), requires.get("htp_arch", "")
+    if soc_model.isdigit() and int(soc_model) in SOC_MODELS and htp_arch == str(SOC_MODELS[int(soc_model)][1]):
+        return None
+    return Verdict("rebuild", f"compiled for soc_model {soc_model or '(none)'} with htp_arch {htp_arch or '(none)'}, "
+                   "which is no chip")  # fmt: skip
+
+
+def _new_enough(requires: Mapping[str, str], packages: Mapping[str, str]) -> Verdict:
+    made_by, here = requires.get("qnn", ""), packages.get(QNN, "")
+    if numbers(made_by) < OLDEST:
+        return Verdict("rebuild", f"compiled with {QNN} {made_by or '(no version)'}, older than this backend knows")
+    if here and numbers(here) < numbers(made_by):
+        return Verdict("rebuild", f"compiled with {QNN} {made_by}, and here is {here}")
+    return Verdict("ok")
+
+
+def libraries(htp_arch: int) -> tuple[str, ...]:
+    """The shared libraries that an Android app needs in order to open a context, by file name. The compiler,
+    `libQnnHtpPrepare.so`, is not among them."""
+    stub, skel = (f"libQnnHtpV{htp_arch}{what}.so" for what in ("Stub", "Skel"))
+    return ("libonnxruntime.so", "libQnnHtp.so", "libQnnSystem.so", stub, skel)

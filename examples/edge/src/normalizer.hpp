@@ -1,0 +1,25 @@
+// The normalizer of a tokenizer.json: what is done to a text before it is cut.
+#pragma once
+
+#include <functional>
+#include <string>
+#include <vector>
+
+#include <nlohmann/json_fwd.hpp>
+
+namespace transom {
+
+class Normalizer {
+public:
+    // Null, Sequence, Prepend, Replace, NFC, NFD, NFKC or NFKD. Throws Error for any other.
+    explicit Normalizer(const nlohmann::json& data);
+
+    std::string operator()(std::string text) const;
+
+private:
+    void add(const nlohmann::json& data);
+
+    std::vector<std::function<std::string(std::string)>> steps_;
+};
+
+}  // namespace transom
