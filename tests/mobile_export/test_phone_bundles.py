@@ -155,7 +155,7 @@ def test_a_gate_that_is_too_narrow_names_the_worst_products(model: Path, cache: 
         ({"target": "snapdragon-8-gen-99"}, OptionError, "snapdragon-8-gen-2"),
         ({"target": PHONE, "context": 100_000}, OptionError, "context=100000"),
         ({"target": "rtx-4090", "format": "qnn"}, SelectionError, "Snapdragon"),
-        ({"target": PHONE, "format": "qnn", "sparsity": "balanced"}, TransomError, "tried in simpler operators"),
+        ({"target": PHONE, "format": "qnn", "sparsity": "balanced"}, TransomError, "top_k"),
     ],
 )
 def test_what_cannot_be_is_one_sentence(

@@ -78,7 +78,7 @@ def judge(folder: Path, device: str, probe_file: str | None, as_json: bool) -> N
         print_json({"bundle": str(folder), "verdicts": [{"device": d.id, **vars(v)} for d, v in rows]})
         return
     table(
-        ("device", "variant", "good", "context", "why not"),
+        ("device", "variant", "good", "context", "what"),
         [(d.id, v.name, "yes" if v.fits else "no", str(v.context or "-"), v.reason or "-") for d, v in rows],
     )
 

@@ -7,9 +7,7 @@ import pytest
 from htp_models import CPU, draw, float_logits, options
 
 from transom.errors import DoesNotFit, OptionError
-from transom.graph.sparse import with_sparsity
 from transom.runtime.selfcheck import golden_logits
-from transom.sparsity import Sparsity
 from transom.testing.models import VARIANTS, tiny_decoder
 from transom_mobile_export.htp.backend import Qnn
 from transom_mobile_export.htp.claims import drafted
@@ -73,12 +71,6 @@ def test_what_cannot_be_written_is_refused_with_its_reason(rng: np.random.Genera
     for precision in ("fp8", "bf16", "exact", "nonsense"):
         with pytest.raises(OptionError, match="int8"):
             Qnn().claim(graph, CPU, options(rng, graph, precision))
-
-
-def test_a_sparse_graph_is_refused_by_its_policy(rng: np.random.Generator) -> None:
-    graph = with_sparsity(tiny_decoder(rng), Sparsity(0.9, top_k=3))
-    reasons = {c.reason for c in Qnn().claim(graph, CPU, options(rng, graph, "int8")) if not c.ok}
-    assert any("sparse" in reason for reason in reasons)
 
 
 def test_rounding_is_no_exact_claim(rng: np.random.Generator) -> None:

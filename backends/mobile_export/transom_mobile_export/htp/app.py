@@ -78,4 +78,9 @@ Ort::Session decode(environment, (bundle + "/{folder}/part0_decode.onnx").c_str(
    last one gives.
 5. Copy `new_key.N` and `new_value.N` of the tokens, not of the padding, behind the tokens of `past_key.N` and
    `past_value.N`. They are in the cache's own type: never convert them.
+
+Where `qnn_variant` is 2 attention is sparse: a chunk begins at a multiple of 64 positions, and the graphs have more
+inputs, which are made with the numbers under `sparse` and listed in Transom's page on bundles for phones. Copy
+`new_mean.N` and `new_variance.N` to the rows of `past_mean.N` and `past_variance.N` that begin with the node of the
+chunk's first position.
 """

@@ -55,6 +55,9 @@ def drafted(graph: Graph, precision: Precision) -> Drafted:
     if len(windows) > 1:
         reason = f"sliding windows of {' and '.join(map(str, sorted(windows)))} tokens: all layers have the same one"
         raise NoForm(next(n for n in graph.nodes() if is_attention(n)), reason)
+    if windows and not drafting.sparsity.dense:
+        reason = "sparse attention together with a sliding window is not written for the HTP: use sparsity='off'"
+        raise NoForm(next(n for n in graph.nodes() if is_attention(n)), reason)
     return Drafted(drafting, embeds[0], layers_of(drafts, drafting.logits, precision))
 
 

@@ -19,9 +19,10 @@ import onnx_ir as ir
 from transom.contract import Artifact, Device, Options, Progress
 from transom.errors import OptionError, UnsupportedError
 from transom.graph.weights import held
+from transom.ops.sparse_routing import BLOCK
 from transom.programs.drafting import NoForm
 from transom.programs.onnx_writing import IR_VERSION
-from transom_mobile_export.htp import probing, sdk
+from transom_mobile_export.htp import probing, sdk, sparse_sizes
 from transom_mobile_export.htp.claims import Drafted, drafted
 from transom_mobile_export.htp.encoding import LARGEST_WIDE, RoundedMatrices, add_half_cache, add_rounding
 from transom_mobile_export.htp.layout import (
@@ -37,9 +38,9 @@ from transom_mobile_export.htp.layout import (
     Variant,
     cache_layers,
 )
-from transom_mobile_export.htp.lowering import Matrices, lower, plain
+from transom_mobile_export.htp.lowering import UNSEEN, Matrices, lower, plain
 from transom_mobile_export.htp.measuring import Deviation, measure
-from transom_mobile_export.htp.observing import SMALL, UNSEEN, Seen, observe, rows_of
+from transom_mobile_export.htp.observing import SMALL, Seen, observe, rows_of
 from transom_mobile_export.htp.parts import Part, plan_parts
 from transom_mobile_export.htp.precision import Precision, resolve
 
@@ -82,6 +83,9 @@ def compile_graph(
     asked: Any = options.get("context")
     context = min(int(asked or decoder.context), decoder.context)
     chunk = min(chunk, context)
+    policy = model.drafting.sparsity
+    if wrong := sparse_sizes.unfit(policy, context, chunk):
+        raise OptionError(wrong, f"Use context={max(1, context // BLOCK) * BLOCK}, or sparsity='off'")
     parts = plan_parts(model.layers, largest=largest)
     notes = [f"precision: {precision.describe()}", *plan_notes(parts)]
     folder = Path(tempfile.mkdtemp(prefix=PREFIX))
@@ -103,8 +107,9 @@ def compile_graph(
             precision.cache, prepared.seen.mask_low,
             tuple(PartFiles(f"part{i}_prefill.onnx", f"part{i}_decode.onnx", (p.first, p.end))
                   for i, p in enumerate(parts)),
-            chip.soc_model, chip.htp_arch,
+            chip.soc_model, chip.htp_arch, policy.to_string(),
         )  # fmt: skip
+        notes += sparse_notes(variant)
         share, tell = probing.shares(device), _told(progress, "compile")
         binaries: dict[str, Path] = {}
         for i, (part, names) in enumerate(zip(parts, variant.parts, strict=True)):
@@ -157,6 +162,24 @@ def plan_notes(parts: Sequence[Part]) -> list[str]:
         return []
     sizes = "; ".join(f"{part.name}: {part.bytes / 1e6:.1f} MB" for part in parts)
     return [f"the weights are too large for one context and are cut into {len(parts)} parts: {sizes}"]
+
+
+def sparse_notes(variant: Variant) -> list[str]:
+    """What sparse attention reads, for people; nothing is said of dense attention."""
+    sizes = variant.sizes(1)
+    if sizes is None:
+        return []
+    layers = [
+        (len(variant.choosing(i)), c.kv_heads, c.head_dim, c.value_dim) for i, c in enumerate(variant.layers)
+    ]  # fmt: skip
+    read = sparse_sizes.reads(sizes, layers, CACHE_BYTES[variant.cache])
+    choosing, every = sum(c[0] for c in layers), sum(c[1] for c in layers)
+    return [
+        f"sparse attention in {choosing} of {every} KV heads: {sizes.far * sizes.rule.unit + sizes.near} keys of the "
+        f"cache are read for a token, of {variant.context}",
+        f"bytes of cache that are read for a token: {read.sparse / 1e6:.2f} MB, of them {read.nodes / 1e6:.2f} MB of "
+        f"nodes; dense attention reads {read.dense / 1e6:.2f} MB",
+    ]
 
 
 def texts_of(options: Options, vocabulary: int) -> tuple[Sequence[Sequence[int]], str]:
@@ -223,7 +246,10 @@ def _compile_part(
 def write_graph(prepared: Prepared, part: Part, path: Path, tokens: int, context: int) -> None:
     """One graph of a part as QNN is given it."""
     drafting, precision = prepared.model.drafting, prepared.precision
-    lowered = lower(drafting, part, tokens=tokens, cached=context, context=context, matrices=prepared.matrices)
+    lowered = lower(
+        drafting, part, tokens=tokens, cached=context, context=context, matrices=prepared.matrices,
+        mask_low=prepared.seen.mask_low,
+    )  # fmt: skip
     if precision.rounded:
         add_rounding(lowered, prepared.seen, ir.DataType[precision.cache.upper()])
     else:
@@ -245,9 +271,13 @@ def _told(progress: Progress, stage: str) -> Callable[[float], None]:
 def _memory(variant: Variant, size: int) -> dict[str, int]:
     """Bytes on the chip and in the app: the contexts, the cache of one token, and what a prefill takes in and gives."""
     number = CACHE_BYTES[variant.cache]
+    sizes, nodes = variant.sizes(1), 0
+    if sizes is not None:
+        columns = sum(len(variant.choosing(i)) * c.head_dim for i, c in enumerate(variant.layers))
+        nodes = -(-columns * (number + sparse_sizes.NODE_VARIANCE) // sizes.rule.node)
     rows = variant.chunk * (2 * variant.hidden + variant.context + variant.chunk) + variant.vocabulary
     return {
         "weights": size,
-        "cache_per_token": sum(c.kv_heads * (c.head_dim + c.value_dim) * number for c in variant.layers),
+        "cache_per_token": sum(c.kv_heads * (c.head_dim + c.value_dim) * number for c in variant.layers) + nodes,
         "workspace": 4 * rows,
     }

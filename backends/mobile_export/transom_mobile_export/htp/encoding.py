@@ -28,6 +28,7 @@ from transom.programs.onnx_writing import FLOAT, OnnxWriter
 from transom_mobile_export.htp.lowering import MASK, MASK_WINDOW, Lowered
 from transom_mobile_export.htp.precision import Precision
 from transom_mobile_export.htp.rounding import rounded
+from transom_mobile_export.htp.sparse import NEAR_MASK
 
 if TYPE_CHECKING:
     from transom.programs.drafting import Draft
@@ -121,12 +122,13 @@ class RoundedMatrices:
 def add_rounding(lowered: Lowered, seen: Seen, cache: ir.DataType) -> None:
     """Put QuantizeLinear and DequantizeLinear behind every value of a graph but the hidden state, in place.
 
-    Caches become inputs and outputs of codes; all other inputs and outputs stay float32.
+    Caches become inputs and outputs of codes, or float16; all other inputs and outputs stay float32.
 
     Args:
         cache: uint8 or uint16.
     """
     _Rounding(lowered.graph, Encodings(lowered, seen, cache)).run()
+    add_half_cache(lowered)
 
 
 class Encodings:
@@ -140,27 +142,35 @@ class Encodings:
         for node in lowered.graph:
             for value in self._moved(node):
                 self._group[self._root(value)] = self._root(node.outputs[0])
-        caches = {self._root(value) for value in lowered.graph.inputs if _name(value).startswith(CACHE)}
+        inputs = {_name(value): value for value in lowered.graph.inputs}
+        for kept in _values(lowered.graph):
+            if (of := lowered.cached.get(_name(kept))) is not None:
+                self._group[self._root(kept)] = self._root(inputs[of])
+        self._caches = {self._root(v) for name, v in inputs.items() if name.startswith(CACHE) and self.rounds(v)}
         extents: dict[int, list[Range]] = {}
         for value in (*lowered.graph.inputs, *_values(lowered.graph)):
             root = self._root(value)
-            if self.rounds(value) and not _name(value).startswith(CACHE):
-                room = 1.0 if root in caches and cache != UINT16 else HEADROOM
-                extents.setdefault(root, []).append(self._extent(value, room))
+            if not self.rounds(value) or _name(value).startswith(CACHE):
+                continue
+            extent = self._extent(value, 1.0 if root in self._caches and cache != UINT16 else HEADROOM)
+            if extent is not None:
+                extents.setdefault(root, []).append(extent)
         self._of = {
-            root: Encoding.of((min(e[0] for e in found), max(e[1] for e in found)), cache if root in caches else UINT16)
+            root: Encoding.of(
+                (min(e[0] for e in found), max(e[1] for e in found)), cache if root in self._caches else UINT16
+            )
             for root, found in extents.items()
         }
 
     def rounds(self, value: ir.Value) -> bool:
-        return value.dtype == FLOAT and _name(value) not in self._wide
+        return value.dtype == FLOAT and _name(value) not in self._wide | self._lowered.half
 
     def of(self, value: ir.Value) -> Encoding:
         return self._of[self._root(value)]
 
-    def joins_cache(self, node: ir.Node) -> bool:
-        """Whether a node puts a step's keys or values behind the cache."""
-        return node.op_type == "Concat" and _name(node.inputs[0]).startswith(CACHE)
+    def is_cached(self, value: ir.Value) -> bool:
+        """Whether a value is in the numbers of the cache."""
+        return self._root(value) in self._caches
 
     def _root(self, value: ir.Value) -> int:
         key = id(value)
@@ -169,17 +179,16 @@ class Encodings:
         return key
 
     def _moved(self, node: ir.Node) -> list[ir.Value]:
-        """The inputs that a node only moves. A cache of fewer bits has an encoding of its own."""
+        """The inputs that a node only moves."""
         if node.op_type not in MOVING:
             return []
-        if self.cache != UINT16 and self.joins_cache(node):
-            return [v for v in node.inputs[:1] if v is not None]
         which = MOVING[node.op_type]
         return [v for i, v in enumerate(node.inputs) if v is not None and (which is None or i in which)]
 
-    def _extent(self, value: ir.Value, room: float) -> Range:
-        name, masked = _name(value), self._lowered.masked
-        if name in (MASK, MASK_WINDOW):
+    def _extent(self, value: ir.Value, room: float) -> Range | None:
+        """None: of a value that is only moved, and nobody has seen."""
+        name, masked = self._lowered.like.get(_name(value), _name(value)), self._lowered.masked
+        if name in (MASK, MASK_WINDOW, NEAR_MASK):
             return self._seen.mask_low, 0.0
         if name in masked:
             least, most = self._seen.ranges[masked[name]]
@@ -189,6 +198,9 @@ class Encodings:
         if value.const_value is not None:
             array = value.const_value.numpy()
             return float(array.min()), float(array.max())
+        producer = value.producer()
+        if name not in self._seen.ranges and producer is not None and producer.op_type in MOVING:
+            return None
         least, most = self._seen.ranges[name]
         return room * least, room * most
 
@@ -215,54 +227,50 @@ class _Rounding:
         self.graph, self.encodings = graph, encodings
         self._instead: dict[int, ir.Value] = {}
         """What is read in place of a value."""
-        self._joined: dict[int, ir.Value] = {}
-        """By a step's keys or values: the same in the encoding of the cache."""
         self._parameters: dict[Encoding, tuple[ir.Value, ir.Value]] = {}
 
     def run(self) -> None:
         nodes = [node for node in self.graph if node.op_type != "DequantizeLinear"]
         inputs = [v for v in self.graph.inputs if self.encodings.rounds(v)]
-        joining = {id(n.inputs[1]): n.outputs[0] for n in nodes if self.encodings.joins_cache(n)}
         given = {id(v): (i, _name(v)) for i, v in enumerate(self.graph.outputs)}
         encodings = {id(v): self.encodings.of(v) for n in nodes for v in n.outputs if self.encodings.rounds(v)}
+        cached = {id(v) for n in nodes for v in n.outputs if self.encodings.is_cached(v)}
         wanted = [
             {i: self.encodings.of(v) for i, v in enumerate(n.inputs) if v is not None and v.const_value is not None
-             and v.dtype == FLOAT}
+             and v.dtype == FLOAT and id(n.outputs[0]) in encodings}
             for n in nodes
         ]  # fmt: skip
-        joins = [self.encodings.joins_cache(n) for n in nodes]
-        for each in inputs:
-            self._input(each, self.encodings.of(each), nodes[0])
-        for node, constants, is_joining in zip(nodes, wanted, joins, strict=True):
+        for given_in in inputs:
+            self._input(given_in, self.encodings.of(given_in), nodes[0])
+        for node, constants in zip(nodes, wanted, strict=True):
             for i, value in enumerate(list(node.inputs)):
                 if i in constants and value is not None:
                     node.replace_input_with(i, self._constant(value, constants[i], node))
-                elif is_joining and i == 1:
-                    node.replace_input_with(i, self._joined[id(value)])
                 elif id(value) in self._instead:
                     node.replace_input_with(i, self._instead[id(value)])
             out = node.outputs[0]
             if id(out) not in encodings:
                 continue
-            codes, back = self._through(out, encodings[id(out)], node)
+            if node.op_type == "Identity":  # into the numbers of the cache: rounding is all that is done
+                source = node.inputs[0]
+                assert source is not None
+                after = source.producer()
+                assert after is not None
+                codes, back = self._through(source, encodings[id(out)], after, _name(out))
+            else:
+                codes, back = self._through(out, encodings[id(out)], node, _name(out))
             self._instead[id(out)] = back
-            if id(out) in joining:
-                whole = encodings[id(joining[id(out)])]
-                if whole != encodings[id(out)]:
-                    last = back.producer()
-                    assert last is not None
-                    codes, back = self._through(back, whole, last)
-                self._joined[id(out)] = back
             if id(out) in given:
                 place, name = given[id(out)]
-                shown = codes if id(out) in joining else back
+                shown = codes if id(out) in cached else back
                 out.name, shown.name, shown.shape = f"{name}.unrounded", name, out.shape
                 self.graph.outputs[place] = shown
+            if node.op_type == "Identity":
+                self.graph.remove(node)
 
-    def _through(self, value: ir.Value, by: Encoding, after: ir.Node) -> tuple[ir.Value, ir.Value]:
+    def _through(self, value: ir.Value, by: Encoding, after: ir.Node, name: str) -> tuple[ir.Value, ir.Value]:
         """Codes of a value, and the numbers that they stand for; both behind a node."""
         scale, zero = self._parameter(by)
-        name = _name(value)
         codes = self._node("QuantizeLinear", [value, scale, zero], f"{name}.codes", by.dtype)
         back = self._node("DequantizeLinear", [codes.outputs[0], scale, zero], f"{name}.rounded", FLOAT)
         self.graph.insert_after(after, [codes, back])
@@ -312,11 +320,11 @@ class _Rounding:
 
 
 def add_half_cache(lowered: Lowered) -> None:
-    """Make the caches of a float graph float16, in place; all other inputs and outputs stay float32."""
+    """Make the caches of a graph that are float32 float16, in place; all other inputs and outputs stay float32."""
     graph = lowered.graph
     first = next(iter(graph))
     for value in graph.inputs:
-        if not _name(value).startswith(CACHE):
+        if not _name(value).startswith(CACHE) or value.dtype != FLOAT:
             continue
         wide = _cast(value, f"{value.name}.wide", FLOAT)
         value.type = ir.TensorType(ir.DataType.FLOAT16)
@@ -325,7 +333,7 @@ def add_half_cache(lowered: Lowered) -> None:
         graph.insert_before(first, [wide])
     for place, value in enumerate(graph.outputs):
         name = _name(value)
-        if not name.startswith("new_"):
+        if not name.startswith("new_") or value.dtype != FLOAT:
             continue
         narrow = _cast(value, name, ir.DataType.FLOAT16)
         value.name, narrow.outputs[0].shape = f"{name}.wide", value.shape

@@ -3,16 +3,17 @@
 Inputs: `hidden` float32 [1, S, H]; `positions` int32 [1, S]; `mask` float32 [1, 1, S, C + S], which is added to scores,
 and `mask_window` where a layer has a sliding window; `past_key.N` and `past_value.N` [1, KV heads, C, columns]; and
 `row` int32 [1] in the last part. Outputs: `new_key.N` and `new_value.N` [1, KV heads, S, columns]; `hidden_out`, or
-`logits` float32 [1, 1, V] of the row that was asked for.
+`logits` float32 [1, 1, V] of the row that was asked for. With a sparsity policy there are more of both, see
+`transom_mobile_export.htp.sparse`.
 
 S and C may be symbols: the same graph then runs texts of any length in onnxruntime, which is how its numbers are
-observed. Names do not depend on S and C, so that what was seen in one graph is known in the others.
+observed; it reads every key. Names do not depend on S and C, so that what was seen in one graph is known in the others.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
@@ -21,6 +22,7 @@ import onnx_ir as ir
 from transom.graph.weights import Array, Weight, dequantize
 from transom.programs.drafting import Draft, Drafting, Value
 from transom.programs.onnx_writing import FLOAT, INT32, OnnxWriter
+from transom_mobile_export.htp import sparse, sparse_sizes
 from transom_mobile_export.htp.parts import Part
 from transom_mobile_export.htp.precision import HEAD
 
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
 
 Dim = int | str
 MASK, MASK_WINDOW = "mask", "mask_window"
+UNSEEN = -1e4
+"""What scores are lowered by where a key is not seen, in float32."""
 LAST = np.iinfo(np.int32).max
 """An end of a Slice: whatever there is."""
 
@@ -49,7 +53,7 @@ class HtpKernels:
         return HEAD if head else ""
 
     def policy(self, policy: Sparsity) -> str:
-        return "" if policy.dense else "this backend writes dense attention only, and the graph asks for a sparse one"
+        return sparse_sizes.refusal(policy)
 
 
 class Matrices(Protocol):
@@ -102,6 +106,12 @@ class Lowered:
     """Name of each matrix -> the value that it multiplies."""
     watched: tuple[Watched, ...] = ()
     """Products with a matrix, and the hidden state behind each layer but the model's last."""
+    half: frozenset[str] = frozenset()
+    """What chooses units of keys: float16 in any precision."""
+    like: Mapping[str, str] = field(default_factory=dict)
+    """Values -> those of dense attention that have their range."""
+    cached: Mapping[str, str] = field(default_factory=dict)
+    """Values that are numbers of a cache -> the input that is this cache: keys, values and means of the step."""
 
 
 @dataclass(frozen=True)
@@ -116,25 +126,59 @@ class Watched:
 
 
 def lower(
-    drafting: Drafting, part: Part, *, tokens: Dim, cached: Dim, context: int, matrices: Matrices = plain
-) -> Lowered:
-    """Write a part down in float32.
+    drafting: Drafting, part: Part, *, tokens: Dim, cached: Dim, context: int, matrices: Matrices = plain,
+    mask_low: float = UNSEEN,
+) -> Lowered:  # fmt: skip
+    """Write a part down in float32. With S and C as symbols it reads every key, whatever the policy says.
 
     Args:
         tokens, cached: S and C; numbers, or symbols of dimensions that are open.
         context: positions that there are; the tables of rotations have so many rows.
+        mask_low: what is added to scores where a key is not seen.
     """
-    return _Lowering(drafting, part, tokens, cached, context, matrices).lower()
+    return _Lowering(drafting, part, tokens, cached, context, matrices, mask_low).lower()
+
+
+@dataclass(frozen=True)
+class _Heads:
+    """Heads of one layer that attend in one way."""
+
+    q_heads: int
+    kv_heads: int
+    softcap: float
+    sinks: Array | None
+    window: int
+    columns: tuple[int, int]
+    """Of keys and values."""
+
+    def of(self, chosen: tuple[int, ...]) -> _Heads:
+        """Some of the KV heads, with their query heads."""
+        group = self.q_heads // self.kv_heads
+        sinks = None if self.sinks is None else self.sinks.reshape(self.kv_heads, group)[list(chosen)].reshape(-1)
+        return replace(self, q_heads=len(chosen) * group, kv_heads=len(chosen), sinks=sinks)
+
+
+def named(value: ir.Value, name: str) -> ir.Value:
+    """A value by a name that other graphs have, too, whatever else is in them."""
+    value.name = name
+    return value
 
 
 class _Lowering:
     def __init__(
-        self, drafting: Drafting, part: Part, tokens: Dim, cached: Dim, context: int, matrices: Matrices
-    ) -> None:
+        self, drafting: Drafting, part: Part, tokens: Dim, cached: Dim, context: int, matrices: Matrices,
+        mask_low: float,
+    ) -> None:  # fmt: skip
         self.drafting, self.decoder, self.part = drafting, drafting.decoder, part
         self.tokens, self.cached, self.context, self.matrices = tokens, cached, context, matrices
-        static = isinstance(tokens, int) and isinstance(cached, int)
-        self.total: Dim = int(tokens) + int(cached) if static else "total"
+        self.total: Dim = "total"
+        self._sizes: sparse_sizes.Sizes | None = None
+        if isinstance(tokens, int) and isinstance(cached, int):
+            self.total = tokens + cached
+            if not drafting.sparsity.dense:
+                self._sizes = sparse_sizes.Sizes(drafting.sparsity, cached, tokens)
+        self._mask_low, self._marks = mask_low, sparse.Marks()
+        self._step: sparse.StepInputs | None = None
         self.write = ScopedWriter("part")
         self._values: dict[int, ir.Value] = {}
         """Rows of numbers, [1, S, width]."""
@@ -148,7 +192,8 @@ class _Lowering:
         self._wide: list[ir.Value] = []
         self._inputs: dict[str, ir.Value] = {}
         self._layer = part.first
-        self._new: list[tuple[ir.Value, str]] = []
+        self._new: list[tuple[ir.Value, str, tuple[Dim, ...]]] = []
+        self._cached: list[tuple[ir.Value, str]] = []
 
     def lower(self) -> Lowered:
         w, part = self.write, self.part
@@ -176,13 +221,18 @@ class _Lowering:
             w.output(result, "logits", (1, 1 if isinstance(self.tokens, int) else "rows", self.decoder.vocabulary))
         else:
             w.output(result, "hidden_out", (1, self.tokens, self.decoder.hidden))
-        for i, (value, name) in enumerate(self._new):
-            cache = self.decoder.layers[part.first + i // 2]
-            w.output(value, name, (1, cache.kv_heads, self.tokens, (cache.head_dim, cache.value_dim)[i % 2]))
+        for value, name, shape in self._new:
+            w.output(value, name, shape)
         watched = tuple(Watched(str(v.name), node, layer, what) for v, node, layer, what in self._watched)
         wide = frozenset(str(value.name) for value in self._wide)
         inputs = {name: str(value.name) for name, value in self._inputs.items()}
-        return Lowered(w.graph, self._masked, tuple(self._shares), wide, inputs, watched)
+        marks = self._marks
+        return Lowered(
+            w.graph, self._masked, tuple(self._shares), wide, inputs, watched,
+            frozenset(str(value.name) for value in marks.wide),
+            {str(value.name): name for value, name in marks.like},
+            {str(value.name): name for value, name in self._cached},
+        )  # fmt: skip
 
     # values -----------------------------------------------------------------------------------------------------------
     def _of(self, value: Value) -> ir.Value:
@@ -303,38 +353,98 @@ class _Lowering:
         w, index = self.write, draft.index
         cache = self.decoder.layers[index]
         scale, softcap, sinks = self.drafting.layers[index]
-        group = cache.q_heads // cache.kv_heads
-        q = w("Mul", self._as_heads(draft.inputs[0], cache.q_heads), w.number(scale, FLOAT))
-        keys, values = (
-            self._joined(f"new_{what}.{index}", past, self._as_heads(value, cache.kv_heads))
-            for what, past, value in zip(("key", "value"), self._past[index], draft.inputs[1:], strict=True)
+        heads = _Heads(
+            cache.q_heads, cache.kv_heads, softcap, None if sinks is None else np.asarray(sinks, np.float32),
+            cache.sliding_window, (cache.head_dim, cache.value_dim),
+        )  # fmt: skip
+        q = named(w("Mul", self._as_heads(draft.inputs[0], cache.q_heads), w.number(scale, FLOAT)), f"{w.scope}q")
+        new = tuple(
+            self._put(f"{what}.{index}", self._as_heads(value, cache.kv_heads), (1, cache.kv_heads, self.tokens, size))
+            for what, value, size in zip(("key", "value"), draft.inputs[1:], heads.columns, strict=True)
         )
-        # A 0 in a shape is the input's own: neither S nor C has to be known.
-        if group > 1:
-            q = w("Reshape", q, w.ints([1, cache.kv_heads, -1, cache.head_dim]))
-        scores = w("MatMul", q, w("Transpose", keys, perm=[0, 1, 3, 2]))  # [1, KV, G * S, C + S]
-        scores = w.softcapped(scores, softcap)
-        if group > 1:
-            scores = w("Reshape", scores, w.ints([1, cache.q_heads, -1, 0]))
-        masked = w("Add", scores, self._mask(cache.sliding_window))
-        self._masked[str(masked.name)] = str(scores.name)
-        if sinks is not None:
-            masked = w("Concat", masked, self._sinks(scores, sinks), axis=3)
-        shares = w("Softmax", masked, axis=-1)
-        self._shares.append(str(shares.name))
-        if sinks is not None:
-            shares = w("Slice", shares, w.ints([0]), w.ints([-1]), w.ints([3]))
-        if group > 1:
-            shares = w("Reshape", shares, w.ints([1, cache.kv_heads, -1, 0]))
-        out = w("MatMul", shares, values)  # [1, KV, G * S, Dv]
-        if group > 1:
-            out = w("Reshape", out, w.ints([1, cache.q_heads, -1, cache.value_dim]))
+        choosing: tuple[int, ...] = ()
+        if self._sizes is not None:
+            choosing = sparse_sizes.sparse_heads(self.drafting.sparsity.layer(index), cache.kv_heads)
+        self._masked[f"{w.scope}masked"] = f"{w.scope}{'capped' if softcap else 'scores'}"
+        self._shares.append(f"{w.scope}shares")
+        if not choosing:
+            out = self._dense(heads, q, new, self._past[index])
+        else:
+            out = self._sparse(index, heads, choosing, q, new)
+            others = tuple(h for h in range(cache.kv_heads) if h not in choosing)
+            if others:
+                group = cache.q_heads // cache.kv_heads
+                key, value, keys, values = (self._of_heads(x, others, 1) for x in (*new, *self._past[index]))
+                rest = self._dense(heads.of(others), self._of_heads(q, others, group), (key, value), (keys, values))
+                order = np.argsort([h * group + g for h in (*choosing, *others) for g in range(group)])
+                out = w("Gather", w("Concat", out, rest, axis=1), w.constant(order.astype(np.int32)), axis=1)
         return w("Reshape", w("Transpose", out, perm=[0, 2, 1, 3]), w.ints([1, -1, draft.dst.width]))
 
-    def _joined(self, name: str, past: ir.Value, new: ir.Value) -> ir.Value:
-        """The cache with the step's keys or values behind it, which also are an output."""
-        self._new.append((new, name))
-        return self.write("Concat", past, new, axis=2)
+    def _dense(self, heads: _Heads, q: ir.Value, new: tuple[ir.Value, ...], past: tuple[ir.Value, ...]) -> ir.Value:
+        """Attention over all of the cache: [1, heads, S, Dv]."""
+        w, group = self.write, heads.q_heads // heads.kv_heads
+        keys, values = (w("Concat", before, x, axis=2) for before, x in zip(past, new, strict=True))
+        # A 0 in a shape is the input's own: neither S nor C has to be known.
+        if group > 1:
+            q = w("Reshape", q, w.ints([1, heads.kv_heads, -1, heads.columns[0]]))
+        scores = named(w("MatMul", q, w("Transpose", keys, perm=[0, 1, 3, 2])), f"{w.scope}scores")
+        if heads.softcap:
+            by = w.number(heads.softcap, FLOAT)
+            ratio = named(w("Div", scores, by), f"{w.scope}ratio")
+            scores = named(w("Mul", named(w("Tanh", ratio), f"{w.scope}tanh"), by), f"{w.scope}capped")
+        if group > 1:  # [1, KV, G * S, C + S]
+            scores = w("Reshape", scores, w.ints([1, heads.q_heads, -1, 0]))
+        masked = named(w("Add", scores, self._mask(heads.window)), f"{w.scope}masked")
+        if heads.sinks is not None:
+            masked = w("Concat", masked, self._sinks(scores, heads.sinks), axis=3)
+        shares = named(w("Softmax", masked, axis=-1), f"{w.scope}shares")
+        if heads.sinks is not None:
+            shares = w("Slice", shares, w.ints([0]), w.ints([-1]), w.ints([3]))
+        if group > 1:
+            shares = w("Reshape", shares, w.ints([1, heads.kv_heads, -1, 0]))
+        out = named(w("MatMul", shares, values), f"{w.scope}out")  # [1, KV, G * S, Dv]
+        return out if group == 1 else w("Reshape", out, w.ints([1, heads.q_heads, -1, heads.columns[1]]))
+
+    def _sparse(
+        self, index: int, heads: _Heads, choosing: tuple[int, ...], q: ir.Value, new: tuple[ir.Value, ...]
+    ) -> ir.Value:
+        """Attention of the heads that choose what they read: [1, heads, S, Dv]."""
+        w, cache, sizes = self.write, self.decoder.layers[index], self._sizes
+        assert sizes is not None
+        scope, w.scope = w.scope, f"{w.scope}sparse."
+        if self._step is None:
+            self._step = sparse.StepInputs(w, sizes, self._mask_low, self._marks)
+        means, variances = (
+            w.input(f"past_{what}.{index}", FLOAT, (1, len(choosing), sizes.nodes, cache.head_dim))
+            for what in ("mean", "variance")
+        )
+        self._marks.wide.append(variances)
+        group = cache.q_heads // cache.kv_heads
+        own = heads.of(choosing)
+        head = sparse.Head(choosing, cache.kv_heads, group, cache.head_dim, cache.value_dim, heads.softcap, own.sinks)
+        layer = sparse.SparseAttention(self._step, scope, head, self._past[index], (means, variances))
+        key, value = (self._of_heads(x, choosing, 1) for x in new)
+        out = layer.attend(self._of_heads(q, choosing, group), (key, value))
+        mean, variance = layer.renewed(key)
+        shape = (1, len(choosing), sizes.renewed_nodes, cache.head_dim)
+        self._new += [(mean, f"new_mean.{index}", shape), (variance, f"new_variance.{index}", shape)]
+        self._cached += [(x, f"past_key.{index}") for x in (mean, means)]
+        w.scope = scope
+        return out
+
+    def _of_heads(self, x: ir.Value, heads: tuple[int, ...], group: int) -> ir.Value:
+        """Some of the KV heads of [1, KV * group, S, columns]."""
+        if len(heads) == self.decoder.layers[self._layer].kv_heads:
+            return x
+        every = [h * group + g for h in heads for g in range(group)]
+        return self.write("Gather", x, self.write.constant(np.asarray(every, np.int32)), axis=1)
+
+    def _put(self, name: str, new: ir.Value, shape: tuple[Dim, ...]) -> ir.Value:
+        """A step's keys or values in the numbers of the cache, which also are an output."""
+        put = self.write("Identity", new)
+        self._new.append((put, f"new_{name}", shape))
+        self._cached.append((put, f"past_{name}"))
+        return put
 
     def _sinks(self, scores: ir.Value, sinks: Array) -> ir.Value:
         """A column of sinks behind scores [1, heads, S, T].
@@ -343,5 +453,5 @@ class _Lowering:
         """
         w = self.write
         last = w("Slice", scores, w.ints([-1]), w.ints([LAST]), w.ints([3]))
-        zeros = w("Mul", last, w.number(0.0, FLOAT))
-        return w("Add", zeros, w.constant(np.asarray(sinks, np.float32).reshape(1, -1, 1, 1)))
+        zeros = named(w("Mul", last, w.number(0.0, FLOAT)), f"{w.scope}zeros")
+        return named(w("Add", zeros, w.constant(sinks.reshape(1, -1, 1, 1))), f"{w.scope}sinks")

