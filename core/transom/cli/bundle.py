@@ -93,25 +93,16 @@ def libraries(folder: Path, package: Path, abi: str, as_json: bool) -> None:
 
     Missing ones, those for another processor, and those that newer phones or the app store reject are named.
     """
-    from transom.errors import OptionError
     from transom.runtime.bundles import read_manifest
-    from transom.runtime.native_libraries import inspect
-    from transom.runtime.native_libraries import judge as judged
+    from transom.runtime.exporting import require_libraries
 
     manifest = read_manifest(_bundle(folder))
-    found = inspect(package)
     needed = list(dict.fromkeys(name for variant in manifest.variants for name in variant.libraries))
-    problems = judged(found, needed, abi)
+    found = require_libraries(package, needed, abi)
     if as_json:
-        print_json({"needed": needed, "found": [vars(library) for library in found], "problems": problems})
-    else:
-        table(
-            ("library", "ABI", "page"),
-            [(library.name, library.abi, str(library.page)) for library in found],
-            right=(2,),
-        )
-    if problems:
-        raise OptionError(f"{package} is not good for {folder}", "Mend these, and build the app again", problems)
+        print_json({"needed": needed, "found": [vars(library) for library in found]})
+        return
+    table(("library", "ABI", "page"), [(x.name, x.abi, str(x.page)) for x in found], right=(2,))
 
 
 def _bundle(folder: Path) -> Path:

@@ -63,6 +63,10 @@ Examples:
     "--max-kl", type=float, metavar="NATS",
     help="Write nothing if the logits diverge by more from the reference's, where an emulator here can tell.",
 )  # fmt: skip
+@click.option(
+    "--app", metavar="FILE", type=click.Path(),
+    help="An APK, AAR, app bundle or folder: write nothing unless it has the native libraries that are needed.",
+)  # fmt: skip
 @PROBE_FILE
 @JSON
 def export(

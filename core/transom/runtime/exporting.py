@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transom import hardware
 from transom.artifacts import Cache, StoredArtifact
@@ -34,6 +34,9 @@ from transom.selection import Choice
 from transom.sources import bundle_at
 from transom.sources.resolve import BUNDLE_MANIFEST
 from transom.sparsity import Sparsity
+
+if TYPE_CHECKING:
+    from transom.runtime.native_libraries import Library
 
 LIBRARIES_FILE = "libraries.json"
 """Of an artifact: a list of file names, of the native libraries that an app needs for it. Backends may write it."""
@@ -120,6 +123,7 @@ def export(
     calibration: Sequence[str | Path] = (),
     verify: str = "auto",
     max_kl: float | None = None,
+    app: str | Path | None = None,
     overwrite: bool = False,
     cache: Cache | None = None,
     progress: Progress | None = None,
@@ -144,6 +148,8 @@ def export(
             on what can run it here, an emulator, and where it is loaded.
         max_kl: nats that the logits of what is compiled for elsewhere may diverge by from the reference's (mean over
             the fixed prompt); None for the bound of the self-check. It counts where something here can run it.
+        app: an APK, AAR, app bundle or folder whose native libraries are compared with what the variants need, before
+            anything is written; None: no app is looked at.
         overwrite: whether a bundle that is in `out` may be replaced.
         cache: the artifact cache; None for the default one.
         progress: called with (stage, share done or None); may raise `transom.Cancelled`.
@@ -152,7 +158,8 @@ def export(
     Whatever ends it early leaves no bundle and an older one as it was.
 
     Raises:
-        OptionError: an unknown target, option or value, or `out` is in use.
+        OptionError: an unknown target, option or value, `out` is in use, or the app lacks libraries or has such as
+            phones do not load.
         BundleError: the bundle cannot be written.
         SelectionError: no backend compiles for the target; the details say what each answered.
         FidelityError: what was compiled diverges by more than `max_kl`; names the worst products.
@@ -177,6 +184,8 @@ def export(
         for machine, choice in chosen:
             use = _user(loader, machine, choice, max_kl)
             made.append(loader.first_that_works(machine, choice, use))
+        if app is not None:
+            require_libraries(app, [name for one in made for name in _told(one.ready.stored, LIBRARIES_FILE) or ()])
         manifest = _write(loader, made, folder, model, overwrite=overwrite)
         return _exported(loader, made, folder, manifest, time.perf_counter() - start)
     finally:
@@ -209,6 +218,23 @@ def _user(loader: Loader, machine: Machine, choice: Choice, max_kl: float | None
             raise
 
     return use
+
+
+def require_libraries(app: str | Path, needed: Sequence[str], abi: str = "arm64-v8a") -> list[Library]:
+    """The native libraries of an app.
+
+    Args:
+        needed: file names of those that must be there.
+
+    Raises:
+        OptionError: one is missing, or would not be loaded; the details say what is wrong with each.
+    """
+    from transom.runtime.native_libraries import inspect, judge
+
+    found = inspect(app)
+    if problems := judge(found, list(dict.fromkeys(needed)), abi):
+        raise OptionError(f"{app} is not good for this bundle", "Mend these, and build the app again", problems)
+    return found
 
 
 def pairs_of(target: str | Sequence[str], format: str | Sequence[str]) -> list[tuple[str, str]]:
