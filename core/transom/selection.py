@@ -160,6 +160,12 @@ def select(
     if target is None and backend == "auto" and ranked[0].device.kind == "cpu":
         warnings += _unused_gpus(scope, pool, refusals)
         warnings += notes
+    if purpose == "export" and backend == "auto":
+        warnings += [
+            f"{name} could compile for {r.device_id} too: {r.reason}. {_command(r.fix)}"
+            for name, r in refusals
+            if r.code == "missing_dep" and r.device_id == ranked[0].device.id
+        ]
     if backend == "auto" and ranked[0].offer.band == "fallback":
         warnings.append(_slow(ranked[0], refusals))
     return Choice(

@@ -480,3 +480,28 @@ def test_any_machine_gets_a_choice_that_keeps_the_promises_or_an_error() -> None
             assert not running, f"seed {seed}"
             continue
         assert {(c.backend, c.device.id) for c in choice.ranked} == running, f"seed {seed}"
+
+
+def test_a_backend_whose_package_is_missing_is_told_of_where_one_exports() -> None:
+    answers = [
+        ("portable", Offer(m.PHONE.id, "generic", "anywhere", runs_here=False)),
+        ("tuned", Refusal(m.PHONE.id, "missing_dep", "the package tuned is not there", "pip install tuned")),
+    ]
+    why = "the package tuned is not there. Install it with: pip install tuned"
+    said = f"tuned could compile for {m.PHONE.id} too: {why}"
+    found = select([m.PHONE], answers, device=m.PHONE.id, purpose="export")
+    assert found.backend == "portable"
+    assert said in found.warnings
+    assert said not in select([m.PHONE], answers, device=m.PHONE.id, backend="portable", purpose="export").warnings
+
+
+def test_an_offer_by_name_is_for_who_names_the_backend() -> None:
+    answers = [
+        ("emulator", Offer("cpu", "tuned", "an emulator", by_name=True)),
+        ("reference", m.reference(m.XEON)),
+    ]
+    found = select([m.XEON], answers)
+    assert found.backend == "reference"
+    [(name, refusal)] = found.refusals
+    assert (name, refusal.fix) == ("emulator", 'Use backend="emulator"')
+    assert select([m.XEON], answers, backend="emulator").backend == "emulator"
