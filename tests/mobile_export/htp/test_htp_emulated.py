@@ -212,3 +212,22 @@ def test_damaged_files_are_an_error_for_people(rng: np.random.Generator, tmp_pat
     del broken["part0_decode.onnx"]
     with pytest.raises(EngineError, match="damaged"):
         opened(type(artifact)(broken, artifact.requires, artifact.notes), tmp_path / "b", asked)
+
+
+@pytest.mark.parametrize(("precision", "effort"), [("int8", "2"), ("int4", "1")])
+def test_the_compiler_is_never_asked_for_its_most(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, precision: str, effort: str
+) -> None:
+    """At its most it compiles wrong without a word, and 4-bit products of real sizes need even less."""
+    asked = set()
+    session = sdk.session
+
+    def seen(model: Path, chip: Any, settings: Any, provider: Any) -> Any:
+        if "ep.context_enable" in settings:
+            asked.add(provider["htp_graph_finalization_optimization_mode"])
+        return session(model, chip, settings, provider)
+
+    monkeypatch.setattr(sdk, "session", seen)
+    graph = tiny_decoder(rng)
+    compiled(graph, options(rng, graph, precision))
+    assert asked == {effort}

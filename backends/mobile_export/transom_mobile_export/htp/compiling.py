@@ -232,12 +232,14 @@ def _compile_part(
 ) -> dict[str, Path]:
     """Both graphs of a part; the files of their contexts by name."""
     chip = probing.Chip(variant.soc_model, variant.htp_arch)
+    effort = sdk.LESS_EFFORT if prepared.precision.weights == "int4" else sdk.EFFORT
     sessions = []
     for tokens, name in ((variant.chunk, names.prefill), (1, names.decode)):
         with tempfile.TemporaryDirectory(prefix="graph-", dir=folder) as sources:
             source = Path(sources) / name
             write_graph(prepared, part, source, tokens, variant.context)
-            sessions.append(sdk.compile_context(source, folder / name, chip, share=share, last=name == names.decode))
+            last = name == names.decode
+            sessions.append(sdk.compile_context(source, folder / name, chip, share=share, last=last, effort=effort))
     del sessions
     stems = tuple(Path(name).stem for name in (names.prefill, names.decode))
     return {path.name: path for path in sorted(folder.iterdir()) if path.name.startswith(stems)}

@@ -16,20 +16,24 @@ from transom_mobile_export.htp.probing import Chip
 PROVIDER = "QNNExecutionProvider"
 NO_FALLBACK = "session.disable_cpu_ep_fallback"
 """With it a session fails where a node would run on the CPU; without it, that happens silently."""
-OPTIMIZATION = "2"
+EFFORT, LESS_EFFORT = "2", "1"
 """How hard QNN's compiler tries. At 3, its most, some graphs come out wrong without a word (QNN 2.51): in a prefill of
-128 tokens the rotated keys were wrong from the 65th token on."""
+128 tokens the rotated keys were wrong from the 65th token on. At 2 it ran out of memory over the 4-bit products of
+SmolLM2-135M, which it compiled at 1."""
 _registering = threading.Lock()
 _registered: list[str] = []
 
 
-def compile_context(model: Path, out: Path, chip: Chip, *, share: bool = False, last: bool = True) -> Any:
+def compile_context(
+    model: Path, out: Path, chip: Chip, *, share: bool = False, last: bool = True, effort: str = EFFORT
+) -> Any:
     """Compile an ONNX model to an ONNX file with one `EPContext` node and, beside it, the binary that it names. Values
     of the model that are float32 are float16 on the HTP.
 
     Args:
         share: put it into one context with the models that were compiled before, since the last one that was `last`.
             Then the binary is written with the last of them, and named after the first.
+        effort: `EFFORT` or `LESS_EFFORT`.
 
     Returns:
         The session, which has to live until the last one is compiled.
@@ -43,7 +47,7 @@ def compile_context(model: Path, out: Path, chip: Chip, *, share: bool = False, 
         settings["ep.share_ep_contexts"] = "1"
         if last:
             settings["ep.stop_share_ep_contexts"] = "1"
-    provider = {"enable_htp_fp16_precision": "1"}
+    provider = {"enable_htp_fp16_precision": "1", "htp_graph_finalization_optimization_mode": effort}
     try:
         made = session(model, chip, settings, provider)
     except _errors() as e:
@@ -88,7 +92,7 @@ def session(model: Path, chip: Chip, settings: Mapping[str, str], provider: Mapp
         devices[:1],
         {
             "backend_path": onnxruntime_qnn.get_qnn_htp_path(), "soc_model": str(chip.soc_model),
-            "htp_arch": str(chip.htp_arch), "htp_graph_finalization_optimization_mode": OPTIMIZATION, **provider,
+            "htp_arch": str(chip.htp_arch), **provider,
         },
     )  # fmt: skip
     return onnxruntime.InferenceSession(str(model), sess_options=options)
