@@ -90,8 +90,8 @@ def _readme(manifest: Manifest) -> str:
     lines = [
         f"# {manifest.name}",
         "",
-        "A language model, compiled by [Transom](https://pypi.org/project/transom/) for the devices below. Keep this "
-        "folder as it is: `manifest.json` knows the hash of each file.",
+        "A language model, compiled by Transom for the devices below. Keep this folder as it is: `manifest.json` knows "
+        "the hash of each file.",
         "",
         "| Variant | For | Made by | Numbers | Context | Weights | Memory with a full context |",
         "|---|---|---|---|---|---|---|",
