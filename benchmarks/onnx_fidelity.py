@@ -23,14 +23,15 @@ from typing import Any
 
 import numpy as np
 from cpu_fidelity import compare
-from models import sample_model, texts
+from models import texts
+from parts.opening import opened
+from parts.storing import stored
 from rtx_parts.decoders import changed, plain
 
-from transom.contract import Artifact, Session, Work
+from transom.contract import Session, Work
 from transom.graph import Blocked, Graph
 from transom.graph.reading import matrices
 from transom.hardware.cpu import probe_cpu
-from transom.sources import resolve
 from transom_mobile_export.genai.backend import OnnxDecoder
 
 BACKEND = OnnxDecoder()
@@ -53,22 +54,13 @@ class Row:
     decode: float
 
 
-def opened(graph: Graph, precision: str, folder: Path) -> tuple[Session, float]:
+def session_of(graph: Graph, precision: str, folder: Path) -> tuple[Session, float]:
     """A session, and the megabytes of its files."""
     device = probe_cpu()
     options = {"precision": precision, "context": None, "threads": None, "calibration": ()}
-    artifact = BACKEND.compile(graph, device, options, lambda stage, share: None)
-    files: dict[str, bytes | Path] = {}
-    for name, content in artifact.files.items():
-        files[name] = folder / name
-        if isinstance(content, bytes):
-            (folder / name).write_bytes(content)
-        else:
-            content.rename(folder / name)
-            if not any(content.parent.iterdir()):
-                content.parent.rmdir()
-    session = BACKEND.load(Artifact(files, artifact.requires), device, options, folder)
-    return session, sum(Path(str(path)).stat().st_size for path in files.values()) / 1e6
+    artifact = stored(BACKEND.compile(graph, device, options, lambda stage, share: None), folder)
+    session = BACKEND.load(artifact, device, options, folder)
+    return session, sum(Path(str(path)).stat().st_size for path in artifact.files.values()) / 1e6
 
 
 def logits(session: Session, ids: Sequence[int], steps: int) -> tuple[Any, float, float]:
@@ -98,12 +90,12 @@ def forms(graph: Graph) -> Iterator[tuple[str, Graph, Sequence[str]]]:
 def measured(graph: Graph, passages: Sequence[Any], steps: int) -> Iterator[Row]:
     for weights, form, precisions in forms(graph):
         with tempfile.TemporaryDirectory(prefix=PREFIX) as folder:
-            exact, _ = opened(form, "exact", Path(folder))
+            exact, _ = session_of(form, "exact", Path(folder))
             yardstick = [logits(exact, ids.tolist(), 1)[0] for ids in passages]
             exact.close()
         for precision in precisions:
             with tempfile.TemporaryDirectory(prefix=PREFIX) as folder:
-                session, size = opened(form, precision, Path(folder))
+                session, size = session_of(form, precision, Path(folder))
                 found = [logits(session, ids.tolist(), steps) for ids in passages]
                 session.close()
             numbers = [
@@ -121,20 +113,16 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=64, help="decoded tokens that are timed")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    path = options.model or sample_model()
-    source = resolve(path).open(path)
-    assert source.tokenizer is not None
+    name, graph, tokenizer = opened(options.model)
     passages = []
     for _, text in texts():
-        ids = np.asarray(source.tokenizer.encode(text[len(text) // 3 :][: 16 * options.tokens], add_special=False))
+        ids = np.asarray(tokenizer.encode(text[len(text) // 3 :][: 16 * options.tokens], add_special=False))
         passages.append(ids[: options.tokens])
-    print(
-        f"{Path(path).name}, {probe_cpu().name}, {probe_cpu().cores} cores, {len(passages)} × {options.tokens} tokens"
-    )
+    print(f"{name}, {probe_cpu().name}, {probe_cpu().cores} cores, {len(passages)} × {options.tokens} tokens")
     print("\n| Weights | Precision | Files, MB | KL | Same best | Cosine | Retention | Prompt, tok/s | Decode, tok/s |")
     print("|---|---|---|---|---|---|---|---|---|")
     rows = []
-    for row in measured(source.graph, passages, options.steps):
+    for row in measured(graph, passages, options.steps):
         rows.append(row)
         print(
             f"| {row.weights} | {row.precision} | {row.megabytes:.0f} | {row.divergence:.4f} | {row.same_best:.1%} | "

@@ -19,23 +19,24 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from models import sample_model, texts
+from models import texts
+from parts.agreement import HEAD, Agreement, agreement
+from parts.opening import opened
+from parts.storing import stored
 
 from transom.contract import Artifact, Device, Work
 from transom.hardware.catalogue import PREFIX, catalogue
 from transom.runtime.selfcheck import golden_logits
-from transom.sources import resolve
 from transom_mobile_export.htp.backend import Qnn
 from transom_mobile_export.htp.claims import drafted
 from transom_mobile_export.htp.encoding import RoundedMatrices, add_rounding
@@ -54,20 +55,6 @@ CHUNK = 32
 
 
 @dataclass(frozen=True)
-class Agreement:
-    """One precision against the reference."""
-
-    table: str
-    precision: str
-    text: str
-    tokens: int
-    divergence: float
-    same_best: float
-    cosine: float
-    cosine_least: float
-
-
-@dataclass(frozen=True)
 class Compiled:
     """One precision for the target."""
 
@@ -80,16 +67,6 @@ class Compiled:
     seconds: float
     weight_bits: float
     """Bits of the contexts for each weight of a product."""
-
-
-def agreement(table: str, precision: str, text: str, expected: Array, got: Array) -> Agreement:
-    a, b = expected.astype(np.float64), got.astype(np.float64)
-    log_p, log_q = (x - x.max(-1, keepdims=True) for x in (a, b))
-    log_p, log_q = (x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in (log_p, log_q))
-    cosine = (a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
-    divergence = float((np.exp(log_p) * (log_p - log_q)).sum(-1).mean())
-    same = float((a.argmax(-1) == b.argmax(-1)).mean())
-    return Agreement(table, precision, text, len(a), divergence, same, float(cosine.mean()), float(cosine.min()))
 
 
 def rounded_logits(model: Any, seen: Any, matrices: Any, precision: Any, ids: list[int]) -> Array:
@@ -113,16 +90,7 @@ def compiled(graph: Any, device: Device, options: dict[str, Any], chunk: int) ->
     made = Qnn(chunk=chunk).compile(graph, device, options, lambda stage, share: None)
     seconds = time.perf_counter() - start
     with tempfile.TemporaryDirectory() as folder:
-        files: dict[str, bytes | Path] = {}
-        for name, content in made.files.items():
-            path = Path(folder) / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if isinstance(content, Path):
-                shutil.move(content, path)
-            else:
-                path.write_bytes(content)
-            files[name] = path
-        yield replace(made, files=files), seconds
+        yield stored(made, Path(folder)), seconds
 
 
 def context_bytes(artifact: Artifact) -> int:
@@ -148,11 +116,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=1024, help="of the contexts for the target; 0: none is compiled")
     parser.add_argument("--json", type=Path, default=None)
     asked = parser.parse_args()
-    path = asked.model or sample_model()
-    source = resolve(path).open(path)
-    graph, tokenizer = source.graph, source.tokenizer
-    if tokenizer is None:
-        raise SystemExit("The model has no tokenizer, and this needs text")
+    _, graph, tokenizer = opened(asked.model)
     held, shown = {}, []
     for domain, text in texts():
         ids = tokenizer.encode(text[: 40 * LENGTH])
@@ -165,14 +129,9 @@ def main() -> None:
 
     def add(row: Agreement) -> None:
         found.append(row)
-        print(
-            f"| {row.table} | {row.precision} | {row.text} | {row.tokens} | {row.divergence:.4f} | {row.same_best:.1%} "
-            f"| {row.cosine:.4f} | {row.cosine_least:.4f} |",
-            flush=True,
-        )
+        print(row, flush=True)
 
-    print("| table | precision | text | tokens | KL, nats | same best | cosine | least |")
-    print("|---|---|---|---|---|---|---|---|")
+    print(HEAD)
     for name in asked.precisions:
         precision = resolve_precision({"precision": name}, EMULATED.htp_arch)
         options = {"precision": name, "context": 64, "calibration": shown, "threads": None}

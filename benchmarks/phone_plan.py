@@ -3,11 +3,12 @@
     python benchmarks/phone_plan.py                                 # the goal: 3.2 GB and 4.5 tokens/s at 2048 tokens
     python benchmarks/phone_plan.py --target snapdragon-8-elite --context 4096 --shapes 3B 7B --json plan.json
 
-The shapes are those of `shaped.py`; no weight is made. Forms are those that the Hexagon computes in, 4-bit products
-whose scales are for blocks of 32, 64 or 128 numbers or for a row, and 8-bit ones, and the portable ONNX decoder for the
-processor. Bytes of weights are those in memory: the Hexagon's variants have their embeddings in a mapped file, unless
-the table says that they are in memory. Speeds are bounds by the bandwidth of memory. What others published stands
-below, with the part of the bound that it is, at the context that it was made for.
+The shapes are those of `shaped.py`; no weight is made. `int4` and `int8` are what an export writes for the Hexagon, and
+"onnx, int4" for the processor. The other forms are counted only: all products in 4 bits, whose scales are for blocks of
+32, 64 or 128 numbers or for a row, and in the last one, the least that 4 bits can be, vocabulary matrix and cache, too.
+Bytes of weights are those in memory: the Hexagon's variants have their embeddings in a mapped file, unless the table
+says that they are in memory. Speeds are bounds by the bandwidth of memory. What others published stands below, with the
+part of the bound of `int4` that it is, at the context that it was made for.
 """
 
 from __future__ import annotations
@@ -35,21 +36,34 @@ NAMES = {
     "7B-grouped": "Mistral 7B", "7B-wide": "Qwen2.5 7B", "8B": "Llama 3.1 8B",
 }  # fmt: skip
 
+TIED = ("1B", "3B")
+"""Whose head is the table of embeddings, as it is in all of `shaped.py`."""
 
-def forms() -> dict[str, Form]:
-    """By what they are called in the table."""
-    int4, int8 = FORMS["qnn"]["int4"], FORMS["qnn"]["int8"]
+
+def forms(tied: bool) -> dict[str, Form]:
+    """By what they are called in the table.
+
+    Args:
+        tied: the vocabulary matrix is the table of embeddings.
+    """
+    int4, int8, onnx = FORMS["qnn"]["int4"], FORMS["qnn"]["int8"], FORMS["onnx"]["int4"]
     row = int8.products.row
-    blocks = {f"4 bit, blocks of {n}": MatrixForm(4, n, 2, row) for n in (32, 64, 128)}
-    rows = MatrixForm(4, row=row)
-    found = {name: replace(int4, products=form) for name, form in blocks.items()}
-    found["4 bit, by rows"] = replace(int4, products=rows)
-    found["4 bit, by rows, vocabulary too"] = replace(int4, products=rows, vocabulary=rows)
-    found["4 bit, blocks of 32, cache of 16 bit"] = replace(int4, cache=2)
-    found["4 bit, blocks of 32, embeddings in memory"] = replace(int4, embedding_mapped=False)
-    found["8 bit, by rows"] = int8
-    found["onnx, 4 bit, blocks of 32"] = FORMS["onnx"]["int4"]
-    return found
+    all4 = {name: replace(int4, products=form, small=None) for name, form in {
+        **{f"4 bit, blocks of {n}": MatrixForm(4, n, 2, row) for n in (32, 64, 128)},
+        "4 bit, by rows": MatrixForm(4, row=row),
+    }.items()}  # fmt: skip
+    rows = all4["4 bit, by rows"]
+    least = replace(rows, vocabulary=rows.products)
+    return {
+        "int4": int4,
+        "int4, cache of 16 bit": replace(int4, cache=2),
+        "int4, embeddings in memory": replace(int4, embedding_mapped=False),
+        **all4,
+        "4 bit, by rows, vocabulary too": least,
+        "4 bit, by rows, vocabulary and cache too": replace(least, cache=0.5),
+        "int8": int8,
+        "onnx, int4": replace(onnx, shares_table=tied),
+    }
 
 
 @dataclass(frozen=True)
@@ -84,7 +98,7 @@ HEAD = ("form", "parts", "weights GB", "cache GB", "both GB", "both GiB", "both 
 
 def rows(shape: str, graph: Graph, device: Device, context: int) -> Iterator[Row]:
     assert graph.decoder is not None
-    named = forms()
+    named = forms(shape in TIED)
     plan = plan_export(graph, graph.decoder, device, list(named.values()), context)
     for name, variant in zip(named, plan.variants, strict=True):
         last = variant.at[-1]
@@ -92,25 +106,27 @@ def rows(shape: str, graph: Graph, device: Device, context: int) -> Iterator[Row
         yield Row(shape, name, max(1, len(variant.parts)), variant.weight_bytes, last.cache, last.bound)
 
 
-def verdict(found: list[Row], graph: Graph, goal: float, context: int) -> str:
-    """Which forms meet the goal, or why none can."""
-    best = [row.form for row in found if row.total <= goal * 1e9]
-    if best:
-        return f"Within {goal:g} GB with its cache of {context} tokens: {'; '.join(best)}."
+def verdict(found: list[Row], graph: Graph, goal: float, context: int) -> Iterator[str]:
+    """Which forms meet the goal, by unit, and why none can."""
     held = inventory(graph)
     numbers = sum(m.numbers for m in held.products)
     least = min(found, key=lambda row: row.total)
-    rest = least.total - int(numbers * 4 / 8)
-    why = f"{numbers / 1e9:.3f} billion numbers of products at 4 bits and no scales are {numbers / 2e9:.2f} GB"
-    left = (goal * 1e9 - rest) * 8 / numbers
-    return (
-        f"No form is within {goal:g} GB with its cache of {context} tokens: {why}, and the least of the rest is "
-        f"{rest / 1e9:.2f} GB. The products would have to take {left:.2f} bits a number."
-    )
+    rest = least.total - numbers // 2
+    for unit, size in (("GB", 10**9), ("GiB", GIB)):
+        best = [row.form for row in found if row.total <= goal * size]
+        if best:
+            yield f"Within {goal:g} {unit} with its cache of {context} tokens: {'; '.join(best)}."
+            continue
+        yield (
+            f"No form is within {goal:g} {unit} with its cache of {context} tokens: {numbers / 1e9:.3f} billion "
+            f"numbers of products at 4 bits and no scales are {numbers / 2 / size:.2f} {unit}, and the least of the "
+            f"rest is {rest / size:.2f} {unit}. The products would have to take "
+            f"{(goal * size - rest) * 8 / numbers:.2f} bits a number."
+        )
 
 
 def figures(graph: Graph, devices: dict[str, Device]) -> Iterator[str]:
-    """What others published for a shape, beside the bound in blocks of 32 at its context; 2048 where none is told."""
+    """What others published for a shape, beside the bound of `int4` at its context; 2048 where none is told."""
     assert graph.decoder is not None
     for figure in published(graph.decoder):
         context = min(figure.context or 2048, graph.decoder.context)
@@ -150,10 +166,10 @@ def main() -> None:
         found = list(rows(shape, graph, device, options.context))
         told += found
         print(f"\n{NAMES[shape]}\n{table(found, options.goal, options.least)}")
-        print(verdict(found, graph, options.goal, options.context))
+        print(*verdict(found, graph, options.goal, options.context), sep="\n")
         if options.explain:
             assert graph.decoder is not None
-            plan = plan_export(graph, graph.decoder, device, [("qnn", "int4")], options.context)
+            plan = plan_export(graph, graph.decoder, device, [FORMS["qnn"]["int4"]], options.context)
             print(replace(plan, model=NAMES[shape], published=()))
         known = list(figures(graph, phones))
         if known:

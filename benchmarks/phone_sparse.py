@@ -27,28 +27,30 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from models import sample_model, texts
-from phone import CPU, agreement, compiled
+from models import texts
+from parts.agreement import HEAD, agreement
+from parts.opening import opened
+from phone import CPU, compiled
 
 from transom.contract import Limits, Work
 from transom.graph import Graph
 from transom.graph.sparse import with_sparsity
 from transom.reference.executor import Executor
-from transom.sessions import PackedSession
-from transom.sources import resolve
+from transom.sessions import BufferedSession, PackedSession
 from transom.sparsity import Sparsity
 from transom_mobile_export.htp.backend import Qnn
 from transom_mobile_export.htp.claims import drafted
 from transom_mobile_export.htp.compiling import Prepared, write_graph
 from transom_mobile_export.htp.encoding import RoundedMatrices
 from transom_mobile_export.htp.layout import PartFiles, Variant, cache_layers
+from transom_mobile_export.htp.loading import session_over
 from transom_mobile_export.htp.lowering import lower
 from transom_mobile_export.htp.observing import observe, rows_of
 from transom_mobile_export.htp.parts import plan_parts
 from transom_mobile_export.htp.precision import Precision
 from transom_mobile_export.htp.precision import resolve as resolve_precision
 from transom_mobile_export.htp.probing import EMULATED
-from transom_mobile_export.htp.session import Graphs, QnnSession
+from transom_mobile_export.htp.running import Graphs, QnnEngine
 from transom_mobile_export.htp.sparse import operators
 from transom_mobile_export.htp.sparse_sizes import Sizes, reads, sparse_heads
 
@@ -109,7 +111,7 @@ class Rounded:
 
 def rounded_session(
     graph: Graph, precision: Precision, shown: Sequence[Sequence[int]], context: int, folder: Path
-) -> QnnSession:
+) -> BufferedSession:
     """The backend's session over rounded graphs on the CPU."""
     model = drafted(graph, precision)
     decoder = model.drafting.decoder
@@ -127,7 +129,7 @@ def rounded_session(
     )  # fmt: skip
     assert model.embed.weight is not None
     table = rows_of(model.embed.weight, range(decoder.vocabulary))
-    return QnnSession(variant, table, [Graphs(Rounded(paths[CHUNK]), Rounded(paths[1]))], context)
+    return session_over(QnnEngine(variant, table, [Graphs(Rounded(paths[CHUNK]), Rounded(paths[1]))]), context)
 
 
 def reference_rows(graph: Graph, steps: Sequence[Sequence[int]], decodes: int) -> Array:
@@ -159,15 +161,11 @@ def main() -> None:
     parser.add_argument("--emulate", type=int, default=2, help="tokens on the emulator; 0: none")
     parser.add_argument("--json", type=Path, default=None)
     asked = parser.parse_args()
-    path = asked.model or sample_model()
-    source = resolve(path).open(path)
-    dense, tokenizer = source.graph, source.tokenizer
-    if tokenizer is None:
-        raise SystemExit("The model has no tokenizer, and this needs text")
+    name, dense, tokenizer = opened(asked.model)
     policy = Sparsity(columns=0, dense_below=0, max_density=0.6, top_k=asked.top_k, node=asked.node)
     precision = resolve_precision({"precision": asked.precision}, EMULATED.htp_arch)
     costs = [row for context in asked.contexts for row in cost(dense, policy, context, precision)]
-    print(f"{Path(path).name}, {precision.describe()}, {policy}\n")
+    print(f"{name}, {precision.describe()}, {policy}\n")
     print("| context | attention | operators | keys a head reads | MB of cache for a token | of them nodes |")
     print("|---|---|---|---|---|---|")
     for row in costs:
@@ -185,8 +183,7 @@ def main() -> None:
             chunks = [ids[i : i + CHUNK] for i in range(0, asked.tokens, CHUNK)]
             steps[domain] = [*chunks, *([i] for i in ids[asked.tokens :][: asked.decodes + asked.emulate])]
         graph = with_sparsity(dense, policy)
-        print("\n| table | precision | text, against | tokens | KL, nats | same best | cosine | least |", flush=True)
-        print("|---|---|---|---|---|---|---|---|")
+        print(f"\n{HEAD}", flush=True)
         options = {
             "precision": asked.precision, "context": asked.context, "calibration": shown[:SEEN], "threads": None,
         }  # fmt: skip
@@ -200,8 +197,7 @@ def main() -> None:
                 found.append(agreement("rounded", asked.precision, f"{domain}, same policy", sparse_rows[kept], got))
                 found.append(agreement("rounded", asked.precision, f"{domain}, dense", dense_rows[kept], got))
                 found.append(agreement("reference", "exact", f"{domain}, dense", dense_rows[kept], sparse_rows[kept]))
-                for shown_row in found[-3:]:
-                    show(shown_row)
+                print(*found[-3:], sep="\n", flush=True)
                 if asked.emulate and not place:
                     start = time.perf_counter()
                     with compiled(graph, CPU, options, CHUNK) as (artifact, seconds):
@@ -212,20 +208,12 @@ def main() -> None:
                     more = agreement("emulated", asked.precision, f"{domain}, same policy",
                                      sparse_rows[asked.decodes :], got)  # fmt: skip
                     found.append(more)
-                    show(more)
+                    print(more, flush=True)
                     print(f"\ncompiled in {seconds:.0f} s, with the tokens {time.perf_counter() - start:.0f} s\n")
                     print("\n".join(artifact.notes), flush=True)
     if asked.json is not None:
         rows = {"cost": [asdict(row) for row in costs], "agreement": [asdict(row) for row in found]}
         asked.json.write_text(json.dumps(rows, indent=1) + "\n")
-
-
-def show(row: Any) -> None:
-    print(
-        f"| {row.table} | {row.precision} | {row.text} | {row.tokens} | {row.divergence:.4f} | {row.same_best:.1%} | "
-        f"{row.cosine:.4f} | {row.cosine_least:.4f} |",
-        flush=True,
-    )
 
 
 if __name__ == "__main__":

@@ -18,9 +18,8 @@ from shaped import STRIDE, decoder, scaled, table
 
 from transom.graph import Graph
 from transom.graph.editing import Editor
-from transom.graph.reading import linear_weight
+from transom.graph.reading import linear_weight, vocabulary_products
 from transom.graph.weights import FLOAT8, Blocked, BlockedArrays, Dense, Weight, dequantize
-from transom.quantize.passes import vocabulary_products
 
 FORMS = ("f16", "fp8")
 SPREAD, INT8_SPREAD = 96.0, 28.0

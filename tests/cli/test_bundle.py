@@ -9,12 +9,21 @@ from typing import Any
 
 import pytest
 
+from transom import export
+from transom.artifacts import Cache
+
+
+@pytest.fixture(scope="module")
+def made(model: Path, warm_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle for the processor, made once."""
+    out = tmp_path_factory.mktemp("made") / "bundle"
+    return export(model, target="cpu", format="reference", out=out, cache=Cache(warm_cache)).folder
+
 
 @pytest.fixture
-def bundle(transom: Any, model: Path, tmp_path: Path) -> Path:
-    status, _, err = transom("export", model, "--target", "cpu", "--format", "reference", "--out", "bundle")
-    assert status == 0, err
-    return tmp_path / "bundle"
+def bundle(made: Path, tmp_path: Path) -> Path:
+    """A copy that may be changed."""
+    return Path(shutil.copytree(made, tmp_path / "bundle"))
 
 
 def test_what_a_bundle_expects_is_replayed(transom: Any, bundle: Path) -> None:
@@ -55,6 +64,12 @@ def test_a_manifest_is_judged_without_its_model(transom: Any, bundle: Path) -> N
     [verdict] = json.loads(out)["verdicts"]
     assert (verdict["device"], verdict["fits"]) == ("remote:rtx-4090", False)
     assert verdict["reason"]
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    manifest["variants"][0]["memory"]["at"] = {"64": float("inf")}
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    status, out, err = transom("bundle", "judge", bundle)
+    assert (status, out) == (2, "")
+    assert err.startswith("Error: The manifest of the bundle is damaged.")
 
 
 def test_an_app_s_libraries_are_compared_with_what_is_needed(transom: Any, bundle: Path, tmp_path: Path) -> None:

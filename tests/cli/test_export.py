@@ -70,17 +70,17 @@ def test_json_is_one_document(transom: Any, model: Path, tmp_path: Path) -> None
 
 def test_a_plan_writes_nothing_and_says_each_target_and_format(transom: Any, model: Path, tmp_path: Path) -> None:
     before = sorted(os.listdir(tmp_path))
-    command = ("export", model, "--target", "snapdragon-8-gen-2,android-arm64", "--format", "qnn,onnx", "--plan")
+    command = ("export", model, "--target", "snapdragon-8-gen-2,snapdragon-8-gen-3", "--format", "qnn,onnx", "--plan")
     status, out, err = transom(*command, "--precision", "int4", "--context", "64")
     assert (status, err) == (0, "")
     assert out.count("Tiny for remote:snapdragon-8-gen-2") == 1
-    assert out.count("Tiny for remote:android-arm64") == 1
+    assert out.count("Tiny for remote:snapdragon-8-gen-3") == 1
     assert out.count("\nqnn, int4:") == out.count("\nonnx, int4:") == 2
     assert "a bound and not a measurement" in out
     status, out, _ = transom(*command, "--context", "64", "--json")
     assert [plan["target"] for plan in json.loads(out)["plans"]] == [
         "remote:snapdragon-8-gen-2",
-        "remote:android-arm64",
+        "remote:snapdragon-8-gen-3",
     ]
     assert sorted(os.listdir(tmp_path)) == before
     status, _, err = transom("export", model, "--target", "b200", "--plan")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ import pytest
 from made_up import MadeUp
 
 import transom
-from transom.errors import OptionError, SourceError
-from transom.runtime.bundles import BundleError
+from transom.artifacts import Cache, hash_file
+from transom.errors import OptionError, SourceError, TransomError
+from transom.runtime.bundles import BundleError, read_manifest
+from transom.runtime.replaying import replay
 
 
 def _flip(path: Path) -> None:
@@ -73,31 +76,150 @@ def _edited(folder: Path, **changes: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"transom_bundle": 2}, "is of version 2, and this Transom reads version 1"),
-        ({"transom_bundle": "one"}, "is damaged"),
-        ({"variants": []}, "is damaged"),
-        ({"variants": [{"name": "sound"}]}, "is damaged"),
-        ({"files": {}}, "is damaged"),
-        ({"files": {"../outside": {"bytes": 1, "blake2b": ""}}}, "is damaged"),
-        ({"files": 3}, "is damaged"),
-        ({"decoder": {"family": "llama"}}, "is damaged"),
-        ({"options": {}}, "is damaged"),
-        ({"options": {"precision": "auto", "sparsity": "dense", "context": "12"}}, "is damaged"),
-        ({"options": {"precision": "auto", "sparsity": "dense", "context": True}}, "is damaged"),
-        ({"options": {"precision": "auto", "sparsity": "dense", "context": 0}}, "is damaged"),
-    ],
-)
-def test_a_manifest_that_is_newer_or_wrong_is_refused(here: Any, export: Any, changes: Any, said: str) -> None:
+OPTIONS = {"precision": "auto", "sparsity": "dense"}
+DAMAGE: list[dict[str, Any]] = [
+    {"transom_bundle": "one"},
+    {"transom_bundle": True},
+    {"variants": []},
+    {"variants": [{"name": "sound"}]},
+    {"files": {}},
+    {"files": {"../outside": {"bytes": 1, "blake2b": ""}}},
+    {"files": 3},
+    {"decoder": {"family": "llama"}},
+    {"options": {}},
+    {"options": {**OPTIONS, "context": "12"}},
+    {"options": {**OPTIONS, "context": True}},
+    {"options": {**OPTIONS, "context": 0}},
+]
+
+
+def test_a_manifest_that_is_newer_or_wrong_is_refused(here: Any, export: Any) -> None:
     here.use(MadeUp("sound"))
     made = export()
-    _edited(made.folder, **changes)
-    for call in (lambda: here.load(made.folder), lambda: transom.explain(made.folder)):
-        with pytest.raises(BundleError, match=said) as caught:
-            call()
-    assert ("pip install --upgrade transom" in caught.value.fix) == ("version 2" in said)
+    whole = (made.folder / "manifest.json").read_text()
+    newer = "is of version 2, and this Transom reads version 1"
+    for changes, said in [({"transom_bundle": 2, "variants": "more"}, newer), *((d, "is damaged") for d in DAMAGE)]:
+        (made.folder / "manifest.json").write_text(whole)
+        _edited(made.folder, **changes)
+        for call in (lambda: here.load(made.folder), lambda: transom.explain(made.folder)):
+            with pytest.raises(BundleError, match=said) as caught:
+                call()
+            assert ("pip install --upgrade transom" in caught.value.fix) == (said == newer), changes
+
+
+OTHER_KINDS: dict[type, tuple[Any, ...]] = {
+    str: (7, ["x"], None),
+    bool: ("true", 1),
+    int: (float("inf"), float("nan"), -1, 1.5, "1", True, None),
+    type(None): (["x"],),
+}
+READ_BY_NOBODY = {"expected.file", "variants.0.memory.at.512"}
+MAY_BE_NULL = {"model.license", "options.context"}
+
+
+def _values(value: Any, place: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[str | int, ...], Any]]:
+    """Each value that is neither an object nor a list, with the keys that lead to it."""
+    if isinstance(value, dict | list):
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _values(inner, (*place, key))
+    else:
+        yield place, value
+
+
+def _is_damaged(folder: Path) -> bool:
+    try:
+        read_manifest(folder)
+    except BundleError as error:
+        return "is damaged" in error.cause
+    return False
+
+
+def test_no_value_of_a_manifest_may_be_of_another_kind(here: Any, export: Any) -> None:
+    here.use(MadeUp("sound"))
+    folder = export().folder
+    whole = (folder / "manifest.json").read_text()
+    tried, taken = 0, []
+    for place, value in _values(json.loads(whole)):
+        name = ".".join(map(str, place))
+        for other in () if name in READ_BY_NOBODY else OTHER_KINDS[type(value)]:
+            if other is None and name in MAY_BE_NULL:
+                continue
+            changed = holder = json.loads(whole)
+            for key in place[:-1]:
+                holder = holder[key]
+            holder[place[-1]] = other
+            (folder / "manifest.json").write_text(json.dumps(changed))
+            tried += 1
+            if not _is_damaged(folder):
+                taken.append(f"{name} = {other!r}")
+    assert taken == []
+    assert tried > 100
+    for text in ("[" * 100_000, whole.replace("{", '{"a":' * 10_000, 1), whole.replace("512", "9" * 5000)):
+        (folder / "manifest.json").write_text(text)
+        assert _is_damaged(folder), text[:40]
+
+
+def test_two_variants_of_one_name_are_damage(here: Any, export: Any) -> None:
+    here.use(MadeUp("sound"))
+    folder = export().folder
+    _edited(folder, variants=json.loads((folder / "manifest.json").read_text())["variants"] * 2)
+    assert _is_damaged(folder)
+
+
+def _replaced(folder: Path, name: str, content: bytes) -> None:
+    """A file of a bundle and what the manifest says of it, as somebody does it who makes up a bundle."""
+    (folder / name).unlink()
+    (folder / name).write_bytes(content)
+    whole = json.loads((folder / "manifest.json").read_text())
+    record = {"bytes": len(content), "blake2b": hash_file(folder / name)}
+    _edited(folder, files={**whole["files"], name: record})
+
+
+def test_answers_and_texts_that_are_made_up_are_one_sentence(here: Any, export: Any, tmp_path: Path) -> None:
+    here.use(MadeUp("sound"))
+    folder = export().folder
+    with np.load(folder / "golden.npz") as stored:
+        ids, logits = stored["ids"], stored["logits"]
+
+    def npz(**arrays: Any) -> bytes:
+        buffer = io.BytesIO()
+        np.savez(buffer, **arrays)
+        return buffer.getvalue()
+
+    whole = npz(ids=ids, logits=logits)
+    for name, contents in {
+        "golden.npz": [
+            b"", b"no archive", whole[:-30], npz(ids=ids), npz(ids=ids + 1, logits=logits),
+            npz(ids=ids, logits=logits[:, :5]), npz(ids=ids, logits=logits.astype(str)),
+        ],
+        "tokenizer.transom.json": [b"", b"[]"],
+        "chat_template.json": [b"", b"[]", b'{"templates": 3, "variables": {}}', b"[" * 100_000],
+        "generation.json": [b"", b"[]", b"nul", b'{"eos_ids": 3}'],
+    }.items():  # fmt: skip
+        before = (folder / name).read_bytes()
+        for content in contents:
+            _replaced(folder, name, content)
+            here.cache = Cache(tmp_path / f"{name}-{contents.index(content)}")
+            with pytest.raises(TransomError, match=r"is damaged|cannot be read") as caught:
+                here.load(folder)
+            assert "\n" not in str(caught.value)
+        _replaced(folder, name, before)
+    here.load(folder).close()
+
+
+def test_a_replay_reads_every_file_anew(here: Any, export: Any) -> None:
+    """What a load remembers of a file may be wrong: disks forget bits, and tools set the time of change back."""
+    here.use(MadeUp("sound"))
+    folder = export().folder
+    path = folder / "README.md"
+    os.utime(path, (1e9, 1e9))
+    here.load(folder).close()
+    content = path.read_bytes()
+    with path.open("r+b") as file:
+        file.write(bytes([content[0] ^ 1]))
+    os.utime(path, (1e9, 1e9))
+    with pytest.raises(BundleError, match=r"README\.md .* its hash is another"):
+        replay(folder, cache=here.cache)
 
 
 def test_a_manifest_that_was_cut_is_damaged_and_one_that_is_gone_leaves_no_model(here: Any, export: Any) -> None:
@@ -117,7 +239,14 @@ def test_keys_that_a_later_version_adds_are_no_harm(here: Any, export: Any) -> N
     made = export()
     with here.load(made.folder) as model:
         wanted = model.logits([1, 2, 3])
-    _edited(made.folder, later={"more": 1})
+    whole = json.loads((made.folder / "manifest.json").read_text())
+    [variant] = whole["variants"]
+    for holder in (
+        whole, whole["model"], whole["decoder"], whole["decoder"]["layers"][0], whole["expected"], whole["options"],
+        variant, variant["backend"], variant["target"], variant["memory"], whole["files"]["golden.npz"],
+    ):  # fmt: skip
+        holder["later"] = {"more": 1}
+    (made.folder / "manifest.json").write_text(json.dumps(whole))
     with here.load(made.folder) as model:
         assert model.report.bundle == str(made.folder)
         np.testing.assert_array_equal(model.logits([1, 2, 3]), wanted)

@@ -17,7 +17,7 @@ import transom
 from transom.artifacts import hash_file
 from transom.artifacts.files import is_held
 from transom.contract import Refusal
-from transom.errors import DoesNotFit, EngineError, OptionError, SelectionError, SelfCheckFailed
+from transom.errors import ContextExceeded, DoesNotFit, EngineError, OptionError, SelectionError, SelfCheckFailed
 from transom.runtime.bundles import open_bundle
 from transom.sparsity import Sparsity
 
@@ -213,6 +213,11 @@ def test_options_that_contradict_the_bundle_are_refused_with_its_own_value(here:
     with here.load(made.folder) as model:
         assert model.context == 100
         assert model.report.sparsity.startswith("fast")
+        assert "512 it was made for, built into the bundle" in str(model.report)
+        with pytest.raises(ContextExceeded, match="or export the model again with context=121 or more"):
+            model.generate("x" * 120)
+        with pytest.raises(ContextExceeded, match="Pass fewer, or export the model again with a larger context"):
+            model.logits("x" * 120)
 
 
 def test_threads_that_are_built_in_cannot_be_changed(here: Any, export: Any) -> None:
@@ -229,6 +234,8 @@ def test_a_context_that_is_not_built_in_may_change_and_is_the_exported_one_other
     for asked, got in ((None, 100), (300, 300), (20, 20)):
         with here.load(made.folder, context=asked) as model:
             assert model.context == got
+            with pytest.raises(ContextExceeded, match=f"or load the model with context={got + 21} or more"):
+                model.generate("x" * (got + 20))
     with pytest.raises(OptionError, match="the model's own limit"):
         here.load(made.folder, context=byte_llama.CONTEXT + 1)
     here.devices = [replace(CPU, free_bytes=1000)]

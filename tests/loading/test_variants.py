@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from bundling import HEXAGON
+from bundling import HEXAGON, left_over
 from made_up import CPU, MadeUp
 
 from transom.contract import Artifact, Offer, Refusal, Verdict
-from transom.errors import FidelityError, OptionError, SelectionError
+from transom.errors import EngineError, FidelityError, OptionError, SelectionError
 from transom.runtime.bundles import read_manifest
 from transom.runtime.replaying import replay
 
@@ -195,6 +197,50 @@ def test_what_diverges_is_not_shipped_and_the_worst_products_are_named(here: Any
         export(target=HEXAGON, overwrite=True)
 
 
+def test_what_a_load_would_not_believe_is_not_shipped(here: Any, export: Any) -> None:
+    """The model's distribution is nearly flat: what is wrong with logits shows little in a divergence."""
+
+    class Decoding(Phones):
+        def _spoil(self, inputs: Any, outputs: Any) -> None:
+            if len(inputs["input_ids"]) == 1:
+                spread = outputs["logits"].std()
+                noise = np.random.default_rng().standard_normal(outputs["logits"].shape)
+                outputs["logits"] = outputs["logits"] + (0.25 * spread * noise).astype(np.float32)
+
+    phones = Decoding()
+    here.use(phones)
+    for max_kl in (None, 0.04):
+        with pytest.raises(FidelityError, match=r"would not be believed where it is loaded: .* correlation of 0\.9"):
+            export(target=HEXAGON, max_kl=max_kl)
+    made = export(target=HEXAGON, max_kl=0.06)
+    assert made.variants[0].fidelity["kl"] < 0.04
+
+
+def test_a_bound_holds_for_what_runs_here_and_what_nobody_could_compare_is_said(here: Any, export: Any) -> None:
+    class Noisy(MadeUp):
+        def _spoil(self, inputs: Any, outputs: Any) -> None:
+            noise = np.random.default_rng().standard_normal(outputs["logits"].shape)
+            outputs["logits"] = outputs["logits"] + np.float32(0.02) * noise.astype(np.float32)
+
+    phones = Phones()
+    phones.emulated = False
+    here.use(Noisy("noisy"), phones)
+    with pytest.raises(FidelityError, match=r"noisy compiled diverges by .* \(on cpu\), and 1e-09 are allowed"):
+        export(format="noisy", max_kl=1e-9)
+    assert export(format="noisy", max_kl=0.1).warnings == ()
+    [warning] = export(target=HEXAGON, max_kl=0.1, overwrite=True).warnings
+    assert warning == "Nothing here could compare phones with the reference: max_kl=0.1 says nothing of it"
+
+
+def test_what_is_no_app_is_said_before_anything_is_compiled(here: Any, export: Any, tmp_path: Path) -> None:
+    here.use(Phones())
+    (tmp_path / "empty").mkdir()
+    for app, said in (("none.apk", "cannot be read: No such file"), ("empty", "no shared library in")):
+        with pytest.raises(OptionError, match=said):
+            export(target=HEXAGON, app=tmp_path / app)
+    assert here.jobs == []
+
+
 def test_an_app_without_the_libraries_keeps_a_bundle_from_being_written(here: Any, export: Any, tmp_path: Path) -> None:
     from numpy._core import _multiarray_umath
 
@@ -218,6 +264,8 @@ def test_an_app_without_the_libraries_keeps_a_bundle_from_being_written(here: An
         ({"format": "phones,phones"}, "names one twice"),
         ({"max_kl": 0}, "is no bound"),
         ({"max_kl": True}, "is no bound"),
+        ({"max_kl": float("inf")}, "is no bound"),
+        ({"max_kl": 0.1, "verify": "off"}, "needs the comparison that verify='off' leaves out"),
         ({"target": f"{HEXAGON},snapdragon-9"}, "snapdragon-9"),
     ],
 )
@@ -246,6 +294,18 @@ def test_apps_find_their_files_in_the_root_and_a_page_that_explains_them(here: A
     assert {"README.md", "app.json", "tokenizer.json", "tokenizer_config.json"} <= set(manifest.files)
 
 
+@pytest.mark.parametrize("files", [{"../app.json": b""}, {"app.json": None}, None])
+def test_a_backend_that_gives_apps_no_files_is_named(here: Any, export: Any, tmp_path: Path, files: Any) -> None:
+    class Broken(Phones):
+        def app_files(self, manifest: Any, variant: Any, texts: Any) -> Any:
+            return files
+
+    here.use(Broken())
+    with pytest.raises(EngineError, match="The backend phones failed while writing files for apps"):
+        export(target=HEXAGON, verify="off")
+    assert left_over(tmp_path) == []
+
+
 def test_the_tokenizer_is_hugging_face_s_own_file(here: Any, export: Any, elsewhere: Any) -> None:
     import tokenizers
 
@@ -268,12 +328,15 @@ def test_every_licence_file_comes_along(here: Any, export: Any, rng: Any, tmp_pa
     folder = tmp_path / "model"
     folder.mkdir()
     byte_llama.write_gguf(folder / "model.gguf", rng)
-    for name in ("LICENSE", "NOTICE.txt"):
+    wanted = {"LICENSE", "LICENCE-CODE.md", "license_mit", "Copying.lesser", "NOTICE.txt", "LICENSE: all"}
+    for name in (*wanted, "notice_of_dismissal.txt", "licensed.txt", "license.bin"):
         (folder / name).write_text(f"this is {name}")
+    os.truncate(folder / "license.bin", 2 << 20)
     here.use(MadeUp("sound"))
-    made = export(folder)
-    for name in ("LICENSE", "NOTICE.txt"):
-        assert (made.folder / "licenses" / name).read_text() == f"this is {name}"
+    made = export(folder / "model.gguf")
+    found = {p.name: p.read_text() for p in (made.folder / "licenses").iterdir()}
+    assert found == {name.replace(":", "_"): f"this is {name}" for name in wanted}
+    assert manifest_of(made.folder)["model"]["license"] in wanted
 
 
 def test_replaying_tells_what_passes_fails_and_cannot_run_here(here: Any, export: Any, elsewhere: Any) -> None:
@@ -288,5 +351,9 @@ def test_replaying_tells_what_passes_fails_and_cannot_run_here(here: Any, export
     portable.does = ""
     _, [again] = replay(made.folder, variants=["portable"], cache=here.cache)
     assert (again.state, again.where) == ("passed", f"portable on {CPU.id}")
+    device = replace(CPU, memory_bytes=1 << 20, free_bytes=1 << 20)
+    here.use(phones, portable, devices=(device,))
+    _, [small] = replay(made.folder, variants=["portable"], cache=here.cache)
+    assert (small.state, "The model needs" in small.text) == ("not here", True), "that is not the bundle's fault"
     with pytest.raises(OptionError, match="It has phones, portable"):
         replay(made.folder, variants=["none"], cache=here.cache)

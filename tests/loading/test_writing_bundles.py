@@ -258,6 +258,26 @@ def test_a_bundle_runs_where_the_cache_cannot_be_written(here: Any, export: Any,
         assert model.generate("Hello", max_new_tokens=2).usage.completion_tokens
 
 
+def test_a_name_that_is_too_long_is_said_before_anything_is_compiled(here: Any, export: Any, tmp_path: Path) -> None:
+    here.use(MadeUp("sound"))
+    with pytest.raises(OptionError, match="cannot be written: File name too long"):
+        export(out=tmp_path / ("b" * 240))
+    assert here.jobs == []
+
+
+def test_no_room_for_the_mark_leaves_nothing(
+    here: Any, export: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(folder: Path, **options: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+
+    here.use(MadeUp("sound"))
+    monkeypatch.setattr(bundle_writing, "hold", full)
+    with pytest.raises(BundleError, match="No space left on device"):
+        export()
+    assert left_over(tmp_path) == []
+
+
 @pytest.mark.parametrize("stage", ["compile", "write"])
 @pytest.mark.parametrize("error", [Cancelled, KeyboardInterrupt])
 def test_stopping_leaves_nothing(

@@ -16,11 +16,11 @@ from checkpoints import tiny
 
 from transom.errors import OptionError, SourceError
 from transom.graph import Blocked, DecoderBuilder, Dense, Graph
-from transom.graph.reading import constant_of, linear_weight, weight_of
+from transom.graph.reading import constant_of, linear_weight, vocabulary_products, weight_of
 from transom.graph.weights import Weight, dense, dequantize
 from transom.quantize import passes
 from transom.quantize.calibration import calibrate
-from transom.quantize.passes import Quantized, Scheme, quantize, vocabulary_products
+from transom.quantize.passes import Quantized, Scheme, quantize
 from transom.reference.executor import Executor
 from transom.runtime.fidelity import fidelity
 from transom.signature import Decoder, LayerCache
@@ -454,9 +454,3 @@ def test_a_rounded_graph_streams_its_weights_like_any_other(rng: np.random.Gener
         **{f"past_{part}.{i}": np.zeros((0, 32), np.float32) for part in ("key", "value") for i in range(2)},
     }  # fmt: skip
     np.testing.assert_array_equal(Executor(found).run(inputs)["logits"], wanted)
-
-
-@pytest.mark.parametrize("form", [{}, {"final_softcap": 5.0}, {"vocabulary": 64}], ids=str)
-def test_the_vocabulary_matrix_is_what_logits_are_made_by(form: dict[str, Any], rng: np.random.Generator) -> None:
-    """And not every matrix with as many rows: the model is 64 wide."""
-    assert vocabulary_products(tiny_decoder(rng, **form)) == {"head"}

@@ -11,10 +11,10 @@ import pytest
 
 from transom.graph import Blocked, Dense, Graph
 from transom.graph.editing import Editor
-from transom.graph.reading import linear_weight
+from transom.graph.reading import linear_weight, vocabulary_products
 from transom.graph.weights import dense, dequantize
 from transom.quantize.calibration import Activations, calibrate
-from transom.quantize.passes import Scheme, quantize, vocabulary_products
+from transom.quantize.passes import Scheme, quantize
 from transom.quantize.rounding import to_float8, to_int4, to_int8
 from transom.runtime.fidelity import fidelity
 from transom.sources import resolve

@@ -121,10 +121,15 @@ def test_newer_and_damaged_manifests_are_errors() -> None:
         {"transom_bundle": "1", "variants": []},
         {"transom_bundle": 0, "variants": []},
         {"transom_bundle": 1},
+        {"transom_bundle": True, "variants": []},
+        {"transom_bundle": float("inf"), "variants": []},
         bundle({**QNN, "requires": None}),
         bundle({**QNN, "target": {}}),
         bundle({**ONNX, "memory": {"at": {"many": 1}}}),
         bundle({**ONNX, "context": 4095}),
+        bundle({**ONNX, "context": float("inf")}),
+        bundle({**ONNX, "name": 3}),
+        *(bundle({**ONNX, "memory": {"at": {"4096": n}}}) for n in (float("inf"), -1, "1", 10**400, None)),
         bundle("variant"),  # type: ignore[arg-type]
     ):
         with pytest.raises(BundleError, match="damaged"):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -74,7 +75,9 @@ def pack(path: Path, files: dict[str, bytes], *, stored: bool = True, aligned: b
 def test_machine_and_pages_are_those_that_the_linker_was_told(target: str, abi: str, compiled: Compile) -> None:
     for page in (4096, PAGE, 65536):
         path = compiled(target, page)
-        assert inspect(path) == [Library(path.name, path.name, abi, page)]
+        [found] = inspect(path)
+        assert replace(found, mixed=False) == Library(path.name, path.name, abi, page)
+        assert page < PAGE or not found.mixed
 
 
 def test_a_package_that_is_right_has_no_problems(compiled: Compile, tmp_path: Path) -> None:
@@ -98,6 +101,9 @@ def test_a_package_that_is_right_has_no_problems(compiled: Compile, tmp_path: Pa
     part = inspect(pack(tmp_path / "part.aar", {name.replace("lib/", "jni/"): c for name, c in files.items()}))
     assert {lib.folder_abi for lib in part} == {"arm64-v8a"}
     assert judge(part, NEEDED) == []
+    whole = inspect(pack(tmp_path / "app.aab", {f"base/{name}": c for name, c in files.items()}, aligned=False))
+    assert [(lib.folder_abi, lib.offset) for lib in whole] == [("arm64-v8a", None)] * 3
+    assert judge(whole, NEEDED) == []
 
 
 def test_each_problem_of_a_package_is_said(compiled: Compile, tmp_path: Path) -> None:
@@ -144,6 +150,81 @@ def test_an_arm_library_in_place_of_the_skeleton_is_said(compiled: Compile, tmp_
     assert any("compiled for arm64-v8a, and hexagon is needed" in sentence for sentence in said), said
 
 
+def segments(content: bytes) -> dict[int, list[int]]:
+    """Where the rows of program headers of a 64-bit library are, by type."""
+    table = int.from_bytes(content[32:40], "little")
+    rows = [table + 56 * row for row in range(int.from_bytes(content[56:58], "little"))]
+    kinds = [int.from_bytes(content[row : row + 4], "little") for row in rows]
+    return {kind: [row for row, other in zip(rows, kinds, strict=True) if other == kind] for kind in kinds}
+
+
+def changed(content: bytes, at: int, by: int) -> bytes:
+    """With a number of 64 bits increased."""
+    value = int.from_bytes(content[at : at + 8], "little") + by
+    return content[:at] + value.to_bytes(8, "little") + content[at + 8 :]
+
+
+def test_data_that_becomes_read_only_may_not_share_a_page_with_other_data(compiled: Compile, tmp_path: Path) -> None:
+    good = compiled().read_bytes()
+    [relro] = segments(good)[0x6474E552]
+    shorter, later = changed(good, relro + 40, -8), changed(changed(good, relro + 16, 8), relro + 40, -8)
+    for content, wrong in ((good, False), (shorter, True), (later, True)):
+        [found] = inspect(pack(tmp_path / "app.apk", {"lib/arm64-v8a/libonnxruntime.so": content}))
+        assert found.mixed == wrong
+        said = judge([found], NEEDED[:1])
+        assert ["common-page-size=16384" in sentence and "read-only" in sentence for sentence in said] == [True] * wrong
+
+
+def test_an_alignment_that_was_only_written_into_the_header_does_not_count(compiled: Compile, tmp_path: Path) -> None:
+    content = compiled(page=4096).read_bytes()
+    for row in segments(content)[1]:
+        content = changed(content, row + 48, PAGE - 4096)
+    path = tmp_path / "libx.so"
+    path.write_bytes(content)
+    assert inspect(path)[0].page == 4096
+
+
+def test_what_is_only_zeros_may_begin_behind_the_end_of_a_stripped_library(compiled: Compile, tmp_path: Path) -> None:
+    content = compiled().read_bytes()
+    sections = int.from_bytes(content[40:48], "little")
+    content = content[:40] + bytes(8) + content[48:60] + bytes(2) + content[62:sections]
+    last = segments(content)[1][-1]
+    size = int.from_bytes(content[last + 32 : last + 40], "little")
+    offset = int.from_bytes(content[last + 8 : last + 16], "little")
+    zeros = changed(changed(content, last + 32, -size), last + 8, PAGE * (len(content) // PAGE + 1))
+    path = tmp_path / "libx.so"
+    for whole in (content, zeros[:offset]):
+        path.write_bytes(whole)
+        assert inspect(path)[0].page == PAGE
+    path.write_bytes(content[: offset + size - 1])
+    with pytest.raises(OptionError, match="cut short"):
+        inspect(path)
+
+
+def test_a_machine_with_another_width_or_order_of_bytes_is_not_android_s(compiled: Compile, tmp_path: Path) -> None:
+    narrow = bytearray(compiled("arm-linux-gnueabihf", 4096).read_bytes())
+    narrow[18:20] = (183).to_bytes(2, "little")
+    (tmp_path / "libx.so").write_bytes(narrow)
+    assert inspect(tmp_path / "libx.so")[0].abi == "machine 183"
+    assert inspect(compiled("aarch64_be-linux-gnu"))[0].abi == "machine 183"
+
+
+def test_a_folder_s_name_says_the_abi_too(compiled: Compile, tmp_path: Path) -> None:
+    (tmp_path / "jniLibs/x86_64").mkdir(parents=True)
+    (tmp_path / "jniLibs/x86_64/libonnxruntime.so").write_bytes(compiled().read_bytes())
+    [found] = inspect(tmp_path)
+    assert found.folder_abi == "x86_64"
+    assert judge([found], NEEDED[:1]) == ["libonnxruntime.so is there for x86_64 only: add it for arm64-v8a."]
+    [wrong] = judge([found], NEEDED[:1], abi="x86_64")
+    assert "compiled for arm64-v8a, and x86_64 is needed" in wrong
+
+
+def test_an_abi_that_there_is_not_is_refused() -> None:
+    with pytest.raises(OptionError, match="There is no ABI 'arm64-v8'") as caught:
+        judge([], [], abi="arm64-v8")
+    assert 'Did you mean "arm64-v8a"?' in caught.value.fix
+
+
 def test_a_folder_is_searched_with_all_below_it(compiled: Compile, tmp_path: Path) -> None:
     (tmp_path / "a/b").mkdir(parents=True)
     for name in ("a/libonnxruntime.so.1", "a/b/libQnnHtp.so"):
@@ -184,6 +265,10 @@ def test_damaged_packages_are_errors(compiled: Compile, tmp_path: Path) -> None:
         path = pack(tmp_path / "app.apk", files, stored=stored)
         whole = path.read_bytes()
         path.write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(OptionError, match="is damaged"):
+            inspect(path)
+        behind = whole.rindex(b"PK\x01\x02") + 42  # where the entry is, in the directory
+        path.write_bytes(whole[:behind] + (len(whole) - 8).to_bytes(4, "little") + whole[behind + 4 :])
         with pytest.raises(OptionError, match="is damaged"):
             inspect(path)
         middle = whole.index(b"libonnxruntime.so") + (2 * PAGE if stored else 200)

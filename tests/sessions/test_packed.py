@@ -124,7 +124,7 @@ def test_lengths_beyond_the_state_are_refused_and_change_nothing(length: int, be
     state = bed.filled([1, 2, 3, 4, 5, 6])
     with pytest.raises(ValueError, match=f"cannot fork at {length}"):
         state.fork(length)
-    with pytest.raises(ValueError, match=f"cannot truncate to {length}"):
+    with pytest.raises(ValueError, match=f"cannot truncate at {length}"):
         state.truncate(length)
     bed.expect(state, [1, 2, 3, 4, 5, 6], [7])
 

@@ -106,6 +106,12 @@ def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path, name: str) -> None
     assert "not a regular file" in failure("/dev/null")
 
 
+@pytest.mark.timeout(60)
+def test_a_pipe_in_the_place_of_a_manifest_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "manifest.json")
+    assert "holds no model" in failure(tmp_path)
+
+
 def test_an_empty_directory(tmp_path: Path) -> None:
     assert "is empty" in failure(tmp_path)
 

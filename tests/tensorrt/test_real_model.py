@@ -17,8 +17,9 @@ from rtx_parts.decoders import changed, plain
 from running import Running, reference
 from targets import built, content, summaries
 
+from transom.graph.reading import vocabulary_products
 from transom.quantize.calibration import calibrate
-from transom.quantize.passes import Scheme, quantize, vocabulary_products
+from transom.quantize.passes import Scheme, quantize
 from transom.runtime.pieces import pieces
 from transom.runtime.selfcheck import compare
 from transom.sources import resolve

@@ -83,6 +83,11 @@ def test_generation_config_rules_over_config() -> None:
     assert defaults_from_hf({}, {"text_config": {"eos_token_id": [1]}}, None).eos_ids == (1,)
 
 
+@pytest.mark.parametrize(("said", "kept"), [("", ()), ([""], ()), (["", "END"], ("END",)), (None, ())])
+def test_an_empty_stop_string_stops_nothing(said: Any, kept: tuple[str, ...]) -> None:
+    assert defaults_from_hf({"stop_strings": said}, {}, None).stop == kept
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [
@@ -113,3 +118,20 @@ def test_defaults_survive_the_cache() -> None:
     assert GenerationDefaults.from_json(json.loads(json.dumps(defaults.to_json()))) == defaults
     with pytest.raises(SourceError, match="unknown key 'new'"):
         GenerationDefaults.from_json({"new": 1})
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"eos_ids": 3}, {"eos_ids": ["3"]}, {"eos_ids": [True]}, {"bos_id": 1.0}, {"sample": 1}, {"stop": "END"},
+        {"temperature": "hot"}, {"top_k": False}, {"suppress_ids": [None]}, {"max_new_tokens": [1]},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_values_of_another_type_are_refused(data: dict[str, Any]) -> None:
+    with pytest.raises(SourceError, match=f"hold {next(iter(data))}="):
+        GenerationDefaults.from_json(data)
+
+
+def test_whole_numbers_are_numbers() -> None:
+    assert GenerationDefaults.from_json({"temperature": 1, "top_p": None}).temperature == 1

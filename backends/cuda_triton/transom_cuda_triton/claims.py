@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from transom.contract import Claim
-from transom.graph.reading import linear_weight, matrices
+from transom.graph.reading import linear_weight, matrices, vocabulary_products
 from transom.programs.drafting import Drafting, NoForm
 from transom_cuda_triton import probing
 from transom_cuda_triton.lowering import TritonKernels
@@ -47,13 +47,14 @@ def claims(graph: Graph, device: Device, options: Options) -> Iterator[Claim]:
         reason = f"{len(device.members)} devices together: {e}"
     except NoForm as e:
         wrong, reason = e.node, e.reason
+    heads = vocabulary_products(graph)
     for node in graph.nodes():
         refused = reason and (node is wrong if wrong is not None else node.op_type == "CachedAttention")
         if refused:
             yield Claim(str(node.name), False, reason)
             continue
         weight = linear_weight(node)
-        rounded = weight is not None and kernels.by(weight, head=weight.shape[0] == graph.decoder.vocabulary)
+        rounded = weight is not None and kernels.by(weight, head=str(node.name) in heads)
         yield Claim(str(node.name), True, exact=not rounded)
 
 

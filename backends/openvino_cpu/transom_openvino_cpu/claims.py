@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from transom.contract import Claim
 from transom.graph.pageable import unpageable
-from transom.graph.reading import element_type, linear_weight
+from transom.graph.reading import element_type, linear_weight, vocabulary_products
 from transom.graph.sparse import is_attention
 
 if TYPE_CHECKING:
@@ -29,9 +29,11 @@ def claims(graph: Graph, precision: Precision, device: Device) -> Iterator[Claim
     from transom_openvino_cpu.native.choosing import drafted
     from transom_openvino_cpu.precision import form_of
 
+    heads = vocabulary_products(graph)
+    """Never requantised."""
     if not isinstance(drafted(graph, precision, device), str):
         for node in graph.nodes():
-            inexact = precision.dynamic and linear_weight(node) is not None and not _is_head(graph, node)
+            inexact = precision.dynamic and linear_weight(node) is not None and str(node.name) not in heads
             yield Claim(str(node.name), True, exact=not inexact)
         return
     attention = [n for n in graph.nodes() if is_attention(n)]
@@ -48,7 +50,7 @@ def claims(graph: Graph, precision: Precision, device: Device) -> Iterator[Claim
             yield Claim(name, False, reason)
             continue
         weight = linear_weight(node) if precision.dynamic else None
-        rounded = weight is not None and form_of(weight, precision).group >= 32 and not _is_head(graph, node)
+        rounded = weight is not None and form_of(weight, precision).group >= 32 and str(node.name) not in heads
         yield Claim(name, True, exact=not rounded)
 
 
@@ -136,10 +138,3 @@ def whole_through_frontend(graph: Graph) -> bool:
 
     nodes: list[Any] = list(graph.nodes())
     return any(n.op_type in CONTROL_FLOW for n in nodes) and all(n.domain in ("", "ai.onnx") for n in nodes)
-
-
-def _is_head(graph: Graph, node: ir.Node) -> bool:
-    """Whether the product is the vocabulary matrix, which is never requantised."""
-    decoder = graph.decoder
-    weight = linear_weight(node)
-    return decoder is not None and weight is not None and weight.shape[0] == decoder.vocabulary

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from transom.graph.reading import attributes_of, linear_weight
+from transom.graph.reading import attributes_of, linear_weight, vocabulary_products
 from transom.graph.sparse import is_attention
 from transom.graph.weights import Blocked, Weight, concat_rows
 from transom_openvino_cpu.attention import Heads, PageInputs, paged_attention
@@ -97,6 +97,7 @@ class StageWriter:
         self._constant_nodes = self._find_constant_nodes()
         self._done: set[int] = set()
         self._matrices: dict[int, Node] = {}
+        self._heads = vocabulary_products(graph)
         self._groups = self._same_input()
 
     # values -----------------------------------------------------------------------------------------------------------
@@ -247,7 +248,7 @@ class StageWriter:
 
         found = None if key is None else self._matrices.get(key)
         if found is None:
-            dynamic = self.precision.dynamic and self.part.name != "head" and not self._is_vocabulary(weight)
+            dynamic = self.precision.dynamic and self.part.name != "head" and str(node.name) not in self._heads
             block = weight.block if isinstance(weight, Blocked) else 0
             form = form_of(weight, self.precision) if dynamic else Form("stored", block)
             if dynamic:
@@ -257,9 +258,6 @@ class StageWriter:
             if key is not None:
                 self._matrices[key] = found
         return op.matmul(self.get(node.inputs[0]), found, False, True)
-
-    def _is_vocabulary(self, weight: Weight) -> bool:
-        return self.graph.decoder is not None and weight.shape[0] == self.graph.decoder.vocabulary
 
     def _anchored(self, output: Node) -> Node:
         """The output of a narrow body, passed through a product with the unit matrix, which changes no bit.

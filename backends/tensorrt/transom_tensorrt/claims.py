@@ -9,7 +9,8 @@ from transom.contract import Claim
 from transom.graph.reading import linear_weight, matrices
 from transom.graph.sparse import is_attention
 from transom.graph.weights import Blocked
-from transom.programs.drafting import Drafting, NoForm
+from transom.programs.drafting import Drafting
+from transom.programs.refusing import refusals
 from transom.sparsity import Sparsity
 from transom_tensorrt import forms, probing, sparse
 from transom_tensorrt.lowering import RtxKernels
@@ -32,20 +33,13 @@ def claims(graph: Graph, device: Device, options: Options) -> Iterator[Claim]:
         OptionError: an option has a value that this device or checkpoint cannot have.
     """
     precision = precision_of(graph, device, options)
-    if graph.decoder is None:
-        for node in graph.nodes():
-            yield Claim(str(node.name), False, "runs decoders only, and this graph has no cache")
-        return
-    wrong, reason = None, ""
-    try:
-        Drafting(graph, RtxKernels())
-    except NoForm as e:
-        wrong, reason = e.node, e.reason
+    refused = refusals(graph, lambda: Drafting(graph, RtxKernels()))
     for node in graph.nodes():
-        if node is wrong:
-            yield Claim(str(node.name), False, reason)
+        if str(node.name) in refused:
+            yield Claim(str(node.name), False, refused[str(node.name)])
             continue
         if is_attention(node):
+            assert graph.decoder is not None  # or it was refused
             policy = Sparsity.parse(node.attributes.get_string("sparsity", "dense"))
             layer = graph.decoder.layers[node.attributes.get_int("layer", 0)]
             if reason := sparse.unaligned(policy, layer.head_dim):

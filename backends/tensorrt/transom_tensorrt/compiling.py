@@ -117,8 +117,9 @@ class Prepared:
 
 
 def _prepare(graph: Graph, device: Device, options: Options, progress: Progress) -> Prepared:
+    from transom.graph.reading import vocabulary_products
     from transom.quantize.calibration import calibrate
-    from transom.quantize.passes import Scheme, quantize, vocabulary_products
+    from transom.quantize.passes import Scheme, quantize
 
     precision = precision_of(graph, device, options)
     seen = None
@@ -267,7 +268,7 @@ BUILD_FACTOR = 3.0
 
 def planned_bytes(graph: Graph, precision: Precision) -> int:
     """What the weights of a network will take, from the shapes of a decoder's matrices alone."""
-    from transom.quantize.passes import vocabulary_products
+    from transom.graph.reading import vocabulary_products
 
     assert graph.decoder is not None
     number = 4 if precision.number == "float32" else 2

@@ -24,10 +24,12 @@ from transom.graph.weights import Array, Weight, dequantize
 from transom.ops.sparse_routing import BLOCK
 from transom.programs import fusing
 from transom.programs.drafting import Draft, Drafting, Value
+from transom.programs.onnx_rows import RowOperators
 from transom.programs.onnx_writing import FLOAT, INT32, INT64, OnnxWriter
 from transom.quantize.rounding import LARGEST_FLOAT8
 from transom.signature import cache_input_names, cache_output_names
 from transom.sparsity import Sparsity
+from transom.sparsity.static import static_refusal
 from transom_tensorrt import attention, forms, sparse
 from transom_tensorrt.network import ALIGNMENT, LENGTHS, QUERY, Kept
 
@@ -59,7 +61,7 @@ class RtxKernels:
         return ""
 
     def policy(self, policy: Sparsity) -> str:
-        return sparse.refusal(policy)
+        return static_refusal(policy)
 
 
 @dataclass
@@ -104,6 +106,7 @@ class _Lowering:
         """Of the caches."""
         self.number = NUMBERS[precision.number]
         self.write = OnnxWriter("decoder")
+        self._operators = RowOperators(self.write, self._wide)
         self._values: dict[int, ir.Value] = {}
         """Rows of numbers, [batch * tokens, width]."""
         self._heads: dict[int, ir.Value] = {}
@@ -183,9 +186,8 @@ class _Lowering:
             self._heads[id(draft.dst)] = self._rope(draft)
             return
         writers: Mapping[str, Callable[[Draft], ir.Value]] = {
-            "embed": self._embed, "rows": self._rows, "norm": self._norm, "linear": self._linear, "add": self._add,
-            "bias": self._bias, "scale": self._scale, "softcap": self._softcap, "glu": self._gate,
-            "attend": self._attend, "round": self._round,
+            **self._operators.writers, "embed": self._embed, "rows": self._rows, "norm": self._norm,
+            "linear": self._linear, "attend": self._attend, "round": self._round,
         }  # fmt: skip
         self._values[id(draft.dst)] = writers[draft.kind](draft)
 
@@ -210,8 +212,7 @@ class _Lowering:
 
     def _norm(self, draft: Draft) -> ir.Value:
         w, x = self.write, self._wide(draft.inputs[0])
-        assert draft.vector is not None
-        gain = w.constant(np.asarray(draft.vector, np.float32))
+        gain = self._operators.vector(draft.vector)
         if draft.groups > 1:
             x = w("Reshape", x, w.ints([-1, draft.groups, draft.dst.width // draft.groups]))
         x = w("RMSNormalization", x, gain, axis=-1, epsilon=float(draft.scale), stash_type=1)
@@ -227,27 +228,7 @@ class _Lowering:
         product = linear(self._of(draft.inputs[0]))
         if draft.vector is None:
             return product
-        return w("Add", w.cast(product, FLOAT), w.constant(np.asarray(draft.vector, np.float32)))
-
-    def _add(self, draft: Draft) -> ir.Value:
-        return self.write("Add", self._wide(draft.inputs[0]), self._wide(draft.inputs[1]))
-
-    def _bias(self, draft: Draft) -> ir.Value:
-        return self.write("Add", self._wide(draft.inputs[0]), self.write.constant(np.asarray(draft.vector, np.float32)))
-
-    def _scale(self, draft: Draft) -> ir.Value:
-        return self.write("Mul", self._wide(draft.inputs[0]), self.write.number(draft.scale, FLOAT))
-
-    def _softcap(self, draft: Draft) -> ir.Value:
-        return self.write.softcapped(self._wide(draft.inputs[0]), draft.scale)
-
-    def _gate(self, draft: Draft) -> ir.Value:
-        w, (x, up) = self.write, (self._wide(v) for v in draft.inputs)
-        if draft.act == "silu":
-            x = w("Mul", x, w("Sigmoid", x))
-        else:
-            x = w("Gelu", x, approximate="tanh" if draft.act == "gelu_tanh" else "none")
-        return w("Mul", x, up)
+        return w("Add", w.cast(product, FLOAT), self._operators.vector(draft.vector))
 
     def _round(self, draft: Draft) -> ir.Value:
         self._rounded.add(id(draft.dst))
@@ -264,9 +245,8 @@ class _Lowering:
     def _rotations(self, rope: int) -> tuple[ir.Value, ir.Value]:
         """Cosines and sines of a rope, float32 [context, pairs], made once for all layers."""
         if rope not in self._tables:
-            frequencies, factor = self.drafting.ropes[rope]
-            angles = np.arange(self.context)[:, None] * np.asarray(frequencies, np.float64)[None]
-            cos, sin = (self.write.constant((f(angles) * factor).astype(np.float32)) for f in (np.cos, np.sin))
+            tables = self.drafting.rotations(rope, self.context)
+            cos, sin = (self.write.constant(table.astype(np.float32)) for table in tables)
             self._tables[rope] = cos, sin
         return self._tables[rope]
 

@@ -35,19 +35,6 @@ FORCED = 2.0
 """A score above any that a unit can have: of the first block."""
 
 
-def refusal(policy: Sparsity) -> str:
-    """Why a policy has no static shapes; empty if it has."""
-    if policy.dense:
-        return ""
-    if not policy.top_k:
-        return "a coverage reads as many keys as it takes, and engines have fixed shapes: use top_k=… in place of it"
-    if policy.columns:
-        return "columns need queries of earlier steps, which an engine does not keep: use columns=0"
-    if policy.score != "rms":
-        return f"engines score units by 'rms', not by {policy.score!r}"
-    return ""
-
-
 def unaligned(policy: Sparsity, columns: int) -> str:
     """Why means of heads with so many columns lie where TensorRT takes no tensor; empty if they do not. Each block
     has some nodes, and their float32 numbers have to fill a whole number of steps."""

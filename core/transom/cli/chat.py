@@ -139,7 +139,8 @@ class _Talk:
         shorter = f"/params max_tokens={room} asks for a shorter answer (as --max-tokens does)" if room > 0 else ""
         forget = "/undo forgets your last message and its answer, /reset all of them" if len(self.conversation) else ""
         parts = [part for part in (shorter, forget) if part] or ["Write a shorter message"]
-        return "; ".join([*parts, "a chat begun with a larger --context holds more, as far as the model allows"])
+        begun = "an export" if self.model.report.context_built_in else "a chat begun"
+        return "; ".join([*parts, f"{begun} with a larger --context holds more, as far as the model allows"])
 
     # answering --------------------------------------------------------------------------------------------------------
     def _answer(self, text: str) -> None:

@@ -42,7 +42,10 @@ Examples:
     help="The device to compile for: one of this machine, or another one that `--target list` shows; or several with "
     "commas.",
 )  # fmt: skip
-@click.option("--plan", "planned", is_flag=True, help="Only say what would be written, and how fast it could be.")
+@click.option(
+    "--plan", "planned", is_flag=True,
+    help="Only say what would be written, and how fast it could be: nothing is compiled, checked or written.",
+)  # fmt: skip
 @click.option("--out", metavar="DIR", type=click.Path(), help="The folder to write; new, or empty.")
 @click.option("--overwrite", is_flag=True, help="Replace the bundle that is in it.")
 @click.option(
@@ -123,7 +126,7 @@ def export(
 def _plan(model: str, target: str, probe_file: str | None, as_json: bool, options: dict[str, Any]) -> None:
     import transom
 
-    asked = {name: options[name] for name in ("format", "context", "precision")}
+    asked = {name: options[name] for name in ("format", "context", "precision", "sparsity")}
     plans = transom.plan_export(model, target=target, probe_file=probe_file, **asked)
     if as_json:
         print_json({"plans": [plan.to_dict() for plan in plans]})

@@ -224,3 +224,23 @@ def linear_weight(node: ir.Node) -> Weight | None:
         return None
     perm = transpose.attributes.get("perm")
     return weight if perm is None or list(perm.as_ints()) == [1, 0] else None
+
+
+_ONE_BY_ONE = ("Add", "Cast", "Div", "Identity", "Mul", "Tanh")
+"""What may lie between the vocabulary matrix and the logits: biases, scales, soft caps."""
+
+
+def vocabulary_products(graph: Graph) -> frozenset[str]:
+    """The products that logits are, but for what is done to each by itself; their rounding shows there at once.
+    Empty for a graph that is no decoder."""
+    values = [v for v in graph.model.graph.outputs if v.name == "logits"] if graph.decoder is not None else []
+    found: set[str] = set()
+    while values:
+        node = values.pop().producer()
+        if node is None:
+            continue
+        if linear_weight(node) is not None:
+            found.add(str(node.name))
+        elif node.op_type in _ONE_BY_ONE and not node.domain:
+            values += [v for v in node.inputs if v is not None]
+    return frozenset(found)

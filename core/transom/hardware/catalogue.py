@@ -96,6 +96,7 @@ def catalogue() -> tuple[Device, ...]:
 
 
 def _hexagon_features(version: int) -> frozenset[str]:
-    """What the tensor processor of a Hexagon version can do: 4-bit blocks need v69, sharing weights v73."""
-    since = {"int8": 65, "fp16": 68, "a16w4_blocks": 69, "weight_sharing": 73}
+    """What the tensor processor of a Hexagon version can do: 4-bit blocks need v69, attention in 16-bit activations and
+    sharing weights v73."""
+    since = {"int8": 65, "fp16": 68, "a16w4_blocks": 69, "a16_attention": 73, "weight_sharing": 73}
     return frozenset(feature for feature, first in since.items() if version >= first)

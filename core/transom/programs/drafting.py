@@ -10,7 +10,14 @@ import numpy as np
 import onnx_ir as ir
 
 from transom.graph.pageable import unpageable
-from transom.graph.reading import attributes_of, constant_of, element_type, linear_weight, weight_of
+from transom.graph.reading import (
+    attributes_of,
+    constant_of,
+    element_type,
+    linear_weight,
+    vocabulary_products,
+    weight_of,
+)
 from transom.graph.sparse import is_attention
 from transom.graph.weights import Array, Dense, Weight, dequantize
 from transom.sparsity import Sparsity, joined
@@ -122,6 +129,7 @@ class Drafting:
     def __init__(self, graph: Graph, kernels: Kernels) -> None:
         assert graph.decoder is not None
         self.graph, self.decoder, self.kernels = graph, graph.decoder, kernels
+        self._heads = vocabulary_products(graph)
         self.drafts: list[Draft] = []
         self.ropes: list[tuple[Array, float]] = []
         self.layers: dict[int, tuple[float, float, Array | None]] = {}
@@ -253,10 +261,9 @@ class Drafting:
         x = self._value(node, 0)
         if x.width != weight.shape[1]:
             raise NoForm(node, f"a product of {weight.shape[1]} columns with rows of {x.width}")
-        head = weight.shape[0] == self.decoder.vocabulary
         transpose = node.inputs[1].producer() if node.inputs[1] is not None else None
         key = id(transpose.inputs[0]) if transpose is not None else 0
-        by = self.kernels.by(weight, head=head)
+        by = self.kernels.by(weight, head=str(node.name) in self._heads)
         draft = Draft("linear", Value(weight.shape[0]), [x], weight=weight, by=by, key=key)
         self._emit(node, draft)
 
@@ -392,6 +399,12 @@ class Drafting:
             raise NoForm(other or node, "positions that lead to something else than a rotary table")
         self._skipped |= {id(user) for user in users}
         return users
+
+    def rotations(self, rope: int, positions: int) -> tuple[Array, Array]:
+        """Cosines and sines of the positions from 0 on, float64 [positions, pairs], as a rope makes them."""
+        frequencies, factor = self.ropes[rope]
+        angles = np.arange(positions)[:, None] * np.asarray(frequencies, np.float64)[None]
+        return np.cos(angles) * factor, np.sin(angles) * factor
 
     def _rope(self, frequencies: Array, factor: float) -> int:
         for i, (known, scale) in enumerate(self.ropes):

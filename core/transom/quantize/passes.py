@@ -148,26 +148,6 @@ def _size(count: int) -> str:
     return f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"
 
 
-_ONE_BY_ONE = ("Add", "Cast", "Div", "Identity", "Mul", "Tanh")
-"""What may lie between the vocabulary matrix and the logits: biases, scales, soft caps."""
-
-
-def vocabulary_products(graph: Graph) -> frozenset[str]:
-    """The products that logits are, but for what is done to each by itself; their rounding shows there at once: for
-    `keep`. Empty for a graph that is no decoder."""
-    values = [v for v in graph.model.graph.outputs if v.name == "logits"] if graph.decoder is not None else []
-    found: set[str] = set()
-    while values:
-        node = values.pop().producer()
-        if node is None:
-            continue
-        if linear_weight(node) is not None:
-            found.add(str(node.name))
-        elif node.op_type in _ONE_BY_ONE and not node.domain:
-            values += [v for v in node.inputs if v is not None]
-    return frozenset(found)
-
-
 def quantize(
     graph: Graph,
     scheme: Scheme,

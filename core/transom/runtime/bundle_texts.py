@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from transom.artifacts.entries import check_file_name
 from transom.contract import AppBackend, Backend
 from transom.errors import TransomError
+from transom.runtime.guarding import guarded
 from transom.runtime.memory import size
 from transom.runtime.prepared import TOKENIZER_HEADER
 from transom.sources import local_path
@@ -19,6 +23,10 @@ if TYPE_CHECKING:
     from transom.text.proving import TextProof
 
 README = "README.md"
+_LICENCE = re.compile(r"((un)?licen[cs]e|copying)(?![a-z]).*|notice(\.\w+)?", re.IGNORECASE)
+"""Names of files that say what a model may be used for."""
+_LONGEST_LICENCE = 1 << 20
+"""Bytes. What is longer is a file of another kind with such a name."""
 
 
 def texts_of(source: Prepared) -> tuple[dict[str, bytes], TextProof | None]:
@@ -46,8 +54,8 @@ def licences_of(model: Any) -> list[Path]:
     if path is None:
         return []
     folder = path if path.is_dir() else path.parent
-    names = ("license", "licence", "copying", "notice")
-    return sorted(p for p in folder.iterdir() if p.name.lower().startswith(names) and p.is_file())
+    found = [p for p in folder.iterdir() if _LICENCE.fullmatch(p.name) and p.is_file()]
+    return sorted(p for p in found if p != path and p.stat().st_size <= _LONGEST_LICENCE)
 
 
 def licence_of(model: Any, licences: list[Path]) -> str | None:
@@ -55,29 +63,34 @@ def licence_of(model: Any, licences: list[Path]) -> str | None:
     path = local_path(model)
     if path is None:
         return None
-    if path.is_dir() and licences:
-        return licences[0].name
     from transom.sources.gguf import GgufSource, gguf_path
     from transom.sources.gguf_file import open_gguf
 
-    if not GgufSource().matches(path):
-        return None
-    try:
-        found = open_gguf(gguf_path(path)).metadata.get("general.license")
-    except TransomError:  # who reads the model says what is wrong with it
-        return None
-    return found if isinstance(found, str) and found else None
+    found = None
+    if GgufSource().matches(path):
+        try:
+            found = open_gguf(gguf_path(path)).metadata.get("general.license")
+        except TransomError:  # who reads the model says what is wrong with it
+            return None
+    if isinstance(found, str) and found:
+        return found
+    return licences[0].name if licences else None
 
 
 def app_files(manifest: Manifest, backends: Mapping[str, Backend], texts: Mapping[str, bytes]) -> dict[str, bytes]:
-    """README.md, and what the backends want apps to find in the bundle's root."""
+    """README.md, and what the backends want apps to find in the root. Raises EngineError: one gave no files."""
+
+    def made_by(backend: AppBackend, variant: Variant) -> dict[str, bytes]:
+        made = backend.app_files(manifest.head(), variant.to_json(), texts)
+        return {check_file_name(name): bytes(content) for name, content in made.items()}
+
     files: dict[str, bytes] = {}
     parts = []
     for variant in manifest.variants:
         backend = backends[variant.backend]
         if not isinstance(backend, AppBackend):
             continue
-        made = dict(backend.app_files(manifest.head(), variant.to_json(), texts))
+        made = guarded(variant.backend, "writing files for apps", partial(made_by, backend, variant))
         if (part := made.pop(README, None)) is not None:
             parts.append(part.decode().strip())
         files |= made

@@ -47,8 +47,8 @@ def require_free(folder: Path, *, overwrite: bool) -> None:
         raise OptionError(
             f"There is no folder {folder.parent} to write the bundle into", "Make it, or choose another folder"
         )
-    try:  # permissions do not tell: of file systems that are read-only or kept by the kernel
-        os.rmdir(tempfile.mkdtemp(prefix=".transom-", dir=folder.parent))
+    try:  # permissions do not tell: of file systems that are read-only or kept by the kernel, and of names too long
+        os.rmdir(tempfile.mkdtemp(prefix=f".{folder.name}{_STAGING}-", dir=folder.parent))
     except OSError as error:
         raise OptionError(f"The folder {folder.parent} cannot be written: {error.strerror or error}", other) from error
     if not os.path.lexists(folder):
@@ -262,8 +262,9 @@ def _staging(folder: Path) -> Iterator[Path]:
         _sweep(left)
     staging = folder.with_name("." + unique(folder.name + _STAGING))
     staging.mkdir()
-    held = hold(staging, create=True)
+    held = None
     try:
+        held = hold(staging, create=True)
         yield staging
     finally:
         if held is not None:

@@ -9,21 +9,18 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from transom.artifacts import FileRecord, Origin, Overflow, artifact_key
+from transom.artifacts import FileRecord, Origin, Overflow, artifact_key, hash_file
 from transom.artifacts.entries import SCRATCH, check_file_name
-from transom.artifacts.files import (
-    MARK,
-    Hold,
-    hold,
-)
+from transom.artifacts.files import MARK, Hold, hold
 from transom.contract import Artifact, Device
-from transom.errors import OptionError, SourceError, TransomError
-from transom.hardware.probe_file import from_json, to_json
+from transom.errors import SourceError, TransomError
+from transom.hardware.probe_file import to_json
+from transom.runtime import manifest_values as values
 from transom.runtime.prepared import Prepared
 from transom.signature import Decoder
 from transom.sources.resolve import BUNDLE_KEY, BUNDLE_MANIFEST
@@ -31,6 +28,9 @@ from transom.sources.resolve import BUNDLE_KEY, BUNDLE_MANIFEST
 if TYPE_CHECKING:
     from transom.artifacts import Cache
     from transom.contract import Progress
+    from transom.text import ChatTemplate, GenerationDefaults, Tokenizer
+
+T = TypeVar("T")
 
 VERSION = 1
 """Of the manifest. Rises when a reader of the old one would misread the new one; keys are added without that."""
@@ -38,6 +38,7 @@ GOLDEN = "golden.npz"
 SHARED = "shared"
 """The folder of files that several variants may read. A backend says so by naming a file `shared/…`."""
 LICENSES = "licenses"
+_MEMORY = ("weights", "workspace", "cache_per_token")
 
 
 class BundleError(TransomError):
@@ -97,25 +98,24 @@ class Variant:
 
     @classmethod
     def from_json(cls, whole: Any) -> Variant:
-        """Raises KeyError, TypeError, ValueError or OptionError for what `to_json` did not write."""
-        backend, fidelity = whole["backend"], whole["fidelity"]
+        """Raises what is in `MALFORMED` for what `to_json` did not write. Unknown keys are passed over."""
+        backend, fidelity, memory = whole["backend"], whole["fidelity"], whole["memory"]
         if fidelity is not None and not isinstance(fidelity, dict):
             raise TypeError("fidelity")
-        memory = {str(name): int(value) for name, value in whole["memory"].items() if name != "at"}
         return cls(
             name=check_file_name(whole["name"]),
-            backend=str(backend["name"]),
-            backend_version=str(backend["version"]),
-            distribution=str(backend["distribution"]),
-            target=from_json({"devices": [whole["target"]]}, BUNDLE_MANIFEST)[0],
-            requires={str(name): str(value) for name, value in whole["requires"].items()},
-            precision=str(whole["precision"]),
-            exact=bool(whole["exact"]),
-            notes=tuple(map(str, whole["notes"])),
-            decomposed=tuple(map(str, whole["decomposed"])),
-            context=int(whole["context"]),
-            memory=memory,
-            libraries=tuple(map(str, whole["libraries"])),
+            backend=values.text(backend["name"]),
+            backend_version=values.text(backend["version"]),
+            distribution=values.text(backend["distribution"]),
+            target=values.device(whole["target"]),
+            requires={name: values.text(value) for name, value in whole["requires"].items()},
+            precision=values.text(whole["precision"]),
+            exact=values.flag(whole["exact"]),
+            notes=values.texts(whole["notes"]),
+            decomposed=values.texts(whole["decomposed"]),
+            context=values.count(whole["context"]),
+            memory={name: values.count(memory[name]) for name in _MEMORY} if memory else {},
+            libraries=values.texts(whole["libraries"]),
             fidelity=fidelity,
             files={check_file_name(name): check_file_name(path) for name, path in whole["files"].items()},
         )
@@ -173,35 +173,38 @@ class Manifest:
 
     @classmethod
     def from_json(cls, whole: Any) -> Manifest:
-        """Raises KeyError, TypeError, ValueError or OptionError for what `to_json` did not write."""
+        """Raises what is in `MALFORMED` for what `to_json` did not write. Unknown keys are passed over."""
         model, expected, decoder = whole["model"], whole["expected"], whole["decoder"]
-        options = {name: whole["options"][name] for name in ("precision", "context", "sparsity")}
-        if not isinstance(options["precision"], str) or not isinstance(options["sparsity"], str):
-            raise TypeError("options")
-        context = options["context"]
-        if context is not None and (type(context) is not int or context < 1):
-            raise ValueError("context")
+        options, context = whole["options"], whole["options"]["context"]
         files = {
-            check_file_name(name): FileRecord(int(f["bytes"]), str(f["blake2b"])) for name, f in whole["files"].items()
+            check_file_name(name): FileRecord(values.count(f["bytes"]), values.text(f["blake2b"]))
+            for name, f in whole["files"].items()
         }
         variants = tuple(map(Variant.from_json, whole["variants"]))
-        if not variants or any(path not in files for variant in variants for path in variant.files.values()):
+        named = {GOLDEN, *(path for variant in variants for path in variant.files.values())}
+        if not variants or len({v.name for v in variants}) < len(variants) or not named <= files.keys():
             raise ValueError("variants")
         return cls(
-            transom=str(whole["transom"]),
-            created=str(whole["created"]),
-            name=str(model["name"]),
-            kind=str(model["kind"]),
-            fingerprint=str(model["fingerprint"]),
-            graph=str(model["graph"]),
-            foreign=bool(model["own_operators"]),
-            license=None if model["license"] is None else str(model["license"]),
-            model_notes=tuple(map(str, model["notes"])),
-            options=options,
-            decoder=None if decoder is None else Decoder.from_json(json.dumps(decoder)),
-            inputs={name: (str(dtype), tuple(shape)) for name, (dtype, shape) in whole["inputs"].items()},
-            tokens=tuple(map(int, expected["tokens"])),
-            best=tuple(map(int, expected["best"])),
+            transom=values.text(whole["transom"]),
+            created=values.text(whole["created"]),
+            name=values.text(model["name"]),
+            kind=values.text(model["kind"]),
+            fingerprint=values.text(model["fingerprint"]),
+            graph=values.text(model["graph"]),
+            foreign=values.flag(model["own_operators"]),
+            license=None if model["license"] is None else values.text(model["license"]),
+            model_notes=values.texts(model["notes"]),
+            options={
+                "precision": values.text(options["precision"]),
+                "context": None if context is None else values.count(context, 1),
+                "sparsity": values.text(options["sparsity"]),
+            },
+            decoder=None if decoder is None else values.decoder(decoder),
+            inputs={
+                name: (values.text(dtype), values.shape(shape)) for name, (dtype, shape) in whole["inputs"].items()
+            },
+            tokens=tuple(map(values.count, values.items(expected["tokens"]))),
+            best=tuple(map(values.count, values.items(expected["best"]))),
             variants=variants,
             files=files,
         )
@@ -221,25 +224,30 @@ def read_manifest(folder: Path) -> Manifest:
     Raises:
         BundleError: it cannot be read, is damaged, or is of a newer version.
     """
-    damaged = f"The manifest of the bundle {folder} is damaged"
     try:
         whole = json.loads((folder / BUNDLE_MANIFEST).read_bytes())
-        version = whole[BUNDLE_KEY]
-        if not isinstance(version, int) or version < 1:
-            raise BundleError(damaged, _AGAIN)
-        if version > VERSION:
-            raise BundleError(
-                f"The bundle {folder} is of version {version}, and this Transom reads version {VERSION}",
-                "Update it with: pip install --upgrade transom",
-            )
+        require_version(whole[BUNDLE_KEY], f"The bundle {folder}")
         return Manifest.from_json(whole)
     except OSError as error:
-        raise BundleError(f"The bundle {folder} cannot be read: {error.strerror or error}", _AGAIN) from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OptionError) as error:
-        raise BundleError(damaged, _AGAIN) from error
+        raise BundleError(f"The bundle {folder} cannot be read: {error.strerror or error}", AGAIN) from error
+    except values.MALFORMED as error:
+        raise BundleError(f"The manifest of the bundle {folder} is damaged", AGAIN) from error
 
 
-_AGAIN = "Copy it again from where it was made, or export the model again"
+def require_version(version: object, bundle: str) -> None:
+    """Raises ValueError for what is no version, BundleError for a newer one than can be read.
+
+    Args:
+        bundle: what the sentence calls it.
+    """
+    if values.count(version, 1) > VERSION:
+        raise BundleError(
+            f"{bundle} is of version {version}, and this Transom reads version {VERSION}",
+            "Update it with: pip install --upgrade transom",
+        )
+
+
+AGAIN = "Copy it again from where it was made, or export the model again"
 
 
 class Bundle:
@@ -285,16 +293,38 @@ class Bundle:
     def source(self) -> Prepared:
         """What a source would bring besides the graph."""
         m = self.manifest
-        return Prepared(m.name, m.kind, m.model_notes, m.decoder, m.graph, m.inputs, self, m.foreign)
+        return _Source(m.name, m.kind, m.model_notes, m.decoder, m.graph, m.inputs, self, m.foreign)
 
     def golden(self) -> dict[str, Any]:
-        """The reference's answers: `ids` and `logits`; of a graph that is no decoder its outputs."""
+        """The reference's answers: `ids` and `logits`; of a graph that is no decoder its outputs.
+
+        Raises:
+            BundleError: they are not what the manifest says that they belong to.
+        """
         import io
+        import zipfile
+        import zlib
 
         import numpy as np
 
-        with np.load(io.BytesIO(self.read(GOLDEN)), allow_pickle=False) as stored:
-            return dict(stored.items())
+        damaged = BundleError(f"The file {GOLDEN} of the bundle {self.folder} is damaged", AGAIN)
+        try:
+            with np.load(io.BytesIO(self.read(GOLDEN)), allow_pickle=False) as stored:
+                found = dict(stored.items())
+        except (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+            raise damaged from error
+        if (decoder := self.manifest.decoder) is not None:
+            tokens = list(self.manifest.tokens)
+            sound = (
+                found.keys() >= {"ids", "logits"}
+                and found["ids"].tolist() == tokens != []
+                and max(tokens) < decoder.vocabulary
+                and found["logits"].shape == (len(tokens), decoder.vocabulary)
+                and found["logits"].dtype.kind == "f"
+            )
+            if not sound:
+                raise damaged
+        return found
 
     @property
     def scratch(self) -> Path:
@@ -336,29 +366,55 @@ class Bundle:
 _NOTEBOOK = "bundles"
 
 
-def open_bundle(folder: Path, cache: Cache, progress: Progress | None = None) -> Bundle:
+class _Source(Prepared):
+    """What a bundle says of its source: texts that are not what they should be are an error that names the file."""
+
+    files: Bundle
+
+    def tokenizer(self) -> Tokenizer | None:
+        return self._sound("tokenizer.json", super().tokenizer)
+
+    def chat_template(self) -> ChatTemplate | None:
+        return self._sound("chat_template.json", super().chat_template)
+
+    def generation(self) -> GenerationDefaults:
+        return self._sound("generation.json", super().generation)
+
+    def _sound(self, name: str, read: Callable[[], T]) -> T:
+        try:
+            return read()
+        except (*values.MALFORMED, SourceError) as error:
+            raise BundleError(f"The file {name} of the bundle {self.files.folder} is damaged", AGAIN) from error
+
+
+def open_bundle(folder: Path, cache: Cache, progress: Progress | None = None, *, known: bool = True) -> Bundle:
     """A bundle, once each of its files is seen to be there and as it was written.
 
-    A file's hash is computed the first time, and when its size, time or inode has changed since.
+    Args:
+        known: a file's hash is computed the first time, and when its size, time or inode has changed since. False:
+            each is computed now.
 
     Raises:
         BundleError: a file is missing, cut, altered or no plain file, or there is one that does not belong to it.
     """
     manifest = read_manifest(folder)
     found = files_in(folder)
+    hash_of = cache.content_hash if known else hash_file
     if foreign := sorted(found - manifest.files.keys()):
         raise BundleError(
             f"The bundle {folder} holds the file {foreign[0]}, which is not a part of it",
             "Remove what does not belong there, or copy the bundle again",
         )
     for name, record in manifest.files.items():
-        if doubt := _doubt(folder / name, record, cache, progress) if name in found else "is missing":
-            raise BundleError(f"The file {name} of the bundle {folder} {doubt}", _AGAIN)
+        if doubt := _doubt(folder / name, record, hash_of, progress) if name in found else "is missing":
+            raise BundleError(f"The file {name} of the bundle {folder} {doubt}", AGAIN)
     key = artifact_key({"bundle": (folder / BUNDLE_MANIFEST).read_bytes()})
     return Bundle(folder, manifest, key, cache, manifest.variants[0])
 
 
-def _doubt(path: Path, record: FileRecord, cache: Cache, progress: Progress | None) -> str:
+def _doubt(
+    path: Path, record: FileRecord, hash_of: Callable[[Path, Progress | None], str], progress: Progress | None
+) -> str:
     """What is wrong with a file; empty where nothing is."""
     try:
         state = path.lstat()
@@ -366,7 +422,7 @@ def _doubt(path: Path, record: FileRecord, cache: Cache, progress: Progress | No
             return "is not a plain file"
         if state.st_size != record.bytes:
             return f"has {state.st_size} bytes in place of {record.bytes}"
-        if cache.content_hash(path, progress) != record.blake2b:
+        if hash_of(path, progress) != record.blake2b:
             return "is not as it was written: its hash is another"
     except OSError as error:
         return f"cannot be read: {error.strerror or error}"

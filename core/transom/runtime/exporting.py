@@ -7,6 +7,8 @@ and checked where its device is one of this machine, and then written down with 
 from __future__ import annotations
 
 import json
+import math
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +31,7 @@ from transom.runtime.machine import Machine, can_be_mended, choose, survey
 from transom.runtime.memory import size
 from transom.runtime.pieces import given_texts
 from transom.runtime.prepared import Compiled
-from transom.runtime.proof import proved, told
+from transom.runtime.proof import checked_kl, proved, told
 from transom.selection import Choice
 from transom.sources import bundle_at
 from transom.sources.resolve import BUNDLE_MANIFEST
@@ -38,6 +40,8 @@ from transom.sparsity import Sparsity
 if TYPE_CHECKING:
     from transom.runtime.native_libraries import Library
 
+_FOREIGN = re.compile(r'[\\:*?"<>|]')
+"""What names of files cannot have on every system."""
 LIBRARIES_FILE = "libraries.json"
 """Of an artifact: a list of file names, of the native libraries that an app needs for it. Backends may write it."""
 MEMORY_FILE = "memory.json"
@@ -147,7 +151,8 @@ def export(
             been done, `"always"` in any case, and `"off"` only runs it. What is compiled for elsewhere is compared
             on what can run it here, an emulator, and where it is loaded.
         max_kl: nats that the logits of what is compiled for elsewhere may diverge by from the reference's (mean over
-            the fixed prompt); None for the bound of the self-check. It counts where something here can run it.
+            the fixed prompt); None for the bound of the self-check. It counts where something here can run it; where
+            nothing can, a warning says so.
         app: an APK, AAR, app bundle or folder whose native libraries are compared with what the variants need, before
             anything is written; None: no app is looked at.
         overwrite: whether a bundle that is in `out` may be replaced.
@@ -170,11 +175,13 @@ def export(
     check_arguments(options, verify, "static", unknown, "export")
     check_objects(cache, progress)
     pairs = pairs_of(target, format)
-    _check_bound(max_kl)
+    _check_bound(max_kl, verify)
     if bundle_at(model) is not None:
         raise OptionError(f"{model} is a bundle, which is compiled already", "Export the model that it was made of")
     folder = _place(out)
     require_free(folder, overwrite=overwrite)
+    if app is not None:
+        require_libraries(app, ())  # before anything is compiled: what is no app, and what Android would not load
     asked = Asked(options, Sparsity.parse(sparsity), given_texts(calibration), verify)
     loader = Loader(model, asked, cache=cache or Cache.default(), progress=progress or (lambda stage, share: None))
     chosen = [chosen_for(name, backend, probe_file) for name, backend in pairs]
@@ -187,6 +194,8 @@ def export(
         if app is not None:
             require_libraries(app, [name for one in made for name in _told(one.ready.stored, LIBRARIES_FILE) or ()])
         manifest = _write(loader, made, folder, model, overwrite=overwrite)
+        if max_kl is not None:
+            loader.warnings += _unproved(manifest.variants, made, max_kl)
         return _exported(loader, made, folder, manifest, time.perf_counter() - start)
     finally:
         for one in made:
@@ -252,10 +261,23 @@ def pairs_of(target: str | Sequence[str], format: str | Sequence[str]) -> list[t
     return [(t, f) for t in targets for f in formats]
 
 
-def _check_bound(max_kl: object) -> None:
+def _check_bound(max_kl: object, verify: str) -> None:
     number = isinstance(max_kl, int | float) and not isinstance(max_kl, bool)
-    if max_kl is not None and not (number and max_kl > 0):  # type: ignore[operator]
+    if max_kl is not None and not (number and 0 < max_kl < math.inf):  # type: ignore[operator]
         raise OptionError(f"max_kl={max_kl!r} is no bound", "Give nats above 0, such as 0.1")
+    if max_kl is not None and verify == "off":
+        raise OptionError(
+            f"max_kl={max_kl!r} needs the comparison that verify='off' leaves out", "Leave one of the two out"
+        )
+
+
+def _unproved(variants: Sequence[Variant], made: Sequence[_Made], max_kl: float) -> list[str]:
+    """Warnings of those that the bound was not held against."""
+    pairs = zip(variants, made, strict=True)
+    names = [variant.name for variant, one in pairs if one.fidelity is None and checked_kl(one.ready) is None]
+    return [
+        f"Nothing here could compare {name} with the reference: max_kl={max_kl:g} says nothing of it" for name in names
+    ]
 
 
 def _place(out: str | Path) -> Path:
@@ -354,7 +376,7 @@ def _write(loader: Loader, made: Sequence[_Made], folder: Path, model: Any, *, o
     names = _names(made)
     pieces = [_piece(name, one) for name, one in zip(names, made, strict=True)]
     files: dict[str, bytes | Path] = {**texts, GOLDEN: _npz(golden)}
-    files |= {f"{LICENSES}/{path.name}": path for path in licences}
+    files |= {f"{LICENSES}/{_FOREIGN.sub('_', path.name)}": path for path in licences}
     backends = {one.turn.candidate.backend: one.machine.plugins.backends[one.turn.candidate.backend] for one in made}
 
     def finish(found: Manifest) -> dict[str, bytes]:

@@ -50,6 +50,7 @@ class Generator:
         vocabulary: size of a row of logits.
         context: tokens that prompt and answer may have together; the engine's own limit holds too.
         model_context: what the model was made for, to advise by.
+        built_in: the context is that of a bundle, which a load cannot change; to advise by, too.
     """
 
     def __init__(
@@ -61,13 +62,14 @@ class Generator:
         vocabulary: int,
         context: int,
         model_context: int | None = None,
+        built_in: bool = False,
     ) -> None:
         self._engine = engine
         self._tokenizer = tokenizer
         self._defaults = defaults
         self._vocabulary = vocabulary
         self.context = min(context, engine.context)
-        self._model_context = model_context
+        self._model_context, self._built_in = model_context, built_in
         self._guides = None if tokenizer is None else Guides(tokenizer, vocabulary, defaults.eos_ids)
 
     def start(
@@ -100,7 +102,9 @@ class Generator:
         """
         began = time.perf_counter() if began is None else began
         defaults, tokenizer = self._defaults, self._tokenizer
-        room = check_fits(len(prompt), params.max_new_tokens, self.context, self._model_context)
+        room = check_fits(
+            len(prompt), params.max_new_tokens, self.context, self._model_context, built_in=self._built_in
+        )
         if params.max_new_tokens is None and defaults.max_new_tokens:
             room = min(room, defaults.max_new_tokens)
         params = self._for_this_model(params)

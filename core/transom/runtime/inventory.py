@@ -13,10 +13,9 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 
 from transom.graph import Graph
-from transom.graph.reading import attributes_of, linear_weight, weight_of
+from transom.graph.reading import attributes_of, linear_weight, vocabulary_products, weight_of
 from transom.graph.sparse import is_attention
 from transom.graph.weights import Blocked, Weight
-from transom.quantize.passes import vocabulary_products
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from transom.contract import Device
-from transom.runtime.bundles import VERSION, BundleError
+from transom.runtime.bundles import AGAIN, BundleError, require_version
+from transom.runtime.manifest_values import MALFORMED, count, text
 from transom.runtime.memory import size
 from transom.sources.resolve import BUNDLE_KEY
 
 _CHIP = ("soc_model", "htp_arch")
 _HEXAGON = "hexagon_"
 _CPUS = ("aarch64", "x86_64")
-_AGAIN = "Copy it again from where it was made, or export the model again"
 
 
 @dataclass(frozen=True)
@@ -47,25 +47,18 @@ def judge(manifest: Mapping[str, Any], device: Device) -> list[VariantVerdict]:
         BundleError: the manifest is of a newer version, or damaged.
     """
     try:
-        version = manifest[BUNDLE_KEY]
-        if not isinstance(version, int) or version < 1:
-            raise BundleError("The manifest of the bundle is damaged", _AGAIN)
-        if version > VERSION:
-            raise BundleError(
-                f"The bundle is of version {version}, and this Transom reads version {VERSION}",
-                "Update it with: pip install --upgrade transom",
-            )
+        require_version(manifest[BUNDLE_KEY], "The bundle")
         return [_verdict(variant, device) for variant in manifest["variants"]]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise BundleError("The manifest of the bundle is damaged", _AGAIN) from error
+    except MALFORMED as error:
+        raise BundleError("The manifest of the bundle is damaged", AGAIN) from error
 
 
 def _verdict(variant: Mapping[str, Any], device: Device) -> VariantVerdict:
-    name = str(variant["name"])
+    name = text(variant["name"])
     if wrong := _wrong_device(variant, device):
         return VariantVerdict(name, False, wrong)
-    at = {int(context): int(needed) for context, needed in variant["memory"].get("at", {}).items()}
-    whole = int(variant["context"])
+    at = {int(context): count(needed) for context, needed in variant["memory"].get("at", {}).items()}
+    whole = count(variant["context"])
     free = _free(device)
     if not at or free is None:
         return VariantVerdict(name, True, f"Is made for {_named(device)}", whole)

@@ -531,6 +531,7 @@ class Loader:
             precision=precision,
             context=plan.context if plan else 0,
             model_context=source.decoder.context if source.decoder else 0,
+            context_built_in=bool(self.bundle) and "context" in stored.artifact.requires,
             warnings=self.warnings_of(choice, turn, ready),
             refusals=choice.refusals,
             notes=notes,

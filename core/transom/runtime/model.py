@@ -22,7 +22,7 @@ from transom.errors import ContextExceeded, EngineError, OptionError, TransomErr
 from transom.runtime.engine import Engine
 from transom.runtime.generation import Generator, PrefillProgress, Stream
 from transom.runtime.params import SamplingParams, resolve
-from transom.runtime.prompts import Prompt, chat_ids, prompt_ids, require_tokenizer, token_ids
+from transom.runtime.prompts import Prompt, chat_ids, larger_context, prompt_ids, require_tokenizer, token_ids
 from transom.runtime.report import Report
 from transom.runtime.requests import Prefilled, Request
 from transom.runtime.results import Generation
@@ -97,6 +97,7 @@ class Model:
                 vocabulary=loaded.decoder.vocabulary,
                 context=loaded.context or loaded.session.limits.context,
                 model_context=loaded.decoder.context,
+                built_in=loaded.report.context_built_in,
             )
 
     @property
@@ -291,9 +292,10 @@ class Model:
         if not ids:
             raise OptionError("There are no tokens to compute logits for", "Pass at least one token id.")
         if len(ids) > generator.context:
+            more = larger_context("a larger context", built_in=self.report.context_built_in)
             raise ContextExceeded(
                 f"There are {len(ids)} tokens; the model was loaded with a context of {generator.context}",
-                "Pass fewer, or load the model with a larger context.",
+                f"Pass fewer, or {more}.",
             )
         policy = self._reading(sparsity)["sparsity"]
         request = Request(ids, (), progress=progress is not None, cancel=cancel, sparsity=policy)

@@ -6,11 +6,14 @@ each program header count, which have been the same since 1995: `struct` reads t
 all of ELF (pyelftools) would be one more to ask people for.
 
 Sources: the System V ABI, chapters 4 and 5 (ELF and program headers); Android's developer guides "Support 16 KB page
-sizes" and "Manage native libraries" for pages, ZIP alignment and packaging.
+sizes" and "Manage native libraries" for pages, ZIP alignment and packaging; for `PT_GNU_RELRO` what the APK Analyzer of
+Android Studio and Android's package manager look at.
 """
 
 from __future__ import annotations
 
+import lzma
+import math
 import struct
 import zipfile
 import zlib
@@ -18,24 +21,32 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
-from transom.errors import OptionError
+from transom.errors import OptionError, nearest
 
 PAGE = 16384
 """Bytes of a page on newer phones. Google Play takes no app for Android 15 or later with libraries for smaller ones."""
 HEXAGON = "hexagon"
 """The "ABI" of libraries that run on Qualcomm's DSP: the skeletons (`libQnnHtpV73Skel.so`)."""
-_MACHINES = {3: "x86", 40: "armeabi-v7a", 62: "x86_64", 164: HEXAGON, 183: "arm64-v8a", 243: "riscv64"}
-"""`e_machine` → ABI as Android names it."""
+_ABIS = {
+    (3, 1): "x86",
+    (40, 1): "armeabi-v7a",
+    (62, 2): "x86_64",
+    (164, 1): HEXAGON,
+    (183, 2): "arm64-v8a",
+    (243, 2): "riscv64",
+}
+"""`e_machine`, and 1 or 2 for 32 or 64 bits → ABI as Android names it. All of them are little-endian."""
 _PAGED = ("arm64-v8a", "x86_64")
 """The ABIs whose pages may be of 16 KB."""
 _PARENTS = ("lib", "jni")
 """Folders of the ABIs' folders, in an APK or app bundle and in an AAR."""
 _MAGIC = b"\x7fELF"
-_SHARED, _LOAD = 3, 1
-"""`e_type` of a shared library, `p_type` of a segment that is loaded."""
-_LAYOUTS = {1: ("16xHH8xII6xHHHH", "II8xI8xI"), 2: ("16xHH12xQQ6xHHHH", "I4xQ16xQ8xQ")}
+_SHARED, _LOAD, _RELRO = 3, 1, 0x6474E552
+"""`e_type` of a shared library, `p_type` of a segment that is loaded, and of what becomes read-only afterwards."""
+_LAYOUTS = {1: ("16xHH8xII6xHHHH", "III4xII4xI"), 2: ("16xHH12xQQ6xHHHH", "I4xQQ8xQQQ")}
 """By width (32 and 64 bits): of the header type, machine, and place of the segments and sections, size of a segment's
-row, number of rows, and the same of sections; of a row type, offset, size in the file and alignment."""
+row, number of rows, and the same of sections; of a row type, offset, address, size in the file and in memory, and
+alignment."""
 _LOCAL_HEADER = struct.Struct("<26xHH")
 """Of an entry of a ZIP file: the lengths of name and extra field, which lie between it and the data."""
 _PACKAGES = (".apk", ".aar", ".aab", ".zip")
@@ -52,9 +63,12 @@ class Library:
     abi: str
     """What it is compiled for: `arm64-v8a`, `x86_64`, …, `hexagon`, or `machine 8` for what Android has no name for."""
     page: int
-    """The smallest alignment of its loaded segments, in bytes: the largest page that it can be loaded with."""
+    """The largest page that it can be loaded with, in bytes: the smallest alignment of its loaded segments, or less
+    where place and address of one do not agree with it."""
+    mixed: bool = False
+    """Whether what becomes read-only after loading shares a page of 16 KB with what stays writable."""
     folder_abi: str = ""
-    """The ABI that its folder in a package says it is for; empty where it lies in none."""
+    """The ABI that its folder says it is for; empty where it lies in none."""
     offset: int | None = None
     """Where its bytes begin in an APK, in which it is not compressed: Android maps it from there. None: it is
     compressed, and taken out on installing, or lies in no APK."""
@@ -69,15 +83,15 @@ def inspect(path: str | Path) -> list[Library]:
     path = Path(path)
     try:
         if path.is_dir():
-            found = [_library(p.read_bytes(), p.relative_to(path).as_posix(), str(p)) for p in _below(path)]
+            found = [_in_folder(file, path) for file in _below(path)]
         elif path.suffix.lower() in _PACKAGES or zipfile.is_zipfile(path):
             found = list(_packed(path))
         else:
             found = [_library(path.read_bytes(), path.name, str(path))]
     except OSError as error:
         raise OptionError(f"{path} cannot be read: {error.strerror or error}", "Check the path") from error
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
-        raise OptionError(f"The package {path} is damaged: {error}", "Build or copy it again") from error
+    except _DAMAGED as error:
+        raise OptionError(f"The package {path} is damaged: {error or 'it is cut'}", "Build or copy it again") from error
     if not found:
         raise OptionError(f"There is no shared library in {path}", "Give an APK, an AAR, a folder or a .so file")
     return found
@@ -90,7 +104,12 @@ def judge(libraries: Sequence[Library], needed: Sequence[str], abi: str = "arm64
         libraries: of one package, as `inspect` found them.
         needed: names of the libraries that must be there.
         abi: what the app is to run on. Skeletons must be for the DSP, and lie in the folder of this ABI.
+
+    Raises:
+        OptionError: there is no such ABI.
     """
+    if abi not in (known := [name for name in _ABIS.values() if name != HEXAGON]):
+        raise OptionError(f"There is no ABI {abi!r}", nearest(abi, known))
     problems = [problem for name in needed for problem in _absent(name, libraries, abi)]
     for library in libraries:
         if abi in (library.abi, library.folder_abi):
@@ -126,10 +145,16 @@ def _unloadable(library: Library, abi: str) -> Iterator[str]:
         )
     if library.abi not in _PAGED:
         return
-    if library.page < PAGE:
+    if library.page < PAGE or library.mixed:
+        why = (
+            f"is made for pages of {library.page} bytes, and phones with pages of {PAGE} do not load it"
+            if library.page < PAGE
+            else f"has data that becomes read-only in one page of {PAGE} bytes with data that is written to, and newer "
+            "phones warn of it or do not load it"
+        )
         yield (
-            f"{place} is made for pages of {library.page} bytes, and phones with pages of {PAGE} do not load it: take "
-            f"a newer release, or link it with -Wl,-z,max-page-size={PAGE}."
+            f"{place} {why}: take a newer release, or link it with -Wl,-z,max-page-size={PAGE} and "
+            f"-Wl,-z,common-page-size={PAGE}."
         )
     if library.offset is not None and library.offset % PAGE:
         yield (
@@ -145,6 +170,11 @@ def _wanted(name: str, abi: str) -> str:
 
 # ---------------------------------------------------------------------------------------------------------- reading
 
+_DAMAGED = (
+    zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, EOFError, IndexError, RuntimeError, ValueError,
+)  # fmt: skip
+"""What `zipfile` raises for packages that are cut, altered, or packed in ways that it does not know."""
+
 
 def _below(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if _is_library(path.name) and path.is_file())
@@ -153,6 +183,11 @@ def _below(folder: Path) -> list[Path]:
 def _is_library(name: str) -> bool:
     """`libx.so`, and `libx.so.1` as Linux has it."""
     return name.endswith(".so") or ".so." in name
+
+
+def _in_folder(file: Path, folder: Path) -> Library:
+    library = _library(file.read_bytes(), file.relative_to(folder).as_posix(), str(file))
+    return replace(library, folder_abi=file.parent.name) if file.parent.name in _ABIS.values() else library
 
 
 def _packed(path: Path) -> Iterator[Library]:
@@ -174,27 +209,41 @@ def _packed(path: Path) -> Iterator[Library]:
 
 
 def _library(content: bytes, place: str, where: str) -> Library:
-    machine, page = _elf(content, where)
-    return Library(PurePosixPath(place).name, place, _MACHINES.get(machine, f"machine {machine}"), page)
+    abi, page, mixed = _elf(content, where)
+    return Library(PurePosixPath(place).name, place, abi, page, mixed)
 
 
-def _elf(content: bytes, where: str) -> tuple[int, int]:
-    """`e_machine`, and the smallest `p_align` of the segments that are loaded."""
+def _elf(content: bytes, where: str) -> tuple[str, int, bool]:
+    """`Library.abi`, `page` and `mixed`."""
     if content[:4] != _MAGIC:
         raise OptionError(f"{where} is no ELF file", "Give an APK, an AAR, a folder or a .so file")
+    damaged = OptionError(f"The library {where} is cut short or damaged", "Build or copy it again")
     try:
-        order = "<" if content[5] == 1 else ">"
-        header, segment = _LAYOUTS[content[4]]
+        width, order = content[4], {1: "<", 2: ">"}[content[5]]
+        header, segment = _LAYOUTS[width]
         kind, machine, table, sections, step, count, section_step, section_count = struct.unpack_from(
             order + header, content
         )
         rows = [struct.unpack_from(order + segment, content, table + step * row) for row in range(count)]
-    except (struct.error, IndexError, KeyError) as error:
-        raise OptionError(f"The library {where} is cut short or damaged", "Build or copy it again") from error
+    except (struct.error, IndexError, KeyError, OverflowError) as error:
+        raise damaged from error
     if kind != _SHARED:
         raise OptionError(f"{where} is an ELF file, but no shared library", "Give the library that it is made into")
-    loaded = [(offset, size, align) for kind, offset, size, align in rows if kind == _LOAD]
-    end = max([sections + section_step * section_count, *(offset + size for offset, size, _ in loaded)])
-    if not loaded or end > len(content):
-        raise OptionError(f"The library {where} is cut short or damaged", "Build or copy it again")
-    return machine, min(align for *_, align in loaded)
+    loaded = [row[1:] for row in rows if row[0] == _LOAD]
+    ends = [offset + size for offset, _, size, _, _ in loaded if size]  # what is only zeros may begin behind the end
+    if not loaded or max([sections + section_step * section_count, *ends]) > len(content):
+        raise damaged
+    page = min(math.gcd(max(align, 1), address - offset) for offset, address, _, _, align in loaded)
+    mixed = any(_mixed(row[2], row[4], loaded) for row in rows if row[0] == _RELRO)
+    abi = _ABIS.get((machine, width)) if order == "<" else None
+    return abi or f"machine {machine}", page, mixed
+
+
+def _mixed(start: int, length: int, loaded: Sequence[tuple[int, ...]]) -> bool:
+    """Whether a part of a loaded segment that is to become read-only begins or ends within a page of it."""
+    end = start + length
+    return any(
+        (start % PAGE and start != address) or (end % PAGE and end < address + size)
+        for _, address, _, size, _ in loaded
+        if address <= start < address + size
+    )

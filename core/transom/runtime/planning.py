@@ -20,7 +20,7 @@ from transom.hardware.catalogue import PREFIX
 from transom.runtime.inventory import Inventory, Matrix, inventory
 from transom.runtime.memory import require_context, size
 from transom.runtime.published import Published, published
-from transom.runtime.storage import Form, form_of
+from transom.runtime.storage import SMALL_SHARE, Form, MatrixForm, form_of
 from transom.signature import Decoder
 
 FIRST_CONTEXT = 512
@@ -32,7 +32,7 @@ class Weighed:
     """The weights of one use."""
 
     use: str
-    """`"products"`, `"vocabulary"`, `"embedding"`, `"other"` (norms and biases), `"code"`."""
+    """`"products"`, `"small products"`, `"vocabulary"`, `"embedding"`, `"other"` (norms and biases), `"code"`."""
     arithmetic: str
     """Where the number of weights comes from."""
     numbers: int
@@ -94,6 +94,8 @@ class VariantPlan:
     at: tuple[AtContext, ...]
     """By context, the longest one last: the one that was asked for."""
     notes: tuple[str, ...]
+    kept: int
+    """Matrices that stay as the checkpoint has them, whatever the form of plain ones."""
 
     @property
     def weight_bytes(self) -> int:
@@ -103,7 +105,9 @@ class VariantPlan:
     def lines(self, memory: Bandwidth | None) -> Iterator[str]:
         """For people, the arithmetic with it."""
         form = self.form
-        yield f"{form.name}: products {form.products}; vocabulary matrix {form.vocabulary}"
+        small = f"; small ones {form.small}" if any(w.use == "small products" for w in self.weights) else ""
+        plain = "plain " if self.kept else ""
+        yield f"{form.name}: {plain}products {form.products}{small}; {plain}vocabulary matrix {form.vocabulary}"
         for w in self.weights:
             where = "" if w.held == w.bytes else f", {exact(w.held)} in memory" if w.held else ", in a mapped file"
             count = f" = {_count(w.numbers)} at {w.bits:.2f} bits" if w.numbers else ""
@@ -142,6 +146,7 @@ class VariantPlan:
             "cache_per_token": self.cache_per_token,
             "at": [vars(row) for row in self.at],
             "notes": list(self.notes),
+            "kept": self.kept,
         }
 
 
@@ -212,13 +217,14 @@ def plan_export(
         context: tokens that a sequence may have; None for the model's own.
 
     Raises:
-        OptionError: the context is longer than the model's, or a format does not have a precision.
+        OptionError: the context is longer than the model's, or a format does not have a precision, or not for this
+            device or model.
         DoesNotFit: a layer alone is larger than one compiled part may be.
     """
     require_context(decoder, context)
     tokens = context or decoder.context
     held, memory = inventory(graph), bandwidth(device)
-    forms = [v if isinstance(v, Form) else form_of(*v, decoder) for v in variants]
+    forms = [v if isinstance(v, Form) else form_of(*v, decoder, device) for v in variants]
     plans = tuple(_Planning(form, held, decoder, device, memory).plan(tokens) for form in forms)
     return ExportPlan(graph.name, device, tokens, memory, plans, published(decoder))
 
@@ -230,6 +236,10 @@ class _Planning:
         self.form, self.held, self.decoder, self.device, self.memory = form, held, decoder, device, memory
         self.copies = 2 if form.static and "weight_sharing" not in device.features else 1
         """Of the matrices: the graphs for prefill and for decoding have each their own where they cannot share."""
+        most = SMALL_SHARE * sum(m.numbers for m in held.products) / len(decoder.layers)
+        small = form.small or form.products
+        self.products = [(m, small if m.numbers <= most else form.products) for m in held.products]
+        """Each with its form."""
 
     def plan(self, context: int) -> VariantPlan:
         weights = tuple(self.weights())
@@ -248,18 +258,21 @@ class _Planning:
             cache_arithmetic=f"{cache} numbers × {self.form.cache:g} {unit}",
             at=tuple(self.at(tokens, weights) for tokens in context_lengths(context)),
             notes=tuple(self.notes()),
+            kept=self.kept,
         )
 
     # weights ----------------------------------------------------------------------------------------------------------
     def weights(self) -> Iterator[Weighed]:
         form, held = self.form, self.held
-        products = [(m, form.bytes(m, form.products)) for m in held.products]
-        yield self._read_once("products", _layers(held.products), products)
-        vocabulary = [(m, form.bytes(m, form.vocabulary)) for m in held.vocabulary]
-        yield self._read_once("vocabulary", " + ".join(_shape(m.shape) for m in held.vocabulary) or "0", vocabulary)
+        for use, of in (("products", form.products), ("small products", form.small)):
+            own = [m for m, has in self.products if has is of]
+            if own and of is not None:
+                yield self._read_once(use, _layers(own), own, of)
+        shapes = " + ".join(_shape(m.shape) for m in held.vocabulary) or "0"
+        yield self._read_once("vocabulary", shapes, held.vocabulary, form.vocabulary)
         table = held.embedding
         if table is not None and not (form.shares_table and held.tied):
-            count = form.bytes(table, form.embedding)
+            count = self.bytes(table, form.embedding)
             row = count // table.rows
             yield Weighed(
                 "embedding", _shape(table.shape), table.numbers, count, 0 if form.embedding_mapped else count, row
@@ -271,13 +284,17 @@ class _Planning:
             count = layers * form.layer
             yield Weighed("code", f"{layers} layers × {size(form.layer)}", 0, count, count, count // 2)
 
-    def _read_once(self, use: str, arithmetic: str, matrices: Sequence[tuple[Matrix, int]]) -> Weighed:
-        one = sum(count for _, count in matrices)
+    def bytes(self, matrix: Matrix, form: MatrixForm) -> int:
+        """Of a matrix where plain ones are to have `form`."""
+        return self.form.of(matrix, form).bytes(*matrix.shape)
+
+    def _read_once(self, use: str, arithmetic: str, matrices: Sequence[Matrix], form: MatrixForm) -> Weighed:
+        one = sum(self.bytes(m, form) for m in matrices)
+        held = sum(int(self.copies * self.bytes(m, form) * self.form.of(m, form).packed) for m in matrices)
         if self.copies > 1:
             arithmetic = f"{self.copies} copies × ({arithmetic})"
-        numbers = self.copies * sum(matrix.numbers for matrix, _ in matrices)
-        count = self.copies * one
-        return Weighed(use, arithmetic, numbers, count, int(count * self.form.packed), one)
+        numbers = self.copies * sum(m.numbers for m in matrices)
+        return Weighed(use, arithmetic, numbers, self.copies * one, held, one)
 
     def parts(self) -> Iterator[PartPlan]:
         """As many layers in each as fit, those before the limit."""
@@ -286,9 +303,9 @@ class _Planning:
             return
         last = len(self.decoder.layers) - 1
         layers = [0] * (last + 1)
-        for m in held.products:
-            layers[m.layer] += form.bytes(m, form.products)
-        layers[last] += sum(form.bytes(m, form.vocabulary) for m in held.vocabulary)
+        for m, of in self.products:
+            layers[m.layer] += self.bytes(m, of)
+        layers[last] += sum(self.bytes(m, form.vocabulary) for m in held.vocabulary)
         part = PartPlan(0, 0, False, 0)
         for layer, count in enumerate(layers):
             if count > form.part_bytes:
@@ -333,10 +350,17 @@ class _Planning:
         decoder, chunk = self.decoder, min(self.form.chunk, context)
         heads = max(layer.q_heads for layer in decoder.layers)
         scores = heads * chunk * (context + chunk) if self.form.static else 0
-        return 4 * (16 * chunk * decoder.hidden + scores + 8 * decoder.vocabulary)
+        logits = (chunk if self.form.every_logit else 8) * decoder.vocabulary
+        return 4 * (self.form.activations * chunk * decoder.hidden + scores + logits)
+
+    @property
+    def kept(self) -> int:
+        return sum(self.form.keeps(m) is not None for m in (*self.held.products, *self.held.vocabulary))
 
     def notes(self) -> Iterator[str]:
         form = self.form
+        if self.kept:
+            yield f"{self.kept} matrices are in integer blocks and stay so, scales and minimums of 4 bytes each"
         if form.static:
             yield "a step reads all places of the cache, filled or not, so the context that is built in costs speed"
         elif any(layer.sliding_window for layer in self.decoder.layers):
@@ -345,9 +369,9 @@ class _Planning:
             yield f"{self.device.arch} cannot share weights between graphs: prefill and decoding have each their own"
         if form.embedding_mapped:
             yield "of the table of embeddings the rows of a text are read from its file; it needs no memory of its own"
-        if form.packed > 1:
+        if any(w.held > w.bytes for w in self.weights()):
             yield (
-                f"the engine packs matrices anew, into {form.packed:g} times as much as the file has of them (as on "
+                "the engine packs integer matrices anew, into 1.2 to 1.25 times as much as the file has of them (as on "
                 "x86-64); pages of the file that it has read can be given back"
             )
         yield "the app itself and the libraries of the engine need memory besides"

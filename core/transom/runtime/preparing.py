@@ -100,7 +100,8 @@ def check(payload: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
 
 def prove(payload: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
     """Run what was compiled for another device on one of this machine that can, an emulator say, and compare it with
-    the reference: what `Variant.fidelity` holds, but for `where`.
+    the reference: `fidelity` is what `Variant.fidelity` holds, but for `where`; `agreements` are pairs of a mean
+    divergence and the least correlation, of all positions and of those that a self-check judges by themselves.
 
     Args:
         payload: the job with the device that it is compiled for; `on`: the device that is here; `remove`: whether what
@@ -127,8 +128,14 @@ def prove(payload: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
         if remove:
             stored.remove()
         golden = wanted["logits"][: len(got)]
-        found = guarded(backend.name, "checking logits", lambda: selfcheck.compare(golden, got))
-        return {"tokens": len(got), "kl": found.kl_mean, "top1": found.top1, "cosine": selfcheck.cosine(golden, got)}
+        found = guarded(backend.name, "checking logits", lambda: selfcheck.agreements(golden, got))
+        whole = found[0]
+        return {
+            "fidelity": {
+                "tokens": len(got), "kl": whole.kl_mean, "top1": whole.top1, "cosine": selfcheck.cosine(golden, got),
+            },
+            "agreements": [[one.kl_mean, one.correlation_min] for one in found],
+        }  # fmt: skip
 
 
 def measure(payload: Mapping[str, Any], progress: Progress) -> float:

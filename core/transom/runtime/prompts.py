@@ -133,7 +133,18 @@ def require_tokenizer(tokenizer: Tokenizer | None) -> Tokenizer:
     return tokenizer
 
 
-def check_fits(prompt_tokens: int, max_new_tokens: int | None, context: int, model_context: int | None) -> int:
+def larger_context(least: str, *, built_in: bool) -> str:
+    """What to do for a context of so many tokens.
+
+    Args:
+        built_in: the model is a bundle that was compiled for its context.
+    """
+    return f"export the model again with {least}" if built_in else f"load the model with {least}"
+
+
+def check_fits(
+    prompt_tokens: int, max_new_tokens: int | None, context: int, model_context: int | None, *, built_in: bool = False
+) -> int:
     """How many tokens may be generated: those asked for, else what is left of the context.
 
     Raises:
@@ -155,7 +166,7 @@ def check_fits(prompt_tokens: int, max_new_tokens: int | None, context: int, mod
     if model_context is not None and needed > model_context:
         fix = f"{shorter}; the model was made for {model_context} tokens."
     else:
-        fix = f"{shorter}, or load the model with context={needed} or more."
+        fix = f"{shorter}, or {larger_context(f'context={needed} or more', built_in=built_in)}."
     error = ContextExceeded(f"{cause}; the model was loaded with a context of {context}", fix)
     error.room = max(room, 0)
     raise error

@@ -4,7 +4,7 @@ logits are compared with the reference's, and too large a difference keeps it fr
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,14 +27,18 @@ NAMED = 3
 def proved(
     loader: Loader, machine: Machine, candidate: Candidate, ready: Ready, max_kl: float | None
 ) -> Mapping[str, Any] | None:
-    """What `Variant.fidelity` holds; None where nothing here can run it, or where it needs no proof: it runs here, it
-    is no decoder, or `verify` is off.
+    """What `Variant.fidelity` holds; None where nothing here can run it, or where it needs no proof: it runs here and
+    the self-check has spoken, it is no decoder, or `verify` is off.
 
     Raises:
         FidelityError: the divergence is above the bound; names the worst products.
         EngineError: it cannot be run.
     """
-    if candidate.offer.runs_here or loader.verify == "off" or ready.source.decoder is None:
+    if loader.verify == "off" or ready.source.decoder is None:
+        return None
+    if candidate.offer.runs_here:
+        if max_kl is not None and (kl := checked_kl(ready)) is not None:
+            _require(candidate, ready, kl, max_kl, f"on {candidate.device.id}")
         return None
     found = _place(machine, candidate)
     if found is None:
@@ -44,20 +48,52 @@ def proved(
         return None  # a real device, but another one
     # What cannot be opened here, a chip's context with shared weights say, is compiled once more for what is here: the
     # same graphs and numbers.
-    numbers = loader.prove(machine, candidate if own else found, found.device, remove=not own)
+    said = loader.prove(machine, candidate if own else found, found.device, remove=not own)
     again = "" if own else ", compiled for it once more"
-    fidelity = {"where": f"{found.offer.why}, on {found.device.id}{again}", **numbers}
+    fidelity = {"where": f"{found.offer.why}, on {found.device.id}{again}", **said["fidelity"]}
     from transom.runtime.selfcheck import LIMITS  # imports NumPy
 
-    exact = bool(ready.stored.origin.ingredients.get("exact", True))
-    bound = LIMITS[exact][0] if max_kl is None else max_kl
-    if not fidelity["kl"] <= bound:
+    limits = LIMITS[bool(ready.stored.origin.ingredients.get("exact", True))]
+    _require(candidate, ready, fidelity["kl"], limits[0] if max_kl is None else max_kl, fidelity["where"])
+    if max_kl is None or max_kl <= limits[0]:  # with a wider one they are asked for what a load would not believe
+        _require_believable(candidate, ready, said["agreements"], limits, fidelity["where"])
+    return fidelity
+
+
+def checked_kl(ready: Ready) -> float | None:
+    """Nats by which a decoder diverged in the self-check of this machine; None where there was none."""
+    said = ready.verdict
+    if ready.source.decoder is None or not isinstance(said, dict) or not said.get("checked"):
+        return None
+    return float(said["kl_mean"])
+
+
+def _require(candidate: Candidate, ready: Ready, kl: float, bound: float, where: str) -> None:
+    """Raise FidelityError where the divergence is above the bound, or no number."""
+    if not kl <= bound:
         raise FidelityError(
-            f"What {candidate.backend} compiled diverges by {fidelity['kl']:.3g} nats from the reference on the fixed "
-            f"prompt ({fidelity['where']}), and {bound:g} are allowed{_worst(ready.stored)}",
+            f"What {candidate.backend} compiled diverges by {kl:.3g} nats from the reference on the fixed prompt "
+            f"({where}), and {bound:g} are allowed{_worst(ready.stored)}",
             "Choose another precision, give texts like those the model will read, or allow more with max_kl",
         )
-    return fidelity
+
+
+def _require_believable(
+    candidate: Candidate,
+    ready: Ready,
+    agreements: Sequence[tuple[float, float]],
+    limits: tuple[float, float],
+    where: str,
+) -> None:
+    """Raise FidelityError where the self-check of a load would not let it through."""
+    for kl, correlation in agreements:
+        if not (kl <= limits[0] and correlation >= limits[1]):
+            raise FidelityError(
+                f"What {candidate.backend} compiled would not be believed where it is loaded: on the fixed prompt it "
+                f"diverges by {kl:.3g} nats with a correlation of {correlation:.3f} ({where}), and {limits[0]:g} nats "
+                f"and {limits[1]:g} are allowed{_worst(ready.stored)}",
+                f"Choose another precision, or ship it all the same with a max_kl above {limits[0]:g}",
+            )
 
 
 def told(fidelity: Mapping[str, Any]) -> str:

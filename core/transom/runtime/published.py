@@ -42,10 +42,14 @@ class Published:
         return dict(vars(self))
 
 
-_GEN1, _GEN3 = "snapdragon-8-gen-1", "snapdragon-8-gen-3"
+_AI_HUB_2024 = (
+    "Qualcomm AI Hub Models, perf.yaml of Llama-v2-7B-Chat (quantized), January 2024: 4-bit weights and 16-bit "
+    "activations, on the Hexagon"
+)
+_GEN1, _GEN2, _GEN3 = "snapdragon-8-gen-1", "snapdragon-8-gen-2", "snapdragon-8-gen-3"
 _ELITE, _GEN5, _X = "snapdragon-8-elite", "snapdragon-8-elite-gen-5", "snapdragon-x-elite"
 _S22 = "Samsung Galaxy S22 (Snapdragon 8 Gen 1, or Exynos 2200: not told)"
-_S24, _ONEPLUS = "Samsung Galaxy S24", "OnePlus 12"
+_S23, _S24, _ONEPLUS = "Samsung Galaxy S23 Ultra", "Samsung Galaxy S24", "OnePlus 12"
 _ELITE_QRD, _GEN5_QRD, _X_CRD = "Snapdragon 8 Elite QRD", "Snapdragon 8 Elite Gen 5 QRD", "Snapdragon X Elite CRD"
 
 Shape = tuple[int, int, int]
@@ -55,6 +59,7 @@ _FIGURES: dict[Shape, tuple[Published, ...]] = {
     (32, 4096, 32): (
         Published("Llama 2 7B", _GEN1, _S22, 8.15, 0, 32000, _EXECUTORCH),
         Published("Llama 2 7B", _GEN3, _ONEPLUS, 11.55, 0, 32000, _EXECUTORCH),
+        Published("Llama-v2-7B-Chat", _GEN2, _S23, 8.48, 1024, 32000, _AI_HUB_2024),
         Published("Llama-v2-7B-Chat", _GEN3, _S24, 12.85, 1024, 32000, _AI_HUB),
         Published("Llama-v2-7B-Chat", _ELITE, _ELITE_QRD, 17.94, 1024, 32000, _AI_HUB),
         Published("Llama-v2-7B-Chat", _X, _X_CRD, 11.2, 1024, 32000, _AI_HUB),

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from transom.artifacts import Cache
-from transom.errors import OptionError, SelectionError, TransomError
-from transom.runtime.bundles import BundleError, Manifest, read_manifest
+from transom.errors import CacheError, DoesNotFit, OptionError, SelectionError, TransomError
+from transom.runtime.bundles import BundleError, Manifest, open_bundle, read_manifest
 from transom.runtime.loader import Asked
 from transom.runtime.unbundling import load_bundle
 from transom.sparsity import Sparsity
@@ -42,7 +42,7 @@ def replay(
     cache: Cache | None = None,
     progress: Progress | None = None,
 ) -> tuple[Manifest, list[Replayed]]:
-    """Run a bundle's fixed prompt through its variants.
+    """Run a bundle's fixed prompt through its variants, once the hash of each file is found to be right.
 
     Args:
         variants: names of some; empty for all.
@@ -52,15 +52,14 @@ def replay(
         BundleError: the bundle is damaged.
         OptionError: there is no such variant or device.
     """
+    cache, progress = cache or Cache.default(), progress or _silent
     manifest = read_manifest(folder)
     names = [v.name for v in manifest.variants]
     for name in variants:
         if name not in names:
             raise OptionError(f"The bundle {folder} has no variant {name!r}", f"It has {', '.join(names)}")
-    found = []
-    for name in variants or names:
-        found.append(_replay(folder, name, device, probe_file, cache or Cache.default(), progress or _silent))
-    return manifest, found
+    open_bundle(folder, cache, progress, known=False).release()
+    return manifest, [_replay(folder, name, device, probe_file, cache, progress) for name in variants or names]
 
 
 def _replay(
@@ -78,7 +77,9 @@ def _replay(
     except SelectionError as error:
         said = "; ".join(error.details) or error.fix
         return Replayed(name, "not here", "", f"{error.cause} ({said})" if said else error.cause)
-    except (OptionError, BundleError):
+    except DoesNotFit as error:
+        return Replayed(name, "not here", "", error.cause)
+    except (OptionError, BundleError, CacheError):
         raise
     except TransomError as error:
         return Replayed(name, "failed", "", error.cause)

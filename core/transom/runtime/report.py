@@ -32,6 +32,8 @@ class Report:
     """Tokens that prompt and answer may have together; 0 for a graph that is not a decoder."""
     model_context: int = 0
     """Tokens that the model was made for."""
+    context_built_in: bool = False
+    """Whether a bundle was compiled for this context, so that only another export can make it longer."""
     warnings: tuple[str, ...] = ()
     """What the user should act on: a device without its backend, a broken plugin."""
     refusals: tuple[tuple[str, Refusal], ...] = ()
@@ -88,6 +90,7 @@ class Report:
             "precision": self.precision,
             "context": self.context,
             "model_context": self.model_context,
+            "context_built_in": self.context_built_in,
             "warnings": list(self.warnings),
             "refusals": [{"backend": backend, **asdict(refusal)} for backend, refusal in self.refusals],
             "notes": list(self.notes),
@@ -103,7 +106,8 @@ class Report:
         if not self.context:
             return ""
         made_for = f" of the {self.model_context} it was made for" if self.model_context > self.context else ""
-        return f"{self.context} tokens{made_for}"
+        built_in = ", built into the bundle" if self.context_built_in else ""
+        return f"{self.context} tokens{made_for}{built_in}"
 
     def _memory(self) -> str:
         if not self.memory:

@@ -98,6 +98,15 @@ def compare(expected: Array, got: Array) -> Agreement:
     )
 
 
+def agreements(golden: Array, got: Array) -> list[Agreement]:
+    """What is judged of a check prompt's logits, as `compare` gives it: all positions, and then those of the tokens
+    that were decoded, since an error of a few alone would drown in the mean of all."""
+    found = [compare(golden, got)]
+    if len(got) > DECODES:
+        found.append(compare(golden[-DECODES:], got[-DECODES:]))
+    return found
+
+
 def cosine(a: Array, b: Array) -> float:
     """Of the rows of two sets of logits, their mean; 0 where one is not finite."""
     x, y = np.asarray(a, np.float64), np.asarray(b, np.float64)
@@ -287,9 +296,9 @@ def verdict(
     if source.decoder is not None:
         got = session_logits(session, wanted["ids"].tolist(), backend)
         golden = wanted["logits"][: len(got)]
-        agreement = guarded(backend, "checking logits", lambda: compare(golden, got))
-        if len(got) > DECODES:  # few among many: an error of theirs alone would drown in the mean of all
-            judge(compare(golden[-DECODES:], got[-DECODES:]), exact=exact, backend=backend)
+        agreement, *others = guarded(backend, "checking logits", lambda: agreements(golden, got))
+        for other in others:
+            judge(other, exact=exact, backend=backend)
     elif any(a.dtype.kind == "f" and np.isfinite(a).any() for a in wanted.values()):
         inputs = plain_inputs(source.inputs)
         agreement = guarded(

@@ -6,7 +6,8 @@ scale that was given), and 6 to 20 bytes for each row. (4-bit matrices by rows t
 0 are not written down.) The code of a layer's two graphs is what SmolLM2-135M has besides, for 1024 tokens.
 
 A portable ONNX decoder has ONNX Runtime's `MatMulNBits`, whose scales are as wide as what is multiplied: float32. What
-it packs anew when it opens a model was measured on x86-64 with ONNX Runtime 1.3x, of models of 0.1 and 0.6 billion.
+it packs anew when it opens a model was measured on x86-64 with ONNX Runtime 1.3x, of models of 0.1 and 0.6 billion, and
+what a step takes on SmolLM2-135M: 39 numbers for each of the hidden state and token, and logits of every token.
 """
 
 from __future__ import annotations
@@ -21,11 +22,17 @@ from transom.graph.weights import BITS
 from transom.runtime.memory import CHUNK, weight_bytes
 
 if TYPE_CHECKING:
+    from transom.contract import Device
+    from transom.graph.weights import Blocked
     from transom.runtime.inventory import Matrix
     from transom.signature import Decoder
 
 PART_BYTES = 3_600_000_000
 """Bytes of weights in one context binary of the Hexagon. A context ends at 4 GB, and activations and code are in it."""
+SMALL_SHARE = 1 / 16
+"""Of the weights of a layer, that a small product has at most."""
+SMALLEST_BLOCK, LARGEST_BLOCK = 16, 256
+"""Columns of a block of `MatMulNBits`."""
 
 
 @dataclass(frozen=True)
@@ -35,17 +42,19 @@ class MatrixForm:
     bits: float
     block: int = 0
     """Numbers of a row that share a scale; 0: no scales but that of the row."""
-    scale: int = 0
-    """Bytes of a block's scale."""
+    scale: float = 0
+    """Bytes of a block's scale, and of its minimum or zero point."""
     row: int = 0
     """Bytes that each row takes besides."""
+    packed: float = 1.0
+    """Times of these bytes that the matrix takes in memory."""
 
     def bytes(self, rows: int, columns: int) -> int:
         blocks = -(-columns // self.block) if self.block else 0
-        return rows * (math.ceil(columns * self.bits / 8) + blocks * self.scale + self.row)
+        return rows * (math.ceil(columns * self.bits / 8 + blocks * self.scale) + self.row)
 
     def __str__(self) -> str:
-        block = f", {self.scale} bytes for each {self.block} of them" if self.block else ""
+        block = f", {self.scale:g} bytes for each {self.block} of them" if self.block else ""
         row = f", {self.row} bytes for each row" if self.row else ""
         return f"{self.bits:.3g} bits a number{block}{row}"
 
@@ -70,8 +79,10 @@ class Form:
     """Shapes are fixed: a step reads all places of the cache, filled or not, windows or not."""
     chunk: int
     """Tokens of a prefill step."""
-    packed: float = 1.0
-    """Times of their bytes in the file that matrices take in memory."""
+    activations: int = 16
+    """Numbers that a token of a step takes besides its logits, for each number of the hidden state."""
+    every_logit: bool = False
+    """A step makes logits of all its tokens."""
     layer: int = 0
     """Bytes of a layer's compiled code, of both graphs where there are two."""
     part_bytes: int = 0
@@ -81,56 +92,92 @@ class Form:
     they are rounded anew."""
     shares_table: bool = False
     """A vocabulary matrix that is the table of embeddings, too, is there once."""
+    small: MatrixForm | None = None
+    """Of products that have at most `SMALL_SHARE` of their layer, as keys and values where query heads share them;
+    None: as the others."""
+    needs: str = ""
+    """A feature of a Hexagon without which the format refuses the precision."""
 
     @property
     def name(self) -> str:
         return f"{self.format}, {self.precision}"
 
-    def bytes(self, matrix: Matrix, form: MatrixForm) -> int:
-        """Of a matrix that is to have a form."""
-        stored = matrix.stored
-        if not self.kept_scale or stored is None:
-            return form.bytes(matrix.rows, matrix.columns)
-        zero = BITS[stored.dtype] / 8 if stored.has_zero_points else 0
-        block = self.kept_scale * (2 if stored.has_minimums else 1) + zero
-        return math.ceil(matrix.numbers * BITS[stored.dtype] / 8 + matrix.numbers // stored.block * block)
+    def keeps(self, matrix: Matrix) -> MatrixForm | None:
+        """The form of a matrix that stays as the checkpoint has it."""
+        return kept(matrix.stored, self.kept_scale) if self.kept_scale and matrix.stored is not None else None
+
+    def of(self, matrix: Matrix, form: MatrixForm) -> MatrixForm:
+        """The form of a matrix where plain ones are to have `form`.
+
+        Raises:
+            OptionError: its rows are no multiple of a block, and the format has no other form for it.
+        """
+        if self.kept_scale and matrix.stored is not None:
+            form = self.keeps(matrix) or _NBITS8
+        if not form.block or matrix.columns % form.block == 0:
+            return form
+        if self.format == "onnx":
+            return _F32
+        raise OptionError(
+            f"{self.format} with precision={self.precision!r} rounds blocks of {form.block} columns, and a matrix has "
+            f"{matrix.columns}",
+            "Use precision='int8'",
+        )
+
+
+def kept(stored: Blocked, scale: int) -> MatrixForm | None:
+    """The form in which `MatMulNBits` has a matrix as it is stored; None where it has none.
+
+    Args:
+        scale: bytes of a scale, and of what stands for a minimum.
+    """
+    bits, block = BITS[stored.dtype], math.gcd(stored.block, LARGEST_BLOCK)
+    if stored.dtype == "float8e4m3fn" or block < SMALLEST_BLOCK or stored.shape[1] % stored.block:
+        return None
+    centred = stored.dtype.startswith("int") and not stored.has_zero_points
+    besides = scale if stored.has_minimums else 0 if centred else bits / 8
+    return MatrixForm(bits, block, scale + besides, packed=_PACKED[bits])
 
 
 _ROW = 16
 _F16, _F32 = MatrixForm(16), MatrixForm(32)
 _INT8, _INT4 = MatrixForm(8, row=_ROW), MatrixForm(4, block=32, scale=2, row=_ROW)
-_NBITS8, _NBITS4 = MatrixForm(8, block=32, scale=4), MatrixForm(4, block=32, scale=4)
+_PACKED = {4: 1.25, 8: 1.2}
+"""Times of its bytes that a matrix of `MatMulNBits` takes in memory, by its bits."""
+_NBITS8, _NBITS4 = (MatrixForm(bits, block=32, scale=4, packed=_PACKED[bits]) for bits in (8, 4))
 
 
-def _qnn(precision: str, products: MatrixForm, vocabulary: MatrixForm, cache: float, layer: int) -> Form:
+def _qnn(
+    precision: str, products: MatrixForm, cache: float, layer: int, *, vocabulary: MatrixForm = _INT8, needs: str = "",
+    small: MatrixForm | None = None,
+) -> Form:  # fmt: skip
     return Form(
         "qnn", precision, products, vocabulary, _F16, embedding_mapped=True, rest=2, cache=cache, static=True,
-        chunk=128, layer=layer, part_bytes=PART_BYTES,
+        chunk=128, layer=layer, part_bytes=PART_BYTES, small=small, needs=needs,
     )  # fmt: skip
 
 
-def _onnx(
-    precision: str, products: MatrixForm, table: MatrixForm, cache: float, packed: float = 1.0, kept_scale: int = 4
-) -> Form:
+def _onnx(precision: str, products: MatrixForm, table: MatrixForm, cache: float, kept_scale: int = 4) -> Form:
     return Form(
         "onnx", precision, products, table, table, embedding_mapped=False, rest=4, cache=cache, static=False,
-        chunk=CHUNK, packed=packed, kept_scale=kept_scale, shares_table=True,
+        chunk=512, activations=40, every_logit=True, kept_scale=kept_scale, shares_table=True,
     )  # fmt: skip
 
 
-_INT8_QNN, _INT4_ONNX = _qnn("int8", _INT8, _INT8, 1, 150_000), _onnx("int4", _NBITS4, _NBITS8, 4, packed=1.25)
+_ROUNDED = "a16_attention"
+_INT8_QNN, _INT4_ONNX = _qnn("int8", _INT8, 1, 170_000, needs=_ROUNDED), _onnx("int4", _NBITS4, _NBITS8, 4)
 _EXACT = _onnx("exact", _F32, _F32, 4, kept_scale=0)
 FORMS: Mapping[str, Mapping[str, Form]] = {
     "qnn": {
         "auto": _INT8_QNN,
         "int8": _INT8_QNN,
-        "int4": _qnn("int4", _INT4, _INT8, 1, 95_000),
-        "f16": _qnn("f16", _F16, _F16, 2, 550_000),
+        "int4": _qnn("int4", _INT4, 1, 130_000, needs=_ROUNDED, small=_INT8),
+        "f16": _qnn("f16", _F16, 2, 555_000, vocabulary=_F16),
     },
     "onnx": {
         "auto": _INT4_ONNX,
         "int4": _INT4_ONNX,
-        "int8": _onnx("int8", _NBITS8, _NBITS8, 4, packed=1.2),
+        "int8": _onnx("int8", _NBITS8, _NBITS8, 4),
         "f16": _onnx("f16", _F16, _F16, 2),
         "f32": _EXACT,
         "exact": _EXACT,
@@ -139,17 +186,22 @@ FORMS: Mapping[str, Mapping[str, Form]] = {
 """By format and `precision`."""
 
 
-def form_of(format: str, precision: str, decoder: Decoder) -> Form:
+def form_of(format: str, precision: str, decoder: Decoder, device: Device) -> Form:
     """How a format keeps a decoder in a precision; of a format that is not known here as `memory` plans for all.
 
     Raises:
-        OptionError: the format does not have the precision.
+        OptionError: the format does not have the precision, or not on this device.
     """
     forms = FORMS.get(format)
     if forms is None:
         form = MatrixForm(8 * weight_bytes(decoder, precision) / max(decoder.parameters, 1))
         cache = 4 if precision in ("f32", "exact") else 2
         return Form(format, precision, form, form, form, False, 4, cache, False, CHUNK, shares_table=True)
-    if precision not in forms:
-        raise OptionError(f"{format} has no precision={precision!r}", f"It has {', '.join(forms)}")
-    return forms[precision]
+    hexagon = device.arch.startswith("hexagon_")  # the emulator stands for one that has all features
+    able = [name for name, f in forms.items() if not (hexagon and f.needs and f.needs not in device.features)]
+    if precision in able:
+        return forms[precision]
+    if precision == "auto":
+        return forms[able[0]]
+    where = f" on {device.id}" if precision in forms else ""
+    raise OptionError(f"{format} has no precision={precision!r}{where}", f"It has {', '.join(able)}")

@@ -1,18 +1,22 @@
 """Helpers that make a backend's session small.
 
-`PackedSession` is for an engine that can only run a graph once, tensors in and tensors out. `PagedSession` is for one
-that computes over a cache in pages of its own. `check_step`, `logit_rows`, `split_logits` and `best` are the parts of a
-step that any session has.
+`PackedSession` is for an engine that can only run a graph once, tensors in and tensors out. `BufferedSession` is for
+one that writes the cache of a sequence into arrays in place. `PagedSession` is for one that computes over a cache in
+pages of its own. `check_step`, `logit_rows`, `split_logits` and `best` are the parts of a step that any session has.
 """
 
 from __future__ import annotations
 
+from transom.sessions.buffered import BufferedEngine, BufferedSession, BufferedState
 from transom.sessions.packed import PackedSession, PackedState
 from transom.sessions.paged import PagedEngine, PagedSession, PagedState
 from transom.sessions.pages import PagePool, PageTable
 from transom.sessions.steps import best, check_step, logit_rows, split_logits
 
 __all__ = [
+    "BufferedEngine",
+    "BufferedSession",
+    "BufferedState",
     "PackedSession",
     "PackedState",
     "PagePool",

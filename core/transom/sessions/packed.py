@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from transom.contract import Limits, State, Tensor, Work
-from transom.sessions.steps import Array, check_step, logit_rows, split_logits
+from transom.sessions.steps import Array, check_step, logit_rows, need_within, split_logits
 from transom.signature import Decoder, cache_input_names, cache_output_names
 
 Run = Callable[[Mapping[str, Any]], Mapping[str, Any]]
@@ -44,14 +44,12 @@ class PackedState:
 
     def fork(self, length: int) -> PackedState:
         cache = self.cache
-        if not 0 <= length <= self.length:
-            raise ValueError(f"cannot fork at {length}: the state holds {self.length} tokens")
+        need_within(length, self.length, "fork")
         return PackedState([part[:length] for part in cache], length, length)  # arrays are never written to: shared
 
     def truncate(self, length: int) -> None:
         cache = self.cache
-        if not 0 <= length <= self.length:
-            raise ValueError(f"cannot truncate to {length}: the state holds {self.length} tokens")
+        need_within(length, self.length, "truncate")
         if self._shared < length < self.length:  # a copy, since a view would hold the memory of what was cut off
             self._cache, self._shared = [part[:length].copy() for part in cache], 0
         else:

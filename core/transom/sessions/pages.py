@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from transom.contract import OutOfPages
+from transom.sessions.steps import need_within
 
 
 class PagePool:
@@ -151,8 +152,7 @@ class PageTable:
 
     def _first(self, length: int, what: str) -> list[int]:
         pages = self.pages
-        if not 0 <= length <= self._length:
-            raise ValueError(f"cannot {what} at {length}: the state holds {self._length} tokens")
+        need_within(length, self._length, what)
         return pages[: -(-length // self.pool.page_tokens)]
 
 

@@ -50,6 +50,12 @@ def check_step(work: Sequence[Work], limits: Limits, vocabulary: int, *, sparsit
             raise ValueError(f"token id {bad} is outside the vocabulary of {vocabulary}")
 
 
+def need_within(length: int, held: int, what: str) -> None:
+    """Raise ValueError where a state that holds so many tokens cannot be forked or cut at a length."""
+    if not 0 <= length <= held:
+        raise ValueError(f"cannot {what} at {length}: the state holds {held} tokens")
+
+
 def best(logits: Array, count: int) -> tuple[Array, Array]:
     """The `count` largest of the last axis, best first, ties by lower id: (int64 ids, float32 values).
 

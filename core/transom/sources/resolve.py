@@ -66,7 +66,8 @@ def bundle_at(spec: Spec) -> Path | None:
     """The folder where the spec is a bundle, whole or damaged; None where it is something else."""
     path = local_path(spec)
     try:
-        found = path is not None and f'"{BUNDLE_KEY}"'.encode() in (path / BUNDLE_MANIFEST).read_bytes()
+        manifest = None if path is None else path / BUNDLE_MANIFEST  # of a pipe, reading would never end
+        found = manifest is not None and manifest.is_file() and f'"{BUNDLE_KEY}"'.encode() in manifest.read_bytes()
     except (OSError, ValueError):
         return None
     return path.absolute() if path is not None and found else None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import shutil
 import tempfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,6 +28,22 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 UNASKED: Mapping[str, object] = {"precision": "auto", "context": None, "threads": None, "calibration": ()}
 """The options of a load where the user named none: the host always gives these keys."""
+
+
+@contextlib.contextmanager
+def temporaries_in(folder: Path) -> Iterator[Path]:
+    """Temporary files of this process and its children go to `folder` meanwhile, as where the host compiles."""
+    folder.mkdir(exist_ok=True)
+    saved, variable = tempfile.tempdir, os.environ.get("TMPDIR")
+    tempfile.tempdir = os.environ["TMPDIR"] = str(folder)
+    try:
+        yield folder
+    finally:
+        tempfile.tempdir = saved
+        if variable is None:
+            del os.environ["TMPDIR"]
+        else:
+            os.environ["TMPDIR"] = variable
 
 
 class Oracle:
@@ -134,7 +152,10 @@ class Bench:
 
     def compile(self, graph: Graph) -> Artifact:
         """Compile and store as the host does: every file a path below one folder."""
-        return self.store(self.backend.compile(graph, self.device, self.options, lambda stage, share: None))
+        with temporaries_in(self.folder / "temporary") as folder:
+            stored = self.store(self.backend.compile(graph, self.device, self.options, lambda stage, share: None))
+        shutil.rmtree(folder, ignore_errors=True)
+        return stored
 
     def store(self, artifact: Artifact) -> Artifact:
         self._stored += 1

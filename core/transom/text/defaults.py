@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 from transom.errors import SourceError
 
@@ -64,7 +64,7 @@ class GenerationDefaults:
         """The inverse of `to_json`.
 
         Raises:
-            SourceError: a key that is not known.
+            SourceError: a key that is not known, or a value of another type.
         """
         unknown = set(data) - {field.name for field in fields(cls)}
         if unknown:
@@ -72,7 +72,21 @@ class GenerationDefaults:
                 f"The cached generation defaults hold the unknown key {sorted(unknown)[0]!r}", "Clear the cache"
             )
         values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in data.items()}
+        hints = get_type_hints(cls)
+        for key, value in values.items():
+            if not _is_a(value, hints[key]):
+                raise SourceError(
+                    f"The cached generation defaults hold {key}={value!r}, which is of another type", "Clear the cache"
+                )
         return cls(**values)
+
+
+def _is_a(value: Any, hint: Any) -> bool:
+    """Whether a value is of a field's type: several of a kind, or one or None; whole numbers are numbers, too."""
+    kinds = get_args(hint)
+    if get_origin(hint) is tuple:
+        return isinstance(value, tuple) and all(type(v) is kinds[0] for v in value)
+    return type(value) in kinds or (float in kinds and type(value) is int)
 
 
 def end_ids(tokenizer: Tokenizer) -> set[int]:
@@ -109,6 +123,7 @@ def defaults_from_hf(
     ends = set(_ids("eos_token_id", config.get("eos_token_id") if eos is None else eos))
     values = _Values(generation_config, "generation_config.json")
     stop = generation_config.get("stop_strings") or ()
+    stops = (stop,) if isinstance(stop, str) else tuple(map(str, stop))
     return GenerationDefaults(
         eos_ids=tuple(sorted(ends | (end_ids(tokenizer) if tokenizer else set()))),
         bos_id=token("bos_token_id") if tokenizer is None or tokenizer.bos_id is None else tokenizer.bos_id,
@@ -120,7 +135,7 @@ def defaults_from_hf(
         min_p=values.number("min_p", 0.0, 1.0),
         repetition_penalty=values.number("repetition_penalty", 0.0),
         max_new_tokens=values.count("max_new_tokens"),
-        stop=(stop,) if isinstance(stop, str) else tuple(map(str, stop)),
+        stop=tuple(s for s in stops if s),  # an empty one would end every answer before it begins
         suppress_ids=tuple(_ids("suppress_tokens", generation_config.get("suppress_tokens"))),
     )
 

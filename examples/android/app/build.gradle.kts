@@ -4,6 +4,7 @@ plugins {
 }
 
 val onnxruntimeVersion: String by project
+val qnnProviderVersion: String by project
 val qnnRuntimeVersion: String by project
 
 // The headers of ONNX Runtime lie in its AAR, where CMake does not look.
@@ -61,8 +62,9 @@ tasks.configureEach {
 }
 
 dependencies {
-    onnxruntimeAar("com.microsoft.onnxruntime:onnxruntime-android-qnn:$onnxruntimeVersion@aar")
-    implementation("com.microsoft.onnxruntime:onnxruntime-android-qnn:$onnxruntimeVersion")
+    onnxruntimeAar("com.microsoft.onnxruntime:onnxruntime-android:$onnxruntimeVersion@aar")
+    implementation("com.microsoft.onnxruntime:onnxruntime-android:$onnxruntimeVersion")
+    implementation("com.qualcomm.qti:onnxruntime-android-qnn:$qnnProviderVersion")
     implementation("com.qualcomm.qti:qnn-runtime:$qnnRuntimeVersion")
     implementation("org.jetbrains.kotlinx:kotlinx-coroutines-android:1.9.0")
 }

@@ -5,6 +5,7 @@
 #include <nlohmann/json.hpp>
 
 #include "error.hpp"
+#include "files.hpp"
 #include "unicode.hpp"
 
 namespace transom {
@@ -13,7 +14,7 @@ AddedTokens::AddedTokens(const nlohmann::json& data, const Normalizer& normalize
     if (data.is_null()) return;
     for (const auto& one : data) {
         AddedToken token;
-        const auto id = static_cast<int64_t>(one.at("id").get<uint32_t>());
+        const int64_t id = whole_number(one.at("id"), 0, UINT32_MAX);
         token.content = one.at("content").get<std::string>();
         token.special = one.at("special").get<bool>();
         token.take_left = one.at("lstrip").get<bool>();

@@ -6,6 +6,7 @@
 #include <nlohmann/json.hpp>
 
 #include "error.hpp"
+#include "files.hpp"
 #include "unicode.hpp"
 
 namespace transom {
@@ -37,9 +38,8 @@ Bpe::Bpe(const nlohmann::json& data) {
     byte_fallback_ = data.value("byte_fallback", false);
     ignore_merges_ = data.value("ignore_merges", false);
     for (const auto& [token, id] : data.at("vocab").items()) {
-        const auto place = id.get<uint32_t>();
+        const int64_t place = whole_number(id, 0, UINT32_MAX);
         vocabulary_.emplace(token, place);
-        if (tokens_.size() <= place) tokens_.resize(size_t{place} + 1);
         tokens_[place] = token;
     }
     if (set("unk_token")) {

@@ -18,8 +18,8 @@ public:
 
     // Append the ids of one word.
     void encode(const std::string& word, std::vector<int64_t>& ids) const;
-    // The text of each id; empty for an id without a token.
-    const std::vector<std::string>& tokens() const { return tokens_; }
+    // The text of each id that has one.
+    const std::unordered_map<int64_t, std::string>& tokens() const { return tokens_; }
 
 private:
     struct Merge {
@@ -33,7 +33,7 @@ private:
 
     std::unordered_map<std::string, int64_t> vocabulary_;
     std::unordered_map<uint64_t, Merge> merges_;
-    std::vector<std::string> tokens_;
+    std::unordered_map<int64_t, std::string> tokens_;
     int64_t unknown_ = -1;
     bool fuse_unknown_ = false;
     bool byte_fallback_ = false;

@@ -1,5 +1,8 @@
 #include "defaults.hpp"
 
+#include <limits>
+#include <stdexcept>
+
 #include <nlohmann/json.hpp>
 
 #include "error.hpp"
@@ -35,25 +38,44 @@ Sampling Defaults::sampling(const Asked& asked) const {
 Defaults read_defaults(const std::filesystem::path& path) {
     const nlohmann::json data = read_json(path);
     Defaults defaults;
-    const auto read = [&data](const char* name, auto& into) {
-        using Value = std::decay_t<decltype(*into)>;
-        if (const auto found = data.find(name); found != data.end() && !found->is_null()) into = found->get<Value>();
+    // What stands there, or null
+    const auto there = [&data](const char* name) {
+        const auto found = data.find(name);
+        return found == data.end() || found->is_null() ? nullptr : &*found;
     };
+    const auto ids = [&](const char* name, std::vector<int64_t>& into) {
+        if (const auto* list = there(name))
+            for (const auto& id : *list) into.push_back(whole_number(id));
+    };
+    const auto count = [&](const char* name, std::optional<int64_t>& into, int64_t low) {
+        if (const auto* value = there(name))
+            if (const int64_t given = whole_number(*value, INT64_MIN); given >= low) into = given;
+    };
+    const auto number = [&](const char* name, std::optional<double>& into, double low, double high) {
+        if (const auto* value = there(name))
+            if (const auto given = value->get<double>(); given >= low && given <= high) into = given;
+    };
+    constexpr double above_zero = std::numeric_limits<double>::min();
+    const auto damaged = [&path] { return Error(path.string() + " is damaged", "Copy the bundle again from where it was made"); };
     try {
-        defaults.eos_ids = data.value("eos_ids", defaults.eos_ids);
-        defaults.stop = data.value("stop", defaults.stop);
-        defaults.suppress_ids = data.value("suppress_ids", defaults.suppress_ids);
-        read("max_new_tokens", defaults.max_new_tokens);
-        read("sample", defaults.sample);
-        read("temperature", defaults.temperature);
-        read("top_k", defaults.top_k);
-        read("top_p", defaults.top_p);
-        read("min_p", defaults.min_p);
-        read("repetition_penalty", defaults.repetition_penalty);
-        read("presence_penalty", defaults.presence_penalty);
-        read("frequency_penalty", defaults.frequency_penalty);
+        ids("eos_ids", defaults.eos_ids);
+        ids("suppress_ids", defaults.suppress_ids);
+        if (const auto* list = there("stop"))
+            for (const auto& stop : *list)
+                if (auto text = stop.get<std::string>(); !text.empty()) defaults.stop.push_back(std::move(text));
+        if (const auto* sample = there("sample")) defaults.sample = sample->get<bool>();
+        count("max_new_tokens", defaults.max_new_tokens, 1);
+        count("top_k", defaults.top_k, 0);
+        number("temperature", defaults.temperature, 0, 100);
+        number("top_p", defaults.top_p, above_zero, 1);
+        number("min_p", defaults.min_p, 0, 1);
+        number("repetition_penalty", defaults.repetition_penalty, above_zero, 100);
+        number("presence_penalty", defaults.presence_penalty, -2, 2);
+        number("frequency_penalty", defaults.frequency_penalty, -2, 2);
     } catch (const nlohmann::json::exception&) {
-        throw Error(path.string() + " is damaged", "Copy the bundle again from where it was made");
+        throw damaged();
+    } catch (const std::out_of_range&) {
+        throw damaged();
     }
     return defaults;
 }

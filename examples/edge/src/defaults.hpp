@@ -44,7 +44,7 @@ struct Defaults {
     Sampling sampling(const Asked& asked) const;
 };
 
-// Throws Error: no such file, or damaged.
+// Numbers out of their range are left out: whoever runs the bundle cannot mend it. Throws Error: no such file, or damaged.
 Defaults read_defaults(const std::filesystem::path& path);
 
 }  // namespace transom

@@ -2,6 +2,7 @@
 
 #include <fstream>
 #include <map>
+#include <stdexcept>
 
 #ifdef __ANDROID__
 #include <sys/system_properties.h>
@@ -23,7 +24,7 @@ struct Numbers {
 
 // QNN_SOC_MODEL_* of QnnTypes.h and the Hexagon version, by Qualcomm's name of the chip.
 const std::map<std::string, Numbers> chips = {
-    {"SM8450", {"36", "69"}}, {"SM8550", {"43", "73"}}, {"SM8650", {"57", "75"}},
+    {"SM8450", {"36", "69"}}, {"SM8475", {"42", "69"}}, {"SM8550", {"43", "73"}}, {"SM8650", {"57", "75"}},
     {"SM8750", {"69", "79"}}, {"SM8850", {"87", "81"}}, {"SC8380XP", {"60", "73"}},
 };
 
@@ -83,6 +84,9 @@ Device this_device(const Libraries& libraries) {
 
 Device read_device(const std::filesystem::path& path) {
     const nlohmann::json data = read_json(path);
+    const auto none = [&path] {
+        return Error(path.string() + " describes no device", "Write one with: transom doctor --json > device.json");
+    };
     try {
         const nlohmann::json& first = data.at("devices").at(0);
         Device device;
@@ -98,12 +102,14 @@ Device read_device(const std::filesystem::path& path) {
         device.soc_model = driver("soc_model");
         device.htp_arch = driver("htp_arch");
         if (const auto free = first.find("free_bytes"); free != first.end() && !free->is_null())
-            device.free_bytes = free->get<int64_t>();
-        else if (const auto bytes = first.value("memory_bytes", int64_t{0}); bytes > 0)
-            device.free_bytes = bytes;
+            device.free_bytes = whole_number(*free);
+        else if (const auto bytes = first.find("memory_bytes"); bytes != first.end() && whole_number(*bytes) > 0)
+            device.free_bytes = whole_number(*bytes);
         return device;
     } catch (const nlohmann::json::exception&) {
-        throw Error(path.string() + " describes no device", "Write one with: transom doctor --json > device.json");
+        throw none();
+    } catch (const std::out_of_range&) {
+        throw none();
     }
 }
 

@@ -4,6 +4,7 @@
 #include <cstdio>
 #include <iostream>
 #include <map>
+#include <new>
 #include <optional>
 #include <set>
 #include <string>
@@ -172,7 +173,8 @@ int run(const Arguments& arguments) {
     settings.libraries.onnxruntime = arguments.text("--onnxruntime");
     settings.libraries.qnn_provider = arguments.text("--qnn-provider");
     settings.libraries.qnn_backend = arguments.text("--qnn-backend", settings.libraries.qnn_backend);
-    settings.threads = static_cast<int>(arguments.number<int16_t>("--threads").value_or(0));
+    settings.threads = arguments.number<int16_t>("--threads").value_or(0);
+    if (arguments.has("--threads") && settings.threads < 1) throw Error("--threads is below 1", "Give 1 or more");
     settings.qnn_on_cpu = arguments.has("--qnn-on-cpu");
     const Request request = request_of(arguments, manifest);
     const auto device = [&] {
@@ -214,8 +216,10 @@ int main(int count, char** words) {
             return count < 2 ? 2 : 0;
         }
         return run(parse(count, words));
+    } catch (const std::bad_alloc&) {
+        std::cerr << "transom-edge: There is not enough memory. Export the model with a smaller --context." << std::endl;
     } catch (const std::exception& error) {
         std::cerr << "transom-edge: " << error.what() << std::endl;
-        return 2;
     }
+    return 2;
 }

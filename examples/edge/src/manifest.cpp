@@ -39,9 +39,9 @@ Variant read_variant(const json& data) {
     variant.target = (name.empty() ? target.at("id").get<std::string>() : name) + " (" + variant.target_arch + ")";
     variant.needs = data.at("requires").get<std::map<std::string, std::string>>();
     variant.exact = data.at("exact").get<bool>();
-    variant.context = data.at("context").get<int64_t>();
+    variant.context = whole_number(data.at("context"));
     if (const auto at = data.at("memory").find("at"); at != data.at("memory").end())
-        for (const auto& [length, bytes] : at->items()) variant.memory_at[std::stoll(length)] = bytes.get<int64_t>();
+        for (const auto& [length, bytes] : at->items()) variant.memory_at[std::stoll(length)] = whole_number(bytes);
     if (!variant.memory_at.empty() && variant.memory_at.count(variant.context) == 0) throw std::out_of_range("memory.at");
     for (const auto& [name, path] : data.at("files").items()) variant.files[name] = inside(path.get<std::string>());
     return variant;
@@ -70,10 +70,9 @@ Manifest read_manifest(const fs::path& folder) {
         throw Error(folder.string() + " is no folder", "Give the folder that transom export wrote");
     if (!fs::exists(folder / "manifest.json"))
         throw Error(folder.string() + " is no bundle: it has no manifest.json", "Give the folder that transom export wrote");
-    const json data = json::parse(read_file(folder / "manifest.json"), nullptr, false);
+    const json data = parse_json(read_file(folder / "manifest.json"));
     try {
-        const auto version = data.at(version_key).get<int64_t>();
-        if (version < 1) throw bad_manifest(folder);
+        const int64_t version = whole_number(data.at(version_key), 1);
         if (version > manifest_version)
             throw Error("The bundle " + folder.string() + " is of version " + std::to_string(version) +
                             ", and this program reads version " + std::to_string(manifest_version),
@@ -84,9 +83,13 @@ Manifest read_manifest(const fs::path& folder) {
         for (const json& one : data.at("variants")) manifest.variants.push_back(read_variant(one));
         if (manifest.variants.empty()) throw bad_manifest(folder);
         for (const auto& [name, record] : data.at("files").items())
-            manifest.files[inside(name)] = {record.at("bytes").get<uint64_t>(), record.at("blake2b").get<std::string>()};
-        manifest.expected_tokens = data.at("expected").at("tokens").get<std::vector<int64_t>>();
-        manifest.expected_best = data.at("expected").at("best").get<std::vector<int64_t>>();
+            manifest.files[inside(name)] = {static_cast<uint64_t>(whole_number(record.at("bytes"))),
+                                            record.at("blake2b").get<std::string>()};
+        for (const Variant& one : manifest.variants)
+            for (const auto& [name, path] : one.files)
+                if (!manifest.has(path)) throw bad_manifest(folder);
+        for (const json& id : data.at("expected").at("tokens")) manifest.expected_tokens.push_back(whole_number(id));
+        for (const json& id : data.at("expected").at("best")) manifest.expected_best.push_back(whole_number(id));
         if (manifest.expected_tokens.size() != manifest.expected_best.size()) throw bad_manifest(folder);
         return manifest;
     } catch (const json::exception&) {

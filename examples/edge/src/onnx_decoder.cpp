@@ -83,11 +83,11 @@ private:
         length_ += count;
         const Ort::Value& logits = results[logits_];
         const auto info = logits.GetTensorTypeAndShapeInfo();
-        if (info.GetElementType() != ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT)
-            throw Error("The model's logits are not float32", "Export the model again, for this version of Transom");
-        const auto vocabulary = static_cast<size_t>(info.GetShape().back());
+        const std::vector<int64_t> shape = info.GetShape();
+        if (info.GetElementType() != ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT || shape.empty() || info.GetElementCount() == 0)
+            throw Error("The model's logits are no rows of float32", "Export the model again, for this version of Transom");
         const float* end = logits.GetTensorData<float>() + info.GetElementCount();
-        return {end - vocabulary, end};
+        return {end - shape.back(), end};
     }
 
     Session session_;

@@ -32,13 +32,18 @@ const OrtApiBase* opened(const std::string& path) {
 
 #if ORT_API_VERSION >= 22
 std::vector<Ort::ConstEpDevice> plugin_devices(const Libraries& libraries) {
-    static const bool registered = [&libraries] {
-        environment().RegisterExecutionProviderLibrary(provider, libraries.qnn_provider);
+    [[maybe_unused]] static const bool registered = [&libraries] {
+        try {
+            environment().RegisterExecutionProviderLibrary(provider, libraries.qnn_provider);
+        } catch (const Ort::Exception& error) {
+            throw Error("The QNN provider " + libraries.qnn_provider + " cannot be opened: " + error.what(),
+                        "Name another library, or another variant");
+        }
         return true;
     }();
     std::vector<Ort::ConstEpDevice> devices;
     for (const Ort::ConstEpDevice& device : environment().GetEpDevices())
-        if (registered && device.EpName() == std::string(provider)) devices.push_back(device);
+        if (device.EpName() == std::string(provider)) devices.push_back(device);
     return devices;
 }
 #endif
@@ -51,15 +56,17 @@ bool is_built_in() {
 }  // namespace
 
 void open_onnxruntime(const Libraries& libraries) {
-    static const OrtApi* api = nullptr;
-    if (api != nullptr) return;
-    const OrtApiBase* base = opened(libraries.onnxruntime);
-    api = base->GetApi(ORT_API_VERSION);
-    if (api == nullptr)
-        throw Error(std::string("ONNX Runtime is of version ") + base->GetVersionString() + ", and this program needs 1." +
-                        std::to_string(ORT_API_VERSION) + " or newer",
-                    "Name a newer library with --onnxruntime PATH");
-    Ort::InitApi(api);
+    // A thread that comes second waits; where it throws, the next call tries again
+    [[maybe_unused]] static const bool done = [&libraries] {
+        const OrtApiBase* base = opened(libraries.onnxruntime);
+        const OrtApi* api = base->GetApi(ORT_API_VERSION);
+        if (api == nullptr)
+            throw Error(std::string("ONNX Runtime is of version ") + base->GetVersionString() + ", and this program needs 1." +
+                            std::to_string(ORT_API_VERSION) + " or newer",
+                        "Name a newer library with --onnxruntime PATH");
+        Ort::InitApi(api);
+        return true;
+    }();
 }
 
 Ort::Env& environment() {
@@ -81,7 +88,8 @@ Ort::SessionOptions qnn_options(const Libraries& libraries, const std::map<std::
     if (!libraries.qnn_provider.empty()) {
 #if ORT_API_VERSION >= 22
         const std::vector<Ort::ConstEpDevice> devices = plugin_devices(libraries);
-        if (devices.empty()) throw Error("The library " + libraries.qnn_provider + " finds no NPU here", "Check the library");
+        if (devices.empty())
+            throw Error("The QNN provider " + libraries.qnn_provider + " finds no NPU here", "Name another variant");
         session.AppendExecutionProvider_V2(environment(), {devices.front()}, options);
 #else
         throw Error("This program was built with headers of ONNX Runtime 1." + std::to_string(ORT_API_VERSION) +
@@ -92,7 +100,7 @@ Ort::SessionOptions qnn_options(const Libraries& libraries, const std::map<std::
         session.AppendExecutionProvider("QNN", options);
     } else {
         throw Error("This ONNX Runtime has no QNN, which a bundle for a Snapdragon needs",
-                    "Use the library of the package onnxruntime-android-qnn, or --variant for another variant");
+                    "Name its provider library with --qnn-provider, or another variant with --variant");
     }
     return session;
 }

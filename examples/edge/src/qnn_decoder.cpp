@@ -1,117 +1,63 @@
 // The variant `qnn`: graphs of fixed shape for a Snapdragon's NPU, one for a chunk of a prompt and one for a single
 // token. What cannot be a part of such a graph is done here: rows of the embedding are looked up, masks are made, and
-// the new keys and values are written into the cache.
+// the new keys and values are written into the cache; with sparse attention, the nodes of the keys, too.
 #include <algorithm>
 #include <cstring>
-
-#include <nlohmann/json.hpp>
+#include <map>
 
 #include "decoder.hpp"
 #include "error.hpp"
-#include "files.hpp"
 #include "mapped_file.hpp"
+#include "qnn_description.hpp"
 #include "session.hpp"
+#include "sparse_inputs.hpp"
 
 namespace transom {
 
 namespace {
 
-constexpr int64_t qnn_version = 1;
-
-struct Layer {
-    int64_t kv_heads, head_dim, value_dim, window;  // window 0: sees all that came before
-};
-
-// qnn.json.
-struct Description {
-    int64_t context, chunk, vocabulary, hidden;
-    std::string embedding_file;
-    ONNXTensorElementDataType embedding_type, cache_type;
-    float embedding_scale, mask_low;
-    std::vector<Layer> layers;
-    struct Part {
-        std::string prefill, decode;
-    };
-    std::vector<Part> parts;
-};
-
-ONNXTensorElementDataType element_type(const std::string& name) {
-    if (name == "uint8") return ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8;
-    if (name == "uint16") return ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT16;
-    if (name == "float16") return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16;
-    if (name == "float32") return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
-    throw Error("qnn.json names numbers of the type " + name + ", which this program does not know",
-                "Build the program again from a newer Transom");
-}
-
-size_t element_bytes(ONNXTensorElementDataType type) {
-    return type == ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8 ? 1 : type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT ? 4 : 2;
-}
-
-Description read_description(const std::filesystem::path& path) {
-    const nlohmann::json data = read_json(path);
-    try {
-        if (data.at("qnn_variant").get<int64_t>() > qnn_version)
-            throw Error(path.string() + " is of a newer version than this program reads",
-                        "Build the program again from a newer Transom");
-        Description d;
-        d.context = data.at("context").get<int64_t>();
-        d.chunk = data.at("chunk").get<int64_t>();
-        d.vocabulary = data.at("vocabulary").get<int64_t>();
-        d.hidden = data.at("hidden").get<int64_t>();
-        d.embedding_file = data.at("embedding").at("file").get<std::string>();
-        d.embedding_type = element_type(data.at("embedding").at("dtype").get<std::string>());
-        d.embedding_scale = data.at("embedding").at("scale").get<float>();
-        d.cache_type = element_type(data.at("cache").at("dtype").get<std::string>());
-        d.mask_low = data.at("mask_low").get<float>();
-        for (const auto& layer : data.at("layers"))
-            d.layers.push_back({layer.at("kv_heads").get<int64_t>(), layer.at("head_dim").get<int64_t>(),
-                                layer.at("value_dim").get<int64_t>(), layer.at("window").get<int64_t>()});
-        for (const auto& part : data.at("parts"))
-            d.parts.push_back({part.at("prefill").get<std::string>(), part.at("decode").get<std::string>()});
-        if (d.context < 1 || d.chunk < 1 || d.hidden < 1 || d.vocabulary < 1 || d.parts.empty())
-            throw Error(path.string() + " is damaged", "Copy the bundle again from where it was made");
-        return d;
-    } catch (const nlohmann::json::exception&) {
-        throw Error(path.string() + " is damaged", "Copy the bundle again from where it was made");
-    }
-}
-
-// Keys or values of one layer, [1, heads, context, columns], in the numbers that the graphs give them in.
+// A part of the cache of one layer, [1, heads, rows, columns], in the numbers that the graphs give it in.
 struct Cache {
-    int64_t heads, columns;
+    int64_t heads, rows, columns;
+    ONNXTensorElementDataType type;
+    bool nodes;  // its rows are nodes, not tokens
     std::vector<char> data;
 
-    // Write `count` rows of `fresh` [1, heads, tokens, columns] from row `at` on.
-    void write(const char* fresh, int64_t tokens, int64_t count, int64_t at, int64_t context, size_t element) {
-        const size_t row = static_cast<size_t>(columns) * element;
+    std::vector<int64_t> shape() const { return {1, heads, rows, columns}; }
+    size_t row_bytes() const { return static_cast<size_t>(columns) * element_bytes(type); }
+    // What is hidden by a mask is multiplied by 0, and has to be a number.
+    void make() { data.assign(static_cast<size_t>(heads * rows) * row_bytes(), 0); }
+    // Write `count` rows of `fresh` [1, heads, tokens, columns], those from `from` on, behind row `at`.
+    void write(const char* fresh, int64_t tokens, int64_t from, int64_t count, int64_t at) {
         for (int64_t head = 0; head < heads; ++head)
-            std::memcpy(data.data() + static_cast<size_t>(head * context + at) * row,
-                        fresh + static_cast<size_t>(head * tokens) * row, static_cast<size_t>(count) * row);
+            std::memcpy(data.data() + static_cast<size_t>(head * rows + at) * row_bytes(),
+                        fresh + static_cast<size_t>(head * tokens + from) * row_bytes(),
+                        static_cast<size_t>(count) * row_bytes());
     }
 };
 
-// What a step feeds besides the caches.
+// One run of the graphs: `count` new tokens in the rows from `from` on, of `tokens`; row 0 has the position `base`.
+struct Run {
+    const int64_t* ids;
+    int64_t count, tokens, base, from;
+};
+
+// What a run feeds besides the caches.
 struct Inputs {
     std::vector<float> hidden, mask, mask_window;
     std::vector<int32_t> positions;
     int32_t row;
+    std::map<std::string, SparseInput> sparse;
 };
 
 class QnnDecoder : public Decoder {
 public:
     QnnDecoder(const Manifest& manifest, const Variant& variant, const Settings& settings)
-        : about_(read_description(manifest.file(variant, "qnn.json"))),
+        : about_(read_qnn_description(manifest.file(variant, "qnn.json"))),
           embedding_(manifest.file(variant, about_.embedding_file),
                      static_cast<size_t>(about_.vocabulary * about_.hidden) * element_bytes(about_.embedding_type)) {
         context_ = about_.context;
-        for (const Layer& layer : about_.layers) {
-            for (const int64_t columns : {layer.head_dim, layer.value_dim}) {
-                const auto numbers = static_cast<size_t>(layer.kv_heads * context_ * columns);
-                caches_.push_back({layer.kv_heads, columns, std::vector<char>(numbers * element_bytes(about_.cache_type))});
-            }
-            window_ = std::max(window_, layer.window);
-        }
+        for (size_t i = 0; i < about_.layers.size(); ++i) add_caches(about_.layers[i], std::to_string(i));
         const size_t graphs = 2 * about_.parts.size();
         for (size_t i = 0; i < graphs; ++i) {
             const auto& part = about_.parts[i / 2];
@@ -124,54 +70,81 @@ public:
                 if (i % 2 == 1) options.AddConfigEntry("ep.stop_share_ep_contexts", "1");
             }
             sessions_.emplace_back(manifest.file(variant, name), options);
+            for (const std::string& input : sessions_.back().inputs())
+                if (const Cache* cache = cache_of(input); cache && sessions_.back().shape(input) != cache->shape())
+                    throw Error("The graph " + name + " and qnn.json differ in the shape of " + input,
+                                "Compare the bundle with its manifest by --check");
         }
+        for (auto& [name, cache] : caches_) cache.make();  // only now: as large as the graphs say, too
     }
 
     void clear() override { length_ = 0; }  // what is left in the caches is masked
 
     std::vector<float> step(const std::vector<int64_t>& ids) override {
         std::vector<float> logits;
-        for (size_t start = 0; start < ids.size();) {
-            const size_t count = std::min(ids.size() - start, static_cast<size_t>(about_.chunk));
-            logits = run(ids.data() + start, static_cast<int64_t>(count), start + count == ids.size());
-            start += count;
+        const int64_t all = static_cast<int64_t>(ids.size());
+        for (int64_t start = 0; start < all;) {
+            const int64_t count = std::min(all - start, about_.chunk);
+            const auto runs = about_.sparse ? sparse_runs(about_.chunk, length_, count) : std::vector<int64_t>{count};
+            for (const int64_t size : runs) {
+                logits = run(ids.data() + start, size);
+                start += size;
+            }
         }
         return logits;
     }
 
 private:
-    // One chunk through all parts; the logits of its last token, where they are wanted.
-    std::vector<float> run(const int64_t* ids, int64_t count, bool wanted) {
-        const bool decode = count == 1;
-        const int64_t tokens = decode ? 1 : about_.chunk;
+    void add_caches(const QnnDescription::Layer& layer, const std::string& number) {
+        const auto type = about_.cache_type;
+        caches_["key." + number] = {layer.kv_heads, context_, layer.head_dim, type, false, {}};
+        caches_["value." + number] = {layer.kv_heads, context_, layer.value_dim, type, false, {}};
+        window_ = std::max(window_, layer.window);
+        if (layer.choosing == 0) return;
+        const int64_t nodes = context_ / about_.sparse->node;
+        caches_["mean." + number] = {layer.choosing, nodes, layer.head_dim, type, true, {}};
+        caches_["variance." + number] = {layer.choosing, nodes, layer.head_dim, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16, true, {}};
+    }
+
+    // Some tokens, one or up to a chunk, through all parts; the logits of the last of them.
+    std::vector<float> run(const int64_t* ids, int64_t count) {
         if (length_ + count > context_)
             throw Error("The text has more tokens than the " + std::to_string(context_) + " that the variant was compiled for",
                         "Give a shorter text, or export the model with a larger --context");
+        Run run{ids, count, count == 1 ? 1 : about_.chunk, length_, 0};
         Inputs in;
-        embed(ids, count, tokens, in);
-        see(count, tokens, in);
+        if (about_.sparse) {
+            const SparseStep step(*about_.sparse, context_, run.tokens);
+            run.base = step.base(length_);
+            run.from = length_ - run.base;
+            in.sparse = step.inputs(length_, count, about_.mask_low);
+        }
+        embed(run, in);
+        see(run, in);
         std::vector<float> logits;
         for (size_t part = 0; part < about_.parts.size(); ++part) {
-            Session& session = sessions_[2 * part + (decode ? 1 : 0)];
-            const std::vector<Ort::Value> values = feed(session, tokens, in);
+            Session& session = sessions_[2 * part + (run.tokens == 1 ? 1 : 0)];
+            const std::vector<Ort::Value> values = feed(session, run, in);
             const std::vector<Ort::Value> results = session.run(values);
-            for (size_t i = 0; i < results.size(); ++i) take(session.outputs()[i], results[i], tokens, count, in, wanted, logits);
+            for (size_t i = 0; i < results.size(); ++i) take(session.outputs()[i], results[i], run, in, logits);
         }
+        if (logits.empty()) throw Error("No graph gives logits", "Compare the bundle with its manifest by --check");
         length_ += count;
         return logits;
     }
 
-    // Rows of the embedding; rows that fill a chunk up stay 0.
-    void embed(const int64_t* ids, int64_t count, int64_t tokens, Inputs& in) const {
+    // Rows of the embedding; rows of padding stay 0.
+    void embed(const Run& run, Inputs& in) const {
         const auto width = static_cast<size_t>(about_.hidden);
-        in.hidden.assign(static_cast<size_t>(tokens) * width, 0.0f);
-        for (int64_t i = 0; i < count; ++i) {
-            if (ids[i] < 0 || ids[i] >= about_.vocabulary)
-                throw Error("The token id " + std::to_string(ids[i]) + " is not in the vocabulary of " +
+        in.hidden.assign(static_cast<size_t>(run.tokens) * width, 0.0f);
+        for (int64_t i = 0; i < run.count; ++i) {
+            const int64_t id = run.ids[i];
+            if (id < 0 || id >= about_.vocabulary)
+                throw Error("The token id " + std::to_string(id) + " is not in the vocabulary of " +
                                 std::to_string(about_.vocabulary),
                             "Give ids of this model's tokenizer");
-            const size_t from = static_cast<size_t>(ids[i]) * width;
-            float* row = in.hidden.data() + static_cast<size_t>(i) * width;
+            const size_t from = static_cast<size_t>(id) * width;
+            float* row = in.hidden.data() + static_cast<size_t>(run.from + i) * width;
             if (about_.embedding_type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT) {
                 std::memcpy(row, embedding_.data() + 4 * from, 4 * width);
             } else {
@@ -182,45 +155,48 @@ private:
         }
     }
 
-    // Positions and masks: a token sees what is in the cache, and of its chunk itself and what comes before it. Rows
-    // that fill a chunk up come last, so that no real token sees them.
-    void see(int64_t count, int64_t tokens, Inputs& in) const {
-        const int64_t columns = context_ + tokens;
-        in.mask.assign(static_cast<size_t>(tokens * columns), about_.mask_low);
-        in.mask_window = in.mask;
-        for (int64_t i = 0; i < tokens; ++i) {
-            const int64_t position = length_ + i;
+    // Positions and masks: a token sees what is in the cache, and of its run itself and what comes before it. No real
+    // token sees the rows of padding: those before the tokens are hidden, and those behind come later.
+    void see(const Run& run, Inputs& in) const {
+        const int64_t columns = context_ + run.tokens;
+        in.mask.assign(static_cast<size_t>(run.tokens * columns), about_.mask_low);
+        if (window_ > 0) in.mask_window = in.mask;
+        for (int64_t i = 0; i < run.tokens; ++i) {
+            const int64_t position = run.base + i;
             in.positions.push_back(static_cast<int32_t>(std::min(position, context_ - 1)));
-            float* row = in.mask.data() + i * columns;
-            float* windowed = in.mask_window.data() + i * columns;
-            std::fill(row, row + length_, 0.0f);
-            std::fill(row + context_, row + context_ + i + 1, 0.0f);
-            if (window_ == 0) continue;
-            const int64_t first = std::max<int64_t>(position + 1 - window_, 0);  // the first position that is seen
-            std::fill(windowed + std::min(first, length_), windowed + length_, 0.0f);
-            std::fill(windowed + context_ + std::max<int64_t>(first - length_, 0), windowed + context_ + i + 1, 0.0f);
+            const auto show = [&](std::vector<float>& mask, int64_t first) {  // the positions from `first` on
+                float* row = mask.data() + i * columns;
+                for (int64_t at = first; at < std::min(position + 1, length_); ++at) row[at] = 0;
+                for (int64_t at = std::max(first, length_); at <= position; ++at) row[context_ + at - run.base] = 0;
+            };
+            show(in.mask, 0);
+            if (window_ > 0) show(in.mask_window, std::max<int64_t>(position + 1 - window_, 0));
         }
-        in.row = static_cast<int32_t>(count - 1);
+        in.row = static_cast<int32_t>(run.from + run.count - 1);
     }
 
     // Values for a graph's inputs, over memory that stays where it is.
-    std::vector<Ort::Value> feed(const Session& session, int64_t tokens, Inputs& in) {
+    std::vector<Ort::Value> feed(const Session& session, const Run& run, Inputs& in) {
         std::vector<Ort::Value> values;
-        const int64_t columns = context_ + tokens;
+        const auto add = [&values](auto& numbers, const std::vector<int64_t>& shape) {
+            values.push_back(Session::tensor(numbers.data(), numbers.size(), shape));
+        };
+        const int64_t tokens = run.tokens, columns = context_ + tokens;
         for (const std::string& name : session.inputs()) {
             if (name == "hidden")
-                values.push_back(Session::tensor(in.hidden.data(), in.hidden.size(), {1, tokens, about_.hidden}));
+                add(in.hidden, {1, tokens, about_.hidden});
             else if (name == "positions")
-                values.push_back(Session::tensor(in.positions.data(), in.positions.size(), {1, tokens}));
+                add(in.positions, {1, tokens});
             else if (name == "mask")
-                values.push_back(Session::tensor(in.mask.data(), in.mask.size(), {1, 1, tokens, columns}));
-            else if (name == "mask_window")
-                values.push_back(Session::tensor(in.mask_window.data(), in.mask_window.size(), {1, 1, tokens, columns}));
+                add(in.mask, {1, 1, tokens, columns});
+            else if (name == "mask_window" && window_ > 0)
+                add(in.mask_window, {1, 1, tokens, columns});
             else if (name == "row")
                 values.push_back(Session::tensor(&in.row, 1, {1}));
-            else if (Cache* cache = cache_of(name, "past"))
-                values.push_back(Session::tensor(cache->data.data(), cache->data.size(),
-                                                 {1, cache->heads, context_, cache->columns}, about_.cache_type));
+            else if (const auto sparse = in.sparse.find(name); sparse != in.sparse.end())
+                std::visit([&](auto& numbers) { add(numbers, sparse->second.shape); }, sparse->second.numbers);
+            else if (Cache* cache = cache_of(name))
+                values.push_back(Session::tensor(cache->data.data(), cache->data.size(), cache->shape(), cache->type));
             else
                 throw other("input", name);
         }
@@ -228,33 +204,45 @@ private:
     }
 
     // Take what a graph gave: rows for the cache, the hidden state for the next part, or logits.
-    void take(const std::string& name, const Ort::Value& value, int64_t tokens, int64_t count, Inputs& in, bool wanted,
-              std::vector<float>& logits) {
+    void take(const std::string& name, const Ort::Value& value, const Run& run, Inputs& in, std::vector<float>& logits) {
+        const auto numbers = [&](size_t count, ONNXTensorElementDataType type) {
+            const auto info = value.GetTensorTypeAndShapeInfo();
+            if (info.GetElementType() != type || info.GetElementCount() != count)
+                throw Error("A graph gives " + name + " in another form than qnn.json says",
+                            "Compare the bundle with its manifest by --check");
+            return static_cast<const char*>(value.GetTensorRawData());
+        };
+        const auto floats = [&](size_t count) {
+            return reinterpret_cast<const float*>(numbers(count, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT));
+        };
         if (name == "hidden_out") {
-            const auto* data = value.GetTensorData<float>();
+            const float* data = floats(in.hidden.size());
             in.hidden.assign(data, data + in.hidden.size());
         } else if (name == "logits") {
-            const auto* data = value.GetTensorData<float>();
-            if (wanted) logits.assign(data, data + about_.vocabulary);
-        } else if (Cache* cache = cache_of(name, "new")) {
-            cache->write(static_cast<const char*>(value.GetTensorRawData()), tokens, count, length_, context_,
-                         element_bytes(about_.cache_type));
+            const float* data = floats(static_cast<size_t>(about_.vocabulary));
+            logits.assign(data, data + about_.vocabulary);
+        } else if (Cache* cache = cache_of(name)) {
+            int64_t rows = run.tokens, from = run.from, count = run.count, at = length_;
+            if (cache->nodes) {
+                const SparseStep step(*about_.sparse, context_, run.tokens);
+                rows = step.renewed_nodes();
+                from = 0;
+                at = step.first_node(length_);
+                count = std::min(rows, cache->rows - at);
+            }
+            const auto whole = static_cast<size_t>(cache->heads * rows * cache->columns);
+            cache->write(numbers(whole, cache->type), rows, from, count, at);
         } else {
             throw other("output", name);
         }
     }
 
-    // The cache of `past_key.3` or `new_value.0`.
-    Cache* cache_of(const std::string& name, const std::string& prefix) {
-        for (const bool value : {false, true}) {
-            const std::string start = prefix + (value ? "_value." : "_key.");
-            if (name.compare(0, start.size(), start) != 0) continue;
-            const std::string digits = name.substr(start.size());
-            if (digits.empty() || digits.size() > 6 || digits.find_first_not_of("0123456789") != digits.npos) return nullptr;
-            const size_t layer = std::stoul(digits);
-            if (layer < about_.layers.size()) return &caches_[2 * layer + (value ? 1 : 0)];
-        }
-        return nullptr;
+    // The cache of `past_key.3` or `new_key.3`; null for any other name.
+    Cache* cache_of(const std::string& name) {
+        const size_t start = name.find('_') + 1;
+        const std::string prefix = name.substr(0, start);
+        const auto found = prefix == "past_" || prefix == "new_" ? caches_.find(name.substr(start)) : caches_.end();
+        return found == caches_.end() ? nullptr : &found->second;
     }
 
     static Error other(const std::string& what, const std::string& name) {
@@ -262,10 +250,10 @@ private:
                 "Build the program again from the Transom that wrote the bundle"};
     }
 
-    Description about_;
+    QnnDescription about_;
     MappedFile embedding_;
-    std::vector<Cache> caches_;  // keys and values of each layer in turn
-    std::vector<Session> sessions_;  // prefill and decode of each part in turn
+    std::map<std::string, Cache> caches_;  // by "key.3", "value.3", and with sparse attention "mean.3", "variance.3"
+    std::vector<Session> sessions_;        // prefill and decode of each part in turn
     int64_t window_ = 0;
 };
 

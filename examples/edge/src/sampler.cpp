@@ -45,7 +45,7 @@ int64_t Sampler::operator()(std::vector<float> logits) {
 void Sampler::adjust(std::vector<float>& logits) const {
     const auto size = static_cast<int64_t>(logits.size());
     for (const auto& [id, count] : seen_) {
-        if (id >= size) continue;
+        if (id < 0 || id >= size) continue;
         float& value = logits[static_cast<size_t>(id)];
         const auto penalty = static_cast<float>(how_.repetition_penalty);
         value = value < 0 ? value * penalty : value / penalty;
@@ -53,7 +53,7 @@ void Sampler::adjust(std::vector<float>& logits) const {
         if (count > 0) value -= static_cast<float>(how_.presence_penalty);
     }
     for (const int64_t id : how_.suppress_ids)
-        if (id < size) logits[static_cast<size_t>(id)] = -std::numeric_limits<float>::infinity();
+        if (id >= 0 && id < size) logits[static_cast<size_t>(id)] = -std::numeric_limits<float>::infinity();
 }
 
 int64_t Sampler::draw(const std::vector<float>& logits, float best) {

@@ -30,15 +30,13 @@ Session::Session(const std::filesystem::path& path, const Ort::SessionOptions& o
     }
 }
 
-bool Session::has_input(const std::string& name) const {
-    return std::find(inputs_.begin(), inputs_.end(), name) != inputs_.end();
-}
-
 Ort::ConstTensorTypeAndShapeInfo Session::info(const std::string& input, Ort::TypeInfo& owner) const {
     const auto found = std::find(inputs_.begin(), inputs_.end(), input);
     if (found == inputs_.end())
         throw Error(path_ + " has no input " + input, "Export the model again, for this version of Transom");
     owner = session_.GetInputTypeInfo(static_cast<size_t>(found - inputs_.begin()));
+    if (owner.GetONNXType() != ONNX_TYPE_TENSOR)
+        throw Error(path_ + " has the input " + input + ", which is no tensor", "Export the model again, for this version of Transom");
     return owner.GetTensorTypeAndShapeInfo();
 }
 

@@ -16,7 +16,6 @@ public:
 
     const std::vector<std::string>& inputs() const { return inputs_; }
     const std::vector<std::string>& outputs() const { return outputs_; }
-    bool has_input(const std::string& name) const;
     ONNXTensorElementDataType element_type(const std::string& input) const;
     std::vector<int64_t> shape(const std::string& input) const;
 

@@ -1,5 +1,7 @@
 #include "tokenizer.hpp"
 
+#include <stdexcept>
+
 #include <nlohmann/json.hpp>
 
 #include "error.hpp"
@@ -14,14 +16,20 @@ nlohmann::json part(const nlohmann::json& data, const char* name) {
     return found == data.end() ? nlohmann::json() : *found;
 }
 
+Error damaged(const std::filesystem::path& path, const std::string& how) {
+    return {path.string() + " is damaged, or of a form that this program does not know: " + how,
+            "Copy the bundle again from where it was made"};
+}
+
 }  // namespace
 
 Tokenizer Tokenizer::open(const std::filesystem::path& path) {
     try {
         return Tokenizer(read_json(path));
     } catch (const nlohmann::json::exception& error) {
-        throw Error(path.string() + " is damaged, or of a form that this program does not know: " + error.what(),
-                    "Copy the bundle again from where it was made");
+        throw damaged(path, error.what());
+    } catch (const std::out_of_range&) {
+        throw damaged(path, "a token id is none");
     }
 }
 
@@ -46,8 +54,8 @@ void Tokenizer::read_ends(const nlohmann::json& processor) {
                 continue;
             }
             const auto token = item.at("SpecialToken").at("id").get<std::string>();
-            const auto ids = processor.at("special_tokens").at(token).at("ids").get<std::vector<int64_t>>();
-            side->insert(side->end(), ids.begin(), ids.end());
+            for (const auto& id : processor.at("special_tokens").at(token).at("ids"))
+                side->push_back(whole_number(id, 0, UINT32_MAX));
         }
     } else if (type != "ByteLevel") {  // that one moves offsets alone
         throw Error("The tokenizer has the post-processor " + type + ", which this program does not know",
@@ -81,9 +89,8 @@ std::vector<int64_t> Tokenizer::encode(std::string_view text, const Encoding& ho
 std::string Tokenizer::bytes(int64_t id) const {
     if (const auto added = added_.by_id().find(id); added != added_.by_id().end())
         return added->second.special ? "" : spelling_.of_added_token(added->second.content, false);
-    const auto& tokens = bpe_.tokens();
-    if (id < 0 || static_cast<size_t>(id) >= tokens.size() || tokens[static_cast<size_t>(id)].empty()) return "";
-    return spelling_.of_token(tokens[static_cast<size_t>(id)]);
+    const auto found = bpe_.tokens().find(id);
+    return found == bpe_.tokens().end() ? "" : spelling_.of_token(found->second);
 }
 
 std::string Detokenizer::push(int64_t id) {

@@ -4,8 +4,10 @@
 #include <nlohmann/json.hpp>
 
 #include "blake2b.hpp"
+#include "decoder.hpp"
 #include "error.hpp"
 #include "judge.hpp"
+#include "qnn_description.hpp"
 #include "random.hpp"
 #include "sampler.hpp"
 #include "stop_strings.hpp"
@@ -89,12 +91,48 @@ json judged(const json& request) {
     return out;
 }
 
+// Of each step [tokens, past, new ones], its inputs by name, its first position, and its first node.
+json sparse_steps(const json& request) {
+    const QnnDescription about = read_qnn_description(request.at("qnn_json").get<std::string>());
+    json out = json::array();
+    for (const auto& one : request.at("steps")) {
+        const SparseStep step(about.sparse.value(), about.context, one.at(0).get<int64_t>());
+        const auto past = one.at(1).get<int64_t>();
+        json inputs = json::object();
+        for (const auto& [name, input] : step.inputs(past, one.at(2).get<int64_t>(), about.mask_low))
+            inputs[name] = {input.numbers.index() == 0 ? "float32" : "int32", input.shape,
+                            std::visit([](const auto& numbers) { return json(numbers); }, input.numbers)};
+        out.push_back({inputs, step.base(past), step.first_node(past)});
+    }
+    return out;
+}
+
+json runs(const json& request) {
+    json out = json::array();
+    for (const auto& one : request.at("steps"))
+        out.push_back(sparse_runs(request.at("chunk").get<int64_t>(), one.at(0).get<int64_t>(), one.at(1).get<int64_t>()));
+    return out;
+}
+
+// The logits after each of some steps of one text, by the uncompiled graphs of a qnn variant.
+json stepped(const json& request) {
+    const Manifest manifest = read_manifest(request.at("bundle").get<std::string>());
+    Settings settings;
+    settings.libraries.onnxruntime = request.at("onnxruntime").get<std::string>();
+    settings.qnn_on_cpu = true;
+    const auto decoder = open_decoder(manifest, manifest.variants.at(0), settings);
+    json out = json::array();
+    for (const auto& ids : request.at("steps")) out.push_back(decoder->step(ids.get<std::vector<int64_t>>()));
+    return out;
+}
+
 }  // namespace
 
 int main() {
     const std::map<std::string, json (*)(const json&)> calls = {
         {"encode", encoded}, {"decode", decoded}, {"sample", sampled}, {"random", random_numbers},
-        {"hash", hashes}, {"stop", stopped}, {"judge", judged},
+        {"hash", hashes}, {"stop", stopped}, {"judge", judged}, {"sparse_steps", sparse_steps}, {"sparse_runs", runs},
+        {"step", stepped},
     };
     try {
         const json request = json::parse(std::cin);

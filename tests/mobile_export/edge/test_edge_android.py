@@ -5,6 +5,7 @@ Its bridge is compiled for this machine and called from a Java program, with cla
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -136,7 +137,11 @@ def test_the_bridge_answers_a_java_program(
     write_bundle(tmp_path / "b", [variant("onnx", "onnx", {"model.onnx": "onnx/model.onnx"}, context=40)], files)
     prompt = [int(token) for token in rng.integers(len(alphabet), size=6)]
     answer = "".join(alphabet[token] for token in greedy(lambda ids: reference(model, ids), prompt, 12))
+    damaged = tmp_path / "damaged"
+    shutil.copytree(tmp_path / "b", damaged)
+    Path(os.fsdecode(bytes(damaged) + b"/\xf0\x9f\x99")).touch()  # a name that is no UTF-8
     words = [built / "libtransom_jni.so", tmp_path / "b", onnxruntime_library(), "".join(alphabet[t] for t in prompt)]
+    words.append(damaged)
     home = java_home()
     assert home is not None
     line = [str(home / "bin" / "java"), "-Xcheck:jni", "-Dfile.encoding=UTF-8", "-Dsun.jnu.encoding=UTF-8"]
@@ -155,6 +160,8 @@ def test_the_bridge_answers_a_java_program(
         "passed on of the sink",
         "refused --temperature is 1000.000000. Give a number from 0.000000 to 100.000000.",
         "refused /nowhere/🙂 is no folder. Give the folder that transom export wrote.",
+        f"refused The bundle {damaged} is damaged: \ufffd is not in the manifest. "
+        "Copy it again from where it was made, or export the model again.",
     ]
 
 

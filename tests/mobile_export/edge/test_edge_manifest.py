@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,11 +11,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from edge_building import SOURCES
 from edge_bundles import PHONE, content_hash, device_json, variant, write_bundle, write_manifest
 
 from transom.contract import Device
 from transom.hardware.catalogue import catalogue
 from transom.runtime.judging import judge
+from transom_mobile_export.htp.probing import SOC_MODELS
 
 Run = Callable[..., Any]
 CPU = Device("cpu", "cpu", "x86_64", 8 << 30, name="A processor")
@@ -102,6 +105,10 @@ def test_a_manifest_that_was_cut_anywhere_is_damaged(edge: Run, bundle: Path, rn
         {"model": "tiny"},
         {"expected": {"tokens": [1], "best": []}},
         {"variants": [{**variant("x", "onnx", {}), "context": "many"}]},
+        *({"variants": [{**variant("x", "onnx", {}), "context": count}]} for count in (-1, 1.5, 1e300, 1 << 63, True)),
+        {"files": {"x": {"bytes": -1, "blake2b": ""}}},
+        {"expected": {"tokens": [-1], "best": [0]}},
+        {"variants": [variant("x", "onnx", {"model.onnx": "onnx/unlisted.onnx"})]},
         {"variants": [variant("x", "onnx", {}, context=5, at={4: 1})]},
         {"variants": [variant("x", "onnx", {"model.onnx": "../../model.onnx"})]},
     ],
@@ -127,6 +134,7 @@ def test_what_is_no_bundle(edge: Run, tmp_path: Path) -> None:
         (["--temperature", "hot", "--judge"], '--temperature is "hot"'),
         (["--top-p", "0", "--judge"], "--top-p is 0"),
         (["--max-tokens", "0", "--judge"], "--max-tokens is below 1"),
+        (["--threads", "-1", "--judge"], "--threads is below 1"),
         (["--prompt"], "--prompt has no value"),
         (["--prompt", "a", "--ids", "1"], "exclude each other"),
         (["--colour"], "--colour is not known"),
@@ -176,6 +184,11 @@ def test_verdicts_are_transoms_own(call: Run, tmp_path: Path, rng: np.random.Gen
     assert [verdict[:3] for verdict in found] == wanted
     assert {verdict[1] for verdict in found} == {True, False}
     assert all(verdict[3] for verdict in found)
+
+
+def test_chips_are_those_of_the_backend() -> None:
+    rows = re.findall(r'\{"(\w+)", \{"(\d+)", "(\d+)"\}\}', (SOURCES / "src" / "device.cpp").read_text())
+    assert {int(number): (name, int(arch)) for name, number, arch in rows} == dict(SOC_MODELS)
 
 
 def test_the_reason_is_for_people(call: Run, edge: Run, tmp_path: Path) -> None:

@@ -114,6 +114,22 @@ def test_the_context_bounds_an_answer_and_a_prompt(edge: Run, tmp_path: Path, rn
     assert said.stderr == "transom-edge: The prompt has 12 tokens, and the context holds 12. Give a shorter prompt.\n"
 
 
+def test_defaults_out_of_their_range_are_left_out(edge: Run, tmp_path: Path, rng: np.random.Generator) -> None:
+    """As Transom leaves them out; none of them keeps an answer from being drawn."""
+    model = tiny(rng)
+    wild = {"min_p": 7, "top_p": -1, "top_k": -1, "temperature": 1e300, "repetition_penalty": 0}
+    make(tmp_path, model, generation={"eos_ids": [], "stop": [""], "max_new_tokens": 0, **wild})
+    words = (tmp_path, "--ids", "1,2", "--print-ids", "--max-tokens", "8")
+    assert edge(*words).stdout == ",".join(map(str, python_greedy(model, "float32", [1, 2], 8))) + "\n"
+    assert edge(*words, "--temperature", "0.8").returncode == 0
+    assert len(edge(tmp_path, "--ids", "1,2").stdout) == model.context - 2 + 1
+    for damage in ({"suppress_ids": [-1]}, {"eos_ids": [1e300]}, {"top_k": "many"}, {"stop": [1]}):
+        make(tmp_path, model, generation=damage)
+        said = edge(*words)
+        assert said.returncode == 2
+        assert "generation.json is damaged" in said.stderr
+
+
 def test_a_seed_draws_the_same_tokens_again(edge: Run, tmp_path: Path, rng: np.random.Generator) -> None:
     make(tmp_path, tiny(rng))
     sampled = ("--ids", "1,2", "--print-ids", "--max-tokens", "20", "--temperature", "1.5", "--top-p", "0.9")

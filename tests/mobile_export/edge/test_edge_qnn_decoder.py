@@ -6,14 +6,17 @@ which computes the whole text at once.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from edge_bundles import variant, write_bundle
 from edge_models import Tiny, greedy, qnn_files, reference, tiny
+from onnx import helper, numpy_helper
 
 Run = Callable[..., Any]
 SCALE = 1.5
@@ -89,7 +92,7 @@ def test_without_qnn_it_says_what_is_missing(edge: Run, tmp_path: Path, rng: np.
     said = edge(tmp_path, "--variant", FOLDER, "--ids", "1", "--print-ids")
     assert said.returncode == 2
     assert "This ONNX Runtime has no QNN" in said.stderr
-    assert "onnxruntime-android-qnn" in said.stderr
+    assert "--qnn-provider" in said.stderr
     said = edge(tmp_path, "--ids", "1", "--print-ids")
     assert said.returncode == 2
     assert "No variant of the bundle" in said.stderr
@@ -103,6 +106,75 @@ def test_files_that_were_cut(edge: Run, tmp_path: Path, rng: np.random.Generator
     said = edge(tmp_path, "--variant", FOLDER, "--qnn-on-cpu", "--ids", "1", "--print-ids")
     assert said.returncode == 2
     assert str(path) in said.stderr
+
+
+_HUGE = (0, -1, 1.5, 1e300, 1 << 31, (1 << 33) + 5, 1 << 62, (1 << 64) - 1, "4", None)
+"""Numbers that are no sizes, or whose products wrap."""
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        ("qnn_variant",), ("context",), ("chunk",), ("vocabulary",), ("hidden",), ("layers", 1, "kv_heads"),
+        ("layers", 0, "head_dim"), ("layers", 0, "value_dim"), ("layers", 1, "window"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_numbers_that_are_no_sizes(edge: Run, tmp_path: Path, rng: np.random.Generator, path: tuple[Any, ...]) -> None:
+    make(tmp_path, tiny(rng))
+    file = next(tmp_path.rglob("qnn.json"))
+    whole = file.read_text()
+    allowed = {("layers", 1, "window"): (0, 1 << 31, (1 << 33) + 5, 1 << 62)}.get(path, ())
+    for value in rng.permutation(np.array(_HUGE, object))[:5]:
+        data = inner = json.loads(whole)
+        for key in path[:-1]:
+            inner = inner[key]
+        inner[path[-1]] = value
+        file.write_text(json.dumps(data))
+        said = edge(tmp_path, "--variant", FOLDER, "--qnn-on-cpu", "--ids", "1,2", "--print-ids", "--max-tokens", "1")
+        assert said.returncode == (0 if value in allowed else 2), value
+        assert said.stderr.count("\n") == (0 if value in allowed else 1), value
+
+
+@pytest.mark.parametrize("kind", ["cache", "embedding"])
+def test_numbers_of_another_kind(edge: Run, tmp_path: Path, rng: np.random.Generator, kind: str) -> None:
+    """Codes in the embedding would be read behind its end; a cache of another type than the graph's is refused."""
+    make(tmp_path, tiny(rng))
+    file = next(tmp_path.rglob("qnn.json"))
+    data = json.loads(file.read_text())
+    data[kind]["dtype"] = "uint8"
+    file.write_text(json.dumps(data))
+    if kind == "embedding":
+        data = next(tmp_path.rglob("embedding.bin"))
+        data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
+    said = edge(tmp_path, "--variant", FOLDER, "--qnn-on-cpu", "--ids", "95,95", "--print-ids", "--max-tokens", "1")
+    assert said.returncode == 2
+
+
+def test_a_graph_that_gives_fewer_numbers_than_it_should(edge: Run, tmp_path: Path, rng: np.random.Generator) -> None:
+    """They are not read behind their end."""
+    make(tmp_path, tiny(rng))
+    path = tmp_path / FOLDER / "part1_prefill.onnx"
+    model = onnx.load(path)
+    (last,) = (node for node in model.graph.node if "logits" in node.output)
+    last.output[:] = ["whole"]
+    model.graph.initializer.append(numpy_helper.from_array(np.arange(3), "few"))
+    model.graph.node.append(helper.make_node("Gather", ["whole", "few"], ["logits"], axis=2))
+    (logits,) = (value for value in model.graph.output if value.name == "logits")
+    logits.type.tensor_type.shape.dim[2].dim_param = "some"
+    onnx.save(model, path)
+    said = edge(tmp_path, "--variant", FOLDER, "--qnn-on-cpu", "--ids", "1,2", "--print-ids", "--max-tokens", "1")
+    assert said.returncode == 2
+    assert "A graph gives logits in another form than qnn.json says" in said.stderr
+
+
+def test_a_newer_form_is_refused(edge: Run, tmp_path: Path, rng: np.random.Generator) -> None:
+    make(tmp_path, tiny(rng))
+    file = next(tmp_path.rglob("qnn.json"))
+    file.write_text(json.dumps({**json.loads(file.read_text()), "qnn_variant": 3}))
+    said = edge(tmp_path, "--variant", FOLDER, "--qnn-on-cpu", "--ids", "1", "--print-ids")
+    assert said.returncode == 2
+    assert f"{file} is of a newer version than this program reads" in said.stderr
 
 
 def test_a_token_outside_the_vocabulary(edge: Run, tmp_path: Path, rng: np.random.Generator) -> None:

@@ -57,7 +57,7 @@ def test_tokens_are_transoms(call: Call, rng: np.random.Generator, params: dict[
 
 
 def test_some_tokens_are_never_chosen(call: Call) -> None:
-    assert call("sample", logits=[[1, 9, 8, 7]], seed=0, prompt=[], suppress_ids=[1, 2, 99]) == [3]
+    assert call("sample", logits=[[1, 9, 8, 7]], seed=0, prompt=[], suppress_ids=[1, 2, 99, -1]) == [3]
 
 
 def test_logits_that_are_no_numbers(call: Call) -> None:

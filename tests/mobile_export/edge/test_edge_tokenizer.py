@@ -221,6 +221,7 @@ _FLAGS = {"lstrip": False, "rstrip": False, "normalized": False}
         ({"model": {"type": "BPE", "vocab": {}, "merges": [], "end_of_word_suffix": "</w>"}}, "end_of_word_suffix"),
         ({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["a a"]}}, "not of tokens"),
         ({"model": {"type": "BPE"}}, "damaged"),
+        *(({"model": {"type": "BPE", "vocab": {"a": n}, "merges": []}}, "damaged") for n in (-1, 1.5, 1e300, 1 << 32)),
     ],
 )  # fmt: skip
 def test_what_is_not_known_is_refused_by_name(call: Call, tmp_path: Path, change: dict[str, Any], named: str) -> None:
@@ -230,6 +231,27 @@ def test_what_is_not_known_is_refused_by_name(call: Call, tmp_path: Path, change
     with pytest.raises(RuntimeError) as error:
         call("encode", tokenizer=str(path), texts=["a"])
     assert named in str(error.value)
+
+
+def test_an_id_may_be_large(call: Call, tmp_path: Path) -> None:
+    """Memory is taken for tokens, not for ids."""
+    data = json.loads(byte_level("gpt-2").to_str())
+    data |= {"model": {"type": "BPE", "vocab": {"a": (1 << 32) - 1}, "merges": []}, "added_tokens": []}
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(data))
+    assert call("encode", tokenizer=str(path), texts=["aba"]) == [[(1 << 32) - 1] * 2]
+    assert call("decode", tokenizer=str(path), ids=[[(1 << 32) - 1, -1, 5]]) == [["a", "", "", ""]]
+
+
+@pytest.mark.parametrize("part", ["decoder", "normalizer", "pre_tokenizer", "post_processor"])
+def test_parts_that_are_nested_too_deeply(call: Call, tmp_path: Path, part: str) -> None:
+    whole = json.dumps({**json.loads(byte_level("gpt-2").to_str()), part: 0})
+    inner = {"decoder": "decoders", "normalizer": "normalizers", "pre_tokenizer": "pretokenizers"}
+    step = f'{{"type": "Sequence", "{inner.get(part, "processors")}": ['
+    path = tmp_path / "tokenizer.json"
+    path.write_text(whole.replace(f'"{part}": 0', f'"{part}": {step * 100_000}{"]}" * 100_000}'))
+    with pytest.raises(RuntimeError, match="damaged"):
+        call("encode", tokenizer=str(path), texts=["a"])
 
 
 def test_bytes_that_are_no_utf8_become_replacement_characters(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,15 +15,15 @@ from transom.contract import Artifact, Device, Limits, Work
 from transom.graph import Graph
 from transom.hardware.cpu import probe_cpu
 from transom.reference.executor import Executor
-from transom.sessions import PackedSession
+from transom.sessions import BufferedSession, PackedSession
 from transom.text.defaults import GenerationDefaults
 from transom_mobile_export.genai.backend import OnnxDecoder
-from transom_mobile_export.genai.session import DecoderSession
 
 Array = np.ndarray[Any, np.dtype[Any]]
 BACKEND = OnnxDecoder()
 CPU: Device = probe_cpu()
 VARIANT = "onnx"
+NONE: Mapping[str, bytes] = {}
 
 
 @dataclass
@@ -32,7 +32,7 @@ class Made:
 
     folder: Path
     artifact: Artifact
-    session: DecoderSession
+    session: BufferedSession
     context: int
 
     @property
@@ -58,29 +58,32 @@ def made(graph: Graph, folder: Path, **given: Any) -> Made:
             (own / name).write_bytes(content)
         else:
             content.rename(own / name)
+            temporary = content.parent
+    temporary.rmdir()
     stored = Artifact(files, artifact.requires, artifact.notes)
     session = BACKEND.load(stored, CPU, asked, folder)
-    assert isinstance(session, DecoderSession)
+    assert isinstance(session, BufferedSession)
     assert graph.decoder is not None
     return Made(folder, stored, session, asked["context"] or graph.decoder.context)
 
 
-def app_files(graph: Graph, it: Made, generation: GenerationDefaults, **texts: bytes) -> dict[str, bytes]:
+def app_files(
+    graph: Graph, it: Made, generation: GenerationDefaults, texts: Mapping[str, bytes] = NONE, name: str = VARIANT
+) -> dict[str, bytes]:
     """What the backend gives for the root of the bundle."""
     assert graph.decoder is not None
     manifest = {"decoder": json.loads(graph.decoder.to_json())}
-    (told,) = (note for note in it.artifact.notes if note.startswith("precision: "))
     variant = {
-        "name": VARIANT,
+        "name": name,
         "files": {"model.onnx": f"{VARIANT}/model.onnx"},
         "context": it.context,
-        "precision": told.removeprefix("precision: "),
+        "memory": json.loads(it.files["memory.json"].read_bytes()),
     }
     given = {"generation.json": json.dumps(generation.to_json()).encode(), **texts}
     return dict(BACKEND.app_files(manifest, variant, given))
 
 
-def logits(session: DecoderSession, parts: Sequence[Sequence[int]]) -> Array:
+def logits(session: BufferedSession, parts: Sequence[Sequence[int]]) -> Array:
     """Of one sequence that comes in parts, float32 [tokens, vocabulary]."""
     state = session.new_state()
     return np.concatenate([np.asarray(session.step([Work(state, part, "all")])[0]) for part in parts])
@@ -98,7 +101,7 @@ def parted(rng: np.random.Generator, vocabulary: int, lengths: Sequence[int]) ->
     return [rng.integers(0, vocabulary, n).tolist() for n in lengths]
 
 
-def greedy(session: DecoderSession, ids: Sequence[int], count: int, ends: Sequence[int] = ()) -> list[int]:
+def greedy(session: BufferedSession, ids: Sequence[int], count: int, ends: Sequence[int] = ()) -> list[int]:
     """The likeliest tokens one after the other, without the one that ends them."""
     state, found = session.new_state(), []
     row = session.step([Work(state, ids)])[0]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ import pytest
 from checkpoints import tiny
 from genai_making import BACKEND, CPU, logits, made, options, parted, reference
 
-from transom.errors import OptionError
+from transom.errors import EngineError, OptionError
 from transom.graph import Graph
 from transom.graph.sparse import is_attention, with_sparsity
 from transom.quantize.passes import Scheme, quantize
@@ -72,6 +74,15 @@ def test_stored_integers_stay_as_they_are(weights: str, kl: float, rng: np.rando
     assert any("were rounded to int4" in note for note in it.artifact.notes) == (weights == "float32")
 
 
+def test_blocks_without_a_form_are_unpacked_where_they_cannot_be_rounded(
+    rng: np.random.Generator, tmp_path: Path
+) -> None:
+    """Neither 16 columns divide a block, nor 32 a row."""
+    graph = tiny_decoder(rng, weights="int8", block=40, hidden=80, inner=80, q_heads=2, head_dim=40)
+    parts = parted(rng, 61, [20, 1])
+    assert np.abs(logits(made(graph, tmp_path).session, parts) - reference(graph, parts)).max() < 1e-4
+
+
 def test_rounded_matrices_are_those_of_the_rounded_graph(rng: np.random.Generator, tmp_path: Path) -> None:
     """The same codes as `quantize` writes, and the embeddings those of the vocabulary matrix."""
     graph = tiny_decoder(rng, hidden=128, inner=128)
@@ -98,6 +109,23 @@ def test_a_context_that_is_asked_for_is_built_in(rng: np.random.Generator, tmp_p
     assert it.session.limits.context == 48
     parts = parted(rng, 61, [47, 1])
     assert np.abs(logits(it.session, parts) - reference(graph, parts)).max() < 1e-4
+    for damaged in ("0", "-5", "many"):
+        with pytest.raises(EngineError, match="damaged"):
+            BACKEND.load(replace(it.artifact, requires={"context": damaged}), CPU, options(), tmp_path)
+
+
+def test_memory_has_room_for_a_chunk_of_a_prompt(rng: np.random.Generator, tmp_path: Path) -> None:
+    """Its logits, which are all computed, and activations; a chunk is no longer than the context."""
+    graph = tiny_decoder(rng, context=2000)
+    found = {n: made(graph, tmp_path / str(n), context=n).files for n in (100, 1000, 2000)}
+    memory = {n: json.loads(files["memory.json"].read_bytes()) for n, files in found.items()}
+    beside = {n: m["workspace"] - m["weights"] // 4 for n, m in memory.items()}
+    logits_of_a_token = 61 * 4
+    assert beside[100] > 100 * logits_of_a_token
+    assert beside[100] * 512 == beside[1000] * 100
+    assert beside[1000] == beside[2000]
+    assert memory[100]["weights"] == found[100]["model.onnx.data"].stat().st_size
+    assert memory[100]["cache_per_token"] == 2 * 2 * 2 * 16 * 4  # layers, keys and values, KV heads, columns, float32
 
 
 @pytest.mark.parametrize("form", sorted(REFUSED))

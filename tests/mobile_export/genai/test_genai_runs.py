@@ -76,6 +76,30 @@ def test_prompts_of_a_batch_are_filled_up_behind(form: str, rng: np.random.Gener
         assert np.abs(got - logits(it.session, [prompt])[-1]).max() < 1e-4
 
 
+def test_a_token_that_ends_the_answer_is_not_appended(rng: np.random.Generator, tmp_path: Path) -> None:
+    """The Kotlin lines of the README have only the sequence to read, and would give the token before it twice."""
+    graph = tiny_decoder(rng, layers=1)
+    it = made(graph, tmp_path, precision="exact")
+    (prompt,) = prompts(rng, [9])
+    answer = greedy(it.session, prompt, 12)
+    end = answer[-1]
+    texts = {"tokenizer.json": b"{}"}
+    files = app_files(graph, it, GenerationDefaults(eos_ids=(end,), pad_id=PAD), texts)
+    (tmp_path / "genai_config.json").write_bytes(files["genai_config.json"])
+    model = og.Model(str(tmp_path))
+    generator = og.Generator(model, og.GeneratorParams(model))
+    generator.append_tokens(prompt)
+    found = []
+    while not generator.is_done():
+        length = generator.token_count()
+        generator.generate_next_token()
+        if generator.token_count() > length:
+            found.append(int(generator.get_sequence(0)[-1]))
+    assert found == answer[: answer.index(end)]
+    assert int(generator.get_next_tokens()[0]) == end
+    assert "if (generator.tokenCount() > length)" in files["README.md"].decode()
+
+
 # ------------------------------------------------------------------------------------------------------ the real model
 
 
@@ -91,7 +115,7 @@ def bundle(source: Any, tmp_path_factory: pytest.TempPathFactory) -> Made:
     folder = tmp_path_factory.mktemp("smollm2") / "bundle"
     it = made(source.graph, folder, context=2048)
     texts = hf_files(source.tokenizer, source.chat_template, source.generation)
-    for name, content in {**texts, **app_files(source.graph, it, source.generation, **texts)}.items():
+    for name, content in {**texts, **app_files(source.graph, it, source.generation, texts)}.items():
         (folder / name).write_bytes(content)
     return it
 
@@ -120,17 +144,19 @@ def test_the_real_model_is_near_the_reference(source: Any, bundle: Made) -> None
     assert bundle.files["model.onnx.data"].stat().st_size < 115e6
 
 
-def test_the_lines_in_its_readme_run(bundle: Made) -> None:
-    text = (bundle.folder / "README.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("chat", [True, False])
+def test_the_lines_in_its_readme_run(chat: bool, source: Any, bundle: Made) -> None:
+    texts = hf_files(source.tokenizer, source.chat_template if chat else None, source.generation)
+    text = app_files(source.graph, bundle, source.generation, texts)["README.md"].decode()
     assert text.startswith("## ")
     code = re.search(r"```python\n(.*?)```", text, re.DOTALL)
     assert code is not None
     assert "max_length=1024" in code[1]
-    lines = code[1].replace("max_length=1024", "max_length=70, do_sample=False")
+    lines = code[1].replace("max_length=1024", f"max_length={70 if chat else 20}, do_sample=False")
     done = subprocess.run(
         [sys.executable, "-c", lines], cwd=bundle.folder.parent, capture_output=True, text=True, check=True
     )
-    assert "sky" in done.stdout
+    assert "The sky is" in done.stdout
     for language in ("kotlin", "swift", "csharp", "cpp"):
         assert f"```{language}\n" in text
     assert "$" not in text

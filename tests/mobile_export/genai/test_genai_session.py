@@ -13,7 +13,7 @@ from transom.contract import Artifact, Work
 from transom.errors import EngineError, MissingExtra
 from transom.graph import Graph
 from transom.testing.models import tiny_decoder
-from transom_mobile_export.genai import session as sessions
+from transom_mobile_export.genai import running
 from transom_mobile_export.genai.loading import load_artifact
 
 CONTEXT = 700
@@ -48,7 +48,7 @@ def test_a_long_prompt_runs_in_pieces(
 ) -> None:
     (prompt,) = parted(rng, 61, [100])
     wanted = reference(graph, [prompt])
-    monkeypatch.setattr(sessions, "CHUNK", 32)
+    monkeypatch.setattr(running, "CHUNK", 32)
     assert np.abs(logits(it.session, [prompt]) - wanted).max() < 1e-4
     state = it.session.new_state()
     assert it.session.step([Work(state, prompt[:50], "none")]) == [None]
@@ -70,7 +70,7 @@ def test_a_step_that_fails_changes_nothing(it: Made, rng: np.random.Generator, m
     first, second, more = parted(rng, 61, [20, 9, 4])
     states = [it.session.new_state(), it.session.new_state()]
     it.session.step([Work(s, t) for s, t in zip(states, (first, second), strict=True)])
-    run, calls = it.session._runner.run, []
+    run, calls = it.session._engine._run, []
 
     def fails(*given: object) -> object:
         calls.append(given)
@@ -78,7 +78,7 @@ def test_a_step_that_fails_changes_nothing(it: Made, rng: np.random.Generator, m
             raise EngineError("it broke")
         return run(*given)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(it.session._runner, "run", fails)
+    monkeypatch.setattr(it.session._engine, "_run", fails)
     with pytest.raises(EngineError, match="it broke"):
         it.session.step([Work(s, more) for s in states])
     monkeypatch.undo()
@@ -113,7 +113,7 @@ def test_a_closed_session_says_so(it: Made) -> None:
 @pytest.mark.parametrize("threads", [1, 2])
 def test_threads_are_those_asked_for(it: Made, threads: int) -> None:
     session = load_artifact(it.artifact, CPU, options(threads=threads))
-    assert session._runner._session.get_session_options().intra_op_num_threads == threads
+    assert session._engine._session.get_session_options().intra_op_num_threads == threads
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data", "decoder.json"])

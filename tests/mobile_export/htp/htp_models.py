@@ -12,12 +12,12 @@ import pytest
 
 from transom.contract import Artifact, Device, Offer, Work
 from transom.graph import Graph
+from transom.sessions import BufferedSession
 from transom_mobile_export.htp import probing
 from transom_mobile_export.htp.backend import Qnn
 from transom_mobile_export.htp.claims import drafted
 from transom_mobile_export.htp.observing import Running, embedded, grouped, prefill
 from transom_mobile_export.htp.precision import Precision
-from transom_mobile_export.htp.session import QnnSession
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -62,13 +62,13 @@ def stored(artifact: Artifact, folder: Path) -> Artifact:
     return dataclasses.replace(artifact, files=files)
 
 
-def opened(artifact: Artifact, folder: Path, asked: Mapping[str, Any]) -> QnnSession:
+def opened(artifact: Artifact, folder: Path, asked: Mapping[str, Any]) -> BufferedSession:
     session = Qnn().load(stored(artifact, folder), CPU, asked, folder)
-    assert isinstance(session, QnnSession)
+    assert isinstance(session, BufferedSession)
     return session
 
 
-def logits(session: QnnSession, chunks: Sequence[Sequence[int]]) -> Array:
+def logits(session: BufferedSession, chunks: Sequence[Sequence[int]]) -> Array:
     """Of one sequence that comes in chunks, float32 [tokens, vocabulary]."""
     state = session.new_state()
     return np.concatenate([np.asarray(session.step([Work(state, chunk, "all")])[0]) for chunk in chunks])

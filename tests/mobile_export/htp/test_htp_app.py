@@ -16,7 +16,8 @@ from transom_mobile_export.htp.probing import libraries
 def test_the_readme_names_the_files_and_libraries(weights: str) -> None:
     backend = Qnn()
     assert isinstance(backend, AppBackend)
-    requires = {"soc_model": "57", "htp_arch": "75", "qnn": "2.7.0", "context": "777", "weights": weights}
+    requires = {"soc_model": "57", "htp_arch": "75", "qnn": "2.7.0", "qnn_sdk": "2.51.0"}
+    requires |= {"context": "777", "weights": weights}
     variant: dict[str, Any] = {"name": "qnn-phone", "requires": requires, "target": {"name": PHONE.name}}
     files = backend.app_files({}, variant, {})
     assert list(files) == ["README.md"]
@@ -24,6 +25,7 @@ def test_the_readme_names_the_files_and_libraries(weights: str) -> None:
     assert text.startswith("## ")
     for word in (*libraries(75), PHONE.name, "777 tokens", "ADSP_LIBRARY_PATH", "qnn-phone/part0_prefill.onnx"):
         assert word in text, word
+    assert "com.qualcomm.qti:qnn-runtime:2.51.0`" in text
     assert ("share_ep_contexts" in text) == (weights == "shared")
     for line in ('{{"backend_path", "libQnnHtp.so"},', '{"htp_performance_mode", "burst"}});'):
         assert line in text

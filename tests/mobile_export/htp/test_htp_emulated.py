@@ -3,22 +3,34 @@
 from __future__ import annotations
 
 import json
+import resource
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 from htp_models import CHUNK, CONTEXT, CPU, PHONE, compiled, draw, logits, needs_qnn, opened, options
 from onnx import TensorProto, helper
 
 from transom.contract import Cancelled, SavingSession, Work
 from transom.errors import EngineError, UnsupportedError
+from transom.graph.weights import Blocked, BlockedArrays, dequantize
+from transom.programs.drafting import Draft, Value
+from transom.programs.onnx_writing import FLOAT, IR_VERSION, OnnxWriter
 from transom.runtime.selfcheck import compare, golden_logits
 from transom.testing.models import tiny_decoder
 from transom_mobile_export.htp import sdk
 from transom_mobile_export.htp.backend import Qnn
+from transom_mobile_export.htp.claims import drafted
+from transom_mobile_export.htp.encoding import RoundedMatrices, add_rounding
 from transom_mobile_export.htp.layout import LARGEST, VARIANT_FILE, Variant
+from transom_mobile_export.htp.lowering import Lowered, lower
+from transom_mobile_export.htp.observing import Running, Seen, embedded, observe
+from transom_mobile_export.htp.precision import Precision
 from transom_mobile_export.htp.probing import EMULATED
 
 pytestmark = needs_qnn
@@ -73,10 +85,13 @@ def test_two_parts_give_what_one_gives(rng: np.random.Generator, tmp_path: Path)
     asked = options(rng, graph, "int8")
     ids = draw(rng, graph, 12)
     found, variants = [], []
-    for name, largest in (("one", LARGEST), ("two", 75_000)):
+    layers = drafted(graph, Precision("int8", "uint8")).layers
+    for name, largest in (("one", LARGEST), ("two", layers[0].bytes + layers[1].bytes)):
         artifact = compiled(graph, asked, largest=largest)
         session = opened(artifact, tmp_path / name, asked)
-        variants.append(session.variant)
+        described = artifact.files[VARIANT_FILE]
+        assert isinstance(described, bytes)
+        variants.append(Variant.from_json(described.decode()))
         found.append(logits(session, [ids[:7], ids[7:11], ids[11:]]))
         if name == "two":
             assert any("2 parts" in note and "layers 0 to 1" in note for note in artifact.notes), artifact.notes
@@ -157,8 +172,12 @@ def test_the_files_are_those_that_an_app_reads(rng: np.random.Generator) -> None
         assert shapes["new_value.0"] == [1, 2, tokens, 16]
         assert (shapes["row"], shapes["logits"]) == ([1], [1, 1, 256])
     assert phone.requires["weights"] == "shared"
+    from onnxruntime_qnn.build_and_package_info import qnn_version
+
+    assert phone.requires["qnn_sdk"] == qnn_version  # what the binary says is what the package was built with
     assert Qnn().check(phone, PHONE).state == "ok"
     assert Qnn().check(phone, CPU).state == "never"
+    assert Qnn().check(emulated, CPU).state == "ok"
     errors = phone.files["errors.json"]
     assert isinstance(errors, bytes)
     assert {"node", "layer", "what", "error"} == set(json.loads(errors)[0])
@@ -167,17 +186,90 @@ def test_the_files_are_those_that_an_app_reads(rng: np.random.Generator) -> None
 def test_an_operator_is_never_left_to_the_cpu(tmp_path: Path) -> None:
     """It is named, with the node: a compiled model that runs elsewhere would be slow and say nothing."""
     nodes = [
-        helper.make_node("Add", ["x", "x"], ["a"], name="fine"),
+        helper.make_node("QuantizeLinear", ["x", "scale"], ["q"], name="rounding"),  # on the CPU wherever that may be
+        helper.make_node("DequantizeLinear", ["q", "scale"], ["r"], name="rounding_back"),
+        helper.make_node("Add", ["r", "r"], ["a"], name="fine"),
         helper.make_node("Det", ["a"], ["y"], name="determinant"),
     ]
-    square, scalar = (helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in (("x", [4, 4]), ("y", [])))
-    graph = helper.make_graph(nodes, "g", [square], [scalar])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 22)])
-    model.ir_version = 10
-    onnx.save(model, tmp_path / "model.onnx")
+    saved_model(nodes, [], tmp_path / "model.onnx")
     with pytest.raises(UnsupportedError, match=r"determinant \(Det\)") as caught:
         sdk.compile_context(tmp_path / "model.onnx", tmp_path / "out.onnx", EMULATED)
     assert "fine" not in str(caught.value)
+    assert "rounding" not in str(caught.value)
+
+
+def test_a_full_disk_is_no_fault_of_the_model(tmp_path: Path) -> None:
+    """QNN says that it could not write; which precision or backend is asked for has nothing to do with it."""
+    saved_model([helper.make_node("Add", ["x", "x"], ["y"])], [4, 4], tmp_path / "model.onnx")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            sdk.compile_context(tmp_path / "model.onnx", tmp_path / "out.onnx", EMULATED)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_the_standard_output_is_the_users(tmp_path: Path) -> None:
+    """The emulator writes a line of its own there, in front of `transom run --json` say."""
+    saved_model([helper.make_node("Add", ["x", "x"], ["y"])], [4, 4], tmp_path / "model.onnx")
+    code = (
+        "import sys; from pathlib import Path; from transom_mobile_export.htp import probing, sdk; print('before');"
+        "sdk.open_context(Path(sys.argv[1]), probing.EMULATED); print('behind')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "model.onnx"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "before\nbehind\n"
+    assert "LIBNATIVE" in done.stderr
+
+
+def saved_model(nodes: list[onnx.NodeProto], shape: list[int], path: Path) -> None:
+    """Of a matrix `x` [4, 4]; gives `y`. There is a `scale`."""
+    given, found = (helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in (("x", [4, 4]), ("y", shape)))
+    scale = helper.make_tensor("scale", TensorProto.FLOAT, [], [0.1])
+    graph = helper.make_graph(nodes, "g", [given], [found], [scale])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 22)])
+    model.ir_version = 10
+    onnx.save(model, path)
+
+
+def test_stored_codes_come_out_right_whatever_their_scales_and_zero_points(
+    rng: np.random.Generator, tmp_path: Path
+) -> None:
+    """The HTP computes zero points of 4 bits and negative scales of 8 bits wrong, and says nothing."""
+    rows, columns = 48, 64
+    x = rng.standard_normal((1, 8, columns)).astype(np.float32)
+    write, wanted, ranges = OnnxWriter("products"), {}, {"x": (float(x.min()), float(x.max()))}
+    given = write.input("x", FLOAT, x.shape)
+    for dtype, zero_points in (("int8", False), ("int4", False), ("int4", True)):
+        weight = stored_codes(rng, dtype, rows, columns, zero_points=zero_points)
+        precision = Precision("int8" if dtype == "int8" else "int4", "uint8")
+        name = f"{dtype}.{zero_points}"
+        draft = Draft("linear", Value(rows), weight=weight)
+        matrix = RoundedMatrices(precision, {}, tmp_path)(write, draft, f"{name}.weight")
+        write.output(write("MatMul", given, matrix, dtype=FLOAT), name, (1, 8, rows))
+        wanted[name] = x @ dequantize(weight).T
+        ranges[name] = float(wanted[name].min()), float(wanted[name].max())
+    add_rounding(Lowered(write.graph), Seen(ranges, -1.0), ir.DataType.UINT8)
+    ir.save(write.model(), tmp_path / "model.onnx")
+    made = sdk.compile_context(tmp_path / "model.onnx", tmp_path / "out.onnx", EMULATED)
+    del made
+    session = sdk.open_context(tmp_path / "out.onnx", EMULATED)
+    for name, found in zip(wanted, session.run(list(wanted), {"x": x}), strict=True):
+        error = np.linalg.norm(found - wanted[name]) / np.linalg.norm(wanted[name])
+        assert error < (0.12 if name == "int4.True" else 0.01), (name, error)
+
+
+def stored_codes(rng: np.random.Generator, dtype: Any, rows: int, columns: int, *, zero_points: bool) -> Blocked:
+    """A matrix in a form that is kept as it is, but for zero points; half of its scales are negative."""
+    block, high = (columns, 128) if dtype == "int8" else (32, 8)
+    blocks = rows, columns // block
+    scales = (rng.uniform(0.5, 1.5, blocks) * np.where(np.arange(rows) % 2, 1, -1)[:, None]).astype(np.float16)
+    quants = rng.integers(-high, high, (rows, columns)).astype(np.int8)
+    zeros = rng.integers(1, 4, blocks).astype(np.int8) if zero_points else None
+    parts = BlockedArrays(quants, scales, None, zeros)
+    return Blocked((rows, columns), block, dtype, "float16", lambda: parts, has_zero_points=zero_points)
 
 
 def test_a_cancelled_compile_leaves_nothing(
@@ -214,20 +306,30 @@ def test_damaged_files_are_an_error_for_people(rng: np.random.Generator, tmp_pat
         opened(type(artifact)(broken, artifact.requires, artifact.notes), tmp_path / "b", asked)
 
 
-@pytest.mark.parametrize(("precision", "effort"), [("int8", "2"), ("int4", "1")])
-def test_the_compiler_is_never_asked_for_its_most(
-    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, precision: str, effort: str
-) -> None:
-    """At its most it compiles wrong without a word, and 4-bit products of real sizes need even less."""
-    asked = set()
-    session = sdk.session
-
-    def seen(model: Path, chip: Any, settings: Any, provider: Any) -> Any:
-        if "ep.context_enable" in settings:
-            asked.add(provider["htp_graph_finalization_optimization_mode"])
-        return session(model, chip, settings, provider)
-
-    monkeypatch.setattr(sdk, "session", seen)
-    graph = tiny_decoder(rng)
-    compiled(graph, options(rng, graph, precision))
-    assert asked == {effort}
+def test_a_long_prefill_is_what_its_rounded_graph_says(rng: np.random.Generator, tmp_path: Path) -> None:
+    """QNN's compiler gets such graphs wrong without a word where it is asked to try hard."""
+    tokens, cached = 64, 64
+    graph = tiny_decoder(rng, layers=1, q_heads=4, kv_heads=1, head_dim=32)
+    precision = Precision("int8", "uint8")
+    model = drafted(graph, precision)
+    seen = observe(model, [draw(rng, graph, 100) for _ in range(2)], lambda share: None)
+    (part,) = model.layers
+    matrices = RoundedMatrices(precision, seen.squares, tmp_path)
+    lowered = lower(model.drafting, part, tokens=tokens, cached=cached, context=tokens + cached, matrices=matrices)
+    add_rounding(lowered, seen, ir.DataType.UINT8)
+    own = np.arange(tokens)
+    unseen = np.concatenate([np.ones((tokens, cached), bool), own[:, None] < own], axis=1)
+    past = np.zeros((1, 1, cached, 32), np.uint8)
+    inputs = {
+        "hidden": embedded(model.embed, draw(rng, graph, tokens)), "positions": own[None].astype(np.int32),
+        "mask": np.where(unseen, seen.mask_low, 0).astype(np.float32)[None, None], "row": np.array([63], np.int32),
+        "past_key.0": past, "past_value.0": past,
+    }  # fmt: skip
+    with Running(lowered) as running:
+        wanted = running(inputs)["logits"]
+    ir.save(ir.Model(lowered.graph, ir_version=IR_VERSION), tmp_path / "model.onnx")
+    made = sdk.compile_context(tmp_path / "model.onnx", tmp_path / "out.onnx", EMULATED)
+    del made
+    (found,) = sdk.open_context(tmp_path / "out.onnx", EMULATED).run(["logits"], inputs)
+    error = np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
+    assert error < 0.01, error

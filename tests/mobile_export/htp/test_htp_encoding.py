@@ -10,11 +10,15 @@ import onnx_ir as ir
 import pytest
 from htp_models import CHUNK, CONTEXT, draw
 
+from transom.errors import OptionError, SourceError
 from transom.graph import Graph
-from transom.graph.weights import Blocked, dense, dequantize
+from transom.graph.sparse import with_sparsity
+from transom.graph.weights import Blocked, BlockedArrays, dense, dequantize
 from transom.quantize.rounding import to_int4
+from transom.sparsity import Sparsity
 from transom.testing.models import VARIANTS, tiny_decoder
 from transom_mobile_export.htp.claims import drafted
+from transom_mobile_export.htp.compiling import write_embedding
 from transom_mobile_export.htp.encoding import (
     HEADROOM,
     LARGEST_WIDE,
@@ -33,16 +37,17 @@ from transom_mobile_export.htp.precision import Form, Precision
 from transom_mobile_export.htp.rounding import rounded
 
 Array = np.ndarray[Any, np.dtype[Any]]
+INT8 = Precision("int8", "uint8")
 
 
 def seen_of(rng: np.random.Generator, graph: Graph, precision: Precision) -> Seen:
     return observe(drafted(graph, precision), [draw(rng, graph, 30) for _ in range(2)], lambda share: None)
 
 
-def lowered_of(graph: Graph, precision: Precision, seen: Seen, tokens: int) -> Lowered:
+def lowered_of(graph: Graph, precision: Precision, seen: Seen, tokens: int, context: int = CONTEXT) -> Lowered:
     model = drafted(graph, precision)
     (part,) = plan_parts(model.layers)
-    lowered = lower(model.drafting, part, tokens=tokens, cached=CONTEXT, context=CONTEXT, matrices=scaled(precision))
+    lowered = lower(model.drafting, part, tokens=tokens, cached=context, context=context, matrices=scaled(precision))
     add_rounding(lowered, seen, ir.DataType[precision.cache.upper()])
     return lowered
 
@@ -121,6 +126,48 @@ def test_a_weight_is_near_what_it_was(rng: np.random.Generator, stored: Any) -> 
     assert (rounded(weight, "int4") is weight) == (stored == "int4")
 
 
+@pytest.mark.parametrize("flaw", ["zero_points", "minimums", "negative"])
+@pytest.mark.parametrize("form", ["int8", "int4"])
+def test_what_is_stored_in_a_form_is_kept_unless_the_htp_would_compute_it_wrong(
+    rng: np.random.Generator, form: Any, flaw: str
+) -> None:
+    """Zero points and minimums would be lost, and a negative scale of int8 comes out wrong, other than one of int4."""
+    rows, columns = 6, 64
+    block, (low, high) = (columns, (-127, 128)) if form == "int8" else (32, (-8, 8))
+    blocks = (rows, columns // block)
+    scales = rng.uniform(0.5, 1.5, blocks).astype(np.float16)
+    quants = rng.integers(low, high, (rows, columns)).astype(np.int8)
+
+    def stored(**more: Any) -> Blocked:
+        parts = BlockedArrays(quants, more.pop("scales", scales), more.get("minimums"), more.get("zero_points"))
+        has = {f"has_{name}": True for name in more}
+        return Blocked((rows, columns), block, form, "float16", lambda: parts, **has)
+
+    np.testing.assert_array_equal(rounded(stored(), form).load().quants, quants)
+    weight = {
+        "zero_points": lambda: stored(zero_points=rng.integers(1, 4, blocks).astype(np.int8)),
+        "minimums": lambda: stored(minimums=-scales),
+        "negative": lambda: stored(scales=scales * np.where(np.arange(rows) % 2, 1, -1).astype(np.float16)[:, None]),
+    }[flaw]()
+    found = rounded(weight, form)
+    parts = found.load()
+    assert (parts.zero_points, parts.minimums) == (None, None)
+    assert (parts.scales > 0).all() or (form, flaw) == ("int4", "negative")
+    plain = dequantize(weight)
+    assert np.linalg.norm(dequantize(found) - plain) < (0.02 if form == "int8" else 0.12) * np.linalg.norm(plain)
+
+
+def test_numbers_that_float16_does_not_have_are_refused(rng: np.random.Generator, tmp_path: Path) -> None:
+    model = drafted(tiny_decoder(rng), Precision("int8", "uint8"))
+    gain = next(d for own in model.layers[1].layers for d in own if d.kind == "norm")
+    gain.vector = np.asarray(gain.vector) * np.float32(np.nan)
+    with pytest.raises(SourceError, match=r"not numbers, first seen at 1\..*RMSNormalization"):
+        observe(model, [[1, 2, 3]], lambda share: None)
+    model.embed.weight = dense(np.full((9, 4), 7e4, np.float32))
+    with pytest.raises(OptionError, match="numbers up to 7e\\+04, and float16 ends at 65504"):
+        write_embedding(model.embed, tmp_path / "table", lambda share: None)
+
+
 def test_a_scale_is_searched_for_the_inputs_that_it_meets(rng: np.random.Generator) -> None:
     """Columns whose input is large are rounded more finely, at the cost of others."""
     matrix = rng.standard_normal((40, 96)).astype(np.float32)
@@ -177,16 +224,27 @@ def test_what_goes_into_the_cache_is_what_comes_out(rng: np.random.Generator, ca
 def test_no_constant_is_put_beside_what_is_computed(rng: np.random.Generator, form: str) -> None:
     """The HTP computes such a Concat wrong for some values, and nothing is said."""
     graph = tiny_decoder(rng, **VARIANTS[form])
-    precision = Precision("int8", "uint8")
-    joins = [n for n in lowered_of(graph, precision, seen_of(rng, graph, precision), 1).graph if n.op_type == "Concat"]
+    check_joins(lowered_of(graph, INT8, seen_of(rng, graph, INT8), 1))
+
+
+def test_nor_is_one_in_sparse_attention(rng: np.random.Generator) -> None:
+    policy = Sparsity(columns=0, dense_below=0, max_density=0.6, top_k=3)
+    graph = with_sparsity(tiny_decoder(rng, sinks=True, context=192), policy)
+    seen = seen_of(rng, graph, INT8)
+    for tokens in (1, 128):
+        check_joins(lowered_of(graph, INT8, seen, tokens, 192))
+
+
+def check_joins(lowered: Lowered) -> None:
+    joins = [node for node in lowered.graph if node.op_type == "Concat"]
     assert joins
     for node in joins:
         for value in node.inputs:
             assert value is not None
             producer = value.producer()
-            assert producer is not None
-            assert producer.inputs[0] is not None
-            assert producer.inputs[0].const_value is None
+            source = value if producer is None else producer.inputs[0]
+            assert source is not None
+            assert source.const_value is None, node.name
 
 
 def test_masked_scores_keep_their_steps(rng: np.random.Generator) -> None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from htp_models import CPU, draw, float_logits, options
 
-from transom.errors import DoesNotFit, OptionError
+from transom.errors import DoesNotFit, OptionError, UnsupportedError
 from transom.runtime.selfcheck import golden_logits
 from transom.testing.models import VARIANTS, tiny_decoder
 from transom_mobile_export.htp.backend import Qnn
-from transom_mobile_export.htp.claims import drafted
-from transom_mobile_export.htp.compiling import plan_notes
+from transom_mobile_export.htp.claims import Drafted, drafted
+from transom_mobile_export.htp.compiling import plan_notes, require_capped
 from transom_mobile_export.htp.parts import matrix_bytes, plan_parts
 from transom_mobile_export.htp.precision import Precision, resolve
 
@@ -47,8 +49,8 @@ def test_a_model_is_cut_into_parts_that_fit(rng: np.random.Generator) -> None:
 def test_bytes_of_a_matrix_are_those_of_its_codes_and_scales(rng: np.random.Generator) -> None:
     (weight,) = {d.weight for layer in drafted(tiny_decoder(rng, layers=1), FLOAT16).layers for own in layer.layers
                  for d in own if d.weight is not None and d.weight.shape == (64, 96)}  # fmt: skip
-    assert matrix_bytes(weight, "int8") == 64 * 96 + 64 * 4
-    assert matrix_bytes(weight, "int4") == 64 * 96 // 2 + 64 * 3 * 4
+    assert matrix_bytes(weight, "int8") == 64 * 96 + 64 * 16
+    assert matrix_bytes(weight, "int4") == 64 * 96 // 2 + 64 * 3 * 2 + 64 * 16
     assert matrix_bytes(weight, "float16") == 64 * 96 * 2
 
 
@@ -71,6 +73,25 @@ def test_what_cannot_be_written_is_refused_with_its_reason(rng: np.random.Genera
     for precision in ("fp8", "bf16", "exact", "nonsense"):
         with pytest.raises(OptionError, match="int8"):
             Qnn().claim(graph, CPU, options(rng, graph, precision))
+
+
+def test_rows_that_no_block_divides_are_refused_before_anything_is_observed(rng: np.random.Generator) -> None:
+    graph = tiny_decoder(rng, inner=80)
+    with pytest.raises(OptionError, match="a matrix has 80") as refused:
+        Qnn().compile(graph, CPU, options(rng, graph, "int4"), lambda stage, share: pytest.fail(stage))
+    assert "int8" in refused.value.fix
+
+
+def test_a_soft_cap_that_would_come_out_wrong_without_a_word_is_refused(rng: np.random.Generator) -> None:
+    def model(**form: Any) -> Drafted:
+        return drafted(tiny_decoder(rng, layers=1, softcap=8.0, **form), Precision("int8", "uint8"))
+
+    for heads, chunk in ((16, 128), (2, 8)):
+        with pytest.raises(UnsupportedError, match="16 rows, which layer 0 has") as refused:
+            require_capped(model(q_heads=heads, kv_heads=1), chunk)
+        assert "f16" in refused.value.fix
+    require_capped(model(q_heads=32, kv_heads=2), 128)
+    require_capped(model(q_heads=2, kv_heads=1), 128)
 
 
 def test_rounding_is_no_exact_claim(rng: np.random.Generator) -> None:

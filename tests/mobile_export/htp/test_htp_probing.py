@@ -18,8 +18,8 @@ from transom_mobile_export.htp.probing import answer, judge, libraries
 
 PACKAGES = {"machine": "x86_64", "onnxruntime-qnn": "2.7.0", "onnxruntime": "1.32.0"}
 REQUIRES = {
-    "format": probing.FORMAT, "soc_model": "43", "htp_arch": "73", "qnn": "2.7.0", "context": "1024",
-    "weights": "shared",
+    "format": probing.FORMAT, "soc_model": "43", "htp_arch": "73", "qnn": "2.7.0", "qnn_sdk": "2.51.0",
+    "context": "1024", "weights": "shared",
 }  # fmt: skip
 
 
@@ -56,10 +56,12 @@ def test_every_snapdragon_of_the_catalogue_is_known() -> None:
             ["soc_model 43 is SM8550, whose HTP is v73", "v75"],
         ),  # QNN compiles it and says nothing
         (phone("43", "75", 73), ["v75"]),
+        (phone("43", "73", 75), ["v73", "hexagon_v75"]),
         (phone("57", "73", 73), ["SM8650", "v75"]),
         (phone("30", "68", 68), ["v68", "v69 and newer"]),
         (phone("999", "73", 73), ["soc_model 999 is not known", "43 (SM8550)"]),
         (phone("", "73", 73), ["soc_model and htp_arch"]),
+        (phone("43", "7³", 73), ["soc_model and htp_arch"]),
         (Device("cuda", "cuda:0", "sm_89", 1 << 30), ["HTP of Snapdragon"]),
         (replace(CPU, arch="aarch64"), ["x86_64"]),
     ],
@@ -105,13 +107,29 @@ def test_the_emulator_opens_what_shares_no_weights() -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"soc_model": "57"}, {"htp_arch": "75"}, {"format": "0"}, {"qnn": "99.0"}, {"qnn": ""}]
-)
+    "change",
+    [
+        {"soc_model": "57"}, {"soc_model": "4³"}, {"htp_arch": "75"}, {"format": "0"}, {"qnn": "99.0"}, {"qnn": ""},
+        {"qnn": "9" * 5000}, {"qnn_sdk": ""}, {"qnn_sdk": "2.51.x"},
+    ],
+    ids=lambda change: str(change)[:30],
+)  # fmt: skip
 def test_what_was_changed_is_built_anew(change: dict[str, str]) -> None:
     for device in (PHONE, CPU):
         verdict = judge(REQUIRES | {"weights": "apart"} | change, device, PACKAGES)
         assert verdict.state == "rebuild", (device, change)
         assert verdict.reason
+
+
+def test_graphs_share_their_weights_from_v73_on() -> None:
+    """Older chips do not have it, and the emulator dies of it."""
+    for device, together in (
+        (phone("36", "69", 69), False),
+        (PHONE, True),
+        (phone("87", "81", 81), True),
+        (CPU, False),
+    ):
+        assert probing.shares(device) == together
 
 
 def test_libraries_are_those_of_the_version() -> None:

@@ -27,5 +27,5 @@ def app_files(
         raise OptionError("ONNX Runtime GenAI drives decoders, and this model is none", "Export it as another variant")
     generation = GenerationDefaults.from_json(json.loads(texts.get("generation.json", b"{}")))
     config = genai_config(decoder, variant, generation)
-    part = readme(decoder, variant, generation, tokenizer="tokenizer.json" in texts)
+    part = readme(decoder, variant, generation, texts)
     return {CONFIG_FILE: (json.dumps(config, indent=2) + "\n").encode(), "README.md": part.encode()}

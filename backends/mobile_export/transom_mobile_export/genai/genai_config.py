@@ -54,7 +54,7 @@ def genai_config(
     }
     if generation.bos_id is not None:
         model["bos_token_id"] = generation.bos_id
-    return {"model": model, "search": _search(variant["context"], generation)}
+    return {"model": model, "search": _search(variant["context"], decoder["vocabulary"], generation)}
 
 
 def padding(generation: GenerationDefaults) -> int:
@@ -62,12 +62,13 @@ def padding(generation: GenerationDefaults) -> int:
     return generation.pad_id if generation.pad_id is not None else next(iter(generation.eos_ids), 0)
 
 
-def _search(context: int, generation: GenerationDefaults) -> dict[str, Any]:
-    """How tokens are chosen unless an app says otherwise: as the model's authors want it, else the likeliest."""
-    asks = any(v is not None for v in (generation.temperature, generation.top_k, generation.top_p))
-    sample = generation.sample if generation.sample is not None else asks and generation.temperature != 0
+def _search(context: int, vocabulary: int, generation: GenerationDefaults) -> dict[str, Any]:
+    """How tokens are chosen unless an app says otherwise: as the model's authors want it, else the likeliest. The rules
+    are those of `transom.runtime.params`."""
+    implied = 1.0 if generation.sample else 0.0
+    temperature = implied if generation.temperature is None else generation.temperature
     return {
-        "do_sample": bool(sample),
+        "do_sample": generation.sample is not False and temperature > 0,
         "max_length": min(context, LENGTH),
         "min_length": 0,
         "num_beams": 1,
@@ -75,7 +76,7 @@ def _search(context: int, generation: GenerationDefaults) -> dict[str, Any]:
         "past_present_share_buffer": True,
         "chunk_size": CHUNK,
         "repetition_penalty": generation.repetition_penalty or 1.0,
-        "temperature": generation.temperature or 1.0,
-        "top_k": generation.top_k or 0,
+        "temperature": temperature or 1.0,
+        "top_k": min(generation.top_k or 0, vocabulary),  # GenAI refuses more when it chooses the first token
         "top_p": generation.top_p or 1.0,
     }

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from transom.contract import Artifact, Device, Options
+from transom.contract import Artifact, Device, Limits, Options
 from transom.errors import EngineError
+from transom.sessions import BufferedSession
 from transom.signature import Decoder
 from transom_mobile_export.genai.compiling import DATA_FILE, DECODER_FILE, MODEL_FILE
 from transom_mobile_export.genai.running import DAMAGED, Runner
-from transom_mobile_export.genai.session import DecoderSession
+
+SEQUENCES, TOKENS = 64, 4096
+"""Of one step, at most."""
 
 
-def load_artifact(artifact: Artifact, device: Device, options: Options) -> DecoderSession:
+def load_artifact(artifact: Artifact, device: Device, options: Options) -> BufferedSession:
     """A session over the artifact.
 
     Raises:
@@ -23,9 +26,12 @@ def load_artifact(artifact: Artifact, device: Device, options: Options) -> Decod
     try:
         decoder = Decoder.from_json(files[DECODER_FILE].read_text(encoding="utf-8"))
         model, _ = files[MODEL_FILE], files[DATA_FILE]
+        built_for = int(artifact.requires.get("context", decoder.context))
+        if built_for < 1:
+            raise ValueError(f"a context of {built_for} tokens")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise EngineError(f"This compiled model is damaged: {e}", DAMAGED) from e
-    built_for = int(artifact.requires.get("context", decoder.context))
     context = min(int(str(options.get("context") or decoder.context)), decoder.context, built_for)
     runner = Runner(model, decoder, int(str(options.get("threads") or device.cores)))
-    return DecoderSession(runner, decoder, context)
+    limits = Limits(SEQUENCES, max(TOKENS, context), context, page_tokens=0)
+    return BufferedSession(runner, decoder.vocabulary, limits)

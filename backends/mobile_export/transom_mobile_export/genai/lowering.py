@@ -22,6 +22,7 @@ from transom.errors import OptionError
 from transom.graph.weights import Array, Blocked, Weight, dequantize, held
 from transom.programs import fusing
 from transom.programs.drafting import Draft, Drafting, Value
+from transom.programs.onnx_rows import RowOperators
 from transom.programs.onnx_writing import FLOAT, INT32, INT64
 from transom.quantize.passes import weight_error
 from transom_mobile_export.genai.packing import Packed, pack
@@ -62,7 +63,7 @@ class GenAiKernels:
         return "vocabulary" if head else ""
 
     def policy(self, policy: Sparsity) -> str:
-        return "" if policy.dense else "ONNX Runtime's attention reads all of its cache, and no blocks of it"
+        return "" if policy.dense else "ONNX Runtime's attention reads all of its cache: leave the policy out"
 
 
 def refusal(drafting: Drafting) -> tuple[str, str] | None:
@@ -111,6 +112,7 @@ class _Lowering:
     def __init__(self, drafting: Drafting, precision: Precision, context: int, write: RuntimeWriter) -> None:
         self.drafting, self.decoder, self.precision, self.context = drafting, drafting.decoder, precision, context
         self.write, self.number = write, NUMBERS[precision.number]
+        self._operators = RowOperators(write, self._of)
         self._values: dict[int, ir.Value] = {}
         """Rows of numbers, float32 [batch, tokens, width]."""
         self._normed: dict[int, Draft] = {}
@@ -217,52 +219,30 @@ class _Lowering:
         if id(draft.dst) in self._values or id(draft.dst) in self._unrotated:
             return
         writers: Mapping[str, Callable[[Draft], ir.Value]] = {
-            "embed": self._embed, "norm": self._norm, "linear": self._linear, "add": self._add, "bias": self._bias,
-            "scale": self._scale, "softcap": self._softcap, "glu": self._gate, "rope": self._rope,
-            "attend": self._attend,
+            **self._operators.writers, "embed": self._embed, "norm": self._norm, "linear": self._linear,
+            "add": self._add, "rope": self._rope, "attend": self._attend,
         }  # fmt: skip
         self._set(draft.dst, writers[draft.kind](draft))
 
     def _norm(self, draft: Draft) -> ir.Value:
         w, x = self.write, self._of(draft.inputs[0])
-        gain, epsilon = self._vector(draft.vector), float(draft.scale)
+        gain, epsilon = self._operators.vector(draft.vector), float(draft.scale)
         if draft.groups > 1:
             x = w("Reshape", x, w.ints([0, 0, draft.groups, draft.dst.width // draft.groups]))
         x = w("SimplifiedLayerNormalization", x, gain, axis=-1, epsilon=epsilon, stash_type=1)
         return x if draft.groups == 1 else w("Reshape", x, w.ints([0, 0, draft.dst.width]))
 
-    def _vector(self, vector: Array | None) -> ir.Value:
-        assert vector is not None
-        return self.write.constant(np.asarray(vector, np.float32))
-
     def _add(self, draft: Draft) -> ir.Value:
-        a, b = (self._of(v) for v in draft.inputs)
         norm = self._normed.get(id(draft.dst))
         if norm is None:
-            return self.write("Add", a, b)
+            return self._operators.add(draft)
+        a, b = (self._of(v) for v in draft.inputs)
         normed, _, _, total = self.write.contrib(
-            "SkipSimplifiedLayerNormalization", a, b, self._vector(norm.vector), dtypes=[FLOAT] * 4,
-            epsilon=float(norm.scale),
+            "SkipSimplifiedLayerNormalization", a, b, self._operators.vector(norm.vector),
+            dtypes=[FLOAT] * 4, epsilon=float(norm.scale),
         )  # fmt: skip
         self._set(norm.dst, normed)
         return total
-
-    def _bias(self, draft: Draft) -> ir.Value:
-        return self.write("Add", self._of(draft.inputs[0]), self._vector(draft.vector))
-
-    def _scale(self, draft: Draft) -> ir.Value:
-        return self.write("Mul", self._of(draft.inputs[0]), self.write.number(draft.scale, FLOAT))
-
-    def _softcap(self, draft: Draft) -> ir.Value:
-        return self.write.softcapped(self._of(draft.inputs[0]), draft.scale)
-
-    def _gate(self, draft: Draft) -> ir.Value:
-        w, (x, up) = self.write, (self._of(v) for v in draft.inputs)
-        if draft.act == "silu":
-            x = w("Mul", x, w("Sigmoid", x))
-        else:
-            x = w("Gelu", x, approximate="tanh" if draft.act == "gelu_tanh" else "none")
-        return w("Mul", x, up)
 
     # matrices ---------------------------------------------------------------------------------------------------------
     def _formed(self, draft: Draft, *, vocabulary: bool) -> Weight:
@@ -335,7 +315,7 @@ class _Lowering:
         w = self.write
         self._forms.append(self.precision.number)
         product = w.cast(w("MatMul", w.cast(x, self.number), matrix), FLOAT)
-        return product if draft.vector is None else w("Add", product, self._vector(draft.vector))
+        return product if draft.vector is None else w("Add", product, self._operators.vector(draft.vector))
 
     def _packed(
         self,
@@ -347,7 +327,7 @@ class _Lowering:
     ) -> ir.Value:
         w, (codes, scales, zeros) = self.write, matrix
         self._forms.append(f"int{packed.bits}")
-        bias = None if draft.vector is None else self._vector(draft.vector)
+        bias = None if draft.vector is None else self._operators.vector(draft.vector)
         given: list[ir.Value | None] = [x, codes, scales, zeros, None, bias]
         while given[-1] is None:
             given.pop()
@@ -381,13 +361,10 @@ class _Lowering:
     def _rotations(self, rope: int, number: ir.DataType) -> tuple[ir.Value, ir.Value]:
         """Cosines and sines of a rope, [context, pairs], made once for all layers."""
         if (rope, number) not in self._tables:
-            frequencies, factor = self.drafting.ropes[rope]
-            angles = np.arange(self.context)[:, None] * np.asarray(frequencies, np.float64)[None]
+            tables = self.drafting.rotations(rope, self.context)
             cos, sin = (
-                self.write.stored(
-                    f"rotation_{rope}.{name}.{number.name.lower()}", (wave(angles) * factor).astype(number.numpy())
-                )
-                for name, wave in (("cos", np.cos), ("sin", np.sin))
+                self.write.stored(f"rotation_{rope}.{name}.{number.name.lower()}", table.astype(number.numpy()))
+                for name, table in zip(("cos", "sin"), tables, strict=True)
             )
             self._tables[rope, number] = cos, sin
         return self._tables[rope, number]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from transom.graph.weights import Blocked, Dense, Weight
+from transom.graph.weights import Blocked, Dense, Weight, dequantize
 from transom.quantize.rounding import to_int4, to_int8
 from transom_mobile_export.genai.packing import block_of
 from transom_mobile_export.genai.precision import Precision
@@ -15,7 +15,7 @@ BLOCK = 32
 
 
 def form_of(weight: Weight, precision: Precision, *, vocabulary: bool) -> Weight:
-    """The matrix as it is written: itself, rounded when it is read, or plain.
+    """The matrix as it is written: itself, or rounded or unpacked when it is read.
 
     Args:
         vocabulary: it is the vocabulary matrix, or the table of embeddings, whose errors show at once.
@@ -24,7 +24,7 @@ def form_of(weight: Weight, precision: Precision, *, vocabulary: bool) -> Weight
         return weight
     fits = weight.shape[1] % BLOCK == 0
     if isinstance(weight, Blocked):  # of floats, or in blocks that the layout lacks
-        return to_int8(weight, BLOCK) if fits else weight
+        return to_int8(weight, BLOCK) if fits else Dense(weight.shape, "float32", lambda: dequantize(weight))
     if not precision.rounded or not fits:
         return weight
     return to_int4(weight, BLOCK) if precision.rounded == "int4" and not vocabulary else to_int8(weight, BLOCK)

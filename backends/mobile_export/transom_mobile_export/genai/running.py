@@ -1,4 +1,7 @@
-"""A decoder in ONNX Runtime on the CPU: one sequence at a time, over a cache that is read and written in place."""
+"""A decoder in ONNX Runtime on the CPU: one sequence at a time, over a cache that is read and written in place.
+
+The engine of a `transom.sessions.BufferedSession`.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import numpy as np
 
 from transom.errors import EngineError, MissingExtra
 from transom.graph.weights import Array
+from transom.sessions.buffered import Buffers
 from transom.signature import Decoder
 from transom_mobile_export.genai.lowering import PAST, PRESENT
 
@@ -18,6 +22,10 @@ ELEMENTS: dict[str, tuple[int, np.dtype[Any]]] = {
 }
 """ONNX's numbers of element types, and NumPy's types, by what ONNX Runtime calls them."""
 _FLOAT, _INT64 = 1, 7
+CHUNK = 512
+"""Tokens that run at once where not all logits are wanted: those of a long prompt would fill the memory."""
+GRAIN = 256
+"""A cache holds a multiple of so many tokens."""
 DAMAGED = "Remove it with: transom cache clear; or export the bundle anew"
 
 
@@ -51,22 +59,33 @@ class Runner:
         except Exception as e:  # ONNX Runtime's exceptions have no common base
             raise EngineError(f"ONNX Runtime does not take {model.name}: {_first_line(e)}", DAMAGED) from e
 
-    def new_cache(self, capacity: int) -> list[Array]:
-        """Keys and values of each layer, [1, KV heads, capacity, columns]."""
-        return [
-            np.empty((1, layer.kv_heads, capacity, layer.head_dim), self.dtype)
-            for layer in self._decoder.layers
-            for _ in range(2)
-        ]
+    def capacity(self, tokens: int) -> int:
+        return -(-tokens // GRAIN) * GRAIN
 
-    def run(self, tokens: Array, past: int, cache: list[Array]) -> Array:
-        """Append tokens to a cache that has room for them, and return their logits, float32 [tokens, vocabulary].
+    def new_buffers(self, capacity: int) -> dict[str, Array]:
+        return {
+            PAST.format(i, part): np.empty((1, layer.kv_heads, capacity, layer.head_dim), self.dtype)
+            for i, layer in enumerate(self._decoder.layers)
+            for part in ("key", "value")
+        }
 
-        Nothing before `past` is written to.
+    def rows(self, name: str, tokens: int) -> int:
+        return tokens
+
+    def compute(self, tokens: Array, past: int, buffers: Buffers, *, every: bool) -> Array:
+        """See `transom.sessions.BufferedEngine`.
 
         Raises:
             EngineError: ONNX Runtime failed.
         """
+        rows: list[Array] = []
+        for at in range(0, len(tokens), CHUNK):
+            logits = self._run(tokens[at : at + CHUNK], past + at, buffers)
+            rows = [*rows, logits] if every else [logits[-1:].copy()]
+        return np.concatenate(rows) if len(rows) > 1 else rows[0]
+
+    def _run(self, tokens: Array, past: int, buffers: Buffers) -> Array:
+        """Append tokens to a cache, and return their logits, float32 [tokens, vocabulary]."""
         ids = np.ascontiguousarray(tokens, np.int64).reshape(1, -1)
         mask = np.ones((1, past + ids.size), np.int64)
         logits = np.empty((1, ids.size, self._decoder.vocabulary), np.float32)
@@ -75,7 +94,8 @@ class Runner:
         binding.bind_input("attention_mask", "cpu", 0, _INT64, mask.shape, mask.ctypes.data)
         binding.bind_output("logits", "cpu", 0, _FLOAT, logits.shape, logits.ctypes.data)
         for i in range(len(self._decoder.layers)):
-            for part, buffer in zip(("key", "value"), cache[2 * i : 2 * i + 2], strict=True):
+            for part in ("key", "value"):
+                buffer = buffers[PAST.format(i, part)]
                 place = "cpu", 0, self._element, buffer.shape, buffer.ctypes.data
                 binding.bind_input(PAST.format(i, part), *place)
                 binding.bind_output(PRESENT.format(i, part), *place)

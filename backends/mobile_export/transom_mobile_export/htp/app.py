@@ -15,7 +15,8 @@ def app_files(variant: Mapping[str, Any]) -> Mapping[str, bytes]:
     names = {
         "kotlin_share": KOTLIN_SHARE if shared else "", "cpp_share": CPP_SHARE if shared else "",
         "htp": requires["htp_arch"], "soc": requires["soc_model"], "folder": folder, "qnn": requires["qnn"],
-        "context": requires["context"], "chip": variant["target"].get("name") or variant["target"].get("id", ""),
+        "sdk": requires["qnn_sdk"], "context": requires["context"],
+        "chip": variant["target"].get("name") or variant["target"].get("id", ""),
         "libraries": "\n".join(f"- `{name}`" for name in libraries(int(requires["htp_arch"]))),
     }  # fmt: skip
     return {"README.md": README.format_map(names).encode()}
@@ -30,8 +31,9 @@ that chip alone. `{folder}/qnn.json` describes its parts, inputs and caches.
 
 ### Libraries
 
-Use the packages of onnxruntime-qnn {qnn} or newer: `com.microsoft.onnxruntime:onnxruntime-android-qnn` with the
-libraries of the same QNN. They are Qualcomm's, and may be passed on as a part of your app only. The app's folder of
+Version {sdk} of Qualcomm's QNN compiled it (onnxruntime-qnn {qnn}), and libraries of QNN {sdk} or newer open it: name
+`com.qualcomm.qti:qnn-runtime:{sdk}` in the Gradle file beside `com.microsoft.onnxruntime:onnxruntime-android-qnn`,
+which may bring older ones. They are Qualcomm's, and may be passed on as a part of your app only. The app's folder of
 native libraries needs:
 
 {libraries}

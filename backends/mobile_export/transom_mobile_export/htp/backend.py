@@ -51,7 +51,7 @@ class Qnn:
         return probing.judge(artifact.requires, device)
 
     def load(self, artifact: Artifact, device: Device, options: Options, scratch: Path) -> Session:
-        from transom_mobile_export.htp.session import load_artifact
+        from transom_mobile_export.htp.loading import load_artifact
 
         return load_artifact(artifact, options)
 

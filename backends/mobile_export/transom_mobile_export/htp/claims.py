@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from transom.contract import Claim
-from transom.errors import TransomError
 from transom.graph.reading import linear_weight
 from transom.graph.sparse import is_attention
 from transom.programs import fusing
 from transom.programs.drafting import Draft, Drafting, NoForm
+from transom.programs.refusing import refusals
 from transom_mobile_export.htp import probing
 from transom_mobile_export.htp.lowering import HtpKernels
 from transom_mobile_export.htp.parts import Part, layers_of
@@ -81,20 +81,11 @@ def claims(graph: Graph, device: Device, options: Options) -> Iterator[Claim]:
         OptionError: the precision is none that the HTP has.
     """
     precision = resolve(options, probing.target(device).htp_arch)
-    if graph.decoder is None:
-        for node in graph.nodes():
-            yield Claim(str(node.name), False, "runs decoders only, and this graph has no cache")
-        return
-    wrong, reason = None, ""
-    try:
-        drafted(graph, precision)
-    except NoForm as e:
-        wrong, reason = e.node, e.reason
-    except TransomError as e:
-        wrong, reason = next(iter(graph.nodes())), e.cause
+    refused = refusals(graph, lambda: drafted(graph, precision))
     for node in graph.nodes():
-        if node is wrong:
-            yield Claim(str(node.name), False, reason)
+        name = str(node.name)
+        if name in refused:
+            yield Claim(name, False, refused[name])
         else:
             rounded = linear_weight(node) is not None or is_attention(node)
-            yield Claim(str(node.name), True, exact=not (precision.rounded and rounded))
+            yield Claim(name, True, exact=not (precision.rounded and rounded))

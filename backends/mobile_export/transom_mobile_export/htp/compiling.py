@@ -43,6 +43,7 @@ from transom_mobile_export.htp.measuring import Deviation, measure
 from transom_mobile_export.htp.observing import SMALL, Seen, observe, rows_of
 from transom_mobile_export.htp.parts import Part, plan_parts
 from transom_mobile_export.htp.precision import Precision, resolve
+from transom_mobile_export.htp.rounding import rounded
 
 if TYPE_CHECKING:
     from transom.graph import Graph
@@ -51,6 +52,8 @@ if TYPE_CHECKING:
 PREFIX = "transom-qnn-"
 RANDOM_TEXTS = (4, 64)
 """Texts of random tokens and their length, for a model without a tokenizer."""
+CAPPED_WRONG = 16
+"""Rows of scores over which a rounded soft cap comes out wrong."""
 ROWS_AT_ONCE = 4096
 """Rows of the embedding that are written at a time."""
 SHARES = {"observe": (0.0, 0.3), "measure": (0.3, 0.4), "embed": (0.4, 0.45), "compile": (0.45, 1.0)}
@@ -86,6 +89,9 @@ def compile_graph(
     policy = model.drafting.sparsity
     if wrong := sparse_sizes.unfit(policy, context, chunk):
         raise OptionError(wrong, f"Use context={max(1, context // BLOCK) * BLOCK}, or sparsity='off'")
+    if precision.rounded:
+        require_forms(model, precision)
+        require_capped(model, chunk)
     parts = plan_parts(model.layers, largest=largest)
     notes = [f"precision: {precision.describe()}", *plan_notes(parts)]
     folder = Path(tempfile.mkdtemp(prefix=PREFIX))
@@ -123,7 +129,8 @@ def compile_graph(
         files[LIBRARIES_FILE] = json.dumps(probing.libraries(chip.htp_arch)).encode()
         files[MEMORY_FILE] = json.dumps(_memory(variant, size)).encode()
         progress("compile", 1.0)
-        return Artifact(files, probing.requirements(device, context), notes)
+        made_by = sdk.sdk_version(binaries[variant.parts[0].prefill])
+        return Artifact(files, probing.requirements(device, context, made_by), notes)
     except BaseException:  # a cancelled compile leaves nothing behind either
         shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -154,6 +161,30 @@ def _rounded(
         )
     errors = json.dumps([asdict(deviation) for deviation in worst], indent=1).encode()
     return Prepared(model, precision, seen, matrices), errors, notes
+
+
+def require_forms(model: Drafted, precision: Precision) -> None:
+    """Raises OptionError for a matrix that the precision has no form for, before anything that takes long."""
+    for part in model.layers:
+        for drafts in part.layers:
+            for draft in drafts:
+                if draft.weight is not None:
+                    rounded(draft.weight, precision.weights_of(draft))  # reads and rounds nothing yet
+
+
+def require_capped(model: Drafted, chunk: int) -> None:
+    """Raises UnsupportedError for a soft cap over scores of 16 rows, [KV heads, 1, 16, keys] or [1, 16, keys]: rounded,
+    it comes out wrong of the HTP, which says nothing (QNN 2.51)."""
+    drafting = model.drafting
+    for index, layer in enumerate(drafting.decoder.layers):
+        group, (_, softcap, _) = layer.q_heads // layer.kv_heads, drafting.layers[index]
+        alone = layer.kv_heads == 1 or not drafting.sparsity.dense
+        if softcap and alone and CAPPED_WRONG in (group, group * chunk):
+            raise UnsupportedError(
+                f"Soft-capped scores of {CAPPED_WRONG} rows, which layer {index} has, are computed wrong by the HTP in "
+                "rounded numbers",
+                "Use precision='f16'",
+            )
 
 
 def plan_notes(parts: Sequence[Part]) -> list[str]:
@@ -232,14 +263,13 @@ def _compile_part(
 ) -> dict[str, Path]:
     """Both graphs of a part; the files of their contexts by name."""
     chip = probing.Chip(variant.soc_model, variant.htp_arch)
-    effort = sdk.LESS_EFFORT if prepared.precision.weights == "int4" else sdk.EFFORT
     sessions = []
     for tokens, name in ((variant.chunk, names.prefill), (1, names.decode)):
         with tempfile.TemporaryDirectory(prefix="graph-", dir=folder) as sources:
             source = Path(sources) / name
             write_graph(prepared, part, source, tokens, variant.context)
             last = name == names.decode
-            sessions.append(sdk.compile_context(source, folder / name, chip, share=share, last=last, effort=effort))
+            sessions.append(sdk.compile_context(source, folder / name, chip, share=share, last=last))
     del sessions
     stems = tuple(Path(name).stem for name in (names.prefill, names.decode))
     return {path.name: path for path in sorted(folder.iterdir()) if path.name.startswith(stems)}

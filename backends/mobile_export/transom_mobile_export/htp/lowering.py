@@ -21,7 +21,9 @@ import onnx_ir as ir
 
 from transom.graph.weights import Array, Weight, dequantize
 from transom.programs.drafting import Draft, Drafting, Value
+from transom.programs.onnx_rows import RowOperators
 from transom.programs.onnx_writing import FLOAT, INT32, OnnxWriter
+from transom.sparsity.static import static_refusal
 from transom_mobile_export.htp import sparse, sparse_sizes
 from transom_mobile_export.htp.parts import Part
 from transom_mobile_export.htp.precision import HEAD
@@ -53,7 +55,7 @@ class HtpKernels:
         return HEAD if head else ""
 
     def policy(self, policy: Sparsity) -> str:
-        return sparse_sizes.refusal(policy)
+        return static_refusal(policy)
 
 
 class Matrices(Protocol):
@@ -180,6 +182,7 @@ class _Lowering:
         self._mask_low, self._marks = mask_low, sparse.Marks()
         self._step: sparse.StepInputs | None = None
         self.write = ScopedWriter("part")
+        self._operators = RowOperators(self.write, self._of)
         self._values: dict[int, ir.Value] = {}
         """Rows of numbers, [1, S, width]."""
         self._heads: dict[int, ir.Value] = {}
@@ -257,8 +260,8 @@ class _Lowering:
             self._heads[id(draft.dst)] = self._rope(draft)
             return
         writers: Mapping[str, Callable[[Draft], ir.Value]] = {
-            "rows": self._rows, "norm": self._norm, "linear": self._linear, "add": self._add, "bias": self._bias,
-            "scale": self._scale, "softcap": self._softcap, "glu": self._gate, "attend": self._attend,
+            **self._operators.writers, "rows": self._rows, "norm": self._norm, "linear": self._linear,
+            "attend": self._attend,
         }  # fmt: skip
         found = self._values[id(draft.dst)] = writers[draft.kind](draft)
         if draft.kind in ("add", "rows"):
@@ -269,8 +272,7 @@ class _Lowering:
 
     def _norm(self, draft: Draft) -> ir.Value:
         w, x = self.write, self._of(draft.inputs[0])
-        assert draft.vector is not None
-        gain = w.constant(np.asarray(draft.vector, np.float32))
+        gain = self._operators.vector(draft.vector)
         if draft.groups > 1:
             x = w("Reshape", x, w.ints([1, -1, draft.groups, draft.dst.width // draft.groups]))
         x = w("RMSNormalization", x, gain, axis=-1, epsilon=float(draft.scale))
@@ -284,27 +286,7 @@ class _Lowering:
         self._watched.append((product, draft.node, self._layer, "product"))
         if draft.vector is None:
             return product
-        return w("Add", product, w.constant(np.asarray(draft.vector, np.float32)))
-
-    def _add(self, draft: Draft) -> ir.Value:
-        return self.write("Add", self._of(draft.inputs[0]), self._of(draft.inputs[1]))
-
-    def _bias(self, draft: Draft) -> ir.Value:
-        return self.write("Add", self._of(draft.inputs[0]), self.write.constant(np.asarray(draft.vector, np.float32)))
-
-    def _scale(self, draft: Draft) -> ir.Value:
-        return self.write("Mul", self._of(draft.inputs[0]), self.write.number(draft.scale, FLOAT))
-
-    def _softcap(self, draft: Draft) -> ir.Value:
-        return self.write.softcapped(self._of(draft.inputs[0]), draft.scale)
-
-    def _gate(self, draft: Draft) -> ir.Value:
-        w, (x, up) = self.write, (self._of(v) for v in draft.inputs)
-        if draft.act == "silu":
-            x = w("Mul", x, w("Sigmoid", x))
-        else:
-            x = w("Gelu", x, approximate="tanh" if draft.act == "gelu_tanh" else "none")
-        return w("Mul", x, up)
+        return w("Add", product, self._operators.vector(draft.vector))
 
     def _rope(self, draft: Draft) -> ir.Value:
         """Halves [a, b] of the rotated columns become [a cos - b sin, b cos + a sin]."""
@@ -330,14 +312,11 @@ class _Lowering:
         """Cosines and sines of the step's positions, [1, 1, S, pairs], made once for all layers."""
         if rope not in self._waves:
             w = self.write
-            frequencies, factor = self.drafting.ropes[rope]
-            angles = np.arange(self.context)[:, None] * np.asarray(frequencies, np.float64)[None]
             scope, w.scope = w.scope, f"rope.{rope}."
             cos, sin = (
-                w("Unsqueeze", w("Gather", w.constant((f(angles) * factor).astype(np.float32)), self.positions, axis=0),
-                  w.ints([1]))
-                for f in (np.cos, np.sin)
-            )  # fmt: skip
+                w("Unsqueeze", w("Gather", w.constant(table.astype(np.float32)), self.positions, axis=0), w.ints([1]))
+                for table in self.drafting.rotations(rope, self.context)
+            )
             w.scope = scope
             self._waves[rope] = cos, sin
         return self._waves[rope]

@@ -7,7 +7,6 @@ weights, which are nearly all of a context binary.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -15,11 +14,17 @@ from typing import TYPE_CHECKING
 
 from transom.errors import DoesNotFit, UnsupportedError
 from transom.graph.weights import Weight
+from transom.runtime.storage import FORMS
 from transom_mobile_export.htp.layout import LARGEST
 
 if TYPE_CHECKING:
     from transom.programs.drafting import Draft, Value
     from transom_mobile_export.htp.precision import Precision
+
+_FORMS = {
+    "float16": FORMS["qnn"]["f16"].products, "int8": FORMS["qnn"]["int8"].products,
+    "int4": FORMS["qnn"]["int4"].products,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -125,11 +130,5 @@ def weight_bytes(draft: Draft, precision: Precision) -> int:
 
 
 def matrix_bytes(weight: Weight, form: str) -> int:
-    """Bytes of a matrix in one of the forms of `precision.Form`."""
-    rows, columns = weight.shape
-    count = math.prod(weight.shape)
-    if form == "int4":
-        return count // 2 + 4 * rows * -(-columns // 32)
-    if form == "int8":
-        return count + 4 * rows
-    return 2 * count
+    """Bytes of a matrix in one of the forms of `precision.Form`, as `transom export --plan` counts them."""
+    return _FORMS[form].bytes(*weight.shape)

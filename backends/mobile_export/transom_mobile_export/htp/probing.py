@@ -62,9 +62,9 @@ def answer(device: Device, packages: Mapping[str, str] | None = None) -> Offer |
 
 def chip_of(device: Device) -> Chip | str:
     """The chip of a device that is only compiled for; or why nothing is compiled for it."""
-    found = re.fullmatch(r"hexagon_v(\d+)", device.arch)
+    found = re.fullmatch(r"hexagon_v(\d{1,9})", device.arch)
     numbers = [device.drivers.get(key, "") for key in ("soc_model", "htp_arch")]
-    if found is None or not all(n.isdigit() for n in numbers):
+    if found is None or not all(re.fullmatch(r"[0-9]{1,9}", n) for n in numbers):
         return f"{device.id} does not say which chip it is: `drivers` has no numbers soc_model and htp_arch"
     version, (soc_model, htp_arch) = int(found.group(1)), map(int, numbers)
     if version < 69:
@@ -133,15 +133,19 @@ def installed() -> Mapping[str, str]:
 
 def numbers(version: str) -> tuple[int, ...]:
     """(2, 7) of "2.7.0"."""
-    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+    return tuple(int(part) for part in re.findall(r"\d{1,9}", version)[:2])
 
 
-def requirements(device: Device, context: int) -> dict[str, str]:
-    """What a model compiled for a device needs."""
+def requirements(device: Device, context: int, sdk_version: str) -> dict[str, str]:
+    """What a model compiled for a device needs.
+
+    Args:
+        sdk_version: of the QNN SDK that compiled it, `2.51.0` say; `qnn` is the version of the Python package with it.
+    """
     chip = target(device)
     return {
         "format": FORMAT, "soc_model": str(chip.soc_model), "htp_arch": str(chip.htp_arch), "qnn": installed()[QNN],
-        "context": str(context), "weights": "shared" if shares(device) else "apart",
+        "qnn_sdk": sdk_version, "context": str(context), "weights": "shared" if shares(device) else "apart",
     }  # fmt: skip
 
 
@@ -176,7 +180,7 @@ def judge(requires: Mapping[str, str], device: Device, packages: Mapping[str, st
 def _known_pair(requires: Mapping[str, str]) -> Verdict | None:
     """What is wrong with the chip that an artifact was compiled for; None: nothing."""
     soc_model, htp_arch = requires.get("soc_model", ""), requires.get("htp_arch", "")
-    if soc_model.isdigit() and int(soc_model) in SOC_MODELS and htp_arch == str(SOC_MODELS[int(soc_model)][1]):
+    if (soc_model, htp_arch) in {(str(number), str(version)) for number, (_, version) in SOC_MODELS.items()}:
         return None
     return Verdict("rebuild", f"compiled for soc_model {soc_model or '(none)'} with htp_arch {htp_arch or '(none)'}, "
                    "which is no chip")  # fmt: skip
@@ -186,6 +190,8 @@ def _new_enough(requires: Mapping[str, str], packages: Mapping[str, str]) -> Ver
     made_by, here = requires.get("qnn", ""), packages.get(QNN, "")
     if numbers(made_by) < OLDEST:
         return Verdict("rebuild", f"compiled with {QNN} {made_by or '(no version)'}, older than this backend knows")
+    if re.fullmatch(r"\d+\.\d+\.\d+", requires.get("qnn_sdk", "")) is None:
+        return Verdict("rebuild", "it does not say which version of QNN's SDK compiled it")
     if here and numbers(here) < numbers(made_by):
         return Verdict("rebuild", f"compiled with {QNN} {made_by}, and here is {here}")
     return Verdict("ok")

@@ -24,7 +24,8 @@ AT_ONCE = 1 << 21
 
 
 def rounded(weight: Weight, form: Form, squares: Array | None = None) -> Blocked:
-    """A matrix in symmetric int8 by rows or int4 in blocks. What is stored so already is kept.
+    """A matrix in symmetric int8 by rows or int4 in blocks. What is stored so already is kept, but for int8 with
+    negative scales.
 
     Args:
         squares: mean square of each column's input, in any unit; None: all alike.
@@ -34,7 +35,7 @@ def rounded(weight: Weight, form: Form, squares: Array | None = None) -> Blocked
     """
     block = weight.shape[1] if form == "int8" else BLOCK
     if isinstance(weight, Blocked) and _is_symmetric(weight, form, block):
-        return weight
+        return weight if form == "int4" else replace(weight, load=lambda: _with_positive_scales(weight))
     if form == "int8":
         return to_int8(weight)
     if weight.shape[1] % BLOCK:
@@ -48,6 +49,12 @@ def rounded(weight: Weight, form: Form, squares: Array | None = None) -> Blocked
 
 def _is_symmetric(weight: Blocked, form: Form, block: int) -> bool:
     return weight.dtype == form and weight.block == block and not weight.has_zero_points and not weight.has_minimums
+
+
+def _with_positive_scales(weight: Blocked) -> BlockedArrays:
+    """The HTP computes rows of int8 with a negative scale wrong and says nothing; int4 it computes right (QNN 2.51)."""
+    parts = weight.load()
+    return parts if (parts.scales >= 0).all() else to_int8(weight).load()
 
 
 def _searched(weight: Weight, widest: Blocked, squares: Array | None) -> BlockedArrays:

@@ -1,7 +1,6 @@
 """What follows from a sparsity policy and a context before a graph is written: fixed numbers, and bytes that are read.
 
-A policy has static shapes if it chooses a number of units, and without columns, which would need queries of earlier
-steps.
+Which policies have fixed numbers at all: see `transom.sparsity.static`.
 """
 
 from __future__ import annotations
@@ -22,19 +21,6 @@ FORCED = 2 * SPREAD**2
 """What is added to the score of a unit that is read in any case: above any score, which is at most `SPREAD` squared."""
 NODE_VARIANCE = 2
 """Bytes of one number of a variance."""
-
-
-def refusal(policy: Sparsity) -> str:
-    """Why a policy has no static shapes; empty if it has."""
-    if policy.dense:
-        return ""
-    if not policy.top_k:
-        return "a coverage reads as many keys as it takes, and the HTP has fixed shapes: use top_k=… in place of it"
-    if policy.columns:
-        return "columns need queries of earlier steps, which are not kept: use columns=0 together with top_k"
-    if policy.score != "rms":
-        return f"units are scored by 'rms' here, not by {policy.score!r}: use score='rms'"
-    return ""
 
 
 @dataclass(frozen=True)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from transom.contract import Artifact, Cancelled
 from transom.ops import find
-from transom.testing.bench import Bench
+from transom.testing.bench import Bench, temporaries_in
 from transom.testing.checks.check import Check, must_raise
 from transom.testing.child import in_child
 from transom.testing.compare import compare_rows
@@ -29,9 +26,10 @@ def compile_reports_progress(bench: Bench) -> None:
     """compile calls progress with a stage's name and a share between 0 and 1, or None."""
     calls: list[tuple[object, object]] = []
     model = bench.model(BASE)
-    bench.backend.compile(
-        model.lowered.graph, bench.device, bench.options, lambda stage, share: calls.append((stage, share))
-    )
+    with temporaries_in(bench.folder / "progress"):
+        bench.backend.compile(
+            model.lowered.graph, bench.device, bench.options, lambda stage, share: calls.append((stage, share))
+        )
     if not calls:
         raise Failed("compile never called progress, so it cannot be cancelled")
     for stage, share in calls:
@@ -50,7 +48,7 @@ def compile_can_be_cancelled(bench: Bench) -> None:
         nonlocal count
         count += 1
 
-    with _temporary_folder(bench.folder / "counting"):
+    with temporaries_in(bench.folder / "counting"):
         bench.backend.compile(model.lowered.graph, bench.device, bench.options, counting)
     for stop in sorted({1, count}):
         calls = 0
@@ -61,7 +59,7 @@ def compile_can_be_cancelled(bench: Bench) -> None:
             if calls == stop:
                 raise Cancelled
 
-        with _temporary_folder(bench.folder / f"cancelled-{stop}") as folder:
+        with temporaries_in(bench.folder / f"cancelled-{stop}") as folder:
             must_raise(
                 Cancelled,
                 f"compile, cancelled at call {stop} of {count} to progress,",
@@ -69,22 +67,6 @@ def compile_can_be_cancelled(bench: Bench) -> None:
             )
             if left := sorted(p.name for p in folder.iterdir()):
                 raise Failed(f"a cancelled compile left {', '.join(left)} in the temporary folder")
-
-
-@contextmanager
-def _temporary_folder(folder: Path) -> Iterator[Path]:
-    """Temporary files of this process and its children go to `folder` meanwhile."""
-    folder.mkdir(exist_ok=True)
-    saved, variable = tempfile.tempdir, os.environ.get("TMPDIR")
-    tempfile.tempdir = os.environ["TMPDIR"] = str(folder)
-    try:
-        yield folder
-    finally:
-        tempfile.tempdir = saved
-        if variable is None:
-            del os.environ["TMPDIR"]
-        else:
-            os.environ["TMPDIR"] = variable
 
 
 def artifact_says_what_it_requires(bench: Bench) -> None:

@@ -4,16 +4,16 @@ import dev.transom.edge.TransomException;
 import java.io.PrintStream;
 import java.nio.charset.StandardCharsets;
 
-/** Calls the bridge as the Kotlin classes do: library, bundle, ONNX Runtime, prompt; prints one line for each answer. */
+/** Calls the bridge as the Kotlin classes do: library, bundle, ONNX Runtime, prompt, damaged bundle; prints one line for each answer. */
 public class Probe {
     public static void main(String[] words) throws Exception {
         PrintStream out = new PrintStream(System.out, true, StandardCharsets.UTF_8);
         System.load(words[0]);
         String bundle = words[1];
         String onnxruntime = words[2];
-        for (String line : Native.judge(bundle, onnxruntime)) out.println("judge " + line);
+        for (String line : Native.judge(bundle, onnxruntime, "")) out.println("judge " + line);
         Native.check(bundle);
-        long handle = Native.open(bundle, "", 1, onnxruntime);
+        long handle = Native.open(bundle, "", 1, onnxruntime, "");
         out.println("variant " + Native.variant(handle));
         for (int turn = 0; turn < 2; ++turn) {
             StringBuilder text = new StringBuilder();
@@ -38,7 +38,12 @@ public class Probe {
         }
         Native.close(handle);
         try {
-            Native.open("/nowhere/\uD83D\uDE42", "", 0, onnxruntime);
+            Native.open("/nowhere/\uD83D\uDE42", "", 0, onnxruntime, "");
+        } catch (TransomException error) {
+            out.println("refused " + error.getMessage());
+        }
+        try {
+            Native.check(words[4]);
         } catch (TransomException error) {
             out.println("refused " + error.getMessage());
         }

@@ -23,7 +23,10 @@ std::string from_java(JNIEnv* env, jstring text) {
     return out;
 }
 
-jstring to_java(JNIEnv* env, const std::string& text) {
+jstring to_java(JNIEnv* env, const std::string& bytes) {
+    Utf8Stream stream;
+    std::string text = stream.push(bytes);
+    text += stream.finish();
     std::vector<jchar> units;
     for (size_t at = 0; at < text.size(); at += character_bytes(text[at])) {
         const uint32_t character = first_character(std::string_view(text).substr(at));

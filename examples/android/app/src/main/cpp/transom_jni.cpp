@@ -1,7 +1,9 @@
 // What Native.kt declares. Errors of the runner become a TransomException; nothing else is thrown.
 #include <jni.h>
 
+#include <filesystem>
 #include <memory>
+#include <new>
 #include <optional>
 #include <string>
 
@@ -36,15 +38,21 @@ template <typename Value, typename Work>
 Value guarded(JNIEnv* env, Value otherwise, Work work) {
     try {
         return work();
+    } catch (const std::bad_alloc&) {
+        raise(env, "There is not enough memory. Close other apps, or export the model with a smaller --context.");
     } catch (const std::exception& error) {
         raise(env, error.what());
     }
     return otherwise;
 }
 
-Libraries libraries(JNIEnv* env, jstring onnxruntime) {
+Libraries libraries(JNIEnv* env, jstring onnxruntime, jstring qnn) {
     Libraries found;
     found.onnxruntime = from_java(env, onnxruntime);
+    if (const std::filesystem::path folder = from_java(env, qnn); !folder.empty()) {
+        found.qnn_provider = folder / "libonnxruntime_providers_qnn.so";
+        found.qnn_backend = folder / "libQnnHtp.so";
+    }
     return found;
 }
 
@@ -52,10 +60,11 @@ Libraries libraries(JNIEnv* env, jstring onnxruntime) {
 
 extern "C" {
 
-JNIEXPORT jobjectArray JNICALL Java_dev_transom_edge_Native_judge(JNIEnv* env, jclass, jstring bundle, jstring onnxruntime) {
+JNIEXPORT jobjectArray JNICALL Java_dev_transom_edge_Native_judge(JNIEnv* env, jclass, jstring bundle, jstring onnxruntime,
+                                                                  jstring qnn) {
     return guarded<jobjectArray>(env, nullptr, [&] {
         const Manifest manifest = read_manifest(from_java(env, bundle));
-        const Device device = this_device(libraries(env, onnxruntime));
+        const Device device = this_device(libraries(env, onnxruntime, qnn));
         const std::vector<Verdict> verdicts = judge(manifest, device);
         const auto count = static_cast<jsize>(verdicts.size());
         const jobjectArray lines = env->NewObjectArray(count, env->FindClass("java/lang/String"), nullptr);
@@ -65,6 +74,7 @@ JNIEXPORT jobjectArray JNICALL Java_dev_transom_edge_Native_judge(JNIEnv* env, j
             const bool fits = verdict.fits && cannot.empty();
             const std::string& reason = verdict.fits && !fits ? cannot : verdict.reason;
             const jstring line = to_java(env, verdict.variant + (fits ? ": fits. " : ": does not fit. ") + reason);
+            if (line == nullptr) return static_cast<jobjectArray>(nullptr);
             env->SetObjectArrayElement(lines, i, line);
             env->DeleteLocalRef(line);
         }
@@ -80,24 +90,26 @@ JNIEXPORT void JNICALL Java_dev_transom_edge_Native_check(JNIEnv* env, jclass, j
 }
 
 JNIEXPORT jlong JNICALL Java_dev_transom_edge_Native_open(JNIEnv* env, jclass, jstring bundle, jstring variant, jint threads,
-                                                          jstring onnxruntime) {
+                                                          jstring onnxruntime, jstring qnn) {
     return guarded<jlong>(env, 0, [&] {
         const Manifest manifest = read_manifest(from_java(env, bundle));
         Settings settings;
-        settings.libraries = libraries(env, onnxruntime);
+        settings.libraries = libraries(env, onnxruntime, qnn);
         settings.threads = threads;
         const std::string name = from_java(env, variant);
         const Variant& chosen =
             name.empty() ? fitting(manifest, this_device(settings.libraries)) : manifest.variant(name);
+        const bool has_defaults = manifest.has("generation.json");
         auto model = std::make_unique<Model>(
-            Model{Tokenizer::open(manifest.folder / "tokenizer.json"), read_defaults(manifest.folder / "generation.json"),
-                  chosen.name, open_decoder(manifest, chosen, settings)});
+            Model{Tokenizer::open(manifest.folder / "tokenizer.json"),
+                  has_defaults ? read_defaults(manifest.folder / "generation.json") : Defaults(), chosen.name,
+                  open_decoder(manifest, chosen, settings)});
         return reinterpret_cast<jlong>(model.release());
     });
 }
 
 JNIEXPORT jstring JNICALL Java_dev_transom_edge_Native_variant(JNIEnv* env, jclass, jlong handle) {
-    return to_java(env, reinterpret_cast<Model*>(handle)->variant);
+    return guarded<jstring>(env, nullptr, [&] { return to_java(env, reinterpret_cast<Model*>(handle)->variant); });
 }
 
 // Negative numbers: not asked for. The sink's `onText` is called with each piece of text; false ends the answer.
@@ -123,6 +135,7 @@ JNIEXPORT jstring JNICALL Java_dev_transom_edge_Native_generate(JNIEnv* env, jcl
         const Answer answer =
             generate(*model.decoder, &model.tokenizer, model.defaults, wanted, [&](int64_t, const std::string& text) {
                 const jstring piece = to_java(env, text);
+                if (piece == nullptr) return false;
                 const bool more = env->CallBooleanMethod(sink, on_text, piece) != JNI_FALSE;
                 env->DeleteLocalRef(piece);
                 return more && !env->ExceptionCheck();

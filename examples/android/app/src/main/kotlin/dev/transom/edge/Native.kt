@@ -9,17 +9,18 @@ internal fun interface Sink {
 /**
  * The functions of `transom_jni.cpp`, by the same names.
  *
- * `onnxruntime` is the path of its library; empty: as the system finds it. Numbers below zero are not asked for.
+ * `onnxruntime` is the path of its library; empty: as the system finds it. `qnn` is the folder of its QNN provider and of
+ * Qualcomm's libraries; empty: QNN is built into ONNX Runtime, if at all. Numbers below zero are not asked for.
  */
 internal object Native {
     @JvmStatic
-    external fun judge(bundle: String, onnxruntime: String): Array<String>
+    external fun judge(bundle: String, onnxruntime: String, qnn: String): Array<String>
 
     @JvmStatic
     external fun check(bundle: String)
 
     @JvmStatic
-    external fun open(bundle: String, variant: String, threads: Int, onnxruntime: String): Long
+    external fun open(bundle: String, variant: String, threads: Int, onnxruntime: String, qnn: String): Long
 
     @JvmStatic
     external fun variant(handle: Long): String

@@ -3,6 +3,7 @@ package dev.transom.edge
 import android.content.Context
 import android.system.Os
 import java.io.File
+import kotlinx.coroutines.CancellationException
 import kotlinx.coroutines.Dispatchers
 import kotlinx.coroutines.channels.Channel
 import kotlinx.coroutines.flow.Flow
@@ -71,9 +72,9 @@ class Transom private constructor(private var handle: Long) : AutoCloseable {
         @Volatile private var loaded = false
 
         /** Whether each variant of a bundle is good on this phone, and why, from its manifest alone. */
-        fun judge(context: Context, bundle: File): List<String> {
+        suspend fun judge(context: Context, bundle: File): List<String> = withContext(Dispatchers.IO) {
             load(context)
-            return Native.judge(bundle.path, "").toList()
+            Native.judge(bundle.path, "", libraries(context)).toList()
         }
 
         /** Compare every file of a bundle with its manifest: once, after it was copied to the phone. */
@@ -83,20 +84,29 @@ class Transom private constructor(private var handle: Long) : AutoCloseable {
         }
 
         /** Open the first variant that fits this phone, or the one that is named. Takes seconds. */
-        suspend fun open(context: Context, bundle: File, variant: String = "", threads: Int = 0): Transom =
-            withContext(Dispatchers.IO) {
-                load(context)
-                Transom(Native.open(bundle.path, variant, threads, ""))
+        suspend fun open(context: Context, bundle: File, variant: String = "", threads: Int = 0): Transom {
+            var opened: Transom? = null
+            try {
+                return withContext(Dispatchers.IO) {
+                    load(context)
+                    Transom(Native.open(bundle.path, variant, threads, "", libraries(context))).also { opened = it }
+                }
+            } catch (stopped: CancellationException) {
+                opened?.close() // it was opened all the same, and nobody would close it
+                throw stopped
             }
+        }
 
         @Synchronized
         private fun load(context: Context) {
             if (loaded) return
             // Where the DSP looks for its skeleton. It is read once in a process, when the DSP is first used. One
             // folder is the safe form; several are put side by side with ";", and ":" makes one name of them.
-            Os.setenv("ADSP_LIBRARY_PATH", context.applicationInfo.nativeLibraryDir, true)
+            Os.setenv("ADSP_LIBRARY_PATH", libraries(context), true)
             System.loadLibrary("transom_jni")
             loaded = true
         }
+
+        private fun libraries(context: Context): String = context.applicationInfo.nativeLibraryDir
     }
 }

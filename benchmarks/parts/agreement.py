@@ -1,0 +1,48 @@
+"""How the logits of rounded numbers agree with the reference's, as rows of a table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+HEAD = """\
+| table | precision | text | tokens | KL, nats | same best | cosine | least |
+|---|---|---|---|---|---|---|---|"""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """One precision against the reference, on one text."""
+
+    table: str
+    precision: str
+    text: str
+    tokens: int
+    divergence: float
+    """Mean Kullback-Leibler divergence from the reference, nats."""
+    same_best: float
+    """Share of the positions with the same best token."""
+    cosine: float
+    """Mean of the positions."""
+    cosine_least: float
+
+    def __str__(self) -> str:
+        return (
+            f"| {self.table} | {self.precision} | {self.text} | {self.tokens} | {self.divergence:.4f} "
+            f"| {self.same_best:.1%} | {self.cosine:.4f} | {self.cosine_least:.4f} |"
+        )
+
+
+def agreement(table: str, precision: str, text: str, expected: Array, got: Array) -> Agreement:
+    """Compare logits [tokens, vocabulary]."""
+    a, b = expected.astype(np.float64), got.astype(np.float64)
+    log_p, log_q = (x - x.max(-1, keepdims=True) for x in (a, b))
+    log_p, log_q = (x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in (log_p, log_q))
+    cosine = (a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
+    divergence = float((np.exp(log_p) * (log_p - log_q)).sum(-1).mean())
+    same = float((a.argmax(-1) == b.argmax(-1)).mean())
+    return Agreement(table, precision, text, len(a), divergence, same, float(cosine.mean()), float(cosine.min()))

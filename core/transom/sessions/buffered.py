@@ -1,0 +1,191 @@
+"""A contract session over an engine that runs one sequence at a time and writes its cache into arrays in place.
+
+The session keeps the arrays of each sequence, makes them longer as they fill, copies them for a fork, and writes them
+down. What is behind a sequence's tokens counts for nothing, which is what makes a step that fails change nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from transom.contract import Limits, State, Tensor, Work
+from transom.sessions.steps import Array, check_step, need_within, split_logits
+
+Buffers = Mapping[str, Array]
+"""The cache of one sequence by the names of its parts: arrays [1, heads, rows, columns]."""
+
+
+class BufferedEngine(Protocol):
+    """Computes a decoder over arrays that it is given, and keeps none of them."""
+
+    def capacity(self, tokens: int) -> int:
+        """Tokens that there shall be room for where so many are needed: as many or more; 0 or more for none."""
+
+    def new_buffers(self, capacity: int) -> Buffers:
+        """Arrays with room for so many tokens, which `capacity` gave."""
+
+    def rows(self, name: str, tokens: int) -> int:
+        """Rows of a part of the cache that so many tokens fill; `tokens` where each has a row."""
+
+    def compute(self, tokens: Array, past: int, buffers: Buffers, *, every: bool) -> Array:
+        """Run the new tokens of a sequence and write what they add to its cache behind what is there.
+
+        It may be called again with the same past after it failed, or with a smaller one; it then must not see what
+        it wrote before.
+
+        Args:
+            tokens: int64 [new], one or more.
+            past: tokens that are in the cache.
+            buffers: with room for all of them.
+            every: the logits of each new token are wanted.
+
+        Returns:
+            float32 [new, vocabulary], or [1, vocabulary] of the last one; it belongs to the caller.
+        """
+
+    def close(self) -> None: ...
+
+
+class BufferedState:
+    """The cache of one sequence, as the contract wants it."""
+
+    def __init__(self, session: BufferedSession, capacity: int, buffers: Buffers, length: int = 0) -> None:
+        self.session, self.capacity, self._length = session, capacity, length
+        self._buffers: Buffers | None = buffers
+
+    @property
+    def buffers(self) -> Buffers:
+        if self._buffers is None:
+            raise RuntimeError("this sequence state was freed")
+        return self._buffers
+
+    @property
+    def length(self) -> int:
+        return self._length
+
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for array in (self._buffers or {}).values())
+
+    def fork(self, length: int) -> BufferedState:
+        buffers = self.buffers
+        need_within(length, self._length, "fork")
+        return self.session.copied(buffers, length)
+
+    def truncate(self, length: int) -> None:
+        self.buffers  # noqa: B018  a freed state raises here
+        need_within(length, self._length, "truncate")
+        self._length = length
+
+    def grow(self, capacity: int, buffers: Buffers) -> None:
+        """Take over longer arrays that hold the same tokens."""
+        self.capacity, self._buffers = capacity, buffers
+
+    def append(self, tokens: int) -> None:
+        """Take what was written behind the end for its own."""
+        self._length += tokens
+
+    def free(self) -> None:
+        self._buffers, self._length, self.capacity = None, 0, 0
+
+
+class BufferedSession:
+    """A `transom.contract.SavingSession`.
+
+    Args:
+        vocabulary: columns of the logits.
+        limits: what one step may hold, and one state; the engine runs the sequences of a step one after the other.
+    """
+
+    def __init__(self, engine: BufferedEngine, vocabulary: int, limits: Limits) -> None:
+        self._engine, self._vocabulary, self._limits = engine, vocabulary, limits
+        self._closed = False
+
+    @property
+    def limits(self) -> Limits:
+        return self._limits
+
+    def pages(self) -> tuple[int, int]:
+        return (0, 0)
+
+    def new_state(self) -> BufferedState:
+        self._need_open()
+        return self.copied({}, 0)
+
+    def copied(self, buffers: Buffers, length: int) -> BufferedState:
+        """A state of so many tokens whose cache is a copy of what they fill of these arrays."""
+        capacity = self._engine.capacity(length)
+        return BufferedState(self, capacity, self._room(buffers, length, capacity), length)
+
+    def _room(self, buffers: Buffers, length: int, capacity: int) -> Buffers:
+        """New arrays that begin with what so many tokens fill of these."""
+        fresh = self._engine.new_buffers(capacity)
+        for name, array in buffers.items():
+            rows = self._engine.rows(name, length)
+            fresh[name][:, :, :rows] = array[:, :, :rows]
+        return fresh
+
+    def step(self, work: Sequence[Work]) -> Sequence[Tensor | tuple[Tensor, Tensor] | None]:
+        self._need_open()
+        states = [self._own(w.state) for w in work]
+        check_step(work, self._limits, self._vocabulary)
+        results = [self._computed(state, w) for state, w in zip(states, work, strict=True)]
+        for state, w in zip(states, work, strict=True):  # cannot fail: until here no state has changed
+            state.append(len(w.tokens))
+        return results
+
+    def _computed(self, state: BufferedState, work: Work) -> Tensor | tuple[Tensor, Tensor] | None:
+        """What a work gets. Its tokens are behind the end of the state's cache afterwards."""
+        count = len(work.tokens)
+        needed = state.length + count
+        if needed > state.capacity:  # twice as long, so that a long answer copies its cache a few times only
+            capacity = self._engine.capacity(min(max(needed, 2 * state.capacity), self._limits.context))
+            state.grow(capacity, self._room(state.buffers, state.length, capacity))
+        tokens = np.asarray(work.tokens, np.int64)
+        logits = self._engine.compute(tokens, state.length, state.buffers, every=work.logits == "all")
+        return split_logits(logits[: 0 if work.logits == "none" else None], [work], [count], copy=False)[0]
+
+    def save(self, state: State) -> Mapping[str, Tensor]:
+        """What a state holds by the names of the cache's parts, [heads, rows, columns]."""
+        self._need_open()
+        own = self._own(state)
+        return {name: a[0, :, : self._engine.rows(name, own.length)].copy() for name, a in own.buffers.items()}
+
+    def restore(self, length: int, arrays: Mapping[str, Tensor]) -> BufferedState:
+        """A state out of what `save` gave.
+
+        Raises:
+            ValueError: these are no arrays of a state of so many tokens.
+        """
+        self._need_open()
+        if not 0 <= length <= self._limits.context:
+            raise ValueError(f"{length} tokens exceed the context of {self._limits.context} tokens")
+        given: dict[str, Array] = {}
+        for name, like in self._engine.new_buffers(self._engine.capacity(0)).items():
+            array = given[name] = np.asarray(arrays.get(name, ()))[None]
+            rows = self._engine.rows(name, length)
+            if array.dtype != like.dtype or array.shape != (*like.shape[:2], rows, like.shape[3]):
+                raise ValueError(f"{name} is not that of {length} tokens")
+        return self.copied(given, length)
+
+    def run(self, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        self._need_open()
+        raise RuntimeError("this session keeps the cache of its decoder itself; call step()")
+
+    def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self._engine.close()
+
+    def _own(self, state: State) -> BufferedState:
+        if not isinstance(state, BufferedState) or state.session is not self:
+            raise ValueError("this sequence state belongs to another session")
+        state.buffers  # noqa: B018  a freed state raises here, before anything runs
+        return state
+
+    def _need_open(self) -> None:
+        if self._closed:
+            raise RuntimeError("this session is closed")
