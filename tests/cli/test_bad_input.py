@@ -169,6 +169,16 @@ def test_a_full_cache_warns_and_runs(fresh: Any, model: Path) -> None:
     assert fresh(*arguments, "--quiet").err == ""  # with room again it is as always
 
 
+def test_no_room_to_compile_in_anywhere_is_one_sentence(fresh: Any, model: Path) -> None:
+    arguments = ("run", model, "ab", "--backend", "toy", "--verify", "off")
+    status, _, err = fresh(*arguments, env={"TOY_FAIL": "full everywhere"})
+    assert status == 2
+    (error,) = (line for line in err.splitlines() if line.startswith("Error: "))
+    assert "can be kept neither in the cache" in error
+    assert "Free space on the disk" in error
+    assert "Traceback" not in err
+
+
 def test_a_backend_that_breaks_in_the_middle_of_an_answer_is_one_sentence(transom: Any, model: Path) -> None:
     prepared = ("run", model, "x", "--backend", "toy", "--verify", "off")
     assert transom(*prepared).status == 0

@@ -88,6 +88,8 @@ class Toy:
             os.abort()
         if os.environ.get("TOY_FAIL") == "full" and tempfile.gettempdir().startswith(os.environ["TRANSOM_CACHE"]):
             raise OSError(28, "No space left on device")
+        if os.environ.get("TOY_FAIL") == "full everywhere":
+            raise OSError(28, "No space left on device")
         if "TOY_SLOW_COMPILE" in os.environ:
             open("compiling", "w").close()
             end = time.monotonic() + float(os.environ["TOY_SLOW_COMPILE"])

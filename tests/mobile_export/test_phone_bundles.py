@@ -145,7 +145,7 @@ def test_a_gate_that_is_too_narrow_names_the_worst_products(model: Path, cache: 
         transom.export(
             model, target=PHONE, format="qnn", context=CONTEXT, out=tmp_path / "b", cache=cache, max_kl=1e-12
         )
-    assert "another precision" in error.value.fix
+    assert "Use precision='f16', give texts" in error.value.fix
     assert not list(tmp_path.iterdir())
 
 

@@ -78,17 +78,20 @@ def test_a_small_model_by_hand() -> None:
     head = 61 * 64 + 61 * 16
     other = 2 * (5 * 64 + 1 + 8)  # five norms, the factor of the embedding, 8 frequencies; float16
     table, code = 2 * 61 * 64, 2 * FORMS["qnn"]["int8"].layer
-    uses = {"products": 2 * layer, "vocabulary": head, "embedding": table, "other": other, "code": code}
+    twice = 2 * (64 + 32) * (64 + 16)  # the layouts of prefill and decoding differ for q or o, and for k or v
+    uses = {
+        "products": 2 * layer, "vocabulary": head, "embedding": table, "other": other, "twice": twice, "code": code,
+    }  # fmt: skip
     assert weighed(plan) == uses
     variant = only(plan)
-    assert variant.weight_bytes == 2 * layer + head + other + code  # the embeddings are in a mapped file
+    assert variant.weight_bytes == 2 * layer + head + other + twice + code  # the embeddings are in a mapped file
     assert variant.cache_per_token == 2 * 2 * (16 + 16)
     (row,) = variant.at
     assert row.cache == 128 * 100
     assert row.read == 2 * layer + head + other + code // 2 + 2 * 64 + 128 * 100
     assert row.bound == pytest.approx(8400e6 * 64 / 8 / row.read)
     folder = "qnn-snapdragon-8-gen-2"
-    assert variant.files == {f"{folder}/part0": 2 * layer + head + other + code, "shared/embedding.bin": table}
+    assert variant.files == {f"{folder}/part0": 2 * layer + head + other + twice + code, "shared/embedding.bin": table}
 
 
 def test_blocks_of_four_bits_by_hand() -> None:
@@ -491,6 +494,24 @@ def test_context_binaries_weigh_what_is_planned(rng: np.random.Generator, tmp_pa
     sizes = {rows: binary_bytes(rng, tmp_path / str(rows), rows, 1024, form) for rows in (1024, 3072)}
     grown, planned_growth = sizes[3072] - sizes[1024], form.bytes(2048, 1024)
     assert grown == pytest.approx(planned_growth, rel=0.025)  # rows take 6 to 20 bytes besides, and pages are filled
+
+
+def test_what_two_graphs_do_not_share_is_counted(rng: np.random.Generator) -> None:
+    """What 6 KV heads more take of the shared context of a chip: their matrices, and half of them once more."""
+    pytest.importorskip("onnxruntime_qnn")
+    from transom_mobile_export.htp.backend import Qnn
+
+    made, plans = [], []
+    for kv_heads in (2, 8):
+        graph = models.tiny_decoder(
+            rng, layers=1, q_heads=8, kv_heads=kv_heads, head_dim=64, hidden=1024, inner=96, context=128
+        )
+        options = {"precision": "int8", "context": 128, "calibration": ()}
+        artifact = Qnn().compile(graph, GEN2, options, lambda stage, share: None)
+        binaries = [Path(f) for name, f in artifact.files.items() if name.endswith(".bin") and "part" in name]
+        made.append(sum(path.stat().st_size for path in binaries))
+        plans.append(only(planned(graph, ("qnn", "int8"))).weight_bytes)
+    assert made[1] - made[0] == pytest.approx(plans[1] - plans[0], rel=0.1)  # pages are filled
 
 
 def binary_bytes(rng: np.random.Generator, folder: Path, rows: int, columns: int, form: MatrixForm) -> int:

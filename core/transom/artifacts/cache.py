@@ -179,6 +179,10 @@ class Slot:
         self._draft = self._cache._overflow(error).shelf("artifacts").begin(self._key)
         return self._draft.work
 
+    def no_room(self, error: OSError, second: OSError) -> CacheError:
+        """What to raise after writing into `work` failed with `error`, and `outside` with `second`."""
+        return self._cache._no_room(error, second)
+
     def store(self, artifact: Artifact, origin: Origin, progress: Progress | None = None) -> StoredArtifact:
         """Keep an artifact. When the cache cannot, it is kept in a temporary folder for this run, with a warning.
 

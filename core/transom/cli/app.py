@@ -134,13 +134,13 @@ def run(arguments: Sequence[str] | None) -> int:
         )
 
 
-_RENAMED = {"max_new_tokens": "max-tokens"}
+_RENAMED = {"max_new_tokens": "max-tokens", "calibration": "text"}
 
 
 def _as_options(text: str) -> str:
     """Advice written for Python, `context=4096`, as a person types it here: `--context 4096`."""
     text = text.replace("overwrite=True", "--overwrite")
-    names = "backend|context|device|target|format|app|precision|sparsity|threads|verify|max_kl"
+    names = "backend|context|device|target|format|app|calibration|precision|sparsity|threads|verify|max_kl"
     names += "|max_new_tokens|temperature|seed|top_k|top_p|min_p"
 
     def flag(found: re.Match[str]) -> str:

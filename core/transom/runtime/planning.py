@@ -279,6 +279,9 @@ class _Planning:
             )
         count = held.rest * form.rest
         yield Weighed("other", "norms and biases", held.rest, count, count, count)
+        if not form.shares_all and self.copies == 1:
+            numbers, count = self.half_of_attention()
+            yield Weighed("twice", "half of attention, for the other graph", numbers, count, count, 0)
         if form.layer:
             layers = len(self.decoder.layers)
             count = layers * form.layer
@@ -287,6 +290,12 @@ class _Planning:
     def bytes(self, matrix: Matrix, form: MatrixForm) -> int:
         """Of a matrix where plain ones are to have `form`."""
         return self.form.of(matrix, form).bytes(*matrix.shape)
+
+    def half_of_attention(self) -> tuple[int, int]:
+        """Numbers and bytes of one of queries and outputs, and of one of keys and values, in each layer."""
+        decoder, form = self.decoder, self.form
+        rows = [heads * layer.head_dim for layer in decoder.layers for heads in (layer.q_heads, layer.kv_heads)]
+        return sum(rows) * decoder.hidden, sum(form.products.bytes(n, decoder.hidden) for n in rows)
 
     def _read_once(self, use: str, arithmetic: str, matrices: Sequence[Matrix], form: MatrixForm) -> Weighed:
         one = sum(self.bytes(m, form) for m in matrices)
@@ -367,6 +376,9 @@ class _Planning:
             yield "of layers with a sliding window the keys in it are read, and all are kept"
         if self.copies > 1:
             yield f"{self.device.arch} cannot share weights between graphs: prefill and decoding have each their own"
+        elif form.format == "qnn" and form.shares_all:
+            most = exact(self.half_of_attention()[1])
+            yield f"prefill and decoding may keep up to half of attention's products twice: up to {most} more"
         if form.embedding_mapped:
             yield "of the table of embeddings the rows of a text are read from its file; it needs no memory of its own"
         if any(w.held > w.bytes for w in self.weights()):

@@ -345,7 +345,12 @@ class _Desk:
                 if not isinstance(cause, OSError) or not _is_full(cause):
                     raise
                 outside = slot.outside(cause)
-                made = guarded(backend.name, "compiling this model", lambda: compile_in(outside))
+                try:
+                    made = guarded(backend.name, "compiling this model", lambda: compile_in(outside))
+                except TransomError as second:
+                    if isinstance(second.__cause__, OSError) and _is_full(second.__cause__):
+                        raise slot.no_room(cause, second.__cause__) from second
+                    raise
         with self._timed("store"):
             origin = Origin.on(
                 device,

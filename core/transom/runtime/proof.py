@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from transom.contract import Offer
 from transom.errors import FidelityError
+from transom.runtime.loader import notes_of
 from transom.runtime.unbundling import verdict_on
 from transom.selection import Candidate
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 ERRORS_FILE = "errors.json"
 """Of an artifact: a list of objects with `node` and `error` (relative), the worst first. Backends may write it."""
+FINER = {"int4": "int8", "int8": "f16"}
+"""What is more exact, by how backends name what they compute in."""
 NAMED = 3
 """Products that a refusal names."""
 
@@ -74,7 +77,7 @@ def _require(candidate: Candidate, ready: Ready, kl: float, bound: float, where:
         raise FidelityError(
             f"What {candidate.backend} compiled diverges by {kl:.3g} nats from the reference on the fixed prompt "
             f"({where}), and {bound:g} are allowed{_worst(ready.stored)}",
-            "Choose another precision, give texts like those the model will read, or allow more with max_kl",
+            f"{_finer(ready)}, give texts like those the model will read (calibration=…), or allow more with max_kl=…",
         )
 
 
@@ -92,8 +95,15 @@ def _require_believable(
                 f"What {candidate.backend} compiled would not be believed where it is loaded: on the fixed prompt it "
                 f"diverges by {kl:.3g} nats with a correlation of {correlation:.3f} ({where}), and {limits[0]:g} nats "
                 f"and {limits[1]:g} are allowed{_worst(ready.stored)}",
-                f"Choose another precision, or ship it all the same with a max_kl above {limits[0]:g}",
+                f"{_finer(ready)}, or ship it all the same with a max_kl above {limits[0]:g}",
             )
+
+
+def _finer(ready: Ready) -> str:
+    """The option that makes it more exact."""
+    said, _ = notes_of(ready.source, ready.stored)
+    better = next((finer for name, finer in FINER.items() if said.startswith(name)), "")
+    return f"Use precision={better!r}" if better else "Choose a precision with more bits"
 
 
 def told(fidelity: Mapping[str, Any]) -> str:

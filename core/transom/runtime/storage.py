@@ -3,7 +3,8 @@
 The bytes of the Hexagon's context binaries are measured: single products of 1024 to 11008 rows and columns, compiled by
 onnxruntime-qnn 2.7 for v73 and v69, take their codes, 2 bytes for the scale of each block (whatever the type of the
 scale that was given), and 6 to 20 bytes for each row. (4-bit matrices by rows take 8 bits a number where zero points of
-0 are not written down.) The code of a layer's two graphs is what SmolLM2-135M has besides, for 1024 tokens.
+0 are not written down.) Where prefill and decoding share a context, int8 matrices of queries or outputs, and of keys or
+values, are in it twice. The code of a layer's two graphs is what SmolLM2-135M has besides, for 1024 tokens.
 
 A portable ONNX decoder has ONNX Runtime's `MatMulNBits`, whose scales are as wide as what is multiplied: float32. What
 it packs anew when it opens a model was measured on x86-64 with ONNX Runtime 1.3x, of models of 0.1 and 0.6 billion, and
@@ -27,8 +28,9 @@ if TYPE_CHECKING:
     from transom.runtime.inventory import Matrix
     from transom.signature import Decoder
 
-PART_BYTES = 3_600_000_000
-"""Bytes of weights in one context binary of the Hexagon. A context ends at 4 GB, and activations and code are in it."""
+PART_BYTES = 3_200_000_000
+"""Bytes of weights in one context binary of the Hexagon. A context ends at 4 GB; activations, code and what two graphs
+do not share are in it."""
 SMALL_SHARE = 1 / 16
 """Of the weights of a layer, that a small product has at most."""
 SMALLEST_BLOCK, LARGEST_BLOCK = 16, 256
@@ -92,6 +94,9 @@ class Form:
     they are rounded anew."""
     shares_table: bool = False
     """A vocabulary matrix that is the table of embeddings, too, is there once."""
+    shares_all: bool = True
+    """Of two graphs that share their weights, each has all of them from there; False: half of attention's products are
+    kept for each by itself."""
     small: MatrixForm | None = None
     """Of products that have at most `SMALL_SHARE` of their layer, as keys and values where query heads share them;
     None: as the others."""
@@ -149,11 +154,11 @@ _NBITS8, _NBITS4 = (MatrixForm(bits, block=32, scale=4, packed=_PACKED[bits]) fo
 
 def _qnn(
     precision: str, products: MatrixForm, cache: float, layer: int, *, vocabulary: MatrixForm = _INT8, needs: str = "",
-    small: MatrixForm | None = None,
+    small: MatrixForm | None = None, shares_all: bool = True,
 ) -> Form:  # fmt: skip
     return Form(
         "qnn", precision, products, vocabulary, _F16, embedding_mapped=True, rest=2, cache=cache, static=True,
-        chunk=128, layer=layer, part_bytes=PART_BYTES, small=small, needs=needs,
+        chunk=128, layer=layer, part_bytes=PART_BYTES, shares_all=shares_all, small=small, needs=needs,
     )  # fmt: skip
 
 
@@ -165,14 +170,17 @@ def _onnx(precision: str, products: MatrixForm, table: MatrixForm, cache: float,
 
 
 _ROUNDED = "a16_attention"
-_INT8_QNN, _INT4_ONNX = _qnn("int8", _INT8, 1, 170_000, needs=_ROUNDED), _onnx("int4", _NBITS4, _NBITS8, 4)
+_INT8_QNN, _INT4_ONNX = (
+    _qnn("int8", _INT8, 1, 55_000, needs=_ROUNDED, shares_all=False),
+    _onnx("int4", _NBITS4, _NBITS8, 4),
+)
 _EXACT = _onnx("exact", _F32, _F32, 4, kept_scale=0)
 FORMS: Mapping[str, Mapping[str, Form]] = {
     "qnn": {
         "auto": _INT8_QNN,
         "int8": _INT8_QNN,
         "int4": _qnn("int4", _INT4, 1, 130_000, needs=_ROUNDED, small=_INT8),
-        "f16": _qnn("f16", _F16, 2, 555_000, vocabulary=_F16),
+        "f16": _qnn("f16", _F16, 2, 490_000, vocabulary=_F16),
     },
     "onnx": {
         "auto": _INT4_ONNX,

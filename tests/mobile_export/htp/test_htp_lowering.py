@@ -9,7 +9,9 @@ import pytest
 from htp_models import CPU, draw, float_logits, options
 
 from transom.errors import DoesNotFit, OptionError, UnsupportedError
+from transom.graph.sparse import with_sparsity
 from transom.runtime.selfcheck import golden_logits
+from transom.sparsity import Sparsity
 from transom.testing.models import VARIANTS, tiny_decoder
 from transom_mobile_export.htp.backend import Qnn
 from transom_mobile_export.htp.claims import Drafted, drafted
@@ -83,15 +85,18 @@ def test_rows_that_no_block_divides_are_refused_before_anything_is_observed(rng:
 
 
 def test_a_soft_cap_that_would_come_out_wrong_without_a_word_is_refused(rng: np.random.Generator) -> None:
-    def model(**form: Any) -> Drafted:
-        return drafted(tiny_decoder(rng, layers=1, softcap=8.0, **form), Precision("int8", "uint8"))
+    def model(policy: Sparsity, **form: Any) -> Drafted:
+        graph = with_sparsity(tiny_decoder(rng, layers=1, softcap=8.0, **form), policy)
+        return drafted(graph, Precision("int8", "uint8"))
 
-    for heads, chunk in ((16, 128), (2, 8)):
+    static, off = Sparsity(columns=0, top_k=3, max_density=0.6), Sparsity.parse("off")
+    for policy, heads, chunk in ((static, 16, 128), (off, 1, 16)):
         with pytest.raises(UnsupportedError, match="16 rows, which layer 0 has") as refused:
-            require_capped(model(q_heads=heads, kv_heads=1), chunk)
+            require_capped(model(policy, q_heads=heads, kv_heads=1), chunk)
         assert "f16" in refused.value.fix
-    require_capped(model(q_heads=32, kv_heads=2), 128)
-    require_capped(model(q_heads=2, kv_heads=1), 128)
+    require_capped(model(static, q_heads=32, kv_heads=1), 128)
+    for heads, chunk in ((16, 128), (32, 8), (2, 8)):
+        require_capped(model(off, q_heads=heads, kv_heads=1), chunk)
 
 
 def test_rounding_is_no_exact_claim(rng: np.random.Generator) -> None:

@@ -173,13 +173,15 @@ def require_forms(model: Drafted, precision: Precision) -> None:
 
 
 def require_capped(model: Drafted, chunk: int) -> None:
-    """Raises UnsupportedError for a soft cap over scores of 16 rows, [KV heads, 1, 16, keys] or [1, 16, keys]: rounded,
-    it comes out wrong of the HTP, which says nothing (QNN 2.51)."""
+    """Raises UnsupportedError for a soft cap over scores [KV heads, 1, 16, keys] or [1, 16, keys], as sparse attention
+    has them for 16 query heads to a KV head: rounded, it comes out wrong of the HTP, which says nothing (QNN 2.51). In
+    dense attention the query heads have an axis of their own, and there has to be more than one of them."""
     drafting = model.drafting
     for index, layer in enumerate(drafting.decoder.layers):
-        group, (_, softcap, _) = layer.q_heads // layer.kv_heads, drafting.layers[index]
-        alone = layer.kv_heads == 1 or not drafting.sparsity.dense
-        if softcap and alone and CAPPED_WRONG in (group, group * chunk):
+        _, softcap, _ = drafting.layers[index]
+        group = layer.q_heads // layer.kv_heads
+        rows = {group, group * chunk} if not drafting.sparsity.dense else {chunk} if layer.q_heads == 1 else set()
+        if softcap and CAPPED_WRONG in rows:
             raise UnsupportedError(
                 f"Soft-capped scores of {CAPPED_WRONG} rows, which layer {index} has, are computed wrong by the HTP in "
                 "rounded numbers",

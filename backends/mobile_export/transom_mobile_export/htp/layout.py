@@ -26,8 +26,9 @@ LIBRARIES_FILE = "libraries.json"
 MEMORY_FILE = "memory.json"
 CHUNK = 128
 """New tokens of a prefill."""
-LARGEST = 3_600_000_000
-"""Bytes of weights in one part. A context ends at 4 GB, and activations and code are in it, too."""
+LARGEST = 3_200_000_000
+"""Bytes of weights in one part. A context ends at 4 GB; activations, code, and what two graphs do not share are in it,
+too."""
 CACHE_BYTES = {"uint8": 1, "uint16": 2, "float16": 2, "float32": 4}
 """Of a number in a cache."""
 

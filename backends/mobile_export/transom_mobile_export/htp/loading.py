@@ -14,7 +14,7 @@ from transom_mobile_export.htp.layout import EMBEDDING_FILE, VARIANT_FILE, Varia
 from transom_mobile_export.htp.probing import Chip
 from transom_mobile_export.htp.running import Graphs, QnnEngine
 
-DAMAGED = "Remove it with: transom cache clear"
+DAMAGED = "Remove it with: transom cache clear; or export the bundle anew"
 
 
 def load_artifact(artifact: Artifact, options: Options) -> BufferedSession:

@@ -367,12 +367,12 @@ class _Lowering:
         if group > 1:
             q = w("Reshape", q, w.ints([1, heads.kv_heads, -1, heads.columns[0]]))
         scores = named(w("MatMul", q, w("Transpose", keys, perm=[0, 1, 3, 2])), f"{w.scope}scores")
-        if heads.softcap:
+        if group > 1:  # [1, KV, G * S, C + S]
+            scores = w("Reshape", scores, w.ints([1, heads.q_heads, -1, 0]))
+        if heads.softcap:  # of heads one by one: 16 rows of one head are capped wrong, see `compiling.require_capped`
             by = w.number(heads.softcap, FLOAT)
             ratio = named(w("Div", scores, by), f"{w.scope}ratio")
             scores = named(w("Mul", named(w("Tanh", ratio), f"{w.scope}tanh"), by), f"{w.scope}capped")
-        if group > 1:  # [1, KV, G * S, C + S]
-            scores = w("Reshape", scores, w.ints([1, heads.q_heads, -1, 0]))
         masked = named(w("Add", scores, self._mask(heads.window)), f"{w.scope}masked")
         if heads.sinks is not None:
             masked = w("Concat", masked, self._sinks(scores, heads.sinks), axis=3)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
-import sys
 import threading
 from collections.abc import Iterator
 
@@ -15,12 +13,7 @@ _turn = threading.Lock()
 @contextlib.contextmanager
 def to_standard_error() -> Iterator[None]:
     """While it is entered, by one thread at a time, all that is written to the standard output goes to the error."""
-    if sys.platform == "win32":  # its C libraries each have buffers of their own, which nobody else can flush
-        yield
-        return
     with _turn:
-        libc = ctypes.CDLL(None)
-        libc.fflush(None)
         try:
             kept = os.dup(1)
         except OSError:  # there is none to keep clean
@@ -30,6 +23,5 @@ def to_standard_error() -> Iterator[None]:
         try:
             yield
         finally:
-            libc.fflush(None)
             os.dup2(kept, 1)
             os.close(kept)
