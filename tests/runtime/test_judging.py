@@ -59,7 +59,7 @@ def test_a_phone_takes_what_was_made_for_its_chip_and_what_runs_on_its_processor
         assert (qnn.name, onnx.name) == ("qnn-snapdragon-8-gen-2", "onnx-android-arm64")
         assert qnn.fits == (name == "snapdragon-8-gen-2"), name
         assert onnx.fits == name.startswith(("snapdragon", "android", "ios")), name
-        assert onnx.reason
+        assert onnx.reason.startswith("Runs on the processor of " if onnx.fits else "Runs on a processor, and "), name
     gen3 = judge(bundle(QNN), TARGETS["snapdragon-8-gen-3"])[0]
     assert "soc_model 43 and htp_arch 73; Snapdragon 8 Gen 3 (hexagon_v75) has 57 and 75" in gen3.reason
     assert "does not say which Snapdragon" in judge(bundle(QNN), CPU)[0].reason
@@ -95,6 +95,7 @@ def test_memory_decides_and_the_longest_context_that_fits_is_named(rng: np.rando
 
 
 def test_memory_that_nobody_knows_refuses_nothing() -> None:
+    assert judge(bundle(QNN), PHONE)[0].reason == "Is made for Snapdragon 8 Gen 2 (hexagon_v73)"
     assert judge(bundle(QNN), PHONE)[0].fits
     assert judge(bundle(ONNX), replace(CPU, free_bytes=None, memory_bytes=0))[0].fits
     assert not judge(bundle(ONNX), replace(CPU, free_bytes=None, memory_bytes=1 << 20))[0].fits

@@ -61,7 +61,9 @@ def _verdict(variant: Mapping[str, Any], device: Device) -> VariantVerdict:
     whole = count(variant["context"])
     free = _free(device)
     if not at or free is None:
-        return VariantVerdict(name, True, f"Is made for {_named(device)}", whole)
+        portable = variant["backend"]["name"] == "onnx"
+        reason = f"Runs on the processor of {_named(device)}" if portable else f"Is made for {_named(device)}"
+        return VariantVerdict(name, True, reason, whole)
     longest = max((context for context, needed in at.items() if needed <= free), default=0)
     needed = at[whole]
     if needed <= free:

@@ -47,7 +47,8 @@ std::string wrong_device(const Variant& variant, const Device& device) {
 Verdict verdict_on(const Variant& variant, const Device& device) {
     if (const std::string wrong = wrong_device(variant, device); !wrong.empty()) return {variant.name, false, wrong};
     if (!device.free_bytes || variant.memory_at.empty())
-        return {variant.name, true, "Is made for " + device.name, variant.context};
+        return {variant.name, true, (variant.backend == "onnx" ? "Runs on the processor of " : "Is made for ") + device.name,
+                variant.context};
     const int64_t free = *device.free_bytes;
     const int64_t needed = variant.memory_at.at(variant.context);
     const std::string reason = "Needs " + size(needed) + " with its context of " + std::to_string(variant.context) +

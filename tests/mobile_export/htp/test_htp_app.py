@@ -25,9 +25,12 @@ def test_the_readme_names_the_files_and_libraries(weights: str) -> None:
     assert text.startswith("## ")
     for word in (*libraries(75), PHONE.name, "777 tokens", "ADSP_LIBRARY_PATH", "qnn-phone/part0_prefill.onnx"):
         assert word in text, word
-    assert "com.qualcomm.qti:qnn-runtime:2.51.0`" in text
+    assert "`com.qualcomm.qti:qnn-runtime:2.51.0`" in text
     assert ("share_ep_contexts" in text) == (weights == "shared")
-    for line in ('{{"backend_path", "libQnnHtp.so"},', '{"htp_performance_mode", "burst"}});'):
+    for line in (
+        '{{"backend_path", "libQnnHtp.so"},', '{"htp_performance_mode", "burst"}};', "filter { it.epName == qnn }",
+        "com.qualcomm.qti:onnxruntime-android-qnn:2.7.0`",
+    ):  # fmt: skip
         assert line in text
     assert "{kotlin_share}" not in text
     assert "libQnnHtpV73" not in text

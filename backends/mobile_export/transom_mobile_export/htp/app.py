@@ -31,9 +31,10 @@ that chip alone. `{folder}/qnn.json` describes its parts, inputs and caches.
 
 ### Libraries
 
-Version {sdk} of Qualcomm's QNN compiled it (onnxruntime-qnn {qnn}), and libraries of QNN {sdk} or newer open it: name
-`com.qualcomm.qti:qnn-runtime:{sdk}` in the Gradle file beside `com.microsoft.onnxruntime:onnxruntime-android-qnn`,
-which may bring older ones. They are Qualcomm's, and may be passed on as a part of your app only. The app's folder of
+Version {sdk} of Qualcomm's QNN compiled it (onnxruntime-qnn {qnn}), and libraries of QNN {sdk} or newer open it. Name
+in the Gradle file `com.microsoft.onnxruntime:onnxruntime-android` (1.24.1 or newer), Qualcomm's provider for it,
+`com.qualcomm.qti:onnxruntime-android-qnn:{qnn}`, and `com.qualcomm.qti:qnn-runtime:{sdk}`. Qualcomm's may be passed on
+as a part of your app only. (Microsoft's `onnxruntime-android-qnn` has an older provider built in.) The app's folder of
 native libraries needs:
 
 {libraries}
@@ -51,18 +52,29 @@ android.system.Os.setenv("ADSP_LIBRARY_PATH", applicationInfo.nativeLibraryDir, 
 ### Opening a part
 
 ```kotlin
+val qnn = "QNNExecutionProvider"
+environment.registerExecutionProviderLibrary(qnn, "libonnxruntime_providers_qnn.so") // once
 val options = OrtSession.SessionOptions()
 options.addConfigEntry("session.disable_cpu_ep_fallback", "1")
-{kotlin_share}options.addQnn(mapOf("backend_path" to "libQnnHtp.so", "htp_performance_mode" to "burst"))
+{kotlin_share}options.addExecutionProvider(
+    environment.epDevices.filter {{ it.epName == qnn }}.take(1),
+    mapOf("backend_path" to "libQnnHtp.so", "htp_performance_mode" to "burst"),
+)
 val prefill = environment.createSession("$bundle/{folder}/part0_prefill.onnx", options)
 val decode = environment.createSession("$bundle/{folder}/part0_decode.onnx", options)
 ```
 
 ```cpp
+const std::string qnn = "QNNExecutionProvider";
+environment.RegisterExecutionProviderLibrary(qnn.c_str(), "libonnxruntime_providers_qnn.so"); // once
+std::vector<Ort::ConstEpDevice> devices;
+for (const Ort::ConstEpDevice& device : environment.GetEpDevices())
+    if (device.EpName() == qnn && devices.empty()) devices.push_back(device);
 Ort::SessionOptions options;
 options.AddConfigEntry("session.disable_cpu_ep_fallback", "1");
-{cpp_share}options.AppendExecutionProvider("QNN", {{{{"backend_path", "libQnnHtp.so"}},
-                                        {{"htp_performance_mode", "burst"}}}});
+{cpp_share}const std::unordered_map<std::string, std::string> settings{{{{"backend_path", "libQnnHtp.so"}},
+                                                                 {{"htp_performance_mode", "burst"}}}};
+options.AppendExecutionProvider_V2(environment, devices, settings);
 Ort::Session prefill(environment, (bundle + "/{folder}/part0_prefill.onnx").c_str(), options);
 Ort::Session decode(environment, (bundle + "/{folder}/part0_decode.onnx").c_str(), options);
 ```

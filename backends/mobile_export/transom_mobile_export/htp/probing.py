@@ -201,4 +201,5 @@ def libraries(htp_arch: int) -> tuple[str, ...]:
     """The shared libraries that an Android app needs in order to open a context, by file name. The compiler,
     `libQnnHtpPrepare.so`, is not among them."""
     stub, skel = (f"libQnnHtpV{htp_arch}{what}.so" for what in ("Stub", "Skel"))
-    return ("libonnxruntime.so", "libQnnHtp.so", "libQnnSystem.so", stub, skel)
+    provider = "libonnxruntime_providers_qnn.so"
+    return ("libonnxruntime.so", provider, "libQnnHtp.so", "libQnnSystem.so", stub, skel)
