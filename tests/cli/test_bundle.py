@@ -55,6 +55,20 @@ def test_answers_that_are_others_are_a_failure(transom: Any, bundle: Path) -> No
     assert "Traceback" not in err
 
 
+def test_where_nothing_can_run_it_the_way_out_is_that_of_each_variant(transom: Any, bundle: Path) -> None:
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    manifest["variants"][0]["backend"] |= {"name": "theirs", "distribution": "their-backend"}
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    status, out, err = transom("bundle", "verify", bundle, "--json")
+    assert status == 2
+    [found] = json.loads(out)["variants"]
+    assert found["state"] == "not here"
+    assert "needs the backend theirs" in found["text"]
+    assert "Install it with: pip install their-backend" in found["text"]
+    assert "Mend what the table says of each" in err
+    assert "Traceback" not in err
+
+
 def test_a_manifest_is_judged_without_its_model(transom: Any, bundle: Path) -> None:
     shutil.rmtree(bundle / "reference")
     status, out, err = transom("bundle", "judge", bundle)

@@ -46,7 +46,10 @@ def verify(folder: Path, variants: tuple[str, ...], device: str, probe_file: str
     if failed := [one.variant for one in found if one.state == "failed"]:
         raise SelfCheckFailed(f"{folder} does not answer as expected: {', '.join(failed)}", "Export the model again")
     if not any(one.state == "passed" for one in found):
-        raise SelectionError(f"Nothing here can run a variant of {folder}", "Take it to a device that can")
+        raise SelectionError(
+            f"Nothing here can run a variant of {folder}",
+            "Mend what the table says of each, where it says how, or take it to a device that can",
+        )
 
 
 @bundle.command()

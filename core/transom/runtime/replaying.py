@@ -75,8 +75,8 @@ def _replay(
             report = model.report
             return Replayed(name, "passed", f"{report.backend} on {report.device.id}", report.check)
     except SelectionError as error:
-        said = "; ".join(error.details) or error.fix
-        return Replayed(name, "not here", "", f"{error.cause} ({said})" if said else error.cause)
+        said = f" ({'; '.join(error.details)})" if error.details else ""
+        return Replayed(name, "not here", "", " ".join(filter(None, (f"{error.cause}.", error.fix))) + said)
     except DoesNotFit as error:
         return Replayed(name, "not here", "", error.cause)
     except (OptionError, BundleError, CacheError):
