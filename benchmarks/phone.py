@@ -36,7 +36,7 @@ from parts.storing import stored
 
 from transom.contract import Artifact, Device, Work
 from transom.hardware.catalogue import PREFIX, catalogue
-from transom.runtime.selfcheck import golden_logits
+from transom.preparation.selfcheck import golden_logits
 from transom_mobile_export.htp.backend import Qnn
 from transom_mobile_export.htp.claims import drafted
 from transom_mobile_export.htp.encoding import RoundedMatrices, add_rounding

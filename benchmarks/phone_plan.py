@@ -21,14 +21,14 @@ from pathlib import Path
 
 from shaped import decoder
 
+from transom.bundles.inventory import inventory
+from transom.bundles.planning import plan_export
+from transom.bundles.published import published
+from transom.bundles.storage import FORMS, Form, MatrixForm
 from transom.contract import Device
 from transom.graph import Graph
 from transom.hardware import catalogue
 from transom.hardware.catalogue import PREFIX
-from transom.runtime.inventory import inventory
-from transom.runtime.planning import plan_export
-from transom.runtime.published import published
-from transom.runtime.storage import FORMS, Form, MatrixForm
 
 GIB = 1 << 30
 NAMES = {

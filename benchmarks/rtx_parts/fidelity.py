@@ -24,7 +24,7 @@ from rtx_parts.decoders import changed, plain
 from rtx_parts.stored import load, store
 from transom.errors import OptionError
 from transom.graph import Graph
-from transom.runtime.selfcheck import LIMITS, Agreement, compare, golden_logits, session_logits
+from transom.preparation.selfcheck import LIMITS, Agreement, compare, golden_logits, session_logits
 from transom.sources import resolve
 from transom.testing.models import tiny_decoder
 from transom_tensorrt.claims import precision_of

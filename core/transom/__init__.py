@@ -16,34 +16,33 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from transom.api import backends, devices, explain
+    from transom.api import backends, devices, explain, load
     from transom.artifacts import Cache
+    from transom.bundles.exporting import Exported, export
+    from transom.bundles.plans import plan_export
     from transom.contract import Cancelled, Device
     from transom.errors import TransomError
-    from transom.runtime.exporting import Exported, export
-    from transom.runtime.loading import load
-    from transom.runtime.model import Model
-    from transom.runtime.params import SamplingParams
-    from transom.runtime.plans import plan_export
-    from transom.runtime.results import Generation
+    from transom.generation.model import Model
+    from transom.generation.params import SamplingParams
+    from transom.generation.results import Generation
     from transom.sources.torch import TorchSource
 
 _HOME = {
     "Cache": "transom.artifacts",
     "Cancelled": "transom.contract",
     "Device": "transom.contract",
-    "Exported": "transom.runtime.exporting",
-    "Generation": "transom.runtime.results",
-    "Model": "transom.runtime.model",
-    "SamplingParams": "transom.runtime.params",
+    "Exported": "transom.bundles.exporting",
+    "Generation": "transom.generation.results",
+    "Model": "transom.generation.model",
+    "SamplingParams": "transom.generation.params",
     "TorchSource": "transom.sources.torch",
     "TransomError": "transom.errors",
     "backends": "transom.api",
     "devices": "transom.api",
     "explain": "transom.api",
-    "export": "transom.runtime.exporting",
-    "load": "transom.runtime.loading",
-    "plan_export": "transom.runtime.plans",
+    "export": "transom.bundles.exporting",
+    "load": "transom.api",
+    "plan_export": "transom.bundles.plans",
 }
 
 __all__ = [

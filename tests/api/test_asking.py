@@ -59,8 +59,8 @@ def test_backends_say_what_is_installed_and_what_they_offer(probe_file: Path) ->
 
 
 def test_a_broken_plugin_is_told_with_the_fix(monkeypatch: pytest.MonkeyPatch, probe_file: Path) -> None:
+    from transom.loading import machine
     from transom.plugins import PluginFailure, Plugins
-    from transom.runtime import machine
 
     failure = PluginFailure("x", "dist-x", "import", "ImportError: no", "pip uninstall dist-x", "Traceback …")
     monkeypatch.setattr(machine, "load_plugins", lambda: Plugins([], [], [failure]))

@@ -127,7 +127,7 @@ def test_verify_that_differs_says_so_and_ends_with_2(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], model: Path, warm_cache: Path
 ) -> None:
     from transom.cli.app import run
-    from transom.runtime import verify
+    from transom.evaluation import verify
 
     monkeypatch.setenv("TRANSOM_CACHE", str(warm_cache))
 

@@ -12,7 +12,7 @@ import pytest
 
 from transom.cli import options
 from transom.cli.app import COMMANDS, run
-from transom.runtime.arguments import PRECISIONS, VERIFY
+from transom.loading.options import PRECISIONS, VERIFY
 
 HEAVY = frozenset(
     {

@@ -16,7 +16,8 @@ import transom
 CORE = Path(transom.__file__).parent
 ORDER = (
     "errors", "signature", "sparsity", "contract", "plugins", "hardware", "selection", "artifacts", "ops", "graph",
-    "text", "models", "sources", "programs", "sessions", "reference", "quantize", "runtime", "api", "testing", "cli",
+    "text", "models", "sources", "programs", "sessions", "reference", "quantize", "generation",
+    "preparation", "loading", "bundles", "api", "evaluation", "testing", "cli",
 )  # fmt: skip
 """A room may import those before it. A new room has to be given its place here."""
 
@@ -25,7 +26,7 @@ SDKS = {
     "tensorflow", "mobius", "executorch", "optimum", "llama_cpp", "onnxscript",
 }  # fmt: skip
 MAY_IMPORT_SDKS = {
-    "sources/torch.py", "sources/torch_decoder.py", "sources/mobius.py", "runtime/verify.py",
+    "sources/torch.py", "sources/torch_decoder.py", "sources/mobius.py", "evaluation/verify.py",
     "hardware/openvino_query.py",  # a script that runs in a process of its own, to ask about Intel's GPUs and NPUs
 }  # fmt: skip
 ONNX = {"onnx", "onnx_ir", "sympy"}
@@ -162,11 +163,12 @@ def test_reader_of_imports_sees_all_kinds(tmp_path: Path, monkeypatch: pytest.Mo
     path.write_text(
         "from typing import TYPE_CHECKING\n"
         "if TYPE_CHECKING:\n    import torch\nelse:\n    import jax\n"
-        "def f():\n    from transom.graph import Graph\n    from ..runtime import engine\n    import openvino as ov\n"
+        "def f():\n    from transom.graph import Graph\n"
+        "    from ..generation import engine\n    import openvino as ov\n"
         "from transom import sources\n"
     )
     found = {(i.module, i.for_types) for i in imports_of(path)}
     assert found == {
-        ("typing", False), ("torch", True), ("jax", False), ("transom.graph", False), ("transom.runtime", False),
+        ("typing", False), ("torch", True), ("jax", False), ("transom.graph", False), ("transom.generation", False),
         ("openvino", False), ("transom.sources", False),
     }  # fmt: skip

@@ -31,10 +31,12 @@ from made_up import CPU
 import transom
 from transom import hardware
 from transom.artifacts import Cache
+from transom.bundles import exporting
 from transom.contract import Cancelled, Device
+from transom.loading import loader, machine
 from transom.plugins import LoadedBackend, Plugins
+from transom.preparation import child, jobs, memory, pipeline
 from transom.reference import ReferenceBackend
-from transom.runtime import exporting, jobs, loader, loading, machine, memory, preparing, trial
 
 
 @pytest.fixture(scope="session")
@@ -78,24 +80,24 @@ class Here:
         return Plugins([], loaded, [])
 
     def load(self, model: Any = None, **options: Any) -> Any:
-        return loading.load(self.model if model is None else model, cache=self.cache, **options)
+        return transom.load(self.model if model is None else model, cache=self.cache, **options)
 
     def needed(self, context: int) -> int:
         """Bytes of memory that the model takes in float32 with this context."""
         with self.load(backend="reference", verify="off") as model:
             return memory.plan(model.decoder, CPU, context=context, exact_float32=True).total
 
-    def child(self, entry: str, payload: Mapping[str, Any], *, progress: Any = None) -> trial.TrialResult:
+    def child(self, entry: str, payload: Mapping[str, Any], *, progress: Any = None) -> child.TrialResult:
         """What `run_in_child` does, without a process: JSON there and back, errors as they cross it."""
-        self.jobs.append(payload["work"])
-        assert entry == "transom.runtime.jobs:run"
+        self.jobs.append(payload["work"].rpartition(":")[2])
+        assert entry == "transom.preparation.jobs:run"
         try:
             value = jobs.run(json.loads(json.dumps(payload)), progress)
         except Cancelled:
             raise
         except Exception as error:  # noqa: BLE001  as the child does it
-            return trial.TrialResult(None, trial.TrialError(**trial._describe(error)), 0.0)
-        return trial.TrialResult(json.loads(json.dumps(value)), None, 0.0)
+            return child.TrialResult(None, child.TrialError(**child._describe(error)), 0.0)
+        return child.TrialResult(json.loads(json.dumps(value)), None, 0.0)
 
 
 @pytest.fixture
@@ -104,7 +106,7 @@ def here(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> H
     monkeypatch.setenv("OPENBLAS_NUM_THREADS", os.environ.get("OPENBLAS_NUM_THREADS", "2"))  # `jobs.run` sets it
     monkeypatch.setattr(loader, "run_in_child", here.child)
     monkeypatch.setattr(machine, "load_plugins", lambda: here.plugins)
-    monkeypatch.setattr(preparing, "load_plugins", lambda: here.plugins)
+    monkeypatch.setattr(pipeline, "load_plugins", lambda: here.plugins)
     monkeypatch.setattr(hardware, "probe", lambda probe_file=None: hardware.Found(tuple(here.devices)))
     return here
 

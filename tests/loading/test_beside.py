@@ -15,9 +15,10 @@ from bundling import HEXAGON, Tools
 from made_up import CPU
 
 import transom
-from transom.runtime import beside, loader
-from transom.runtime.jobs import Job
-from transom.runtime.trial import run_in_child
+from transom.loading import loader
+from transom.preparation import jobs, reference_process
+from transom.preparation.child import run_in_child
+from transom.preparation.jobs import Job
 
 Payload = dict[str, Any]
 
@@ -49,7 +50,7 @@ def test_a_first_load_asks_for_it_once(asked: list[Payload], model: Path, tmp_pa
     for precision in ("auto", "exact"):  # the second one needs another artifact, and the same answer
         with transom.load(model, device="cpu", cache=cache, precision=precision) as loaded:
             assert "passed" in str(loaded.report)
-    assert [payload["work"] for payload in asked] == ["prepare", "prepare"]
+    assert [payload["work"] for payload in asked] == [jobs.PREPARE, jobs.PREPARE]
     assert asked[0]["beside"] == (len(os.sched_getaffinity(0)) > 1)
     assert asked[1]["beside"] is False
 
@@ -60,18 +61,18 @@ def test_it_needs_a_processor_and_room(
     with transom.load(model, device="cpu", cache=transom.Cache(tmp_path / "cache")):
         job = job_of(asked[0])
     empty = transom.Cache(tmp_path / "empty")
-    here = beside.this_host()
+    here = reference_process.this_host()
     for processors, possible in (({0}, False), ({0, 1}, True)):
         host = replace(here, affinity=frozenset(processors))
-        monkeypatch.setattr(beside, "this_host", lambda host=host: host)
-        assert beside.worth_it(job, empty, job.device.free_bytes) == possible
+        monkeypatch.setattr(reference_process, "this_host", lambda host=host: host)
+        assert reference_process.worth_it(job, empty, job.device.free_bytes) == possible
     size = model.stat().st_size
-    enough = beside.ROOM * size + 1
+    enough = reference_process.ROOM * size + 1
     for free, possible in ((None, False), (size, False), (enough, True)):
-        assert beside.worth_it(job, empty, free) == possible
-    assert not beside.worth_it(replace(job, verify=False), empty, enough)
-    assert not beside.worth_it(replace(job, graph="kept"), empty, enough)
-    assert not beside.worth_it(replace(job, model=str(tmp_path / "nowhere")), empty, enough)
+        assert reference_process.worth_it(job, empty, free) == possible
+    assert not reference_process.worth_it(replace(job, verify=False), empty, enough)
+    assert not reference_process.worth_it(replace(job, graph="kept"), empty, enough)
+    assert not reference_process.worth_it(replace(job, model=str(tmp_path / "nowhere")), empty, enough)
 
 
 @pytest.mark.parametrize("free", [None, 1 << 34])
@@ -94,12 +95,15 @@ def test_the_end_of_the_block_stops_the_process(asked: list[Payload], model: Pat
     with transom.load(model, device="cpu", cache=transom.Cache(tmp_path / "cache")):
         payload = {k: v for k, v in asked[0].items() if k != "beside"}
     payload["cache"] = str(tmp_path / "other")
-    with beside.reference_beside(payload) as reference:
-        beside.wait_for(reference, lambda stage, share: None)
+    with reference_process.reference_beside(payload) as reference:
+        reference_process.wait_for(reference, lambda stage, share: None)
         assert reference.result().ok
     assert any((tmp_path / "other" / "golden").iterdir())
     start = time.monotonic()
-    with pytest.raises(ZeroDivisionError), beside.reference_beside({**payload, "model": "/dev/zero"}) as reference:
+    with (
+        pytest.raises(ZeroDivisionError),
+        reference_process.reference_beside({**payload, "model": "/dev/zero"}) as reference,
+    ):
         raise ZeroDivisionError
     assert reference.done()
     assert time.monotonic() - start < 20

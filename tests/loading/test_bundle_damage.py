@@ -15,9 +15,9 @@ from made_up import MadeUp
 
 import transom
 from transom.artifacts import Cache, hash_file
+from transom.bundles.manifest import BundleError, read_manifest
+from transom.bundles.replay import replay
 from transom.errors import OptionError, SourceError, TransomError
-from transom.runtime.bundles import BundleError, read_manifest
-from transom.runtime.replaying import replay
 
 
 def _flip(path: Path) -> None:

@@ -12,9 +12,9 @@ import pytest
 
 import transom
 from transom.errors import OptionError, SourceError
-from transom.runtime import calibrating, head_effects
-from transom.runtime.head_effects import LOOSE, Effect, share_out
-from transom.runtime.passages import NEARBY, NEEDLES, REPEATED, passages
+from transom.evaluation import head_calibration, head_effects
+from transom.evaluation.head_effects import LOOSE, Effect, share_out
+from transom.preparation.passages import NEARBY, NEEDLES, REPEATED, passages
 from transom.sparsity import Sparsity
 
 CONTEXT = 2048
@@ -74,7 +74,7 @@ def test_passages_are_as_long_as_asked_and_ask_for_what_is_hidden(here: dict[str
 
 def test_a_calibration_is_kept_and_found(here: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(head_effects, "MEASURED", 10.0)  # the attention of random weights is flat
-    outcome = calibrating.calibrate_file(**here)
+    outcome = head_calibration.calibrate_file(**here)
     target = here["path"].with_name("tiny.transom-sparsity.json")
     assert outcome.where == str(target)
     written = json.loads(target.read_text())
@@ -94,14 +94,14 @@ def test_an_interrupted_one_goes_on_where_it_was(here: dict[str, Any]) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        calibrating.calibrate_file(**here, progress=stop)
+        head_calibration.calibrate_file(**here, progress=stop)
     assert not here["path"].with_name("tiny.transom-sparsity.json").exists()
     shares: list[float] = []
     measured: list[Any] = []
     original = head_effects._Measure.__call__
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(head_effects._Measure, "__call__", lambda self, *a: measured.append(a) or original(self, *a))
-        calibrating.calibrate_file(**here, progress=lambda s, x: shares.append(x) if s == "calibrate" else None)
+        head_calibration.calibrate_file(**here, progress=lambda s, x: shares.append(x) if s == "calibrate" else None)
     heads = byte_llama.LAYERS * byte_llama.KV_HEADS
     assert shares == [(i + 1) / heads for i in range(heads)]
     assert len(measured) == heads - 2 + 2  # two were known; before and after
@@ -113,23 +113,23 @@ def test_a_folder_that_cannot_be_written_leaves_the_cache(
     def refuse(path: Path, data: bytes) -> None:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(calibrating, "replace_atomically", refuse)
-    outcome = calibrating.calibrate_file(**here)
+    monkeypatch.setattr(head_calibration, "replace_atomically", refuse)
+    outcome = head_calibration.calibrate_file(**here)
     assert outcome.where.startswith("the cache, because")
     with transom.load(here["path"], device="cpu", cache=here["cache"], sparsity="balanced") as model:
         assert model.report.sparsity.endswith("heads calibrated: the cache")
     with pytest.raises(PermissionError):
-        calibrating.calibrate_file(**here, out=here["path"].with_name("x.json"))
+        head_calibration.calibrate_file(**here, out=here["path"].with_name("x.json"))
 
 
 def test_what_cannot_be_calibrated_is_refused(here: dict[str, Any], tmp_path: Path, rng: np.random.Generator) -> None:
     with pytest.raises(SourceError, match=r"none\.txt cannot be read"):
-        calibrating.calibrate_file(**here, texts=[tmp_path / "none.txt"])
+        head_calibration.calibrate_file(**here, texts=[tmp_path / "none.txt"])
     (tmp_path / "latin.txt").write_bytes(b"\xe4\xf6")
     with pytest.raises(SourceError, match="not UTF-8"):
-        calibrating.calibrate_file(**here, texts=[tmp_path / "latin.txt"])
+        head_calibration.calibrate_file(**here, texts=[tmp_path / "latin.txt"])
     with pytest.raises(OptionError, match="There is no folder"):
-        calibrating.calibrate_file(**here, out=tmp_path / "none" / "x.json")
+        head_calibration.calibrate_file(**here, out=tmp_path / "none" / "x.json")
     short = byte_llama.write_gguf(tmp_path / "short.gguf", rng, context=512)
     with pytest.raises(OptionError, match="needs no calibration"):
-        calibrating.calibrate_file(**(here | {"path": short}))
+        head_calibration.calibrate_file(**(here | {"path": short}))

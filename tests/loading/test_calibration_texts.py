@@ -10,8 +10,7 @@ from made_up import MadeUp
 
 import transom
 from transom.errors import OptionError
-from transom.runtime import pieces, preparing
-from transom.runtime.loading import load
+from transom.preparation import calibration_texts, pipeline
 
 
 class Watching(MadeUp):
@@ -46,7 +45,7 @@ def test_a_backend_sees_passages_when_it_compiles_and_none_when_it_loads(here: A
     assert [call for call, _ in watching.texts] == ["claim", "compile", "load", "load"]
     seen = dict(watching.texts)
     assert seen["claim"] == seen["compile"]
-    assert [len(piece) for piece in seen["compile"]] == [100] * pieces.DEFAULT
+    assert [len(piece) for piece in seen["compile"]] == [100] * calibration_texts.DEFAULT
     assert all(0 <= i < 262 for piece in seen["compile"] for i in piece)
     assert seen["load"] == ()
 
@@ -57,7 +56,7 @@ def test_a_warm_start_tokenises_nothing(here: Any, watching: Watching, monkeypat
     def never(*arguments: Any) -> None:
         raise AssertionError("it is compiled already")
 
-    monkeypatch.setattr(preparing, "pieces", never)
+    monkeypatch.setattr(pipeline, "pieces", never)
     here.load(calibration=["my text"]).close()
     assert watching.calls.count("compile") == 1
 
@@ -95,4 +94,4 @@ def test_a_graph_that_is_no_decoder_has_no_texts(here: Any, watching: Watching, 
 
 def test_texts_that_are_none_are_refused_before_anything_is_read(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="not a list"):
-        load(tmp_path / "missing.gguf", calibration="one text")
+        transom.load(tmp_path / "missing.gguf", calibration="one text")

@@ -98,7 +98,7 @@ def test_a_backend_that_only_the_host_sees_is_a_clear_error(packages: Any) -> No
     result = packages.run("""
     import made_up
     from transom.plugins import LoadedBackend, Plugins
-    from transom.runtime import machine
+    from transom.loading import machine
     here = Plugins([], [LoadedBackend(made_up.MadeUp("ghost"), "ghost", "made-up", "1.0", "ghost")], [])
     machine.load_plugins = lambda: here
     show(**outcome(backend="ghost"))

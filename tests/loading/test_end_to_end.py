@@ -56,7 +56,7 @@ def test_a_warm_start_imports_neither_onnx_nor_the_checkpoint_s_reader(packages:
     warm = packages.run(LOAD)
     assert warm["hit"] is True
     assert not {*HEAVY, *READERS} & set(warm["modules"])
-    assert not {"transom.runtime.bundles", "transom.runtime.unbundling"} & set(warm["modules"])
+    assert not {"transom.bundles.manifest", "transom.bundles.opening"} & set(warm["modules"])
 
 
 def test_a_warm_start_with_a_file_that_has_to_be_named_again_imports_no_onnx(packages: Any) -> None:

@@ -13,9 +13,9 @@ from made_up import CPU, NPU, MadeUp
 import transom
 from transom.contract import Claim
 from transom.errors import EngineError, UnsupportedError
-from transom.runtime.explain import explain_graph
-from transom.runtime.lowering import attempt, claims_of, lower, refusal_lines
-from transom.runtime.machine import Machine
+from transom.loading.explanation import explain_graph
+from transom.loading.machine import Machine
+from transom.preparation.lowering import attempt, claims_of, lower, refusal_lines
 from transom.testing.models import tiny_decoder
 
 
@@ -40,7 +40,7 @@ def test_a_graph_that_is_claimed_whole_stays_as_it_is(graph: Any) -> None:
 def test_a_refused_node_with_a_body_is_replaced_by_it_and_computes_the_same(
     graph: Any, rng: np.random.Generator
 ) -> None:
-    from transom.runtime.selfcheck import golden_logits
+    from transom.preparation.selfcheck import golden_logits
 
     layers = count(graph, "CachedAttention")
     lowered = lower(graph, MadeUp(does="refuse:CachedAttention"), CPU, {})
@@ -133,7 +133,7 @@ def test_a_group_with_a_refused_node_is_refused_whole_and_no_other_is(graph: Any
 def test_a_broken_group_is_decomposed_and_what_has_no_body_is_asked_about_again(
     graph: Any, rng: np.random.Generator
 ) -> None:
-    from transom.runtime.selfcheck import golden_logits
+    from transom.preparation.selfcheck import golden_logits
 
     backend = fusing("CachedAttention", "layers.0.q.rotated", "layers.0.attention", "layers.0.o")
     lowered = lower(graph, backend, CPU, {})
@@ -195,7 +195,7 @@ def test_a_load_refuses_before_compiling(here: Any) -> None:
 
 
 def machine(here: Any) -> Machine:
-    from transom.runtime.machine import survey
+    from transom.loading.machine import survey
 
     return survey()
 

@@ -13,13 +13,13 @@ from made_up import CPU, NPU, MadeUp
 
 from transom.contract import Cancelled, Offer, Specs, hookimpl
 from transom.errors import EngineError, SourceError
+from transom.loading import machine
 from transom.ops import OpSchema, find, registry
 from transom.plugins import LoadedBackend, PluginFailure, Plugins, _Plugin
-from transom.runtime import machine
-from transom.runtime.guarding import guarded
-from transom.runtime.jobs import Job
-from transom.runtime.operators import register_operators
-from transom.runtime.prepared import variant
+from transom.preparation.cached_source import variant
+from transom.preparation.jobs import Job
+from transom.preparation.plugin_calls import guarded
+from transom.preparation.plugin_operators import register_operators
 from transom.selection import Candidate
 from transom.signature import Decoder
 

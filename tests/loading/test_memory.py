@@ -9,8 +9,8 @@ import pytest
 from made_up import CPU
 
 from transom.errors import DoesNotFit, OptionError
-from transom.runtime import memory
-from transom.runtime.memory import plan, size, weight_bytes
+from transom.preparation import memory
+from transom.preparation.memory import plan, size, weight_bytes
 from transom.signature import Decoder, LayerCache
 
 GB = 10**9

@@ -130,7 +130,7 @@ def test_inspecting_and_verifying_know_the_operators_of_plugins(acme: Acme) -> N
     found = acme.packages.run(
         """
         from transom.cli.inspection import inspect_model
-        from transom.runtime.verify import oracle_for
+        from transom.evaluation.verify import oracle_for
         show(nodes=str(inspect_model(sys.argv[2])), oracle=oracle_for(sys.argv[2]).name)
         """,
         acme.model,

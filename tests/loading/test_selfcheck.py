@@ -10,8 +10,8 @@ import pytest
 
 from transom.contract import Limits
 from transom.errors import SelfCheckFailed
-from transom.runtime import selfcheck
-from transom.runtime.selfcheck import compare, compare_outputs, judge
+from transom.preparation import selfcheck
+from transom.preparation.selfcheck import compare, compare_outputs, judge
 from transom.signature import Decoder, LayerCache
 
 DECODER = Decoder("llama", 100, 8, 64, (LayerCache(1, 1, 4, 4),))

@@ -13,7 +13,7 @@ from made_up import MadeUp
 
 import transom
 from transom.errors import OptionError
-from transom.runtime import calibrations
+from transom.preparation import heads
 from transom.sparsity import FILE_NAME, Sparsity
 
 POLICY = Sparsity(0.3, columns=4, dense_below=0, max_density=0.6)
@@ -166,9 +166,9 @@ def test_heads_beside_the_model_are_used_and_named(here: Any, own_model: Path, r
 
 
 def test_heads_from_the_cache_are_used_for_calls_too(here: Any, own_model: Path, rng: np.random.Generator) -> None:
-    from transom.runtime.identity import fingerprint_of
+    from transom.loading.identity import fingerprint_of
 
-    calibrations.remember(here.cache, fingerprint_of(own_model, here.cache), HEADS)
+    heads.remember(here.cache, fingerprint_of(own_model, here.cache), HEADS)
     with here.load(own_model, sparsity="safe") as model:
         assert model.report.sparsity == "safe (coverage 0.96), heads calibrated: the cache"
     with here.load(own_model) as model:

@@ -13,10 +13,10 @@ import pytest
 from bundling import HEXAGON, left_over
 from made_up import CPU, MadeUp
 
+from transom.bundles.manifest import read_manifest
+from transom.bundles.replay import replay
 from transom.contract import Artifact, Offer, Refusal, Verdict
 from transom.errors import EngineError, FidelityError, OptionError, SelectionError
-from transom.runtime.bundles import read_manifest
-from transom.runtime.replaying import replay
 
 NEWER = "snapdragon-8-gen-3"
 

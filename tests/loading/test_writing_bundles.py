@@ -14,10 +14,10 @@ from bundling import HEXAGON, Tools, left_over
 from made_up import MadeUp
 
 from transom.artifacts import Cache
+from transom.bundles import writing
+from transom.bundles.manifest import BundleError
 from transom.contract import Cancelled
 from transom.errors import OptionError
-from transom.runtime import bundle_writing
-from transom.runtime.bundles import BundleError
 
 
 def test_only_a_bundle_gives_its_place_to_another_and_only_when_told(here: Any, export: Any, tmp_path: Path) -> None:
@@ -200,7 +200,7 @@ def test_a_full_disk_leaves_nothing_and_an_older_bundle_as_it_was(
     here.use(MadeUp("sound"))
     if older:
         export()
-    write, left = bundle_writing.write_durably, [room]
+    write, left = writing.write_durably, [room]
 
     def limited(path: Path, data: bytes) -> None:
         left[0] -= len(data)
@@ -210,7 +210,7 @@ def test_a_full_disk_leaves_nothing_and_an_older_bundle_as_it_was(
         write(path, data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(bundle_writing, "write_durably", limited)
+        patch.setattr(writing, "write_durably", limited)
         with pytest.raises(BundleError, match="No space left on device") as caught:
             export(overwrite=True, precision="f32")
     assert "Free space" in caught.value.fix
@@ -272,7 +272,7 @@ def test_no_room_for_the_mark_leaves_nothing(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
 
     here.use(MadeUp("sound"))
-    monkeypatch.setattr(bundle_writing, "hold", full)
+    monkeypatch.setattr(writing, "hold", full)
     with pytest.raises(BundleError, match="No space left on device"):
         export()
     assert left_over(tmp_path) == []
@@ -299,8 +299,8 @@ def test_stopping_leaves_nothing(
 # ------------------------------------------------------------------------------------------------ in processes that die
 WRITE = """
 import os, signal
-from transom.runtime import bundle_writing
-sync, count = bundle_writing.sync_file, [0]
+from transom.bundles import writing
+sync, count = writing.sync_file, [0]
 
 def die(path):
     count[0] += 1
@@ -308,7 +308,7 @@ def die(path):
         os.kill(os.getpid(), signal.SIGKILL)
     sync(path)
 
-bundle_writing.sync_file = die
+writing.sync_file = die
 transom.export(model, target="cpu", out=sys.argv[2], format="sound", overwrite=True)
 """
 EXPORT = """

@@ -12,11 +12,11 @@ import pytest
 
 import transom
 from transom.artifacts import Cache
+from transom.bundles.judging import judge
+from transom.bundles.replay import replay
 from transom.contract import Cancelled
 from transom.errors import FidelityError, OptionError, SelectionError, TransomError
 from transom.hardware.catalogue import catalogue
-from transom.runtime.judging import judge
-from transom.runtime.replaying import replay
 
 PHONE = "snapdragon-8-gen-2"
 OLDER = "snapdragon-8-gen-1"

@@ -95,7 +95,7 @@ def test_an_operator_that_two_plugins_define_is_taken_from_neither(environment: 
 
 
 IDENTITY = """
-from transom.runtime.operators import operators_identity
+from transom.preparation.plugin_operators import operators_identity
 print(json.dumps([operators_identity(load_plugins()), bool(load_plugins().bringing_operators())]))
 """
 
@@ -130,7 +130,7 @@ def test_an_operator_that_breaks_a_rule_is_a_failure_of_its_plugin(environment: 
     environment.install("ops", OPS.format(body="return [Schema('com.example', 'Fold')]"))
     [failure] = environment.run(
         """
-        from transom.runtime.operators import register_operators
+        from transom.preparation.plugin_operators import register_operators
         plugins = load_plugins()
         register_operators(plugins)
         register_operators(plugins)

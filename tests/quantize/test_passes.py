@@ -15,6 +15,7 @@ import pytest
 from checkpoints import tiny
 
 from transom.errors import OptionError, SourceError
+from transom.evaluation.fidelity import fidelity
 from transom.graph import Blocked, DecoderBuilder, Dense, Graph
 from transom.graph.reading import constant_of, linear_weight, vocabulary_products, weight_of
 from transom.graph.weights import Weight, dense, dequantize
@@ -22,7 +23,6 @@ from transom.quantize import passes
 from transom.quantize.calibration import calibrate
 from transom.quantize.passes import Quantized, Scheme, quantize
 from transom.reference.executor import Executor
-from transom.runtime.fidelity import fidelity
 from transom.signature import Decoder, LayerCache
 from transom.sources import resolve
 from transom.testing.bench import Oracle

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from transom.evaluation.fidelity import fidelity
 from transom.graph import Blocked, Dense, Graph
 from transom.graph.editing import Editor
 from transom.graph.reading import linear_weight, vocabulary_products
@@ -16,7 +17,6 @@ from transom.graph.weights import dense, dequantize
 from transom.quantize.calibration import Activations, calibrate
 from transom.quantize.passes import Scheme, quantize
 from transom.quantize.rounding import to_float8, to_int4, to_int8
-from transom.runtime.fidelity import fidelity
 from transom.sources import resolve
 
 TEXT = "The capital of France is Paris. Water boils at one hundred degrees.\n\ndef double(x):\n    return 2 * x\n"

@@ -14,7 +14,7 @@ import torch
 from checkpoints import SIZES, add_tokenizer, assert_agrees, randomise
 
 from transom.errors import MissingExtra, SourceError
-from transom.runtime.verify import oracle_for, verify_session
+from transom.evaluation.verify import oracle_for, verify_session
 from transom.signature import Decoder, LayerCache
 from transom.sources import mobius
 from transom.sources.resolve import resolve

@@ -10,7 +10,7 @@ import pytest
 
 from transom.artifacts import Cache
 from transom.errors import OptionError
-from transom.runtime import calibrations
+from transom.preparation import heads
 from transom.signature import Decoder, LayerCache
 from transom.sparsity import FILE_NAME, PRESETS, Sparsity, beside, shipped
 from transom.sparsity.calibration import shape_of
@@ -58,19 +58,19 @@ def test_a_file_with_an_unknown_key_is_refused_by_name(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------------------------------------- cache
 def test_the_cache_remembers_heads_by_content(tmp_path: Path) -> None:
     cache = Cache(tmp_path / "cache")
-    assert calibrations.local(None, cache, "content") is None
-    calibrations.remember(cache, "content", HEADS)
-    found = calibrations.local(None, Cache(tmp_path / "cache"), "content")
+    assert heads.local(None, cache, "content") is None
+    heads.remember(cache, "content", HEADS)
+    found = heads.local(None, Cache(tmp_path / "cache"), "content")
     assert found is not None
     assert (found.heads, found.source) == (HEADS, "the cache")
-    assert calibrations.local(None, cache, "other content") is None
+    assert heads.local(None, cache, "other content") is None
 
 
 def test_a_file_beside_the_model_is_stronger_than_the_cache(tmp_path: Path) -> None:
     cache = Cache(tmp_path / "cache")
-    calibrations.remember(cache, "content", HEADS)
+    heads.remember(cache, "content", HEADS)
     write(tmp_path / FILE_NAME, heads=[[3.0]])
-    found = calibrations.local(tmp_path, cache, "content")
+    found = heads.local(tmp_path, cache, "content")
     assert found is not None
     assert found.heads == ((3.0,),)
 
@@ -78,8 +78,8 @@ def test_a_file_beside_the_model_is_stronger_than_the_cache(tmp_path: Path) -> N
 @pytest.mark.parametrize("kept", ["nonsense", {"heads": [[-1]]}, {"heads": None}, {}])
 def test_what_the_cache_has_wrong_is_as_good_as_not_there(tmp_path: Path, kept: object) -> None:
     cache = Cache(tmp_path / "cache")
-    cache.remember(calibrations.NOTEBOOK, "content", kept)
-    assert calibrations.local(None, cache, "content") is None
+    cache.remember(heads.NOTEBOOK, "content", kept)
+    assert heads.local(None, cache, "content") is None
 
 
 # ------------------------------------------------------------------------------------------------------------- shipped
@@ -89,7 +89,7 @@ def test_the_sample_models_table_ships(name: str) -> None:
     assert found is not None
     loose = {(i, h): x for i, layer in enumerate(found.heads) for h, x in enumerate(layer) if x != 1}
     assert loose == {(0, 0): 4, (0, 1): 4, (0, 2): 4, (7, 2): 0, (8, 0): 0, (18, 2): 0}
-    policy, source = calibrations.calibrated(PRESETS["balanced"], SMOLLM2, name)
+    policy, source = heads.calibrated(PRESETS["balanced"], SMOLLM2, name)
     assert policy.heads == found.heads
     assert "SmolLM2-135M" in source
 
@@ -106,7 +106,7 @@ def test_the_sample_models_table_ships(name: str) -> None:
 )
 def test_another_name_or_shape_gets_no_table(decoder: Decoder, name: str) -> None:
     assert shipped(decoder, name) is None
-    assert calibrations.calibrated(PRESETS["balanced"], decoder, name) == (PRESETS["balanced"], "")
+    assert heads.calibrated(PRESETS["balanced"], decoder, name) == (PRESETS["balanced"], "")
 
 
 def test_every_shipped_table_fits_the_shape_it_names() -> None:
@@ -129,4 +129,4 @@ def test_a_shape_tells_layers_apart() -> None:
 
 def test_heads_of_the_policy_must_fit_the_model() -> None:
     with pytest.raises(OptionError, match="1 layers, and the model has 30"):
-        calibrations.calibrated(PRESETS["safe"].with_heads(((1.0,),)), SMOLLM2, "SmolLM2-135M")
+        heads.calibrated(PRESETS["safe"].with_heads(((1.0,),)), SMOLLM2, "SmolLM2-135M")

@@ -103,7 +103,7 @@ def test_a_builder_that_dies_is_an_error_with_its_last_words(tmp_path: Path) -> 
         "    os.abort()\n"
     )
     code = (
-        "from transom.runtime.trial import run_in_child\n"
+        "from transom.preparation.child import run_in_child\n"
         "try: run_in_child('dying_builder:build', {}).unwrap('Building')\n"
         "except Exception as e: print(e)\n"
     )

@@ -9,7 +9,7 @@ import pytest
 from rtx_networks import compiled
 
 from transom.errors import EngineError
-from transom.runtime.selfcheck import golden_logits
+from transom.preparation.selfcheck import golden_logits
 from transom_tensorrt.emulating import SLOTS, OnnxExecutor
 from transom_tensorrt.network import MODEL_FILE
 

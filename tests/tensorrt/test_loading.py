@@ -13,7 +13,7 @@ from rtx_networks import CPU, Compiled, compiled
 
 from transom.contract import Artifact, Work
 from transom.errors import DoesNotFit, EngineError
-from transom.runtime.selfcheck import golden_logits
+from transom.preparation.selfcheck import golden_logits
 from transom_tensorrt import emulating, loading
 from transom_tensorrt.loading import MOST_SLOTS, load_artifact
 from transom_tensorrt.network import CHUNK, DECODER_FILE, ENGINE_FILE, NETWORK_FILE

@@ -13,11 +13,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from checkpoints import fresh_rng, tiny
 from running import Running, parted, reference
 
+from transom.preparation.selfcheck import compare
 from transom.programs.drafting import Drafting, NoForm
 from transom.quantize.calibration import calibrate
 from transom.quantize.passes import Scheme, quantize
 from transom.reference.executor import Executor
-from transom.runtime.selfcheck import compare
 from transom.sources import resolve
 from transom.testing.models import VARIANTS, tiny_decoder
 from transom_tensorrt.lowering import RtxKernels

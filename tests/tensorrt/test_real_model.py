@@ -18,10 +18,10 @@ from running import Running, reference
 from targets import built, content, summaries
 
 from transom.graph.reading import vocabulary_products
+from transom.preparation.calibration_texts import pieces
+from transom.preparation.selfcheck import compare
 from transom.quantize.calibration import calibrate
 from transom.quantize.passes import Scheme, quantize
-from transom.runtime.pieces import pieces
-from transom.runtime.selfcheck import compare
 from transom.sources import resolve
 from transom_tensorrt import compiling
 from transom_tensorrt.precision import Precision

@@ -13,8 +13,8 @@ from rtx_networks import CPU, Compiled, compiled
 from transom.contract import Limits, OutOfPages, SavingSession, Work
 from transom.errors import EngineError
 from transom.ops.sparse_routing import COLUMN_ROWS
+from transom.preparation.selfcheck import golden_logits
 from transom.reference.executor import Executor
-from transom.runtime.selfcheck import golden_logits
 from transom.sessions import PackedSession
 from transom.sparsity import Sparsity
 from transom.testing.models import VARIANTS

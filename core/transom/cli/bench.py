@@ -82,7 +82,7 @@ def bench(
     Each backend loads the model in a process of its own; they take turns, prompts are random tokens, and the medians of
     all rounds are shown. Nothing else should run meanwhile.
     """
-    from transom.runtime.bundles import read_manifest
+    from transom.bundles.manifest import read_manifest
     from transom.sources import bundle_at, resolve
     from transom.sparsity import Sparsity
 
@@ -131,8 +131,8 @@ def _heat_maps(
     import transom
     from transom.cli import heat_map
     from transom.errors import OptionError
-    from transom.runtime.densities import along
-    from transom.runtime.passages import default_texts
+    from transom.evaluation.densities import along
+    from transom.preparation.passages import default_texts
 
     for what, given in (("--device", devices), ("--backend", backends), ("--prompt-tokens", prompts)):
         if len(given) > 1:
@@ -164,8 +164,8 @@ def _context(model: str, prompts: Sequence[int], new_tokens: int) -> int:
     Raises:
         OptionError: a prompt is longer than the model was made for, or the model does not generate.
     """
+    from transom.bundles.manifest import read_manifest
     from transom.errors import OptionError
-    from transom.runtime.bundles import read_manifest
     from transom.sources import bundle_at, resolve
 
     if (bundle := bundle_at(model)) is not None:
@@ -192,7 +192,7 @@ def _print(
     model: str, facts: Mapping[str, Any], prompts: Sequence[int], new_tokens: int, rounds: int, rows: Sequence[Row]
 ) -> None:
     from transom.cli.benching import best
-    from transom.runtime.memory import size
+    from transom.preparation.memory import size
 
     heading(next((str(row.report["model"]) for row in rows if row.report), model))
     _machine(facts)

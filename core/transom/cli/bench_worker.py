@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from typing import IO, TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from transom.runtime.model import Model
+    from transom.generation.model import Model
 
 
 def main() -> None:

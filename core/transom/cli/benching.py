@@ -88,7 +88,7 @@ def rows_for(devices: Sequence[str], backends: Sequence[str], probe_file: str | 
     from pathlib import Path
 
     from transom import hardware
-    from transom.runtime.machine import survey
+    from transom.loading.machine import survey
 
     machine = survey(Path(probe_file) if probe_file else None)
     known = machine.plugins.backends

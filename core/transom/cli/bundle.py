@@ -34,8 +34,8 @@ def bundle() -> None:
 @JSON
 def verify(folder: Path, variants: tuple[str, ...], device: str, probe_file: str | None, as_json: bool) -> None:
     """Replay the expected answers of the bundle in FOLDER, with each variant that something here can run."""
+    from transom.bundles.replay import replay
     from transom.errors import SelectionError, SelfCheckFailed
-    from transom.runtime.replaying import replay
 
     with Progress(stage="read") as progress:
         _, found = replay(_bundle(folder), variants=variants, device=device, probe_file=probe_file, progress=progress)
@@ -65,9 +65,9 @@ def judge(folder: Path, device: str, probe_file: str | None, as_json: bool) -> N
     import json
 
     from transom import hardware
-    from transom.runtime.bundles import read_manifest
-    from transom.runtime.judging import judge as judged
-    from transom.runtime.machine import survey
+    from transom.bundles.judging import judge as judged
+    from transom.bundles.manifest import read_manifest
+    from transom.loading.machine import survey
 
     place = _bundle(folder)
     read_manifest(place)  # what is wrong with it is said in a sentence
@@ -96,8 +96,8 @@ def libraries(folder: Path, package: Path, abi: str, as_json: bool) -> None:
 
     Missing ones, those for another processor, and those that newer phones or the app store reject are named.
     """
-    from transom.runtime.bundles import read_manifest
-    from transom.runtime.exporting import require_libraries
+    from transom.bundles.exporting import require_libraries
+    from transom.bundles.manifest import read_manifest
 
     manifest = read_manifest(_bundle(folder))
     needed = list(dict.fromkeys(name for variant in manifest.variants for name in variant.libraries))

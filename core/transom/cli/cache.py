@@ -30,7 +30,7 @@ def cache() -> None:
 def show(as_json: bool) -> None:
     """Show every entry, least recently used first."""
     from transom.artifacts import Cache
-    from transom.runtime.memory import size
+    from transom.preparation.memory import size
 
     store = Cache.default()
     items, stats = store.list(), store.stats()
@@ -83,7 +83,7 @@ def _what(facts: Mapping[str, Any]) -> str:
 
 def _tell(removed: object, as_json: bool) -> None:
     from transom.artifacts import Removed
-    from transom.runtime.memory import size
+    from transom.preparation.memory import size
 
     assert isinstance(removed, Removed)
     if as_json:

@@ -11,7 +11,7 @@ from transom.cli.options import BACKEND, DEVICE, JSON, MODEL, THREADS
 from transom.cli.output import Progress, aside, print_json
 
 if TYPE_CHECKING:
-    from transom.runtime.calibrating import Outcome
+    from transom.evaluation.head_calibration import Outcome
 
 
 @click.command(
@@ -40,7 +40,7 @@ def calibrate_sparsity(model: str, out: str | None, texts: tuple[str, ...], as_j
     Every KV head is made sparse alone, and what that does to the answers is measured on long passages. Heads that must
     not miss anything stay dense, and others read less. Takes minutes for a small model, and more with every head.
     """
-    from transom.runtime.calibrating import calibrate_file
+    from transom.evaluation.head_calibration import calibrate_file
 
     with Progress(stage="Loading the model") as progress:
         outcome = calibrate_file(

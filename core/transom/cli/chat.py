@@ -14,8 +14,8 @@ from transom.cli.options import MODEL, load_arguments, loading, sampling, sampli
 from transom.cli.output import Answer, Progress, aside, is_terminal, print_json_line, warn
 
 if TYPE_CHECKING:
-    from transom.runtime.model import Model
-    from transom.runtime.results import Generation
+    from transom.generation.model import Model
+    from transom.generation.results import Generation
 
 COMMANDS = {
     "/help": "Show this.",
@@ -58,7 +58,7 @@ def chat(model: str, system: str | None, quiet: bool, as_json: bool, **options: 
     """
     import transom
     from transom.errors import OptionError
-    from transom.runtime.templates import require_sound_template
+    from transom.loading.template_check import require_sound_template
 
     generation = sampling_arguments(options)
     with Progress(quiet=quiet, stage="load") as progress:
@@ -254,7 +254,7 @@ class _Talk:
             self.used = 0
 
     def _retry(self, rest: str) -> None:
-        from transom.runtime.params import resolve
+        from transom.generation.params import resolve
 
         before = self.conversation.copy()
         text = self.conversation.take_back()
@@ -286,7 +286,7 @@ class _Talk:
         import json
 
         from transom.errors import OptionError
-        from transom.runtime.params import resolve
+        from transom.generation.params import resolve
 
         changed = dict(self.params)
         for word in rest.split():

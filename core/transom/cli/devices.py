@@ -25,7 +25,7 @@ def devices(everything: bool, probe_file: str | None, as_json: bool) -> None:
 
     from transom import hardware
     from transom.hardware.probe_file import to_json
-    from transom.runtime.memory import size
+    from transom.preparation.memory import size
 
     found = hardware.probe(Path(probe_file) if probe_file else None)
     remote = [d for d in hardware.catalogue() if d.id not in {x.id for x in found.devices}]

@@ -114,8 +114,8 @@ def diagnose(probe_file: Path | None = None, progress: Progress | None = None) -
     Args:
         probe_file: devices from a file; they are not here, so nothing is tried on them.
     """
-    from transom.runtime.machine import survey
-    from transom.runtime.operators import register_operators
+    from transom.loading.machine import survey
+    from transom.preparation.plugin_operators import register_operators
 
     machine = survey(probe_file)
     register_operators(machine.plugins)  # asked for here, as it may find more that is broken
@@ -146,7 +146,7 @@ def diagnose(probe_file: Path | None = None, progress: Progress | None = None) -
 
 def _try(backend: str, device: Device, offer: Offer, progress: Progress | None) -> Trial:
     from transom.errors import TransomError
-    from transom.runtime.trial import run_in_child
+    from transom.preparation.child import run_in_child
 
     with tempfile.TemporaryDirectory(prefix="transom-doctor-", ignore_cleanup_errors=True) as folder:
         payload = {"backend": backend, "device": to_json([device]), "folder": folder}

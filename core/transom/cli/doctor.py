@@ -49,7 +49,7 @@ def doctor(probe_file: str | None, as_json: bool) -> int:
 
 
 def _print(found: Diagnosis) -> None:
-    from transom.runtime.memory import size
+    from transom.preparation.memory import size
 
     system, packages = found.system, found.packages
     heading(f"Transom {packages.get('transom', '')}")

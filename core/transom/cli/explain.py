@@ -11,7 +11,7 @@ from transom.cli.options import DEVICE, JSON, MODEL, PROBE_FILE, SPARSITY
 from transom.cli.output import Progress, print_json, warn
 
 if TYPE_CHECKING:
-    from transom.runtime.explain import Explanation
+    from transom.loading.explanation import Explanation
 
 
 @click.command(

@@ -20,8 +20,8 @@ from transom.cli.options import (
 from transom.cli.output import Progress, print_json, table, warn
 
 if TYPE_CHECKING:
+    from transom.bundles.exporting import Exported, Target
     from transom.contract import Offer, Refusal
-    from transom.runtime.exporting import Exported, Target
 
 
 @click.command(
@@ -94,7 +94,7 @@ def export(
         _list(probe_file, as_json)
         return
     if target is None:
-        from transom.runtime.exporting import known_targets
+        from transom.bundles.exporting import known_targets
 
         raise OptionError(
             "There is no device to compile for",
@@ -142,8 +142,8 @@ def _print(made: Exported) -> None:
 
 def _list(probe_file: str | None, as_json: bool) -> None:
     """Every target, with the backends that compile for it or else what would make one."""
+    from transom.bundles.exporting import targets
     from transom.contract import Offer
-    from transom.runtime.exporting import targets
 
     found = targets(probe_file)
     if as_json:

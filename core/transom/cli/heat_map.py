@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from transom.errors import MissingExtra, OptionError
 
 if TYPE_CHECKING:
-    from transom.runtime.densities import Densities
+    from transom.evaluation.densities import Densities
 
 ENDINGS = (".png", ".html")
 

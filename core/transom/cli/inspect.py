@@ -62,7 +62,7 @@ def _facts(facts: Sequence[tuple[str, str]]) -> None:
 
 
 def _summary(found: Inspection) -> list[tuple[str, str]]:
-    from transom.runtime.memory import size
+    from transom.preparation.memory import size
 
     file = found.path + ("" if found.file_bytes is None else f" ({size(found.file_bytes)})")
     bits = 8 * found.weight_bytes / found.parameters if found.parameters else 0
@@ -126,7 +126,7 @@ def _templates(found: Inspection) -> str:
 
 
 def _kinds(title: str, kinds: Sequence[Kind]) -> None:
-    from transom.runtime.memory import size
+    from transom.preparation.memory import size
 
     click.echo()
     heading(title)
@@ -138,7 +138,7 @@ def _kinds(title: str, kinds: Sequence[Kind]) -> None:
 
 
 def _memory(found: Inspection) -> None:
-    from transom.runtime.memory import size
+    from transom.preparation.memory import size
 
     click.echo()
     heading("Memory for one sequence, without working space")

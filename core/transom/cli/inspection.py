@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transom.plugins import load_plugins
-from transom.runtime.operators import explaining_rejected, register_operators
+from transom.preparation.plugin_operators import explaining_rejected, register_operators
 from transom.sources import local_path, resolve
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 PRECISIONS = ("auto", "exact", "fast", "f32", "bf16", "f16", "int8", "fp8", "int4")
 VERIFIES = ("auto", "off", "always")
-"""As `transom.runtime.loading` has them; repeated here because `--help` must not import it."""
+"""As `transom.api.load` has them; repeated here because `--help` must not import it."""
 
 
 def _starting_with(incomplete: str, names: Iterable[str]) -> list[str]:
@@ -147,7 +147,7 @@ def sampling_arguments(options: dict[str, Any], **more: Any) -> dict[str, Any]:
     Raises:
         OptionError: a value that no model could follow, so that it is refused before a model is loaded.
     """
-    from transom.runtime.params import resolve
+    from transom.generation.params import resolve
 
     given = {name: options.pop(name) for name in _SAMPLING_NAMES} | more
     if given["logit_bias"]:

@@ -16,7 +16,7 @@ import click
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from transom.runtime.generation import Stream
+    from transom.generation.streams import Stream
 
 PATIENCE = 0.6
 """Seconds before progress is shown on a terminal: quick work stays silent."""

@@ -15,8 +15,8 @@ from transom.cli.options import MODEL, load_arguments, loading, sampling, sampli
 from transom.cli.output import Answer, Progress, aside, is_terminal, print_json, warn
 
 if TYPE_CHECKING:
-    from transom.runtime.generation import Stream
-    from transom.runtime.model import Model
+    from transom.generation.model import Model
+    from transom.generation.streams import Stream
 
 WORTH_KEEPING = 0.9
 """A prompt cache that held this share of the prompt is not written anew."""
@@ -70,8 +70,8 @@ def run(
     """
     import transom
     from transom.errors import OptionError
-    from transom.runtime.report import answer_line
-    from transom.runtime.templates import require_sound_template
+    from transom.generation.report import answer_line
+    from transom.loading.template_check import require_sound_template
 
     generation = sampling_arguments(options, n=n, logprobs=logprobs)
     if raw and (system is not None or variables):

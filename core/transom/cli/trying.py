@@ -29,9 +29,9 @@ def try_backend(payload: Mapping[str, Any], progress: Any) -> dict[str, Any]:
     from transom.errors import EngineError, SelectionError, TransomError
     from transom.hardware.probe_file import from_json
     from transom.plugins import load_plugins
-    from transom.runtime import selfcheck
-    from transom.runtime.lowering import lower
-    from transom.runtime.operators import register_operators
+    from transom.preparation import selfcheck
+    from transom.preparation.lowering import lower
+    from transom.preparation.plugin_operators import register_operators
     from transom.testing.models import tiny_decoder
 
     (device,) = from_json(payload["device"])

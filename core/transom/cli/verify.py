@@ -48,7 +48,7 @@ def verify(
     exactly, so that the model is compared and not its rounding.
     """
     import transom
-    from transom.runtime.verify import verify_model
+    from transom.evaluation.verify import verify_model
     from transom.sources import resolve
 
     resolve(model)  # a wrong path, or a bundle, which has no other program, is said before anything is loaded

@@ -21,7 +21,7 @@ _SOURCES = (
 
 BUNDLE_MANIFEST = "manifest.json"
 BUNDLE_KEY = "transom_bundle"
-"""The first key of a bundle's manifest. By these two a bundle is known; what is in it only `transom.runtime` reads."""
+"""The first key of a bundle's manifest. By these two a bundle is known; what is in it only `transom.bundles` reads."""
 
 _WAYS = "Give the path of a .gguf file, of a Hugging Face directory (config.json, *.safetensors), or of an .onnx file"
 

@@ -17,8 +17,8 @@ import numpy as np
 from transom.contract import Artifact, Backend, Claim, Device, Offer, Refusal, Session
 from transom.errors import EngineError, UnsupportedError
 from transom.graph import Graph
+from transom.preparation.lowering import Lowered, claims_of, lower
 from transom.reference.executor import Executor
-from transom.runtime.lowering import Lowered, claims_of, lower
 from transom.signature import cache_input_names
 from transom.testing.compare import Tolerance, tolerance
 from transom.testing.models import VARIANTS, tiny_decoder

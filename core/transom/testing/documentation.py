@@ -22,7 +22,7 @@ from transom.graph.passes import decompose
 from transom.hardware import find
 from transom.ops import OpSchema, Param, operators
 from transom.ops.standard import has_own_reference
-from transom.runtime.lowering import claims_of, lower
+from transom.preparation.lowering import claims_of, lower
 from transom.testing.models import VARIANTS, tiny_decoder
 from transom.testing.one_node import NODE, one_node
 

@@ -14,9 +14,9 @@ import pytest
 from edge_building import SOURCES
 from edge_bundles import PHONE, content_hash, device_json, variant, write_bundle, write_manifest
 
+from transom.bundles.judging import judge
 from transom.contract import Device
 from transom.hardware.catalogue import catalogue
-from transom.runtime.judging import judge
 from transom_mobile_export.htp.probing import SOC_MODELS
 
 Run = Callable[..., Any]

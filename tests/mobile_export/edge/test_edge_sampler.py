@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from transom.runtime.params import SamplingParams
-from transom.runtime.sampling import Sampler
-from transom.runtime.stops import StopStrings
+from transom.generation.params import SamplingParams
+from transom.generation.sampling import Sampler
+from transom.generation.stops import StopStrings
 
 Call = Callable[..., Any]
 

@@ -15,10 +15,10 @@ from edge_bundles import variant, write_bundle
 from onnx import ModelProto, TensorProto, helper
 
 from transom.contract import Work
+from transom.generation.params import SamplingParams
+from transom.generation.sampling import Sampler
 from transom.graph.sparse import with_sparsity
 from transom.programs.onnx_writing import IR_VERSION
-from transom.runtime.params import SamplingParams
-from transom.runtime.sampling import Sampler
 from transom.sparsity import Sparsity
 from transom.testing.models import tiny_decoder
 from transom_mobile_export.htp.claims import drafted

@@ -11,7 +11,7 @@ import pytest
 from genai_making import BACKEND, app_files, made
 
 from transom.errors import OptionError
-from transom.runtime.params import resolve
+from transom.generation.params import resolve
 from transom.testing.models import tiny_decoder
 from transom.text.defaults import GenerationDefaults
 

@@ -15,7 +15,7 @@ import pytest
 from genai_making import Made, app_files, genai_greedy, genai_logits, greedy, logits, made, parted, reference
 from models import sample_model
 
-from transom.runtime.selfcheck import compare
+from transom.preparation.selfcheck import compare
 from transom.sources import resolve
 from transom.testing.models import tiny_decoder
 from transom.text.defaults import GenerationDefaults

@@ -19,9 +19,9 @@ from onnx import TensorProto, helper
 from transom.contract import Cancelled, SavingSession, Work
 from transom.errors import EngineError, UnsupportedError
 from transom.graph.weights import Blocked, BlockedArrays, dequantize
+from transom.preparation.selfcheck import compare, golden_logits
 from transom.programs.drafting import Draft, Value
 from transom.programs.onnx_writing import FLOAT, IR_VERSION, OnnxWriter
-from transom.runtime.selfcheck import compare, golden_logits
 from transom.testing.models import tiny_decoder
 from transom_mobile_export.htp import sdk
 from transom_mobile_export.htp.backend import Qnn

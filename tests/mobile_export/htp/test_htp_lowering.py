@@ -10,7 +10,7 @@ from htp_models import CPU, draw, float_logits, options
 
 from transom.errors import DoesNotFit, OptionError, UnsupportedError
 from transom.graph.sparse import with_sparsity
-from transom.runtime.selfcheck import golden_logits
+from transom.preparation.selfcheck import golden_logits
 from transom.sparsity import Sparsity
 from transom.testing.models import VARIANTS, tiny_decoder
 from transom_mobile_export.htp.backend import Qnn

@@ -16,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
 
 from models import sample_model
 
-from transom.runtime.pieces import pieces
-from transom.runtime.selfcheck import compare, golden_logits
+from transom.preparation.calibration_texts import pieces
+from transom.preparation.selfcheck import compare, golden_logits
 from transom.sources import resolve
 from transom_mobile_export.htp.claims import drafted
 from transom_mobile_export.htp.encoding import RoundedMatrices, add_rounding

@@ -20,9 +20,9 @@ from transom.graph.sparse import with_sparsity
 from transom.ops import sparse_attention
 from transom.ops.sparse_attention import OBSERVER, attend
 from transom.ops.sparse_routing import Choice
+from transom.preparation.selfcheck import compare
 from transom.programs.onnx_writing import FLOAT, IR_VERSION, OnnxWriter
 from transom.reference.executor import Executor
-from transom.runtime.selfcheck import compare
 from transom.sessions import PackedSession
 from transom.sparsity import Sparsity
 from transom.sparsity.static import static_refusal

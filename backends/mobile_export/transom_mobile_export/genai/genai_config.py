@@ -64,7 +64,7 @@ def padding(generation: GenerationDefaults) -> int:
 
 def _search(context: int, vocabulary: int, generation: GenerationDefaults) -> dict[str, Any]:
     """How tokens are chosen unless an app says otherwise: as the model's authors want it, else the likeliest. The rules
-    are those of `transom.runtime.params`."""
+    are those of `transom.generation.params`."""
     implied = 1.0 if generation.sample else 0.0
     temperature = implied if generation.temperature is None else generation.temperature
     return {

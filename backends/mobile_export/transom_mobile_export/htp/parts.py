@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
+from transom.bundles.storage import FORMS
 from transom.errors import DoesNotFit, UnsupportedError
 from transom.graph.weights import Weight
-from transom.runtime.storage import FORMS
 from transom_mobile_export.htp.layout import LARGEST
 
 if TYPE_CHECKING:

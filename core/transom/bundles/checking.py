@@ -1,0 +1,30 @@
+"""Checking a bundle where it has never run: a job of the child process. Imported nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transom.bundles.manifest import open_bundle
+from transom.contract import Progress
+from transom.preparation.pipeline import Preparation
+
+
+def check(payload: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
+    """Open a bundle and compare it with the reference's answers that it carries; returns the verdict.
+
+    Args:
+        payload: the job, and the name of the `variant`.
+    """
+    arguments = dict(payload)
+    name = arguments.pop("variant")
+    preparation = Preparation(arguments, progress)
+    job = preparation.job
+    whole = open_bundle(Path(job.model), preparation.cache, progress)
+    bundle = whole.of(next(v for v in whole.manifest.variants if v.name == name))
+    try:
+        preparation.take(bundle.source)
+        return preparation.check(bundle, bundle.golden() if job.verify else {})
+    finally:
+        bundle.release()

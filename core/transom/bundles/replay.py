@@ -1,0 +1,89 @@
+"""Replaying what a bundle expects: each variant, on whatever here can run it, against the answers that it holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from transom.artifacts import Cache
+from transom.bundles.manifest import BundleError, Manifest, open_bundle, read_manifest
+from transom.bundles.opening import load_bundle
+from transom.errors import CacheError, DoesNotFit, OptionError, SelectionError, TransomError
+from transom.loading.loader import Asked
+from transom.sparsity import Sparsity
+
+if TYPE_CHECKING:
+    from transom.contract import Progress
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """One variant."""
+
+    variant: str
+    state: Literal["passed", "failed", "not here"]
+    where: str
+    """Backend and device that ran it; empty where nothing did."""
+    text: str
+    """The numbers, or why not."""
+
+    def __str__(self) -> str:
+        return f"{self.variant}: {self.state}" + (f" on {self.where}" if self.where else "") + f": {self.text}"
+
+
+def replay(
+    folder: Path,
+    *,
+    variants: Sequence[str] = (),
+    device: str = "auto",
+    probe_file: str | Path | None = None,
+    cache: Cache | None = None,
+    progress: Progress | None = None,
+) -> tuple[Manifest, list[Replayed]]:
+    """Run a bundle's fixed prompt through its variants, once the hash of each file is found to be right.
+
+    Args:
+        variants: names of some; empty for all.
+        device: `"auto"`, or the id of one that is here.
+
+    Raises:
+        BundleError: the bundle is damaged.
+        OptionError: there is no such variant or device.
+    """
+    cache, progress = cache or Cache.default(), progress or _silent
+    manifest = read_manifest(folder)
+    names = [v.name for v in manifest.variants]
+    for name in variants:
+        if name not in names:
+            raise OptionError(f"The bundle {folder} has no variant {name!r}", f"It has {', '.join(names)}")
+    open_bundle(folder, cache, progress, known=False).release()
+    return manifest, [_replay(folder, name, device, probe_file, cache, progress) for name in variants or names]
+
+
+def _replay(
+    folder: Path, name: str, device: str, probe_file: str | Path | None, cache: Cache, progress: Progress
+) -> Replayed:
+    options: dict[str, Any] = {"context": None, "precision": "auto", "threads": None}
+    asked = Asked(options, Sparsity.parse("off"), (), "always")
+    try:
+        with load_bundle(
+            folder, asked, device=device, backend="auto", probe_file=probe_file, cache=cache, progress=progress,
+            variant=name,
+        ) as model:  # fmt: skip
+            report = model.report
+            return Replayed(name, "passed", f"{report.backend} on {report.device.id}", report.check)
+    except SelectionError as error:
+        said = f" ({'; '.join(error.details)})" if error.details else ""
+        return Replayed(name, "not here", "", " ".join(filter(None, (f"{error.cause}.", error.fix))) + said)
+    except DoesNotFit as error:
+        return Replayed(name, "not here", "", error.cause)
+    except (OptionError, BundleError, CacheError):
+        raise
+    except TransomError as error:
+        return Replayed(name, "failed", "", error.cause)
+
+
+def _silent(stage: str, share: float | None) -> None:
+    """Nobody listens."""

@@ -1,0 +1,138 @@
+"""What a bundle holds besides compiled models: tokenizer, chat template, licences, and what apps want to find."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transom.artifacts.entries import check_file_name
+from transom.contract import AppBackend, Backend
+from transom.errors import TransomError
+from transom.preparation.cached_source import TOKENIZER_HEADER
+from transom.preparation.memory import size
+from transom.preparation.plugin_calls import guarded
+from transom.sources import local_path
+
+if TYPE_CHECKING:
+    from transom.bundles.manifest import Manifest, Variant
+    from transom.preparation.cached_source import Prepared
+    from transom.text.proving import TextProof
+
+README = "README.md"
+_LICENCE = re.compile(r"((un)?licen[cs]e|copying)(?![a-z]).*|notice(\.\w+)?", re.IGNORECASE)
+"""Names of files that say what a model may be used for."""
+_LONGEST_LICENCE = 1 << 20
+"""Bytes. What is longer is a file of another kind with such a name."""
+
+
+def texts_of(source: Prepared) -> tuple[dict[str, bytes], TextProof | None]:
+    """Tokenizer, chat template and generation defaults, in Hugging Face's form and in Transom's; with the proof that
+    both say the same.
+
+    Raises:
+        TextProofError: the tokenizer's Hugging Face form gives other tokens.
+    """
+    from transom.text.proving import prove_texts
+    from transom.text.to_hf import hf_files
+
+    files = {n: source.files.read(n) for n in ("chat_template.json", "generation.json") if n in source.files.files}
+    tokenizer, template = source.tokenizer(), source.chat_template()
+    if tokenizer is None:
+        return files, None
+    files |= hf_files(tokenizer, template, source.generation())
+    files[TOKENIZER_HEADER] = tokenizer.header().encode()
+    return files, prove_texts(tokenizer, template, files)
+
+
+def licences_of(model: Any) -> list[Path]:
+    """The licence files that lie beside a model."""
+    path = local_path(model)
+    if path is None:
+        return []
+    folder = path if path.is_dir() else path.parent
+    found = [p for p in folder.iterdir() if _LICENCE.fullmatch(p.name) and p.is_file()]
+    return sorted(p for p in found if p != path and p.stat().st_size <= _LONGEST_LICENCE)
+
+
+def licence_of(model: Any, licences: list[Path]) -> str | None:
+    """What the model's files say of their licence: GGUF's `general.license`, or the name of a file; None: nothing."""
+    path = local_path(model)
+    if path is None:
+        return None
+    from transom.sources.gguf import GgufSource, gguf_path
+    from transom.sources.gguf_file import open_gguf
+
+    found = None
+    if GgufSource().matches(path):
+        try:
+            found = open_gguf(gguf_path(path)).metadata.get("general.license")
+        except TransomError:  # who reads the model says what is wrong with it
+            return None
+    if isinstance(found, str) and found:
+        return found
+    return licences[0].name if licences else None
+
+
+def app_files(manifest: Manifest, backends: Mapping[str, Backend], texts: Mapping[str, bytes]) -> dict[str, bytes]:
+    """README.md, and what the backends want apps to find in the root. Raises EngineError: one gave no files."""
+
+    def made_by(backend: AppBackend, variant: Variant) -> dict[str, bytes]:
+        made = backend.app_files(manifest.head(), variant.to_json(), texts)
+        return {check_file_name(name): bytes(content) for name, content in made.items()}
+
+    files: dict[str, bytes] = {}
+    parts = []
+    for variant in manifest.variants:
+        backend = backends[variant.backend]
+        if not isinstance(backend, AppBackend):
+            continue
+        made = guarded(variant.backend, "writing files for apps", partial(made_by, backend, variant))
+        if (part := made.pop(README, None)) is not None:
+            parts.append(part.decode().strip())
+        files |= made
+    files[README] = "\n\n".join([_readme(manifest), *dict.fromkeys(parts)]).encode() + b"\n"
+    return files
+
+
+def _readme(manifest: Manifest) -> str:
+    decoder = manifest.decoder
+    lines = [
+        f"# {manifest.name}",
+        "",
+        "A language model, compiled by Transom for the devices below. Keep this folder as it is: `manifest.json` knows "
+        "the hash of each file.",
+        "",
+        "| Variant | For | Made by | Numbers | Context | Weights | Memory with a full context |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    lines += [_row(variant) for variant in manifest.variants]
+    lines += ["", f"Licence of the model: {manifest.license or 'none is named; ask who made it'}."]
+    if decoder is not None:
+        expected = json.dumps(list(manifest.tokens[:8]))
+        lines += [
+            "",
+            "`tokenizer.json`, `tokenizer_config.json` (with the chat template) and `generation.json` (how tokens are "
+            "chosen, and which ones end an answer) belong to all variants. The fixed prompt begins with the tokens "
+            f"{expected}; `expected.best` in the manifest has what must come after each.",
+        ]
+    lines += [
+        "",
+        'On a computer: `transom run . "Hello"`; `transom bundle verify .` replays the expected answers.',
+    ]
+    return "\n".join(lines)
+
+
+def _row(variant: Variant) -> str:
+    full = size(variant.needed(variant.context)) if variant.memory else "-"
+    weights = size(variant.memory["weights"]) if variant.memory else "-"
+    target = variant.target.name or variant.target.id
+    numbers = variant.precision or "as the model has them"
+    context = str(variant.context) if variant.context else "-"
+    return (
+        f"| `{variant.name}` | {target} ({variant.target.arch}) | {variant.backend} {variant.backend_version} "
+        f"| {numbers} | {context} | {weights} | {full} |"
+    )

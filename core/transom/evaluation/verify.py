@@ -1,0 +1,462 @@
+"""Is it the same model? A loaded decoder compared with another program that runs the same files.
+
+The other program is transformers where it reads the files (Hugging Face directories, GGUF files of architectures it
+knows, models in memory); for an ONNX file it is the file's own graph, as it was exported, run by the NumPy reference.
+Random prompts of different lengths go through one ragged batch, first their beginnings together, then the rest token by
+token, so that prefill, cached decode and the keeping apart of sequences are all compared, each position of each
+prompt. This is the logic behind `transom verify MODEL`.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import numpy as np
+
+from transom.contract import Progress, Session, State, Work
+from transom.errors import MissingExtra, SourceError, UnsupportedError
+from transom.plugins import load_plugins
+from transom.preparation.plugin_operators import register_operators
+from transom.preparation.selfcheck import Agreement, Array, compare
+
+if TYPE_CHECKING:
+    from transom.generation.model import Model
+    from transom.signature import Decoder
+
+Precision = Literal["exact", "bf16", "int8", "int4"]
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """How far logits may differ before the models count as different."""
+
+    kl_mean: float
+    """Mean divergence, nats."""
+    correlation_min: float
+    """Of any position."""
+    relative: float
+    """Largest difference of a logit, as a share of the largest logit."""
+
+
+BOUNDS: Mapping[Precision, Bounds] = {
+    "exact": Bounds(1e-6, 0.99999, 1e-3),
+    "bf16": Bounds(0.01, 0.995, 0.1),
+    "int8": Bounds(0.05, 0.98, 0.3),
+    "int4": Bounds(0.5, 0.9, 1.0),
+}
+"""By the least exact step between the two.
+
+`exact`: both compute in float32 from the same numbers; what is left is the order of additions, below 1e-5 of the
+largest logit on all families tried, while a forgotten norm, a wrong rotary base or a window one token off is above
+1e-2. `bf16`: activations or weights were rounded to 8 bits of mantissa (2⁻⁹ each, growing with the root of the depth).
+`int8`, `int4`: weights were rounded again, so only gross errors show; the fidelity itself is the quantiser's to report.
+"""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was compared and what came out."""
+
+    model: str
+    oracle: str
+    """What it was compared with, and its version."""
+    precision: Precision
+    bounds: Bounds
+    seed: int
+    prompts: int
+    prefill: Agreement
+    decode: Agreement
+    largest_logit: float
+    agrees: bool
+    vocabulary: int
+    """Columns compared: the smaller of both vocabularies."""
+
+    @property
+    def relative(self) -> float:
+        """The largest difference of a logit as a share of the largest logit."""
+        return max(self.prefill.max_abs, self.decode.max_abs) / max(self.largest_logit, 1e-30)
+
+    def __str__(self) -> str:
+        head = "agrees with" if self.agrees else "DIFFERS from"
+        return (
+            f"{self.model} {head} {self.oracle} ({self.precision}): logits are off by at most {self.relative:.2g} of "
+            f"the largest. Prefill: {self.prefill}. Cached decode: {self.decode}."
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """For `--json`."""
+        return {**asdict(self), "relative": self.relative}
+
+
+class Oracle(Protocol):
+    """Another program that runs the same model."""
+
+    @property
+    def name(self) -> str:
+        """For people, with its version."""
+
+    def logits(self, ids: Sequence[int]) -> Array:
+        """float32 [tokens, vocabulary] of one sequence, without a cache."""
+
+
+def verify_model(model: Model, spec: Any, **options: Any) -> Verification:
+    """Compare a loaded model with the files (or the object) it was loaded from; options as in `verify_session`.
+
+    To compare the model rather than its rounding, load it with `precision="exact"`; else say by `precision=` here what
+    the backend rounded to.
+
+    Raises:
+        UnsupportedError: it is no decoder.
+        SourceError: they differ, and transformers reads the file with other settings. Others: as `oracle_for`.
+    """
+    if model.decoder is None:
+        raise UnsupportedError(f"{model.name} is not a decoder, so there are no logits to compare", "Use model.run()")
+    oracle = oracle_for(spec, progress=options.get("progress"))
+    with model._engine.exclusive() as session:
+        found = verify_session(
+            session, oracle, vocabulary=model.decoder.vocabulary, context=model.context, name=model.name, **options
+        )
+    if not found.agrees and isinstance(oracle, TransformersOracle) and (unlike := oracle.misread(model.decoder)):
+        raise SourceError(
+            f"{oracle.name} reads {oracle.gguf} with other settings than the file has, so comparing with it means "
+            f"nothing: {'; '.join(unlike)}",
+            "Verify the Hugging Face directory that the file was made from",
+        )
+    return found
+
+
+def verify_session(
+    session: Session,
+    oracle: Oracle,
+    *,
+    vocabulary: int,
+    context: int,
+    name: str = "the model",
+    precision: Precision = "exact",
+    prompts: int = 3,
+    longest: int = 48,
+    seed: int | None = None,
+    progress: Progress | None = None,
+) -> Verification:
+    """Compare a session with an oracle on random prompts.
+
+    Args:
+        session: a loaded decoder.
+        oracle: what is right.
+        vocabulary: token ids below this are drawn.
+        context: longest sequence, in tokens.
+        precision: the least exact step between the two; chooses the bounds.
+        prompts: sequences, of different lengths, in one ragged batch as far as the session takes it.
+        longest: tokens of the longest prompt. A model with a sliding window wants more than the window.
+        seed: for the prompts; None draws one, and the result names it.
+
+    Raises:
+        ValueError: fewer than one prompt, or prompts too short to have a decode part.
+    """
+    if prompts < 1 or longest < 8:
+        raise ValueError("verify needs at least one prompt of at least 8 tokens")
+    number = secrets.randbits(32) if seed is None else seed
+    rng = np.random.default_rng(number)
+    top = max(8, min(longest, context))
+    lengths = [max(6, top - int(rng.integers(0, max(top // 2, 1))) * (i > 0)) for i in range(prompts)]
+    sequences = [[int(t) for t in rng.integers(0, vocabulary, n)] for n in lengths]
+    firsts = [max(1, n - max(3, n // 4)) for n in lengths]
+    if progress is not None:
+        progress("compute", None)
+    got = _through(session, sequences, firsts)
+    wants = []
+    for i, ids in enumerate(sequences):
+        if progress is not None:
+            progress("compare", i / len(sequences))
+        wants.append(np.asarray(oracle.logits(ids), np.float32))
+    width = min(vocabulary, *(w.shape[1] for w in wants))
+
+    def gather(part: Callable[[Array, int], Array]) -> Agreement:
+        want = np.concatenate([part(w, f)[:, :width] for w, f in zip(wants, firsts, strict=True)])
+        have = np.concatenate([part(g, f)[:, :width] for g, f in zip(got, firsts, strict=True)])
+        return compare(want, have)
+
+    prefill, decode = gather(lambda rows, first: rows[:first]), gather(lambda rows, first: rows[first:])
+    largest = max(float(np.abs(w[:, :width]).max()) for w in wants)
+    bounds = BOUNDS[precision]
+    agrees = all(
+        a.kl_mean <= bounds.kl_mean
+        and a.correlation_min >= bounds.correlation_min
+        and a.max_abs <= bounds.relative * largest
+        for a in (prefill, decode)
+    )
+    return Verification(name, oracle.name, precision, bounds, number, prompts, prefill, decode, largest, agrees, width)
+
+
+def _through(session: Session, sequences: Sequence[Sequence[int]], firsts: Sequence[int]) -> list[Array]:
+    """The logits of every position: beginnings in one step, the rest token by token, all sequences side by side."""
+    limits = session.limits
+    together = max(1, min(limits.max_sequences, len(sequences)))
+    results: list[list[Array]] = [[] for _ in sequences]
+    for start in range(0, len(sequences), together):
+        group = list(range(start, min(start + together, len(sequences))))
+        states = {i: session.new_state() for i in group}
+        try:
+            done = dict.fromkeys(group, 0)
+            while any(done[i] < firsts[i] for i in group):
+                _one_step(session, group, states, sequences, firsts, done, results)
+            ends = [len(s) for s in sequences]
+            while any(done[i] < ends[i] for i in group):
+                _one_step(session, group, states, sequences, [min(done.get(i, 0) + 1, e) for i, e in enumerate(ends)],
+                          done, results)  # fmt: skip
+        finally:
+            for state in states.values():
+                state.free()
+    return [np.concatenate(rows) for rows in results]
+
+
+def _one_step(
+    session: Session,
+    group: Sequence[int],
+    states: Mapping[int, State],
+    sequences: Sequence[Sequence[int]],
+    until: Sequence[int],
+    done: dict[int, int],
+    results: list[list[Array]],
+) -> None:
+    """One step that brings each sequence nearer to `until`, within what a step may hold."""
+    limits = session.limits
+    room = limits.max_tokens
+    work, who = [], []
+    for i in group:
+        count = min(until[i] - done[i], room)
+        if limits.token_classes:
+            count = max((c for c in limits.token_classes if c <= count), default=0)
+        if count <= 0:
+            continue
+        work.append(Work(states[i], sequences[i][done[i] : done[i] + count], "all"))
+        who.append((i, count))
+        room -= count
+    if not work:
+        raise UnsupportedError(
+            f"the session takes only chunks of {limits.token_classes} tokens", "Verify it on another backend"
+        )
+    for (i, count), rows in zip(who, session.step(work), strict=True):
+        results[i].append(np.asarray(rows, np.float32))
+        done[i] += count
+
+
+# oracles -------------------------------------------------------------------------------------------------------------
+def oracle_for(spec: Any, *, progress: Progress | None = None) -> Oracle:
+    """What to compare a model with.
+
+    Raises:
+        MissingExtra: transformers or torch is not installed.
+        SourceError: transformers cannot read the model; says so plainly.
+    """
+    from transom.sources import local_path, resolve
+
+    source = resolve(spec)
+    if progress is not None:
+        progress("reference", None)
+    if source.kind == "onnx":
+        register_operators(load_plugins())  # before a graph that uses them is read
+        return GraphOracle(spec)
+    if source.kind == "torch":
+        return TransformersOracle.of(spec)
+    path = local_path(spec)
+    assert path is not None
+    return TransformersOracle.read(path, gguf=source.kind == "gguf")
+
+
+class GraphOracle:
+    """An ONNX file's own graph, as exported, with an empty cache, run by the NumPy reference."""
+
+    def __init__(self, spec: Any) -> None:
+        from transom.graph.importing import import_model
+        from transom.graph.raising.abstract import Fact
+        from transom.reference.executor import Executor
+        from transom.sources.onnx import onnx_path
+        from transom.sources.onnx_file import open_onnx
+
+        path = onnx_path(spec)
+        graph = import_model(open_onnx(path)[0], name=path.stem, weights_hash="")
+        self.name = f"the graph in {path.name} as exported, run by the NumPy reference"
+        self._executor, self._fact = Executor(graph, keep_weights=True), Fact
+        self._graph = graph.model.graph
+
+    def logits(self, ids: Sequence[int]) -> Array:
+        from transom.graph.raising.lengths import Lengths, facts_of_inputs, find_caches, find_ids
+
+        tokens = find_ids(self._graph)
+        facts = facts_of_inputs(self._graph, tokens, find_caches(self._graph), Lengths(len(ids), 0))
+        inputs: dict[str, Any] = {}
+        for value in self._graph.inputs:
+            fact = facts[str(value.name)]
+            if value is tokens:
+                inputs[str(value.name)] = np.asarray([ids], value.dtype.numpy() if value.dtype else np.int64)
+            elif fact.array is not None:
+                inputs[str(value.name)] = fact.array
+            else:
+                assert fact.shape is not None
+                inputs[str(value.name)] = np.zeros(fact.shape, fact.dtype.numpy() if fact.dtype else np.float32)
+        outputs = self._executor.run(inputs)
+        name = next((n for n in outputs if n.endswith("logits")), next(iter(outputs)))
+        rows: Array = np.asarray(outputs[name], np.float32)
+        return rows.reshape(len(ids), -1)
+
+
+class TransformersOracle:
+    """A model of the transformers package, in float32 on the CPU."""
+
+    def __init__(self, model: Any, name: str, gguf: Path | None = None) -> None:
+        self._model, self.name, self.gguf = model, name, gguf
+
+    def misread(self, decoder: Decoder) -> list[str]:
+        """Settings of a GGUF file that transformers takes for something else, in words; empty for other sources."""
+        if self.gguf is None:
+            return []
+        from transom.sources.gguf_file import open_gguf
+
+        windows = [layer.sliding_window for layer in decoder.layers]
+        return misread_settings(open_gguf(self.gguf).metadata, self._model.config.to_dict(), windows)
+
+    @classmethod
+    def of(cls, model: Any) -> TransformersOracle:
+        """A model in memory, compared with itself as torch runs it."""
+        transformers, _ = _transformers()
+        if not isinstance(model, transformers.PreTrainedModel):
+            raise SourceError(
+                f"A {type(model).__name__} is no transformers model, so there is nothing to compare it with",
+                "Compare its outputs with model.run() yourself",
+            )
+        return cls(model, f"transformers {transformers.__version__} ({type(model).__name__})")
+
+    @classmethod
+    def read(cls, path: Path, *, gguf: bool) -> TransformersOracle:
+        """The model of a directory or of a GGUF file, weights as float32.
+
+        Raises:
+            MissingExtra: transformers or torch is not installed.
+            SourceError: transformers cannot read it.
+        """
+        transformers, torch = _transformers()
+        where: dict[str, Any] = {"pretrained_model_name_or_path": str(path)}
+        if gguf:
+            from transom.sources.gguf import gguf_path
+            from transom.sources.gguf_file import open_gguf
+
+            file = gguf_path(path)
+            where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+            table = open_gguf(file).tensors.get("token_embd.weight")
+            if table is not None:  # where the file does not say, transformers takes the family's usual size
+                where["vocab_size"] = int(table.shape[0])
+        kept = transformers.utils.logging.get_verbosity()
+        transformers.utils.logging.set_verbosity_error()
+        try:
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                **where, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+            )
+        except Exception as e:  # whatever goes wrong in there is for transformers to mend
+            if "accelerate" in str(e):  # which transformers needs for GGUF files alone
+                raise MissingExtra("Comparing a GGUF file with transformers needs accelerate", "verify") from e
+            lines = [line.strip() for line in str(e).splitlines() if line.strip()] or [type(e).__name__]
+            what = "GGUF files of this architecture" if gguf else "this model"
+            raise SourceError(
+                f"transformers {transformers.__version__} cannot read {path}, so there is nothing to compare with: "
+                f"{lines[0]}",
+                f"It may not support {what}; verify the Hugging Face directory that the model was made from"
+                if gguf
+                else "Update transformers, or see whether the directory is complete",
+                lines[1:8],
+            ) from e
+        finally:
+            transformers.utils.logging.set_verbosity(kept)
+        name = f"transformers {transformers.__version__} ({type(model).__name__})"
+        return cls(model.eval(), name, file if gguf else None)
+
+    def logits(self, ids: Sequence[int]) -> Array:
+        _, torch = _transformers()
+        modes = [(part, part.training) for part in self._model.modules()]
+        self._model.eval()
+        try:
+            with torch.no_grad():
+                rows: Array = self._model(torch.tensor([list(ids)])).logits[0].float().cpu().numpy()
+        except Exception as e:
+            first = next(iter(str(e).strip().splitlines()), "") or type(e).__name__
+            raise SourceError(
+                f"{self.name} fails to run the model, so there is nothing to compare with: {first}",
+                "Update transformers, or verify on shorter prompts: --longest 16",
+            ) from e
+        finally:
+            for part, training in modes:
+                part.training = training
+        return rows
+
+
+def misread_settings(metadata: Mapping[str, Any], config: Mapping[str, Any], windows: Sequence[int]) -> list[str]:
+    """What a GGUF file says and transformers, reading it, took for something else; each in words.
+
+    Args:
+        metadata: of the file.
+        config: of transformers, as a mapping.
+        windows: the sliding window of each layer as Transom reads the file; 0 for none.
+    """
+    arch = metadata.get("general.architecture")
+
+    def stated(key: str) -> Any:
+        return metadata.get(f"{arch}.{key}")
+
+    found: list[str] = []
+
+    def compare_numbers(what: str, ours: Any, theirs: Any) -> None:
+        if not isinstance(ours, int | float):
+            return
+        if not isinstance(theirs, int | float):
+            found.append(f"the {what} {ours:.6g} is left out")
+        elif abs(ours - theirs) > 1e-5 * max(abs(ours), abs(theirs)):
+            found.append(f"the {what} is {ours:.6g}, transformers takes {theirs:.6g}")
+
+    window, kinds = config.get("sliding_window") or 0, config.get("layer_types")
+    if config.get("use_sliding_window") is False:
+        window = 0
+    theirs = [window if kind == "sliding_attention" else 0 for kind in kinds] if kinds else [window] * len(windows)
+    if list(windows) != theirs:
+        size, other = max(windows, default=0), max(theirs, default=0)
+        if size and not other:
+            found.append(f"the sliding window of {size} tokens is left out")
+        elif size == other:
+            found.append(f"the sliding window of {size} tokens is on other layers")
+        else:
+            found.append(f"the sliding window is {size or 'off'}, transformers takes {other}")
+    for key, name, what in (
+        ("attn_logit_softcapping", "attn_logit_softcapping", "soft cap of attention"),
+        ("final_logit_softcapping", "final_logit_softcapping", "soft cap of the logits"),
+        ("attention.layer_norm_rms_epsilon", "rms_norm_eps", "epsilon of the norms"),
+        ("attention.key_length", "head_dim", "size of a head"),
+    ):
+        if name in config or key.endswith("softcapping"):
+            compare_numbers(what, stated(key), config.get(name))
+    if scalar := config.get("query_pre_attn_scalar"):
+        length = stated("attention.key_length")
+        scale = stated("attention.scale") or (length**-0.5 if isinstance(length, int) and length > 0 else None)
+        compare_numbers("scale of attention", scale, scalar**-0.5)
+    rope = config.get("rope_parameters") or {}
+    rope = rope.get("full_attention", rope)
+    if isinstance(rope, Mapping):
+        compare_numbers("base of the rotary embedding", stated("rope.freq_base"), rope.get("rope_theta"))
+        kind = stated("rope.scaling.type")
+        if kind not in (None, "none"):
+            if rope.get("rope_type", "default") == "default":
+                found.append(f"the rotary scaling ({kind}) is left out")
+            else:
+                compare_numbers("factor of the rotary scaling", stated("rope.scaling.factor"), rope.get("factor"))
+    return found
+
+
+def _transformers() -> tuple[Any, Any]:
+    try:
+        import torch
+        import transformers
+    except ImportError as e:
+        raise MissingExtra("Comparing a model with transformers needs torch and transformers", "verify") from e
+    return transformers, torch

@@ -1,0 +1,164 @@
+"""What runs a model, and why: `model.report`, for people (`str`) and for programs (`to_dict`).
+
+Also the one line that the command line prints after an answer. Holds data, decides nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from transom.contract import Device, Refusal
+from transom.generation.results import Generation
+
+
+@dataclass(frozen=True)
+class Report:
+    """Filled while a model loads; nothing in it changes afterwards."""
+
+    model: str
+    """The model's name."""
+    backend: str
+    device: Device
+    why: str
+    """Why this backend and device were chosen, in one sentence."""
+    backend_version: str = ""
+    source: str = ""
+    """What the model was read from: `"gguf"`, `"hf"`, `"onnx"`, `"torch"`."""
+    precision: str = ""
+    """In what numbers it computes, as the backend says."""
+    context: int = 0
+    """Tokens that prompt and answer may have together; 0 for a graph that is not a decoder."""
+    model_context: int = 0
+    """Tokens that the model was made for."""
+    context_built_in: bool = False
+    """Whether a bundle was compiled for this context, so that only another export can make it longer."""
+    warnings: tuple[str, ...] = ()
+    """What the user should act on: a device without its backend, a broken plugin."""
+    refusals: tuple[tuple[str, Refusal], ...] = ()
+    """(backend, refusal): what else could have run it, and why it does not."""
+    notes: tuple[str, ...] = ()
+    """What was changed on the way: dequantised tensors, decomposed operators, a shortened context."""
+    memory: Mapping[str, int] = field(default_factory=dict)
+    """Planned bytes by use: `weights`, `cache`, `workspace`, `available`."""
+    check: str = ""
+    """The verdict of the self-check against the reference."""
+    sparsity: str = ""
+    """Which keys attention reads, and whether the model's heads are calibrated; empty: all of them."""
+    cache_hit: bool = False
+    """Whether the compiled artifact was there already."""
+    bundle: str = ""
+    """The folder that `transom.export` wrote, where the model was loaded from one."""
+    startup: Mapping[str, float] = field(default_factory=dict)
+    """Seconds by stage, in the order in which they ran."""
+
+    def __str__(self) -> str:
+        lines = [f"{self.model or 'model'} on {_device(self.device)}, by {_joined(self.backend, self.backend_version)}"]
+        facts = [
+            ("why", self.why),
+            ("source", self.source),
+            ("precision", self.precision),
+            ("context", self._context()),
+            ("memory", self._memory()),
+            ("sparsity", self.sparsity),
+            ("self-check", self.check),
+            ("artifact", self._artifact()),
+            ("start-up", self._startup()),
+        ]
+        lines += [f"  {name + ':':<12}{text}" for name, text in facts if text]
+        lines += [f"  warning:    {text}" for text in self.warnings]
+        lines += [f"  note:       {text}" for text in self.notes]
+        for backend, refusal in self.refusals:
+            fix = f" ({refusal.fix})" if refusal.fix else ""
+            lines.append(f"  not used:   {backend} on {refusal.device_id}: {refusal.reason}{fix}")
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON types only."""
+        device = asdict(self.device)
+        for name in ("features", "peers"):
+            device[name] = sorted(device[name])
+        device["drivers"] = dict(self.device.drivers)
+        return {
+            "model": self.model,
+            "backend": self.backend,
+            "backend_version": self.backend_version,
+            "device": device,
+            "why": self.why,
+            "source": self.source,
+            "precision": self.precision,
+            "context": self.context,
+            "model_context": self.model_context,
+            "context_built_in": self.context_built_in,
+            "warnings": list(self.warnings),
+            "refusals": [{"backend": backend, **asdict(refusal)} for backend, refusal in self.refusals],
+            "notes": list(self.notes),
+            "memory": dict(self.memory),
+            "sparsity": self.sparsity,
+            "check": self.check,
+            "cache_hit": self.cache_hit,
+            "bundle": self.bundle,
+            "startup": dict(self.startup),
+        }
+
+    def _context(self) -> str:
+        if not self.context:
+            return ""
+        made_for = f" of the {self.model_context} it was made for" if self.model_context > self.context else ""
+        built_in = ", built into the bundle" if self.context_built_in else ""
+        return f"{self.context} tokens{made_for}{built_in}"
+
+    def _memory(self) -> str:
+        if not self.memory:
+            return ""
+        parts = [f"{name} {_bytes(size)}" for name, size in self.memory.items() if name != "available" and size]
+        room = self.memory.get("available")
+        return ", ".join(parts) + (f"; {_bytes(room)} available" if room else "")
+
+    def _artifact(self) -> str:
+        if self.bundle:
+            return f"from the bundle {self.bundle}"
+        return "from the cache" if self.cache_hit else "compiled now"
+
+    def _startup(self) -> str:
+        if not self.startup:
+            return ""
+        parts = ", ".join(f"{stage} {seconds:.2f}" for stage, seconds in self.startup.items())
+        return f"{sum(self.startup.values()):.2f} s ({parts})"
+
+
+def answer_line(report: Report, generation: Generation) -> str:
+    """The line after an answer: device, backend, why, time to first token, tokens/s."""
+    timings, usage = generation.timings, generation.usage
+    parts = [f"{_device(report.device)} by {_joined(report.backend, report.backend_version)}"]
+    # The selection's reason begins by naming backend and device, which this line has done already.
+    if why := report.why.removeprefix(f"{report.backend} on {_device(report.device)}: ").rstrip("."):
+        parts[0] += f" ({why})"
+    parts.append(f"first token after {_seconds(timings.time_to_first_token)}")
+    if timings.decode_tokens_per_second:
+        parts.append(f"{timings.decode_tokens_per_second:.1f} tokens/s")
+    if generation.density is not None:
+        parts.append(f"{generation.density:.0%} of the keys read")
+    known = f" ({usage.cached_tokens} of them known)" if usage.cached_tokens else ""
+    parts.append(f"{usage.prompt_tokens}{known} + {usage.completion_tokens} tokens")
+    return ", ".join(parts)
+
+
+def _device(device: Device) -> str:
+    return f"{device.id} ({device.name})" if device.name else device.id
+
+
+def _joined(name: str, version: str) -> str:
+    return f"{name} {version}" if version else name
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.2f} s"
+
+
+def _bytes(size: int) -> str:
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if size >= scale:
+            return f"{size / scale:.1f} {unit}"
+    return f"{size} B"

@@ -1,0 +1,145 @@
+"""Lower, decompose or refuse: a backend claims every node, and what it does not claim is replaced or refused.
+
+Runs before compiling. A node the backend says no to is replaced by its function body in simpler operators; if the
+backend says no to those too, the load ends here, naming the node, the operator and the reason.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from transom.contract import Backend, Claim, Device, Options
+from transom.errors import EngineError, UnsupportedError
+from transom.graph import Graph
+from transom.graph.bodies import has_body
+from transom.graph.passes import decompose
+from transom.preparation.plugin_calls import guarded
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A graph as far as a backend can take it. Nothing is refused in what `lower` returns."""
+
+    graph: Graph
+    claims: tuple[Claim, ...]
+    """One for each node of `graph`, in its order."""
+    decomposed: Mapping[str, str]
+    """Node that was replaced -> why the backend did not take it as it was. Nodes of bodies can be among them."""
+
+    @property
+    def refused(self) -> dict[str, str]:
+        """Node -> reason, for nodes that have no body either."""
+        return {c.node: c.reason for c in self.claims if not c.ok}
+
+    @property
+    def exact(self) -> bool:
+        """No claim is approximate."""
+        return all(c.exact for c in self.claims)
+
+    def notes(self) -> list[str]:
+        """One line for each reason, with the number of nodes: for the report."""
+        counts = Counter(self.decomposed.values())
+        return [f"{n} node{'s' * (n > 1)} run in simpler operators: {reason}" for reason, n in counts.items()]
+
+
+def claims_of(graph: Graph, backend: Backend, device: Device, options: Options) -> tuple[Claim, ...]:
+    """The backend's claims, one for each node, in the graph's order; a group with a refusal in it is refused whole.
+
+    Raises:
+        EngineError: the backend raised, or is silent on a node, answers twice, or gives no reason with a no.
+        TransomError: as the backend raises it.
+    """
+    names = [str(n.name) for n in graph.nodes()]
+    answers = guarded(backend.name, "claiming", lambda: list(backend.claim(graph, device, options)))
+    if strange := [a for a in answers if not isinstance(a, Claim)]:
+        raise _breach(backend, f"answers with a {type(strange[0]).__name__} in claim()")
+    claims = {c.node: c for c in answers}
+    if silent := next((n for n in names if n not in claims), None):
+        raise _breach(backend, f"is silent on the node {silent} in claim()")
+    if len(answers) != len(names):
+        raise _breach(backend, "answers for a node twice or for one that is not there in claim()")
+    if mute := next((c for c in answers if not c.ok and not c.reason), None):
+        raise _breach(backend, f"refuses the node {mute.node} without a reason")
+    return _all_or_nothing([claims[n] for n in names])
+
+
+def _all_or_nothing(claims: Sequence[Claim]) -> tuple[Claim, ...]:
+    """What a backend runs only fused with a node that it refuses does not run."""
+    broken: dict[str, str] = {}
+    for c in claims:
+        if c.group and not c.ok:
+            broken.setdefault(c.group, c.reason)
+    why = "runs only fused with a node that is refused"
+    return tuple(
+        replace(c, ok=False, reason=f"{why}: {broken[c.group]}") if c.ok and c.group in broken else c for c in claims
+    )
+
+
+def _breach(backend: Backend, what: str) -> EngineError:
+    return EngineError(
+        f"The backend {backend.name} {what}",
+        f"Choose another with backend=…, or report it to the authors of {backend.name}",
+    )
+
+
+def attempt(graph: Graph, backend: Backend, device: Device, options: Options) -> Lowered:
+    """Claim, decompose what is refused and has a body, claim again, until nothing changes.
+
+    Raises:
+        EngineError: the backend broke its contract.
+    """
+    decomposed: dict[str, str] = {}
+    while True:
+        lowered = Lowered(graph, claims_of(graph, backend, device, options), decomposed)
+        refused = lowered.refused
+        bodies = [str(n.name) for n in graph.nodes() if n.name in refused and has_body(graph.model, n)]
+        if not bodies:
+            return lowered
+        decomposed |= {name: refused[name] for name in bodies}
+        graph = decompose(graph, bodies)
+
+
+def lower(graph: Graph, backend: Backend, device: Device, options: Options) -> Lowered:
+    """The graph with every node claimed.
+
+    Raises:
+        UnsupportedError: a node is refused and has no body, or its body is refused too.
+        EngineError: the backend broke its contract.
+    """
+    lowered = attempt(graph, backend, device, options)
+    refused = lowered.refused
+    if not refused:
+        return lowered
+    nodes = [(operator_name(n.domain, n.op_type), str(n.name)) for n in lowered.graph.nodes() if n.name in refused]
+    raise UnsupportedError(
+        f"The backend {backend.name} cannot run {len(nodes)} node{'s' * (len(nodes) > 1)} of this model",
+        "Choose another backend, or see every node with: transom explain MODEL",
+        _reasons_before(graph, lowered) + refusal_lines([(operator, name, refused[name]) for operator, name in nodes]),
+    )
+
+
+def _reasons_before(graph: Graph, lowered: Lowered) -> list[str]:
+    """Why nodes were refused that were tried in simpler operators in vain: what is refused inside them tells less."""
+    names = tuple(lowered.refused)
+    tried = [
+        (operator_name(n.domain, n.op_type), str(n.name), lowered.decomposed[str(n.name)])
+        for n in graph.nodes()
+        if n.name in lowered.decomposed and any(inner.startswith(f"{n.name}.") for inner in names)
+    ]
+    return [f"{line}; tried in simpler operators" for line in refusal_lines(tried)]
+
+
+def operator_name(domain: str, op_type: str) -> str:
+    """`"MatMul"`, `"transom::CachedAttention"`."""
+    return f"{domain}::{op_type}" if domain else op_type
+
+
+def refusal_lines(refused: Sequence[tuple[str, str, str]]) -> list[str]:
+    """(operator, node, reason) -> counts by reason, most first, each with its first node."""
+    grouped: dict[tuple[str, str], list[str]] = {}
+    for operator, node, reason in refused:
+        grouped.setdefault((operator, reason), []).append(node)
+    ordered = sorted(grouped.items(), key=lambda item: -len(item[1]))
+    return [f"{len(nodes)} × {operator}: {reason} (first: {nodes[0]})" for (operator, reason), nodes in ordered]

@@ -1,1 +1,0 @@
-"""What happens after a model is compiled: generations, sampling, the engine that owns a session, the report."""
