@@ -32,7 +32,7 @@ from transom.contract import Session, Work
 from transom.graph import Blocked, Graph
 from transom.graph.reading import matrices
 from transom.hardware.cpu import probe_cpu
-from transom_mobile_export.genai.backend import OnnxDecoder
+from transom_mobile_export.onnx.backend import OnnxDecoder
 
 BACKEND = OnnxDecoder()
 PRECISIONS = ("f16", "int8", "int4")

@@ -37,13 +37,13 @@ from parts.storing import stored
 from transom.contract import Artifact, Device, Work
 from transom.hardware.catalogue import PREFIX, catalogue
 from transom.preparation.selfcheck import golden_logits
-from transom_mobile_export.htp.backend import Qnn
-from transom_mobile_export.htp.claims import drafted
-from transom_mobile_export.htp.encoding import RoundedMatrices, add_rounding
-from transom_mobile_export.htp.lowering import lower
-from transom_mobile_export.htp.observing import Running, embedded, grouped, observe, prefill
-from transom_mobile_export.htp.precision import resolve as resolve_precision
-from transom_mobile_export.htp.probing import EMULATED
+from transom_mobile_export.qnn.backend import Qnn
+from transom_mobile_export.qnn.claims import drafted
+from transom_mobile_export.qnn.encoding import RoundedMatrices, add_rounding
+from transom_mobile_export.qnn.lowering import lower
+from transom_mobile_export.qnn.observing import Running, embedded, grouped, observe, prefill
+from transom_mobile_export.qnn.precision import resolve as resolve_precision
+from transom_mobile_export.qnn.probing import EMULATED
 
 Array = np.ndarray[Any, np.dtype[Any]]
 CPU = Device("cpu", "cpu", "x86_64", 1 << 33)

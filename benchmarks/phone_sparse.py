@@ -38,21 +38,21 @@ from transom.graph.sparse import with_sparsity
 from transom.reference.executor import Executor
 from transom.sessions import BufferedSession, PackedSession
 from transom.sparsity import Sparsity
-from transom_mobile_export.htp.backend import Qnn
-from transom_mobile_export.htp.claims import drafted
-from transom_mobile_export.htp.compiling import Prepared, write_graph
-from transom_mobile_export.htp.encoding import RoundedMatrices
-from transom_mobile_export.htp.layout import PartFiles, Variant, cache_layers
-from transom_mobile_export.htp.loading import session_over
-from transom_mobile_export.htp.lowering import lower
-from transom_mobile_export.htp.observing import observe, rows_of
-from transom_mobile_export.htp.parts import plan_parts
-from transom_mobile_export.htp.precision import Precision
-from transom_mobile_export.htp.precision import resolve as resolve_precision
-from transom_mobile_export.htp.probing import EMULATED
-from transom_mobile_export.htp.running import Graphs, QnnEngine
-from transom_mobile_export.htp.sparse import operators
-from transom_mobile_export.htp.sparse_sizes import Sizes, reads, sparse_heads
+from transom_mobile_export.qnn.backend import Qnn
+from transom_mobile_export.qnn.claims import drafted
+from transom_mobile_export.qnn.compiling import Prepared, write_graph
+from transom_mobile_export.qnn.encoding import RoundedMatrices
+from transom_mobile_export.qnn.layout import PartFiles, Variant, cache_layers
+from transom_mobile_export.qnn.loading import session_over
+from transom_mobile_export.qnn.lowering import lower
+from transom_mobile_export.qnn.observing import observe, rows_of
+from transom_mobile_export.qnn.parts import plan_parts
+from transom_mobile_export.qnn.precision import Precision
+from transom_mobile_export.qnn.precision import resolve as resolve_precision
+from transom_mobile_export.qnn.probing import EMULATED
+from transom_mobile_export.qnn.running import Graphs, QnnEngine
+from transom_mobile_export.qnn.sparse import operators
+from transom_mobile_export.qnn.sparse_sizes import Sizes, reads, sparse_heads
 
 Array = np.ndarray[Any, np.dtype[Any]]
 CHUNK = 128

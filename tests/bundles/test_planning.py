@@ -31,12 +31,12 @@ from transom.graph.weights import UNPACKED, BlockedArrays
 from transom.hardware import catalogue
 from transom.hardware.bandwidth import bandwidth
 from transom.testing import models
-from transom_mobile_export.genai import compiling
-from transom_mobile_export.genai.packing import block_of, pack
-from transom_mobile_export.htp.claims import drafted
-from transom_mobile_export.htp.layout import LARGEST
-from transom_mobile_export.htp.parts import plan_parts
-from transom_mobile_export.htp.precision import resolve
+from transom_mobile_export.onnx import compiling
+from transom_mobile_export.onnx.packing import block_of, pack
+from transom_mobile_export.qnn.claims import drafted
+from transom_mobile_export.qnn.layout import LARGEST
+from transom_mobile_export.qnn.parts import plan_parts
+from transom_mobile_export.qnn.precision import resolve
 
 ROOT = Path(__file__).parents[2]
 TARGETS = {device.id.removeprefix("remote:"): device for device in catalogue()}
@@ -323,8 +323,8 @@ def test_what_an_export_refuses_is_not_planned(saved: Path, asked: dict[str, Any
 
 def test_packages_of_the_compiler_are_not_needed(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     here = transom.plan_export(saved, target="snapdragon-8-gen-2", format="qnn,onnx")
-    monkeypatch.setattr("transom_mobile_export.htp.probing.installed", dict)
-    monkeypatch.setattr("transom_mobile_export.genai.probing.installed", lambda: None)
+    monkeypatch.setattr("transom_mobile_export.qnn.probing.installed", dict)
+    monkeypatch.setattr("transom_mobile_export.onnx.probing.installed", lambda: None)
     with pytest.raises(SelectionError, match="cannot compile"):
         transom.export(saved, target="snapdragon-8-gen-2", format="qnn", out=tmp_path / "bundle")
     (plan,) = transom.plan_export(saved, target="snapdragon-8-gen-2", format="qnn,onnx")
@@ -470,7 +470,7 @@ def test_no_published_figure_is_above_the_bound_of_its_phone(shaped: ModuleType)
 @pytest.mark.parametrize("precision", ["int4", "int8", "f16", "exact"])
 def test_portable_decoders_weigh_what_is_planned(shaped: ModuleType, precision: str) -> None:
     """Compiled; every weight begins on a page of its own, and tables of rotations are there, too."""
-    from transom_mobile_export.genai import OnnxDecoder
+    from transom_mobile_export.onnx import OnnxDecoder
 
     backend = OnnxDecoder()
     graph = shaped.made_of(shaped.Drawn, 256, "bfloat16", **{**shaped.SHAPES["tiny"], "vocabulary": 2048})
@@ -499,7 +499,7 @@ def test_context_binaries_weigh_what_is_planned(rng: np.random.Generator, tmp_pa
 def test_what_two_graphs_do_not_share_is_counted(rng: np.random.Generator) -> None:
     """What 6 KV heads more take of the shared context of a chip: their matrices, and half of them once more."""
     pytest.importorskip("onnxruntime_qnn")
-    from transom_mobile_export.htp.backend import Qnn
+    from transom_mobile_export.qnn.backend import Qnn
 
     made, plans = [], []
     for kv_heads in (2, 8):

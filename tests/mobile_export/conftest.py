@@ -6,5 +6,5 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-for folder in (HERE, HERE / "genai", HERE / "htp", HERE.parent, HERE.parents[1] / "benchmarks"):
+for folder in (HERE, HERE / "onnx", HERE / "qnn", HERE.parent, HERE.parents[1] / "benchmarks"):
     sys.path.insert(0, str(folder))

@@ -17,7 +17,7 @@ from edge_bundles import PHONE, content_hash, device_json, variant, write_bundle
 from transom.bundles.judging import judge
 from transom.contract import Device
 from transom.hardware.catalogue import catalogue
-from transom_mobile_export.htp.probing import SOC_MODELS
+from transom_mobile_export.qnn.probing import SOC_MODELS
 
 Run = Callable[..., Any]
 CPU = Device("cpu", "cpu", "x86_64", 8 << 30, name="A processor")

@@ -21,16 +21,16 @@ from transom.graph.sparse import with_sparsity
 from transom.programs.onnx_writing import IR_VERSION
 from transom.sparsity import Sparsity
 from transom.testing.models import tiny_decoder
-from transom_mobile_export.htp.claims import drafted
-from transom_mobile_export.htp.layout import EMBEDDING_FILE, VARIANT_FILE, CacheLayer, PartFiles, Variant, cache_layers
-from transom_mobile_export.htp.loading import session_over
-from transom_mobile_export.htp.lowering import lower
-from transom_mobile_export.htp.observing import rows_of
-from transom_mobile_export.htp.parts import plan_parts
-from transom_mobile_export.htp.precision import Precision
-from transom_mobile_export.htp.running import Graphs, QnnEngine
-from transom_mobile_export.htp.sparse_inputs import base_of, first_node, step_inputs
-from transom_mobile_export.htp.sparse_sizes import Sizes
+from transom_mobile_export.qnn.claims import drafted
+from transom_mobile_export.qnn.layout import EMBEDDING_FILE, VARIANT_FILE, CacheLayer, PartFiles, Variant, cache_layers
+from transom_mobile_export.qnn.loading import session_over
+from transom_mobile_export.qnn.lowering import lower
+from transom_mobile_export.qnn.observing import rows_of
+from transom_mobile_export.qnn.parts import plan_parts
+from transom_mobile_export.qnn.precision import Precision
+from transom_mobile_export.qnn.running import Graphs, QnnEngine
+from transom_mobile_export.qnn.sparse_inputs import base_of, first_node, step_inputs
+from transom_mobile_export.qnn.sparse_sizes import Sizes
 
 Call = Callable[..., Any]
 Array = np.ndarray[Any, np.dtype[Any]]

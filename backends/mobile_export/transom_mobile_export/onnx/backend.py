@@ -1,0 +1,52 @@
+"""The backend object: the methods of the contract, each handed to the module that does it.
+
+Importing this module imports no ONNX Runtime: `load` does, and nothing else needs it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transom.contract import Artifact, Claim, Device, Offer, Options, Progress, Refusal, Session, Verdict
+from transom_mobile_export.onnx import probing
+
+if TYPE_CHECKING:
+    from transom.graph import Graph
+
+
+class OnnxDecoder:
+    """Writes decoders that ONNX Runtime GenAI loads as they are, for phones and boards, and runs them in ONNX Runtime
+    on the CPU. Options: `precision` (see `transom_mobile_export.onnx.precision`), `context` and `threads`."""
+
+    name = "onnx"
+    api = (1, 5)
+
+    def probe(self, devices: Sequence[Device]) -> Sequence[Offer | Refusal]:
+        return [probing.answer(device) for device in devices]
+
+    def claim(self, graph: Graph, device: Device, options: Options) -> Sequence[Claim]:
+        from transom_mobile_export.onnx.claims import claims
+
+        return list(claims(graph, options))
+
+    def compile(self, part: Graph, device: Device, options: Options, progress: Progress) -> Artifact:
+        from transom_mobile_export.onnx.compiling import compile_graph
+
+        return compile_graph(part, options, progress)
+
+    def check(self, artifact: Artifact, device: Device) -> Verdict:
+        return probing.judge(artifact.requires, device)
+
+    def load(self, artifact: Artifact, device: Device, options: Options, scratch: Path) -> Session:
+        from transom_mobile_export.onnx.loading import load_artifact
+
+        return load_artifact(artifact, device, options)
+
+    def app_files(
+        self, manifest: Mapping[str, Any], variant: Mapping[str, Any], texts: Mapping[str, bytes]
+    ) -> Mapping[str, bytes]:
+        from transom_mobile_export.onnx.app_files import app_files
+
+        return app_files(manifest, variant, texts)

@@ -1,0 +1,52 @@
+"""Which nodes the backend takes, and why not where it does not. A decoder is taken whole, or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from transom.contract import Claim
+from transom.graph.reading import linear_weight, weight_of
+from transom.programs.drafting import Drafting, NoForm
+from transom_mobile_export.onnx.lowering import GenAiKernels, refusal
+from transom_mobile_export.onnx.packing import block_of
+from transom_mobile_export.onnx.precision import Precision, resolve
+from transom_mobile_export.onnx.rounding import form_of
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from transom.contract import Options
+    from transom.graph import Graph
+
+
+def claims(graph: Graph, options: Options) -> Iterator[Claim]:
+    """One claim for each node, in order.
+
+    Raises:
+        OptionError: a precision that there is not.
+    """
+    precision = resolve(options)
+    if graph.decoder is None:
+        for node in graph.nodes():
+            yield Claim(str(node.name), False, "writes decoders only, and this graph has no cache")
+        return
+    try:
+        refused = refusal(Drafting(graph, GenAiKernels()))
+    except NoForm as e:
+        refused = str(e.node.name), e.reason
+    for node in graph.nodes():
+        name = str(node.name)
+        if refused is not None and name == refused[0]:
+            yield Claim(name, False, refused[1])
+        else:
+            yield Claim(name, True, exact=_exact(node, precision))
+
+
+def _exact(node: ir.Node, precision: Precision) -> bool:
+    """Whether the node is computed as the graph has it. Products with integers round their inputs."""
+    weight = linear_weight(node)
+    if weight is not None:
+        return precision.exact or not block_of(form_of(weight, precision, vocabulary=False))
+    table = weight_of(node.inputs[0]) if node.op_type == "Gather" else None
+    return table is None or len(table.shape) != 2 or form_of(table, precision, vocabulary=True) is table

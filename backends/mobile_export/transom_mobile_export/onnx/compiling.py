@@ -1,0 +1,78 @@
+"""Compile: a graph as an ONNX model with a file of weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transom.contract import Artifact, Options, Progress
+from transom.programs.drafting import Drafting
+from transom_mobile_export.onnx import rounding
+from transom_mobile_export.onnx.lowering import GenAiKernels, lower
+from transom_mobile_export.onnx.precision import resolve
+from transom_mobile_export.onnx.probing import FORMAT, NEEDED
+from transom_mobile_export.onnx.writing import RuntimeWriter
+
+if TYPE_CHECKING:
+    from transom.graph import Graph
+    from transom.signature import Decoder
+
+PREFIX = "transom-onnx-"
+MODEL_FILE, DATA_FILE, DECODER_FILE = "model.onnx", "model.onnx.data", "decoder.json"
+MEMORY_FILE, LIBRARIES_FILE = "memory.json", "libraries.json"
+LIBRARIES = ("libonnxruntime.so", "libonnxruntime-genai.so")
+"""What an Android app needs, by file name; the runner needs the first alone."""
+CHUNK = 512
+"""Tokens of a prompt that run at once: the logits of all of them would be a large part of a phone's memory."""
+ROWS = 40
+"""Numbers that running takes for each of them besides its logits, for each number of the hidden state: 39 were seen."""
+
+
+def compile_graph(graph: Graph, options: Options, progress: Progress) -> Artifact:
+    """The artifact of a decoder all of whose nodes were claimed. Its files lie in a temporary folder, which the host
+    empties.
+
+    A context that is shorter than the model's own is built in: tables of rotations have a row for each position, and
+    those of a long context would be a large part of a small model.
+
+    Raises:
+        OptionError: a weight is too large for the precision that was asked for.
+        SourceError: a weight that is to be rounded is not finite.
+    """
+    import onnx_ir as ir
+
+    decoder = graph.decoder
+    assert decoder is not None
+    asked: Any = options.get("context")
+    context = min(int(asked or decoder.context), decoder.context)
+    precision = resolve(options)
+    drafting = Drafting(graph, GenAiKernels())
+    folder = Path(tempfile.mkdtemp(prefix=PREFIX))
+    try:
+        with RuntimeWriter("decoder", folder / DATA_FILE) as write:
+            lowered = lower(drafting, precision, context, write, lambda share: progress("write", share))
+        ir.save(lowered.model, folder / MODEL_FILE)
+        progress("write", 1.0)
+    except BaseException:  # a cancelled compile leaves nothing behind either
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    size = (folder / DATA_FILE).stat().st_size
+    files: dict[str, bytes | Path] = {
+        MEMORY_FILE: json.dumps(_memory(decoder, context, size, half=precision.number == "float16")).encode(),
+        LIBRARIES_FILE: json.dumps(LIBRARIES).encode(),
+        MODEL_FILE: folder / MODEL_FILE, DATA_FILE: folder / DATA_FILE, DECODER_FILE: decoder.to_json().encode(),
+    }  # fmt: skip
+    requires = {NEEDED: FORMAT} | ({"context": str(context)} if context < decoder.context else {})
+    notes = [f"precision: {precision.describe(lowered.forms)}", *rounding.notes(lowered.rounded)]
+    return Artifact(files, requires, notes)
+
+
+def _memory(decoder: Decoder, context: int, size: int, *, half: bool) -> dict[str, int]:
+    """Bytes: the file of weights, the cache of one token, and what running takes besides: ONNX Runtime packs integer
+    matrices anew, into about 1.25 times as much as the file has, and a chunk has activations and logits, in float32."""
+    width = sum(layer.kv_heads * (layer.head_dim + layer.value_dim) for layer in decoder.layers)
+    rows = min(CHUNK, context) * (ROWS * decoder.hidden + decoder.vocabulary) * 4
+    return {"weights": size, "cache_per_token": width * (2 if half else 4), "workspace": size // 4 + rows}

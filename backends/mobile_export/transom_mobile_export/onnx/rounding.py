@@ -1,0 +1,60 @@
+"""What becomes of each matrix: it stays as it is stored, or it is rounded; and how much that is off."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transom.graph.weights import Blocked, Dense, Weight, dequantize
+from transom.quantize.rounding import to_int4, to_int8
+from transom_mobile_export.onnx.packing import block_of
+from transom_mobile_export.onnx.precision import Precision
+
+BLOCK = 32
+"""Columns that share a scale in matrices that are rounded here."""
+
+
+def form_of(weight: Weight, precision: Precision, *, vocabulary: bool) -> Weight:
+    """The matrix as it is written: itself, or rounded or unpacked when it is read.
+
+    Args:
+        vocabulary: it is the vocabulary matrix, or the table of embeddings, whose errors show at once.
+    """
+    if precision.exact or block_of(weight):
+        return weight
+    fits = weight.shape[1] % BLOCK == 0
+    if isinstance(weight, Blocked):  # of floats, or in blocks that the layout lacks
+        return to_int8(weight, BLOCK) if fits else Dense(weight.shape, "float32", lambda: dequantize(weight))
+    if not precision.rounded or not fits:
+        return weight
+    return to_int4(weight, BLOCK) if precision.rounded == "int4" and not vocabulary else to_int8(weight, BLOCK)
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """What rounding did to one matrix."""
+
+    name: str
+    """Of the product in the graph, or `embedding`."""
+    before: str
+    after: str
+    error: float
+    """‖W - Ŵ‖ / ‖W‖."""
+
+
+def named(weight: Weight) -> str:
+    """A matrix's form for people: `"int4 in blocks of 32"`."""
+    return weight.dtype if isinstance(weight, Dense) else f"{weight.dtype} in blocks of {weight.block}"
+
+
+def notes(rounded: Sequence[Rounded]) -> list[str]:
+    """One line for each form that matrices were rounded to."""
+    found = []
+    for before, after in sorted({(r.before, r.after) for r in rounded}):
+        errors = [r.error for r in rounded if (r.before, r.after) == (before, after)]
+        worst = max((r for r in rounded if (r.before, r.after) == (before, after)), key=lambda r: r.error)
+        found.append(
+            f"{len(errors)} matrices in {before} were rounded to {after}: off by {sum(errors) / len(errors):.2%} "
+            f"(mean), worst {worst.name} by {worst.error:.2%}"
+        )
+    return found

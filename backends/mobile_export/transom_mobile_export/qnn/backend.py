@@ -1,0 +1,63 @@
+"""The backend object: the five methods of the contract, and what goes into a bundle for an app, each handed to the
+module that does it.
+
+Importing this module imports no SDK: `probe` and `check` never do, `compile` and `load` do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transom.contract import Artifact, Claim, Device, Offer, Options, Progress, Refusal, Session, Verdict
+from transom_mobile_export.qnn import probing
+from transom_mobile_export.qnn.layout import CHUNK, LARGEST
+
+if TYPE_CHECKING:
+    from transom.graph import Graph
+
+
+class Qnn:
+    """Compiles decoders for the HTP of Snapdragon chips, and runs them on Qualcomm's emulator. Options: `precision`
+    (see `transom_mobile_export.qnn.precision`), `context`, which is built in, and `calibration`, the texts that
+    activations are seen on.
+
+    Args:
+        chunk: new tokens of a prefill, at most.
+        largest: bytes of weights that one context may have; a larger model is cut into parts.
+    """
+
+    name = "qnn"
+    api = (1, 5)
+
+    def __init__(self, chunk: int = CHUNK, largest: int = LARGEST) -> None:
+        self.chunk, self.largest = chunk, largest
+
+    def probe(self, devices: Sequence[Device]) -> Sequence[Offer | Refusal]:
+        return [probing.answer(device) for device in devices]
+
+    def claim(self, graph: Graph, device: Device, options: Options) -> Sequence[Claim]:
+        from transom_mobile_export.qnn.claims import claims
+
+        return list(claims(graph, device, options))
+
+    def compile(self, part: Graph, device: Device, options: Options, progress: Progress) -> Artifact:
+        from transom_mobile_export.qnn.compiling import compile_graph
+
+        return compile_graph(part, device, options, progress, chunk=self.chunk, largest=self.largest)
+
+    def check(self, artifact: Artifact, device: Device) -> Verdict:
+        return probing.judge(artifact.requires, device)
+
+    def load(self, artifact: Artifact, device: Device, options: Options, scratch: Path) -> Session:
+        from transom_mobile_export.qnn.loading import load_artifact
+
+        return load_artifact(artifact, options)
+
+    def app_files(
+        self, manifest: Mapping[str, Any], variant: Mapping[str, Any], texts: Mapping[str, bytes]
+    ) -> Mapping[str, bytes]:
+        from transom_mobile_export.qnn.app import app_files
+
+        return app_files(variant)

@@ -1,0 +1,91 @@
+"""Which nodes the backend takes, and why not where it does not. A decoder is taken whole, or not at all."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from transom.contract import Claim
+from transom.graph.reading import linear_weight
+from transom.graph.sparse import is_attention
+from transom.programs import fusing
+from transom.programs.drafting import Draft, Drafting, NoForm
+from transom.programs.refusing import refusals
+from transom_mobile_export.qnn import probing
+from transom_mobile_export.qnn.lowering import HtpKernels
+from transom_mobile_export.qnn.parts import Part, layers_of
+from transom_mobile_export.qnn.precision import HEAD, SMALL, SMALL_SHARE, Precision, resolve
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from transom.contract import Device, Options
+    from transom.graph import Graph
+
+
+@dataclass(frozen=True)
+class Drafted:
+    """A decoder as this backend writes it."""
+
+    drafting: Drafting
+    embed: Draft
+    layers: tuple[Part, ...]
+    """Each as a part of its own."""
+
+
+def drafted(graph: Graph, precision: Precision) -> Drafted:
+    """Read a decoder.
+
+    Raises:
+        NoForm: there is no operator for a node.
+        UnsupportedError: it cannot be cut between layers.
+    """
+    drafting = Drafting(graph, HtpKernels())
+    drafts = fusing.fuse_biases(fusing.fuse_scales(list(drafting.drafts)))
+    embeds = [draft for draft in drafts if draft.kind == "embed"]
+    if len(embeds) != 1 or drafts[0] is not embeds[0]:
+        raise NoForm(_node(graph, embeds[-1]), "the host looks up one embedding, which comes before all layers")
+    _mark_small(drafts, len(drafting.decoder.layers))
+    order = [draft.index for draft in drafts if draft.kind == "attend"]
+    if order != list(range(len(drafting.decoder.layers))):
+        raise NoForm(next(n for n in graph.nodes() if is_attention(n)), "attention layers that are out of order")
+    windows = {layer.sliding_window for layer in drafting.decoder.layers} - {0}
+    if len(windows) > 1:
+        reason = f"sliding windows of {' and '.join(map(str, sorted(windows)))} tokens: all layers have the same one"
+        raise NoForm(next(n for n in graph.nodes() if is_attention(n)), reason)
+    if windows and not drafting.sparsity.dense:
+        reason = "sparse attention together with a sliding window is not written for the HTP: use sparsity='off'"
+        raise NoForm(next(n for n in graph.nodes() if is_attention(n)), reason)
+    return Drafted(drafting, embeds[0], layers_of(drafts, drafting.logits, precision))
+
+
+def _mark_small(drafts: Sequence[Draft], layers: int) -> None:
+    """Tell `Precision.weights_of` which products are small: keys and values where query heads share them."""
+    products = [d for d in drafts if d.kind == "linear" and d.by != HEAD and d.weight is not None]
+    sizes = {id(d): math.prod(d.weight.shape) for d in products if d.weight is not None}
+    for draft in products:
+        if sizes[id(draft)] * layers <= SMALL_SHARE * sum(sizes.values()):
+            draft.by = SMALL
+
+
+def _node(graph: Graph, draft: Draft) -> ir.Node:
+    return next(node for node in graph.nodes() if node.name == draft.node)
+
+
+def claims(graph: Graph, device: Device, options: Options) -> Iterator[Claim]:
+    """One claim for each node, in order.
+
+    Raises:
+        OptionError: the precision is none that the HTP has.
+    """
+    precision = resolve(options, probing.target(device).htp_arch)
+    refused = refusals(graph, lambda: drafted(graph, precision))
+    for node in graph.nodes():
+        name = str(node.name)
+        if name in refused:
+            yield Claim(name, False, refused[name])
+        else:
+            rounded = linear_weight(node) is not None or is_attention(node)
+            yield Claim(name, True, exact=not (precision.rounded and rounded))

@@ -1,0 +1,317 @@
+"""Compile: a decoder, rounded as asked for, as static graphs, and what QNN makes of them.
+
+The ONNX models that QNN compiles are written into a temporary folder and removed: an app needs the contexts alone.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx_ir as ir
+
+from transom.contract import Artifact, Device, Options, Progress
+from transom.errors import OptionError, UnsupportedError
+from transom.graph.weights import held
+from transom.ops.sparse_routing import BLOCK
+from transom.programs.drafting import NoForm
+from transom.programs.onnx_writing import IR_VERSION
+from transom_mobile_export.qnn import probing, sdk, sparse_sizes
+from transom_mobile_export.qnn.claims import Drafted, drafted
+from transom_mobile_export.qnn.encoding import LARGEST_WIDE, RoundedMatrices, add_half_cache, add_rounding
+from transom_mobile_export.qnn.layout import (
+    CACHE_BYTES,
+    CHUNK,
+    EMBEDDING_FILE,
+    ERRORS_FILE,
+    LARGEST,
+    LIBRARIES_FILE,
+    MEMORY_FILE,
+    VARIANT_FILE,
+    PartFiles,
+    Variant,
+    cache_layers,
+)
+from transom_mobile_export.qnn.lowering import UNSEEN, Matrices, lower, plain
+from transom_mobile_export.qnn.measuring import Deviation, measure
+from transom_mobile_export.qnn.observing import SMALL, Seen, observe, rows_of
+from transom_mobile_export.qnn.parts import Part, plan_parts
+from transom_mobile_export.qnn.precision import Precision, resolve
+from transom_mobile_export.qnn.rounding import rounded
+
+if TYPE_CHECKING:
+    from transom.graph import Graph
+    from transom.programs.drafting import Draft
+
+PREFIX = "transom-qnn-"
+RANDOM_TEXTS = (4, 64)
+"""Texts of random tokens and their length, for a model without a tokenizer."""
+CAPPED_WRONG = 16
+"""Rows of scores over which a rounded soft cap comes out wrong."""
+ROWS_AT_ONCE = 4096
+"""Rows of the embedding that are written at a time."""
+SHARES = {"observe": (0.0, 0.3), "measure": (0.3, 0.4), "embed": (0.4, 0.45), "compile": (0.45, 1.0)}
+"""Of the progress bar, from where to where."""
+
+
+def compile_graph(
+    graph: Graph, device: Device, options: Options, progress: Progress, *, chunk: int = CHUNK, largest: int = LARGEST
+) -> Artifact:
+    """The artifact of a decoder all of whose nodes were claimed. Large files lie in a temporary folder, which the host
+    empties.
+
+    Args:
+        chunk: new tokens of a prefill, at most.
+        largest: bytes of weights that one part may have.
+
+    Raises:
+        UnsupportedError: the HTP does not have an operator, or the model cannot be cut where it has to be.
+        DoesNotFit: a single layer is too large for a context.
+        OptionError: the precision cannot be had for this checkpoint.
+        EngineError: QNN cannot compile it; its own words are in the message.
+    """
+    chip = probing.target(device)
+    precision = resolve(options, chip.htp_arch)
+    try:
+        model = drafted(graph, precision)
+    except NoForm as e:
+        raise UnsupportedError(f"The node {e.node.name} cannot be run: {e.reason}", "Use another backend") from e
+    decoder = model.drafting.decoder
+    asked: Any = options.get("context")
+    context = min(int(asked or decoder.context), decoder.context)
+    chunk = min(chunk, context)
+    policy = model.drafting.sparsity
+    if wrong := sparse_sizes.unfit(policy, context, chunk):
+        raise OptionError(wrong, f"Use context={max(1, context // BLOCK) * BLOCK}, or sparsity='off'")
+    if precision.rounded:
+        require_forms(model, precision)
+        require_capped(model, chunk)
+    parts = plan_parts(model.layers, largest=largest)
+    notes = [f"precision: {precision.describe()}", *plan_notes(parts)]
+    folder = Path(tempfile.mkdtemp(prefix=PREFIX))
+    try:
+        prepared = Prepared(model, precision, Seen({}, UNSEEN), plain)
+        files: dict[str, bytes | Path] = {}
+        matrices = folder / "matrices"
+        matrices.mkdir()
+        if precision.rounded:
+            prepared, errors, said = _rounded(
+                model, precision, texts_of(options, decoder.vocabulary), matrices, progress
+            )
+            files[ERRORS_FILE] = errors
+            notes += said
+        table = folder / Path(EMBEDDING_FILE).name
+        write_embedding(model.embed, table, _told(progress, "embed"))
+        variant = Variant(
+            context, chunk, decoder.vocabulary, decoder.hidden, float(model.embed.scale), cache_layers(decoder),
+            precision.cache, prepared.seen.mask_low,
+            tuple(PartFiles(f"part{i}_prefill.onnx", f"part{i}_decode.onnx", (p.first, p.end))
+                  for i, p in enumerate(parts)),
+            chip.soc_model, chip.htp_arch, policy.to_string(),
+        )  # fmt: skip
+        notes += sparse_notes(variant)
+        share, tell = probing.shares(device), _told(progress, "compile")
+        binaries: dict[str, Path] = {}
+        for i, (part, names) in enumerate(zip(parts, variant.parts, strict=True)):
+            tell(i / len(parts))
+            binaries |= _compile_part(prepared, part, names, variant, folder, share)
+        shutil.rmtree(matrices)
+        size = sum(path.stat().st_size for path in binaries.values())
+        kind = "prefill and decode share weights" if share else "prefill and decode have their own"
+        notes.append(f"{len(parts)} part{'s' if len(parts) > 1 else ''} of {size / 1e6:.1f} MB in all; {kind}")
+        files |= {VARIANT_FILE: variant.to_json().encode(), EMBEDDING_FILE: table, **binaries}
+        files[LIBRARIES_FILE] = json.dumps(probing.libraries(chip.htp_arch)).encode()
+        files[MEMORY_FILE] = json.dumps(_memory(variant, size)).encode()
+        progress("compile", 1.0)
+        made_by = sdk.sdk_version(binaries[variant.parts[0].prefill])
+        return Artifact(files, probing.requirements(device, context, made_by), notes)
+    except BaseException:  # a cancelled compile leaves nothing behind either
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """All that graphs are written from."""
+
+    model: Drafted
+    precision: Precision
+    seen: Seen
+    matrices: Matrices
+
+
+def _rounded(
+    model: Drafted, precision: Precision, texts: tuple[Sequence[Sequence[int]], str], folder: Path, progress: Progress
+) -> tuple[Prepared, bytes, list[str]]:
+    """What rounded graphs are written from, what rounding does as JSON, and notes of it."""
+    seen = observe(model, texts[0], _told(progress, "observe"))
+    matrices = RoundedMatrices(precision, seen.squares, folder)
+    worst = measure(model, precision, seen, matrices, texts[0][0], _told(progress, "measure"))
+    notes = [texts[1], error_note(worst)]
+    if seen.widest > LARGEST_WIDE:
+        notes.append(
+            f"the hidden state has magnitudes up to {seen.widest:.4g}, too near the end of float16: it is rounded to "
+            "uint16"
+        )
+    errors = json.dumps([asdict(deviation) for deviation in worst], indent=1).encode()
+    return Prepared(model, precision, seen, matrices), errors, notes
+
+
+def require_forms(model: Drafted, precision: Precision) -> None:
+    """Raises OptionError for a matrix that the precision has no form for, before anything that takes long."""
+    for part in model.layers:
+        for drafts in part.layers:
+            for draft in drafts:
+                if draft.weight is not None:
+                    rounded(draft.weight, precision.weights_of(draft))  # reads and rounds nothing yet
+
+
+def require_capped(model: Drafted, chunk: int) -> None:
+    """Raises UnsupportedError for a soft cap over scores [KV heads, 1, 16, keys] or [1, 16, keys], as sparse attention
+    has them for 16 query heads to a KV head: rounded, it comes out wrong of the HTP, which says nothing (QNN 2.51). In
+    dense attention the query heads have an axis of their own, and there has to be more than one of them."""
+    drafting = model.drafting
+    for index, layer in enumerate(drafting.decoder.layers):
+        _, softcap, _ = drafting.layers[index]
+        group = layer.q_heads // layer.kv_heads
+        rows = {group, group * chunk} if not drafting.sparsity.dense else {chunk} if layer.q_heads == 1 else set()
+        if softcap and CAPPED_WRONG in rows:
+            raise UnsupportedError(
+                f"Soft-capped scores of {CAPPED_WRONG} rows, which layer {index} has, are computed wrong by the HTP in "
+                "rounded numbers",
+                "Use precision='f16'",
+            )
+
+
+def plan_notes(parts: Sequence[Part]) -> list[str]:
+    """The plan for people; one part needs none."""
+    if len(parts) == 1:
+        return []
+    sizes = "; ".join(f"{part.name}: {part.bytes / 1e6:.1f} MB" for part in parts)
+    return [f"the weights are too large for one context and are cut into {len(parts)} parts: {sizes}"]
+
+
+def sparse_notes(variant: Variant) -> list[str]:
+    """What sparse attention reads, for people; nothing is said of dense attention."""
+    sizes = variant.sizes(1)
+    if sizes is None:
+        return []
+    layers = [
+        (len(variant.choosing(i)), c.kv_heads, c.head_dim, c.value_dim) for i, c in enumerate(variant.layers)
+    ]  # fmt: skip
+    read = sparse_sizes.reads(sizes, layers, CACHE_BYTES[variant.cache])
+    choosing, every = sum(c[0] for c in layers), sum(c[1] for c in layers)
+    return [
+        f"sparse attention in {choosing} of {every} KV heads: {sizes.far * sizes.rule.unit + sizes.near} keys of the "
+        f"cache are read for a token, of {variant.context}",
+        f"bytes of cache that are read for a token: {read.sparse / 1e6:.2f} MB, of them {read.nodes / 1e6:.2f} MB of "
+        f"nodes; dense attention reads {read.dense / 1e6:.2f} MB",
+    ]
+
+
+def texts_of(options: Options, vocabulary: int) -> tuple[Sequence[Sequence[int]], str]:
+    """What activations are seen on, and a note of it."""
+    given: Any = options.get("calibration") or ()
+    texts = [text for text in given if len(text)]
+    if texts:
+        return texts, f"activations are rounded by what {sum(map(len, texts))} tokens of text showed"
+    rng = np.random.default_rng(0)
+    return rng.integers(0, vocabulary, RANDOM_TEXTS).tolist(), (
+        "activations are rounded by what random tokens showed, since there are no texts: the model has no tokenizer"
+    )
+
+
+def error_note(worst: Sequence[Deviation]) -> str:
+    products = [d.error for d in worst if d.what == "product"]
+    first = next(d for d in worst if d.what == "product")
+    return (
+        f"rounding: products are off by {sum(products) / len(products):.2%} (mean), at most {first.error:.2%} "
+        f"({first.node}); all of them are in {ERRORS_FILE}"
+    )
+
+
+def write_embedding(embed: Draft, path: Path, progress: Callable[[float], None]) -> None:
+    """The table as float16 rows, [vocabulary, hidden], not scaled.
+
+    Raises:
+        OptionError: a number is too large for float16.
+    """
+    weight = embed.weight
+    assert weight is not None
+    weight = held(weight)
+    rows = weight.shape[0]
+    with path.open("wb") as file:
+        for start in range(0, rows, ROWS_AT_ONCE):
+            wide = rows_of(weight, range(start, min(rows, start + ROWS_AT_ONCE)))
+            with np.errstate(over="ignore"):
+                narrow = wide.astype("<f2")
+            if not np.isfinite(narrow).all():
+                raise OptionError(
+                    f"The embedding has numbers up to {np.abs(wide).max():.4g}, and float16 ends at 65504",
+                    "Use another backend",
+                )
+            file.write(narrow.tobytes())
+            progress(start / rows)
+
+
+def _compile_part(
+    prepared: Prepared, part: Part, names: PartFiles, variant: Variant, folder: Path, share: bool
+) -> dict[str, Path]:
+    """Both graphs of a part; the files of their contexts by name."""
+    chip = probing.Chip(variant.soc_model, variant.htp_arch)
+    sessions = []
+    for tokens, name in ((variant.chunk, names.prefill), (1, names.decode)):
+        with tempfile.TemporaryDirectory(prefix="graph-", dir=folder) as sources:
+            source = Path(sources) / name
+            write_graph(prepared, part, source, tokens, variant.context)
+            last = name == names.decode
+            sessions.append(sdk.compile_context(source, folder / name, chip, share=share, last=last))
+    del sessions
+    stems = tuple(Path(name).stem for name in (names.prefill, names.decode))
+    return {path.name: path for path in sorted(folder.iterdir()) if path.name.startswith(stems)}
+
+
+def write_graph(prepared: Prepared, part: Part, path: Path, tokens: int, context: int) -> None:
+    """One graph of a part as QNN is given it."""
+    drafting, precision = prepared.model.drafting, prepared.precision
+    lowered = lower(
+        drafting, part, tokens=tokens, cached=context, context=context, matrices=prepared.matrices,
+        mask_low=prepared.seen.mask_low,
+    )  # fmt: skip
+    if precision.rounded:
+        add_rounding(lowered, prepared.seen, ir.DataType[precision.cache.upper()])
+    else:
+        add_half_cache(lowered)
+    written = ir.Model(lowered.graph, ir_version=IR_VERSION, producer_name="transom")
+    ir.save(written, path, external_data=f"{path.stem}.weights", size_threshold_bytes=SMALL)
+
+
+def _told(progress: Progress, stage: str) -> Callable[[float], None]:
+    begin, end = SHARES[stage]
+
+    def tell(share: float) -> None:
+        progress(stage, begin + (end - begin) * share)
+
+    tell(0.0)
+    return tell
+
+
+def _memory(variant: Variant, size: int) -> dict[str, int]:
+    """Bytes on the chip and in the app: the contexts, the cache of one token, and what a prefill takes in and gives."""
+    number = CACHE_BYTES[variant.cache]
+    sizes, nodes = variant.sizes(1), 0
+    if sizes is not None:
+        columns = sum(len(variant.choosing(i)) * c.head_dim for i, c in enumerate(variant.layers))
+        nodes = -(-columns * (number + sparse_sizes.NODE_VARIANCE) // sizes.rule.node)
+    rows = variant.chunk * (2 * variant.hidden + variant.context + variant.chunk) + variant.vocabulary
+    return {
+        "weights": size,
+        "cache_per_token": sum(c.kv_heads * (c.head_dim + c.value_dim) * number for c in variant.layers) + nodes,
+        "workspace": 4 * rows,
+    }

@@ -1,0 +1,43 @@
+"""Load: open the contexts of an artifact and make its session."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from transom.contract import Artifact, Limits, Options
+from transom.errors import EngineError
+from transom.sessions import BufferedSession
+from transom_mobile_export.qnn import sdk
+from transom_mobile_export.qnn.layout import EMBEDDING_FILE, VARIANT_FILE, Variant
+from transom_mobile_export.qnn.probing import Chip
+from transom_mobile_export.qnn.running import Graphs, QnnEngine
+
+DAMAGED = "Remove it with: transom cache clear; or export the bundle anew"
+
+
+def load_artifact(artifact: Artifact, options: Options) -> BufferedSession:
+    """A session over the artifact, which runs one sequence in a step.
+
+    Raises:
+        EngineError: the files are not what this backend wrote, or QNN does not open them.
+    """
+    files = {name: path for name, path in artifact.files.items() if isinstance(path, Path)}
+    try:
+        variant = Variant.from_json(files[VARIANT_FILE].read_text())
+        shape = variant.vocabulary, variant.hidden
+        table = np.memmap(files[EMBEDDING_FILE], "<f2", "r", shape=shape)
+        paths = [(files[part.prefill], files[part.decode]) for part in variant.parts]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise EngineError(f"This compiled model is damaged: {e}", DAMAGED) from e
+    chip = Chip(variant.soc_model, variant.htp_arch)
+    graphs = [Graphs(*(sdk.open_context(path, chip) for path in pair)) for pair in paths]
+    context = min(int(str(options.get("context") or variant.context)), variant.context)
+    return session_over(QnnEngine(variant, table, graphs), context)
+
+
+def session_over(engine: QnnEngine, context: int) -> BufferedSession:
+    """A session whose states hold so many tokens, at most as many as the graphs do."""
+    variant = engine.variant
+    return BufferedSession(engine, variant.vocabulary, Limits(1, min(variant.chunk, context), context, page_tokens=0))

@@ -1,0 +1,86 @@
+"""What rounding does to a decoder: its float graphs and its rounded ones on one text, product by product.
+
+Both run in onnxruntime on the CPU, each fed by its own layers before, so that an error shows what has come together so
+far. The rounded graphs compute there what the HTP computes, but for the last bit of a code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx_ir as ir
+
+from transom.graph.weights import Array
+from transom_mobile_export.qnn.encoding import add_rounding
+from transom_mobile_export.qnn.lowering import Lowered, lower
+from transom_mobile_export.qnn.observing import Running, embedded, grouped, prefill
+
+if TYPE_CHECKING:
+    from transom_mobile_export.qnn.claims import Drafted
+    from transom_mobile_export.qnn.lowering import Matrices
+    from transom_mobile_export.qnn.observing import Seen
+    from transom_mobile_export.qnn.precision import Precision
+
+LONGEST = 64
+"""Tokens of the text, at most."""
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """One value of the rounded decoder against the same of the float one."""
+
+    node: str
+    """Of the neutral graph."""
+    layer: int
+    what: str
+    """`"product"`, or `"residual"`: the hidden state behind a layer."""
+    error: float
+    """Norm of the difference, over the norm of the float one."""
+
+
+def measure(
+    model: Drafted,
+    precision: Precision,
+    seen: Seen,
+    matrices: Matrices,
+    text: Sequence[int],
+    progress: Callable[[float], None],
+) -> list[Deviation]:
+    """The error of every product and of the hidden state behind every layer, worst first."""
+    text = text[:LONGEST]
+    positions = np.arange(len(text))
+    exact = rounded = embedded(model.embed, text)
+    found: list[Deviation] = []
+    groups = grouped(model.layers)
+    cache = ir.DataType[precision.cache.upper()]
+    sizes: dict[str, Any] = {"tokens": "tokens", "cached": "cached", "context": len(text)}
+    for done, part in enumerate(groups):
+        plain = lower(model.drafting, part, **sizes)
+        with Running(_showing(plain)) as running:
+            wanted = running(prefill(model.drafting.decoder, part, exact, positions))
+        graph = _showing(lower(model.drafting, part, **sizes, matrices=matrices))
+        add_rounding(graph, seen, cache)
+        with Running(graph) as running:
+            got = running(prefill(model.drafting.decoder, part, rounded, positions, cache.numpy()))
+        found += [Deviation(w.node, w.layer, w.what, relative(wanted[w.name], got[w.name])) for w in plain.watched]
+        if not part.last:
+            exact, rounded = wanted["hidden_out"], got["hidden_out"]
+        progress((done + 1) / len(groups))
+    return sorted(found, key=lambda d: -d.error)
+
+
+def _showing(lowered: Lowered) -> Lowered:
+    """The same with all that is watched among its outputs."""
+    given = {v.name for v in lowered.graph.outputs}
+    values = {v.name: v for node in lowered.graph for v in node.outputs}
+    lowered.graph.outputs.extend(values[w.name] for w in lowered.watched if w.name not in given)
+    return lowered
+
+
+def relative(wanted: Array, got: Array) -> float:
+    """Norm of the difference over the norm of what was wanted."""
+    norm = float(np.linalg.norm(wanted))
+    return float(np.linalg.norm(got - wanted)) / norm if norm else 0.0

@@ -1,0 +1,134 @@
+"""Which layers of a decoder make one part: a context binary that is no larger than the HTP can map.
+
+A decoder is cut only where nothing but the rows of its hidden state goes from one operator to a later one, so that a
+part takes `hidden` and gives `hidden_out`. A part that is planned here is not compiled yet: its bytes are those of its
+weights, which are nearly all of a context binary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from transom.bundles.storage import FORMS
+from transom.errors import DoesNotFit, UnsupportedError
+from transom.graph.weights import Weight
+from transom_mobile_export.qnn.layout import LARGEST
+
+if TYPE_CHECKING:
+    from transom.programs.drafting import Draft, Value
+    from transom_mobile_export.qnn.precision import Precision
+
+_FORMS = {
+    "float16": FORMS["qnn"]["f16"].products, "int8": FORMS["qnn"]["int8"].products,
+    "int4": FORMS["qnn"]["int4"].products,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some layers, one after the other."""
+
+    first: int
+    layers: tuple[tuple[Draft, ...], ...]
+    """The operators of each; those behind the last layer of the model are with it."""
+    source: Value
+    """The hidden state that goes in."""
+    result: Value
+    """What comes out: the hidden state, or the logits of the last part."""
+    last: bool
+    bytes: int
+    """Of its weights."""
+
+    @property
+    def end(self) -> int:
+        """The first layer that is no longer in it."""
+        return self.first + len(self.layers)
+
+    @property
+    def name(self) -> str:
+        return f"layers {self.first} to {self.end - 1}" if self.end - self.first > 1 else f"layer {self.first}"
+
+
+def plan_parts(layers: Sequence[Part], *, largest: int = LARGEST) -> tuple[Part, ...]:
+    """The parts of a decoder, each as large as fits; nothing is read or compiled.
+
+    Args:
+        layers: what `layers_of` gave.
+        largest: bytes of weights that a part may have.
+
+    Raises:
+        DoesNotFit: a single layer is larger than a part may be.
+    """
+    parts: list[Part] = []
+    for unit in layers:
+        if unit.bytes > largest:
+            raise DoesNotFit(
+                f"{unit.name} of this model has {unit.bytes / 1e9:.2f} GB of weights, and one context of the HTP "
+                f"holds {largest / 1e9:.2f} GB of them",
+                "Use precision='int4', or a model with a smaller vocabulary",
+            )
+        if parts and parts[-1].bytes + unit.bytes <= largest:
+            parts[-1] = joined(parts[-1], unit)
+        else:
+            parts.append(unit)
+    return tuple(parts)
+
+
+def joined(a: Part, b: Part) -> Part:
+    """Two neighbours as one."""
+    return Part(a.first, a.layers + b.layers, a.source, b.result, b.last, a.bytes + b.bytes)
+
+
+def layers_of(drafts: Sequence[Draft], logits: Value, precision: Precision) -> tuple[Part, ...]:
+    """Every layer as a part of its own; what comes after the last layer is with it.
+
+    Args:
+        drafts: of the whole decoder; the first one is its embedding.
+        logits: what it gives.
+
+    Raises:
+        UnsupportedError: more goes from layer to layer than the rows of the hidden state.
+    """
+    attends = [i for i, draft in enumerate(drafts) if draft.kind == "attend"]
+    begins = [1, *(cut(drafts, a, b, logits) for a, b in pairwise(attends))]
+    found = []
+    for layer, (begin, end) in enumerate(zip(begins, [*begins[1:], len(drafts)], strict=True)):
+        own = tuple(drafts[begin:end])
+        last = end == len(drafts)
+        source = drafts[begin - 1].dst
+        result = logits if last else drafts[end - 1].dst
+        found.append(Part(layer, (own,), source, result, last, sum(weight_bytes(d, precision) for d in own)))
+    return tuple(found)
+
+
+def cut(drafts: Sequence[Draft], after: int, before: int, result: Value) -> int:
+    """The last place between two attentions behind which only what the operator before it gave is read.
+
+    Raises:
+        UnsupportedError: there is none.
+    """
+    for place in range(before, after, -1):
+        made = {id(d.dst.root()[0]) for d in drafts[place:]}
+        read = {id(v.root()[0]) for d in drafts[place:] for v in d.reads()} | {id(result.root()[0])}
+        if read - made == {id(drafts[place - 1].dst)}:
+            return place
+    raise UnsupportedError(
+        f"Between the attention layers at {drafts[after].node} and {drafts[before].node} more than one value is "
+        "carried on, and parts of a model hand on one",
+        "Use another backend",
+    )
+
+
+def weight_bytes(draft: Draft, precision: Precision) -> int:
+    """Bytes that the matrix of a product takes in a context binary."""
+    if draft.kind != "linear" or draft.weight is None:
+        return 0
+    return matrix_bytes(draft.weight, precision.weights_of(draft))
+
+
+def matrix_bytes(weight: Weight, form: str) -> int:
+    """Bytes of a matrix in one of the forms of `precision.Form`, as `transom export --plan` counts them."""
+    return _FORMS[form].bytes(*weight.shape)

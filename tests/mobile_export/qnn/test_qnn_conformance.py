@@ -1,0 +1,19 @@
+"""The conformance kit over the emulated HTP: all of it but what a decoder for a phone has no need of."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from transom.testing import BackendConformance
+from transom_mobile_export.qnn.backend import Qnn
+
+
+class TestEmulated(BackendConformance):
+    backend = Qnn(chunk=8)
+    precision = "float16"
+    options: ClassVar = {"precision": "f16", "context": 56}
+    may_refuse = (
+        "operator.*", "session.run_inputs",  # it takes decoders alone
+        "logits.attention_bias", "logits.everything", "step.ragged_windows",  # a bias that is computed
+        "step.ragged",  # it runs one sequence at a time
+    )  # fmt: skip
