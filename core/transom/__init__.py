@@ -16,9 +16,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from transom.api import backends, devices, explain, load
+    from transom.api import backends, devices, explain, export, load
     from transom.artifacts import Cache
-    from transom.bundles.exporting import Exported, export
+    from transom.bundles.exported import Exported
     from transom.bundles.plans import plan_export
     from transom.contract import Cancelled, Device
     from transom.errors import TransomError
@@ -31,7 +31,7 @@ _HOME = {
     "Cache": "transom.artifacts",
     "Cancelled": "transom.contract",
     "Device": "transom.contract",
-    "Exported": "transom.bundles.exporting",
+    "Exported": "transom.bundles.exported",
     "Generation": "transom.generation.results",
     "Model": "transom.generation.model",
     "SamplingParams": "transom.generation.params",
@@ -40,7 +40,7 @@ _HOME = {
     "backends": "transom.api",
     "devices": "transom.api",
     "explain": "transom.api",
-    "export": "transom.bundles.exporting",
+    "export": "transom.api",
     "load": "transom.api",
     "plan_export": "transom.bundles.plans",
 }

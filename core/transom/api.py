@@ -1,5 +1,5 @@
-"""The functions of the package `transom`: load, explain, devices, backends. The only place that tells a bundle from a
-model and calls the room that knows what to do with it.
+"""The functions of the package `transom`: load, export, explain, devices, backends. Only this file decides
+whether something is a bundle or a model, and calls the room that handles it.
 
 Imports nothing heavier than a warm load needs. On a warm load nothing but the artifact is read: the probe, the choice,
 the manifest's checks, the engine's import. On a cold one a child process compiles and checks (`transom.preparation`).
@@ -7,7 +7,6 @@ the manifest's checks, the engine's import. On a cold one a child process compil
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,16 +15,17 @@ from typing import TYPE_CHECKING, Any
 from transom import hardware
 from transom.artifacts import Cache
 from transom.contract import Device, Offer, Refusal
-from transom.loading.loader import Asked, Loader
-from transom.loading.machine import choose, survey
-from transom.loading.options import check_arguments, check_objects
+from transom.loading.load_state import LoadState
+from transom.loading.loader import load_model
+from transom.loading.machine import survey
+from transom.loading.options import LoadOptions, auto_policy, check_objects, checked_options
 from transom.plugins import PluginFailure
-from transom.preparation.calibration_texts import given_texts
 from transom.preparation.plugin_calls import interrupts_kept
 from transom.sources import bundle_at
 from transom.sparsity import Sparsity
 
 if TYPE_CHECKING:
+    from transom.bundles.exported import Exported
     from transom.contract import Progress
     from transom.generation.model import Model
     from transom.loading.explanation import Explanation
@@ -83,28 +83,110 @@ def load(
             offer and says so in `report.warnings`.
         OptionError: an unknown option or value.
     """
-    options = {"context": context, "precision": precision, "threads": threads}
-    policy = os.environ.get("TRANSOM_AUTO", "").strip() or "measure"
-    check_arguments(options, verify, policy, unknown)
-    check_objects(cache, progress)
-    asked = Asked(options, Sparsity.parse(sparsity), given_texts(calibration), verify)
-    kept, told = cache or Cache.default(), progress or (lambda stage, share: None)
+    auto_policy()  # refuses a wrong value of TRANSOM_AUTO, also where it has no effect
+    options = checked_options(
+        "load",
+        context=context,
+        precision=precision,
+        threads=threads,
+        sparsity=sparsity,
+        calibration=calibration,
+        verify=verify,
+        unknown=unknown,
+    )
+    state = _state(options, cache, progress)
     if (bundle := bundle_at(model)) is not None:
         from transom.bundles.opening import load_bundle  # a model from the cache does not need it
 
-        return load_bundle(
-            bundle, asked, device=device, backend=backend, probe_file=probe_file, cache=kept, progress=told
-        )
-    loader = Loader(model, asked, cache=kept, progress=told)
-    with loader.stages.time("probe"):
-        machine = survey(probe_file, target=device)
-        choice = choose(machine, device=device, backend=backend)
-    with loader.stages.time("read"):
-        loader.identify(machine.plugins)
-    if choice.kinds_to_measure and policy == "measure":
-        speeds = loader.speeds(machine, choice.kinds_to_measure)
-        choice = choose(machine, device=device, backend=backend, measured=speeds)
-    return loader.first_that_works(machine, choice, lambda turn: loader.open(machine, choice, turn))
+        return load_bundle(bundle, state, device=device, backend=backend, probe_file=probe_file)
+    return load_model(model, state, device=device, backend=backend, probe_file=probe_file)
+
+
+@interrupts_kept()
+def export(
+    model: Any,
+    *,
+    target: str | Sequence[str],
+    out: str | Path,
+    format: str | Sequence[str] = "auto",
+    context: int | None = None,
+    precision: str = "auto",
+    sparsity: Any = "off",
+    calibration: Sequence[str | Path] = (),
+    verify: str = "auto",
+    max_kl: float | None = None,
+    app: str | Path | None = None,
+    overwrite: bool = False,
+    cache: Cache | None = None,
+    progress: Progress | None = None,
+    probe_file: str | Path | None = None,
+    **unknown: Any,
+) -> Exported:
+    """Compile a model for a device and write it down as a bundle, which `transom.load` opens where that device is.
+
+    Args:
+        model: anything that `transom.load` compiles.
+        target: a name of the catalogue (`"rtx-4090"`, also `"remote:rtx-4090"`), or the id of a device that is here
+            (`"cpu"`, `"cuda:0"`); several as a list, or as one text with commas. The bundle has a variant for each.
+        out: the folder to write. It must not exist, or be empty, or be a bundle that is to be overwritten.
+        format: `"auto"`, or what the backend is called that compiles (`"qnn"`, `"onnx"`, `"tensorrt"`); several as a
+            list, or as one text with commas, for each target. Named, no other is taken.
+        context: tokens that one sequence may have; None for the model's own, cut to what fits the target.
+        precision, sparsity: as for `transom.load`; built into the bundle.
+        calibration: texts, or text files as `pathlib.Path`, for a backend that rounds activations; empty for passages
+            that come with Python.
+        verify: `"auto"` compares what is compiled for a device of this machine with the reference where that has not
+            been done, `"always"` in any case, and `"off"` only runs it. What is compiled for elsewhere is compared
+            on what can run it here, an emulator, and where it is loaded.
+        max_kl: nats that the logits of what is compiled for elsewhere may diverge by from the reference's (mean over
+            the fixed prompt); None for the bound of the self-check. It counts where something here can run it; where
+            nothing can, a warning says so.
+        app: an APK, AAR, app bundle or folder whose native libraries are compared with what the variants need, before
+            anything is written; None: no app is looked at.
+        overwrite: whether a bundle that is in `out` may be replaced.
+        cache: the artifact cache; None for the default one.
+        progress: called with (stage, share done or None); may raise `transom.Cancelled`.
+        probe_file: devices from a JSON file in place of the probe.
+
+    Whatever ends it early leaves no bundle and an older one as it was.
+
+    Raises:
+        OptionError: an unknown target, option or value, `out` is in use, or the app lacks libraries or has such as
+            phones do not load.
+        BundleError: the bundle cannot be written.
+        SelectionError: no backend compiles for the target; the details say what each answered.
+        FidelityError: what was compiled diverges by more than `max_kl`; names the worst products.
+        SourceError, UnsupportedError, DoesNotFit, EngineError, SelfCheckFailed: as for `transom.load`.
+    """
+    from transom.bundles.exporting import export_model
+
+    options = checked_options(
+        "export",
+        context=context,
+        precision=precision,
+        threads=None,
+        sparsity=sparsity,
+        calibration=calibration,
+        verify=verify,
+        unknown=unknown,
+    )
+    return export_model(
+        model,
+        _state(options, cache, progress),
+        target=target,
+        out=out,
+        format=format,
+        max_kl=max_kl,
+        app=app,
+        overwrite=overwrite,
+        probe_file=probe_file,
+    )
+
+
+def _state(options: LoadOptions, cache: Cache | None, progress: Progress | None) -> LoadState:
+    """Raises OptionError for a cache or a progress of the wrong type."""
+    check_objects(cache, progress)
+    return LoadState(options, cache or Cache.default(), progress or (lambda stage, share: None))
 
 
 def devices(probe_file: str | Path | None = None) -> tuple[Device, ...]:

@@ -31,11 +31,11 @@ from made_up import CPU
 import transom
 from transom import hardware
 from transom.artifacts import Cache
-from transom.bundles import exporting
+from transom.bundles import exported
 from transom.contract import Cancelled, Device
-from transom.loading import loader, machine
+from transom.loading import child_jobs, machine
 from transom.plugins import LoadedBackend, Plugins
-from transom.preparation import child, jobs, memory, pipeline
+from transom.preparation import child, jobs, memory, stages
 from transom.reference import ReferenceBackend
 
 
@@ -104,16 +104,16 @@ class Here:
 def here(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Here:
     here = Here(tiny_model, Cache(tmp_path / "cache"), monkeypatch)
     monkeypatch.setenv("OPENBLAS_NUM_THREADS", os.environ.get("OPENBLAS_NUM_THREADS", "2"))  # `jobs.run` sets it
-    monkeypatch.setattr(loader, "run_in_child", here.child)
+    monkeypatch.setattr(child_jobs, "run_in_child", here.child)
     monkeypatch.setattr(machine, "load_plugins", lambda: here.plugins)
-    monkeypatch.setattr(pipeline, "load_plugins", lambda: here.plugins)
+    monkeypatch.setattr(stages, "load_plugins", lambda: here.plugins)
     monkeypatch.setattr(hardware, "probe", lambda probe_file=None: hardware.Found(tuple(here.devices)))
     return here
 
 
 @pytest.fixture
-def export(here: Any, tmp_path: Path) -> Callable[..., exporting.Exported]:
-    def run(model: Any = None, **options: Any) -> exporting.Exported:
+def export(here: Any, tmp_path: Path) -> Callable[..., exported.Exported]:
+    def run(model: Any = None, **options: Any) -> exported.Exported:
         where = {"target": "cpu", "out": tmp_path / "bundle", "cache": here.cache}
         return transom.export(here.model if model is None else model, **{**where, **options})
 

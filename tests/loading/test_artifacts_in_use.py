@@ -164,7 +164,7 @@ def test_an_interrupt_that_an_import_swallows_ends_the_load(here: Any, monkeypat
             raise ImportError("numpy._core.umath failed to import") from None
 
     here.use(MadeUp("sound"))
-    monkeypatch.setattr("transom.loading.loader.fingerprint_of", swallow)
+    monkeypatch.setattr("transom.loading.identity.fingerprint_of", swallow)
     with pytest.raises(KeyboardInterrupt):
         here.load()
 

@@ -15,7 +15,7 @@ from bundling import HEXAGON, Tools
 from made_up import CPU
 
 import transom
-from transom.loading import loader
+from transom.loading import child_jobs
 from transom.preparation import jobs, reference_process
 from transom.preparation.child import run_in_child
 from transom.preparation.jobs import Job
@@ -32,7 +32,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Payload]:
         payloads.append(dict(payload))
         return run_in_child(entry, payload, **options)
 
-    monkeypatch.setattr(loader, "run_in_child", noted)
+    monkeypatch.setattr(child_jobs, "run_in_child", noted)
     return payloads
 
 
@@ -86,7 +86,7 @@ def test_what_is_compiled_for_elsewhere_takes_it_along_and_the_host_s_memory_cou
         wanted.append(payload["beside"])
         return here.child(entry, {**payload, "beside": False}, **options)
 
-    monkeypatch.setattr(loader, "run_in_child", noted)
+    monkeypatch.setattr(child_jobs, "run_in_child", noted)
     export(target=HEXAGON, verify="off")
     assert wanted == [free is not None and len(os.sched_getaffinity(0)) > 1]
 

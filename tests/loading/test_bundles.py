@@ -16,7 +16,7 @@ from made_up import CPU, MadeUp
 import transom
 from transom.artifacts import hash_file
 from transom.artifacts.files import is_held
-from transom.bundles.manifest import open_bundle
+from transom.bundles.bundle import open_bundle
 from transom.contract import Refusal
 from transom.errors import ContextExceeded, DoesNotFit, EngineError, OptionError, SelectionError, SelfCheckFailed
 from transom.sparsity import Sparsity
@@ -159,10 +159,10 @@ def test_a_graph_that_is_no_decoder_can_be_carried_too(here: Any, export: Any, r
 def test_a_model_in_memory_can_be_carried_too(here: Any, export: Any, rng: np.random.Generator) -> None:
     from test_in_memory import MemorySource, Thing
 
-    from transom.loading import loader
+    from transom.loading import identity
     from transom.testing.models import tiny_decoder
 
-    here.monkeypatch.setattr(loader, "resolve", lambda spec: MemorySource())
+    here.monkeypatch.setattr(identity, "resolve", lambda spec: MemorySource())
     here.use(MadeUp("sound"))
     thing = Thing(tiny_decoder(rng))
     with here.load(thing) as model:

@@ -10,7 +10,7 @@ from made_up import MadeUp
 
 import transom
 from transom.errors import OptionError
-from transom.preparation import calibration_texts, pipeline
+from transom.preparation import calibration_texts, stages
 
 
 class Watching(MadeUp):
@@ -56,7 +56,7 @@ def test_a_warm_start_tokenises_nothing(here: Any, watching: Watching, monkeypat
     def never(*arguments: Any) -> None:
         raise AssertionError("it is compiled already")
 
-    monkeypatch.setattr(pipeline, "pieces", never)
+    monkeypatch.setattr(stages, "pieces", never)
     here.load(calibration=["my text"]).close()
     assert watching.calls.count("compile") == 1
 

@@ -12,8 +12,8 @@ from made_up import MadeUp
 
 from transom.errors import SelfCheckFailed
 from transom.graph import Graph
-from transom.loading import identity, loader
-from transom.preparation import pipeline
+from transom.loading import identity
+from transom.preparation import stages
 from transom.sources import SourceModel
 from transom.testing.models import tiny_decoder
 from transom.text import GenerationDefaults
@@ -44,8 +44,8 @@ def memory(here: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     def never(spec: Any) -> None:
         raise AssertionError("the child process cannot see what is in memory")
 
-    monkeypatch.setattr(loader, "resolve", lambda spec: MemorySource())
-    monkeypatch.setattr(pipeline, "resolve", never)
+    monkeypatch.setattr(identity, "resolve", lambda spec: MemorySource())
+    monkeypatch.setattr(stages, "resolve", never)
     return here
 
 
@@ -184,7 +184,7 @@ def test_a_context_that_needs_another_graph_gets_it_and_neither_is_taken_for_the
     here: Any, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
     source = LongSource(seed)
-    for module in (identity, pipeline):
+    for module in (identity, stages):
         monkeypatch.setattr(module, "resolve", lambda spec: source)
     sound = MadeUp("sound")
     here.use(sound)

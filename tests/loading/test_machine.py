@@ -67,12 +67,12 @@ def test_context_and_threads_leave_the_key_alone(option: Any) -> None:
 def test_a_verdict_is_enough_or_not() -> None:
     unchecked = {"checked": False, "ran_only": True}
     off = replace(JOB, verify=False)
-    assert JOB.believes({"checked": True})
-    assert JOB.believes({"checked": False, "reason": "not possible"})
-    assert not JOB.believes(unchecked)
-    assert off.believes(unchecked)
-    assert not JOB.believes(None)
-    assert not off.believes(None)
+    assert JOB.accepts({"checked": True})
+    assert JOB.accepts({"checked": False, "reason": "not possible"})
+    assert not JOB.accepts(unchecked)
+    assert off.accepts(unchecked)
+    assert not JOB.accepts(None)
+    assert not off.accepts(None)
 
 
 def test_only_a_context_beyond_the_source_s_own_is_a_variant() -> None:

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transom.bundles.manifest import open_bundle
+from transom.bundles.bundle import open_bundle
 from transom.contract import Progress
-from transom.preparation.pipeline import Preparation
+from transom.preparation.stages import Preparation
 
 
 def check(payload: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
@@ -25,6 +25,6 @@ def check(payload: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
     bundle = whole.of(next(v for v in whole.manifest.variants if v.name == name))
     try:
         preparation.take(bundle.source)
-        return preparation.check(bundle, bundle.golden() if job.verify else {})
+        return preparation.check(bundle, bundle.reference_outputs() if job.verify else {})
     finally:
         bundle.release()

@@ -1,39 +1,34 @@
-"""Bundles: compiled models as folders that can be carried to another machine. Their manifest, and checking one before
-anything in it is opened; `transom.bundles.writing` writes them.
+"""The manifest of a bundle: what it says about itself. `docs/bundles.md` describes the file for other programs.
 
-`docs/bundles.md` describes the folder for whoever reads it without Transom. On the warm path: imports nothing heavy.
+A bundle is a folder of compiled models that can be carried to another machine. On the warm path: imports nothing heavy.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from transom.artifacts import FileRecord, Origin, Overflow, artifact_key, hash_file
-from transom.artifacts.entries import SCRATCH, check_file_name
-from transom.artifacts.files import MARK, Hold, hold
+from transom.artifacts import FileRecord
+from transom.artifacts.entries import check_file_name
 from transom.bundles import manifest_values as values
-from transom.contract import Artifact, Device
-from transom.errors import SourceError, TransomError
+from transom.contract import Device
+from transom.errors import TransomError
 from transom.hardware.probe_file import to_json
-from transom.preparation.cached_source import Prepared
 from transom.signature import Decoder
 from transom.sources.resolve import BUNDLE_KEY, BUNDLE_MANIFEST
 
 if TYPE_CHECKING:
-    from transom.artifacts import Cache
-    from transom.contract import Progress
-    from transom.text import ChatTemplate, GenerationDefaults, Tokenizer
+    pass
 
 T = TypeVar("T")
 
 VERSION = 1
 """Of the manifest. Rises when a reader of the old one would misread the new one; keys are added without that."""
+AGAIN = "Copy it again from where it was made, or export the model again"
+"""What to do about a damaged bundle."""
 GOLDEN = "golden.npz"
 SHARED = "shared"
 """The folder of files that several variants may read. A backend says so by naming a file `shared/…`."""
@@ -245,196 +240,3 @@ def require_version(version: object, bundle: str) -> None:
             f"{bundle} is of version {version}, and this Transom reads version {VERSION}",
             "Update it with: pip install --upgrade transom",
         )
-
-
-AGAIN = "Copy it again from where it was made, or export the model again"
-
-
-class Bundle:
-    """A bundle whose files are all there and as they were written. Held until `release`.
-
-    It is what an artifact and a prepared source of the cache are elsewhere (`prepared.Compiled`, `prepared.Files`).
-    What is found out about it is kept in the cache of this machine, and nothing is ever written into its folder.
-
-    Args:
-        variant: the one that is opened.
-    """
-
-    def __init__(self, folder: Path, manifest: Manifest, key: str, cache: Cache, variant: Variant) -> None:
-        self.folder, self.manifest, self.variant = folder, manifest, variant
-        self.key = key if len(manifest.variants) == 1 else artifact_key({"bundle": key, "variant": variant.name})
-        self._whole, self._cache = key, cache
-        self._places: set[str] = set()
-        self._hold: Hold | None = None
-        self._overflow: Overflow | None = None
-        inside = {name: folder / path for name, path in variant.files.items()}
-        self.artifact = Artifact(inside, variant.requires, variant.notes)
-        self.origin = Origin(
-            source=manifest.name,
-            backend=variant.backend,
-            backend_version=variant.backend_version,
-            options=manifest.options,
-            ingredients={"exact": variant.exact, "decomposed": list(variant.decomposed)},
-        )
-
-    def of(self, variant: Variant) -> Bundle:
-        """The same bundle with another of its variants open."""
-        return Bundle(self.folder, self.manifest, self._whole, self._cache, variant)
-
-    @property
-    def files(self) -> dict[str, Path]:
-        """Of the bundle's root and below."""
-        return {name: self.folder / name for name in self.manifest.files}
-
-    def read(self, name: str) -> bytes:
-        return self.files[name].read_bytes()
-
-    @property
-    def source(self) -> Prepared:
-        """What a source would bring besides the graph."""
-        m = self.manifest
-        return _Source(m.name, m.kind, m.model_notes, m.decoder, m.graph, m.inputs, self, m.foreign)
-
-    def golden(self) -> dict[str, Any]:
-        """The reference's answers: `ids` and `logits`; of a graph that is no decoder its outputs.
-
-        Raises:
-            BundleError: they are not what the manifest says that they belong to.
-        """
-        import io
-        import zipfile
-        import zlib
-
-        import numpy as np
-
-        damaged = BundleError(f"The file {GOLDEN} of the bundle {self.folder} is damaged", AGAIN)
-        try:
-            with np.load(io.BytesIO(self.read(GOLDEN)), allow_pickle=False) as stored:
-                found = dict(stored.items())
-        except (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
-            raise damaged from error
-        if (decoder := self.manifest.decoder) is not None:
-            tokens = list(self.manifest.tokens)
-            sound = (
-                found.keys() >= {"ids", "logits"}
-                and found["ids"].tolist() == tokens != []
-                and max(tokens) < decoder.vocabulary
-                and found["logits"].shape == (len(tokens), decoder.vocabulary)
-                and found["logits"].dtype.kind == "f"
-            )
-            if not sound:
-                raise damaged
-        return found
-
-    @property
-    def scratch(self) -> Path:
-        """The folder for `Backend.load`, in the cache; a temporary one where that cannot be written."""
-        if self._overflow is None:
-            folder = self._cache.root / SCRATCH / self.key
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                self._hold = self._hold or hold(folder, create=True)
-                os.utime(folder / MARK)
-                return folder
-            except OSError:
-                self._overflow = Overflow()
-        folder = self._overflow.root / SCRATCH / self.key
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
-
-    def verdict(self, where: str) -> object:
-        self._places.add(where)
-        return self._cache.recall(_NOTEBOOK, self._verdict_key(where))
-
-    def record_verdict(self, where: str, verdict: object) -> None:
-        self._cache.remember(_NOTEBOOK, self._verdict_key(where), verdict)
-
-    def discard(self, reason: str) -> None:
-        """Forget the verdicts that were asked for: what they said is not so any more. Its files stay."""
-        for where in self._places:
-            self._cache.remember(_NOTEBOOK, self._verdict_key(where), None)
-
-    def release(self) -> None:
-        if self._hold is not None:
-            self._hold.release()
-        self._hold = self._overflow = None  # it may be opened again, and its folder must be held then
-
-    def _verdict_key(self, where: str) -> str:
-        return artifact_key({"bundle": self.key, "place": where})
-
-
-_NOTEBOOK = "bundles"
-
-
-class _Source(Prepared):
-    """What a bundle says of its source: texts that are not what they should be are an error that names the file."""
-
-    files: Bundle
-
-    def tokenizer(self) -> Tokenizer | None:
-        return self._sound("tokenizer.json", super().tokenizer)
-
-    def chat_template(self) -> ChatTemplate | None:
-        return self._sound("chat_template.json", super().chat_template)
-
-    def generation(self) -> GenerationDefaults:
-        return self._sound("generation.json", super().generation)
-
-    def _sound(self, name: str, read: Callable[[], T]) -> T:
-        try:
-            return read()
-        except (*values.MALFORMED, SourceError) as error:
-            raise BundleError(f"The file {name} of the bundle {self.files.folder} is damaged", AGAIN) from error
-
-
-def open_bundle(folder: Path, cache: Cache, progress: Progress | None = None, *, known: bool = True) -> Bundle:
-    """A bundle, once each of its files is seen to be there and as it was written.
-
-    Args:
-        known: a file's hash is computed the first time, and when its size, time or inode has changed since. False:
-            each is computed now.
-
-    Raises:
-        BundleError: a file is missing, cut, altered or no plain file, or there is one that does not belong to it.
-    """
-    manifest = read_manifest(folder)
-    found = files_in(folder)
-    hash_of = cache.content_hash if known else hash_file
-    if foreign := sorted(found - manifest.files.keys()):
-        raise BundleError(
-            f"The bundle {folder} holds the file {foreign[0]}, which is not a part of it",
-            "Remove what does not belong there, or copy the bundle again",
-        )
-    for name, record in manifest.files.items():
-        if doubt := _doubt(folder / name, record, hash_of, progress) if name in found else "is missing":
-            raise BundleError(f"The file {name} of the bundle {folder} {doubt}", AGAIN)
-    key = artifact_key({"bundle": (folder / BUNDLE_MANIFEST).read_bytes()})
-    return Bundle(folder, manifest, key, cache, manifest.variants[0])
-
-
-def _doubt(
-    path: Path, record: FileRecord, hash_of: Callable[[Path, Progress | None], str], progress: Progress | None
-) -> str:
-    """What is wrong with a file; empty where nothing is."""
-    try:
-        state = path.lstat()
-        if not stat.S_ISREG(state.st_mode):
-            return "is not a plain file"
-        if state.st_size != record.bytes:
-            return f"has {state.st_size} bytes in place of {record.bytes}"
-        if hash_of(path, progress) != record.blake2b:
-            return "is not as it was written: its hash is another"
-    except OSError as error:
-        return f"cannot be read: {error.strerror or error}"
-    except SourceError as error:
-        return f"cannot be read: {error.cause}"
-    return ""
-
-
-def files_in(folder: Path) -> set[str]:
-    """Every file below, links included, as the manifest names them, without the manifest."""
-    found = set()
-    for parent, folders, names in os.walk(folder):
-        links = [name for name in folders if os.path.islink(os.path.join(parent, name))]
-        found |= {Path(parent, name).relative_to(folder).as_posix() for name in [*names, *links]}
-    return found - {BUNDLE_MANIFEST}

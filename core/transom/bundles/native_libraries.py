@@ -247,3 +247,18 @@ def _mixed(start: int, length: int, loaded: Sequence[tuple[int, ...]]) -> bool:
         for _, address, _, size, _ in loaded
         if address <= start < address + size
     )
+
+
+def require_libraries(app: str | Path, needed: Sequence[str], abi: str = "arm64-v8a") -> list[Library]:
+    """The native libraries of an app.
+
+    Args:
+        needed: file names of those that must be there.
+
+    Raises:
+        OptionError: one is missing, or would not be loaded; the details say what is wrong with each.
+    """
+    found = inspect(app)
+    if problems := judge(found, list(dict.fromkeys(needed)), abi):
+        raise OptionError(f"{app} is not good for this bundle", "Fix these, and build the app again", problems)
+    return found

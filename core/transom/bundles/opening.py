@@ -1,90 +1,101 @@
-"""Loading a bundle: the backend that it names, on the device of this machine that the backend says it fits.
+"""Loading a bundle: by the backend that it names, on the device of this machine that fits it best.
 
-Nothing is compiled and no source is read. Where it has never run, a child process opens it first and holds it against
-the reference's answers that came with it; the verdict is remembered in this machine's cache.
+Nothing is compiled and no source is read. Where the bundle has never run, a child process opens it first and compares
+it with the reference outputs that it carries; the verdict is kept in this machine's cache.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from transom.bundles.manifest import Bundle, Manifest, Variant, open_bundle
-from transom.errors import EngineError, OptionError, SelectionError
-from transom.loading.loader import Asked, Loader, Ready, Stages
+from transom.bundles.bundle import Bundle, open_bundle
+from transom.bundles.bundle_models import BundleModels, verdict_on
+from transom.bundles.manifest import Manifest, Variant
+from transom.errors import OptionError, SelectionError
+from transom.loading.attempts import first_that_works
+from transom.loading.child_jobs import ChildJobs
+from transom.loading.identity import ModelIdentity
+from transom.loading.load_state import LoadState
 from transom.loading.machine import Machine, can_be_mended, choose, survey
-from transom.preparation.plugin_calls import guarded
+from transom.loading.opening import open_model
+from transom.loading.options import LoadOptions
 from transom.selection import BANDS
 from transom.sparsity import Sparsity
 
 if TYPE_CHECKING:
-    from transom.artifacts import Cache
-    from transom.contract import Artifact, Device, Progress, Verdict
+    from transom.contract import Device
     from transom.generation.model import Model
-    from transom.plugins import Plugins
-    from transom.preparation.cached_source import Prepared
-    from transom.selection import Candidate, Choice
+    from transom.selection import Choice
 
 
 def load_bundle(
     folder: Path,
-    asked: Asked,
+    state: LoadState,
     *,
-    device: str,
-    backend: str,
-    probe_file: str | Path | None,
-    cache: Cache,
-    progress: Progress,
+    device: str = "auto",
+    backend: str = "auto",
+    probe_file: str | Path | None = None,
     variant: str = "",
 ) -> Model:
-    """What `transom.load` does with a bundle.
+    """Load a bundle; arguments are those of `transom.load`.
 
     Args:
-        variant: the name of one; empty: the first that fits best.
+        variant: the name of one; empty: the one that fits best.
 
     Raises:
         BundleError: it is damaged, or of a newer version.
         OptionError: an option contradicts what is built into it.
         SelectionError: its backend is not installed, or fits no device here; the details say why.
-        EngineError, SelfCheckFailed: it cannot be opened, or does not compute what the model means.
+        EngineError, SelfCheckFailed: it cannot be opened, or computes something else than the model.
     """
-    stages = Stages()
-    with stages.time("read"):
-        bundle = open_bundle(folder, cache, progress)
+    with state.stages.time("read"):
+        bundle = open_bundle(folder, state.cache, state.progress)
     try:
-        with stages.time("probe"):
+        with state.stages.time("probe"):
             machine = survey(probe_file, target=device)
             bundle, choice = _chosen(bundle, machine, device, backend, variant)
-        asked = _agreed(bundle.manifest, bundle.variant, folder, asked)
-        loader = _Loader(bundle, asked, stages, cache=cache, progress=progress)
-        loader.identify(machine.plugins)
-        return loader.first_that_works(machine, choice, lambda turn: loader.open(machine, choice, turn))
+        state.options = _agreed(bundle.manifest, bundle.variant, folder, state.options)
+        jobs = ChildJobs(state, _identity(bundle, state.options.sparsity))
+        models = BundleModels(jobs, bundle)
+        return first_that_works(jobs, machine, choice, lambda attempt: open_model(models, attempt))
     except BaseException:
         bundle.release()
         raise
 
 
+def _identity(bundle: Bundle, sparsity: Sparsity) -> ModelIdentity:
+    """A bundle is known by its own content, and nothing beside it is read."""
+    return ModelIdentity(
+        path=str(bundle.folder),
+        content=bundle.key,
+        fingerprint=bundle.manifest.fingerprint,
+        uses_operators=bundle.manifest.foreign,
+        sparsity=sparsity,
+        heads_from="as the bundle was compiled" if sparsity.heads else "",
+    )
+
+
 # -------------------------------------------------------------------------------------------------------------- options
 
 
-def _agreed(manifest: Manifest, variant: Variant, folder: Path, asked: Asked) -> Asked:
-    """What was asked for, with the bundle's own values where nothing was. Raises OptionError where they contradict."""
+def _agreed(manifest: Manifest, variant: Variant, folder: Path, options: LoadOptions) -> LoadOptions:
+    """The options, with the bundle's own values where the user gave none. Raises OptionError where they contradict."""
 
     def contradicts(name: str, value: object, own: object, fix: str = "Leave the option out") -> OptionError:
         return OptionError(f"{name}={value!r} does not fit the bundle {folder}, which has {name}={own!r}", fix)
 
     again = "Leave the option out, or export the model again with it"
     precision = manifest.options["precision"]
-    if asked.options["precision"] not in ("auto", precision):
-        raise contradicts("precision", asked.options["precision"], precision, again)
+    if options.for_backend["precision"] not in ("auto", precision):
+        raise contradicts("precision", options.for_backend["precision"], precision, again)
     policy = Sparsity.from_string(manifest.options["sparsity"])
-    if not asked.sparsity.dense and asked.sparsity.with_heads(policy.heads) != policy:
-        raise contradicts("sparsity", str(asked.sparsity), str(policy), again)
-    if asked.texts:
+    if not options.sparsity.dense and options.sparsity.with_heads(policy.heads) != policy:
+        raise contradicts("sparsity", str(options.sparsity), str(policy), again)
+    if options.texts:
         raise OptionError(f"The bundle {folder} is compiled already, so there is nothing to calibrate", "Leave it out")
-    context, threads = asked.options["context"], asked.options["threads"]
+    context, threads = options.for_backend["context"], options.for_backend["threads"]
     if (bound := variant.requires.get("context")) is not None and bound.isdigit():
         if context not in (None, int(bound)):
             raise contradicts("context", context, int(bound), again)
@@ -92,7 +103,8 @@ def _agreed(manifest: Manifest, variant: Variant, folder: Path, asked: Asked) ->
     if variant.requires.get("threads", str(threads)) != str(threads):
         raise contradicts("threads", threads, variant.requires["threads"])
     context = context or manifest.options["context"]
-    return replace(asked, options={"context": context, "precision": precision, "threads": threads}, sparsity=policy)
+    for_backend = {"context": context, "precision": precision, "threads": threads}
+    return replace(options, for_backend=for_backend, sparsity=policy)
 
 
 # -------------------------------------------------------------------------------------------------------------- devices
@@ -148,17 +160,11 @@ def require_backend(variant: Variant, folder: Path, machine: Machine) -> None:
     )
 
 
-def verdict_on(name: str, artifact: Artifact, machine: Machine, device: Device) -> Verdict:
-    """What a backend says of an artifact on a device."""
-    backend = machine.plugins.backends[name].backend
-    return guarded(name, "checking a compiled model", lambda: backend.check(artifact, device))
-
-
 def _fitting(bundle: Bundle, machine: Machine, choice: Choice) -> Choice:
     """The choice without the devices that the bundle does not fit. Raises SelectionError where none is left."""
     variant = bundle.variant
     verdicts = [
-        (candidate, verdict_on(variant.backend, bundle.artifact, machine, candidate.device))
+        (candidate, verdict_on(variant.backend, bundle.artifact, machine.plugins, candidate.device))
         for candidate in choice.ranked
     ]
     fitting = tuple(candidate for candidate, verdict in verdicts if verdict.state in ("ok", "slower"))
@@ -175,56 +181,8 @@ def _fitting(bundle: Bundle, machine: Machine, choice: Choice) -> Choice:
     return replace(choice, ranked=fitting, why=f"{why}{_named(variant.target)}.", kinds_to_measure=())
 
 
-_CHECK = "transom.bundles.checking:check"
-"""The job of the child process."""
 _ELSEWHERE = "Take it there, or export the model again for this machine: transom export MODEL --target {} --out DIR"
 
 
 def _named(device: Device) -> str:
     return f"{device.id} ({', '.join(filter(None, (device.name, device.arch)))})"
-
-
-# -------------------------------------------------------------------------------------------------------------- loading
-
-
-class _Loader(Loader):
-    """The state of one load of a bundle."""
-
-    def __init__(self, bundle: Bundle, asked: Asked, stages: Stages, *, cache: Cache, progress: Progress) -> None:
-        super().__init__(bundle.folder, asked, cache=cache, progress=progress)
-        self.stages = stages
-        self.bundle = str(bundle.folder)
-        self._bundle = bundle
-
-    def identify(self, plugins: Plugins) -> None:
-        """The bundle says all of it, and is known by its own content."""
-        self._path = str(self._bundle.folder)
-        self.fingerprint = self._bundle.manifest.fingerprint
-        self._uses_operators = self._bundle.manifest.foreign
-        self._content = self._bundle.key
-        self._heads_from = "as the bundle was compiled" if self.sparsity.heads else ""
-
-    def _local_path(self) -> Path | None:
-        return None  # nothing lies beside a bundle
-
-    def _find(self, machine: Machine, candidate: Candidate, told: object = None) -> Ready | str:
-        bundle, job = self._bundle, self._job(machine, candidate)
-        verdict = verdict_on(candidate.backend, bundle.artifact, machine, candidate.device)
-        plan = self._plan(bundle.source, candidate)
-        checked = bundle.verdict(job.place) or told
-        if not job.believes(checked):
-            return "it is not believed here yet"
-        return Ready(bundle.source, bundle, checked, plan, verdict.reason if verdict.state == "slower" else "")
-
-    def _prepare(self, machine: Machine, candidate: Candidate) -> Ready:
-        job = self._job(machine, candidate)
-        with self.stages.time("child check"):
-            told = self._child(_CHECK, machine, candidate, variant=self._bundle.variant.name)
-        self._bundle.record_verdict(job.place, told)
-        found = self._find(machine, candidate, told)
-        if isinstance(found, str):
-            raise EngineError(f"The bundle {self._bundle.folder} was checked just now and is not believed: {found}")
-        return found
-
-    def golden(self, machine: Machine, candidate: Candidate, source: Prepared) -> Mapping[str, Any]:
-        return self._bundle.golden()

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transom import hardware
-from transom.bundles.exporting import chosen_for, pairs_of
+from transom.bundles.targets import backends_for, pairs_of
 from transom.errors import OptionError, UnsupportedError
 from transom.loading.machine import can_be_mended, survey
-from transom.loading.options import check_arguments
-from transom.sparsity import Sparsity
+from transom.loading.options import checked_options
 
 if TYPE_CHECKING:
     from transom.bundles.planning import ExportPlan
@@ -47,8 +46,17 @@ def plan_export(
     from transom.preparation.plugin_operators import explaining_rejected, register_operators
     from transom.sources import resolve
 
-    check_arguments({"context": context, "precision": precision, "threads": None}, "auto", "static", {}, "export")
-    if not Sparsity.parse(sparsity).dense:
+    options = checked_options(
+        "export",
+        context=context,
+        precision=precision,
+        threads=None,
+        sparsity=sparsity,
+        calibration=(),
+        verify="auto",
+        unknown={},
+    )
+    if not options.sparsity.dense:
         raise OptionError(
             "A plan is for dense attention, and sparsity names a policy",
             "Leave it out; what a policy reads of the cache is among the notes of an export",
@@ -59,7 +67,7 @@ def plan_export(
         device = hardware.find(machine.devices, name)
         own = [answer for by, answer in machine.answers if by == backend and answer.device_id == device.id]
         if not can_be_mended(own):
-            backend = chosen_for(name, backend, probe_file)[1].backend
+            backend = backends_for(name, backend, probe_file)[1].backend
         found.setdefault(device.id, (device, []))[1].append((backend, precision))
     plugins = machine.plugins
     register_operators(plugins)

@@ -1,4 +1,5 @@
-"""Replaying what a bundle expects: each variant, on whatever here can run it, against the answers that it holds."""
+"""Replaying a bundle: each variant runs the check prompt on a device of this machine, and is compared with the
+reference outputs that the bundle carries."""
 
 from __future__ import annotations
 
@@ -8,10 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from transom.artifacts import Cache
-from transom.bundles.manifest import BundleError, Manifest, open_bundle, read_manifest
+from transom.bundles.bundle import open_bundle
+from transom.bundles.manifest import BundleError, Manifest, read_manifest
 from transom.bundles.opening import load_bundle
 from transom.errors import CacheError, DoesNotFit, OptionError, SelectionError, TransomError
-from transom.loading.loader import Asked
+from transom.loading.load_state import LoadState
+from transom.loading.options import LoadOptions
 from transom.sparsity import Sparsity
 
 if TYPE_CHECKING:
@@ -66,12 +69,9 @@ def _replay(
     folder: Path, name: str, device: str, probe_file: str | Path | None, cache: Cache, progress: Progress
 ) -> Replayed:
     options: dict[str, Any] = {"context": None, "precision": "auto", "threads": None}
-    asked = Asked(options, Sparsity.parse("off"), (), "always")
+    state = LoadState(LoadOptions(options, Sparsity.parse("off"), (), "always"), cache, progress)
     try:
-        with load_bundle(
-            folder, asked, device=device, backend="auto", probe_file=probe_file, cache=cache, progress=progress,
-            variant=name,
-        ) as model:  # fmt: skip
+        with load_bundle(folder, state, device=device, probe_file=probe_file, variant=name) as model:
             report = model.report
             return Replayed(name, "passed", f"{report.backend} on {report.device.id}", report.check)
     except SelectionError as error:

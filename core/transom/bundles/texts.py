@@ -19,7 +19,7 @@ from transom.sources import local_path
 
 if TYPE_CHECKING:
     from transom.bundles.manifest import Manifest, Variant
-    from transom.preparation.cached_source import Prepared
+    from transom.preparation.cached_source import CachedSource
     from transom.text.proving import TextProof
 
 README = "README.md"
@@ -29,7 +29,7 @@ _LONGEST_LICENCE = 1 << 20
 """Bytes. What is longer is a file of another kind with such a name."""
 
 
-def texts_of(source: Prepared) -> tuple[dict[str, bytes], TextProof | None]:
+def texts_of(source: CachedSource) -> tuple[dict[str, bytes], TextProof | None]:
     """Tokenizer, chat template and generation defaults, in Hugging Face's form and in Transom's; with the proof that
     both say the same.
 

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 from transom.artifacts import FileRecord, hash_file
 from transom.artifacts.entries import check_file_name
 from transom.artifacts.files import delete, hold, is_left_over, sync_file, sync_folder, unique, write_durably
-from transom.bundles.manifest import SHARED, BundleError, Manifest, Variant, files_in, read_manifest
+from transom.bundles.bundle import files_in
+from transom.bundles.manifest import SHARED, BundleError, Manifest, Variant, read_manifest
 from transom.errors import OptionError
 from transom.sources import bundle_at
 from transom.sources.resolve import BUNDLE_MANIFEST

@@ -96,8 +96,8 @@ def libraries(folder: Path, package: Path, abi: str, as_json: bool) -> None:
 
     Missing ones, those for another processor, and those that newer phones or the app store reject are named.
     """
-    from transom.bundles.exporting import require_libraries
     from transom.bundles.manifest import read_manifest
+    from transom.bundles.native_libraries import require_libraries
 
     manifest = read_manifest(_bundle(folder))
     needed = list(dict.fromkeys(name for variant in manifest.variants for name in variant.libraries))

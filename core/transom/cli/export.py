@@ -20,7 +20,8 @@ from transom.cli.options import (
 from transom.cli.output import Progress, print_json, table, warn
 
 if TYPE_CHECKING:
-    from transom.bundles.exporting import Exported, Target
+    from transom.bundles.exported import Exported
+    from transom.bundles.targets import Target
     from transom.contract import Offer, Refusal
 
 
@@ -94,7 +95,7 @@ def export(
         _list(probe_file, as_json)
         return
     if target is None:
-        from transom.bundles.exporting import known_targets
+        from transom.bundles.targets import known_targets
 
         raise OptionError(
             "There is no device to compile for",
@@ -142,7 +143,7 @@ def _print(made: Exported) -> None:
 
 def _list(probe_file: str | None, as_json: bool) -> None:
     """Every target, with the backends that compile for it or else what would make one."""
-    from transom.bundles.exporting import targets
+    from transom.bundles.targets import targets
     from transom.contract import Offer
 
     found = targets(probe_file)

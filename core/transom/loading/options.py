@@ -1,13 +1,17 @@
-"""The arguments of `transom.load` and `transom.export` that are checked before anything else is done."""
+"""The options of `transom.load` and `transom.export`: checked first of all, then carried as one object."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from transom.artifacts import Cache
 from transom.errors import OptionError, nearest
+from transom.preparation.calibration_texts import given_texts
+from transom.sparsity import Sparsity
 
 PRECISIONS = ("auto", "exact", "fast", "f32", "bf16", "f16", "int8", "fp8", "int4")
 VERIFY = ("auto", "off", "always")
@@ -16,27 +20,68 @@ NAMES = {"load": (*_BOTH, "device", "threads"), "export": (*_BOTH, "out", "overw
 """Options by function."""
 
 
-def check_arguments(
-    options: Mapping[str, Any], verify: str, policy: str, unknown: Mapping[str, Any], function: str = "load"
-) -> None:
-    """Raise OptionError for an option that the function does not have, or a value that is not allowed."""
+@dataclass(frozen=True)
+class LoadOptions:
+    """What the user asked for, checked."""
+
+    for_backend: Mapping[str, Any]
+    """What every backend gets: `precision`, `context` (None: the model's own) and `threads` (None: all)."""
+    sparsity: Sparsity
+    texts: tuple[str, ...]
+    """Texts to calibrate on; empty for the passages that come with Python."""
+    verify: str
+
+
+def auto_policy() -> str:
+    """`"measure"` or `"static"`: how `auto` chooses between kinds of device.
+
+    Raises:
+        OptionError: `TRANSOM_AUTO` has another value.
+    """
+    policy = os.environ.get("TRANSOM_AUTO", "").strip() or "measure"
+    _require_known("TRANSOM_AUTO", policy, ("measure", "static"))
+    return policy
+
+
+def checked_options(
+    function: str,
+    *,
+    context: int | None,
+    precision: str,
+    threads: int | None,
+    sparsity: Any,
+    calibration: Sequence[str | Path],
+    verify: str,
+    unknown: Mapping[str, Any],
+) -> LoadOptions:
+    """The options of a call.
+
+    Args:
+        function: `"load"` or `"export"`.
+        unknown: arguments that the function does not have.
+
+    Raises:
+        OptionError: an option does not exist, or its value is not allowed.
+        SourceError: a file of texts cannot be read.
+    """
     for name in unknown:
         raise OptionError(f"{function}() has no option {name!r}", nearest(name, NAMES[function]))
-    for name, value, known in (
-        ("precision", options["precision"], PRECISIONS),
-        ("verify", verify, VERIFY),
-        ("TRANSOM_AUTO", policy, ("measure", "static")),
-    ):
-        if value not in known:
-            raise OptionError(f"{name}={value!r} is unknown", nearest(str(value), known))
-    for name in ("context", "threads"):
-        value = options[name]
+    _require_known("precision", precision, PRECISIONS)
+    _require_known("verify", verify, VERIFY)
+    for name, value in (("context", context), ("threads", threads)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise OptionError(f"{name}={value!r} is not a positive whole number", "Leave it out for the default")
+    for_backend = {"context": context, "precision": precision, "threads": threads}
+    return LoadOptions(for_backend, Sparsity.parse(sparsity), given_texts(calibration), verify)
+
+
+def _require_known(name: str, value: object, known: Sequence[str]) -> None:
+    if value not in known:
+        raise OptionError(f"{name}={value!r} is unknown", nearest(str(value), known))
 
 
 def check_objects(cache: object, progress: object) -> None:
-    """Raise OptionError for a cache that is none, or a progress that cannot be called."""
+    """Raise OptionError for a cache that is not a `Cache`, or a progress that cannot be called."""
     if cache is not None and not isinstance(cache, Cache):
         path = str(cache) if isinstance(cache, str | os.PathLike) else "folder"
         raise OptionError(f"cache={cache!r} is not a transom.Cache", f"Write cache=transom.Cache({path!r})")

@@ -18,8 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from transom.artifacts import Cache, Entry, Origin
-    from transom.contract import Artifact
+    from transom.artifacts import Cache, Entry
     from transom.graph import Graph
     from transom.preparation.jobs import Job
     from transom.sources import SourceModel
@@ -49,33 +48,8 @@ class Files(Protocol):
         ...
 
 
-class Compiled(Protocol):
-    """A compiled model that a session can be opened from: an artifact of the cache, or a bundle."""
-
-    artifact: Artifact
-    origin: Origin
-
-    @property
-    def key(self) -> str: ...
-
-    @property
-    def scratch(self) -> Path: ...
-
-    def verdict(self, where: str) -> object:
-        """The self-check's in this place (`Machine.place`), or None."""
-        ...
-
-    def record_verdict(self, where: str, verdict: object) -> None: ...
-
-    def discard(self, reason: str) -> None:
-        """Do not believe it any more."""
-        ...
-
-    def release(self) -> None: ...
-
-
 @dataclass(frozen=True)
-class Prepared:
+class CachedSource:
     """What the host needs of a source besides the compiled model."""
 
     name: str
@@ -118,8 +92,8 @@ class Prepared:
         return json.loads(self.files.read(name))
 
 
-def find(cache: Cache, content: str, context: int | None) -> Prepared | None:
-    """The prepared source for this content and the context asked for, or None."""
+def find(cache: Cache, content: str, context: int | None) -> CachedSource | None:
+    """The cached source for this content and context, or None."""
     base = cache.sources.lookup(content)
     if base is None:
         return None
@@ -147,7 +121,7 @@ def variant(content: str, context: int | None, decoder: Decoder | None) -> str:
     return artifact_key({"content": content, "context": context})
 
 
-def keep(cache: Cache, key: str, model: SourceModel) -> Prepared:
+def keep(cache: Cache, key: str, model: SourceModel) -> CachedSource:
     """Store what an opened source brought, and return it."""
     import tempfile
     from pathlib import Path
@@ -213,10 +187,10 @@ def _inputs(graph: Graph) -> dict[str, list[Any]]:
     return {name: [s.dtype, list(s.shape or ())] for name, s in specs.items()}
 
 
-def _from_entry(entry: Entry) -> Prepared:
+def _from_entry(entry: Entry) -> CachedSource:
     facts: Any = entry.manifest.facts
     decoder = Decoder.from_json(facts["decoder"]) if facts["decoder"] else None
-    return Prepared(
+    return CachedSource(
         facts["name"],
         facts["kind"],
         tuple(facts["notes"]),

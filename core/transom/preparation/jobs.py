@@ -38,7 +38,7 @@ class Job:
     model: str
     """Path of the source; the name of a model that exists in memory only."""
     content: str
-    """Key of the source's content; see `prepared.find`."""
+    """Key of the source's content; see `cached_source.find`."""
     graph: str
     """Key under which the cache holds the neutral graph of a model that exists in memory only; else empty."""
     backend: str
@@ -70,7 +70,7 @@ class Job:
 
     @property
     def artifact_key(self) -> str:
-        """Without the source, which `prepared.Prepared.artifact_key` adds; without `context` and `threads`, which may
+        """Without the source, which `CachedSource.artifact_key` adds; without `context` and `threads`, which may
         change between compiling and loading; without the texts of a user who gave none."""
         return artifact_key(
             {
@@ -94,9 +94,9 @@ class Job:
             {"of": [self.content, self.place, precision, context, self.sparsity, version(), self.texts]}
         )
 
-    def believes(self, verdict: object) -> bool:
-        """Whether the verdict that `selfcheck` left is enough to open the artifact in the host's own process; what is
-        never opened needs none."""
+    def accepts(self, verdict: object) -> bool:
+        """Whether this verdict of the self-check allows the host to open the artifact in its own process. An artifact
+        that is never opened here needs no verdict."""
         return not self.runs or (isinstance(verdict, dict) and not (self.verify and verdict.get("ran_only")))
 
     def to_payload(self) -> dict[str, Any]:

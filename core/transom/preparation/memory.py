@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from transom.contract import Device
+from transom.contract import Device, Options
 from transom.errors import DoesNotFit, OptionError
 from transom.signature import Decoder
 
@@ -84,6 +84,16 @@ def plan(
         "free",
         _way_out(sizes, longest, context),
     )
+
+
+def plan_for(decoder: Decoder | None, device: Device, options: Options, band: str) -> MemoryPlan | None:
+    """The plan for a load with these options on a backend whose offer has this band; None for a graph that is not a
+    decoder. Raises as `plan`."""
+    if decoder is None:
+        return None
+    context, precision = options["context"], options["precision"]
+    assert context is None or isinstance(context, int)
+    return plan(decoder, device, context=context, precision=str(precision), exact_float32=band == "fallback")
 
 
 def require_context(decoder: Decoder, context: int | None) -> None:

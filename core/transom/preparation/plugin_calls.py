@@ -1,16 +1,22 @@
-"""Calling somebody else's code: whatever a backend raises becomes one sentence that names it."""
+"""Calling a backend, which is somebody else's code: whatever it raises becomes one sentence that names it."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import FrameType
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from transom.contract import Cancelled
+from transom.contract import Backend, Cancelled, Device, Options, Session
 from transom.errors import EngineError, TransomError
+
+if TYPE_CHECKING:
+    from transom.preparation.compiled import CompiledModel
 
 T = TypeVar("T")
 
@@ -47,6 +53,31 @@ def guarded(backend: str, doing: str, call: Callable[[], T]) -> T:
             close()
         raise KeyboardInterrupt
     return result
+
+
+def open_session(backend: Backend, model: CompiledModel, device: Device, options: Options) -> Session:
+    """Load a compiled model. Raises as `guarded`."""
+    return guarded(
+        backend.name,
+        "loading this model",
+        lambda: backend.load(model.artifact, device, options, model.scratch),
+    )
+
+
+@contextlib.contextmanager
+def temporary_files_in(folder: Path) -> Iterator[Path]:
+    """Temporary files of this process and of the processes that it starts go to `folder` meanwhile."""
+    folder.mkdir(exist_ok=True)
+    saved, variable = tempfile.tempdir, os.environ.get("TMPDIR")
+    tempfile.tempdir = os.environ["TMPDIR"] = str(folder)
+    try:
+        yield folder
+    finally:
+        tempfile.tempdir = saved
+        if variable is None:
+            del os.environ["TMPDIR"]
+        else:
+            os.environ["TMPDIR"] = variable
 
 
 @contextlib.contextmanager

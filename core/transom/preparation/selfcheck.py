@@ -28,7 +28,7 @@ from transom.signature import Decoder, cache_input_names
 if TYPE_CHECKING:
     from transom.artifacts import Cache
     from transom.graph import Graph
-    from transom.preparation.cached_source import Prepared
+    from transom.preparation.cached_source import CachedSource
     from transom.text import Tokenizer
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -281,7 +281,7 @@ def compare_outputs(expected: Mapping[str, Array], got: Mapping[str, Any]) -> Ag
 
 
 def verdict(
-    session: Session, wanted: Mapping[str, Array], source: Prepared, *, backend: str, exact: bool
+    session: Session, wanted: Mapping[str, Array], source: CachedSource, *, backend: str, exact: bool
 ) -> dict[str, Any]:
     """Hold a session against the reference's answers; what to remember, in JSON types.
 
@@ -318,19 +318,19 @@ def verdict(
 _GOLDEN = "golden.npz"
 
 
-def _golden_key(source: Prepared) -> str:
+def _golden_key(source: CachedSource) -> str:
     parts = {"graph": source.graph_digest, "transom": version()}
     return artifact_key({**parts, "source": source.key} if source.foreign else parts)
 
 
-def keep_golden(cache: Cache, source: Prepared, answers: Mapping[str, Array]) -> None:
+def keep_golden(cache: Cache, source: CachedSource, answers: Mapping[str, Array]) -> None:
     """Keep the reference's answers for a source."""
     buffer = io.BytesIO()
     np.savez(buffer, allow_pickle=False, **{name: np.asarray(array) for name, array in answers.items()})
     cache.golden.write(_golden_key(source), {_GOLDEN: buffer.getvalue()})
 
 
-def recall_golden(cache: Cache, source: Prepared) -> dict[str, Array] | None:
+def recall_golden(cache: Cache, source: CachedSource) -> dict[str, Array] | None:
     """The answers that `keep_golden` kept, or None."""
     entry = cache.golden.lookup(_golden_key(source))
     if entry is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import tempfile
 import zlib
@@ -18,6 +17,7 @@ from transom.contract import Artifact, Backend, Claim, Device, Offer, Refusal, S
 from transom.errors import EngineError, UnsupportedError
 from transom.graph import Graph
 from transom.preparation.lowering import Lowered, claims_of, lower
+from transom.preparation.plugin_calls import temporary_files_in
 from transom.reference.executor import Executor
 from transom.signature import cache_input_names
 from transom.testing.compare import Tolerance, tolerance
@@ -28,22 +28,6 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 UNASKED: Mapping[str, object] = {"precision": "auto", "context": None, "threads": None, "calibration": ()}
 """The options of a load where the user named none: the host always gives these keys."""
-
-
-@contextlib.contextmanager
-def temporaries_in(folder: Path) -> Iterator[Path]:
-    """Temporary files of this process and its children go to `folder` meanwhile, as where the host compiles."""
-    folder.mkdir(exist_ok=True)
-    saved, variable = tempfile.tempdir, os.environ.get("TMPDIR")
-    tempfile.tempdir = os.environ["TMPDIR"] = str(folder)
-    try:
-        yield folder
-    finally:
-        tempfile.tempdir = saved
-        if variable is None:
-            del os.environ["TMPDIR"]
-        else:
-            os.environ["TMPDIR"] = variable
 
 
 class Oracle:
@@ -152,7 +136,7 @@ class Bench:
 
     def compile(self, graph: Graph) -> Artifact:
         """Compile and store as the host does: every file a path below one folder."""
-        with temporaries_in(self.folder / "temporary") as folder:
+        with temporary_files_in(self.folder / "temporary") as folder:
             stored = self.store(self.backend.compile(graph, self.device, self.options, lambda stage, share: None))
         shutil.rmtree(folder, ignore_errors=True)
         return stored

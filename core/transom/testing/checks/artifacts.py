@@ -8,7 +8,8 @@ from pathlib import Path
 
 from transom.contract import Artifact, Cancelled
 from transom.ops import find
-from transom.testing.bench import Bench, temporaries_in
+from transom.preparation.plugin_calls import temporary_files_in
+from transom.testing.bench import Bench
 from transom.testing.checks.check import Check, must_raise
 from transom.testing.child import in_child
 from transom.testing.compare import compare_rows
@@ -26,7 +27,7 @@ def compile_reports_progress(bench: Bench) -> None:
     """compile calls progress with a stage's name and a share between 0 and 1, or None."""
     calls: list[tuple[object, object]] = []
     model = bench.model(BASE)
-    with temporaries_in(bench.folder / "progress"):
+    with temporary_files_in(bench.folder / "progress"):
         bench.backend.compile(
             model.lowered.graph, bench.device, bench.options, lambda stage, share: calls.append((stage, share))
         )
@@ -48,7 +49,7 @@ def compile_can_be_cancelled(bench: Bench) -> None:
         nonlocal count
         count += 1
 
-    with temporaries_in(bench.folder / "counting"):
+    with temporary_files_in(bench.folder / "counting"):
         bench.backend.compile(model.lowered.graph, bench.device, bench.options, counting)
     for stop in sorted({1, count}):
         calls = 0
@@ -59,7 +60,7 @@ def compile_can_be_cancelled(bench: Bench) -> None:
             if calls == stop:
                 raise Cancelled
 
-        with temporaries_in(bench.folder / f"cancelled-{stop}") as folder:
+        with temporary_files_in(bench.folder / f"cancelled-{stop}") as folder:
             must_raise(
                 Cancelled,
                 f"compile, cancelled at call {stop} of {count} to progress,",

@@ -1,0 +1,216 @@
+"""A bundle on disk: its files are checked before anything in it is opened. On the warm path: imports nothing heavy."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from transom.artifacts import FileRecord, Origin, Overflow, artifact_key, hash_file
+from transom.artifacts.entries import SCRATCH
+from transom.artifacts.files import MARK, Hold, hold
+from transom.bundles import manifest_values as values
+from transom.bundles.manifest import AGAIN, GOLDEN, BundleError, Manifest, Variant, read_manifest
+from transom.contract import Artifact
+from transom.errors import SourceError
+from transom.preparation.cached_source import CachedSource
+from transom.sources.resolve import BUNDLE_MANIFEST
+
+if TYPE_CHECKING:
+    from transom.artifacts import Cache
+    from transom.contract import Progress
+    from transom.text import ChatTemplate, GenerationDefaults, Tokenizer
+
+T = TypeVar("T")
+
+
+class Bundle:
+    """A bundle whose files are all there and as they were written. Held until `release`.
+
+    It is a `CompiledModel`, and the `Files` of its source. Verdicts are kept in the cache of this machine; nothing is
+    ever written into its folder.
+
+    Args:
+        variant: the one that is opened.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, key: str, cache: Cache, variant: Variant) -> None:
+        self.folder, self.manifest, self.variant = folder, manifest, variant
+        self.key = key if len(manifest.variants) == 1 else artifact_key({"bundle": key, "variant": variant.name})
+        self._whole, self._cache = key, cache
+        self._places: set[str] = set()
+        self._hold: Hold | None = None
+        self._overflow: Overflow | None = None
+        inside = {name: folder / path for name, path in variant.files.items()}
+        self.artifact = Artifact(inside, variant.requires, variant.notes)
+        self.origin = Origin(
+            source=manifest.name,
+            backend=variant.backend,
+            backend_version=variant.backend_version,
+            options=manifest.options,
+            ingredients={"exact": variant.exact, "decomposed": list(variant.decomposed)},
+        )
+
+    def of(self, variant: Variant) -> Bundle:
+        """The same bundle with another of its variants open."""
+        return Bundle(self.folder, self.manifest, self._whole, self._cache, variant)
+
+    @property
+    def files(self) -> dict[str, Path]:
+        """Of the bundle's root and below."""
+        return {name: self.folder / name for name in self.manifest.files}
+
+    def read(self, name: str) -> bytes:
+        return self.files[name].read_bytes()
+
+    @property
+    def source(self) -> CachedSource:
+        """What a source would bring besides the graph."""
+        m = self.manifest
+        return _Source(m.name, m.kind, m.model_notes, m.decoder, m.graph, m.inputs, self, m.foreign)
+
+    def reference_outputs(self) -> dict[str, Any]:
+        """The reference outputs: `ids` and `logits`; of a graph that is not a decoder its own outputs.
+
+        Raises:
+            BundleError: they do not match the manifest.
+        """
+        import io
+        import zipfile
+        import zlib
+
+        import numpy as np
+
+        damaged = BundleError(f"The file {GOLDEN} of the bundle {self.folder} is damaged", AGAIN)
+        try:
+            with np.load(io.BytesIO(self.read(GOLDEN)), allow_pickle=False) as stored:
+                found = dict(stored.items())
+        except (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+            raise damaged from error
+        if (decoder := self.manifest.decoder) is not None:
+            tokens = list(self.manifest.tokens)
+            sound = (
+                found.keys() >= {"ids", "logits"}
+                and found["ids"].tolist() == tokens != []
+                and max(tokens) < decoder.vocabulary
+                and found["logits"].shape == (len(tokens), decoder.vocabulary)
+                and found["logits"].dtype.kind == "f"
+            )
+            if not sound:
+                raise damaged
+        return found
+
+    @property
+    def scratch(self) -> Path:
+        """The folder for `Backend.load`, in the cache; a temporary one where that cannot be written."""
+        if self._overflow is None:
+            folder = self._cache.root / SCRATCH / self.key
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                self._hold = self._hold or hold(folder, create=True)
+                os.utime(folder / MARK)
+                return folder
+            except OSError:
+                self._overflow = Overflow()
+        folder = self._overflow.root / SCRATCH / self.key
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def verdict(self, where: str) -> object:
+        self._places.add(where)
+        return self._cache.recall(_NOTEBOOK, self._verdict_key(where))
+
+    def record_verdict(self, where: str, verdict: object) -> None:
+        self._cache.remember(_NOTEBOOK, self._verdict_key(where), verdict)
+
+    def discard(self, reason: str) -> None:
+        """Forget the verdicts that were read, which are no longer true. The files stay."""
+        for where in self._places:
+            self._cache.remember(_NOTEBOOK, self._verdict_key(where), None)
+
+    def release(self) -> None:
+        if self._hold is not None:
+            self._hold.release()
+        self._hold = self._overflow = None  # it may be opened again, and its folder must be held then
+
+    def _verdict_key(self, where: str) -> str:
+        return artifact_key({"bundle": self.key, "place": where})
+
+
+_NOTEBOOK = "bundles"
+
+
+class _Source(CachedSource):
+    """The source of a bundle. A damaged text file is an error that names the file."""
+
+    files: Bundle
+
+    def tokenizer(self) -> Tokenizer | None:
+        return self._sound("tokenizer.json", super().tokenizer)
+
+    def chat_template(self) -> ChatTemplate | None:
+        return self._sound("chat_template.json", super().chat_template)
+
+    def generation(self) -> GenerationDefaults:
+        return self._sound("generation.json", super().generation)
+
+    def _sound(self, name: str, read: Callable[[], T]) -> T:
+        try:
+            return read()
+        except (*values.MALFORMED, SourceError) as error:
+            raise BundleError(f"The file {name} of the bundle {self.files.folder} is damaged", AGAIN) from error
+
+
+def open_bundle(folder: Path, cache: Cache, progress: Progress | None = None, *, known: bool = True) -> Bundle:
+    """Open a bundle, once each of its files is found to be there and as it was written.
+
+    Args:
+        known: a file's hash is computed the first time, and when its size, time or inode has changed since. False:
+            each is computed now.
+
+    Raises:
+        BundleError: a file is missing, cut, altered or no plain file, or there is one that does not belong to it.
+    """
+    manifest = read_manifest(folder)
+    found = files_in(folder)
+    hash_of = cache.content_hash if known else hash_file
+    if foreign := sorted(found - manifest.files.keys()):
+        raise BundleError(
+            f"The bundle {folder} holds the file {foreign[0]}, which is not a part of it",
+            "Remove what does not belong there, or copy the bundle again",
+        )
+    for name, record in manifest.files.items():
+        if doubt := _doubt(folder / name, record, hash_of, progress) if name in found else "is missing":
+            raise BundleError(f"The file {name} of the bundle {folder} {doubt}", AGAIN)
+    key = artifact_key({"bundle": (folder / BUNDLE_MANIFEST).read_bytes()})
+    return Bundle(folder, manifest, key, cache, manifest.variants[0])
+
+
+def _doubt(
+    path: Path, record: FileRecord, hash_of: Callable[[Path, Progress | None], str], progress: Progress | None
+) -> str:
+    """What is wrong with a file; empty where nothing is."""
+    try:
+        state = path.lstat()
+        if not stat.S_ISREG(state.st_mode):
+            return "is not a plain file"
+        if state.st_size != record.bytes:
+            return f"has {state.st_size} bytes in place of {record.bytes}"
+        if hash_of(path, progress) != record.blake2b:
+            return "has been altered: its hash differs from the manifest's"
+    except OSError as error:
+        return f"cannot be read: {error.strerror or error}"
+    except SourceError as error:
+        return f"cannot be read: {error.cause}"
+    return ""
+
+
+def files_in(folder: Path) -> set[str]:
+    """Every file below, links included, as the manifest names them, without the manifest."""
+    found = set()
+    for parent, folders, names in os.walk(folder):
+        links = [name for name in folders if os.path.islink(os.path.join(parent, name))]
+        found |= {Path(parent, name).relative_to(folder).as_posix() for name in [*names, *links]}
+    return found - {BUNDLE_MANIFEST}

@@ -1,0 +1,71 @@
+"""Compiled models in a bundle: nothing is compiled, and a child process checks what has never run here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from transom.errors import EngineError
+from transom.loading.compiled_models import NotReady, Ready
+from transom.preparation import memory
+from transom.preparation.plugin_calls import guarded
+
+if TYPE_CHECKING:
+    from transom.bundles.bundle import Bundle
+    from transom.contract import Artifact, Device, Verdict
+    from transom.loading.attempts import Attempt
+    from transom.loading.child_jobs import ChildJobs
+    from transom.plugins import Plugins
+    from transom.preparation.cached_source import CachedSource
+
+_CHECK = "transom.bundles.checking:check"
+"""The job of the child process."""
+
+
+class BundleModels:
+    """The compiled models of one load, see `CompiledModels`: the one variant that is open."""
+
+    def __init__(self, jobs: ChildJobs, bundle: Bundle) -> None:
+        self.jobs, self.bundle = jobs, str(bundle.folder)
+        self._bundle = bundle
+
+    def find(self, attempt: Attempt) -> Ready | NotReady:
+        return self._find(attempt)
+
+    def _find(self, attempt: Attempt, verdict_now: object = None) -> Ready | NotReady:
+        """As `find`.
+
+        Args:
+            verdict_now: the verdict that a child process has just reported, in case the cache could not keep it.
+        """
+        bundle, job = self._bundle, self.jobs.job(attempt)
+        fits = verdict_on(attempt.candidate.backend, bundle.artifact, attempt.machine.plugins, attempt.device)
+        source = bundle.source
+        plan = memory.plan_for(
+            source.decoder, attempt.device, self.jobs.state.options.for_backend, attempt.candidate.offer.band
+        )
+        checked = bundle.verdict(job.place) or verdict_now
+        if not job.accepts(checked):
+            return NotReady("it has not passed the self-check here yet")
+        return Ready(source, bundle, checked, plan, fits.reason if fits.state == "slower" else "")
+
+    def prepare(self, attempt: Attempt) -> Ready:
+        with self.jobs.state.stages.time("child check"):
+            verdict = self.jobs.run(_CHECK, attempt, variant=self._bundle.variant.name)
+        self._bundle.record_verdict(attempt.place, verdict)
+        found = self._find(attempt, verdict)
+        if isinstance(found, NotReady):
+            raise EngineError(
+                f"The bundle {self.bundle} was checked just now and may not be opened: {found.reason}",
+                "Load it again, or export the model again",
+            )
+        return found
+
+    def reference_outputs(self, attempt: Attempt, source: CachedSource) -> Mapping[str, Any]:
+        return self._bundle.reference_outputs()
+
+
+def verdict_on(name: str, artifact: Artifact, plugins: Plugins, device: Device) -> Verdict:
+    """What a backend says of an artifact on a device."""
+    backend = plugins.backends[name].backend
+    return guarded(name, "checking a compiled model", lambda: backend.check(artifact, device))

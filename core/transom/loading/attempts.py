@@ -1,0 +1,94 @@
+"""Attempts to load a model: one backend on one device after the other, until one works."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+from transom.errors import DoesNotFit, SelectionError, TransomError
+from transom.loading import failures
+
+if TYPE_CHECKING:
+    from transom.contract import Device
+    from transom.loading.child_jobs import ChildJobs
+    from transom.loading.machine import Machine
+    from transom.plugins import LoadedBackend
+    from transom.selection import Candidate, Choice
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One candidate, a backend on a device, that is tried for a model."""
+
+    machine: Machine
+    choice: Choice
+    candidate: Candidate
+    set_aside: Sequence[tuple[Candidate, TransomError]] = ()
+    """The candidates before it, with the errors that ruled them out."""
+
+    @property
+    def plugin(self) -> LoadedBackend:
+        return self.machine.plugins.backends[self.candidate.backend]
+
+    @property
+    def device(self) -> Device:
+        return self.candidate.device
+
+    @property
+    def runs_here(self) -> bool:
+        """Whether the device is here; else the model is only compiled for it."""
+        return self.candidate.offer.runs_here
+
+    @property
+    def place(self) -> str:
+        """What a verdict holds for: `Machine.place`."""
+        return self.machine.place(self.candidate)
+
+    def why(self) -> str:
+        """Why this candidate is used, in one sentence or two."""
+        if self.candidate is self.choice.ranked[0]:
+            return self.choice.why
+        names = ", ".join(f"{c.backend} on {c.device.id}" for c, _ in self.set_aside)
+        here = f"{self.candidate.backend} on {self.device.id}: {self.candidate.offer.why}"
+        return f"{here}. Set aside before it: {names}."
+
+    def warnings(self) -> list[str]:
+        return [f"{c.backend} on {c.device.id} was set aside: {error.cause}" for c, error in self.set_aside]
+
+
+def first_that_works(jobs: ChildJobs, machine: Machine, choice: Choice, use: Callable[[Attempt], T]) -> T:
+    """The result of `use` for the first candidate that works. All candidates are within what the user named.
+
+    Raises:
+        TransomError: as `use` raised it, where there is one candidate or none fits into memory.
+        SelectionError: no candidate works; the details say why not.
+    """
+    set_aside: list[tuple[Candidate, TransomError]] = []
+    alone = len(choice.ranked) == 1
+    for candidate in choice.ranked:
+        attempt = Attempt(machine, choice, candidate, tuple(set_aside))
+        if not alone and (known := known_failure(jobs, attempt)) is not None:
+            set_aside.append((candidate, known))
+            continue
+        try:
+            return use(attempt)
+        except failures.MOVES_ON as error:
+            if alone:
+                raise
+            failures.remember(jobs.state.cache, jobs.job(attempt), error)
+            set_aside.append((candidate, error))
+    if all(isinstance(error, DoesNotFit) for _, error in set_aside):
+        raise set_aside[0][1]
+    raise SelectionError(
+        "No backend could run this model",
+        set_aside[0][1].fix or "Fix one of these, or try another model",
+        [line for c, error in set_aside for line in f"{c.backend} on {c.device.id}: {error}".splitlines()],
+    )
+
+
+def known_failure(jobs: ChildJobs, attempt: Attempt) -> TransomError | None:
+    """The failure of an earlier load, which need not be waited for again."""
+    return failures.remembered(jobs.state.cache, jobs.job(attempt)) if jobs.state.options.verify == "auto" else None

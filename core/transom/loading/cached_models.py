@@ -1,0 +1,163 @@
+"""Compiled models in the cache: found there, or compiled by a child process that leaves them there."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from transom.errors import EngineError
+from transom.loading.compiled_models import NotReady, Ready
+from transom.preparation import cached_source, memory
+from transom.preparation.jobs import GOLDEN, PREPARE, READ, RECHECK
+from transom.preparation.plugin_calls import guarded
+
+if TYPE_CHECKING:
+    from transom.contract import Verdict
+    from transom.loading.attempts import Attempt
+    from transom.loading.child_jobs import ChildJobs
+    from transom.preparation.cached_source import CachedSource
+    from transom.preparation.compiled import CompiledModel
+
+
+class CachedModels:
+    """The compiled models of one load, see `CompiledModels`."""
+
+    bundle = ""
+
+    def __init__(self, jobs: ChildJobs) -> None:
+        self.jobs, self.state = jobs, jobs.state
+
+    def source(self, attempt: Attempt) -> CachedSource | None:
+        """What the host needs of the source, read by a child process first; None where the cache cannot keep it."""
+        if (found := self._source(attempt)) is not None:
+            return found
+        with self.state.stages.time("read"):
+            self.jobs.run(READ, attempt)
+        return self._source(attempt)
+
+    def _source(self, attempt: Attempt) -> CachedSource | None:
+        job = self.jobs.job(attempt)
+        return cached_source.find(self.state.cache, job.content, job.source_context)
+
+    def find(self, attempt: Attempt) -> Ready | NotReady:
+        return self._find(attempt)
+
+    def _find(self, attempt: Attempt, verdict_now: object = None) -> Ready | NotReady:
+        """As `find`.
+
+        Args:
+            verdict_now: the verdict that a child process has just reported, in case the cache could not keep it.
+        """
+        job, name = self.jobs.job(attempt), attempt.candidate.backend
+        source = self._source(attempt)
+        if source is None:
+            return NotReady()
+        plan = self._plan(source, attempt)
+        compiled = self.state.cache.lookup(source.artifact_key(job), progress=self.state.progress)
+        if compiled is None:
+            return NotReady()
+        verdict = guarded(
+            name,
+            "checking a compiled model",
+            lambda: attempt.plugin.backend.check(compiled.artifact, attempt.device),
+        )
+        if verdict.state == "never":
+            compiled.release()
+            raise EngineError(
+                f"The backend {name} cannot open this compiled model on {attempt.device.id}: {verdict.reason}",
+                "Choose another device or backend",
+            )
+        if reason := self._stale(compiled, plan, verdict):
+            compiled.discard(reason)
+            return NotReady(reason)
+        if plan is not None and (bound := _bound_context(compiled, plan)):
+            plan = replace(plan, context=bound)
+        checked = compiled.verdict(job.place) or verdict_now
+        if not job.accepts(checked):
+            compiled.release()
+            return NotReady("it has not passed the self-check here yet")
+        return Ready(source, compiled, checked, plan, verdict.reason if verdict.state == "slower" else "")
+
+    def _stale(self, compiled: CompiledModel, plan: memory.MemoryPlan | None, verdict: Verdict) -> str:
+        """Why the model must be compiled again; empty when it need not."""
+        if verdict.state == "rebuild":
+            return verdict.reason or "the backend wants it rebuilt"
+        bound = compiled.artifact.requires.get("context")
+        if plan is not None and bound not in (None, str(plan.context)) and not _bound_context(compiled, plan):
+            return f"it was compiled for context={bound}, and {plan.context} is wanted"
+        made, wanted = compiled.origin.options.get("threads"), self.state.options.for_backend["threads"]
+        if "threads" in compiled.artifact.requires and made != wanted:
+            return f"it was compiled for threads={made}, and {wanted} is wanted"
+        return ""
+
+    def _plan(self, source: CachedSource, attempt: Attempt) -> memory.MemoryPlan | None:
+        options, band = self.state.options.for_backend, attempt.candidate.offer.band
+        return memory.plan_for(source.decoder, attempt.device, options, band)
+
+    def prepare(self, attempt: Attempt) -> Ready:
+        return self._run(PREPARE, attempt)
+
+    def recheck(self, attempt: Attempt, ready: Ready) -> Ready:
+        """A compiled model that was there already, compared with the reference once more."""
+        ready.compiled.release()
+        return self._run(RECHECK, attempt)
+
+    def _run(self, work: str, attempt: Attempt) -> Ready:
+        """Run a child process that compiles and checks, then find what it left in the cache.
+
+        A cache that cannot keep the artifact (disk full) is replaced by a temporary one for this process, with a
+        warning: the model runs, and is compiled again next time.
+        """
+        state = self.state
+        for last in (False, True):
+            start = time.perf_counter()
+            done = self.jobs.run(work, attempt)
+            parts = {f"child {stage}": seconds for stage, seconds in done["seconds"].items()}
+            parts["child start"] = time.perf_counter() - start - sum(parts.values())
+            for stage, seconds in parts.items():
+                state.stages.add(stage, seconds)
+            found = self._find(attempt, verdict_now=done["verdict"])
+            if isinstance(found, Ready):
+                state.warnings += done["warnings"]
+                return found
+            if found.reason and done["kept"]:
+                name = attempt.candidate.backend
+                raise EngineError(
+                    f"The backend {name} compiled this model just now and will not open it: {found.reason}",
+                    f"Report it to the authors of {name}, or choose another with backend=…",
+                )
+            if not last:
+                state.use_temporary_cache(done["warnings"] or [state.cache.keeps_nothing()])
+        raise state.no_room("the compiled model")
+
+    def reference_outputs(self, attempt: Attempt, source: CachedSource) -> Mapping[str, Any]:
+        """As in `CompiledModels`, computed by a child process where the cache does not have them.
+
+        Raises:
+            CacheError: neither the cache nor a temporary folder can keep them.
+        """
+        from transom.preparation import selfcheck
+
+        state = self.state
+        for last in (False, True):
+            if (known := selfcheck.recall_golden(state.cache, source)) is not None:
+                return known
+            if last:
+                state.use_temporary_cache([state.cache.keeps_nothing()])
+            self.jobs.run(GOLDEN, attempt)
+        if (known := selfcheck.recall_golden(state.cache, source)) is not None:
+            return known
+        raise state.no_room("the reference's outputs")
+
+
+def _bound_context(compiled: CompiledModel, plan: memory.MemoryPlan) -> int:
+    """The context that a model was compiled for, where it is good enough though not the one planned now; else 0.
+
+    That is when `auto` reduced both to the memory that was free: a little more of it today is no reason to compile
+    again.
+    """
+    bound = compiled.artifact.requires.get("context", "")
+    reduced = plan.note and compiled.origin.options.get("context") is None
+    return int(bound) if reduced and bound.isdigit() and int(bound) <= plan.context else 0

@@ -1,0 +1,174 @@
+"""From a compiled model to a `Model`: the backend opens it in this process, and the report is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from transom.errors import EngineError
+from transom.generation.report import Report
+from transom.loading.compiled_models import CompiledModels, Ready
+from transom.preparation import compiled, heads
+from transom.preparation.plugin_calls import open_session
+from transom.preparation.plugin_operators import register_operators
+from transom.sparsity import shipped
+
+if TYPE_CHECKING:
+    from transom.contract import Session
+    from transom.generation.model import Model
+    from transom.loading.attempts import Attempt
+    from transom.loading.identity import ModelIdentity
+    from transom.loading.load_state import LoadState
+    from transom.preparation.cached_source import CachedSource
+    from transom.preparation.compiled import CompiledModel
+    from transom.sparsity import Heads, Sparsity
+    from transom.text import ChatTemplate, GenerationDefaults, Tokenizer
+
+
+class _Text(NamedTuple):
+    """What turns text into tokens and back."""
+
+    tokenizer: Tokenizer | None
+    template: ChatTemplate | None
+    defaults: GenerationDefaults
+
+
+def open_model(models: CompiledModels, attempt: Attempt) -> Model:
+    """The model, opened in this process; compiled and checked by a child process before, where that is needed.
+
+    Raises:
+        TransomError: it cannot be compiled or opened, or does not pass the self-check.
+    """
+    state = models.jobs.state
+    found = models.find(attempt)
+    was_there = isinstance(found, Ready)
+    ready = found if isinstance(found, Ready) else models.prepare(attempt)
+    try:
+        session, text = _open(models, attempt, ready)
+    except EngineError as error:
+        if not was_there:
+            raise
+        # An earlier process could open it: the SDK has changed, or what it keeps beside the artifact has.
+        ready.compiled.discard(error.cause)
+        ready, was_there = models.prepare(attempt), False
+        session, text = _open(models, attempt, ready)
+    try:
+        if state.options.verify == "always":
+            with state.stages.time("check"):
+                ready = replace(ready, verdict=_check_here(models, attempt, ready, session))
+        return _model(models, attempt, ready, session, text, was_there)
+    except BaseException:
+        session.close()
+        ready.compiled.release()
+        raise
+
+
+def _open(models: CompiledModels, attempt: Attempt, ready: Ready) -> tuple[Session, _Text]:
+    state, source = models.jobs.state, ready.source
+    context = ready.plan.context if ready.plan else state.options.for_backend["context"]
+    options = {**state.options.for_backend, "context": context, "calibration": ()}
+    if models.jobs.identity.uses_operators:
+        register_operators(attempt.machine.plugins)  # a backend may open a graph that uses them
+    with ThreadPoolExecutor(1) as beside, state.stages.time("load"):
+        text = beside.submit(lambda: _Text(source.tokenizer(), source.chat_template(), source.generation()))
+        session = open_session(attempt.plugin.backend, ready.compiled, attempt.device, options)
+        return session, text.result()
+
+
+def _check_here(models: CompiledModels, attempt: Attempt, ready: Ready, session: Session) -> Mapping[str, Any]:
+    from transom.preparation import selfcheck
+
+    wanted = models.reference_outputs(attempt, ready.source)
+    exact = compiled.is_exact(ready.compiled)
+    return selfcheck.verdict(session, wanted, ready.source, backend=attempt.candidate.backend, exact=exact)
+
+
+def warnings_of(state: LoadState, attempt: Attempt, ready: Ready) -> tuple[str, ...]:
+    """What the user should act on, of this compiled model and of the attempts before it."""
+    warnings = [*attempt.choice.warnings, *state.cache.warnings, *state.warnings, *attempt.warnings()]
+    if ready.plan is not None and ready.plan.note:
+        warnings.append(ready.plan.note)
+    if ready.slower:
+        where = "here" if attempt.runs_here else f"on {attempt.device.id}"
+        warnings.append(f"The compiled model is slower {where} than a fresh one: {ready.slower}")
+    return tuple(dict.fromkeys(warnings))
+
+
+def _model(
+    models: CompiledModels, attempt: Attempt, ready: Ready, session: Session, text: _Text, was_there: bool
+) -> Model:
+    from transom.generation.model import InputSpec, Loaded, Model
+
+    state, identity = models.jobs.state, models.jobs.identity
+    source, plan = ready.source, ready.plan
+    sparsity, heads_from = identity.sparsity, identity.heads_from
+    if source.decoder is not None:
+        sparsity, shipped_for = heads.calibrated(sparsity, source.decoder, source.name)
+        heads_from = heads_from or shipped_for
+    precision, notes = compiled.precision_and_notes(source.notes, ready.compiled)
+    report = Report(
+        model=source.name,
+        backend=attempt.candidate.backend,
+        backend_version=attempt.plugin.version,
+        device=attempt.device,
+        why=attempt.why(),
+        source=source.kind,
+        precision=precision,
+        context=plan.context if plan else 0,
+        model_context=source.decoder.context if source.decoder else 0,
+        context_built_in=bool(models.bundle) and "context" in ready.compiled.artifact.requires,
+        warnings=warnings_of(state, attempt, ready),
+        refusals=attempt.choice.refusals,
+        notes=notes,
+        memory=plan.parts() if plan else {},
+        check=compiled.verdict_text(ready.verdict),
+        sparsity=heads.described(sparsity, heads_from),
+        cache_hit=was_there or bool(models.bundle),
+        bundle=models.bundle,
+        startup=dict(state.stages.seconds),
+    )
+    return Model(
+        Loaded(
+            session=session,
+            report=report,
+            decoder=source.decoder,
+            context=report.context,
+            tokenizer=text.tokenizer,
+            chat_template=text.template,
+            defaults=text.defaults,
+            inputs={} if source.decoder else {n: InputSpec(*spec) for n, spec in source.inputs.items()},
+            sparsity=sparsity,
+            identity=ready.compiled.key,
+            heads=_heads_finder(state, identity, sparsity, source),
+            on_close=_releaser(ready.compiled, state.held),
+        )
+    )
+
+
+def _heads_finder(
+    state: LoadState, identity: ModelIdentity, sparsity: Sparsity, source: CachedSource
+) -> Callable[[], Heads | None]:
+    """Finds the model's heads for the policies of single calls, when the first such call comes.
+
+    It lives as long as the model, so it keeps no `source`, which would keep its cache entry in use.
+    """
+    local, fingerprint, cache = identity.local, identity.fingerprint, state.cache
+    decoder, name = source.decoder, source.name
+
+    def find() -> Heads | None:
+        if sparsity.heads is not None or decoder is None:
+            return sparsity.heads
+        found = heads.local(local, cache, fingerprint) or shipped(decoder, name)
+        return None if found is None else found.heads
+
+    return find
+
+
+def _releaser(model: CompiledModel, held: list[object]) -> Callable[[], None]:
+    def release() -> None:
+        model.release()
+        held.clear()
+
+    return release

@@ -1,0 +1,52 @@
+"""Choosing between kinds of device by measurement: a short timed decode on each, remembered."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from transom.artifacts import artifact_key
+from transom.loading import failures
+from transom.loading.attempts import Attempt, known_failure
+from transom.preparation.jobs import MEASURE
+
+if TYPE_CHECKING:
+    from transom.loading.cached_models import CachedModels
+    from transom.loading.machine import Machine
+    from transom.selection import Choice
+
+
+def measured_speeds(models: CachedModels, machine: Machine, choice: Choice) -> dict[str, float]:
+    """Tokens per second by candidate (`Candidate.key`) for `choice.kinds_to_measure`, remembered or measured now.
+
+    A candidate that fails has 0. The result is empty for a graph that is not a decoder: there is no decode to time.
+    """
+    attempts: Sequence[Attempt] = [Attempt(machine, choice, candidate) for candidate in choice.kinds_to_measure]
+    source = models.source(attempts[0])
+    if source is not None and source.decoder is None:
+        return {}
+    state = models.state
+    # The same choice serves models of about the same size: within a power of two.
+    scale = source.decoder.weight_bytes.bit_length() if source is not None and source.decoder else 0
+    found: dict[str, float] = {}
+    for attempt in attempts:
+        key = artifact_key({"place": attempt.place, "bits": scale, "as": state.options.for_backend["precision"]})
+        known = state.cache.recall("speeds", key)
+        if not isinstance(known, int | float):
+            known = _measure(models, attempt)
+            if known:
+                state.cache.remember("speeds", key, known)
+        found[attempt.candidate.key] = float(known)
+    return found
+
+
+def _measure(models: CachedModels, attempt: Attempt) -> float:
+    jobs, state = models.jobs, models.state
+    if known_failure(jobs, attempt) is not None:
+        return 0.0
+    with state.stages.time(f"measure {attempt.device.id}"):
+        try:
+            return float(jobs.run(MEASURE, attempt))
+        except failures.MOVES_ON as error:  # it is ranked last; if it is tried all the same, loading reports why
+            failures.remember(state.cache, jobs.job(attempt), error)
+            return 0.0

@@ -1,0 +1,31 @@
+"""The speed of a session: a short timed decode, for choosing between kinds of device."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+
+from transom.contract import Session
+from transom.preparation import selfcheck
+
+TIMED_TOKENS = 24
+"""Tokens of a timed decode."""
+
+
+def decode_rate(session: Session, ids: list[int]) -> float:
+    """Tokens per second of a short greedy decode; the first quarter warms the engine up and does not count."""
+    context = session.limits.context
+    ids = ids[: max(1, context // 2)]
+    state = session.new_state()
+    try:
+        times = []
+        row = selfcheck.feed(session, state, ids)[-1][-1]
+        for _ in range(min(TIMED_TOKENS, context - len(ids))):
+            token = int(row.argmax())
+            start = time.perf_counter()
+            row = selfcheck.feed(session, state, [token])[-1][-1]
+            times.append(time.perf_counter() - start)
+    finally:
+        state.free()
+    return 1.0 / max(float(np.median(times[len(times) // 4 :])), 1e-9) if times else 0.0
