@@ -35,7 +35,8 @@ from transom.bundles import exported
 from transom.contract import Cancelled, Device
 from transom.loading import child_jobs, machine
 from transom.plugins import LoadedBackend, Plugins
-from transom.preparation import child, jobs, memory, stages
+from transom.preparation import child, memory, stages
+from transom.preparation.entry import run as run_job
 from transom.reference import ReferenceBackend
 
 
@@ -90,9 +91,9 @@ class Here:
     def child(self, entry: str, payload: Mapping[str, Any], *, progress: Any = None) -> child.TrialResult:
         """What `run_in_child` does, without a process: JSON there and back, errors as they cross it."""
         self.jobs.append(payload["work"].rpartition(":")[2])
-        assert entry == "transom.preparation.jobs:run"
+        assert entry == "transom.preparation.entry:run"
         try:
-            value = jobs.run(json.loads(json.dumps(payload)), progress)
+            value = run_job(json.loads(json.dumps(payload)), progress)
         except Cancelled:
             raise
         except Exception as error:  # noqa: BLE001  as the child does it
@@ -103,7 +104,7 @@ class Here:
 @pytest.fixture
 def here(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Here:
     here = Here(tiny_model, Cache(tmp_path / "cache"), monkeypatch)
-    monkeypatch.setenv("OPENBLAS_NUM_THREADS", os.environ.get("OPENBLAS_NUM_THREADS", "2"))  # `jobs.run` sets it
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", os.environ.get("OPENBLAS_NUM_THREADS", "2"))  # `entry.run` sets it
     monkeypatch.setattr(child_jobs, "run_in_child", here.child)
     monkeypatch.setattr(machine, "load_plugins", lambda: here.plugins)
     monkeypatch.setattr(stages, "load_plugins", lambda: here.plugins)

@@ -1,4 +1,4 @@
-"""The jobs of the child process: functions of JSON types, run by `transom.preparation.jobs.run`.
+"""The jobs of the child process: functions of JSON types, run by `transom.preparation.entry`.
 
 An engine that has never run here may abort, or execute an instruction that this machine lacks. The host therefore runs
 these jobs in a child process; their results reach it through the cache. Not imported on a warm load.
