@@ -36,7 +36,7 @@ from parts.storing import stored
 
 from transom.contract import Artifact, Device, Work
 from transom.hardware.catalogue import PREFIX, catalogue
-from transom.preparation.selfcheck import golden_logits
+from transom.preparation.reference_outputs import reference_logits
 from transom_mobile_export.qnn.backend import Qnn
 from transom_mobile_export.qnn.claims import drafted
 from transom_mobile_export.qnn.encoding import RoundedMatrices, add_rounding
@@ -123,7 +123,7 @@ def main() -> None:
         held[domain] = ids[: asked.tokens]
         shown += [ids[asked.tokens + i * LENGTH :][:LENGTH] for i in range(2)]
     shown = shown[:SEEN]
-    expected = {domain: golden_logits(graph, ids) for domain, ids in held.items()}
+    expected = {domain: reference_logits(graph, ids) for domain, ids in held.items()}
     found: list[Agreement] = []
     sizes: list[Compiled] = []
 

@@ -24,7 +24,9 @@ from rtx_parts.decoders import changed, plain
 from rtx_parts.stored import load, store
 from transom.errors import OptionError
 from transom.graph import Graph
-from transom.preparation.selfcheck import LIMITS, Agreement, compare, golden_logits, session_logits
+from transom.preparation.agreement import Agreement, compare
+from transom.preparation.reference_outputs import reference_logits
+from transom.preparation.selfcheck import LIMITS, session_logits
 from transom.sources import resolve
 from transom.testing.models import tiny_decoder
 from transom_tensorrt.claims import precision_of
@@ -60,7 +62,7 @@ def run(bench: Bench) -> None:
             continue
         bench.clock.need()
         data = bench.folder / f"{name}.npz"
-        np.savez(data, golden=golden_logits(graph, passages[0]), passages=np.asarray(passages))
+        np.savez(data, golden=reference_logits(graph, passages[0]), passages=np.asarray(passages))
         _in_precisions(bench, table, name, precisions, graph, passages, data)
 
 

@@ -40,7 +40,7 @@ def test_a_graph_that_is_claimed_whole_stays_as_it_is(graph: Any) -> None:
 def test_a_refused_node_with_a_body_is_replaced_by_it_and_computes_the_same(
     graph: Any, rng: np.random.Generator
 ) -> None:
-    from transom.preparation.selfcheck import golden_logits
+    from transom.preparation.reference_outputs import reference_logits
 
     layers = count(graph, "CachedAttention")
     lowered = lower(graph, MadeUp(does="refuse:CachedAttention"), CPU, {})
@@ -50,7 +50,7 @@ def test_a_refused_node_with_a_body_is_replaced_by_it_and_computes_the_same(
         f"{layers} nodes run in simpler operators: there is no CachedAttention in this engine"
     ]  # fmt: skip
     ids = [int(i) for i in rng.integers(0, 61, 7)]
-    np.testing.assert_allclose(golden_logits(lowered.graph, ids), golden_logits(graph, ids), atol=1e-5)
+    np.testing.assert_allclose(reference_logits(lowered.graph, ids), reference_logits(graph, ids), atol=1e-5)
 
 
 def test_bodies_are_decomposed_again_where_they_are_refused_too(graph: Any) -> None:
@@ -133,7 +133,7 @@ def test_a_group_with_a_refused_node_is_refused_whole_and_no_other_is(graph: Any
 def test_a_broken_group_is_decomposed_and_what_has_no_body_is_asked_about_again(
     graph: Any, rng: np.random.Generator
 ) -> None:
-    from transom.preparation.selfcheck import golden_logits
+    from transom.preparation.reference_outputs import reference_logits
 
     backend = fusing("CachedAttention", "layers.0.q.rotated", "layers.0.attention", "layers.0.o")
     lowered = lower(graph, backend, CPU, {})
@@ -141,7 +141,7 @@ def test_a_broken_group_is_decomposed_and_what_has_no_body_is_asked_about_again(
     names = {str(n.name) for n in lowered.graph.nodes()}
     assert {"layers.0.o", "layers.0.k.rotated", "layers.1.q.rotated", "layers.1.k.rotated"} <= names
     ids = [int(i) for i in rng.integers(0, 61, 7)]
-    np.testing.assert_allclose(golden_logits(lowered.graph, ids), golden_logits(graph, ids), atol=1e-5)
+    np.testing.assert_allclose(reference_logits(lowered.graph, ids), reference_logits(graph, ids), atol=1e-5)
 
 
 def test_a_group_that_stays_broken_is_an_error_that_names_all_of_it(graph: Any) -> None:

@@ -10,8 +10,9 @@ import pytest
 
 from transom.contract import Limits
 from transom.errors import SelfCheckFailed
-from transom.preparation import selfcheck
-from transom.preparation.selfcheck import compare, compare_outputs, judge
+from transom.preparation import reference_outputs, selfcheck
+from transom.preparation.agreement import compare, compare_outputs
+from transom.preparation.selfcheck import judge
 from transom.signature import Decoder, LayerCache
 
 DECODER = Decoder("llama", 100, 8, 64, (LayerCache(1, 1, 4, 4),))
@@ -111,13 +112,13 @@ def test_the_verdict_s_numbers_are_json(rng: np.random.Generator) -> None:
 
 def test_the_prompt_is_text_where_there_is_a_tokenizer_and_ids_of_the_vocabulary_where_not() -> None:
     tokenizer: Any = SimpleNamespace(encode=lambda text: [3, 99, 100, 5, 6, 7, 8])
-    assert selfcheck.check_prompt(DECODER, tokenizer) == [3, 99, 5, 6, 7, 8]
-    without = selfcheck.check_prompt(DECODER, None)
+    assert reference_outputs.check_prompt(DECODER, tokenizer) == [3, 99, 5, 6, 7, 8]
+    without = reference_outputs.check_prompt(DECODER, None)
     assert len(without) == 16
     assert len(set(without)) == 16
     assert all(0 <= i < 100 for i in without)
     useless: Any = SimpleNamespace(encode=lambda text: [1000])
-    assert selfcheck.check_prompt(DECODER, useless) == without
+    assert reference_outputs.check_prompt(DECODER, useless) == without
 
 
 class Counting:
@@ -175,7 +176,7 @@ def test_outputs_of_a_plain_graph_are_compared_where_they_are_floating_point(rng
 
 def test_inputs_are_made_up_from_shapes_and_are_the_same_each_time() -> None:
     specs: dict[str, Any] = {"x": ("float32", ("batch", None, 4)), "ids": ("int64", ("batch",)), "ok": ("bool", ())}
-    one, two = selfcheck.plain_inputs(specs), selfcheck.plain_inputs(specs)
+    one, two = reference_outputs.plain_inputs(specs), reference_outputs.plain_inputs(specs)
     assert {k: (v.shape, str(v.dtype)) for k, v in one.items()} == {
         "x": ((3, 3, 4), "float32"),
         "ids": ((3,), "int64"),

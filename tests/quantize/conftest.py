@@ -1,8 +1,9 @@
-"""Puts `checkpoints` of the folder above where these tests can import it."""
+"""Lets these tests import `checkpoints` from the folder above, and the module beside them."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+for folder in (Path(__file__).parents[1], Path(__file__).parent):
+    sys.path.insert(0, str(folder))

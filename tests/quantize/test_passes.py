@@ -13,9 +13,9 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 from checkpoints import tiny
+from graph_fidelity import fidelity
 
 from transom.errors import OptionError, SourceError
-from transom.evaluation.fidelity import fidelity
 from transom.graph import Blocked, DecoderBuilder, Dense, Graph
 from transom.graph.reading import constant_of, linear_weight, vocabulary_products, weight_of
 from transom.graph.weights import Weight, dense, dequantize

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from graph_fidelity import fidelity
 
-from transom.evaluation.fidelity import fidelity
 from transom.graph import Blocked, Dense, Graph
 from transom.graph.editing import Editor
 from transom.graph.reading import linear_weight, vocabulary_products

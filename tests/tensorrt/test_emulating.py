@@ -9,7 +9,7 @@ import pytest
 from rtx_networks import compiled
 
 from transom.errors import EngineError
-from transom.preparation.selfcheck import golden_logits
+from transom.preparation.reference_outputs import reference_logits
 from transom_tensorrt.emulating import SLOTS, OnnxExecutor
 from transom_tensorrt.network import MODEL_FILE
 
@@ -22,7 +22,7 @@ def test_a_run_over_a_slot_gives_the_references_logits(rng: np.random.Generator,
     ids = rng.integers(0, made.network.vocabulary, 9)
     got = [executor.run("prefill", ids[None, :6], np.array([0]), np.arange(6), 1).copy()]
     got += [executor.run("decode", ids[None, i : i + 1], np.array([i]), np.zeros(1, int), 1) for i in range(6, 9)]
-    np.testing.assert_allclose(np.concatenate(got), golden_logits(made.graph, ids), atol=2e-2, rtol=2e-2)
+    np.testing.assert_allclose(np.concatenate(got), reference_logits(made.graph, ids), atol=2e-2, rtol=2e-2)
 
 
 def test_runs_write_to_their_own_slots_alone(rng: np.random.Generator, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from rtx_networks import CPU, Compiled, compiled
 
 from transom.contract import Artifact, Work
 from transom.errors import DoesNotFit, EngineError
-from transom.preparation.selfcheck import golden_logits
+from transom.preparation.reference_outputs import reference_logits
 from transom_tensorrt import emulating, loading
 from transom_tensorrt.loading import MOST_SLOTS, load_artifact
 from transom_tensorrt.network import CHUNK, DECODER_FILE, ENGINE_FILE, NETWORK_FILE
@@ -79,7 +79,7 @@ def test_on_a_card_a_session_computes_what_the_reference_does(
     twin = a.fork(10)
     (last,) = session.step([Work(twin, text[10:12])])
     for row, length in ((got[0], 19), (got[1], 4), (last, 12)):
-        np.testing.assert_allclose(row, golden_logits(made.graph, text[:length])[-1], atol=3e-2, rtol=3e-2)
+        np.testing.assert_allclose(row, reference_logits(made.graph, text[:length])[-1], atol=3e-2, rtol=3e-2)
     copied = {call[4] for call in trt.cuda.named("cudaMemcpyAsync")}
     assert copied == {"up", "down"}
     assert {call[7] for call in trt.cuda.named("cudaMemcpy2DAsync")} == {"across"}, "no cache went to the host"

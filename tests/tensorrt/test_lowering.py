@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from checkpoints import fresh_rng, tiny
 from running import Running, parted, reference
 
-from transom.preparation.selfcheck import compare
+from transom.preparation.agreement import compare
 from transom.programs.drafting import Drafting, NoForm
 from transom.quantize.calibration import calibrate
 from transom.quantize.passes import Scheme, quantize

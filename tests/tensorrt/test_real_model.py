@@ -18,8 +18,8 @@ from running import Running, reference
 from targets import built, content, summaries
 
 from transom.graph.reading import vocabulary_products
+from transom.preparation.agreement import compare
 from transom.preparation.calibration_texts import pieces
-from transom.preparation.selfcheck import compare
 from transom.quantize.calibration import calibrate
 from transom.quantize.passes import Scheme, quantize
 from transom.sources import resolve

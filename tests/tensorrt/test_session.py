@@ -13,7 +13,7 @@ from rtx_networks import CPU, Compiled, compiled
 from transom.contract import Limits, OutOfPages, SavingSession, Work
 from transom.errors import EngineError
 from transom.ops.sparse_routing import COLUMN_ROWS
-from transom.preparation.selfcheck import golden_logits
+from transom.preparation.reference_outputs import reference_logits
 from transom.reference.executor import Executor
 from transom.sessions import PackedSession
 from transom.sparsity import Sparsity
@@ -58,7 +58,7 @@ def test_logits_are_the_references(rng: np.random.Generator, tmp_path: Path, for
     state = session.new_state()
     got = [session.step([Work(state, ids[:21], "all")])[0]]  # longer than a run takes, in tokens and in rows
     got += [session.step([Work(state, [i], "all")])[0] for i in ids[21:]]
-    np.testing.assert_allclose(np.concatenate(got), golden_logits(made.graph, ids), atol=1e-3, rtol=1e-3)
+    np.testing.assert_allclose(np.concatenate(got), reference_logits(made.graph, ids), atol=1e-3, rtol=1e-3)
     session.close()
 
 
@@ -102,7 +102,7 @@ def test_a_ragged_step_gives_each_sequence_its_own(rng: np.random.Generator, mad
     kinds: list[Any] = ["all", "last", "last", "none", "all", "last"]
     results = session.step([Work(s, t, k) for s, t, k in zip(states, texts, kinds, strict=True)])
     for text, kind, got in zip(texts, kinds, results, strict=True):
-        want = golden_logits(made.graph, text)
+        want = reference_logits(made.graph, text)
         if kind == "none":
             assert got is None
         else:
@@ -125,7 +125,7 @@ def test_many_sequences_decode_with_gaps_between_them(rng: np.random.Generator, 
         results = session.step([Work(states[i], [t]) for i, t in zip(some, new, strict=True)])
         for i, token, got in zip(some, new, results, strict=True):
             texts[i].append(token)
-            close(got, golden_logits(made.graph, texts[i])[-1])
+            close(got, reference_logits(made.graph, texts[i])[-1])
     session.close()
 
 
@@ -138,12 +138,12 @@ def test_a_full_sequence_stays_right_beside_others(rng: np.random.Generator, tmp
     session.step([Work(full, text[15:])])
     for n in range(4):
         got = session.step([Work(a, [text[4 + n]]), Work(c, [text[6 + n]])])
-        close(got[0], golden_logits(made.graph, text[: 5 + n])[-1])
-        close(got[1], golden_logits(made.graph, text[: 7 + n])[-1])
+        close(got[0], reference_logits(made.graph, text[: 5 + n])[-1])
+        close(got[1], reference_logits(made.graph, text[: 7 + n])[-1])
     twin = full.fork(15)
     c.free()  # the last token of a fork needs a slot of its own
     (last,) = session.step([Work(twin, text[15:])])
-    close(last, golden_logits(made.graph, text)[-1])
+    close(last, reference_logits(made.graph, text)[-1])
     with pytest.raises(ValueError, match="exceed the context"):
         session.step([Work(full, [1])])
     session.close()
@@ -157,12 +157,12 @@ def test_forks_and_truncated_sequences_go_their_own_ways(rng: np.random.Generato
     twin = state.fork(7)
     assert session.pages() == (4, 3), "a fork takes nothing before it goes on"
     (got,) = session.step([Work(twin, other)])
-    close(got, golden_logits(made.graph, text[:7] + other)[-1])
+    close(got, reference_logits(made.graph, text[:7] + other)[-1])
     assert session.pages() == (4, 2)
     state.truncate(3)
     got = session.step([Work(state, other, "all"), Work(twin, [text[0]])])
-    close(got[0], golden_logits(made.graph, text[:3] + other)[3:])
-    close(got[1], golden_logits(made.graph, text[:7] + other + text[:1])[-1])
+    close(got[0], reference_logits(made.graph, text[:3] + other)[3:])
+    close(got[1], reference_logits(made.graph, text[:7] + other + text[:1])[-1])
     session.close()
 
 
@@ -177,8 +177,8 @@ def test_when_no_slot_is_free_nothing_changes(rng: np.random.Generator, made: Co
     assert session.pages() == (2, 0)
     b.free()
     got = session.step([Work(a, text[:1]), Work(c, text)])
-    close(got[0], golden_logits(made.graph, [*text, text[0]])[-1])
-    close(got[1], golden_logits(made.graph, text)[-1])
+    close(got[0], reference_logits(made.graph, [*text, text[0]])[-1])
+    close(got[1], reference_logits(made.graph, text)[-1])
     session.close()
 
 
@@ -205,8 +205,8 @@ def test_a_step_that_fails_in_its_second_run_can_be_repeated(
     assert (a.length, b.length) == (2, 0)
     assert session.pages() == (3, 2)
     got = session.step(work)
-    close(got[0], golden_logits(made.graph, texts[0])[2:])
-    close(got[1], golden_logits(made.graph, texts[1]))
+    close(got[0], reference_logits(made.graph, texts[0])[2:])
+    close(got[1], reference_logits(made.graph, texts[1]))
     session.close()
 
 
@@ -221,7 +221,7 @@ def test_a_state_is_written_down_and_made_again_elsewhere(rng: np.random.Generat
     other.step([Work(used, text[:3], "none")])
     again = other.restore(7, saved)
     (got,) = other.step([Work(again, text[7:])])
-    close(got, golden_logits(made.graph, text)[-1])
+    close(got, reference_logits(made.graph, text)[-1])
     empty = other.restore(0, session.save(session.new_state()))
     assert empty.length == 0
     with pytest.raises(OutOfPages):

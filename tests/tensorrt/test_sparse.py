@@ -16,7 +16,7 @@ from running import Running, parted, reference, session
 
 from transom.graph.sparse import with_sparsity
 from transom.ops.sparse_routing import Scores, route
-from transom.preparation.selfcheck import compare
+from transom.preparation.agreement import compare
 from transom.programs.drafting import Drafting, NoForm
 from transom.programs.onnx_writing import BOOL, FLOAT, INT64, OnnxWriter
 from transom.signature import LayerCache

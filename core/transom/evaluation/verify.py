@@ -20,8 +20,9 @@ import numpy as np
 from transom.contract import Progress, Session, State, Work
 from transom.errors import MissingExtra, SourceError, UnsupportedError
 from transom.plugins import load_plugins
+from transom.preparation.agreement import Agreement, compare
 from transom.preparation.plugin_operators import register_operators
-from transom.preparation.selfcheck import Agreement, Array, compare
+from transom.preparation.selfcheck import Array
 
 if TYPE_CHECKING:
     from transom.generation.model import Model

@@ -138,16 +138,16 @@ class CachedModels:
         Raises:
             CacheError: neither the cache nor a temporary folder can keep them.
         """
-        from transom.preparation import selfcheck
+        from transom.preparation import reference_outputs
 
         state = self.state
         for last in (False, True):
-            if (known := selfcheck.recall_golden(state.cache, source)) is not None:
+            if (known := reference_outputs.recall(state.cache, source)) is not None:
                 return known
             if last:
                 state.use_temporary_cache([state.cache.keeps_nothing()])
             self.jobs.run(GOLDEN, attempt)
-        if (known := selfcheck.recall_golden(state.cache, source)) is not None:
+        if (known := reference_outputs.recall(state.cache, source)) is not None:
             return known
         raise state.no_room("the reference's outputs")
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from transom.contract import Progress
 from transom.hardware.probe_file import from_json
-from transom.preparation import selfcheck
+from transom.preparation import agreement, selfcheck
 from transom.preparation.decode_speed import decode_rate
 from transom.preparation.plugin_calls import guarded, open_session
 from transom.preparation.stages import Preparation
@@ -84,14 +84,14 @@ def prove(payload: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
         if remove:
             stored.remove()
         reference = wanted["logits"][: len(got)]
-        found = guarded(backend.name, "checking logits", lambda: selfcheck.agreements(reference, got))
+        found = guarded(backend.name, "checking logits", lambda: agreement.agreements(reference, got))
         whole = found[0]
         return {
             "fidelity": {
                 "tokens": len(got),
                 "kl": whole.kl_mean,
                 "top1": whole.top1,
-                "cosine": selfcheck.cosine(reference, got),
+                "cosine": agreement.cosine(reference, got),
             },
             "agreements": [[one.kl_mean, one.correlation_min] for one in found],
         }

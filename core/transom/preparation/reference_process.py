@@ -35,10 +35,10 @@ def worth_it(job: Job, cache: Cache, free: int | None) -> bool:
         return False
     # Only the host comes here. Importing these would keep the child from starting the other process first of all.
     from transom.preparation import cached_source
-    from transom.preparation.selfcheck import recall_golden
+    from transom.preparation.reference_outputs import recall
 
     source = cached_source.find(cache, job.content, job.source_context)
-    if source is not None and recall_golden(cache, source) is not None:
+    if source is not None and recall(cache, source) is not None:
         return False
     path = Path(job.model)
     try:

@@ -21,7 +21,7 @@ from transom.errors import SelectionError, TransomError, UnsupportedError
 from transom.graph import Graph
 from transom.graph.sparse import with_sparsity
 from transom.plugins import LoadedBackend, Plugins, load_plugins
-from transom.preparation import cached_source, memory, selfcheck
+from transom.preparation import cached_source, memory, reference_outputs, selfcheck
 from transom.preparation.cached_source import CachedSource
 from transom.preparation.calibration_texts import Pieces, pieces
 from transom.preparation.compiled import CompiledModel, is_exact
@@ -133,7 +133,7 @@ class Preparation:
         source = self.source()
         if source.decoder is None:
             raise UnsupportedError("This model is not a decoder, so its decoding cannot be timed")
-        return selfcheck.check_prompt(source.decoder, source.tokenizer())
+        return reference_outputs.check_prompt(source.decoder, source.tokenizer())
 
     # the artifact -----------------------------------------------------------------------------------------------------
     def options(self) -> dict[str, Any]:
@@ -234,13 +234,13 @@ class Preparation:
             with self._timed("golden"):
                 wait_for(self._reference, self.progress)
         source = self._find()
-        if source is not None and (known := selfcheck.recall_golden(self.cache, source)) is not None:
+        if source is not None and (known := reference_outputs.recall(self.cache, source)) is not None:
             return known
         # Where the process beside this one failed, this one fails in the same way, and reports why.
         with self._timed("golden"):
             self.progress("reference", None)
             outputs = self._decoder_outputs() if self.graph().decoder is not None else self._plain_outputs()
-            selfcheck.keep_golden(self.cache, self.source(), outputs)
+            reference_outputs.keep(self.cache, self.source(), outputs)
         return outputs
 
     def _decoder_outputs(self) -> dict[str, selfcheck.Array]:
@@ -248,14 +248,17 @@ class Preparation:
         assert decoder is not None
         # Not by `source`, which would write it to the cache first: the process beside this one does that already.
         tokenizer = self.source().tokenizer() if self._opened is None else self._opened.tokenizer
-        ids = selfcheck.check_prompt(decoder, tokenizer)
-        return {"ids": np.asarray(ids), "logits": selfcheck.golden_logits(self.graph(), ids, self._reference_share)}
+        ids = reference_outputs.check_prompt(decoder, tokenizer)
+        return {
+            "ids": np.asarray(ids),
+            "logits": reference_outputs.reference_logits(self.graph(), ids, self._reference_share),
+        }
 
     def _plain_outputs(self) -> dict[str, selfcheck.Array]:
         from transom.reference.executor import Executor
 
         try:
-            inputs = selfcheck.plain_inputs(self.source().inputs)
+            inputs = reference_outputs.plain_inputs(self.source().inputs)
             return Executor(self.graph()).run(inputs, progress=self._reference_share)
         except (ValueError, TypeError, UnsupportedError):
             return {}  # inputs made up from shapes need not mean anything to a graph

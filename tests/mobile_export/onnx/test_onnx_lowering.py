@@ -16,7 +16,7 @@ from onnx_making import BACKEND, CPU, logits, made, options, parted, reference
 from transom.errors import EngineError, OptionError
 from transom.graph import Graph
 from transom.graph.sparse import is_attention, with_sparsity
-from transom.preparation.selfcheck import compare
+from transom.preparation.agreement import compare
 from transom.quantize.passes import Scheme, quantize
 from transom.sources import resolve
 from transom.sparsity import Sparsity

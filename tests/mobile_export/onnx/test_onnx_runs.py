@@ -15,7 +15,7 @@ import pytest
 from models import sample_model
 from onnx_making import Made, app_files, genai_greedy, genai_logits, greedy, logits, made, parted, reference
 
-from transom.preparation.selfcheck import compare
+from transom.preparation.agreement import compare
 from transom.sources import resolve
 from transom.testing.models import tiny_decoder
 from transom.text.defaults import GenerationDefaults

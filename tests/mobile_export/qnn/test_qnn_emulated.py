@@ -19,7 +19,8 @@ from qnn_models import CHUNK, CONTEXT, CPU, PHONE, compiled, draw, logits, needs
 from transom.contract import Cancelled, SavingSession, Work
 from transom.errors import EngineError, UnsupportedError
 from transom.graph.weights import Blocked, BlockedArrays, dequantize
-from transom.preparation.selfcheck import compare, golden_logits
+from transom.preparation.agreement import compare
+from transom.preparation.reference_outputs import reference_logits
 from transom.programs.drafting import Draft, Value
 from transom.programs.onnx_writing import FLOAT, IR_VERSION, OnnxWriter
 from transom.testing.models import tiny_decoder
@@ -55,7 +56,7 @@ def test_logits_are_near_the_references(rng: np.random.Generator, tmp_path: Path
     artifact = compiled(graph, asked)
     session = opened(artifact, tmp_path, asked)
     ids = draw(rng, graph, 16)
-    found = compare(golden_logits(graph, ids), logits(session, [ids[:8], ids[8:13], *([i] for i in ids[13:])]))
+    found = compare(reference_logits(graph, ids), logits(session, [ids[:8], ids[8:13], *([i] for i in ids[13:])]))
     divergence, correlation, same = BOUNDS[precision]
     assert found.kl_mean < divergence, found
     assert found.correlation_min > correlation, found
@@ -73,7 +74,7 @@ def test_a_prompt_of_many_chunks_fills_the_context(rng: np.random.Generator, tmp
     rows = {}
     for start, end in ((0, 8), (8, 16), (16, 21), (21, 29), (29, 30), (30, 31), (31, 32)):
         rows[end - 1] = np.asarray(session.step([Work(state, ids[start:end])])[0])
-    np.testing.assert_allclose(np.stack(list(rows.values())), golden_logits(graph, ids)[list(rows)], atol=0.05)
+    np.testing.assert_allclose(np.stack(list(rows.values())), reference_logits(graph, ids)[list(rows)], atol=0.05)
     assert state.length == CONTEXT
     with pytest.raises(ValueError, match="context"):
         session.step([Work(state, [1])])
@@ -118,7 +119,7 @@ def test_states_are_forked_cut_saved_and_freed(rng: np.random.Generator, tmp_pat
     assert [state.length, fork.length, again.length] == [9, 5, 9]
     for one, kept in ((state, 9), (fork, 5), (again, 9)):
         got = np.asarray(session.step([Work(one, other)])[0])
-        np.testing.assert_allclose(got, golden_logits(graph, ids[:kept] + other)[-1], atol=0.05)
+        np.testing.assert_allclose(got, reference_logits(graph, ids[:kept] + other)[-1], atol=0.05)
     state.free()
     state.free()
     with pytest.raises(RuntimeError, match="freed"):

@@ -10,7 +10,7 @@ from qnn_models import CPU, draw, float_logits, options
 
 from transom.errors import DoesNotFit, OptionError, UnsupportedError
 from transom.graph.sparse import with_sparsity
-from transom.preparation.selfcheck import golden_logits
+from transom.preparation.reference_outputs import reference_logits
 from transom.sparsity import Sparsity
 from transom.testing.models import VARIANTS, tiny_decoder
 from transom_mobile_export.qnn.backend import Qnn
@@ -26,7 +26,7 @@ FLOAT16 = Precision("float16", "float16")
 def test_float_graphs_are_the_reference(rng: np.random.Generator, form: str) -> None:
     graph = tiny_decoder(rng, layers=3, **VARIANTS[form])
     ids = draw(rng, graph, 20)
-    np.testing.assert_allclose(float_logits(graph, ids), golden_logits(graph, ids), atol=2e-4, rtol=2e-4)
+    np.testing.assert_allclose(float_logits(graph, ids), reference_logits(graph, ids), atol=2e-4, rtol=2e-4)
 
 
 def test_a_model_is_cut_into_parts_that_fit(rng: np.random.Generator) -> None:

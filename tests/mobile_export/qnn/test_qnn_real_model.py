@@ -16,8 +16,9 @@ sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
 
 from models import sample_model
 
+from transom.preparation.agreement import compare
 from transom.preparation.calibration_texts import pieces
-from transom.preparation.selfcheck import compare, golden_logits
+from transom.preparation.reference_outputs import reference_logits
 from transom.sources import resolve
 from transom_mobile_export.qnn.claims import drafted
 from transom_mobile_export.qnn.encoding import RoundedMatrices, add_rounding
@@ -48,7 +49,7 @@ def test_its_rounded_graphs_agree_with_the_reference(tmp_path: Path) -> None:
     add_rounding(lowered, seen, ir.DataType.UINT8)
     with Running(lowered) as running:
         inputs = prefill(model.drafting.decoder, part, embedded(model.embed, held), np.arange(TOKENS), np.uint8)
-        found = compare(golden_logits(source.graph, held), running(inputs)["logits"][0])
+        found = compare(reference_logits(source.graph, held), running(inputs)["logits"][0])
     assert found.kl_mean < 0.04, found
     assert found.correlation_min > 0.93, found
     assert found.top1 > 0.85, found

@@ -20,7 +20,7 @@ from transom.graph.sparse import with_sparsity
 from transom.ops import sparse_attention
 from transom.ops.sparse_attention import OBSERVER, attend
 from transom.ops.sparse_routing import Choice
-from transom.preparation.selfcheck import compare
+from transom.preparation.agreement import compare
 from transom.programs.onnx_writing import FLOAT, IR_VERSION, OnnxWriter
 from transom.reference.executor import Executor
 from transom.sessions import PackedSession

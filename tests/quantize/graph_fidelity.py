@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from transom.preparation.selfcheck import Agreement, compare, golden_logits
+from transom.preparation.agreement import Agreement, compare
+from transom.preparation.reference_outputs import reference_logits
 
 if TYPE_CHECKING:
     from transom.graph import Graph
@@ -38,5 +39,5 @@ def fidelity(
                 if progress is not None:
                     progress((done + share) / steps)
 
-            sides[side].append(golden_logits(graph, ids, part))
+            sides[side].append(reference_logits(graph, ids, part))
     return compare(np.concatenate(sides[0]), np.concatenate(sides[1]))

@@ -1,0 +1,113 @@
+"""What the reference computes for the check prompt: once for each model, then kept in the cache.
+
+The NumPy reference reads the weights layer by layer, so it needs little memory. A graph that is not a decoder gets
+fixed inputs made from their shapes.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from transom.artifacts import artifact_key
+from transom.errors import SourceError
+from transom.preparation.agreement import DECODES
+from transom.preparation.jobs import version
+from transom.signature import Decoder, cache_input_names
+
+if TYPE_CHECKING:
+    from transom.artifacts import Cache
+    from transom.graph import Graph
+    from transom.preparation.cached_source import CachedSource
+    from transom.text import Tokenizer
+
+Array = np.ndarray[Any, np.dtype[Any]]
+InputSpecs = Mapping[str, tuple[str, tuple[int | str | None, ...]]]
+"""Element type (as NumPy names it) and shape by input name."""
+
+PROMPT = "The capital of France is Paris, and two plus two is four."
+LONGEST = 32
+"""Tokens of the check prompt, at most."""
+
+
+def check_prompt(decoder: Decoder, tokenizer: Tokenizer | None) -> list[int]:
+    """The fixed prompt as token ids: text where there is a tokenizer, else ids spread over the vocabulary."""
+    ids = tokenizer.encode(PROMPT) if tokenizer is not None else []
+    ids = [i for i in ids if 0 <= i < decoder.vocabulary]
+    if len(ids) < DECODES + 2:
+        ids = [(i * 7919 + 13) % decoder.vocabulary for i in range(16)]
+    return ids[: min(LONGEST, decoder.context)]
+
+
+def reference_logits(graph: Graph, ids: Sequence[int], progress: Callable[[float], None] | None = None) -> Array:
+    """The reference's logits for every position, float32 [positions, vocabulary].
+
+    Raises:
+        SourceError: the reference itself computes values that are not finite, so the weights are damaged.
+    """
+    from transom.reference.executor import Executor
+
+    decoder = graph.decoder
+    assert decoder is not None
+    tokens = np.asarray(ids, np.int64)
+    none = np.zeros(0, np.int64)
+    inputs: dict[str, Array] = {
+        "input_ids": tokens,
+        "positions": np.arange(len(tokens)),
+        "sequences": np.zeros(len(tokens), np.int64),
+        "past_positions": none,
+        "past_sequences": none,
+        "logit_rows": np.arange(len(tokens)),
+    }
+    for i, layer in enumerate(decoder.layers):
+        for name, width in zip(cache_input_names(i), (layer.head_dim, layer.value_dim), strict=True):
+            inputs[name] = np.zeros((0, layer.kv_heads * width), np.float32)
+    logits = np.asarray(Executor(graph).run(inputs, progress=progress)["logits"], np.float32)
+    if not np.isfinite(logits).all():
+        raise SourceError(
+            "The model computes values that are not numbers: its weights hold NaN or infinity, or overflow",
+            "Download or convert the checkpoint again",
+        )
+    return logits
+
+
+def plain_inputs(specs: InputSpecs) -> dict[str, Array]:
+    """Fixed inputs of a graph without a cache: zeros and ones where whole numbers are wanted, else a normal spread.
+
+    A dimension without a number gets 3, so that those which must be equal are.
+    """
+    rng = np.random.default_rng(7)
+    inputs: dict[str, Array] = {}
+    for name, (dtype, shape) in specs.items():
+        sizes = [d if isinstance(d, int) else 3 for d in shape]
+        kind = np.dtype(dtype)
+        values = rng.standard_normal(sizes) if kind.kind == "f" else rng.integers(0, 2, sizes)
+        inputs[name] = np.asarray(values).astype(kind)
+    return inputs
+
+
+_FILE = "golden.npz"
+
+
+def _key(source: CachedSource) -> str:
+    parts = {"graph": source.graph_digest, "transom": version()}
+    return artifact_key({**parts, "source": source.key} if source.foreign else parts)
+
+
+def keep(cache: Cache, source: CachedSource, outputs: Mapping[str, Array]) -> None:
+    """Keep the reference outputs of a source."""
+    buffer = io.BytesIO()
+    np.savez(buffer, allow_pickle=False, **{name: np.asarray(array) for name, array in outputs.items()})
+    cache.golden.write(_key(source), {_FILE: buffer.getvalue()})
+
+
+def recall(cache: Cache, source: CachedSource) -> dict[str, Array] | None:
+    """The outputs that `keep` stored, or None."""
+    entry = cache.golden.lookup(_key(source))
+    if entry is None:
+        return None
+    with np.load(io.BytesIO(entry.read(_FILE)), allow_pickle=False) as stored:
+        return dict(stored.items())
