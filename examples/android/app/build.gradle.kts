@@ -7,7 +7,7 @@ val onnxruntimeVersion: String by project
 val qnnProviderVersion: String by project
 val qnnRuntimeVersion: String by project
 
-// The headers of ONNX Runtime lie in its AAR, where CMake does not look.
+// The headers of ONNX Runtime are in its AAR, where CMake cannot find them.
 val onnxruntimeAar: Configuration by configurations.creating { isTransitive = false }
 val onnxruntimeHeaders = layout.buildDirectory.dir("onnxruntime-headers")
 val unpackHeaders by tasks.registering(Sync::class) {
@@ -44,7 +44,7 @@ android {
         }
     }
     packaging {
-        // The DSP opens its skeleton as a file, so Android must take the libraries out of the APK on installing.
+        // The DSP opens its skeleton as a file, so Android must extract the libraries when it installs the app.
         jniLibs.useLegacyPackaging = true
     }
     buildTypes {

@@ -1,4 +1,4 @@
-# The libraries that a system for cross-compiling does not have: fetched, checked against their hashes, and compiled.
+# Downloads, verifies by hash and compiles the libraries that a cross-compiling system lacks.
 include(FetchContent)
 if(POLICY CMP0135)
   cmake_policy(SET CMP0135 NEW)

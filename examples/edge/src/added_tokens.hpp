@@ -1,4 +1,4 @@
-// The added tokens of a tokenizer.json: special ones and others that are found in a text before anything cuts it.
+// The added tokens of a tokenizer.json, special and others, which are matched before a text is split.
 #pragma once
 
 #include <cstdint>
@@ -17,11 +17,11 @@ namespace transom {
 struct AddedToken {
     std::string content;
     bool special = false;
-    bool take_left = false;   // `lstrip`: swallows white space before it
+    bool take_left = false;   // `lstrip`: includes white space before it
     bool take_right = false;  // `rstrip`
 };
 
-// A part of a text: a token, or text between tokens where `id` is below 0.
+// A part of a text: a token, or text between tokens if `id` is below 0.
 struct Piece {
     int64_t id;
     std::string_view text;
@@ -29,10 +29,10 @@ struct Piece {
 
 class AddedTokens {
 public:
-    // The list `added_tokens`. Throws Error for an option that is not known.
+    // The list `added_tokens`. Throws Error for an unsupported option.
     AddedTokens(const nlohmann::json& data, const Normalizer& normalizer);
 
-    // Cut a text at tokens that are matched before it is normalised, or at those that are matched afterwards.
+    // Split a text at tokens that are matched before it is normalised, or at those that are matched afterwards.
     // `parse_special`: false leaves special tokens as plain text.
     std::vector<Piece> cut(std::string_view text, bool normalised, bool parse_special) const;
     const std::map<int64_t, AddedToken>& by_id() const { return tokens_; }
@@ -42,7 +42,7 @@ private:
         std::string text;
         int64_t id;
     };
-    // By first byte; of one byte the longest first, so that the first that fits is the longest.
+    // By first byte, the longest first, so that the first match is the longest.
     using Index = std::unordered_map<char, std::vector<Entry>>;
 
     std::map<int64_t, AddedToken> tokens_;

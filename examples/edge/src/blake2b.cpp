@@ -28,7 +28,7 @@ constexpr size_t piece_bytes = size_t{32} << 20;
 
 uint64_t rotated(uint64_t word, int bits) { return (word >> bits) | (word << (64 - bits)); }
 
-// The bytes of a little-endian machine: all that ONNX Runtime has libraries for are.
+// Assumes a little-endian machine, as are all that ONNX Runtime supports.
 uint64_t word_at(const uint8_t* bytes) {
     uint64_t word;
     std::memcpy(&word, bytes, 8);
@@ -42,7 +42,7 @@ Blake2b::Blake2b(size_t size) : size_(size), state_(initial) { state_[0] ^= 0x01
 void Blake2b::update(const void* data, size_t bytes) {
     const auto* next = static_cast<const uint8_t*>(data);
     while (bytes > 0) {
-        if (filled_ == block_.size()) compress(false);  // only now: the last block is compressed differently
+        if (filled_ == block_.size()) compress(false);  // not earlier, because the last block is compressed differently
         const size_t taken = std::min(bytes, block_.size() - filled_);
         std::memcpy(block_.data() + filled_, next, taken);
         filled_ += taken;

@@ -1,4 +1,4 @@
-// BLAKE2b (RFC 7693) without a key, and the hash of a file as a bundle's manifest has it.
+// BLAKE2b (RFC 7693) without a key, and the file hash used in a bundle's manifest.
 #pragma once
 
 #include <array>
@@ -23,12 +23,12 @@ private:
 
     size_t size_;
     size_t filled_ = 0;
-    uint64_t counted_ = 0;  // bytes compressed so far; a file of 2^64 bytes is none
+    uint64_t counted_ = 0;  // bytes compressed so far; no file reaches 2^64 bytes
     std::array<uint64_t, 8> state_;
     std::array<uint8_t, 128> block_;
 };
 
-// The hash of a file in hexadecimal digits, as docs/bundles.md describes it. Throws Error.
+// The hash of a file in hexadecimal digits, as docs/bundles.md defines it. Throws Error.
 std::string file_hash(const std::filesystem::path& path);
 
 }  // namespace transom

@@ -78,7 +78,7 @@ const Bpe::Merge* Bpe::merge(int64_t left, int64_t right) const {
 // Ids of single characters, of their bytes, or of the unknown token.
 std::vector<int64_t> Bpe::characters(const std::string& word) const {
     std::vector<int64_t> ids;
-    bool unknown = false;  // one unknown token is not yet among the ids
+    bool unknown = false;  // an unknown token is pending
     for (size_t at = 0; at < word.size();) {
         const std::string character = word.substr(at, character_bytes(word[at]));
         at += character.size();
@@ -100,7 +100,7 @@ std::vector<int64_t> Bpe::characters(const std::string& word) const {
                 continue;
             }
         }
-        if (unknown_ < 0) continue;  // without an unknown token such a character yields nothing
+        if (unknown_ < 0) continue;  // without an unknown token, such a character is dropped
         if (unknown && !fuse_unknown_) ids.push_back(unknown_);
         unknown = true;
     }
@@ -113,7 +113,7 @@ void Bpe::encode(const std::string& word, std::vector<int64_t>& out) const {
         if (const int64_t id = find(word); id >= 0) return out.push_back(id);
     std::vector<int64_t> ids = characters(word);
     const auto count = static_cast<int64_t>(ids.size());
-    std::vector<int64_t> before(ids.size()), after(ids.size());  // a list of the symbols that are left
+    std::vector<int64_t> before(ids.size()), after(ids.size());  // a linked list of the remaining symbols
     for (int64_t i = 0; i < count; ++i) {
         before[i] = i - 1;
         after[i] = i + 1 < count ? i + 1 : -1;
@@ -122,7 +122,7 @@ void Bpe::encode(const std::string& word, std::vector<int64_t>& out) const {
         uint32_t rank;
         int64_t place;
         int64_t id;
-        bool operator<(const Candidate& other) const {  // the queue gives the largest first
+        bool operator<(const Candidate& other) const {  // the queue returns the largest first
             return rank != other.rank ? rank > other.rank : place > other.place;
         }
     };

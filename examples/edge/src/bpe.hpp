@@ -1,4 +1,4 @@
-// Byte-pair encoding (Sennrich et al. 2016): a word to token ids by merges, as the `tokenizers` package does it.
+// Byte-pair encoding (Sennrich et al. 2016): a word to token ids by merges, as in the `tokenizers` package.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,7 @@ namespace transom {
 
 class Bpe {
 public:
-    // The `model` of a tokenizer.json. Throws Error for another kind than BPE, or an option that is not known.
+    // The `model` of a tokenizer.json. Throws Error for a kind other than BPE, or an unsupported option.
     explicit Bpe(const nlohmann::json& data);
 
     // Append the ids of one word.

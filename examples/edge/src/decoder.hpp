@@ -1,4 +1,4 @@
-// A decoder with its cache: token ids go in, the logits of what comes after them come out.
+// A decoder with its cache: from token ids to the logits of the next token.
 #pragma once
 
 #include <cstdint>
@@ -14,15 +14,15 @@ class Decoder {
 public:
     virtual ~Decoder() = default;
 
-    // Append tokens, one at least, to the text so far; the logits [vocabulary] after the last of them. Throws Error;
-    // the decoder is then of no more use until it is cleared.
+    // Append at least one token to the text; returns the logits [vocabulary] after the last one. Throws Error; the
+    // decoder must then be cleared before further use.
     virtual std::vector<float> step(const std::vector<int64_t>& ids) = 0;
 
     // Forget all tokens.
     virtual void clear() = 0;
 
     int64_t length() const { return length_; }    // tokens in the cache
-    int64_t context() const { return context_; }  // tokens that it holds at most
+    int64_t context() const { return context_; }  // most tokens that the cache holds
 
 protected:
     int64_t length_ = 0;
@@ -31,8 +31,8 @@ protected:
 
 struct Settings {
     Libraries libraries;
-    int threads = 0;         // of the CPU; 0: as ONNX Runtime chooses
-    bool qnn_on_cpu = false;  // run the graphs of a qnn variant on the CPU: they must be plain ONNX, not compiled
+    int threads = 0;         // CPU threads; 0: ONNX Runtime chooses
+    bool qnn_on_cpu = false;  // run a qnn variant's graphs on the CPU; they must be plain ONNX, not compiled
 };
 
 // Open a variant's model. Throws Error.

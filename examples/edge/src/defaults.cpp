@@ -19,7 +19,7 @@ Sampling Defaults::sampling(const Asked& asked) const {
     if (asked.temperature) range("--temperature", *asked.temperature, 0, 100);
     if (asked.top_p) range("--top-p", *asked.top_p, 1e-6, 1);
     if (asked.top_k) range("--top-k", static_cast<double>(*asked.top_k), 0, 1e9);
-    const bool own = sample.value_or(true);  // `do_sample: false` takes the model's own sampling values back
+    const bool own = sample.value_or(true);  // `do_sample: false` cancels the model's own sampling values
     Sampling result;
     const bool named = asked.top_k.value_or(0) > 0 || asked.top_p.value_or(1) < 1;
     const double otherwise = sample.value_or(false) || named ? 1 : 0;
@@ -38,7 +38,7 @@ Sampling Defaults::sampling(const Asked& asked) const {
 Defaults read_defaults(const std::filesystem::path& path) {
     const nlohmann::json data = read_json(path);
     Defaults defaults;
-    // What stands there, or null
+    // The value, or null
     const auto there = [&data](const char* name) {
         const auto found = data.find(name);
         return found == data.end() || found->is_null() ? nullptr : &*found;

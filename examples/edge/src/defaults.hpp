@@ -1,4 +1,4 @@
-// A bundle's generation.json: how the model wants its tokens to be chosen, and where an answer ends.
+// A bundle's generation.json: the model's defaults for choosing tokens, and where an answer ends.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,7 @@
 
 namespace transom {
 
-// How tokens are chosen. The values that stand here are "off"; temperature 0 is greedy.
+// How tokens are chosen. The defaults here mean "off"; temperature 0 is greedy.
 struct Sampling {
     double temperature = 0;
     int64_t top_k = 0;
@@ -22,7 +22,7 @@ struct Sampling {
     std::optional<uint64_t> seed;
 };
 
-// What a caller asks for; where it says nothing, the model's own defaults hold.
+// The caller's options; the model's own defaults apply to those that are not set.
 struct Asked {
     std::optional<double> temperature;
     std::optional<int64_t> top_k;
@@ -39,12 +39,12 @@ struct Defaults {
     std::optional<double> temperature, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty;
     std::optional<int64_t> top_k;
 
-    // By the rules of Transom: the caller's value, else the model's, else greedy; who names top-k or top-p and no
-    // temperature wants to sample at 1. Throws Error for a value out of its range.
+    // By the rules of Transom: the caller's value, else the model's, else greedy. With top-k or top-p but no
+    // temperature, the temperature is 1. Throws Error for a value out of range.
     Sampling sampling(const Asked& asked) const;
 };
 
-// Numbers out of their range are left out: whoever runs the bundle cannot mend it. Throws Error: no such file, or damaged.
+// Numbers out of range are ignored: the user of a bundle cannot fix them. Throws Error: no such file, or damaged.
 Defaults read_defaults(const std::filesystem::path& path);
 
 }  // namespace transom

@@ -22,7 +22,7 @@ struct Numbers {
     const char* htp_arch;
 };
 
-// QNN_SOC_MODEL_* of QnnTypes.h and the Hexagon version, by Qualcomm's name of the chip.
+// QNN_SOC_MODEL_* of QnnTypes.h and the Hexagon version, by Qualcomm's name for the chip.
 const std::map<std::string, Numbers> chips = {
     {"SM8450", {"36", "69"}}, {"SM8475", {"42", "69"}}, {"SM8550", {"43", "73"}}, {"SM8650", {"57", "75"}},
     {"SM8750", {"69", "79"}}, {"SM8850", {"87", "81"}}, {"SC8380XP", {"60", "73"}},
@@ -35,7 +35,7 @@ std::string chip_name() {
     return value;
 #else
     std::string name;
-    std::ifstream("/sys/devices/soc0/machine") >> name;  // where the kernel knows a Qualcomm chip
+    std::ifstream("/sys/devices/soc0/machine") >> name;  // present if the kernel recognises a Qualcomm chip
     return name;
 #endif
 }
@@ -52,7 +52,7 @@ const char* cpu_arch() {
 #endif
 }
 
-// What could be given to a program without swapping (proc(5)).
+// The memory available to a program without swapping (proc(5)).
 std::optional<int64_t> free_memory() {
     std::ifstream file("/proc/meminfo");
     std::string name, unit;
@@ -77,7 +77,7 @@ Device this_device(const Libraries& libraries) {
     try {
         device.qnn = has_qnn(libraries);
     } catch (const Error&) {
-        device.qnn = false;  // no ONNX Runtime: whoever opens a model will be told why
+        device.qnn = false;  // no ONNX Runtime: opening a model will report why
     }
     return device;
 }

@@ -1,4 +1,4 @@
-// What a device is, as far as it decides which variant of a bundle is good on it.
+// The properties of a device that decide which variant of a bundle it can run.
 #pragma once
 
 #include <cstdint>
@@ -12,18 +12,18 @@ namespace transom {
 
 struct Device {
     std::string kind;       // "cpu", "cuda", "gpu", "npu" or "remote"
-    std::string name;       // for people
+    std::string name;       // human-readable
     std::string arch;       // "aarch64", "x86_64", "hexagon_v73"
-    std::string soc_model;  // as QNN numbers it, "43"; empty: no Snapdragon that is known
+    std::string soc_model;  // QNN's number, "43"; empty: not a known Snapdragon
     std::string htp_arch;   // "73"
     bool qnn = false;       // whether ONNX Runtime can use QNN here
-    std::optional<int64_t> free_bytes;  // none: not known
+    std::optional<int64_t> free_bytes;  // empty: not known
 };
 
-// This device. Opens ONNX Runtime, if it is there, to ask for QNN.
+// This device. Opens ONNX Runtime, if present, to find out whether it has QNN.
 Device this_device(const Libraries& libraries);
 
-// The first device of a file that `transom doctor --json` writes, or of one made like it. Throws Error.
+// The first device in a file from `transom doctor --json`, or in the same format. Throws Error.
 Device read_device(const std::filesystem::path& path);
 
 }  // namespace transom

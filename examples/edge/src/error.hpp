@@ -1,4 +1,4 @@
-// An error for people: one sentence of cause, one of what to do.
+// A human-readable error: one sentence of cause, one of what to do.
 #pragma once
 
 #include <exception>
@@ -18,7 +18,7 @@ public:
     const std::string fix;
 
 private:
-    // One full stop at the end, whatever a library's own text ends with.
+    // Ends with exactly one full stop, however a library's own text ends.
     static std::string sentence(std::string text) {
         while (!text.empty() && (text.back() == '.' || text.back() == '\n' || text.back() == ' ')) text.pop_back();
         return text + ".";

@@ -15,7 +15,7 @@ namespace transom {
 namespace {
 
 const char* const again = "Copy the bundle again from where it was made";
-constexpr size_t deepest = 100;  // objects and lists within each other
+constexpr size_t deepest = 100;  // nesting of objects and lists
 
 bool is_too_deep(const std::string& text) {
     size_t depth = 0;

@@ -1,4 +1,4 @@
-// The loop of generation: a prompt in, tokens out one by one until the model ends its answer.
+// The generation loop: from a prompt to tokens, one by one, until the model ends its answer.
 #pragma once
 
 #include <cstdint>
@@ -22,20 +22,20 @@ struct Answer {
 
 struct Wanted {
     std::vector<int64_t> prompt;
-    std::optional<int64_t> max_tokens;  // none: until the model ends or its context is full
+    std::optional<int64_t> max_tokens;  // empty: until the model ends or its context is full
     Sampling sampling;
 };
 
-// Called with each token and the text that became certain with it, and at the end with -1 for text that was held back.
-// False ends the answer.
+// Called with each token and the text that it completes, and at the end with -1 for text that was held back. Returning
+// false ends the answer.
 using OnToken = std::function<bool(int64_t id, const std::string& text)>;
 
-// The decoder must be empty; `tokenizer` may be null: the text is then empty. Throws Error.
+// The decoder must be empty. `tokenizer` may be null; the text is then empty. Throws Error.
 Answer generate(Decoder& decoder, const Tokenizer* tokenizer, const Defaults& defaults, const Wanted& wanted,
                 const OnToken& on_token);
 
-// Of the fixed prompt in the manifest, for how many tokens the decoder's best next token is the reference's. The
-// decoder must be empty. Throws Error.
+// The number of tokens of the manifest's fixed prompt for which decoder and reference have the same most likely next
+// token. The decoder must be empty. Throws Error.
 size_t agreeing(Decoder& decoder, const Manifest& manifest);
 
 }  // namespace transom

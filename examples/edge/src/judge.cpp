@@ -8,7 +8,7 @@ namespace transom {
 
 namespace {
 
-// Bytes for people: "1.5 GB", "320 MB" (powers of ten).
+// Human-readable bytes: "1.5 GB", "320 MB" (powers of ten).
 std::string size(int64_t bytes) {
     auto value = static_cast<double>(bytes);
     char text[32];
@@ -26,12 +26,12 @@ std::string value(const std::map<std::string, std::string>& texts, const char* k
     return found == texts.end() ? "" : found->second;
 }
 
-// A processor, or a system on a chip, which has one.
+// A CPU, or a system on a chip, which has one.
 bool has_cpu(const Device& device) {
     return device.kind == "cpu" || device.arch == "aarch64" || device.arch == "x86_64" || device.arch.rfind("hexagon_", 0) == 0;
 }
 
-// Why a variant is for other hardware; empty: it is not.
+// Why a variant is for other hardware; empty if it is for this.
 std::string wrong_device(const Variant& variant, const Device& device) {
     if (variant.backend == "onnx") return has_cpu(device) ? "" : "Runs on a processor, and " + device.name + " is none";
     const std::string made_for = "Is made for " + variant.target + ", and " + device.name;

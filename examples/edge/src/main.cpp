@@ -1,4 +1,4 @@
-// transom-edge: run a bundle that `transom export` wrote, on a device without Python.
+// transom-edge: runs a bundle from `transom export` on a device without Python.
 #include <algorithm>
 #include <charconv>
 #include <cstdio>
@@ -50,7 +50,7 @@ const std::set<std::string> options = {"--prompt", "--ids", "--max-tokens", "--t
 
 struct Arguments {
     std::string bundle;
-    std::map<std::string, std::string> values;  // a flag's is empty
+    std::map<std::string, std::string> values;  // empty for a flag
 
     bool has(const std::string& name) const { return values.count(name) > 0; }
     std::string text(const std::string& name, const std::string& otherwise = "") const {
@@ -74,7 +74,7 @@ struct Arguments {
                 used = code == std::errc() ? static_cast<size_t>(end - text.data()) : 0;
             }
             if (used == text.size() && used > 0) return value;
-        } catch (const std::logic_error&) {  // no number, or too large: said below
+        } catch (const std::logic_error&) {  // not a number, or too large: reported below
         }
         throw Error(name + " is \"" + text + "\", which is no number that it could be", "See transom-edge --help");
     }
@@ -111,7 +111,7 @@ std::vector<int64_t> id_list(const std::string& text) {
     return ids;
 }
 
-// What is to be answered, and how: all that can be wrong about it is found before a model is opened.
+// The prompt and options; everything that can be wrong with them is found before a model is opened.
 struct Request {
     bool ids_only;
     std::optional<Tokenizer> tokenizer;
@@ -142,7 +142,7 @@ Request request_of(const Arguments& arguments, const Manifest& manifest) {
     return request;
 }
 
-// Prints the answer as it comes, and the times where they are asked for.
+// Prints the answer as it is generated, and the times if requested.
 void answer(const Request& request, Decoder& decoder, bool stats) {
     bool first = true;
     const auto print = [&](int64_t id, const std::string& text) {
@@ -200,7 +200,7 @@ int run(const Arguments& arguments) {
         const auto decoder = open_decoder(manifest, variant, settings);
         const size_t same = agreeing(*decoder, manifest), all = manifest.expected_tokens.size();
         std::cout << variant.name << ": " << same << " of " << all << " most likely tokens are the reference's\n";
-        // Rounding decides between equals, and weights of 4 bits make many more tokens nearly equal
+        // Rounding decides between near ties, and 4-bit weights make many more of them
         good = variant.exact ? 10 * same >= 9 * all : 3 * same >= 2 * all;
     }
     if (answers) answer(request, *open_decoder(manifest, variant, settings), arguments.has("--stats"));

@@ -94,7 +94,7 @@ Manifest read_manifest(const fs::path& folder) {
         return manifest;
     } catch (const json::exception&) {
         throw bad_manifest(folder);
-    } catch (const std::logic_error&) {  // a number or a path that is none
+    } catch (const std::logic_error&) {  // an invalid number or path
         throw bad_manifest(folder);
     }
 }

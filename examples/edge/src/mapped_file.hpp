@@ -1,4 +1,4 @@
-// A file mapped into memory for reading: only the pages that are looked at are read.
+// A file mapped into memory for reading: only the pages that are accessed are read.
 #pragma once
 
 #include <cstddef>
@@ -8,7 +8,7 @@ namespace transom {
 
 class MappedFile {
 public:
-    // Throws Error where it cannot be mapped, or has not that many bytes.
+    // Throws Error if it cannot be mapped, or has another size.
     MappedFile(const std::filesystem::path& path, size_t bytes);
     MappedFile(const MappedFile&) = delete;
     MappedFile& operator=(const MappedFile&) = delete;

@@ -1,4 +1,4 @@
-// The normalizer of a tokenizer.json: what is done to a text before it is cut.
+// The normalizer of a tokenizer.json: how a text changes before it is split.
 #pragma once
 
 #include <functional>

@@ -9,7 +9,7 @@ namespace transom {
 
 namespace {
 
-constexpr size_t chunk = 256;  // tokens of one run: the logits of each of them are computed
+constexpr size_t chunk = 256;  // tokens of one run; the logits of all of them are computed
 
 Ort::SessionOptions cpu_options(int threads) {
     Ort::SessionOptions options;
@@ -59,7 +59,7 @@ public:
 
 private:
     struct Cache {
-        size_t present;  // which output it comes out of
+        size_t present;  // index of the output that returns it
         std::vector<int64_t> empty;
         ONNXTensorElementDataType type;
         Ort::Value value{nullptr};
@@ -93,7 +93,7 @@ private:
     Session session_;
     size_t logits_;
     std::vector<Cache> caches_;  // in the order of the inputs
-    char nothing_ = 0;           // what an empty cache points to
+    char nothing_ = 0;           // target of an empty cache's pointer
 };
 
 }  // namespace

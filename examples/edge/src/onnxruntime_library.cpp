@@ -56,7 +56,7 @@ bool is_built_in() {
 }  // namespace
 
 void open_onnxruntime(const Libraries& libraries) {
-    // A thread that comes second waits; where it throws, the next call tries again
+    // A second thread waits; if opening throws, the next call tries again
     [[maybe_unused]] static const bool done = [&libraries] {
         const OrtApiBase* base = opened(libraries.onnxruntime);
         const OrtApi* api = base->GetApi(ORT_API_VERSION);

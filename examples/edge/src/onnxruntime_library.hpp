@@ -1,5 +1,5 @@
-// ONNX Runtime, opened while the program runs: one build serves every version of the library from that of the headers
-// on, wherever it lies. The C++ API must be included through this file alone.
+// ONNX Runtime, loaded at run time: one build works with every version of the library from that of the headers on,
+// wherever it is. Include the C++ API only through this file.
 #pragma once
 
 #include <map>
@@ -12,24 +12,24 @@
 
 namespace transom {
 
-// Where ONNX Runtime and its QNN provider lie. Empty: as the system finds them.
+// The paths of ONNX Runtime and its QNN provider. Empty: the system finds them.
 struct Libraries {
     std::string onnxruntime;
-    std::string qnn_provider;  // a provider library of its own; without one, it must be built into ONNX Runtime
+    std::string qnn_provider;  // a separate provider library; empty: QNN must be built into ONNX Runtime
     std::string qnn_backend = "libQnnHtp.so";
 };
 
-// Open the library; must come before any other use of ONNX Runtime. Does nothing the second time. Throws Error: not
-// there, or older than the headers.
+// Open the library, before any other use of ONNX Runtime. A second call does nothing. Throws Error: not found, or older
+// than the headers.
 void open_onnxruntime(const Libraries& libraries);
 
 // The process's one environment.
 Ort::Env& environment();
 
-// Whether QNN can be had. Opens the library.
+// Whether QNN is available. Opens the library.
 bool has_qnn(const Libraries& libraries);
 
-// Session options that run on the NPU by QNN, and nowhere else. Throws Error where QNN is not there.
+// Session options that run only on the NPU, through QNN. Throws Error if QNN is missing.
 Ort::SessionOptions qnn_options(const Libraries& libraries, const std::map<std::string, std::string>& qnn);
 
 }  // namespace transom

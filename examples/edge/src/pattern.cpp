@@ -16,7 +16,7 @@ namespace {
 
 const char* const other_tokenizer = "Tokenize with another library and give the program --ids";
 
-// The expression in PCRE2's syntax. White space is spelled out: PCRE2's own \s has U+180E too.
+// The expression in PCRE2's syntax. White space is spelled out, because PCRE2's \s also matches U+180E.
 std::string translated(const std::string& expression) {
     const auto refused = [&expression](const std::string& what) {
         return Error("The tokenizer's pattern " + expression + " has " + what + ", which this program does not know",
@@ -71,7 +71,7 @@ struct Pattern::Compiled {
         const std::string text = translated(expression);
         int number = 0;
         PCRE2_SIZE place = 0;
-        // As Oniguruma's Ruby syntax: Unicode everywhere, ^ and $ at every line, and lines end with \n alone
+        // Like Oniguruma's Ruby syntax: Unicode everywhere, ^ and $ match at every line, and only \n ends a line
         const std::unique_ptr<pcre2_compile_context, void (*)(pcre2_compile_context*)> context(
             pcre2_compile_context_create(nullptr), pcre2_compile_context_free);
         pcre2_set_newline(context.get(), PCRE2_NEWLINE_LF);

@@ -14,20 +14,20 @@ namespace transom {
 struct Span {
     size_t start;
     size_t end;
-    bool match;  // whether the pattern matched it, or it lies between matches
+    bool match;  // matched by the pattern; false: between matches
 };
 
 class Pattern {
 public:
-    // A regular expression in Oniguruma's syntax, which the `tokenizers` package uses. Throws Error for what PCRE2
-    // would read otherwise.
+    // A regular expression in Oniguruma's syntax, which the `tokenizers` package uses. Throws Error for syntax
+    // that PCRE2 would interpret differently.
     static Pattern regex(const std::string& expression);
-    // A plain text, not empty.
+    // A plain, non-empty text.
     static Pattern literal(const std::string& text);
     // `{"Regex": …}` or `{"String": …}`. Throws Error.
     static Pattern from_json(const nlohmann::json& data);
 
-    // The text in parts, in order, without empty ones.
+    // The parts of the text, in order, without empty ones.
     std::vector<Span> cut(std::string_view text) const;
 
 private:

@@ -20,7 +20,7 @@ Error unknown(const std::string& what) {
             "Tokenize with another library and give the program --ids"};
 }
 
-// The parts that a split leaves, by the `tokenizers` package's names for what becomes of a match.
+// The parts that a split produces, by the `tokenizers` package's names for the treatment of a match.
 std::vector<Span> arranged(std::vector<Span> spans, const std::string& behavior) {
     std::vector<Span> parts;
     if (behavior == "Isolated") return spans;

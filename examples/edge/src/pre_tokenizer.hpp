@@ -1,4 +1,4 @@
-// The pre-tokenizer of a tokenizer.json: a text is cut into the words that merges stay within.
+// The pre-tokenizer of a tokenizer.json: splits a text into words; merges do not cross their borders.
 #pragma once
 
 #include <functional>
@@ -12,7 +12,7 @@ namespace transom {
 
 struct Word {
     std::string text;
-    bool first;  // it begins where the whole text begins
+    bool first;  // whether it begins the whole text
 };
 
 class PreTokenizer {

@@ -1,6 +1,6 @@
 // The variant `qnn`: graphs of fixed shape for a Snapdragon's NPU, one for a chunk of a prompt and one for a single
-// token. What cannot be a part of such a graph is done here: rows of the embedding are looked up, masks are made, and
-// the new keys and values are written into the cache; with sparse attention, the nodes of the keys, too.
+// token. This file does what such a graph cannot: it looks up rows of the embedding, builds masks, and writes the new
+// keys and values into the cache, and with sparse attention the nodes of the keys.
 #include <algorithm>
 #include <cstring>
 #include <map>
@@ -16,7 +16,7 @@ namespace transom {
 
 namespace {
 
-// A part of the cache of one layer, [1, heads, rows, columns], in the numbers that the graphs give it in.
+// A part of the cache of one layer, [1, heads, rows, columns], in the element type of the graphs.
 struct Cache {
     int64_t heads, rows, columns;
     ONNXTensorElementDataType type;
@@ -25,9 +25,9 @@ struct Cache {
 
     std::vector<int64_t> shape() const { return {1, heads, rows, columns}; }
     size_t row_bytes() const { return static_cast<size_t>(columns) * element_bytes(type); }
-    // What is hidden by a mask is multiplied by 0, and has to be a number.
+    // Masked values are multiplied by 0, so they must be finite.
     void make() { data.assign(static_cast<size_t>(heads * rows) * row_bytes(), 0); }
-    // Write `count` rows of `fresh` [1, heads, tokens, columns], those from `from` on, behind row `at`.
+    // Write `count` rows of `fresh` [1, heads, tokens, columns], starting with row `from`, at row `at`.
     void write(const char* fresh, int64_t tokens, int64_t from, int64_t count, int64_t at) {
         for (int64_t head = 0; head < heads; ++head)
             std::memcpy(data.data() + static_cast<size_t>(head * rows + at) * row_bytes(),
@@ -36,13 +36,13 @@ struct Cache {
     }
 };
 
-// One run of the graphs: `count` new tokens in the rows from `from` on, of `tokens`; row 0 has the position `base`.
+// One run of the graphs: `count` new tokens in rows `from` and later of `tokens` rows; row 0 has position `base`.
 struct Run {
     const int64_t* ids;
     int64_t count, tokens, base, from;
 };
 
-// What a run feeds besides the caches.
+// The inputs of a run other than the caches.
 struct Inputs {
     std::vector<float> hidden, mask, mask_window;
     std::vector<int32_t> positions;
@@ -65,7 +65,7 @@ public:
             Ort::SessionOptions options;
             if (!settings.qnn_on_cpu) {
                 options = qnn_options(settings.libraries, {{"htp_performance_mode", "burst"}});
-                // The prefill and the decode graph of a part have one copy of its weights, in one binary
+                // The prefill and decode graphs of a part share one copy of its weights, in one binary
                 options.AddConfigEntry("ep.share_ep_contexts", "1");
                 if (i % 2 == 1) options.AddConfigEntry("ep.stop_share_ep_contexts", "1");
             }
@@ -75,10 +75,10 @@ public:
                     throw Error("The graph " + name + " and qnn.json differ in the shape of " + input,
                                 "Compare the bundle with its manifest by --check");
         }
-        for (auto& [name, cache] : caches_) cache.make();  // only now: as large as the graphs say, too
+        for (auto& [name, cache] : caches_) cache.make();  // not earlier: the graphs must confirm the sizes
     }
 
-    void clear() override { length_ = 0; }  // what is left in the caches is masked
+    void clear() override { length_ = 0; }  // old values in the caches are masked
 
     std::vector<float> step(const std::vector<int64_t>& ids) override {
         std::vector<float> logits;
@@ -106,7 +106,7 @@ private:
         caches_["variance." + number] = {layer.choosing, nodes, layer.head_dim, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16, true, {}};
     }
 
-    // Some tokens, one or up to a chunk, through all parts; the logits of the last of them.
+    // Run one token, or up to a chunk, through all parts; returns the logits of the last token.
     std::vector<float> run(const int64_t* ids, int64_t count) {
         if (length_ + count > context_)
             throw Error("The text has more tokens than the " + std::to_string(context_) + " that the variant was compiled for",
@@ -155,8 +155,8 @@ private:
         }
     }
 
-    // Positions and masks: a token sees what is in the cache, and of its run itself and what comes before it. No real
-    // token sees the rows of padding: those before the tokens are hidden, and those behind come later.
+    // Positions and masks: a token sees the cache, itself, and the tokens before it in its run. No real token sees rows
+    // of padding: those before the tokens are masked, and those after them come later.
     void see(const Run& run, Inputs& in) const {
         const int64_t columns = context_ + run.tokens;
         in.mask.assign(static_cast<size_t>(run.tokens * columns), about_.mask_low);
@@ -175,7 +175,7 @@ private:
         in.row = static_cast<int32_t>(run.from + run.count - 1);
     }
 
-    // Values for a graph's inputs, over memory that stays where it is.
+    // Values for a graph's inputs, over memory that does not move.
     std::vector<Ort::Value> feed(const Session& session, const Run& run, Inputs& in) {
         std::vector<Ort::Value> values;
         const auto add = [&values](auto& numbers, const std::vector<int64_t>& shape) {
@@ -203,7 +203,7 @@ private:
         return values;
     }
 
-    // Take what a graph gave: rows for the cache, the hidden state for the next part, or logits.
+    // Store a graph's outputs: rows for the cache, the hidden state for the next part, or logits.
     void take(const std::string& name, const Ort::Value& value, const Run& run, Inputs& in, std::vector<float>& logits) {
         const auto numbers = [&](size_t count, ONNXTensorElementDataType type) {
             const auto info = value.GetTensorTypeAndShapeInfo();

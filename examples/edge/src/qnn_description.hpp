@@ -1,4 +1,4 @@
-// What qnn.json says of a variant: sizes, caches, files (docs/mobile-export.md).
+// The content of a variant's qnn.json: sizes, caches, files (docs/mobile-export.md).
 #pragma once
 
 #include <cstdint>
@@ -15,8 +15,8 @@ namespace transom {
 struct QnnDescription {
     struct Layer {
         int64_t kv_heads, head_dim, value_dim;
-        int64_t window;    // tokens that a query sees, itself included; 0: all
-        int64_t choosing;  // KV heads that choose what they read; 0 with dense attention
+        int64_t window;    // tokens that a query sees, including itself; 0: all
+        int64_t choosing;  // KV heads with sparse attention; 0: dense attention
     };
     struct Part {
         std::string prefill, decode;
@@ -34,7 +34,7 @@ struct QnnDescription {
 // Bytes of one number.
 size_t element_bytes(ONNXTensorElementDataType type);
 
-// Every number in what is returned is within bounds: products of four of them are no larger than 63 bits. Throws Error.
+// Every number in the result is small enough that a product of four fits into 63 bits. Throws Error.
 QnnDescription read_qnn_description(const std::filesystem::path& path);
 
 }  // namespace transom

@@ -1,4 +1,4 @@
-// Random numbers between 0 and 1: those of Python's `random.Random(seed).random()`, so that a seed draws the same
+// Random numbers between 0 and 1, identical to Python's `random.Random(seed).random()`, so that a seed samples the same
 // tokens here as in Transom.
 #pragma once
 

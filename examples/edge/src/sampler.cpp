@@ -11,7 +11,7 @@ namespace transom {
 
 namespace {
 
-constexpr double greedy_below = 1e-5;  // dividing by less says nothing more than the argmax does
+constexpr double greedy_below = 1e-5;  // dividing by less gives the argmax
 
 uint64_t fresh_seed() {
     std::random_device device;
@@ -76,10 +76,10 @@ int64_t Sampler::draw(const std::vector<float>& logits, float best) {
         ->id;  // rounding put the target at the very end
 }
 
-// What top-k, top-p and min-p leave. Only as many as stay are sorted, however large the vocabulary is.
+// The tokens that top-k, top-p and min-p keep. Only those are sorted, however large the vocabulary is.
 std::vector<Sampler::Candidate> Sampler::kept(std::vector<Candidate> all, bool limited) const {
     const auto less = [](const Candidate& a, const Candidate& b) {
-        return a.weight != b.weight ? a.weight < b.weight : a.id > b.id;  // of equal ones the lowest id counts more
+        return a.weight != b.weight ? a.weight < b.weight : a.id > b.id;  // between equals, the lowest id is first
     };
     std::make_heap(all.begin(), all.end(), less);
     auto end = all.end();
@@ -103,9 +103,9 @@ std::vector<Sampler::Candidate> Sampler::kept(std::vector<Candidate> all, bool l
         } while (reached < wanted && count < most);
         best.resize(count);
     } else if (!limited) {
-        best = std::move(all);  // min-p alone, which needs no order
+        best = std::move(all);  // only min-p, which needs no order
     }
-    const auto least = static_cast<float>(how_.min_p);  // of the likeliest one's weight, which is 1
+    const auto least = static_cast<float>(how_.min_p);  // relative to the likeliest token's weight, which is 1
     best.erase(std::remove_if(best.begin(), best.end(), [least](const Candidate& c) { return c.weight < least; }),
                best.end());
     if (!limited) std::sort(best.begin(), best.end(), [](const Candidate& a, const Candidate& b) { return a.id < b.id; });

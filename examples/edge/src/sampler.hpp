@@ -1,4 +1,4 @@
-// From a row of logits to a token: the order of operations, and the random numbers, of Transom's own sampler.
+// From a row of logits to a token, with the order of operations and the random numbers of Transom's own sampler.
 #pragma once
 
 #include <cstdint>
@@ -15,12 +15,12 @@ public:
     // `prompt`: ids that count as seen for the repetition penalty.
     Sampler(Sampling how, const std::vector<int64_t>& prompt);
 
-    // Choose the next token and remember it. Throws Error where the logits hold no number to choose by.
+    // Choose the next token and remember it. Throws Error if the logits are NaN, or every token is ruled out.
     int64_t operator()(std::vector<float> logits);
 
 private:
     struct Candidate {
-        float weight;  // its probability, as a share of the likeliest one's
+        float weight;  // its probability divided by that of the likeliest token
         int64_t id;
     };
 
@@ -30,7 +30,7 @@ private:
 
     Sampling how_;
     Random random_;
-    std::unordered_map<int64_t, int64_t> seen_;  // id → how often the answer holds it; 0: only the prompt does
+    std::unordered_map<int64_t, int64_t> seen_;  // id → occurrences in the answer; 0: only in the prompt
 };
 
 }  // namespace transom

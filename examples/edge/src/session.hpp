@@ -19,7 +19,7 @@ public:
     ONNXTensorElementDataType element_type(const std::string& input) const;
     std::vector<int64_t> shape(const std::string& input) const;
 
-    // One value for each of `inputs()`, in that order; one comes back for each of `outputs()`. Throws Error.
+    // Takes one value for each of `inputs()`, in order; returns one for each of `outputs()`. Throws Error.
     std::vector<Ort::Value> run(const std::vector<Ort::Value>& values);
     // A tensor over memory that must outlive it.
     template <typename Number>

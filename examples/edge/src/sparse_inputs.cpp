@@ -6,8 +6,8 @@ namespace transom {
 
 namespace {
 
-constexpr int64_t fewest_rows = 16;  // of a run that shares what it reads
-constexpr int64_t dense_above[] = {3, 5};  // a block that would read more of its keys than this share reads all
+constexpr int64_t fewest_rows = 16;  // of a run whose rows share what they read
+constexpr int64_t dense_above[] = {3, 5};  // a block that would read more than this share of its keys reads all
 
 // The float32 nearest to 1 / count.
 float share(int64_t count) { return static_cast<float>(1.0 / static_cast<double>(count)); }
@@ -18,7 +18,7 @@ std::vector<int32_t> zeros(int64_t count) { return std::vector<int32_t>(static_c
 
 }  // namespace
 
-// Where the local window of a position's block begins.
+// The start of the local window of a position's block.
 int64_t SparseStep::far_end(int64_t position) const {
     return std::max<int64_t>(0, position / block - rule_.local_blocks) * block;
 }
@@ -38,7 +38,7 @@ std::map<std::string, SparseInput> SparseStep::inputs(int64_t past, int64_t coun
     return found;
 }
 
-// What each block of queries reads, and the rows of it that choose.
+// What each block of queries reads, and which of its rows select.
 void SparseStep::see(int64_t past, int64_t count, float mask_low, std::map<std::string, SparseInput>& found) const {
     const int64_t blocks = std::max<int64_t>(1, tokens_ / block), places = std::min(block, tokens_);
     const int64_t units = context_ / rule_.unit, nodes = context_ / rule_.node, near = rule_.near_blocks * block;
@@ -51,7 +51,7 @@ void SparseStep::see(int64_t past, int64_t count, float mask_low, std::map<std::
     for (int64_t b = 0; b < blocks; ++b) {
         const int64_t first = start + b * block;
         const int64_t begin = std::max(first, past), end = std::min(first + places - 1, last);
-        if (begin > end) continue;  // padding alone: it reads nothing
+        if (begin > end) continue;  // only padding: reads nothing
         const int64_t far = far_end(begin);
         const bool all = reads_all(end);
         const auto bonuses = bonus.begin() + b * units;
@@ -88,7 +88,7 @@ void SparseStep::see(int64_t past, int64_t count, float mask_low, std::map<std::
     found["look_weights"] = {{1, blocks, rows, 1}, std::move(look_weights)};
 }
 
-// Which nodes the step's tokens belong to, and which of their keys are there.
+// The nodes that the step's tokens belong to, and which of their keys exist.
 void SparseStep::renew(int64_t past, int64_t count, std::map<std::string, SparseInput>& found) const {
     const int64_t first = past / piece() * piece(), last = past + count - 1, pieces = renewed() / piece();
     std::vector<int32_t> at = zeros(pieces);

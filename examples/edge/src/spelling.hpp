@@ -1,4 +1,4 @@
-// The decoder of a tokenizer.json: the bytes that one token stands for, so that text can be streamed.
+// The decoder of a tokenizer.json: the bytes of a single token, so that text can be streamed.
 #pragma once
 
 #include <string>
@@ -12,15 +12,15 @@ namespace transom {
 
 class Spelling {
 public:
-    // ByteLevel, or a sequence of Replace, ByteFallback, Fuse, Strip and Metaspace. Throws Error where the text of a
+    // ByteLevel, or a sequence of Replace, ByteFallback, Fuse, Strip and Metaspace. Throws Error if the text of a
     // token depends on its neighbours in another way.
     explicit Spelling(const nlohmann::json& data);
 
     // The bytes of a token of the vocabulary.
     std::string of_token(const std::string& token) const;
-    // The bytes of an added token: it spells itself.
+    // The bytes of an added token, which is its own text.
     std::string of_added_token(const std::string& token, bool special) const;
-    // How many spaces to drop from the start of a text: the dummy prefix that encoding had put there.
+    // The spaces to drop from the start of a text: the dummy prefix that encoding adds.
     size_t strip_start() const { return strip_start_; }
 
 private:

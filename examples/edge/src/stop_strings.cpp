@@ -6,7 +6,7 @@ namespace transom {
 
 std::string StopStrings::push(const std::string& text) {
     held_ += text;
-    size_t end = held_.npos, start = held_.npos;  // of the stop string that is complete first; of several the longest
+    size_t end = held_.npos, start = held_.npos;  // of the stop string that completes first; the longest if several do
     size_t keep = 0;
     for (const std::string& stop : stops_) {
         const size_t at = held_.find(stop);

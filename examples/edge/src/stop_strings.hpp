@@ -1,4 +1,4 @@
-// Stop strings over a text that comes in pieces: what may be shown, and when to stop.
+// Stop strings in a text that arrives in pieces: which text may be shown, and when to stop.
 #pragma once
 
 #include <string>
@@ -10,9 +10,9 @@ class StopStrings {
 public:
     explicit StopStrings(std::vector<std::string> stops) : stops_(std::move(stops)) {}
 
-    // Take the next piece; the text that may be shown. What may be the beginning of a stop string is held back.
+    // Take the next piece; returns the text that may be shown. A possible beginning of a stop string is held back.
     std::string push(const std::string& text);
-    // What was held back, when no more text comes.
+    // The text that was held back, once no more text comes.
     std::string finish() { return std::move(held_); }
     bool found() const { return found_; }
 

@@ -57,7 +57,7 @@ void Tokenizer::read_ends(const nlohmann::json& processor) {
             for (const auto& id : processor.at("special_tokens").at(token).at("ids"))
                 side->push_back(whole_number(id, 0, UINT32_MAX));
         }
-    } else if (type != "ByteLevel") {  // that one moves offsets alone
+    } else if (type != "ByteLevel") {  // which only changes offsets
         throw Error("The tokenizer has the post-processor " + type + ", which this program does not know",
                     "Tokenize with another library and give the program --ids");
     }

@@ -1,5 +1,5 @@
-// A tokenizer.json of Hugging Face: text to token ids and back, with the same ids as the `tokenizers` package. What
-// this program does not know is an error that names it.
+// A tokenizer.json of Hugging Face: text to token ids and back, with the same ids as the `tokenizers` package. An
+// unsupported part is an error that names it.
 #pragma once
 
 #include <cstdint>
@@ -20,18 +20,18 @@
 namespace transom {
 
 struct Encoding {
-    bool add_special = true;    // the beginning and end tokens; a rendered chat template already holds them
+    bool add_special = true;    // beginning and end tokens; a rendered chat template already has them
     bool parse_special = true;  // read <|im_end|> and the like in the text as tokens
 };
 
 class Tokenizer {
 public:
-    // Throws Error: no such file, damaged, or a kind that is not known.
+    // Throws Error: no such file, damaged, or an unsupported kind.
     static Tokenizer open(const std::filesystem::path& path);
 
-    // Throws Error where the text is not UTF-8.
+    // Throws Error if the text is not UTF-8.
     std::vector<int64_t> encode(std::string_view text, const Encoding& how = {}) const;
-    // The bytes a token stands for: none for special tokens and for an id without a token.
+    // The bytes of a token; empty for special tokens and for an id without a token.
     std::string bytes(int64_t id) const;
     size_t strip_start() const { return spelling_.strip_start(); }
 
@@ -45,10 +45,10 @@ private:
     PreTokenizer cut_;
     Bpe bpe_;
     Spelling spelling_;
-    std::vector<int64_t> before_, after_;  // what the post-processor puts around a text
+    std::vector<int64_t> before_, after_;  // tokens that the post-processor puts around a text
 };
 
-// Text out of a stream of token ids. What is held back is an unfinished character.
+// Text from a stream of token ids. An unfinished character is held back.
 class Detokenizer {
 public:
     explicit Detokenizer(const Tokenizer& tokenizer) : tokenizer_(tokenizer), strip_(tokenizer.strip_start()) {}

@@ -10,12 +10,12 @@ const char* const replacement = "\xef\xbf\xbd";
 uint8_t byte(char c) { return static_cast<uint8_t>(c); }
 
 struct Step {
-    size_t bytes;   // taken from the text
+    size_t bytes;   // read from the text
     bool whole;     // a character
-    bool cut;       // the text ends within what may become one
+    bool cut;       // the text ends inside a possible character
 };
 
-// The character, or the maximal part of one, at the start of a text that is not empty (Unicode standard, table 3-7).
+// The character, or the maximal part of one, at the start of a non-empty text (Unicode standard, table 3-7).
 Step step(std::string_view text) {
     const uint8_t lead = byte(text[0]);
     if (lead < 0x80) return {1, true, false};

@@ -1,4 +1,4 @@
-// UTF-8, and the one property of characters that a tokenizer asks for outside its patterns.
+// UTF-8, and the one character property that a tokenizer needs outside its patterns.
 #pragma once
 
 #include <cstdint>
@@ -7,13 +7,13 @@
 
 namespace transom {
 
-// How many bytes of a valid UTF-8 text the character that begins with this byte takes.
+// The bytes of the character that begins with this byte, in valid UTF-8.
 size_t character_bytes(char first);
 
 // Whether a whole text is valid UTF-8.
 bool is_utf8(std::string_view text);
 
-// The character at the start of a valid, not empty text.
+// The character at the start of a valid, non-empty text.
 uint32_t first_character(std::string_view text);
 
 // UTF-8 of a character.
@@ -23,13 +23,13 @@ std::string utf8(uint32_t character);
 size_t white_space_at_start(std::string_view text);
 size_t white_space_at_end(std::string_view text);
 
-// Reads a stream of bytes as UTF-8: an unfinished character is held back, and what is none becomes U+FFFD, once for
-// each maximal part of a character, as the Unicode standard recommends (chapter 3.9).
+// Reads a stream of bytes as UTF-8. An unfinished character is held back. Invalid bytes become U+FFFD, one for each
+// maximal part of a character, as the Unicode standard recommends (chapter 3.9).
 class Utf8Stream {
 public:
-    // The text that became certain with these bytes.
+    // The text that these bytes complete.
     std::string push(std::string_view bytes);
-    // What was held back, as U+FFFD.
+    // The bytes held back, as U+FFFD.
     std::string finish();
 
 private:

@@ -1,4 +1,4 @@
-// What Native.kt declares. Errors of the runner become a TransomException; nothing else is thrown.
+// The functions that Native.kt declares. Errors of the runner become a TransomException; nothing else is thrown.
 #include <jni.h>
 
 #include <filesystem>
@@ -25,7 +25,7 @@ struct Model {
 };
 
 void raise(JNIEnv* env, const char* what) {
-    if (env->ExceptionCheck()) return;  // one of Java's own is on its way
+    if (env->ExceptionCheck()) return;  // a Java exception is pending
     const jclass type = env->FindClass("dev/transom/edge/TransomException");
     if (type == nullptr) return;
     const jmethodID make = env->GetMethodID(type, "<init>", "(Ljava/lang/String;)V");
@@ -33,7 +33,7 @@ void raise(JNIEnv* env, const char* what) {
     env->Throw(static_cast<jthrowable>(env->NewObject(type, make, to_java(env, what))));
 }
 
-// Runs `work`; where it throws, Java gets an exception and `otherwise` is returned.
+// Runs `work`. If it throws, Java gets an exception and `otherwise` is returned.
 template <typename Value, typename Work>
 Value guarded(JNIEnv* env, Value otherwise, Work work) {
     try {
@@ -112,7 +112,7 @@ JNIEXPORT jstring JNICALL Java_dev_transom_edge_Native_variant(JNIEnv* env, jcla
     return guarded<jstring>(env, nullptr, [&] { return to_java(env, reinterpret_cast<Model*>(handle)->variant); });
 }
 
-// Negative numbers: not asked for. The sink's `onText` is called with each piece of text; false ends the answer.
+// A negative number means "not set". The sink's `onText` gets each piece of text; returning false ends the answer.
 JNIEXPORT jstring JNICALL Java_dev_transom_edge_Native_generate(JNIEnv* env, jclass, jlong handle, jstring prompt,
                                                                 jboolean rendered, jint max_tokens, jdouble temperature,
                                                                 jint top_k, jdouble top_p, jlong seed, jobject sink) {

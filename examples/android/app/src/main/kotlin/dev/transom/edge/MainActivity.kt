@@ -15,7 +15,7 @@ import kotlinx.coroutines.MainScope
 import kotlinx.coroutines.cancel
 import kotlinx.coroutines.launch
 
-/** A prompt, a button, and the answer as it comes. The bundle lies in the app's own folder of files, as `bundle`. */
+/** A prompt, a button, and the streaming answer. The bundle is the folder `bundle` in the app's own files. */
 class MainActivity : Activity() {
     private val scope = MainScope()
     private var model: Transom? = null
@@ -71,8 +71,8 @@ class MainActivity : Activity() {
         button.text = "Stop"
         answering = scope.launch {
             try {
-                // Text without a chat template. An app for conversations renders the model's own around it, and passes
-                // Answering(rendered = true).
+                // Text without a chat template. An app for conversations renders the model's template around it, and
+                // passes Answering(rendered = true).
                 open.stream(prompt.text.toString(), Answering(maxTokens = 256)).collect { output.append(it) }
             } catch (error: TransomException) {
                 output.append("\n${error.message}")
@@ -85,7 +85,7 @@ class MainActivity : Activity() {
 
     override fun onDestroy() {
         scope.cancel()
-        model?.let { thread { it.close() } } // waits for the end of an answer, which the main thread must not
+        model?.let { thread { it.close() } } // waits for an answer to end, which the main thread must not do
         super.onDestroy()
     }
 }

@@ -1,16 +1,16 @@
 package dev.transom.edge
 
-/** Takes the pieces of an answer. */
+/** Receives the pieces of an answer. */
 internal fun interface Sink {
-    /** False ends the answer. */
+    /** Returning false ends the answer. */
     fun onText(text: String): Boolean
 }
 
 /**
- * The functions of `transom_jni.cpp`, by the same names.
+ * The functions of `transom_jni.cpp`, with the same names.
  *
- * `onnxruntime` is the path of its library; empty: as the system finds it. `qnn` is the folder of its QNN provider and of
- * Qualcomm's libraries; empty: QNN is built into ONNX Runtime, if at all. Numbers below zero are not asked for.
+ * `onnxruntime` is the path of its library; empty: the system finds it. `qnn` is the folder of its QNN provider and of
+ * Qualcomm's libraries; empty: QNN is built into ONNX Runtime or missing. A number below zero means "not set".
  */
 internal object Native {
     @JvmStatic

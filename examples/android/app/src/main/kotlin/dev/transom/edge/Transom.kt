@@ -17,12 +17,12 @@ import kotlinx.coroutines.sync.Mutex
 import kotlinx.coroutines.sync.withLock
 import kotlinx.coroutines.withContext
 
-/** One sentence of what went wrong, and one of what to do. */
+/** One sentence of cause, and one of what to do. */
 class TransomException(message: String) : Exception(message)
 
-/** How an answer is made; what is left out is as the bundle's `generation.json` says. */
+/** Options of an answer; the bundle's `generation.json` gives the defaults. */
 data class Answering(
-    /** The prompt is a rendered chat template, which holds its beginning tokens already. */
+    /** The prompt is a rendered chat template, which already has its beginning tokens. */
     val rendered: Boolean = false,
     val maxTokens: Int? = null,
     val temperature: Double? = null,
@@ -32,7 +32,7 @@ data class Answering(
 )
 
 /**
- * A bundle that `transom export` wrote, opened on this phone. One answer is made at a time; others wait.
+ * A bundle from `transom export`, opened on this phone. It generates one answer at a time; others wait.
  */
 class Transom private constructor(private var handle: Long) : AutoCloseable {
     private val turn = Mutex()
@@ -40,7 +40,7 @@ class Transom private constructor(private var handle: Long) : AutoCloseable {
     /** The variant that runs, such as `qnn-snapdragon-8-gen-2`. */
     val variant: String = Native.variant(handle)
 
-    /** The answer to a prompt, piece by piece as it comes. Whoever stops collecting ends it. */
+    /** The answer to a prompt, piece by piece. It ends when collecting stops. */
     fun stream(prompt: String, how: Answering = Answering()): Flow<String> = channelFlow {
         turn.withLock {
             check(handle != 0L) { "The model is closed" }
@@ -56,11 +56,11 @@ class Transom private constructor(private var handle: Long) : AutoCloseable {
             ) { text -> isActive && trySend(text).isSuccess }
         }
     }
-        .buffer(Channel.UNLIMITED) // the thread that computes never waits for the screen, nor for who has stopped looking
+        .buffer(Channel.UNLIMITED) // the computing thread waits neither for the screen nor for a stopped collector
         .flowOn(Dispatchers.Default)
         .filter { it.isNotEmpty() }
 
-    /** Gives the memory back. Waits for an answer that is being made. */
+    /** Frees the memory. Waits for a running answer to end. */
     suspend fun release() = turn.withLock {
         if (handle != 0L) Native.close(handle)
         handle = 0
@@ -71,19 +71,19 @@ class Transom private constructor(private var handle: Long) : AutoCloseable {
     companion object {
         @Volatile private var loaded = false
 
-        /** Whether each variant of a bundle is good on this phone, and why, from its manifest alone. */
+        /** Whether this phone can run each variant of a bundle, and why, from its manifest alone. */
         suspend fun judge(context: Context, bundle: File): List<String> = withContext(Dispatchers.IO) {
             load(context)
             Native.judge(bundle.path, "", libraries(context)).toList()
         }
 
-        /** Compare every file of a bundle with its manifest: once, after it was copied to the phone. */
+        /** Compare every file of a bundle with its manifest. Do it once, after copying it to the phone. */
         suspend fun checkFiles(context: Context, bundle: File) = withContext(Dispatchers.IO) {
             load(context)
             Native.check(bundle.path)
         }
 
-        /** Open the first variant that fits this phone, or the one that is named. Takes seconds. */
+        /** Open the first variant that fits this phone, or the named one. Takes seconds. */
         suspend fun open(context: Context, bundle: File, variant: String = "", threads: Int = 0): Transom {
             var opened: Transom? = null
             try {
@@ -92,7 +92,7 @@ class Transom private constructor(private var handle: Long) : AutoCloseable {
                     Transom(Native.open(bundle.path, variant, threads, "", libraries(context))).also { opened = it }
                 }
             } catch (stopped: CancellationException) {
-                opened?.close() // it was opened all the same, and nobody would close it
+                opened?.close() // opening finished anyway, and nobody else would close it
                 throw stopped
             }
         }
@@ -100,8 +100,8 @@ class Transom private constructor(private var handle: Long) : AutoCloseable {
         @Synchronized
         private fun load(context: Context) {
             if (loaded) return
-            // Where the DSP looks for its skeleton. It is read once in a process, when the DSP is first used. One
-            // folder is the safe form; several are put side by side with ";", and ":" makes one name of them.
+            // Where the DSP looks for its skeleton. A process reads it once, when it first uses the DSP. One folder is
+            // the safe form; ";" separates several, and ":" would be part of a name.
             Os.setenv("ADSP_LIBRARY_PATH", libraries(context), true)
             System.loadLibrary("transom_jni")
             loaded = true
