@@ -1,10 +1,10 @@
-"""A long prompt under a memory budget: what a load says beforehand, and what a run then takes.
+"""A long prompt under a memory budget: what a load predicts, and what a run then takes.
 
     python benchmarks/models.py long model-66k.gguf --tokens 67584
     python benchmarks/cpu_budget.py model-66k.gguf               # needs: pip install -e '.[openvino]'
 
-The budget is the memory of a probe file, by which Transom plans. Each budget gets a process of its own, which prints
-the refusal, or the time and the most memory that the process held.
+The budget is the memory in a probe file, which Transom plans with. Each budget runs in its own process, which prints
+the refusal, or the time and the peak memory of the process.
 """
 
 from __future__ import annotations

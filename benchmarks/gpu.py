@@ -1,4 +1,4 @@
-"""The backend `cuda_triton` on one NVIDIA card, in one command and under ten minutes: what it computes, and how fast.
+"""The backend `cuda_triton` on one NVIDIA card, in one command and under ten minutes: is it right, and how fast is it?
 
     make bench-gpu                                          # or, where torch for CUDA and triton are installed:
     python benchmarks/gpu.py --out benchmarks/results/gpu-{card}.json
@@ -6,13 +6,14 @@
     python benchmarks/gpu.py --dry-run                      # no card: toy sizes in Triton's interpreter, no real times
     python benchmarks/gpu.py --docs benchmarks/results/gpu-*.json   # writes a section of docs/performance.md
 
-First the numbers: every kernel against the reference, through the machine code that is compiled ahead of time and the
-driver; the conformance kit in float16 and bfloat16; and generations that must be the reference's. A failure is printed
-and makes the exit status 1, and timing goes on. Then the times, of the operators that the engine runs. All weights are
-random, and nothing is fetched. The card's clocks, temperature and power stand in the result before and after each part.
+First the checks: every kernel against the reference, through the machine code that is compiled ahead of time and the
+driver; the conformance kit in float16 and bfloat16; and generated tokens, which must match the reference's. A failure
+is printed and makes the exit status 1, and timing continues. Then the times of the operators that the engine runs. All
+weights are random, and nothing is downloaded. The result has the card's clocks, temperature and power before and after
+each part.
 
-Exit status: 0, all done and right; 1, a number is wrong or a part failed; 2, no card; 3, the time was up before all was
-measured, and what was stands in the result.
+Exit status: 0, everything is done and right; 1, a result is wrong or a part failed; 2, no card; 3, the time was up
+before everything was measured, and the result has what was.
 """
 
 from __future__ import annotations

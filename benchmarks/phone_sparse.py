@@ -5,14 +5,14 @@
 
 Three tables:
 
-- *cost*: operators of the graphs for one token, as they are before rounding, and bytes of cache that these read: dense
-  attention, and the policy, for some contexts. They follow from shapes. QNN tells no cycles for a context that it only
-  compiles.
-- *rounded*: the graphs that QNN is given, in onnxruntime on the CPU: real text in chunks, then tokens by themselves,
-  whose logits are held against the NumPy reference under the same policy, and against dense attention.
-- *emulated*: some tokens more, by the compiled context on Qualcomm's emulator, from the cache of the rounded graphs.
+- *cost*: operators of the graphs for one token, before quantization, and the bytes of cache that they read: for dense
+  attention and for the policy, at several contexts. They follow from shapes. QNN reports no cycles for a context that
+  it only compiles.
+- *rounded*: the graphs for QNN, in onnxruntime on the CPU: real text in chunks, then single tokens, whose logits are
+  compared with the NumPy reference under the same policy, and with dense attention.
+- *emulated*: some more tokens, by the compiled context on Qualcomm's emulator, from the cache of the quantized graphs.
 
-An emulator says nothing of a phone's speed, and no time here is one.
+An emulator does not show a phone's speed; no time here is one.
 """
 
 from __future__ import annotations

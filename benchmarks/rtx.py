@@ -1,18 +1,18 @@
-"""The backend `tensorrt` on one RTX card, in one command and under ten minutes: what it computes, and how fast.
+"""The backend `tensorrt` on one RTX card, in one command and under ten minutes: is it right, and how fast is it?
 
     make bench-rtx                                          # or, where tensorrt-rtx and cuda-bindings are installed:
     python benchmarks/rtx.py --out benchmarks/results/rtx-{card}.json
-    python benchmarks/rtx.py --only dense                   # decoding and prompts of an 8B-shaped model alone
-    python benchmarks/rtx.py --full                         # all 32 layers in place of few; half an hour or so
+    python benchmarks/rtx.py --only dense                   # only decoding and prompts of an 8B-shaped model
+    python benchmarks/rtx.py --full                         # all 32 layers instead of a few; about half an hour
     python benchmarks/rtx.py --dry-run                      # no card: tiny shapes in ONNX Runtime, no real times
     python benchmarks/rtx.py --docs benchmarks/results/rtx-*.json   # writes a section of docs/performance.md
 
-First the card's bandwidth and the numbers: logits of SmolLM2-135M in every precision against the reference. Then
-engines of an 8B-shaped model with random weights and few layers are built, and what a layer takes is told apart from
-what the rest does: the figures of all 32 layers are computed from that, and the arithmetic stands beside them.
+First the card's bandwidth, and the logits of SmolLM2-135M in every precision against the reference. Then engines of an
+8B-shaped model with random weights and few layers are built. They separate the cost of a layer from the cost of the
+rest; the figures of all 32 layers are computed from these, with the arithmetic beside them.
 
-Exit status: 0, all done and right; 1, a number is wrong or a part failed; 2, no card; 3, the time was up before all was
-measured, and what was stands in the result.
+Exit status: 0, everything is done and right; 1, a result is wrong or a part failed; 2, no card; 3, the time was up
+before everything was measured, and the result has what was.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""Builds engines where no card is: what they weigh, how long they take, and how much memory.
+"""Builds engines without a card, and reports their size, and the time and memory of each build.
 
     python benchmarks/rtx_build.py                         # 1B-shaped, fp8, int8, int4 and f16, for an RTX 4090
     python benchmarks/rtx_build.py --shape tiny --precision fp8
     python benchmarks/rtx_build.py --shape sample --sparse # SmolLM2-135M, its matrices as plain numbers
     python benchmarks/rtx_build.py --docs *.json           # the table in docs/performance.md from files of --out
 
-Each build has a process of its own, so that the most memory that a process has held is that of one build. `memory per
-byte of weights` is what `transom_tensorrt.compiling` refuses builds by (`BUILD_BASE`, `BUILD_FACTOR`).
+Each build has its own process, so the peak memory of a process is that of one build. `transom_tensorrt.compiling`
+refuses builds by `memory per byte of weights` (`BUILD_BASE`, `BUILD_FACTOR`).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Decoders of the sizes of real ones with random weights that take no memory: each matrix is drawn when it is read.
+"""Decoders with the sizes of real models and random weights in no memory: each matrix is created when it is read.
 
-All matrices are cut out of one table of normally distributed numbers, at places of their own, so that reading one costs
-little more than copying it, and a model of eight billion parameters is a few megabytes until it is written somewhere.
+All matrices are slices of one table of normally distributed numbers, at different offsets. Reading one costs little
+more than copying it, and a model of eight billion parameters takes a few megabytes until it is written.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Retrieval tasks in long texts: perplexity hides what attention has to find, these ask for it.
+"""Retrieval tasks in long texts, which measure what perplexity hides: whether attention finds single facts.
 
 After RULER (arXiv:2404.06654): one needle, several needles, variables that are assigned to each other, counting. Each
-gives a prompt with the right answers in it, and the places of the answers' tokens: a model is read once over all of it,
-and what counts is which token it thinks best at each of these places, as far as the answer is right before it.
+task gives a prompt that includes the right answers, and the positions of the answers' tokens. A model reads all of it
+once; the score is its most likely token at each of these positions, given the right answer up to there.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""What `benchmarks/gpu.py` measures, one idea to a file. What imports torch is imported once the script has set up."""
+"""The parts of `benchmarks/gpu.py`, one idea a file. Modules with torch are imported once the script has set up."""

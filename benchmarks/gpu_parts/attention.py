@@ -1,8 +1,8 @@
-"""Attention by the engine's own operator: dense, by lists at a given density, and with the choice of a policy.
+"""Attention by the engine's own operator: dense, by lists at a given density, and with a policy's selection.
 
 The operator is `transom_cuda_triton.attention.Attend` over a paged cache, its machine code compiled ahead of time. In
-the tables, *efficiency* is dense time x density / sparse time, both of the same operator: 1 where a key in a list costs
-what a key in order costs.
+the tables, *efficiency* is dense time x density / sparse time, both of the same operator: 1 if a key in a list costs as
+much as a key in sequence.
 """
 
 from __future__ import annotations

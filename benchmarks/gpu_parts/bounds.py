@@ -1,4 +1,4 @@
-"""What the card reaches where nothing but memory, or nothing but products, counts: the bounds of other figures."""
+"""The card's peaks for memory alone and for products alone: the bounds of the other figures."""
 
 from __future__ import annotations
 

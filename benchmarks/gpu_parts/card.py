@@ -1,4 +1,4 @@
-"""The card that is measured, or the CPU in Triton's interpreter that stands for one in a dry run."""
+"""The card that is measured; in a dry run, the CPU with Triton's interpreter instead."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The conformance kit on the card, and whole generations beside the reference's."""
+"""The conformance kit on the card, and whole generations compared with the reference's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models of any size with random weights, made in seconds: the file of weights has holes, and the card fills them.
+"""Models of any size with random weights, created in seconds: the file of weights is sparse, and the card fills it.
 
 Everything but the large matrices is compiled as the backend compiles it: program, small vectors, machine code.
 """

@@ -1,7 +1,7 @@
-"""Every kernel on the card against the reference, on fresh random inputs: what the tests do in Triton's interpreter.
+"""Every kernel on the card against the reference, on fresh random inputs, as the tests do in Triton's interpreter.
 
-Calls of attention, of the cache and of routing are those of `tests/cuda_triton`. Each case is run twice: first with a
-launcher that only notes which variants are asked for, which are then compiled beside each other, and then on the card.
+Calls of attention, of the cache and of routing are those of `tests/cuda_triton`. Each case runs twice: first with a
+launcher that only records the requested variants, which are then compiled in parallel, and then on the card.
 """
 
 from __future__ import annotations

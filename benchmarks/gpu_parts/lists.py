@@ -1,9 +1,9 @@
-"""Lists of keys for attention kernels at a density that is given, and the same as a mask of blocks for other engines.
+"""Lists of keys for attention kernels at a given density, and the same as a block mask for other engines.
 
-Where the keys lie is drawn at random for each KV head and query block, evenly spread over the sequence. Two forms:
+The positions of the keys are random for each KV head and query block, evenly spread over the sequence. Two forms:
 
-- *fine*, as a policy chooses: units of 16 keys and 64 single ones, near keys from a multiple of 64 on;
-- *coarse*: blocks of 128 x 128, which other engines can have, too: two query blocks of 64 share what they read.
+- *fine*, as a policy selects: units of 16 keys and 64 single ones, near keys from a multiple of 64 on;
+- *coarse*: blocks of 128 x 128, which other engines also support: two query blocks of 64 read the same keys.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A whole model of random weights: prompts and decoding, sparse with int4 weights against dense in float16; memory;
+"""A whole model with random weights: prompts and decoding, sparse with int4 weights against dense in float16; memory;
 and the time from a process's start to its first token with machine code that was compiled ahead of time."""
 
 from __future__ import annotations

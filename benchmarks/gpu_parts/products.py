@@ -1,4 +1,4 @@
-"""Products with 4-bit weights by the engine's own operator, beside cuBLAS and torch's: one row, and many."""
+"""Products with 4-bit weights by the engine's own operator, compared with cuBLAS and torch: one row, and many."""
 
 from __future__ import annotations
 

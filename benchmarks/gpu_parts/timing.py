@@ -1,4 +1,4 @@
-"""How long something takes on the device."""
+"""Measures time on the device."""
 
 from __future__ import annotations
 

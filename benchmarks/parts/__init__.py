@@ -1,1 +1,1 @@
-"""What benchmarks have in common, one idea to a file. None of it needs torch."""
+"""What benchmarks share, one idea a file. None of it needs torch."""

@@ -1,4 +1,4 @@
-"""How the logits of rounded numbers agree with the reference's, as rows of a table."""
+"""How the logits of quantized graphs agree with the reference's, as rows of a table."""
 
 from __future__ import annotations
 

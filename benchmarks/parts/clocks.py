@@ -1,4 +1,4 @@
-"""What an NVIDIA card says of itself while it works, and which packages work with it. Imports no torch."""
+"""The state of an NVIDIA card while it works, and the packages that use it. Imports no torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The model that a benchmark is about, with its tokenizer."""
+"""Opens the model of a benchmark, with its tokenizer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Results: tables of rows as they are measured, on the screen, in JSON and in docs/performance.md."""
+"""Results: tables of measured rows, on the screen, in JSON and in docs/performance.md."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""A run of a benchmark that has parts: one after the other by the clock, whatever happens in them, and how it ends.
+"""Runs the parts of a benchmark in turn within a time limit, handles their failures, and sets the exit status.
 
-Knows nothing of what is measured, and imports no torch.
+Independent of what is measured; imports no torch.
 """
 
 from __future__ import annotations

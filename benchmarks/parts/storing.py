@@ -1,4 +1,4 @@
-"""What a backend has compiled, put where the host would put it."""
+"""Stores a compiled artifact where the host would store it."""
 
 from __future__ import annotations
 

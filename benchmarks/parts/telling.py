@@ -1,4 +1,4 @@
-"""What a process tells the one that started it: one dictionary, whatever else is printed meanwhile."""
+"""How a process reports to its parent: one dictionary, among anything else that it prints."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The running clock of a run and of its parts."""
+"""The clock of a run and of its parts."""
 
 from __future__ import annotations
 

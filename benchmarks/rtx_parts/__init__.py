@@ -1,1 +1,1 @@
-"""What `benchmarks/rtx.py` measures, one idea to a file. None of it needs torch."""
+"""The parts of `benchmarks/rtx.py`, one idea a file. None of it needs torch."""

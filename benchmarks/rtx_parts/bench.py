@@ -1,4 +1,4 @@
-"""What every part is handed: the card, the clock, the sizes, what was built, and where results go."""
+"""What every part receives: the card, the clock, the sizes, the built engines, and the destination of results."""
 
 from __future__ import annotations
 

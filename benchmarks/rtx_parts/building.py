@@ -1,4 +1,4 @@
-"""The engines that are measured, each built in a process of its own."""
+"""Builds the engines that are measured, each in its own process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The card that is measured, or the CPU that stands for one in a dry run; and what its memory reaches."""
+"""The card that is measured, or the CPU in a dry run, and its memory bandwidth."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Processes that do one thing and tell of it: a builder that aborts ends no other, and one that is late is ended."""
+"""Child processes with one task and one report each: a crash stays in its process, and a late process is killed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cold starts: from the start of a process to its first token, with the engine on disk."""
+"""Cold starts: from process start to first token, with the engine on disk."""
 
 from __future__ import annotations
 

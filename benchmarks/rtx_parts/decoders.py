@@ -1,8 +1,8 @@
-"""Decoders with other matrices than those they came with: codes in float8 that are drawn, or plain numbers.
+"""Decoders with replaced matrices: random float8 codes, or plain numbers.
 
-Rounding a model of eight billion numbers takes longer than the whole run may. How fast an engine is does not depend on
-what its numbers are, so the codes of a random model, their scales and those of its inputs are drawn instead; the graph
-has the nodes that rounding it would give it.
+Quantizing a model of eight billion numbers takes longer than the whole run may. An engine's speed does not depend on
+the values, so the codes, their scales and those of the inputs are random; the graph has the same nodes as a quantized
+one.
 """
 
 from __future__ import annotations

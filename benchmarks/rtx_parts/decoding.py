@@ -1,6 +1,6 @@
-"""Prompts and decoding: models of a few layers side by side, and what the whole model takes by that.
+"""Prompts and decoding: models of a few layers, and the cost of the whole model computed from them.
 
-What is compared takes turns. Where the card does not hold all, those of one depth take turns, or each comes alone.
+The compared engines take turns. If the card cannot hold all of them, those of one depth take turns, or each runs alone.
 """
 
 from __future__ import annotations

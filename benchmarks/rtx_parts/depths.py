@@ -1,4 +1,4 @@
-"""What a whole model takes, from models with fewer layers: a part for each layer, and the rest."""
+"""The cost of a whole model from models with fewer layers: the cost of each layer, and of the rest."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""How far engines' logits are from the reference's, on real text: SmolLM2-135M with plain matrices, and a tiny model.
+"""How far engines' logits are from the reference's, on real text: SmolLM2-135M with plain matrices, a tiny model.
 
-The checkpoint that a package carries has 4-bit blocks, which every precision would keep. They are unpacked into float16
-first, and that model is the yardstick, computed by the NumPy reference.
+The packaged checkpoint has 4-bit blocks, which every precision would keep. They are unpacked into float16 first; that
+model, computed by the NumPy reference, is the baseline.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""An artifact in a folder of its own, and a session over it with as many sequences as are measured."""
+"""An artifact in its own folder, and a session over it with as many sequences as are measured."""
 
 from __future__ import annotations
 
