@@ -8,7 +8,6 @@ conftest.py puts this file on the path: `sys.path.insert(0, str(Path(__file__).p
 from __future__ import annotations
 
 import json
-import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,26 +71,17 @@ class Checkpoint:
         return self.model.config
 
 
-def fresh_rng() -> np.random.Generator:
-    """A generator from a fresh seed; pytest shows the seed when the test fails."""
-    seed = secrets.randbits(32)
-    print(f"seed: {seed}")
-    return np.random.default_rng(seed)
-
-
-def tiny(family: str, folder: Path, rng: np.random.Generator | None = None, **settings: Any) -> Checkpoint:
+def tiny(family: str, folder: Path, rng: np.random.Generator, **settings: Any) -> Checkpoint:
     """Make a tiny model with random weights and save it to `folder` (config.json, model.safetensors).
 
     Args:
         family: a key of `FAMILIES`.
         folder: made where it is missing.
-        rng: fresh where it is not given.
         settings: replace those of `FAMILIES` and `SIZES`.
     """
     import torch
     import transformers
 
-    rng = rng or fresh_rng()
     classes = {
         "llama": ("LlamaConfig", "LlamaForCausalLM"),
         "mistral": ("MistralConfig", "MistralForCausalLM"),

@@ -1,19 +1,43 @@
-"""What every test has: random inputs from a fresh seed, printed where a test fails, and a Ctrl-C that works."""
+"""What every test has: random inputs from a seed that its name fixes (see draws.py), and a Ctrl-C that works."""
 
 from __future__ import annotations
 
-import os
-import secrets
+import random
 import signal
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parent))
+from draws import Draws
+
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     # A run that a shell started in the background ignores interrupts, and so would every process that tests start.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("random inputs")
+    often = "run only tests that draw random inputs, each N times, each time with a fresh seed"
+    group.addoption("--fresh-seeds", type=int, default=0, metavar="N", help=often)
+    limit = "with --fresh-seeds: a test gets no further draw after S seconds; 10 by default"
+    group.addoption("--draw-seconds", type=float, default=10.0, metavar="S", help=limit)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "seeds(number, ...): further cases, with seeds that once made the test fail")
+    config.pluginmanager.register(Draws(config), "draws")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    numbers = [number for mark in metafunc.definition.iter_markers("seeds") for number in mark.args]
+    if numbers:
+        names = [pytest.HIDDEN_PARAM, *(f"seed={number}" for number in numbers)]
+        metafunc.parametrize("seed", [None, *numbers], indirect=True, ids=names)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -27,13 +51,24 @@ def temporary_files() -> Iterator[None]:
 
 
 @pytest.fixture
-def seed() -> int:
-    """A fresh seed; TRANSOM_TEST_SEED repeats one."""
-    number = int(os.environ.get("TRANSOM_TEST_SEED", 0)) or secrets.randbits(32)
-    print(f"seed = {number}; repeat with TRANSOM_TEST_SEED={number}")
-    return number
+def seed(request: pytest.FixtureRequest, pytestconfig: pytest.Config) -> int:
+    """The seed that belongs to the name of the test; TRANSOM_TEST_SEED sets another."""
+    draws: Draws = pytestconfig.pluginmanager.getplugin("draws")  # type: ignore[assignment]
+    return draws.number(request.node.name)
 
 
 @pytest.fixture
 def rng(seed: int) -> np.random.Generator:
     return np.random.default_rng(seed)
+
+
+@pytest.fixture
+def dice(seed: int) -> random.Random:
+    return random.Random(seed)
+
+
+@pytest.fixture(scope="session")
+def shared_rng(pytestconfig: pytest.Config) -> Callable[[str], np.random.Generator]:
+    """For fixtures that several tests share: the generator that belongs to a name, the same whoever asks first."""
+    draws: Draws = pytestconfig.pluginmanager.getplugin("draws")  # type: ignore[assignment]
+    return lambda name: np.random.default_rng(draws.number(name))

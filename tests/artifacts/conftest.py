@@ -17,13 +17,6 @@ Build = Callable[..., StoredArtifact]
 
 
 @pytest.fixture
-def seed() -> int:
-    value = random.SystemRandom().randrange(2**32)
-    print(f"seed {value}")
-    return value
-
-
-@pytest.fixture
 def cache(tmp_path: Path) -> Cache:
     return Cache(tmp_path / "cache")
 
@@ -42,14 +35,13 @@ def origin() -> Origin:
 
 
 @pytest.fixture
-def build(origin: Origin, seed: int) -> Build:
+def build(origin: Origin, dice: random.Random) -> Build:
     """Store an artifact with two random files under a key."""
-    numbers = random.Random(seed)
 
     def build(cache: Cache, key: str, size: int = 1000) -> StoredArtifact:
         files: dict[str, bytes | Path] = {
-            "model.xml": numbers.randbytes(size),
-            "weights/0.bin": numbers.randbytes(size),
+            "model.xml": dice.randbytes(size),
+            "weights/0.bin": dice.randbytes(size),
         }
         with cache.building(key) as slot:
             assert slot.found is None

@@ -24,7 +24,8 @@ def edit(entry: Path, **changes: object) -> None:
 
 def flip(path: Path) -> None:
     data = bytearray(path.read_bytes())
-    data[random.randrange(len(data))] ^= 1 << random.randrange(8)
+    numbers = random.Random(bytes(data))  # what is in the files is random, and so is the bit
+    data[numbers.randrange(len(data))] ^= 1 << numbers.randrange(8)
     path.write_bytes(data)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 import signal
 import subprocess
 import sys
@@ -12,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -94,18 +92,10 @@ def environment(cache: Path, state: Path, packages: Path | None) -> dict[str, st
 
 
 @pytest.fixture(scope="session")
-def rng() -> np.random.Generator:
-    """A NumPy generator from a fresh seed, which is printed with the output of a failing test."""
-    seed = secrets.randbits(64)
-    print(f"seed: {seed}")
-    return np.random.default_rng(seed)
-
-
-@pytest.fixture(scope="session")
-def model(tmp_path_factory: pytest.TempPathFactory, rng: np.random.Generator) -> Path:
+def model(tmp_path_factory: pytest.TempPathFactory, shared_rng: Any) -> Path:
     """A tiny model file."""
     path = tmp_path_factory.mktemp("model") / "toy.gguf"
-    return byte_llama.write_gguf(path, rng, context=4096, quantization="Q8_0")
+    return byte_llama.write_gguf(path, shared_rng("the model of the command line"), context=4096, quantization="Q8_0")
 
 
 @pytest.fixture(scope="session")

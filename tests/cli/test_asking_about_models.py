@@ -15,21 +15,21 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def checkpoint(tmp_path_factory: pytest.TempPathFactory, shared_rng: Any) -> Path:
     """A tiny Hugging Face directory."""
     import checkpoints
 
-    return Path(checkpoints.tiny("llama", tmp_path_factory.mktemp("llama")).folder)
+    return Path(checkpoints.tiny("llama", tmp_path_factory.mktemp("llama"), shared_rng("a tiny llama")).folder)
 
 
 @pytest.fixture(scope="module")
-def plain_onnx(tmp_path_factory: pytest.TempPathFactory, rng: np.random.Generator) -> Path:
+def plain_onnx(tmp_path_factory: pytest.TempPathFactory, shared_rng: Any) -> Path:
     """An ONNX file that is no decoder: y = relu(x @ w)."""
     import onnx
     from onnx import TensorProto, helper, numpy_helper
 
     path = tmp_path_factory.mktemp("onnx") / "plain.onnx"
-    weight = numpy_helper.from_array(rng.standard_normal((8, 4)).astype(np.float32), "w")
+    weight = numpy_helper.from_array(shared_rng("relu(x @ w)").standard_normal((8, 4)).astype(np.float32), "w")
     nodes = [helper.make_node("MatMul", ["x", "w"], ["h"]), helper.make_node("Relu", ["h"], ["y"])]
     graph = helper.make_graph(
         nodes,

@@ -35,14 +35,14 @@ def test_what_a_bundle_expects_is_replayed(transom: Any, bundle: Path) -> None:
     assert (found["state"], found["where"]) == ("passed", "reference on cpu")
 
 
-def test_answers_that_are_others_are_a_failure(transom: Any, bundle: Path) -> None:
+def test_answers_that_are_others_are_a_failure(transom: Any, bundle: Path, rng: Any) -> None:
     import numpy as np
 
     from transom.artifacts import hash_file
 
     with np.load(bundle / "golden.npz") as golden:
         answers = dict(golden.items())
-    answers["logits"] = np.random.default_rng().permuted(answers["logits"], axis=-1)
+    answers["logits"] = rng.permuted(answers["logits"], axis=-1)
     np.savez(bundle / "golden.npz", **answers)
     path = bundle / "golden.npz"
     manifest = json.loads((bundle / "manifest.json").read_text())

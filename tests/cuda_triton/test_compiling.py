@@ -39,8 +39,8 @@ def in_files(artifact: Artifact, folder: Path) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def graph() -> Graph:
-    return tiny_decoder(np.random.default_rng(), weights="uint4_minimums", sinks=True, softcap=9.0, window=5)
+def graph(shared_rng: Any) -> Graph:
+    return tiny_decoder(shared_rng("a decoder to compile"), weights="uint4_minimums", sinks=True, softcap=9.0, window=5)
 
 
 @pytest.mark.parametrize(("arch", "number"), [("sm_70", "float16"), ("sm_80", "bfloat16"), ("sm_90", "bfloat16")])

@@ -130,12 +130,10 @@ def random_device(generator: random.Random, number: int) -> Device:
     )
 
 
-def test_devices_survive_the_round_trip_through_a_file(tmp_path: Path) -> None:
-    seed = random.randrange(1 << 32)
-    generator = random.Random(seed)
-    devices = tuple(random_device(generator, number) for number in range(20))
+def test_devices_survive_the_round_trip_through_a_file(tmp_path: Path, dice: random.Random) -> None:
+    devices = tuple(random_device(dice, number) for number in range(20))
     write_probe_file(tmp_path / "probe.json", devices)
-    assert read_probe_file(tmp_path / "probe.json") == devices, f"seed {seed}"
+    assert read_probe_file(tmp_path / "probe.json") == devices
 
 
 def test_the_catalogue_and_this_machine_survive_the_round_trip() -> None:

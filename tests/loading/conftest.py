@@ -19,7 +19,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -41,9 +40,11 @@ from transom.reference import ReferenceBackend
 
 
 @pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_model(tmp_path_factory: pytest.TempPathFactory, shared_rng: Any) -> Path:
     """The GGUF file. Its time is in the past, so that its hash may be remembered."""
-    path = byte_llama.write_gguf(tmp_path_factory.mktemp("model") / "tiny.gguf", np.random.default_rng())
+    path = byte_llama.write_gguf(
+        tmp_path_factory.mktemp("model") / "tiny.gguf", shared_rng("the tiny model of the loading tests")
+    )
     past = time.time() - 100
     os.utime(path, (past, past))
     return path

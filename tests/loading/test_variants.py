@@ -197,14 +197,14 @@ def test_what_diverges_is_not_shipped_and_the_worst_products_are_named(here: Any
         export(target=HEXAGON, overwrite=True)
 
 
-def test_what_a_load_would_not_believe_is_not_shipped(here: Any, export: Any) -> None:
+def test_what_a_load_would_not_believe_is_not_shipped(here: Any, export: Any, rng: Any) -> None:
     """The model's distribution is nearly flat: what is wrong with logits shows little in a divergence."""
 
     class Decoding(Phones):
         def _spoil(self, inputs: Any, outputs: Any) -> None:
             if len(inputs["input_ids"]) == 1:
                 spread = outputs["logits"].std()
-                noise = np.random.default_rng().standard_normal(outputs["logits"].shape)
+                noise = rng.standard_normal(outputs["logits"].shape)
                 outputs["logits"] = outputs["logits"] + (0.25 * spread * noise).astype(np.float32)
 
     phones = Decoding()
@@ -216,10 +216,12 @@ def test_what_a_load_would_not_believe_is_not_shipped(here: Any, export: Any) ->
     assert made.variants[0].fidelity["kl"] < 0.04
 
 
-def test_a_bound_holds_for_what_runs_here_and_what_nobody_could_compare_is_said(here: Any, export: Any) -> None:
+def test_a_bound_holds_for_what_runs_here_and_what_nobody_could_compare_is_said(
+    here: Any, export: Any, rng: Any
+) -> None:
     class Noisy(MadeUp):
         def _spoil(self, inputs: Any, outputs: Any) -> None:
-            noise = np.random.default_rng().standard_normal(outputs["logits"].shape)
+            noise = rng.standard_normal(outputs["logits"].shape)
             outputs["logits"] = outputs["logits"] + np.float32(0.02) * noise.astype(np.float32)
 
     phones = Phones()

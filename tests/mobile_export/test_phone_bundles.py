@@ -24,9 +24,9 @@ CONTEXT = 64
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model(tmp_path_factory: pytest.TempPathFactory, shared_rng: Any) -> Path:
     return byte_llama.write_gguf(
-        tmp_path_factory.mktemp("model") / "tiny.gguf", np.random.default_rng(), quantization="Q8_0"
+        tmp_path_factory.mktemp("model") / "tiny.gguf", shared_rng("a tiny model for phones"), quantization="Q8_0"
     )
 
 

@@ -39,8 +39,8 @@ class Counting:
 
 
 @pytest.mark.parametrize("family", families(), ids=lambda f: f.name)
-def test_building_a_graph_reads_no_weights(family: Any, tmp_path: Path) -> None:
-    model = tiny(family.name, tmp_path)
+def test_building_a_graph_reads_no_weights(family: Any, tmp_path: Path, rng: np.random.Generator) -> None:
+    model = tiny(family.name, tmp_path, rng)
     checkpoint = Counting({name: tuple(p.shape) for name, p in model.model.state_dict().items()})
     tensors = Tensors(checkpoint)
     graph = family.build(family.from_hf(Values(model.config.to_dict(), "config.json"), tensors, None), tensors)
@@ -54,8 +54,8 @@ def test_building_a_graph_reads_no_weights(family: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_signature_tells_sizes_and_windows(family: str, tmp_path: Path) -> None:
-    model = tiny(family, tmp_path)
+def test_the_signature_tells_sizes_and_windows(family: str, tmp_path: Path, rng: np.random.Generator) -> None:
+    model = tiny(family, tmp_path, rng)
     decoder = resolve(tmp_path).open(tmp_path).graph.decoder
     assert decoder is not None
     config = model.config
@@ -71,17 +71,17 @@ def test_the_signature_tells_sizes_and_windows(family: str, tmp_path: Path) -> N
     assert decoder.weight_bytes == 4 * decoder.parameters
 
 
-def test_node_names_are_unique_and_say_their_layer(tmp_path: Path) -> None:
-    tiny("gemma3", tmp_path)
+def test_node_names_are_unique_and_say_their_layer(tmp_path: Path, rng: np.random.Generator) -> None:
+    tiny("gemma3", tmp_path, rng)
     names = [str(node.name) for node in resolve(tmp_path).open(tmp_path).graph.nodes()]
     assert len(set(names)) == len(names)
     assert {"layers.0.attention", "layers.2.q_norm", "layers.1.mlp.gated", "lm_head"} <= set(names)
 
 
-def test_equal_models_have_equal_digests_and_other_weights_another(tmp_path: Path) -> None:
-    checkpoint = tiny("llama", tmp_path / "a")
+def test_equal_models_have_equal_digests_and_other_weights_another(tmp_path: Path, rng: np.random.Generator) -> None:
+    checkpoint = tiny("llama", tmp_path / "a", rng)
     write_gguf(checkpoint, tmp_path / "a.gguf")
-    tiny("llama", tmp_path / "b")
+    tiny("llama", tmp_path / "b", rng)
 
     def digest(path: Path) -> str:
         return resolve(path).open(path).graph.digest()
@@ -91,15 +91,15 @@ def test_equal_models_have_equal_digests_and_other_weights_another(tmp_path: Pat
     assert digest(tmp_path / "a.gguf") == digest(tmp_path / "a.gguf")
 
 
-def test_tied_embeddings_are_one_weight(tmp_path: Path) -> None:
-    tiny("qwen2", tmp_path, tie_word_embeddings=True)
+def test_tied_embeddings_are_one_weight(tmp_path: Path, rng: np.random.Generator) -> None:
+    tiny("qwen2", tmp_path, rng, tie_word_embeddings=True)
     names = list(resolve(tmp_path).open(tmp_path).graph.model.graph.initializers)
     assert "embedding.weight" in names
     assert not [name for name in names if name.startswith("lm_head")]
 
 
-def test_quantised_weights_stay_quantised_in_the_graph(tmp_path: Path) -> None:
-    checkpoint = tiny("llama", tmp_path / "hf")
+def test_quantised_weights_stay_quantised_in_the_graph(tmp_path: Path, rng: np.random.Generator) -> None:
+    checkpoint = tiny("llama", tmp_path / "hf", rng)
     write_gguf(checkpoint, tmp_path / "q.gguf", "Q4_0")
     graph = resolve(tmp_path / "q.gguf").open(tmp_path / "q.gguf").graph
     types = {str(v.dtype) for v in graph.model.graph.initializers.values() if v.name.endswith(".quants")}

@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -24,9 +23,9 @@ VOCABULARY = 262
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+def tokenizer(tmp_path_factory: pytest.TempPathFactory, shared_rng: Any) -> Tokenizer:
     """One token for each byte, and 256 to begin a text."""
-    path = byte_llama.write_gguf(tmp_path_factory.mktemp("model") / "tiny.gguf", np.random.default_rng())
+    path = byte_llama.write_gguf(tmp_path_factory.mktemp("model") / "tiny.gguf", shared_rng("a model of bytes"))
     found = resolve(path).open(path).tokenizer
     assert found is not None
     return Tokenizer(found._rust, SpecialIds(bos=256, eos=257, add_bos=True))

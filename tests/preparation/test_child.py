@@ -204,10 +204,8 @@ def dies(pid: int) -> bool:
     return True
 
 
-def test_the_value_comes_back() -> None:
-    numbers = random.Random(seed := random.SystemRandom().randrange(2**32))
-    print(f"seed {seed}")
-    payload = {"é\ud800": [numbers.random(), None, True, "\n\0"], "n": {"m": numbers.randrange(2**60)}}
+def test_the_value_comes_back(dice: random.Random) -> None:
+    payload = {"é\ud800": [dice.random(), None, True, "\n\0"], "n": {"m": dice.randrange(2**60)}}
     result = run("echo", payload)
     assert result.ok
     assert result.unwrap() == payload

@@ -163,10 +163,10 @@ def test_the_table_of_machines(case: str) -> None:
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(BANDS)))
-def test_bands_rank_backends_of_one_kind_and_names_break_ties(order: tuple[str, ...]) -> None:
+def test_bands_rank_backends_of_one_kind_and_names_break_ties(order: tuple[str, ...], dice: random.Random) -> None:
     answers = [(f"{letter}_backend", Offer("cpu", band, "x")) for letter, band in zip("dcba", order, strict=True)]  # type: ignore[arg-type]
     answers.append(("zz_backend", Offer("cpu", "tuned", "x")))
-    random.shuffle(answers)
+    dice.shuffle(answers)
     choice = select([m.XEON], answers)
     bands = [candidate.offer.band for candidate in choice.ranked]
     assert bands == ["tuned", "tuned", "native", "generic", "fallback"]
@@ -174,15 +174,13 @@ def test_bands_rank_backends_of_one_kind_and_names_break_ties(order: tuple[str, 
     assert "ties with zz_backend" in choice.why
 
 
-def test_the_order_of_answers_does_not_change_the_choice() -> None:
-    seed = random.randrange(1 << 32)
-    generator = random.Random(seed)
+def test_the_order_of_answers_does_not_change_the_choice(dice: random.Random) -> None:
     devices = [*m.LAPTOP, m.ARC, *m.TWO_CARDS[1:]]
     answers = m.ask(devices, m.BACKENDS)
     expected = [candidate.key for candidate in select(devices, answers).ranked]
     for _ in range(20):
-        generator.shuffle(answers)
-        assert [candidate.key for candidate in select(devices, answers).ranked] == expected, f"seed {seed}"
+        dice.shuffle(answers)
+        assert [candidate.key for candidate in select(devices, answers).ranked] == expected
 
 
 def test_memory_size_never_counts() -> None:
@@ -455,17 +453,15 @@ def test_every_kind_of_device_has_its_place() -> None:
     assert {kind_of(d) for d in (*m.LAPTOP, m.ARC, m.A100, m.PHONE)} == set(KINDS)
 
 
-def test_any_machine_gets_a_choice_that_keeps_the_promises_or_an_error() -> None:
-    seed = random.randrange(1 << 32)
-    generator = random.Random(seed)
+def test_any_machine_gets_a_choice_that_keeps_the_promises_or_an_error(dice: random.Random) -> None:
     everything = [m.XEON, m.A100, m.IRIS, m.ARC, m.NPU, m.PHONE]
     for _ in range(300):
-        devices = generator.sample(everything, generator.randrange(1, len(everything) + 1))
-        names = generator.sample(sorted(m.BACKENDS), generator.randrange(1, len(m.BACKENDS) + 1))
+        devices = dice.sample(everything, dice.randrange(1, len(everything) + 1))
+        names = dice.sample(sorted(m.BACKENDS), dice.randrange(1, len(m.BACKENDS) + 1))
         answers = m.ask(devices, {name: m.BACKENDS[name] for name in names})
-        device = generator.choice(["auto", generator.choice(devices).id])
-        backend = generator.choice(["auto", generator.choice(names)])
-        purpose: Any = generator.choice(["run", "export"])
+        device = dice.choice(["auto", dice.choice(devices).id])
+        backend = dice.choice(["auto", dice.choice(names)])
+        purpose: Any = dice.choice(["run", "export"])
         running = {
             (name, a.device_id)
             for name, a in answers
@@ -477,9 +473,9 @@ def test_any_machine_gets_a_choice_that_keeps_the_promises_or_an_error() -> None
         try:
             choice = select(devices, answers, device=device, backend=backend, purpose=purpose)
         except SelectionError:
-            assert not running, f"seed {seed}"
+            assert not running
             continue
-        assert {(c.backend, c.device.id) for c in choice.ranked} == running, f"seed {seed}"
+        assert {(c.backend, c.device.id) for c in choice.ranked} == running
 
 
 def test_a_backend_whose_package_is_missing_is_told_of_where_one_exports() -> None:

@@ -19,10 +19,10 @@ from transom.sources.gguf_file import open_gguf
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model(tmp_path_factory: pytest.TempPathFactory, shared_rng: Any) -> Path:
     """A sound file of a tiny llama."""
     folder = tmp_path_factory.mktemp("sound")
-    write_gguf(tiny("llama", folder / "hf"), folder / "tiny.gguf", "Q8_0")
+    write_gguf(tiny("llama", folder / "hf", shared_rng("a tiny llama")), folder / "tiny.gguf", "Q8_0")
     return folder / "tiny.gguf"
 
 
@@ -203,8 +203,8 @@ def test_nan_weights_are_found_when_the_weights_are_read(model: Path, damaged: A
         [weight.load() for weight in weights]
 
 
-def with_metadata(tmp_path: Path, extra: dict[str, Any]) -> Path:
-    write_gguf(tiny("llama", tmp_path / "hf"), tmp_path / "tiny.gguf", extra=extra)
+def with_metadata(tmp_path: Path, rng: np.random.Generator, extra: dict[str, Any]) -> Path:
+    write_gguf(tiny("llama", tmp_path / "hf", rng), tmp_path / "tiny.gguf", extra=extra)
     return tmp_path / "tiny.gguf"
 
 
@@ -218,8 +218,10 @@ def with_metadata(tmp_path: Path, extra: dict[str, Any]) -> Path:
         (".attention.value_length", 32),
     ],
 )
-def test_settings_that_no_family_honours_are_refused_by_name(tmp_path: Path, key: str, value: Any) -> None:
-    text = failure(with_metadata(tmp_path, {key: value}))
+def test_settings_that_no_family_honours_are_refused_by_name(
+    tmp_path: Path, rng: np.random.Generator, key: str, value: Any
+) -> None:
+    text = failure(with_metadata(tmp_path, rng, {key: value}))
     assert f"llama{key}" in text
     assert str(value) in text
 
@@ -227,8 +229,8 @@ def test_settings_that_no_family_honours_are_refused_by_name(tmp_path: Path, key
 @pytest.mark.parametrize(
     ("key", "value"), [(".block_count", 1 << 30), (".attention.head_count", 0), (".attention.head_count_kv", 3)]
 )
-def test_impossible_sizes_are_refused_by_name(tmp_path: Path, key: str, value: int) -> None:
-    assert f"llama{key}" in failure(with_metadata(tmp_path, {key: value}))
+def test_impossible_sizes_are_refused_by_name(tmp_path: Path, rng: np.random.Generator, key: str, value: int) -> None:
+    assert f"llama{key}" in failure(with_metadata(tmp_path, rng, {key: value}))
 
 
 def test_an_unknown_architecture_lists_what_is_known_and_the_ways_out(tmp_path: Path) -> None:
@@ -248,9 +250,9 @@ def weights_of(path: Path) -> dict[str, Any]:
     return {name: value.meta[WEIGHT_META].load() for name, value in initializers.items() if WEIGHT_META in value.meta}
 
 
-def split(tmp_path: Path) -> list[Path]:
+def split(tmp_path: Path, rng: np.random.Generator) -> list[Path]:
     """A tiny model in three parts, as llama-gguf-split writes them."""
-    write_gguf(tiny("llama", tmp_path / "hf"), tmp_path / "whole.gguf")
+    write_gguf(tiny("llama", tmp_path / "hf", rng), tmp_path / "whole.gguf")
     whole = open_gguf(tmp_path / "whole.gguf")
     names = list(whole.tensors)
     paths = []
@@ -275,8 +277,10 @@ def split(tmp_path: Path) -> list[Path]:
     return paths
 
 
-def test_a_split_model_loads_from_any_of_its_parts_and_from_its_folder(tmp_path: Path) -> None:
-    paths = split(tmp_path)
+def test_a_split_model_loads_from_any_of_its_parts_and_from_its_folder(
+    tmp_path: Path, rng: np.random.Generator
+) -> None:
+    paths = split(tmp_path, rng)
     whole = weights_of(tmp_path / "whole.gguf")
     (tmp_path / "whole.gguf").unlink()
     for path in (*paths, tmp_path):
@@ -286,13 +290,13 @@ def test_a_split_model_loads_from_any_of_its_parts_and_from_its_folder(tmp_path:
             np.testing.assert_array_equal(parts[name], values, err_msg=name)
 
 
-def test_a_split_model_names_the_part_that_is_missing(tmp_path: Path) -> None:
-    paths = split(tmp_path)
+def test_a_split_model_names_the_part_that_is_missing(tmp_path: Path, rng: np.random.Generator) -> None:
+    paths = split(tmp_path, rng)
     paths[1].unlink()
     assert paths[1].name in failure(paths[0])
 
 
-def test_parts_of_different_models_are_not_mixed(tmp_path: Path) -> None:
-    paths = split(tmp_path)
+def test_parts_of_different_models_are_not_mixed(tmp_path: Path, rng: np.random.Generator) -> None:
+    paths = split(tmp_path, rng)
     paths[2].write_bytes((tmp_path / "whole.gguf").read_bytes())
     assert "not part 3" in failure(paths[0])

@@ -24,9 +24,9 @@ Q = "model.layers.1.self_attn.q_proj.weight"
 
 
 @pytest.fixture(scope="module")
-def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sound(tmp_path_factory: pytest.TempPathFactory, shared_rng: Any) -> Path:
     folder = tmp_path_factory.mktemp("sound") / "model"
-    tiny("llama", folder)
+    tiny("llama", folder, shared_rng("a tiny llama"))
     return folder
 
 

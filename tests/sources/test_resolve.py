@@ -14,10 +14,10 @@ from transom.sources import resolve, sources
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def models(tmp_path_factory: pytest.TempPathFactory, shared_rng: Any) -> Path:
     """A folder with a Hugging Face directory `hf` and a file `tiny.gguf`."""
     folder = tmp_path_factory.mktemp("models")
-    write_gguf(tiny("llama", folder / "hf"), folder / "tiny.gguf")
+    write_gguf(tiny("llama", folder / "hf", shared_rng("a tiny llama")), folder / "tiny.gguf")
     add_tokenizer(folder / "hf")
     return folder
 

@@ -124,8 +124,8 @@ def test_what_cannot_be_exported_is_refused_with_the_reason() -> None:
         assert caught.value.fix
 
 
-def test_a_model_without_memory_is_refused(tmp_path: Path) -> None:
-    checkpoint = tiny("llama", tmp_path)
+def test_a_model_without_memory_is_refused(tmp_path: Path, rng: np.random.Generator) -> None:
+    checkpoint = tiny("llama", tmp_path, rng)
     weight = checkpoint.model.model.embed_tokens
     weight.weight = torch.nn.Parameter(weight.weight.to(torch.float64))
     with pytest.raises(SourceError, match=r"embed_tokens\.weight .* torch\.float64"):

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from checkpoints import add_tokenizer, fresh_rng, tiny
+from checkpoints import add_tokenizer, tiny
 
 import transom
 from transom.errors import TransomError
@@ -21,9 +21,9 @@ SIZES = {"intermediate_size": 128, "head_dim": 32, "max_position_embeddings": 25
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model(tmp_path_factory: pytest.TempPathFactory, shared_rng: Any) -> Path:
     folder = tmp_path_factory.mktemp("tiny") / "llama"
-    tiny("llama", folder, fresh_rng(), **SIZES)
+    tiny("llama", folder, shared_rng("a tiny llama for TensorRT"), **SIZES)
     add_tokenizer(folder)
     return folder
 

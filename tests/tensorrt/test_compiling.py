@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from checkpoints import fresh_rng, tiny
+from checkpoints import tiny
 from targets import BACKEND, built, content, summaries, target
 
 from transom.contract import Cancelled
@@ -36,11 +36,6 @@ STATIC = Sparsity(1.0, columns=0, top_k=4, dense_below=64, max_density=0.6)
 HEAD = 320 * 256
 """Numbers of the vocabulary matrix."""
 TEXT = [list(range(3, 60))]
-
-
-@pytest.fixture
-def rng() -> np.random.Generator:
-    return fresh_rng()
 
 
 @pytest.fixture(autouse=True)

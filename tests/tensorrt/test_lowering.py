@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from checkpoints import fresh_rng, tiny
+from checkpoints import tiny
 from running import Running, parted, reference
 
 from transom.preparation.agreement import compare
@@ -28,11 +28,6 @@ CONTEXT = 64
 EXACT, HALF = Precision("float32"), Precision("float16")
 REFUSED = {"attention_bias": "no kernel for Concat", "everything": "no kernel for Concat"}
 """Attention with a bias that is computed: another backend's."""
-
-
-@pytest.fixture
-def rng() -> np.random.Generator:
-    return fresh_rng()
 
 
 @pytest.mark.parametrize("form", sorted(set(VARIANTS) - set(REFUSED) - {"int8"}))

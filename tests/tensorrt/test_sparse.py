@@ -11,7 +11,6 @@ import onnx_ir as ir
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from checkpoints import fresh_rng
 from running import Running, parted, reference, session
 
 from transom.graph.sparse import with_sparsity
@@ -43,11 +42,6 @@ POLICIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "one head": ({"q_heads": 3, "kv_heads": 1}, {"top_k": 2}),
 }
 """Forms of the decoder and fields of the policy."""
-
-
-@pytest.fixture
-def rng() -> np.random.Generator:
-    return fresh_rng()
 
 
 def policy(**fields: Any) -> Sparsity:

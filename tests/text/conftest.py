@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import random
-import secrets
 from collections.abc import Callable
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -66,14 +65,6 @@ def nasty_text(random_: random.Random, length: int = 40) -> str:
         alphabet = random_.choice(_ALPHABETS)
         text += random_.choices(alphabet, k=random_.randint(1, 6))
     return "".join(text)
-
-
-@pytest.fixture
-def dice() -> random.Random:
-    """Random numbers from a fresh seed, printed so that a failure can be repeated."""
-    seed = secrets.randbits(32)
-    print(f"seed {seed}")
-    return random.Random(seed)
 
 
 @pytest.fixture

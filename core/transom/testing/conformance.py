@@ -55,9 +55,6 @@ class BackendConformance:
     @classmethod
     def setup_class(cls) -> None:
         cls._results = {}
-        seed = secrets.randbits(32) if cls.seed is None else cls.seed
-        device = cls.device or offered(cls.backend)
-        cls._bench = Bench(cls.backend, device, seed=seed, precision=cls.precision, options=cls.options)
 
     @classmethod
     def teardown_class(cls) -> None:
@@ -65,11 +62,20 @@ class BackendConformance:
             cls._bench.__exit__()
             cls._bench = None
 
+    @classmethod
+    def _shared_bench(cls) -> Bench:
+        """The bench that the checks share; another one once `seed` was set to another number."""
+        if cls._bench is None or cls.seed not in (None, cls._bench.seed):
+            cls.teardown_class()
+            seed = secrets.randbits(32) if cls.seed is None else cls.seed
+            device = cls.device or offered(cls.backend)
+            cls._bench = Bench(cls.backend, device, seed=seed, precision=cls.precision, options=cls.options)
+        return cls._bench
+
     @pytest.mark.parametrize("name", list(_CHECKS))
     def test_conforms(self, name: str, record_property: Any) -> None:
         """One demand of the contract; the failure's message ends with the demand and the seed."""
-        bench = self._bench
-        assert bench is not None
+        bench = self._shared_bench()
         result = run_check(_CHECKS[name], bench)
         self._results[name] = result
         if result.error is not None:
