@@ -96,7 +96,7 @@ EXTRA ?= cuda
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed and was not found. Set PYTHON=/path/to/python."; exit 2; }
 	@echo "Setting up .venv-gpu with $(PYTHON): torch for CUDA and triton, 6 GB, once."
 	@test -x .venv-gpu/bin/python || $(PYTHON) -m venv .venv-gpu
-	@.venv-gpu/bin/python -m pip install --quiet --disable-pip-version-check -e '.[$(EXTRA)]' 'pytest>=8.3'
+	@.venv-gpu/bin/python -m pip install --quiet --disable-pip-version-check -e '.[$(EXTRA)]' 'pytest>=8.4'
 	@touch $@
 
 # TensorRT-RTX, and onnxruntime for a dry run; the model whose logits are checked is that of `make run`.

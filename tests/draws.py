@@ -19,7 +19,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import hypothesis
 import pytest
 from _pytest.runner import runtestprotocol
 
@@ -82,6 +81,8 @@ class Draws:
             self.forced = number
             self._forget_shared(item)
         if _by_hypothesis(item):
+            import hypothesis  # an environment without it has no such test
+
             hypothesis.seed(number or named(item.name))(item.function)  # type: ignore[attr-defined]
         if _of_the_kit(item):
             item.cls.seed = number or named(item.cls.__name__)  # type: ignore[attr-defined]

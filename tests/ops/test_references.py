@@ -80,6 +80,17 @@ def test_graph_of_one_node_is_valid_onnx_and_infers_the_true_shapes(
                 assert told == size, (sample.label, output, array.shape)
 
 
+@pytest.mark.seeds(4265285645)
+def test_every_number_of_a_sample_is_finite(rng: np.random.Generator) -> None:
+    for schema in operators():
+        assert schema.samples is not None
+        for sample in schema.samples(rng):
+            for array in sample.inputs:
+                if array is not None and array.dtype.kind in "fV":
+                    assert np.isfinite(array.astype(np.float32)).all(), f"{schema.name}, {sample.label}"
+
+
+@pytest.mark.seeds(4265285645)
 def test_samples_differ_from_seed_to_seed_and_repeat_with_one(seed: int) -> None:
     for schema in operators():
         assert schema.samples is not None
