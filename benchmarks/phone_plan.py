@@ -22,13 +22,15 @@ from pathlib import Path
 from shaped import decoder
 
 from transom.bundles.inventory import inventory
-from transom.bundles.planning import plan_export
-from transom.bundles.published import published
-from transom.bundles.storage import FORMS, Form, MatrixForm
+from transom.bundles.weighing import plan_variants
 from transom.contract import Device
+from transom.contract_optional import MatrixForm, StorageForm
 from transom.graph import Graph
 from transom.hardware import catalogue
 from transom.hardware.catalogue import PREFIX
+from transom_mobile_export.onnx import storage as onnx
+from transom_mobile_export.published import published
+from transom_mobile_export.qnn import storage as qnn
 
 GIB = 1 << 30
 NAMES = {
@@ -40,13 +42,13 @@ TIED = ("1B", "3B")
 """Whose head is the table of embeddings, as it is in all of `shaped.py`."""
 
 
-def forms(tied: bool) -> dict[str, Form]:
+def forms(tied: bool, device: Device) -> dict[str, StorageForm]:
     """By what they are called in the table.
 
     Args:
         tied: the vocabulary matrix is the table of embeddings.
     """
-    int4, int8, onnx = FORMS["qnn"]["int4"], FORMS["qnn"]["int8"], FORMS["onnx"]["int4"]
+    int4, int8 = (qnn.on_chip(qnn.FORMS[name], device) for name in ("int4", "int8"))
     row = int8.products.row
     all4 = {name: replace(int4, products=form, small=None) for name, form in {
         **{f"4 bit, blocks of {n}": MatrixForm(4, n, 2, row) for n in (32, 64, 128)},
@@ -57,12 +59,12 @@ def forms(tied: bool) -> dict[str, Form]:
     return {
         "int4": int4,
         "int4, cache of 16 bit": replace(int4, cache=2),
-        "int4, embeddings in memory": replace(int4, embedding_mapped=False),
+        "int4, embeddings in memory": replace(int4, mapped_table=""),
         **all4,
         "4 bit, by rows, vocabulary too": least,
         "4 bit, by rows, vocabulary and cache too": replace(least, cache=0.5),
         "int8": int8,
-        "onnx, int4": replace(onnx, shares_table=tied),
+        "onnx, int4": replace(onnx.FORMS["int4"], shares_table=tied),
     }
 
 
@@ -98,8 +100,8 @@ HEAD = ("form", "parts", "weights GB", "cache GB", "both GB", "both GiB", "both 
 
 def rows(shape: str, graph: Graph, device: Device, context: int) -> Iterator[Row]:
     assert graph.decoder is not None
-    named = forms(shape in TIED)
-    plan = plan_export(graph, graph.decoder, device, list(named.values()), context)
+    named = forms(shape in TIED, device)
+    plan = plan_variants(graph, graph.decoder, device, list(named.values()), context)
     for name, variant in zip(named, plan.variants, strict=True):
         last = variant.at[-1]
         assert last.bound is not None
@@ -130,8 +132,8 @@ def figures(graph: Graph, devices: dict[str, Device]) -> Iterator[str]:
     assert graph.decoder is not None
     for figure in published(graph.decoder):
         context = min(figure.context or 2048, graph.decoder.context)
-        form = FORMS["qnn"]["int4"]
-        plan = plan_export(graph, graph.decoder, devices[figure.target], [form], context)
+        form = qnn.on_chip(qnn.FORMS["int4"], devices[figure.target])
+        plan = plan_variants(graph, graph.decoder, devices[figure.target], [form], context)
         bound = plan.variants[0].at[-1].bound
         assert bound is not None
         share = figure.tokens_per_second / bound
@@ -169,8 +171,8 @@ def main() -> None:
         print(*verdict(found, graph, options.goal, options.context), sep="\n")
         if options.explain:
             assert graph.decoder is not None
-            plan = plan_export(graph, graph.decoder, device, [FORMS["qnn"]["int4"]], options.context)
-            print(replace(plan, model=NAMES[shape], published=()))
+            form = qnn.on_chip(qnn.FORMS["int4"], device)
+            print(replace(plan_variants(graph, graph.decoder, device, [form], options.context), model=NAMES[shape]))
         known = list(figures(graph, phones))
         if known:
             print("Published, not measured by us:", *known, sep="\n")

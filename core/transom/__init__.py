@@ -16,10 +16,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from transom.api import backends, devices, explain, export, load
+    from transom.api import backends, devices, explain, export, load, plan_export
     from transom.artifacts import Cache
     from transom.bundles.exported import Exported
-    from transom.bundles.plans import plan_export
     from transom.contract import Cancelled, Device
     from transom.errors import TransomError
     from transom.generation.model import Model
@@ -42,7 +41,7 @@ _HOME = {
     "explain": "transom.api",
     "export": "transom.api",
     "load": "transom.api",
-    "plan_export": "transom.bundles.plans",
+    "plan_export": "transom.api",
 }
 
 __all__ = [

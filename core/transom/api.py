@@ -1,4 +1,4 @@
-"""The functions of the package `transom`: load, export, explain, devices, backends. Only this file decides
+"""The functions of the package `transom`: load, export, plan_export, explain, devices, backends. Only this file decides
 whether something is a bundle or a model, and calls the room that handles it.
 
 Imports nothing heavier than a warm load needs. On a warm load nothing but the artifact is read: the probe, the choice,
@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from transom import hardware
 from transom.artifacts import Cache
-from transom.contract import Device, Offer, Refusal
+from transom.contract import Backend, Device, Offer, Refusal
+from transom.errors import OptionError, UnsupportedError
 from transom.loading.load_state import LoadState
 from transom.loading.loader import load_model
-from transom.loading.machine import survey
+from transom.loading.machine import can_be_mended, survey
 from transom.loading.options import LoadOptions, auto_policy, check_objects, checked_options
 from transom.plugins import PluginFailure
 from transom.preparation.plugin_calls import interrupts_kept
@@ -26,6 +27,7 @@ from transom.sparsity import Sparsity
 
 if TYPE_CHECKING:
     from transom.bundles.exported import Exported
+    from transom.bundles.plan import ExportPlan
     from transom.contract import Progress
     from transom.generation.model import Model
     from transom.loading.explanation import Explanation
@@ -181,6 +183,74 @@ def export(
         overwrite=overwrite,
         probe_file=probe_file,
     )
+
+
+def plan_export(
+    model: Any,
+    *,
+    target: str | Sequence[str],
+    format: str | Sequence[str] = "auto",
+    context: int | None = None,
+    precision: str = "auto",
+    sparsity: Any = "off",
+    probe_file: str | Path | None = None,
+) -> list[ExportPlan]:
+    """What `transom.export` would write for each target, and how fast it could be, without compiling.
+
+    Looks at the shapes of the model's graph, and at no weight; but a model that is opened for the first time is read
+    once, for the hash of its files. The arguments are those of `transom.export`; a plan does not need the packages that
+    compiling does.
+
+    Raises:
+        OptionError: an unknown target, format, option or value, a context beyond the model's, or a policy of sparse
+            attention: a plan is for dense attention.
+        SelectionError: no backend compiles for the target, or the one that is named does not; a package that is
+            missing is no reason.
+        SourceError, UnsupportedError: the model cannot be read, or is no decoder.
+        DoesNotFit: a layer alone is larger than one compiled part may be.
+    """
+    from dataclasses import replace
+
+    from transom.bundles.targets import backends_for, pairs_of
+    from transom.bundles.weighing import form_of, plan_variants
+    from transom.preparation.plugin_operators import explaining_rejected, register_operators
+    from transom.sources import resolve
+
+    options = checked_options(
+        "export",
+        context=context,
+        precision=precision,
+        threads=None,
+        sparsity=sparsity,
+        calibration=(),
+        verify="auto",
+        unknown={},
+    )
+    if not options.sparsity.dense:
+        raise OptionError(
+            "A plan is for dense attention, and sparsity names a policy",
+            "Leave it out; what a policy reads of the cache is among the notes of an export",
+        )
+    found: dict[str, tuple[Device, list[Backend]]] = {}
+    for name, backend in pairs_of(target, format):
+        machine = survey(probe_file, target=name)
+        device = hardware.find(machine.devices, name)
+        own = [answer for by, answer in machine.answers if by == backend and answer.device_id == device.id]
+        if not can_be_mended(own):
+            backend = backends_for(name, backend, probe_file)[1].backend
+        found.setdefault(device.id, (device, []))[1].append(machine.plugins.backends[backend].backend)
+    plugins = machine.plugins
+    register_operators(plugins)
+    with explaining_rejected(plugins):
+        source = resolve(model).open(model, context=context)
+    graph, decoder = source.graph, source.graph.decoder
+    if decoder is None:
+        raise UnsupportedError(f"{graph.name} has no attention with a cache, so there is nothing to plan")
+    plans = []
+    for device, formats in found.values():
+        forms = [form_of(backend, precision, decoder, device) for backend in formats]
+        plans.append(replace(plan_variants(graph, decoder, device, forms, context), model=source.name))
+    return plans
 
 
 def _state(options: LoadOptions, cache: Cache | None, progress: Progress | None) -> LoadState:

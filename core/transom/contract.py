@@ -1,8 +1,9 @@
-"""What a backend implements: five methods, API 1.5. Imports no torch and no vendor SDK.
+"""What a backend implements: five methods, API 1.6. Imports no torch and no vendor SDK.
 
 A plugin is anything with a `transom_backends` hook, found through the entry-point group `transom.backends`. The hook
 returns backends; a backend answers `probe`, `claim`, `compile`, `check` and `load`, and a loaded artifact is a
-`Session`. Everything that is convenience rather than contract lives in host helpers (`transom.sessions`).
+`Session`. What a backend or a session may do besides is in `transom.contract_optional`. Everything that is convenience
+rather than contract lives in host helpers (`transom.sessions`).
 
 Arrays cross this boundary as `Tensor`: anything NumPy can read, through DLPack or the array protocol. Output arrays
 belong to the caller: a session must not write to them again.
@@ -18,10 +19,13 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 import pluggy
 
 if TYPE_CHECKING:
+    from transom.contract_optional import AppBackend as AppBackend
+    from transom.contract_optional import SavingSession as SavingSession
+    from transom.contract_optional import SparseSession as SparseSession
     from transom.graph import Graph
     from transom.ops import OpSchema
 
-API_VERSION = (1, 5)
+API_VERSION = (1, 6)
 """A backend is accepted when `backend.api[0] == API_VERSION[0]` and `backend.api[1] <= API_VERSION[1]`."""
 
 ENTRY_POINT_GROUP = "transom.backends"
@@ -262,43 +266,6 @@ class Session(Protocol):
 
 
 @runtime_checkable
-class SparseSession(Session, Protocol):
-    """A session that obeys `Work.sparsity` and counts the keys it reads. Optional; the host asks with `isinstance`.
-
-    Attention with a bias, or that is not causal, stays dense whatever a work says. A text that is no policy for this
-    model raises ValueError before anything runs. Another session owes its host a ValueError for a work that names a
-    policy (`transom.sessions.check_step` raises it). Since API 1.1.
-    """
-
-    def keys_read(self, state: State) -> Tensor:
-        """float64 [2, layers, kv_heads]: keys that the state's steps have read since it was made or forked, and keys
-        that dense attention would have read, summed over its tokens.
-
-        The tokens of a block that chooses together count alike: what its last one read, among the keys that any of them
-        sees. KV heads that a layer does not have are 0. A state that was freed raises RuntimeError.
-        """
-        ...
-
-
-@runtime_checkable
-class SavingSession(Session, Protocol):
-    """A session whose states can be written down and made again, also in another process that loaded the same artifact.
-    Optional; the host asks with `isinstance`, and offers prompt caches on disk with it. Since API 1.2.
-    """
-
-    def save(self, state: State) -> Mapping[str, Tensor]:
-        """All that the state holds, by name. A state that was freed raises RuntimeError."""
-        ...
-
-    def restore(self, length: int, arrays: Mapping[str, Tensor]) -> State:
-        """A state of so many tokens out of what `save` gave. The arrays are the session's from then on.
-
-        Raises ValueError for arrays that are not those of such a state, OutOfPages when the pool is too small.
-        """
-        ...
-
-
-@runtime_checkable
 class Backend(Protocol):
     """Five methods, all required, none optional."""
 
@@ -345,27 +312,6 @@ class Backend(Protocol):
         ...
 
 
-@runtime_checkable
-class AppBackend(Backend, Protocol):
-    """A backend whose bundles are opened by apps without Transom. Optional; the host asks with `isinstance`. Since API
-    1.5."""
-
-    def app_files(
-        self, manifest: Mapping[str, Any], variant: Mapping[str, Any], texts: Mapping[str, bytes]
-    ) -> Mapping[str, bytes]:
-        """Files for the root of a bundle, by name; a plain function of what it is given.
-
-        Args:
-            manifest: the bundle's, as `manifest.json` will have it, but without `files` and `variants`.
-            variant: the object of this backend's variant, as in the manifest.
-            texts: the bundle's text files: `tokenizer.json`, `tokenizer_config.json`, `generation.json`, …
-
-        What it returns as `README.md` is not written as it is: it becomes a part of the bundle's own, which is for the
-        developer of an app; it begins with a heading of the second level.
-        """
-        ...
-
-
 class Specs:
     """The hooks a plugin may implement, marked with `transom.contract.hookimpl`."""
 
@@ -380,3 +326,12 @@ class Specs:
     @hookspec(firstresult=True)
     def transom_choose(self, offers: Sequence[tuple[str, Offer]]) -> str | None:
         """Site policy: name a backend out of (backend, offer) pairs, or None for the default order."""
+
+
+def __getattr__(name: str) -> Any:
+    """The optional protocols that were in this file before API 1.6, for backends that import them from here."""
+    if name not in ("AppBackend", "SavingSession", "SparseSession"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module("transom.contract_optional"), name)

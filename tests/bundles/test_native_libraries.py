@@ -12,10 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from transom.bundles.native_libraries import HEXAGON, PAGE, Library, inspect, judge
+from transom.bundles.native_libraries import PAGE, Library, inspect, judge, machines
 from transom.errors import OptionError
+from transom.plugins import Plugins, load_plugins
 
 Compile = Callable[..., Path]
+ELSEWHERE = {"libQnnHtpV73Skel.so": "hexagon"}
 NEEDED = ["libonnxruntime.so", "libQnnHtp.so", "libQnnHtpV73Skel.so"]
 
 
@@ -96,14 +98,19 @@ def test_a_package_that_is_right_has_no_problems(compiled: Compile, tmp_path: Pa
     files["lib/arm64-v8a/libQnnHtpV73Skel.so"] = skeleton(compiled)
     loose = inspect(pack(tmp_path / "loose.apk", files, stored=False))
     assert [library.offset for library in loose] == [None] * 3
-    assert loose[-1].abi == HEXAGON
-    assert judge(loose, NEEDED) == []
+    assert loose[-1].abi == "hexagon"
+    assert judge(loose, NEEDED, elsewhere=ELSEWHERE) == []
     part = inspect(pack(tmp_path / "part.aar", {name.replace("lib/", "jni/"): c for name, c in files.items()}))
     assert {lib.folder_abi for lib in part} == {"arm64-v8a"}
-    assert judge(part, NEEDED) == []
+    assert judge(part, NEEDED, elsewhere=ELSEWHERE) == []
     whole = inspect(pack(tmp_path / "app.aab", {f"base/{name}": c for name, c in files.items()}, aligned=False))
     assert [(lib.folder_abi, lib.offset) for lib in whole] == [("arm64-v8a", None)] * 3
-    assert judge(whole, NEEDED) == []
+    assert judge(whole, NEEDED, elsewhere=ELSEWHERE) == []
+
+
+def test_backends_say_which_libraries_are_for_another_processor() -> None:
+    assert machines([*NEEDED, "libother.so"], load_plugins()) == ELSEWHERE
+    assert machines(NEEDED, Plugins([], [], [])) == {}
 
 
 def test_each_problem_of_a_package_is_said(compiled: Compile, tmp_path: Path) -> None:
@@ -119,7 +126,7 @@ def test_each_problem_of_a_package_is_said(compiled: Compile, tmp_path: Path) ->
             },
         )
     )
-    said = judge(found, [*NEEDED, "libQnnSystem.so"])
+    said = judge(found, [*NEEDED, "libQnnSystem.so"], elsewhere=ELSEWHERE)
     assert [sentence.split(" ")[0] for sentence in said] == [
         "libQnnHtp.so",
         "libQnnSystem.so",
@@ -146,7 +153,7 @@ def test_a_library_that_begins_between_pages_of_the_package_is_said(compiled: Co
 
 def test_an_arm_library_in_place_of_the_skeleton_is_said(compiled: Compile, tmp_path: Path) -> None:
     found = inspect(pack(tmp_path / "app.apk", {"lib/arm64-v8a/libQnnHtpV73Skel.so": compiled().read_bytes()}))
-    said = judge(found, NEEDED[2:])
+    said = judge(found, NEEDED[2:], elsewhere=ELSEWHERE)
     assert any("compiled for arm64-v8a, and hexagon is needed" in sentence for sentence in said), said
 
 

@@ -9,7 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -21,22 +21,27 @@ import pytest
 
 import transom
 from transom.bundles.inventory import inventory
-from transom.bundles.planning import ExportPlan, VariantPlan, context_lengths, plan_export
-from transom.bundles.published import _FIGURES, published
-from transom.bundles.storage import FORMS, PART_BYTES, Form, MatrixForm, kept
+from transom.bundles.plan import ExportPlan, VariantPlan
+from transom.bundles.weighing import context_lengths, form_of, plan_variants
 from transom.contract import Device
+from transom.contract_optional import MatrixForm, StorageForm
 from transom.errors import DoesNotFit, OptionError, SelectionError, TransomError
 from transom.graph import Blocked, Dense, Graph
 from transom.graph.weights import UNPACKED, BlockedArrays
 from transom.hardware import catalogue
 from transom.hardware.bandwidth import bandwidth
+from transom.plugins import load_plugins
 from transom.testing import models
 from transom_mobile_export.onnx import compiling
 from transom_mobile_export.onnx.packing import block_of, pack
+from transom_mobile_export.onnx.storage import FORMS as ONNX_FORMS
+from transom_mobile_export.onnx.storage import kept
+from transom_mobile_export.published import FIGURES, published
 from transom_mobile_export.qnn.claims import drafted
 from transom_mobile_export.qnn.layout import LARGEST
 from transom_mobile_export.qnn.parts import plan_parts
 from transom_mobile_export.qnn.precision import resolve
+from transom_mobile_export.qnn.storage import FORMS, on_chip
 
 ROOT = Path(__file__).parents[2]
 TARGETS = {device.id.removeprefix("remote:"): device for device in catalogue()}
@@ -44,9 +49,23 @@ GEN2 = TARGETS["snapdragon-8-gen-2"]
 HERE = Device("cpu", "cpu", "x86_64", 8 << 30)
 
 
-def planned(graph: Graph, variant: tuple[str, str] | Form, device: Device = GEN2, context: int | None = None) -> Any:
+def plan_of(
+    graph: Graph, device: Device, variants: Sequence[tuple[str, str]], context: int | None = None
+) -> ExportPlan:
+    """The plan for some (format, precision)."""
     assert graph.decoder is not None
-    return plan_export(graph, graph.decoder, device, [variant], context)
+    known = load_plugins().backends
+    forms = [form_of(known[format].backend, precision, graph.decoder, device) for format, precision in variants]
+    return plan_variants(graph, graph.decoder, device, forms, context)
+
+
+def planned(
+    graph: Graph, variant: tuple[str, str] | StorageForm, device: Device = GEN2, context: int | None = None
+) -> Any:
+    if isinstance(variant, tuple):
+        return plan_of(graph, device, [variant], context)
+    assert graph.decoder is not None
+    return plan_variants(graph, graph.decoder, device, [variant], context)
 
 
 def only(plan: ExportPlan) -> VariantPlan:
@@ -77,7 +96,7 @@ def test_a_small_model_by_hand() -> None:
     layer = 4096 + 2048 + 2048 + 4096 + 6144 + 6144 + 6144 + 16 * (64 + 32 + 32 + 64 + 96 + 96 + 64)
     head = 61 * 64 + 61 * 16
     other = 2 * (5 * 64 + 1 + 8)  # five norms, the factor of the embedding, 8 frequencies; float16
-    table, code = 2 * 61 * 64, 2 * FORMS["qnn"]["int8"].layer
+    table, code = 2 * 61 * 64, 2 * FORMS["int8"].layer
     twice = 2 * (64 + 32) * (64 + 16)  # the layouts of prefill and decoding differ for q or o, and for k or v
     uses = {
         "products": 2 * layer, "vocabulary": head, "embedding": table, "other": other, "twice": twice, "code": code,
@@ -180,12 +199,12 @@ def test_blocks_that_stay_take_the_bytes_that_the_backend_packs_them_into(rng: n
                 scales, least = rng.uniform(0.1, 1, (2, 8, blocks)).astype(np.float16)
                 parts = BlockedArrays(codes[0], scales, least if minimums else None, codes[1] if zeros else None)
                 weight = Blocked(shape, block, dtype, "float16", lambda parts=parts: parts, minimums, zeros)  # type: ignore[misc]
-                packed, form = pack(weight), kept(weight, 4)
+                packed, form = pack(weight), kept(weight)
                 arrays = (packed.codes, packed.scales, packed.zero_points, packed.shifts)
                 assert form is not None
                 assert form.bytes(*shape) == sum(array.nbytes for array in arrays if array is not None)
     for other in (replace(weight, block=8), replace(weight, dtype="float8e4m3fn")):
-        assert kept(other, 4) is None
+        assert kept(other) is None
         assert block_of(other) == 0
 
 
@@ -221,7 +240,7 @@ def test_a_hexagon_has_the_precisions_that_the_backend_takes_for_it(rng: np.rand
     for target in TARGETS.values():
         if not target.arch.startswith("hexagon"):
             continue
-        for precision in FORMS["qnn"]:
+        for precision in FORMS:
             try:
                 name = resolve({"precision": precision}, int(target.drivers["htp_arch"])).weights
             except OptionError:
@@ -271,8 +290,7 @@ def test_the_arithmetic_can_be_followed() -> None:
 
 def test_what_programs_get_is_json(rng: np.random.Generator) -> None:
     graph = models.tiny_decoder(rng)
-    assert graph.decoder is not None
-    plan = plan_export(graph, graph.decoder, GEN2, [("qnn", "int4"), ("onnx", "auto")])
+    plan = plan_of(graph, GEN2, [("qnn", "int4"), ("onnx", "auto")])
     told = json.loads(json.dumps(plan.to_dict()))
     assert told["memory"]["bytes_per_second"] == 67.2e9
     assert told["bytes"] == sum(count for v in told["variants"] for count in v["files"].values())
@@ -335,7 +353,7 @@ def test_packages_of_the_compiler_are_not_needed(saved: Path, tmp_path: Path, mo
 # --------------------------------------------------------------------------------------------------------------- parts
 def test_layers_are_cut_into_parts_that_fit(rng: np.random.Generator) -> None:
     graph = models.tiny_decoder(rng, layers=7)
-    form = FORMS["qnn"]["int8"]
+    form = FORMS["int8"]
     layer = weighed(planned(graph, form))["products"] // 7
     head = weighed(planned(graph, form))["vocabulary"]
     for most, sizes in ((10 * layer, [7]), (3 * layer, [3, 3, 1]), (2 * layer + head, [2, 2, 2, 1])):
@@ -353,7 +371,7 @@ def test_layers_are_cut_into_parts_that_fit(rng: np.random.Generator) -> None:
 def test_eight_billion_in_eight_bits_are_three_parts(shaped: ModuleType) -> None:
     variant = only(planned(shaped.decoder("8B", 4096), ("qnn", "int8")))
     assert len(variant.parts) == 3
-    assert all(part.bytes <= PART_BYTES == LARGEST < 4e9 for part in variant.parts)
+    assert all(part.bytes <= LARGEST < 4e9 for part in variant.parts)
     assert variant.parts[-1].end == 32
 
 
@@ -400,9 +418,9 @@ def test_no_weight_is_read(rng: np.random.Generator) -> None:
         graph = models.tiny_decoder(rng, linear_bias=True, sinks=True, final_softcap=6.0, window=5)
     with pytest.raises(AssertionError, match="a weight was read"):
         next(v for v in graph.model.graph.initializers.values() if v.const_value.nbytes > 1000).const_value.numpy()  # type: ignore[union-attr]
-    assert graph.decoder is not None
-    variants = [(format, precision) for format, forms in FORMS.items() for precision in forms]
-    text = str(plan_export(graph, graph.decoder, GEN2, [*variants, ("tensorrt", "fp8")]))
+    named = {"qnn": FORMS, "onnx": ONNX_FORMS}
+    variants = [(format, precision) for format, forms in named.items() for precision in forms]
+    text = str(plan_of(graph, GEN2, [*variants, ("tensorrt", "fp8")]))
     assert text.count("a bound and not a measurement") == len(variants) + 1
 
 
@@ -458,13 +476,16 @@ def test_no_published_figure_is_above_the_bound_of_its_phone(shaped: ModuleType)
         graph = shaped.decoder(shape, 8192)
         assert graph.decoder is not None
         for figure in published(graph.decoder):
-            form = replace(FORMS["qnn"]["int4"], products=MatrixForm(4, row=16), small=None)  # the least that they read
-            plan = plan_export(graph, graph.decoder, TARGETS[figure.target], [form], figure.context or 512)
+            chip = TARGETS[figure.target]
+            form = replace(
+                on_chip(FORMS["int4"], chip), products=MatrixForm(4, row=16), small=None
+            )  # the least to read
+            plan = plan_variants(graph, graph.decoder, chip, [form], figure.context or 512)
             bound = only(plan).at[-1].bound
             assert bound is not None
             assert 0.2 * bound < figure.tokens_per_second < bound, str(figure)
             compared += 1
-    assert compared == sum(map(len, _FIGURES.values()))
+    assert compared == sum(map(len, FIGURES.values()))
 
 
 @pytest.mark.parametrize("precision", ["int4", "int8", "f16", "exact"])
@@ -490,7 +511,7 @@ def test_portable_decoders_weigh_what_is_planned(shaped: ModuleType, precision: 
 def test_context_binaries_weigh_what_is_planned(rng: np.random.Generator, tmp_path: Path, name: str) -> None:
     """One product, compiled for the Hexagon v73."""
     pytest.importorskip("onnxruntime_qnn")
-    form = MatrixForm(4, row=16) if name == "int4 by rows" else FORMS["qnn"][name].products
+    form = MatrixForm(4, row=16) if name == "int4 by rows" else FORMS[name].products
     sizes = {rows: binary_bytes(rng, tmp_path / str(rows), rows, 1024, form) for rows in (1024, 3072)}
     grown, planned_growth = sizes[3072] - sizes[1024], form.bytes(2048, 1024)
     assert grown == pytest.approx(planned_growth, rel=0.025)  # rows take 6 to 20 bytes besides, and pages are filled

@@ -10,11 +10,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import inspect
+from collections.abc import Sequence
 from typing import Any, get_args
 
 import pytest
 
-from transom import contract
+from transom import contract, contract_optional
 
 DIGESTS: dict[tuple[int, int], str] = {
     (1, 0): "801ac1555b3e3ff3d19c7d2c5108b196",
@@ -22,25 +23,28 @@ DIGESTS: dict[tuple[int, int], str] = {
     (1, 2): "359d75b967c10f02d51f0a88ad6bc23c",
     (1, 3): "39af97f387f0d467ec33e28d5ac2044d",
     (1, 4): "39af97f387f0d467ec33e28d5ac2044d",  # `Options` has one more key, which no signature shows
-    (1, 5): "7e1d2cb656645a1e3c791dd4b74787cc",
+    (1, 5): "7e1d2cb656645a1e3c791dd4b74787cc",  # the last one of a single file
+    (1, 6): "af480acbedb0229c49aea4e9486425e8",
 }
+MODULES = (contract, contract_optional)
 
 
-def described(module: Any = contract) -> list[str]:
+def described(modules: Sequence[Any] = MODULES) -> list[str]:
     """One line for each public name a plugin or the host can depend on: fields, methods, hooks, types, constants.
 
     Annotations are taken as they are written, so that no optional import is needed; docstrings and order of
     definitions do not count, the order of fields and arguments does.
     """
     lines: list[str] = []
-    for name in sorted(vars(module)):
-        thing = getattr(module, name)
-        if name.startswith("_") or inspect.ismodule(thing):
-            continue
-        if inspect.isclass(thing) and thing.__module__ == module.__name__:
-            lines += _class_lines(name, thing)
-        elif get_args(thing) or (isinstance(thing, str) and name != "API_VERSION"):
-            lines.append(f"{name} = {thing!r}")
+    for module in modules:
+        for name in sorted(vars(module)):
+            thing = getattr(module, name)
+            if name.startswith("_") or inspect.ismodule(thing):
+                continue
+            if inspect.isclass(thing) and thing.__module__ == module.__name__:
+                lines += _class_lines(name, thing)
+            elif get_args(thing) or (isinstance(thing, str) and name != "API_VERSION"):
+                lines.append(f"{name} = {thing!r}")
     return lines
 
 
@@ -67,8 +71,8 @@ def _class_lines(name: str, cls: type) -> list[str]:
     return lines
 
 
-def digest(module: Any = contract) -> str:
-    return hashlib.sha256("\n".join(described(module)).encode()).hexdigest()[:32]
+def digest(modules: Sequence[Any] = MODULES) -> str:
+    return hashlib.sha256("\n".join(described(modules)).encode()).hexdigest()[:32]
 
 
 def test_the_signatures_are_those_of_the_api_version() -> None:
@@ -83,6 +87,9 @@ def test_every_public_class_of_the_contract_is_covered() -> None:
     text = "\n".join(described())
     for name in ("Device", "Offer", "Refusal", "Claim", "Artifact", "Verdict", "State", "Work", "Limits", "Session"):
         assert f"class {name}(" in text
+    for name in ("SparseSession", "SavingSession", "AppBackend", "FittingBackend", "LibraryBackend", "PlanningBackend"):
+        assert f"class {name}(" in text
+    assert "  StorageForm.copies: int = 1" in text
     for method in ("probe", "claim", "compile", "check", "load"):
         assert f"  Backend.{method}(self" in text
     for hook in ("transom_backends", "transom_ops", "transom_choose"):
@@ -102,6 +109,12 @@ CHANGES = {
     "another hook option": ("@hookspec(firstresult=True)", "@hookspec"),
     "another entry-point group": ('"transom.backends"', '"transom.engines"'),
     "another result": ("-> Verdict:", "-> bool:"),
+    "a new optional method": (
+        "    def machine_of(self",
+        "    def pages_of(self) -> int: ...\n\n    def machine_of(self",
+    ),
+    "another field of a form": ("    copies: int = 1\n", "    copies: float = 1\n"),
+    "another argument of an optional method": ("def save(self, state: State)", "def save(self, states: State)"),
 }
 
 
@@ -112,23 +125,28 @@ def test_a_change_that_a_plugin_could_notice_changes_the_digest(change: str) -> 
 
 def test_words_do_not_change_the_digest() -> None:
     assert digest(_edited("One piece of hardware", "A piece of hardware")) == digest()
+    assert digest(_edited("Bytes in memory for each byte", "Bytes of memory for each byte")) == digest()
 
 
-def _edited(old: str, new: str) -> Any:
-    """The contract with its text changed, as a module of the same name."""
+def test_names_that_were_in_the_contract_before_are_still_found_there() -> None:
+    for name in ("AppBackend", "SavingSession", "SparseSession"):
+        assert getattr(contract, name) is getattr(contract_optional, name)
+    assert not hasattr(contract, "PlanningBackend")
+
+
+def _edited(old: str, new: str) -> list[Any]:
+    """The modules of the contract, the first one that has the text with that text changed, under its own name."""
     import sys
     import types
 
-    source = inspect.getsource(contract)
-    assert old in source
-    module = types.ModuleType(contract.__name__)
-    original = sys.modules[contract.__name__]
-    sys.modules[contract.__name__] = module  # dataclasses look their module up
+    home = next(module for module in MODULES if old in inspect.getsource(module))
+    module = types.ModuleType(home.__name__)
+    sys.modules[home.__name__] = module  # dataclasses look their module up
     try:
-        exec(compile(source.replace(old, new, 1), contract.__file__, "exec"), module.__dict__)
+        exec(compile(inspect.getsource(home).replace(old, new, 1), home.__file__, "exec"), module.__dict__)
     finally:
-        sys.modules[contract.__name__] = original
-    return module
+        sys.modules[home.__name__] = home
+    return [module if one is home else one for one in MODULES]
 
 
 if __name__ == "__main__":

@@ -17,25 +17,23 @@ import math
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path, PurePosixPath
+from types import MappingProxyType
 
+from transom.contract_optional import LibraryBackend
 from transom.errors import OptionError, nearest
+from transom.plugins import Plugins, load_plugins
+from transom.preparation.plugin_calls import guarded
 
 PAGE = 16384
 """Bytes of a page on newer phones. Google Play takes no app for Android 15 or later with libraries for smaller ones."""
-HEXAGON = "hexagon"
-"""The "ABI" of libraries that run on Qualcomm's DSP: the skeletons (`libQnnHtpV73Skel.so`)."""
-_ABIS = {
-    (3, 1): "x86",
-    (40, 1): "armeabi-v7a",
-    (62, 2): "x86_64",
-    (164, 1): HEXAGON,
-    (183, 2): "arm64-v8a",
-    (243, 2): "riscv64",
-}
+_ABIS = {(3, 1): "x86", (40, 1): "armeabi-v7a", (62, 2): "x86_64", (183, 2): "arm64-v8a", (243, 2): "riscv64"}
 """`e_machine`, and 1 or 2 for 32 or 64 bits → ABI as Android names it. All of them are little-endian."""
+_MACHINES = {**_ABIS, (164, 1): "hexagon"}
+"""The same with machines that Android has no ABI for: Qualcomm's DSP."""
 _PAGED = ("arm64-v8a", "x86_64")
 """The ABIs whose pages may be of 16 KB."""
 _PARENTS = ("lib", "jni")
@@ -61,7 +59,7 @@ class Library:
     place: str
     """Its path in the package or below the folder, with `/`."""
     abi: str
-    """What it is compiled for: `arm64-v8a`, `x86_64`, …, `hexagon`, or `machine 8` for what Android has no name for."""
+    """What it is compiled for: `arm64-v8a`, `x86_64`, …, `hexagon`, or `machine 8` for what has no name here."""
     page: int
     """The largest page that it can be loaded with, in bytes: the smallest alignment of its loaded segments, or less
     where place and address of one do not agree with it."""
@@ -97,33 +95,51 @@ def inspect(path: str | Path) -> list[Library]:
     return found
 
 
-def judge(libraries: Sequence[Library], needed: Sequence[str], abi: str = "arm64-v8a") -> list[str]:
+def machines(names: Iterable[str], plugins: Plugins) -> dict[str, str]:
+    """The libraries that backends say are for another processor than the CPU: what each is compiled for, by name."""
+    rules = [one.backend for one in plugins.backends.values() if isinstance(one.backend, LibraryBackend)]
+    found: dict[str, str] = {}
+    for name in names:
+        for rule in rules:
+            if machine := guarded(rule.name, "telling what a library is for", partial(rule.machine_of, name)):
+                found.setdefault(name, machine)
+    return found
+
+
+def judge(
+    libraries: Sequence[Library],
+    needed: Sequence[str],
+    abi: str = "arm64-v8a",
+    elsewhere: Mapping[str, str] = MappingProxyType({}),
+) -> list[str]:
     """What is wrong, as sentences; empty where nothing is.
 
     Args:
         libraries: of one package, as `inspect` found them.
         needed: names of the libraries that must be there.
-        abi: what the app is to run on. Skeletons must be for the DSP, and lie in the folder of this ABI.
+        abi: what the app is to run on.
+        elsewhere: the machines of libraries that are for another processor, by name (see `machines`). They lie in the
+            folder of the same ABI.
 
     Raises:
         OptionError: there is no such ABI.
     """
-    if abi not in (known := [name for name in _ABIS.values() if name != HEXAGON]):
+    if abi not in (known := list(_ABIS.values())):
         raise OptionError(f"There is no ABI {abi!r}", nearest(abi, known))
-    problems = [problem for name in needed for problem in _absent(name, libraries, abi)]
+    problems = [problem for name in needed for problem in _absent(name, libraries, abi, elsewhere.get(name, abi))]
     for library in libraries:
         if abi in (library.abi, library.folder_abi):
-            problems += _unloadable(library, abi)
+            problems += _unloadable(library, elsewhere.get(library.name, abi), abi)
     return problems
 
 
 # ---------------------------------------------------------------------------------------------------------- judging
 
 
-def _absent(name: str, libraries: Sequence[Library], abi: str) -> Iterator[str]:
-    """Nothing where a needed library is there for this ABI."""
+def _absent(name: str, libraries: Sequence[Library], abi: str, machine: str) -> Iterator[str]:
+    """Nothing where a needed library is there for this ABI and machine."""
     there = [library for library in libraries if library.name == name]
-    right = [lib for lib in there if lib.abi == _wanted(name, abi) and lib.folder_abi in ("", abi)]
+    right = [lib for lib in there if lib.abi == machine and lib.folder_abi in ("", abi)]
     if right:
         return
     if not there:
@@ -132,16 +148,20 @@ def _absent(name: str, libraries: Sequence[Library], abi: str) -> Iterator[str]:
         yield f"{name} is there for {' and '.join(others)} only: add it for {abi}."
 
 
-def _unloadable(library: Library, abi: str) -> Iterator[str]:
-    """Why Android would not load a library that is there for this ABI."""
-    place, wanted = library.place, _wanted(library.name, abi)
+def _unloadable(library: Library, wanted: str, abi: str) -> Iterator[str]:
+    """Why Android would not load a library that is there for this ABI.
+
+    Args:
+        wanted: what it must be compiled for: the ABI, or the machine of another processor.
+    """
+    place = library.place
     if library.abi != wanted:
         yield f"{place} is compiled for {library.abi}, and {wanted} is needed there: put the right file in its place."
-    elif wanted == HEXAGON and library.offset is not None:
+    elif wanted != abi and library.offset is not None:
         yield (
-            f"{place} is not compressed, so Android leaves it in the package, and the DSP can open files only: set "
-            "packaging { jniLibs { useLegacyPackaging = true } } in build.gradle, which has all libraries taken out "
-            "on installing."
+            f"{place} is not compressed, so Android leaves it in the package, and its processor ({wanted}) opens files "
+            "only: set packaging { jniLibs { useLegacyPackaging = true } } in build.gradle, which has all libraries "
+            "taken out on installing."
         )
     if library.abi not in _PAGED:
         return
@@ -163,11 +183,6 @@ def _unloadable(library: Library, abi: str) -> Iterator[str]:
         )
 
 
-def _wanted(name: str, abi: str) -> str:
-    """What a library must be compiled for, by its name."""
-    return HEXAGON if "Skel" in name else abi
-
-
 # ---------------------------------------------------------------------------------------------------------- reading
 
 _DAMAGED = (
@@ -187,7 +202,7 @@ def _is_library(name: str) -> bool:
 
 def _in_folder(file: Path, folder: Path) -> Library:
     library = _library(file.read_bytes(), file.relative_to(folder).as_posix(), str(file))
-    return replace(library, folder_abi=file.parent.name) if file.parent.name in _ABIS.values() else library
+    return replace(library, folder_abi=file.parent.name) if file.parent.name in _MACHINES.values() else library
 
 
 def _packed(path: Path) -> Iterator[Library]:
@@ -235,7 +250,7 @@ def _elf(content: bytes, where: str) -> tuple[str, int, bool]:
         raise damaged
     page = min(math.gcd(max(align, 1), address - offset) for offset, address, _, _, align in loaded)
     mixed = any(_mixed(row[2], row[4], loaded) for row in rows if row[0] == _RELRO)
-    abi = _ABIS.get((machine, width)) if order == "<" else None
+    abi = _MACHINES.get((machine, width)) if order == "<" else None
     return abi or f"machine {machine}", page, mixed
 
 
@@ -259,6 +274,7 @@ def require_libraries(app: str | Path, needed: Sequence[str], abi: str = "arm64-
         OptionError: one is missing, or would not be loaded; the details say what is wrong with each.
     """
     found = inspect(app)
-    if problems := judge(found, list(dict.fromkeys(needed)), abi):
+    elsewhere = machines([*needed, *(library.name for library in found)], load_plugins())
+    if problems := judge(found, list(dict.fromkeys(needed)), abi, elsewhere):
         raise OptionError(f"{app} is not good for this bundle", "Fix these, and build the app again", problems)
     return found

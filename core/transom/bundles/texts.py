@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transom.artifacts.entries import check_file_name
-from transom.contract import AppBackend, Backend
+from transom.contract import Backend
+from transom.contract_optional import AppBackend
 from transom.errors import TransomError
 from transom.preparation.cached_source import TOKENIZER_HEADER
 from transom.preparation.memory import size

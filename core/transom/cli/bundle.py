@@ -76,7 +76,7 @@ def judge(folder: Path, device: str, probe_file: str | None, as_json: bool) -> N
     asked = [d for d in machine.devices if d.kind != "remote"]
     if device != "auto":
         asked = [hardware.find(machine.devices, device)]
-    rows = [(d, verdict) for d in asked for verdict in judged(manifest, d)]
+    rows = [(d, verdict) for d in asked for verdict in judged(manifest, d, machine.plugins)]
     if as_json:
         print_json({"bundle": str(folder), "verdicts": [{"device": d.id, **vars(v)} for d, v in rows]})
         return

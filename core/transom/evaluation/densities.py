@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from transom.contract import SparseSession, Work
+from transom.contract import Work
+from transom.contract_optional import SparseSession
 from transom.errors import OptionError
 
 if TYPE_CHECKING:

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from transom.contract import SparseSession, State, Work
+from transom.contract import State, Work
+from transom.contract_optional import SparseSession
 from transom.errors import OptionError
 from transom.sparsity import DENSE, PRESETS, Sparsity
 

@@ -19,7 +19,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from transom.contract import OutOfPages, SavingSession, Session, SparseSession, State, Work
+from transom.contract import OutOfPages, Session, State, Work
+from transom.contract_optional import SavingSession, SparseSession
 from transom.errors import DoesNotFit, EngineError, OptionError, TransomError
 from transom.generation.prefixes import Kept, Prefixes
 from transom.generation.requests import Branch, Event, Prefilled, Request, Token

@@ -50,7 +50,7 @@ class ReferenceSession(PackedSession):
         return results
 
     def keys_read(self, state: State) -> Tensor:
-        """float64 [2, layers, kv_heads]; see `transom.contract.SparseSession`."""
+        """float64 [2, layers, kv_heads]; see `transom.contract_optional.SparseSession`."""
         state.fork(0)  # a freed state raises here
         return np.array(self._read.get(state, self._zeros()))
 

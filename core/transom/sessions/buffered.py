@@ -93,7 +93,7 @@ class BufferedState:
 
 
 class BufferedSession:
-    """A `transom.contract.SavingSession`.
+    """A `transom.contract_optional.SavingSession`.
 
     Args:
         vocabulary: columns of the logits.

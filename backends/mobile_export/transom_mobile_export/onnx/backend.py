@@ -1,4 +1,5 @@
-"""The backend object: the methods of the contract, each handed to the module that does it.
+"""The backend object: the methods of the contract, and the optional ones for bundles, each handed to the module that
+does it.
 
 Importing this module imports no ONNX Runtime: `load` does, and nothing else needs it.
 """
@@ -13,7 +14,9 @@ from transom.contract import Artifact, Claim, Device, Offer, Options, Progress, 
 from transom_mobile_export.onnx import probing
 
 if TYPE_CHECKING:
+    from transom.contract_optional import StorageForm
     from transom.graph import Graph
+    from transom.signature import Decoder
 
 
 class OnnxDecoder:
@@ -21,7 +24,7 @@ class OnnxDecoder:
     on the CPU. Options: `precision` (see `transom_mobile_export.onnx.precision`), `context` and `threads`."""
 
     name = "onnx"
-    api = (1, 5)
+    api = (1, 6)
 
     def probe(self, devices: Sequence[Device]) -> Sequence[Offer | Refusal]:
         return [probing.answer(device) for device in devices]
@@ -50,3 +53,11 @@ class OnnxDecoder:
         from transom_mobile_export.onnx.app_files import app_files
 
         return app_files(manifest, variant, texts)
+
+    def fits(self, variant: Mapping[str, Any], device: Device) -> Verdict:
+        return probing.fits(variant, device)
+
+    def storage_form(self, decoder: Decoder, device: Device, precision: str) -> StorageForm:
+        from transom_mobile_export.onnx.storage import form_of
+
+        return form_of(decoder, precision)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from importlib import metadata
+from typing import Any
 
 from transom.contract import Device, Offer, Refusal, Verdict
 
@@ -38,6 +39,14 @@ def answer(device: Device) -> Offer | Refusal:
         reason = f"onnxruntime {found} is installed, and {oldest} or newer is needed"
         return Refusal(device.id, "too_old", reason, f"{INSTALL} -U")
     return Offer(device.id, "generic", f"ONNX Runtime {found}", by_name=True)
+
+
+def fits(variant: Mapping[str, Any], device: Device) -> Verdict:
+    """Whether a variant in a manifest is for a device: one with a processor, which a system on a chip has, too."""
+    named = f"{device.name or device.id} ({device.arch})"
+    if device.kind == "cpu" or device.arch in ("aarch64", "x86_64") or device.arch.startswith("hexagon_"):
+        return Verdict("ok", f"Runs on the processor of {named}")
+    return Verdict("never", f"Runs on a processor, and {device.id} is none")
 
 
 def judge(requires: Mapping[str, str], device: Device) -> Verdict:

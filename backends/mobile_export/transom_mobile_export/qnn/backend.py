@@ -1,5 +1,5 @@
-"""The backend object: the five methods of the contract, and what goes into a bundle for an app, each handed to the
-module that does it.
+"""The backend object: the five methods of the contract, and the optional ones for bundles, each handed to the module
+that does it.
 
 Importing this module imports no SDK: `probe` and `check` never do, `compile` and `load` do.
 """
@@ -15,7 +15,9 @@ from transom_mobile_export.qnn import probing
 from transom_mobile_export.qnn.layout import CHUNK, LARGEST
 
 if TYPE_CHECKING:
+    from transom.contract_optional import StorageForm
     from transom.graph import Graph
+    from transom.signature import Decoder
 
 
 class Qnn:
@@ -29,7 +31,7 @@ class Qnn:
     """
 
     name = "qnn"
-    api = (1, 5)
+    api = (1, 6)
 
     def __init__(self, chunk: int = CHUNK, largest: int = LARGEST) -> None:
         self.chunk, self.largest = chunk, largest
@@ -61,3 +63,14 @@ class Qnn:
         from transom_mobile_export.qnn.app import app_files
 
         return app_files(variant)
+
+    def fits(self, variant: Mapping[str, Any], device: Device) -> Verdict:
+        return probing.fits(variant, device)
+
+    def machine_of(self, library: str) -> str:
+        return probing.machine_of(library)
+
+    def storage_form(self, decoder: Decoder, device: Device, precision: str) -> StorageForm:
+        from transom_mobile_export.qnn.storage import form_on
+
+        return form_on(decoder, device, precision)

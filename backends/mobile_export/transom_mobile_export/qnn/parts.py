@@ -12,19 +12,16 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from transom.bundles.storage import FORMS
 from transom.errors import DoesNotFit, UnsupportedError
 from transom.graph.weights import Weight
 from transom_mobile_export.qnn.layout import LARGEST
+from transom_mobile_export.qnn.storage import F16, INT4, INT8
 
 if TYPE_CHECKING:
     from transom.programs.drafting import Draft, Value
     from transom_mobile_export.qnn.precision import Precision
 
-_FORMS = {
-    "float16": FORMS["qnn"]["f16"].products, "int8": FORMS["qnn"]["int8"].products,
-    "int4": FORMS["qnn"]["int4"].products,
-}  # fmt: skip
+_FORMS = {"float16": F16, "int8": INT8, "int4": INT4}
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import importlib.metadata
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from transom.contract import Device, Offer, Refusal, Verdict
 
@@ -24,6 +25,10 @@ SOC_MODELS: Mapping[int, tuple[str, int]] = {
 }  # fmt: skip
 """`QNN_SOC_MODEL_*` -> chip, Hexagon version: QNN's QnnTypes.h and its table of supported devices. QNN's compiler takes
 any pair of the two and says nothing; a binary of a wrong pair does not open on the phone."""
+
+
+CHIP_KEYS = ("soc_model", "htp_arch")
+"""The numbers of a chip, as `Device.drivers` and `Artifact.requires` name them."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,7 @@ def answer(device: Device, packages: Mapping[str, str] | None = None) -> Offer |
 def chip_of(device: Device) -> Chip | str:
     """The chip of a device that is only compiled for; or why nothing is compiled for it."""
     found = re.fullmatch(r"hexagon_v(\d{1,9})", device.arch)
-    numbers = [device.drivers.get(key, "") for key in ("soc_model", "htp_arch")]
+    numbers = [device.drivers.get(key, "") for key in CHIP_KEYS]
     if found is None or not all(re.fullmatch(r"[0-9]{1,9}", n) for n in numbers):
         return f"{device.id} does not say which chip it is: `drivers` has no numbers soc_model and htp_arch"
     version, (soc_model, htp_arch) = int(found.group(1)), map(int, numbers)
@@ -177,6 +182,20 @@ def judge(requires: Mapping[str, str], device: Device, packages: Mapping[str, st
     return _new_enough(requires, packages)
 
 
+def fits(variant: Mapping[str, Any], device: Device) -> Verdict:
+    """Whether a variant in a manifest is for a device: for its chip, by two numbers that are compared as text."""
+    wanted, found = ([str(of.get(key, "")) for key in CHIP_KEYS] for of in (variant["requires"], device.drivers))
+    if wanted == found:
+        return Verdict("ok")
+    target, named = variant["target"], f"{device.name or device.id} ({device.arch})"
+    made_for = f"Is made for {target['name'] or target['id']} ({target['arch']})"
+    if not any(found):
+        return Verdict("never", f"{made_for}, and {named} does not say which Snapdragon it is")
+    pair = " and ".join(f"{key} {text or 'none'}" for key, text in zip(CHIP_KEYS, wanted, strict=True))
+    own = " and ".join(text or "none" for text in found)
+    return Verdict("never", f"{made_for}: {pair}; {named} has {own}")
+
+
 def _known_pair(requires: Mapping[str, str]) -> Verdict | None:
     """What is wrong with the chip that an artifact was compiled for; None: nothing."""
     soc_model, htp_arch = requires.get("soc_model", ""), requires.get("htp_arch", "")
@@ -203,3 +222,8 @@ def libraries(htp_arch: int) -> tuple[str, ...]:
     stub, skel = (f"libQnnHtpV{htp_arch}{what}.so" for what in ("Stub", "Skel"))
     provider = "libonnxruntime_providers_qnn.so"
     return ("libonnxruntime.so", provider, "libQnnHtp.so", "libQnnSystem.so", stub, skel)
+
+
+def machine_of(library: str) -> str:
+    """What a shared library is compiled for: the skeletons (`libQnnHtpV73Skel.so`) run on the DSP."""
+    return "hexagon" if "Skel" in library else ""

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from transom.contract import SavingSession, SparseSession, Work
+from transom.contract import Work
+from transom.contract_optional import SavingSession, SparseSession
 from transom.sparsity import Sparsity
 from transom.testing.bench import Bench
 from transom.testing.checks.artifacts import BASE

@@ -5,10 +5,12 @@ They stand beside a planned bound so that it can be seen what part of one real e
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
-from transom.signature import Decoder
+from transom.contract_optional import Published
+
+if TYPE_CHECKING:
+    from transom.signature import Decoder
 
 _EXECUTORCH = (
     "ExecuTorch, README of examples/models/llama2 (2024): 4-bit groups of 128 through XNNPACK, on the processor"
@@ -17,31 +19,6 @@ _EXECUTORCH_8B = (
     "ExecuTorch, README of examples/models/llama (2024): 4-bit groups of 128 through XNNPACK, on the processor"
 )
 _AI_HUB = "Qualcomm AI Hub Models, perf.yaml of the model: w4a16, on the Hexagon"
-
-
-@dataclass(frozen=True)
-class Published:
-    """One figure of somebody else's."""
-
-    model: str
-    target: str
-    """Of the catalogue, without `remote:`."""
-    device: str
-    tokens_per_second: float
-    context: int
-    """Tokens that the engine was made for; 0: not told."""
-    vocabulary: int
-    source: str
-
-    def __str__(self) -> str:
-        context = f", context {self.context}" if self.context else ""
-        return f"{self.tokens_per_second:g} tokens/s on {self.device}: {self.model}{context} ({self.source})"
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON types only."""
-        return dict(vars(self))
-
-
 _AI_HUB_2024 = (
     "Qualcomm AI Hub Models, perf.yaml of Llama-v2-7B-Chat (quantized), January 2024: 4-bit weights and 16-bit "
     "activations, on the Hexagon"
@@ -55,7 +32,7 @@ _ELITE_QRD, _GEN5_QRD, _X_CRD = "Snapdragon 8 Elite QRD", "Snapdragon 8 Elite Ge
 Shape = tuple[int, int, int]
 """Layers, hidden size, KV heads of a layer."""
 
-_FIGURES: dict[Shape, tuple[Published, ...]] = {
+FIGURES: dict[Shape, tuple[Published, ...]] = {
     (32, 4096, 32): (
         Published("Llama 2 7B", _GEN1, _S22, 8.15, 0, 32000, _EXECUTORCH),
         Published("Llama 2 7B", _GEN3, _ONEPLUS, 11.55, 0, 32000, _EXECUTORCH),
@@ -92,5 +69,5 @@ def published(decoder: Decoder) -> tuple[Published, ...]:
     """What is known of models of a decoder's shape, their vocabularies about as large."""
     heads = {layer.kv_heads for layer in decoder.layers}
     shape = (len(decoder.layers), decoder.hidden, max(heads, default=0))
-    found = _FIGURES.get(shape, ()) if len(heads) == 1 else ()
+    found = FIGURES.get(shape, ()) if len(heads) == 1 else ()
     return tuple(f for f in found if 0.95 < decoder.vocabulary / f.vocabulary < 1.05)
