@@ -22,6 +22,8 @@ from transom.graph import Graph
 from transom.reference.executor import Executor
 from transom.sessions import PackedSession
 from transom.sources import resolve
+from transom.sources.gguf_original import misread_settings
+from transom.sources.hf import HfSource
 
 
 def check(graph: Graph, oracle: Any, seed: int, **options: Any) -> verify.Verification:
@@ -52,7 +54,7 @@ def test_a_file_that_transformers_cannot_read_says_so_plainly(tmp_path: Path, rn
     data = path.read_bytes()
     path.write_bytes(data.replace(b"llama", b"llamo"))
     with pytest.raises(SourceError, match="nothing to compare with") as caught:
-        TransformersOracle.read(path, gguf=True)
+        oracle_for(path)
     assert "Hugging Face directory" in caught.value.fix
 
 
@@ -133,7 +135,7 @@ def test_an_onnx_file_is_compared_with_its_own_graph(tmp_path: Path, rng: np.ran
 def test_without_transformers_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(MissingExtra, match=r"transom\[verify\]"):
-        TransformersOracle.read(tmp_path, gguf=False)
+        TransformersOracle.read(HfSource().original(tmp_path))
 
 
 def test_the_seed_is_told_and_repeats_the_prompts(tmp_path: Path, rng: np.random.Generator) -> None:
@@ -152,7 +154,7 @@ def test_settings_that_transformers_drops_are_said_in_place_of_a_difference(
     write_gguf(tiny("mistral", tmp_path / "hf", rng), path)
     decoder = resolve(path).open(path).graph.decoder
     assert decoder is not None
-    oracle = TransformersOracle.read(path, gguf=True)
+    oracle = oracle_for(path)
     window = max(layer.sliding_window for layer in decoder.layers)
     assert oracle.misread(decoder) == [f"the sliding window of {window} tokens is left out"]
 
@@ -162,7 +164,7 @@ def test_what_transformers_reads_as_the_file_says_is_no_excuse(tmp_path: Path, r
     write_gguf(tiny("llama", tmp_path / "hf", rng), path)
     decoder = resolve(path).open(path).graph.decoder
     assert decoder is not None
-    assert TransformersOracle.read(path, gguf=True).misread(decoder) == []
+    assert oracle_for(path).misread(decoder) == []
 
 
 def test_every_setting_that_matters_is_compared() -> None:
@@ -176,7 +178,7 @@ def test_every_setting_that_matters_is_compared() -> None:
     metadata = {"general.architecture": "a", **{f"a.{k}": v for k, v in stated.items()}}
     config = {"rms_norm_eps": 1e-6, "head_dim": 64, "query_pre_attn_scalar": 256, "sliding_window": 9}
     rope = {"rope_theta": 1e4, "rope_type": "default"}
-    found = "; ".join(verify.misread_settings(metadata, {**config, "rope_parameters": rope}, [0, 0]))
+    found = "; ".join(misread_settings(metadata, {**config, "rope_parameters": rope}, [0, 0]))
     for words in ("soft cap of attention", "epsilon", "scale of attention", "base of", "scaling", "window is off"):
         assert words in found
     assert "size of a head" not in found
@@ -193,4 +195,4 @@ def test_whatever_fails_inside_transformers_is_one_sentence(
 
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", fail)
     with pytest.raises(SourceError, match=r"transformers .* cannot read"):
-        TransformersOracle.read(tmp_path, gguf=False)
+        TransformersOracle.read(HfSource().original(tmp_path))

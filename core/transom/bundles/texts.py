@@ -16,7 +16,7 @@ from transom.errors import TransomError
 from transom.preparation.cached_source import TOKENIZER_HEADER
 from transom.preparation.memory import size
 from transom.preparation.plugin_calls import guarded
-from transom.sources import local_path
+from transom.sources import local_path, resolve
 
 if TYPE_CHECKING:
     from transom.bundles.manifest import Manifest, Variant
@@ -60,22 +60,15 @@ def licences_of(model: Any) -> list[Path]:
 
 
 def licence_of(model: Any, licences: list[Path]) -> str | None:
-    """What the model's files say of their licence: GGUF's `general.license`, or the name of a file; None: nothing."""
+    """The licence that the model names, or the name of a licence file beside it; None: there is neither."""
     path = local_path(model)
     if path is None:
         return None
-    from transom.sources.gguf import GgufSource, gguf_path
-    from transom.sources.gguf_file import open_gguf
-
-    found = None
-    if GgufSource().matches(path):
-        try:
-            found = open_gguf(gguf_path(path)).metadata.get("general.license")
-        except TransomError:  # who reads the model says what is wrong with it
-            return None
-    if isinstance(found, str) and found:
-        return found
-    return licences[0].name if licences else None
+    try:
+        named = resolve(path).licence(path)
+    except TransomError:  # reading the model says what is wrong with it
+        return None
+    return named or (licences[0].name if licences else None)
 
 
 def app_files(manifest: Manifest, backends: Mapping[str, Backend], texts: Mapping[str, bytes]) -> dict[str, bytes]:

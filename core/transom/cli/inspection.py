@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from transom.contract import Progress
     from transom.graph import Graph
     from transom.signature import Decoder
-    from transom.sources import SourceModel
     from transom.text import Tokenizer
 
 
@@ -91,17 +90,17 @@ def inspect_model(model: str, progress: Progress | None = None) -> Inspection:
     path = local_path(model)
     graph, decoder = opened.graph, opened.graph.decoder
     kept = tuple(_kinds(_kept(graph)))
-    architecture, stored = _file_facts(opened, path) if path is not None else ("", ())
+    contents = source.contents(model)
     return Inspection(
         name=opened.name,
         source=opened.kind,
         path="" if path is None else str(path),
         file_bytes=None if path is None else _bytes_of(path),
-        architecture=architecture or (decoder.family if decoder else ""),
+        architecture=contents.architecture or (decoder.family if decoder else ""),
         decoder=decoder,
         parameters=decoder.parameters if decoder and decoder.parameters else sum(k.parameters for k in kept),
         weight_bytes=decoder.weight_bytes if decoder and decoder.weight_bytes else sum(k.bytes for k in kept),
-        stored=stored,
+        stored=tuple(_kinds(contents.tensors)),
         kept=kept,
         tokenizer=None if opened.tokenizer is None else _tokenizer(opened.tokenizer),
         templates=() if opened.chat_template is None else tuple(opened.chat_template.names),
@@ -170,34 +169,6 @@ def _kinds(tensors: Iterable[tuple[str, int, int]]) -> list[Kind]:
         parameters[name] += elements
         sizes[name] += size
     return [Kind(name, counts[name], parameters[name], sizes[name]) for name, _ in sizes.most_common()]
-
-
-def _file_facts(opened: SourceModel, path: Path) -> tuple[str, tuple[Kind, ...]]:
-    """The architecture and the tensors in the file's own words."""
-    if opened.kind == "gguf":
-        from transom.sources.gguf import gguf_path
-        from transom.sources.gguf_file import open_gguf
-
-        file = open_gguf(gguf_path(path))
-        tensors = [(t.type, _product(t.shape), t.data.nbytes) for t in file.tensors.values()]
-        return str(file.metadata.get("general.architecture", "")), tuple(_kinds(tensors))
-    if opened.kind == "hf":
-        from transom.sources.hf import read_config, weight_files
-        from transom.sources.safetensors_file import open_safetensors
-
-        config = read_config(path)
-        names = config.get("architectures")
-        architecture = str(names[0]) if isinstance(names, list) and names else str(config.get("model_type", ""))
-        stored = [t for file in weight_files(path) for t in open_safetensors(file).values()]
-        return architecture, tuple(_kinds((t.dtype, _product(t.shape), t.data.nbytes) for t in stored))
-    return "", ()
-
-
-def _product(shape: Iterable[int]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
 
 
 def _bytes_of(path: Path) -> int:

@@ -1,7 +1,8 @@
 """Is it the same model? A loaded decoder compared with another program that runs the same files.
 
-The other program is transformers where it reads the files (Hugging Face directories, GGUF files of architectures it
-knows, models in memory); for an ONNX file it is the file's own graph, as it was exported, run by the NumPy reference.
+What the other program is, the source says (`Source.original`). It is transformers where that reads the files (Hugging
+Face directories, GGUF files of architectures it knows, models in memory); for an ONNX file it is the file's own graph,
+as it was exported, run by the NumPy reference.
 Random prompts of different lengths go through one ragged batch, first their beginnings together, then the rest token by
 token, so that prefill, cached decode and the keeping apart of sequences are all compared, each position of each
 prompt. This is the logic behind `transom verify MODEL`.
@@ -27,6 +28,7 @@ from transom.preparation.selfcheck import Array
 if TYPE_CHECKING:
     from transom.generation.model import Model
     from transom.signature import Decoder
+    from transom.sources.base import OriginalGraph, Pretrained
 
 Precision = Literal["exact", "bf16", "int8", "int4"]
 
@@ -123,7 +125,7 @@ def verify_model(model: Model, spec: Any, **options: Any) -> Verification:
         )
     if not found.agrees and isinstance(oracle, TransformersOracle) and (unlike := oracle.misread(model.decoder)):
         raise SourceError(
-            f"{oracle.name} reads {oracle.gguf} with other settings than the file has, so comparing with it means "
+            f"{oracle.name} reads {oracle.path} with other settings than the file has, so comparing with it means "
             f"nothing: {'; '.join(unlike)}",
             "Verify the Hugging Face directory that the file was made from",
         )
@@ -254,34 +256,30 @@ def oracle_for(spec: Any, *, progress: Progress | None = None) -> Oracle:
         MissingExtra: transformers or torch is not installed.
         SourceError: transformers cannot read the model; says so plainly.
     """
-    from transom.sources import local_path, resolve
+    from transom.sources import resolve
+    from transom.sources.base import InMemory, OriginalGraph
 
-    source = resolve(spec)
+    original = resolve(spec).original(spec)
     if progress is not None:
         progress("reference", None)
-    if source.kind == "onnx":
+    if isinstance(original, OriginalGraph):
         register_operators(load_plugins())  # before a graph that uses them is read
-        return GraphOracle(spec)
-    if source.kind == "torch":
-        return TransformersOracle.of(spec)
-    path = local_path(spec)
-    assert path is not None
-    return TransformersOracle.read(path, gguf=source.kind == "gguf")
+        return GraphOracle(original)
+    return (
+        TransformersOracle.of(original.model) if isinstance(original, InMemory) else TransformersOracle.read(original)
+    )
 
 
 class GraphOracle:
-    """An ONNX file's own graph, as exported, with an empty cache, run by the NumPy reference."""
+    """A file's own graph, as exported, with an empty cache, run by the NumPy reference."""
 
-    def __init__(self, spec: Any) -> None:
+    def __init__(self, original: OriginalGraph) -> None:
         from transom.graph.importing import import_model
         from transom.graph.raising.abstract import Fact
         from transom.reference.executor import Executor
-        from transom.sources.onnx import onnx_path
-        from transom.sources.onnx_file import open_onnx
 
-        path = onnx_path(spec)
-        graph = import_model(open_onnx(path)[0], name=path.stem, weights_hash="")
-        self.name = f"the graph in {path.name} as exported, run by the NumPy reference"
+        graph = import_model(original.read(), name=Path(original.file).stem, weights_hash="")
+        self.name = f"the graph in {original.file} as exported, run by the NumPy reference"
         self._executor, self._fact = Executor(graph, keep_weights=True), Fact
         self._graph = graph.model.graph
 
@@ -309,17 +307,16 @@ class GraphOracle:
 class TransformersOracle:
     """A model of the transformers package, in float32 on the CPU."""
 
-    def __init__(self, model: Any, name: str, gguf: Path | None = None) -> None:
-        self._model, self.name, self.gguf = model, name, gguf
+    def __init__(self, model: Any, name: str, original: Pretrained | None = None) -> None:
+        self._model, self.name, self._original = model, name, original
+        self.path = None if original is None else original.path
 
     def misread(self, decoder: Decoder) -> list[str]:
-        """Settings of a GGUF file that transformers takes for something else, in words; empty for other sources."""
-        if self.gguf is None:
+        """Settings of the files that transformers takes for something else, in words."""
+        if self._original is None or self._original.misread is None:
             return []
-        from transom.sources.gguf_file import open_gguf
-
         windows = [layer.sliding_window for layer in decoder.layers]
-        return misread_settings(open_gguf(self.gguf).metadata, self._model.config.to_dict(), windows)
+        return self._original.misread(self._model.config.to_dict(), windows)
 
     @classmethod
     def of(cls, model: Any) -> TransformersOracle:
@@ -333,47 +330,34 @@ class TransformersOracle:
         return cls(model, f"transformers {transformers.__version__} ({type(model).__name__})")
 
     @classmethod
-    def read(cls, path: Path, *, gguf: bool) -> TransformersOracle:
-        """The model of a directory or of a GGUF file, weights as float32.
+    def read(cls, original: Pretrained) -> TransformersOracle:
+        """The model in files, weights as float32.
 
         Raises:
             MissingExtra: transformers or torch is not installed.
             SourceError: transformers cannot read it.
         """
         transformers, torch = _transformers()
-        where: dict[str, Any] = {"pretrained_model_name_or_path": str(path)}
-        if gguf:
-            from transom.sources.gguf import gguf_path
-            from transom.sources.gguf_file import open_gguf
-
-            file = gguf_path(path)
-            where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
-            table = open_gguf(file).tensors.get("token_embd.weight")
-            if table is not None:  # where the file does not say, transformers takes the family's usual size
-                where["vocab_size"] = int(table.shape[0])
         kept = transformers.utils.logging.get_verbosity()
         transformers.utils.logging.set_verbosity_error()
         try:
             model = transformers.AutoModelForCausalLM.from_pretrained(
-                **where, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+                **original.arguments, dtype=torch.float32, local_files_only=True, trust_remote_code=False
             )
         except Exception as e:  # whatever goes wrong in there is for transformers to mend
-            if "accelerate" in str(e):  # which transformers needs for GGUF files alone
-                raise MissingExtra("Comparing a GGUF file with transformers needs accelerate", "verify") from e
+            if "accelerate" in str(e):  # transformers needs it for some kinds of files alone
+                raise MissingExtra(f"Comparing {original.kind} with transformers needs accelerate", "verify") from e
             lines = [line.strip() for line in str(e).splitlines() if line.strip()] or [type(e).__name__]
-            what = "GGUF files of this architecture" if gguf else "this model"
             raise SourceError(
-                f"transformers {transformers.__version__} cannot read {path}, so there is nothing to compare with: "
-                f"{lines[0]}",
-                f"It may not support {what}; verify the Hugging Face directory that the model was made from"
-                if gguf
-                else "Update transformers, or see whether the directory is complete",
+                f"transformers {transformers.__version__} cannot read {original.path}, so there is nothing to compare "
+                f"with: {lines[0]}",
+                original.fix,
                 lines[1:8],
             ) from e
         finally:
             transformers.utils.logging.set_verbosity(kept)
         name = f"transformers {transformers.__version__} ({type(model).__name__})"
-        return cls(model.eval(), name, file if gguf else None)
+        return cls(model.eval(), name, original)
 
     def logits(self, ids: Sequence[int]) -> Array:
         _, torch = _transformers()
@@ -392,66 +376,6 @@ class TransformersOracle:
             for part, training in modes:
                 part.training = training
         return rows
-
-
-def misread_settings(metadata: Mapping[str, Any], config: Mapping[str, Any], windows: Sequence[int]) -> list[str]:
-    """What a GGUF file says and transformers, reading it, took for something else; each in words.
-
-    Args:
-        metadata: of the file.
-        config: of transformers, as a mapping.
-        windows: the sliding window of each layer as Transom reads the file; 0 for none.
-    """
-    arch = metadata.get("general.architecture")
-
-    def stated(key: str) -> Any:
-        return metadata.get(f"{arch}.{key}")
-
-    found: list[str] = []
-
-    def compare_numbers(what: str, ours: Any, theirs: Any) -> None:
-        if not isinstance(ours, int | float):
-            return
-        if not isinstance(theirs, int | float):
-            found.append(f"the {what} {ours:.6g} is left out")
-        elif abs(ours - theirs) > 1e-5 * max(abs(ours), abs(theirs)):
-            found.append(f"the {what} is {ours:.6g}, transformers takes {theirs:.6g}")
-
-    window, kinds = config.get("sliding_window") or 0, config.get("layer_types")
-    if config.get("use_sliding_window") is False:
-        window = 0
-    theirs = [window if kind == "sliding_attention" else 0 for kind in kinds] if kinds else [window] * len(windows)
-    if list(windows) != theirs:
-        size, other = max(windows, default=0), max(theirs, default=0)
-        if size and not other:
-            found.append(f"the sliding window of {size} tokens is left out")
-        elif size == other:
-            found.append(f"the sliding window of {size} tokens is on other layers")
-        else:
-            found.append(f"the sliding window is {size or 'off'}, transformers takes {other}")
-    for key, name, what in (
-        ("attn_logit_softcapping", "attn_logit_softcapping", "soft cap of attention"),
-        ("final_logit_softcapping", "final_logit_softcapping", "soft cap of the logits"),
-        ("attention.layer_norm_rms_epsilon", "rms_norm_eps", "epsilon of the norms"),
-        ("attention.key_length", "head_dim", "size of a head"),
-    ):
-        if name in config or key.endswith("softcapping"):
-            compare_numbers(what, stated(key), config.get(name))
-    if scalar := config.get("query_pre_attn_scalar"):
-        length = stated("attention.key_length")
-        scale = stated("attention.scale") or (length**-0.5 if isinstance(length, int) and length > 0 else None)
-        compare_numbers("scale of attention", scale, scalar**-0.5)
-    rope = config.get("rope_parameters") or {}
-    rope = rope.get("full_attention", rope)
-    if isinstance(rope, Mapping):
-        compare_numbers("base of the rotary embedding", stated("rope.freq_base"), rope.get("rope_theta"))
-        kind = stated("rope.scaling.type")
-        if kind not in (None, "none"):
-            if rope.get("rope_type", "default") == "default":
-                found.append(f"the rotary scaling ({kind}) is left out")
-            else:
-                compare_numbers("factor of the rotary scaling", stated("rope.scaling.factor"), rope.get("factor"))
-    return found
 
 
 def _transformers() -> tuple[Any, Any]:

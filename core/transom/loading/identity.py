@@ -17,6 +17,7 @@ from transom.preparation import cached_source, heads
 from transom.preparation.jobs import version
 from transom.preparation.plugin_operators import explaining_rejected, operators_identity, register_operators
 from transom.sources import SourceModel, local_path, resolve
+from transom.sources.layout import may_use_operators, stands_alone
 from transom.sparsity import Sparsity
 
 if TYPE_CHECKING:
@@ -119,12 +120,12 @@ def fingerprint_of(path: Path, cache: Cache) -> str:
 def _state_of(path: Path) -> list[list[str | int]]:
     """Name, size, time of change and inode of each file that may be part of a model; empty where that is not known.
 
-    A GGUF file stands alone unless its name says that it is one of several; beside any other file may lie its weights.
+    Beside a file that does not stand alone may lie its weights.
     """
     try:
         if path.is_dir():
             files = _files_in(path)
-        elif path.suffix.lower() == ".gguf" and "-of-" not in path.name:
+        elif stands_alone(path):
             files = [path]
         else:
             files = _files_in(path.parent)
@@ -148,10 +149,3 @@ def content_key(content: str, operators: str) -> str:
     """
     parts = {"format": cached_source.FORMAT, "transom": version(), "content": content}
     return artifact_key({**parts, "operators": operators} if operators else parts)
-
-
-def may_use_operators(path: Path) -> bool:
-    """Whether a model's graph may use a plugin's operators: an ONNX file may, what our own families build may not."""
-    if path.is_dir():
-        return next(path.rglob("*.onnx"), None) is not None
-    return path.suffix.lower() != ".gguf"

@@ -5,16 +5,11 @@ A template that has been tried is remembered by its model's content, so a warm s
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transom.artifacts import Cache
 from transom.loading.identity import fingerprint_of
 from transom.sources import bundle_at, local_path, resolve
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from transom.text import ChatTemplate
 
 _FORMAT = "1"
 """Part of the key: changes when a trial looks for more."""
@@ -36,25 +31,7 @@ def require_sound_template(model: Any, cache: Cache | None = None) -> None:
     key = f"{_FORMAT}-{fingerprint_of(path, cache)}"
     if cache.recall("templates", key) is True:
         return
-    template = _template(path)
+    template = resolve(path).chat_template(path)
     if template is not None:
         template.require_sound()
     cache.remember("templates", key, True)
-
-
-def _template(path: Path) -> ChatTemplate | None:
-    """The template without the tokenizer, which takes longer to read."""
-    from transom.text.from_gguf import chat_template_from_gguf
-    from transom.text.from_hf import chat_template_from_hf
-
-    kind = resolve(path).kind
-    if kind == "gguf":
-        from transom.sources.gguf import gguf_path
-        from transom.sources.gguf_file import open_gguf
-
-        return chat_template_from_gguf(open_gguf(gguf_path(path)).metadata, None)
-    if kind == "onnx":
-        from transom.sources.onnx import onnx_path, side_folder
-
-        return chat_template_from_hf(side_folder(onnx_path(path)), None)
-    return chat_template_from_hf(path, None) if path.is_dir() else None

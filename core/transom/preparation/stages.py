@@ -120,7 +120,7 @@ class Preparation:
                 assert opened.graph.decoder is not None
                 memory.require_context(opened.graph.decoder, context)
                 content = key
-            if opened.kind == "onnx":  # other sources look at each weight as it is loaded
+            if opened.unchecked:
                 require_finite_graph(opened.graph, self.job.model)
             self._graph, self._opened, self._key = opened.graph, opened, content
 

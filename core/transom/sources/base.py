@@ -1,8 +1,8 @@
-"""What a source is and what it yields; choosing the source of a spec; naming the content of files."""
+"""What a source is and what it yields; naming the content of files."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 from transom.contract import Progress
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
+
     from transom.graph import Graph
     from transom.text.chat_template import ChatTemplate
     from transom.text.defaults import GenerationDefaults
@@ -33,6 +35,49 @@ class SourceModel:
     """The source's kind: `"gguf"`, `"hf"`, …"""
     notes: list[str] = field(default_factory=list)
     """What was changed or left out on the way in, for the report."""
+    unchecked: bool = False
+    """Nothing looks for NaN and infinity when a weight is read, so it is done before the model is compiled."""
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What the files of a model hold, in their own words."""
+
+    architecture: str = ""
+    tensors: tuple[tuple[str, int, int], ...] = ()
+    """Type, number of elements and bytes of each; empty where the files do not say."""
+
+
+@dataclass(frozen=True)
+class OriginalGraph:
+    """A model that is a graph itself: compared with that graph as it was exported."""
+
+    file: str
+    """Its name, for people."""
+    read: Callable[[], ir.Model]
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A model in files that the transformers package may read: compared with what it computes."""
+
+    path: Path
+    arguments: Mapping[str, Any]
+    """Those of `from_pretrained`."""
+    kind: str = "this model"
+    """What transformers has to support, as in "It may not support this model"."""
+    fix: str = "Update transformers, or see whether the directory is complete"
+    """What to do where it cannot read the files."""
+    misread: Callable[[Mapping[str, Any], Sequence[int]], list[str]] | None = None
+    """Settings of the files that transformers takes for something else, in words. Called with its configuration and the
+    sliding window of each layer, 0 for none. None: it reads such files as they are."""
+
+
+@dataclass(frozen=True)
+class InMemory:
+    """A model that is an object of this program: compared with itself."""
+
+    model: Any
 
 
 class Source(Protocol):
@@ -64,6 +109,30 @@ class Source(Protocol):
         Raises:
             SourceError: what is wrong with the model and the way out.
         """
+
+    def original(self, spec: Spec) -> OriginalGraph | Pretrained | InMemory:
+        """What `transom verify` compares the model with.
+
+        Raises:
+            SourceError: the files cannot be read.
+        """
+
+    def chat_template(self, spec: Spec) -> ChatTemplate | None:
+        """The chat template without the tokenizer, which takes longer to read; None: there is none, or it is not known
+        before the model is opened.
+
+        Raises:
+            SourceError: the files cannot be read.
+        """
+        return None
+
+    def licence(self, spec: Spec) -> str | None:
+        """The licence that the model itself names; None: it names none."""
+        return None
+
+    def contents(self, spec: Spec) -> Contents:
+        """What the files hold, for `transom inspect`. Reads no weight."""
+        return Contents()
 
 
 def local_path(spec: Spec) -> Path | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,7 +15,17 @@ from transom.graph.weights import Weight
 from transom.models import family_for_gguf
 from transom.models.tensors import Tensors, gguf_names
 from transom.models.values import Values
-from transom.sources.base import SourceModel, Spec, begins_with, content_hash, local_path, summarise
+from transom.sources.base import (
+    Contents,
+    Pretrained,
+    Source,
+    SourceModel,
+    Spec,
+    begins_with,
+    content_hash,
+    local_path,
+    summarise,
+)
 from transom.sources.gguf_blocks import weight_of
 from transom.sources.gguf_file import MAGIC, GgufFile, is_first_part, open_gguf, parts_of
 
@@ -24,7 +35,7 @@ if TYPE_CHECKING:
     from transom.text.tokenizer import Tokenizer
 
 
-class GgufSource:
+class GgufSource(Source):
     """Loads `.gguf` files, and files of any name that begin with the magic of one."""
 
     kind = "gguf"
@@ -71,6 +82,25 @@ class GgufSource:
             kind=self.kind,
             notes=notes,
         )
+
+    def original(self, spec: Spec) -> Pretrained:
+        from transom.sources.gguf_original import original
+
+        return original(gguf_path(spec))
+
+    def chat_template(self, spec: Spec) -> ChatTemplate | None:
+        from transom.text.from_gguf import chat_template_from_gguf
+
+        return chat_template_from_gguf(open_gguf(gguf_path(spec)).metadata, None)
+
+    def licence(self, spec: Spec) -> str | None:
+        found = open_gguf(gguf_path(spec)).metadata.get("general.license")
+        return found if isinstance(found, str) and found else None
+
+    def contents(self, spec: Spec) -> Contents:
+        file = open_gguf(gguf_path(spec))
+        tensors = tuple((t.type, math.prod(t.shape), t.data.nbytes) for t in file.tensors.values())
+        return Contents(str(file.metadata.get("general.architecture", "")), tensors)
 
 
 class GgufCheckpoint:

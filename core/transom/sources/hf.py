@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -14,7 +15,7 @@ from transom.graph.weights import Array, Dense, Weight
 from transom.models import family_for_hf
 from transom.models.tensors import Checkpoint, Tensors
 from transom.models.values import Values
-from transom.sources.base import SourceModel, Spec, content_hash, local_path, summarise
+from transom.sources.base import Contents, Pretrained, Source, SourceModel, Spec, content_hash, local_path, summarise
 from transom.sources.finite import require_finite
 from transom.sources.packed import Packing, packing_of
 from transom.sources.safetensors_file import StoredTensor, open_safetensors
@@ -31,7 +32,7 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"
 _VISION = ("vision_tower.", "vision_model.", "multi_modal_projector.", "visual.", "audio_tower.")
 
 
-class HfSource:
+class HfSource(Source):
     """Loads directories as `save_pretrained` of transformers writes them."""
 
     kind = "hf"
@@ -81,6 +82,23 @@ class HfSource:
             kind=self.kind,
             notes=notes,
         )
+
+    def original(self, spec: Spec) -> Pretrained:
+        folder = _folder(spec)
+        return Pretrained(folder, {"pretrained_model_name_or_path": str(folder)})
+
+    def chat_template(self, spec: Spec) -> ChatTemplate | None:
+        from transom.text.from_hf import chat_template_from_hf
+
+        return chat_template_from_hf(_folder(spec), None)
+
+    def contents(self, spec: Spec) -> Contents:
+        folder = _folder(spec)
+        config = read_config(folder)
+        names = config.get("architectures")
+        architecture = str(names[0]) if isinstance(names, list) and names else str(config.get("model_type", ""))
+        stored = [t for file in weight_files(folder) for t in open_safetensors(file).values()]
+        return Contents(architecture, tuple((t.dtype, math.prod(t.shape), t.data.nbytes) for t in stored))
 
 
 class HfCheckpoint:

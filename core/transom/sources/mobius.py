@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any, cast
 
 from transom.contract import Progress
 from transom.errors import MissingExtra, SourceError, nearest
-from transom.sources.base import SourceModel, Spec, content_hash, local_path, summarise
+from transom.sources.base import Pretrained, Source, SourceModel, Spec, content_hash, local_path, summarise
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
     from transom.signature import Decoder
+    from transom.text.chat_template import ChatTemplate
 
 WRONG: Mapping[str, str] = {
     "bitnet": "logits off by 65 % of the largest",
@@ -44,7 +45,7 @@ _EXPORT = (
 )
 
 
-class MobiusSource:
+class MobiusSource(Source):
     """Loads Hugging Face directories of other architectures than our own families'."""
 
     kind = "mobius"
@@ -105,6 +106,16 @@ class MobiusSource:
         return SourceModel(
             graph, tokenizer, template, generation, name=folder.resolve().name, kind=self.kind, notes=notes
         )
+
+    def original(self, spec: Spec) -> Pretrained:
+        from transom.sources.hf import HfSource
+
+        return HfSource().original(spec)
+
+    def chat_template(self, spec: Spec) -> ChatTemplate | None:
+        from transom.sources.hf import HfSource
+
+        return HfSource().chat_template(spec)
 
 
 def installed() -> bool:

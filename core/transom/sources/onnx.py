@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from transom.contract import Progress
 from transom.errors import SourceError
-from transom.sources.base import SourceModel, Spec, content_hash, local_path, summarise
+from transom.sources.base import OriginalGraph, Source, SourceModel, Spec, content_hash, local_path, summarise
 
 if TYPE_CHECKING:
     from transom.graph import Graph
@@ -26,7 +26,7 @@ _GENAI = "genai_config.json"
 _BESIDE = ("*.json", "*.jinja", "tokenizer.model", "additional_chat_templates/*.jinja")
 
 
-class OnnxSource:
+class OnnxSource(Source):
     """Loads `.onnx` files and the folders that Optimum, onnxruntime-genai and the hub put them in."""
 
     kind = "onnx"
@@ -61,8 +61,20 @@ class OnnxSource:
         graph = raise_if_decoder(graph, config, genai)
         tokenizer, template, generation = texts(folder, genai) if graph.decoder is not None else (None, None, _plain())
         return SourceModel(
-            graph, tokenizer, template, generation, name=_name(path, config), kind=self.kind, notes=list(graph.notes)
-        )
+            graph, tokenizer, template, generation, name=_name(path, config), kind=self.kind, notes=list(graph.notes),
+            unchecked=True,
+        )  # fmt: skip
+
+    def original(self, spec: Spec) -> OriginalGraph:
+        from transom.sources.onnx_file import open_onnx
+
+        path = onnx_path(spec)
+        return OriginalGraph(path.name, lambda: open_onnx(path)[0])
+
+    def chat_template(self, spec: Spec) -> ChatTemplate | None:
+        from transom.text.from_hf import chat_template_from_hf
+
+        return chat_template_from_hf(side_folder(onnx_path(spec)), None)
 
 
 def onnx_path(spec: Spec) -> Path:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from transom.contract import Progress
 from transom.errors import MissingExtra, SourceError
-from transom.sources.base import SourceModel, Spec, summarise
+from transom.sources.base import InMemory, Source, SourceModel, Spec, summarise
 
 if TYPE_CHECKING:
     from transom.graph import Graph
@@ -53,7 +53,7 @@ class TorchSource:
     tokenizer_from: Any = None
 
 
-class TorchModels:
+class TorchModels(Source):
     """Loads `TorchSource` objects and models of the transformers package."""
 
     kind = "torch"
@@ -76,6 +76,9 @@ class TorchModels:
             f"A module of the type {type(spec).__name__} cannot be loaded without example inputs",
             "Load transom.TorchSource(module, (example_input, …))",
         )
+
+    def original(self, spec: Spec) -> InMemory:
+        return InMemory(spec)
 
 
 def _is_module(spec: Any) -> bool:
@@ -262,7 +265,7 @@ def _with_texts(graph: Graph, name: str, folder: Any, model: Any, notes: list[st
     elif hasattr(model, "generation_config") and model.generation_config is not None:
         config = model.config.to_dict() if hasattr(model, "config") else {}
         generation = defaults_from_hf(_told(model.generation_config.to_dict()), config, None)
-    return SourceModel(graph, tokenizer, template, generation, name=Path(name).name, kind="torch", notes=notes)
+    return SourceModel(graph, tokenizer, template, generation, name=Path(name).name, kind=TorchModels.kind, notes=notes)
 
 
 def _told(config: Mapping[str, Any]) -> dict[str, Any]:
