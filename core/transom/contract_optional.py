@@ -1,7 +1,7 @@
 """What a backend or a session may do beyond `transom.contract`. Each protocol stands for itself; none is required.
 
-The host asks with `isinstance`, so it is enough to have the methods. What has no such method is treated by a rule that
-is good for all, which each protocol names.
+The host asks with `isinstance`, so it is enough to have the methods. For a backend or a session without them the host
+follows a general rule, which each protocol names.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ class AppBackend(Backend, Protocol):
 
 @runtime_checkable
 class FittingBackend(Backend, Protocol):
-    """A backend that tells from a bundle's manifest which devices a variant is for. Without it: the devices with the
-    architecture of the variant's target. Since API 1.6."""
+    """A backend that tells from a bundle's manifest which devices a variant is for. Without this protocol, the variant
+    is for devices with the architecture of its target. Since API 1.6."""
 
     def fits(self, variant: Mapping[str, Any], device: Device) -> Verdict:
         """Whether a variant is for a device, which need not be here. Memory is the host's to compare.
@@ -98,15 +98,15 @@ class FittingBackend(Backend, Protocol):
 
 @runtime_checkable
 class LibraryBackend(Backend, Protocol):
-    """A backend whose apps need native libraries for a processor beside the CPU. Without it, each library of an app is
-    for the CPU. Since API 1.6."""
+    """A backend whose apps need native libraries for a processor other than the CPU. Without this protocol, each
+    library of an app is for the CPU. Since API 1.6."""
 
     def machine_of(self, library: str) -> str:
         """What a native library is compiled for, by its file name: `"hexagon"` for Qualcomm's DSP, as
         `transom.bundles.native_libraries` names machines; empty: the CPU, or a library of somebody else.
 
-        Such a library lies in the folder of the CPU's ABI, and Android has to take it out of the package: its processor
-        opens files only.
+        Such a library lies in the folder of the CPU's ABI. Android has to extract it from the package, because its
+        processor opens files only.
         """
         ...
 
@@ -139,19 +139,19 @@ class MatrixForm:
 
 @dataclass(frozen=True)
 class KeptBlocks:
-    """What becomes of matrices that the checkpoint has in blocks of integers."""
+    """How a format stores matrices that the checkpoint has in blocks of integers."""
 
     form: Callable[[Blocked], MatrixForm | None]
-    """The form of one that stays as it is; None where the format cannot store it so."""
+    """The form of a matrix that keeps its blocks; None where the format cannot keep them."""
     other: MatrixForm
-    """The form of those."""
+    """The form of a matrix whose blocks cannot be kept."""
     note: str = ""
-    """What their scales take, to be shown: `"scales and minimums of 4 bytes each"`."""
+    """The size of kept scales, for people: `"scales and minimums of 4 bytes each"`."""
 
 
 @dataclass(frozen=True)
 class Published:
-    """A speed that somebody else has published. It is shown beside the bound of a plan."""
+    """A speed that somebody else has published. A plan shows it beside its bound."""
 
     model: str
     target: str
@@ -196,12 +196,12 @@ class StorageForm:
     instead: str = ""
     """The precision to use where such a matrix is refused."""
     kept: KeptBlocks | None = None
-    """None: blocks of the checkpoint are rounded anew, as plain matrices are."""
+    """None: blocks of the checkpoint are quantized again, like plain matrices."""
     copies: int = 1
-    """Of the matrices of products, in files and in memory; each token reads one of them."""
+    """How often each matrix of a product is stored, in files and in memory. A token reads one copy."""
     attention_twice: Literal["no", "up to half", "half"] = "no"
-    """How much of attention's products is there once more, since the graphs for prefill and decoding cannot share it.
-    Only half of them is counted; `"up to half"` becomes a note."""
+    """How much of attention's products is stored twice, because the graphs for prefill and decoding cannot share it.
+    `"half"` is counted; `"up to half"` becomes a note."""
     layer: int = 0
     """Bytes of a layer's compiled code."""
     part_bytes: int = 0
@@ -228,11 +228,15 @@ class StorageForm:
 
 @runtime_checkable
 class PlanningBackend(Backend, Protocol):
-    """A backend that knows how it stores a decoder before it compiles one. Without it, a plan counts the bytes that the
-    host plans for every backend. Since API 1.6."""
+    """A backend that knows how it stores a decoder before it compiles one. Without this protocol, a plan counts the
+    bytes that the host plans for any backend. Since API 1.6."""
 
     def storage_form(self, decoder: Decoder, device: Device, precision: str) -> StorageForm:
-        """How a decoder would be stored for a device. Reads no weight and needs no SDK.
+        """How a decoder would be stored for a device. Needs no SDK.
+
+        Args:
+            decoder: sizes of the model.
+            precision: as in `transom.contract.Options`.
 
         Raises:
             OptionError: the format does not have the precision, or not on this device.
