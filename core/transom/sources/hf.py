@@ -17,7 +17,8 @@ from transom.models.tensors import Checkpoint, Tensors
 from transom.models.values import Values
 from transom.sources.base import Contents, Pretrained, Source, SourceModel, Spec, content_hash, local_path, summarise
 from transom.sources.finite import require_finite
-from transom.sources.packed import Packing, packing_of
+from transom.sources.packed import Packing
+from transom.sources.quantized import packing_of
 from transom.sources.safetensors_file import StoredTensor, open_safetensors
 
 if TYPE_CHECKING:

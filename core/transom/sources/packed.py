@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 
@@ -45,36 +45,6 @@ class Packing(Protocol):
 
     def find(self, name: str) -> tuple[Weight, str] | None:
         """The weight `<module>.weight` and a note, or None where the module is not quantised."""
-
-
-def packing_of(config: Mapping[str, Any], stored: Stored, where: str) -> Packing | None:
-    """The packing that config.json speaks of, or None for plain weights.
-
-    Raises:
-        SourceError: a method or a setting that is not known, by name and value.
-    """
-    settings = config.get("quantization_config") or config.get("compression_config")
-    if not settings and isinstance(config.get("text_config"), Mapping):
-        settings = config["text_config"].get("quantization_config")
-    if not settings:
-        return None
-    if not isinstance(settings, Mapping):
-        raise SourceError(f"quantization_config of {where} is not a table of settings", _DAMAGED)
-    values = Values(settings, f"quantization_config of {where}")
-    method = values.get("quant_method")
-    if method == "gptq":
-        return _gptq(values, stored, where)
-    if method == "awq":
-        return _awq(values, stored, where)
-    if method == "compressed-tensors":
-        from transom.sources.compressed import compressed_tensors
-
-        return compressed_tensors(values, stored, where)
-    raise SourceError(
-        f"The checkpoint in {where} is quantised by {method!r} (quantization_config.quant_method), which Transom does "
-        "not read",
-        "Transom reads gptq, awq and compressed-tensors; or load the model as it was before it was quantised",
-    )
 
 
 def group_size(values: Values, columns: int, size: int, name: str) -> int:
@@ -188,7 +158,7 @@ class _Grouped:
         return self.read(Module(module, self.stored, self.where))
 
 
-def _gptq(values: Values, stored: Stored, where: str) -> Packing:
+def gptq(values: Values, stored: Stored, where: str) -> Packing:
     bits = values.one_of("bits", (2, 4, 8))
     size = values.whole("group_size", low=-1)
     symmetric = values.flag("sym", True)
@@ -255,7 +225,7 @@ def _gptq(values: Values, stored: Stored, where: str) -> Packing:
     return _Grouped(stored, where, "qweight", parts, read)
 
 
-def _awq(values: Values, stored: Stored, where: str) -> Packing:
+def awq(values: Values, stored: Stored, where: str) -> Packing:
     values.one_of("bits", (4,))
     values.one_of("version", ("gemm", "GEMM"), "gemm")
     size = values.whole("group_size", low=-1)

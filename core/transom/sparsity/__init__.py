@@ -15,8 +15,7 @@ from transom.sparsity.calibration import (
     shipped,
 )
 from transom.sparsity.joining import joined
-from transom.sparsity.layer import DENSE, LayerSparsity
-from transom.sparsity.policy import PRESETS, Heads, Sparsity
+from transom.sparsity.policy import DENSE, PRESETS, Heads, LayerSparsity, Sparsity
 
 __all__ = [
     "DENSE",

@@ -1,7 +1,6 @@
-"""Files about sparsity: policies that people write, and calibrations of a model's heads, where they are found.
+"""Calibrations of a model's heads, where they are found: beside the model, in the cache, or shipped with Transom.
 
-A file is a JSON object. `format` is 1, `about` is anything for people, and the rest are fields of `Sparsity` and
-`preset`. A calibration is a file of which the `heads` count: beside the model, in the cache, or shipped with Transom.
+A calibration is a policy file of which the `heads` count.
 """
 
 from __future__ import annotations
@@ -10,18 +9,16 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from transom.errors import OptionError
+from transom.sparsity.files import policy_values
+from transom.sparsity.policy import Heads, Sparsity
 
 if TYPE_CHECKING:
     from transom.signature import Decoder
-    from transom.sparsity.policy import Heads
 
 FILE_NAME = "transom-sparsity.json"
 """Beside a model: in its folder, or before it the name of a GGUF or ONNX file, `model.transom-sparsity.json`."""
-FORMAT = 1
-_FOR_PEOPLE = ("format", "about", "model")
 _TABLES = Path(__file__).parent / "tables"
 
 
@@ -34,38 +31,12 @@ class Calibration:
     """For people: a path, `"the cache"`, `"shipped with Transom, for SmolLM2-135M"`."""
 
 
-def policy_values(path: Path) -> dict[str, Any]:
-    """The fields of a policy file, without what is for people.
-
-    Raises:
-        OptionError: it cannot be read, is no JSON object, or is of another format.
-    """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8"
-        raise OptionError(
-            f"The sparsity policy {path} cannot be read: {reason}", "Give the path of a JSON file"
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise OptionError(f"{path} is not JSON: {error}", "Write a JSON object with fields of a policy") from None
-    if not isinstance(values, dict):
-        raise OptionError(f"{path} holds no JSON object", 'Write one, such as {"preset": "balanced", "rows": 8}')
-    if values.get("format", FORMAT) != FORMAT:
-        raise OptionError(
-            f"{path} has format {values['format']!r}, and this Transom reads format {FORMAT}", "Make it again"
-        )
-    return {key: value for key, value in values.items() if key not in _FOR_PEOPLE}
-
-
 def read_calibration(path: Path) -> Calibration | None:
     """The heads that a file holds; None where it is a policy without heads.
 
     Raises:
         OptionError: as for any policy file.
     """
-    from transom.sparsity.policy import Sparsity
-
     policy = Sparsity.from_dict(policy_values(path), where=str(path))
     return None if policy.heads is None else Calibration(policy.heads, str(path))
 

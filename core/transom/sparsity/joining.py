@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from transom.sparsity.layer import DENSE, LayerSparsity
-from transom.sparsity.policy import Sparsity
+from transom.sparsity.policy import DENSE, LayerSparsity, Sparsity
 
 
 def joined(layers: Sequence[str]) -> Sparsity | str:

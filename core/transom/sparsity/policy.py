@@ -1,4 +1,7 @@
-"""`Sparsity`: what attention reads, as numbers. Checked on creation, named by presets, written as JSON.
+"""`Sparsity`: what attention reads, as numbers, and `LayerSparsity`: what one layer of a model reads by it.
+
+A policy is checked on creation, named by presets, written as JSON. A layer's canonical string is the attribute
+`sparsity` of `transom::CachedAttention`.
 
 The policy says how units of keys are scored and how many of them are read; what it means to the last key is defined by
 its NumPy reference, `transom.ops.sparse_routing`. Source of the method: node routing, described in `docs/sparsity.md`.
@@ -16,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transom.errors import OptionError, nearest
-from transom.sparsity.layer import DENSE, LayerSparsity
+from transom.sparsity.files import policy_values
 
 if TYPE_CHECKING:
     from transom.signature import Decoder
@@ -24,6 +27,8 @@ if TYPE_CHECKING:
 BLOCK = 64
 """Queries that choose together, and tokens in a page of a paged cache."""
 SCORES = ("rms", "mean")
+DENSE = "dense"
+"""The canonical string of a layer, and of a policy, that reads every key."""
 
 Heads = tuple[tuple[float, ...], ...]
 """For each layer and KV head what 1 - coverage is multiplied by; 0 is a head that stays dense."""
@@ -215,6 +220,60 @@ class Sparsity:
         return _from_text(value)
 
 
+@dataclass(frozen=True)
+class LayerSparsity:
+    """What one layer reads: the rule, and what its heads make of it."""
+
+    rule: Sparsity | None
+    """Without heads; None: every key."""
+    heads: tuple[float, ...] | None = None
+    """For each KV head what 1 - coverage is multiplied by; None: 1 for all."""
+
+    @property
+    def dense(self) -> bool:
+        """Whether every head reads every key."""
+        return self.rule is None or self.rule.dense or (self.heads is not None and not any(self.heads))
+
+    def coverage(self, head: int) -> float:
+        """Share of the mass that this KV head covers; 1: it reads everything. 0 where the multiplier leaves nothing."""
+        if self.rule is None or self.dense_head(head):
+            return 1.0
+        loose = 1.0 if self.heads is None else self.heads[head]
+        return max(0.0, 1.0 - (1.0 - self.rule.coverage) * loose)
+
+    def dense_head(self, head: int) -> bool:
+        """Whether this KV head reads every key, by calibration or because the whole layer does."""
+        return self.dense or (self.heads is not None and self.heads[head] == 0)
+
+    def to_string(self) -> str:
+        """`"dense"`, or JSON of every field of the rule, keys sorted and without spaces, with `heads` a list of one
+        number for each KV head, or null where all are 1. Equal views have equal strings."""
+        if self.rule is None or self.dense:
+            return DENSE
+        loose = None if self.heads is None or all(h == 1 for h in self.heads) else list(self.heads)
+        return json.dumps(self.rule.to_dict() | {"heads": loose}, sort_keys=True, separators=(",", ":"))
+
+    @classmethod
+    def from_string(cls, text: str) -> LayerSparsity:
+        """The view of an attribute's value.
+
+        Raises:
+            ValueError: it is no canonical string of a layer.
+        """
+        if text == DENSE:
+            return cls(None)
+        try:
+            values = json.loads(text)
+            if not isinstance(values, dict):
+                raise ValueError("not an object")
+            heads = values.pop("heads", None)
+            rule = Sparsity.from_dict({**values, "heads": None if heads is None else [heads]})
+        except (ValueError, RecursionError, OptionError) as error:
+            raise ValueError(f"unknown sparsity policy {text[:200]!r}: {error}") from error
+        view = rule.layer(0)
+        return view if view.rule is not None else cls(None)
+
+
 def _from_text(text: str) -> Sparsity:
     stripped = text.strip()
     if stripped in PRESETS:
@@ -236,8 +295,6 @@ def _from_text(text: str) -> Sparsity:
 
 
 def _from_file(path: Path) -> Sparsity:
-    from transom.sparsity.calibration import policy_values
-
     return Sparsity.from_dict(policy_values(path), where=str(path))
 
 
