@@ -11,7 +11,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from doc_pages import PAGES, ROOT, Block, anchors, blocks, first_cells, links
+from doc_pages import PAGES, ROOT, Block, anchors, blocks, first_cells, links, prose
 
 README, ENVIRONMENT, ARCHITECTURE, API = (
     ROOT / name for name in ("README.md", "docs/environment.md", "docs/architecture.md", "docs/python-api.md")
@@ -33,6 +33,13 @@ def test_links_lead_somewhere(page: Path) -> None:
         if not target.exists() or (anchor and anchor not in anchors(target)):
             broken.append(link)
     assert not broken
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_a_page_names_are_there(page: Path) -> None:
+    """Paths from the root, in backticks; those with a placeholder such as `<name>` are not looked for."""
+    named = re.findall(r"`((?:core|backends|tests|benchmarks|docs|examples|tools)/[^`<>{}* ]+)`", prose(page))
+    assert [path for path in named if not (ROOT / path).exists()] == []
 
 
 def test_every_page_is_reached_from_the_readme() -> None:
