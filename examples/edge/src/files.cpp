@@ -37,7 +37,7 @@ std::string read_file(const std::filesystem::path& path) {
     errno = 0;
     std::ifstream file(path, std::ios::binary);
     if (!file || std::filesystem::is_directory(path))
-        throw Error(path.string() + " cannot be read: " + (errno ? std::strerror(errno) : "it is no file"), again);
+        throw Error(path.string() + " cannot be read: " + (errno ? std::strerror(errno) : "it is not a file"), again);
     std::ostringstream content;
     content << file.rdbuf();
     if (file.bad()) throw Error(path.string() + " cannot be read to its end", again);
@@ -46,7 +46,7 @@ std::string read_file(const std::filesystem::path& path) {
 
 nlohmann::json read_json(const std::filesystem::path& path) {
     nlohmann::json value = parse_json(read_file(path));
-    if (!value.is_object()) throw Error(path.string() + " is damaged: it holds no JSON object", again);
+    if (!value.is_object()) throw Error(path.string() + " is damaged: it is not a JSON object", again);
     return value;
 }
 

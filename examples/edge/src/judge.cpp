@@ -33,21 +33,21 @@ bool has_cpu(const Device& device) {
 
 // Why a variant is for other hardware; empty if it is for this.
 std::string wrong_device(const Variant& variant, const Device& device) {
-    if (variant.backend == "onnx") return has_cpu(device) ? "" : "Runs on a processor, and " + device.name + " is none";
+    if (variant.backend == "onnx") return has_cpu(device) ? "" : "Runs on a CPU, and " + device.name + " has none";
     const std::string made_for = "Is made for " + variant.target + ", and " + device.name;
     if (variant.backend == "qnn") {
         const std::string soc = value(variant.needs, "soc_model"), htp = value(variant.needs, "htp_arch");
         if (soc == device.soc_model && htp == device.htp_arch) return "";
-        if (device.soc_model.empty() && device.htp_arch.empty()) return made_for + " is no Snapdragon that is known";
+        if (device.soc_model.empty() && device.htp_arch.empty()) return made_for + " is not a known Snapdragon";
         return made_for + " has soc_model " + device.soc_model + " and htp_arch " + device.htp_arch + ", not " + soc + " and " + htp;
     }
-    return variant.target_arch == device.arch ? "" : made_for + " is of another architecture";
+    return variant.target_arch == device.arch ? "" : made_for + " has another architecture";
 }
 
 Verdict verdict_on(const Variant& variant, const Device& device) {
     if (const std::string wrong = wrong_device(variant, device); !wrong.empty()) return {variant.name, false, wrong};
     if (!device.free_bytes || variant.memory_at.empty())
-        return {variant.name, true, (variant.backend == "onnx" ? "Runs on the processor of " : "Is made for ") + device.name,
+        return {variant.name, true, (variant.backend == "onnx" ? "Runs on the CPU of " : "Is made for ") + device.name,
                 variant.context};
     const int64_t free = *device.free_bytes;
     const int64_t needed = variant.memory_at.at(variant.context);
@@ -71,7 +71,7 @@ std::vector<Verdict> judge(const Manifest& manifest, const Device& device) {
 
 std::string cannot_run(const Variant& variant, const Device& device) {
     if (variant.backend == "onnx") return "";
-    if (variant.backend != "qnn") return "Is of the backend " + variant.backend + ", which this program does not know";
+    if (variant.backend != "qnn") return "Uses the backend " + variant.backend + ", which this program does not know";
     return device.qnn ? "" : "Needs an ONNX Runtime with QNN, which is not there";
 }
 

@@ -18,29 +18,29 @@ namespace {
 
 using namespace transom;
 
-const char* const usage = R"(transom-edge BUNDLE [options]: run a bundle that `transom export` wrote.
+const char* const usage = R"(transom-edge BUNDLE [options]: run a bundle from `transom export`.
 
-What to do; several may be given:
-  --judge               say which variants are good on this device, from the manifest alone
+Actions; they can be combined:
+  --judge               report which variants this device can run, from the manifest alone
   --check               compare every file with the manifest
-  --verify              feed the manifest's fixed prompt, and compare with the reference's answers
+  --verify              run the manifest's fixed prompt, and compare with the reference
   --prompt TEXT         answer this text
   --ids 1,2,3           answer these token ids
 
-How:
+Options:
   --rendered            the prompt is a rendered chat template: add no beginning or end tokens to it
-  --max-tokens N        most tokens of the answer; without it, until the model ends or its context is full
+  --max-tokens N        most tokens of the answer (default: until the model ends or its context is full)
   --temperature T --top-k K --top-p P --seed S
-                        how tokens are drawn; without them, as the bundle's generation.json says
-  --variant NAME        this variant, whatever --judge says of it
-  --threads N           threads of the CPU
+                        how tokens are sampled (defaults: the bundle's generation.json)
+  --variant NAME        use this variant, even if it does not fit
+  --threads N           CPU threads
   --print-ids           print token ids in place of text
-  --stats               print times to the error output
-  --device FILE         judge for the first device of this file, as `transom doctor --json` writes it
+  --stats               print times to standard error
+  --device FILE         judge for the first device in this file from `transom doctor --json`
   --onnxruntime PATH    the library of ONNX Runtime
-  --qnn-provider PATH   a library that brings QNN to an ONNX Runtime without it
-  --qnn-backend PATH    QNN's own library, in place of libQnnHtp.so
-  --qnn-on-cpu          run graphs of a qnn variant that are plain ONNX on the CPU
+  --qnn-provider PATH   a library that adds QNN to an ONNX Runtime without it
+  --qnn-backend PATH    QNN's own library instead of libQnnHtp.so
+  --qnn-on-cpu          run a qnn variant's plain ONNX graphs on the CPU
 )";
 
 const std::set<std::string> flags = {"--judge", "--check", "--verify", "--rendered", "--print-ids", "--stats", "--qnn-on-cpu"};
@@ -76,7 +76,7 @@ struct Arguments {
             if (used == text.size() && used > 0) return value;
         } catch (const std::logic_error&) {  // not a number, or too large: reported below
         }
-        throw Error(name + " is \"" + text + "\", which is no number that it could be", "See transom-edge --help");
+        throw Error(name + " is \"" + text + "\", which is not a valid number", "See transom-edge --help");
     }
 };
 
@@ -190,7 +190,7 @@ int run(const Arguments& arguments) {
     }
     if (arguments.has("--check")) {
         check_files(manifest);
-        std::cout << manifest.files.size() << " files are as the manifest says\n";
+        std::cout << manifest.files.size() << " files match the manifest\n";
     }
     const bool verifies = arguments.has("--verify"), answers = arguments.has("--prompt") || arguments.has("--ids");
     if (!verifies && !answers) return good ? 0 : 1;
@@ -199,7 +199,7 @@ int run(const Arguments& arguments) {
     if (verifies) {
         const auto decoder = open_decoder(manifest, variant, settings);
         const size_t same = agreeing(*decoder, manifest), all = manifest.expected_tokens.size();
-        std::cout << variant.name << ": " << same << " of " << all << " most likely tokens are the reference's\n";
+        std::cout << variant.name << ": " << same << " of " << all << " most likely tokens match the reference\n";
         // Rounding decides between near ties, and 4-bit weights make many more of them
         good = variant.exact ? 10 * same >= 9 * all : 3 * same >= 2 * all;
     }

@@ -67,14 +67,14 @@ fs::path Manifest::file(const Variant& variant, const std::string& name) const {
 
 Manifest read_manifest(const fs::path& folder) {
     if (!fs::is_directory(folder))
-        throw Error(folder.string() + " is no folder", "Give the folder that transom export wrote");
+        throw Error(folder.string() + " is not a folder", "Give the folder that transom export wrote");
     if (!fs::exists(folder / "manifest.json"))
-        throw Error(folder.string() + " is no bundle: it has no manifest.json", "Give the folder that transom export wrote");
+        throw Error(folder.string() + " is not a bundle: it has no manifest.json", "Give the folder that transom export wrote");
     const json data = parse_json(read_file(folder / "manifest.json"));
     try {
         const int64_t version = whole_number(data.at(version_key), 1);
         if (version > manifest_version)
-            throw Error("The bundle " + folder.string() + " is of version " + std::to_string(version) +
+            throw Error("The bundle " + folder.string() + " has version " + std::to_string(version) +
                             ", and this program reads version " + std::to_string(manifest_version),
                         "Build the program again from a newer Transom");
         Manifest manifest;

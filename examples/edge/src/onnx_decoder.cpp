@@ -85,7 +85,7 @@ private:
         const auto info = logits.GetTensorTypeAndShapeInfo();
         const std::vector<int64_t> shape = info.GetShape();
         if (info.GetElementType() != ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT || shape.empty() || info.GetElementCount() == 0)
-            throw Error("The model's logits are no rows of float32", "Export the model again, for this version of Transom");
+            throw Error("The model's logits are not rows of float32", "Export the model again, for this version of Transom");
         const float* end = logits.GetTensorData<float>() + info.GetElementCount();
         return {end - shape.back(), end};
     }
@@ -106,7 +106,7 @@ std::unique_ptr<Decoder> open_onnx_decoder(const Manifest& manifest, const Varia
 std::unique_ptr<Decoder> open_decoder(const Manifest& manifest, const Variant& variant, const Settings& settings) {
     if (variant.backend == "onnx") return open_onnx_decoder(manifest, variant, settings);
     if (variant.backend == "qnn") return open_qnn_decoder(manifest, variant, settings);
-    throw Error("The variant " + variant.name + " is of the backend " + variant.backend + ", which this program cannot run",
+    throw Error("The variant " + variant.name + " uses the backend " + variant.backend + ", which this program cannot run",
                 "Name another one with --variant, or export the model with --format onnx");
 }
 

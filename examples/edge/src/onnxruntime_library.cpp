@@ -61,7 +61,7 @@ void open_onnxruntime(const Libraries& libraries) {
         const OrtApiBase* base = opened(libraries.onnxruntime);
         const OrtApi* api = base->GetApi(ORT_API_VERSION);
         if (api == nullptr)
-            throw Error(std::string("ONNX Runtime is of version ") + base->GetVersionString() + ", and this program needs 1." +
+            throw Error(std::string("ONNX Runtime has version ") + base->GetVersionString() + ", and this program needs 1." +
                             std::to_string(ORT_API_VERSION) + " or newer",
                         "Name a newer library with --onnxruntime PATH");
         Ort::InitApi(api);

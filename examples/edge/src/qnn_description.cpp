@@ -91,7 +91,7 @@ QnnDescription read_qnn_description(const std::filesystem::path& path) {
     try {
         const int64_t version = whole_number(data.at("qnn_variant"), dense_version);
         if (version > sparse_version)
-            throw Error(path.string() + " is of a newer version than this program reads",
+            throw Error(path.string() + " has a newer version than this program reads",
                         "Build the program again from a newer Transom");
         return read(data, version == sparse_version);
     } catch (const json::exception&) {

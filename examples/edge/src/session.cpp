@@ -36,7 +36,7 @@ Ort::ConstTensorTypeAndShapeInfo Session::info(const std::string& input, Ort::Ty
         throw Error(path_ + " has no input " + input, "Export the model again, for this version of Transom");
     owner = session_.GetInputTypeInfo(static_cast<size_t>(found - inputs_.begin()));
     if (owner.GetONNXType() != ONNX_TYPE_TENSOR)
-        throw Error(path_ + " has the input " + input + ", which is no tensor", "Export the model again, for this version of Transom");
+        throw Error(path_ + " has the input " + input + ", which is not a tensor", "Export the model again, for this version of Transom");
     return owner.GetTensorTypeAndShapeInfo();
 }
 

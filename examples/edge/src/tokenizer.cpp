@@ -29,7 +29,7 @@ Tokenizer Tokenizer::open(const std::filesystem::path& path) {
     } catch (const nlohmann::json::exception& error) {
         throw damaged(path, error.what());
     } catch (const std::out_of_range&) {
-        throw damaged(path, "a token id is none");
+        throw damaged(path, "a token id is invalid");
     }
 }
 

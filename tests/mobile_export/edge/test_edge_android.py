@@ -159,7 +159,7 @@ def test_the_bridge_answers_a_java_program(
         "stopped cancelled 3",
         "passed on of the sink",
         "refused --temperature is 1000.000000. Give a number from 0.000000 to 100.000000.",
-        "refused /nowhere/🙂 is no folder. Give the folder that transom export wrote.",
+        "refused /nowhere/🙂 is not a folder. Give the folder that transom export wrote.",
         f"refused The bundle {damaged} is damaged: \ufffd is not in the manifest. "
         "Copy it again from where it was made, or export the model again.",
     ]

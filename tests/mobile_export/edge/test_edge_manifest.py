@@ -52,7 +52,7 @@ def test_hashes_are_the_manifests(call: Run, tmp_path: Path, rng: np.random.Gene
 
 def test_a_whole_bundle_is_as_its_manifest_says(edge: Run, bundle: Path) -> None:
     said = edge(bundle, "--check")
-    assert (said.returncode, said.stdout, said.stderr) == (0, "3 files are as the manifest says\n", "")
+    assert (said.returncode, said.stdout, said.stderr) == (0, "3 files match the manifest\n", "")
 
 
 def _alter(bundle: Path) -> None:
@@ -84,7 +84,7 @@ def test_damage_is_named(edge: Run, bundle: Path, damage: Callable[[Path], Any],
 
 def test_a_newer_version_is_an_error(edge: Run, bundle: Path) -> None:
     (bundle / "manifest.json").write_text('{"transom_bundle": 2, "unheard": "of"}')
-    wanted = f"The bundle {bundle} is of version 2, and this program reads version 1."
+    wanted = f"The bundle {bundle} has version 2, and this program reads version 1."
     assert wanted in refused(edge(bundle, "--judge"))
 
 
@@ -120,8 +120,8 @@ def test_a_manifest_of_another_form_is_damaged(edge: Run, bundle: Path, change: 
 
 
 def test_what_is_no_bundle(edge: Run, tmp_path: Path) -> None:
-    assert "is no folder" in refused(edge(tmp_path / "nowhere", "--judge"))
-    assert "is no bundle: it has no manifest.json" in refused(edge(tmp_path, "--judge"))
+    assert "is not a folder" in refused(edge(tmp_path / "nowhere", "--judge"))
+    assert "is not a bundle: it has no manifest.json" in refused(edge(tmp_path, "--judge"))
 
 
 @pytest.mark.parametrize(
@@ -147,11 +147,11 @@ def test_words_that_are_wrong(edge: Run, bundle: Path, words: list[str], named: 
 def test_a_backend_that_is_not_known_is_named(edge: Run, bundle: Path) -> None:
     manifest = json.loads((bundle / "manifest.json").read_text())
     write_manifest(bundle, {**manifest, "variants": [variant("rtx", "tensorrt", {}, target=CPU)]})
-    assert "rtx: Is of the backend tensorrt, which this program does not know" in refused(
+    assert "rtx: Uses the backend tensorrt, which this program does not know" in refused(
         edge(bundle, "--ids", "1", "--print-ids")
     )
     said = edge(bundle, "--ids", "1", "--print-ids", "--variant", "rtx")
-    assert "is of the backend tensorrt, which this program cannot run" in refused(said)
+    assert "uses the backend tensorrt, which this program cannot run" in refused(said)
 
 
 def test_verdicts_are_transoms_own(call: Run, tmp_path: Path, rng: np.random.Generator) -> None:
@@ -209,5 +209,5 @@ def test_the_reason_is_for_people(call: Run, edge: Run, tmp_path: Path) -> None:
     device.write_text(json.dumps({"devices": [device_json(CARD)]}))
     said = edge(tmp_path / "bundle", "--judge", "--device", device)
     assert said.returncode == 1
-    assert "is no Snapdragon that is known" in said.stdout
-    assert "Runs on a processor, and A card is none" in said.stdout
+    assert "is not a known Snapdragon" in said.stdout
+    assert "Runs on a CPU, and A card has none" in said.stdout

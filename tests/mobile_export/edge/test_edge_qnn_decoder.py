@@ -84,7 +84,7 @@ def test_the_context_is_filled_to_its_end(edge: Run, tmp_path: Path, rng: np.ran
 def test_the_reference_is_compared_with(edge: Run, tmp_path: Path, rng: np.random.Generator) -> None:
     make(tmp_path, tiny(rng), "uint8")
     said = edge(tmp_path, "--variant", FOLDER, "--qnn-on-cpu", "--verify")
-    assert said.stdout == f"{FOLDER}: 7 of 7 most likely tokens are the reference's\n"
+    assert said.stdout == f"{FOLDER}: 7 of 7 most likely tokens match the reference\n"
 
 
 def test_without_qnn_it_says_what_is_missing(edge: Run, tmp_path: Path, rng: np.random.Generator) -> None:
@@ -174,7 +174,7 @@ def test_a_newer_form_is_refused(edge: Run, tmp_path: Path, rng: np.random.Gener
     file.write_text(json.dumps({**json.loads(file.read_text()), "qnn_variant": 3}))
     said = edge(tmp_path, "--variant", FOLDER, "--qnn-on-cpu", "--ids", "1", "--print-ids")
     assert said.returncode == 2
-    assert f"{file} is of a newer version than this program reads" in said.stderr
+    assert f"{file} has a newer version than this program reads" in said.stderr
 
 
 def test_a_token_outside_the_vocabulary(edge: Run, tmp_path: Path, rng: np.random.Generator) -> None:

@@ -42,7 +42,7 @@ def test_the_runner_answers_what_transom_answers(edge: Run, bundle: Path) -> Non
     assert said.returncode == 0, said.stderr
     judged, checked, verified, answer = said.stdout.split("\n", 3)
     assert judged.startswith("onnx: fits. Needs ")
-    assert checked.endswith("files are as the manifest says")
+    assert checked.endswith("files match the manifest")
     assert verified.startswith("onnx: 1")
     with transom.load(bundle, backend="onnx", verify="off") as model:
         assert model.tokenizer is not None
