@@ -9,7 +9,7 @@ SAMPLE = .venv/sample-model.path
 # What the native library is compiled from: an environment is set up again when it changes, in a few seconds.
 NATIVE = hatch_build.py $(wildcard backends/openvino_cpu/transom_openvino_cpu/native/src/*)
 
-.PHONY: run test lint bench bench-gpu bench-rtx docs aot build clean
+.PHONY: run test test-seeds test-all lint bench bench-gpu bench-rtx docs aot build clean
 .DELETE_ON_ERROR:
 
 run: .venv/.ready $(if $(MODEL),,$(SAMPLE))
@@ -19,6 +19,8 @@ export PROMPT
 # Two processes side by side, so that two cores have about as much to do; what the second one said comes last. Triton's
 # interpreter needs a process of its own, and the tests of what is built for elsewhere come after it. Processes in the background do
 # not hear of Ctrl-C, so whatever ends this shell ends them; a shell runs no EXIT trap when a signal ends it.
+# Seeds come from the names of the tests, and sets have one order: a run is the same everywhere.
+test: export PYTHONHASHSEED = 0
 test: .venv-test/.ready
 ifeq ($(strip $(ARGS)),)
 	@PYTHON=.venv-test/bin/python .ci/edge-tools || echo "The tests of examples/edge skip what needs these."
@@ -33,6 +35,22 @@ ifeq ($(strip $(ARGS)),)
 else
 	@.venv-test/bin/python -m pytest $(ARGS)
 endif
+
+# Fresh seeds, SEEDS of them, for each test of the CPU path that draws random inputs, and at the end the commands that
+# repeat what failed. A test gets no further draw after DRAW_SECONDS. Left out is what takes seconds to minutes a draw:
+# emulated devices (cuda_triton, tensorrt, mobile_export), commands in processes of their own (cli, docs), real models,
+# and the sanitizers, which compile a library first. ARGS="tests/tensorrt/test_lowering.py" draws for some of it.
+SEEDS ?= 100
+DRAW_SECONDS ?= 10
+NO_SEEDS = $(addprefix --ignore tests/,cuda_triton tensorrt mobile_export cli docs native/test_sanitizers.py \
+	native/test_fidelity.py quantize/test_sample_model.py)
+test-seeds: .venv-test/.ready
+	@PYTHONHASHSEED=$$(.venv-test/bin/python -c 'import secrets; print(secrets.randbits(32))') \
+	.venv-test/bin/python -m pytest --fresh-seeds $(SEEDS) --draw-seconds $(DRAW_SECONDS) $(or $(ARGS),$(NO_SEEDS))
+
+# Everything: the tests, and a few fresh seeds for each that draws.
+test-all:
+	@$(MAKE) test; first=$$?; $(MAKE) test-seeds SEEDS=3 DRAW_SECONDS=1; exit $$((first | $$?))
 
 lint: .venv-test/.ready
 	.venv-test/bin/ruff check . && .venv-test/bin/ruff format --check . && .venv-test/bin/mypy

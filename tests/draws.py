@@ -11,6 +11,7 @@ from __future__ import annotations
 import collections
 import hashlib
 import os
+import random
 import secrets
 import shlex
 import sys
@@ -19,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from _pytest.runner import runtestprotocol
 
@@ -77,6 +79,7 @@ class Draws:
 
     # --- each test with its seed --------------------------------------------------------------------------------------
     def _force(self, item: pytest.Item, number: int | None) -> None:
+        _seed_libraries(number or named(item.name))
         if number != self.forced:
             self.forced = number
             self._forget_shared(item)
@@ -96,6 +99,7 @@ class Draws:
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
         if not is_random(item):
+            _seed_libraries(named(item.name))
             return None
         if not self.fresh:
             self._force(item, (getattr(item, "callspec", None) and item.callspec.params.get("seed")) or self.given)  # type: ignore[attr-defined]
@@ -161,6 +165,14 @@ class Draws:
         for name, tally in failed.items():
             for number in tally.failed:
                 write(f"{_command(name, number)}  # after {tally.draws} draws")
+
+
+def _seed_libraries(number: int) -> None:
+    """What libraries draw from generators of the whole process, such as torch for a module's first weights."""
+    random.seed(number)
+    np.random.seed(number)
+    if torch := sys.modules.get("torch"):
+        torch.manual_seed(number)
 
 
 def _own_seed(item: pytest.Item) -> int | None:
