@@ -1,4 +1,7 @@
-"""The functions that ask rather than run: `transom.devices`, `transom.backends`, `transom.explain`."""
+"""The functions that ask rather than run: `transom.devices`, `transom.backends`, `transom.explain`.
+
+Draws: the numbers are only carried along; what is checked does not depend on them.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Keys of artifacts, hashes of content, and sizes as people write them."""
+"""Keys of artifacts, hashes of content, and sizes as people write them.
+
+Draws: any byte that changes must change the hash, of which two are equal once in 2^160.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Several processes, some of them killed: one builds, the others wait and find; nothing broken is ever visible."""
+"""Several processes, some of them killed: one builds, the others wait and find; nothing broken is ever visible.
+
+Draws: what is compared must be equal, whatever the numbers are.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""What a manifest alone says about a device."""
+"""What a manifest alone says about a device.
+
+Draws: the numbers are only carried along; what is checked does not depend on them.
+"""
 
 from __future__ import annotations
 

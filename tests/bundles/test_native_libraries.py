@@ -1,4 +1,7 @@
-"""Libraries compiled for phones are told apart, and what Android would not load is said."""
+"""Libraries compiled for phones are told apart, and what Android would not load is said.
+
+Draws: what is compared must be equal, whatever the numbers are.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""What a bundle would weigh and how fast it could be: by hand, from shapes alone, and beside real binaries."""
+"""What a bundle would weigh and how fast it could be: by hand, from shapes alone, and beside real binaries.
+
+Draws: sizes follow from shapes; the numbers only fill the files.
+"""
 
 from __future__ import annotations
 

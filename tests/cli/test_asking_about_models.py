@@ -1,4 +1,7 @@
-"""`transom inspect`, `explain` and `verify`: what a model is, where it would run, whether it is right."""
+"""`transom inspect`, `explain` and `verify`: what a model is, where it would run, whether it is right.
+
+Draws: the numbers are only carried along; what is checked does not depend on them.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""`transom bench`: every backend in its turn, and a cold start by its parts."""
+"""`transom bench`: every backend in its turn, and a cold start by its parts.
+
+Draws: the numbers are only carried along; what is checked does not depend on them.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""`transom chat`, scripted through a pipe and, where the system has pseudo-terminals, as a person would use it."""
+"""`transom chat`, scripted through a pipe and, where the system has pseudo-terminals, as a person would use it.
+
+Draws: the numbers are only carried along; what is checked does not depend on them.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""`transom run`: the answer on stdout, one line about it on stderr, and every way to end it."""
+"""`transom run`: the answer on stdout, one line about it on stderr, and every way to end it.
+
+Draws: the numbers are only carried along; what is checked does not depend on them.
+"""
 
 from __future__ import annotations
 

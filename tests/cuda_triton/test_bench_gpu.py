@@ -1,4 +1,7 @@
-"""`benchmarks/gpu.py` without a card: a dry run through all of it, and the section that it writes."""
+"""`benchmarks/gpu.py` without a card: a dry run through all of it, and the section that it writes.
+
+Draws: a density is that of thousands of units drawn on their own, and stays within 0.12 by more than ten deviations.
+"""
 
 from __future__ import annotations
 

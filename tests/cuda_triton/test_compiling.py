@@ -1,4 +1,7 @@
-"""Whole decoders compiled ahead of time, for cards that are not here: every kernel that may be launched is there."""
+"""Whole decoders compiled ahead of time, for cards that are not here: every kernel that may be launched is there.
+
+Draws: the numbers are only carried along; what is checked does not depend on them.
+"""
 
 from __future__ import annotations
 

@@ -2,6 +2,8 @@
 
 What it refuses: graphs that are no decoders, additive biases on scores; and, of the interpreter alone, a step of the
 most sequences, for which its pool of pages is kept too small.
+
+Draws: the kit derives its tolerances from the arithmetic; a new seed is a new set of models and inputs.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Attention as a function: what it gives, and that wrong lists, pages and shapes are refused before anything runs."""
+"""Attention as a function: what it gives, and that wrong lists, pages and shapes are refused before anything runs.
+
+Draws: float32 sums in another order differ by about 1e-6 of their size; the tolerances are ten times that or more.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Products with weights in blocks and in float8, in Triton's interpreter, against the weights unpacked."""
+"""Products with weights in blocks and in float8, in Triton's interpreter, against the weights unpacked.
+
+Draws: bounds are those of sums in float32 over the columns, and of half a step of each form.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""The choice of dynamic sparse attention in Triton's interpreter, against the registry's reference."""
+"""The choice of dynamic sparse attention in Triton's interpreter, against the registry's reference.
+
+Draws: a choice is compared where its margin is beyond the rounding of the scores, which half of the blocks or more
+are.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The engine: many generations on one session come out as each would alone, whatever goes wrong around them."""
+"""The engine: many generations on one session come out as each would alone, whatever goes wrong around them.
+
+Draws: what is compared must be equal, whatever the numbers are.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Guided output always parses and fits, even where the model's logits are noise."""
+"""Guided output always parses and fits, even where the model's logits are noise.
+
+Draws: whatever noise is generated must fit the grammar.
+"""
 
 from __future__ import annotations
 

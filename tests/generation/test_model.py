@@ -1,4 +1,7 @@
-"""`Model`: text in, text out, and every wrong use answered by one clear sentence."""
+"""`Model`: text in, text out, and every wrong use answered by one clear sentence.
+
+Draws: what is compared must be equal, whatever the numbers are.
+"""
 
 from __future__ import annotations
 

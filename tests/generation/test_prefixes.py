@@ -1,4 +1,7 @@
-"""Caches that are kept of ended sequences: what is taken up, what is not, and that no answer changes."""
+"""Caches that are kept of ended sequences: what is taken up, what is not, and that no answer changes.
+
+Draws: what is compared must be equal, whatever the numbers are.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""The sampler chooses what a plain, slow implementation and transformers' own processors would choose."""
+"""The sampler chooses what a plain, slow implementation and transformers' own processors would choose.
+
+Draws: probabilities are measured on an even grid, so they are off by one step of it and by one token at the edge of a
+nucleus.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Policies and counts on their way through the engine: every step has its request's policy, and no read is lost."""
+"""Policies and counts on their way through the engine: every step has its request's policy, and no read is lost.
+
+Draws: what is compared must be equal, whatever the numbers are.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Stop strings are found wherever the text is cut, and nothing that may be one is shown too early."""
+"""Stop strings are found wherever the text is cut, and nothing that may be one is shown too early.
+
+Draws: what is compared must be equal, whatever the numbers are.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Built graphs are valid ONNX, named, lazy and shared where they can be."""
+"""Built graphs are valid ONNX, named, lazy and shared where they can be.
+
+Draws: the numbers are only carried along; what is checked does not depend on them.
+"""
 
 from __future__ import annotations
 

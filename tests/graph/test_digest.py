@@ -1,4 +1,7 @@
-"""The digest: equal for equal graphs, also after a file; different after any change that matters."""
+"""The digest: equal for equal graphs, also after a file; different after any change that matters.
+
+Draws: digests are hashes: equal for equal graphs, and for others once in 2^160.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Reading weights back, from a graph just built and from one opened from a file, and never seeing one that is not."""
+"""Reading weights back, from a graph just built and from one opened from a file, and never seeing one that is not.
+
+Draws: what is compared must be equal, whatever the numbers are.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""A graph written to a file is the same graph when it is opened, and its weights stay in their form."""
+"""A graph written to a file is the same graph when it is opened, and its weights stay in their form.
+
+Draws: what is compared must be equal, whatever the numbers are.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""A policy written into a graph: which nodes have it, what is said of the others, and that it reads as it says."""
+"""A policy written into a graph: which nodes have it, what is said of the others, and that it reads as it says.
+
+Draws: where two units are nearer than the rounding of float32 one block of 64 rows in 320 may choose otherwise: one
+such block may differ, which is a fifth of the rows, and 0.3 are allowed.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""CPU features as the operating system enabled them, and what affinity and control groups leave."""
+"""CPU features as the operating system enabled them, and what affinity and control groups leave.
+
+Draws: no content of a file may be an error.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Names of devices, the catalogue of targets, and the JSON file that stands for a machine."""
+"""Names of devices, the catalogue of targets, and the JSON file that stands for a machine.
+
+Draws: what is compared must be equal, whatever the numbers are.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The reference's answer from a process beside the one that compiles."""
+"""The reference's answer from a process beside the one that compiles.
+
+Draws: the numbers are only carried along; what is checked does not depend on them.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Calibration: what is measured decides which heads stay dense, and the file is found when the model is loaded."""
+"""Calibration: what is measured decides which heads stay dense, and the file is found when the model is loaded.
+
+Draws: the numbers are only carried along; what is checked does not depend on them.
+"""
 
 from __future__ import annotations
 

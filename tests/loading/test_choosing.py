@@ -1,4 +1,7 @@
-"""Between kinds of device a measurement decides, once; what is named is used or refused; options are checked."""
+"""Between kinds of device a measurement decides, once; what is named is used or refused; options are checked.
+
+Draws: the numbers are only carried along; what is checked does not depend on them.
+"""
 
 from __future__ import annotations
 

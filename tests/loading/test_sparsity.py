@@ -1,4 +1,8 @@
-"""Loading with a sparsity policy: what runs, what is kept apart in the cache, whose heads it has, and what is said."""
+"""Loading with a sparsity policy: what runs, what is kept apart in the cache, whose heads it has, and what is said.
+
+Draws: as in tests/graph/test_sparse.py: one block of rows may choose otherwise where two units are nearer than
+rounding.
+"""
 
 from __future__ import annotations
 

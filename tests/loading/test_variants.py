@@ -1,4 +1,8 @@
-"""Bundles with several variants: what is shared, which one is taken, and what is proved before it is written."""
+"""Bundles with several variants: what is shared, which one is taken, and what is proved before it is written.
+
+Draws: noise of a quarter of the spread over 262 tokens leaves a correlation of 0.97, give or take 0.01: above 0.9 and
+below 0.99.
+"""
 
 from __future__ import annotations
 

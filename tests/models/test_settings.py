@@ -1,4 +1,7 @@
-"""Settings of checkpoints: defaults equal transformers', rotary scalings equal its formulas, old spellings are read."""
+"""Settings of checkpoints: defaults equal transformers', rotary scalings equal its formulas, old spellings are read.
+
+Draws: numbers come from the published formulas, within float32's rounding.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Every operator of the native library alone, against NumPy in float64, on every instruction set of this processor."""
+"""Every operator of the native library alone, against NumPy in float64, on every instruction set of this processor.
+
+Draws: bounds are those of sums over the columns in the arithmetic at hand, and of half a step of each code; `allowed`
+bounds the rounding of probabilities for each row.
+"""
 
 from __future__ import annotations
 

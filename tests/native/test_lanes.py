@@ -1,4 +1,7 @@
-"""Each instruction set's functions of sixteen lanes do what plain formulas do, bit for bit where they can."""
+"""Each instruction set's functions of sixteen lanes do what plain formulas do, bit for bit where they can.
+
+Draws: what is compared must be equal, whatever the numbers are.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""An answer is the same, to the last bit, whether its prompt was read anew or the cache of an earlier one was used."""
+"""An answer is the same, to the last bit, whether its prompt was read anew or the cache of an earlier one was used.
+
+Draws: what is compared must be equal, whatever the numbers are.
+"""
 
 from __future__ import annotations
 

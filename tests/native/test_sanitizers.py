@@ -2,6 +2,8 @@
 
 The tests of this folder run at random in a process of their own, over a library that is built for it. Of the
 instruction sets there are at most two each time: plain C++, whose every shift and sum is checked, and one at random.
+
+Draws: no program, sound or damaged, may make the sanitizers report anything.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""Sparse attention over whole decoders: what the native library chooses and gives, beside the NumPy reference."""
+"""Sparse attention over whole decoders: what the native library chooses and gives, beside the NumPy reference.
+
+Draws: models are drawn again until no choice is nearer to another one than rounding (`CLOSE`, `DRAWS`); narrow caches
+are judged by a quarter of the rows, since a unit on the edge makes the others leap.
+"""
 
 from __future__ import annotations
 

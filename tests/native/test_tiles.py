@@ -1,4 +1,7 @@
-"""AMX: which products run in tiles, and who may use them."""
+"""AMX: which products run in tiles, and who may use them.
+
+Draws: what is compared must be equal, whatever the numbers are.
+"""
 
 from __future__ import annotations
 

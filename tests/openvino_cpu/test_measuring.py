@@ -1,4 +1,7 @@
-"""The faster of two engines: what is compiled, what is kept, what is said."""
+"""The faster of two engines: what is compiled, what is kept, what is said.
+
+Draws: the numbers are only carried along; what is checked does not depend on them.
+"""
 
 from __future__ import annotations
 

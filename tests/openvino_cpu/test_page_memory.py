@@ -1,4 +1,7 @@
-"""Memory behind pages comes from the system as it is written to, and goes back when nobody holds the pages."""
+"""Memory behind pages comes from the system as it is written to, and goes back when nobody holds the pages.
+
+Draws: pages hold no zero before they are dropped; which become zeros follows from their size.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""The paged session on small random decoders, against the reference; what the conformance kit cannot know of pages."""
+"""The paged session on small random decoders, against the reference; what the conformance kit cannot know of pages.
+
+Draws: float32 agrees to 1e-4, a hundred times its rounding; 16 bits cost a hundredth and 0.1 are allowed, where a
+lost position costs about one.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""What a load imports into the process that asked for it: nothing that builds graphs, not even the first time."""
+"""What a load imports into the process that asked for it: nothing that builds graphs, not even the first time.
+
+Draws: the numbers are only carried along; what is checked does not depend on them.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Weights as constants: every stored form gives the numbers that the neutral graph means."""
+"""Weights as constants: every stored form gives the numbers that the neutral graph means.
+
+Draws: sums over the columns in float32 stay within 3e-6 by many times; codes are off by half a step.
+"""
 
 from __future__ import annotations
 

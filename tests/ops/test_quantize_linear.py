@@ -1,4 +1,7 @@
-"""Rounding to integers and small floats: against ONNX Runtime where it has the type, and against ml_dtypes."""
+"""Rounding to integers and small floats: against ONNX Runtime where it has the type, and against ml_dtypes.
+
+Draws: what is compared must be equal, whatever the numbers are.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Sparse attention in standard operators, against its reference, in ONNX Runtime and in NumPy."""
+"""Sparse attention in standard operators, against its reference, in ONNX Runtime and in NumPy.
+
+Draws: calls are drawn again until no choice is nearer to another one than float32 can see (`clear_call`).
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Which keys sparse attention reads, against an oracle that looks at one key at a time; and what comes of it."""
+"""Which keys sparse attention reads, against an oracle that looks at one key at a time; and what comes of it.
+
+Draws: the choice is compared with its own definition in float64 over the same numbers; errors over a thousand queries
+fall with the coverage, whose steps are many deviations apart.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Texts to calibrate on: what users may give, and how a text becomes token ids in pieces."""
+"""Texts to calibrate on: what users may give, and how a text becomes token ids in pieces.
+
+Draws: the numbers are only carried along; what is checked does not depend on them.
+"""
 
 from __future__ import annotations
 

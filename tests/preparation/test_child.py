@@ -1,4 +1,7 @@
-"""A job in a child process: whatever happens to that process is a result here, and nothing of it is left behind."""
+"""A job in a child process: whatever happens to that process is a result here, and nothing of it is left behind.
+
+Draws: what is compared must be equal, whatever the numbers are.
+"""
 
 from __future__ import annotations
 

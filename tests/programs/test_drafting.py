@@ -1,4 +1,7 @@
-"""Which products an engine is told are the vocabulary matrix, by whose numbers logits stand or fall."""
+"""Which products an engine is told are the vocabulary matrix, by whose numbers logits stand or fall.
+
+Draws: what is compared must be equal, whatever the numbers are.
+"""
 
 from __future__ import annotations
 

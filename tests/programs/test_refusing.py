@@ -1,4 +1,7 @@
-"""Why a graph is not taken, node by node."""
+"""Why a graph is not taken, node by node.
+
+Draws: the numbers are only carried along; what is checked does not depend on them.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The sample model, SmolLM2-135M: its blocks stay, and its numbers made plain again are rounded with little loss."""
+"""The sample model, SmolLM2-135M: its blocks stay, and its numbers made plain again are rounded with little loss.
+
+Draws: the weights are a real model's; whichever twelve matrices are drawn, each stays within the bounds.
+"""
 
 from __future__ import annotations
 

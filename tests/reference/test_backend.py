@@ -1,4 +1,7 @@
-"""The reference backend's own answers: what it offers, refuses and leaves behind."""
+"""The reference backend's own answers: what it offers, refuses and leaves behind.
+
+Draws: what is compared must be equal, whatever the numbers are.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The reference's session obeys a policy for each work and counts the keys that are read."""
+"""The reference's session obeys a policy for each work and counts the keys that are read.
+
+Draws: a step in pieces sums in another order, about 1e-6 of 1e-4; the policy reads less by far than all.
+"""
 
 from __future__ import annotations
 

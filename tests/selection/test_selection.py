@@ -1,4 +1,7 @@
-"""Selection over made-up machines: who is chosen, who decides, what is said, and when it is refused."""
+"""Selection over made-up machines: who is chosen, who decides, what is said, and when it is refused.
+
+Draws: any order and any set of devices must keep the promises.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Sessions over arrays that an engine writes to in place: room, forks, cuts, failures, and what is written down."""
+"""Sessions over arrays that an engine writes to in place: room, forks, cuts, failures, and what is written down.
+
+Draws: what is compared must be equal, whatever the numbers are.
+"""
 
 from __future__ import annotations
 

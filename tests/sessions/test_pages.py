@@ -1,4 +1,7 @@
-"""The page allocator: numbers only, no engine."""
+"""The page allocator: numbers only, no engine.
+
+Draws: what is compared must be equal, whatever the numbers are.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""A damaged GGUF file is one clear sentence: what is wrong, with which file and tensor, and the way out."""
+"""A damaged GGUF file is one clear sentence: what is wrong, with which file and tensor, and the way out.
+
+Draws: the numbers are only carried along; what is checked does not depend on them.
+"""
 
 from __future__ import annotations
 

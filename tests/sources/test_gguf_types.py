@@ -1,4 +1,7 @@
-"""Every tensor type of GGUF is read number for number as the gguf package reads it."""
+"""Every tensor type of GGUF is read number for number as the gguf package reads it.
+
+Draws: numbers are equal to the gguf package's, bit for bit.
+"""
 
 from __future__ import annotations
 

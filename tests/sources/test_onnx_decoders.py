@@ -1,4 +1,7 @@
-"""Decoders that came as ONNX generate: every form is raised, and computes what the file computed."""
+"""Decoders that came as ONNX generate: every form is raised, and computes what the file computed.
+
+Draws: float32 agrees to 2e-5 of the largest logit; a file in float16 to 2e-2, tens of times its rounding.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Finding the source of a spec, and clear words where there is none."""
+"""Finding the source of a spec, and clear words where there is none.
+
+Draws: the numbers are only carried along; what is checked does not depend on them.
+"""
 
 from __future__ import annotations
 

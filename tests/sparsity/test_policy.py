@@ -1,4 +1,7 @@
-"""`Sparsity`: what may be said, what is refused and how, and that its text means the same again."""
+"""`Sparsity`: what may be said, what is refused and how, and that its text means the same again.
+
+Draws: what is compared must be equal, whatever the numbers are.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""`benchmarks/rtx.py` without a card: a dry run through all of it, what it computes, and the section that it writes."""
+"""`benchmarks/rtx.py` without a card: a dry run through all of it, what it computes, and the section that it writes.
+
+Draws: the numbers are only carried along; what is checked does not depend on them.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The whole way, by commands: exported without a card, refused where there is none, run in onnxruntime."""
+"""The whole way, by commands: exported without a card, refused where there is none, run in onnxruntime.
+
+Draws: see `model`, which draws again.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Engines for cards that are not here: what they are made of, what is refused, and what a build leaves behind."""
+"""Engines for cards that are not here: what they are made of, what is refused, and what a build leaves behind.
+
+Draws: sizes and layers follow from shapes; the weights only fill them.
+"""
 
 from __future__ import annotations
 

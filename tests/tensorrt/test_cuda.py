@@ -1,4 +1,7 @@
-"""One card through CUDA's runtime, which is made up here: what it is asked for, and what is said where it fails."""
+"""One card through CUDA's runtime, which is made up here: what it is asked for, and what is said where it fails.
+
+Draws: the numbers are only carried along; what is checked does not depend on them.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Which slots run together, and that nobody's tokens ever change."""
+"""Which slots run together, and that nobody's tokens ever change.
+
+Draws: what is compared must be equal, whatever the numbers are.
+"""
 
 from __future__ import annotations
 

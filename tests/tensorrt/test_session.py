@@ -1,4 +1,7 @@
-"""Sessions over the emulated network, held to the NumPy reference."""
+"""Sessions over the emulated network, held to the NumPy reference.
+
+Draws: float16 agrees to 3e-2, and float32 to 1e-3, tens of times their rounding.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Sparse attention in static shapes chooses what the reference chooses, and reads nothing else."""
+"""Sparse attention in static shapes chooses what the reference chooses, and reads nothing else.
+
+Draws: see `clear`, which draws again where a choice is nearer to another one than rounding.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""`BackendConformance` as an author meets it: one screen of test file, run by pytest in a process of its own."""
+"""`BackendConformance` as an author meets it: one screen of test file, run by pytest in a process of its own.
+
+Draws: the numbers are only carried along; what is checked does not depend on them.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The kit itself: outcomes are told apart, nothing is skipped in silence, results are data, runs can be repeated."""
+"""The kit itself: outcomes are told apart, nothing is skipped in silence, results are data, runs can be repeated.
+
+Draws: what is changed is off by far more than the tolerances, and what is not by far less.
+"""
 
 from __future__ import annotations
 

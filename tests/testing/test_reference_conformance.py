@@ -1,4 +1,7 @@
-"""The reference backend passes its own kit, whole, as a plugin author would run it."""
+"""The reference backend passes its own kit, whole, as a plugin author would run it.
+
+Draws: the kit derives its tolerances from the arithmetic; a new seed is a new set of models and inputs.
+"""
 
 from __future__ import annotations
 

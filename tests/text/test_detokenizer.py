@@ -1,4 +1,7 @@
-"""Streaming never splits a character, and its pieces add up to the whole."""
+"""Streaming never splits a character, and its pieces add up to the whole.
+
+Draws: what is compared must be equal, whatever the numbers are.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The files for other programs, read by those programs: `tokenizers`, `transformers`, and ONNX Runtime GenAI."""
+"""The files for other programs, read by those programs: `tokenizers`, `transformers`, and ONNX Runtime GenAI.
+
+Draws: what is compared must be equal, whatever the numbers are.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
 """The Android project: what of it can be told without Android's SDK.
 
 Its bridge is compiled for this machine and called from a Java program, with classes made from the Kotlin declarations.
+
+Draws: what is compared must be equal, whatever the numbers are.
 """
 
 from __future__ import annotations

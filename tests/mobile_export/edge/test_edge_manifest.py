@@ -1,4 +1,7 @@
-"""The runner reads a manifest, checks files against it, and judges as Transom itself does."""
+"""The runner reads a manifest, checks files against it, and judges as Transom itself does.
+
+Draws: what is compared must be equal, whatever the numbers are.
+"""
 
 from __future__ import annotations
 

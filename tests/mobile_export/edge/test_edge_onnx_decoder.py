@@ -1,4 +1,8 @@
-"""The variant `onnx` in the runner: its tokens are those of the same graph in Python, which has no cache there."""
+"""The variant `onnx` in the runner: its tokens are those of the same graph in Python, which has no cache there.
+
+Draws: greedy tokens are Python's but for ties nearer than the rounding of float32, once in some 10^5 tokens; where a
+test needs an answer that ends, models are drawn until one has it.
+"""
 
 from __future__ import annotations
 

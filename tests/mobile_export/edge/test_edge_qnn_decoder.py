@@ -2,6 +2,8 @@
 
 Masks, windows, chunks of a prompt, rows of the embedding, and the cache are right where the tokens are those of NumPy,
 which computes the whole text at once.
+
+Draws: greedy tokens are Python's but for ties nearer than the rounding of float32, once in some 10^5 tokens.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Sparse `qnn` variants in the runner: it hands to the graphs what Transom's host does, and gives the same tokens."""
+"""Sparse `qnn` variants in the runner: it hands to the graphs what Transom's host does, and gives the same tokens.
+
+Draws: both hosts feed the same graphs with the same inputs, so nothing is left to rounding.
+"""
 
 from __future__ import annotations
 

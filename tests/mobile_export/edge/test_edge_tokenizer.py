@@ -1,5 +1,8 @@
 """The runner's tokenizer gives the ids, and the text, that the `tokenizers` package gives; or it says what it does not
-know."""
+know.
+
+Draws: what is compared must be equal, whatever the numbers are.
+"""
 
 from __future__ import annotations
 

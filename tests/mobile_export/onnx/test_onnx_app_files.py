@@ -1,4 +1,7 @@
-"""`genai_config.json` and the part of the README say of a model what it is."""
+"""`genai_config.json` and the part of the README say of a model what it is.
+
+Draws: the numbers are only carried along; what is checked does not depend on them.
+"""
 
 from __future__ import annotations
 

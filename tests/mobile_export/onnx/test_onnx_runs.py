@@ -1,4 +1,8 @@
-"""ONNX Runtime GenAI takes the folder as it is, and says what Transom's own session says."""
+"""ONNX Runtime GenAI takes the folder as it is, and says what Transom's own session says.
+
+Draws: one engine runs the same graph twice; greedy tokens are the same but for ties nearer than the rounding of
+float32.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The conformance kit over the emulated HTP: all of it but what a decoder for a phone has no need of."""
+"""The conformance kit over the emulated HTP: all of it but what a decoder for a phone has no need of.
+
+Draws: the kit derives its tolerances from the arithmetic; a new seed is a new set of models and inputs.
+"""
 
 from __future__ import annotations
 

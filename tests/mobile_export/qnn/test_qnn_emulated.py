@@ -1,4 +1,8 @@
-"""Compiled contexts on Qualcomm's emulator of the HTP, held to the NumPy reference."""
+"""Compiled contexts on Qualcomm's emulator of the HTP, held to the NumPy reference.
+
+Draws: `BOUNDS` are several times what each precision costs these models; what they must tell from it, a wrong layer,
+is beyond a nat.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Rounded graphs: symmetric weights, one encoding for what only moves, and the same numbers in prefill and decode."""
+"""Rounded graphs: symmetric weights, one encoding for what only moves, and the same numbers in prefill and decode.
+
+Draws: half a step of a code bounds each error, and means over hundreds of weights bound the rest by many deviations.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Sparse attention in static shapes: the same units as the reference, and the same numbers."""
+"""Sparse attention in static shapes: the same units as the reference, and the same numbers.
+
+Draws: texts and operators' inputs are drawn again until no choice is nearer to another one than rounding (`CLEAR`,
+`CLOSE`, `CLOSE_HALF`); of int8 the median row is judged.
+"""
 
 from __future__ import annotations
 
