@@ -1,11 +1,12 @@
 """The whole way, by commands: exported without a card, refused where there is none, run in onnxruntime.
 
-Draws: see `model`, which draws again.
+Draws: what rounding costs is bounded by `SMALL`, and `model` draws again where an answer hangs on float16.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -19,16 +20,52 @@ from checkpoints import add_tokenizer, tiny
 
 import transom
 from transom.errors import TransomError
+from transom.sources import resolve
 
 SIZES = {"intermediate_size": 128, "head_dim": 32, "max_position_embeddings": 256}
 
 
+PROMPT, TOKENS = "abc", 8
+SMALL = 0.1
+"""What the layers of a model with random weights add, as a share of what they would: rounding to FP8 then leaves a
+correlation above 0.98, where the self-check asks for 0.9. At the whole of it, one model in hundreds is below."""
+CLEAR = 0.02
+"""Of the spread of the logits: a lead of the best token that float16, off by a thousandth, cannot turn round."""
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory, shared_rng: Any) -> Path:
-    folder = tmp_path_factory.mktemp("tiny") / "llama"
-    tiny("llama", folder, shared_rng("a tiny llama for TensorRT"), **SIZES)
-    add_tokenizer(folder)
-    return folder
+    """A tiny llama; drawn again while the answer to `PROMPT` hangs on the rounding of float16."""
+    import torch
+
+    folder, rng = tmp_path_factory.mktemp("tiny") / "llama", shared_rng("a tiny llama for TensorRT")
+    for _ in range(40):
+        llama = tiny("llama", folder, rng, **SIZES).model
+        with torch.no_grad():
+            for name, weight in llama.named_parameters():
+                if "o_proj" in name or "down_proj" in name:
+                    weight *= SMALL
+        llama.save_pretrained(folder)
+        add_tokenizer(folder)
+        tokenizer = resolve(folder).open(folder).tokenizer
+        assert tokenizer is not None
+        if lead(llama, tokenizer.encode(PROMPT)) > CLEAR:
+            return folder
+    raise AssertionError("of 40 models none had a clear answer")
+
+
+def lead(llama: Any, ids: list[int]) -> float:
+    """The least lead of a token of the greedy answer over the next best, as a share of the spread of the logits."""
+    import torch
+
+    least = math.inf
+    for _ in range(TOKENS):
+        with torch.no_grad():
+            row = llama(torch.tensor([ids])).logits[0, -1]
+        (best, second), (token, _) = (x.tolist() for x in row.topk(2))
+        least = min(least, (best - second) / float(row.std()))
+        ids = [*ids, token]
+    return least
 
 
 @pytest.fixture(scope="module")
@@ -105,11 +142,11 @@ def test_a_damaged_engine_is_refused_before_it_is_opened(damage: str, bundle: Pa
 @pytest.mark.parametrize("precision", ["f16", "fp8", "int8"])
 def test_it_writes_what_the_reference_writes(precision: str, model: Path, cache: Path) -> None:
     """In onnxruntime; rounded ones are held to the reference by the self-check, with its wider bound."""
-    asked = ["--json", "--max-tokens", "8", "--temperature", "0", "--context", "64", "--raw"]
+    asked = ["--json", "--max-tokens", str(TOKENS), "--temperature", "0", "--context", "64", "--raw"]
     found: dict[str, Any] = {}
     for backend in ("tensorrt", "reference"):
         more = ["--precision", precision] if backend == "tensorrt" else []
-        done = command("run", str(model), "abc", "--backend", backend, *asked, *more, cache=cache,
+        done = command("run", str(model), PROMPT, "--backend", backend, *asked, *more, cache=cache,
                        TRANSOM_TENSORRT_EMULATE="1")  # fmt: skip
         assert done.returncode == 0, done.stderr
         found[backend] = json.loads(done.stdout)
