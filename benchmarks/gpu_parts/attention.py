@@ -19,13 +19,13 @@ from parts.running import first_line
 from gpu_parts import lists, peers
 from gpu_parts.bench import Bench
 from gpu_parts.timing import Run
-from transom.programs.written import View
+from transom.programs.written import AttentionLayer, View
 from transom.sparsity import Sparsity
 from transom_cuda_triton.attention import Attend
 from transom_cuda_triton.compiling import variants_of
 from transom_cuda_triton.engine import TritonEngine
 from transom_cuda_triton.packing import ALIGNMENT
-from transom_cuda_triton.program import Layer, Op, Program
+from transom_cuda_triton.program import Op, Program
 from transom_cuda_triton.routes import Lists, RoutedStep
 from transom_cuda_triton.step import Step, Workspace, plan
 from transom_cuda_triton.store import TORCH
@@ -52,7 +52,9 @@ class Layered:
         sizes, card = bench.sizes, bench.card
         self.bench, self.width = bench, sizes.heads * sizes.head_dim
         kv = sizes.kv_heads * sizes.head_dim
-        layer = Layer(sizes.heads, sizes.kv_heads, sizes.head_dim, sizes.head_dim, 0, sizes.head_dim**-0.5, 0.0, -1)
+        layer = AttentionLayer(
+            sizes.heads, sizes.kv_heads, sizes.head_dim, sizes.head_dim, 0, sizes.head_dim**-0.5, 0.0, -1
+        )
         op = Op("attend", self.width, View(3), View(0), View(1), View(2))
         buffers = (self.width, kv, kv, self.width, 16)
         program = Program(card.number, (op,), (), (), (layer,), buffers, 4, 16, ALIGNMENT, "dense")

@@ -97,7 +97,7 @@ def test_cancelling_leaves_nothing_behind(graph: Graph, tmp_path: Path, monkeypa
 
     with pytest.raises(Cancelled):
         BACKEND.compile(graph, A100, {}, cancel)
-    assert not [p for p in tmp_path.iterdir() if p.name.startswith(compiling.PREFIX)]
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith("transom-")]
 
 
 def test_a_kernel_that_cannot_be_compiled_is_an_error_with_tritons_words() -> None:

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import triton
 
+from transom.programs.written import AttentionLayer, RopeTable, View
 from transom_cuda_triton.aot import SHARED_LIMIT
 from transom_cuda_triton.efficiency import Loop, main_loops
-from transom_cuda_triton.program import Layer, Op, Program, Rope, View
+from transom_cuda_triton.program import Op, Program
 from transom_cuda_triton.table import GROUP, Entry, Row, entries, loops, measure, ratios, resources
 from transom_cuda_triton.tiles import ARCHITECTURES, HEAD_SIZES, TENSOR_CORES
 
@@ -102,8 +103,8 @@ def test_the_table_has_what_an_engine_launches(arch: int) -> None:
     from transom_cuda_triton.attention import Attend
 
     size, number = 128, "fp16"
-    layer = Layer(32, 32 // GROUP, size, size, 0, size**-0.5, 0.0, -1)
-    program = Program(number, (), (), (Rope(0, size // 2, 1.0),), (layer,), (), 9, 0, 0, "")
+    layer = AttentionLayer(32, 32 // GROUP, size, size, 0, size**-0.5, 0.0, -1)
+    program = Program(number, (), (), (RopeTable(0, size // 2, 1.0),), (layer,), (), 9, 0, 0, "")
     op = Op("attend", 32 * size, View(0), View(0), View(1), View(2), rope=0)
     listed = {e.variant for e in entries() if e.arch == arch}
     launched = [v for v in Attend(op, program, arch, processors=1).variants() if v.kernel != "decode.merge_splits"]

@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from transom.generation.params import SamplingParams
-from transom.generation.sampling import BadLogits, Sampler, log_probabilities, top_k
+from transom.generation.sampling import BadLogits, Sampler, log_probabilities
+from transom.sessions.steps import top_k
 
 VOCABULARY = 700
 

@@ -16,8 +16,8 @@ import transom
 CORE = Path(transom.__file__).parent
 ORDER = (
     "errors", "signature", "sparsity", "contract", "contract_optional", "plugins", "hardware", "selection", "artifacts",
-    "ops", "graph", "text", "models", "sources", "programs", "sessions", "reference", "quantize", "generation",
-    "preparation", "loading", "bundles", "api", "evaluation", "testing", "cli",
+    "ops", "graph", "text", "models", "sources", "programs", "authoring", "sessions", "reference", "quantize",
+    "generation", "preparation", "loading", "bundles", "api", "evaluation", "testing", "cli",
 )  # fmt: skip
 """A room may import those before it. A new room has to be given its place here."""
 

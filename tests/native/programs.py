@@ -17,11 +17,11 @@ import ml_dtypes
 import numpy as np
 
 from transom.graph.weights import DENSE_DTYPES, Blocked, BlockedArrays, Weight, dense, dequantize
-from transom.programs.written import NOWHERE, View
+from transom.programs.written import NOWHERE, AttentionLayer, Buffer, RopeTable, View
 from transom.sparsity import DENSE
 from transom_openvino_cpu.native import packing
 from transom_openvino_cpu.native.engine import NativeEngine
-from transom_openvino_cpu.native.program import Buffer, Layer, Op, Program, Rope
+from transom_openvino_cpu.native.program import Op, Program
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -87,8 +87,8 @@ class Draft:
     weights: io.BytesIO = field(default_factory=io.BytesIO)
     ops: list[Op] = field(default_factory=list)
     matrices: list[packing.Packed] = field(default_factory=list)
-    ropes: list[Rope] = field(default_factory=list)
-    layers: list[Layer] = field(default_factory=list)
+    ropes: list[RopeTable] = field(default_factory=list)
+    layers: list[AttentionLayer] = field(default_factory=list)
     buffers: list[Buffer] = field(default_factory=list)
 
     def buffer(self, width: int, *, local: bool = False) -> View:
@@ -112,10 +112,10 @@ class Draft:
         return self.add("embed", place, table.shape[1], matrix=index, scale=scale)
 
     def rope(self, frequencies: Array, factor: float) -> int:
-        self.ropes.append(Rope(self.vector(frequencies), len(frequencies), factor))
+        self.ropes.append(RopeTable(self.vector(frequencies), len(frequencies), factor))
         return len(self.ropes) - 1
 
-    def layer(self, layer: Layer, sinks: Array | None = None) -> int:
+    def layer(self, layer: AttentionLayer, sinks: Array | None = None) -> int:
         self.layers.append(replace(layer, sinks=self.vector(sinks)))
         return len(self.layers) - 1
 

@@ -30,9 +30,9 @@ from programs import (
 
 from transom.errors import EngineError
 from transom.graph.weights import Blocked, dequantize
-from transom.programs.written import View
+from transom.programs.written import AttentionLayer, View
 from transom.sparsity import Sparsity
-from transom_openvino_cpu.native.program import ACTIVATIONS, Layer
+from transom_openvino_cpu.native.program import ACTIVATIONS
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -375,7 +375,9 @@ def test_very_small_and_very_large_numbers_pass_through_int8(level: str, rng: np
 
 
 # ------------------------------------------------------------------------------------------------------------ attention
-def _attention(q: Array, k: Array, v: Array, layer: Layer, sinks: Array | None, cache: str) -> tuple[Array, Array]:
+def _attention(
+    q: Array, k: Array, v: Array, layer: AttentionLayer, sinks: Array | None, cache: str
+) -> tuple[Array, Array]:
     """Attention of one whole sequence in float64, and how far the rounding of probabilities may take it."""
     tokens, group = len(q), layer.heads // layer.kv_heads
     factor = np.float32(layer.scale / layer.softcap if layer.softcap else layer.scale * np.float32(np.log2(np.e)))
@@ -419,7 +421,7 @@ def test_attention_over_pages(kind: str, cache: str, level: str, rng: np.random.
     """Ragged steps of several sequences: chunks over page borders, single tokens, pages in any order."""
     kv_heads, group = _size(rng, 3), int(rng.choice([1, 2, 3, 4, 7, 16]))
     head, value = (int(rng.choice([16, 32, 48, 64, 80, 96, 128, 256])) for _ in range(2))
-    layer = Layer(
+    layer = AttentionLayer(
         kv_heads * group, kv_heads, head, value if rng.random() < 0.5 else head,
         int(rng.integers(1, 130)) if kind in ("window", "all") else 0,
         float(np.float32(head**-0.5 * rng.uniform(0.5, 2))),
@@ -461,7 +463,7 @@ def test_attention_over_pages(kind: str, cache: str, level: str, rng: np.random.
 
 
 # ----------------------------------------------------------------------------------------------------- sparse attention
-def _policy(rng: np.random.Generator, layer: Layer, **fields: Any) -> str:
+def _policy(rng: np.random.Generator, layer: AttentionLayer, **fields: Any) -> str:
     heads = None
     if rng.random() < 0.5:
         heads = [rng.choice([0.0, 0.5, 1.0, 2.0], layer.kv_heads).tolist()]
@@ -492,7 +494,7 @@ def test_attention_by_a_sparsity_policy(everything: bool, cache: str, level: str
     """
     kv_heads, group = _size(rng, 2), int(rng.choice([1, 2, 3, 8]))
     head, value = (int(rng.choice([16, 32, 48, 64])) for _ in range(2))
-    layer = Layer(
+    layer = AttentionLayer(
         kv_heads * group, kv_heads, head, value, 0 if everything else int(rng.choice([0, 0, 100, 230])),
         float(np.float32(head**-0.5 * rng.uniform(0.5, 2))), float(rng.choice([0.0, 15.0])), -1,
     )  # fmt: skip

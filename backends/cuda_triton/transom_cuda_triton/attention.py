@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from transom.programs.written import AttentionLayer
 from transom.sessions.steps import BLOCK
 from transom_cuda_triton.cache import LayerCache
 from transom_cuda_triton.operators import power_of_two
-from transom_cuda_triton.program import Layer, Op, Program
+from transom_cuda_triton.program import Op, Program
 from transom_cuda_triton.step import Part, Step
 from transom_cuda_triton.tiles import Tile, decode_tile, prefill_tile
 from transom_cuda_triton.variants import Variant
@@ -158,7 +159,7 @@ class Attend:
         return max(1, min(wanted, -(-tiles // LEAST_TILES)))
 
 
-def _shape(layer: Layer, tile: Tile) -> tuple[dict[str, int], dict[str, int]]:
+def _shape(layer: AttentionLayer, tile: Tile) -> tuple[dict[str, int], dict[str, int]]:
     """A layer's sizes as the kernels take them: of heads, and of values with the group."""
     head, value = tile.head_parts(layer.head_dim), tile.value_parts(layer.value_dim)
     heads = dict(zip(("HEAD", "HEAD_REST"), head, strict=True))

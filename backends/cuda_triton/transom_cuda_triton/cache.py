@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from transom_cuda_triton.program import Layer, Program
+from transom.programs.written import AttentionLayer
+from transom_cuda_triton.program import Program
 from transom_cuda_triton.store import TORCH
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -34,13 +35,13 @@ class LayerCache:
     """int32 [pages + side pages, kv_heads, 8]."""
 
 
-def layer_page_bytes(layer: Layer, number: str) -> int:
+def layer_page_bytes(layer: AttentionLayer, number: str) -> int:
     """Bytes of one page of a layer, its nodes included."""
     size = TORCH[number].itemsize
     return layer.kv_heads * (PAGE * (layer.head_dim + layer.value_dim) * size + node_bytes(layer, number))
 
 
-def node_bytes(layer: Layer, number: str) -> int:
+def node_bytes(layer: AttentionLayer, number: str) -> int:
     """Bytes of the nodes of a page and KV head."""
     return NODES * (2 * layer.head_dim * TORCH[number].itemsize + 4)
 

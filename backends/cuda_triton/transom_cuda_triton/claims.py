@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from transom.authoring.refusing import NoAttention, refusals
 from transom.contract import Claim
 from transom.graph.reading import linear_weight, matrices, vocabulary_products
-from transom.programs.drafting import Drafting, NoForm
+from transom.programs.drafting import Drafting
 from transom_cuda_triton import probing
 from transom_cuda_triton.lowering import TritonKernels
 from transom_cuda_triton.precision import Precision, resolve
@@ -32,37 +33,30 @@ def claims(graph: Graph, device: Device, options: Options) -> Iterator[Claim]:
         OptionError: an option has a value that this device or checkpoint cannot have.
     """
     precision = precision_of(graph, device, options)
-    if graph.decoder is None:
-        for node in graph.nodes():
-            yield Claim(str(node.name), False, "runs decoders only, and this graph has no cache")
-        return
-    wrong, reason, kernels = None, "", TritonKernels(precision)
-    try:
-        drafting = Drafting(graph, kernels)
-        for layer in drafting.decoder.layers:
-            reason = reason or _shape_refusal(layer.head_dim, layer.value_dim)
-        if device.members and not reason:
-            shard(drafting, len(device.members), 0)
-    except CannotShare as e:
-        reason = f"{len(device.members)} devices together: {e}"
-    except NoForm as e:
-        wrong, reason = e.node, e.reason
-    heads = vocabulary_products(graph)
+    kernels = TritonKernels(precision)
+    refused = refusals(graph, lambda: _read(graph, kernels, len(device.members)))
+    heads = vocabulary_products(graph) if graph.decoder is not None else ()
     for node in graph.nodes():
-        refused = reason and (node is wrong if wrong is not None else node.op_type == "CachedAttention")
-        if refused:
-            yield Claim(str(node.name), False, reason)
+        if str(node.name) in refused:
+            yield Claim(str(node.name), False, refused[str(node.name)])
             continue
         weight = linear_weight(node)
         rounded = weight is not None and kernels.by(weight, head=str(node.name) in heads)
         yield Claim(str(node.name), True, exact=not rounded)
 
 
-def _shape_refusal(*sizes: int) -> str:
-    """Why no tile serves these sizes of heads; empty if one does."""
-    for size in sizes:
-        try:
-            parts(size)
-        except ValueError as e:
-            return str(e).rstrip(".")
-    return ""
+def _read(graph: Graph, kernels: TritonKernels, ranks: int) -> None:
+    """Raises NoForm or NoAttention for a decoder that the kernels cannot run, or not on so many cards."""
+    drafting = Drafting(graph, kernels)
+    try:
+        for layer in drafting.decoder.layers:
+            parts(layer.head_dim)
+            parts(layer.value_dim)
+    except ValueError as e:  # no tile serves heads of that size
+        raise NoAttention(str(e).rstrip(".")) from e
+    if not ranks:
+        return
+    try:
+        shard(drafting, ranks, 0)
+    except CannotShare as e:
+        raise NoAttention(f"{ranks} devices together: {e}") from e

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
@@ -14,6 +12,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from transom.authoring.folders import artifact_folder, small_as_bytes
 from transom.contract import Artifact, Device, Options, Progress
 from transom.errors import EngineError
 from transom.graph.reading import matrices
@@ -29,7 +28,6 @@ from transom_cuda_triton.variants import Code, Variant
 if TYPE_CHECKING:
     from transom.graph import Graph
 
-PREFIX = "transom-cuda-"
 MOST_PROCESSES = 8
 """Compiling one kernel takes a second and 300 MB."""
 ROUNDED = {
@@ -37,8 +35,6 @@ ROUNDED = {
     "fp8": "fp8 (E4M3) by rows, and activations by tokens where a step has several",
 }
 KEPT = "precision='auto' keeps them as stored"
-SMALL_FILE = 8 << 20
-"""Bytes."""
 WEIGHTS_SHARE = 0.3
 """Of the progress bar."""
 
@@ -53,12 +49,11 @@ def compile_graph(graph: Graph, device: Device, options: Options, progress: Prog
     """
     assert graph.decoder is not None
     precision = precision_of(graph, device, options)
-    folder = Path(tempfile.mkdtemp(prefix=PREFIX))
     ranks = max(1, len(device.members))
     files: dict[str, bytes | Path] = {names.DECODER_FILE: graph.decoder.to_json().encode()}
     wanted: list[Variant] = []
     arch = probing.tiles_architecture(device)
-    try:
+    with artifact_folder("transom-cuda-") as folder:
         for rank in range(ranks):
             drafting = Drafting(graph, TritonKernels(precision))
             if ranks > 1:
@@ -66,24 +61,17 @@ def compile_graph(graph: Graph, device: Device, options: Options, progress: Prog
             path = folder / names.weights_file(rank)
             with path.open("w+b") as file:
                 program = write(drafting, precision, file, partial(_weights_share, progress, rank, ranks))
-            files |= {names.program_file(rank): program.to_json().encode(), names.weights_file(rank): _small(path)}
+            files |= {
+                names.program_file(rank): program.to_json().encode(),
+                names.weights_file(rank): small_as_bytes(path),
+            }
             wanted += variants_of(program, arch)
         if not probing.interpreting():
             progress("kernels", WEIGHTS_SHARE)
             codes = compile_all(list(dict.fromkeys(wanted)), arch, partial(_kernels_share, progress))
             files |= code_files(codes)
         progress("kernels", 1.0)
-        if all(isinstance(content, bytes) for content in files.values()):
-            shutil.rmtree(folder, ignore_errors=True)
         return Artifact(files, probing.requirements(device), _notes(graph, drafting, precision, device))
-    except BaseException:  # a cancelled compile leaves nothing behind either
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-
-
-def _small(path: Path) -> bytes | Path:
-    """A small file's content, in place of the file."""
-    return path.read_bytes() if path.stat().st_size <= SMALL_FILE else path
 
 
 def _weights_share(progress: Progress, rank: int, ranks: int, share: float) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from transom.authoring.opening import context_of, paths_of, reading_artifact
 from transom.contract import Artifact, Device, Options
 from transom.errors import DoesNotFit, EngineError
 from transom.signature import Decoder
@@ -30,7 +31,6 @@ INTERPRETED_PAGES = 256
 SLOTS_SHARE = 0.05
 """Of the card's memory that slots of sparse attention may take."""
 MOST_SLOTS = 64
-DAMAGED = "Remove it with: transom cache clear"
 
 
 @dataclass(frozen=True)
@@ -53,12 +53,10 @@ def load_artifact(artifact: Artifact, device: Device, options: Options) -> Trito
     from transom_cuda_triton.saving import SavingTritonSession
     from transom_cuda_triton.session import TritonSession
 
-    files = {name: path for name, path in artifact.files.items() if isinstance(path, Path)}
-    try:
+    files = paths_of(artifact)
+    with reading_artifact():
         decoder = Decoder.from_json(files[names.DECODER_FILE].read_text())
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise EngineError(f"This compiled model is damaged: {e}", DAMAGED) from e
-    context = min(int(str(options.get("context") or decoder.context)), decoder.context)
+    context = context_of(options, decoder.context)
     if device.members:
         from transom_cuda_triton.parallel import Seat, Team, meeting_place
 
@@ -96,12 +94,10 @@ def _open(
     """The engine of a share, and the pages that its card has room for."""
     from transom_cuda_triton.engine import TritonEngine
 
-    try:
+    with reading_artifact():
         program = Program.from_json(files[names.program_file(rank)].read_text())
         weights = files[names.weights_file(rank)]
         needed = weights.stat().st_size
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise EngineError(f"This compiled model is damaged: {e}", DAMAGED) from e
     place = _place(device)
     if needed > place.free:
         raise DoesNotFit(
@@ -155,7 +151,7 @@ def read_codes(files: Mapping[str, Path]) -> dict[Variant, Code]:
     Raises:
         EngineError: it is damaged.
     """
-    try:
+    with reading_artifact():
         listed: list[dict[str, Any]] = json.loads(files[names.CODE_LIST].read_text())
         blob = files[names.CODE_FILE].read_bytes()
         codes: dict[Variant, Code] = {}
@@ -171,8 +167,6 @@ def read_codes(files: Mapping[str, Path]) -> dict[Variant, Code]:
                 tuple(raw["arguments"]), tuple(raw["parameters"]),
             )  # fmt: skip
         return codes
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise EngineError(f"This compiled model is damaged: {e}", DAMAGED) from e
 
 
 def _place(device: Device) -> Place:

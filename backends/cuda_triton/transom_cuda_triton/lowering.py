@@ -12,11 +12,11 @@ from transom.graph.weights import Array, Weight
 from transom.programs import fusing
 from transom.programs.drafting import Draft, Drafting, Value
 from transom.programs.placing import Placing
-from transom.programs.written import NOWHERE, View
+from transom.programs.written import NOWHERE, AttentionLayer, RopeTable, View
 from transom.sparsity import Sparsity
 from transom_cuda_triton import packing
 from transom_cuda_triton.precision import Precision
-from transom_cuda_triton.program import Layer, Op, Program, Rope
+from transom_cuda_triton.program import Op, Program
 
 TILE = 16
 """Columns: views of a buffer begin at a multiple of it, so that every load is aligned."""
@@ -137,12 +137,12 @@ class _Writing:
             late = late or draft.kind == "rows"
             self._write(draft, late)
             self._placing.done(i, draft)
-        ropes = tuple(Rope(self._vector(f), int(f.size), factor) for f, factor in drafting.ropes)
+        ropes = tuple(RopeTable(self._vector(f), int(f.size), factor) for f, factor in drafting.ropes)
         layers = []
         for i, cache in enumerate(drafting.decoder.layers):
             scale, softcap, sinks = drafting.layers[i]
             layers.append(
-                Layer(
+                AttentionLayer(
                     cache.q_heads, cache.kv_heads, cache.head_dim, cache.value_dim, cache.sliding_window, scale,
                     softcap, self._vector(sinks),
                 )

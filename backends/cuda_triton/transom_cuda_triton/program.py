@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-from transom.programs.written import NOWHERE, View, lean, operator
+from transom.programs.written import NOWHERE, AttentionLayer, RopeTable, View, from_json, operator, to_json
 from transom_cuda_triton.packing import Packed
 
 KINDS = ("embed", "norm", "linear", "combine", "gate", "rotate", "attend", "rows", "reduce")
@@ -46,40 +46,13 @@ class Op:
 
 
 @dataclass(frozen=True)
-class Rope:
-    """Frequencies, float32, at a place in the weights; cosines and sines are multiplied by `factor`."""
-
-    at: int
-    count: int
-    factor: float
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One attention layer; `sinks` is a place in the weights, or -1."""
-
-    heads: int
-    kv_heads: int
-    head_dim: int
-    value_dim: int
-    window: int
-    scale: float
-    softcap: float
-    sinks: int
-
-    @property
-    def group(self) -> int:
-        return self.heads // self.kv_heads
-
-
-@dataclass(frozen=True)
 class Program:
     number: str
     """Of activations and cache: Triton's name."""
     ops: tuple[Op, ...]
     matrices: tuple[Packed, ...]
-    ropes: tuple[Rope, ...]
-    layers: tuple[Layer, ...]
+    ropes: tuple[RopeTable, ...]
+    layers: tuple[AttentionLayer, ...]
     buffers: tuple[int, ...]
     """Columns of each."""
     output: int
@@ -91,26 +64,16 @@ class Program:
     """The policy to read the cache by where a step names none, in canonical form."""
 
     def to_json(self) -> str:
-        raw = asdict(self)
-        raw["ops"] = [lean(op) for op in self.ops]
-        return json.dumps(raw, separators=(",", ":"))
+        return to_json(self)
 
     @classmethod
     def from_json(cls, text: str) -> Program:
         """Raises ValueError, KeyError or TypeError for a text that is no program."""
-        raw: dict[str, Any] = json.loads(text)
-        return cls(
-            str(raw["number"]),
-            tuple(_op(op) for op in raw["ops"]),
-            tuple(Packed(**m) for m in raw["matrices"]),
-            tuple(Rope(**r) for r in raw["ropes"]),
-            tuple(Layer(**x) for x in raw["layers"]),
-            tuple(int(b) for b in raw["buffers"]),
-            int(raw["output"]),
-            int(raw["vocabulary"]),
-            int(raw["weight_bytes"]),
-            str(raw["sparsity"]),
-        )
+        parts: dict[str, Callable[[Any], Any]] = {
+            "ops": _op, "matrices": lambda raw: Packed(**raw), "ropes": lambda raw: RopeTable(**raw),
+            "layers": lambda raw: AttentionLayer(**raw), "buffers": int,
+        }  # fmt: skip
+        return from_json(cls, text, parts)
 
 
 def _op(raw: dict[str, Any]) -> Op:

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
-from transom.programs.written import View
+from transom.programs.written import RopeTable, View
 from transom_cuda_triton.aot import SHARED_LIMIT, Compiled, UnknownForm, compile_variant
 from transom_cuda_triton.efficiency import CLASSES, Attention, Loop
 from transom_cuda_triton.operators import Combine, Embed, Gate, LinearFloat8, Norm, Operator, Rotate, power_of_two
 from transom_cuda_triton.packing import Packed
-from transom_cuda_triton.program import Op, Program, Rope
+from transom_cuda_triton.program import Op, Program
 from transom_cuda_triton.routing import FINEST, Routing
 from transom_cuda_triton.tiles import (
     ARCHITECTURES,
@@ -299,7 +299,7 @@ def float8(arch: int, dtype: str) -> list[Variant]:
 
 def _program(dtype: str, matrix: Packed) -> Program:
     """As much of a program as operators look at."""
-    rope = Rope(0, SIZES[1] // 2, 1.0)
+    rope = RopeTable(0, SIZES[1] // 2, 1.0)
     return Program(dtype, (), (matrix,), (rope,), (), (), LOGITS, 0, 0, "")
 
 

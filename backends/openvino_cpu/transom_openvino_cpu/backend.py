@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from transom.authoring.requirements import compare_requirements
 from transom.contract import Artifact, Claim, Device, Offer, Options, Progress, Refusal, Session, Verdict
 from transom_openvino_cpu import probing
 
@@ -41,11 +42,7 @@ class OpenVinoCpu:
         return compile_graph(part, device, options, progress)
 
     def check(self, artifact: Artifact, device: Device) -> Verdict:
-        for key, here in probing.requirements(device).items():
-            made = artifact.requires.get(key)
-            if made != here:
-                return Verdict("rebuild", f"compiled for {key} {made or 'unknown'}, and here it is {here}")
-        return Verdict("ok")
+        return compare_requirements(artifact.requires, probing.requirements(device))
 
     def load(self, artifact: Artifact, device: Device, options: Options, scratch: Path) -> Session:
         from transom_openvino_cpu.loading import load_artifact

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from transom.authoring.folders import artifact_folder, small_as_bytes
+from transom.authoring.opening import threads_of
 from transom.contract import Artifact, Device, Options, Progress
 from transom.errors import EngineError
 from transom.graph.reading import matrices
@@ -28,9 +29,7 @@ if TYPE_CHECKING:
     from transom.graph.weights import Weight
     from transom.programs.drafting import Drafting
 
-PREFIX = "transom-openvino-"
-SMALL_FILE = 8 << 20
-"""Bytes."""
+FRONTEND_FOLDER = "graph"
 
 
 def compile_graph(graph: Graph, device: Device, options: Options, progress: Progress) -> Artifact:
@@ -44,8 +43,7 @@ def compile_graph(graph: Graph, device: Device, options: Options, progress: Prog
     """
     precision = resolve(options, device, matrices(graph), decoder=graph.decoder is not None)
     drafting = drafted(graph, precision, device)
-    folder = Path(tempfile.mkdtemp(prefix=PREFIX))
-    try:
+    with artifact_folder("transom-openvino-") as folder:
         if isinstance(drafting, str):
             artifact = _by_openvino(graph, precision, device, options, folder, progress)
             if graph.decoder is not None:
@@ -55,12 +53,7 @@ def compile_graph(graph: Graph, device: Device, options: Options, progress: Prog
             artifact = _native(graph, drafting, precision, device, folder, progress)
             if measures(device):
                 artifact = _faster(artifact, graph, precision, device, options, folder, progress)
-        if all(isinstance(content, bytes) for content in artifact.files.values()):
-            shutil.rmtree(folder, ignore_errors=True)
         return artifact
-    except BaseException:  # a cancelled compile leaves nothing behind either
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
 
 
 def _faster(
@@ -104,9 +97,10 @@ def _by_openvino(
         stages = lower(graph, precision, lambda share: progress("lower", share), tables_apart=True)
         plans = _compile_all(stages, precision, device, options, folder, progress)
     assert plans is not None
+    shutil.rmtree(folder / FRONTEND_FOLDER, ignore_errors=True)
     progress("compile", 1.0)
     plan = Plan(tuple(plans), tuple(graph.input_names), tuple(graph.output_names), graph.decoder, claims.paged(graph))
-    files: dict[str, bytes | Path] = {p.file: _small(folder / p.file) for p in plans}
+    files: dict[str, bytes | Path] = {p.file: small_as_bytes(folder / p.file) for p in plans}
     files[names.PLAN_FILE] = plan.to_json().encode()
     return Artifact(files, requirements(device), notes)
 
@@ -125,7 +119,7 @@ def _native(
     files: dict[str, bytes | Path] = {
         names.PLAN_FILE: plan.to_json().encode(),
         names.PROGRAM_FILE: program.to_json().encode(),
-        names.WEIGHTS_FILE: _small(folder / names.WEIGHTS_FILE),
+        names.WEIGHTS_FILE: small_as_bytes(folder / names.WEIGHTS_FILE),
     }
     progress("compile", 1.0)
     return Artifact(files, requirements(device), _native_notes(drafting, precision))
@@ -149,11 +143,6 @@ def _native_notes(drafting: Drafting, precision: Precision) -> list[str]:
             "precision='exact' keeps them as stored"
         )
     return notes
-
-
-def _small(path: Path) -> bytes | Path:
-    """A small file is handed over as bytes, so that small models leave no temporary folder to whoever compiled them."""
-    return path.read_bytes() if path.stat().st_size <= SMALL_FILE else path
 
 
 def _compile_all(
@@ -180,7 +169,7 @@ def _compile_all(
 
 def _through_frontend(graph: Graph, folder: Path) -> Stage:
     """A graph with control flow: OpenVINO reads it as the ONNX file that it is."""
-    path = folder / "graph" / "graph.onnx"
+    path = folder / FRONTEND_FOLDER / "graph.onnx"
     path.parent.mkdir()
     graph.save(path)
     try:
@@ -202,7 +191,7 @@ def _compile(stage: Stage, precision: Precision, device: Device, options: Option
         "PERFORMANCE_HINT": "LATENCY",
         "NUM_STREAMS": "1",
     }
-    threads = thread_count(device, options)
+    threads = threads_of(options, device)  # 0 leaves it to the engine
     core: Any = openvino().Core()
     try:
         with signal_stack_kept():
@@ -222,12 +211,6 @@ def _export(stage: Stage, compiled: Any, config: dict[str, str], folder: Path) -
     file = f"{stage.name}.blob"
     (folder / file).write_bytes(blob if isinstance(blob, bytes) else blob.getbuffer())
     return StagePlan(stage.name, file, tuple(stage.outputs), config)
-
-
-def thread_count(device: Device, options: Options) -> int:
-    """Threads to ask for; 0 leaves it to the engine."""
-    asked = options.get("threads")
-    return int(str(asked)) if asked else device.cores
 
 
 def _last_line(error: RuntimeError) -> str:

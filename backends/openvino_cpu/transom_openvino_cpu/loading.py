@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from transom.authoring.opening import context_of, paths_of, reading_artifact, threads_of
 from transom.contract import Artifact, Device, Limits, Options, Session
-from transom.errors import EngineError
 from transom_openvino_cpu import names
 from transom_openvino_cpu.plan import Plan
 
 if TYPE_CHECKING:
     from transom.sessions.paged import PagedEngine
-    from transom.signature import Decoder
     from transom_openvino_cpu.engine import Engine
     from transom_openvino_cpu.native.engine import NativeEngine
 
@@ -33,26 +32,24 @@ def load_artifact(artifact: Artifact, device: Device, options: Options) -> Sessi
     Raises:
         EngineError: the files are not what this backend wrote, or OpenVINO cannot open them.
     """
-    files = {name: path for name, path in artifact.files.items() if isinstance(path, Path)}
-    try:
+    files = paths_of(artifact)
+    with reading_artifact():
         plan = Plan.from_json(files[names.PLAN_FILE].read_text())
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise EngineError(f"this compiled model is damaged: {e}", "Remove it with: transom cache clear") from e
     if plan.native and plan.decoder is not None:
         from transom_openvino_cpu.sparse_session import SparseSession
 
-        native = _native(plan, files, _threads(device, options))
-        context = _context(plan.decoder, options)
+        native = _native(plan, files, threads_of(options, device))
+        context = context_of(options, plan.decoder.context)
         return SparseSession(native, plan.decoder, context=context, pages=_pool_pages(native, device, context))
     from transom_openvino_cpu.engine import Engine
 
-    engine = Engine(plan, files, _threads(device, options))
+    engine = Engine(plan, files, threads_of(options, device))
     if not plan.paged or plan.decoder is None:
         return _plain(engine, plan, options)
     from transom.sessions.paged import PagedSession
     from transom_openvino_cpu.paging import OpenVinoPages
 
-    paged, context = OpenVinoPages(engine, plan), _context(plan.decoder, options)
+    paged, context = OpenVinoPages(engine, plan), context_of(options, plan.decoder.context)
     return PagedSession(paged, plan.decoder, context=context, pages=_pool_pages(paged, device, context))
 
 
@@ -61,21 +58,10 @@ def _native(plan: Plan, files: Mapping[str, Path], threads: int) -> NativeEngine
     from transom_openvino_cpu.native.engine import NativeEngine
     from transom_openvino_cpu.native.program import Program
 
-    try:
+    with reading_artifact():
         program = Program.from_json(files[names.PROGRAM_FILE].read_text())
         weights = files[names.WEIGHTS_FILE]
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise EngineError(f"this compiled model is damaged: {e}", "Remove it with: transom cache clear") from e
     return NativeEngine(program, weights, plan.native, threads)
-
-
-def _context(decoder: Decoder, options: Options) -> int:
-    return min(int(str(options.get("context") or decoder.context)), decoder.context)
-
-
-def _threads(device: Device, options: Options) -> int:
-    asked = options.get("threads")
-    return int(str(asked)) if asked else device.cores
 
 
 def _pool_pages(engine: PagedEngine, device: Device, context: int) -> int:
@@ -102,6 +88,6 @@ def _plain(engine: Engine, plan: Plan, options: Options) -> Session:
         arrays = {name: np.asarray(array, order="C") for name, array in inputs.items()}
         return engine.run(arrays, plan.outputs, keep=False)
 
-    context = _context(plan.decoder, options) if plan.decoder else 0
+    context = context_of(options, plan.decoder.context) if plan.decoder else 0
     limits = Limits(max_sequences=64, max_tokens=1024, context=context, page_tokens=0)
     return PackedSession(run, plan.decoder, limits, engine.close)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from transom.authoring.refusing import refusals
 from transom.contract import Claim
 from transom.graph.reading import linear_weight, matrices
 from transom.graph.sparse import is_attention
 from transom.graph.weights import Blocked
 from transom.programs.drafting import Drafting
-from transom.programs.refusing import refusals
 from transom.sparsity import Sparsity
 from transom_tensorrt import forms, probing, sparse
 from transom_tensorrt.lowering import RtxKernels

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
+from transom.authoring.folders import artifact_folder
+from transom.authoring.opening import context_of
 from transom.contract import Artifact, Device, Options, Progress
 from transom.errors import DoesNotFit, EngineError
 from transom.graph.reading import linear_weight, matrices
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from transom.quantize.calibration import Activations
     from transom.quantize.passes import Quantized
 
-PREFIX = "transom-tensorrt-"
 SMALL = 1024
 """Bytes of an initializer that stays in the ONNX file itself."""
 ROUNDING_FILE = "rounding.txt"
@@ -57,8 +56,7 @@ def compile_graph(graph: Graph, device: Device, options: Options, progress: Prog
     """
     decoder = graph.decoder
     assert decoder is not None
-    asked: Any = options.get("context")
-    context = min(int(asked or decoder.context), decoder.context)
+    context = context_of(options, decoder.context)
     sdk = None if probing.emulating() else probing.sdk_for(device, installed())
     if sdk is not None:  # before anything that takes long
         precision = precision_of(graph, device, options)
@@ -71,8 +69,7 @@ def compile_graph(graph: Graph, device: Device, options: Options, progress: Prog
         anew = round_anew(drafting.drafts, lambda share: _tell(progress, "requantize", share))
     lowered = lower(drafting, prepared.precision, context, prepared.activations)
     made = _network(lowered, drafting, prepared.precision, context)
-    folder = Path(tempfile.mkdtemp(prefix=PREFIX))
-    try:
+    with artifact_folder("transom-tensorrt-") as folder:
         files: dict[str, bytes | Path] = {
             network.NETWORK_FILE: made.to_json().encode(), network.DECODER_FILE: decoder.to_json().encode(),
         }  # fmt: skip
@@ -98,9 +95,6 @@ def compile_graph(graph: Graph, device: Device, options: Options, progress: Prog
         progress("build", 1.0)
         requires = probing.requirements(device) | {"context": str(context)}
         return Artifact(files, requires, notes)
-    except BaseException:  # a cancelled build leaves nothing behind either
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
 
 
 # what is computed in what ---------------------------------------------------------------------------------------------

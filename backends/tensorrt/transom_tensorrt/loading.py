@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from transom.authoring.opening import REMOVE, context_of, paths_of, reading_artifact, threads_of
 from transom.contract import Artifact, Device, Options
 from transom.errors import EngineError
 from transom.signature import Decoder
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
 
 MOST_SLOTS = 4 * SEQUENCES
 """Sequences that have caches, at most; more of them decode in more runs."""
-DAMAGED = "Remove it with: transom cache clear"
 
 
 def load_artifact(artifact: Artifact, device: Device, options: Options, scratch: Path) -> SlotSession:
@@ -31,13 +31,11 @@ def load_artifact(artifact: Artifact, device: Device, options: Options, scratch:
     from transom_tensorrt.engine import SlotEngine
     from transom_tensorrt.session import SlotSession
 
-    files = {name: path for name, path in artifact.files.items() if isinstance(path, Path)}
-    try:
+    files = paths_of(artifact)
+    with reading_artifact():
         decoder = Decoder.from_json(files[DECODER_FILE].read_text())
         network = Network.from_json(files[NETWORK_FILE].read_text())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        raise EngineError(f"This compiled model is damaged: {e}", DAMAGED) from e
-    context = min(int(str(options.get("context") or decoder.context)), decoder.context, network.context)
+    context = context_of(options, decoder.context, network.context)
     if MODEL_FILE in files:
         executor = _emulated(network, files[MODEL_FILE], device, options)
     else:
@@ -52,7 +50,7 @@ def load_artifact(artifact: Artifact, device: Device, options: Options, scratch:
 def _emulated(network: Network, model: Path, device: Device, options: Options) -> Executor:
     from transom_tensorrt.emulating import OnnxExecutor
 
-    return OnnxExecutor(network, model, int(str(options.get("threads") or device.cores)))
+    return OnnxExecutor(network, model, threads_of(options, device))
 
 
 def _on_card(
@@ -64,7 +62,7 @@ def _on_card(
 
     sdk, _, _ = artifact.requires.get("sdk", "").partition(" ")  # and a version, which `probing.judge` has compared
     if sdk not in MODULES or ENGINE_FILE not in files:
-        raise EngineError("This compiled model is damaged: it has no engine", DAMAGED)
+        raise EngineError("This compiled model is damaged: it has no engine", REMOVE)
     trt = library(sdk)
     card = Card(device)
     try:

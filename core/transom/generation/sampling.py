@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from transom.errors import TransomError
 from transom.generation.params import SamplingParams
 from transom.generation.results import TokenAlternative, TokenLogprobs
+from transom.sessions.steps import top_k
 
 if TYPE_CHECKING:
     from transom.generation.guided import Guide
@@ -159,33 +160,6 @@ class Sampler:
         if self._params.top_p < 1.0:
             weights = weights[: _reach(weights, self._params.top_p * float(weights.sum(dtype=np.float64)))]
         return _above(weights, self._params.min_p)
-
-
-def top_k(scores: Floats, k: int) -> Ids:
-    """The ids of the k largest values, best first; of equal values the lowest id first. Exact.
-
-    Args:
-        scores: float32 [vocabulary], no NaN.
-        k: 1 to vocabulary.
-
-    Returns:
-        int64 [k].
-    """
-    if k == 1:
-        return np.array([np.argmax(scores)], dtype=np.int64)
-    size = scores.size
-    rows = size // max(4 * k, 256)
-    if rows >= 4:
-        # Maxima of `groups` interleaved groups: k groups hold a value at least as large as the k-th of these maxima.
-        groups = size // rows
-        maxima = scores[: rows * groups].reshape(rows, groups).max(axis=0)
-        bound = np.partition(maxima, groups - k)[groups - k]
-        ids = np.flatnonzero(scores >= bound)
-    else:
-        ids = np.arange(size)
-    order = np.argsort(-scores[ids], kind="stable")[:k]
-    chosen: Ids = ids[order].astype(np.int64, copy=False)
-    return chosen
 
 
 def log_probabilities(row: Floats, token: int, top: int) -> TokenLogprobs:

@@ -16,7 +16,8 @@ from transom.artifacts import artifact_key
 from transom.errors import SourceError
 from transom.preparation.agreement import DECODES
 from transom.preparation.jobs import version
-from transom.signature import Decoder, cache_input_names
+from transom.sessions.inputs import decoder_inputs, empty_cache
+from transom.signature import Decoder
 
 if TYPE_CHECKING:
     from transom.artifacts import Cache
@@ -52,19 +53,7 @@ def reference_logits(graph: Graph, ids: Sequence[int], progress: Callable[[float
 
     decoder = graph.decoder
     assert decoder is not None
-    tokens = np.asarray(ids, np.int64)
-    none = np.zeros(0, np.int64)
-    inputs: dict[str, Array] = {
-        "input_ids": tokens,
-        "positions": np.arange(len(tokens)),
-        "sequences": np.zeros(len(tokens), np.int64),
-        "past_positions": none,
-        "past_sequences": none,
-        "logit_rows": np.arange(len(tokens)),
-    }
-    for i, layer in enumerate(decoder.layers):
-        for name, width in zip(cache_input_names(i), (layer.head_dim, layer.value_dim), strict=True):
-            inputs[name] = np.zeros((0, layer.kv_heads * width), np.float32)
+    inputs = decoder_inputs([ids], range(len(ids)), empty_cache(decoder))
     logits = np.asarray(Executor(graph).run(inputs, progress=progress)["logits"], np.float32)
     if not np.isfinite(logits).all():
         raise SourceError(

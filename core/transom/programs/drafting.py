@@ -163,6 +163,10 @@ class Drafting:
             raise NoForm(node, reason)
         return policy
 
+    def node(self, draft: Draft) -> ir.Node:
+        """The node that an operator was read from."""
+        return next(node for node in self.graph.nodes() if node.name == draft.node)
+
     # values -----------------------------------------------------------------------------------------------------------
     def _value(self, node: ir.Node, index: int) -> Value:
         value = node.inputs[index]

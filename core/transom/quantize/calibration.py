@@ -26,7 +26,8 @@ from transom.graph.reading import linear_weight
 from transom.graph.sparse import is_attention
 from transom.graph.weights import Array
 from transom.reference.executor import Executor
-from transom.signature import Decoder, cache_input_names
+from transom.sessions.inputs import decoder_inputs, empty_cache
+from transom.signature import Decoder
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -117,7 +118,7 @@ def calibrate(
         sampled = np.linspace(0, len(logits) - 1, min(until - kept, len(logits))).astype(np.int64)
         watch.begin(count, logits, sampled)
         part = _part(progress, done / total, count / total)
-        executor.run(_inputs(run, logits, decoder), progress=part, observe=watch.see)
+        executor.run(decoder_inputs(run, logits, empty_cache(decoder)), progress=part, observe=watch.see)
         done, kept = done + count, until
     return watch.finish(total)
 
@@ -146,23 +147,6 @@ def _runs(texts: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
             run = []
         run.append(text)
     yield run
-
-
-def _inputs(texts: Sequence[Sequence[int]], logits: Array, decoder: Decoder) -> dict[str, Array]:
-    """All texts in one ragged batch without a past."""
-    none = np.zeros(0, np.int64)
-    inputs: dict[str, Array] = {
-        "input_ids": np.concatenate([np.asarray(t, np.int64) for t in texts]),
-        "positions": np.concatenate([np.arange(len(t)) for t in texts]),
-        "sequences": np.repeat(np.arange(len(texts)), [len(t) for t in texts]),
-        "past_positions": none,
-        "past_sequences": none,
-        "logit_rows": logits,
-    }
-    for i, layer in enumerate(decoder.layers):
-        for name, width in zip(cache_input_names(i), (layer.head_dim, layer.value_dim), strict=True):
-            inputs[name] = np.zeros((0, layer.kv_heads * width), np.float32)
-    return inputs
 
 
 def _part(progress: Callable[[float], None] | None, begin: float, share: float) -> Callable[[float], None] | None:

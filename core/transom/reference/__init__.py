@@ -38,17 +38,12 @@ class ReferenceBackend:
         return [Claim(name, not reason, reason) for name, reason in reasons]
 
     def compile(self, part: Graph, device: Device, options: Options, progress: Progress) -> Artifact:
-        import shutil
-        import tempfile
+        from transom.authoring.folders import artifact_folder
 
         progress("write", 0.0)
-        folder = Path(tempfile.mkdtemp(prefix="transom-reference-"))
-        try:
+        with artifact_folder("transom-reference-") as folder:
             part.save(folder / "graph.onnx")
             progress("write", 1.0)
-        except BaseException:  # cancelled or failed: nothing half-done stays behind
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
         files: dict[str, bytes | Path] = {p.name: p for p in folder.iterdir()}
         return Artifact(files, {"format": FORMAT}, ("precision: float32, by NumPy",))
 

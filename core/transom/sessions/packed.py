@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from transom.contract import Limits, State, Tensor, Work
+from transom.sessions.inputs import decoder_inputs, empty_cache
 from transom.sessions.steps import Array, check_step, logit_rows, need_within, split_logits
-from transom.signature import Decoder, cache_input_names, cache_output_names
+from transom.signature import Decoder, cache_output_names
 
 Run = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 """Runs the graph once: arrays by input name -> arrays by output name."""
@@ -88,13 +89,7 @@ class PackedSession:
         return (0, 0)
 
     def new_state(self) -> PackedState:
-        decoder = self._need_decoder()
-        empty = [
-            np.zeros((0, layer.kv_heads * dim), np.float32)
-            for layer in decoder.layers
-            for dim in (layer.head_dim, layer.value_dim)
-        ]
-        return PackedState(empty, 0)
+        return PackedState(empty_cache(self._need_decoder()), 0)
 
     def step(self, work: Sequence[Work]) -> Sequence[Tensor | tuple[Tensor, Tensor] | None]:
         decoder = self._need_decoder()
@@ -113,21 +108,8 @@ class PackedSession:
         states = [_packed(w.state) for w in work]
         counts, lengths = [len(w.tokens) for w in work], [s.length for s in states]
         rows = logit_rows(work, counts)
-        ids = np.arange(len(work), dtype=np.int64)
-        inputs: dict[str, Any] = {
-            "input_ids": np.concatenate([np.asarray(w.tokens, np.int64) for w in work]),
-            "positions": np.concatenate(
-                [n + np.arange(c, dtype=np.int64) for n, c in zip(lengths, counts, strict=True)]
-            ),
-            "sequences": np.repeat(ids, counts),
-            "past_positions": np.concatenate([np.arange(n, dtype=np.int64) for n in lengths]),
-            "past_sequences": np.repeat(ids, lengths),
-            "logit_rows": np.asarray(rows, np.int64),
-        }
-        for i in range(len(decoder.layers)):
-            for part, name in enumerate(cache_input_names(i)):
-                inputs[name] = np.concatenate([s.cache[2 * i + part] for s in states])
-        outputs = run(inputs)
+        cache = [np.concatenate(parts) for parts in zip(*(s.cache for s in states), strict=True)]
+        outputs = run(decoder_inputs([w.tokens for w in work], rows, cache, lengths))
         logits = np.asarray(outputs["logits"])
         if logits.shape != (len(rows), decoder.vocabulary):
             raise RuntimeError(f"the engine returned logits {logits.shape}, not {(len(rows), decoder.vocabulary)}")

@@ -57,28 +57,32 @@ def need_within(length: int, held: int, what: str) -> None:
 
 
 def best(logits: Array, count: int) -> tuple[Array, Array]:
-    """The `count` largest of the last axis, best first, ties by lower id: (int64 ids, float32 values).
-
-    A partial selection: sorting all of a large vocabulary takes longer than many a model's step. NaN counts as least.
-    """
+    """The `count` largest of the last axis, best first, NaN last, ties by lower id: (int64 ids, float32 values)."""
     flat = logits.reshape(-1, logits.shape[-1])
     ids = np.empty((len(flat), count), np.int64)
     for row, out in zip(flat, ids, strict=True):
-        out[:] = _best_of(row, count)
+        out[:] = top_k(row, count)
     ids = ids.reshape(*logits.shape[:-1], count)
     return ids, np.take_along_axis(logits, ids, -1).astype(np.float32)
 
 
-def _best_of(row: Array, count: int) -> Array | int:
-    if count == 1:
-        top = int(np.argmax(row))
-        if not np.isnan(row[top]):  # argmax finds the first NaN, if there is one
-            return top
-    least = np.partition(row, len(row) - count)[len(row) - count]
-    candidates = np.flatnonzero(row >= least)
-    if len(candidates) < count:  # NaN is no number to compare with: order all of it, NaN last
-        candidates = np.arange(len(row))
-    return candidates[np.argsort(-row[candidates], kind="stable")[:count]]
+def top_k(row: Array, count: int) -> Array:
+    """The ids of the `count` largest values of a vector, best first, ties by lower id; int64. NaN counts as least.
+
+    A partial selection: sorting all of a large vocabulary takes longer than many a model's step.
+    """
+    if count == 1 and not np.isnan(row[top := int(np.argmax(row))]):  # argmax finds the first NaN, if there is one
+        return np.array([top], np.int64)
+    maxima, groups = row, len(row)
+    rows = len(row) // max(4 * count, 256)
+    if rows >= 4:
+        # Maxima of `groups` interleaved groups: k groups hold a value at least as large as the k-th of these maxima.
+        groups = len(row) // rows
+        maxima = row[: rows * groups].reshape(rows, groups).max(axis=0)
+    ids = np.flatnonzero(row >= np.partition(maxima, groups - count)[groups - count])
+    if len(ids) < count:  # nothing compares with NaN: order all of it, NaN last
+        ids = np.arange(len(row))
+    return ids[np.argsort(-row[ids], kind="stable")[:count]].astype(np.int64, copy=False)
 
 
 def logit_rows(work: Sequence[Work], counts: Sequence[int]) -> list[int]:

@@ -19,7 +19,7 @@ from transom.graph import Graph
 from transom.preparation.lowering import Lowered, claims_of, lower
 from transom.preparation.plugin_calls import temporary_files_in
 from transom.reference.executor import Executor
-from transom.signature import cache_input_names
+from transom.sessions.inputs import decoder_inputs, empty_cache
 from transom.testing.compare import Tolerance, tolerance
 from transom.testing.models import VARIANTS, tiny_decoder
 from transom.testing.result import Failed, Refused
@@ -45,15 +45,7 @@ class Oracle:
         """float32 [len(tokens), vocabulary]."""
         key = tuple(int(t) for t in tokens)
         if key not in self._known:
-            count = len(key)
-            index, none = np.arange(count, dtype=np.int64), np.zeros(0, np.int64)
-            inputs: dict[str, Array] = {
-                "input_ids": np.array(key, np.int64), "positions": index, "sequences": np.zeros(count, np.int64),
-                "past_positions": none, "past_sequences": none, "logit_rows": index,
-            }  # fmt: skip
-            for i, layer in enumerate(self.decoder.layers):
-                for name, dim in zip(cache_input_names(i), (layer.head_dim, layer.value_dim), strict=True):
-                    inputs[name] = np.zeros((0, layer.kv_heads * dim), np.float32)
+            inputs = decoder_inputs([key], range(len(key)), empty_cache(self.decoder))
             self._known[key] = self._executor.run(inputs)["logits"]
         return self._known[key]
 

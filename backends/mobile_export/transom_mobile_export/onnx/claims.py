@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from transom.authoring.refusing import refusals
 from transom.contract import Claim
 from transom.graph.reading import linear_weight, weight_of
-from transom.programs.drafting import Drafting, NoForm
-from transom_mobile_export.onnx.lowering import GenAiKernels, refusal
+from transom.programs.drafting import Drafting
+from transom_mobile_export.onnx.lowering import GenAiKernels, require_heads
 from transom_mobile_export.onnx.packing import block_of
 from transom_mobile_export.onnx.precision import Precision, resolve
 from transom_mobile_export.onnx.rounding import form_of
@@ -27,18 +28,11 @@ def claims(graph: Graph, options: Options) -> Iterator[Claim]:
         OptionError: a precision that there is not.
     """
     precision = resolve(options)
-    if graph.decoder is None:
-        for node in graph.nodes():
-            yield Claim(str(node.name), False, "writes decoders only, and this graph has no cache")
-        return
-    try:
-        refused = refusal(Drafting(graph, GenAiKernels()))
-    except NoForm as e:
-        refused = str(e.node.name), e.reason
+    refused = refusals(graph, lambda: require_heads(Drafting(graph, GenAiKernels())))
     for node in graph.nodes():
         name = str(node.name)
-        if refused is not None and name == refused[0]:
-            yield Claim(name, False, refused[1])
+        if name in refused:
+            yield Claim(name, False, refused[name])
         else:
             yield Claim(name, True, exact=_exact(node, precision))
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from transom.authoring.folders import artifact_folder
+from transom.authoring.opening import context_of
 from transom.contract import Artifact, Options, Progress
 from transom.programs.drafting import Drafting
 from transom_mobile_export.onnx import rounding
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from transom.graph import Graph
     from transom.signature import Decoder
 
-PREFIX = "transom-onnx-"
 MODEL_FILE, DATA_FILE, DECODER_FILE = "model.onnx", "model.onnx.data", "decoder.json"
 MEMORY_FILE, LIBRARIES_FILE = "memory.json", "libraries.json"
 LIBRARIES = ("libonnxruntime.so", "libonnxruntime-genai.so")
@@ -46,19 +45,14 @@ def compile_graph(graph: Graph, options: Options, progress: Progress) -> Artifac
 
     decoder = graph.decoder
     assert decoder is not None
-    asked: Any = options.get("context")
-    context = min(int(asked or decoder.context), decoder.context)
+    context = context_of(options, decoder.context)
     precision = resolve(options)
     drafting = Drafting(graph, GenAiKernels())
-    folder = Path(tempfile.mkdtemp(prefix=PREFIX))
-    try:
+    with artifact_folder("transom-onnx-") as folder:
         with RuntimeWriter("decoder", folder / DATA_FILE) as write:
             lowered = lower(drafting, precision, context, write, lambda share: progress("write", share))
         ir.save(lowered.model, folder / MODEL_FILE)
         progress("write", 1.0)
-    except BaseException:  # a cancelled compile leaves nothing behind either
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
     size = (folder / DATA_FILE).stat().st_size
     files: dict[str, bytes | Path] = {
         MEMORY_FILE: json.dumps(_memory(decoder, context, size, half=precision.number == "float16")).encode(),

@@ -21,7 +21,7 @@ import onnx_ir as ir
 from transom.errors import OptionError
 from transom.graph.weights import Array, Blocked, Weight, dequantize, held
 from transom.programs import fusing
-from transom.programs.drafting import Draft, Drafting, Value
+from transom.programs.drafting import Draft, Drafting, NoForm, Value
 from transom.programs.onnx_rows import RowOperators
 from transom.programs.onnx_writing import FLOAT, INT32, INT64
 from transom.quantize.passes import weight_error
@@ -66,16 +66,16 @@ class GenAiKernels:
         return "" if policy.dense else "ONNX Runtime's attention reads all of its cache: leave the policy out"
 
 
-def refusal(drafting: Drafting) -> tuple[str, str] | None:
-    """The node that there is no operator for and why, where drafting did not see it; None if all is well."""
+def require_heads(drafting: Drafting) -> None:
+    """Raises NoForm for attention whose heads ONNX Runtime's operators cannot have."""
     for draft in drafting.drafts:
         if draft.kind == "attend":
             cache = drafting.decoder.layers[draft.index]
             if cache.value_dim != cache.head_dim:
-                return draft.node, f"heads of {cache.head_dim} columns for keys and {cache.value_dim} for values"
+                wrong = f"heads of {cache.head_dim} columns for keys and {cache.value_dim} for values"
+                raise NoForm(drafting.node(draft), wrong)
             if cache.head_dim % HEAD_TILE:
-                return draft.node, f"heads of {cache.head_dim} columns, no multiple of {HEAD_TILE}"
-    return None
+                raise NoForm(drafting.node(draft), f"heads of {cache.head_dim} columns, no multiple of {HEAD_TILE}")
 
 
 @dataclass

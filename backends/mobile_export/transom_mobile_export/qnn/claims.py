@@ -7,20 +7,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from transom.authoring.refusing import refusals
 from transom.contract import Claim
 from transom.graph.reading import linear_weight
 from transom.graph.sparse import is_attention
 from transom.programs import fusing
 from transom.programs.drafting import Draft, Drafting, NoForm
-from transom.programs.refusing import refusals
 from transom_mobile_export.qnn import probing
 from transom_mobile_export.qnn.lowering import HtpKernels
 from transom_mobile_export.qnn.parts import Part, layers_of
 from transom_mobile_export.qnn.precision import HEAD, SMALL, SMALL_SHARE, Precision, resolve
 
 if TYPE_CHECKING:
-    import onnx_ir as ir
-
     from transom.contract import Device, Options
     from transom.graph import Graph
 
@@ -46,7 +44,7 @@ def drafted(graph: Graph, precision: Precision) -> Drafted:
     drafts = fusing.fuse_biases(fusing.fuse_scales(list(drafting.drafts)))
     embeds = [draft for draft in drafts if draft.kind == "embed"]
     if len(embeds) != 1 or drafts[0] is not embeds[0]:
-        raise NoForm(_node(graph, embeds[-1]), "the host looks up one embedding, which comes before all layers")
+        raise NoForm(drafting.node(embeds[-1]), "the host looks up one embedding, which comes before all layers")
     _mark_small(drafts, len(drafting.decoder.layers))
     order = [draft.index for draft in drafts if draft.kind == "attend"]
     if order != list(range(len(drafting.decoder.layers))):
@@ -68,10 +66,6 @@ def _mark_small(drafts: Sequence[Draft], layers: int) -> None:
     for draft in products:
         if sizes[id(draft)] * layers <= SMALL_SHARE * sum(sizes.values()):
             draft.by = SMALL
-
-
-def _node(graph: Graph, draft: Draft) -> ir.Node:
-    return next(node for node in graph.nodes() if node.name == draft.node)
 
 
 def claims(graph: Graph, device: Device, options: Options) -> Iterator[Claim]:

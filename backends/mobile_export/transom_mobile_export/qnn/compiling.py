@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as ir
 
+from transom.authoring.folders import artifact_folder
+from transom.authoring.opening import context_of
 from transom.contract import Artifact, Device, Options, Progress
 from transom.errors import OptionError, UnsupportedError
 from transom.graph.weights import held
@@ -49,7 +51,6 @@ if TYPE_CHECKING:
     from transom.graph import Graph
     from transom.programs.drafting import Draft
 
-PREFIX = "transom-qnn-"
 RANDOM_TEXTS = (4, 64)
 """Texts of random tokens and their length, for a model without a tokenizer."""
 CAPPED_WRONG = 16
@@ -83,8 +84,7 @@ def compile_graph(
     except NoForm as e:
         raise UnsupportedError(f"The node {e.node.name} cannot be run: {e.reason}", "Use another backend") from e
     decoder = model.drafting.decoder
-    asked: Any = options.get("context")
-    context = min(int(asked or decoder.context), decoder.context)
+    context = context_of(options, decoder.context)
     chunk = min(chunk, context)
     policy = model.drafting.sparsity
     if wrong := sparse_sizes.unfit(policy, context, chunk):
@@ -94,8 +94,7 @@ def compile_graph(
         require_capped(model, chunk)
     parts = plan_parts(model.layers, largest=largest)
     notes = [f"precision: {precision.describe()}", *plan_notes(parts)]
-    folder = Path(tempfile.mkdtemp(prefix=PREFIX))
-    try:
+    with artifact_folder("transom-qnn-") as folder:
         prepared = Prepared(model, precision, Seen({}, UNSEEN), plain)
         files: dict[str, bytes | Path] = {}
         matrices = folder / "matrices"
@@ -131,9 +130,6 @@ def compile_graph(
         progress("compile", 1.0)
         made_by = sdk.sdk_version(binaries[variant.parts[0].prefill])
         return Artifact(files, probing.requirements(device, context, made_by), notes)
-    except BaseException:  # a cancelled compile leaves nothing behind either
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
 
 
 @dataclass(frozen=True)

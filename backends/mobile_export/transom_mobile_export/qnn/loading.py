@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 
+from transom.authoring.opening import context_of, paths_of, reading_artifact
 from transom.contract import Artifact, Limits, Options
-from transom.errors import EngineError
 from transom.sessions import BufferedSession
 from transom_mobile_export.qnn import sdk
 from transom_mobile_export.qnn.layout import EMBEDDING_FILE, VARIANT_FILE, Variant
@@ -23,17 +21,15 @@ def load_artifact(artifact: Artifact, options: Options) -> BufferedSession:
     Raises:
         EngineError: the files are not what this backend wrote, or QNN does not open them.
     """
-    files = {name: path for name, path in artifact.files.items() if isinstance(path, Path)}
-    try:
+    files = paths_of(artifact)
+    with reading_artifact(DAMAGED):
         variant = Variant.from_json(files[VARIANT_FILE].read_text())
         shape = variant.vocabulary, variant.hidden
         table = np.memmap(files[EMBEDDING_FILE], "<f2", "r", shape=shape)
         paths = [(files[part.prefill], files[part.decode]) for part in variant.parts]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        raise EngineError(f"This compiled model is damaged: {e}", DAMAGED) from e
     chip = Chip(variant.soc_model, variant.htp_arch)
     graphs = [Graphs(*(sdk.open_context(path, chip) for path in pair)) for pair in paths]
-    context = min(int(str(options.get("context") or variant.context)), variant.context)
+    context = context_of(options, variant.context)
     return session_over(QnnEngine(variant, table, graphs), context)
 
 

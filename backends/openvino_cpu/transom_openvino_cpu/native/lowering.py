@@ -11,10 +11,10 @@ from transom.graph.weights import Array, Dense
 from transom.programs import fusing
 from transom.programs.drafting import Draft, Drafting, Value
 from transom.programs.placing import Placing
-from transom.programs.written import NOWHERE, View
+from transom.programs.written import NOWHERE, AttentionLayer, RopeTable, View
 from transom_openvino_cpu.native import packing
 from transom_openvino_cpu.native.packing import TILE
-from transom_openvino_cpu.native.program import Layer, Op, Program, Rope
+from transom_openvino_cpu.native.program import Op, Program
 from transom_openvino_cpu.precision import Precision
 
 BARRIERS = ("attend", "rows")
@@ -76,12 +76,12 @@ def write(drafting: Drafting, precision: Precision, file: BinaryIO, progress: Ca
             )
         )  # fmt: skip
         placing.done(i, draft)
-    ropes = [Rope(vector(f), int(f.size), factor) for f, factor in drafting.ropes]
+    ropes = [RopeTable(vector(f), int(f.size), factor) for f, factor in drafting.ropes]
     layers = []
     for i, cache in enumerate(drafting.decoder.layers):
         scale, softcap, sinks = drafting.layers[i]
         layers.append(
-            Layer(
+            AttentionLayer(
                 cache.q_heads, cache.kv_heads, cache.head_dim, cache.value_dim, cache.sliding_window, scale, softcap,
                 vector(sinks),
             )

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from transom.programs.placing import Buffer
-from transom.programs.written import NOWHERE, View, lean, operator
+from transom.programs.written import NOWHERE, AttentionLayer, RopeTable, View, from_json, operator, to_json
 from transom_openvino_cpu.native.packing import Packed
 
 KINDS = (
@@ -41,34 +41,11 @@ class Op:
 
 
 @dataclass(frozen=True)
-class Rope:
-    """Frequencies at a place in the weights."""
-
-    at: int
-    count: int
-    factor: float
-
-
-@dataclass(frozen=True)
-class Layer:
-    """tr_layer; `sinks` is a place in the weights, or -1."""
-
-    heads: int
-    kv_heads: int
-    head_dim: int
-    value_dim: int
-    window: int
-    scale: float
-    softcap: float
-    sinks: int
-
-
-@dataclass(frozen=True)
 class Program:
     ops: tuple[Op, ...]
     matrices: tuple[Packed, ...]
-    ropes: tuple[Rope, ...]
-    layers: tuple[Layer, ...]
+    ropes: tuple[RopeTable, ...]
+    layers: tuple[AttentionLayer, ...]
     buffers: tuple[Buffer, ...]
     cache: str
     """One of `CACHES`."""
@@ -80,24 +57,17 @@ class Program:
     """The policy to read the cache by where a step names none, in canonical form."""
 
     def to_json(self) -> str:
-        raw = asdict(self)
-        raw["ops"] = [lean(op) for op in self.ops]
-        return json.dumps(raw, separators=(",", ":"))
+        return to_json(self)
 
     @classmethod
     def from_json(cls, text: str) -> Program:
         """Raises ValueError, KeyError or TypeError for a text that is no program."""
-        raw: dict[str, Any] = json.loads(text)
-        if raw["cache"] not in CACHES:
-            raise ValueError(f"no cache is of {raw['cache']!r}")
-        return cls(
-            tuple(operator(Op, op) for op in raw["ops"]),
-            tuple(Packed(**m) for m in raw["matrices"]),
-            tuple(Rope(**r) for r in raw["ropes"]),
-            tuple(Layer(**x) for x in raw["layers"]),
-            tuple(Buffer(**b) for b in raw["buffers"]),
-            str(raw["cache"]),
-            int(raw["output"]),
-            int(raw["weight_bytes"]),
-            str(raw["sparsity"]),
-        )
+        parts: dict[str, Callable[[Any], Any]] = {
+            "ops": lambda raw: operator(Op, raw), "matrices": lambda raw: Packed(**raw),
+            "ropes": lambda raw: RopeTable(**raw), "layers": lambda raw: AttentionLayer(**raw),
+            "buffers": lambda raw: Buffer(**raw),
+        }  # fmt: skip
+        program = from_json(cls, text, parts)
+        if program.cache not in CACHES:
+            raise ValueError(f"no cache is of {program.cache!r}")
+        return program

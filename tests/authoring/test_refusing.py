@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from transom.authoring.refusing import NoAttention, refusals
 from transom.errors import UnsupportedError
+from transom.graph.sparse import is_attention
 from transom.programs.drafting import NoForm
-from transom.programs.refusing import refusals
 from transom.testing.models import tiny_decoder
 
 
@@ -24,6 +25,10 @@ def test_every_reason_has_its_node(rng: np.random.Generator) -> None:
     def unsupported() -> None:
         raise UnsupportedError("two values are carried on", "Use another backend")
 
+    def no_attention() -> None:
+        raise NoAttention("no tile")
+
+    assert refusals(graph, no_attention) == {str(n.name): "no tile" for n in nodes if is_attention(n)}
     assert refusals(graph, lambda: None) == {}
     assert refusals(graph, no_form) == {str(wrong.name): "no kernel"}
     assert refusals(graph, unsupported) == {str(nodes[0].name): "two values are carried on"}
