@@ -71,7 +71,7 @@ docs: .venv-test/.ready
 
 # What the CUDA kernels compile to, for every architecture; needs triton and no card. Minutes the first time.
 aot: .venv-test/.ready
-	.venv-test/bin/python -m transom_cuda_triton.table docs/kernels.md
+	.venv-test/bin/python tools/kernel_table.py docs/kernels.md
 
 build: .venv-test/.ready
 	.venv-test/bin/python -m build --outdir dist

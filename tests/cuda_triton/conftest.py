@@ -1,4 +1,7 @@
-"""Puts this folder on the path. A whole process interprets kernels or compiles them: `make test` has one for each."""
+"""Puts this folder and the tools on the path.
+
+A whole process interprets kernels or compiles them: `make test` has one for each.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
+for folder in (Path(__file__).parent, Path(__file__).parents[2] / "tools"):
+    sys.path.insert(0, str(folder))
 
 INTERPRETED = {
-    "test_append.py", "test_bench_gpu.py", "test_conformance.py", "test_decode.py", "test_functional.py",
-    "test_generation.py",
+    "test_append.py", "test_bench_gpu.py", "test_conformance.py", "test_decode.py", "test_generation.py",
     "test_linear.py", "test_parallel.py", "test_prefill.py", "test_routing.py", "test_rows.py",
 }  # fmt: skip
 EVERY = {path.name for path in Path(__file__).parent.glob("test_*.py")}

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import triton
+from kernel_table import attention, merge, product
 
 from transom_cuda_triton.aot import SHARED_LIMIT, Compiled, compile_code, compile_kernel, compile_variant
 from transom_cuda_triton.kernels.append import append
 from transom_cuda_triton.kernels.decode import merge_splits
 from transom_cuda_triton.kernels.linear import multiply_few, multiply_many
-from transom_cuda_triton.table import attention, merge, product
 from transom_cuda_triton.tiles import (
     ARCHITECTURES,
     HEAD_SIZES,

@@ -58,6 +58,15 @@ def test_lists_of_many_tiles_and_columns_anywhere(tile: int, rng: np.random.Gene
     assert np.abs(got - wanted).max() < 5e-6 * max(1.0, float(np.abs(wanted).max()))
 
 
+def test_empty_lists_give_numbers(rng: np.random.Generator) -> None:
+    """A block that reads its own positions alone."""
+    call = Call([(0, 70), (130, 20), (63, 64)], policy=RULE).draw(rng, np.float16)
+    lists = {name: torch.from_numpy(array) for name, array in call.lists().items()}
+    near = (lists["BLOCKS"][:, 2] // 64 * 64)[:, None].expand_as(lists["NEAR"]).contiguous()
+    none = {"FAR_COUNT": torch.zeros_like(lists["FAR_COUNT"]), "COLUMNS": torch.full_like(lists["COLUMNS"], -1)}
+    assert np.isfinite(run(call, rng, torch.float32, NEAR=near, **none)).all()
+
+
 def test_a_head_in_equal_parts(rng: np.random.Generator) -> None:
     call = Call([(90, 20)], head_dim=64, value_dim=128, kv_heads=1, policy=RULE).draw(rng, np.float16)
     equal = {"HEAD": 32, "HEAD_REST": 32, "VALUE": 64, "VALUE_REST": 64}

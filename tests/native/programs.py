@@ -17,7 +17,8 @@ import ml_dtypes
 import numpy as np
 
 from transom.graph.weights import DENSE_DTYPES, Blocked, BlockedArrays, Weight, dense, dequantize
-from transom.programs.written import NOWHERE, AttentionLayer, Buffer, RopeTable, View
+from transom.programs.placing import Buffer
+from transom.programs.written import NOWHERE, AttentionLayer, RopeTable, View
 from transom.sparsity import DENSE
 from transom_openvino_cpu.native import packing
 from transom_openvino_cpu.native.engine import NativeEngine

@@ -1,7 +1,7 @@
 """Which tiles the kernels take, by architecture, head size and type.
 
 Chosen by what the compiled code takes (docs/kernels.md): no register is spilled, the tensor cores are used where there
-are any, and then the tile whose main loop keeps them busiest in the model of `transom_cuda_triton.efficiency`. No card
+are any, and then the tile whose main loop keeps them busiest in the model of `tools/kernel_efficiency.py`. No card
 has confirmed the choice.
 
 The tables know head sizes of 64 and more; a smaller or other one has the tile of the next larger size.

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import triton
+from kernel_efficiency import Loop, main_loops
+from kernel_table import GROUP, Entry, Row, entries, loops, measure, ratios, resources
 
 from transom.programs.written import AttentionLayer, RopeTable, View
 from transom_cuda_triton.aot import SHARED_LIMIT
-from transom_cuda_triton.efficiency import Loop, main_loops
 from transom_cuda_triton.program import Op, Program
-from transom_cuda_triton.table import GROUP, Entry, Row, entries, loops, measure, ratios, resources
 from transom_cuda_triton.tiles import ARCHITECTURES, HEAD_SIZES, TENSOR_CORES
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "kernels.md"
