@@ -54,7 +54,7 @@ class Fidelity:
 
 
 @dataclass
-class Found:
+class FoundFidelity:
     """One setting in one kind of task."""
 
     setting: str
@@ -127,7 +127,9 @@ def on_texts(
     return found
 
 
-def on_tasks(models: dict[str, Any], settings: list[tuple[str, str]], tokens: list[int], seeds: int) -> list[Found]:
+def on_tasks(
+    models: dict[str, Any], settings: list[tuple[str, str]], tokens: list[int], seeds: int
+) -> list[FoundFidelity]:
     from functools import partial
 
     exact = models["exact"]
@@ -144,15 +146,15 @@ def on_tasks(models: dict[str, Any], settings: list[tuple[str, str]], tokens: li
                     key = (f"{precision}, {sparsity}", task.name, count)
                     answers.setdefault(key, []).extend(zip(wanted, dense, best, strict=True))
                     gc.collect()
-    found: list[Found] = []
+    found: list[FoundFidelity] = []
     for (setting, name, count), triples in answers.items():
         right = float(np.mean([w == b for w, _, b in triples]))
         same = float(np.mean([d == b for _, d, b in triples]))
-        found.append(Found(setting, name, count, len(triples), right, same))
+        found.append(FoundFidelity(setting, name, count, len(triples), right, same))
     return found
 
 
-def show(texts_found: list[Fidelity], tasks_found: list[Found]) -> None:
+def show(texts_found: list[Fidelity], tasks_found: list[FoundFidelity]) -> None:
     """Markdown: means over the passages."""
     groups: dict[tuple[int, str, str], list[Fidelity]] = {}
     for f in texts_found:

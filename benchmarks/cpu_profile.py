@@ -45,7 +45,7 @@ def peaks(threads: int) -> dict[str, float]:
     return {}
 
 
-class Profile:
+class StepProfile:
     """A model's steps, timed by its library."""
 
     def __init__(self, path: str, sparsity: str, tokens: int) -> None:
@@ -121,7 +121,7 @@ def main() -> None:
     dense: dict[int, float] = {}
     for tokens in options.tokens:
         for sparsity in options.sparsity:
-            profile = Profile(path, sparsity, tokens)
+            profile = StepProfile(path, sparsity, tokens)
             ids = profile.model.tokenize(dict(texts())["documentation"], add_special=False)[:tokens]
             prefill, decode, read, later = profile.run(ids)
             columns[f"{tokens} {sparsity}"] = prefill

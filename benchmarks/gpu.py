@@ -50,7 +50,7 @@ def bench_for(arguments: argparse.Namespace, command: Sequence[str]) -> Any:
     """
     from dataclasses import replace
 
-    from gpu_parts.bench import QUICK, TOY, Bench, Sizes
+    from gpu_parts.bench import QUICK, TOY, GpuBench, GpuSizes
     from gpu_parts.card import here
     from gpu_parts.timing import FakeTimer, Timer
     from parts.report import Document
@@ -58,10 +58,10 @@ def bench_for(arguments: argparse.Namespace, command: Sequence[str]) -> Any:
 
     clock = Clock(arguments.limit)
     card = here(arguments.dry_run)
-    sizes = TOY if arguments.dry_run else replace(Sizes(), **QUICK) if arguments.quick else Sizes()
+    sizes = TOY if arguments.dry_run else replace(GpuSizes(), **QUICK) if arguments.quick else GpuSizes()
     timer = FakeTimer() if card.dry else Timer(card.device, card.l2, clock)
     about = Document("gpu", card.describe(), card.versions(), card.dry, list(command))
-    return Bench(card, clock, about, arguments.seed, timer, sizes, arguments.quick, Path(arguments.scratch))
+    return GpuBench(card, clock, about, arguments.seed, timer, sizes, arguments.quick, Path(arguments.scratch))
 
 
 def measure(arguments: argparse.Namespace, command: Sequence[str]) -> int:

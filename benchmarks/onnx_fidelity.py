@@ -40,7 +40,7 @@ PREFIX = "transom-onnx-fidelity-"
 
 
 @dataclass
-class Row:
+class FidelityRow:
     """One precision of one form of the model, over all texts."""
 
     weights: str
@@ -87,7 +87,7 @@ def forms(graph: Graph) -> Iterator[tuple[str, Graph, Sequence[str]]]:
         yield "plain", graph, PRECISIONS
 
 
-def measured(graph: Graph, passages: Sequence[Any], steps: int) -> Iterator[Row]:
+def measured(graph: Graph, passages: Sequence[Any], steps: int) -> Iterator[FidelityRow]:
     for weights, form, precisions in forms(graph):
         with tempfile.TemporaryDirectory(prefix=PREFIX) as folder:
             exact, _ = session_of(form, "exact", Path(folder))
@@ -103,7 +103,7 @@ def measured(graph: Graph, passages: Sequence[Any], steps: int) -> Iterator[Row]
             ]
             retention, _, divergence, same, cosine = (float(np.mean(column)) for column in zip(*numbers, strict=True))
             prefill, decode = (float(np.max([f[i] for f in found])) for i in (1, 2))
-            yield Row(weights, precision, size, divergence, same, cosine, retention, prefill, decode)
+            yield FidelityRow(weights, precision, size, divergence, same, cosine, retention, prefill, decode)
 
 
 def main() -> None:

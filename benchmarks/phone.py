@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 from models import texts
-from parts.agreement import HEAD, Agreement, agreement
+from parts.agreement import HEAD, TextAgreement, agreement
 from parts.opening import opened
 from parts.storing import stored
 
@@ -41,7 +41,7 @@ from transom_mobile_export.qnn.backend import Qnn
 from transom_mobile_export.qnn.claims import drafted
 from transom_mobile_export.qnn.encoding import RoundedMatrices, add_rounding
 from transom_mobile_export.qnn.lowering import lower
-from transom_mobile_export.qnn.observing import Running, embedded, grouped, observe, prefill
+from transom_mobile_export.qnn.observing import RunningPart, embedded, grouped, observe, prefill
 from transom_mobile_export.qnn.precision import resolve as resolve_precision
 from transom_mobile_export.qnn.probing import EMULATED
 
@@ -55,7 +55,7 @@ CHUNK = 32
 
 
 @dataclass(frozen=True)
-class Compiled:
+class CompiledTarget:
     """One precision for the target."""
 
     precision: str
@@ -74,10 +74,10 @@ def rounded_logits(model: Any, seen: Any, matrices: Any, precision: Any, ids: li
     hidden, cache = embedded(model.embed, ids), ir.DataType[precision.cache.upper()]
     found: dict[str, Array] = {}
     for part in grouped(model.layers):
-        lowered = lower(model.drafting, part, tokens="tokens", cached="cached", context=len(ids), matrices=matrices)
+        lowered = lower(model.reader, part, tokens="tokens", cached="cached", context=len(ids), matrices=matrices)
         add_rounding(lowered, seen, cache)
-        with Running(lowered) as running:
-            found = running(prefill(model.drafting.decoder, part, hidden, np.arange(len(ids)), cache.numpy()))
+        with RunningPart(lowered) as running:
+            found = running(prefill(model.reader.decoder, part, hidden, np.arange(len(ids)), cache.numpy()))
         hidden = found.get("hidden_out", hidden)
     logits: Array = found["logits"][0]
     return logits
@@ -124,10 +124,10 @@ def main() -> None:
         shown += [ids[asked.tokens + i * LENGTH :][:LENGTH] for i in range(2)]
     shown = shown[:SEEN]
     expected = {domain: reference_logits(graph, ids) for domain, ids in held.items()}
-    found: list[Agreement] = []
-    sizes: list[Compiled] = []
+    found: list[TextAgreement] = []
+    sizes: list[CompiledTarget] = []
 
-    def add(row: Agreement) -> None:
+    def add(row: TextAgreement) -> None:
         found.append(row)
         print(row, flush=True)
 
@@ -155,7 +155,7 @@ def main() -> None:
             with compiled(graph, device, {**options, "context": asked.context}, 128) as (artifact, seconds):
                 size = context_bytes(artifact)
                 bits = 8 * size / products(graph)
-                sizes.append(Compiled(name, asked.target, asked.context, size, apart, seconds, bits))
+                sizes.append(CompiledTarget(name, asked.target, asked.context, size, apart, seconds, bits))
     print("\n| precision | contexts, MB | bits for a weight | apart, MB | compiled in, s |\n|---|---|---|---|---|")
     for each in sizes:
         print(
@@ -170,8 +170,8 @@ def main() -> None:
 def products(graph: Any) -> int:
     """Weights of all products with a matrix, the vocabulary's included."""
     model = drafted(graph, resolve_precision({"precision": "f16"}, EMULATED.htp_arch))
-    drafts = [d for layer in model.layers for own in layer.layers for d in own if d.weight is not None]
-    return sum(d.weight.shape[0] * d.weight.shape[1] for d in drafts if d.weight is not None)
+    ops = [d for layer in model.layers for own in layer.layers for d in own if d.weight is not None]
+    return sum(d.weight.shape[0] * d.weight.shape[1] for d in ops if d.weight is not None)
 
 
 if __name__ == "__main__":

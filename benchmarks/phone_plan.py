@@ -69,7 +69,7 @@ def forms(tied: bool, device: Device) -> dict[str, StorageForm]:
 
 
 @dataclass(frozen=True)
-class Row:
+class PlanRow:
     """One shape in one form."""
 
     shape: str
@@ -98,17 +98,17 @@ class Row:
 HEAD = ("form", "parts", "weights GB", "cache GB", "both GB", "both GiB", "both fit", "weights fit", "bound tokens/s")
 
 
-def rows(shape: str, graph: Graph, device: Device, context: int) -> Iterator[Row]:
+def rows(shape: str, graph: Graph, device: Device, context: int) -> Iterator[PlanRow]:
     assert graph.decoder is not None
     named = forms(shape in TIED, device)
     plan = plan_variants(graph, graph.decoder, device, list(named.values()), context)
     for name, variant in zip(named, plan.variants, strict=True):
         last = variant.at[-1]
         assert last.bound is not None
-        yield Row(shape, name, max(1, len(variant.parts)), variant.weight_bytes, last.cache, last.bound)
+        yield PlanRow(shape, name, max(1, len(variant.parts)), variant.weight_bytes, last.cache, last.bound)
 
 
-def verdict(found: list[Row], graph: Graph, goal: float, context: int) -> Iterator[str]:
+def verdict(found: list[PlanRow], graph: Graph, goal: float, context: int) -> Iterator[str]:
     """Which forms meet the goal, by unit, and why none can."""
     held = inventory(graph)
     numbers = sum(m.numbers for m in held.products)
@@ -140,7 +140,7 @@ def figures(graph: Graph, devices: dict[str, Device]) -> Iterator[str]:
         yield f"  {figure}\n    {share:.0%} of a bound of {bound:.1f} ({figure.target}, {form.name}, {context} tokens)"
 
 
-def table(found: list[Row], goal: float, least: float) -> str:
+def table(found: list[PlanRow], goal: float, least: float) -> str:
     lines = [HEAD, *(row.cells(goal, least) for row in found)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
@@ -161,7 +161,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the rows there, too")
     options = parser.parse_args()
     device = phones[options.target]
-    told: list[Row] = []
+    told: list[PlanRow] = []
     print(f"{device.name}, {options.context} tokens; GB are 1e9 bytes. Bounds, not measurements.")
     for shape in options.shapes:
         graph = decoder(shape, max(options.context, 4096))

@@ -40,19 +40,19 @@ from transom.sessions import BufferedSession, PackedSession
 from transom.sparsity import Sparsity
 from transom_mobile_export.qnn.backend import Qnn
 from transom_mobile_export.qnn.claims import drafted
-from transom_mobile_export.qnn.compiling import Prepared, write_graph
+from transom_mobile_export.qnn.compiling import PreparedModel, write_graph
 from transom_mobile_export.qnn.encoding import RoundedMatrices
-from transom_mobile_export.qnn.layout import PartFiles, Variant, cache_layers
+from transom_mobile_export.qnn.layout import PartFiles, QnnVariant, cache_layers
 from transom_mobile_export.qnn.loading import session_over
 from transom_mobile_export.qnn.lowering import lower
 from transom_mobile_export.qnn.observing import observe, rows_of
 from transom_mobile_export.qnn.parts import plan_parts
-from transom_mobile_export.qnn.precision import Precision
+from transom_mobile_export.qnn.precision import QnnPrecision
 from transom_mobile_export.qnn.precision import resolve as resolve_precision
 from transom_mobile_export.qnn.probing import EMULATED
-from transom_mobile_export.qnn.running import Graphs, QnnEngine
+from transom_mobile_export.qnn.running import PartGraphs, QnnEngine
 from transom_mobile_export.qnn.sparse import operators
-from transom_mobile_export.qnn.sparse_sizes import Sizes, reads, sparse_heads
+from transom_mobile_export.qnn.sparse_sizes import ChoiceSizes, reads, sparse_heads
 
 Array = np.ndarray[Any, np.dtype[Any]]
 CHUNK = 128
@@ -75,17 +75,17 @@ class Cost:
     """Of them, megabytes of nodes."""
 
 
-def cost(graph: Graph, policy: Sparsity, context: int, precision: Precision) -> Iterator[Cost]:
+def cost(graph: Graph, policy: Sparsity, context: int, precision: QnnPrecision) -> Iterator[Cost]:
     """Dense attention, and the policy."""
     for each in (Sparsity.parse("off"), policy):
-        model = drafted(with_sparsity(graph, each), Precision("float16", "float16"))
-        lowered = [lower(model.drafting, p, tokens=1, cached=context, context=context) for p in model.layers]
+        model = drafted(with_sparsity(graph, each), QnnPrecision("float16", "float16"))
+        lowered = [lower(model.reader, p, tokens=1, cached=context, context=context) for p in model.layers]
         count = sum(sum(operators(part.graph).values()) for part in lowered)
         layers = [
             (len(sparse_heads(policy.layer(i), c.kv_heads)), c.kv_heads, c.head_dim, c.value_dim)
-            for i, c in enumerate(model.drafting.decoder.layers)
+            for i, c in enumerate(model.reader.decoder.layers)
         ]  # fmt: skip
-        sizes = Sizes(policy, context, 1)
+        sizes = ChoiceSizes(policy, context, 1)
         read = reads(sizes, layers, np.dtype(precision.cache).itemsize)
         if each.dense:
             yield Cost(context, "dense", count, context, read.dense / 1e6, 0.0)
@@ -94,7 +94,7 @@ def cost(graph: Graph, policy: Sparsity, context: int, precision: Precision) -> 
             yield Cost(context, f"top_k={policy.top_k}", count, keys, read.sparse / 1e6, read.nodes / 1e6)
 
 
-class Rounded:
+class RoundedGraph:
     """A graph that QNN is given, in onnxruntime as it stands."""
 
     def __init__(self, path: Path) -> None:
@@ -110,26 +110,28 @@ class Rounded:
 
 
 def rounded_session(
-    graph: Graph, precision: Precision, shown: Sequence[Sequence[int]], context: int, folder: Path
+    graph: Graph, precision: QnnPrecision, shown: Sequence[Sequence[int]], context: int, folder: Path
 ) -> BufferedSession:
     """The backend's session over rounded graphs on the CPU."""
     model = drafted(graph, precision)
-    decoder = model.drafting.decoder
+    decoder = model.reader.decoder
     seen = observe(model, shown, lambda share: None)
-    prepared = Prepared(model, precision, seen, RoundedMatrices(precision, seen.squares, folder))
+    prepared = PreparedModel(model, precision, seen, RoundedMatrices(precision, seen.squares, folder))
     (part,) = plan_parts(model.layers)
     paths = {tokens: folder / f"graph{tokens}.onnx" for tokens in (CHUNK, 1)}
     for tokens, path in paths.items():
         write_graph(prepared, part, path, tokens, context)
-    variant = Variant(
+    variant = QnnVariant(
         context, CHUNK, decoder.vocabulary, decoder.hidden, float(model.embed.scale), cache_layers(decoder),
         precision.cache, seen.mask_low, (PartFiles("", "", (0, part.end)),), EMULATED.soc_model,
         EMULATED.htp_arch,
-        model.drafting.sparsity.to_string(),
+        model.reader.sparsity.to_string(),
     )  # fmt: skip
     assert model.embed.weight is not None
     table = rows_of(model.embed.weight, range(decoder.vocabulary))
-    return session_over(QnnEngine(variant, table, [Graphs(Rounded(paths[CHUNK]), Rounded(paths[1]))]), context)
+    return session_over(
+        QnnEngine(variant, table, [PartGraphs(RoundedGraph(paths[CHUNK]), RoundedGraph(paths[1]))]), context
+    )
 
 
 def reference_rows(graph: Graph, steps: Sequence[Sequence[int]], decodes: int) -> Array:

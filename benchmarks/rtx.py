@@ -49,7 +49,7 @@ CHILDREN = {name: f"rtx_parts.{module}:child" for name, module in
 def measure(arguments: argparse.Namespace, command: Sequence[str]) -> int:
     from parts.report import Document
     from parts.timing import Clock
-    from rtx_parts.bench import TOY, Bench, Sizes
+    from rtx_parts.bench import TOY, RtxBench, RtxSizes
     from rtx_parts.card import here
 
     limit = arguments.limit if arguments.limit is not None else FULL_LIMIT if arguments.full else LIMIT
@@ -59,12 +59,12 @@ def measure(arguments: argparse.Namespace, command: Sequence[str]) -> int:
     except NoCard as e:
         print(e, file=sys.stderr)
         return NO_CARD
-    sizes = TOY if arguments.dry_run else Sizes()
+    sizes = TOY if arguments.dry_run else RtxSizes()
     depths = tuple(arguments.layers or ((sizes.whole,) if arguments.full else sizes.depths))
     about = Document("rtx", card.describe(), card.versions(), card.dry, list(command))
     parts = [name for name in PARTS if name in (arguments.only or PARTS)]
     folder = Path(tempfile.mkdtemp(prefix="transom-rtx-", dir=arguments.scratch))
-    bench = Bench(card, clock, about, arguments.seed, replace(sizes, depths=depths), parts, folder)
+    bench = RtxBench(card, clock, about, arguments.seed, replace(sizes, depths=depths), parts, folder)
     watch = begin(bench, arguments.out)
     try:
         ends = 0.0

@@ -30,7 +30,7 @@ from models import sample_model
 from parts.report import between
 from parts.running import DOCUMENT, OK, WRONG
 from parts.telling import tell, told
-from rtx_parts.bench import Sizes
+from rtx_parts.bench import RtxSizes
 from rtx_parts.building import peak
 from rtx_parts.card import BACKEND
 from rtx_parts.decoders import changed, plain
@@ -61,7 +61,7 @@ def build(shape: str, precision: str, target: str, context: int, sparse: bool) -
         rng = np.random.default_rng(1)
         graph, texts = decoder(shape, context), [rng.integers(0, SHAPES[shape]["vocabulary"], 64).tolist()]
     if sparse:
-        graph = with_sparsity(graph, Sizes().policy)
+        graph = with_sparsity(graph, RtxSizes().policy)
     options = {"precision": precision, "context": context, "threads": None, "calibration": texts}
     stages: dict[str, float] = {}
     last = ["start", time.perf_counter()]

@@ -68,7 +68,7 @@ def scaled(stored: str, columns: int) -> Any:
     return (table() * np.float32(columns**-0.5)).astype(kept)
 
 
-class Drawn:
+class DrawnWeights:
     """Stands for the weights of `transom.testing.models`."""
 
     def __init__(self, rng: np.random.Generator, stored: Any, block: int) -> None:
@@ -91,7 +91,7 @@ class Drawn:
 
 
 def made_of(weights: Any, context: int, stored: str, **sizes: Any) -> Graph:
-    """A decoder of any sizes, its weights made by a class like `Drawn`."""
+    """A decoder of any sizes, its weights made by a class like `DrawnWeights`."""
     with mock.patch.object(models, "_Weights", weights):
         return models.tiny_decoder(np.random.default_rng(0), context=context, weights=stored, **sizes)  # type: ignore[arg-type]
 
@@ -103,4 +103,4 @@ def decoder(shape: str, context: int, stored: str = "bfloat16", layers: int | No
         layers: None: as many as the shape has.
     """
     sizes = SHAPES[shape] if layers is None else {**SHAPES[shape], "layers": layers}
-    return made_of(Drawn, context, stored, **sizes)
+    return made_of(DrawnWeights, context, stored, **sizes)

@@ -17,10 +17,10 @@ from pathlib import Path
 from kernel_efficiency import CLASSES, Attention, Loop
 
 from transom.programs.written import RopeTable, View
-from transom_cuda_triton.aot import SHARED_LIMIT, Compiled, UnknownForm, compile_variant
+from transom_cuda_triton.aot import SHARED_LIMIT, CompiledKernel, UnknownForm, compile_variant
 from transom_cuda_triton.operators import Combine, Embed, Gate, LinearFloat8, Norm, Operator, Rotate, power_of_two
-from transom_cuda_triton.packing import Packed
-from transom_cuda_triton.program import Op, Program
+from transom_cuda_triton.packing import TritonMatrix
+from transom_cuda_triton.program import TritonOp, TritonProgram
 from transom_cuda_triton.routing import FINEST, Routing
 from transom_cuda_triton.tiles import (
     ARCHITECTURES,
@@ -34,7 +34,7 @@ from transom_cuda_triton.tiles import (
     linear_tiles,
     prefill_tile,
 )
-from transom_cuda_triton.variants import Variant
+from transom_cuda_triton.variants import KernelVariant
 
 GROUP = 4
 """Heads of queries for each head of keys, in the table."""
@@ -105,7 +105,7 @@ ahead. What it has beyond it are two loads for each unit of 16 keys and the prod
 
 
 @dataclass(frozen=True)
-class Entry:
+class KernelEntry:
     """One row of the tables: a variant for an architecture."""
 
     section: str
@@ -113,7 +113,7 @@ class Entry:
     """Head size, type, and what else is set."""
     tile: str
     arch: int
-    variant: Variant
+    variant: KernelVariant
     need: int
     """Matrix instructions of a warp that the tile needs."""
     loops: bool = False
@@ -126,10 +126,10 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Row:
+class KernelRow:
     """What an entry compiled to."""
 
-    entry: Entry
+    entry: KernelEntry
     registers: int
     spilled: int
     shared: int
@@ -159,7 +159,7 @@ _DECODE = (*(n for n in _PREFILL if n not in ("OUT", "SINKS", "out_token")), "PA
 _MERGE = ("PARTS", "SHARES", "OUT", "BLOCKS", "SINKS", "out_token", "splits")
 
 
-def attention(arch: int, size: int, dtype: str, decode: bool, sparse: bool = True, **flags: bool) -> Variant:
+def attention(arch: int, size: int, dtype: str, decode: bool, sparse: bool = True, **flags: bool) -> KernelVariant:
     """`prefill.attend_blocks` or `decode.attend_splits`; flags are CAPPED, WINDOWED and WITH_SINKS."""
     tile = (decode_tile if decode else prefill_tile)(arch, size, dtype)
     (head, head_rest), (value, value_rest) = tile.head_parts(size), tile.value_parts(size)
@@ -170,16 +170,16 @@ def attention(arch: int, size: int, dtype: str, decode: bool, sparse: bool = Tru
     }  # fmt: skip
     types = attention_types(dtype)
     names, kernel = (_DECODE, "decode.attend_splits") if decode else (_PREFILL, "prefill.attend_blocks")
-    return Variant.of(kernel, {n: types[n] for n in names}, constants, tile.warps, tile.stages)
+    return KernelVariant.of(kernel, {n: types[n] for n in names}, constants, tile.warps, tile.stages)
 
 
-def merge(size: int, dtype: str) -> Variant:
+def merge(size: int, dtype: str) -> KernelVariant:
     types = attention_types(dtype)
     constants = {"GROUP": GROUP, "VALUE": size, "VALUE_REST": 0, "ROWS": 16, "WITH_SINKS": True}
-    return Variant.of("decode.merge_splits", {n: types[n] for n in _MERGE}, constants)
+    return KernelVariant.of("decode.merge_splits", {n: types[n] for n in _MERGE}, constants)
 
 
-def product(arch: int, dtype: str, bits: int, which: int) -> Variant:
+def product(arch: int, dtype: str, bits: int, which: int) -> KernelVariant:
     """`linear.multiply_many` with the tile of index `which`, or where that is below 0 `linear.multiply_few`."""
     tiles = linear_tiles(arch, dtype)
     tile = tiles.few if which < 0 else tiles.many[which]
@@ -188,19 +188,19 @@ def product(arch: int, dtype: str, bits: int, which: int) -> Variant:
     form = {"BITS": bits, "BLOCK": 32, "OFFSET": False, "ZERO": 8 if bits == 4 else 128}
     form |= {"OUTPUTS": tile.outputs, "WIDTH": tile.width}
     if which < 0:
-        return Variant.of("linear.multiply_few", types, form, tile.warps, tile.stages)
-    return Variant.of(
+        return KernelVariant.of("linear.multiply_few", types, form, tile.warps, tile.stages)
+    return KernelVariant.of(
         "linear.multiply_many", types | {"rows": "i32"}, form | {"ROWS": tile.rows}, tile.warps, tile.stages
     )
 
 
-def entries() -> list[Entry]:
+def entries() -> list[KernelEntry]:
     """All that the tables have."""
     found = [*_attention_entries(), *_product_entries(), *_float8_entries(), *_cache_entries(), *_routing_entries()]
     return [*found, *_rows_entries()]
 
 
-def _attention_entries() -> Iterator[Entry]:
+def _attention_entries() -> Iterator[KernelEntry]:
     for decode, section in ((False, "Prompts: `prefill.attend_blocks`"), (True, "Decoding: `decode.attend_splits`")):
         for size in HEAD_SIZES:
             for arch in ARCHITECTURES:
@@ -218,12 +218,14 @@ def _attention_entries() -> Iterator[Entry]:
                 yield _attention_entry(section, arch, size, "fp32", decode)
     for size in (64, 128, 256):
         for arch in ARCHITECTURES:
-            yield Entry("Decoding: `decode.merge_splits`", f"{size} fp16", "16, 4 warps", arch, merge(size, "fp16"), 0)
+            yield KernelEntry(
+                "Decoding: `decode.merge_splits`", f"{size} fp16", "16, 4 warps", arch, merge(size, "fp16"), 0
+            )
 
 
 def _attention_entry(
     section: str, arch: int, size: int, dtype: str, decode: bool, sparse: bool = True, **flags: bool
-) -> Entry:
+) -> KernelEntry:
     tile = (decode_tile if decode else prefill_tile)(arch, size, dtype)
     variant = attention(arch, size, dtype, decode, sparse, **flags)
     loops = (2 if sparse else 0) + (1 if flags.get("WINDOWED") else 2)
@@ -232,7 +234,7 @@ def _attention_entry(
     notes = ["dense"] if not sparse else []
     notes += [said[name] for name, on in flags.items() if on]
     what = f"{size} {dtype}" + "".join(f", {note}" for note in notes)
-    return Entry(
+    return KernelEntry(
         section, what, f"{tile.rows} x {tile.keys}, {tile.warps} warps, {tile.stages}", arch, variant, need,
         loops=sparse and not flags and dtype == "fp16" and arch in TENSOR_CORES,
     )  # fmt: skip
@@ -248,7 +250,7 @@ def attention_need(arch: int, size: int, tile: Tile) -> int:
     return bands * (tile.keys // 8 * size // 16 + size // 8 * tile.keys // 16) // tile.warps
 
 
-def _product_entries() -> Iterator[Entry]:
+def _product_entries() -> Iterator[KernelEntry]:
     section = "Products with weights in blocks: `linear.multiply_many`"
     for bits in (4, 8):
         for arch in ARCHITECTURES:
@@ -259,13 +261,15 @@ def _product_entries() -> Iterator[Entry]:
                     plain = arch not in TENSOR_CORES or dtype == "fp32"
                     need = 0 if plain else product_need(arch, tile, 2 * tile.width // 16)
                     said = f"{tile.rows} x {tile.outputs} x {2 * tile.width}, {tile.warps} warps, {tile.stages}"
-                    yield Entry(section, f"int{bits}, {dtype}", said, arch, product(arch, dtype, bits, which), need)
+                    yield KernelEntry(
+                        section, f"int{bits}, {dtype}", said, arch, product(arch, dtype, bits, which), need
+                    )
     section = "Products with one row: `linear.multiply_few`"
     for bits in (4, 8):
         for arch in ARCHITECTURES:
             tile = linear_tiles(arch, "fp16").few
             said = f"{tile.outputs} x {2 * tile.width}, {tile.warps} warps, {tile.stages}"
-            yield Entry(section, f"int{bits}, fp16", said, arch, product(arch, "fp16", bits, -1), 0)
+            yield KernelEntry(section, f"int{bits}, fp16", said, arch, product(arch, "fp16", bits, -1), 0)
 
 
 def product_need(arch: int, tile: Product, steps: int) -> int:
@@ -275,7 +279,7 @@ def product_need(arch: int, tile: Product, steps: int) -> int:
     return tile.rows // 16 * tile.outputs // 8 * steps // tile.warps
 
 
-def _float8_entries() -> Iterator[Entry]:
+def _float8_entries() -> Iterator[KernelEntry]:
     section = "Products with weights in float8: `linear.multiply_many_float8`, `linear.multiply_few_float8`"
     for arch in FLOAT8:
         for dtype in ("fp16", "bf16"):
@@ -287,24 +291,24 @@ def _float8_entries() -> Iterator[Entry]:
                     said = f"{tile.rows} x {tile.outputs} x {tile.width}, {tile.warps} warps, {tile.stages}"
                 if tile is not None and name == "multiply_many_float8":
                     need = product_need(arch, tile, tile.width // (16 if arch == 90 and tile.rows < 64 else 32))
-                yield Entry(section, f"{name}, {dtype}", said, arch, variant, need)
+                yield KernelEntry(section, f"{name}, {dtype}", said, arch, variant, need)
 
 
-def float8(arch: int, dtype: str) -> list[Variant]:
+def float8(arch: int, dtype: str) -> list[KernelVariant]:
     """`linear.multiply_many_float8` with each of its tiles, `multiply_few_float8` and `round_rows`."""
-    matrix = Packed(8, HIDDEN, HIDDEN, 0, 16, scales=0, scale_number="fp32", float8=True)
-    op = Op("linear", HIDDEN, View(0), View(1), matrix=0)
+    matrix = TritonMatrix(8, HIDDEN, HIDDEN, 0, 16, scales=0, scale_number="fp32", float8=True)
+    op = TritonOp("linear", HIDDEN, View(0), View(1), matrix=0)
     few, rounding, *many = LinearFloat8(op, _program(dtype, matrix), arch).variants()
     return [*many, few, rounding]
 
 
-def _program(dtype: str, matrix: Packed) -> Program:
+def _program(dtype: str, matrix: TritonMatrix) -> TritonProgram:
     """As much of a program as operators look at."""
     rope = RopeTable(0, SIZES[1] // 2, 1.0)
-    return Program(dtype, (), (matrix,), (rope,), (), (), LOGITS, 0, 0, "")
+    return TritonProgram(dtype, (), (matrix,), (rope,), (), (), LOGITS, 0, 0, "")
 
 
-def append(size: int, dtype: str) -> Variant:
+def append(size: int, dtype: str) -> KernelVariant:
     """`append.append` for keys and values of one size, all of a key rotated."""
     types = {
         **dict.fromkeys(("NEW_K", "NEW_V", "K", "V", "MEANS", "VARIANCES"), f"*{dtype}"),
@@ -315,7 +319,7 @@ def append(size: int, dtype: str) -> Variant:
         "HEAD": size, "VALUE": size, "ROTATED": size, "INTERLEAVED": False, "HALF_WIDTH": power_of_two(size // 2),
         "REST_WIDTH": 0, "VALUE_WIDTH": power_of_two(size),
     }  # fmt: skip
-    return Variant.of("append.append", types, constants, warps=8)
+    return KernelVariant.of("append.append", types, constants, warps=8)
 
 
 def _typed() -> Iterator[tuple[int, int, str]]:
@@ -327,15 +331,17 @@ def _typed() -> Iterator[tuple[int, int, str]]:
         yield arch, SIZES[1], "bf16"
 
 
-def _cache_entries() -> Iterator[Entry]:
+def _cache_entries() -> Iterator[KernelEntry]:
     for arch, size, dtype in _typed():
-        yield Entry("The cache: `append.append`", f"{size} {dtype}", "64, 8 warps, 2", arch, append(size, dtype), 0)
+        yield KernelEntry(
+            "The cache: `append.append`", f"{size} {dtype}", "64, 8 warps, 2", arch, append(size, dtype), 0
+        )
 
 
-def _routing_entries() -> Iterator[Entry]:
+def _routing_entries() -> Iterator[KernelEntry]:
     """Kernels that look at no heads and no numbers of 16 bits are the same in all: there once."""
     section = "What is read, chosen: `scores`, `choose`, `columns`, `nodes` and `remember`"
-    seen: set[tuple[int, Variant]] = set()
+    seen: set[tuple[int, KernelVariant]] = set()
     for arch, size, dtype in _typed():
         plain = arch not in TENSOR_CORES
         for variant in Routing(8, GROUP, size, size**-0.5, 0.0, 0, False, dtype, FINEST, plain).variants():
@@ -347,10 +353,10 @@ def _routing_entries() -> Iterator[Entry]:
             parts += [{True: "one query", False: "blocks"}[constants["KEPT"]]] if "KEPT" in constants else []
             cut = constants.get("ROWS", constants.get("WIDTH", constants.get("HEAD")))
             said = f"{cut}, {variant.warps} warps, {variant.stages}"
-            yield Entry(section, ", ".join(parts), said, arch, variant, 0)
+            yield KernelEntry(section, ", ".join(parts), said, arch, variant, 0)
 
 
-def _rows_entries() -> Iterator[Entry]:
+def _rows_entries() -> Iterator[KernelEntry]:
     section = "Rows: `embed`, `norm`, `gate`, `elementwise`, `rotary` and `sample`"
     for arch, size, dtype in _typed():
         if size != SIZES[1]:
@@ -359,40 +365,40 @@ def _rows_entries() -> Iterator[Entry]:
             for variant in operator.variants():
                 cut = [str(n) for name, n in variant.constants if name in ("ROWS", "WIDTH")]
                 said = f"{' x '.join(cut)}, {variant.warps} warps, {variant.stages}"
-                yield Entry(section, f"{what}, {dtype}", said, arch, variant, 0)
+                yield KernelEntry(section, f"{what}, {dtype}", said, arch, variant, 0)
         if dtype == "fp16":
-            yield Entry(section, "sample", "1024, 4 warps, 2", arch, sample(), 0)
+            yield KernelEntry(section, "sample", "1024, 4 warps, 2", arch, sample(), 0)
 
 
-def sample() -> Variant:
+def sample() -> KernelVariant:
     types = {
         **dict.fromkeys(("LOGITS", "TEMPERATURE", "TOP_P", "DRAWN"), "*fp32"), "TOP_K": "*i32", "TOKENS": "*i64",
         "vocabulary": "i32", "row_stride": "i32",
     }  # fmt: skip
-    return Variant.of("sample.sample", types, {"WIDTH": 1024})
+    return KernelVariant.of("sample.sample", types, {"WIDTH": 1024})
 
 
 def _rows_operators(dtype: str, arch: int) -> Iterator[tuple[str, Operator]]:
-    plain, x, y, z = Packed(0, HIDDEN, HIDDEN, 0), View(0), View(1), View(2)
-    blocks = {bits: Packed(bits, HIDDEN, HIDDEN, 0, 32, 1 << bits - 1, 0) for bits in (4, 8)}
+    plain, x, y, z = TritonMatrix(0, HIDDEN, HIDDEN, 0), View(0), View(1), View(2)
+    blocks = {bits: TritonMatrix(bits, HIDDEN, HIDDEN, 0, 32, 1 << bits - 1, 0) for bits in (4, 8)}
     program, head = _program(dtype, plain), SIZES[1]
-    yield "embed", Embed(Op("embed", HIDDEN, x, matrix=0), program, arch)
+    yield "embed", Embed(TritonOp("embed", HIDDEN, x, matrix=0), program, arch)
     for bits, matrix in blocks.items():
-        yield f"embed, int{bits}", Embed(Op("embed", HIDDEN, x, matrix=0), _program(dtype, matrix), arch)
-    yield "rms_norm, with a sum", Norm(Op("norm", HIDDEN, x, y, z), program)
-    yield "rms_norm, of heads", Norm(Op("norm", HIDDEN, x, y, groups=HIDDEN // head), program)
+        yield f"embed, int{bits}", Embed(TritonOp("embed", HIDDEN, x, matrix=0), _program(dtype, matrix), arch)
+    yield "rms_norm, with a sum", Norm(TritonOp("norm", HIDDEN, x, y, z), program)
+    yield "rms_norm, of heads", Norm(TritonOp("norm", HIDDEN, x, y, groups=HIDDEN // head), program)
     for act in ("silu", "gelu_tanh"):
-        yield f"gate, {act}", Gate(Op("gate", 4 * HIDDEN, x, y, z, act=act), program)
-    yield "combine, bias", Combine(Op("combine", HIDDEN, x, x, vector=0), program)
-    yield "combine, sum", Combine(Op("combine", HIDDEN, x, y, z), program)
+        yield f"gate, {act}", Gate(TritonOp("gate", 4 * HIDDEN, x, y, z, act=act), program)
+    yield "combine, bias", Combine(TritonOp("combine", HIDDEN, x, x, vector=0), program)
+    yield "combine, sum", Combine(TritonOp("combine", HIDDEN, x, y, z), program)
     logits = View(LOGITS)
-    yield "combine, soft cap of logits", Combine(Op("combine", HIDDEN, logits, logits, cap=30.0), program)
-    yield "rotate", Rotate(Op("rotate", HIDDEN, x, x, groups=HIDDEN // head), program)
+    yield "combine, soft cap of logits", Combine(TritonOp("combine", HIDDEN, logits, logits, cap=30.0), program)
+    yield "rotate", Rotate(TritonOp("rotate", HIDDEN, x, x, groups=HIDDEN // head), program)
 
 
-def measure(entry: Entry) -> Row:
+def measure(entry: KernelEntry) -> KernelRow:
     """Compiles an entry."""
-    made: Compiled = compile_variant(entry.variant, entry.arch)
+    made: CompiledKernel = compile_variant(entry.variant, entry.arch)
     matrix = None
     attention = None
     if entry.arch in TENSOR_CORES:
@@ -401,12 +407,12 @@ def measure(entry: Entry) -> Row:
             attention = Attention.of(made.sass(), entry.arch, reads_once=entry.variant.kernel.startswith("decode"))
     elif "mma.sync" in made.ptx:
         raise UnknownForm(f"Triton uses the tensor cores of sm_{entry.arch}: the tables do not know how.")
-    return Row(
+    return KernelRow(
         entry, made.registers, made.spilled, made.shared, made.blocks, made.occupancy, matrix, attention
     )  # fmt: skip
 
 
-def measured(wanted: Iterable[Entry], processes: int = PROCESSES) -> list[Row]:
+def measured(wanted: Iterable[KernelEntry], processes: int = PROCESSES) -> list[KernelRow]:
     """Compiles entries, some beside each other."""
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         return list(pool.map(measure, wanted, chunksize=4))
@@ -417,7 +423,7 @@ RESOURCES = (
 )
 
 
-def resources(row: Row) -> str:
+def resources(row: KernelRow) -> str:
     """A line of the tables of what the code takes."""
     entry = row.entry
     if row.matrix is None:
@@ -440,7 +446,7 @@ LOOPS = (
 RATIOS = "| Kernel, head | Architecture | List / dense | By issue | Block |"
 
 
-def loops(row: Row) -> Iterator[str]:
+def loops(row: KernelRow) -> Iterator[str]:
     """Lines of the table of loops."""
     assert row.attention is not None
     for name, loop in (("dense", row.attention.dense), ("list", row.attention.listed)):
@@ -451,7 +457,7 @@ def loops(row: Row) -> Iterator[str]:
         )
 
 
-def ratios(row: Row) -> str:
+def ratios(row: KernelRow) -> str:
     """A line of the table of what lists cost."""
     found = row.attention
     assert found is not None
@@ -462,7 +468,7 @@ def ratios(row: Row) -> str:
     )
 
 
-def _short(entry: Entry) -> str:
+def _short(entry: KernelEntry) -> str:
     return f"{entry.variant.kernel.split('.')[0]}, {entry.what.split()[0]}"
 
 
@@ -470,7 +476,7 @@ def _tensor(loop: Loop) -> float:
     return loop.cycles["matrix"] / loop.bound
 
 
-def document(rows: list[Row], version: str) -> str:
+def document(rows: list[KernelRow], version: str) -> str:
     """The whole of docs/kernels.md."""
     limits = ", ".join(str(SHARED_LIMIT[arch]) for arch in ARCHITECTURES)
     said = INTRODUCTION.format(triton=version, limits=limits, group=GROUP, hidden=HIDDEN)
@@ -484,7 +490,7 @@ def document(rows: list[Row], version: str) -> str:
     return "\n".join(out).rstrip() + "\n"
 
 
-def spills(rows: list[Row]) -> str:
+def spills(rows: list[KernelRow]) -> str:
     """Which kernels spill, and how many of how many."""
     exact, others = ([row for row in rows if row.entry.exact is wanted] for wanted in (True, False))
     exact_spilled, others_spilled = (sum(row.spilled > 0 for row in of) for of in (exact, others))

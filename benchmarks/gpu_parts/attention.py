@@ -17,7 +17,7 @@ from parts.report import Table
 from parts.running import first_line
 
 from gpu_parts import lists, peers
-from gpu_parts.bench import Bench
+from gpu_parts.bench import GpuBench
 from gpu_parts.timing import Run
 from transom.programs.written import AttentionLayer, View
 from transom.sparsity import Sparsity
@@ -25,9 +25,9 @@ from transom_cuda_triton.attention import Attend
 from transom_cuda_triton.compiling import variants_of
 from transom_cuda_triton.engine import TritonEngine
 from transom_cuda_triton.packing import ALIGNMENT
-from transom_cuda_triton.program import Op, Program
+from transom_cuda_triton.program import TritonOp, TritonProgram
 from transom_cuda_triton.routes import Lists, RoutedStep
-from transom_cuda_triton.step import Step, Workspace, plan
+from transom_cuda_triton.step import TritonStep, Workspace, plan
 from transom_cuda_triton.store import TORCH
 
 PAGE = 64
@@ -48,16 +48,16 @@ class Layered:
         rows: new tokens of a step, at most.
     """
 
-    def __init__(self, bench: Bench, tokens: int, rows: int) -> None:
+    def __init__(self, bench: GpuBench, tokens: int, rows: int) -> None:
         sizes, card = bench.sizes, bench.card
         self.bench, self.width = bench, sizes.heads * sizes.head_dim
         kv = sizes.kv_heads * sizes.head_dim
         layer = AttentionLayer(
             sizes.heads, sizes.kv_heads, sizes.head_dim, sizes.head_dim, 0, sizes.head_dim**-0.5, 0.0, -1
         )
-        op = Op("attend", self.width, View(3), View(0), View(1), View(2))
+        op = TritonOp("attend", self.width, View(3), View(0), View(1), View(2))
         buffers = (self.width, kv, kv, self.width, 16)
-        program = Program(card.number, (op,), (), (), (layer,), buffers, 4, 16, ALIGNMENT, "dense")
+        program = TritonProgram(card.number, (op,), (), (), (layer,), buffers, 4, 16, ALIGNMENT, "dense")
         launch = card.launcher(variants_of(program, card.arch), max(0.0, bench.clock.left - 10))
         with tempfile.TemporaryDirectory(dir=bench.folder) as folder:
             weights = Path(folder) / "weights.bin"
@@ -81,13 +81,13 @@ class Layered:
         assert isinstance(operator, Attend)
         self.operator = operator
 
-    def step(self, past: int, new: int, first_page: int = 0) -> Step:
+    def step(self, past: int, new: int, first_page: int = 0) -> TritonStep:
         """Of one sequence whose pages begin there; nothing is written to the cache."""
         pages = list(range(first_page, first_page + -(-(past + new) // PAGE)))
         planned = plan([np.zeros(new, np.int64)], [past], [pages], [], self.engine.spare)
         return self.engine.laid_out(planned, self.workspace)
 
-    def attend(self, step: Step, drawn: lists.Drawn | None) -> Run:
+    def attend(self, step: TritonStep, drawn: lists.DrawnLists | None) -> Run:
         listed = None if drawn is None else Lists(drawn.arrays)
         (part,) = step.parts
         q, out = (self.workspace.buffers[i][: step.tokens, : self.width] for i in (0, 3))
@@ -131,24 +131,24 @@ class Layered:
         self.engine.close()
 
 
-def _about(bench: Bench, bound: str) -> str:
+def _about(bench: GpuBench, bound: str) -> str:
     s = bench.sizes
     return ABOUT.format(
         heads=s.heads, dim=s.head_dim, kv=s.kv_heads, number=bench.card.number, bound=bound, near=s.near
     )  # fmt: skip
 
 
-def _policy(bench: Bench, density: float) -> Sparsity:
+def _policy(bench: GpuBench, density: float) -> Sparsity:
     below = 128 if bench.dry else 1024
     return Sparsity(coverage=0.99, max_density=density, dense_below=below)
 
 
 # prompts --------------------------------------------------------------------------------------------------------------
-def _flops(bench: Bench, length: int, density: float) -> float:
+def _flops(bench: GpuBench, length: int, density: float) -> float:
     return 2.0 * length * length * bench.sizes.heads * bench.sizes.head_dim * density
 
 
-def prefill(bench: Bench) -> None:
+def prefill(bench: GpuBench) -> None:
     """Attention of a whole prompt in one step."""
     sizes = bench.sizes
     table = bench.table(
@@ -181,7 +181,7 @@ def prefill(bench: Bench) -> None:
         layered.close()
 
 
-def _prompt(bench: Bench, table: Table, layered: Layered, length: int) -> float:
+def _prompt(bench: GpuBench, table: Table, layered: Layered, length: int) -> float:
     """All of one length; seconds of dense attention."""
     sizes = bench.sizes
     step = layered.step(0, length)
@@ -235,7 +235,7 @@ def _ours(times: dict[str, float], what: dict[str, tuple[str, float]], said: str
     return same[0] if same and density < 1 else times["dense"]
 
 
-def _timed(bench: Bench, make: Callable[[], Run]) -> tuple[float | None, str]:
+def _timed(bench: GpuBench, make: Callable[[], Run]) -> tuple[float | None, str]:
     """Median seconds, or None and why there is none."""
     try:
         run = make()
@@ -251,7 +251,7 @@ def _timed(bench: Bench, make: Callable[[], Run]) -> tuple[float | None, str]:
 
 
 # decoding -------------------------------------------------------------------------------------------------------------
-def decode(bench: Bench) -> None:
+def decode(bench: GpuBench) -> None:
     """Attention of one new token of one sequence: what counts is how fast keys and values are read."""
     sizes = bench.sizes
     size = TORCH[bench.card.number].itemsize
@@ -275,7 +275,7 @@ def decode(bench: Bench) -> None:
         layered.close()
 
 
-def _token(bench: Bench, table: Table, layered: Layered, length: int, copies: int, per_token: int) -> None:
+def _token(bench: GpuBench, table: Table, layered: Layered, length: int, copies: int, per_token: int) -> None:
     sizes, device = bench.sizes, bench.card.device
     steps = [layered.step(length - 1, 1, i * (length // PAGE)) for i in range(copies)]
     begin, one = (torch.tensor([n], device=device) for n in (length - 1, 1))
@@ -312,6 +312,6 @@ def _token(bench: Bench, table: Table, layered: Layered, length: int, copies: in
         add(said, seconds, 1.0, note)
 
 
-def _timed_all(bench: Bench, make: Callable[[], list[Run]], copies: int) -> tuple[float | None, str]:
+def _timed_all(bench: GpuBench, make: Callable[[], list[Run]], copies: int) -> tuple[float | None, str]:
     seconds, note = _timed(bench, lambda: bench.timer.recorded(make()))
     return seconds and seconds / copies, note

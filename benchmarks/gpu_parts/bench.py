@@ -6,14 +6,14 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from parts.running import Running
+from parts.running import PartContext
 
-from gpu_parts.card import Card
+from gpu_parts.card import GpuCard
 from gpu_parts.timing import FakeTimer, Timer
 
 
 @dataclass(frozen=True)
-class Sizes:
+class GpuSizes:
     """Of what is measured."""
 
     heads: int = 32
@@ -52,7 +52,7 @@ class Sizes:
 
 
 QUICK = {"lengths": (4096, 16384), "densities": (0.2,), "product_rows": (1, 1024)}
-TOY = Sizes(
+TOY = GpuSizes(
     heads=2, kv_heads=1, head_dim=16, hidden=64, inner=64, layers=1, vocabulary=64, lengths=(256, 384),
     densities=(0.6,), near=128, end_to_end=144, chunk=96, decodes=1, batch=2, product_rows=(1, 3), peak=64,
     copied=1 << 16, scratch=1 << 12,
@@ -60,11 +60,11 @@ TOY = Sizes(
 
 
 @dataclass
-class Bench(Running[Card]):
+class GpuBench(PartContext[GpuCard]):
     """One run."""
 
     timer: Timer | FakeTimer
-    sizes: Sizes
+    sizes: GpuSizes
     quick: bool
     folder: Path = field(default_factory=lambda: Path(tempfile.gettempdir()))
     """For artifacts."""

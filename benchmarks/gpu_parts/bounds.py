@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from gpu_parts.bench import Bench
+from gpu_parts.bench import GpuBench
 from transom_cuda_triton.store import TORCH
 
 
-def run(bench: Bench) -> None:
+def run(bench: GpuBench) -> None:
     sizes, card, bounds = bench.sizes, bench.card, bench.document.bounds
     table = bench.table(
         "The card's own bounds",

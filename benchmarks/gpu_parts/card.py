@@ -18,7 +18,7 @@ from transom import hardware
 from transom.contract import Device, Offer
 from transom.errors import EngineError
 from transom_cuda_triton import CudaTriton
-from transom_cuda_triton.variants import Code, Launcher, Variant
+from transom_cuda_triton.variants import Code, KernelVariant, Launcher
 
 PACKAGES = ("transom", "torch", "triton", "flashinfer-python", "numpy")
 MOST_PROCESSES = 16
@@ -26,7 +26,7 @@ DRY_PROCESSORS = 4
 
 
 @dataclass
-class Card:
+class GpuCard:
     """A card as the backend has it."""
 
     host: Device
@@ -43,7 +43,7 @@ class Card:
     dry: bool
     number: str
     """In which attention and products are measured: Triton's name."""
-    known: dict[Variant, Code | str] = field(default_factory=dict)
+    known: dict[KernelVariant, Code | str] = field(default_factory=dict)
     """What was compiled, or why it was not."""
 
     @property
@@ -56,7 +56,7 @@ class Card:
         torch.cuda.empty_cache()
         return int(torch.cuda.mem_get_info(self.device)[0])
 
-    def compile(self, variants: Sequence[Variant], seconds: float) -> dict[str, str]:
+    def compile(self, variants: Sequence[KernelVariant], seconds: float) -> dict[str, str]:
         """Compile those that are not yet; what could not be in that time or at all, and why, by the kernel's name."""
         missing = [v for v in dict.fromkeys(variants) if v not in self.known]
         if not self.dry and missing:
@@ -64,7 +64,7 @@ class Card:
         found = {v: self.known.get(v) for v in variants}
         return {v.kernel: str(why) for v, why in found.items() if isinstance(why, str)}
 
-    def _compile(self, missing: Sequence[Variant], seconds: float) -> None:
+    def _compile(self, missing: Sequence[KernelVariant], seconds: float) -> None:
         from transom_cuda_triton.aot import compile_code
 
         end = time.monotonic() + seconds
@@ -82,22 +82,22 @@ class Card:
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def launcher(self, variants: Sequence[Variant], seconds: float = 60.0) -> Launcher:
+    def launcher(self, variants: Sequence[KernelVariant], seconds: float = 60.0) -> Launcher:
         """Starts these variants, as the engine's launcher does.
 
         Raises:
             RuntimeError: one of them could not be compiled.
         """
-        from transom_cuda_triton.launching import Driver, Interpreter
+        from transom_cuda_triton.launching import DriverLauncher, InterpretingLauncher
 
         if self.dry:
-            return Interpreter()
+            return InterpretingLauncher()
         self.compile(variants, seconds)
         wrong = {v.kernel: self.known.get(v, "there was no time to compile it") for v in variants}
         failed = {kernel: why for kernel, why in wrong.items() if isinstance(why, str)}
         if failed:
             raise RuntimeError("; ".join(f"{kernel}: {why}" for kernel, why in failed.items()))
-        return Driver({v: self.known[v] for v in variants}, self.stream)  # type: ignore[misc]
+        return DriverLauncher({v: self.known[v] for v in variants}, self.stream)  # type: ignore[misc]
 
     def stream(self) -> int:
         import torch
@@ -138,7 +138,7 @@ class Card:
         return clocks.versions(PACKAGES, self.host) | torchs
 
 
-def here(dry: bool) -> Card:
+def here(dry: bool) -> GpuCard:
     """The first card that the backend offers to use, or the CPU.
 
     Raises:
@@ -159,7 +159,7 @@ def here(dry: bool) -> Card:
 
     if dry:
         device = torch.device("cpu")
-        return Card(host, device, probing.tiles_architecture(host), DRY_PROCESSORS, 1 << 20, 1 << 30, True, "fp32")
+        return GpuCard(host, device, probing.tiles_architecture(host), DRY_PROCESSORS, 1 << 20, 1 << 30, True, "fp32")
     from transom_cuda_triton.loading import _place
 
     try:
@@ -167,7 +167,7 @@ def here(dry: bool) -> Card:
     except EngineError as e:
         raise NoCard(CudaTriton.name, [str(e)]) from e
     about = torch.cuda.get_device_properties(place.device)
-    return Card(
+    return GpuCard(
         host, place.device, probing.architecture(host), place.processors, int(about.L2_cache_size),
         int(about.total_memory), False, "fp16",
     )  # fmt: skip

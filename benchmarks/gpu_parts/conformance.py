@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from parts.running import first_line
 
-from gpu_parts.bench import Bench
+from gpu_parts.bench import GpuBench
 from transom.contract import Artifact, Limits, Work
 from transom.graph import Graph
 from transom.reference.executor import Executor
@@ -38,7 +38,7 @@ class _Enough(Exception):
     """The time of the kit is up."""
 
 
-def run(bench: Bench) -> None:
+def run(bench: GpuBench) -> None:
     precisions = {"float32": "exact"} if bench.dry else {"float16": "f16", "bfloat16": "bf16"}
     if bench.card.arch < 80:
         precisions.pop("bfloat16", None)
@@ -48,7 +48,7 @@ def run(bench: Bench) -> None:
         _generation(bench, weights)
 
 
-def _conformance(bench: Bench, precision: str, option: str, seconds: float) -> None:
+def _conformance(bench: GpuBench, precision: str, option: str, seconds: float) -> None:
     """As many checks as there is time for: the ones in QUICK first."""
     name = f"conformance, {precision}"
     ends = bench.clock.now + seconds
@@ -78,7 +78,7 @@ def _conformance(bench: Bench, precision: str, option: str, seconds: float) -> N
         bench.check(name, "failed", "nothing passed: each check was refused, failed or had no time")
 
 
-def _generation(bench: Bench, weights: Any) -> None:
+def _generation(bench: GpuBench, weights: Any) -> None:
     """Prompts of different lengths together and then token by token, dense and by a policy, in float32."""
     rng = np.random.default_rng([bench.seed, 7])
     graph = tiny_decoder(rng, context=400, window=200, sinks=True, weights=weights)
@@ -114,7 +114,7 @@ def _generation(bench: Bench, weights: Any) -> None:
                 session.close()
 
 
-def _opened(bench: Bench, graph: Graph, folder: Path) -> Any:
+def _opened(bench: GpuBench, graph: Graph, folder: Path) -> Any:
     """Compiled, kept as the host keeps it, and loaded."""
     backend, host = CudaTriton(), bench.card.host
     options = {"precision": "exact"}

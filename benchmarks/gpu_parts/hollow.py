@@ -15,16 +15,16 @@ import numpy as np
 import torch
 from shaped import made_of
 
-from gpu_parts.bench import Bench
+from gpu_parts.bench import GpuBench
 from transom.contract import Artifact
 from transom.graph import Blocked, BlockedArrays, Dense, Graph
-from transom.programs.drafting import Drafting
+from transom.programs.reading import GraphReader
 from transom.signature import Decoder
 from transom_cuda_triton import names, probing
 from transom_cuda_triton.claims import precision_of
 from transom_cuda_triton.compiling import code_files, variants_of
 from transom_cuda_triton.lowering import TritonKernels, write
-from transom_cuda_triton.program import Program
+from transom_cuda_triton.program import TritonProgram
 from transom_cuda_triton.store import Store
 
 HOLE = 64 << 10
@@ -76,7 +76,7 @@ class Zeros:
         return Blocked(shape, self._block, "int4", "float16", load)
 
 
-def decoder(bench: Bench, weights: str) -> Graph:
+def decoder(bench: GpuBench, weights: str) -> Graph:
     """A decoder of the sizes of the bench, its matrices in `float16` or `int4`."""
     s = bench.sizes
     context = -(-(s.end_to_end + 16 * s.decodes) // 64) * 64
@@ -91,23 +91,23 @@ class Hollow:
     """A compiled model whose large matrices are holes."""
 
     name: str
-    program: Program
+    program: TritonProgram
     decoder: Decoder
     artifact: Artifact
     seconds: float
     """That compiling took."""
 
 
-def compiled(bench: Bench, weights: str, folder: Path) -> Hollow:
+def compiled(bench: GpuBench, weights: str, folder: Path) -> Hollow:
     """As `transom_cuda_triton.compiling.compile_graph` does it."""
     began = time.perf_counter()
     graph, card = decoder(bench, weights), bench.card
     assert graph.decoder is not None
     precision = precision_of(graph, card.host, {"precision": "f16" if not bench.dry else "exact"})
-    drafting = Drafting(graph, TritonKernels(precision))
+    reader = GraphReader(graph, TritonKernels(precision))
     folder.mkdir(parents=True)
     file = HollowFile(folder / names.weights_file(0))
-    program = write(drafting, precision, file, lambda share: None)  # type: ignore[arg-type]
+    program = write(reader, precision, file, lambda share: None)  # type: ignore[arg-type]
     file.close()
     contents: dict[str, bytes | Path] = {
         names.program_file(0): program.to_json().encode(), names.DECODER_FILE: graph.decoder.to_json().encode(),
@@ -126,7 +126,7 @@ def compiled(bench: Bench, weights: str, folder: Path) -> Hollow:
     return Hollow(weights, program, graph.decoder, Artifact(files, requires), time.perf_counter() - began)
 
 
-def fill(store: Store, program: Program) -> None:
+def fill(store: Store, program: TritonProgram) -> None:
     """Random numbers into all matrices, of a variance that keeps activations where they are."""
     for i, matrix in enumerate(program.matrices):
         parts, spread = store.matrix(i), matrix.columns**-0.5

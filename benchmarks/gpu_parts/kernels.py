@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from parts.running import first_line
 
-from gpu_parts.bench import Bench
+from gpu_parts.bench import GpuBench
 from transom.graph.weights import dense
 from transom.ops import rms_normalization, rotary_embedding
 from transom.quantize.rounding import to_float8
@@ -31,7 +31,7 @@ from transom_cuda_triton.precision import LONG
 from transom_cuda_triton.store import TORCH
 from transom_cuda_triton.tiles import FLOAT8 as FLOAT8_ARCHITECTURES
 from transom_cuda_triton.tiles import INTERPRETER, decode_tile, float8_tiles, linear_tiles, prefill_tile
-from transom_cuda_triton.variants import Launcher, Variant
+from transom_cuda_triton.variants import KernelVariant, Launcher
 
 TESTS = Path(__file__).resolve().parents[2] / "tests" / "cuda_triton"
 NUMPY: dict[str, Any] = {"fp32": np.float32, "fp16": np.float16, "bf16": ml_dtypes.bfloat16}
@@ -65,9 +65,9 @@ class Noted:
     """A launcher that starts nothing and notes the variants."""
 
     def __init__(self) -> None:
-        self.variants: dict[Variant, None] = {}
+        self.variants: dict[KernelVariant, None] = {}
 
-    def __call__(self, variant: Variant, grid: tuple[int, ...], arguments: Mapping[str, Any]) -> None:
+    def __call__(self, variant: KernelVariant, grid: tuple[int, ...], arguments: Mapping[str, Any]) -> None:
         self.variants[variant] = None
 
 
@@ -80,7 +80,7 @@ class Carried:
     def __init__(self, launch: Launcher, device: torch.device) -> None:
         self._launch, self._device = launch, device
 
-    def __call__(self, variant: Variant, grid: tuple[int, ...], arguments: Mapping[str, Any]) -> None:
+    def __call__(self, variant: KernelVariant, grid: tuple[int, ...], arguments: Mapping[str, Any]) -> None:
         carried: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         values: dict[str, Any] = {}
         for name, value in arguments.items():
@@ -99,7 +99,7 @@ class Carried:
             own.copy_(there_bytes)
 
 
-def variant_of(kernel: str, given: Mapping[str, Any], warps: int = 4, stages: int = 2) -> Variant:
+def variant_of(kernel: str, given: Mapping[str, Any], warps: int = 4, stages: int = 2) -> KernelVariant:
     """The variant that a call of a kernel by its arguments' names means: what is written in capitals and is no tensor
     is a constant."""
     types: dict[str, str] = {}
@@ -111,7 +111,7 @@ def variant_of(kernel: str, given: Mapping[str, Any], warps: int = 4, stages: in
             constants[name] = value
         else:
             types[name] = "fp32" if isinstance(value, (float, np.floating)) else "i32"
-    return Variant.of(kernel, types, constants, warps, stages)
+    return KernelVariant.of(kernel, types, constants, warps, stages)
 
 
 class Jit:
@@ -450,10 +450,10 @@ def _keyed(run: Callable[..., float | None], how: dict[str, Any], launch: Launch
     return run(launch, rng, **how)
 
 
-def run(bench: Bench) -> None:
+def run(bench: GpuBench) -> None:
     """Compile all that the cases need, and run them."""
     found = list(cases(bench.card.arch, bench.dry, bench.quick))
-    own: dict[str, list[Variant]] = {}
+    own: dict[str, list[KernelVariant]] = {}
     for i, case in enumerate(found):
         noted = Noted()
         if not bench.dry:

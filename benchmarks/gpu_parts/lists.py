@@ -17,7 +17,7 @@ BLOCK, UNIT, COARSE, COLUMNS = 64, 16, 128, 64
 
 
 @dataclass(frozen=True)
-class Drawn:
+class DrawnLists:
     """What query blocks read."""
 
     arrays: dict[str, torch.Tensor]
@@ -40,7 +40,7 @@ def spread(available: torch.Tensor, count: torch.Tensor, heads: int, seed: int) 
     return torch.where(at < count[:, None, None], found, -1)
 
 
-def fine(begin: torch.Tensor, queries: torch.Tensor, heads: int, density: float, near: int, seed: int) -> Drawn:
+def fine(begin: torch.Tensor, queries: torch.Tensor, heads: int, density: float, near: int, seed: int) -> DrawnLists:
     """Of query blocks that begin at these positions.
 
     Args:
@@ -63,10 +63,10 @@ def fine(begin: torch.Tensor, queries: torch.Tensor, heads: int, density: float,
     )
     columns = torch.where(free, after * UNIT + 5, -1)
     read = (count * UNIT)[:, None] + (columns >= 0).sum(2)
-    return Drawn(_arrays(far, count, columns, first, heads), _density(begin, queries, first, read))
+    return DrawnLists(_arrays(far, count, columns, first, heads), _density(begin, queries, first, read))
 
 
-def coarse(length: int, heads: int, density: float, near: int, seed: int, device: Any) -> Drawn:
+def coarse(length: int, heads: int, density: float, near: int, seed: int, device: Any) -> DrawnLists:
     """Of a whole prompt whose length is a multiple of 128."""
     row = torch.arange(length // COARSE, device=device)
     first = (row - near // COARSE).clamp(min=0)
@@ -85,7 +85,7 @@ def coarse(length: int, heads: int, density: float, near: int, seed: int, device
     queries = torch.full_like(begin, BLOCK)
     read = (many * UNIT)[:, None].expand(-1, heads)
     arrays = _arrays(far, many, columns, near_at, heads)
-    return Drawn(arrays, _density(begin, queries, near_at, read), blocks.int())
+    return DrawnLists(arrays, _density(begin, queries, near_at, read), blocks.int())
 
 
 def _arrays(
@@ -110,7 +110,7 @@ def _density(begin: torch.Tensor, queries: torch.Tensor, near: torch.Tensor, lis
     return float(read.sum() / seen.sum())
 
 
-def block_mask(drawn: Drawn, length: int, group: int) -> Any:
+def block_mask(drawn: DrawnLists, length: int, group: int) -> Any:
     """The same as `torch.nn.attention.flex_attention.BlockMask`, of the coarse form."""
     from torch.nn.attention.flex_attention import BlockMask
 

@@ -22,7 +22,7 @@ from parts.report import Table
 from parts.running import first_line
 from parts.telling import tell, told
 
-from gpu_parts.bench import Bench
+from gpu_parts.bench import GpuBench
 from gpu_parts.hollow import Hollow, compiled, fill
 from transom.contract import Work
 from transom.sparsity import Sparsity
@@ -59,7 +59,7 @@ class Open:
         self.session.close()
 
 
-def _need(bench: Bench, hollow: Hollow, batch: int) -> int:
+def _need(bench: GpuBench, hollow: Hollow, batch: int) -> int:
     """Bytes of a model with so many sequences, and one more."""
     from transom_cuda_triton.cache import page_bytes
 
@@ -68,14 +68,14 @@ def _need(bench: Bench, hollow: Hollow, batch: int) -> int:
     return hollow.program.weight_bytes + pages * page_bytes(hollow.program) + buffers
 
 
-def _open(bench: Bench, hollow: Hollow, batch: int) -> Open:
+def _open(bench: GpuBench, hollow: Hollow, batch: int) -> Open:
     from transom_cuda_triton.graphs import cuda_record
-    from transom_cuda_triton.launching import Driver, Interpreter
+    from transom_cuda_triton.launching import DriverLauncher, InterpretingLauncher
     from transom_cuda_triton.loading import read_codes
 
     card, files = bench.card, {n: Path(str(p)) for n, p in hollow.artifact.files.items()}
     context = hollow.decoder.context
-    launch: Any = Interpreter() if bench.dry else Driver(read_codes(files), card.stream)
+    launch: Any = InterpretingLauncher() if bench.dry else DriverLauncher(read_codes(files), card.stream)
     engine = TritonEngine(
         hollow.program, files[names.weights_file(0)], card.device, launch, arch=card.arch, processors=card.processors,
         context=context, slots=batch + 1, record=None if bench.dry else cuda_record,
@@ -87,7 +87,7 @@ def _open(bench: Bench, hollow: Hollow, batch: int) -> Open:
 
 # prompts and decoding -------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class Way:
+class DecodeWay:
     """What one row is about: a model and a policy."""
 
     name: str
@@ -99,11 +99,11 @@ class Way:
         return f"{self.model.hollow.name}, {self.name}"
 
 
-def _ways(models: Sequence[Open], sparse: str) -> list[Way]:
-    return [Way(n, m, p) for m in models for n, p in (("dense", "dense"), ("sparse", sparse))]
+def _ways(models: Sequence[Open], sparse: str) -> list[DecodeWay]:
+    return [DecodeWay(n, m, p) for m in models for n, p in (("dense", "dense"), ("sparse", sparse))]
 
 
-def _prompt(bench: Bench, way: Way, tokens: list[int]) -> tuple[Any, float]:
+def _prompt(bench: GpuBench, way: DecodeWay, tokens: list[int]) -> tuple[Any, float]:
     """A sequence with these tokens, and the seconds that reading them took."""
     session = way.model.session
     state = session.new_state()
@@ -118,12 +118,12 @@ def _prompt(bench: Bench, way: Way, tokens: list[int]) -> tuple[Any, float]:
     return state, time.perf_counter() - began
 
 
-def _keys(way: Way, states: Sequence[Any]) -> Any:
+def _keys(way: DecodeWay, states: Sequence[Any]) -> Any:
     """Keys that were read so far, and keys that were seen, over all layers and heads."""
     return sum(np.asarray(way.model.session.keys_read(s)).sum((1, 2)) for s in states)
 
 
-def _decode(bench: Bench, way: Way, states: Sequence[Any]) -> tuple[float, float]:
+def _decode(bench: GpuBench, way: DecodeWay, states: Sequence[Any]) -> tuple[float, float]:
     """Seconds of one token of each state, and the density: means of all, since one step in 64 chooses columns."""
     session, rng = way.model.session, np.random.default_rng(1)
     tokens = rng.integers(0, bench.sizes.vocabulary, (bench.sizes.decodes, len(states)))
@@ -140,7 +140,7 @@ def _decode(bench: Bench, way: Way, states: Sequence[Any]) -> tuple[float, float
     return seconds, float(read / seen)
 
 
-def run(bench: Bench) -> None:
+def run(bench: GpuBench) -> None:
     """Both models beside each other where the card's memory holds them, else one after the other."""
     sizes = bench.sizes
     folder = Path(tempfile.mkdtemp(prefix="transom-gpu-", dir=bench.folder))
@@ -178,8 +178,8 @@ def run(bench: Bench) -> None:
 
 
 def _affordable(
-    bench: Bench, table: Table, ways: list[Way], prompt: list[int], seconds: float
-) -> tuple[list[Way], list[int]]:
+    bench: GpuBench, table: Table, ways: list[DecodeWay], prompt: list[int], seconds: float
+) -> tuple[list[DecodeWay], list[int]]:
     """The ways and the prompt that there is time for; on a slow card the two that are compared, and a shorter prompt.
 
     The first step of a way is not counted, in which libraries set themselves up.
@@ -203,7 +203,7 @@ def _affordable(
 
 
 def _group(
-    bench: Bench, table: Table, hollows: Sequence[Hollow], found: dict[str, dict[str, float]], share: float
+    bench: GpuBench, table: Table, hollows: Sequence[Hollow], found: dict[str, dict[str, float]], share: float
 ) -> None:
     """Models that are on the card together.
 
@@ -263,8 +263,8 @@ def _group(
 
 
 def _decoding(
-    bench: Bench, table: Table, ways: Sequence[Way], states: dict[str, list[Any]], found: dict[str, dict[str, float]],
-    batch: int,
+    bench: GpuBench, table: Table, ways: Sequence[DecodeWay], states: dict[str, list[Any]],
+    found: dict[str, dict[str, float]], batch: int,
 ) -> None:  # fmt: skip
     """Rounds in which every way decodes on its model's sequences; the first is not counted: steps are recorded."""
     times: dict[str, list[float]] = {w.key: [] for w in ways}
@@ -289,7 +289,7 @@ def _decoding(
         )  # fmt: skip
 
 
-def _ratios(bench: Bench, table: Table, found: dict[str, dict[str, float]]) -> None:
+def _ratios(bench: GpuBench, table: Table, found: dict[str, dict[str, float]]) -> None:
     base, best = (found.get(name) for name in COMPARED)
     if base is None or best is None or base["tokens"] != best["tokens"]:
         bench.row(table, what="sparse int4 against dense float16", note="they could not both be measured alike")
@@ -300,7 +300,7 @@ def _ratios(bench: Bench, table: Table, found: dict[str, dict[str, float]]) -> N
 
 
 # memory ---------------------------------------------------------------------------------------------------------------
-def _memory(bench: Bench, hollows: Sequence[Hollow]) -> None:
+def _memory(bench: GpuBench, hollows: Sequence[Hollow]) -> None:
     from transom_cuda_triton.cache import page_bytes
 
     table = bench.table(
@@ -318,7 +318,7 @@ def _memory(bench: Bench, hollows: Sequence[Hollow]) -> None:
 
 
 # cold start -----------------------------------------------------------------------------------------------------------
-def _cold(bench: Bench, hollows: Sequence[Hollow], folder: Path) -> None:
+def _cold(bench: GpuBench, hollows: Sequence[Hollow], folder: Path) -> None:
     table = bench.table(
         "Cold start",
         "Seconds from the start of a process to its first token, the compiled model on disk and in the system's cache "
@@ -341,7 +341,7 @@ def _cold(bench: Bench, hollows: Sequence[Hollow], folder: Path) -> None:
         bench.row(table, weights=hollow.name, processes=len(runs), **medians)
 
 
-def _cold_once(bench: Bench, hollow: Hollow, folder: Path) -> dict[str, float]:
+def _cold_once(bench: GpuBench, hollow: Hollow, folder: Path) -> dict[str, float]:
     script = Path(__file__).resolve().parents[1] / "gpu.py"
     began = time.time()
     command = [sys.executable, str(script), "--child-cold", str(folder / hollow.name), repr(began)]

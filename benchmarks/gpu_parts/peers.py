@@ -9,15 +9,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from gpu_parts.bench import Bench
-from gpu_parts.lists import Drawn, block_mask
+from gpu_parts.bench import GpuBench
+from gpu_parts.lists import DrawnLists, block_mask
 from gpu_parts.timing import Run
 from transom_cuda_triton.store import TORCH
 
 Arrays = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def drawn(bench: Bench, queries: int, keys: int) -> Arrays:
+def drawn(bench: GpuBench, queries: int, keys: int) -> Arrays:
     """Random Q [1, heads, queries, head_dim], K and V [1, kv_heads, keys, head_dim]."""
     s, dtype = bench.sizes, TORCH[bench.card.number]
 
@@ -28,7 +28,7 @@ def drawn(bench: Bench, queries: int, keys: int) -> Arrays:
 
 
 def prompts(
-    bench: Bench, length: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, coarse: Mapping[float, Drawn]
+    bench: GpuBench, length: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, coarse: Mapping[float, DrawnLists]
 ) -> Iterator[tuple[str, float, Callable[[], Run]]]:
     """(what, density, what makes the call) of each engine."""
     yield "torch SDPA, FlashAttention", 1.0, partial(_sdpa, q, k, v, causal=True, flash=not bench.dry)
@@ -66,7 +66,7 @@ def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool, fl
 
 
 def _flex(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, found: Drawn, length: int, group: int, *, compiled: bool
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, found: DrawnLists, length: int, group: int, *, compiled: bool
 ) -> Run:
     from torch.nn.attention.flex_attention import flex_attention
 

@@ -11,13 +11,13 @@ import numpy as np
 import torch
 
 from gpu_parts.attention import _timed
-from gpu_parts.bench import Bench
+from gpu_parts.bench import GpuBench
 from gpu_parts.timing import Run
 from transom.programs.written import View
 from transom_cuda_triton.compiling import variants_of
 from transom_cuda_triton.engine import TritonEngine
-from transom_cuda_triton.packing import ALIGNMENT, Packed
-from transom_cuda_triton.program import Op, Program
+from transom_cuda_triton.packing import ALIGNMENT, TritonMatrix
+from transom_cuda_triton.program import TritonOp, TritonProgram
 from transom_cuda_triton.step import Workspace, plan
 from transom_cuda_triton.store import TORCH
 
@@ -29,7 +29,7 @@ ABOUT = (
 TORCH_BLOCKS = (32, 64, 128, 256)
 
 
-def shapes(bench: Bench) -> dict[str, tuple[int, int]]:
+def shapes(bench: GpuBench) -> dict[str, tuple[int, int]]:
     """(outputs, columns) of the products of a layer, as the engine fuses them."""
     s = bench.sizes
     q, kv = s.heads * s.head_dim, s.kv_heads * s.head_dim
@@ -46,17 +46,17 @@ class Products:
         block: columns that share a scale.
     """
 
-    def __init__(self, bench: Bench, outputs: int, columns: int, block: int, rows: int) -> None:
+    def __init__(self, bench: GpuBench, outputs: int, columns: int, block: int, rows: int) -> None:
         card = bench.card
         self.nbytes = outputs * columns // 2 + outputs * (columns // block) * 2
         self.copies = max(1, min(64, bench.sizes.scratch // self.nbytes))
         matrices, at = [], 0
         for _ in range(self.copies):
             scales = _aligned(at + outputs * columns // 2)
-            matrices.append(Packed(4, outputs, columns, at, block, 8, scales))
+            matrices.append(TritonMatrix(4, outputs, columns, at, block, 8, scales))
             at = _aligned(scales + outputs * (columns // block) * 2)
-        ops = tuple(Op("linear", outputs, View(1), View(0), matrix=i) for i in range(self.copies))
-        program = Program(card.number, ops, tuple(matrices), (), (), (columns, outputs, 16), 2, 16, at, "dense")
+        ops = tuple(TritonOp("linear", outputs, View(1), View(0), matrix=i) for i in range(self.copies))
+        program = TritonProgram(card.number, ops, tuple(matrices), (), (), (columns, outputs, 16), 2, 16, at, "dense")
         launch = card.launcher(variants_of(program, card.arch), max(0.0, bench.clock.left - 5))
         with tempfile.TemporaryDirectory(dir=bench.folder) as folder:
             weights = Path(folder) / "weights.bin"
@@ -86,7 +86,7 @@ def _aligned(at: int) -> int:
     return -(-at // ALIGNMENT) * ALIGNMENT
 
 
-def run(bench: Bench) -> None:
+def run(bench: GpuBench) -> None:
     """Every shape, rows and block size."""
     table = bench.table("Products with int4 weights", ABOUT.format(number=bench.card.number))
     blocks = [bench.sizes.block] if bench.dry or bench.quick else [bench.sizes.block, 128]
@@ -97,7 +97,7 @@ def run(bench: Bench) -> None:
                 _product(bench, table, name, outputs, columns, block, rows)
 
 
-def _product(bench: Bench, table: Any, name: str, outputs: int, columns: int, block: int, rows: int) -> None:
+def _product(bench: GpuBench, table: Any, name: str, outputs: int, columns: int, block: int, rows: int) -> None:
     ours = Products(bench, outputs, columns, block, rows)
     dtype, device = TORCH[bench.card.number], bench.card.device
     plain = outputs * columns * dtype.itemsize
@@ -133,7 +133,7 @@ def _product(bench: Bench, table: Any, name: str, outputs: int, columns: int, bl
     ours.close()
 
 
-def torch_int4(bench: Bench, outputs: int, columns: int, block: int, rows: int, copies: int) -> list[Run]:
+def torch_int4(bench: GpuBench, outputs: int, columns: int, block: int, rows: int, copies: int) -> list[Run]:
     """torch's own product with 4-bit weights in groups, with a scale and a zero point for each.
 
     Raises:

@@ -15,7 +15,7 @@ HEAD = """\
 
 
 @dataclass(frozen=True)
-class Agreement:
+class TextAgreement:
     """One precision against the reference, on one text."""
 
     table: str
@@ -37,7 +37,7 @@ class Agreement:
         )
 
 
-def agreement(table: str, precision: str, text: str, expected: Array, got: Array) -> Agreement:
+def agreement(table: str, precision: str, text: str, expected: Array, got: Array) -> TextAgreement:
     """Compare logits [tokens, vocabulary]."""
     a, b = expected.astype(np.float64), got.astype(np.float64)
     log_p, log_q = (x - x.max(-1, keepdims=True) for x in (a, b))
@@ -45,4 +45,4 @@ def agreement(table: str, precision: str, text: str, expected: Array, got: Array
     cosine = (a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
     divergence = float((np.exp(log_p) * (log_p - log_q)).sum(-1).mean())
     same = float((a.argmax(-1) == b.argmax(-1)).mean())
-    return Agreement(table, precision, text, len(a), divergence, same, float(cosine.mean()), float(cosine.min()))
+    return TextAgreement(table, precision, text, len(a), divergence, same, float(cosine.mean()), float(cosine.min()))

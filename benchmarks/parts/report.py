@@ -27,7 +27,7 @@ class Table:
 
 
 @dataclass
-class Part:
+class PartReport:
     """What one part of the run gave."""
 
     name: str
@@ -53,7 +53,7 @@ class Document:
     bounds: dict[str, float] = field(default_factory=dict)
     """What the card reaches, measured at the start: copy_bytes_per_second, product_flops."""
     checks: list[dict[str, Any]] = field(default_factory=list)
-    parts: list[Part] = field(default_factory=list)
+    parts: list[PartReport] = field(default_factory=list)
     seconds: float = 0.0
     status: int = -1
     """The exit status; -1 while it runs."""

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
-from parts.report import Cell, Document, Part, Table, line, replaced
+from parts.report import Cell, Document, PartReport, Table, line, replaced
 from parts.timing import Clock, OutOfTime
 
 OK, WRONG, NO_CARD, CUT = 0, 1, 2, 3
@@ -58,7 +58,7 @@ C = TypeVar("C", bound=Measured)
 
 
 @dataclass
-class Running(Generic[C]):
+class PartContext(Generic[C]):
     """What every part is handed."""
 
     card: C
@@ -72,7 +72,7 @@ class Running(Generic[C]):
         return self.card.dry
 
     @property
-    def part(self) -> Part:
+    def part(self) -> PartReport:
         return self.document.parts[-1]
 
     def say(self, text: str) -> None:
@@ -123,7 +123,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def begin(run: Running[Any], path: str | None) -> threading.Timer:
+def begin(run: PartContext[Any], path: str | None) -> threading.Timer:
     """Say what is measured and with what; the watch over the run, see `watched`."""
     about = run.document
     run.say(f"{about.card['name']} ({about.card['arch']}), seed {run.seed}")
@@ -145,14 +145,14 @@ def function(name: str) -> Callable[[Any], None]:
     return found
 
 
-def perform(run: Running[Any], name: str, where: str, seconds: float) -> None:
+def perform(run: PartContext[Any], name: str, where: str, seconds: float) -> None:
     """One part: whatever happens within stands in its state.
 
     Args:
         where: the function that runs it, `"module:function"`.
         seconds: that it may take.
     """
-    part = Part(name)
+    part = PartReport(name)
     run.document.parts.append(part)
     if run.clock.part(seconds) <= 0:
         part.state, part.reason = "left out", "the time of the whole run was up"
@@ -182,7 +182,7 @@ def status_of(document: Document) -> int:
     return CUT if left_out or any(p.state != "done" for p in document.parts) else OK
 
 
-def write(run: Running[Any], path: str | None) -> None:
+def write(run: PartContext[Any], path: str | None) -> None:
     """The result so far; `{card}` in the path is the card's name."""
     run.document.seconds = round(run.clock.now, 1)
     if path is None:
@@ -194,7 +194,7 @@ def write(run: Running[Any], path: str | None) -> None:
     run.say(f"wrote {target}")
 
 
-def watched(run: Running[Any], path: str | None) -> threading.Timer:
+def watched(run: PartContext[Any], path: str | None) -> threading.Timer:
     """Ends the run from outside if it is still there shortly after its limit; `cancel` it."""
     watch = threading.Timer(run.clock.limit + SPARE, _stop, (run, path))
     watch.daemon = True
@@ -202,7 +202,7 @@ def watched(run: Running[Any], path: str | None) -> threading.Timer:
     return watch
 
 
-def _stop(run: Running[Any], path: str | None) -> None:
+def _stop(run: PartContext[Any], path: str | None) -> None:
     """The time is up while something still runs: write what there is, and end this process and those it started."""
     for part in run.document.parts:
         if part.state == "running":
@@ -214,7 +214,7 @@ def _stop(run: Running[Any], path: str | None) -> None:
     os._exit(run.document.status or CUT)
 
 
-def finish(run: Running[Any], path: str | None) -> int:
+def finish(run: PartContext[Any], path: str | None) -> int:
     """Say what went wrong or was left out, write the result, and give the exit status."""
     about = run.document
     about.status = status_of(about)

@@ -8,15 +8,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from subprocess import Popen
 
-from parts.running import Running
+from parts.running import PartContext
 
-from rtx_parts.card import Card
+from rtx_parts.card import RtxCard
 from rtx_parts.decoders import FORMS
 from transom.sparsity import Sparsity
 
 
 @dataclass(frozen=True)
-class Sizes:
+class RtxSizes:
     """Of what is measured."""
 
     shape: str = "8B"
@@ -48,14 +48,14 @@ class Sizes:
         return -(-(self.tokens + self.decodes) // 64) * 64
 
 
-TOY = Sizes(
+TOY = RtxSizes(
     shape="tiny", depths=(1, 2), whole=4, tokens=192, decodes=2, rounds=1, batch=2, copied=1 << 16, checked=24,
     starts=1, precisions=("f16",), policy=Sparsity(1.0, top_k=2, columns=0, max_density=0.6, dense_below=64),
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Model:
+class BenchModel:
     """One that is built."""
 
     form: str
@@ -68,27 +68,27 @@ class Model:
         return f"{self.form}-{self.layers}{'-sparse' if self.sparse else ''}"
 
 
-def models(sizes: Sizes, parts: Sequence[str]) -> list[Model]:
+def models(sizes: RtxSizes, parts: Sequence[str]) -> list[BenchModel]:
     """What these parts need, what matters most first."""
     depths = sorted(sizes.depths)
-    found = [Model("fp8", n) for n in (depths if {"dense", "sparse"} & set(parts) else depths[-1:])]
+    found = [BenchModel("fp8", n) for n in (depths if {"dense", "sparse"} & set(parts) else depths[-1:])]
     if "dense" in parts:
-        found += [Model(form, n) for form in FORMS if form != "fp8" for n in depths]
+        found += [BenchModel(form, n) for form in FORMS if form != "fp8" for n in depths]
     if "sparse" in parts:
-        found += [Model("fp8", n, sparse=True) for n in depths]
+        found += [BenchModel("fp8", n, sparse=True) for n in depths]
     return found if {"dense", "sparse", "cold"} & set(parts) else []
 
 
 @dataclass
-class Bench(Running[Card]):
+class RtxBench(PartContext[RtxCard]):
     """One run."""
 
-    sizes: Sizes
+    sizes: RtxSizes
     parts: Sequence[str]
     """Those that run."""
     folder: Path
     """Of this run, which goes with it."""
-    built: dict[Model, Path] = field(default_factory=dict)
+    built: dict[BenchModel, Path] = field(default_factory=dict)
     """Folders with artifacts, see `stored`."""
     child: Popen[str] | None = None
     """The process that builds or computes for this one now."""

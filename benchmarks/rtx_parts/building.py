@@ -12,7 +12,7 @@ from typing import Any
 from parts.telling import tell
 from parts.timing import OutOfTime
 
-from rtx_parts.bench import Bench, Model, models
+from rtx_parts.bench import BenchModel, RtxBench, models
 from rtx_parts.card import BACKEND, here
 from rtx_parts.children import ask
 from rtx_parts.decoders import matrix_bytes, shaped
@@ -25,12 +25,12 @@ ON_DISK = 2.5
 """Bytes on the disk for each byte of weights, while an engine is written beside the network that it is built from."""
 
 
-def graph_of(model: Model, shape: str, context: int, policy: Sparsity) -> Graph:
+def graph_of(model: BenchModel, shape: str, context: int, policy: Sparsity) -> Graph:
     graph = shaped(shape, model.layers, context, model.form)
     return with_sparsity(graph, policy) if model.sparse else graph
 
 
-def run(bench: Bench) -> None:
+def run(bench: RtxBench) -> None:
     """The part: builds what the other parts need, and says what there was no time for."""
     sizes = bench.sizes
     table = bench.table(
@@ -52,7 +52,7 @@ def run(bench: Bench) -> None:
             bench.row(table, model=model.name, note=str(e)[:300])
 
 
-def _build(bench: Bench, table: Any, model: Model) -> None:
+def _build(bench: RtxBench, table: Any, model: BenchModel) -> None:
     sizes, folder = bench.sizes, bench.folder / model.name
     needed = ON_DISK * matrix_bytes(graph_of(model, sizes.shape, sizes.context, sizes.policy))
     free = shutil.disk_usage(bench.folder).free
@@ -75,7 +75,7 @@ def peak() -> int:
 
 def child(given: dict[str, Any]) -> None:
     """The process of one build."""
-    model, folder = Model(**given["model"]), Path(given["folder"])
+    model, folder = BenchModel(**given["model"]), Path(given["folder"])
     device = here(given["dry"]).device
     began = time.perf_counter()
     graph = graph_of(model, given["shape"], given["context"], Sparsity.from_dict(given["policy"]))

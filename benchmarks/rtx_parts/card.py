@@ -17,7 +17,7 @@ from transom.errors import TransomError
 from transom_tensorrt import TensorRt
 
 if TYPE_CHECKING:
-    from rtx_parts.bench import Bench
+    from rtx_parts.bench import RtxBench
 
 PACKAGES = ("transom", "tensorrt-rtx", "tensorrt", "cuda-bindings", "onnxruntime", "numpy", "onnx-ir")
 BACKEND = TensorRt()
@@ -28,7 +28,7 @@ DRY_BYTES = 64 << 30
 
 
 @dataclass(frozen=True)
-class Card:
+class RtxCard:
     """A card as the backend has it."""
 
     device: Device
@@ -40,7 +40,7 @@ class Card:
         """Bytes."""
         if self.dry:
             return DRY_BYTES
-        from transom_tensorrt.cuda import Card as Memory
+        from transom_tensorrt.cuda import CudaCard as Memory
 
         memory = Memory(self.device)
         try:
@@ -64,7 +64,7 @@ class Card:
         return clocks.versions(PACKAGES, self.device)
 
 
-def here(dry: bool) -> Card:
+def here(dry: bool) -> RtxCard:
     """The first card that the backend offers to use, or the CPU.
 
     Raises:
@@ -78,7 +78,7 @@ def here(dry: bool) -> Card:
         if not isinstance(answer, Offer):
             refused.append(f"{device.id}: {answer.reason} ({answer.fix})".replace(" ()", ""))
             continue
-        card = Card(device, dry)
+        card = RtxCard(device, dry)
         try:
             _ = card.free
         except TransomError as e:
@@ -88,7 +88,7 @@ def here(dry: bool) -> Card:
     raise NoCard(BACKEND.name, refused)
 
 
-def run(bench: Bench) -> None:
+def run(bench: RtxBench) -> None:
     """The part: how fast the card copies its own memory, which other figures are held against."""
     table = bench.table(
         "The card's memory",
@@ -101,11 +101,11 @@ def run(bench: Bench) -> None:
     bench.row(table, what="copy", MB=size / 1e6, ms=seconds * 1e3, GB_per_s=2 * size / seconds / 1e9)
 
 
-def _copying(bench: Bench, size: int) -> float:
+def _copying(bench: RtxBench, size: int) -> float:
     """Seconds of a copy of so many bytes."""
     if bench.dry:
         return 1e-3
-    from transom_tensorrt.cuda import Card as Memory
+    from transom_tensorrt.cuda import CudaCard as Memory
 
     runtime = importlib.import_module("cuda.bindings.runtime")
     memory = Memory(bench.card.device, runtime)

@@ -12,12 +12,12 @@ from typing import Any
 from parts.telling import told
 from parts.timing import OutOfTime
 
-from rtx_parts.bench import Bench
+from rtx_parts.bench import RtxBench
 
 SCRIPT = Path(__file__).resolve().parents[1] / "rtx.py"
 
 
-def ask(bench: Bench, what: str, **arguments: Any) -> dict[str, Any]:
+def ask(bench: RtxBench, what: str, **arguments: Any) -> dict[str, Any]:
     """Run the script's child `what`, and what it tells.
 
     Args:

@@ -11,16 +11,16 @@ from typing import Any
 from parts.telling import tell
 from parts.timing import OutOfTime
 
-from rtx_parts.bench import Bench, Model
+from rtx_parts.bench import BenchModel, RtxBench
 from rtx_parts.children import ask
 
 FIRST = [1, 2, 3]
 """Tokens of the prompt."""
 
 
-def run(bench: Bench) -> None:
+def run(bench: RtxBench) -> None:
     """The part: the deepest fp8 model, without and with the kernels that the runtime kept."""
-    model = Model("fp8", max(bench.sizes.depths))
+    model = BenchModel("fp8", max(bench.sizes.depths))
     table = bench.table(
         "Cold start",
         "Seconds from the start of a process to its first token, the engine on disk and in the system's cache of "

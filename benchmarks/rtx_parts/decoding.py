@@ -18,10 +18,10 @@ from parts.report import Cell, Table
 from parts.running import first_line
 from shaped import SHAPES
 
-from rtx_parts.bench import Bench, Model
+from rtx_parts.bench import BenchModel, RtxBench
 from rtx_parts.building import graph_of
 from rtx_parts.decoders import FORMS, matrix_bytes
-from rtx_parts.depths import Read, separate
+from rtx_parts.depths import BytesRead, separate
 from rtx_parts.stored import load
 from transom.contract import Session, Work
 from transom.errors import TransomError
@@ -40,10 +40,10 @@ Kind = tuple[str, bool, int]
 
 
 @dataclass(frozen=True)
-class Way:
+class TimedWay:
     """What is timed: a model with so many sequences."""
 
-    model: Model
+    model: BenchModel
     sequences: int = 1
 
     @property
@@ -53,7 +53,7 @@ class Way:
 
 
 @dataclass
-class Times:
+class StepTimes:
     """Seconds, as they were measured."""
 
     prompts: list[float] = field(default_factory=list)
@@ -68,7 +68,7 @@ class Times:
         return statistics.median(self.steps)
 
 
-Found = dict[Way, Times]
+Found = dict[TimedWay, StepTimes]
 
 
 # measuring ------------------------------------------------------------------------------------------------------------
@@ -77,7 +77,7 @@ def slots(sequences: int) -> int:
     return sequences + (sequences > 1)
 
 
-def groups(needs: Mapping[Model, int], free: int) -> list[list[Model]]:
+def groups(needs: Mapping[BenchModel, int], free: int) -> list[list[BenchModel]]:
     """Models that are on the card together: all of them, or those of one depth, or each alone.
 
     Args:
@@ -98,13 +98,13 @@ def _need(folder: Path, count: int) -> int:
     return engine + caches + MARGIN
 
 
-def measure(bench: Bench, ways: Sequence[Way], found: Found) -> None:
+def measure(bench: RtxBench, ways: Sequence[TimedWay], found: Found) -> None:
     """Add the times of all ways whose models were built.
 
     Raises:
         OutOfTime: some could not be measured.
     """
-    most: dict[Model, int] = {}
+    most: dict[BenchModel, int] = {}
     for way in ways:
         if way.model in bench.built:
             most[way.model] = max(way.sequences, most.get(way.model, 0))
@@ -112,7 +112,7 @@ def measure(bench: Bench, ways: Sequence[Way], found: Found) -> None:
     for group in groups(needs, bench.card.free):
         bench.clock.need()
         with contextlib.ExitStack() as stack:
-            sessions: dict[Model, Session] = {}
+            sessions: dict[BenchModel, Session] = {}
             for model in group:
                 try:
                     sessions[model] = load(bench.built[model], bench.card.device, slots(most[model]))
@@ -124,7 +124,7 @@ def measure(bench: Bench, ways: Sequence[Way], found: Found) -> None:
             _take_turns(bench, _fitting(bench, ways, sessions), sessions, found)
 
 
-def _fitting(bench: Bench, ways: Sequence[Way], sessions: Mapping[Model, Session]) -> list[Way]:
+def _fitting(bench: RtxBench, ways: Sequence[TimedWay], sessions: Mapping[BenchModel, Session]) -> list[TimedWay]:
     """The ways of these models whose sequences all have a cache on the card."""
     fitting = []
     for way in (w for w in ways if w.model in sessions):
@@ -137,11 +137,13 @@ def _fitting(bench: Bench, ways: Sequence[Way], sessions: Mapping[Model, Session
     return fitting
 
 
-def _take_turns(bench: Bench, ways: Sequence[Way], sessions: Mapping[Model, Session], found: Found) -> None:
+def _take_turns(
+    bench: RtxBench, ways: Sequence[TimedWay], sessions: Mapping[BenchModel, Session], found: Found
+) -> None:
     sizes, rng = bench.sizes, np.random.default_rng(bench.seed)
     prompt = [int(t) for t in rng.integers(0, SHAPES[sizes.shape]["vocabulary"], sizes.tokens)]
-    times = {way: Times() for way in ways}
-    states: dict[Model, list[Any]] = {}
+    times = {way: StepTimes() for way in ways}
+    states: dict[BenchModel, list[Any]] = {}
     for number in _rounds(bench):
         for model, session in _turned(list(sessions.items()), number):
             for state in states.pop(model, []):
@@ -160,7 +162,7 @@ def _take_turns(bench: Bench, ways: Sequence[Way], sessions: Mapping[Model, Sess
     found |= times
 
 
-def _rounds(bench: Bench) -> Iterator[int]:
+def _rounds(bench: RtxBench) -> Iterator[int]:
     """The first does not count; one at least comes after it, and more while there is time."""
     for number in range(bench.sizes.rounds + 1):
         if number > 1 and bench.clock.left <= 0:
@@ -198,7 +200,7 @@ def _decode(session: Session, states: Sequence[Any], count: int) -> list[float]:
 
 
 # what came of it ------------------------------------------------------------------------------------------------------
-def read_by(bench: Bench, way: Way) -> Read:
+def read_by(bench: RtxBench, way: TimedWay) -> BytesRead:
     """What a step of one token of each sequence reads at least."""
     sizes, model = bench.sizes, way.model
     graph = graph_of(model, sizes.shape, sizes.context, sizes.policy)
@@ -207,31 +209,31 @@ def read_by(bench: Bench, way: Way) -> Read:
     position = sum(2 * c.kv_heads * (c.head_dim + c.value_dim) for c in caches)
     keys, nodes = sizes.tokens, 0
     if model.sparse:
-        chosen = sparse.Sizes(sizes.policy, sizes.context)
+        chosen = sparse.SparseSizes(sizes.policy, sizes.context)
         keys = min(keys, chosen.far * sizes.policy.unit + chosen.near)
         nodes = sum(2 * 4 * c.kv_heads * chosen.nodes * c.head_dim for c in caches)
-    return Read(matrix_bytes(graph), keys, position, nodes, way.sequences)
+    return BytesRead(matrix_bytes(graph), keys, position, nodes, way.sequences)
 
 
-def _kinds(found: Found) -> list[list[Way]]:
+def _kinds(found: Found) -> list[list[TimedWay]]:
     """Ways that differ in their depth alone."""
-    kinds: dict[Kind, list[Way]] = {}
+    kinds: dict[Kind, list[TimedWay]] = {}
     for way in found:
         kinds.setdefault(way.kind, []).append(way)
     return list(kinds.values())
 
 
-def _named(way: Way) -> dict[str, Cell]:
+def _named(way: TimedWay) -> dict[str, Cell]:
     attention = "sparse" if way.model.sparse else "dense"
     return {"weights": way.model.form, "attention": attention, "sequences": way.sequences}
 
 
-def _prompt_row(bench: Bench, table: Table, way: Way, seconds: float, note: str) -> None:
+def _prompt_row(bench: RtxBench, table: Table, way: TimedWay, seconds: float, note: str) -> None:
     named = {name: value for name, value in _named(way).items() if name != "sequences"}
     bench.row(table, **named, layers=way.model.layers, s=seconds, tokens_per_s=bench.sizes.tokens / seconds, note=note)
 
 
-def _step_row(bench: Bench, table: Table, way: Way, seconds: float, note: str) -> None:
+def _step_row(bench: RtxBench, table: Table, way: TimedWay, seconds: float, note: str) -> None:
     read, bound = read_by(bench, way), bench.bound("copy_bytes_per_second")
     speed = way.sequences / seconds
     marks: dict[str, Cell] = {}
@@ -245,7 +247,7 @@ def _step_row(bench: Bench, table: Table, way: Way, seconds: float, note: str) -
     )  # fmt: skip
 
 
-def report(bench: Bench, prompts: Table, steps: Table, found: Found) -> dict[Kind, tuple[float, float]]:
+def report(bench: RtxBench, prompts: Table, steps: Table, found: Found) -> dict[Kind, tuple[float, float]]:
     """Rows of what was measured and, where two depths were, of the whole model by that.
 
     Returns:
@@ -273,7 +275,7 @@ def report(bench: Bench, prompts: Table, steps: Table, found: Found) -> dict[Kin
 
 
 # the parts ------------------------------------------------------------------------------------------------------------
-def _tables(bench: Bench, what: str) -> tuple[Table, Table]:
+def _tables(bench: RtxBench, what: str) -> tuple[Table, Table]:
     sizes = bench.sizes
     computed = (
         "" if sizes.whole in sizes.depths else
@@ -293,19 +295,19 @@ def _tables(bench: Bench, what: str) -> tuple[Table, Table]:
     return prompts, steps
 
 
-def _compare(bench: Bench, tables: tuple[Table, Table], two: Mapping[str, tuple[float, float]]) -> None:
+def _compare(bench: RtxBench, tables: tuple[Table, Table], two: Mapping[str, tuple[float, float]]) -> None:
     (one, before), (other, after) = two.items()
     for table, longer, shorter in zip(tables, before, after, strict=True):
         note = f"{bench.sizes.whole} layers: {one} takes {longer / shorter:.2f} times as long as {other}"
         bench.row(table, note=note)
 
 
-def dense(bench: Bench) -> None:
+def dense(bench: RtxBench) -> None:
     """The part: prompts and decoding of one sequence, fp8 and float16 side by side."""
     prompts, steps = _tables(bench, "fp8 beside float16")
     found: Found = {}
     try:
-        measure(bench, [Way(Model(form, n)) for n in bench.sizes.depths for form in FORMS], found)
+        measure(bench, [TimedWay(BenchModel(form, n)) for n in bench.sizes.depths for form in FORMS], found)
     finally:
         whole = report(bench, prompts, steps, found)
     before, after = (whole.get((form, False, 1)) for form in ("f16", "fp8"))
@@ -313,15 +315,15 @@ def dense(bench: Bench) -> None:
         _compare(bench, (prompts, steps), {"float16": before, "fp8": after})
 
 
-def sparse_and_batches(bench: Bench) -> None:
+def sparse_and_batches(bench: RtxBench) -> None:
     """The part: sparse attention beside dense, and several sequences, in fp8."""
     sizes = bench.sizes
     prompts, steps = _tables(bench, "fp8, sparse attention and batches")
     steps.about += f" Sparse: {sizes.policy}, dense below {sizes.policy.dense_below} keys."
     ways = []
     for n in sizes.depths:
-        model = Model("fp8", n)
-        ways += [Way(model), Way(model, sizes.batch), Way(Model("fp8", n, sparse=True))]
+        model = BenchModel("fp8", n)
+        ways += [TimedWay(model), TimedWay(model, sizes.batch), TimedWay(BenchModel("fp8", n, sparse=True))]
     found: Found = {}
     try:
         measure(bench, ways, found)

@@ -36,7 +36,7 @@ def separate(found: Mapping[int, float]) -> Separated:
 
 
 @dataclass(frozen=True)
-class Read:
+class BytesRead:
     """Bytes that a decoded token reads at least."""
 
     matrices: int

@@ -17,7 +17,7 @@ from parts.report import Table
 from parts.telling import tell
 from parts.timing import OutOfTime
 
-from rtx_parts.bench import Bench
+from rtx_parts.bench import RtxBench
 from rtx_parts.card import BACKEND, here
 from rtx_parts.children import ask
 from rtx_parts.decoders import changed, plain
@@ -30,7 +30,7 @@ from transom.preparation.selfcheck import LIMITS, session_logits
 from transom.sources import resolve
 from transom.testing.models import tiny_decoder
 from transom_tensorrt.claims import precision_of
-from transom_tensorrt.precision import Precision
+from transom_tensorrt.precision import RtxPrecision
 
 PRECISIONS = ("f16", "fp8", "int8", "int4", "auto")
 """Of the tiny model."""
@@ -44,7 +44,7 @@ TINY_VOCABULARY = 256
 """Bytes."""
 
 
-def run(bench: Bench) -> None:
+def run(bench: RtxBench) -> None:
     """The part: both models in every precision."""
     tokens = bench.sizes.checked
     table = bench.table(
@@ -67,7 +67,7 @@ def run(bench: Bench) -> None:
 
 
 def _in_precisions(
-    bench: Bench,
+    bench: RtxBench,
     table: Table,
     name: str,
     precisions: Sequence[str],
@@ -75,7 +75,7 @@ def _in_precisions(
     passages: list[list[int]],
     data: Path,
 ) -> None:
-    known: dict[Precision, tuple[str, dict[str, Any]]] = {}
+    known: dict[RtxPrecision, tuple[str, dict[str, Any]]] = {}
     for asked in precisions:
         what = f"fidelity, {name}, {asked}"
         try:
@@ -101,7 +101,7 @@ def _in_precisions(
         _judge(bench, what, found["agreement"], exact=not precision.rounded)
 
 
-def _row(bench: Bench, table: Table, name: str, asked: str, found: dict[str, Any], note: str) -> None:
+def _row(bench: RtxBench, table: Table, name: str, asked: str, found: dict[str, Any], note: str) -> None:
     agreement = Agreement(**found["agreement"])
     bench.row(
         table, model=name, precision=asked, computes_in=found["precision"], KL=agreement.kl_mean,
@@ -109,7 +109,7 @@ def _row(bench: Bench, table: Table, name: str, asked: str, found: dict[str, Any
     )  # fmt: skip
 
 
-def _judge(bench: Bench, what: str, agreement: dict[str, Any], *, exact: bool) -> None:
+def _judge(bench: RtxBench, what: str, agreement: dict[str, Any], *, exact: bool) -> None:
     found, (divergence, correlation) = Agreement(**agreement), LIMITS[True] if exact else WRONG
     right = found.kl_mean <= divergence and found.correlation_min >= correlation
     reason = "" if right else f"{found}; allowed are {divergence} nats and a correlation of {correlation}"

@@ -10,7 +10,7 @@ import numpy as np
 from transom.authoring.refusing import NoAttention, refusals
 from transom.errors import UnsupportedError
 from transom.graph.sparse import is_attention
-from transom.programs.drafting import NoForm
+from transom.programs.reading import NoForm
 from transom.testing.models import tiny_decoder
 
 

@@ -227,8 +227,8 @@ def test_every_product_has_the_form_that_the_backend_gives_it(shaped: ModuleType
         graph = shaped.decoder(shape, 4096, layers=2)
         for precision in ("f16", "int8", "int4"):
             resolved = resolve({"precision": precision}, 73)
-            drafts = [d for part in drafted(graph, resolved).layers for own in part.layers for d in own]
-            expected = sum(forms[resolved.weights_of(d)].bytes(*d.weight.shape) for d in drafts if d.weight is not None)
+            ops = [d for part in drafted(graph, resolved).layers for own in part.layers for d in own]
+            expected = sum(forms[resolved.weights_of(d)].bytes(*d.weight.shape) for d in ops if d.weight is not None)
             plan = planned(graph, ("qnn", precision))
             assert sum(weighed(plan).get(use, 0) for use in ("products", "small products", "vocabulary")) == expected
             parts = plan_parts(drafted(graph, resolved).layers)

@@ -8,7 +8,7 @@ import pytest
 import triton
 from kernel_table import attention, merge, product
 
-from transom_cuda_triton.aot import SHARED_LIMIT, Compiled, compile_code, compile_kernel, compile_variant
+from transom_cuda_triton.aot import SHARED_LIMIT, CompiledKernel, compile_code, compile_kernel, compile_variant
 from transom_cuda_triton.kernels.append import append
 from transom_cuda_triton.kernels.decode import merge_splits
 from transom_cuda_triton.kernels.linear import multiply_few, multiply_many
@@ -33,7 +33,7 @@ VARIANTS = {
 KINDS = {"i32": "u32", "fp32": "f32"}
 
 
-def compiled(kernel: Any, arch: int, dtype: str, warps: int, stages: int = 2, **constants: Any) -> Compiled:
+def compiled(kernel: Any, arch: int, dtype: str, warps: int, stages: int = 2, **constants: Any) -> CompiledKernel:
     types = {
         **dict.fromkeys(("PARTS", "SHARES", "SINKS"), "*fp32"), "OUT": f"*{dtype}", "BLOCKS": "*i32",
         "out_token": "i32", "splits": "i32",

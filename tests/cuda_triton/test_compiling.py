@@ -21,9 +21,9 @@ from transom.sparsity import Sparsity
 from transom.testing.models import tiny_decoder
 from transom_cuda_triton import CudaTriton, compiling, loading
 from transom_cuda_triton.packing import narrowed, packable
-from transom_cuda_triton.program import Program
+from transom_cuda_triton.program import TritonProgram
 from transom_cuda_triton.tiles import float8_tiles
-from transom_cuda_triton.variants import Code, Variant
+from transom_cuda_triton.variants import Code, KernelVariant
 
 BACKEND = CudaTriton()
 
@@ -55,7 +55,7 @@ def test_an_artifact_has_all_that_a_card_needs(arch: str, number: str, graph: Gr
     assert ("Triton has no tensor cores for sm_70" in " ".join(artifact.notes)) == (arch == "sm_70")
     files = in_files(artifact, tmp_path)
     codes = loading.read_codes(files)
-    program = Program.from_json(files["program-0.json"].read_text())
+    program = TritonProgram.from_json(files["program-0.json"].read_text())
     wanted = compiling.variants_of(program, int(arch[3:]))
     assert list(codes) == wanted
     for variant, code in codes.items():
@@ -67,7 +67,9 @@ def test_an_artifact_has_all_that_a_card_needs(arch: str, number: str, graph: Gr
 
 
 def test_codes_are_read_back_as_they_were_written(tmp_path: Path) -> None:
-    variant = Variant.of("a.b", {"X": "*fp16", "n": "i32"}, {"WIDTH": 16, "FLAG": True, "NONE": None, "F": 0.5}, 8, 3)
+    variant = KernelVariant.of(
+        "a.b", {"X": "*fp16", "n": "i32"}, {"WIDTH": 16, "FLAG": True, "NONE": None, "F": 0.5}, 8, 3
+    )
     codes = {variant: Code("entry", b"abc", 1, 8, ("X", "n"), ("u64", "u32", "u64"))}
     files = in_files(Artifact(compiling.code_files(codes), {}), tmp_path)
     assert loading.read_codes(files) == codes
@@ -75,7 +77,7 @@ def test_codes_are_read_back_as_they_were_written(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("damage", ["cut", "no list", "no code", "not JSON"])
 def test_damaged_machine_code_is_an_error(damage: str, tmp_path: Path) -> None:
-    codes = {Variant.of("a.b", {}, {}): Code("entry", b"abcdef", 0, 4, (), ())}
+    codes = {KernelVariant.of("a.b", {}, {}): Code("entry", b"abcdef", 0, 4, (), ())}
     files = in_files(Artifact(compiling.code_files(codes), {}), tmp_path)
     if damage == "cut":
         files["kernels.bin"].write_bytes(b"abc")
@@ -101,7 +103,7 @@ def test_cancelling_leaves_nothing_behind(graph: Graph, tmp_path: Path, monkeypa
 
 
 def test_a_kernel_that_cannot_be_compiled_is_an_error_with_tritons_words() -> None:
-    wrong = Variant.of("gate.gate", {"GATE": "*fp16"}, {"WIDTH": 17})
+    wrong = KernelVariant.of("gate.gate", {"GATE": "*fp16"}, {"WIDTH": 17})
     with pytest.raises(EngineError, match=r"cannot compile gate\.gate for sm_80"):
         compiling.compile_all([wrong], 80, lambda share: None)
 
@@ -182,7 +184,7 @@ def test_policies_are_part_of_what_is_compiled(rng: np.random.Generator) -> None
     from transom_cuda_triton.routes import units_of
 
     def program(policy: Sparsity) -> Any:
-        return replace(Program("fp16", (), (), (), (), (), 0, 0, 0, ""), sparsity=policy.to_string())
+        return replace(TritonProgram("fp16", (), (), (), (), (), 0, 0, 0, ""), sparsity=policy.to_string())
 
     assert units_of(program(Sparsity(0.9, unit=64))) == [16, 64]
     assert units_of(program(Sparsity(1.0))) == [16]

@@ -28,7 +28,7 @@ from transom.reference.executor import Executor
 from transom.reference.session import ReferenceSession
 from transom.sources import resolve
 from transom.sparsity import Sparsity
-from transom.testing.bench import Oracle
+from transom.testing.bench import ReferenceOracle
 from transom.testing.models import tiny_decoder
 from transom_cuda_triton import CudaTriton, graphs
 from transom_cuda_triton.engine import TritonEngine
@@ -125,7 +125,7 @@ def test_families_write_what_the_reference_writes(family: str, opened: Open, tmp
 def test_float16_is_near(stored_as: Any, opened: Open, rng: np.random.Generator) -> None:
     graph = tiny_decoder(rng, weights=stored_as)
     tokens = drawn(rng, 90)
-    session, oracle = opened(graph, precision="f16"), Oracle(graph)
+    session, oracle = opened(graph, precision="f16"), ReferenceOracle(graph)
     (got,) = session.step([Work(session.new_state(), tokens, "all")])
     wanted = oracle.logits(tokens)
     assert np.abs(np.asarray(got) - wanted).max() < 2e-2 * np.abs(wanted).max()
@@ -139,7 +139,7 @@ def test_int8_rounds_what_is_plain_and_says_so(tmp_path: Path, rng: np.random.Ge
     session = BACKEND.load(artifact, cpu(), {}, tmp_path)
     tokens = drawn(rng, 20)
     (got,) = session.step([Work(session.new_state(), tokens, "all")])
-    wanted = Oracle(graph).logits(tokens)
+    wanted = ReferenceOracle(graph).logits(tokens)
     error = np.abs(np.asarray(got) - wanted).max() / np.abs(wanted).max()
     assert 1e-6 < error < 0.1
     session.close()
@@ -153,7 +153,7 @@ def test_v100_unpacks_for_many_rows(stored_as: Any, opened: Open, rng: np.random
     monkeypatch.setattr(probing, "tiles_architecture", lambda device: 70)
     monkeypatch.setattr(operators, "PIECE", 40)
     graph = tiny_decoder(rng, weights=stored_as)
-    session, oracle, tokens = opened(graph, precision="f16"), Oracle(graph), drawn(rng, 60)
+    session, oracle, tokens = opened(graph, precision="f16"), ReferenceOracle(graph), drawn(rng, 60)
     assert any(isinstance(op, operators.Unpacking) for op in session._triton.operators)
     state = session.new_state()
     (got,) = session.step([Work(state, tokens[:-1], "all")])
@@ -180,7 +180,7 @@ def test_float8_rounds_what_is_plain_and_says_so(count: int, tmp_path: Path, rng
     assert all(m.rows != graph.decoder.vocabulary for m in matrices if m.float8)
     tokens = drawn(rng, count)
     (got,) = session.step([Work(session.new_state(), tokens, "all")])
-    wanted = Oracle(graph).logits(tokens)
+    wanted = ReferenceOracle(graph).logits(tokens)
     error = np.abs(np.asarray(got) - wanted).max() / np.abs(wanted).max()
     assert 1e-6 < error < 0.2
     session.close()
@@ -195,7 +195,7 @@ def test_a_graph_that_was_rounded_is_computed_as_it_says(
     state = session.new_state()
     (many,) = session.step([Work(state, tokens[:-1], "all")])
     (one,) = session.step([Work(state, tokens[-1:])])
-    wanted = Oracle(graph).logits(tokens)
+    wanted = ReferenceOracle(graph).logits(tokens)
     for ours, theirs in ((np.asarray(many), wanted[:-1]), (np.asarray(one), wanted[-1])):
         assert np.abs(ours - theirs).max() < 1e-4 * np.abs(wanted).max()
 
@@ -377,7 +377,7 @@ def test_recorded_steps_give_the_same(policy: Sparsity | None, opened: Open, rng
         return lambda: logits.copy_(compute()), logits
 
     engine = recording._triton
-    engine.graphs = graphs.Graphs(engine, record)
+    engine.graphs = graphs.CudaGraphs(engine, record)
     text = None if policy is None else policy.to_string()
     prompts = [drawn(rng, n) for n in (70, 130, 20)]
     states = [[s.new_state() for _ in prompts] for s in (plain, recording)]
@@ -415,7 +415,7 @@ def test_a_step_that_fails_changes_nothing(opened: Open, rng: np.random.Generato
             session.step([Work(state, tokens[40:]), Work(other, [1])])
     assert (state.length, other.length, session.pages()) == (40, 9, pages)
     (got,) = session.step([Work(state, tokens[40:], "all")])
-    wanted = Oracle(graph).logits(tokens)[40:]
+    wanted = ReferenceOracle(graph).logits(tokens)[40:]
     assert np.abs(np.asarray(got) - wanted).max() < 1e-4 * np.abs(wanted).max()
 
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import triton
 from kernel_efficiency import Loop, main_loops
-from kernel_table import GROUP, Entry, Row, entries, loops, measure, ratios, resources
+from kernel_table import GROUP, KernelEntry, KernelRow, entries, loops, measure, ratios, resources
 
 from transom.programs.written import AttentionLayer, RopeTable, View
 from transom_cuda_triton.aot import SHARED_LIMIT
-from transom_cuda_triton.program import Op, Program
+from transom_cuda_triton.program import TritonOp, TritonProgram
 from transom_cuda_triton.tiles import ARCHITECTURES, HEAD_SIZES, TENSOR_CORES
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "kernels.md"
@@ -39,11 +39,11 @@ ON_VOLTA = ("columns.choose_columns", "scores.measure_rows", "scores.score_units
 
 
 @cache
-def row(kernel: str, what: str, arch: int) -> Row:
+def row(kernel: str, what: str, arch: int) -> KernelRow:
     return measure(entry(kernel, what, arch))
 
 
-def entry(kernel: str, what: str, arch: int) -> Entry:
+def entry(kernel: str, what: str, arch: int) -> KernelEntry:
     return next(e for e in entries() if (e.variant.kernel, e.what, e.arch) == (kernel, what, arch))
 
 
@@ -104,8 +104,8 @@ def test_the_table_has_what_an_engine_launches(arch: int) -> None:
 
     size, number = 128, "fp16"
     layer = AttentionLayer(32, 32 // GROUP, size, size, 0, size**-0.5, 0.0, -1)
-    program = Program(number, (), (), (RopeTable(0, size // 2, 1.0),), (layer,), (), 9, 0, 0, "")
-    op = Op("attend", 32 * size, View(0), View(0), View(1), View(2), rope=0)
+    program = TritonProgram(number, (), (), (RopeTable(0, size // 2, 1.0),), (layer,), (), 9, 0, 0, "")
+    op = TritonOp("attend", 32 * size, View(0), View(0), View(1), View(2), rope=0)
     listed = {e.variant for e in entries() if e.arch == arch}
     launched = [v for v in Attend(op, program, arch, processors=1).variants() if v.kernel != "decode.merge_splits"]
     assert {v.kernel for v in launched} == {"append.append", "prefill.attend_blocks", "decode.attend_splits"}

@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from transom.errors import EngineError
-from transom_cuda_triton.launching import Driver, packed
-from transom_cuda_triton.variants import Code, Variant
+from transom_cuda_triton.launching import DriverLauncher, packed
+from transom_cuda_triton.variants import Code, KernelVariant
 
-VARIANT = Variant.of("gate.gate", {"X": "*fp16", "rows": "i32", "x_token": "i32", "factor": "fp32"}, {"WIDTH": 64})
+VARIANT = KernelVariant.of(
+    "gate.gate", {"X": "*fp16", "rows": "i32", "x_token": "i32", "factor": "fp32"}, {"WIDTH": 64}
+)
 CODE = Code("gate", b"cubin", 60 << 10, 4, ("X", "rows", "x_token", "factor"), ("u64", "u32", "u32", "f32", "u64"))
 X = torch.zeros(64, dtype=torch.float16)
 GIVEN = {"X": X, "rows": 5, "x_token": 32, "factor": 1.5}
@@ -42,8 +44,8 @@ class Library:
         return call
 
 
-def driver(library: Library) -> Driver:
-    return Driver({VARIANT: CODE}, lambda: 77, library)
+def driver(library: Library) -> DriverLauncher:
+    return DriverLauncher({VARIANT: CODE}, lambda: 77, library)
 
 
 def test_arguments_are_passed_in_the_order_of_the_parameters() -> None:
@@ -93,7 +95,7 @@ def test_what_is_not_aligned_is_refused(wrong: dict[str, Any]) -> None:
 
 
 def test_a_variant_that_was_not_compiled_is_refused() -> None:
-    other = Variant.of("gate.gate", dict(VARIANT.types), {"WIDTH": 128})
+    other = KernelVariant.of("gate.gate", dict(VARIANT.types), {"WIDTH": 128})
     with pytest.raises(EngineError, match=r"has no gate\.gate"):
         driver(Library())(other, (1,), GIVEN)
 

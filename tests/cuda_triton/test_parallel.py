@@ -19,7 +19,7 @@ from test_generation import BACKEND, SPARSE, cpu, drawn, stored
 from transom.contract import Artifact, Work
 from transom.errors import EngineError
 from transom.graph import Graph
-from transom.testing.bench import Oracle
+from transom.testing.bench import ReferenceOracle
 from transom.testing.models import tiny_decoder
 from transom_cuda_triton.parallel import Team
 from transom_cuda_triton.session import TritonSession
@@ -50,7 +50,7 @@ def session(graph: Graph, tmp_path: Path) -> Iterator[TritonSession]:
 
 def test_logits_are_those_of_one_device(session: TritonSession, graph: Graph, rng: np.random.Generator) -> None:
     """A ragged batch, decoding, a fork with a page that is copied."""
-    oracle, a, b = Oracle(graph), drawn(rng, 100), drawn(rng, 20)
+    oracle, a, b = ReferenceOracle(graph), drawn(rng, 100), drawn(rng, 20)
     states = [session.new_state(), session.new_state()]
     for state, tokens in zip(states, (a, b), strict=True):
         (rows,) = session.step([Work(state, tokens[:-2], "all")])

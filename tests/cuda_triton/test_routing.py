@@ -23,7 +23,7 @@ from transom.ops.sparse_routing import BLOCK, QueryBlock, Scores, route
 from transom.sparsity import Sparsity
 from transom_cuda_triton.kernels.largest import beyond, edge
 from transom_cuda_triton.routing import FINEST, SPLITS, Routing, Rule, coverages, splits_of
-from transom_cuda_triton.variants import Variant
+from transom_cuda_triton.variants import KernelVariant
 
 TYPES = {"fp32": torch.float32, "fp16": torch.float16, "i32": torch.int32, "i8": torch.int8}
 NODE_FIELDS = ("mean", "variance")
@@ -32,7 +32,7 @@ STEPS = [[(0, 70), (1, 1)], [(0, 2)], [(1, 20), (2, 1)]]
 """(sequence, new tokens) of each step; some sequences have a past before."""
 
 
-def interpret(variant: Variant, grid: tuple[int, ...], arguments: Mapping[str, Any]) -> None:
+def interpret(variant: KernelVariant, grid: tuple[int, ...], arguments: Mapping[str, Any]) -> None:
     module, name = variant.kernel.split(".")
     kernel = getattr(import_module(f"transom_cuda_triton.kernels.{module}"), name)
     assert set(arguments) == {name for name, _ in variant.types}

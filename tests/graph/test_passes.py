@@ -17,7 +17,7 @@ from transom.graph.passes import decompose, infer_types, inline_functions, remov
 from transom.graph.weights import dense
 from transom.ops import operators
 from transom.reference.executor import Executor
-from transom.testing.bench import Oracle
+from transom.testing.bench import ReferenceOracle
 from transom.testing.checks.operators import expected
 from transom.testing.models import VARIANTS, tiny_decoder
 from transom.testing.one_node import NODE, one_node
@@ -32,12 +32,12 @@ def test_some_calls_of_one_function_are_decomposed_and_others_stay(variant: str,
     graph = tiny_decoder(rng, layers=3, **VARIANTS[variant])  # layers 0 and 2 are of one form where there is a window
     before, digest = attention_nodes(graph), graph.digest()
     tokens = rng.integers(0, 61, 10).tolist()
-    wanted = Oracle(graph).logits(tokens)
+    wanted = ReferenceOracle(graph).logits(tokens)
     for chosen in (before[:1], before[1:2], before[::2], before):
         flat = decompose(graph, chosen)
         flat.check()
         assert attention_nodes(flat) == [n for n in before if n not in chosen]
-        np.testing.assert_allclose(Oracle(flat).logits(tokens), wanted, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(ReferenceOracle(flat).logits(tokens), wanted, rtol=1e-4, atol=1e-5)
     assert graph.digest() == digest, "the pass changed its input"
 
 
@@ -50,7 +50,9 @@ def test_decomposed_graph_can_be_decomposed_further(rng: np.random.Generator) ->
     assert not attention_nodes(again)
     assert not [n for n in again.nodes() if n.op_type == "Softmax"]
     tokens = rng.integers(0, 61, 6).tolist()
-    np.testing.assert_allclose(Oracle(again).logits(tokens), Oracle(graph).logits(tokens), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        ReferenceOracle(again).logits(tokens), ReferenceOracle(graph).logits(tokens), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_new_nodes_are_named_for_the_call_they_replace(rng: np.random.Generator) -> None:
@@ -91,7 +93,9 @@ def test_whole_decoder_without_any_operator_that_has_a_body(rng: np.random.Gener
     flat.check()
     assert not {"RMSNormalization", "RotaryEmbedding", "Swish", "CachedAttention"} & {n.op_type for n in flat.nodes()}
     tokens = rng.integers(0, 61, 8).tolist()
-    np.testing.assert_allclose(Oracle(flat).logits(tokens), Oracle(graph).logits(tokens), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        ReferenceOracle(flat).logits(tokens), ReferenceOracle(graph).logits(tokens), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_unknown_names_and_nodes_without_a_body_are_named(rng: np.random.Generator) -> None:

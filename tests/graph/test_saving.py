@@ -17,7 +17,7 @@ import pytest
 
 from transom.errors import SourceError
 from transom.graph import Dense, Graph, GraphBuilder
-from transom.testing.bench import Oracle
+from transom.testing.bench import ReferenceOracle
 from transom.testing.compare import compare_rows
 from transom.testing.models import VARIANTS, tiny_decoder
 
@@ -34,7 +34,7 @@ def test_opened_graph_computes_the_same(variant: str, rng: np.random.Generator, 
     assert (opened.input_names, opened.output_names) == (graph.input_names, graph.output_names)
     opened.check()
     tokens = rng.integers(0, 61, 12).tolist()
-    np.testing.assert_array_equal(Oracle(opened).logits(tokens), Oracle(graph).logits(tokens))
+    np.testing.assert_array_equal(ReferenceOracle(opened).logits(tokens), ReferenceOracle(graph).logits(tokens))
 
 
 @pytest.mark.parametrize("variant", ["everything", "int4", "bfloat16", "uint4_zero_points"])
@@ -58,7 +58,7 @@ def test_saved_graph_runs_in_onnx_runtime_without_transom(
         inputs[f"past_key.{i}"] = np.zeros((0, layer.kv_heads * layer.head_dim), np.float32)
         inputs[f"past_value.{i}"] = np.zeros((0, layer.kv_heads * layer.value_dim), np.float32)
     logits = session.run(["logits"], inputs)[0]
-    compare_rows(logits, Oracle(graph).logits(tokens.tolist()), 1e-5, "logits in ONNX Runtime")
+    compare_rows(logits, ReferenceOracle(graph).logits(tokens.tolist()), 1e-5, "logits in ONNX Runtime")
 
 
 def test_quantised_weights_stay_quantised_in_the_file(rng: np.random.Generator, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from transom.graph.passes import decompose
 from transom.graph.sparse import is_attention, with_sparsity
 from transom.reference.executor import Executor
 from transom.sparsity import PRESETS, LayerSparsity, Sparsity
-from transom.testing.bench import Oracle
+from transom.testing.bench import ReferenceOracle
 from transom.testing.models import tiny_decoder
 
 POLICY = Sparsity(0.3, columns=4, dense_below=0, heads=((1.0, 0.0), (2.0, 1.0)))
@@ -57,12 +57,12 @@ def test_it_reads_less_and_its_bodies_alike(rng: np.random.Generator) -> None:
     dense = tiny_decoder(rng, context=400)
     sparse = with_sparsity(dense, POLICY)
     tokens = [int(t) for t in rng.integers(0, 61, 320)]
-    wanted = Oracle(sparse).logits(tokens)
-    assert np.abs(wanted - Oracle(dense).logits(tokens)).max() > 1e-3
+    wanted = ReferenceOracle(sparse).logits(tokens)
+    assert np.abs(wanted - ReferenceOracle(dense).logits(tokens)).max() > 1e-3
     flat = decompose(sparse, [str(n.name) for n in sparse.nodes() if is_attention(n)])
     assert not any(is_attention(n) for n in flat.nodes())
     # a choice may be seen otherwise once in a while, which changes the rows of one block
-    close = np.isclose(Oracle(flat).logits(tokens), wanted, rtol=1e-3, atol=1e-3).all(-1)
+    close = np.isclose(ReferenceOracle(flat).logits(tokens), wanted, rtol=1e-3, atol=1e-3).all(-1)
     assert close.mean() > 0.7
 
 

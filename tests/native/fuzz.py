@@ -31,7 +31,7 @@ from transom.errors import EngineError  # noqa: E402
 from transom.testing.models import tiny_decoder  # noqa: E402
 from transom_openvino_cpu import page_memory  # noqa: E402
 from transom_openvino_cpu.native import engine, library  # noqa: E402
-from transom_openvino_cpu.native.program import ACTIVATIONS, BY, KINDS, Program, View  # noqa: E402
+from transom_openvino_cpu.native.program import ACTIVATIONS, BY, KINDS, NativeProgram, View  # noqa: E402
 
 
 class Memory:
@@ -77,7 +77,7 @@ TESTS = [
 """Those that need nothing from pytest."""
 
 
-def damage(rng: np.random.Generator, program: Program) -> Program:
+def damage(rng: np.random.Generator, program: NativeProgram) -> NativeProgram:
     """One number of it is another one."""
     what = str(rng.choice(["ops", "ops", "ops", "matrices", "ropes", "layers", "buffers", "output"]))
     if what == "output":

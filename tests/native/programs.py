@@ -17,12 +17,12 @@ import ml_dtypes
 import numpy as np
 
 from transom.graph.weights import DENSE_DTYPES, Blocked, BlockedArrays, Weight, dense, dequantize
-from transom.programs.placing import Buffer
+from transom.programs.buffers import Buffer
 from transom.programs.written import NOWHERE, AttentionLayer, RopeTable, View
 from transom.sparsity import DENSE
 from transom_openvino_cpu.native import packing
 from transom_openvino_cpu.native.engine import NativeEngine
-from transom_openvino_cpu.native.program import Op, Program
+from transom_openvino_cpu.native.program import NativeOp, NativeProgram
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -86,8 +86,8 @@ class Draft:
     """A program in the making."""
 
     weights: io.BytesIO = field(default_factory=io.BytesIO)
-    ops: list[Op] = field(default_factory=list)
-    matrices: list[packing.Packed] = field(default_factory=list)
+    ops: list[NativeOp] = field(default_factory=list)
+    matrices: list[packing.NativeMatrix] = field(default_factory=list)
     ropes: list[RopeTable] = field(default_factory=list)
     layers: list[AttentionLayer] = field(default_factory=list)
     buffers: list[Buffer] = field(default_factory=list)
@@ -104,7 +104,7 @@ class Draft:
         return len(self.matrices) - 1
 
     def add(self, kind: str, dst: View, width: int, vector: Array | None = None, **fields: Any) -> View:
-        self.ops.append(Op(kind, width, dst, vector=self.vector(vector), **fields))
+        self.ops.append(NativeOp(kind, width, dst, vector=self.vector(vector), **fields))
         return dst
 
     def rows(self, table: Array, *, scale: float = 1.0) -> View:
@@ -120,16 +120,16 @@ class Draft:
         self.layers.append(replace(layer, sinks=self.vector(sinks)))
         return len(self.layers) - 1
 
-    def program(self, output: View, *, cache: str = "f32") -> tuple[Program, bytes]:
+    def program(self, output: View, *, cache: str = "f32") -> tuple[NativeProgram, bytes]:
         """The program and its weights; `output` is a whole buffer, of which the rows are taken that are asked for."""
         width = self.buffers[output.buffer].width
         output = self.add("rows", self.buffer(width), width, a=output)
         size = packing.align(self.weights)
-        made = Program(
+        made = NativeProgram(
             tuple(self.ops), tuple(self.matrices), tuple(self.ropes), tuple(self.layers), tuple(self.buffers),
             cache, output.buffer, size, DENSE,
         )  # fmt: skip
-        return Program.from_json(made.to_json()), self.weights.getvalue()
+        return NativeProgram.from_json(made.to_json()), self.weights.getvalue()
 
 
 def linear(
@@ -142,7 +142,7 @@ def linear(
     residual: Array | None = None,
     local: bool = False,
     **packed: bool,
-) -> tuple[Program, bytes]:
+) -> tuple[NativeProgram, bytes]:
     """One product of the rows of a table with a matrix."""
     draft = Draft()
     x = draft.rows(table)
@@ -203,7 +203,9 @@ class Machine:
     """An engine over a program and its weights, on one instruction set. Use it in a `with`. Without `pages` a session
     binds its own."""
 
-    def __init__(self, made: tuple[Program, bytes], level: str, *, threads: int = 2, pages: int | None = 0) -> None:
+    def __init__(
+        self, made: tuple[NativeProgram, bytes], level: str, *, threads: int = 2, pages: int | None = 0
+    ) -> None:
         program, weights = made
         with tempfile.NamedTemporaryFile(suffix=".weights") as file:
             file.write(weights)

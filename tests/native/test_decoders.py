@@ -24,23 +24,23 @@ from transom.errors import EngineError
 from transom.graph import Graph
 from transom.graph.builder import WEIGHT_META
 from transom.graph.weights import dense
-from transom.programs.drafting import Drafting, NoForm
+from transom.programs.reading import GraphReader, NoForm
 from transom.sources import resolve
-from transom.testing.bench import Oracle
+from transom.testing.bench import ReferenceOracle
 from transom.testing.models import VARIANTS, tiny_decoder
 from transom_openvino_cpu.native import choosing, library
 from transom_openvino_cpu.native.abilities import NativeKernels
 from transom_openvino_cpu.native.lowering import write
-from transom_openvino_cpu.native.program import Program
-from transom_openvino_cpu.precision import Precision
+from transom_openvino_cpu.native.program import NativeProgram
+from transom_openvino_cpu.precision import CpuPrecision
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-EXACT = Precision("exact", "f32", False)
-BFLOAT16 = Precision("bf16", "bf16", False)
-INT8 = Precision("int8", "f32", True)
-INT8_ALL = Precision("int8", "f32", True, dense_to_int8=True)
-INT8_NARROW = Precision("int8", "bf16", True)
+EXACT = CpuPrecision("exact", "f32", False)
+BFLOAT16 = CpuPrecision("bf16", "bf16", False)
+INT8 = CpuPrecision("int8", "f32", True)
+INT8_ALL = CpuPrecision("int8", "f32", True, dense_to_int8=True)
+INT8_NARROW = CpuPrecision("int8", "bf16", True)
 
 GARBAGE = {"exact": 5e-5, "bf16": 0.1, "int8": 0.3}
 """Normalised error of a row of logits that no rounding explains."""
@@ -69,20 +69,20 @@ DECODERS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def _written(drafting: Drafting, precision: Precision) -> tuple[Program, bytes]:
+def _written(drafting: GraphReader, precision: CpuPrecision) -> tuple[NativeProgram, bytes]:
     file = BytesIO()
     program = write(drafting, precision, file, lambda share: None)
-    return Program.from_json(program.to_json()), file.getvalue()
+    return NativeProgram.from_json(program.to_json()), file.getvalue()
 
 
-def built(graph: Graph, precision: Precision) -> tuple[Program, bytes]:
-    return _written(Drafting(graph, NativeKernels(precision)), precision)
+def built(graph: Graph, precision: CpuPrecision) -> tuple[NativeProgram, bytes]:
+    return _written(GraphReader(graph, NativeKernels(precision)), precision)
 
 
 class Steps:
     """Random ragged steps over some sequences that come to an end; two of them begin with the same page."""
 
-    def __init__(self, rng: np.random.Generator, oracle: Oracle) -> None:
+    def __init__(self, rng: np.random.Generator, oracle: ReferenceOracle) -> None:
         vocabulary = oracle.decoder.vocabulary
         lengths = [int(n) for n in (rng.integers(1, 12), rng.integers(66, 90), rng.integers(120, 160))]
         self.texts = [rng.integers(0, vocabulary, n).tolist() for n in lengths]
@@ -114,7 +114,7 @@ class Steps:
                 done[s] += n
 
 
-def _errors(made: tuple[Program, bytes], level: str, steps: Steps, threads: int) -> tuple[float, float]:
+def _errors(made: tuple[NativeProgram, bytes], level: str, steps: Steps, threads: int) -> tuple[float, float]:
     """Normalised error of all logits together, and of the worst row."""
     with Machine(made, level, threads=threads, pages=steps.count) as machine:
         got, wanted = (np.concatenate(rows) for rows in zip(*steps.run(machine), strict=True))
@@ -125,7 +125,7 @@ def _errors(made: tuple[Program, bytes], level: str, steps: Steps, threads: int)
 @pytest.mark.parametrize("name", DECODERS)
 def test_a_decoder_agrees_with_the_reference(name: str, rng: np.random.Generator) -> None:
     graph = tiny_decoder(rng, **DECODERS[name])
-    steps = Steps(rng, Oracle(graph))
+    steps = Steps(rng, ReferenceOracle(graph))
     made = built(graph, EXACT)
     for level in LEVELS:
         whole, row = _errors(made, level, steps, int(rng.integers(1, 4)))
@@ -137,7 +137,7 @@ def test_a_decoder_agrees_with_the_reference(name: str, rng: np.random.Generator
 def test_a_decoder_in_fewer_bits_is_near_the_reference(name: str, rng: np.random.Generator) -> None:
     """The bounds are those of garbage; what each rounding costs is tested operator by operator."""
     graph = tiny_decoder(rng, **DECODERS[name])
-    steps = Steps(rng, Oracle(graph))
+    steps = Steps(rng, ReferenceOracle(graph))
     for precision in (BFLOAT16, INT8, INT8_ALL, INT8_NARROW):
         made = built(graph, precision)
         for level in LEVELS:
@@ -146,7 +146,7 @@ def test_a_decoder_in_fewer_bits_is_near_the_reference(name: str, rng: np.random
 
 def test_levels_that_trap_too_often_for_all_tests_are_near_the_reference(rng: np.random.Generator) -> None:
     graph = tiny_decoder(rng, **DECODERS["uint4_minimums"])
-    steps, made = Steps(rng, Oracle(graph)), built(graph, INT8)
+    steps, made = Steps(rng, ReferenceOracle(graph)), built(graph, INT8)
     for level in EVERY:
         assert _errors(made, level, steps, 1)[1] < GARBAGE[INT8.name], level
 
@@ -154,21 +154,21 @@ def test_levels_that_trap_too_often_for_all_tests_are_near_the_reference(rng: np
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("precision", [EXACT, BFLOAT16, INT8_ALL], ids=lambda p: p.name)
 def test_every_family_is_lowered_and_agrees_with_the_reference(
-    family: str, precision: Precision, tmp_path: Path, rng: np.random.Generator
+    family: str, precision: CpuPrecision, tmp_path: Path, rng: np.random.Generator
 ) -> None:
     settings = {"head_dim": 32} if FAMILIES[family].get("head_dim") == 24 else {}
     tiny(family, tmp_path / "model", rng, **settings)
     graph = resolve(str(tmp_path / "model")).open(tmp_path / "model").graph
     made = built(graph, precision)
-    steps = Steps(rng, Oracle(graph))
+    steps = Steps(rng, ReferenceOracle(graph))
     for level in LEVELS:
         assert _errors(made, level, steps, 1)[1] < GARBAGE[precision.name], level
 
 
 # ------------------------------------------------------------------------------------------------------------- refusals
-def _reason(graph: Graph, precision: Precision = EXACT) -> str:
+def _reason(graph: Graph, precision: CpuPrecision = EXACT) -> str:
     with pytest.raises(NoForm) as caught:
-        Drafting(graph, NativeKernels(precision))
+        GraphReader(graph, NativeKernels(precision))
     return caught.value.reason
 
 
@@ -191,13 +191,13 @@ def test_a_graph_that_is_refused_says_the_node(rng: np.random.Generator) -> None
 
 
 def test_float16_is_refused(rng: np.random.Generator) -> None:
-    said = choosing.drafted(tiny_decoder(rng), Precision("f16", "f16", False), DEVICE)
+    said = choosing.drafted(tiny_decoder(rng), CpuPrecision("f16", "f16", False), DEVICE)
     assert isinstance(said, str)
     assert "float16" in said
 
 
 def test_the_variable_leaves_the_library_alone(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert isinstance(choosing.drafted(tiny_decoder(rng), EXACT, DEVICE), Drafting)
+    assert isinstance(choosing.drafted(tiny_decoder(rng), EXACT, DEVICE), GraphReader)
     monkeypatch.setenv("TRANSOM_NATIVE", "0")
     assert choosing.drafted(tiny_decoder(rng), EXACT, DEVICE) == "TRANSOM_NATIVE=0 is set"
 
@@ -261,7 +261,7 @@ def _spoil(graph: Graph, name: str) -> None:
 @pytest.mark.parametrize("weight", ["q", "k", "attention_norm"])
 @pytest.mark.parametrize("layer", [0, 2])
 def test_weights_that_are_not_numbers_are_an_error_that_names_the_layer(
-    layer: int, weight: str, precision: Precision, level: str, rng: np.random.Generator
+    layer: int, weight: str, precision: CpuPrecision, level: str, rng: np.random.Generator
 ) -> None:
     graph = tiny_decoder(rng, layers=3, softcap=float(rng.choice([0, 10])))
     _spoil(graph, f"layers.{layer}.{weight}.weight")
@@ -277,7 +277,7 @@ def test_weights_that_are_not_numbers_are_an_error_that_names_the_layer(
 @each_level
 @pytest.mark.parametrize("precision", [EXACT, INT8_ALL], ids=["f32", "int8"])
 def test_what_is_no_number_behind_the_last_attention_is_an_error(
-    precision: Precision, level: str, rng: np.random.Generator
+    precision: CpuPrecision, level: str, rng: np.random.Generator
 ) -> None:
     graph = tiny_decoder(rng, layers=2, vocabulary=int(rng.integers(50, 80)))
     _spoil(graph, f"layers.1.{rng.choice(['up', 'down', 'mlp_norm'])}.weight")
@@ -313,7 +313,7 @@ def test_a_forked_process_is_told_to_load_the_model_itself(rng: np.random.Genera
 @each_level
 @pytest.mark.parametrize("precision", [EXACT, BFLOAT16, INT8_ALL], ids=["f32", "bf16", "int8"])
 def test_any_number_of_threads_gives_the_same_answer(
-    precision: Precision, level: str, rng: np.random.Generator
+    precision: CpuPrecision, level: str, rng: np.random.Generator
 ) -> None:
     graph = tiny_decoder(rng, softcap=5.0, window=40)
     made = built(graph, precision)

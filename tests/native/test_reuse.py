@@ -19,7 +19,7 @@ import transom
 from transom.contract import Work
 from transom.errors import OptionError
 from transom.testing.models import tiny_decoder
-from transom_openvino_cpu.sparse_session import SparseSession
+from transom_openvino_cpu.sparse_session import NativeSession
 
 PROMPT = 900
 TURN = 100
@@ -159,7 +159,7 @@ def test_a_freed_state_gives_its_memory_back(rng: np.random.Generator) -> None:
     decoder = graph.decoder
     assert decoder is not None
     with Machine(built(graph, EXACT), LEVELS[-1], threads=2, pages=None) as machine:
-        session = SparseSession(machine.engine, decoder, context=8192, pages=256)
+        session = NativeSession(machine.engine, decoder, context=8192, pages=256)
         start = _shared_memory()
         state = session.new_state()
         while state.length < 8192:

@@ -21,7 +21,7 @@ from transom.reference.executor import Executor
 from transom.reference.session import ReferenceSession
 from transom.sparsity import Sparsity
 from transom.testing.models import tiny_decoder
-from transom_openvino_cpu.sparse_session import SparseSession
+from transom_openvino_cpu.sparse_session import NativeSession
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -111,7 +111,7 @@ def test_choice_and_result_are_those_of_the_reference(
     made = built(graph, EXACT)
     for level in LEVELS:
         with Machine(made, level, threads=2, pages=None) as machine:
-            session = SparseSession(machine.engine, decoder, context=CONTEXT, pages=CONTEXT // 64)
+            session = NativeSession(machine.engine, decoder, context=CONTEXT, pages=CONTEXT // 64)
             got, counts = _run(session, text, tokens, steps)
             assert error(got, wanted) < 1e-4, level
             np.testing.assert_array_equal(counts, counted, err_msg=level)
@@ -134,7 +134,7 @@ def test_narrow_caches_choose_and_give_nearly_the_same(name: str, cache: str, rn
         found = []
         for kept in ("f32", cache):
             with Machine((replace(program, cache=kept), weights), level, threads=2, pages=None) as machine:
-                session = SparseSession(machine.engine, decoder, context=CONTEXT, pages=CONTEXT // 64)
+                session = NativeSession(machine.engine, decoder, context=CONTEXT, pages=CONTEXT // 64)
                 found.append(_run(session, text, tokens, steps))
                 session.close()
         (wanted, (read, seen)), (got, counts) = found

@@ -17,7 +17,7 @@ from test_decoders import BFLOAT16, built
 from transom.errors import EngineError
 from transom.testing.models import tiny_decoder
 from transom_openvino_cpu.native import library
-from transom_openvino_cpu.precision import Precision
+from transom_openvino_cpu.precision import CpuPrecision
 
 AMX = replace(DEVICE, features=DEVICE.features | library.LEVELS["amx"])
 
@@ -36,9 +36,9 @@ def test_sixteen_rows_and_more_meet_in_tiles(tokens: int, rng: np.random.Generat
     graph = tiny_decoder(rng, q_heads=4, kv_heads=1, weights="uint4_minimums")
     attention, linear = tokens >= 4, tokens >= 16
     wanted = {
-        Precision("int8", "f32", True): [attention or linear, attention, False],
-        Precision("bf16", "bf16", False): [False, False, attention or linear],
-        Precision("exact", "f32", False): [False, False, False],
+        CpuPrecision("int8", "f32", True): [attention or linear, attention, False],
+        CpuPrecision("bf16", "bf16", False): [False, False, attention or linear],
+        CpuPrecision("exact", "f32", False): [False, False, False],
     }
     for precision, kinds in wanted.items():
         with Machine(built(graph, precision), "amx", pages=2) as machine:

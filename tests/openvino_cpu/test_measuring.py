@@ -17,7 +17,7 @@ from transom.errors import EngineError
 from transom.hardware.cpu import probe_cpu
 from transom.testing.models import tiny_decoder
 from transom_openvino_cpu import OpenVinoCpu, compiling, measuring, probing
-from transom_openvino_cpu.measuring import Times
+from transom_openvino_cpu.measuring import RunTimes
 from transom_openvino_cpu.native import choosing, library
 
 CPU = probe_cpu()
@@ -40,9 +40,9 @@ def _compile(rng: np.random.Generator, device: Device = CPU) -> Artifact:
 def test_the_faster_one_is_kept_with_a_note_and_nothing_of_the_other(
     openvino: float, kept: str, rng: np.random.Generator, measured: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def times(artifact: Artifact, device: Device, options: Options) -> Times:
+    def times(artifact: Artifact, device: Device, options: Options) -> RunTimes:
         seconds = 1.0 if "weights.bin" in artifact.files else openvino
-        return Times(0.75 * seconds, 0.25 * seconds, (1024, 32))
+        return RunTimes(0.75 * seconds, 0.25 * seconds, (1024, 32))
 
     measured.setattr(measuring, "times", times)
     artifact = _compile(rng)

@@ -9,7 +9,7 @@ import pytest
 from transom.contract import Device
 from transom.errors import OptionError
 from transom.graph import Blocked, Dense, Weight
-from transom_openvino_cpu.precision import Form, Precision, dynamic_group, form_of, resolve
+from transom_openvino_cpu.precision import CpuPrecision, ProductForm, dynamic_group, form_of, resolve
 
 
 def cpu(*features: str) -> Device:
@@ -65,32 +65,32 @@ def test_an_unknown_precision_is_refused_with_the_known_ones() -> None:
         resolve({"precision": "int9"}, cpu(), [], decoder=True)
 
 
-FAST = Precision("int8", "bf16", True)
+FAST = CpuPrecision("int8", "bf16", True)
 
 
 def test_integer_blocks_are_never_rounded_again() -> None:
-    assert form_of(blocked("int4"), FAST) == Form("stored", 32)
-    assert form_of(blocked("uint4", block=128), FAST) == Form("stored", 128)
-    assert form_of(blocked("int8"), FAST) == Form("stored", 32)
+    assert form_of(blocked("int4"), FAST) == ProductForm("stored", 32)
+    assert form_of(blocked("uint4", block=128), FAST) == ProductForm("stored", 128)
+    assert form_of(blocked("int8"), FAST) == ProductForm("stored", 32)
 
 
 def test_blocks_that_products_of_integers_cannot_take_become_int8() -> None:
-    assert form_of(blocked(minimums=True), FAST) == Form("int8", 64)
-    assert form_of(blocked("int8", block=16), FAST) == Form("int8", 64)
+    assert form_of(blocked(minimums=True), FAST) == ProductForm("int8", 64)
+    assert form_of(blocked("int8", block=16), FAST) == ProductForm("int8", 64)
 
 
 def test_plain_matrices_are_rounded_only_when_asked() -> None:
     assert form_of(DENSE, FAST).kind == "stored"
-    assert form_of(DENSE, Precision("int8", "bf16", True, dense_to_int8=True)).kind == "int8"
+    assert form_of(DENSE, CpuPrecision("int8", "bf16", True, dense_to_int8=True)).kind == "int8"
 
 
 def test_nothing_is_rounded_where_activations_are_not() -> None:
     for weight in (blocked(minimums=True), DENSE):
-        assert form_of(weight, Precision("bf16", "bf16", False)).kind == "stored"
+        assert form_of(weight, CpuPrecision("bf16", "bf16", False)).kind == "stored"
 
 
 def test_the_group_of_activations_is_that_of_most_weights() -> None:
     large, small = blocked(minimums=True, rows=900), blocked(rows=100)
-    assert dynamic_group([(large, Form("int8", 64)), (small, Form("stored", 32))]) == 64
-    assert dynamic_group([(small, Form("int8", 64)), (large, Form("stored", 32))]) == 32
-    assert dynamic_group([(DENSE, Form("stored", 0))]) == 0
+    assert dynamic_group([(large, ProductForm("int8", 64)), (small, ProductForm("stored", 32))]) == 64
+    assert dynamic_group([(small, ProductForm("int8", 64)), (large, ProductForm("stored", 32))]) == 32
+    assert dynamic_group([(DENSE, ProductForm("stored", 0))]) == 0

@@ -20,7 +20,7 @@ from transom.errors import EngineError
 from transom.graph import Graph
 from transom.sessions import PagedSession, best
 from transom.sessions import best as sorted_best
-from transom.testing.bench import Oracle
+from transom.testing.bench import ReferenceOracle
 from transom.testing.models import tiny_decoder
 from transom_openvino_cpu import OpenVinoCpu
 from transom_openvino_cpu.native.engine import NativeEngine
@@ -88,7 +88,7 @@ def test_chunks_that_end_beside_page_borders_agree_with_the_reference(
     chunks: Sequence[int], opened: Open, rng: np.random.Generator
 ) -> None:
     graph = tiny_decoder(rng)
-    session, oracle = opened(graph), Oracle(graph)
+    session, oracle = opened(graph), ReferenceOracle(graph)
     state, tokens = session.new_state(), []
     for count in chunks:
         new = draw(rng, count)
@@ -120,7 +120,7 @@ def test_layers_with_different_heads_come_back_in_order(opened: Open, rng: np.ra
     graph = b.finish_decoder(b.linear(b.rows_for_logits(x), weight(61, 64), "head"), weights_hash="mixed")
     session, tokens = opened(graph), draw(rng, 40)
     (got,) = session.step([Work(session.new_state(), tokens, "all")])
-    assert close_to(got, Oracle(graph).logits(tokens))
+    assert close_to(got, ReferenceOracle(graph).logits(tokens))
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fast"])
@@ -134,7 +134,7 @@ def test_narrow_arithmetic_knows_large_positions(precision: str, opened: Open, r
     session.step([Work(state, tokens[:1000], "none")])
     session.step([Work(state, tokens[1000:1500], "none")])
     (got,) = session.step([Work(state, tokens[1500:])])
-    assert close_to(got, Oracle(graph).logits(tokens)[-1], 0.1)
+    assert close_to(got, ReferenceOracle(graph).logits(tokens)[-1], 0.1)
 
 
 def test_a_full_pool_fails_the_whole_step_and_no_state(opened: Open, rng: np.random.Generator) -> None:
@@ -142,7 +142,7 @@ def test_a_full_pool_fails_the_whole_step_and_no_state(opened: Open, rng: np.ran
     page = opened(graph).limits.page_tokens
     session = opened(graph, device=replace(cpu(), free_bytes=0), context=3 * page)
     assert session.pages() == (3, 3)
-    oracle, first, second = Oracle(graph), session.new_state(), session.new_state()
+    oracle, first, second = ReferenceOracle(graph), session.new_state(), session.new_state()
     tokens, other = draw(rng, page + 8), draw(rng, page - 2)
     session.step([Work(first, tokens), Work(second, other)])
     assert session.pages() == (3, 0)
@@ -173,7 +173,7 @@ def test_an_engine_that_fails_leaves_states_and_pages_alone(
             session.step([Work(state, [1] * 50), Work(fork, [2])])
     assert (state.length, fork.length, session.pages()) == (20, 20, pages)
     (got,) = session.step([Work(fork, [2])])
-    assert close_to(got, Oracle(graph).logits([*tokens, 2])[-1])
+    assert close_to(got, ReferenceOracle(graph).logits([*tokens, 2])[-1])
 
 
 def test_pages_that_nobody_wrote_to_take_no_memory(opened: Open, rng: np.random.Generator) -> None:

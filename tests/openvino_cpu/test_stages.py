@@ -15,22 +15,22 @@ from transom import hardware
 from transom.contract import Artifact, Device, Work
 from transom.graph import Graph
 from transom.graph.passes import decompose
-from transom.testing.bench import Oracle
+from transom.testing.bench import ReferenceOracle
 from transom.testing.models import Stored, tiny_decoder
 from transom_openvino_cpu import OpenVinoCpu
-from transom_openvino_cpu.precision import Precision
+from transom_openvino_cpu.precision import CpuPrecision
 from transom_openvino_cpu.stages import cut
 
 pytestmark = pytest.mark.usefixtures("through_openvino")
-NARROW = Precision("bf16", "bf16", False)
-EXACT = Precision("exact", "f32", False)
+NARROW = CpuPrecision("bf16", "bf16", False)
+EXACT = CpuPrecision("exact", "f32", False)
 
 
 def cpu() -> Device:
     return next(d for d in hardware.probe_devices() if d.kind == "cpu")
 
 
-def stage_names(graph: Graph, precision: Precision, *, tables_apart: bool) -> list[str]:
+def stage_names(graph: Graph, precision: CpuPrecision, *, tables_apart: bool) -> list[str]:
     return [c.name for c in cut(graph, precision, tables_apart=tables_apart)]
 
 
@@ -91,7 +91,7 @@ def _error(graph: Graph, artifact: Artifact, tokens: Sequence[int], device: Devi
         for at in range(0, len(tokens) - 1, 1000):
             session.step([Work(state, tokens[at : at + 1000], "none")])
         (got,) = session.step([Work(state, tokens[-1:])])
-        wanted = Oracle(graph).logits(tokens)[-1]
+        wanted = ReferenceOracle(graph).logits(tokens)[-1]
         return float(np.linalg.norm(got - wanted) / np.linalg.norm(wanted))
     finally:
         session.close()

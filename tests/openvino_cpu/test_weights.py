@@ -13,7 +13,7 @@ import pytest
 
 from transom.graph import Blocked, BlockedArrays, Weight
 from transom.graph.weights import dense, dequantize
-from transom_openvino_cpu.precision import Form
+from transom_openvino_cpu.precision import ProductForm
 from transom_openvino_cpu.weights import matrix, rows_of
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -35,7 +35,7 @@ def blocked(rng: np.random.Generator, dtype: Any, block: int, *, minimums: bool,
     return Blocked((ROWS, COLUMNS), block, dtype, "float16", lambda: parts, minimums, zero_points)
 
 
-def product(weight: Weight, form: Form, x: Array, *, exact: bool = True) -> Array:
+def product(weight: Weight, form: ProductForm, x: Array, *, exact: bool = True) -> Array:
     import openvino as ov
     from openvino import opset13 as op
 
@@ -59,7 +59,7 @@ def test_stored_blocks_are_exact(
 ) -> None:
     weight = blocked(rng, dtype, block, minimums=minimums, zero_points=zero_points)
     x = rng.standard_normal((5, COLUMNS)).astype(np.float32)
-    assert error(product(weight, Form("stored", block), x), x @ dequantize(weight).T) < 3e-6
+    assert error(product(weight, ProductForm("stored", block), x), x @ dequantize(weight).T) < 3e-6
 
 
 def test_a_block_without_a_scale_keeps_its_minimum(rng: np.random.Generator) -> None:
@@ -67,28 +67,28 @@ def test_a_block_without_a_scale_keeps_its_minimum(rng: np.random.Generator) -> 
     parts = whole.load()
     parts.scales[::3] = 0
     x = rng.standard_normal((5, COLUMNS)).astype(np.float32)
-    assert error(product(whole, Form("stored", 32), x), x @ dequantize(whole).T) < 3e-6
+    assert error(product(whole, ProductForm("stored", 32), x), x @ dequantize(whole).T) < 3e-6
 
 
 def test_tiny_scales_beside_minimums_do_not_overflow_half_precision(rng: np.random.Generator) -> None:
     whole = blocked(rng, "uint4", 32, minimums=True, zero_points=False)
     whole.load().scales[...] = np.float16(6e-8)
     x = rng.standard_normal((5, COLUMNS)).astype(np.float32)
-    assert error(product(whole, Form("stored", 32), x, exact=False), x @ dequantize(whole).T) < 1e-3
+    assert error(product(whole, ProductForm("stored", 32), x, exact=False), x @ dequantize(whole).T) < 1e-3
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
 def test_plain_matrices_are_exact(dtype: Any, rng: np.random.Generator) -> None:
     weight = dense(rng.standard_normal((ROWS, COLUMNS)).astype(dtype))
     x = rng.standard_normal((5, COLUMNS)).astype(np.float32)
-    assert error(product(weight, Form("stored", 0), x), x @ dequantize(weight).T) < 3e-6
+    assert error(product(weight, ProductForm("stored", 0), x), x @ dequantize(weight).T) < 3e-6
 
 
 @pytest.mark.parametrize("group", [32, 64, 128])
 def test_rounding_to_int8_costs_half_a_step_at_most(group: int, rng: np.random.Generator) -> None:
     weight = blocked(rng, "uint4", 32, minimums=True, zero_points=False)
     wide = dequantize(weight)
-    got = product(weight, Form("int8", group), np.eye(COLUMNS, dtype=np.float32)).T
+    got = product(weight, ProductForm("int8", group), np.eye(COLUMNS, dtype=np.float32)).T
     step = np.abs(wide.reshape(ROWS, -1, group)).max(-1).repeat(group, -1) / 127
     assert (np.abs(got - wide) <= step * 0.51 + np.abs(wide) * 1e-3).all()  # float16 scales round a little, too
 

@@ -29,7 +29,7 @@ from transom.quantize.passes import Quantized, Scheme, quantize
 from transom.reference.executor import Executor
 from transom.signature import Decoder, LayerCache
 from transom.sources import resolve
-from transom.testing.bench import Oracle
+from transom.testing.bench import ReferenceOracle
 from transom.testing.compare import normalised_error
 from transom.testing.models import VARIANTS, tiny_decoder
 
@@ -129,7 +129,7 @@ def test_onnx_runtime_computes_the_same(name: str, tmp_path: Path, rng: np.rando
     the other side of the middle between two codes, which shows."""
     graph = tiny_decoder(rng, window=5, softcap=8.0, linear_bias=True)
     found = quantize(graph, SCHEMES[name], calibrate(graph, texts_of(rng)))
-    session, oracle = onnx_runtime(found.graph, tmp_path), Oracle(found.graph)
+    session, oracle = onnx_runtime(found.graph, tmp_path), ReferenceOracle(found.graph)
     prompts = [rng.integers(0, 61, 6).tolist() for _ in range(9)]
     off = sorted(normalised_error(logits_of(session, graph, p), oracle.logits(p)) for p in prompts)
     assert off[5] < 1e-5
@@ -149,7 +149,7 @@ def test_a_rounded_graph_is_valid_keeps_its_digest_in_a_file_and_is_read_back_in
     assert opened.digest() == found.digest() != graph.digest()
     assert opened.notes == found.notes
     tokens = rng.integers(0, 61, 8).tolist()
-    np.testing.assert_array_equal(Oracle(opened).logits(tokens), Oracle(found).logits(tokens))
+    np.testing.assert_array_equal(ReferenceOracle(opened).logits(tokens), ReferenceOracle(found).logits(tokens))
     for (node, a), b in zip(products(found).items(), products(opened).values(), strict=True):
         assert isinstance(a, Blocked)
         assert isinstance(b, Blocked)
@@ -258,10 +258,10 @@ def test_activations_beyond_the_bound_are_cut_off_and_zeros_stay(tmp_path: Path,
     for token in range(4):
         codes = np.clip(table[token] / scale, -448, 448).astype(ml_dtypes.float8_e4m3fn)
         wanted = codes.astype(np.float32) * scale
-        for got in (Oracle(found.graph).logits([token]), logits_of(session, graph, [token])):
+        for got in (ReferenceOracle(found.graph).logits([token]), logits_of(session, graph, [token])):
             np.testing.assert_allclose(got[0], wanted[:4], rtol=1e-6)
     silent = quantize(graph, Scheme("fp8", activations="fp8"), calibrate(graph, [[0]]))
-    assert not Oracle(silent.graph).logits([0]).any()
+    assert not ReferenceOracle(silent.graph).logits([0]).any()
     assert silent.layers[0].output_error == 0.0
 
 
@@ -279,7 +279,7 @@ def test_weights_in_blocks_stay_as_they_are(stored: Any, rng: np.random.Generato
     assert found.bytes_before == found.bytes_after
     assert "quantised in the checkpoint" in found.table()
     tokens = rng.integers(0, 61, 9).tolist()
-    np.testing.assert_array_equal(Oracle(found.graph).logits(tokens), Oracle(graph).logits(tokens))
+    np.testing.assert_array_equal(ReferenceOracle(found.graph).logits(tokens), ReferenceOracle(graph).logits(tokens))
 
 
 def test_products_to_keep_are_named_or_told_by_a_function(rng: np.random.Generator) -> None:
@@ -437,7 +437,7 @@ def test_fidelity_is_that_of_all_positions_of_all_texts(rng: np.random.Generator
     got = fidelity(graph, other, texts, shares.append)
     assert shares == sorted(shares)
     assert shares[-1] == 1
-    p, q = (np.concatenate([Oracle(g).logits(t) for t in texts]).astype(np.float64) for g in (graph, other))
+    p, q = (np.concatenate([ReferenceOracle(g).logits(t) for t in texts]).astype(np.float64) for g in (graph, other))
     p, q = (x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in (p, q))
     assert got.kl_mean == pytest.approx(float((np.exp(p) * (p - q)).sum(-1).mean()), rel=1e-3)
     assert got.top1 == float((p.argmax(-1) == q.argmax(-1)).mean())
@@ -450,7 +450,7 @@ def test_a_rounded_graph_streams_its_weights_like_any_other(rng: np.random.Gener
     graph = tiny_decoder(rng)
     found = quantize(graph, Scheme("fp8")).graph
     tokens = rng.integers(0, 61, 7).tolist()
-    wanted = Oracle(found).logits(tokens)
+    wanted = ReferenceOracle(found).logits(tokens)
     index, none = np.arange(7), np.zeros(0, np.int64)
     inputs: dict[str, Array] = {
         "input_ids": np.array(tokens), "positions": index, "sequences": index * 0, "past_positions": none,

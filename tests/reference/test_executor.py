@@ -19,7 +19,7 @@ from transom.errors import UnsupportedError
 from transom.graph import Blocked, BlockedArrays, Dense, Graph, GraphBuilder
 from transom.graph.weights import dense
 from transom.reference.executor import Executor
-from transom.testing.bench import Oracle
+from transom.testing.bench import ReferenceOracle
 from transom.testing.models import VARIANTS, tiny_decoder
 
 WIDTH = 512
@@ -76,7 +76,7 @@ def test_kept_weights_are_read_once_for_all_runs() -> None:
 def test_streaming_and_keeping_compute_the_same(variant: str, rng: np.random.Generator) -> None:
     graph = tiny_decoder(rng, **VARIANTS[variant])
     tokens = rng.integers(0, 61, 7).tolist()
-    oracle = Oracle(graph)
+    oracle = ReferenceOracle(graph)
     wanted = oracle.logits(tokens)
     oracle._executor, oracle._known = Executor(graph), {}
     np.testing.assert_allclose(oracle.logits(tokens), wanted, rtol=1e-5, atol=1e-6)

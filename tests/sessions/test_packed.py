@@ -15,7 +15,7 @@ from transom.contract import Limits, Session, State, Work
 from transom.graph import Graph
 from transom.reference.executor import Executor
 from transom.sessions import PackedSession, best
-from transom.testing.bench import Oracle
+from transom.testing.bench import ReferenceOracle
 from transom.testing.compare import compare_rows
 from transom.testing.models import VARIANTS, tiny_decoder
 
@@ -27,7 +27,7 @@ class Bed:
 
     def __init__(self, rng: np.random.Generator, limits: Limits = LIMITS, **form: Any) -> None:
         self.graph: Graph = tiny_decoder(rng, **form)
-        self.oracle = Oracle(self.graph)
+        self.oracle = ReferenceOracle(self.graph)
         self.executor = Executor(self.graph, keep_weights=True)
         self.spoil: Callable[[dict[str, Any]], Mapping[str, Any]] | None = None
         self.calls: list[dict[str, Any]] = []

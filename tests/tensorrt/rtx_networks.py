@@ -13,7 +13,7 @@ import onnx_ir as ir
 from transom.contract import Artifact, Device
 from transom.graph import Graph
 from transom.graph.sparse import with_sparsity
-from transom.programs.drafting import Drafting
+from transom.programs.reading import GraphReader
 from transom.signature import Decoder
 from transom.sparsity import Sparsity
 from transom.testing.models import tiny_decoder
@@ -25,11 +25,11 @@ from transom_tensorrt.network import (
     MODEL_FILE,
     NETWORK_FILE,
     WEIGHTS_FILE,
-    Kept,
+    KeptTensor,
     Network,
-    Profile,
+    ShapeProfile,
 )
-from transom_tensorrt.precision import Precision
+from transom_tensorrt.precision import RtxPrecision
 
 CPU = Device("cpu", "cpu", "x86_64", 8 << 30, identity="some CPU", cores=2)
 
@@ -70,10 +70,11 @@ def compiled(
         graph = with_sparsity(graph, policy)
     decoder = graph.decoder
     assert decoder is not None
-    lowered = lower(Drafting(graph, RtxKernels()), Precision(number), context)
+    lowered = lower(GraphReader(graph, RtxKernels()), RtxPrecision(number), context)
     network = Network(
-        number, context, decoder.vocabulary, lowered.kept, Profile((1, 1, 1), (least, tokens, tokens), (1, 1, rows)),
-        Profile((1, 1, batch), (1, 1, 1), (1, 1, batch)), lowered.queries,
+        number, context, decoder.vocabulary, lowered.kept,
+        ShapeProfile((1, 1, 1), (least, tokens, tokens), (1, 1, rows)),
+        ShapeProfile((1, 1, batch), (1, 1, 1), (1, 1, batch)), lowered.queries,
     )  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     files = {name: folder / name for name in (NETWORK_FILE, DECODER_FILE, MODEL_FILE, WEIGHTS_FILE)}
@@ -89,8 +90,9 @@ VOCABULARY = 50
 def counting_network(context: int = 8, tokens: int = 4, rows: int = 2, batch: int = 3, least: int = 1) -> Network:
     """What `CountingExecutor` runs."""
     return Network(
-        "float32", context, VOCABULARY, (Kept("past", "present", (1, context, 1), "float32"),),
-        Profile((1, 1, 1), (least, tokens, tokens), (1, 1, rows)), Profile((1, 1, batch), (1, 1, 1), (1, 1, batch)),
+        "float32", context, VOCABULARY, (KeptTensor("past", "present", (1, context, 1), "float32"),),
+        ShapeProfile((1, 1, 1), (least, tokens, tokens), (1, 1, rows)),
+        ShapeProfile((1, 1, batch), (1, 1, 1), (1, 1, batch)),
     )  # fmt: skip
 
 

@@ -12,12 +12,12 @@ import onnxruntime as ort
 
 from transom.contract import Limits, Work
 from transom.graph import Graph
-from transom.programs.drafting import Drafting
+from transom.programs.reading import GraphReader
 from transom.reference.executor import Executor
 from transom.sessions import PackedSession
 from transom_tensorrt.compiling import round_anew
-from transom_tensorrt.lowering import Lowered, RtxKernels, lower
-from transom_tensorrt.precision import Precision
+from transom_tensorrt.lowering import LoweredNetwork, RtxKernels, lower
+from transom_tensorrt.precision import RtxPrecision
 
 Array = np.ndarray[Any, np.dtype[Any]]
 NUMPY: dict[str, Any] = {"float16": np.float16, "float32": np.float32}
@@ -36,11 +36,11 @@ def session(model: ir.Model, folder: Path) -> ort.InferenceSession:
 class Running:
     """A lowered decoder and the caches of a batch of sequences."""
 
-    def __init__(self, graph: Graph, precision: Precision, context: int, folder: Path, **more: Any) -> None:
-        drafting = Drafting(graph, RtxKernels())
+    def __init__(self, graph: Graph, precision: RtxPrecision, context: int, folder: Path, **more: Any) -> None:
+        reader = GraphReader(graph, RtxKernels())
         if precision.number != "float32":
-            round_anew(drafting.drafts, lambda share: None)
-        self.lowered: Lowered = lower(drafting, precision, context, **more)
+            round_anew(reader.ops, lambda share: None)
+        self.lowered: LoweredNetwork = lower(reader, precision, context, **more)
         self._session = session(self.lowered.model, folder)
 
     def start(self, batch: int = 1) -> dict[str, Array]:

@@ -64,9 +64,9 @@ def parts(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def bench_for(parts: Any, folder: Path, card: Any = None, limit: float = 60.0) -> Any:
-    card = card or parts.card.Card(CPU, True)
-    about = parts.report.Document("rtx", card.describe(), {}, card.dry, [], parts=[parts.report.Part("some")])
-    return parts.bench.Bench(card, parts.timing.Clock(limit), about, 0, parts.bench.TOY, PARTS, folder)
+    card = card or parts.card.RtxCard(CPU, True)
+    about = parts.report.Document("rtx", card.describe(), {}, card.dry, [], parts=[parts.report.PartReport("some")])
+    return parts.bench.RtxBench(card, parts.timing.Clock(limit), about, 0, parts.bench.TOY, PARTS, folder)
 
 
 def rows(result: dict[str, Any], part: str) -> list[dict[str, Any]]:
@@ -180,7 +180,7 @@ def test_drawn_models_are_of_any_depth_and_share_one_table_of_numbers(parts: Any
     assert len(parts.decoders.shaped("tiny", 3, 128, "fp8").decoder.layers) == 3
     numbers = parts.shaped.table()
     assert parts.decoders.table() is numbers
-    first = dequantize(parts.shaped.Drawn(None, "float32", 0).matrix(2, 4))
+    first = dequantize(parts.shaped.DrawnWeights(None, "float32", 0).matrix(2, 4))
     np.testing.assert_array_equal(first.ravel(), numbers[-parts.shaped.STRIDE :][:8] / 2)
 
 
@@ -197,7 +197,7 @@ def test_drawn_matrices_are_as_large_as_rounded_ones(parts: Any) -> None:
 
 
 def test_only_what_the_parts_need_is_built(parts: Any) -> None:
-    sizes, models = parts.bench.Sizes(), parts.bench.models
+    sizes, models = parts.bench.RtxSizes(), parts.bench.models
     assert [m.name for m in models(sizes, ["dense"])] == ["fp8-2", "fp8-6", "f16-2", "f16-6"]
     assert [m.name for m in models(sizes, ["sparse"])] == ["fp8-2", "fp8-6", "fp8-2-sparse", "fp8-6-sparse"]
     assert [m.name for m in models(sizes, ["cold"])] == ["fp8-6"]
@@ -295,8 +295,8 @@ def test_layers_are_told_apart_from_the_rest(parts: Any) -> None:
 
 def test_bytes_of_a_step_are_those_of_an_8b_model(parts: Any, tmp_path: Path) -> None:
     bench = bench_for(parts, tmp_path)
-    bench.sizes = parts.bench.Sizes()
-    Model, Way = parts.bench.Model, parts.decoding.Way
+    bench.sizes = parts.bench.RtxSizes()
+    Model, Way = parts.bench.BenchModel, parts.decoding.TimedWay
     layer, head = 2 * 4096 * 4096 + 2 * 1024 * 4096 + 3 * 14336 * 4096, 128256 * 4096
     cache = 16384 * 2 * 2 * 8 * 128
     plain = parts.decoding.read_by(bench, Way(Model("f16", 32)))
@@ -311,7 +311,7 @@ def test_bytes_of_a_step_are_those_of_an_8b_model(parts: Any, tmp_path: Path) ->
 
 
 def test_models_share_the_card_as_far_as_they_fit(parts: Any) -> None:
-    Model, groups = parts.bench.Model, parts.decoding.groups
+    Model, groups = parts.bench.BenchModel, parts.decoding.groups
     needs = {Model(form, n): n for n in (2, 6) for form in ("f16", "fp8")}
     every, pairs = list(needs), [[Model("f16", n), Model("fp8", n)] for n in (2, 6)]
     assert groups(needs, 16) == [every]
@@ -367,8 +367,8 @@ def test_prompts_are_read_in_chunks_and_every_step_follows_the_same_tokens(
     parts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int
 ) -> None:
     bench, session = bench_for(parts, tmp_path), Session(room)
-    model = parts.bench.Model("fp8", 1)
-    one, two = parts.decoding.Way(model), parts.decoding.Way(model, 2)
+    model = parts.bench.BenchModel("fp8", 1)
+    one, two = parts.decoding.TimedWay(model), parts.decoding.TimedWay(model, 2)
     bench.built[model] = tmp_path
     monkeypatch.setattr(parts.decoding, "_need", lambda folder, count: 1)
     monkeypatch.setattr(parts.decoding, "load", lambda folder, device, slots: session)

@@ -16,10 +16,10 @@ from transom.errors import EngineError
 from transom.programs.onnx_writing import FLOAT, INT64, OnnxWriter
 from transom_tensorrt import building, inspecting
 from transom_tensorrt.building import Wanted, build
-from transom_tensorrt.network import Network, Profile
+from transom_tensorrt.network import Network, ShapeProfile
 from transom_tensorrt.sdk import installed
 
-PROFILE = Profile((1, 1, 2), (1, 1, 1), (1, 1, 2))
+PROFILE = ShapeProfile((1, 1, 2), (1, 1, 1), (1, 1, 2))
 NETWORK = Network("float16", 16, 8, (), PROFILE, PROFILE)
 F16 = ir.DataType.FLOAT16
 

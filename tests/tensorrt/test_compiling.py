@@ -33,7 +33,7 @@ from transom.sparsity import Sparsity
 from transom.testing.models import tiny_decoder
 from transom_tensorrt import compiling, network
 from transom_tensorrt.network import Network
-from transom_tensorrt.precision import Precision
+from transom_tensorrt.precision import RtxPrecision
 
 STATIC = Sparsity(1.0, columns=0, top_k=4, dense_below=64, max_density=0.6)
 HEAD = 320 * 256
@@ -235,7 +235,7 @@ def test_range_decides_between_two_kinds_of_16_bits() -> None:
     def seen(largest: float) -> Activations:
         return Activations({("a", 0): Observed(9e9, 9e9), ("a", 1): Observed(largest, largest)}, {}, 1, None)
 
-    free, asked = Precision("float16", "fp8", True, free=True), Precision("float16")
+    free, asked = RtxPrecision("float16", "fp8", True, free=True), RtxPrecision("float16")
     assert compiling.wide_enough(free, seen(1e3), 89) == (free, [])
     assert compiling.wide_enough(asked, seen(1e6), 89) == (asked, [])
     wider, said = compiling.wide_enough(free, seen(2e4), 89)
@@ -453,12 +453,12 @@ def test_a_full_disk_is_an_oserror_and_leaves_nothing(
 
 def test_tensorrts_own_words_are_in_the_error(rng: np.random.Generator, tmp_path: Path) -> None:
     from transom_tensorrt.building import Wanted, build
-    from transom_tensorrt.network import Profile
+    from transom_tensorrt.network import ShapeProfile
     from transom_tensorrt.sdk import installed
 
     wrong = tmp_path / "wrong.onnx"
     wrong.write_bytes(b"no model")
-    profile = Profile((1, 1, 1), (1, 1, 1), (1, 1, 1))
+    profile = ShapeProfile((1, 1, 1), (1, 1, 1), (1, 1, 1))
     wanted = Wanted(Network("float16", 1, 1, (), profile, profile), {}, 89)
     with pytest.raises(EngineError, match=r"TensorRT \(tensorrt-rtx .*\): it cannot read the network"):
         build(wrong, tmp_path / "plan", wanted, installed()[0], lambda s, x: None)

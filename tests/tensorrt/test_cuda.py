@@ -14,12 +14,12 @@ import pytest
 from rtx_made_up import CARD, OTHER, Cuda, Status
 
 from transom.errors import EngineError, MissingExtra
-from transom_tensorrt.cuda import Card, OutOfMemory
+from transom_tensorrt.cuda import CudaCard, OutOfMemory
 
 
 def test_a_card_is_found_by_its_address() -> None:
     cuda = Cuda()
-    card = Card(CARD, cuda)
+    card = CudaCard(CARD, cuda)
     assert ("cudaSetDevice", 3) in cuda.calls
     assert ("cudaStreamCreateWithFlags", 1) in cuda.calls, "one that does not wait for the default stream"
     assert card.stream == 77
@@ -28,19 +28,19 @@ def test_a_card_is_found_by_its_address() -> None:
 def test_a_card_that_cuda_does_not_show_is_an_error() -> None:
     cuda = Cuda()
     with pytest.raises(EngineError, match="CUDA does not show cuda:0"):
-        Card(replace(CARD, identity="pci:0000:17:00.0 other"), cuda)
+        CudaCard(replace(CARD, identity="pci:0000:17:00.0 other"), cuda)
     assert cuda.last == 0
 
 
 def test_without_the_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", None)
     with pytest.raises(MissingExtra, match=r"transom\[tensorrt\]"):
-        Card(CARD)
+        CudaCard(CARD)
 
 
 def test_each_of_two_cards_gives_its_own_memory_in_whatever_thread() -> None:
     cuda = Cuda()
-    cards = {3: Card(CARD, cuda), 4: Card(OTHER, cuda)}
+    cards = {3: CudaCard(CARD, cuda), 4: CudaCard(OTHER, cuda)}
     given: list[tuple[int, int]] = []
 
     def take() -> None:
@@ -59,7 +59,7 @@ def test_each_of_two_cards_gives_its_own_memory_in_whatever_thread() -> None:
 
 def test_all_that_a_card_is_asked_for_is_asked_of_that_card() -> None:
     cuda = Cuda()
-    card, other = Card(CARD, cuda), Card(OTHER, cuda)
+    card, other = CudaCard(CARD, cuda), CudaCard(OTHER, cuda)
     pointer, rows = card.allocate(20), np.zeros((1, 20), np.uint8)
     pinned = card.pinned((20,), np.uint8)
     for ask in (
@@ -76,7 +76,7 @@ def test_all_that_a_card_is_asked_for_is_asked_of_that_card() -> None:
 def test_a_card_that_fails_for_good_is_closed_without_a_word() -> None:
     """An error that is under way would be hidden."""
     cuda = Cuda()
-    card = Card(CARD, cuda)
+    card = CudaCard(CARD, cuda)
     card.allocate(10)
     cuda.failing["cudaSetDevice"] = Status.LAUNCH_FAILED
     card.close()
@@ -86,7 +86,7 @@ def test_a_card_that_fails_for_good_is_closed_without_a_word() -> None:
 
 def test_memory_is_zero_and_given_back() -> None:
     cuda = Cuda()
-    card = Card(CARD, cuda)
+    card = CudaCard(CARD, cuda)
     pointer = card.allocate(1000)
     found = np.ones(1000, np.uint8)
     card.download_rows(found.reshape(1, -1), pointer, 1000)
@@ -103,12 +103,12 @@ def test_memory_is_zero_and_given_back() -> None:
 def test_memory_that_is_not_there_is_no_error_for_others_to_find() -> None:
     cuda = Cuda(memory=1000)
     with pytest.raises(OutOfMemory):
-        Card(CARD, cuda).allocate(1001)
+        CudaCard(CARD, cuda).allocate(1001)
     assert cuda.last == 0, "TensorRT asks CUDA for the last error, too"
 
 
 def test_rows_are_copied_and_cleared_up_to_their_width(rng: np.random.Generator) -> None:
-    card = Card(CARD, Cuda())
+    card = CudaCard(CARD, Cuda())
     a, b = card.allocate(60), card.allocate(60)
     rows = rng.integers(1, 255, (3, 20)).astype(np.uint8)
     card.upload_rows(a, 20, rows)
@@ -124,7 +124,7 @@ def test_rows_are_copied_and_cleared_up_to_their_width(rng: np.random.Generator)
 
 def test_nothing_is_asked_for_rows_of_no_bytes() -> None:
     cuda = Cuda()
-    card = Card(CARD, cuda)
+    card = CudaCard(CARD, cuda)
     card.copy_rows(256, 512, 20, 0, 3)
     card.clear_rows(256, 20, 0, 3)
     card.download_rows(np.zeros((3, 0), np.uint8), 256, 20)
@@ -145,7 +145,7 @@ def test_nothing_is_asked_for_rows_of_no_bytes() -> None:
 )
 def test_what_cuda_says_is_passed_on(function: str, what: str) -> None:
     def work() -> None:
-        card = Card(CARD, Cuda(**{function: Status.LAUNCH_FAILED}))
+        card = CudaCard(CARD, Cuda(**{function: Status.LAUNCH_FAILED}))
         card.free_bytes()
         pointer = card.allocate(10)
         pinned = card.pinned((10,), np.int64)
@@ -175,4 +175,4 @@ def test_the_made_up_cuda_has_nothing_that_the_real_one_has_not() -> None:
 def test_the_real_cuda_says_why_a_card_that_is_nowhere_is_not_shown() -> None:
     """With or without a driver."""
     with pytest.raises(EngineError, match=r"cuda:0 \(pci:ffff:7f:1f.0 none\).*\(CUDA \d+\)"):
-        Card(replace(CARD, identity="pci:ffff:7f:1f.0 none"))
+        CudaCard(replace(CARD, identity="pci:ffff:7f:1f.0 none"))

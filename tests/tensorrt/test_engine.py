@@ -14,7 +14,7 @@ from transom.errors import EngineError
 from transom.sessions import PagedState
 from transom.testing.models import tiny_decoder
 from transom_tensorrt.engine import Run, SlotEngine, pieces, runs
-from transom_tensorrt.network import Profile
+from transom_tensorrt.network import ShapeProfile
 from transom_tensorrt.session import SlotSession
 
 
@@ -71,7 +71,7 @@ def test_runs_cover_what_is_wanted_once_and_nothing_forbidden(rng: np.random.Gen
     ],
 )
 def test_a_prompt_is_cut_to_what_a_run_takes(tokens: int, rows: list[int], expected: list[tuple[int, int]]) -> None:
-    assert list(pieces(tokens, rows, Profile((1, 1, 1), (1, 4, 4), (1, 1, 2)))) == expected
+    assert list(pieces(tokens, rows, ShapeProfile((1, 1, 1), (1, 4, 4), (1, 1, 2)))) == expected
 
 
 class MadeUp(Exception):

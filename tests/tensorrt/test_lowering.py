@@ -18,7 +18,7 @@ from checkpoints import tiny
 from running import Running, parted, reference
 
 from transom.preparation.agreement import compare
-from transom.programs.drafting import Drafting, NoForm
+from transom.programs.reading import GraphReader, NoForm
 from transom.quantize.calibration import calibrate
 from transom.quantize.passes import Scheme, quantize
 from transom.reference.executor import Executor
@@ -26,10 +26,10 @@ from transom.sources import resolve
 from transom.testing.models import VARIANTS, tiny_decoder
 from transom_tensorrt.lowering import RtxKernels
 from transom_tensorrt.network import ALIGNMENT
-from transom_tensorrt.precision import Precision
+from transom_tensorrt.precision import RtxPrecision
 
 CONTEXT = 64
-EXACT, HALF = Precision("float32"), Precision("float16")
+EXACT, HALF = RtxPrecision("float32"), RtxPrecision("float16")
 REFUSED = {"attention_bias": "no kernel for Concat", "everything": "no kernel for Concat"}
 """Attention with a bias that is computed: another backend's."""
 
@@ -49,7 +49,7 @@ def test_every_form_of_decoder_is_the_references(form: str, rng: np.random.Gener
 @pytest.mark.parametrize("form", sorted(REFUSED))
 def test_what_cannot_be_written_is_refused(form: str, rng: np.random.Generator) -> None:
     with pytest.raises(NoForm, match=REFUSED[form]):
-        Drafting(tiny_decoder(rng, **VARIANTS[form]), RtxKernels())
+        GraphReader(tiny_decoder(rng, **VARIANTS[form]), RtxKernels())
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma2", "gemma3", "mistral", "phi3"])
@@ -181,7 +181,7 @@ def test_attention_in_float8_stays_near(rng: np.random.Generator, tmp_path: Path
     graph = tiny_decoder(rng)
     seen = calibrate(graph, parted(rng, 61, [60]))
     parts = parted(rng, 61, [25, 1, 1])
-    precision = Precision("float16", "fp8", True, attention=True)
+    precision = RtxPrecision("float16", "fp8", True, attention=True)
     rounded = quantize(graph, Scheme("fp8", activations="fp8"), seen).graph
     running = Running(rounded, precision, CONTEXT, tmp_path, activations=seen)
     assert all(f.float8 for f in running.lowered.fused)

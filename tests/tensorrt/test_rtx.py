@@ -20,7 +20,7 @@ from rtx_networks import Compiled, compiled
 
 from transom.errors import DoesNotFit, EngineError
 from transom.sparsity import Sparsity
-from transom_tensorrt.cuda import Card, aligned
+from transom_tensorrt.cuda import CudaCard, aligned
 from transom_tensorrt.emulating import OnnxExecutor
 from transom_tensorrt.executing import Array, stored
 from transom_tensorrt.kernel_cache import KernelCache
@@ -33,7 +33,9 @@ def made(rng: np.random.Generator, tmp_path: Path) -> Compiled:
 
 
 def opened(made: Compiled, trt: Trt, scratch: Path) -> RtxExecutor:
-    return RtxExecutor(made.network, made.model, trt, Card(CARD, trt.cuda), KernelCache(scratch, trt.__version__, CARD))
+    return RtxExecutor(
+        made.network, made.model, trt, CudaCard(CARD, trt.cuda), KernelCache(scratch, trt.__version__, CARD)
+    )
 
 
 def random_run(rng: np.random.Generator, made: Compiled, way: Any, slots: int) -> tuple[Any, Array, Array, Array, int]:
@@ -290,7 +292,7 @@ def test_contexts_go_before_the_memory_that_they_were_given(made: Compiled, tmp_
     for close in (True, False):
         trt = Trt(cuda := Cuda(), refusing="" if close else "profile")
         trt.contexts = Contexts(cuda)
-        card = Card(CARD, cuda)
+        card = CudaCard(CARD, cuda)
         try:
             RtxExecutor(made.network, made.model, trt, card, KernelCache(tmp_path, "1", CARD)).close()
         except EngineError:
@@ -343,7 +345,7 @@ def test_an_engine_of_another_network_is_refused(made: Compiled, tmp_path: Path)
     other = replace(made.network, kept=made.network.kept[1:])
     trt = Trt(Cuda())
     with pytest.raises(EngineError, match="other inputs"):
-        RtxExecutor(other, made.model, trt, Card(CARD, trt.cuda), KernelCache(tmp_path, "1", CARD))
+        RtxExecutor(other, made.model, trt, CudaCard(CARD, trt.cuda), KernelCache(tmp_path, "1", CARD))
 
 
 def test_slots_that_would_not_begin_at_aligned_addresses_are_refused(rng: np.random.Generator, tmp_path: Path) -> None:

@@ -22,14 +22,14 @@ from transom.graph.sparse import with_sparsity
 from transom.ops import Array, sparse_attention
 from transom.ops.sparse_routing import Scores, route
 from transom.preparation.agreement import compare
-from transom.programs.drafting import Drafting, NoForm
 from transom.programs.onnx_writing import BOOL, FLOAT, INT64, OnnxWriter
+from transom.programs.reading import GraphReader, NoForm
 from transom.signature import LayerCache
 from transom.sparsity import Sparsity
 from transom.testing.models import tiny_decoder
 from transom_tensorrt import attention, sparse
 from transom_tensorrt.lowering import RtxKernels
-from transom_tensorrt.precision import Precision
+from transom_tensorrt.precision import RtxPrecision
 
 CONTEXT = 640
 STATIC = Sparsity(1.0, columns=0, top_k=4, dense_below=0, max_density=0.6)
@@ -86,10 +86,10 @@ def test_a_decoder_reads_what_the_reference_reads(which: str, rng: np.random.Gen
     dense = tiny_decoder(rng, context=CONTEXT, **form)
     graph = with_sparsity(dense, policy(**fields))
     parts, wanted = clear(rng, graph, [270, 33, 67, *[1] * 40])  # parts that begin and end inside blocks
-    got = Running(graph, Precision("float32"), CONTEXT, tmp_path / "exact").logits(parts)
+    got = Running(graph, RtxPrecision("float32"), CONTEXT, tmp_path / "exact").logits(parts)
     assert np.abs(got - wanted).max() < 1e-3
     assert compare(wanted, reference(dense, parts)).kl_mean > 1e-6  # the policy shows
-    half = compare(wanted, Running(graph, Precision("float16"), CONTEXT, tmp_path / "half").logits(parts))
+    half = compare(wanted, Running(graph, RtxPrecision("float16"), CONTEXT, tmp_path / "half").logits(parts))
     assert half.kl_mean < 1e-4, half  # a choice at the edge may fall otherwise
 
 
@@ -98,7 +98,7 @@ def test_sequences_of_a_batch_choose_by_themselves(rng: np.random.Generator, tmp
     lengths = [300, 40, 411]
     drawn = [clear(rng, graph, [length, 1]) for length in lengths]
     texts, more = ([parts[i] for parts, _ in drawn] for i in range(2))
-    running = Running(graph, Precision("float32"), CONTEXT, tmp_path)
+    running = Running(graph, RtxPrecision("float32"), CONTEXT, tmp_path)
     caches = running.start(3)
     for i, text in enumerate(texts):
         own = {name: value[i : i + 1].copy() for name, value in caches.items()}
@@ -123,11 +123,11 @@ def chosen(
     w = OnnxWriter("choice")
     ids = w.input("input_ids", INT64, ("batch", "tokens"))
     before = w.input("past", INT64, ("batch",))
-    sizes = sparse.Sizes(rule, capacity)
+    sizes = sparse.SparseSizes(rule, capacity)
     b = sparse.Blocks(w, before, ids, sizes)
     cache = LayerCache(heads * group, heads, columns, columns, window)
-    layer = attention.Layer(cache, columns**-0.5, 0.0, None)
-    part = sparse.Part(layer, tuple(range(heads)), heads)
+    layer = attention.LayerAttention(cache, columns**-0.5, 0.0, None)
+    part = sparse.SparseHeads(layer, tuple(range(heads)), heads)
     q = w.input("q", FLOAT, ("rows", heads * group * columns))
     held = w.input("keys", FLOAT, ("batch", heads, capacity, columns))
     nodes = [w.input(n, FLOAT, ("batch", heads, sizes.nodes, columns)) for n in ("means", "variances")]
@@ -192,7 +192,7 @@ def test_the_choice_is_the_references(
 )  # fmt: skip
 def test_policies_without_static_shapes_are_refused(asked: Sparsity, reason: str, rng: np.random.Generator) -> None:
     with pytest.raises(NoForm, match=reason):
-        Drafting(with_sparsity(tiny_decoder(rng, context=CONTEXT), asked), RtxKernels())
+        GraphReader(with_sparsity(tiny_decoder(rng, context=CONTEXT), asked), RtxKernels())
 
 
 @pytest.mark.parametrize(
@@ -201,7 +201,7 @@ def test_policies_without_static_shapes_are_refused(asked: Sparsity, reason: str
 def test_there_is_room_for_blocks_that_read_everything(fields: dict[str, Any]) -> None:
     """Of any number of keys: those of a block that reads all of them, by the rules, fit into its units."""
     rule = policy(**fields)
-    sizes = sparse.Sizes(rule, 8192)
+    sizes = sparse.SparseSizes(rule, 8192)
     for end in range(8192):
         far = max(0, end // 64 - sizes.local) * 64
         reads = min(far, (rule.top_k + 64 // rule.unit) * rule.unit) + end + 1 - far

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from transom.signature import Decoder
-from transom.testing.bench import Oracle
+from transom.testing.bench import ReferenceOracle
 from transom.testing.compare import PRECISIONS, normalised_error
 from transom.testing.models import VARIANTS, tiny_decoder
 
@@ -24,7 +24,7 @@ NEUTRAL: dict[str, dict[str, Any]] = {
 
 
 def last_rows(seed: int, tokens: list[int], **form: Any) -> Any:
-    return Oracle(tiny_decoder(np.random.default_rng(seed), **form)).logits(tokens)[-8:]
+    return ReferenceOracle(tiny_decoder(np.random.default_rng(seed), **form)).logits(tokens)[-8:]
 
 
 @pytest.mark.parametrize("variant", NEUTRAL)
@@ -39,7 +39,7 @@ def test_variant_without_its_feature_is_far_from_it(variant: str, seed: int) -> 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_logits_are_of_common_size_and_depend_on_the_past(variant: str, rng: np.random.Generator) -> None:
     graph = tiny_decoder(rng, **VARIANTS[variant])
-    oracle = Oracle(graph)
+    oracle = ReferenceOracle(graph)
     tokens = rng.integers(0, 61, 12).tolist()
     logits = oracle.logits(tokens)
     assert np.isfinite(logits).all()

@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from transom_cuda_triton.variants import Code, Variant
+from transom_cuda_triton.variants import Code, KernelVariant
 
 SHARED_LIMIT = {70: 96, 80: 163, 86: 99, 89: 99, 90: 227}
 """KiB of shared memory that one block may take, by architecture (CUDA C++ Programming Guide, compute capabilities)."""
@@ -31,7 +31,7 @@ STRIDES = ("_token", "_page", "_head")
 
 
 @dataclass(frozen=True)
-class Compiled:
+class CompiledKernel:
     """A kernel's machine code for one architecture, what it takes, and what a launch through CUDA's driver needs.
 
     A launch has blocks of 32 * `warps` threads in one dimension and `shared` bytes of dynamic shared memory, which must
@@ -92,14 +92,14 @@ class Compiled:
         return _tool("cuobjdump", "-sass", self.cubin)
 
 
-def compile_variant(variant: Variant, arch: int) -> Compiled:
+def compile_variant(variant: KernelVariant, arch: int) -> CompiledKernel:
     """A variant for one architecture: 80 for sm_80."""
     module, _, function = variant.kernel.partition(".")
     kernel = getattr(importlib.import_module(f"transom_cuda_triton.kernels.{module}"), function)
     return compile_kernel(kernel, arch, dict(variant.types), dict(variant.constants), variant.warps, variant.stages)
 
 
-def compile_code(variant: Variant, arch: int) -> Code:
+def compile_code(variant: KernelVariant, arch: int) -> Code:
     """A variant's machine code and what a launch of it needs, for one architecture."""
     made = compile_variant(variant, arch)
     return Code(made.entry, made.cubin, made.shared, made.warps, made.arguments, made.parameters)
@@ -107,7 +107,7 @@ def compile_code(variant: Variant, arch: int) -> Code:
 
 def compile_kernel(
     kernel: Any, arch: int, signature: Mapping[str, str], constants: Mapping[str, Any], warps: int = 4, stages: int = 2
-) -> Compiled:
+) -> CompiledKernel:
     """One kernel for one architecture.
 
     Args:
@@ -147,7 +147,7 @@ def compile_kernel(
         raise UnknownForm(
             f"{kernel.__name__} takes {parameters} as Triton {triton.__version__} compiles it, not {made_of}, pointers."
         )
-    return Compiled(
+    return CompiledKernel(
         kernel.__name__, arch, cubin, ptx, entry, arguments, aligned, parameters, made.metadata.shared,
         made.metadata.num_warps, usage.get("REG", 0), usage.get("STACK", 0) + usage.get("LOCAL", 0),
     )  # fmt: skip

@@ -9,12 +9,12 @@ import torch
 
 from transom.programs.written import AttentionLayer
 from transom.sessions.steps import BLOCK
-from transom_cuda_triton.cache import LayerCache
+from transom_cuda_triton.cache import LayerPages
 from transom_cuda_triton.operators import power_of_two
-from transom_cuda_triton.program import Op, Program
-from transom_cuda_triton.step import Part, Step
+from transom_cuda_triton.program import TritonOp, TritonProgram
+from transom_cuda_triton.step import StepPart, TritonStep
 from transom_cuda_triton.tiles import Tile, decode_tile, prefill_tile
-from transom_cuda_triton.variants import Variant
+from transom_cuda_triton.variants import KernelVariant
 
 if TYPE_CHECKING:
     from transom_cuda_triton.routes import Lists
@@ -34,13 +34,13 @@ class Attend:
         processors: multiprocessors of the card.
     """
 
-    def __init__(self, op: Op, program: Program, arch: int, processors: int) -> None:
+    def __init__(self, op: TritonOp, program: TritonProgram, arch: int, processors: int) -> None:
         self._op, self._layer, self._processors = op, program.layers[op.index], processors
         layer, number = self._layer, program.number
         self._rotated = 2 * program.ropes[op.rope].count if op.rope >= 0 else layer.head_dim
         rest = layer.head_dim - self._rotated
         pages = {"BLOCKS": "*i32", "PAGES": "*i32"}
-        self._append = Variant.of(
+        self._append = KernelVariant.of(
             "append.append",
             {
                 **dict.fromkeys(("NEW_K", "NEW_V", "K", "V", "MEANS", "VARIANCES"), f"*{number}"), "COS": "*fp32",
@@ -65,7 +65,7 @@ class Attend:
         heads, values = _shape(layer, tile)
         self._tiles = -(-BLOCK * layer.group // tile.rows)
         self._prefill = {
-            sparse: Variant.of(
+            sparse: KernelVariant.of(
                 "prefill.attend_blocks", reads | out,
                 {**heads, **values, "ROWS": tile.rows, "KEYS": tile.keys, "SPARSE": sparse, **flags, **with_sinks},
                 tile.warps, tile.stages,
@@ -77,25 +77,25 @@ class Attend:
         self._rows, self._keys = max(single.rows, power_of_two(layer.group)), single.keys
         parts = {"PARTS": "*fp32", "SHARES": "*fp32"}
         self._decode = {
-            sparse: Variant.of(
+            sparse: KernelVariant.of(
                 "decode.attend_splits", reads | parts,
                 {**heads, **values, "ROWS": self._rows, "KEYS": single.keys, "SPARSE": sparse, **flags}, single.warps,
                 single.stages,
             )
             for sparse in (False, True)
         }  # fmt: skip
-        self._merge = Variant.of(
+        self._merge = KernelVariant.of(
             "decode.merge_splits", {**parts, **out, "BLOCKS": "*i32", "splits": "i32"},
             {**values, "ROWS": self._rows, **with_sinks},
         )  # fmt: skip
 
-    def variants(self) -> Iterator[Variant]:
+    def variants(self) -> Iterator[KernelVariant]:
         yield self._append
         yield from self._prefill.values()
         yield from self._decode.values()
         yield self._merge
 
-    def run(self, step: Step) -> None:
+    def run(self, step: TritonStep) -> None:
         op, layer = self._op, self._layer
         q = step.view(op.a, layer.heads * layer.head_dim, op.late)
         k = step.view(op.b, layer.kv_heads * layer.head_dim, op.late)
@@ -109,13 +109,13 @@ class Attend:
                 lists = step.routing.lists(step, part, op.index, q)
             self._attend(step, part, cache, q, out, lists)
 
-    def _places(self, step: Step, cache: LayerCache) -> dict[str, Any]:
+    def _places(self, step: TritonStep, cache: LayerPages) -> dict[str, Any]:
         return {
             "K": cache.k, "V": cache.v, "PAGES": step.pages, "k_page": cache.k.stride(0), "k_head": cache.k.stride(1),
             "v_page": cache.v.stride(0), "v_head": cache.v.stride(1), "most_pages": step.pages.shape[1],
         }  # fmt: skip
 
-    def _keep(self, step: Step, cache: LayerCache, k: torch.Tensor, v: torch.Tensor) -> None:
+    def _keep(self, step: TritonStep, cache: LayerPages, k: torch.Tensor, v: torch.Tensor) -> None:
         op = self._op
         cos, sin = step.store.rope(op.rope) if op.rope >= 0 else step.store.no_rope(self._rotated // 2)
         arguments = {
@@ -126,7 +126,13 @@ class Attend:
         step.launch(self._append, (len(step.appended), self._layer.kv_heads), arguments)
 
     def _attend(
-        self, step: Step, part: Part, cache: LayerCache, q: torch.Tensor, out: torch.Tensor, lists: Lists | None
+        self,
+        step: TritonStep,
+        part: StepPart,
+        cache: LayerPages,
+        q: torch.Tensor,
+        out: torch.Tensor,
+        lists: Lists | None,
     ) -> None:
         layer = self._layer
         sparse = lists is not None

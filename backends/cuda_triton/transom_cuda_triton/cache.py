@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from transom.programs.written import AttentionLayer
-from transom_cuda_triton.program import Program
+from transom_cuda_triton.program import TritonProgram
 from transom_cuda_triton.store import TORCH
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -21,7 +21,7 @@ NODES = 8
 
 
 @dataclass(frozen=True)
-class LayerCache:
+class LayerPages:
     """One layer's; see `transom_cuda_triton.kernels` and `transom_cuda_triton.kernels.routed`."""
 
     k: torch.Tensor
@@ -46,12 +46,12 @@ def node_bytes(layer: AttentionLayer, number: str) -> int:
     return NODES * (2 * layer.head_dim * TORCH[number].itemsize + 4)
 
 
-def page_bytes(program: Program) -> int:
+def page_bytes(program: TritonProgram) -> int:
     """Bytes of one page over all layers."""
     return sum(layer_page_bytes(layer, program.number) for layer in program.layers)
 
 
-def allocate(program: Program, pages: int, side_pages: int, device: torch.device) -> list[LayerCache]:
+def allocate(program: TritonProgram, pages: int, side_pages: int, device: torch.device) -> list[LayerPages]:
     """The caches of all layers. Pages hold nothing yet.
 
     Args:
@@ -62,7 +62,7 @@ def allocate(program: Program, pages: int, side_pages: int, device: torch.device
     for layer in program.layers:
         nodes = (pages + side_pages, layer.kv_heads, NODES)
         found.append(
-            LayerCache(
+            LayerPages(
                 torch.empty((pages, layer.kv_heads, PAGE, layer.head_dim), dtype=dtype, device=device),
                 torch.empty((pages, layer.kv_heads, PAGE, layer.value_dim), dtype=dtype, device=device),
                 torch.empty((*nodes, layer.head_dim), dtype=dtype, device=device),
@@ -73,25 +73,25 @@ def allocate(program: Program, pages: int, side_pages: int, device: torch.device
     return found
 
 
-def copy_page(caches: Sequence[LayerCache], source: int, target: int) -> None:
+def copy_page(caches: Sequence[LayerPages], source: int, target: int) -> None:
     """All that a page holds, in every layer."""
     for cache in caches:
         for tensor in (cache.k, cache.v, cache.means, cache.variances, cache.counts):
             tensor[target].copy_(tensor[source])
 
 
-def _named(caches: Sequence[LayerCache]) -> Iterator[tuple[str, torch.Tensor]]:
+def _named(caches: Sequence[LayerPages]) -> Iterator[tuple[str, torch.Tensor]]:
     for i, cache in enumerate(caches):
         for name in ("k", "v", "means", "variances", "counts"):
             yield f"layer.{i}.{name}", getattr(cache, name)
 
 
-def page_sizes(caches: Sequence[LayerCache]) -> dict[str, int]:
+def page_sizes(caches: Sequence[LayerPages]) -> dict[str, int]:
     """Bytes of a page in each tensor, by its name."""
     return {name: tensor[0].numel() * tensor.element_size() for name, tensor in _named(caches)}
 
 
-def read_pages(caches: Sequence[LayerCache], pages: Sequence[int]) -> dict[str, Array]:
+def read_pages(caches: Sequence[LayerPages], pages: Sequence[int]) -> dict[str, Array]:
     """What some pages hold, in the host's memory: uint8 [pages, bytes] for each tensor."""
     found = {}
     for name, tensor in _named(caches):
@@ -101,7 +101,7 @@ def read_pages(caches: Sequence[LayerCache], pages: Sequence[int]) -> dict[str, 
     return found
 
 
-def write_pages(caches: Sequence[LayerCache], pages: Sequence[int], arrays: Mapping[str, Array]) -> None:
+def write_pages(caches: Sequence[LayerPages], pages: Sequence[int], arrays: Mapping[str, Array]) -> None:
     """Write what `read_pages` gave."""
     for name, tensor in _named(caches):
         index = torch.tensor(list(pages), dtype=torch.int64, device=tensor.device)

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 from transom.authoring.refusing import NoAttention, refusals
 from transom.contract import Claim
 from transom.graph.reading import linear_weight, matrices, vocabulary_products
-from transom.programs.drafting import Drafting
+from transom.programs.reading import GraphReader
 from transom_cuda_triton import probing
 from transom_cuda_triton.lowering import TritonKernels
-from transom_cuda_triton.precision import Precision, resolve
+from transom_cuda_triton.precision import TritonPrecision, resolve
 from transom_cuda_triton.sharding import CannotShare, shard
 from transom_cuda_triton.tiles import parts
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transom.graph import Graph
 
 
-def precision_of(graph: Graph, device: Device, options: Options) -> Precision:
+def precision_of(graph: Graph, device: Device, options: Options) -> TritonPrecision:
     """Raises OptionError for one that this device or checkpoint cannot have."""
     interpreted = probing.interpreting()
     return resolve(options, probing.architecture(device), matrices(graph), interpreted=interpreted)
@@ -47,9 +47,9 @@ def claims(graph: Graph, device: Device, options: Options) -> Iterator[Claim]:
 
 def _read(graph: Graph, kernels: TritonKernels, ranks: int) -> None:
     """Raises NoForm or NoAttention for a decoder that the kernels cannot run, or not on so many cards."""
-    drafting = Drafting(graph, kernels)
+    reader = GraphReader(graph, kernels)
     try:
-        for layer in drafting.decoder.layers:
+        for layer in reader.decoder.layers:
             parts(layer.head_dim)
             parts(layer.value_dim)
     except ValueError as e:  # no tile serves heads of that size
@@ -57,6 +57,6 @@ def _read(graph: Graph, kernels: TritonKernels, ranks: int) -> None:
     if not ranks:
         return
     try:
-        shard(drafting, ranks, 0)
+        shard(reader, ranks, 0)
     except CannotShare as e:
         raise NoAttention(f"{ranks} devices together: {e}") from e

@@ -16,14 +16,14 @@ from transom.authoring.folders import artifact_folder, small_as_bytes
 from transom.contract import Artifact, Device, Options, Progress
 from transom.errors import EngineError
 from transom.graph.reading import matrices
-from transom.programs.drafting import Drafting
+from transom.programs.reading import GraphReader
 from transom_cuda_triton import names, probing
 from transom_cuda_triton.claims import precision_of
 from transom_cuda_triton.lowering import TritonKernels, write
-from transom_cuda_triton.precision import Precision
-from transom_cuda_triton.program import Program
+from transom_cuda_triton.precision import TritonPrecision
+from transom_cuda_triton.program import TritonProgram
 from transom_cuda_triton.sharding import shard
-from transom_cuda_triton.variants import Code, Variant
+from transom_cuda_triton.variants import Code, KernelVariant
 
 if TYPE_CHECKING:
     from transom.graph import Graph
@@ -51,16 +51,16 @@ def compile_graph(graph: Graph, device: Device, options: Options, progress: Prog
     precision = precision_of(graph, device, options)
     ranks = max(1, len(device.members))
     files: dict[str, bytes | Path] = {names.DECODER_FILE: graph.decoder.to_json().encode()}
-    wanted: list[Variant] = []
+    wanted: list[KernelVariant] = []
     arch = probing.tiles_architecture(device)
     with artifact_folder("transom-cuda-") as folder:
         for rank in range(ranks):
-            drafting = Drafting(graph, TritonKernels(precision))
+            reader = GraphReader(graph, TritonKernels(precision))
             if ranks > 1:
-                shard(drafting, ranks, rank)
+                shard(reader, ranks, rank)
             path = folder / names.weights_file(rank)
             with path.open("w+b") as file:
-                program = write(drafting, precision, file, partial(_weights_share, progress, rank, ranks))
+                program = write(reader, precision, file, partial(_weights_share, progress, rank, ranks))
             files |= {
                 names.program_file(rank): program.to_json().encode(),
                 names.weights_file(rank): small_as_bytes(path),
@@ -71,7 +71,7 @@ def compile_graph(graph: Graph, device: Device, options: Options, progress: Prog
             codes = compile_all(list(dict.fromkeys(wanted)), arch, partial(_kernels_share, progress))
             files |= code_files(codes)
         progress("kernels", 1.0)
-        return Artifact(files, probing.requirements(device), _notes(graph, drafting, precision, device))
+        return Artifact(files, probing.requirements(device), _notes(graph, reader, precision, device))
 
 
 def _weights_share(progress: Progress, rank: int, ranks: int, share: float) -> None:
@@ -82,7 +82,7 @@ def _kernels_share(progress: Progress, share: float) -> None:
     progress("kernels", WEIGHTS_SHARE + (1 - WEIGHTS_SHARE) * share)
 
 
-def variants_of(program: Program, arch: int) -> list[Variant]:
+def variants_of(program: TritonProgram, arch: int) -> list[KernelVariant]:
     """Every kernel that an engine may launch for a program."""
     from transom_cuda_triton.engine import engine_operators
     from transom_cuda_triton.operators import all_variants
@@ -92,7 +92,9 @@ def variants_of(program: Program, arch: int) -> list[Variant]:
     return list(dict.fromkeys(found))
 
 
-def compile_all(variants: Sequence[Variant], arch: int, progress: Callable[[float], None]) -> dict[Variant, Code]:
+def compile_all(
+    variants: Sequence[KernelVariant], arch: int, progress: Callable[[float], None]
+) -> dict[KernelVariant, Code]:
     """Machine code of each, compiled in processes beside each other.
 
     Raises:
@@ -100,7 +102,7 @@ def compile_all(variants: Sequence[Variant], arch: int, progress: Callable[[floa
     """
     from transom_cuda_triton.aot import compile_code
 
-    codes: dict[Variant, Code] = {}
+    codes: dict[KernelVariant, Code] = {}
     processes = max(1, min(os.cpu_count() or 1, MOST_PROCESSES, len(variants)))
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         futures = [pool.submit(compile_code, variant, arch) for variant in variants]
@@ -121,7 +123,7 @@ def compile_all(variants: Sequence[Variant], arch: int, progress: Callable[[floa
     return codes
 
 
-def code_files(codes: dict[Variant, Code]) -> dict[str, bytes | Path]:
+def code_files(codes: dict[KernelVariant, Code]) -> dict[str, bytes | Path]:
     """As they lie in an artifact: machine code one behind the other, and a list of where each is and what it needs."""
     listed: list[dict[str, Any]] = []
     blob = bytearray()
@@ -135,9 +137,9 @@ def code_files(codes: dict[Variant, Code]) -> dict[str, bytes | Path]:
     return {names.CODE_LIST: text.encode(), names.CODE_FILE: bytes(blob)}
 
 
-def _notes(graph: Graph, drafting: Drafting, precision: Precision, device: Device) -> list[str]:
+def _notes(graph: Graph, reader: GraphReader, precision: TritonPrecision, device: Device) -> list[str]:
     notes = [f"precision: {precision.describe(matrices(graph))}"]
-    rounded = sum(d.kind == "linear" and d.by == precision.rounded for d in drafting.drafts)
+    rounded = sum(d.kind == "linear" and d.by == precision.rounded for d in reader.ops)
     if precision.rounded and rounded:
         notes.append(f"{rounded} matrices were rounded to {ROUNDED[precision.rounded]}; {KEPT}")
     if device.arch == "sm_70" and not probing.interpreting():

@@ -14,11 +14,11 @@ import torch
 from transom.errors import EngineError
 from transom_cuda_triton import cache
 from transom_cuda_triton.attention import Attend
-from transom_cuda_triton.graphs import Graphs, Record
+from transom_cuda_triton.graphs import CudaGraphs, Record
 from transom_cuda_triton.operators import Operator, operators
-from transom_cuda_triton.program import Op, Program
+from transom_cuda_triton.program import TritonOp, TritonProgram
 from transom_cuda_triton.routes import RoutedStep, Routes
-from transom_cuda_triton.step import Part, Planned, Step, Workspace, plan
+from transom_cuda_triton.step import Planned, StepPart, TritonStep, Workspace, plan
 from transom_cuda_triton.store import Store
 from transom_cuda_triton.variants import Launcher
 
@@ -54,7 +54,7 @@ class TritonEngine:
         processors: multiprocessors of the card.
         context: tokens that one sequence may have.
         slots: states that are read sparsely, at most.
-        record: records decoding steps, see `Graphs`; None: nothing is recorded.
+        record: records decoding steps, see `CudaGraphs`; None: nothing is recorded.
         reduce: puts the sum over all cards in place of a tensor, where the program is one card's share.
 
     Raises:
@@ -65,7 +65,7 @@ class TritonEngine:
 
     def __init__(
         self,
-        program: Program,
+        program: TritonProgram,
         weights: Path,
         device: torch.device,
         launch: Launcher,
@@ -82,8 +82,8 @@ class TritonEngine:
         self.launch, self.reduce = launch, reduce or _alone
         self.operators = engine_operators(program, arch, processors)
         self.routes = Routes(program, slots, context, device, arch=arch, processors=processors)
-        self.graphs = Graphs(self, record)
-        self.caches: list[cache.LayerCache] = []
+        self.graphs = CudaGraphs(self, record)
+        self.caches: list[cache.LayerPages] = []
         self.spare = 0
         self._workspaces: dict[tuple[int, int], Workspace] = {}
 
@@ -157,7 +157,7 @@ class TritonEngine:
             self.routes.done(planned, routed, chose)
         return Result(logits, [b for b in (planned.chunks, planned.singles) if len(b)], counts)
 
-    def compute(self, step: Step) -> torch.Tensor:
+    def compute(self, step: TritonStep) -> torch.Tensor:
         """Launch all operators; the logits."""
         if step.routing is not None:
             step.routing.reset()
@@ -166,7 +166,7 @@ class TritonEngine:
         output = self.program.output
         return step.workspace.buffers[output][: len(step.wanted), : self.program.vocabulary]
 
-    def laid_out(self, planned: Planned, workspace: Workspace) -> Step:
+    def laid_out(self, planned: Planned, workspace: Workspace) -> TritonStep:
         """A planned step on the device."""
 
         def on_device(array: Array) -> torch.Tensor:
@@ -177,8 +177,8 @@ class TritonEngine:
         for blocks, single in ((planned.chunks, False), (planned.singles, True)):
             if len(blocks):
                 most = max(planned.lengths[s] for s in {int(s) for s in blocks[:, 0]})
-                parts.append(Part(on_device(blocks), len(blocks), single, most))
-        return Step(
+                parts.append(StepPart(on_device(blocks), len(blocks), single, most))
+        return TritonStep(
             self.program, self.store, self.launch, workspace, len(planned.ids), on_device(planned.ids),
             on_device(planned.positions), on_device(planned.wanted), on_device(planned.pages),
             on_device(planned.appended), parts, self.caches, self.reduce,
@@ -200,10 +200,10 @@ class TritonEngine:
             close()
 
 
-def engine_operators(program: Program, arch: int, processors: int) -> list[Operator]:
+def engine_operators(program: TritonProgram, arch: int, processors: int) -> list[Operator]:
     """The operators that an engine runs: the compiler asks them for their variants."""
 
-    def attend(op: Op) -> Operator:
+    def attend(op: TritonOp) -> Operator:
         return Attend(op, program, arch, processors)
 
     return operators(program, arch, attend)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from transom_cuda_triton.step import Planned, Step, Workspace
+from transom_cuda_triton.step import Planned, TritonStep, Workspace
 
 if TYPE_CHECKING:
     from transom_cuda_triton.engine import TritonEngine
@@ -29,12 +29,12 @@ Record = Callable[[Callable[[], torch.Tensor]], tuple[Callable[[], None], torch.
 
 @dataclass
 class _Recorded:
-    step: Step
+    step: TritonStep
     replay: Callable[[], None]
     logits: torch.Tensor
 
 
-class Graphs:
+class CudaGraphs:
     """The recorded steps of an engine.
 
     Args:
@@ -47,7 +47,7 @@ class Graphs:
         self.replays = 0
         """Steps that were replayed so far."""
 
-    def run(self, planned: Planned, routed: RoutedStep | None) -> tuple[Step, torch.Tensor] | None:
+    def run(self, planned: Planned, routed: RoutedStep | None) -> tuple[TritonStep, torch.Tensor] | None:
         """The step and its logits, by a recorded one; None where none can be had for it."""
         sequences = len(planned.counts)
         if self._record is None or sequences > SIZES[-1] or any(n != 1 for n in planned.counts):
@@ -94,7 +94,7 @@ class Graphs:
         replay, logits = self._record(lambda: engine.compute(step))
         return _Recorded(step, replay, logits)
 
-    def _fill(self, step: Step, planned: Planned, routed: RoutedStep | None) -> None:
+    def _fill(self, step: TritonStep, planned: Planned, routed: RoutedStep | None) -> None:
         """Bring a recorded step's arrays up to date."""
         arrays = [
             (step.ids, planned.ids), (step.positions, planned.positions), (step.pages, planned.pages),

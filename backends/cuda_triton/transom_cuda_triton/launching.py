@@ -15,10 +15,10 @@ from typing import Any
 
 from transom.contract import Device
 from transom.errors import EngineError
-from transom_cuda_triton.variants import ALIGNMENT, STRIDES, Code, Variant
+from transom_cuda_triton.variants import ALIGNMENT, STRIDES, Code, KernelVariant
 
 
-def check_aligned(variant: Variant, arguments: Mapping[str, Any]) -> None:
+def check_aligned(variant: KernelVariant, arguments: Mapping[str, Any]) -> None:
     """Compiled code takes pointers and strides as multiples of 16 without looking: what is none would read elsewhere.
 
     Raises:
@@ -37,13 +37,13 @@ def check_aligned(variant: Variant, arguments: Mapping[str, Any]) -> None:
 REPORT = "Report it, with the model's name and its sizes"
 
 
-class Interpreter:
+class InterpretingLauncher:
     """Runs kernels on the CPU by Triton's interpreter: slow, and for tests."""
 
     lock = threading.Lock()
     """The interpreter changes Triton's own modules while a kernel runs: one at a time, in the whole process."""
 
-    def __call__(self, variant: Variant, grid: tuple[int, ...], arguments: Mapping[str, Any]) -> None:
+    def __call__(self, variant: KernelVariant, grid: tuple[int, ...], arguments: Mapping[str, Any]) -> None:
         if not all(grid):
             return
         check_aligned(variant, arguments)
@@ -64,7 +64,7 @@ _PLAIN_SHARED = 48 << 10
 """Bytes of shared memory that need no permission."""
 
 
-class Driver:
+class DriverLauncher:
     """Starts compiled variants on the CUDA context that is current when it is made, from any thread.
 
     Args:
@@ -76,12 +76,12 @@ class Driver:
         EngineError: there is no driver, or it does not take the code.
     """
 
-    def __init__(self, codes: Mapping[Variant, Code], stream: Any, library: Any = None) -> None:
+    def __init__(self, codes: Mapping[KernelVariant, Code], stream: Any, library: Any = None) -> None:
         self._library = library if library is not None else _driver()
         self._codes, self._stream = codes, stream
         self._context, self._ready = ctypes.c_void_p(), threading.local()
         self._check(self._library.cuCtxGetCurrent(ctypes.byref(self._context)), "name its context")
-        self._functions: dict[Variant, ctypes.c_void_p] = {}
+        self._functions: dict[KernelVariant, ctypes.c_void_p] = {}
         self._modules: list[ctypes.c_void_p] = []
         for variant, code in codes.items():
             self._functions[variant] = self._loaded(code)
@@ -97,7 +97,7 @@ class Driver:
             self._check(set_, f"give {code.shared} bytes of shared memory to {code.entry}")
         return function
 
-    def __call__(self, variant: Variant, grid: tuple[int, ...], arguments: Mapping[str, Any]) -> None:
+    def __call__(self, variant: KernelVariant, grid: tuple[int, ...], arguments: Mapping[str, Any]) -> None:
         if not all(grid):  # a step of which no logits are wanted; CUDA takes no empty grid
             return
         code = self._codes.get(variant)

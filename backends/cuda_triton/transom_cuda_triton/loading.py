@@ -13,8 +13,8 @@ from transom.contract import Artifact, Device, Options
 from transom.errors import DoesNotFit, EngineError
 from transom.signature import Decoder
 from transom_cuda_triton import names, probing
-from transom_cuda_triton.program import Program
-from transom_cuda_triton.variants import Code, Launcher, Variant
+from transom_cuda_triton.program import TritonProgram
+from transom_cuda_triton.variants import Code, KernelVariant, Launcher
 
 if TYPE_CHECKING:
     import torch
@@ -95,7 +95,7 @@ def _open(
     from transom_cuda_triton.engine import TritonEngine
 
     with reading_artifact():
-        program = Program.from_json(files[names.program_file(rank)].read_text())
+        program = TritonProgram.from_json(files[names.program_file(rank)].read_text())
         weights = files[names.weights_file(rank)]
         needed = weights.stat().st_size
     place = _place(device)
@@ -118,7 +118,7 @@ def _open(
         raise
 
 
-def _slot_bytes(program: Program, context: int) -> int:
+def _slot_bytes(program: TritonProgram, context: int) -> int:
     from transom_cuda_triton.cache import node_bytes
     from transom_cuda_triton.routes import COLUMN_PAGES
     from transom_cuda_triton.store import TORCH
@@ -131,10 +131,10 @@ def _slot_bytes(program: Program, context: int) -> int:
 
 def _launcher(files: Mapping[str, Path], place: Place) -> tuple[Launcher, Record | None]:
     """What starts kernels, and what records graphs."""
-    from transom_cuda_triton.launching import Driver, Interpreter
+    from transom_cuda_triton.launching import DriverLauncher, InterpretingLauncher
 
     if probing.interpreting():
-        return Interpreter(), None
+        return InterpretingLauncher(), None
     import torch
 
     from transom_cuda_triton.graphs import cuda_record
@@ -142,10 +142,10 @@ def _launcher(files: Mapping[str, Path], place: Place) -> tuple[Launcher, Record
     def stream() -> int:
         return int(torch.cuda.current_stream(place.device).cuda_stream)
 
-    return Driver(read_codes(files), stream), cuda_record
+    return DriverLauncher(read_codes(files), stream), cuda_record
 
 
-def read_codes(files: Mapping[str, Path]) -> dict[Variant, Code]:
+def read_codes(files: Mapping[str, Path]) -> dict[KernelVariant, Code]:
     """What `compiling.code_files` wrote.
 
     Raises:
@@ -154,14 +154,14 @@ def read_codes(files: Mapping[str, Path]) -> dict[Variant, Code]:
     with reading_artifact():
         listed: list[dict[str, Any]] = json.loads(files[names.CODE_LIST].read_text())
         blob = files[names.CODE_FILE].read_bytes()
-        codes: dict[Variant, Code] = {}
+        codes: dict[KernelVariant, Code] = {}
         for raw in listed:
             at, size = int(raw["at"]), int(raw["size"])
             if at < 0 or at + size > len(blob):
                 raise ValueError("machine code is cut short")
             v = raw["variant"]
             types, constants = (tuple((str(n), x) for n, x in v[key]) for key in ("types", "constants"))
-            variant = Variant(str(v["kernel"]), types, constants, int(v["warps"]), int(v["stages"]))
+            variant = KernelVariant(str(v["kernel"]), types, constants, int(v["warps"]), int(v["stages"]))
             codes[variant] = Code(
                 str(raw["entry"]), blob[at : at + size], int(raw["shared"]), int(raw["warps"]),
                 tuple(raw["arguments"]), tuple(raw["parameters"]),

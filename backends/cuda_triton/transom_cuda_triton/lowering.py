@@ -10,13 +10,13 @@ import numpy as np
 
 from transom.graph.weights import Array, Weight
 from transom.programs import fusing
-from transom.programs.drafting import Draft, Drafting, Value
-from transom.programs.placing import Placing
+from transom.programs.buffers import BufferAllocator
+from transom.programs.reading import GraphReader, Op, Value
 from transom.programs.written import NOWHERE, AttentionLayer, RopeTable, View
 from transom.sparsity import Sparsity
 from transom_cuda_triton import packing
-from transom_cuda_triton.precision import Precision
-from transom_cuda_triton.program import Op, Program
+from transom_cuda_triton.precision import TritonPrecision
+from transom_cuda_triton.program import TritonOp, TritonProgram
 
 TILE = 16
 """Columns: views of a buffer begin at a multiple of it, so that every load is aligned."""
@@ -31,7 +31,7 @@ class TritonKernels:
     neighbours = True
     float8 = False
 
-    def __init__(self, precision: Precision) -> None:
+    def __init__(self, precision: TritonPrecision) -> None:
         self._precision = precision
 
     def matrix(self, weight: Weight) -> str:
@@ -62,24 +62,24 @@ def unsupported(policy: Sparsity) -> str:
     return ""
 
 
-def fuse(drafting: Drafting) -> list[Draft]:
+def fuse(reader: GraphReader) -> list[Op]:
     """The same program in fewer operators: scales in the embedding, biases after products, products of one input
     together, what can be written in place in place."""
-    drafts = fusing.fuse_scales(list(drafting.drafts))
-    drafts = fusing.fuse_biases(drafts)
-    drafts = fusing.fuse_same_input(drafts, TILE)
-    drafts = fusing.in_place(_keys_unrotated(drafts), drafting.logits)
-    for draft in drafts:
+    ops = fusing.fuse_scales(list(reader.ops))
+    ops = fusing.fuse_biases(ops)
+    ops = fusing.fuse_same_input(ops, TILE)
+    ops = fusing.in_place(_keys_unrotated(ops), reader.logits)
+    for draft in ops:
         if draft.kind == "reduce":  # over the cards, in place
             draft.dst.parent, draft.dst.offset = draft.inputs[0], 0
-    return _sums_before_norms(drafts)
+    return _sums_before_norms(ops)
 
 
-def _keys_unrotated(drafts: list[Draft]) -> list[Draft]:
+def _keys_unrotated(ops: list[Op]) -> list[Op]:
     """Rotations of keys are left to the kernel that writes them to the cache: `attend` has their rope as `rope`."""
-    makers, readers = fusing.makers_of(drafts), fusing.readers_of(drafts)
+    makers, readers = fusing.makers_of(ops), fusing.readers_of(ops)
     done: set[int] = set()
-    for draft in drafts:
+    for draft in ops:
         if draft.kind != "attend":
             continue
         rope = makers.get(id(draft.inputs[1]))
@@ -87,16 +87,16 @@ def _keys_unrotated(drafts: list[Draft]) -> list[Draft]:
             draft.inputs[1] = rope.inputs[0]
             draft.rope, draft.neighbours = rope.index, rope.neighbours
             done.add(id(rope))
-    return [d for d in drafts if id(d) not in done]
+    return [d for d in ops if id(d) not in done]
 
 
-def _sums_before_norms(drafts: list[Draft]) -> list[Draft]:
+def _sums_before_norms(ops: list[Op]) -> list[Op]:
     """norm(a + b), where the sum is read later, too: one operator, which writes the sum over b."""
-    readers = fusing.readers_of(drafts)
-    place = {id(d): i for i, d in enumerate(drafts)}
+    readers = fusing.readers_of(ops)
+    place = {id(d): i for i, d in enumerate(ops)}
     done: set[int] = set()
-    for i, draft in enumerate(drafts):
-        following = drafts[i + 1] if i + 1 < len(drafts) else None
+    for i, draft in enumerate(ops):
+        following = ops[i + 1] if i + 1 < len(ops) else None
         if draft.kind != "add" or following is None or following.kind != "norm":
             continue
         if following.inputs[0] is not draft.dst or following.dst.parent is not None or following.groups != 1:
@@ -108,39 +108,41 @@ def _sums_before_norms(drafts: list[Draft]) -> list[Draft]:
                 following.inputs, following.residual = [x], draft.dst
                 done.add(id(draft))
                 break
-    return [d for d in drafts if id(d) not in done]
+    return [d for d in ops if id(d) not in done]
 
 
-def write(drafting: Drafting, precision: Precision, file: BinaryIO, progress: Callable[[float], None]) -> Program:
+def write(
+    reader: GraphReader, precision: TritonPrecision, file: BinaryIO, progress: Callable[[float], None]
+) -> TritonProgram:
     """The finished program, its weights in `file`.
 
     Raises:
         OptionError: a weight is too large for float16.
     """
-    return _Writing(drafting, precision, file).program(progress)
+    return _Writing(reader, precision, file).program(progress)
 
 
 class _Writing:
-    def __init__(self, drafting: Drafting, precision: Precision, file: BinaryIO) -> None:
-        self._drafting, self._number, self._rounded, self._file = drafting, precision.number, precision.rounded, file
-        self._drafts = fuse(drafting)
-        self._placing = Placing(self._drafts, drafting.logits)
-        self._matrices: list[packing.Packed] = []
+    def __init__(self, reader: GraphReader, precision: TritonPrecision, file: BinaryIO) -> None:
+        self._drafting, self._number, self._rounded, self._file = reader, precision.number, precision.rounded, file
+        self._drafts = fuse(reader)
+        self._placing = BufferAllocator(self._drafts, reader.logits)
+        self._matrices: list[packing.TritonMatrix] = []
         self._known: dict[tuple[int, str], int] = {}
         self._vectors: dict[bytes, int] = {}
-        self._ops: list[Op] = []
+        self._ops: list[TritonOp] = []
 
-    def program(self, progress: Callable[[float], None]) -> Program:
-        drafting, late = self._drafting, False
+    def program(self, progress: Callable[[float], None]) -> TritonProgram:
+        reader, late = self._drafting, False
         for i, draft in enumerate(self._drafts):
             progress(i / len(self._drafts))
             late = late or draft.kind == "rows"
             self._write(draft, late)
             self._placing.done(i, draft)
-        ropes = tuple(RopeTable(self._vector(f), int(f.size), factor) for f, factor in drafting.ropes)
+        ropes = tuple(RopeTable(self._vector(f), int(f.size), factor) for f, factor in reader.ropes)
         layers = []
-        for i, cache in enumerate(drafting.decoder.layers):
-            scale, softcap, sinks = drafting.layers[i]
+        for i, cache in enumerate(reader.decoder.layers):
+            scale, softcap, sinks = reader.layers[i]
             layers.append(
                 AttentionLayer(
                     cache.q_heads, cache.kv_heads, cache.head_dim, cache.value_dim, cache.sliding_window, scale,
@@ -148,37 +150,39 @@ class _Writing:
                 )
             )  # fmt: skip
         widths = tuple(b.width for b in self._placing.buffers)
-        return Program(
+        return TritonProgram(
             self._number, tuple(self._ops), tuple(self._matrices), ropes, tuple(layers), widths, self._placing.output,
-            drafting.decoder.vocabulary, packing.align(self._file), drafting.sparsity.to_string(),
+            reader.decoder.vocabulary, packing.align(self._file), reader.sparsity.to_string(),
         )  # fmt: skip
 
-    def _write(self, draft: Draft, late: bool) -> None:
+    def _write(self, draft: Op, late: bool) -> None:
         a, b, c = ([self._view(v) for v in draft.inputs] + [NOWHERE] * 3)[:3]
         dst, width = self._view(draft.dst), draft.dst.width
         kind = draft.kind
         if kind == "embed":
-            op = Op("embed", width, dst, matrix=self._matrix(draft), scale=draft.scale)
+            op = TritonOp("embed", width, dst, matrix=self._matrix(draft), scale=draft.scale)
         elif kind == "norm":
             residual = NOWHERE if draft.residual is None else self._view(draft.residual)
             gain = self._vector(draft.vector)
-            op = Op("norm", width, dst, a, residual, vector=gain, groups=draft.groups, scale=draft.scale)
+            op = TritonOp("norm", width, dst, a, residual, vector=gain, groups=draft.groups, scale=draft.scale)
         elif kind == "linear":
-            op = Op("linear", width, dst, a, matrix=self._matrix(draft))
+            op = TritonOp("linear", width, dst, a, matrix=self._matrix(draft))
             if draft.vector is not None:
                 self._ops.append(replace(op, late=late))
-                op = Op("combine", width, dst, dst, vector=self._vector(draft.vector))
+                op = TritonOp("combine", width, dst, dst, vector=self._vector(draft.vector))
         elif kind in ("add", "bias", "scale", "softcap"):
             factor, cap = (draft.scale, 0.0) if kind == "scale" else (1.0, draft.scale if kind == "softcap" else 0.0)
-            op = Op("combine", width, dst, a, b, vector=self._vector(draft.vector), scale=factor, cap=cap)
+            op = TritonOp("combine", width, dst, a, b, vector=self._vector(draft.vector), scale=factor, cap=cap)
         elif kind == "glu":
-            op = Op("gate", width, dst, a, b, act=draft.act)
+            op = TritonOp("gate", width, dst, a, b, act=draft.act)
         elif kind == "rope":
-            op = Op("rotate", width, dst, a, groups=draft.groups, index=draft.index, neighbours=draft.neighbours)
+            op = TritonOp("rotate", width, dst, a, groups=draft.groups, index=draft.index, neighbours=draft.neighbours)
         elif kind == "attend":
-            op = Op("attend", width, dst, a, b, c, index=draft.index, rope=draft.rope, neighbours=draft.neighbours)
+            op = TritonOp(
+                "attend", width, dst, a, b, c, index=draft.index, rope=draft.rope, neighbours=draft.neighbours
+            )
         else:
-            op = Op("reduce" if kind == "reduce" else "rows", width, dst, a)
+            op = TritonOp("reduce" if kind == "reduce" else "rows", width, dst, a)
         self._ops.append(replace(op, late=late))
 
     def _view(self, value: Value) -> View:
@@ -192,7 +196,7 @@ class _Writing:
             self._vectors[flat.tobytes()] = packing.write_array(self._file, flat)
         return self._vectors[flat.tobytes()]
 
-    def _matrix(self, draft: Draft) -> int:
+    def _matrix(self, draft: Op) -> int:
         assert draft.weight is not None
         # A table that is read both as an embedding and as the vocabulary matrix lies in the file once.
         key = (draft.key or -id(draft), draft.by)

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from transom_cuda_triton.packing import Packed
-from transom_cuda_triton.program import Op, Program
+from transom_cuda_triton.packing import TritonMatrix
+from transom_cuda_triton.program import TritonOp, TritonProgram
 from transom_cuda_triton.tiles import INTERPRETER, TENSOR_CORES, float8_tiles, linear_tiles
-from transom_cuda_triton.variants import Variant
+from transom_cuda_triton.variants import KernelVariant
 
 if TYPE_CHECKING:
-    from transom_cuda_triton.step import Step
+    from transom_cuda_triton.step import TritonStep
     from transom_cuda_triton.store import Store
 
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
@@ -28,14 +28,14 @@ NUMBERS = 2048
 class Operator(Protocol):
     """One operator of a program."""
 
-    def variants(self) -> Iterator[Variant]:
+    def variants(self) -> Iterator[KernelVariant]:
         """All that `run` may launch."""
         ...
 
-    def run(self, step: Step) -> None: ...
+    def run(self, step: TritonStep) -> None: ...
 
 
-def operators(program: Program, arch: int, attend: Callable[[Op], Operator]) -> list[Operator]:
+def operators(program: TritonProgram, arch: int, attend: Callable[[TritonOp], Operator]) -> list[Operator]:
     """The operators of a program, in order.
 
     Args:
@@ -68,12 +68,12 @@ def pieces(columns: int, width: int) -> int:
     return -(-columns // width)
 
 
-def number_of(program: Program, buffer: int) -> str:
+def number_of(program: TritonProgram, buffer: int) -> str:
     """Triton's name of the numbers in a buffer: the logits are float32."""
     return "fp32" if buffer == program.output else program.number
 
 
-def _pointers(program: Program, **buffers: int) -> dict[str, str]:
+def _pointers(program: TritonProgram, **buffers: int) -> dict[str, str]:
     return {name: f"*{number_of(program, b) if b >= 0 else program.number}" for name, b in buffers.items()}
 
 
@@ -84,7 +84,7 @@ def _sizes(*names: str) -> dict[str, str]:
 class Norm:
     """RMSNorm of the groups of a row, of its sum with the residual where there is one."""
 
-    def __init__(self, op: Op, program: Program) -> None:
+    def __init__(self, op: TritonOp, program: TritonProgram) -> None:
         self._op, self._columns = op, op.width // op.groups
         types = {
             **_pointers(program, X=op.a.buffer, RESIDUAL=op.b.buffer, OUT=op.dst.buffer), "WEIGHT": "*fp32",
@@ -93,12 +93,12 @@ class Norm:
         width = power_of_two(self._columns)
         self._rows = max(1, NUMBERS // width)
         constants = {"ROWS": self._rows, "WIDTH": width, "ADD": op.b.buffer >= 0}
-        self._variant = Variant.of("norm.rms_norm", types, constants, 8 if width > 4096 else 4)
+        self._variant = KernelVariant.of("norm.rms_norm", types, constants, 8 if width > 4096 else 4)
 
-    def variants(self) -> Iterator[Variant]:
+    def variants(self) -> Iterator[KernelVariant]:
         yield self._variant
 
-    def run(self, step: Step) -> None:
+    def run(self, step: TritonStep) -> None:
         op = self._op
         x, out = step.view(op.a, op.width, op.late), step.view(op.dst, op.width, op.late)
         residual = x if op.b.buffer < 0 else step.view(op.b, op.width, op.late)
@@ -113,7 +113,7 @@ class Norm:
 class Combine:
     """Scale, bias, sum and soft cap of rows."""
 
-    def __init__(self, op: Op, program: Program) -> None:
+    def __init__(self, op: TritonOp, program: TritonProgram) -> None:
         self._op = op
         types = {
             **_pointers(program, X=op.a.buffer, OTHER=op.b.buffer, OUT=op.dst.buffer), "BIAS": "*fp32",
@@ -122,12 +122,12 @@ class Combine:
         flags = {"WITH_BIAS": op.vector >= 0, "WITH_OTHER": op.b.buffer >= 0, "CAPPED": op.cap > 0}
         self._rows, self._width = tile_of(op.width)
         constants = {"ROWS": self._rows, "WIDTH": self._width, **flags}
-        self._variant = Variant.of("elementwise.combine", types, constants)
+        self._variant = KernelVariant.of("elementwise.combine", types, constants)
 
-    def variants(self) -> Iterator[Variant]:
+    def variants(self) -> Iterator[KernelVariant]:
         yield self._variant
 
-    def run(self, step: Step) -> None:
+    def run(self, step: TritonStep) -> None:
         op = self._op
         x, out = step.view(op.a, op.width, op.late), step.view(op.dst, op.width, op.late)
         other = x if op.b.buffer < 0 else step.view(op.b, op.width, op.late)
@@ -142,7 +142,7 @@ class Combine:
 class Gate:
     """A gated activation."""
 
-    def __init__(self, op: Op, program: Program) -> None:
+    def __init__(self, op: TritonOp, program: TritonProgram) -> None:
         self._op = op
         types = {
             **_pointers(program, GATE=op.a.buffer, UP=op.b.buffer, OUT=op.dst.buffer),
@@ -150,12 +150,12 @@ class Gate:
         }
         self._rows, self._width = tile_of(op.width)
         constants = {"ROWS": self._rows, "WIDTH": self._width, "ACT": ACTIVATIONS[op.act]}
-        self._variant = Variant.of("gate.gate", types, constants)
+        self._variant = KernelVariant.of("gate.gate", types, constants)
 
-    def variants(self) -> Iterator[Variant]:
+    def variants(self) -> Iterator[KernelVariant]:
         yield self._variant
 
-    def run(self, step: Step) -> None:
+    def run(self, step: TritonStep) -> None:
         op = self._op
         gate, up, out = (step.view(v, op.width, op.late) for v in (op.a, op.b, op.dst))
         arguments = {
@@ -168,7 +168,7 @@ class Gate:
 class Rotate:
     """Rotary embedding of queries, in place."""
 
-    def __init__(self, op: Op, program: Program) -> None:
+    def __init__(self, op: TritonOp, program: TritonProgram) -> None:
         self._op = op
         rotated = 2 * program.ropes[op.index].count
         types = {
@@ -181,12 +181,12 @@ class Rotate:
             "HEAD": op.width // op.groups, "ROTATED": rotated, "INTERLEAVED": op.neighbours, "ROWS": self._rows,
             "WIDTH": width,
         }  # fmt: skip
-        self._variant = Variant.of("rotary.rotate", types, constants)
+        self._variant = KernelVariant.of("rotary.rotate", types, constants)
 
-    def variants(self) -> Iterator[Variant]:
+    def variants(self) -> Iterator[KernelVariant]:
         yield self._variant
 
-    def run(self, step: Step) -> None:
+    def run(self, step: TritonStep) -> None:
         op = self._op
         x = step.view(op.dst, op.width, op.late)
         cos, sin = step.store.rope(op.index)
@@ -200,13 +200,13 @@ class Rotate:
 class Rows:
     """The rows whose logits are wanted."""
 
-    def __init__(self, op: Op, program: Program) -> None:
+    def __init__(self, op: TritonOp, program: TritonProgram) -> None:
         self._op = op
 
-    def variants(self) -> Iterator[Variant]:
+    def variants(self) -> Iterator[KernelVariant]:
         return iter(())
 
-    def run(self, step: Step) -> None:
+    def run(self, step: TritonStep) -> None:
         op = self._op
         out = step.view(op.dst, op.width, True)
         out.copy_(step.view(op.a, op.width, False).index_select(0, step.wanted))
@@ -215,13 +215,13 @@ class Rows:
 class Reduce:
     """The sum of a value over all cards, in place."""
 
-    def __init__(self, op: Op, program: Program) -> None:
+    def __init__(self, op: TritonOp, program: TritonProgram) -> None:
         self._op = op
 
-    def variants(self) -> Iterator[Variant]:
+    def variants(self) -> Iterator[KernelVariant]:
         return iter(())
 
-    def run(self, step: Step) -> None:
+    def run(self, step: TritonStep) -> None:
         step.reduce(step.view(self._op.dst, self._op.width, self._op.late))
 
 
@@ -230,18 +230,18 @@ _PLAIN: dict[str, Any] = {
 }  # fmt: skip
 
 
-def _form(matrix: Packed) -> dict[str, Any]:
+def _form(matrix: TritonMatrix) -> dict[str, Any]:
     return {"BITS": matrix.bits, "BLOCK": matrix.block, "OFFSET": matrix.offsets >= 0, "ZERO": matrix.zero}
 
 
-def _block_types(matrix: Packed) -> dict[str, str]:
+def _block_types(matrix: TritonMatrix) -> dict[str, str]:
     return {"QUANTS": "*u8", "SCALES": f"*{matrix.scale_number}", "OFFSETS": f"*{matrix.offset_number}"}
 
 
 class Embed:
     """Rows of the embedding."""
 
-    def __init__(self, op: Op, program: Program, arch: int) -> None:
+    def __init__(self, op: TritonOp, program: TritonProgram, arch: int) -> None:
         self._op, self._matrix = op, program.matrices[op.matrix]
         types = {
             "IDS": "*i64", **_pointers(program, OUT=op.dst.buffer), **_sizes("rows", "columns", "out_token"),
@@ -251,15 +251,15 @@ class Embed:
         tile = {"ROWS": self._rows, "WIDTH": self._width}
         if self._matrix.bits:
             types |= _block_types(self._matrix)
-            self._variant = Variant.of("embed.embed_blocks", types, {**tile, **_form(self._matrix)})
+            self._variant = KernelVariant.of("embed.embed_blocks", types, {**tile, **_form(self._matrix)})
         else:
             types["TABLE"] = f"*{program.number}"
-            self._variant = Variant.of("embed.embed", types, tile)
+            self._variant = KernelVariant.of("embed.embed", types, tile)
 
-    def variants(self) -> Iterator[Variant]:
+    def variants(self) -> Iterator[KernelVariant]:
         yield self._variant
 
-    def run(self, step: Step) -> None:
+    def run(self, step: TritonStep) -> None:
         op, out = self._op, step.view(self._op.dst, self._op.width, False)
         arguments = {
             "IDS": step.ids, "OUT": out, "rows": len(out), "columns": op.width, "factor": op.scale,
@@ -268,12 +268,12 @@ class Embed:
         step.launch(self._variant, (pieces(len(out), self._rows), pieces(op.width, self._width)), arguments)
 
 
-class Linear:
+class LinearProduct:
     """A product with a matrix: in blocks by our kernels, plain ones by cuBLAS."""
 
-    def __init__(self, op: Op, program: Program, arch: int) -> None:
+    def __init__(self, op: TritonOp, program: TritonProgram, arch: int) -> None:
         self._op, self._matrix = op, program.matrices[op.matrix]
-        self._many: list[tuple[int, Variant]] = []
+        self._many: list[tuple[int, KernelVariant]] = []
         """(most rows, kernel), fewest first."""
         if not self._matrix.bits:
             return
@@ -282,19 +282,21 @@ class Linear:
         form, tiles = _form(self._matrix), linear_tiles(arch, program.number)
         for tile in tiles.many:
             constants = {"ROWS": tile.rows, "OUTPUTS": tile.outputs, "WIDTH": tile.width, **form}
-            variant = Variant.of("linear.multiply_many", types | _sizes("rows"), constants, tile.warps, tile.stages)
+            variant = KernelVariant.of(
+                "linear.multiply_many", types | _sizes("rows"), constants, tile.warps, tile.stages
+            )
             self._many.append((tile.rows, variant))
         few = tiles.few
-        self._few = Variant.of(
+        self._few = KernelVariant.of(
             "linear.multiply_few", types, {"OUTPUTS": few.outputs, "WIDTH": few.width, **form}, few.warps, few.stages
         )
 
-    def variants(self) -> Iterator[Variant]:
+    def variants(self) -> Iterator[KernelVariant]:
         if self._matrix.bits:
             yield self._few
             yield from (variant for _, variant in self._many)
 
-    def run(self, step: Step) -> None:
+    def run(self, step: TritonStep) -> None:
         op, matrix = self._op, self._matrix
         x = step.view(op.a, matrix.columns, op.late)
         out = step.view(op.dst, matrix.rows, op.late)
@@ -318,30 +320,30 @@ class Linear:
 class LinearFloat8:
     """A product with a matrix in float8; of several rows the activations are rounded to it first."""
 
-    def __init__(self, op: Op, program: Program, arch: int) -> None:
+    def __init__(self, op: TritonOp, program: TritonProgram, arch: int) -> None:
         self._op, self._matrix = op, program.matrices[op.matrix]
         x, out = (f"*{number_of(program, view.buffer)}" for view in (op.a, op.dst))
         types = {"QUANTS": "*fp8e4nv", "SCALES": "*fp32", "OUT": out, **_sizes("outputs", "blocks", "out_token")}
         rounded = {"CODES": "*fp8e4nv", "ROW_SCALES": "*fp32", **_sizes("codes_token")}
-        self._many: list[tuple[int, Variant]] = []
+        self._many: list[tuple[int, KernelVariant]] = []
         """(most rows, kernel), fewest first."""
         tiles = float8_tiles(arch)
         for tile in tiles.many:
             constants = {"ROWS": tile.rows, "OUTPUTS": tile.outputs, "WIDTH": tile.width}
             many = {**types, **rounded, **_sizes("rows")}
-            variant = Variant.of("linear.multiply_many_float8", many, constants, tile.warps, tile.stages)
+            variant = KernelVariant.of("linear.multiply_many_float8", many, constants, tile.warps, tile.stages)
             self._many.append((tile.rows, variant))
         given = {"X": x, **_sizes("x_token")}
         few = tiles.few
         constants = {"OUTPUTS": few.outputs, "WIDTH": few.width}
-        self._few = Variant.of("linear.multiply_few_float8", {**types, **given}, constants, few.warps, few.stages)
-        self._round = Variant.of("linear.round_rows", {**given, **rounded, **_sizes("blocks")}, {"WIDTH": WIDTH})
+        self._few = KernelVariant.of("linear.multiply_few_float8", {**types, **given}, constants, few.warps, few.stages)
+        self._round = KernelVariant.of("linear.round_rows", {**given, **rounded, **_sizes("blocks")}, {"WIDTH": WIDTH})
 
-    def variants(self) -> Iterator[Variant]:
+    def variants(self) -> Iterator[KernelVariant]:
         yield from (self._few, self._round)
         yield from (variant for _, variant in self._many)
 
-    def run(self, step: Step) -> None:
+    def run(self, step: TritonStep) -> None:
         op, matrix, store = self._op, self._matrix, step.store
         x = step.view(op.a, matrix.columns, op.late)
         out = step.view(op.dst, matrix.rows, op.late)
@@ -362,20 +364,20 @@ class LinearFloat8:
         step.launch(variant, grid, {**arguments, **rounded, "rows": rows})
 
 
-def _matrix_kind(op: Op, program: Program, arch: int) -> Callable[[Op, Program, int], Operator]:
+def _matrix_kind(op: TritonOp, program: TritonProgram, arch: int) -> Callable[[TritonOp, TritonProgram, int], Operator]:
     """What makes the operator of a matrix."""
     if op.kind == "embed":
         return Embed
     if program.matrices[op.matrix].float8:
         return LinearFloat8
-    return Linear if arch in (INTERPRETER, *TENSOR_CORES) else Unpacking
+    return LinearProduct if arch in (INTERPRETER, *TENSOR_CORES) else Unpacking
 
 
-class Unpacking(Linear):
+class Unpacking(LinearProduct):
     """The same where our kernels have no tensor cores and cuBLAS has (sm_70): for many rows, matrices in blocks are
     unpacked piece by piece, which costs one pass over their numbers, and multiplied by cuBLAS."""
 
-    def __init__(self, op: Op, program: Program, arch: int) -> None:
+    def __init__(self, op: TritonOp, program: TritonProgram, arch: int) -> None:
         super().__init__(op, program, arch)
         self._number = program.number
         matrix = self._matrix
@@ -387,14 +389,14 @@ class Unpacking(Linear):
         }  # fmt: skip
         self._rows, self._width = tile_of(matrix.columns)
         tile = {"ROWS": self._rows, "WIDTH": self._width}
-        self._unpack = Variant.of("embed.embed_blocks", types, {**tile, **_form(matrix)})
+        self._unpack = KernelVariant.of("embed.embed_blocks", types, {**tile, **_form(matrix)})
 
-    def variants(self) -> Iterator[Variant]:
+    def variants(self) -> Iterator[KernelVariant]:
         yield from super().variants()
         if self._matrix.bits:
             yield self._unpack
 
-    def run(self, step: Step) -> None:
+    def run(self, step: TritonStep) -> None:
         op, matrix = self._op, self._matrix
         x = step.view(op.a, matrix.columns, op.late)
         if not matrix.bits or len(x) <= UNPACKED_FROM:
@@ -419,7 +421,7 @@ PIECE = 4096
 """Rows of a matrix that are unpacked at once."""
 
 
-def all_variants(found: Sequence[Operator]) -> list[Variant]:
+def all_variants(found: Sequence[Operator]) -> list[KernelVariant]:
     """Each once, in the order in which operators first have them."""
     return list(dict.fromkeys(v for operator in found for v in operator.variants()))
 

@@ -32,7 +32,7 @@ FLOAT8_COLUMNS = 16
 
 
 @dataclass(frozen=True)
-class Packed:
+class TritonMatrix:
     """A matrix; places are bytes in the file of weights, -1 where there is no such part."""
 
     bits: int
@@ -81,7 +81,7 @@ def write_array(file: BinaryIO, array: Array) -> int:
 
 def write_matrix(
     file: BinaryIO, weight: Weight, number: str, *, rounded: Rounded = "", name: str = "a matrix"
-) -> Packed:
+) -> TritonMatrix:
     """Append a matrix to the file.
 
     Args:
@@ -98,11 +98,11 @@ def write_matrix(
             return _write_blocks(file, to_int8(weight, _group(columns)))
         if rounded == "fp8" and roundable(weight, rounded):
             codes, scales, *_ = to_float8(weight).load()
-            return Packed(
+            return TritonMatrix(
                 8, rows, columns, write_array(file, codes), FLOAT8_COLUMNS, scales=write_array(file, scales),
                 scale_number="fp32", float8=True,
             )  # fmt: skip
-        return Packed(0, rows, columns, write_array(file, narrowed(weight, number, name)))
+        return TritonMatrix(0, rows, columns, write_array(file, narrowed(weight, number, name)))
     return _write_blocks(file, weight)
 
 
@@ -141,7 +141,7 @@ def narrowed(weight: Dense, number: str, name: str) -> Array:
     return narrow
 
 
-def _write_blocks(file: BinaryIO, weight: Blocked) -> Packed:
+def _write_blocks(file: BinaryIO, weight: Blocked) -> TritonMatrix:
     parts = weight.load()
     rows, columns = weight.shape
     centre = CENTRES[weight.dtype]
@@ -160,7 +160,7 @@ def _write_blocks(file: BinaryIO, weight: Blocked) -> Packed:
     offsets_at = -1 if minimums is None else write_array(file, minimums)
     names = {np.dtype(np.float16): "fp16", np.dtype(np.float32): "fp32"}
     offset_number = "fp16" if minimums is None else names[minimums.dtype]
-    return Packed(
+    return TritonMatrix(
         4 if four else 8, rows, columns, at, weight.block, zero, scales_at, offsets_at, names[scales.dtype],
         offset_number,
     )  # fmt: skip

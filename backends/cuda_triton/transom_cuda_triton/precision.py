@@ -38,7 +38,7 @@ LONG: dict[str, str] = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"
 
 
 @dataclass(frozen=True)
-class Precision:
+class TritonPrecision:
     """A resolved choice."""
 
     number: Number
@@ -60,7 +60,7 @@ class Precision:
         return f"{weights}{name} activations and cache, float32 sums"
 
 
-def resolve(options: Options, arch: int, matrices: Iterable[Weight], *, interpreted: bool = False) -> Precision:
+def resolve(options: Options, arch: int, matrices: Iterable[Weight], *, interpreted: bool = False) -> TritonPrecision:
     """The precision for these options.
 
     Args:
@@ -77,15 +77,15 @@ def resolve(options: Options, arch: int, matrices: Iterable[Weight], *, interpre
     if asked not in NAMES:
         raise OptionError(f"precision={asked!r} is unknown", f"It is one of {', '.join(NAMES)}")
     if asked in ("exact", "f32"):
-        return Precision("fp32")
+        return TritonPrecision("fp32")
     if asked == "f16":
-        return Precision("fp16")
+        return TritonPrecision("fp16")
     if asked == "bf16":
         if interpreted:
             raise OptionError("Triton's interpreter computes bfloat16 wrongly", "Use precision='exact' or 'f16'")
         if arch < 80:
             raise OptionError(f"precision='bf16' needs sm_80 or newer, and this is sm_{arch}", "Use precision='f16'")
-        return Precision("bf16")
+        return TritonPrecision("bf16")
     if asked == "fp8" and arch < 89 and not interpreted:
         raise OptionError(
             f"precision='fp8' needs tensor cores for float8, of sm_89 or newer, and this is sm_{arch}",
@@ -98,7 +98,7 @@ def resolve(options: Options, arch: int, matrices: Iterable[Weight], *, interpre
             "Quantise it first, or use precision='int8'",
         )
     rounded: Rounded = "int8" if asked == "int8" else "fp8" if asked == "fp8" else ""
-    return Precision(_number(arch, known, interpreted), rounded)
+    return TritonPrecision(_number(arch, known, interpreted), rounded)
 
 
 def _number(arch: int, matrices: list[Weight], interpreted: bool) -> Number:

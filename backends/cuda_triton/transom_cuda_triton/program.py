@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from transom.programs.written import NOWHERE, AttentionLayer, RopeTable, View, from_json, operator, to_json
-from transom_cuda_triton.packing import Packed
+from transom_cuda_triton.packing import TritonMatrix
 
 KINDS = ("embed", "norm", "linear", "combine", "gate", "rotate", "attend", "rows", "reduce")
 
 
 @dataclass(frozen=True)
-class Op:
+class TritonOp:
     """One operator. Rows are the step's tokens, and after `rows` those whose logits are wanted."""
 
     kind: str
@@ -46,11 +46,11 @@ class Op:
 
 
 @dataclass(frozen=True)
-class Program:
+class TritonProgram:
     number: str
     """Of activations and cache: Triton's name."""
-    ops: tuple[Op, ...]
-    matrices: tuple[Packed, ...]
+    ops: tuple[TritonOp, ...]
+    matrices: tuple[TritonMatrix, ...]
     ropes: tuple[RopeTable, ...]
     layers: tuple[AttentionLayer, ...]
     buffers: tuple[int, ...]
@@ -67,17 +67,17 @@ class Program:
         return to_json(self)
 
     @classmethod
-    def from_json(cls, text: str) -> Program:
+    def from_json(cls, text: str) -> TritonProgram:
         """Raises ValueError, KeyError or TypeError for a text that is no program."""
         parts: dict[str, Callable[[Any], Any]] = {
-            "ops": _op, "matrices": lambda raw: Packed(**raw), "ropes": lambda raw: RopeTable(**raw),
+            "ops": _op, "matrices": lambda raw: TritonMatrix(**raw), "ropes": lambda raw: RopeTable(**raw),
             "layers": lambda raw: AttentionLayer(**raw), "buffers": int,
         }  # fmt: skip
         return from_json(cls, text, parts)
 
 
-def _op(raw: dict[str, Any]) -> Op:
-    op = operator(Op, raw)
+def _op(raw: dict[str, Any]) -> TritonOp:
+    op = operator(TritonOp, raw)
     if op.kind not in KINDS:
         raise ValueError(f"no operator is called {op.kind!r}")
     return op

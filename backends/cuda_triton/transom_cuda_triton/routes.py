@@ -20,14 +20,14 @@ from transom.ops.sparse_routing import COLUMN_ROWS
 from transom.sessions.steps import BLOCK, CHUNK, Array
 from transom.sparsity import Sparsity
 from transom_cuda_triton.cache import node_bytes
-from transom_cuda_triton.program import Program
+from transom_cuda_triton.program import TritonProgram
 from transom_cuda_triton.routing import Routing, Rule, Shape, coverages, splits_of
 from transom_cuda_triton.store import TORCH
 from transom_cuda_triton.tiles import INTERPRETER, TENSOR_CORES
-from transom_cuda_triton.variants import Variant
+from transom_cuda_triton.variants import KernelVariant
 
 if TYPE_CHECKING:
-    from transom_cuda_triton.step import Part, Planned, Step
+    from transom_cuda_triton.step import Planned, StepPart, TritonStep
 
 UNITS = (16,)
 """Keys in a unit that the kernels are compiled for, beside that of the policy a model was loaded with."""
@@ -88,7 +88,7 @@ class Lists:
         }  # fmt: skip
 
 
-def routings(program: Program, unit: int, arch: int) -> list[Routing]:
+def routings(program: TritonProgram, unit: int, arch: int) -> list[Routing]:
     """Of each layer."""
     plain = arch not in (INTERPRETER, *TENSOR_CORES)
     return [
@@ -100,13 +100,13 @@ def routings(program: Program, unit: int, arch: int) -> list[Routing]:
     ]  # fmt: skip
 
 
-def units_of(program: Program) -> list[int]:
+def units_of(program: TritonProgram) -> list[int]:
     """The units that a program's kernels are compiled for."""
     own = Sparsity.from_string(program.sparsity)
     return sorted({*UNITS, *(() if own.dense else (own.unit,))})
 
 
-def routing_variants(program: Program, arch: int) -> list[Variant]:
+def routing_variants(program: TritonProgram, arch: int) -> list[KernelVariant]:
     """All that routing may launch."""
     found = (v for unit in units_of(program) for routing in routings(program, unit, arch) for v in routing.variants())
     return list(dict.fromkeys(found))
@@ -121,7 +121,7 @@ class Routes:
     """
 
     def __init__(
-        self, program: Program, slots: int, context: int, device: torch.device, *, arch: int, processors: int
+        self, program: TritonProgram, slots: int, context: int, device: torch.device, *, arch: int, processors: int
     ) -> None:
         self._program, self._device, self.slots, self.processors = program, device, slots, processors
         self._most_pages = -(-context // BLOCK)
@@ -175,7 +175,7 @@ class Routes:
         return ""
 
     # steps ------------------------------------------------------------------------------------------------------------
-    def of(self, step: Step, planned: Planned, routed: RoutedStep, remembered: int = 0) -> RoutingStep:
+    def of(self, step: TritonStep, planned: Planned, routed: RoutedStep, remembered: int = 0) -> RoutingStep:
         """The routing of a step. Changes nothing that the host knows: `done` does, once the step has run.
 
         Args:
@@ -310,7 +310,7 @@ class RoutingStep:
         """The step begins."""
         self._flag.zero_()
 
-    def lists(self, step: Step, part: Part, layer: int, q: torch.Tensor) -> Lists:
+    def lists(self, step: TritonStep, part: StepPart, layer: int, q: torch.Tensor) -> Lists:
         """What a part's query blocks read in a layer, once its new keys are in the cache."""
         routes, index = self._routes, next(i for i, p in enumerate(step.parts) if p is part)
         asked, cache = self.asked[index], step.caches[layer]
@@ -340,7 +340,7 @@ class RoutingStep:
         )  # fmt: skip
         return Lists(chosen)
 
-    def _counters(self, step: Step, index: int) -> torch.Tensor:
+    def _counters(self, step: TritonStep, index: int) -> torch.Tensor:
         found = self._counts[index]
         if found is None:
             layers = step.program.layers
@@ -354,7 +354,7 @@ class RoutingStep:
         """Whether all scores were numbers."""
         return not bool(self._flag.item())
 
-    def counts(self, step: Step) -> list[Array]:
+    def counts(self, step: TritonStep) -> list[Array]:
         """For each part of the step, int32 [layers, 2, blocks, most kv_heads]: keys read and keys seen."""
         found = []
         layers = step.program.layers

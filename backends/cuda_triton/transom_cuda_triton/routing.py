@@ -15,7 +15,7 @@ from typing import Any
 from transom.ops.sparse_routing import BLOCK, COLUMN_ROWS, DENSE_ABOVE
 from transom.sparsity import LayerSparsity, Sparsity
 from transom_cuda_triton.tiles import parts
-from transom_cuda_triton.variants import Launcher, Variant
+from transom_cuda_triton.variants import KernelVariant, Launcher
 
 NODE = 8
 MOST_COLUMNS = 64
@@ -148,7 +148,7 @@ class Routing:
         }  # fmt: skip
 
     # kernels ----------------------------------------------------------------------------------------------------------
-    def variants(self) -> list[Variant]:
+    def variants(self) -> list[KernelVariant]:
         """All that `run` may launch."""
         steps = [step for decoding in (False, True) for step in self._scores(decoding).values()]
         return list(dict.fromkeys([*self._columns().values(), self._remember(), *steps, self._choose()]))
@@ -178,7 +178,7 @@ class Routing:
         remembered = arrays["REMEMBERED"].shape[0]
         values = {**arrays, **self._numbers(arrays, rule, splits, column_splits)}
 
-        def start(variant: Variant, *grid: int) -> None:
+        def start(variant: KernelVariant, *grid: int) -> None:
             launch(variant, grid, {name: values[name] for name, _ in variant.types})
 
         if choosers and rule.most_columns:
@@ -233,13 +233,13 @@ class Routing:
 
     def _variant(
         self, kernel: str, arguments: str, constants: Mapping[str, Any], warps: int = 4, stages: int = 2
-    ) -> Variant:
+    ) -> KernelVariant:
         """A kernel with the names of its arguments that are no constants."""
         own, names = dict(constants), arguments.split()
         if "SINKS" in names and not self.with_sinks:
             names.remove("SINKS")
             own["SINKS"] = None
-        return Variant.of(kernel, {name: self._type(name) for name in names}, own, warps, stages)
+        return KernelVariant.of(kernel, {name: self._type(name) for name in names}, own, warps, stages)
 
     def _type(self, name: str) -> str:
         if name in _FLOATS:
@@ -265,7 +265,7 @@ class Routing:
     def _capped(self) -> dict[str, Any]:
         return {"CAPPED": self.softcap > 0, "WINDOWED": self.window > 0}
 
-    def _columns(self) -> dict[str, Variant]:
+    def _columns(self) -> dict[str, KernelVariant]:
         windowed = {"WINDOWED": self.window > 0}
         rows = {"ROWS": self._column_rows}
         merged = {"GROUP": self.group, "SPLITS": SPLITS, "WITH_SINKS": self.with_sinks, **rows, **windowed}
@@ -281,11 +281,11 @@ class Routing:
             "patch_nodes": self._variant("nodes.patch_nodes", _PATCH_NODES, head, 4),
         }
 
-    def _remember(self) -> Variant:
+    def _remember(self) -> KernelVariant:
         width = {"WIDTH": self.kv_heads * self.group * self.head_dim}
         return self._variant("remember.remember", "Q RING REMEMBERED q_token", width, 4)
 
-    def _scores(self, decoding: bool) -> dict[str, Variant]:
+    def _scores(self, decoding: bool) -> dict[str, KernelVariant]:
         rows = {"ROWS": self._rows(decoding)}
         head = {**self._head, **self._halves} if self.plain else self._head
         masses = {**head, **self._capped, **rows, "UNIT": self.unit, "KEPT": decoding}
@@ -299,7 +299,7 @@ class Routing:
             "score_units": self._variant("scores.score_units", _SCORE_UNITS, masses, *cut),
         }
 
-    def _choose(self) -> Variant:
+    def _choose(self) -> KernelVariant:
         constants = {"UNIT": self.unit, "WIDTH": UNIT_WIDTH, "WINDOWED": self.window > 0}
         return self._variant("choose.choose_units", _CHOOSE_UNITS, constants, 8)
 

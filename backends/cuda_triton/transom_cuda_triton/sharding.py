@@ -13,8 +13,8 @@ from dataclasses import replace
 import numpy as np
 
 from transom.graph.weights import BlockedArrays, Dense, Weight, take_rows
-from transom.programs.drafting import Draft, Drafting, Value
 from transom.programs.fusing import makers_of
+from transom.programs.reading import GraphReader, Op, Value
 from transom.sparsity import Sparsity
 
 COLUMNS = 16
@@ -25,13 +25,13 @@ class CannotShare(Exception):
     """The decoder cannot be cut into so many parts; the message says why."""
 
 
-def shard(drafting: Drafting, ranks: int, rank: int) -> None:
+def shard(reader: GraphReader, ranks: int, rank: int) -> None:
     """Cut a drafted decoder down to one card's share, in place. Its sparsity policy stays that of the whole model.
 
     Raises:
         CannotShare: heads, columns or blocks cannot be cut into so many parts.
     """
-    _Sharding(drafting, ranks, rank).run()
+    _Sharding(reader, ranks, rank).run()
 
 
 def sparsity_of(policy: Sparsity, heads: Sequence[int], ranks: int, rank: int) -> Sparsity:
@@ -46,30 +46,30 @@ def sparsity_of(policy: Sparsity, heads: Sequence[int], ranks: int, rank: int) -
 
 
 class _Sharding:
-    def __init__(self, drafting: Drafting, ranks: int, rank: int) -> None:
-        self._drafting, self._ranks, self._rank = drafting, ranks, rank
-        self._makers = makers_of(drafting.drafts)
+    def __init__(self, reader: GraphReader, ranks: int, rank: int) -> None:
+        self._drafting, self._ranks, self._rank = reader, ranks, rank
+        self._makers = makers_of(reader.ops)
         self._split: dict[int, Value] = {}
         """Values of which each card has its share of columns."""
 
     def run(self) -> None:
-        drafting = self._drafting
-        for draft in drafting.drafts:
-            if draft.kind == "attend":
-                self._check_heads(draft.index)
-                for value in draft.inputs:
+        reader = self._drafting
+        for op in reader.ops:
+            if op.kind == "attend":
+                self._check_heads(op.index)
+                for value in op.inputs:
                     self._need(value)
-                self._split[id(draft.dst)] = draft.dst
-            elif draft.kind == "glu" and all(self._can_cut(v) for v in draft.inputs):
-                for value in draft.inputs:
+                self._split[id(op.dst)] = op.dst
+            elif op.kind == "glu" and all(self._can_cut(v) for v in op.inputs):
+                for value in op.inputs:
                     self._need(value)
-                self._split[id(draft.dst)] = draft.dst
-        found: list[Draft] = []
-        for draft in drafting.drafts:
-            found += self._cut(draft)
+                self._split[id(op.dst)] = op.dst
+        found: list[Op] = []
+        for op in reader.ops:
+            found += self._cut(op)
         for value in self._split.values():
             value.width //= self._ranks
-        drafting.drafts = found
+        reader.ops = found
         self._cut_layers()
 
     def _check_heads(self, layer: int) -> None:
@@ -100,46 +100,46 @@ class _Sharding:
             for source in maker.inputs:
                 self._need(source)
 
-    def _cut(self, draft: Draft) -> list[Draft]:
-        out, ranks = id(draft.dst) in self._split, self._ranks
-        if draft.kind == "linear":
-            assert draft.weight is not None
-            inside = id(draft.inputs[0]) in self._split
+    def _cut(self, op: Op) -> list[Op]:
+        out, ranks = id(op.dst) in self._split, self._ranks
+        if op.kind == "linear":
+            assert op.weight is not None
+            inside = id(op.inputs[0]) in self._split
             if out and inside:
                 raise CannotShare("a product between two values that are shared")
             if out:
-                rows = draft.dst.width // ranks
-                draft.weight = take_rows(draft.weight, slice(self._rank * rows, (self._rank + 1) * rows))
-                draft.width, draft.key = rows, 0
+                rows = op.dst.width // ranks
+                op.weight = take_rows(op.weight, slice(self._rank * rows, (self._rank + 1) * rows))
+                op.width, op.key = rows, 0
             elif inside:
-                columns = draft.inputs[0].width // ranks
-                draft.weight = take_columns(draft.weight, self._rank * columns, (self._rank + 1) * columns)
-                draft.key = 0
-                partial = Value(draft.dst.width)
-                total = Draft("reduce", draft.dst, [partial], width=draft.dst.width)
-                draft.dst = partial
-                return [draft, total]
-            return [draft]
+                columns = op.inputs[0].width // ranks
+                op.weight = take_columns(op.weight, self._rank * columns, (self._rank + 1) * columns)
+                op.key = 0
+                partial = Value(op.dst.width)
+                total = Op("reduce", op.dst, [partial], width=op.dst.width)
+                op.dst = partial
+                return [op, total]
+            return [op]
         if not out:
-            if draft.kind != "rows" and any(id(v) in self._split for v in draft.inputs):
-                raise CannotShare(f"the operator {draft.kind} needs all columns of a value that is shared")
-            return [draft]
-        if draft.kind == "bias" and draft.vector is not None:
-            own = draft.dst.width // ranks
-            draft.vector = draft.vector[self._rank * own : (self._rank + 1) * own]
-        if draft.kind in ("norm", "rope"):
-            draft.groups //= ranks
-        draft.width = draft.dst.width // ranks
-        return [draft]
+            if op.kind != "rows" and any(id(v) in self._split for v in op.inputs):
+                raise CannotShare(f"the operator {op.kind} needs all columns of a value that is shared")
+            return [op]
+        if op.kind == "bias" and op.vector is not None:
+            own = op.dst.width // ranks
+            op.vector = op.vector[self._rank * own : (self._rank + 1) * own]
+        if op.kind in ("norm", "rope"):
+            op.groups //= ranks
+        op.width = op.dst.width // ranks
+        return [op]
 
     def _cut_layers(self) -> None:
-        drafting, ranks = self._drafting, self._ranks
-        decoder = drafting.decoder
-        for i, (scale, softcap, sinks) in drafting.layers.items():
+        reader, ranks = self._drafting, self._ranks
+        decoder = reader.decoder
+        for i, (scale, softcap, sinks) in reader.layers.items():
             if sinks is not None:
-                drafting.layers[i] = scale, softcap, np.split(sinks, ranks)[self._rank]
+                reader.layers[i] = scale, softcap, np.split(sinks, ranks)[self._rank]
         layers = [replace(x, q_heads=x.q_heads // ranks, kv_heads=x.kv_heads // ranks) for x in decoder.layers]
-        drafting.decoder = replace(decoder, layers=tuple(layers))
+        reader.decoder = replace(decoder, layers=tuple(layers))
 
 
 def take_columns(weight: Weight, begin: int, end: int) -> Weight:

@@ -11,8 +11,8 @@ import torch
 
 from transom.programs.written import View
 from transom.sessions.steps import BLOCK, CHUNK
-from transom_cuda_triton.cache import LayerCache
-from transom_cuda_triton.program import Program
+from transom_cuda_triton.cache import LayerPages
+from transom_cuda_triton.program import TritonProgram
 from transom_cuda_triton.store import TORCH, Store
 from transom_cuda_triton.variants import Launcher
 
@@ -26,7 +26,7 @@ ALIGNED = 64
 class Workspace:
     """Buffers of a program for so many rows."""
 
-    def __init__(self, program: Program, tokens: int, wanted: int, device: torch.device) -> None:
+    def __init__(self, program: TritonProgram, tokens: int, wanted: int, device: torch.device) -> None:
         self.tokens, self.wanted = tokens, wanted
         late = {op.dst.buffer for op in program.ops if op.late}
         early = {v.buffer for op in program.ops if not op.late for v in (op.dst, op.a, op.b, op.c)}
@@ -38,7 +38,7 @@ class Workspace:
             self.buffers.append(torch.zeros((rows, padded), dtype=number, device=device))
 
     @staticmethod
-    def nbytes(program: Program, tokens: int, wanted: int) -> int:
+    def nbytes(program: TritonProgram, tokens: int, wanted: int) -> int:
         """Bytes that it takes, at most."""
         size = TORCH[program.number].itemsize
         wide = -(-program.buffers[program.output] // ALIGNED) * ALIGNED * 4 * wanted
@@ -47,7 +47,7 @@ class Workspace:
 
 
 @dataclass
-class Part:
+class StepPart:
     """Query blocks of a step that one attention kernel takes: those of prompts, or single queries."""
 
     blocks: torch.Tensor
@@ -59,10 +59,10 @@ class Part:
 
 
 @dataclass
-class Step:
+class TritonStep:
     """What operators are launched with."""
 
-    program: Program
+    program: TritonProgram
     store: Store
     launch: Launcher
     workspace: Workspace
@@ -78,8 +78,8 @@ class Step:
     """PAGES, int32 [sequences, most_pages]."""
     appended: torch.Tensor
     """BLOCKS of new tokens by the page that they go into, int32 [count, 4]."""
-    parts: list[Part]
-    caches: Sequence[LayerCache]
+    parts: list[StepPart]
+    caches: Sequence[LayerPages]
     reduce: Callable[[torch.Tensor], None]
     """Puts the sum over all cards in place of a tensor."""
     routing: RoutingStep | None = None

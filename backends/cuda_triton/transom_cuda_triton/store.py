@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from transom.errors import EngineError
-from transom_cuda_triton.packing import ALIGNMENT, Packed
-from transom_cuda_triton.program import Program
+from transom_cuda_triton.packing import ALIGNMENT, TritonMatrix
+from transom_cuda_triton.program import TritonProgram
 
 TORCH: dict[str, torch.dtype] = {
     "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "u8": torch.uint8,
@@ -30,7 +30,7 @@ class Store:
         EngineError: the file is not the program's, or the device has no room for it.
     """
 
-    def __init__(self, program: Program, weights: Path, device: torch.device, context: int) -> None:
+    def __init__(self, program: TritonProgram, weights: Path, device: torch.device, context: int) -> None:
         size = weights.stat().st_size
         if size != program.weight_bytes:
             raise EngineError(
@@ -53,7 +53,7 @@ class Store:
             raise EngineError("This compiled model is damaged", "Remove it with: transom cache clear")
         return self._bytes[at : at + size].view(TORCH[number])
 
-    def _tensors(self, m: Packed) -> dict[str, torch.Tensor]:
+    def _tensors(self, m: TritonMatrix) -> dict[str, torch.Tensor]:
         if not m.bits:
             return {"TABLE": self._take(m.at, m.rows * m.columns, self._program.number).view(m.rows, m.columns)}
         if m.block <= 0 or m.columns % m.block:

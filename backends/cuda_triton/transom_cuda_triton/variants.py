@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 
 @dataclass(frozen=True)
-class Variant:
+class KernelVariant:
     """One kernel as it is compiled for one architecture."""
 
     kernel: str
@@ -26,7 +26,7 @@ class Variant:
     @classmethod
     def of(
         cls, kernel: str, types: Mapping[str, str], constants: Mapping[str, Any], warps: int = 4, stages: int = 2
-    ) -> Variant:
+    ) -> KernelVariant:
         return cls(kernel, tuple(sorted(types.items())), tuple(sorted(constants.items())), warps, stages)
 
 
@@ -55,7 +55,7 @@ class Code:
 class Launcher(Protocol):
     """Starts kernels: compiled ones on a card, or Triton's interpreter."""
 
-    def __call__(self, variant: Variant, grid: tuple[int, ...], arguments: Mapping[str, Any]) -> None:
+    def __call__(self, variant: KernelVariant, grid: tuple[int, ...], arguments: Mapping[str, Any]) -> None:
         """Start a variant with every argument that is no constant, by name: tensors and numbers.
 
         Args:

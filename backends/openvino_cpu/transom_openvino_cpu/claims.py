@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from transom.contract import Device
     from transom.graph import Graph
-    from transom_openvino_cpu.precision import Precision
+    from transom_openvino_cpu.precision import CpuPrecision
 
 
 def paged(graph: Graph) -> bool:
@@ -24,7 +24,7 @@ def paged(graph: Graph) -> bool:
     return bool(nodes) and all(_no_paged_attention(graph, n) == "" for n in nodes)
 
 
-def claims(graph: Graph, precision: Precision, device: Device) -> Iterator[Claim]:
+def claims(graph: Graph, precision: CpuPrecision, device: Device) -> Iterator[Claim]:
     """One claim for each node, in order."""
     from transom_openvino_cpu.native.choosing import drafted
     from transom_openvino_cpu.precision import form_of

@@ -18,8 +18,8 @@ from transom_openvino_cpu import claims, names
 from transom_openvino_cpu.engine import openvino
 from transom_openvino_cpu.lowering import Stage, lower
 from transom_openvino_cpu.native.choosing import drafted, level_on, measures
-from transom_openvino_cpu.plan import Plan, StagePlan
-from transom_openvino_cpu.precision import GROUP, Form, Precision, dynamic_group, resolve
+from transom_openvino_cpu.plan import EnginePlan, StagePlan
+from transom_openvino_cpu.precision import GROUP, CpuPrecision, ProductForm, dynamic_group, resolve
 from transom_openvino_cpu.probing import requirements
 from transom_openvino_cpu.signal_stack import signal_stack_kept
 from transom_openvino_cpu.stages import has_wide_tables
@@ -27,7 +27,7 @@ from transom_openvino_cpu.stages import has_wide_tables
 if TYPE_CHECKING:
     from transom.graph import Graph
     from transom.graph.weights import Weight
-    from transom.programs.drafting import Drafting
+    from transom.programs.reading import GraphReader
 
 FRONTEND_FOLDER = "graph"
 
@@ -42,15 +42,15 @@ def compile_graph(graph: Graph, device: Device, options: Options, progress: Prog
         OptionError: the precision cannot be had on this CPU or for this checkpoint.
     """
     precision = resolve(options, device, matrices(graph), decoder=graph.decoder is not None)
-    drafting = drafted(graph, precision, device)
+    reader = drafted(graph, precision, device)
     with artifact_folder("transom-openvino-") as folder:
-        if isinstance(drafting, str):
+        if isinstance(reader, str):
             artifact = _by_openvino(graph, precision, device, options, folder, progress)
             if graph.decoder is not None:
-                note = f"OpenVINO's own kernels run this model, not the native ones: {drafting}"
+                note = f"OpenVINO's own kernels run this model, not the native ones: {reader}"
                 artifact = replace(artifact, notes=[*artifact.notes, note])
         else:
-            artifact = _native(graph, drafting, precision, device, folder, progress)
+            artifact = _native(graph, reader, precision, device, folder, progress)
             if measures(device):
                 artifact = _faster(artifact, graph, precision, device, options, folder, progress)
         return artifact
@@ -59,7 +59,7 @@ def compile_graph(graph: Graph, device: Device, options: Options, progress: Prog
 def _faster(
     native: Artifact,
     graph: Graph,
-    precision: Precision,
+    precision: CpuPrecision,
     device: Device,
     options: Options,
     folder: Path,
@@ -83,7 +83,7 @@ def _faster(
 
 
 def _by_openvino(
-    graph: Graph, precision: Precision, device: Device, options: Options, folder: Path, progress: Progress
+    graph: Graph, precision: CpuPrecision, device: Device, options: Options, folder: Path, progress: Progress
 ) -> Artifact:
     """The graph as OpenVINO compiles it."""
     progress("lower", 0.0)
@@ -99,35 +99,37 @@ def _by_openvino(
     assert plans is not None
     shutil.rmtree(folder / FRONTEND_FOLDER, ignore_errors=True)
     progress("compile", 1.0)
-    plan = Plan(tuple(plans), tuple(graph.input_names), tuple(graph.output_names), graph.decoder, claims.paged(graph))
+    plan = EnginePlan(
+        tuple(plans), tuple(graph.input_names), tuple(graph.output_names), graph.decoder, claims.paged(graph)
+    )
     files: dict[str, bytes | Path] = {p.file: small_as_bytes(folder / p.file) for p in plans}
     files[names.PLAN_FILE] = plan.to_json().encode()
     return Artifact(files, requirements(device), notes)
 
 
 def _native(
-    graph: Graph, drafting: Drafting, precision: Precision, device: Device, folder: Path, progress: Progress
+    graph: Graph, reader: GraphReader, precision: CpuPrecision, device: Device, folder: Path, progress: Progress
 ) -> Artifact:
     """The graph as a native program and its packed weights."""
     from transom_openvino_cpu.native import lowering
 
     with (folder / names.WEIGHTS_FILE).open("w+b") as file:
-        program = lowering.write(drafting, precision, file, lambda share: progress("compile", share))
+        program = lowering.write(reader, precision, file, lambda share: progress("compile", share))
     level = level_on(device)
     assert level is not None
-    plan = Plan((), tuple(graph.input_names), tuple(graph.output_names), graph.decoder, True, level)
+    plan = EnginePlan((), tuple(graph.input_names), tuple(graph.output_names), graph.decoder, True, level)
     files: dict[str, bytes | Path] = {
         names.PLAN_FILE: plan.to_json().encode(),
         names.PROGRAM_FILE: program.to_json().encode(),
         names.WEIGHTS_FILE: small_as_bytes(folder / names.WEIGHTS_FILE),
     }
     progress("compile", 1.0)
-    return Artifact(files, requirements(device), _native_notes(drafting, precision))
+    return Artifact(files, requirements(device), _native_notes(reader, precision))
 
 
-def _native_notes(drafting: Drafting, precision: Precision) -> list[str]:
+def _native_notes(reader: GraphReader, precision: CpuPrecision) -> list[str]:
     """As `_notes`, for a native program."""
-    products = [d for d in drafting.drafts if d.kind == "linear" and d.weight is not None]
+    products = [d for d in reader.ops if d.kind == "linear" and d.weight is not None]
     integers = [d for d in products if d.by == "int8"]
     if integers:
         inside = "int8 matrix products"
@@ -146,7 +148,7 @@ def _native_notes(drafting: Drafting, precision: Precision) -> list[str]:
 
 
 def _compile_all(
-    stages: list[Stage], precision: Precision, device: Device, options: Options, folder: Path, progress: Progress
+    stages: list[Stage], precision: CpuPrecision, device: Device, options: Options, folder: Path, progress: Progress
 ) -> list[StagePlan] | None:
     """Compile and export the stages, each let go when it is done; None when they must be cut in another way."""
     plans = []
@@ -181,7 +183,7 @@ def _through_frontend(graph: Graph, folder: Path) -> Stage:
     return Stage("body", "f32", model, graph.output_names)
 
 
-def _compile(stage: Stage, precision: Precision, device: Device, options: Options) -> tuple[Any, dict[str, str]]:
+def _compile(stage: Stage, precision: CpuPrecision, device: Device, options: Options) -> tuple[Any, dict[str, str]]:
     """The compiled stage, and the properties that it was compiled with and must be opened with."""
     group = dynamic_group(stage.forms) if precision.dynamic else 0
     config = {
@@ -218,10 +220,10 @@ def _last_line(error: RuntimeError) -> str:
     return lines[-1] if lines else type(error).__name__
 
 
-def _notes(precision: Precision, stages: Sequence[Stage]) -> list[str]:
+def _notes(precision: CpuPrecision, stages: Sequence[Stage]) -> list[str]:
     """What the user should know: in what numbers this computes, and which weights were rounded again."""
     notes = [f"precision: {precision.describe()}"]
-    forms: list[tuple[Weight, Form]] = [f for s in stages for f in s.forms]
+    forms: list[tuple[Weight, ProductForm]] = [f for s in stages for f in s.forms]
     rounded = [(w, f) for w, f in forms if f.kind == "int8"]
     if rounded:
         elements = sum(w.shape[0] * w.shape[-1] for w, _ in rounded)

@@ -15,7 +15,7 @@ from transom.errors import EngineError
 from transom.signature import Decoder
 from transom_openvino_cpu import names
 from transom_openvino_cpu.interrupts import held
-from transom_openvino_cpu.plan import Plan, StagePlan
+from transom_openvino_cpu.plan import EnginePlan, StagePlan
 from transom_openvino_cpu.signal_stack import signal_stack_kept
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -90,7 +90,7 @@ class _Stage:
         # The mapping is unmapped with the last of the views into it.
 
 
-class Engine:
+class OpenVinoEngine:
     """All stages of an artifact.
 
     Args:
@@ -98,7 +98,7 @@ class Engine:
         threads: processor threads to use; 0: the engine's choice.
     """
 
-    def __init__(self, plan: Plan, files: Mapping[str, Path], threads: int) -> None:
+    def __init__(self, plan: EnginePlan, files: Mapping[str, Path], threads: int) -> None:
         from transom_openvino_cpu.attention import Heads, reader
 
         ov = openvino()

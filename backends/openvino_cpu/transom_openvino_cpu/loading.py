@@ -11,11 +11,11 @@ import numpy as np
 from transom.authoring.opening import context_of, paths_of, reading_artifact, threads_of
 from transom.contract import Artifact, Device, Limits, Options, Session
 from transom_openvino_cpu import names
-from transom_openvino_cpu.plan import Plan
+from transom_openvino_cpu.plan import EnginePlan
 
 if TYPE_CHECKING:
     from transom.sessions.paged import PagedEngine
-    from transom_openvino_cpu.engine import Engine
+    from transom_openvino_cpu.engine import OpenVinoEngine
     from transom_openvino_cpu.native.engine import NativeEngine
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -34,16 +34,16 @@ def load_artifact(artifact: Artifact, device: Device, options: Options) -> Sessi
     """
     files = paths_of(artifact)
     with reading_artifact():
-        plan = Plan.from_json(files[names.PLAN_FILE].read_text())
+        plan = EnginePlan.from_json(files[names.PLAN_FILE].read_text())
     if plan.native and plan.decoder is not None:
-        from transom_openvino_cpu.sparse_session import SparseSession
+        from transom_openvino_cpu.sparse_session import NativeSession
 
         native = _native(plan, files, threads_of(options, device))
         context = context_of(options, plan.decoder.context)
-        return SparseSession(native, plan.decoder, context=context, pages=_pool_pages(native, device, context))
-    from transom_openvino_cpu.engine import Engine
+        return NativeSession(native, plan.decoder, context=context, pages=_pool_pages(native, device, context))
+    from transom_openvino_cpu.engine import OpenVinoEngine
 
-    engine = Engine(plan, files, threads_of(options, device))
+    engine = OpenVinoEngine(plan, files, threads_of(options, device))
     if not plan.paged or plan.decoder is None:
         return _plain(engine, plan, options)
     from transom.sessions.paged import PagedSession
@@ -53,13 +53,13 @@ def load_artifact(artifact: Artifact, device: Device, options: Options) -> Sessi
     return PagedSession(paged, plan.decoder, context=context, pages=_pool_pages(paged, device, context))
 
 
-def _native(plan: Plan, files: Mapping[str, Path], threads: int) -> NativeEngine:
+def _native(plan: EnginePlan, files: Mapping[str, Path], threads: int) -> NativeEngine:
     """The program of an artifact, opened."""
     from transom_openvino_cpu.native.engine import NativeEngine
-    from transom_openvino_cpu.native.program import Program
+    from transom_openvino_cpu.native.program import NativeProgram
 
     with reading_artifact():
-        program = Program.from_json(files[names.PROGRAM_FILE].read_text())
+        program = NativeProgram.from_json(files[names.PROGRAM_FILE].read_text())
         weights = files[names.WEIGHTS_FILE]
     return NativeEngine(program, weights, plan.native, threads)
 
@@ -74,7 +74,7 @@ def _pool_pages(engine: PagedEngine, device: Device, context: int) -> int:
     return max(one, min(int(free * CACHE_SHARE) // engine.page_bytes(), most))
 
 
-def _plain(engine: Engine, plan: Plan, options: Options) -> Session:
+def _plain(engine: OpenVinoEngine, plan: EnginePlan, options: Options) -> Session:
     """A graph that is run as it is: none of ours keeps its cache, the host's helper does where there is one."""
     from transom.sessions import PackedSession
 

@@ -13,7 +13,7 @@ from transom.graph.sparse import is_attention
 from transom.graph.weights import Blocked, Weight, concat_rows
 from transom_openvino_cpu.attention import Heads, PageInputs, paged_attention
 from transom_openvino_cpu.claims import paged
-from transom_openvino_cpu.precision import Form, Precision, form_of
+from transom_openvino_cpu.precision import CpuPrecision, ProductForm, form_of
 from transom_openvino_cpu.stages import Cut, cut
 
 if TYPE_CHECKING:
@@ -39,13 +39,13 @@ class Stage:
     model: Any
     """`openvino.Model`; its results are in the order of `outputs`."""
     outputs: list[str]
-    forms: list[tuple[Weight, Form]] = field(default_factory=list)
+    forms: list[tuple[Weight, ProductForm]] = field(default_factory=list)
     """The matrices of its products and how each is kept."""
     rotates: bool = False
     """Sines and cosines of positions are computed in it."""
 
 
-def lower(graph: Graph, precision: Precision, progress: Progress, *, tables_apart: bool) -> list[Stage]:
+def lower(graph: Graph, precision: CpuPrecision, progress: Progress, *, tables_apart: bool) -> list[Stage]:
     """The graph's stages, in the order in which they run."""
     cuts = cut(graph, precision, tables_apart=tables_apart)
     in_pages = paged(graph)
@@ -85,10 +85,10 @@ class StageWriter:
     """Writes one stage: nodes in order; weights and constants where a node asks for them."""
 
     def __init__(
-        self, graph: Graph, part: Cut, precision: Precision, known: Mapping[int, Boundary], in_pages: bool
+        self, graph: Graph, part: Cut, precision: CpuPrecision, known: Mapping[int, Boundary], in_pages: bool
     ) -> None:
         self.graph, self.part, self.precision = graph, part, precision
-        self.forms: list[tuple[Weight, Form]] = []
+        self.forms: list[tuple[Weight, ProductForm]] = []
         self._known = known
         self._values: dict[int, Node] = {}
         self._parameters: list[Node] = []
@@ -250,7 +250,7 @@ class StageWriter:
         if found is None:
             dynamic = self.precision.dynamic and self.part.name != "head" and str(node.name) not in self._heads
             block = weight.block if isinstance(weight, Blocked) else 0
-            form = form_of(weight, self.precision) if dynamic else Form("stored", block)
+            form = form_of(weight, self.precision) if dynamic else ProductForm("stored", block)
             if dynamic:
                 self.forms.append((weight, form))
             exact = self.part.hint == "f32" and form.kind == "stored"

@@ -24,7 +24,7 @@ MEMORY = 4
 """Times the size of the model that must be free: OpenVINO holds its weights, mostly in 8 bits, and what it exports."""
 
 
-class Times(NamedTuple):
+class RunTimes(NamedTuple):
     """Seconds for the prompt and for the answer."""
 
     prompt: float
@@ -64,7 +64,7 @@ def faster(native: Artifact, openvino: Artifact, device: Device, options: Option
     return replace(keep, notes=[*keep.notes, note])
 
 
-def times(artifact: Artifact, device: Device, options: Options) -> Times:
+def times(artifact: Artifact, device: Device, options: Options) -> RunTimes:
     """How long an artifact takes."""
     with tempfile.TemporaryDirectory() as folder:
         files = {}
@@ -79,7 +79,7 @@ def times(artifact: Artifact, device: Device, options: Options) -> Times:
             session.close()
 
 
-def _run(session: Session) -> Times:
+def _run(session: Session) -> RunTimes:
     answer = min(ANSWER, session.limits.context // 2)
     prompt = min(PROMPT, session.limits.context - answer)
     state = session.new_state()
@@ -90,6 +90,6 @@ def _run(session: Session) -> Times:
         read = time.perf_counter()
         for _ in range(answer):
             session.step([Work(state, [0])])
-        return Times(read - began, time.perf_counter() - read, (prompt, answer))
+        return RunTimes(read - began, time.perf_counter() - read, (prompt, answer))
     finally:
         state.free()

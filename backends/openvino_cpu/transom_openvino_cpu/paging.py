@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from transom_openvino_cpu import names
-from transom_openvino_cpu.engine import Engine
+from transom_openvino_cpu.engine import OpenVinoEngine
 from transom_openvino_cpu.page_memory import PageMemory
-from transom_openvino_cpu.plan import Plan
+from transom_openvino_cpu.plan import EnginePlan
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -24,7 +24,7 @@ class OpenVinoPages:
 
     page_tokens = names.PAGE_TOKENS
 
-    def __init__(self, engine: Engine, plan: Plan) -> None:
+    def __init__(self, engine: OpenVinoEngine, plan: EnginePlan) -> None:
         assert plan.decoder is not None
         self._engine, self._decoder = engine, plan.decoder
         self._element_bytes = engine.cache_element_bytes()

@@ -21,7 +21,7 @@ class StagePlan:
 
 
 @dataclass(frozen=True)
-class Plan:
+class EnginePlan:
     """How to run an artifact."""
 
     stages: tuple[StagePlan, ...]
@@ -39,7 +39,7 @@ class Plan:
         return json.dumps(raw, sort_keys=True)
 
     @classmethod
-    def from_json(cls, text: str) -> Plan:
+    def from_json(cls, text: str) -> EnginePlan:
         raw: dict[str, Any] = json.loads(text)
         stages = tuple(StagePlan(s["name"], s["file"], tuple(s["outputs"]), dict(s["config"])) for s in raw["stages"])
         decoder = None if raw["decoder"] is None else Decoder.from_json(raw["decoder"])

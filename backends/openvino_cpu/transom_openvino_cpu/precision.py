@@ -48,7 +48,7 @@ _VNNI = frozenset({"avx512_vnni", "avx_vnni"})
 
 
 @dataclass(frozen=True)
-class Precision:
+class CpuPrecision:
     """A resolved choice."""
 
     name: str
@@ -77,7 +77,7 @@ class Precision:
         return f"{wide}, {wide} cache"
 
 
-def resolve(options: Options, device: Device, matrices: Iterable[Weight], *, decoder: bool) -> Precision:
+def resolve(options: Options, device: Device, matrices: Iterable[Weight], *, decoder: bool) -> CpuPrecision:
     """The precision for these options on this device.
 
     Args:
@@ -92,26 +92,26 @@ def resolve(options: Options, device: Device, matrices: Iterable[Weight], *, dec
     wide: Hint = "bf16" if device.features & _BF16 else "f32"
     if asked == "auto":
         if not decoder:
-            return Precision("exact", "f32", False)
+            return CpuPrecision("exact", "f32", False)
         stored = _stored(matrices)
         if stored["blocked"] > stored["dense"]:
-            return Precision("int8", wide, True) if device.features & _VNNI else Precision("exact", "f32", False)
-        return Precision("bf16", "bf16", False) if wide == "bf16" else Precision("exact", "f32", False)
+            return CpuPrecision("int8", wide, True) if device.features & _VNNI else CpuPrecision("exact", "f32", False)
+        return CpuPrecision("bf16", "bf16", False) if wide == "bf16" else CpuPrecision("exact", "f32", False)
     if asked in ("exact", "f32"):
-        return Precision("exact", "f32", False)
+        return CpuPrecision("exact", "f32", False)
     if asked == "bf16":
         if wide != "bf16":
             raise OptionError(
                 "precision='bf16' needs a CPU with avx512_bf16 or amx_bf16, which this one lacks",
                 "Use precision='exact' or 'fast'",
             )
-        return Precision("bf16", "bf16", False)
+        return CpuPrecision("bf16", "bf16", False)
     if asked == "f16":
         if "avx512_fp16" not in device.features:
             raise OptionError(
                 "precision='f16' needs a CPU with avx512_fp16, which this one lacks", "Use precision='auto'"
             )
-        return Precision("f16", "f16", False)
+        return CpuPrecision("f16", "f16", False)
     if asked == "int4":
         stored = _stored(matrices)
         if not stored["4-bit"]:
@@ -119,8 +119,8 @@ def resolve(options: Options, device: Device, matrices: Iterable[Weight], *, dec
                 "precision='int4' keeps 4-bit weights as they are, and this checkpoint has none",
                 "Quantise it first, or use precision='int8'",
             )
-        return Precision("int4", wide, False)
-    return Precision("int8", wide, True, dense_to_int8=True)
+        return CpuPrecision("int4", wide, False)
+    return CpuPrecision("int8", wide, True, dense_to_int8=True)
 
 
 def _stored(matrices: Iterable[Weight]) -> Counter[str]:
@@ -144,7 +144,7 @@ def _in_integers(weight: Weight) -> TypeGuard[Blocked]:
 
 
 @dataclass(frozen=True)
-class Form:
+class ProductForm:
     """How one matrix is kept."""
 
     kind: Literal["stored", "int8"]
@@ -152,11 +152,11 @@ class Form:
     """Columns that share a scale; 0: none do."""
 
 
-def form_of(weight: Weight, precision: Precision) -> Form:
+def form_of(weight: Weight, precision: CpuPrecision) -> ProductForm:
     """How the matrix of a product is kept, so that what the precision promises comes true without loss where it can."""
     from transom.graph.weights import Blocked
 
-    stored = Form("stored", weight.block if isinstance(weight, Blocked) else 0)
+    stored = ProductForm("stored", weight.block if isinstance(weight, Blocked) else 0)
     if not precision.dynamic:
         return stored
     if _in_integers(weight):
@@ -166,10 +166,10 @@ def form_of(weight: Weight, precision: Precision) -> Form:
     elif not precision.dense_to_int8 or len(weight.shape) != 2:
         return stored
     columns = weight.shape[1]
-    return Form("int8", GROUP if columns % GROUP == 0 else 32 if columns % 32 == 0 else columns)
+    return ProductForm("int8", GROUP if columns % GROUP == 0 else 32 if columns % 32 == 0 else columns)
 
 
-def dynamic_group(forms: Iterable[tuple[Weight, Form]]) -> int:
+def dynamic_group(forms: Iterable[tuple[Weight, ProductForm]]) -> int:
     """The group in which activations are quantised: one for the whole model, that of most of its numbers.
 
     The engine silently leaves it out for matrices with smaller groups, so the smaller of two near-equals is taken.

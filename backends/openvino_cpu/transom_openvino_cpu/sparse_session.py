@@ -71,7 +71,7 @@ class SparseState(PagedState):
         self._free_route()
 
 
-class SparseSession(PagedSession):
+class NativeSession(PagedSession):
     """A `transom.contract.SparseSession`, and a `SavingSession`."""
 
     def __init__(self, engine: NativeEngine, decoder: Decoder, *, context: int, pages: int) -> None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from transom.graph import Graph
-    from transom_openvino_cpu.precision import Hint, Precision
+    from transom_openvino_cpu.precision import CpuPrecision, Hint
 
 Name = Literal["tables", "body", "head"]
 
@@ -36,7 +36,7 @@ class Cut:
     nodes: Sequence[ir.Node]
 
 
-def cut(graph: Graph, precision: Precision, *, tables_apart: bool) -> list[Cut]:
+def cut(graph: Graph, precision: CpuPrecision, *, tables_apart: bool) -> list[Cut]:
     """The stages of a graph; one where it is no decoder.
 
     Args:

@@ -12,7 +12,7 @@ import numpy as np
 
 from transom.graph.weights import UNPACKED, Array, Blocked, BlockedArrays, Dense, Weight
 from transom.quantize.rounding import to_int8
-from transom_openvino_cpu.precision import Form
+from transom_openvino_cpu.precision import ProductForm
 
 Node = Any
 """An `openvino.Node` or `openvino.Output`."""
@@ -47,7 +47,7 @@ def _packed(values: Array, *, signed: bool = False) -> Node:
     return op.constant(tensor)
 
 
-def matrix(weight: Weight, form: Form, *, exact: bool) -> Node:
+def matrix(weight: Weight, form: ProductForm, *, exact: bool) -> Node:
     """A weight [rows, columns] as a float32 node for `MatMul(x, ·, transpose_b=True)`.
 
     Args:

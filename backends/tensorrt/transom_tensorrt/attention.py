@@ -26,7 +26,7 @@ LEAST = -1e30
 
 
 @dataclass(frozen=True)
-class Layer:
+class LayerAttention:
     """What attention is in one layer."""
 
     cache: LayerCache
@@ -38,7 +38,7 @@ class Layer:
         """Positions that a query sees, of so many; 0: all."""
         return self.cache.sliding_window if self.cache.sliding_window < positions else 0
 
-    def of(self, heads: Sequence[int]) -> Layer:
+    def of(self, heads: Sequence[int]) -> LayerAttention:
         """The same with some of the KV heads."""
         group = self.cache.q_heads // self.cache.kv_heads
         sinks = None if self.sinks is None else np.asarray(self.sinks).reshape(-1, group)[list(heads)].reshape(-1)
@@ -99,7 +99,7 @@ class Fused:
 
 def attend(
     w: OnnxWriter,
-    layer: Layer,
+    layer: LayerAttention,
     q: ir.Value,
     keys: ir.Value,
     values: ir.Value,

@@ -19,7 +19,7 @@ from transom.errors import EngineError
 from transom.quantize.rounding import LARGEST_FLOAT8
 from transom_tensorrt import inspecting
 from transom_tensorrt.attention import Fused
-from transom_tensorrt.network import LENGTHS, Network, Profile, Shape
+from transom_tensorrt.network import LENGTHS, Network, Shape, ShapeProfile
 from transom_tensorrt.sdk import Sdk, library
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class Wanted:
 class Built:
     """What came of it."""
 
-    layers: tuple[inspecting.Layer, ...]
+    layers: tuple[inspecting.EngineLayer, ...]
     memory: Mapping[str, int]
     """`activations` and `weights` on the card, as TensorRT says; `build`: the most that this process has held."""
     seconds: float
@@ -196,7 +196,7 @@ def _writer(trt: Any, file: Any, monitor: Any) -> Any:
     return Writer()
 
 
-def _profile(builder: Any, profile: Profile, inputs: Mapping[str, Shape]) -> Any:
+def _profile(builder: Any, profile: ShapeProfile, inputs: Mapping[str, Shape]) -> Any:
     made = builder.create_optimization_profile()
     for name, shape in inputs.items():
         made.set_shape(name, *profile.shapes(shape))

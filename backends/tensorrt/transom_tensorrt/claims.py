@@ -10,18 +10,18 @@ from transom.contract import Claim
 from transom.graph.reading import linear_weight, matrices
 from transom.graph.sparse import is_attention
 from transom.graph.weights import Blocked
-from transom.programs.drafting import Drafting
+from transom.programs.reading import GraphReader
 from transom.sparsity import Sparsity
 from transom_tensorrt import forms, probing, sparse
 from transom_tensorrt.lowering import RtxKernels
-from transom_tensorrt.precision import Precision, resolve
+from transom_tensorrt.precision import RtxPrecision, resolve
 
 if TYPE_CHECKING:
     from transom.contract import Device, Options
     from transom.graph import Graph
 
 
-def precision_of(graph: Graph, device: Device, options: Options) -> Precision:
+def precision_of(graph: Graph, device: Device, options: Options) -> RtxPrecision:
     """Raises OptionError for one that this device or checkpoint cannot have."""
     return resolve(options, probing.architecture(device), matrices(graph), emulated=probing.emulating())
 
@@ -33,7 +33,7 @@ def claims(graph: Graph, device: Device, options: Options) -> Iterator[Claim]:
         OptionError: an option has a value that this device or checkpoint cannot have.
     """
     precision = precision_of(graph, device, options)
-    refused = refusals(graph, lambda: Drafting(graph, RtxKernels()))
+    refused = refusals(graph, lambda: GraphReader(graph, RtxKernels()))
     for node in graph.nodes():
         if str(node.name) in refused:
             yield Claim(str(node.name), False, refused[str(node.name)])

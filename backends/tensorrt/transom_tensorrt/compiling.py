@@ -18,13 +18,13 @@ from transom.errors import DoesNotFit, EngineError
 from transom.graph.reading import linear_weight, matrices
 from transom.graph.weights import Blocked, held
 from transom.ops.sparse_routing import COLUMN_ROWS
-from transom.programs.drafting import Draft, Drafting
+from transom.programs.reading import GraphReader, Op
 from transom_tensorrt import forms, inspecting, network, probing
 from transom_tensorrt.building import Built, Wanted, build
 from transom_tensorrt.claims import precision_of
-from transom_tensorrt.lowering import Lowered, RtxKernels, lower
-from transom_tensorrt.network import Network, Profile
-from transom_tensorrt.precision import ROUNDING, Precision
+from transom_tensorrt.lowering import LoweredNetwork, RtxKernels, lower
+from transom_tensorrt.network import Network, ShapeProfile
+from transom_tensorrt.precision import ROUNDING, RtxPrecision
 from transom_tensorrt.sdk import Sdk, installed
 
 if TYPE_CHECKING:
@@ -63,12 +63,12 @@ def compile_graph(graph: Graph, device: Device, options: Options, progress: Prog
         smallest = planned_bytes(graph, replace(precision, rounded="int4"))
         require_memory(planned_bytes(graph, precision), _available(), smallest)
     prepared = _prepare(graph, device, options, progress)
-    drafting = Drafting(prepared.graph, RtxKernels())
+    reader = GraphReader(prepared.graph, RtxKernels())
     anew: list[str] = []
     if prepared.precision.number != "float32":  # that is for checking, and keeps every weight as it is
-        anew = round_anew(drafting.drafts, lambda share: _tell(progress, "requantize", share))
-    lowered = lower(drafting, prepared.precision, context, prepared.activations)
-    made = _network(lowered, drafting, prepared.precision, context)
+        anew = round_anew(reader.ops, lambda share: _tell(progress, "requantize", share))
+    lowered = lower(reader, prepared.precision, context, prepared.activations)
+    made = _network(lowered, reader, prepared.precision, context)
     with artifact_folder("transom-tensorrt-") as folder:
         files: dict[str, bytes | Path] = {
             network.NETWORK_FILE: made.to_json().encode(), network.DECODER_FILE: decoder.to_json().encode(),
@@ -99,18 +99,18 @@ def compile_graph(graph: Graph, device: Device, options: Options, progress: Prog
 
 # what is computed in what ---------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class Prepared:
+class PreparedGraph:
     """A graph in the numbers that were asked for."""
 
     graph: Graph
-    precision: Precision
+    precision: RtxPrecision
     activations: Activations | None
     notes: Sequence[str]
     rounding: str = ""
     """The table of errors, for people."""
 
 
-def _prepare(graph: Graph, device: Device, options: Options, progress: Progress) -> Prepared:
+def _prepare(graph: Graph, device: Device, options: Options, progress: Progress) -> PreparedGraph:
     from transom.graph.reading import vocabulary_products
     from transom.quantize.calibration import calibrate
     from transom.quantize.passes import Scheme, quantize
@@ -131,7 +131,7 @@ def _prepare(graph: Graph, device: Device, options: Options, progress: Progress)
         asked = str(options.get("precision"))
         if asked in ROUNDING:
             notes.append(f"precision {asked!r} rounds plain matrices, and all of these are quantised in the checkpoint")
-        return Prepared(graph, precision, seen, notes)
+        return PreparedGraph(graph, precision, seen, notes)
     scheme = Scheme(precision.rounded, activations="fp8" if precision.activations else "")
     if precision.rounded != "int8":
         scheme = replace(scheme, keep=vocabulary_products(graph))
@@ -144,7 +144,7 @@ def _prepare(graph: Graph, device: Device, options: Options, progress: Progress)
                 f"the vocabulary matrix was rounded to int8 by rows, off by {rounded.layers[0].weight_error:.2%}"
             )
             table = f"{table}\n\n{rounded.table()}"
-    return Prepared(rounded.graph, precision, seen, notes, table)
+    return PreparedGraph(rounded.graph, precision, seen, notes, table)
 
 
 def _rounding_notes(rounded: Quantized) -> list[str]:
@@ -153,7 +153,7 @@ def _rounding_notes(rounded: Quantized) -> list[str]:
     return [rounded.summary, f"the error of each product is in the artifact's {ROUNDING_FILE}"]
 
 
-def wide_enough(precision: Precision, seen: Activations, arch: int) -> tuple[Precision, list[str]]:
+def wide_enough(precision: RtxPrecision, seen: Activations, arch: int) -> tuple[RtxPrecision, list[str]]:
     """bfloat16 in place of float16, where what was seen comes near float16's end and nobody asked for float16."""
     from transom_tensorrt.precision import BFLOAT16_SINCE
 
@@ -167,7 +167,7 @@ def wide_enough(precision: Precision, seen: Activations, arch: int) -> tuple[Pre
     ]
 
 
-def round_anew(drafts: Sequence[Draft], progress: Callable[[float], None]) -> list[str]:
+def round_anew(drafts: Sequence[Op], progress: Callable[[float], None]) -> list[str]:
     """Give matrices whose stored form TensorRT has no fast product for another one, and say so.
 
     Raises:
@@ -178,16 +178,16 @@ def round_anew(drafts: Sequence[Draft], progress: Callable[[float], None]) -> li
 
     forms_of: dict[str, int] = {}
     off: list[float] = []
-    for done, draft in enumerate(drafts):
-        weight = draft.weight
-        if draft.kind != "linear" or not isinstance(weight, Blocked) or forms.kept(weight):
+    for done, op in enumerate(drafts):
+        weight = op.weight
+        if op.kind != "linear" or not isinstance(weight, Blocked) or forms.kept(weight):
             continue
         progress(done / len(drafts))
         named = f"{weight.dtype} in blocks of {weight.block}"
         forms_of[named] = forms_of.get(named, 0) + 1
-        draft.weight = to_int8(weight)
+        op.weight = to_int8(weight)
         read = held(weight)
-        off.append(weight_error(draft.node, read, to_int8(read)))
+        off.append(weight_error(op.node, read, to_int8(read)))
     if not off:
         return []
     stored = ", ".join(f"{count} in {name}" for name, count in forms_of.items())
@@ -198,23 +198,23 @@ def round_anew(drafts: Sequence[Draft], progress: Callable[[float], None]) -> li
 
 
 # the engine -----------------------------------------------------------------------------------------------------------
-def _network(lowered: Lowered, drafting: Drafting, precision: Precision, context: int) -> Network:
+def _network(lowered: LoweredNetwork, reader: GraphReader, precision: RtxPrecision, context: int) -> Network:
     assert all(k.nbytes % network.ALIGNMENT == 0 for k in lowered.kept)  # `claims` refuses what would not be
     most = min(network.CHUNK, context)
     # Fewer new tokens than that choose each by itself, which the engine has them do one after the other.
-    least = 1 if drafting.sparsity.dense else min(COLUMN_ROWS, most)
+    least = 1 if reader.sparsity.dense else min(COLUMN_ROWS, most)
     # Logits of all tokens are rare, and room for them is kept on the card. A step that is cut would choose otherwise.
-    rows = min(network.ROWS, most) if drafting.sparsity.dense else most
+    rows = min(network.ROWS, most) if reader.sparsity.dense else most
     return Network(
-        number=precision.number, context=context, vocabulary=drafting.decoder.vocabulary, kept=lowered.kept,
-        prefill=Profile((1, 1, 1), (least, most, most), (1, 1, rows)),
-        decode=Profile((1, 1, network.SEQUENCES), (1, 1, 1), (1, 1, network.SEQUENCES)),
-        queries=lowered.queries, sparsity=drafting.sparsity.to_string(),
+        number=precision.number, context=context, vocabulary=reader.decoder.vocabulary, kept=lowered.kept,
+        prefill=ShapeProfile((1, 1, 1), (least, most, most), (1, 1, rows)),
+        decode=ShapeProfile((1, 1, network.SEQUENCES), (1, 1, 1), (1, 1, network.SEQUENCES)),
+        queries=lowered.queries, sparsity=reader.sparsity.to_string(),
     )  # fmt: skip
 
 
 def _build(
-    model: Path, plan: Path, lowered: Lowered, made: Network, device: Device, sdk: Sdk, progress: Progress
+    model: Path, plan: Path, lowered: LoweredNetwork, made: Network, device: Device, sdk: Sdk, progress: Progress
 ) -> Built:
     arch = probing.architecture(device)
     wanted = Wanted(made, lowered.inputs, arch, lowered.fused)
@@ -260,7 +260,7 @@ BUILD_FACTOR = 3.0
 """Bytes for each byte of weights. `benchmarks/rtx_build.py` measures 2.1 (fp8) to 2.8 (int4)."""
 
 
-def planned_bytes(graph: Graph, precision: Precision) -> int:
+def planned_bytes(graph: Graph, precision: RtxPrecision) -> int:
     """What the weights of a network will take, from the shapes of a decoder's matrices alone."""
     from transom.graph.reading import vocabulary_products
 

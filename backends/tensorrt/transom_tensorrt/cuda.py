@@ -38,7 +38,7 @@ class Pinned:
         self.array: Array = np.frombuffer((ctypes.c_char * size).from_address(pointer), kind).reshape(shape)
 
 
-class Card:
+class CudaCard:
     """One card, until `close`.
 
     Args:

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from transom.errors import EngineError
-from transom_tensorrt.executing import Array, Executor, Way
-from transom_tensorrt.network import Network, Profile
+from transom_tensorrt.executing import Array, NetworkExecutor, Way
+from transom_tensorrt.network import Network, ShapeProfile
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def _bridged(run: Run, slot: int, most: int, idle_bytes: Callable[[int], int | N
     return total <= weight_bytes
 
 
-def pieces(tokens: int, rows: Sequence[int], profile: Profile) -> Iterator[tuple[int, int]]:
+def pieces(tokens: int, rows: Sequence[int], profile: ShapeProfile) -> Iterator[tuple[int, int]]:
     """New tokens of one sequence, cut so that each piece is within a profile: (start, end).
 
     Args:
@@ -101,7 +101,7 @@ class SlotEngine:
         slots: what `executor.allocate` gave.
     """
 
-    def __init__(self, network: Network, executor: Executor, slots: int) -> None:
+    def __init__(self, network: Network, executor: NetworkExecutor, slots: int) -> None:
         self.network, self.executor, self.slots = network, executor, slots
         self.page_tokens = network.context
         self._filled = [0] * slots
@@ -129,11 +129,11 @@ class SlotEngine:
             self._filled[slot] = 0
 
     def read(self, slot: int, positions: int) -> Mapping[str, Array]:
-        """See `Executor.read_slot`."""
+        """See `NetworkExecutor.read_slot`."""
         return self.executor.read_slot(slot, positions)
 
     def write(self, slot: int, positions: int, arrays: Mapping[str, Array]) -> None:
-        """See `Executor.write_slot`."""
+        """See `NetworkExecutor.write_slot`."""
         self._begin(slot, positions)
         self.executor.write_slot(slot, arrays)
 

@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from transom_tensorrt.network import Kept, Network, Profile
+from transom_tensorrt.network import KeptTensor, Network, ShapeProfile
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Way = Literal["prefill", "decode"]
@@ -20,7 +20,7 @@ WAYS: tuple[Way, ...] = ("prefill", "decode")
 """In the order of the engine's optimisation profiles."""
 
 
-class Executor(Protocol):
+class NetworkExecutor(Protocol):
     """Runs a network over slots. Its methods may be called from any thread, from one at a time."""
 
     @property
@@ -75,12 +75,12 @@ class Executor(Protocol):
         """Give everything back. Closing twice does nothing; nothing else may be called afterwards."""
 
 
-def stored(kept: Kept) -> np.dtype[Any]:
+def stored(kept: KeptTensor) -> np.dtype[Any]:
     """How a kept tensor lies in host memory: float32, or the bits of 16-bit numbers, which are never computed with."""
     return np.dtype(np.float32 if kept.number == "float32" else np.uint16)
 
 
-def rows_of(network: Network, kept: Kept, positions: int) -> int:
+def rows_of(network: Network, kept: KeptTensor, positions: int) -> int:
     """How many rows of a kept tensor its first positions need. A cache has one for each; what is kept of blocks of a
     cache has few rows, and they are needed together."""
     if kept.shape[1] >= network.context:
@@ -88,5 +88,5 @@ def rows_of(network: Network, kept: Kept, positions: int) -> int:
     return kept.shape[1] if positions else 0
 
 
-def profile_of(network: Network, way: Way) -> Profile:
+def profile_of(network: Network, way: Way) -> ShapeProfile:
     return network.prefill if way == "prefill" else network.decode

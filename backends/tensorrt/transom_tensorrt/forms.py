@@ -68,7 +68,7 @@ class LastRead:
 
 
 @dataclass
-class Linear:
+class LinearForm:
     """One product; rows of numbers go in and come out."""
 
     write: OnnxWriter

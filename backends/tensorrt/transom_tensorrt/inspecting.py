@@ -52,7 +52,7 @@ class Tensor:
 
 
 @dataclass(frozen=True)
-class Layer:
+class EngineLayer:
     """One thing that is launched."""
 
     name: str
@@ -84,7 +84,7 @@ class Layer:
         return self.kind == "reformat" or bool(_MOVES.search(self.name))
 
 
-def parse(messages: Iterable[str]) -> tuple[Layer, ...]:
+def parse(messages: Iterable[str]) -> tuple[EngineLayer, ...]:
     """The layers that a builder's messages tell of. Other messages are skipped; none tell of any where it was not asked
     for details."""
     lines = [line for m in messages if m.startswith(HEADING) for line in m.splitlines()[1:] if _LAYER.match(line)]
@@ -104,12 +104,12 @@ def _compiled(line: str) -> str:
     return found.group(1) if found else name
 
 
-def _layer(line: str, profile: int) -> Layer:
+def _layer(line: str, profile: int) -> EngineLayer:
     start = _LAYER.match(line)
     assert start is not None
     name, kind = start.groups()
     inputs = (*_tensors_of(line, "Inputs"), *_tensors_of(line, "Constants"))
-    return Layer(name, kind, profile, inputs, _tensors_of(line, "Outputs"))
+    return EngineLayer(name, kind, profile, inputs, _tensors_of(line, "Outputs"))
 
 
 def _tensors_of(line: str, label: str) -> tuple[Tensor, ...]:
@@ -164,7 +164,7 @@ class Summary:
         return f"{self.launches} launches: {', '.join(x for x in (products, fused) if x)}, {self.moves} moves{copies}"
 
 
-def summary(layers: Sequence[Layer], profile: int, caches: Sequence[str] = ()) -> Summary:
+def summary(layers: Sequence[EngineLayer], profile: int, caches: Sequence[str] = ()) -> Summary:
     """Args:
     profile: whose layers.
     caches: names of the tensors that hold a cache; an update writes to one of them.
@@ -187,13 +187,13 @@ def summary(layers: Sequence[Layer], profile: int, caches: Sequence[str] = ()) -
     )  # fmt: skip
 
 
-def _activation(layer: Layer) -> str:
+def _activation(layer: EngineLayer) -> str:
     """The type of what a product multiplies its matrix by; a sum that is fused into it has a wider one."""
     given = [t.dtype for t in layer.inputs if not t.constant and len(t.shape) >= 2]
     return min(given, key=lambda dtype: BITS.get(dtype, 64), default="?")
 
 
-def _copies(layer: Layer, caches: Sequence[str]) -> bool:
+def _copies(layer: EngineLayer, caches: Sequence[str]) -> bool:
     """Whether it reads a cache and writes as many numbers somewhere else, or writes one that it does not update."""
     if layer.attention:
         return False
@@ -217,14 +217,16 @@ def _word(dtype: str) -> str:
     return WORDS.get(dtype, dtype.lower())
 
 
-def to_json(layers: Sequence[Layer]) -> str:
+def to_json(layers: Sequence[EngineLayer]) -> str:
     return json.dumps([asdict(layer) for layer in layers], separators=(",", ":"))
 
 
-def from_json(text: str) -> tuple[Layer, ...]:
+def from_json(text: str) -> tuple[EngineLayer, ...]:
     """Raises ValueError, KeyError or TypeError for what `to_json` did not write."""
     raw: list[dict[str, Any]] = json.loads(text)
-    return tuple(Layer(x["name"], x["kind"], x["profile"], _tensors(x["inputs"]), _tensors(x["outputs"])) for x in raw)
+    return tuple(
+        EngineLayer(x["name"], x["kind"], x["profile"], _tensors(x["inputs"]), _tensors(x["outputs"])) for x in raw
+    )
 
 
 def _tensors(raw: Sequence[dict[str, Any]]) -> tuple[Tensor, ...]:

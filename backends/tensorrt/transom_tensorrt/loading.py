@@ -13,7 +13,7 @@ from transom_tensorrt.network import DECODER_FILE, ENGINE_FILE, MODEL_FILE, NETW
 from transom_tensorrt.sdk import MODULES, library
 
 if TYPE_CHECKING:
-    from transom_tensorrt.executing import Executor
+    from transom_tensorrt.executing import NetworkExecutor
     from transom_tensorrt.session import SlotSession
 
 MOST_SLOTS = 4 * SEQUENCES
@@ -47,7 +47,7 @@ def load_artifact(artifact: Artifact, device: Device, options: Options, scratch:
         raise
 
 
-def _emulated(network: Network, model: Path, device: Device, options: Options) -> Executor:
+def _emulated(network: Network, model: Path, device: Device, options: Options) -> NetworkExecutor:
     from transom_tensorrt.emulating import OnnxExecutor
 
     return OnnxExecutor(network, model, threads_of(options, device))
@@ -55,8 +55,8 @@ def _emulated(network: Network, model: Path, device: Device, options: Options) -
 
 def _on_card(
     network: Network, files: dict[str, Path], artifact: Artifact, device: Device, scratch: Path
-) -> Executor:  # fmt: skip
-    from transom_tensorrt.cuda import Card
+) -> NetworkExecutor:  # fmt: skip
+    from transom_tensorrt.cuda import CudaCard
     from transom_tensorrt.kernel_cache import KernelCache
     from transom_tensorrt.rtx import RtxExecutor
 
@@ -64,7 +64,7 @@ def _on_card(
     if sdk not in MODULES or ENGINE_FILE not in files:
         raise EngineError("This compiled model is damaged: it has no engine", REMOVE)
     trt = library(sdk)
-    card = Card(device)
+    card = CudaCard(device)
     try:
         return RtxExecutor(network, files[ENGINE_FILE], trt, card, KernelCache(scratch, str(trt.__version__), device))
     except BaseException:

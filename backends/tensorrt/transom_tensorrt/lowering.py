@@ -23,19 +23,19 @@ import onnx_ir as ir
 from transom.graph.weights import Array, Weight, dequantize
 from transom.ops.sparse_routing import BLOCK
 from transom.programs import fusing
-from transom.programs.drafting import Draft, Drafting, Value
 from transom.programs.onnx_rows import RowOperators
 from transom.programs.onnx_writing import FLOAT, INT32, INT64, OnnxWriter
+from transom.programs.reading import GraphReader, Op, Value
 from transom.quantize.rounding import LARGEST_FLOAT8
 from transom.signature import cache_input_names, cache_output_names
 from transom.sparsity import Sparsity
 from transom.sparsity.static import static_refusal
 from transom_tensorrt import attention, forms, sparse
-from transom_tensorrt.network import ALIGNMENT, LENGTHS, QUERY, Kept
+from transom_tensorrt.network import ALIGNMENT, LENGTHS, QUERY, KeptTensor
 
 if TYPE_CHECKING:
     from transom.quantize.calibration import Activations
-    from transom_tensorrt.precision import Precision
+    from transom_tensorrt.precision import RtxPrecision
 
 POSITIONS = 2 * BLOCK
 """Caches have a multiple of so many: whole blocks, and the cache of each sequence begins where TensorRT takes it,
@@ -65,19 +65,21 @@ class RtxKernels:
 
 
 @dataclass
-class Lowered:
+class LoweredNetwork:
     """A network that is written down as soon as it is saved."""
 
     model: ir.Model
     inputs: Mapping[str, tuple[str | int, ...]]
     """Shape of each, in numbers and the symbols `batch`, `tokens` and `rows`."""
-    kept: tuple[Kept, ...]
+    kept: tuple[KeptTensor, ...]
     fused: tuple[attention.Fused, ...]
     queries: tuple[int, ...]
     """Heads times columns of each output `query.N`."""
 
 
-def lower(drafting: Drafting, precision: Precision, context: int, activations: Activations | None = None) -> Lowered:
+def lower(
+    reader: GraphReader, precision: RtxPrecision, context: int, activations: Activations | None = None
+) -> LoweredNetwork:
     """Write a network down.
 
     Args:
@@ -87,21 +89,23 @@ def lower(drafting: Drafting, precision: Precision, context: int, activations: A
     Raises:
         OptionError: when it is saved, for a weight that is too large for the network's number.
     """
-    return _Lowering(drafting, precision, context, activations).lower()
+    return _Lowering(reader, precision, context, activations).lower()
 
 
-def fuse(drafting: Drafting) -> list[Draft]:
+def fuse(reader: GraphReader) -> list[Op]:
     """The same program in fewer operators: scales in the embedding, biases after products, products of one input
     together."""
-    drafts = fusing.fuse_scales(list(drafting.drafts))
+    drafts = fusing.fuse_scales(list(reader.ops))
     drafts = fusing.fuse_biases(drafts)
     return fusing.fuse_same_input(drafts, 1)
 
 
 class _Lowering:
-    def __init__(self, drafting: Drafting, precision: Precision, context: int, activations: Activations | None) -> None:
+    def __init__(
+        self, reader: GraphReader, precision: RtxPrecision, context: int, activations: Activations | None
+    ) -> None:
         self.activations = activations
-        self.drafting, self.decoder, self.precision, self.context = drafting, drafting.decoder, precision, context
+        self.reader, self.decoder, self.precision, self.context = reader, reader.decoder, precision, context
         self.positions = -(-context // POSITIONS) * POSITIONS
         """Of the caches."""
         self.number = NUMBERS[precision.number]
@@ -122,7 +126,7 @@ class _Lowering:
         self._shapes[name] = shape
         return self.write.input(name, dtype, shape)
 
-    def lower(self) -> Lowered:
+    def lower(self) -> LoweredNetwork:
         w = self.write
         ids = self._input("input_ids", INT64, "batch", "tokens")
         past = self._input("past", INT64, "batch")
@@ -134,7 +138,7 @@ class _Lowering:
         w("Cast", w("Add", last, w.ints(1)), dtype=INT32, to=int(INT32)).name = LENGTHS
         self.places = attention.Places(w, past, positions, self.positions)
         self.ids = w("Reshape", ids, w.ints([-1]))
-        self._kept: list[tuple[ir.Value, Kept]] = []
+        self._kept: list[tuple[ir.Value, KeptTensor]] = []
         self._queries: list[tuple[ir.Value, tuple[str | int, ...], int]] = []
         self._fused: list[tuple[ir.Node, ir.Value | None, bool]] = []
         self._grid: sparse.Blocks | None = None
@@ -143,10 +147,10 @@ class _Lowering:
         for i, cache in enumerate(self.decoder.layers):
             for name, columns in zip(cache_input_names(i), (cache.head_dim, cache.value_dim), strict=True):
                 self._sizes_of[name] = cache.kv_heads, columns
-        for draft in fuse(self.drafting):
-            w.scope = f"{draft.kind}."
-            self._write(draft)
-        logits = w.cast(self._of(self.drafting.logits), FLOAT)
+        for op in fuse(self.reader):
+            w.scope = f"{op.kind}."
+            self._write(op)
+        logits = w.cast(self._of(self.reader.logits), FLOAT)
         w.output(logits, "logits", ("rows", self.decoder.vocabulary))
         for value, kept in self._kept:
             w.output(value, kept.output, ("batch", *kept.shape))
@@ -158,7 +162,7 @@ class _Lowering:
             attention.Fused(str(node.name), *_first_three(node), "" if mask is None else str(mask.name), float8)
             for node, mask, float8 in self._fused
         )
-        return Lowered(w.model(), self._shapes, tuple(k for _, k in self._kept), fused, tuple(widths))
+        return LoweredNetwork(w.model(), self._shapes, tuple(k for _, k in self._kept), fused, tuple(widths))
 
     # values -----------------------------------------------------------------------------------------------------------
     def _of(self, value: Value) -> ir.Value:
@@ -181,22 +185,22 @@ class _Lowering:
         return self._heads[id(value)]
 
     # operators --------------------------------------------------------------------------------------------------------
-    def _write(self, draft: Draft) -> None:
-        if draft.kind == "rope":
-            self._heads[id(draft.dst)] = self._rope(draft)
+    def _write(self, op: Op) -> None:
+        if op.kind == "rope":
+            self._heads[id(op.dst)] = self._rope(op)
             return
-        writers: Mapping[str, Callable[[Draft], ir.Value]] = {
+        writers: Mapping[str, Callable[[Op], ir.Value]] = {
             **self._operators.writers, "embed": self._embed, "rows": self._rows, "norm": self._norm,
             "linear": self._linear, "attend": self._attend, "round": self._round,
         }  # fmt: skip
-        self._values[id(draft.dst)] = writers[draft.kind](draft)
+        self._values[id(op.dst)] = writers[op.kind](op)
 
     def _wide(self, value: Value) -> ir.Value:
         """In float32."""
         return self.write.cast(self._of(value), FLOAT)
 
-    def _embed(self, draft: Draft) -> ir.Value:
-        w, weight = self.write, draft.weight
+    def _embed(self, op: Op) -> ir.Value:
+        w, weight = self.write, op.weight
         assert weight is not None
         name = "embedding"
 
@@ -205,85 +209,85 @@ class _Lowering:
 
         table = w.weight(name, self.number, weight.shape, load)
         rows = w.cast(w("Gather", table, self.ids, axis=0), FLOAT)
-        return rows if draft.scale == 1.0 else w("Mul", rows, w.number(draft.scale, FLOAT))
+        return rows if op.scale == 1.0 else w("Mul", rows, w.number(op.scale, FLOAT))
 
-    def _rows(self, draft: Draft) -> ir.Value:
-        return self.write("Gather", self._of(draft.inputs[0]), self.rows, axis=0)
+    def _rows(self, op: Op) -> ir.Value:
+        return self.write("Gather", self._of(op.inputs[0]), self.rows, axis=0)
 
-    def _norm(self, draft: Draft) -> ir.Value:
-        w, x = self.write, self._wide(draft.inputs[0])
-        gain = self._operators.vector(draft.vector)
-        if draft.groups > 1:
-            x = w("Reshape", x, w.ints([-1, draft.groups, draft.dst.width // draft.groups]))
-        x = w("RMSNormalization", x, gain, axis=-1, epsilon=float(draft.scale), stash_type=1)
-        return x if draft.groups == 1 else w("Reshape", x, w.ints([-1, draft.dst.width]))
+    def _norm(self, op: Op) -> ir.Value:
+        w, x = self.write, self._wide(op.inputs[0])
+        gain = self._operators.vector(op.vector)
+        if op.groups > 1:
+            x = w("Reshape", x, w.ints([-1, op.groups, op.dst.width // op.groups]))
+        x = w("RMSNormalization", x, gain, axis=-1, epsilon=float(op.scale), stash_type=1)
+        return x if op.groups == 1 else w("Reshape", x, w.ints([-1, op.dst.width]))
 
-    def _linear(self, draft: Draft) -> ir.Value:
+    def _linear(self, op: Op) -> ir.Value:
         w = self.write
-        assert draft.weight is not None
+        assert op.weight is not None
         self._matrices += 1
         name = f"matrix_{self._matrices}"
-        rounded = id(draft.inputs[0]) in self._rounded
-        linear = forms.Linear(w, self.number, draft.weight, name, self._read, rounded)
-        product = linear(self._of(draft.inputs[0]))
-        if draft.vector is None:
+        rounded = id(op.inputs[0]) in self._rounded
+        linear = forms.LinearForm(w, self.number, op.weight, name, self._read, rounded)
+        product = linear(self._of(op.inputs[0]))
+        if op.vector is None:
             return product
-        return w("Add", w.cast(product, FLOAT), self._operators.vector(draft.vector))
+        return w("Add", w.cast(product, FLOAT), self._operators.vector(op.vector))
 
-    def _round(self, draft: Draft) -> ir.Value:
-        self._rounded.add(id(draft.dst))
-        return forms.rounded_to_float8(self.write, self._wide(draft.inputs[0]), draft.scale)
+    def _round(self, op: Op) -> ir.Value:
+        self._rounded.add(id(op.dst))
+        return forms.rounded_to_float8(self.write, self._wide(op.inputs[0]), op.scale)
 
-    def _rope(self, draft: Draft) -> ir.Value:
+    def _rope(self, op: Op) -> ir.Value:
         w = self.write
-        x = w.cast(self._as_heads(draft.inputs[0], draft.groups), FLOAT)
-        cos, sin = self._rotations(draft.index)
-        turned = 2 * self.drafting.ropes[draft.index][0].size
-        partial: dict[str, Any] = {} if turned == draft.dst.width // draft.groups else {"rotary_embedding_dim": turned}
-        return w("RotaryEmbedding", x, cos, sin, self.places.positions, interleaved=int(draft.neighbours), **partial)
+        x = w.cast(self._as_heads(op.inputs[0], op.groups), FLOAT)
+        cos, sin = self._rotations(op.index)
+        turned = 2 * self.reader.ropes[op.index][0].size
+        partial: dict[str, Any] = {} if turned == op.dst.width // op.groups else {"rotary_embedding_dim": turned}
+        return w("RotaryEmbedding", x, cos, sin, self.places.positions, interleaved=int(op.neighbours), **partial)
 
     def _rotations(self, rope: int) -> tuple[ir.Value, ir.Value]:
         """Cosines and sines of a rope, float32 [context, pairs], made once for all layers."""
         if rope not in self._tables:
-            tables = self.drafting.rotations(rope, self.context)
+            tables = self.reader.rotations(rope, self.context)
             cos, sin = (self.write.constant(table.astype(np.float32)) for table in tables)
             self._tables[rope] = cos, sin
         return self._tables[rope]
 
     # attention --------------------------------------------------------------------------------------------------------
-    def _attend(self, draft: Draft) -> ir.Value:
-        w, index = self.write, draft.index
+    def _attend(self, op: Op) -> ir.Value:
+        w, index = self.write, op.index
         cache = self.decoder.layers[index]
-        layer = attention.Layer(cache, *self.drafting.layers[index])
+        layer = attention.LayerAttention(cache, *self.reader.layers[index])
         keys, values = (
             self._keep(name, output, w.cast(self._as_heads(value, cache.kv_heads), self.number))
             for name, output, value in zip(
-                cache_input_names(index), cache_output_names(index), draft.inputs[1:], strict=True
+                cache_input_names(index), cache_output_names(index), op.inputs[1:], strict=True
             )
         )
-        policy = self.drafting.sparsity.layer(index)
+        policy = self.reader.sparsity.layer(index)
         every = range(cache.kv_heads)
         one_for_all = policy.heads is not None and len(policy.heads) == 1
         dense = [h for h in every if policy.dense_head(0 if one_for_all else h)]
         if len(dense) == cache.kv_heads:
-            return self._dense(draft.node, layer, self._as_heads(draft.inputs[0], cache.q_heads), keys, values)
-        q = self._wide(draft.inputs[0])
+            return self._dense(op.node, layer, self._as_heads(op.inputs[0], cache.q_heads), keys, values)
+        q = self._wide(op.inputs[0])
         chosen = [h for h in every if h not in dense]
-        part = sparse.Part(layer.of(chosen), tuple(chosen), cache.kv_heads)
+        part = sparse.SparseHeads(layer.of(chosen), tuple(chosen), cache.kv_heads)
         found = self._sparse(index, part, self._of_heads(q, layer, chosen), keys, values)
         if not dense:
             return found
         few = w.constant(np.asarray(dense, np.int64))
         some = layer.of(dense)
         own = attention.heads(w, self._of_heads(q, layer, dense), self.places, some.cache.q_heads, cache.head_dim)
-        whole = self._dense(draft.node, some, own, *(w("Gather", x, few, axis=1) for x in (keys, values)))
+        whole = self._dense(op.node, some, own, *(w("Gather", x, few, axis=1) for x in (keys, values)))
         order = np.argsort([*chosen, *dense])
         group = cache.q_heads // cache.kv_heads * cache.value_dim
         parts = [w("Reshape", x, w.ints([-1, n, group])) for x, n in ((found, len(chosen)), (whole, len(dense)))]
         together = w("Gather", w("Concat", *parts, axis=1), w.constant(np.asarray(order, np.int64)), axis=1)
-        return w("Reshape", together, w.ints([-1, draft.dst.width]))
+        return w("Reshape", together, w.ints([-1, op.dst.width]))
 
-    def _of_heads(self, q: ir.Value, layer: attention.Layer, heads: Sequence[int]) -> ir.Value:
+    def _of_heads(self, q: ir.Value, layer: attention.LayerAttention, heads: Sequence[int]) -> ir.Value:
         """The columns of queries [rows, all query heads * columns] that belong to some KV heads."""
         w, kv_heads = self.write, layer.cache.kv_heads
         if len(heads) == kv_heads:
@@ -298,10 +302,12 @@ class _Lowering:
         heads, columns = self._sizes_of[name]
         before = self._input(name, new.dtype, "batch", heads, self.positions, columns)
         after = self.write("TensorScatter", before, new, self.places.past, axis=-2)
-        self._kept.append((after, Kept(name, output, (heads, self.positions, columns), self.precision.number)))
+        self._kept.append((after, KeptTensor(name, output, (heads, self.positions, columns), self.precision.number)))
         return after
 
-    def _dense(self, node: str, layer: attention.Layer, q: ir.Value, keys: ir.Value, values: ir.Value) -> ir.Value:
+    def _dense(
+        self, node: str, layer: attention.LayerAttention, q: ir.Value, keys: ir.Value, values: ir.Value
+    ) -> ir.Value:
         """Attention of queries [batch, heads, tokens, columns] over all keys that they see; rows come out."""
         w, cache = self.write, layer.cache
         window = layer.window(self.positions)
@@ -315,7 +321,7 @@ class _Lowering:
         self._remember(out, query, layer, mask if window else None, scales is not None)
         return attention.rows_of(w, out, cache.q_heads * cache.value_dim)
 
-    def _sparse(self, index: int, part: sparse.Part, q: ir.Value, keys: ir.Value, values: ir.Value) -> ir.Value:
+    def _sparse(self, index: int, part: sparse.SparseHeads, q: ir.Value, keys: ir.Value, values: ir.Value) -> ir.Value:
         """Attention over what its blocks choose; rows in, rows out."""
         w, layer, blocks = self.write, part.layer, self._blocks()
         shape = (len(part.heads), blocks.sizes.nodes, layer.cache.head_dim)
@@ -323,7 +329,7 @@ class _Lowering:
         before = [self._input(name, FLOAT, "batch", *shape) for name, _ in names]
         nodes = sparse.updated_nodes(blocks, part, keys, *before)
         for value, (name, output) in zip(nodes, names, strict=True):
-            self._kept.append((value, Kept(name, output, shape, "float32")))
+            self._kept.append((value, KeptTensor(name, output, shape, "float32")))
         found = sparse.read(blocks, part, q, keys, values, *nodes)
         scaled = w.cast(w("Mul", q, w.number(layer.scale, FLOAT)), self.number)
         query = sparse.grid(blocks, part, scaled)
@@ -342,7 +348,7 @@ class _Lowering:
         self,
         out: ir.Value,
         query: ir.Value,
-        layer: attention.Layer,
+        layer: attention.LayerAttention,
         mask: ir.Value | None,
         float8: bool,
         width: int = 0,
@@ -359,11 +365,11 @@ class _Lowering:
 
     def _blocks(self) -> sparse.Blocks:
         if self._grid is None:
-            sizes = sparse.Sizes(self.drafting.sparsity, self.positions)
+            sizes = sparse.SparseSizes(self.reader.sparsity, self.positions)
             self._grid = sparse.Blocks(self.write, self.places.past, self._step_ids, sizes)
         return self._grid
 
-    def _attention_scales(self, node: str, layer: attention.Layer) -> tuple[float, float, float] | None:
+    def _attention_scales(self, node: str, layer: attention.LayerAttention) -> tuple[float, float, float] | None:
         """What queries, keys and values are rounded to E4M3 by; None: they are not."""
         if not self.precision.attention or self.activations is None or not layer.fused(self.number):
             return None

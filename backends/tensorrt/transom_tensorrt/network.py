@@ -44,7 +44,7 @@ Range = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
-class Kept:
+class KeptTensor:
     """A tensor that lasts from step to step: the network reads it as `input` and writes it, in place, as `output`."""
 
     input: str
@@ -64,7 +64,7 @@ class Kept:
 
 
 @dataclass(frozen=True)
-class Profile:
+class ShapeProfile:
     """Shapes that one way of running takes: an optimisation profile of TensorRT's."""
 
     batch: Range
@@ -80,17 +80,18 @@ class Profile:
 
 @dataclass(frozen=True)
 class Network:
-    """Inputs `input_ids` int64 [batch, tokens], `past` int64 [batch], `rows` int64 [rows] and every `Kept.input`;
-    outputs `logits` float32 [rows, vocabulary], every `Kept.output`, and `query.N` for N = 0, 1, …: see `QUERY`."""
+    """Inputs `input_ids` int64 [batch, tokens], `past` int64 [batch], `rows` int64 [rows] and every `KeptTensor.input`;
+    outputs `logits` float32 [rows, vocabulary], every `KeptTensor.output`, and `query.N` for N = 0, 1, …: see
+    `QUERY`."""
 
     number: str
     context: int
     """Tokens that a sequence may have; the caches may hold a few positions more."""
     vocabulary: int
-    kept: tuple[Kept, ...]
-    prefill: Profile
+    kept: tuple[KeptTensor, ...]
+    prefill: ShapeProfile
     """One sequence with up to `CHUNK` tokens. Steps that are shorter than its least are decoded token by token."""
-    decode: Profile
+    decode: ShapeProfile
     """Up to `SEQUENCES` sequences with one token each."""
     queries: tuple[int, ...] = ()
     """Of each output `query.N`, [batch, heads, tokens, columns]: heads times columns. Where blocks choose what they
@@ -110,8 +111,8 @@ class Network:
     def from_json(cls, text: str) -> Network:
         """Raises ValueError, KeyError or TypeError for what is none."""
         raw: dict[str, Any] = json.loads(text)
-        raw["kept"] = tuple(Kept(k["input"], k["output"], tuple(k["shape"]), k["number"]) for k in raw["kept"])
+        raw["kept"] = tuple(KeptTensor(k["input"], k["output"], tuple(k["shape"]), k["number"]) for k in raw["kept"])
         raw["queries"] = tuple(raw["queries"])
         for name in ("prefill", "decode"):
-            raw[name] = Profile(**{key: tuple(value) for key, value in raw[name].items()})
+            raw[name] = ShapeProfile(**{key: tuple(value) for key, value in raw[name].items()})
         return cls(**raw)

@@ -47,7 +47,7 @@ BFLOAT16_SINCE = 80
 
 
 @dataclass(frozen=True)
-class Precision:
+class RtxPrecision:
     """A resolved choice."""
 
     number: Number
@@ -73,7 +73,7 @@ class Precision:
         return f"{weights}{inputs}{attention}{self.number} products and cache, float32 between them"
 
 
-def resolve(options: Options, arch: int, matrices: Iterable[Weight], *, emulated: bool = False) -> Precision:
+def resolve(options: Options, arch: int, matrices: Iterable[Weight], *, emulated: bool = False) -> RtxPrecision:
     """The precision for these options.
 
     Args:
@@ -91,15 +91,15 @@ def resolve(options: Options, arch: int, matrices: Iterable[Weight], *, emulated
     plain = [w for w in known if isinstance(w, Dense)]
     """What is rounded, where anything is."""
     if asked in ("exact", "f32"):
-        return Precision("float32")
+        return RtxPrecision("float32")
     if asked == "bf16":
         if emulated:
             raise OptionError("onnxruntime does not compute in bfloat16", "Use precision='f16' or 'exact'")
         if arch < BFLOAT16_SINCE:
             raise OptionError(f"precision='bf16' needs sm_80 or newer, and this is sm_{arch}", "Use precision='f16'")
-        return Precision("bfloat16")
+        return RtxPrecision("bfloat16")
     if asked == "f16":
-        return Precision("float16")
+        return RtxPrecision("float16")
     float8 = emulated or arch >= FLOAT8_SINCE
     if asked in ("fp8", "fast") and not float8:
         raise OptionError(
@@ -122,4 +122,4 @@ def resolve(options: Options, arch: int, matrices: Iterable[Weight], *, emulated
     inputs = rounded == "fp8" and bool(options.get("calibration"))
     if inputs:
         number = "float16"  # what is rounded to float8 goes through float32, and the texts show what attention needs
-    return Precision(number, rounded, inputs, attention=asked == "fast" and inputs, free=True)
+    return RtxPrecision(number, rounded, inputs, attention=asked == "fast" and inputs, free=True)

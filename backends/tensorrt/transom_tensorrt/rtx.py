@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 
 from transom.errors import DoesNotFit, EngineError
-from transom_tensorrt.cuda import Card, OutOfMemory, aligned
+from transom_tensorrt.cuda import CudaCard, OutOfMemory, aligned
 from transom_tensorrt.executing import WAYS, Array, Way, profile_of, rows_of, stored
 from transom_tensorrt.kernel_cache import KernelCache
-from transom_tensorrt.network import ALIGNMENT, QUERY, Kept, Network
+from transom_tensorrt.network import ALIGNMENT, QUERY, KeptTensor, Network
 
 SHARE = 0.9
 """Of the memory that is free once everything else is there, what slots may take: the rest is for kernels that are yet
@@ -84,7 +84,7 @@ class RtxExecutor:
         DoesNotFit: the card has no memory for weights or activations.
     """
 
-    def __init__(self, network: Network, plan: Path, trt: Any, card: Card, kernels: KernelCache) -> None:
+    def __init__(self, network: Network, plan: Path, trt: Any, card: CudaCard, kernels: KernelCache) -> None:
         self._network, self._trt, self._card, self._kernels = network, trt, card, kernels
         self._words = Words(trt)
         self._contexts: dict[Way, Any] = {}
@@ -220,7 +220,7 @@ class RtxExecutor:
             f"Load it with context={fitting} or less" if fitting else "Use a card with more memory",
         )
 
-    def _place(self, kept: Kept, slot: int, positions: int = 0) -> tuple[int, int, int]:
+    def _place(self, kept: KeptTensor, slot: int, positions: int = 0) -> tuple[int, int, int]:
         """Where a slot's part of a kept tensor is: its address, the bytes of a head, and how many of those the first
         positions need."""
         heads, rows, _ = kept.shape
@@ -312,8 +312,8 @@ class RtxExecutor:
             self._card.close()
 
     def _release(self) -> None:
-        """Let go of what is TensorRT's: a context before its engine, its kernels, and the memory and stream that `Card`
-        gave it; an engine before its runtime."""
+        """Let go of what is TensorRT's: a context before its engine, its kernels, and the memory and stream
+        that `CudaCard` gave it; an engine before its runtime."""
         self._contexts.clear()
         self._kernels.close()
         self._engine = self._runtime = None

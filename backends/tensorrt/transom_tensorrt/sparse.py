@@ -6,7 +6,7 @@ The means and variances of nodes are kept beside the cache, and those that new t
 
 Only policies that choose a number of units (`top_k`) have such shapes, and without columns, which would need queries
 that are gone. Blocks that read everything, because they have few keys or would read most of them, find room in the same
-units: see `Sizes`.
+units: see `SparseSizes`.
 
 Shapes in the comments: B sequences with S new tokens each; K KV heads with G query heads; NB blocks of W query places;
 R queries that are looked at of a block; C positions in the cache, N nodes, U units; F units before the local window
@@ -29,7 +29,7 @@ from transom_tensorrt.network import ALIGNMENT
 
 if TYPE_CHECKING:
     from transom.sparsity import Sparsity
-    from transom_tensorrt.attention import Layer
+    from transom_tensorrt.attention import LayerAttention
 
 FORCED = 2.0
 """A score above any that a unit can have: of the first block."""
@@ -45,7 +45,7 @@ def unaligned(policy: Sparsity, columns: int) -> str:
 
 
 @dataclass(frozen=True)
-class Sizes:
+class SparseSizes:
     """Fixed numbers of a policy over a cache."""
 
     rule: Sparsity
@@ -91,10 +91,10 @@ class Sizes:
 
 
 @dataclass(frozen=True)
-class Part:
+class SparseHeads:
     """KV heads of a layer that choose, of all that its cache has."""
 
-    layer: Layer
+    layer: LayerAttention
     """With the chosen heads alone."""
     heads: tuple[int, ...]
     total: int
@@ -106,7 +106,7 @@ class Blocks:
     With one token to a sequence, as in decoding, a block has one place, else 64.
     """
 
-    def __init__(self, write: OnnxWriter, past: ir.Value, ids: ir.Value, sizes: Sizes) -> None:
+    def __init__(self, write: OnnxWriter, past: ir.Value, ids: ir.Value, sizes: SparseSizes) -> None:
         w, rule = write, sizes.rule
         self.write, self.past, self.sizes = w, past, sizes
         shape = w("Shape", ids, dtype=INT64)
@@ -175,7 +175,7 @@ class Blocks:
         parts = [w.ints([d]) if isinstance(d, int) else d for d in dims]
         return w("Concat", *parts, axis=0)
 
-    def rows_of_cache(self, index: ir.Value, part: Part, count: int) -> ir.Value:
+    def rows_of_cache(self, index: ir.Value, part: SparseHeads, count: int) -> ir.Value:
         """Flat rows of a cache [B * all heads * count, …] for an index [B, K or 1, NB, n] below `count`."""
         w = self.write
         sequences = w("Mul", self.range(self.batch), w.ints(part.total * count))
@@ -191,7 +191,7 @@ class Blocks:
 
 
 def updated_nodes(
-    b: Blocks, part: Part, keys: ir.Value, means: ir.Value, variances: ir.Value
+    b: Blocks, part: SparseHeads, keys: ir.Value, means: ir.Value, variances: ir.Value
 ) -> tuple[ir.Value, ir.Value]:
     """Means and variances, float32 [B, K, N, D], with the nodes of the step's tokens made anew.
 
@@ -219,7 +219,7 @@ def updated_nodes(
 
 
 @dataclass(frozen=True)
-class Read:
+class ReadBlocks:
     """What the blocks of a step read: keys, values and which of them each place sees."""
 
     keys: ir.Value
@@ -230,8 +230,8 @@ class Read:
 
 
 def read(
-    b: Blocks, part: Part, q: ir.Value, keys: ir.Value, values: ir.Value, means: ir.Value, variances: ir.Value
-) -> Read:
+    b: Blocks, part: SparseHeads, q: ir.Value, keys: ir.Value, values: ir.Value, means: ir.Value, variances: ir.Value
+) -> ReadBlocks:
     """Choose, and gather what is chosen.
 
     Args:
@@ -268,7 +268,7 @@ def read(
         w("Reshape", x, w.ints([-1, 1, most + sizes.near, d])) for x, d in zip(parts, (columns, width), strict=True)
     ]
     mask = w("Reshape", seen, b.shape(-1, 1, b.places, most + sizes.near))
-    return Read(flat[0], flat[1], mask)
+    return ReadBlocks(flat[0], flat[1], mask)
 
 
 def _near_positions(b: Blocks) -> ir.Value:
@@ -302,7 +302,13 @@ def _seen(b: Blocks, far: ir.Value, taken: ir.Value, window: int) -> ir.Value:
 
 
 def _choice(
-    b: Blocks, layer: Layer, q: ir.Value, near_keys: ir.Value, means: ir.Value, variances: ir.Value, window: int
+    b: Blocks,
+    layer: LayerAttention,
+    q: ir.Value,
+    near_keys: ir.Value,
+    means: ir.Value,
+    variances: ir.Value,
+    window: int,
 ) -> tuple[ir.Value, ir.Value]:
     """The units before the local window that are read, int64 [B, K, NB, F], and whether each is, bool."""
     w, sizes, rule = b.write, b.sizes, b.sizes.rule
@@ -337,7 +343,13 @@ def _choice(
 
 
 def _scores(
-    b: Blocks, layer: Layer, q: ir.Value, near_keys: ir.Value, means: ir.Value, variances: ir.Value, window: int
+    b: Blocks,
+    layer: LayerAttention,
+    q: ir.Value,
+    near_keys: ir.Value,
+    means: ir.Value,
+    variances: ir.Value,
+    window: int,
 ) -> ir.Value:
     """float32 [B, K, NB, U]: the root mean square of each unit's share of the mass; 0 from the local window on."""
     w, sizes, rule = b.write, b.sizes, b.sizes.rule
@@ -395,7 +407,7 @@ def _scores(
     return w("Sqrt", w("Div", squares, number))
 
 
-def grid(b: Blocks, part: Part, q: ir.Value) -> ir.Value:
+def grid(b: Blocks, part: SparseHeads, q: ir.Value) -> ir.Value:
     """Queries [B * S, K * G * D] in their blocks: [B * K * NB, G, W, D]."""
     w, cache = b.write, part.layer.cache
     group = cache.q_heads // cache.kv_heads
@@ -405,7 +417,7 @@ def grid(b: Blocks, part: Part, q: ir.Value) -> ir.Value:
     return w("Reshape", turned, b.shape(-1, group, b.places, cache.head_dim))
 
 
-def ungrid(b: Blocks, part: Part, out: ir.Value) -> ir.Value:
+def ungrid(b: Blocks, part: SparseHeads, out: ir.Value) -> ir.Value:
     """The other way round, for values: [B * S, K * G * value columns]."""
     w, cache = b.write, part.layer.cache
     group = cache.q_heads // cache.kv_heads

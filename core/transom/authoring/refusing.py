@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from transom.errors import UnsupportedError
 from transom.graph.sparse import is_attention
-from transom.programs.drafting import NoForm
+from transom.programs.reading import NoForm
 
 if TYPE_CHECKING:
     from transom.graph import Graph

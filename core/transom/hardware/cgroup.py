@@ -15,7 +15,7 @@ _UNLIMITED = 1 << 60
 
 
 @dataclass(frozen=True)
-class Limits:
+class CgroupLimits:
     """None: no limit."""
 
     cpus: float | None = None
@@ -25,7 +25,7 @@ class Limits:
     """What is left below the tightest limit; page cache that can be dropped counts as free."""
 
 
-def cgroup_limits(root: Path = Path("/")) -> Limits:
+def cgroup_limits(root: Path = Path("/")) -> CgroupLimits:
     """The limits of the calling process's control groups. Unreadable files are no limits."""
     cpus = [quota for folder in _folders(root, "cpu") if (quota := _quota(folder)) is not None]
     sizes: list[int] = []
@@ -39,7 +39,7 @@ def cgroup_limits(root: Path = Path("/")) -> Limits:
             used = _number(folder / "memory.usage_in_bytes") or 0
         sizes.append(limit)
         rooms.append(max(0, limit - max(0, used - _droppable(folder))))
-    return Limits(min(cpus, default=None), min(sizes, default=None), min(rooms, default=None))
+    return CgroupLimits(min(cpus, default=None), min(sizes, default=None), min(rooms, default=None))
 
 
 def _folders(root: Path, controller: str) -> Iterator[Path]:

@@ -8,8 +8,8 @@ import numpy as np
 import onnx_ir as ir
 
 from transom.graph.weights import Array
-from transom.programs.drafting import Draft, Value
 from transom.programs.onnx_writing import FLOAT, OnnxWriter
+from transom.programs.reading import Op, Value
 
 
 class RowOperators:
@@ -21,7 +21,7 @@ class RowOperators:
 
     def __init__(self, write: OnnxWriter, wide: Callable[[Value], ir.Value]) -> None:
         self._write, self._wide = write, wide
-        self.writers: Mapping[str, Callable[[Draft], ir.Value]] = {
+        self.writers: Mapping[str, Callable[[Op], ir.Value]] = {
             "add": self.add, "bias": self._bias, "scale": self._scale, "softcap": self._softcap, "glu": self._gate,
         }  # fmt: skip
         """By the kind of a draft."""
@@ -31,22 +31,22 @@ class RowOperators:
         assert vector is not None
         return self._write.constant(np.asarray(vector, np.float32))
 
-    def add(self, draft: Draft) -> ir.Value:
-        return self._write("Add", *(self._wide(v) for v in draft.inputs))
+    def add(self, op: Op) -> ir.Value:
+        return self._write("Add", *(self._wide(v) for v in op.inputs))
 
-    def _bias(self, draft: Draft) -> ir.Value:
-        return self._write("Add", self._wide(draft.inputs[0]), self.vector(draft.vector))
+    def _bias(self, op: Op) -> ir.Value:
+        return self._write("Add", self._wide(op.inputs[0]), self.vector(op.vector))
 
-    def _scale(self, draft: Draft) -> ir.Value:
-        return self._write("Mul", self._wide(draft.inputs[0]), self._write.number(draft.scale, FLOAT))
+    def _scale(self, op: Op) -> ir.Value:
+        return self._write("Mul", self._wide(op.inputs[0]), self._write.number(op.scale, FLOAT))
 
-    def _softcap(self, draft: Draft) -> ir.Value:
-        return self._write.softcapped(self._wide(draft.inputs[0]), draft.scale)
+    def _softcap(self, op: Op) -> ir.Value:
+        return self._write.softcapped(self._wide(op.inputs[0]), op.scale)
 
-    def _gate(self, draft: Draft) -> ir.Value:
-        w, (x, up) = self._write, (self._wide(v) for v in draft.inputs)
-        if draft.act == "silu":
+    def _gate(self, op: Op) -> ir.Value:
+        w, (x, up) = self._write, (self._wide(v) for v in op.inputs)
+        if op.act == "silu":
             x = w("Mul", x, w("Sigmoid", x))
         else:
-            x = w("Gelu", x, approximate="tanh" if draft.act == "gelu_tanh" else "none")
+            x = w("Gelu", x, approximate="tanh" if op.act == "gelu_tanh" else "none")
         return w("Mul", x, up)

@@ -29,16 +29,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transom.testing.conformance import BackendConformance
-    from transom.testing.result import CheckResult, ConformanceResult, Part
+    from transom.testing.result import CaseResult, CheckResult, ConformanceResult
     from transom.testing.runner import run
 
-__all__ = ["BackendConformance", "CheckResult", "ConformanceResult", "Part", "run"]
+__all__ = ["BackendConformance", "CaseResult", "CheckResult", "ConformanceResult", "run"]
 
 _HOMES = {
     "BackendConformance": "transom.testing.conformance",
     "CheckResult": "transom.testing.result",
     "ConformanceResult": "transom.testing.result",
-    "Part": "transom.testing.result",
+    "CaseResult": "transom.testing.result",
     "run": "transom.testing.runner",
 }
 

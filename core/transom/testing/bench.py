@@ -30,7 +30,7 @@ UNASKED: Mapping[str, object] = {"precision": "auto", "context": None, "threads"
 """The options of a load where the user named none: the host always gives these keys."""
 
 
-class Oracle:
+class ReferenceOracle:
     """Logits of a decoder graph for whole token sequences, each computed from nothing: it has no cache to be wrong."""
 
     def __init__(self, graph: Graph) -> None:
@@ -51,14 +51,14 @@ class Oracle:
 
 
 @dataclass(frozen=True)
-class Model:
+class TinyModel:
     """A tiny decoder, compiled, with its oracle."""
 
     name: str
     graph: Graph
     lowered: Lowered
     artifact: Artifact
-    oracle: Oracle
+    oracle: ReferenceOracle
     limit: float
     """Allowed normalised error of a row of logits."""
 
@@ -84,7 +84,7 @@ class Bench:
         self.precision, self.options = precision, {**UNASKED, **(options or {})}
         self._temporary = tempfile.TemporaryDirectory(prefix="transom-conformance-", ignore_cleanup_errors=True)
         self.folder = Path(self._temporary.name)
-        self._models: dict[str, Model | Exception] = {}
+        self._models: dict[str, TinyModel | Exception] = {}
         self._stored = 0
 
     def __enter__(self) -> Bench:
@@ -169,7 +169,7 @@ class Bench:
     def graph(self, variant: str) -> Graph:
         return tiny_decoder(self.rng(f"model {variant}"), **VARIANTS[variant])
 
-    def model(self, variant: str) -> Model:
+    def model(self, variant: str) -> TinyModel:
         """The variant, lowered and compiled once; what stood in the way is raised again at each call."""
         if variant not in self._models:
             try:
@@ -181,9 +181,9 @@ class Bench:
             raise found
         return found
 
-    def _build(self, variant: str) -> Model:
+    def _build(self, variant: str) -> TinyModel:
         self.offer()
         graph = self.graph(variant)
         lowered = self.lower(graph)
         limit = self.tolerance(lowered.exact).logits
-        return Model(variant, graph, lowered, self.compile(lowered.graph), Oracle(graph), limit)
+        return TinyModel(variant, graph, lowered, self.compile(lowered.graph), ReferenceOracle(graph), limit)

@@ -10,7 +10,7 @@ import numpy as np
 
 from transom.contract import Limits, Session, State, Work
 from transom.sessions import best
-from transom.testing.bench import Model
+from transom.testing.bench import TinyModel
 from transom.testing.compare import compare_rows, normalised_error
 from transom.testing.result import Failed, Refused
 
@@ -39,7 +39,7 @@ class Move:
 class Driver:
     """A session with its model. `error` is the largest normalised error seen so far."""
 
-    def __init__(self, session: Session, model: Model, rng: np.random.Generator) -> None:
+    def __init__(self, session: Session, model: TinyModel, rng: np.random.Generator) -> None:
         self.session, self.model, self.rng = session, model, rng
         self.limits: Limits = session.limits
         self.context = min(self.limits.context, model.oracle.decoder.context)

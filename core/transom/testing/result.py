@@ -24,7 +24,7 @@ class Refused(Exception):
 
 
 @dataclass(frozen=True)
-class Part:
+class CaseResult:
     """One case of a check, such as one random sample of an operator."""
 
     label: str
@@ -45,7 +45,7 @@ class CheckResult:
     error: float | None = None
     """The largest normalised error among its parts."""
     seconds: float = 0.0
-    parts: tuple[Part, ...] = ()
+    parts: tuple[CaseResult, ...] = ()
 
 
 @dataclass(frozen=True)

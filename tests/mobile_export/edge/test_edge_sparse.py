@@ -25,15 +25,22 @@ from transom.programs.onnx_writing import IR_VERSION
 from transom.sparsity import Sparsity
 from transom.testing.models import tiny_decoder
 from transom_mobile_export.qnn.claims import drafted
-from transom_mobile_export.qnn.layout import EMBEDDING_FILE, VARIANT_FILE, CacheLayer, PartFiles, Variant, cache_layers
+from transom_mobile_export.qnn.layout import (
+    EMBEDDING_FILE,
+    VARIANT_FILE,
+    CacheLayer,
+    PartFiles,
+    QnnVariant,
+    cache_layers,
+)
 from transom_mobile_export.qnn.loading import session_over
 from transom_mobile_export.qnn.lowering import lower
 from transom_mobile_export.qnn.observing import rows_of
 from transom_mobile_export.qnn.parts import plan_parts
-from transom_mobile_export.qnn.precision import Precision
-from transom_mobile_export.qnn.running import Graphs, QnnEngine
+from transom_mobile_export.qnn.precision import QnnPrecision
+from transom_mobile_export.qnn.running import PartGraphs, QnnEngine
 from transom_mobile_export.qnn.sparse_inputs import base_of, first_node, step_inputs
-from transom_mobile_export.qnn.sparse_sizes import Sizes
+from transom_mobile_export.qnn.sparse_sizes import ChoiceSizes
 
 Call = Callable[..., Any]
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -47,9 +54,9 @@ HEAT = 4.0
 """Temperature: what is drawn then depends on every logit."""
 
 
-def described(policy: Sparsity, context: int, chunk: int, low: float = LOW) -> Variant:
+def described(policy: Sparsity, context: int, chunk: int, low: float = LOW) -> QnnVariant:
     layers, parts = (CacheLayer(2, 16, 16, 0),), (PartFiles("", "", (0, 1)),)
-    return Variant(context, chunk, 9, 32, 1.0, layers, "uint8", low, parts, 43, 73, policy.to_string())
+    return QnnVariant(context, chunk, 9, 32, 1.0, layers, "uint8", low, parts, 43, 73, policy.to_string())
 
 
 def drawn_policy(rng: np.random.Generator) -> Sparsity:
@@ -85,7 +92,7 @@ def test_inputs_are_those_of_transoms_host(call: Call, tmp_path: Path, rng: np.r
             steps.append((chunk, past, int(rng.integers(1, min(chunk - past % BLOCK, context - past) + 1))))
         found = call("sparse_steps", qnn_json=str(path), steps=steps)
         for (tokens, past, count), (inputs, base, node) in zip(steps, found, strict=True):
-            sizes = Sizes(policy, context, tokens)
+            sizes = ChoiceSizes(policy, context, tokens)
             assert (base, node) == (base_of(sizes, past), first_node(sizes, past))
             wanted = step_inputs(sizes, past, count, low)
             seen |= set(wanted)
@@ -142,20 +149,20 @@ def test_logits_and_tokens_are_transoms(
     """The same graphs on the CPU, with Transom's host around them: logits step by step, and a whole answer."""
     policy = Sparsity(columns=0, top_k=3, dense_below=dense_below, max_density=0.6, heads=heads)
     graph = with_sparsity(tiny_decoder(rng, vocabulary=96, context=CONTEXT), policy)
-    model = drafted(graph, Precision("float16", "float16"))
-    decoder = model.drafting.decoder
+    model = drafted(graph, QnnPrecision("float16", "float16"))
+    decoder = model.reader.decoder
     files: dict[str, bytes] = {}
     parts, graphs = [], []
     for i, part in enumerate(model.layers if split else plan_parts(model.layers)):
         sizes: dict[str, Any] = {"cached": CONTEXT, "context": CONTEXT}
-        pair = [graph_file(lower(model.drafting, part, tokens=tokens, **sizes)) for tokens in (128, 1)]
+        pair = [graph_file(lower(model.reader, part, tokens=tokens, **sizes)) for tokens in (128, 1)]
         names = [f"part{i}_{what}.onnx" for what in ("prefill", "decode")]
         files |= dict(zip(names, pair, strict=True))
         parts.append(PartFiles(names[0], names[1], (part.first, part.first + len(part.layers))))
-        graphs.append(Graphs(*(onnxruntime.InferenceSession(data) for data in pair)))
+        graphs.append(PartGraphs(*(onnxruntime.InferenceSession(data) for data in pair)))
     assert model.embed.weight is not None
     table = rows_of(model.embed.weight, range(96)).astype(np.float16)
-    about = Variant(
+    about = QnnVariant(
         CONTEXT, 128, 96, decoder.hidden, float(model.embed.scale), cache_layers(decoder), "float32", LOW, tuple(parts),
         43, 73, policy.to_string(),
     )  # fmt: skip

@@ -13,7 +13,7 @@ import pytest
 
 from transom.graph.weights import Blocked, BlockedArrays, BlockedDtype, dense, dequantize
 from transom.quantize.rounding import to_float8, to_int8
-from transom_mobile_export.onnx.packing import Packed, block_of, pack
+from transom_mobile_export.onnx.packing import PackedBlocks, block_of, pack
 
 Array = np.ndarray[Any, np.dtype[Any]]
 RANGES: dict[BlockedDtype, tuple[int, int]] = {
@@ -36,7 +36,7 @@ def blocked(
     return Blocked(shape, block, dtype, "float16", lambda: parts, minimums, zeros)
 
 
-def unpacked(packed: Packed) -> Array:
+def unpacked(packed: PackedBlocks) -> Array:
     """float32 [rows, columns], as the operators' documentation has it."""
     rows, blocks, _ = packed.codes.shape
 

@@ -16,8 +16,8 @@ from transom.sessions import BufferedSession
 from transom_mobile_export.qnn import probing
 from transom_mobile_export.qnn.backend import Qnn
 from transom_mobile_export.qnn.claims import drafted
-from transom_mobile_export.qnn.observing import Running, embedded, grouped, prefill
-from transom_mobile_export.qnn.precision import Precision
+from transom_mobile_export.qnn.observing import RunningPart, embedded, grouped, prefill
+from transom_mobile_export.qnn.precision import QnnPrecision
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -78,12 +78,12 @@ def float_logits(graph: Graph, ids: Sequence[int]) -> Array:
     """What the float graphs give in onnxruntime, part for part of a layer each; float32 [tokens, vocabulary]."""
     from transom_mobile_export.qnn.lowering import lower
 
-    model = drafted(graph, Precision("float16", "float16"))
+    model = drafted(graph, QnnPrecision("float16", "float16"))
     hidden = embedded(model.embed, ids)
     for layer in model.layers:
-        lowered = lower(model.drafting, layer, tokens="tokens", cached="cached", context=len(ids))
-        with Running(lowered) as running:
-            found = running(prefill(model.drafting.decoder, layer, hidden, np.arange(len(ids))))
+        lowered = lower(model.reader, layer, tokens="tokens", cached="cached", context=len(ids))
+        with RunningPart(lowered) as running:
+            found = running(prefill(model.reader.decoder, layer, hidden, np.arange(len(ids))))
         hidden = found.get("hidden_out", hidden)
     assert len(grouped(model.layers)) == 1
     result: Array = found["logits"][0]

@@ -25,17 +25,17 @@ from transom.errors import EngineError, UnsupportedError
 from transom.graph.weights import Blocked, BlockedArrays, dequantize
 from transom.preparation.agreement import compare
 from transom.preparation.reference_outputs import reference_logits
-from transom.programs.drafting import Draft, Value
 from transom.programs.onnx_writing import FLOAT, IR_VERSION, OnnxWriter
+from transom.programs.reading import Op, Value
 from transom.testing.models import tiny_decoder
 from transom_mobile_export.qnn import sdk
 from transom_mobile_export.qnn.backend import Qnn
 from transom_mobile_export.qnn.claims import drafted
 from transom_mobile_export.qnn.encoding import RoundedMatrices, add_rounding
-from transom_mobile_export.qnn.layout import LARGEST, VARIANT_FILE, Variant
-from transom_mobile_export.qnn.lowering import Lowered, lower
-from transom_mobile_export.qnn.observing import Running, Seen, embedded, observe
-from transom_mobile_export.qnn.precision import Precision
+from transom_mobile_export.qnn.layout import LARGEST, VARIANT_FILE, QnnVariant
+from transom_mobile_export.qnn.lowering import LoweredPart, lower
+from transom_mobile_export.qnn.observing import RunningPart, Seen, embedded, observe
+from transom_mobile_export.qnn.precision import QnnPrecision
 from transom_mobile_export.qnn.probing import EMULATED
 
 pytestmark = needs_qnn
@@ -90,13 +90,13 @@ def test_two_parts_give_what_one_gives(rng: np.random.Generator, tmp_path: Path)
     asked = options(rng, graph, "int8")
     ids = draw(rng, graph, 12)
     found, variants = [], []
-    layers = drafted(graph, Precision("int8", "uint8")).layers
+    layers = drafted(graph, QnnPrecision("int8", "uint8")).layers
     for name, largest in (("one", LARGEST), ("two", layers[0].bytes + layers[1].bytes)):
         artifact = compiled(graph, asked, largest=largest)
         session = opened(artifact, tmp_path / name, asked)
         described = artifact.files[VARIANT_FILE]
         assert isinstance(described, bytes)
-        variants.append(Variant.from_json(described.decode()))
+        variants.append(QnnVariant.from_json(described.decode()))
         found.append(logits(session, [ids[:7], ids[7:11], ids[11:]]))
         if name == "two":
             assert any("2 parts" in note and "layers 0 to 1" in note for note in artifact.notes), artifact.notes
@@ -157,7 +157,7 @@ def test_the_files_are_those_that_an_app_reads(rng: np.random.Generator) -> None
     assert said["layers"][0] == {"kv_heads": 2, "head_dim": 16, "value_dim": 16, "window": 5}
     assert said["cache"] == {"dtype": "uint8"}
     assert said["parts"] == [{"prefill": "part0_prefill.onnx", "decode": "part0_decode.onnx", "layers": [0, 2]}]
-    assert Variant.from_json(raw.decode()).to_json() == raw.decode()
+    assert QnnVariant.from_json(raw.decode()).to_json() == raw.decode()
     table = phone.files["shared/embedding.bin"]
     assert isinstance(table, Path)
     assert table.stat().st_size == 256 * 256 * 2
@@ -249,14 +249,14 @@ def test_stored_codes_come_out_right_whatever_their_scales_and_zero_points(
     given = write.input("x", FLOAT, x.shape)
     for dtype, zero_points in (("int8", False), ("int4", False), ("int4", True)):
         weight = stored_codes(rng, dtype, rows, columns, zero_points=zero_points)
-        precision = Precision("int8" if dtype == "int8" else "int4", "uint8")
+        precision = QnnPrecision("int8" if dtype == "int8" else "int4", "uint8")
         name = f"{dtype}.{zero_points}"
-        draft = Draft("linear", Value(rows), weight=weight)
-        matrix = RoundedMatrices(precision, {}, tmp_path)(write, draft, f"{name}.weight")
+        op = Op("linear", Value(rows), weight=weight)
+        matrix = RoundedMatrices(precision, {}, tmp_path)(write, op, f"{name}.weight")
         write.output(write("MatMul", given, matrix, dtype=FLOAT), name, (1, 8, rows))
         wanted[name] = x @ dequantize(weight).T
         ranges[name] = float(wanted[name].min()), float(wanted[name].max())
-    add_rounding(Lowered(write.graph), Seen(ranges, -1.0), ir.DataType.UINT8)
+    add_rounding(LoweredPart(write.graph), Seen(ranges, -1.0), ir.DataType.UINT8)
     ir.save(write.model(), tmp_path / "model.onnx")
     made = sdk.compile_context(tmp_path / "model.onnx", tmp_path / "out.onnx", EMULATED)
     del made
@@ -315,12 +315,12 @@ def test_a_long_prefill_is_what_its_rounded_graph_says(rng: np.random.Generator,
     """QNN's compiler gets such graphs wrong without a word where it is asked to try hard."""
     tokens, cached = 128, 64
     graph = tiny_decoder(rng, layers=1, q_heads=4, kv_heads=1, head_dim=32)
-    precision = Precision("int8", "uint8")
+    precision = QnnPrecision("int8", "uint8")
     model = drafted(graph, precision)
     seen = observe(model, [draw(rng, graph, 100) for _ in range(2)], lambda share: None)
     (part,) = model.layers
     matrices = RoundedMatrices(precision, seen.squares, tmp_path)
-    lowered = lower(model.drafting, part, tokens=tokens, cached=cached, context=tokens + cached, matrices=matrices)
+    lowered = lower(model.reader, part, tokens=tokens, cached=cached, context=tokens + cached, matrices=matrices)
     add_rounding(lowered, seen, ir.DataType.UINT8)
     own = np.arange(tokens)
     unseen = np.concatenate([np.ones((tokens, cached), bool), own[:, None] < own], axis=1)
@@ -330,7 +330,7 @@ def test_a_long_prefill_is_what_its_rounded_graph_says(rng: np.random.Generator,
         "mask": np.where(unseen, seen.mask_low, 0).astype(np.float32)[None, None],
         "row": np.array([tokens - 1], np.int32), "past_key.0": past, "past_value.0": past,
     }  # fmt: skip
-    with Running(lowered) as running:
+    with RunningPart(lowered) as running:
         wanted = running(inputs)["logits"]
     ir.save(ir.Model(lowered.graph, ir_version=IR_VERSION), tmp_path / "model.onnx")
     made = sdk.compile_context(tmp_path / "model.onnx", tmp_path / "out.onnx", EMULATED)

@@ -32,22 +32,22 @@ from transom_mobile_export.qnn.encoding import (
     RoundedMatrices,
     add_rounding,
 )
-from transom_mobile_export.qnn.lowering import Lowered, Matrices, lower
+from transom_mobile_export.qnn.lowering import LoweredPart, Matrices, lower
 from transom_mobile_export.qnn.measuring import measure
 from transom_mobile_export.qnn.observing import Seen, observe
 from transom_mobile_export.qnn.parts import plan_parts
-from transom_mobile_export.qnn.precision import Form, Precision
+from transom_mobile_export.qnn.precision import Form, QnnPrecision
 from transom_mobile_export.qnn.rounding import rounded
 
 Array = np.ndarray[Any, np.dtype[Any]]
-INT8 = Precision("int8", "uint8")
+INT8 = QnnPrecision("int8", "uint8")
 
 
-def seen_of(rng: np.random.Generator, graph: Graph, precision: Precision) -> Seen:
+def seen_of(rng: np.random.Generator, graph: Graph, precision: QnnPrecision) -> Seen:
     return observe(drafted(graph, precision), [draw(rng, graph, 30) for _ in range(2)], lambda share: None)
 
 
-def lowered_of(graph: Graph, precision: Precision, seen: Seen, tokens: int, context: int = CONTEXT) -> Lowered:
+def lowered_of(graph: Graph, precision: QnnPrecision, seen: Seen, tokens: int, context: int = CONTEXT) -> LoweredPart:
     model = drafted(graph, precision)
     (part,) = plan_parts(model.layers)
     lowered = lower(model.drafting, part, tokens=tokens, cached=context, context=context, matrices=scaled(precision))
@@ -55,7 +55,7 @@ def lowered_of(graph: Graph, precision: Precision, seen: Seen, tokens: int, cont
     return lowered
 
 
-def scaled(precision: Precision) -> Matrices:
+def scaled(precision: QnnPrecision) -> Matrices:
     """Matrices whose codes nobody reads."""
     return RoundedMatrices(precision, {}, Path("nowhere"))
 
@@ -66,7 +66,7 @@ def constant(value: ir.Value | None) -> Array:
     return np.asarray(value.const_value.numpy())
 
 
-def encodings(lowered: Lowered) -> dict[str, tuple[float, int, str]]:
+def encodings(lowered: LoweredPart) -> dict[str, tuple[float, int, str]]:
     """Of each value that is rounded by one scale: scale, zero point, type."""
     found = {}
     for node in lowered.graph:
@@ -96,7 +96,7 @@ def test_no_zero_point_ever_reaches_a_weight(
 ) -> None:
     """4-bit weights with one come out wrong of the HTP, and nothing is said."""
     graph = tiny_decoder(rng, weights=stored)
-    precision = Precision(weights, "uint8")
+    precision = QnnPrecision(weights, "uint8")
     model = drafted(graph, precision)
     (part,) = plan_parts(model.layers)
     matrices = RoundedMatrices(precision, {}, tmp_path)
@@ -114,7 +114,7 @@ def test_no_zero_point_ever_reaches_a_weight(
 @pytest.mark.parametrize("stored", ["float32", "uint4_minimums", "int4", "int8"])
 def test_a_weight_is_near_what_it_was(rng: np.random.Generator, stored: Any) -> None:
     graph = tiny_decoder(rng, weights=stored)
-    model = drafted(graph, Precision("int8", "uint8"))
+    model = drafted(graph, QnnPrecision("int8", "uint8"))
     weight = next(d.weight for own in model.layers[0].layers for d in own if d.weight)
     plain = dequantize(weight)
     bounds: dict[Form, float] = {"int8": 0.02, "int4": 0.12}
@@ -161,7 +161,7 @@ def test_what_is_stored_in_a_form_is_kept_unless_the_htp_would_compute_it_wrong(
 
 
 def test_numbers_that_float16_does_not_have_are_refused(rng: np.random.Generator, tmp_path: Path) -> None:
-    model = drafted(tiny_decoder(rng), Precision("int8", "uint8"))
+    model = drafted(tiny_decoder(rng), QnnPrecision("int8", "uint8"))
     gain = next(d for own in model.layers[1].layers for d in own if d.kind == "norm")
     gain.vector = np.asarray(gain.vector) * np.float32(np.nan)
     with pytest.raises(SourceError, match=r"not numbers, first seen at 1\..*RMSNormalization"):
@@ -195,7 +195,7 @@ def test_a_scale_is_searched_for_the_inputs_that_it_meets(rng: np.random.Generat
 def test_prefill_and_decode_have_the_same_encodings(rng: np.random.Generator, form: str, cache: Any) -> None:
     """The one reads the codes that the other has written."""
     graph = tiny_decoder(rng, **VARIANTS[form])
-    precision = Precision("int8", cache)
+    precision = QnnPrecision("int8", cache)
     seen = seen_of(rng, graph, precision)
     prefill, decode = (encodings(lowered_of(graph, precision, seen, tokens)) for tokens in (CHUNK, 1))
     assert prefill == decode
@@ -205,7 +205,7 @@ def test_prefill_and_decode_have_the_same_encodings(rng: np.random.Generator, fo
 @pytest.mark.parametrize("cache", ["uint8", "uint16"])
 def test_what_goes_into_the_cache_is_what_comes_out(rng: np.random.Generator, cache: Any) -> None:
     graph = tiny_decoder(rng, q_heads=4, kv_heads=2, value_dim=32)
-    precision = Precision("int8", cache)
+    precision = QnnPrecision("int8", cache)
     lowered = lowered_of(graph, precision, seen_of(rng, graph, precision), CHUNK)
     inputs = {v.name: v for v in lowered.graph.inputs}
     outputs = {v.name: v for v in lowered.graph.outputs}
@@ -238,7 +238,7 @@ def test_nor_is_one_in_sparse_attention(rng: np.random.Generator) -> None:
         check_joins(lowered_of(graph, INT8, seen, tokens, 192))
 
 
-def check_joins(lowered: Lowered) -> None:
+def check_joins(lowered: LoweredPart) -> None:
     joins = [node for node in lowered.graph if node.op_type == "Concat"]
     assert joins
     for node in joins:
@@ -253,7 +253,7 @@ def check_joins(lowered: Lowered) -> None:
 def test_masked_scores_keep_their_steps(rng: np.random.Generator) -> None:
     """A mask of -10000 would leave a score 65 times coarser steps than it needs."""
     graph = tiny_decoder(rng)
-    precision = Precision("int8", "uint8")
+    precision = QnnPrecision("int8", "uint8")
     seen = seen_of(rng, graph, precision)
     assert -1000 < seen.mask_low < -MARGIN
     lowered = lowered_of(graph, precision, seen, CHUNK)
@@ -268,7 +268,7 @@ def test_masked_scores_keep_their_steps(rng: np.random.Generator) -> None:
 
 def test_the_hidden_state_is_not_rounded_unless_it_leaves_float16(rng: np.random.Generator) -> None:
     graph = tiny_decoder(rng)
-    precision = Precision("int8", "uint8")
+    precision = QnnPrecision("int8", "uint8")
     seen = seen_of(rng, graph, precision)
     assert 0 < seen.widest < LARGEST_WIDE
     sums = {n for n in seen.ranges if ".add." in n}
@@ -283,7 +283,7 @@ def test_errors_are_listed_worst_first(rng: np.random.Generator, tmp_path: Path)
     text = draw(rng, graph, 30)
     errors = {}
     for weights in ("int8", "int4"):
-        precision = Precision(weights, "uint8")
+        precision = QnnPrecision(weights, "uint8")
         model = drafted(graph, precision)
         seen = observe(model, [text], lambda share: None)
         folder = tmp_path / weights

@@ -20,9 +20,9 @@ from transom_mobile_export.qnn.backend import Qnn
 from transom_mobile_export.qnn.claims import Drafted, drafted
 from transom_mobile_export.qnn.compiling import plan_notes, require_capped
 from transom_mobile_export.qnn.parts import matrix_bytes, plan_parts
-from transom_mobile_export.qnn.precision import Precision, resolve
+from transom_mobile_export.qnn.precision import QnnPrecision, resolve
 
-FLOAT16 = Precision("float16", "float16")
+FLOAT16 = QnnPrecision("float16", "float16")
 
 
 @pytest.mark.parametrize("form", sorted({*VARIANTS} - {"attention_bias", "everything"}))
@@ -90,7 +90,7 @@ def test_rows_that_no_block_divides_are_refused_before_anything_is_observed(rng:
 def test_a_soft_cap_that_would_come_out_wrong_without_a_word_is_refused(rng: np.random.Generator) -> None:
     def model(policy: Sparsity, **form: Any) -> Drafted:
         graph = with_sparsity(tiny_decoder(rng, layers=1, softcap=8.0, **form), policy)
-        return drafted(graph, Precision("int8", "uint8"))
+        return drafted(graph, QnnPrecision("int8", "uint8"))
 
     static, off = Sparsity(columns=0, top_k=3, max_density=0.6), Sparsity.parse("off")
     for policy, heads, chunk in ((static, 16, 128), (off, 1, 16)):

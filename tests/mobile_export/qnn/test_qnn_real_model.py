@@ -23,9 +23,9 @@ from transom.sources import resolve
 from transom_mobile_export.qnn.claims import drafted
 from transom_mobile_export.qnn.encoding import RoundedMatrices, add_rounding
 from transom_mobile_export.qnn.lowering import lower
-from transom_mobile_export.qnn.observing import Running, embedded, observe, prefill
+from transom_mobile_export.qnn.observing import RunningPart, embedded, observe, prefill
 from transom_mobile_export.qnn.parts import plan_parts
-from transom_mobile_export.qnn.precision import Precision
+from transom_mobile_export.qnn.precision import QnnPrecision
 
 TOKENS = 32
 
@@ -39,16 +39,16 @@ def test_its_rounded_graphs_agree_with_the_reference(tmp_path: Path) -> None:
     assert source.graph.decoder is not None
     texts = pieces(source.tokenizer, source.graph.decoder.vocabulary, 128, ())[:3]
     held = list(texts[2][:TOKENS])
-    precision = Precision("int8", "uint8")
+    precision = QnnPrecision("int8", "uint8")
     model = drafted(source.graph, precision)
     seen = observe(model, [text[:64] for text in texts[:2]], lambda share: None)
     assert seen.widest > 1000
     (part,) = plan_parts(model.layers)
     matrices = RoundedMatrices(precision, seen.squares, tmp_path)
-    lowered = lower(model.drafting, part, tokens="tokens", cached="cached", context=TOKENS, matrices=matrices)
+    lowered = lower(model.reader, part, tokens="tokens", cached="cached", context=TOKENS, matrices=matrices)
     add_rounding(lowered, seen, ir.DataType.UINT8)
-    with Running(lowered) as running:
-        inputs = prefill(model.drafting.decoder, part, embedded(model.embed, held), np.arange(TOKENS), np.uint8)
+    with RunningPart(lowered) as running:
+        inputs = prefill(model.reader.decoder, part, embedded(model.embed, held), np.arange(TOKENS), np.uint8)
         found = compare(reference_logits(source.graph, held), running(inputs)["logits"][0])
     assert found.kl_mean < 0.04, found
     assert found.correlation_min > 0.93, found

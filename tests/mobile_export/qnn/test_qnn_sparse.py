@@ -33,16 +33,16 @@ from transom.sparsity.static import static_refusal
 from transom.testing.models import tiny_decoder
 from transom_mobile_export.qnn.backend import Qnn
 from transom_mobile_export.qnn.claims import Drafted, drafted
-from transom_mobile_export.qnn.layout import PartFiles, Variant, cache_layers
+from transom_mobile_export.qnn.layout import PartFiles, QnnVariant, cache_layers
 from transom_mobile_export.qnn.loading import session_over
 from transom_mobile_export.qnn.lowering import lower
 from transom_mobile_export.qnn.observing import rows_of
 from transom_mobile_export.qnn.parts import plan_parts
-from transom_mobile_export.qnn.precision import Precision
-from transom_mobile_export.qnn.running import Graphs, QnnEngine
+from transom_mobile_export.qnn.precision import QnnPrecision
+from transom_mobile_export.qnn.running import PartGraphs, QnnEngine
 from transom_mobile_export.qnn.sparse import Head, Marks, SparseAttention, StepInputs
 from transom_mobile_export.qnn.sparse_inputs import base_of, first_node, step_inputs
-from transom_mobile_export.qnn.sparse_sizes import Sizes, sparse_heads, unfit
+from transom_mobile_export.qnn.sparse_sizes import ChoiceSizes, sparse_heads, unfit
 
 Array = np.ndarray[Any, np.dtype[Any]]
 LOW = -1e4
@@ -70,7 +70,7 @@ class Operator:
 
         self.form, self.policy = form, policy
         self.heads = sparse_heads(policy.layer(0), form.kv_heads)
-        self.sizes = {tokens: Sizes(policy, CONTEXT, tokens) for tokens in (1, chunk)}
+        self.sizes = {tokens: ChoiceSizes(policy, CONTEXT, tokens) for tokens in (1, chunk)}
         self.chunk = chunk
         self.sessions = {}
         for tokens, sizes in self.sizes.items():
@@ -85,7 +85,7 @@ class Operator:
         self.means, self.variances = np.full(shape, 3, np.float32), np.full(shape, 3, np.float32)
         self.length = 0
 
-    def _model(self, sizes: Sizes, sinks: Array | None) -> ir.Model:
+    def _model(self, sizes: ChoiceSizes, sinks: Array | None) -> ir.Model:
         w, form, marks, tokens = OnnxWriter("attention"), self.form, Marks(), sizes.tokens
         count = len(self.heads)
         step = StepInputs(w, sizes, LOW, marks)
@@ -252,7 +252,7 @@ class Wide:
         import onnxruntime
 
         (part,) = plan_parts(model.layers)
-        lowered = lower(model.drafting, part, tokens=tokens, cached=CONTEXT, context=CONTEXT)
+        lowered = lower(model.reader, part, tokens=tokens, cached=CONTEXT, context=CONTEXT)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         written = ir.to_proto(ir.Model(lowered.graph, ir_version=IR_VERSION)).SerializeToString()
@@ -315,16 +315,16 @@ def cut(ids: Sequence[int]) -> list[Sequence[int]]:
 def test_float_graphs_of_a_decoder_are_the_reference(rng: np.random.Generator, form: dict[str, Any]) -> None:
     """The session's own part included: chunks, nodes, and what is kept of a state."""
     dense, graph = sparse_decoder(rng, **form)
-    model = drafted(graph, Precision("float16", "float16"))
-    decoder = model.drafting.decoder
-    variant = Variant(
+    model = drafted(graph, QnnPrecision("float16", "float16"))
+    decoder = model.reader.decoder
+    variant = QnnVariant(
         CONTEXT, 128, 128, decoder.hidden, float(model.embed.scale), cache_layers(decoder), "float32", LOW,
-        (PartFiles("", "", (0, len(model.layers))),), 43, 73, model.drafting.sparsity.to_string(),
+        (PartFiles("", "", (0, len(model.layers))),), 43, 73, model.reader.sparsity.to_string(),
     )  # fmt: skip
-    assert Variant.from_json(variant.to_json()) == variant
+    assert QnnVariant.from_json(variant.to_json()) == variant
     assert model.embed.weight is not None
     table = rows_of(model.embed.weight, range(128))
-    session = session_over(QnnEngine(variant, table, [Graphs(Wide(model, 128), Wide(model, 1))]), CONTEXT)
+    session = session_over(QnnEngine(variant, table, [PartGraphs(Wide(model, 128), Wide(model, 1))]), CONTEXT)
     chunks, expected = clearly_wanted(rng, graph)
     state = session.new_state()
     np.testing.assert_allclose(rows(session, state, chunks[:4]), expected[:4], atol=1e-3)
@@ -381,7 +381,7 @@ def test_policies_without_static_shapes_are_refused_with_a_way_out(rng: np.rando
 def test_far_units_are_those_that_any_block_needs() -> None:
     """By the rule of the reference, position by position."""
     for policy in POLICIES.values():
-        sizes = Sizes(policy, CONTEXT, 1)
+        sizes = ChoiceSizes(policy, CONTEXT, 1)
         for end in range(CONTEXT):
             assert sizes.far_read(end) <= sizes.far
         assert any(sizes.far_read(end) == sizes.far for end in range(CONTEXT))
@@ -390,9 +390,9 @@ def test_far_units_are_those_that_any_block_needs() -> None:
 
 def test_a_dense_context_has_no_word_of_sparse_attention(rng: np.random.Generator) -> None:
     """Apps that know dense attention alone read the first version, and refuse the second."""
-    decoder = drafted(tiny_decoder(rng), Precision("float16", "float16")).drafting.decoder
+    decoder = drafted(tiny_decoder(rng), QnnPrecision("float16", "float16")).reader.decoder
     known = CONTEXT, 64, 61, decoder.hidden, 1.0, cache_layers(decoder), "float16", LOW, (), 43, 73
-    plain, chosen = Variant(*known), Variant(*known, Sparsity(**SMALL).to_string())
+    plain, chosen = QnnVariant(*known), QnnVariant(*known, Sparsity(**SMALL).to_string())
     raw = [json.loads(v.to_json()) for v in (plain, chosen)]
     assert [r["qnn_variant"] for r in raw] == [1, 2]
     assert "sparse" not in raw[0]

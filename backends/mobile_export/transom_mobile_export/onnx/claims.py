@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 from transom.authoring.refusing import refusals
 from transom.contract import Claim
 from transom.graph.reading import linear_weight, weight_of
-from transom.programs.drafting import Drafting
+from transom.programs.reading import GraphReader
 from transom_mobile_export.onnx.lowering import GenAiKernels, require_heads
 from transom_mobile_export.onnx.packing import block_of
-from transom_mobile_export.onnx.precision import Precision, resolve
+from transom_mobile_export.onnx.precision import OnnxPrecision, resolve
 from transom_mobile_export.onnx.rounding import form_of
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def claims(graph: Graph, options: Options) -> Iterator[Claim]:
         OptionError: a precision that there is not.
     """
     precision = resolve(options)
-    refused = refusals(graph, lambda: require_heads(Drafting(graph, GenAiKernels())))
+    refused = refusals(graph, lambda: require_heads(GraphReader(graph, GenAiKernels())))
     for node in graph.nodes():
         name = str(node.name)
         if name in refused:
@@ -37,7 +37,7 @@ def claims(graph: Graph, options: Options) -> Iterator[Claim]:
             yield Claim(name, True, exact=_exact(node, precision))
 
 
-def _exact(node: ir.Node, precision: Precision) -> bool:
+def _exact(node: ir.Node, precision: OnnxPrecision) -> bool:
     """Whether the node is computed as the graph has it. Products with integers round their inputs."""
     weight = linear_weight(node)
     if weight is not None:

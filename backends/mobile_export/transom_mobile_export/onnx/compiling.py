@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from transom.authoring.folders import artifact_folder
 from transom.authoring.opening import context_of
 from transom.contract import Artifact, Options, Progress
-from transom.programs.drafting import Drafting
+from transom.programs.reading import GraphReader
 from transom_mobile_export.onnx import rounding
 from transom_mobile_export.onnx.lowering import GenAiKernels, lower
 from transom_mobile_export.onnx.precision import resolve
@@ -47,10 +47,10 @@ def compile_graph(graph: Graph, options: Options, progress: Progress) -> Artifac
     assert decoder is not None
     context = context_of(options, decoder.context)
     precision = resolve(options)
-    drafting = Drafting(graph, GenAiKernels())
+    reader = GraphReader(graph, GenAiKernels())
     with artifact_folder("transom-onnx-") as folder:
         with RuntimeWriter("decoder", folder / DATA_FILE) as write:
-            lowered = lower(drafting, precision, context, write, lambda share: progress("write", share))
+            lowered = lower(reader, precision, context, write, lambda share: progress("write", share))
         ir.save(lowered.model, folder / MODEL_FILE)
         progress("write", 1.0)
     size = (folder / DATA_FILE).stat().st_size

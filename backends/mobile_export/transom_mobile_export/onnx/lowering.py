@@ -21,13 +21,13 @@ import onnx_ir as ir
 from transom.errors import OptionError
 from transom.graph.weights import Array, Blocked, Weight, dequantize, held
 from transom.programs import fusing
-from transom.programs.drafting import Draft, Drafting, NoForm, Value
 from transom.programs.onnx_rows import RowOperators
 from transom.programs.onnx_writing import FLOAT, INT32, INT64
+from transom.programs.reading import GraphReader, NoForm, Op, Value
 from transom.quantize.passes import weight_error
-from transom_mobile_export.onnx.packing import Packed, pack
-from transom_mobile_export.onnx.precision import Precision
-from transom_mobile_export.onnx.rounding import Rounded, form_of, named
+from transom_mobile_export.onnx.packing import PackedBlocks, pack
+from transom_mobile_export.onnx.precision import OnnxPrecision
+from transom_mobile_export.onnx.rounding import RoundedWeight, form_of, named
 from transom_mobile_export.onnx.writing import RuntimeWriter
 
 if TYPE_CHECKING:
@@ -66,35 +66,35 @@ class GenAiKernels:
         return "" if policy.dense else "ONNX Runtime's attention reads all of its cache: leave the policy out"
 
 
-def require_heads(drafting: Drafting) -> None:
+def require_heads(reader: GraphReader) -> None:
     """Raises NoForm for attention whose heads ONNX Runtime's operators cannot have."""
-    for draft in drafting.drafts:
-        if draft.kind == "attend":
-            cache = drafting.decoder.layers[draft.index]
+    for op in reader.ops:
+        if op.kind == "attend":
+            cache = reader.decoder.layers[op.index]
             if cache.value_dim != cache.head_dim:
                 wrong = f"heads of {cache.head_dim} columns for keys and {cache.value_dim} for values"
-                raise NoForm(drafting.node(draft), wrong)
+                raise NoForm(reader.node(op), wrong)
             if cache.head_dim % HEAD_TILE:
-                raise NoForm(drafting.node(draft), f"heads of {cache.head_dim} columns, no multiple of {HEAD_TILE}")
+                raise NoForm(reader.node(op), f"heads of {cache.head_dim} columns, no multiple of {HEAD_TILE}")
 
 
 @dataclass
-class Lowered:
+class LoweredDecoder:
     """A model whose weights are written already."""
 
     model: ir.Model
-    rounded: tuple[Rounded, ...]
+    rounded: tuple[RoundedWeight, ...]
     forms: tuple[str, ...]
     """Element types of the products' matrices as they are written."""
 
 
 def lower(
-    drafting: Drafting,
-    precision: Precision,
+    reader: GraphReader,
+    precision: OnnxPrecision,
     context: int,
     write: RuntimeWriter,
     progress: Callable[[float], None] | None = None,
-) -> Lowered:
+) -> LoweredDecoder:
     """Write a model's weights to the writer's file, and its graph.
 
     Args:
@@ -105,31 +105,31 @@ def lower(
         OptionError: a weight is too large for float16.
         SourceError: a weight that is to be rounded is not finite.
     """
-    return _Lowering(drafting, precision, context, write).lower(progress or (lambda share: None))
+    return _Lowering(reader, precision, context, write).lower(progress or (lambda share: None))
 
 
 class _Lowering:
-    def __init__(self, drafting: Drafting, precision: Precision, context: int, write: RuntimeWriter) -> None:
-        self.drafting, self.decoder, self.precision, self.context = drafting, drafting.decoder, precision, context
+    def __init__(self, reader: GraphReader, precision: OnnxPrecision, context: int, write: RuntimeWriter) -> None:
+        self.reader, self.decoder, self.precision, self.context = reader, reader.decoder, precision, context
         self.write, self.number = write, NUMBERS[precision.number]
         self._operators = RowOperators(write, self._of)
         self._values: dict[int, ir.Value] = {}
         """Rows of numbers, float32 [batch, tokens, width]."""
-        self._normed: dict[int, Draft] = {}
+        self._normed: dict[int, Op] = {}
         """Normalisations by the sum that they read."""
         self._parts: dict[int, list[Value]] = {}
         """Values that are columns of another one, by that one."""
-        self._unrotated: dict[int, Draft] = {}
+        self._unrotated: dict[int, Op] = {}
         """Rotations that are left to attention, by their result."""
         self._tables: dict[tuple[int, ir.DataType], tuple[ir.Value, ir.Value]] = {}
         self._sums: dict[tuple[int, int], ir.Value] = {}
-        self._shared: dict[int, tuple[Packed, tuple[ir.Value, ir.Value, ir.Value | None]] | ir.Value] = {}
+        self._shared: dict[int, tuple[PackedBlocks, tuple[ir.Value, ir.Value, ir.Value | None]] | ir.Value] = {}
         """What is written of the table of embeddings, by its key: the vocabulary matrix may be the same."""
         self._positions: ir.Value | None = None
-        self._rounded: list[Rounded] = []
+        self._rounded: list[RoundedWeight] = []
         self._forms: list[str] = []
 
-    def lower(self, progress: Callable[[float], None]) -> Lowered:
+    def lower(self, progress: Callable[[float], None]) -> LoweredDecoder:
         w = self.write
         self.ids = w.input("input_ids", INT64, ("batch_size", "sequence_length"))
         self.mask = w.input("attention_mask", INT64, ("batch_size", "total_sequence_length"))
@@ -138,17 +138,17 @@ class _Lowering:
         self._lengths = w("ReduceSum", self.mask, w.ints([1]), keepdims=0)
         self._last = w.cast(w("Sub", self._lengths, w.ints(1)), INT32)
         self._total = w.cast(w("Gather", w("Shape", self.mask), w.ints(1), axis=0), INT32)
-        drafts = self._plan()
-        for done, draft in enumerate(drafts):
-            progress(done / len(drafts))
-            w.scope = f"{draft.kind}."
-            self._draft(draft)
-        w.output(self._of(self.drafting.logits), "logits", ("batch_size", "sequence_length", self.decoder.vocabulary))
+        ops = self._plan()
+        for done, op in enumerate(ops):
+            progress(done / len(ops))
+            w.scope = f"{op.kind}."
+            self._draft(op)
+        w.output(self._of(self.reader.logits), "logits", ("batch_size", "sequence_length", self.decoder.vocabulary))
         for i, c in enumerate(self.decoder.layers):
             shape = ("batch_size", c.kv_heads, "total_sequence_length", c.head_dim)
             for part, value in zip(("key", "value"), self._presents[i], strict=True):
                 w.output(value, PRESENT.format(i, part), shape)
-        return Lowered(w.model(), tuple(self._rounded), tuple(self._forms))
+        return LoweredDecoder(w.model(), tuple(self._rounded), tuple(self._forms))
 
     def _past(self, layer: int) -> list[ir.Value]:
         """The cache that a layer is given, keys and values."""
@@ -156,43 +156,43 @@ class _Lowering:
         shape = ("batch_size", cache.kv_heads, "past_sequence_length", cache.head_dim)
         return [self.write.input(PAST.format(layer, part), self.number, shape) for part in ("key", "value")]
 
-    def _plan(self) -> list[Draft]:
+    def _plan(self) -> list[Op]:
         """The program in fewer operators, and what the operators of ONNX Runtime do together."""
-        drafts = self._without_rows()
-        drafts = fusing.fuse_same_input(fusing.fuse_biases(fusing.fuse_scales(drafts)), 1)
-        readers = fusing.readers_of(drafts)
-        makers = fusing.makers_of(drafts)
-        for draft in drafts:
-            for value in (draft.dst, *draft.inputs):
+        ops = self._without_rows()
+        ops = fusing.fuse_same_input(fusing.fuse_biases(fusing.fuse_scales(ops)), 1)
+        readers = fusing.readers_of(ops)
+        makers = fusing.makers_of(ops)
+        for op in ops:
+            for value in (op.dst, *op.inputs):
                 if value.parent is not None:
                     parts = self._parts.setdefault(id(value.parent), [])
                     if all(value is not part for part in parts):
                         parts.append(value)
-            if draft.kind == "norm" and draft.groups == 1:
-                source = makers.get(id(draft.inputs[0]))
+            if op.kind == "norm" and op.groups == 1:
+                source = makers.get(id(op.inputs[0]))
                 if source is not None and source.kind == "add":
-                    self._normed.setdefault(id(source.dst), draft)
-            if draft.kind == "attend" and (pair := self._rotations_inside(draft, makers, readers)):
+                    self._normed.setdefault(id(source.dst), op)
+            if op.kind == "attend" and (pair := self._rotations_inside(op, makers, readers)):
                 self._unrotated |= {id(turn.dst): turn for turn in pair}
-        return drafts
+        return ops
 
-    def _without_rows(self) -> list[Draft]:
+    def _without_rows(self) -> list[Op]:
         """Nobody chooses rows here: there are logits of all tokens."""
-        chosen = {id(d.dst): d.inputs[0] for d in self.drafting.drafts if d.kind == "rows"}
-        for draft in self.drafting.drafts:
-            draft.inputs = [chosen.get(id(v), v) for v in draft.inputs]
-        return [d for d in self.drafting.drafts if d.kind != "rows"]
+        chosen = {id(d.dst): d.inputs[0] for d in self.reader.ops if d.kind == "rows"}
+        for op in self.reader.ops:
+            op.inputs = [chosen.get(id(v), v) for v in op.inputs]
+        return [d for d in self.reader.ops if d.kind != "rows"]
 
     def _rotations_inside(
-        self, draft: Draft, makers: Mapping[int, Draft], readers: Mapping[int, list[Draft]]
-    ) -> tuple[Draft, Draft] | None:
+        self, op: Op, makers: Mapping[int, Op], readers: Mapping[int, list[Op]]
+    ) -> tuple[Op, Op] | None:
         """The rotations of queries and keys, where attention can do both; None where it cannot, or there are none."""
-        q, k = (makers.get(id(v)) for v in draft.inputs[:2])
+        q, k = (makers.get(id(v)) for v in op.inputs[:2])
         if q is None or k is None or q.kind != "rope" or k.kind != "rope":
             return None
         alone = len(readers[id(q.dst)]) == 1 and len(readers[id(k.dst)]) == 1
-        turned = 2 * self.drafting.ropes[q.index][0].size
-        width = self.decoder.layers[draft.index].head_dim
+        turned = 2 * self.reader.ropes[q.index][0].size
+        width = self.decoder.layers[op.index].head_dim
         fits = width % ROTATED_TILE == 0 and turned % ROTATED_TILE == 0
         return (q, k) if alone and fits and (q.index, q.neighbours) == (k.index, k.neighbours) else None
 
@@ -215,28 +215,28 @@ class _Lowering:
         self._values[id(value)] = found
 
     # operators --------------------------------------------------------------------------------------------------------
-    def _draft(self, draft: Draft) -> None:
-        if id(draft.dst) in self._values or id(draft.dst) in self._unrotated:
+    def _draft(self, op: Op) -> None:
+        if id(op.dst) in self._values or id(op.dst) in self._unrotated:
             return
-        writers: Mapping[str, Callable[[Draft], ir.Value]] = {
+        writers: Mapping[str, Callable[[Op], ir.Value]] = {
             **self._operators.writers, "embed": self._embed, "norm": self._norm, "linear": self._linear,
             "add": self._add, "rope": self._rope, "attend": self._attend,
         }  # fmt: skip
-        self._set(draft.dst, writers[draft.kind](draft))
+        self._set(op.dst, writers[op.kind](op))
 
-    def _norm(self, draft: Draft) -> ir.Value:
-        w, x = self.write, self._of(draft.inputs[0])
-        gain, epsilon = self._operators.vector(draft.vector), float(draft.scale)
-        if draft.groups > 1:
-            x = w("Reshape", x, w.ints([0, 0, draft.groups, draft.dst.width // draft.groups]))
+    def _norm(self, op: Op) -> ir.Value:
+        w, x = self.write, self._of(op.inputs[0])
+        gain, epsilon = self._operators.vector(op.vector), float(op.scale)
+        if op.groups > 1:
+            x = w("Reshape", x, w.ints([0, 0, op.groups, op.dst.width // op.groups]))
         x = w("SimplifiedLayerNormalization", x, gain, axis=-1, epsilon=epsilon, stash_type=1)
-        return x if draft.groups == 1 else w("Reshape", x, w.ints([0, 0, draft.dst.width]))
+        return x if op.groups == 1 else w("Reshape", x, w.ints([0, 0, op.dst.width]))
 
-    def _add(self, draft: Draft) -> ir.Value:
-        norm = self._normed.get(id(draft.dst))
+    def _add(self, op: Op) -> ir.Value:
+        norm = self._normed.get(id(op.dst))
         if norm is None:
-            return self._operators.add(draft)
-        a, b = (self._of(v) for v in draft.inputs)
+            return self._operators.add(op)
+        a, b = (self._of(v) for v in op.inputs)
         normed, _, _, total = self.write.contrib(
             "SkipSimplifiedLayerNormalization", a, b, self._operators.vector(norm.vector),
             dtypes=[FLOAT] * 4, epsilon=float(norm.scale),
@@ -245,33 +245,33 @@ class _Lowering:
         return total
 
     # matrices ---------------------------------------------------------------------------------------------------------
-    def _formed(self, draft: Draft, *, vocabulary: bool) -> Weight:
+    def _formed(self, op: Op, *, vocabulary: bool) -> Weight:
         """The draft's matrix as it is written, in memory; what rounding does to it is noted."""
-        assert draft.weight is not None
-        source = held(draft.weight)
+        assert op.weight is not None
+        source = held(op.weight)
         form = form_of(source, self.precision, vocabulary=vocabulary)
         if form is source:
             return source
         form = held(form)
-        name = "embedding" if draft.kind == "embed" else draft.node or "products of one input"
-        self._rounded.append(Rounded(name, named(source), named(form), weight_error(name, source, form)))
+        name = "embedding" if op.kind == "embed" else op.node or "products of one input"
+        self._rounded.append(RoundedWeight(name, named(source), named(form), weight_error(name, source, form)))
         return form
 
-    def _embed(self, draft: Draft) -> ir.Value:
-        w, form = self.write, self._formed(draft, vocabulary=True)
+    def _embed(self, op: Op) -> ir.Value:
+        w, form = self.write, self._formed(op, vocabulary=True)
         if isinstance(form, Blocked) and not self.precision.exact:
             packed = pack(form)
             matrix = self._write_packed("embedding", packed)
-            self._shared[draft.key] = packed, matrix
-            rows = self._rows_of_packed(packed, matrix, draft.dst.width)
+            self._shared[op.key] = packed, matrix
+            rows = self._rows_of_packed(packed, matrix, op.dst.width)
         else:
             table = w.stored("embedding", self._narrowed(dequantize(form), "embedding"))
-            self._shared[draft.key] = table
+            self._shared[op.key] = table
             rows = w.cast(w("Gather", table, self.ids, axis=0), FLOAT)
-        return rows if draft.scale == 1.0 else w("Mul", rows, w.number(draft.scale, FLOAT))
+        return rows if op.scale == 1.0 else w("Mul", rows, w.number(op.scale, FLOAT))
 
     def _rows_of_packed(
-        self, packed: Packed, matrix: tuple[ir.Value, ir.Value, ir.Value | None], width: int
+        self, packed: PackedBlocks, matrix: tuple[ir.Value, ir.Value, ir.Value | None], width: int
     ) -> ir.Value:
         """The rows of the step's tokens, float32 [batch, tokens, width].
 
@@ -290,44 +290,44 @@ class _Lowering:
             found = w("Add", found, w("Unsqueeze", shifts, w.ints([-1])))
         return w("Reshape", found, w.ints([0, 0, width]))
 
-    def _write_packed(self, name: str, packed: Packed) -> tuple[ir.Value, ir.Value, ir.Value | None]:
+    def _write_packed(self, name: str, packed: PackedBlocks) -> tuple[ir.Value, ir.Value, ir.Value | None]:
         """Codes, scales and zero points."""
         w = self.write
         zeros = None if packed.zero_points is None else w.stored(f"{name}.zero_points", packed.zero_points)
         return w.stored(name, packed.codes), w.stored(f"{name}.scales", packed.scales), zeros
 
-    def _linear(self, draft: Draft) -> ir.Value:
-        w, x = self.write, self._of(draft.inputs[0])
+    def _linear(self, op: Op) -> ir.Value:
+        w, x = self.write, self._of(op.inputs[0])
         name = f"matrix_{len(self._forms) + 1}"
-        shared = self._shared.get(draft.key) if draft.key else None
+        shared = self._shared.get(op.key) if op.key else None
         if isinstance(shared, ir.Value):
-            return self._plain(x, w("Transpose", shared, perm=[1, 0]), draft)
+            return self._plain(x, w("Transpose", shared, perm=[1, 0]), op)
         if shared is None:
-            form = self._formed(draft, vocabulary=draft.by == "vocabulary")
+            form = self._formed(op, vocabulary=op.by == "vocabulary")
             if not isinstance(form, Blocked) or self.precision.exact:
-                return self._plain(x, w.stored(name, self._narrowed(dequantize(form).T, name)), draft)
+                return self._plain(x, w.stored(name, self._narrowed(dequantize(form).T, name)), op)
             packed = pack(form)
             shared = packed, self._write_packed(name, packed)
-        return self._packed(x, draft, name, *shared)
+        return self._packed(x, op, name, *shared)
 
-    def _plain(self, x: ir.Value, matrix: ir.Value, draft: Draft) -> ir.Value:
+    def _plain(self, x: ir.Value, matrix: ir.Value, op: Op) -> ir.Value:
         """x [..., columns] times a matrix [columns, rows], float32."""
         w = self.write
         self._forms.append(self.precision.number)
         product = w.cast(w("MatMul", w.cast(x, self.number), matrix), FLOAT)
-        return product if draft.vector is None else w("Add", product, self._operators.vector(draft.vector))
+        return product if op.vector is None else w("Add", product, self._operators.vector(op.vector))
 
     def _packed(
         self,
         x: ir.Value,
-        draft: Draft,
+        op: Op,
         name: str,
-        packed: Packed,
+        packed: PackedBlocks,
         matrix: tuple[ir.Value, ir.Value, ir.Value | None],
     ) -> ir.Value:
         w, (codes, scales, zeros) = self.write, matrix
         self._forms.append(f"int{packed.bits}")
-        bias = None if draft.vector is None else self._operators.vector(draft.vector)
+        bias = None if op.vector is None else self._operators.vector(op.vector)
         given: list[ir.Value | None] = [x, codes, scales, zeros, None, bias]
         while given[-1] is None:
             given.pop()
@@ -361,7 +361,7 @@ class _Lowering:
     def _rotations(self, rope: int, number: ir.DataType) -> tuple[ir.Value, ir.Value]:
         """Cosines and sines of a rope, [context, pairs], made once for all layers."""
         if (rope, number) not in self._tables:
-            tables = self.drafting.rotations(rope, self.context)
+            tables = self.reader.rotations(rope, self.context)
             cos, sin = (
                 self.write.stored(f"rotation_{rope}.{name}.{number.name.lower()}", table.astype(number.numpy()))
                 for name, table in zip(("cos", "sin"), tables, strict=True)
@@ -369,15 +369,15 @@ class _Lowering:
             self._tables[rope, number] = cos, sin
         return self._tables[rope, number]
 
-    def _rope(self, draft: Draft) -> ir.Value:
+    def _rope(self, op: Op) -> ir.Value:
         """A rotation before attention, where that has no form for it."""
-        w, width = self.write, draft.dst.width // draft.groups
-        turned = 2 * self.drafting.ropes[draft.index][0].size
-        cos, sin = self._rotations(draft.index, FLOAT)
+        w, width = self.write, op.dst.width // op.groups
+        turned = 2 * self.reader.ropes[op.index][0].size
+        cos, sin = self._rotations(op.index, FLOAT)
         partial = {} if turned == width else {"rotary_embedding_dim": turned}
         (found,) = w.contrib(
-            "RotaryEmbedding", self._of(draft.inputs[0]), self._places(), cos, sin, dtypes=[FLOAT],
-            interleaved=int(draft.neighbours), num_heads=draft.groups, **partial,
+            "RotaryEmbedding", self._of(op.inputs[0]), self._places(), cos, sin, dtypes=[FLOAT],
+            interleaved=int(op.neighbours), num_heads=op.groups, **partial,
         )  # fmt: skip
         return found
 
@@ -393,11 +393,11 @@ class _Lowering:
             self._positions = w("Add", w("Unsqueeze", past, w.ints([1])), w("Unsqueeze", steps, w.ints([0])))
         return self._positions
 
-    def _attend(self, draft: Draft) -> ir.Value:
-        w, cache = self.write, self.decoder.layers[draft.index]
-        scale, cap, sinks = self.drafting.layers[draft.index]
-        turn = self._unrotated.get(id(draft.inputs[0]))
-        sources = list(draft.inputs)
+    def _attend(self, op: Op) -> ir.Value:
+        w, cache = self.write, self.decoder.layers[op.index]
+        scale, cap, sinks = self.reader.layers[op.index]
+        turn = self._unrotated.get(id(op.inputs[0]))
+        sources = list(op.inputs)
         cos = sin = None
         if turn is not None:
             cos, sin = self._rotations(turn.index, self.number)
@@ -406,7 +406,7 @@ class _Lowering:
         whole = self._whole(sources)
         rows = [whole, None, None] if whole is not None else [self._of(v) for v in sources]
         given: list[ir.Value | None] = [
-            *(None if x is None else w.cast(x, number) for x in rows), *self._pasts[draft.index], self._last,
+            *(None if x is None else w.cast(x, number) for x in rows), *self._pasts[op.index], self._last,
             self._total, cos, sin, None, None, None if sinks is None else w.constant(sinks.astype(number.numpy())),
         ]  # fmt: skip
         while given[-1] is None:
@@ -416,7 +416,7 @@ class _Lowering:
             scale=float(scale), softcap=float(cap), local_window_size=cache.sliding_window or -1,
             do_rotary=int(turn is not None), rotary_interleaved=int(turn is not None and turn.neighbours),
         )  # fmt: skip
-        self._presents[draft.index] = key, value
+        self._presents[op.index] = key, value
         return w.cast(out, FLOAT)
 
     def _whole(self, sources: list[Value]) -> ir.Value | None:

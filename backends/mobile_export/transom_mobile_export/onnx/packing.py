@@ -33,7 +33,7 @@ def block_of(weight: Weight) -> int:
 
 
 @dataclass(frozen=True)
-class Packed:
+class PackedBlocks:
     """A matrix [rows, columns] in this layout; there are `columns / block` blocks."""
 
     bits: int
@@ -58,7 +58,7 @@ class Packed:
         return shifts
 
 
-def pack(weight: Blocked) -> Packed:
+def pack(weight: Blocked) -> PackedBlocks:
     """Reads a matrix that `block_of` knows, and packs it."""
     block, bits = block_of(weight), BITS[weight.dtype]
     centre = 1 << (bits - 1)
@@ -80,7 +80,7 @@ def pack(weight: Blocked) -> Packed:
         zeros = _in_bytes(each(_unsigned(stored, centre if signed else 0)), bits)
     codes = _in_bytes(_unsigned(parts.quants, centre if signed else 0), bits)
     codes = codes.reshape(rows, columns // block, block * bits // 8)
-    return Packed(bits, block, codes, np.ascontiguousarray(scales), zeros, shifts)
+    return PackedBlocks(bits, block, codes, np.ascontiguousarray(scales), zeros, shifts)
 
 
 def _unsigned(codes: Array, added: int) -> Array:

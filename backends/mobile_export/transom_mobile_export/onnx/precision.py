@@ -28,7 +28,7 @@ NAMES = ("auto", "exact", "f32", "f16", "int8", "int4")
 
 
 @dataclass(frozen=True)
-class Precision:
+class OnnxPrecision:
     """A resolved choice."""
 
     number: Literal["float32", "float16"] = "float32"
@@ -49,7 +49,7 @@ class Precision:
         return f"{names} weights{inputs}, {self.number} cache, float32 between products"
 
 
-def resolve(options: Options) -> Precision:
+def resolve(options: Options) -> OnnxPrecision:
     """The precision for these options.
 
     Raises:
@@ -61,7 +61,7 @@ def resolve(options: Options) -> Precision:
             f"precision={asked!r} is none of a portable ONNX decoder's", f"It is one of {', '.join(NAMES)}"
         )
     if asked in ("exact", "f32"):
-        return Precision(exact=True)
+        return OnnxPrecision(exact=True)
     if asked == "f16":
-        return Precision("float16")
-    return Precision(rounded="int8" if asked == "int8" else "int4")
+        return OnnxPrecision("float16")
+    return OnnxPrecision(rounded="int8" if asked == "int8" else "int4")

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from transom.graph.weights import Blocked, Dense, Weight, dequantize
 from transom.quantize.rounding import to_int4, to_int8
 from transom_mobile_export.onnx.packing import block_of
-from transom_mobile_export.onnx.precision import Precision
+from transom_mobile_export.onnx.precision import OnnxPrecision
 
 BLOCK = 32
 """Columns that share a scale in matrices that are rounded here."""
 
 
-def form_of(weight: Weight, precision: Precision, *, vocabulary: bool) -> Weight:
+def form_of(weight: Weight, precision: OnnxPrecision, *, vocabulary: bool) -> Weight:
     """The matrix as it is written: itself, or rounded or unpacked when it is read.
 
     Args:
@@ -31,7 +31,7 @@ def form_of(weight: Weight, precision: Precision, *, vocabulary: bool) -> Weight
 
 
 @dataclass(frozen=True)
-class Rounded:
+class RoundedWeight:
     """What rounding did to one matrix."""
 
     name: str
@@ -47,7 +47,7 @@ def named(weight: Weight) -> str:
     return weight.dtype if isinstance(weight, Dense) else f"{weight.dtype} in blocks of {weight.block}"
 
 
-def notes(rounded: Sequence[Rounded]) -> list[str]:
+def notes(rounded: Sequence[RoundedWeight]) -> list[str]:
     """One line for each form that matrices were rounded to."""
     found = []
     for before, after in sorted({(r.before, r.after) for r in rounded}):

@@ -12,11 +12,11 @@ from transom.contract import Claim
 from transom.graph.reading import linear_weight
 from transom.graph.sparse import is_attention
 from transom.programs import fusing
-from transom.programs.drafting import Draft, Drafting, NoForm
+from transom.programs.reading import GraphReader, NoForm, Op
 from transom_mobile_export.qnn import probing
 from transom_mobile_export.qnn.lowering import HtpKernels
-from transom_mobile_export.qnn.parts import Part, layers_of
-from transom_mobile_export.qnn.precision import HEAD, SMALL, SMALL_SHARE, Precision, resolve
+from transom_mobile_export.qnn.parts import GraphPart, layers_of
+from transom_mobile_export.qnn.precision import HEAD, SMALL, SMALL_SHARE, QnnPrecision, resolve
 
 if TYPE_CHECKING:
     from transom.contract import Device, Options
@@ -27,45 +27,45 @@ if TYPE_CHECKING:
 class Drafted:
     """A decoder as this backend writes it."""
 
-    drafting: Drafting
-    embed: Draft
-    layers: tuple[Part, ...]
+    reader: GraphReader
+    embed: Op
+    layers: tuple[GraphPart, ...]
     """Each as a part of its own."""
 
 
-def drafted(graph: Graph, precision: Precision) -> Drafted:
+def drafted(graph: Graph, precision: QnnPrecision) -> Drafted:
     """Read a decoder.
 
     Raises:
         NoForm: there is no operator for a node.
         UnsupportedError: it cannot be cut between layers.
     """
-    drafting = Drafting(graph, HtpKernels())
-    drafts = fusing.fuse_biases(fusing.fuse_scales(list(drafting.drafts)))
-    embeds = [draft for draft in drafts if draft.kind == "embed"]
-    if len(embeds) != 1 or drafts[0] is not embeds[0]:
-        raise NoForm(drafting.node(embeds[-1]), "the host looks up one embedding, which comes before all layers")
-    _mark_small(drafts, len(drafting.decoder.layers))
-    order = [draft.index for draft in drafts if draft.kind == "attend"]
-    if order != list(range(len(drafting.decoder.layers))):
+    reader = GraphReader(graph, HtpKernels())
+    ops = fusing.fuse_biases(fusing.fuse_scales(list(reader.ops)))
+    embeds = [op for op in ops if op.kind == "embed"]
+    if len(embeds) != 1 or ops[0] is not embeds[0]:
+        raise NoForm(reader.node(embeds[-1]), "the host looks up one embedding, which comes before all layers")
+    _mark_small(ops, len(reader.decoder.layers))
+    order = [op.index for op in ops if op.kind == "attend"]
+    if order != list(range(len(reader.decoder.layers))):
         raise NoForm(next(n for n in graph.nodes() if is_attention(n)), "attention layers that are out of order")
-    windows = {layer.sliding_window for layer in drafting.decoder.layers} - {0}
+    windows = {layer.sliding_window for layer in reader.decoder.layers} - {0}
     if len(windows) > 1:
         reason = f"sliding windows of {' and '.join(map(str, sorted(windows)))} tokens: all layers have the same one"
         raise NoForm(next(n for n in graph.nodes() if is_attention(n)), reason)
-    if windows and not drafting.sparsity.dense:
+    if windows and not reader.sparsity.dense:
         reason = "sparse attention together with a sliding window is not written for the HTP: use sparsity='off'"
         raise NoForm(next(n for n in graph.nodes() if is_attention(n)), reason)
-    return Drafted(drafting, embeds[0], layers_of(drafts, drafting.logits, precision))
+    return Drafted(reader, embeds[0], layers_of(ops, reader.logits, precision))
 
 
-def _mark_small(drafts: Sequence[Draft], layers: int) -> None:
-    """Tell `Precision.weights_of` which products are small: keys and values where query heads share them."""
-    products = [d for d in drafts if d.kind == "linear" and d.by != HEAD and d.weight is not None]
+def _mark_small(ops: Sequence[Op], layers: int) -> None:
+    """Tell `QnnPrecision.weights_of` which products are small: keys and values where query heads share them."""
+    products = [d for d in ops if d.kind == "linear" and d.by != HEAD and d.weight is not None]
     sizes = {id(d): math.prod(d.weight.shape) for d in products if d.weight is not None}
-    for draft in products:
-        if sizes[id(draft)] * layers <= SMALL_SHARE * sum(sizes.values()):
-            draft.by = SMALL
+    for op in products:
+        if sizes[id(op)] * layers <= SMALL_SHARE * sum(sizes.values()):
+            op.by = SMALL
 
 
 def claims(graph: Graph, device: Device, options: Options) -> Iterator[Claim]:

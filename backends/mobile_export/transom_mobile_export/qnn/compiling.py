@@ -22,8 +22,8 @@ from transom.contract import Artifact, Device, Options, Progress
 from transom.errors import OptionError, UnsupportedError
 from transom.graph.weights import held
 from transom.ops.sparse_routing import BLOCK
-from transom.programs.drafting import NoForm
 from transom.programs.onnx_writing import IR_VERSION
+from transom.programs.reading import NoForm
 from transom_mobile_export.qnn import probing, sdk, sparse_sizes
 from transom_mobile_export.qnn.claims import Drafted, drafted
 from transom_mobile_export.qnn.encoding import LARGEST_WIDE, RoundedMatrices, add_half_cache, add_rounding
@@ -37,19 +37,19 @@ from transom_mobile_export.qnn.layout import (
     MEMORY_FILE,
     VARIANT_FILE,
     PartFiles,
-    Variant,
+    QnnVariant,
     cache_layers,
 )
 from transom_mobile_export.qnn.lowering import UNSEEN, Matrices, lower, plain
 from transom_mobile_export.qnn.measuring import Deviation, measure
 from transom_mobile_export.qnn.observing import SMALL, Seen, observe, rows_of
-from transom_mobile_export.qnn.parts import Part, plan_parts
-from transom_mobile_export.qnn.precision import Precision, resolve
+from transom_mobile_export.qnn.parts import GraphPart, plan_parts
+from transom_mobile_export.qnn.precision import QnnPrecision, resolve
 from transom_mobile_export.qnn.rounding import rounded
 
 if TYPE_CHECKING:
     from transom.graph import Graph
-    from transom.programs.drafting import Draft
+    from transom.programs.reading import Op
 
 RANDOM_TEXTS = (4, 64)
 """Texts of random tokens and their length, for a model without a tokenizer."""
@@ -83,10 +83,10 @@ def compile_graph(
         model = drafted(graph, precision)
     except NoForm as e:
         raise UnsupportedError(f"The node {e.node.name} cannot be run: {e.reason}", "Use another backend") from e
-    decoder = model.drafting.decoder
+    decoder = model.reader.decoder
     context = context_of(options, decoder.context)
     chunk = min(chunk, context)
-    policy = model.drafting.sparsity
+    policy = model.reader.sparsity
     if wrong := sparse_sizes.unfit(policy, context, chunk):
         raise OptionError(wrong, f"Use context={max(1, context // BLOCK) * BLOCK}, or sparsity='off'")
     if precision.rounded:
@@ -95,7 +95,7 @@ def compile_graph(
     parts = plan_parts(model.layers, largest=largest)
     notes = [f"precision: {precision.describe()}", *plan_notes(parts)]
     with artifact_folder("transom-qnn-") as folder:
-        prepared = Prepared(model, precision, Seen({}, UNSEEN), plain)
+        prepared = PreparedModel(model, precision, Seen({}, UNSEEN), plain)
         files: dict[str, bytes | Path] = {}
         matrices = folder / "matrices"
         matrices.mkdir()
@@ -107,7 +107,7 @@ def compile_graph(
             notes += said
         table = folder / Path(EMBEDDING_FILE).name
         write_embedding(model.embed, table, _told(progress, "embed"))
-        variant = Variant(
+        variant = QnnVariant(
             context, chunk, decoder.vocabulary, decoder.hidden, float(model.embed.scale), cache_layers(decoder),
             precision.cache, prepared.seen.mask_low,
             tuple(PartFiles(f"part{i}_prefill.onnx", f"part{i}_decode.onnx", (p.first, p.end))
@@ -133,18 +133,22 @@ def compile_graph(
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedModel:
     """All that graphs are written from."""
 
     model: Drafted
-    precision: Precision
+    precision: QnnPrecision
     seen: Seen
     matrices: Matrices
 
 
 def _rounded(
-    model: Drafted, precision: Precision, texts: tuple[Sequence[Sequence[int]], str], folder: Path, progress: Progress
-) -> tuple[Prepared, bytes, list[str]]:
+    model: Drafted,
+    precision: QnnPrecision,
+    texts: tuple[Sequence[Sequence[int]], str],
+    folder: Path,
+    progress: Progress,
+) -> tuple[PreparedModel, bytes, list[str]]:
     """What rounded graphs are written from, what rounding does as JSON, and notes of it."""
     seen = observe(model, texts[0], _told(progress, "observe"))
     matrices = RoundedMatrices(precision, seen.squares, folder)
@@ -156,27 +160,27 @@ def _rounded(
             "uint16"
         )
     errors = json.dumps([asdict(deviation) for deviation in worst], indent=1).encode()
-    return Prepared(model, precision, seen, matrices), errors, notes
+    return PreparedModel(model, precision, seen, matrices), errors, notes
 
 
-def require_forms(model: Drafted, precision: Precision) -> None:
+def require_forms(model: Drafted, precision: QnnPrecision) -> None:
     """Raises OptionError for a matrix that the precision has no form for, before anything that takes long."""
     for part in model.layers:
         for drafts in part.layers:
-            for draft in drafts:
-                if draft.weight is not None:
-                    rounded(draft.weight, precision.weights_of(draft))  # reads and rounds nothing yet
+            for op in drafts:
+                if op.weight is not None:
+                    rounded(op.weight, precision.weights_of(op))  # reads and rounds nothing yet
 
 
 def require_capped(model: Drafted, chunk: int) -> None:
     """Raises UnsupportedError for a soft cap over scores [KV heads, 1, 16, keys] or [1, 16, keys], as sparse attention
     has them for 16 query heads to a KV head: rounded, it comes out wrong of the HTP, which says nothing (QNN 2.51). In
     dense attention the query heads have an axis of their own, and there has to be more than one of them."""
-    drafting = model.drafting
-    for index, layer in enumerate(drafting.decoder.layers):
-        _, softcap, _ = drafting.layers[index]
+    reader = model.reader
+    for index, layer in enumerate(reader.decoder.layers):
+        _, softcap, _ = reader.layers[index]
         group = layer.q_heads // layer.kv_heads
-        rows = {group, group * chunk} if not drafting.sparsity.dense else {chunk} if layer.q_heads == 1 else set()
+        rows = {group, group * chunk} if not reader.sparsity.dense else {chunk} if layer.q_heads == 1 else set()
         if softcap and CAPPED_WRONG in rows:
             raise UnsupportedError(
                 f"Soft-capped scores of {CAPPED_WRONG} rows, which layer {index} has, are computed wrong by the HTP in "
@@ -185,7 +189,7 @@ def require_capped(model: Drafted, chunk: int) -> None:
             )
 
 
-def plan_notes(parts: Sequence[Part]) -> list[str]:
+def plan_notes(parts: Sequence[GraphPart]) -> list[str]:
     """The plan for people; one part needs none."""
     if len(parts) == 1:
         return []
@@ -193,7 +197,7 @@ def plan_notes(parts: Sequence[Part]) -> list[str]:
     return [f"the weights are too large for one context and are cut into {len(parts)} parts: {sizes}"]
 
 
-def sparse_notes(variant: Variant) -> list[str]:
+def sparse_notes(variant: QnnVariant) -> list[str]:
     """What sparse attention reads, for people; nothing is said of dense attention."""
     sizes = variant.sizes(1)
     if sizes is None:
@@ -232,7 +236,7 @@ def error_note(worst: Sequence[Deviation]) -> str:
     )
 
 
-def write_embedding(embed: Draft, path: Path, progress: Callable[[float], None]) -> None:
+def write_embedding(embed: Op, path: Path, progress: Callable[[float], None]) -> None:
     """The table as float16 rows, [vocabulary, hidden], not scaled.
 
     Raises:
@@ -257,7 +261,7 @@ def write_embedding(embed: Draft, path: Path, progress: Callable[[float], None])
 
 
 def _compile_part(
-    prepared: Prepared, part: Part, names: PartFiles, variant: Variant, folder: Path, share: bool
+    prepared: PreparedModel, part: GraphPart, names: PartFiles, variant: QnnVariant, folder: Path, share: bool
 ) -> dict[str, Path]:
     """Both graphs of a part; the files of their contexts by name."""
     chip = probing.Chip(variant.soc_model, variant.htp_arch)
@@ -273,11 +277,11 @@ def _compile_part(
     return {path.name: path for path in sorted(folder.iterdir()) if path.name.startswith(stems)}
 
 
-def write_graph(prepared: Prepared, part: Part, path: Path, tokens: int, context: int) -> None:
+def write_graph(prepared: PreparedModel, part: GraphPart, path: Path, tokens: int, context: int) -> None:
     """One graph of a part as QNN is given it."""
-    drafting, precision = prepared.model.drafting, prepared.precision
+    reader, precision = prepared.model.reader, prepared.precision
     lowered = lower(
-        drafting, part, tokens=tokens, cached=context, context=context, matrices=prepared.matrices,
+        reader, part, tokens=tokens, cached=context, context=context, matrices=prepared.matrices,
         mask_low=prepared.seen.mask_low,
     )  # fmt: skip
     if precision.rounded:
@@ -298,7 +302,7 @@ def _told(progress: Progress, stage: str) -> Callable[[float], None]:
     return tell
 
 
-def _memory(variant: Variant, size: int) -> dict[str, int]:
+def _memory(variant: QnnVariant, size: int) -> dict[str, int]:
     """Bytes on the chip and in the app: the contexts, the cache of one token, and what a prefill takes in and gives."""
     number = CACHE_BYTES[variant.cache]
     sizes, nodes = variant.sizes(1), 0

@@ -25,13 +25,13 @@ import onnx_ir as ir
 
 from transom.graph.weights import Array, Blocked
 from transom.programs.onnx_writing import FLOAT, OnnxWriter
-from transom_mobile_export.qnn.lowering import MASK, MASK_WINDOW, Lowered
-from transom_mobile_export.qnn.precision import Precision
+from transom_mobile_export.qnn.lowering import MASK, MASK_WINDOW, LoweredPart
+from transom_mobile_export.qnn.precision import QnnPrecision
 from transom_mobile_export.qnn.rounding import rounded
 from transom_mobile_export.qnn.sparse import NEAR_MASK
 
 if TYPE_CHECKING:
-    from transom.programs.drafting import Draft
+    from transom.programs.reading import Op
     from transom_mobile_export.qnn.observing import Range, Seen
 
 MARGIN = 20.0
@@ -85,12 +85,12 @@ class RoundedMatrices:
     Raises, when called, OptionError for 4 bits in rows that are no multiple of a block.
     """
 
-    def __init__(self, precision: Precision, squares: Mapping[str, Array], folder: Path) -> None:
+    def __init__(self, precision: QnnPrecision, squares: Mapping[str, Array], folder: Path) -> None:
         self._precision, self._squares, self._folder = precision, squares, folder
 
-    def __call__(self, write: OnnxWriter, draft: Draft, name: str) -> ir.Value:
-        assert draft.weight is not None
-        weight = rounded(draft.weight, self._precision.weights_of(draft), self._squares.get(name))
+    def __call__(self, write: OnnxWriter, op: Op, name: str) -> ir.Value:
+        assert op.weight is not None
+        weight = rounded(op.weight, self._precision.weights_of(op), self._squares.get(name))
         rows, columns = weight.shape
 
         def quants() -> Array:
@@ -119,7 +119,7 @@ class RoundedMatrices:
         return found
 
 
-def add_rounding(lowered: Lowered, seen: Seen, cache: ir.DataType) -> None:
+def add_rounding(lowered: LoweredPart, seen: Seen, cache: ir.DataType) -> None:
     """Put QuantizeLinear and DequantizeLinear behind every value of a graph but the hidden state, in place.
 
     Caches become inputs and outputs of codes, or float16; all other inputs and outputs stay float32.
@@ -134,7 +134,7 @@ def add_rounding(lowered: Lowered, seen: Seen, cache: ir.DataType) -> None:
 class Encodings:
     """What each value of a float graph is rounded by; see `add_rounding`."""
 
-    def __init__(self, lowered: Lowered, seen: Seen, cache: ir.DataType) -> None:
+    def __init__(self, lowered: LoweredPart, seen: Seen, cache: ir.DataType) -> None:
         self.cache = cache
         self._lowered, self._seen = lowered, seen
         self._wide = lowered.wide if seen.widest <= LARGEST_WIDE else frozenset()
@@ -319,7 +319,7 @@ class _Rounding:
         return self._parameters[by]
 
 
-def add_half_cache(lowered: Lowered) -> None:
+def add_half_cache(lowered: LoweredPart) -> None:
     """Make the caches of a graph that are float32 float16, in place; all other inputs and outputs stay float32."""
     graph = lowered.graph
     first = next(iter(graph))

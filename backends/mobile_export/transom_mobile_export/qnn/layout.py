@@ -15,7 +15,7 @@ from typing import Any
 
 from transom.signature import Decoder
 from transom.sparsity import Sparsity
-from transom_mobile_export.qnn.sparse_sizes import FORCED, Sizes, sparse_heads
+from transom_mobile_export.qnn.sparse_sizes import FORCED, ChoiceSizes, sparse_heads
 
 VARIANT_FILE = "qnn.json"
 EMBEDDING_FILE = "shared/embedding.bin"
@@ -56,7 +56,7 @@ class CacheLayer:
 
 
 @dataclass(frozen=True)
-class Variant:
+class QnnVariant:
     """What `qnn.json` says."""
 
     context: int
@@ -75,10 +75,10 @@ class Variant:
     sparsity: str = "dense"
     """The policy that is built in, in its canonical form."""
 
-    def sizes(self, tokens: int) -> Sizes | None:
+    def sizes(self, tokens: int) -> ChoiceSizes | None:
         """Of sparse attention in a step of one token or of a chunk; None: every key is read."""
         policy = Sparsity.from_string(self.sparsity)
-        return None if policy.dense else Sizes(policy, self.context, tokens)
+        return None if policy.dense else ChoiceSizes(policy, self.context, tokens)
 
     def choosing(self, layer: int) -> tuple[int, ...]:
         """The KV heads of a layer that choose what they read, ascending; nodes are kept for them."""
@@ -116,7 +116,7 @@ class Variant:
         )  # fmt: skip
 
     @classmethod
-    def from_json(cls, text: str) -> Variant:
+    def from_json(cls, text: str) -> QnnVariant:
         """Raises ValueError, KeyError or TypeError for what `to_json` did not write."""
         raw: Mapping[str, Any] = json.loads(text)
         if raw["qnn_variant"] not in (VERSION, SPARSE_VERSION):

@@ -8,9 +8,9 @@ from transom.authoring.opening import context_of, paths_of, reading_artifact
 from transom.contract import Artifact, Limits, Options
 from transom.sessions import BufferedSession
 from transom_mobile_export.qnn import sdk
-from transom_mobile_export.qnn.layout import EMBEDDING_FILE, VARIANT_FILE, Variant
+from transom_mobile_export.qnn.layout import EMBEDDING_FILE, VARIANT_FILE, QnnVariant
 from transom_mobile_export.qnn.probing import Chip
-from transom_mobile_export.qnn.running import Graphs, QnnEngine
+from transom_mobile_export.qnn.running import PartGraphs, QnnEngine
 
 DAMAGED = "Remove it with: transom cache clear; or export the bundle anew"
 
@@ -23,12 +23,12 @@ def load_artifact(artifact: Artifact, options: Options) -> BufferedSession:
     """
     files = paths_of(artifact)
     with reading_artifact(DAMAGED):
-        variant = Variant.from_json(files[VARIANT_FILE].read_text())
+        variant = QnnVariant.from_json(files[VARIANT_FILE].read_text())
         shape = variant.vocabulary, variant.hidden
         table = np.memmap(files[EMBEDDING_FILE], "<f2", "r", shape=shape)
         paths = [(files[part.prefill], files[part.decode]) for part in variant.parts]
     chip = Chip(variant.soc_model, variant.htp_arch)
-    graphs = [Graphs(*(sdk.open_context(path, chip) for path in pair)) for pair in paths]
+    graphs = [PartGraphs(*(sdk.open_context(path, chip) for path in pair)) for pair in paths]
     context = context_of(options, variant.context)
     return session_over(QnnEngine(variant, table, graphs), context)
 

@@ -20,12 +20,12 @@ import numpy as np
 import onnx_ir as ir
 
 from transom.graph.weights import Array, Weight, dequantize
-from transom.programs.drafting import Draft, Drafting, Value
 from transom.programs.onnx_rows import RowOperators
 from transom.programs.onnx_writing import FLOAT, INT32, OnnxWriter
+from transom.programs.reading import GraphReader, Op, Value
 from transom.sparsity.static import static_refusal
 from transom_mobile_export.qnn import sparse, sparse_sizes
-from transom_mobile_export.qnn.parts import Part
+from transom_mobile_export.qnn.parts import GraphPart
 from transom_mobile_export.qnn.precision import HEAD
 
 if TYPE_CHECKING:
@@ -61,12 +61,12 @@ class HtpKernels:
 class Matrices(Protocol):
     """Writes the matrix of a product, [columns, rows], as float32."""
 
-    def __call__(self, write: OnnxWriter, draft: Draft, name: str) -> ir.Value: ...
+    def __call__(self, write: OnnxWriter, op: Op, name: str) -> ir.Value: ...
 
 
-def plain(write: OnnxWriter, draft: Draft, name: str) -> ir.Value:
+def plain(write: OnnxWriter, op: Op, name: str) -> ir.Value:
     """The matrix as it is."""
-    weight = draft.weight
+    weight = op.weight
     assert weight is not None
     rows, columns = weight.shape
     return write.weight(name, FLOAT, (columns, rows), lambda: dequantize(weight).T)
@@ -94,7 +94,7 @@ class ScopedWriter(OnnxWriter):
 
 
 @dataclass
-class Lowered:
+class LoweredPart:
     """The graph of one part, and what its values are."""
 
     graph: ir.Graph
@@ -128,9 +128,9 @@ class Watched:
 
 
 def lower(
-    drafting: Drafting, part: Part, *, tokens: Dim, cached: Dim, context: int, matrices: Matrices = plain,
+    reader: GraphReader, part: GraphPart, *, tokens: Dim, cached: Dim, context: int, matrices: Matrices = plain,
     mask_low: float = UNSEEN,
-) -> Lowered:  # fmt: skip
+) -> LoweredPart:  # fmt: skip
     """Write a part down in float32. With S and C as symbols it reads every key, whatever the policy says.
 
     Args:
@@ -138,7 +138,7 @@ def lower(
         context: positions that there are; the tables of rotations have so many rows.
         mask_low: what is added to scores where a key is not seen.
     """
-    return _Lowering(drafting, part, tokens, cached, context, matrices, mask_low).lower()
+    return _Lowering(reader, part, tokens, cached, context, matrices, mask_low).lower()
 
 
 @dataclass(frozen=True)
@@ -168,17 +168,17 @@ def named(value: ir.Value, name: str) -> ir.Value:
 
 class _Lowering:
     def __init__(
-        self, drafting: Drafting, part: Part, tokens: Dim, cached: Dim, context: int, matrices: Matrices,
+        self, reader: GraphReader, part: GraphPart, tokens: Dim, cached: Dim, context: int, matrices: Matrices,
         mask_low: float,
     ) -> None:  # fmt: skip
-        self.drafting, self.decoder, self.part = drafting, drafting.decoder, part
+        self.reader, self.decoder, self.part = reader, reader.decoder, part
         self.tokens, self.cached, self.context, self.matrices = tokens, cached, context, matrices
         self.total: Dim = "total"
-        self._sizes: sparse_sizes.Sizes | None = None
+        self._sizes: sparse_sizes.ChoiceSizes | None = None
         if isinstance(tokens, int) and isinstance(cached, int):
             self.total = tokens + cached
-            if not drafting.sparsity.dense:
-                self._sizes = sparse_sizes.Sizes(drafting.sparsity, cached, tokens)
+            if not reader.sparsity.dense:
+                self._sizes = sparse_sizes.ChoiceSizes(reader.sparsity, cached, tokens)
         self._mask_low, self._marks = mask_low, sparse.Marks()
         self._step: sparse.StepInputs | None = None
         self.write = ScopedWriter("part")
@@ -198,7 +198,7 @@ class _Lowering:
         self._new: list[tuple[ir.Value, str, tuple[Dim, ...]]] = []
         self._cached: list[tuple[ir.Value, str]] = []
 
-    def lower(self) -> Lowered:
+    def lower(self) -> LoweredPart:
         w, part = self.write, self.part
         self._values[id(part.source)] = w.input("hidden", FLOAT, (1, self.tokens, self.decoder.hidden))
         self._wide.append(self._values[id(part.source)])
@@ -212,13 +212,13 @@ class _Lowering:
             )
             self._past[i] = key, value
         self.row = w.input("row", INT32, (1 if isinstance(self.tokens, int) else "rows",)) if part.last else None
-        for layer, drafts in enumerate(part.layers, part.first):
+        for layer, ops in enumerate(part.layers, part.first):
             self._layer = layer
-            for number, draft in enumerate(drafts):
-                w.scope = f"{layer}.{number}.{draft.kind}."
-                self._draft(draft)
+            for number, op in enumerate(ops):
+                w.scope = f"{layer}.{number}.{op.kind}."
+                self._draft(op)
             if layer + 1 < part.end or not part.last:
-                self._watched.append((self._of(drafts[-1].dst), drafts[-1].node, layer, "residual"))
+                self._watched.append((self._of(ops[-1].dst), ops[-1].node, layer, "residual"))
         result = self._of(part.result)
         if part.last:
             w.output(result, "logits", (1, 1 if isinstance(self.tokens, int) else "rows", self.decoder.vocabulary))
@@ -230,7 +230,7 @@ class _Lowering:
         wide = frozenset(str(value.name) for value in self._wide)
         inputs = {name: str(value.name) for name, value in self._inputs.items()}
         marks = self._marks
-        return Lowered(
+        return LoweredPart(
             w.graph, self._masked, tuple(self._shares), wide, inputs, watched,
             frozenset(str(value.name) for value in marks.wide),
             {str(value.name): name for value, name in marks.like},
@@ -255,46 +255,46 @@ class _Lowering:
         return self._heads[id(value)]
 
     # operators --------------------------------------------------------------------------------------------------------
-    def _draft(self, draft: Draft) -> None:
-        if draft.kind == "rope":
-            self._heads[id(draft.dst)] = self._rope(draft)
+    def _draft(self, op: Op) -> None:
+        if op.kind == "rope":
+            self._heads[id(op.dst)] = self._rope(op)
             return
-        writers: Mapping[str, Callable[[Draft], ir.Value]] = {
+        writers: Mapping[str, Callable[[Op], ir.Value]] = {
             **self._operators.writers, "rows": self._rows, "norm": self._norm, "linear": self._linear,
             "attend": self._attend,
         }  # fmt: skip
-        found = self._values[id(draft.dst)] = writers[draft.kind](draft)
-        if draft.kind in ("add", "rows"):
+        found = self._values[id(op.dst)] = writers[op.kind](op)
+        if op.kind in ("add", "rows"):
             self._wide.append(found)
 
-    def _rows(self, draft: Draft) -> ir.Value:
-        return self.write("Gather", self._of(draft.inputs[0]), self.row, axis=1)
+    def _rows(self, op: Op) -> ir.Value:
+        return self.write("Gather", self._of(op.inputs[0]), self.row, axis=1)
 
-    def _norm(self, draft: Draft) -> ir.Value:
-        w, x = self.write, self._of(draft.inputs[0])
-        gain = self._operators.vector(draft.vector)
-        if draft.groups > 1:
-            x = w("Reshape", x, w.ints([1, -1, draft.groups, draft.dst.width // draft.groups]))
-        x = w("RMSNormalization", x, gain, axis=-1, epsilon=float(draft.scale))
-        return x if draft.groups == 1 else w("Reshape", x, w.ints([1, -1, draft.dst.width]))
+    def _norm(self, op: Op) -> ir.Value:
+        w, x = self.write, self._of(op.inputs[0])
+        gain = self._operators.vector(op.vector)
+        if op.groups > 1:
+            x = w("Reshape", x, w.ints([1, -1, op.groups, op.dst.width // op.groups]))
+        x = w("RMSNormalization", x, gain, axis=-1, epsilon=float(op.scale))
+        return x if op.groups == 1 else w("Reshape", x, w.ints([1, -1, op.dst.width]))
 
-    def _linear(self, draft: Draft) -> ir.Value:
+    def _linear(self, op: Op) -> ir.Value:
         w = self.write
         name = f"{w.scope}weight"
-        self._inputs[name] = x = self._of(draft.inputs[0])
-        product = w("MatMul", x, self.matrices(w, draft, name), dtype=FLOAT)
-        self._watched.append((product, draft.node, self._layer, "product"))
-        if draft.vector is None:
+        self._inputs[name] = x = self._of(op.inputs[0])
+        product = w("MatMul", x, self.matrices(w, op, name), dtype=FLOAT)
+        self._watched.append((product, op.node, self._layer, "product"))
+        if op.vector is None:
             return product
-        return w("Add", product, self._operators.vector(draft.vector))
+        return w("Add", product, self._operators.vector(op.vector))
 
-    def _rope(self, draft: Draft) -> ir.Value:
+    def _rope(self, op: Op) -> ir.Value:
         """Halves [a, b] of the rotated columns become [a cos - b sin, b cos + a sin]."""
         w = self.write
-        x = self._as_heads(draft.inputs[0], draft.groups)
-        columns = draft.dst.width // draft.groups
-        pairs = self.drafting.ropes[draft.index][0].size
-        cos, sin = self._rotations(draft.index)
+        x = self._as_heads(op.inputs[0], op.groups)
+        columns = op.dst.width // op.groups
+        pairs = self.reader.ropes[op.index][0].size
+        cos, sin = self._rotations(op.index)
         a, b = self._columns(x, 0, pairs), self._columns(x, pairs, 2 * pairs)
         rotated = [
             w("Sub", w("Mul", a, cos), w("Mul", b, sin)),
@@ -315,7 +315,7 @@ class _Lowering:
             scope, w.scope = w.scope, f"rope.{rope}."
             cos, sin = (
                 w("Unsqueeze", w("Gather", w.constant(table.astype(np.float32)), self.positions, axis=0), w.ints([1]))
-                for table in self.drafting.rotations(rope, self.context)
+                for table in self.reader.rotations(rope, self.context)
             )
             w.scope = scope
             self._waves[rope] = cos, sin
@@ -328,22 +328,22 @@ class _Lowering:
             self._masks[name] = self.write.input(name, FLOAT, (1, 1, self.tokens, self.total))
         return self._masks[name]
 
-    def _attend(self, draft: Draft) -> ir.Value:
-        w, index = self.write, draft.index
+    def _attend(self, op: Op) -> ir.Value:
+        w, index = self.write, op.index
         cache = self.decoder.layers[index]
-        scale, softcap, sinks = self.drafting.layers[index]
+        scale, softcap, sinks = self.reader.layers[index]
         heads = _Heads(
             cache.q_heads, cache.kv_heads, softcap, None if sinks is None else np.asarray(sinks, np.float32),
             cache.sliding_window, (cache.head_dim, cache.value_dim),
         )  # fmt: skip
-        q = named(w("Mul", self._as_heads(draft.inputs[0], cache.q_heads), w.number(scale, FLOAT)), f"{w.scope}q")
+        q = named(w("Mul", self._as_heads(op.inputs[0], cache.q_heads), w.number(scale, FLOAT)), f"{w.scope}q")
         new = tuple(
             self._put(f"{what}.{index}", self._as_heads(value, cache.kv_heads), (1, cache.kv_heads, self.tokens, size))
-            for what, value, size in zip(("key", "value"), draft.inputs[1:], heads.columns, strict=True)
+            for what, value, size in zip(("key", "value"), op.inputs[1:], heads.columns, strict=True)
         )
         choosing: tuple[int, ...] = ()
         if self._sizes is not None:
-            choosing = sparse_sizes.sparse_heads(self.drafting.sparsity.layer(index), cache.kv_heads)
+            choosing = sparse_sizes.sparse_heads(self.reader.sparsity.layer(index), cache.kv_heads)
         self._masked[f"{w.scope}masked"] = f"{w.scope}{'capped' if softcap else 'scores'}"
         self._shares.append(f"{w.scope}shares")
         if not choosing:
@@ -357,7 +357,7 @@ class _Lowering:
                 rest = self._dense(heads.of(others), self._of_heads(q, others, group), (key, value), (keys, values))
                 order = np.argsort([h * group + g for h in (*choosing, *others) for g in range(group)])
                 out = w("Gather", w("Concat", out, rest, axis=1), w.constant(order.astype(np.int32)), axis=1)
-        return w("Reshape", w("Transpose", out, perm=[0, 2, 1, 3]), w.ints([1, -1, draft.dst.width]))
+        return w("Reshape", w("Transpose", out, perm=[0, 2, 1, 3]), w.ints([1, -1, op.dst.width]))
 
     def _dense(self, heads: _Heads, q: ir.Value, new: tuple[ir.Value, ...], past: tuple[ir.Value, ...]) -> ir.Value:
         """Attention over all of the cache: [1, heads, S, Dv]."""

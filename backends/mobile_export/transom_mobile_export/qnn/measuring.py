@@ -15,14 +15,14 @@ import onnx_ir as ir
 
 from transom.graph.weights import Array
 from transom_mobile_export.qnn.encoding import add_rounding
-from transom_mobile_export.qnn.lowering import Lowered, lower
-from transom_mobile_export.qnn.observing import Running, embedded, grouped, prefill
+from transom_mobile_export.qnn.lowering import LoweredPart, lower
+from transom_mobile_export.qnn.observing import RunningPart, embedded, grouped, prefill
 
 if TYPE_CHECKING:
     from transom_mobile_export.qnn.claims import Drafted
     from transom_mobile_export.qnn.lowering import Matrices
     from transom_mobile_export.qnn.observing import Seen
-    from transom_mobile_export.qnn.precision import Precision
+    from transom_mobile_export.qnn.precision import QnnPrecision
 
 LONGEST = 64
 """Tokens of the text, at most."""
@@ -43,7 +43,7 @@ class Deviation:
 
 def measure(
     model: Drafted,
-    precision: Precision,
+    precision: QnnPrecision,
     seen: Seen,
     matrices: Matrices,
     text: Sequence[int],
@@ -58,13 +58,13 @@ def measure(
     cache = ir.DataType[precision.cache.upper()]
     sizes: dict[str, Any] = {"tokens": "tokens", "cached": "cached", "context": len(text)}
     for done, part in enumerate(groups):
-        plain = lower(model.drafting, part, **sizes)
-        with Running(_showing(plain)) as running:
-            wanted = running(prefill(model.drafting.decoder, part, exact, positions))
-        graph = _showing(lower(model.drafting, part, **sizes, matrices=matrices))
+        plain = lower(model.reader, part, **sizes)
+        with RunningPart(_showing(plain)) as running:
+            wanted = running(prefill(model.reader.decoder, part, exact, positions))
+        graph = _showing(lower(model.reader, part, **sizes, matrices=matrices))
         add_rounding(graph, seen, cache)
-        with Running(graph) as running:
-            got = running(prefill(model.drafting.decoder, part, rounded, positions, cache.numpy()))
+        with RunningPart(graph) as running:
+            got = running(prefill(model.reader.decoder, part, rounded, positions, cache.numpy()))
         found += [Deviation(w.node, w.layer, w.what, relative(wanted[w.name], got[w.name])) for w in plain.watched]
         if not part.last:
             exact, rounded = wanted["hidden_out"], got["hidden_out"]
@@ -72,7 +72,7 @@ def measure(
     return sorted(found, key=lambda d: -d.error)
 
 
-def _showing(lowered: Lowered) -> Lowered:
+def _showing(lowered: LoweredPart) -> LoweredPart:
     """The same with all that is watched among its outputs."""
     given = {v.name for v in lowered.graph.outputs}
     values = {v.name: v for node in lowered.graph for v in node.outputs}

@@ -20,14 +20,14 @@ from transom.errors import SourceError
 from transom.graph.weights import Array, Weight, dequantize
 from transom.programs.onnx_writing import FLOAT, IR_VERSION
 from transom_mobile_export.qnn.encoding import HEADROOM, MARGIN
-from transom_mobile_export.qnn.lowering import MASK, MASK_WINDOW, UNSEEN, Lowered, lower
+from transom_mobile_export.qnn.lowering import MASK, MASK_WINDOW, UNSEEN, LoweredPart, lower
 from transom_mobile_export.qnn.parts import joined
 
 if TYPE_CHECKING:
-    from transom.programs.drafting import Draft
+    from transom.programs.reading import Op
     from transom.signature import Decoder
     from transom_mobile_export.qnn.claims import Drafted
-    from transom_mobile_export.qnn.parts import Part
+    from transom_mobile_export.qnn.parts import GraphPart
 
 Range = tuple[float, float]
 AT_ONCE = 2 << 30
@@ -60,7 +60,7 @@ def observe(model: Drafted, texts: Sequence[Sequence[int]], progress: Callable[[
     Raises:
         SourceError: a value is not finite.
     """
-    drafting = model.drafting
+    reader = model.reader
     spans: list[float] = []
     widest = 0.0
     squares: dict[str, Array] = {}
@@ -79,13 +79,13 @@ def observe(model: Drafted, texts: Sequence[Sequence[int]], progress: Callable[[
     hidden = [embedded(model.embed, text) for text in texts]
     groups = grouped(model.layers)
     for done, part in enumerate(groups):
-        lowered = lower(drafting, part, tokens="tokens", cached="cached", context=context)
+        lowered = lower(reader, part, tokens="tokens", cached="cached", context=context)
         given = _with_extremes(lowered)
         _with_squares(lowered)
-        with Running(lowered) as running:
+        with RunningPart(lowered) as running:
             for i, text in enumerate(texts):
                 note("hidden", float(hidden[i].min()), float(hidden[i].max()))
-                found = running(prefill(drafting.decoder, part, hidden[i], np.arange(len(text))))
+                found = running(prefill(reader.decoder, part, hidden[i], np.arange(len(text))))
                 for name in given:
                     note(name, float(found[name + LEAST]), float(found[name + MOST]))
                 for matrix, name in lowered.inputs.items():
@@ -98,7 +98,7 @@ def observe(model: Drafted, texts: Sequence[Sequence[int]], progress: Callable[[
     return Seen(seen, -(HEADROOM * max(spans) + MARGIN), widest, squares)
 
 
-def embedded(embed: Draft, ids: Sequence[int]) -> Array:
+def embedded(embed: Op, ids: Sequence[int]) -> Array:
     """What the first layer is given, float32 [1, tokens, hidden]."""
     assert embed.weight is not None
     hidden: Array = (rows_of(embed.weight, ids) * np.float32(embed.scale))[None]
@@ -110,9 +110,9 @@ def rows_of(weight: Weight, ids: Sequence[int]) -> Array:
     return dequantize(weight, np.asarray(ids, np.int64)).astype(np.float32)
 
 
-def grouped(layers: Sequence[Part]) -> list[Part]:
+def grouped(layers: Sequence[GraphPart]) -> list[GraphPart]:
     """Layers that are run together."""
-    groups: list[Part] = []
+    groups: list[GraphPart] = []
     for layer in layers:
         if groups and _float_bytes(groups[-1]) + _float_bytes(layer) <= AT_ONCE:
             groups[-1] = joined(groups[-1], layer)
@@ -121,11 +121,11 @@ def grouped(layers: Sequence[Part]) -> list[Part]:
     return groups
 
 
-def _float_bytes(part: Part) -> int:
+def _float_bytes(part: GraphPart) -> int:
     return sum(4 * d.weight.shape[0] * d.weight.shape[1] for own in part.layers for d in own if d.weight is not None)
 
 
-def _with_extremes(lowered: Lowered) -> list[str]:
+def _with_extremes(lowered: LoweredPart) -> list[str]:
     """Have a graph give the smallest and the largest number of each value; their names."""
     graph = lowered.graph
     names = []
@@ -145,7 +145,7 @@ def _with_extremes(lowered: Lowered) -> list[str]:
     return names
 
 
-def _with_squares(lowered: Lowered) -> None:
+def _with_squares(lowered: LoweredPart) -> None:
     """Have a graph give the sum of squares of each column of what matrices multiply."""
     graph = lowered.graph
     values = {v.name: v for node in graph for v in node.outputs}
@@ -161,16 +161,16 @@ def _with_squares(lowered: Lowered) -> None:
         graph.outputs.append(node.outputs[0])
 
 
-class Running:
+class RunningPart:
     """The graph of a part in onnxruntime as it stands, while it is entered.
 
     Optimisations are off: onnxruntime would multiply int8 matrices in a way of its own (1.32).
     """
 
-    def __init__(self, lowered: Lowered) -> None:
+    def __init__(self, lowered: LoweredPart) -> None:
         self._graph = lowered.graph
 
-    def __enter__(self) -> Running:
+    def __enter__(self) -> RunningPart:
         import onnxruntime
 
         self._folder = tempfile.TemporaryDirectory(prefix="transom-qnn-")
@@ -198,7 +198,9 @@ class Running:
         self._folder.cleanup()
 
 
-def prefill(decoder: Decoder, part: Part, hidden: Array, positions: Array, cache: Any = np.float32) -> dict[str, Array]:
+def prefill(
+    decoder: Decoder, part: GraphPart, hidden: Array, positions: Array, cache: Any = np.float32
+) -> dict[str, Array]:
     """Inputs of a graph with open dimensions for a text of its own; more than some graphs take."""
     tokens = len(positions)
     inputs: dict[str, Array] = {

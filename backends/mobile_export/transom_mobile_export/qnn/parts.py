@@ -18,18 +18,18 @@ from transom_mobile_export.qnn.layout import LARGEST
 from transom_mobile_export.qnn.storage import F16, INT4, INT8
 
 if TYPE_CHECKING:
-    from transom.programs.drafting import Draft, Value
-    from transom_mobile_export.qnn.precision import Precision
+    from transom.programs.reading import Op, Value
+    from transom_mobile_export.qnn.precision import QnnPrecision
 
 _FORMS = {"float16": F16, "int8": INT8, "int4": INT4}
 
 
 @dataclass(frozen=True)
-class Part:
+class GraphPart:
     """Some layers, one after the other."""
 
     first: int
-    layers: tuple[tuple[Draft, ...], ...]
+    layers: tuple[tuple[Op, ...], ...]
     """The operators of each; those behind the last layer of the model are with it."""
     source: Value
     """The hidden state that goes in."""
@@ -49,7 +49,7 @@ class Part:
         return f"layers {self.first} to {self.end - 1}" if self.end - self.first > 1 else f"layer {self.first}"
 
 
-def plan_parts(layers: Sequence[Part], *, largest: int = LARGEST) -> tuple[Part, ...]:
+def plan_parts(layers: Sequence[GraphPart], *, largest: int = LARGEST) -> tuple[GraphPart, ...]:
     """The parts of a decoder, each as large as fits; nothing is read or compiled.
 
     Args:
@@ -59,7 +59,7 @@ def plan_parts(layers: Sequence[Part], *, largest: int = LARGEST) -> tuple[Part,
     Raises:
         DoesNotFit: a single layer is larger than a part may be.
     """
-    parts: list[Part] = []
+    parts: list[GraphPart] = []
     for unit in layers:
         if unit.bytes > largest:
             raise DoesNotFit(
@@ -74,12 +74,12 @@ def plan_parts(layers: Sequence[Part], *, largest: int = LARGEST) -> tuple[Part,
     return tuple(parts)
 
 
-def joined(a: Part, b: Part) -> Part:
+def joined(a: GraphPart, b: GraphPart) -> GraphPart:
     """Two neighbours as one."""
-    return Part(a.first, a.layers + b.layers, a.source, b.result, b.last, a.bytes + b.bytes)
+    return GraphPart(a.first, a.layers + b.layers, a.source, b.result, b.last, a.bytes + b.bytes)
 
 
-def layers_of(drafts: Sequence[Draft], logits: Value, precision: Precision) -> tuple[Part, ...]:
+def layers_of(ops: Sequence[Op], logits: Value, precision: QnnPrecision) -> tuple[GraphPart, ...]:
     """Every layer as a part of its own; what comes after the last layer is with it.
 
     Args:
@@ -89,41 +89,41 @@ def layers_of(drafts: Sequence[Draft], logits: Value, precision: Precision) -> t
     Raises:
         UnsupportedError: more goes from layer to layer than the rows of the hidden state.
     """
-    attends = [i for i, draft in enumerate(drafts) if draft.kind == "attend"]
-    begins = [1, *(cut(drafts, a, b, logits) for a, b in pairwise(attends))]
+    attends = [i for i, op in enumerate(ops) if op.kind == "attend"]
+    begins = [1, *(cut(ops, a, b, logits) for a, b in pairwise(attends))]
     found = []
-    for layer, (begin, end) in enumerate(zip(begins, [*begins[1:], len(drafts)], strict=True)):
-        own = tuple(drafts[begin:end])
-        last = end == len(drafts)
-        source = drafts[begin - 1].dst
-        result = logits if last else drafts[end - 1].dst
-        found.append(Part(layer, (own,), source, result, last, sum(weight_bytes(d, precision) for d in own)))
+    for layer, (begin, end) in enumerate(zip(begins, [*begins[1:], len(ops)], strict=True)):
+        own = tuple(ops[begin:end])
+        last = end == len(ops)
+        source = ops[begin - 1].dst
+        result = logits if last else ops[end - 1].dst
+        found.append(GraphPart(layer, (own,), source, result, last, sum(weight_bytes(d, precision) for d in own)))
     return tuple(found)
 
 
-def cut(drafts: Sequence[Draft], after: int, before: int, result: Value) -> int:
+def cut(ops: Sequence[Op], after: int, before: int, result: Value) -> int:
     """The last place between two attentions behind which only what the operator before it gave is read.
 
     Raises:
         UnsupportedError: there is none.
     """
     for place in range(before, after, -1):
-        made = {id(d.dst.root()[0]) for d in drafts[place:]}
-        read = {id(v.root()[0]) for d in drafts[place:] for v in d.reads()} | {id(result.root()[0])}
-        if read - made == {id(drafts[place - 1].dst)}:
+        made = {id(d.dst.root()[0]) for d in ops[place:]}
+        read = {id(v.root()[0]) for d in ops[place:] for v in d.reads()} | {id(result.root()[0])}
+        if read - made == {id(ops[place - 1].dst)}:
             return place
     raise UnsupportedError(
-        f"Between the attention layers at {drafts[after].node} and {drafts[before].node} more than one value is "
+        f"Between the attention layers at {ops[after].node} and {ops[before].node} more than one value is "
         "carried on, and parts of a model hand on one",
         "Use another backend",
     )
 
 
-def weight_bytes(draft: Draft, precision: Precision) -> int:
+def weight_bytes(op: Op, precision: QnnPrecision) -> int:
     """Bytes that the matrix of a product takes in a context binary."""
-    if draft.kind != "linear" or draft.weight is None:
+    if op.kind != "linear" or op.weight is None:
         return 0
-    return matrix_bytes(draft.weight, precision.weights_of(draft))
+    return matrix_bytes(op.weight, precision.weights_of(op))
 
 
 def matrix_bytes(weight: Weight, form: str) -> int:

@@ -24,7 +24,7 @@ from transom.errors import OptionError
 
 if TYPE_CHECKING:
     from transom.contract import Options
-    from transom.programs.drafting import Draft
+    from transom.programs.reading import Op
 
 NAMES = ("auto", "f16", "int8", "int4")
 BLOCK = 32
@@ -34,7 +34,7 @@ CacheNumber = Literal["uint8", "uint16", "float16", "float32"]
 
 
 @dataclass(frozen=True)
-class Precision:
+class QnnPrecision:
     """A resolved choice."""
 
     weights: Form
@@ -45,9 +45,9 @@ class Precision:
         """Whether activations are rounded, which takes texts to see them on."""
         return self.weights != "float16"
 
-    def weights_of(self, draft: Draft) -> Form:
+    def weights_of(self, op: Op) -> Form:
         """Of one product: the vocabulary matrix and small ones are in int8 where others are in int4."""
-        return "int8" if self.weights == "int4" and draft.by in (HEAD, SMALL) else self.weights
+        return "int8" if self.weights == "int4" and op.by in (HEAD, SMALL) else self.weights
 
     def describe(self) -> str:
         """As a report has it."""
@@ -60,9 +60,9 @@ class Precision:
 
 
 HEAD = "head"
-"""`Draft.by` of the product with the vocabulary matrix."""
+"""`Op.by` of the product with the vocabulary matrix."""
 SMALL = "small"
-"""`Draft.by` of a product whose matrix is small beside the others."""
+"""`Op.by` of a product whose matrix is small beside the others."""
 SMALL_SHARE = 1 / 16
 """Of the weights of a layer, that a small matrix has at most. On SmolLM2-135M the divergence of `int4` falls by a third
 with keys and values in int8, which are 6 % of the weights."""
@@ -72,7 +72,7 @@ ROUNDED_SINCE = 73
 """The Hexagon version from which on attention is right with rounded activations."""
 
 
-def resolve(options: Options, htp_arch: int) -> Precision:
+def resolve(options: Options, htp_arch: int) -> QnnPrecision:
     """The precision for these options.
 
     Args:
@@ -92,5 +92,5 @@ def resolve(options: Options, htp_arch: int) -> Precision:
             "Use precision='f16', or a target with Hexagon v73 or newer",
         )
     if asked == "f16" or not rounded:
-        return Precision("float16", "float16")
-    return Precision("int4" if asked == "int4" else "int8", "uint8")
+        return QnnPrecision("float16", "float16")
+    return QnnPrecision("int4" if asked == "int4" else "int8", "uint8")

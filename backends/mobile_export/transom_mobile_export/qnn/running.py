@@ -19,7 +19,7 @@ import numpy as np
 from transom.graph.weights import Array
 from transom.ops.sparse_routing import BLOCK, COLUMN_ROWS
 from transom.sessions.buffered import Buffers
-from transom_mobile_export.qnn.layout import Variant
+from transom_mobile_export.qnn.layout import QnnVariant
 from transom_mobile_export.qnn.lowering import MASK, MASK_WINDOW
 from transom_mobile_export.qnn.sparse_inputs import base_of, first_node, step_inputs
 
@@ -30,7 +30,7 @@ NEVER = 1 << 30
 
 
 @dataclass(frozen=True)
-class Graphs:
+class PartGraphs:
     """The two of a part, as onnxruntime's sessions."""
 
     prefill: Any
@@ -45,7 +45,7 @@ class QnnEngine:
         graphs: of each part.
     """
 
-    def __init__(self, variant: Variant, table: Array, graphs: Sequence[Graphs]) -> None:
+    def __init__(self, variant: QnnVariant, table: Array, graphs: Sequence[PartGraphs]) -> None:
         self.variant, self._table, self._graphs = variant, table, list(graphs)
         self._window = max(layer.window for layer in variant.layers)
         self._sizes = {tokens: variant.sizes(tokens) for tokens in (1, variant.chunk)}

@@ -27,7 +27,7 @@ import onnx_ir as ir
 from transom.graph.weights import Array
 from transom.ops.sparse_routing import BLOCK, VARIANCE_CAP, VARIANCE_WEIGHT
 from transom.programs.onnx_writing import FLOAT, INT32, INT64, OnnxWriter
-from transom_mobile_export.qnn.sparse_sizes import SPREAD, Sizes
+from transom_mobile_export.qnn.sparse_sizes import SPREAD, ChoiceSizes
 
 UNIT_BONUS, RANK_MASK, NODE_MASK, NEAR_MASK = "unit_bonus", "mask_rank", "mask_nodes", "mask_near"
 NEAR_BLOCKS, NODE_AT, NODE_CACHED, NODE_WEIGHTS = "near_blocks", "node_at", "node_cached", "node_weights"
@@ -66,7 +66,7 @@ class StepInputs:
         mask_low: what the host's masks have where a key is not seen.
     """
 
-    def __init__(self, write: OnnxWriter, sizes: Sizes, mask_low: float, marks: Marks) -> None:
+    def __init__(self, write: OnnxWriter, sizes: ChoiceSizes, mask_low: float, marks: Marks) -> None:
         self.write, self.sizes, self.mask_low, self.marks = write, sizes, mask_low, marks
         w, s, blocks = write, sizes, sizes.blocks
         self.bonus = w.input(UNIT_BONUS, FLOAT, (1, blocks, 1, s.units))

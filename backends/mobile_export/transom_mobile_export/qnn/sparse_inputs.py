@@ -21,15 +21,15 @@ from transom_mobile_export.qnn.sparse import (
     RANK_MASK,
     UNIT_BONUS,
 )
-from transom_mobile_export.qnn.sparse_sizes import FORCED, Sizes
+from transom_mobile_export.qnn.sparse_sizes import FORCED, ChoiceSizes
 
 
-def base_of(sizes: Sizes, past: int) -> int:
+def base_of(sizes: ChoiceSizes, past: int) -> int:
     """The position of the step's row 0."""
     return past if sizes.tokens == 1 else past // BLOCK * BLOCK
 
 
-def step_inputs(sizes: Sizes, past: int, count: int, mask_low: float) -> dict[str, Array]:
+def step_inputs(sizes: ChoiceSizes, past: int, count: int, mask_low: float) -> dict[str, Array]:
     """The shared inputs of a step.
 
     Args:
@@ -87,6 +87,6 @@ def step_inputs(sizes: Sizes, past: int, count: int, mask_low: float) -> dict[st
     return found
 
 
-def first_node(sizes: Sizes, past: int) -> int:
+def first_node(sizes: ChoiceSizes, past: int) -> int:
     """Where the step's new means and variances go among the nodes."""
     return past // sizes.piece * sizes.piece // sizes.rule.node

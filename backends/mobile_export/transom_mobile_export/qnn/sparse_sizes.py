@@ -24,7 +24,7 @@ NODE_VARIANCE = 2
 
 
 @dataclass(frozen=True)
-class Sizes:
+class ChoiceSizes:
     """Fixed numbers of a policy over a cache, for steps of one size."""
 
     rule: Sparsity
@@ -136,7 +136,7 @@ def unfit(policy: Sparsity, context: int, chunk: int) -> str:
         return ""
     if context % BLOCK:
         return f"Sparse attention needs a context of a multiple of {BLOCK} tokens, and {context} is none"
-    most = (Sizes(policy, context, 1).local + 1) * BLOCK
+    most = (ChoiceSizes(policy, context, 1).local + 1) * BLOCK
     if chunk % BLOCK or chunk > most:
         return f"Sparse attention needs a prefill of a multiple of {BLOCK} tokens up to {most}, and {chunk} is none"
     return ""
@@ -161,7 +161,7 @@ class Reads:
     """Of the sparse ones, means and variances."""
 
 
-def reads(sizes: Sizes, heads: Sequence[tuple[int, int, int, int]], bytes_of: int) -> Reads:
+def reads(sizes: ChoiceSizes, heads: Sequence[tuple[int, int, int, int]], bytes_of: int) -> Reads:
     """Sum over layers.
 
     Args:

@@ -6,7 +6,7 @@ from transom.graph.weights import Blocked, Weight
 from transom.sparsity import Sparsity
 from transom_openvino_cpu.native import packing
 from transom_openvino_cpu.native.policies import unsupported
-from transom_openvino_cpu.precision import Precision
+from transom_openvino_cpu.precision import CpuPrecision
 
 
 class NativeKernels:
@@ -18,7 +18,7 @@ class NativeKernels:
     neighbours = False
     float8 = False
 
-    def __init__(self, precision: Precision) -> None:
+    def __init__(self, precision: CpuPrecision) -> None:
         self._precision = precision
 
     def matrix(self, weight: Weight) -> str:

@@ -10,8 +10,8 @@ from transom_openvino_cpu.native import library
 if TYPE_CHECKING:
     from transom.contract import Device
     from transom.graph import Graph
-    from transom.programs.drafting import Drafting
-    from transom_openvino_cpu.precision import Precision
+    from transom.programs.reading import GraphReader
+    from transom_openvino_cpu.precision import CpuPrecision
 
 SWITCH = "TRANSOM_NATIVE"
 """Environment variable; `0`: leave the library alone, as if it had not been built. `measure`: see `measures`."""
@@ -32,7 +32,7 @@ def measures(device: Device) -> bool:
     return level is not None and (level in UNMEASURED or os.environ.get(SWITCH) == "measure")
 
 
-def drafted(graph: Graph, precision: Precision, device: Device) -> Drafting | str:
+def drafted(graph: Graph, precision: CpuPrecision, device: Device) -> GraphReader | str:
     """The graph as a native program in the making, or the reason why it cannot be one."""
     if graph.decoder is None:
         return "the graph is no decoder"
@@ -44,10 +44,10 @@ def drafted(graph: Graph, precision: Precision, device: Device) -> Drafting | st
         return "the native library has no code for this processor"
     if precision.hint == "f16":
         return "the native library computes in float32, bfloat16 and int8, not in float16"
-    from transom.programs.drafting import Drafting, NoForm
+    from transom.programs.reading import GraphReader, NoForm
     from transom_openvino_cpu.native.abilities import NativeKernels
 
     try:
-        return Drafting(graph, NativeKernels(precision))
+        return GraphReader(graph, NativeKernels(precision))
     except NoForm as e:
         return f"{e.node.name}: {e.reason}"

@@ -19,7 +19,7 @@ from transom.sparsity import Sparsity
 from transom_openvino_cpu.native import library as native
 from transom_openvino_cpu.native import packing
 from transom_openvino_cpu.native.policies import NativePolicy
-from transom_openvino_cpu.native.program import ACTIVATIONS, BY, CACHES, KINDS, Program
+from transom_openvino_cpu.native.program import ACTIVATIONS, BY, CACHES, KINDS, NativeProgram
 from transom_openvino_cpu.page_memory import PageMemory
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -39,7 +39,7 @@ class NativeEngine:
 
     page_tokens = native.PAGE_TOKENS
 
-    def __init__(self, program: Program, weights: Path, level: str, threads: int) -> None:
+    def __init__(self, program: NativeProgram, weights: Path, level: str, threads: int) -> None:
         lib = native.library()
         if lib is None:
             raise EngineError(
@@ -93,15 +93,15 @@ class NativeEngine:
             self._check(native.BAD_PROGRAM)
         return self._base + at
 
-    def _structure(self) -> native.Program:
+    def _structure(self) -> native.CProgram:
         p = self.program
 
-        def view(v: View) -> native.View:
-            return native.View(v.buffer, v.offset)
+        def view(v: View) -> native.CView:
+            return native.CView(v.buffer, v.offset)
 
-        ops = (native.Op * len(p.ops))(
+        ops = (native.COp * len(p.ops))(
             *(
-                native.Op(
+                native.COp(
                     KINDS.index(o.kind), o.width, view(o.dst), view(o.a), view(o.b), view(o.c), o.matrix, o.groups,
                     o.index, ACTIVATIONS.index(o.act), BY.index(o.by), o.scale,
                     self._place(o.vector, 4 * (o.width // max(o.groups, 1) if o.kind == "norm" else o.width)),
@@ -109,9 +109,9 @@ class NativeEngine:
                 for o in p.ops
             )
         )  # fmt: skip
-        matrices = (native.Matrix * len(p.matrices))(
+        matrices = (native.CMatrix * len(p.matrices))(
             *(
-                native.Matrix(
+                native.CMatrix(
                     m.kind,
                     m.rows,
                     m.columns,
@@ -125,12 +125,12 @@ class NativeEngine:
                 for m in p.matrices
             )
         )
-        ropes = (native.Rope * len(p.ropes))(
-            *(native.Rope(self._place(r.at, 4 * r.count), r.count, r.factor) for r in p.ropes)
+        ropes = (native.CRope * len(p.ropes))(
+            *(native.CRope(self._place(r.at, 4 * r.count), r.count, r.factor) for r in p.ropes)
         )
-        layers = (native.Layer * len(p.layers))(
+        layers = (native.CLayer * len(p.layers))(
             *(
-                native.Layer(
+                native.CLayer(
                     x.heads,
                     x.kv_heads,
                     x.head_dim,
@@ -143,8 +143,8 @@ class NativeEngine:
                 for x in p.layers
             )
         )
-        buffers = (native.Buffer * len(p.buffers))(*(native.Buffer(b.width, b.local) for b in p.buffers))
-        return native.Program(
+        buffers = (native.CBuffer * len(p.buffers))(*(native.CBuffer(b.width, b.local) for b in p.buffers))
+        return native.CProgram(
             len(ops), len(matrices), len(ropes), len(layers), len(buffers), CACHES.index(p.cache), True, p.output, ops,
             matrices, ropes, layers, buffers,
         )  # fmt: skip
@@ -269,7 +269,7 @@ class NativeEngine:
         flat = tokens[0] if len(tokens) == 1 else np.concatenate(tokens)
         flat = np.ascontiguousarray(flat, np.int64)
         tables = [np.asarray(p, np.int32) for p in pages]
-        parts = (native.Part * len(tokens))()
+        parts = (native.CPart * len(tokens))()
         begin = 0
         for part, new, old, table in zip(parts, tokens, past, tables, strict=True):
             part.begin, part.count, part.past, part.pages = begin, len(new), old, len(table)
@@ -281,7 +281,7 @@ class NativeEngine:
             part.route = route or None
         wanted = np.asarray(rows, np.int32)
         logits = np.empty((len(rows), self.vocabulary), np.float32)
-        step = native.Step(
+        step = native.CStep(
             len(flat), len(parts), len(wanted), 0, flat.ctypes.data, parts, wanted.ctypes.data, logits.ctypes.data
         )
         layer = ctypes.c_int32(-1)

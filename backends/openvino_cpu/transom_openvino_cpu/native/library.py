@@ -28,7 +28,7 @@ LEVELS = {
 """CPU features that each instruction set needs, best first."""
 
 
-class Matrix(Structure):
+class CMatrix(Structure):
     """tr_matrix."""
 
     _fields_ = [
@@ -37,29 +37,29 @@ class Matrix(Structure):
     ]  # fmt: skip
 
 
-class View(Structure):
+class CView(Structure):
     """tr_view."""
 
     _fields_ = [("buffer", c_int32), ("offset", c_int32)]
 
 
-class Op(Structure):
+class COp(Structure):
     """tr_op."""
 
     _fields_ = [
-        ("kind", c_int32), ("width", c_int32), ("dst", View), ("a", View), ("b", View), ("c", View),
+        ("kind", c_int32), ("width", c_int32), ("dst", CView), ("a", CView), ("b", CView), ("c", CView),
         ("matrix", c_int32), ("groups", c_int32), ("index", c_int32), ("act", c_int32), ("by", c_int32),
         ("scale", c_float), ("vector", c_void_p),
     ]  # fmt: skip
 
 
-class Rope(Structure):
+class CRope(Structure):
     """tr_rope."""
 
     _fields_ = [("frequencies", c_void_p), ("count", c_int32), ("factor", c_float)]
 
 
-class Layer(Structure):
+class CLayer(Structure):
     """tr_layer."""
 
     _fields_ = [
@@ -68,23 +68,24 @@ class Layer(Structure):
     ]  # fmt: skip
 
 
-class Buffer(Structure):
+class CBuffer(Structure):
     """tr_buffer."""
 
     _fields_ = [("width", c_int32), ("local", c_int32)]
 
 
-class Program(Structure):
+class CProgram(Structure):
     """tr_program."""
 
     _fields_ = [
         ("ops", c_int32), ("matrices", c_int32), ("ropes", c_int32), ("layers", c_int32), ("buffers", c_int32),
-        ("cache", c_int32), ("routed", c_int32), ("output", c_int32), ("op", POINTER(Op)),
-        ("matrix", POINTER(Matrix)), ("rope", POINTER(Rope)), ("layer", POINTER(Layer)), ("buffer", POINTER(Buffer)),
+        ("cache", c_int32), ("routed", c_int32), ("output", c_int32), ("op", POINTER(COp)),
+        ("matrix", POINTER(CMatrix)), ("rope", POINTER(CRope)), ("layer", POINTER(CLayer)),
+        ("buffer", POINTER(CBuffer)),
     ]  # fmt: skip
 
 
-class SparsityRule(Structure):
+class CSparsityRule(Structure):
     """tr_sparsity."""
 
     _fields_ = [
@@ -94,21 +95,21 @@ class SparsityRule(Structure):
     ]  # fmt: skip
 
 
-class Part(Structure):
+class CPart(Structure):
     """tr_part."""
 
     _fields_ = [
         ("begin", c_int32), ("count", c_int32), ("past", c_int32), ("pages", c_int32), ("page", c_void_p),
-        ("sparsity", POINTER(SparsityRule)), ("route", c_void_p),
+        ("sparsity", POINTER(CSparsityRule)), ("route", c_void_p),
     ]  # fmt: skip
 
 
-class Step(Structure):
+class CStep(Structure):
     """tr_step."""
 
     _fields_ = [
         ("tokens", c_int32), ("parts", c_int32), ("rows", c_int32), ("unused", c_int32), ("token", c_void_p),
-        ("part", POINTER(Part)), ("row", c_void_p), ("logits", c_void_p),
+        ("part", POINTER(CPart)), ("row", c_void_p), ("logits", c_void_p),
     ]  # fmt: skip
 
 
@@ -153,7 +154,7 @@ def library() -> Any:
     lib.tr_levels.restype = c_char_p
     lib.tr_pool_new.argtypes = [c_int32, POINTER(c_void_p)]
     lib.tr_pool_free.argtypes, lib.tr_pool_free.restype = [c_void_p], None
-    lib.tr_open.argtypes = [POINTER(Program), c_char_p, c_void_p, POINTER(c_void_p)]
+    lib.tr_open.argtypes = [POINTER(CProgram), c_char_p, c_void_p, POINTER(c_void_p)]
     lib.tr_close.argtypes, lib.tr_close.restype = [c_void_p], None
     lib.tr_page_bytes.argtypes, lib.tr_page_bytes.restype = [c_void_p, c_int32], c_int64
     lib.tr_set_cache.argtypes, lib.tr_set_cache.restype = [c_void_p, c_int32, c_void_p], None
@@ -164,7 +165,7 @@ def library() -> Any:
     lib.tr_route_check.argtypes = [c_void_p, c_void_p, c_int32]
     lib.tr_route_counts.argtypes, lib.tr_route_counts.restype = [c_void_p] * 4, None
     lib.tr_times.argtypes = [c_void_p, c_void_p]
-    lib.tr_run.argtypes = [c_void_p, POINTER(Step), POINTER(c_int32)]
+    lib.tr_run.argtypes = [c_void_p, POINTER(CStep), POINTER(c_int32)]
     return lib
 
 

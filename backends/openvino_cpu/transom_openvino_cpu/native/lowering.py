@@ -9,34 +9,36 @@ import numpy as np
 
 from transom.graph.weights import Array, Dense
 from transom.programs import fusing
-from transom.programs.drafting import Draft, Drafting, Value
-from transom.programs.placing import Placing
+from transom.programs.buffers import BufferAllocator
+from transom.programs.reading import GraphReader, Op, Value
 from transom.programs.written import NOWHERE, AttentionLayer, RopeTable, View
 from transom_openvino_cpu.native import packing
 from transom_openvino_cpu.native.packing import TILE
-from transom_openvino_cpu.native.program import Op, Program
-from transom_openvino_cpu.precision import Precision
+from transom_openvino_cpu.native.program import NativeOp, NativeProgram
+from transom_openvino_cpu.precision import CpuPrecision
 
 BARRIERS = ("attend", "rows")
 """Operators that look at other tokens than their own."""
 
 
-def fuse(drafting: Drafting) -> list[Draft]:
+def fuse(reader: GraphReader) -> list[Op]:
     """The same program in fewer operators: residuals and biases inside products, products of one input together,
     gates and rotations without a copy."""
-    drafts = fusing.fuse_scales(list(drafting.drafts))
+    drafts = fusing.fuse_scales(list(reader.ops))
     drafts = fusing.fuse_biases(drafts)
     drafts = fusing.fuse_gates(drafts, TILE)
     drafts = fusing.fuse_residuals(drafts)
     drafts = fusing.fuse_same_input(drafts, TILE)
-    return fusing.in_place(drafts, drafting.logits)
+    return fusing.in_place(drafts, reader.logits)
 
 
-def write(drafting: Drafting, precision: Precision, file: BinaryIO, progress: Callable[[float], None]) -> Program:
+def write(
+    reader: GraphReader, precision: CpuPrecision, file: BinaryIO, progress: Callable[[float], None]
+) -> NativeProgram:
     """The finished program, its weights in `file`."""
-    drafts = fuse(drafting)
-    placing = Placing(drafts, drafting.logits, BARRIERS)
-    matrices: list[packing.Packed] = []
+    drafts = fuse(reader)
+    placing = BufferAllocator(drafts, reader.logits, BARRIERS)
+    matrices: list[packing.NativeMatrix] = []
     known: dict[tuple[int, str], int] = {}
     vectors: dict[bytes, int] = {}
 
@@ -48,45 +50,45 @@ def write(drafting: Drafting, precision: Precision, file: BinaryIO, progress: Ca
             vectors[key] = packing.write_vector(file, array)
         return vectors[key]
 
-    def matrix(draft: Draft) -> int:
-        assert draft.weight is not None
+    def matrix(op: Op) -> int:
+        assert op.weight is not None
         # A table that is read both as an embedding and as the vocabulary matrix lies in the file once.
-        key = (draft.key or -id(draft), draft.by if draft.by != "f32" else "")
+        key = (op.key or -id(op), op.by if op.by != "f32" else "")
         if key not in known:
             known[key] = len(matrices)
-            to_int8 = draft.by == "int8" and isinstance(draft.weight, Dense)
-            matrices.append(packing.write_matrix(file, draft.weight, narrow=draft.by == "bf16", to_int8=to_int8))
+            to_int8 = op.by == "int8" and isinstance(op.weight, Dense)
+            matrices.append(packing.write_matrix(file, op.weight, narrow=op.by == "bf16", to_int8=to_int8))
         return known[key]
 
     def view(value: Value) -> View:
         return placing.place(value)
 
-    ops: list[Op] = []
-    for i, draft in enumerate(drafts):
+    ops: list[NativeOp] = []
+    for i, op in enumerate(drafts):
         progress(i / len(drafts))
-        inputs = [view(v) for v in draft.inputs] + [NOWHERE] * 3
-        residual = NOWHERE if draft.residual is None else view(draft.residual)
-        dst = view(draft.dst)
+        inputs = [view(v) for v in op.inputs] + [NOWHERE] * 3
+        residual = NOWHERE if op.residual is None else view(op.residual)
+        dst = view(op.dst)
         ops.append(
-            Op(
-                draft.kind, draft.width or draft.dst.width, dst, inputs[0],
-                residual if draft.kind == "linear" else inputs[1], inputs[2],
-                matrix(draft) if draft.weight is not None else -1,
-                draft.groups, draft.index, draft.act, draft.by, draft.scale, vector(draft.vector),
+            NativeOp(
+                op.kind, op.width or op.dst.width, dst, inputs[0],
+                residual if op.kind == "linear" else inputs[1], inputs[2],
+                matrix(op) if op.weight is not None else -1,
+                op.groups, op.index, op.act, op.by, op.scale, vector(op.vector),
             )
         )  # fmt: skip
-        placing.done(i, draft)
-    ropes = [RopeTable(vector(f), int(f.size), factor) for f, factor in drafting.ropes]
+        placing.done(i, op)
+    ropes = [RopeTable(vector(f), int(f.size), factor) for f, factor in reader.ropes]
     layers = []
-    for i, cache in enumerate(drafting.decoder.layers):
-        scale, softcap, sinks = drafting.layers[i]
+    for i, cache in enumerate(reader.decoder.layers):
+        scale, softcap, sinks = reader.layers[i]
         layers.append(
             AttentionLayer(
                 cache.q_heads, cache.kv_heads, cache.head_dim, cache.value_dim, cache.sliding_window, scale, softcap,
                 vector(sinks),
             )
         )  # fmt: skip
-    return Program(
+    return NativeProgram(
         tuple(ops), tuple(matrices), tuple(ropes), tuple(layers), tuple(placing.buffers), precision.cache,
-        placing.output, packing.align(file), drafting.sparsity.to_string(),
+        placing.output, packing.align(file), reader.sparsity.to_string(),
     )  # fmt: skip

@@ -29,7 +29,7 @@ SMALLEST_BLOCK = 8
 
 
 @dataclass(frozen=True)
-class Packed:
+class NativeMatrix:
     """A matrix as `tr_matrix` describes it; `at` is its place in the file."""
 
     kind: int
@@ -42,7 +42,7 @@ class Packed:
     at: int
 
 
-def matrix_bytes(m: Packed) -> int:
+def matrix_bytes(m: NativeMatrix) -> int:
     """What a matrix takes in the file."""
     tiles = -(-m.rows // TILE)
     if m.kind in (KINDS["uint4"], KINDS["uint8"]):
@@ -84,7 +84,7 @@ def group_of(columns: int) -> int:
     return next(g for g in (GROUP, 32, 16, SMALLEST_BLOCK) if columns % g == 0)
 
 
-def write_matrix(file: BinaryIO, weight: Weight, *, narrow: bool = False, to_int8: bool = False) -> Packed:
+def write_matrix(file: BinaryIO, weight: Weight, *, narrow: bool = False, to_int8: bool = False) -> NativeMatrix:
     """Append a matrix to the file.
 
     Args:
@@ -106,7 +106,7 @@ def _tiles(array: Array) -> Array:
     return array.reshape(-1, TILE, *array.shape[1:])
 
 
-def _write_dense(file: BinaryIO, weight: Dense, *, narrow: bool) -> Packed:
+def _write_dense(file: BinaryIO, weight: Dense, *, narrow: bool) -> NativeMatrix:
     rows, columns = weight.shape
     array = weight.load()
     if narrow and weight.dtype != "bfloat16":
@@ -121,10 +121,10 @@ def _write_dense(file: BinaryIO, weight: Dense, *, narrow: bool) -> Packed:
         file.write(np.ascontiguousarray(pairs.transpose(0, 2, 1, 3)).tobytes())
     else:
         file.write(np.ascontiguousarray(_tiles(np.asarray(array)).transpose(0, 2, 1)).tobytes())
-    return Packed(kind, rows, columns, 0, 0, False, False, at)
+    return NativeMatrix(kind, rows, columns, 0, 0, False, False, at)
 
 
-def _write_blocks(file: BinaryIO, weight: Blocked) -> Packed:
+def _write_blocks(file: BinaryIO, weight: Blocked) -> NativeMatrix:
     parts = weight.load()
     rows, columns = weight.shape
     block, centre = weight.block, CENTRES[weight.dtype]
@@ -149,4 +149,4 @@ def _write_blocks(file: BinaryIO, weight: Blocked) -> Packed:
     at = align(file)
     file.write(np.concatenate(columns_of, -1).data)
     kind = KINDS["uint4" if four else "uint8"]
-    return Packed(kind, rows, columns, block, zero, minimums is not None, bool(scales.dtype == np.float32), at)
+    return NativeMatrix(kind, rows, columns, block, zero, minimums is not None, bool(scales.dtype == np.float32), at)

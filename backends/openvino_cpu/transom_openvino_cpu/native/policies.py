@@ -10,7 +10,7 @@ import numpy as np
 
 from transom.signature import LayerCache
 from transom.sparsity import Sparsity
-from transom_openvino_cpu.native.library import PAGE_TOKENS, SparsityRule
+from transom_openvino_cpu.native.library import PAGE_TOKENS, CSparsityRule
 
 NODE = 8
 MOST_COLUMNS = 64
@@ -57,7 +57,7 @@ class NativePolicy:
                     raise ValueError(f"the sparsity policy has {len(heads)} KV heads, and the model {layer.kv_heads}")
                 flat += heads if len(heads) == layer.kv_heads else heads * layer.kv_heads
             self._heads = np.array(flat, np.float32)
-        self._rule = SparsityRule(
+        self._rule = CSparsityRule(
             policy.coverage, policy.min_density, policy.max_density, -(-policy.local_window // PAGE_TOKENS),
             policy.columns, policy.unit, policy.rows, policy.dense_below, policy.top_k, policy.node,
             policy.score == "mean", 0,

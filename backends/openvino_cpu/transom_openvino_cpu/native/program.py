@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from transom.programs.placing import Buffer
+from transom.programs.buffers import Buffer
 from transom.programs.written import NOWHERE, AttentionLayer, RopeTable, View, from_json, operator, to_json
-from transom_openvino_cpu.native.packing import Packed
+from transom_openvino_cpu.native.packing import NativeMatrix
 
 KINDS = (
     "embed", "norm", "linear", "add", "glu", "rope", "attend", "rows", "scale", "softcap", "bias",
@@ -22,7 +22,7 @@ CACHES = ("f32", "bf16", "int8")
 
 
 @dataclass(frozen=True)
-class Op:
+class NativeOp:
     """tr_op; `vector` is a place in the weights, or -1."""
 
     kind: str
@@ -41,9 +41,9 @@ class Op:
 
 
 @dataclass(frozen=True)
-class Program:
-    ops: tuple[Op, ...]
-    matrices: tuple[Packed, ...]
+class NativeProgram:
+    ops: tuple[NativeOp, ...]
+    matrices: tuple[NativeMatrix, ...]
     ropes: tuple[RopeTable, ...]
     layers: tuple[AttentionLayer, ...]
     buffers: tuple[Buffer, ...]
@@ -60,10 +60,10 @@ class Program:
         return to_json(self)
 
     @classmethod
-    def from_json(cls, text: str) -> Program:
+    def from_json(cls, text: str) -> NativeProgram:
         """Raises ValueError, KeyError or TypeError for a text that is no program."""
         parts: dict[str, Callable[[Any], Any]] = {
-            "ops": lambda raw: operator(Op, raw), "matrices": lambda raw: Packed(**raw),
+            "ops": lambda raw: operator(NativeOp, raw), "matrices": lambda raw: NativeMatrix(**raw),
             "ropes": lambda raw: RopeTable(**raw), "layers": lambda raw: AttentionLayer(**raw),
             "buffers": lambda raw: Buffer(**raw),
         }  # fmt: skip

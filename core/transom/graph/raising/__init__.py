@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from transom.graph.graph import Graph
 from transom.graph.raising.abstract import Facts, Interpreter
-from transom.graph.raising.lengths import Cache, Lengths, facts_of_inputs, find_caches, find_ids
+from transom.graph.raising.lengths import CacheInput, Lengths, facts_of_inputs, find_caches, find_ids
 from transom.graph.raising.proving import Layout, Prover, layout_of
 from transom.graph.raising.reasons import CannotRaise
 from transom.graph.raising.rewriting import Rewriter, require_unmixed
@@ -117,12 +117,12 @@ def _choose_branches(model: ir.Model, ids: ir.Value) -> None:
             return
 
 
-def _facts(model: ir.Model, ids: ir.Value, caches: list[Cache], far: Lengths) -> dict[Lengths, Facts]:
+def _facts(model: ir.Model, ids: ir.Value, caches: list[CacheInput], far: Lengths) -> dict[Lengths, Facts]:
     interpreter = Interpreter(model)
     return {lengths: interpreter.run(facts_of_inputs(model.graph, ids, caches, lengths)) for lengths in (*CHOICES, far)}
 
 
-def _logits(graph: ir.Graph, caches: list[Cache]) -> ir.Value:
+def _logits(graph: ir.Graph, caches: list[CacheInput]) -> ir.Value:
     present = [c.present for c in caches]
     rest = [v for v in graph.outputs if v not in present]
     named = [v for v in rest if str(v.name).endswith("logits")]

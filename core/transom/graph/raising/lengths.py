@@ -30,7 +30,7 @@ class Lengths:
 
 
 @dataclass(frozen=True)
-class Cache:
+class CacheInput:
     """A graph input that holds cached keys or values."""
 
     value: ir.Value
@@ -55,7 +55,7 @@ class Cache:
         return tuple(dims)
 
 
-def find_caches(graph: ir.Graph) -> list[Cache]:
+def find_caches(graph: ir.Graph) -> list[CacheInput]:
     """The cache inputs, by what is done with them: appended to with Concat, or given to `Attention` as past."""
     caches = []
     outputs = {id(v) for v in graph.outputs}
@@ -72,7 +72,7 @@ def find_caches(graph: ir.Graph) -> list[Cache]:
             else:
                 continue
             if id(present) in outputs:
-                caches.append(Cache(value, axis, present))
+                caches.append(CacheInput(value, axis, present))
     return caches
 
 
@@ -111,7 +111,7 @@ def find_ids(graph: ir.Graph) -> ir.Value:
 
 
 def facts_of_inputs(
-    graph: ir.Graph, ids: ir.Value, caches: Sequence[Cache], lengths: Lengths, *, strict: bool = True
+    graph: ir.Graph, ids: ir.Value, caches: Sequence[CacheInput], lengths: Lengths, *, strict: bool = True
 ) -> dict[str, Fact]:
     """What each input holds. Token ids and caches are known by shape only.
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from transom.graph.raising.abstract import Facts
-from transom.graph.raising.lengths import Cache
+from transom.graph.raising.lengths import CacheInput
 from transom.graph.raising.reasons import CannotRaise
 
 
@@ -22,8 +22,8 @@ class Site:
     """One layer's attention."""
 
     layer: int
-    key: Cache
-    value: Cache
+    key: CacheInput
+    value: CacheInput
     new_key: ir.Value
     new_value: ir.Value
     query: ir.Value
@@ -42,7 +42,7 @@ class Site:
         return list(seen.values())
 
 
-def find_sites(graph: ir.Graph, caches: Sequence[Cache], facts: Facts) -> list[Site]:
+def find_sites(graph: ir.Graph, caches: Sequence[CacheInput], facts: Facts) -> list[Site]:
     """The attentions in the order in which they run.
 
     Raises:
@@ -91,7 +91,7 @@ def _key_and_value(node: ir.Node, origins: frozenset[int], sides: dict[int, froz
     return (first, second) if value == second else (second, first)
 
 
-def _site(layer: int, key: Cache, value: Cache, region: list[ir.Node], merge: ir.Node, facts: Facts) -> Site:
+def _site(layer: int, key: CacheInput, value: CacheInput, region: list[ir.Node], merge: ir.Node, facts: Facts) -> Site:
     output = merge.outputs[0]
     new = [_appended(cache, region) for cache in (key, value)]
     site = Site(layer, key, value, new[0], new[1], output, output, region)
@@ -104,7 +104,7 @@ def _site(layer: int, key: Cache, value: Cache, region: list[ir.Node], merge: ir
     return site
 
 
-def _appended(cache: Cache, region: list[ir.Node]) -> ir.Value:
+def _appended(cache: CacheInput, region: list[ir.Node]) -> ir.Value:
     """What is appended to a cache."""
     for node in region:
         for index, value in enumerate(node.inputs):

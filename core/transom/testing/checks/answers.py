@@ -15,7 +15,7 @@ from transom.testing.bench import Bench
 from transom.testing.checks.check import Check, attempt
 from transom.testing.child import in_child
 from transom.testing.models import VARIANTS
-from transom.testing.result import Failed, Part
+from transom.testing.result import CaseResult, Failed
 
 PROBE_BUDGET_MS = 50.0
 SDKS = frozenset(
@@ -91,7 +91,7 @@ def probe_is_cheap(bench: Bench) -> None:
         raise Failed(f"probe took {told['milliseconds']:.0f} ms at best; the contract allows {PROBE_BUDGET_MS:.0f}")
 
 
-def claim_answers_for_every_node(bench: Bench) -> list[Part]:
+def claim_answers_for_every_node(bench: Bench) -> list[CaseResult]:
     """claim returns one claim for each node of any graph, with a reason for each no; and it changes nothing."""
     bench.offer()
 
@@ -103,10 +103,10 @@ def claim_answers_for_every_node(bench: Bench) -> list[Part]:
         if bench.claim(graph) != first:
             raise Failed("claim answers differently the second time")
 
-    def cases() -> Iterator[Part]:
+    def cases() -> Iterator[CaseResult]:
         for variant in VARIANTS:
             part = attempt(variant, lambda variant=variant: ask(bench.graph(variant)))  # type: ignore[misc]
-            assert isinstance(part, Part)
+            assert isinstance(part, CaseResult)
             yield part
 
     return list(cases())

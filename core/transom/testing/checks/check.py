@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 from transom.contract import OutOfPages
 from transom.testing.bench import Bench
-from transom.testing.result import CheckResult, Failed, Outcome, Part, Refused
+from transom.testing.result import CaseResult, CheckResult, Failed, Outcome, Refused
 
-Found = Sequence[Part] | float | None
+Found = Sequence[CaseResult] | float | None
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def run_check(check: Check, bench: Bench) -> CheckResult:
     started = time.perf_counter()
     part = attempt(check.name, lambda: check.run(bench))
     seconds = round(time.perf_counter() - started, 4)
-    if isinstance(part, Part):
+    if isinstance(part, CaseResult):
         return CheckResult(check.name, part.outcome, part.reason, part.error, seconds)
     outcome: Outcome = "passed"
     for worse in ("refused", "failed"):
@@ -47,22 +47,24 @@ def run_check(check: Check, bench: Bench) -> CheckResult:
     return CheckResult(check.name, outcome, reason, error, seconds, tuple(part))
 
 
-def attempt(label: str, run: Callable[[], Found]) -> Part | Sequence[Part]:
+def attempt(label: str, run: Callable[[], Found]) -> CaseResult | Sequence[CaseResult]:
     """Run something of the backend's and say how it went."""
     try:
         found = run()
     except Refused as e:
-        return Part(label, "refused", e.reason or "refused without a reason")
+        return CaseResult(label, "refused", e.reason or "refused without a reason")
     except Failed as e:
-        return Part(label, "failed", str(e))
+        return CaseResult(label, "failed", str(e))
     except OutOfPages as e:
-        return Part(label, "refused", f"the pool is too small for this check ({e}); give options that make it larger")
+        return CaseResult(
+            label, "refused", f"the pool is too small for this check ({e}); give options that make it larger"
+        )
     except Exception as e:  # noqa: BLE001  the code under test may raise anything, and all of it is a finding
         where = traceback.extract_tb(e.__traceback__)[-1]
         place = f"{where.filename.rsplit('/', 1)[-1]}:{where.lineno}"
-        return Part(label, "failed", f"{type(e).__name__}: {e} ({place})")
+        return CaseResult(label, "failed", f"{type(e).__name__}: {e} ({place})")
     if found is None or isinstance(found, float):
-        return Part(label, "passed", error=found)
+        return CaseResult(label, "passed", error=found)
     return found
 
 

@@ -15,7 +15,7 @@ from transom.testing.bench import Bench
 from transom.testing.checks.check import Check, attempt
 from transom.testing.compare import compare
 from transom.testing.one_node import NODE, one_node
-from transom.testing.result import Failed, Part, Refused
+from transom.testing.result import CaseResult, Failed, Refused
 
 
 def operator_name(schema: OpSchema) -> str:
@@ -41,7 +41,7 @@ def _as_stored(array: Array | None, dtype: str | None) -> Array | None:
     return array.astype(getattr(ml_dtypes, dtype))
 
 
-def check_sample(bench: Bench, schema: OpSchema, sample: Sample) -> Part:
+def check_sample(bench: Bench, schema: OpSchema, sample: Sample) -> CaseResult:
     """One sample: with an open first dimension, else with fixed sizes, else as the operator's body; else refused."""
     reason = ""
     for dynamic, how in ((True, ""), (False, "with fixed sizes only")):
@@ -53,18 +53,18 @@ def check_sample(bench: Bench, schema: OpSchema, sample: Sample) -> Part:
         reason = reason or claim.reason
     graph, inputs = one_node(schema, sample)
     if not has_body(graph.model, next(graph.nodes())):
-        return Part(sample.label, "refused", reason)
+        return CaseResult(sample.label, "refused", reason)
     try:
         lowered = bench.lower(decompose(graph, [NODE]))
     except Refused as e:
-        return Part(sample.label, "refused", f"{reason}; and its body: {e.reason}")
+        return CaseResult(sample.label, "refused", f"{reason}; and its body: {e.reason}")
     how = f"by its body, since: {reason}"
     return _run(bench, schema, sample, lowered.graph, inputs, exact=lowered.exact, how=how)
 
 
 def _run(
     bench: Bench, schema: OpSchema, sample: Sample, graph: Graph, inputs: dict[str, Array], *, exact: bool, how: str
-) -> Part:
+) -> CaseResult:
     artifact = bench.compile(graph)
     with bench.session(artifact) as session:
         outputs = session.run(inputs)
@@ -79,7 +79,7 @@ def _run(
             not np.array_equal(np.asarray(outputs[name]), y, equal_nan=y.dtype.kind == "f") for name, y in kept.items()
         ):
             raise Failed("a second run wrote into the first one's outputs")
-    return Part(sample.label, "passed", how, max(errors, default=0.0))
+    return CaseResult(sample.label, "passed", how, max(errors, default=0.0))
 
 
 def _other(array: Array) -> Array:
@@ -87,14 +87,14 @@ def _other(array: Array) -> Array:
     return (array + array.dtype.type(1)).astype(array.dtype) if array.dtype.kind == "f" else array
 
 
-def _check_of(schema: OpSchema) -> Callable[[Bench], list[Part]]:
-    def run(bench: Bench) -> list[Part]:
+def _check_of(schema: OpSchema) -> Callable[[Bench], list[CaseResult]]:
+    def run(bench: Bench) -> list[CaseResult]:
         bench.offer()
         assert schema.samples is not None
-        parts: list[Part] = []
+        parts: list[CaseResult] = []
         for sample in schema.samples(bench.rng(f"operator {operator_name(schema)}")):
             part = attempt(sample.label, lambda sample=sample: [check_sample(bench, schema, sample)])  # type: ignore[misc]
-            parts += [part] if isinstance(part, Part) else part
+            parts += [part] if isinstance(part, CaseResult) else part
         return parts
 
     run.__doc__ = f"{operator_name(schema)} computes what the registry's reference does, on every sample."

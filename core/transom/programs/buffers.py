@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from transom.programs.written import View
 
 if TYPE_CHECKING:
-    from transom.programs.drafting import Draft, Value
+    from transom.programs.reading import Op, Value
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Buffer:
     """Whether it is written and read between two barriers only."""
 
 
-class Placing:
+class BufferAllocator:
     """A buffer for each value: one of the same width that nobody needs any more, or a new one.
 
     Args:
@@ -30,7 +30,7 @@ class Placing:
         barriers: kinds of operators that look at other tokens than their own.
     """
 
-    def __init__(self, drafts: Sequence[Draft], logits: Value, barriers: Collection[str] = ()) -> None:
+    def __init__(self, ops: Sequence[Op], logits: Value, barriers: Collection[str] = ()) -> None:
         self.buffers: list[Buffer] = []
         self._at: dict[int, int] = {}
         self._free: dict[tuple[int, bool], list[int]] = {}
@@ -41,9 +41,9 @@ class Placing:
         self._at[id(self._logits)] = self.output
         segment = 0
         segments: dict[int, set[int]] = {}
-        for i, draft in enumerate(drafts):
-            barrier = draft.kind in barriers
-            for value in (*draft.reads(), draft.dst):
+        for i, op in enumerate(ops):
+            barrier = op.kind in barriers
+            for value in (*op.reads(), op.dst):
                 root = id(value.root()[0])
                 self._last[root] = i
                 segments.setdefault(root, set()).add(-1 if barrier else segment)
@@ -63,8 +63,8 @@ class Placing:
             self._at[id(root)] = free.pop() if free else self._new(root.width, local=local)
         return View(self._at[id(root)], offset)
 
-    def done(self, index: int, draft: Draft) -> None:
+    def done(self, index: int, op: Op) -> None:
         """The draft `index` has run: what it read last is free."""
-        for value in {id(v.root()[0]): v.root()[0] for v in (*draft.reads(), draft.dst)}.values():
+        for value in {id(v.root()[0]): v.root()[0] for v in (*op.reads(), op.dst)}.values():
             if self._last[id(value)] == index and value is not self._logits:
                 self._free.setdefault((value.width, self._local[id(value)]), []).append(self._at[id(value)])

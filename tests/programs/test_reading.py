@@ -12,7 +12,7 @@ import pytest
 
 from transom.graph.reading import vocabulary_products
 from transom.graph.weights import Weight
-from transom.programs.drafting import Drafting
+from transom.programs.reading import GraphReader
 from transom.sparsity import Sparsity
 from transom.testing.models import tiny_decoder
 
@@ -36,7 +36,7 @@ def test_the_vocabulary_matrix_is_what_logits_are_made_by(form: dict[str, Any], 
     """And not every matrix with as many rows: the model is 64 wide."""
     graph = tiny_decoder(rng, **form)
     assert vocabulary_products(graph) == {"head"}
-    linear = [d for d in Drafting(graph, Anything()).drafts if d.kind == "linear"]
+    linear = [d for d in GraphReader(graph, Anything()).ops if d.kind == "linear"]
     assert {d.node for d in linear if d.by == "head"} == {"head"}
     if "vocabulary" in form:
         assert sum(d.dst.width == 64 for d in linear) > 1

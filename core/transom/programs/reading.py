@@ -49,7 +49,7 @@ class Kernels(Protocol):
         ...
 
     def by(self, weight: Weight, *, head: bool) -> str:
-        """In what numbers activations meet the matrix, in the engine's own words: `Draft.by`.
+        """In what numbers activations meet the matrix, in the engine's own words: `Op.by`.
 
         Args:
             head: it is the vocabulary matrix.
@@ -86,7 +86,7 @@ class Value:
 
 
 @dataclass(eq=False)
-class Draft:
+class Op:
     """An operator before its buffers are known."""
 
     kind: str
@@ -116,7 +116,7 @@ class Draft:
             yield self.residual
 
 
-class Drafting:
+class GraphReader:
     """Reads a graph in order.
 
     Args:
@@ -130,7 +130,7 @@ class Drafting:
         assert graph.decoder is not None
         self.graph, self.decoder, self.kernels = graph, graph.decoder, kernels
         self._heads = vocabulary_products(graph)
-        self.drafts: list[Draft] = []
+        self.ops: list[Op] = []
         self.ropes: list[tuple[Array, float]] = []
         self.layers: dict[int, tuple[float, float, Array | None]] = {}
         """Scale, soft cap and sinks of each layer."""
@@ -150,7 +150,7 @@ class Drafting:
         if id(logits) not in self._values:
             raise NoForm(next(iter(graph.nodes())), "the logits are computed in a way that is not known here")
         self.logits = self._values[id(logits)]
-        if not any(draft.kind == "rows" for draft in self.drafts):
+        if not any(op.kind == "rows" for op in self.ops):
             raise NoForm(next(iter(graph.nodes())), "the rows whose logits are wanted are never chosen")
         self.sparsity = self._policy()
 
@@ -163,9 +163,9 @@ class Drafting:
             raise NoForm(node, reason)
         return policy
 
-    def node(self, draft: Draft) -> ir.Node:
+    def node(self, op: Op) -> ir.Node:
         """The node that an operator was read from."""
-        return next(node for node in self.graph.nodes() if node.name == draft.node)
+        return next(node for node in self.graph.nodes() if node.name == op.node)
 
     # values -----------------------------------------------------------------------------------------------------------
     def _value(self, node: ir.Node, index: int) -> Value:
@@ -177,10 +177,10 @@ class Drafting:
     def _set(self, node: ir.Node, value: Value) -> None:
         self._values[id(node.outputs[0])] = value
 
-    def _emit(self, node: ir.Node, draft: Draft) -> None:
-        draft.width, draft.node = draft.width or draft.dst.width, str(node.name)
-        self.drafts.append(draft)
-        self._set(node, draft.dst)
+    def _emit(self, node: ir.Node, op: Op) -> None:
+        op.width, op.node = op.width or op.dst.width, str(node.name)
+        self.ops.append(op)
+        self._set(node, op.dst)
 
     @staticmethod
     def _uses(value: ir.Value | None) -> int:
@@ -235,10 +235,10 @@ class Drafting:
         if axis == 0 and index == self._ids and weight is not None and len(weight.shape) == 2:
             self._need_packable(node, weight)
             dst = Value(weight.shape[1])
-            self._emit(node, Draft("embed", dst, weight=weight, key=id(node.inputs[0])))
+            self._emit(node, Op("embed", dst, weight=weight, key=id(node.inputs[0])))
         elif axis == 0 and index == self._rows:
             x = self._value(node, 0)
-            self._emit(node, Draft("rows", Value(x.width), [x]))
+            self._emit(node, Op("rows", Value(x.width), [x]))
         else:
             raise NoForm(node, "a Gather that chooses neither token embeddings nor rows of logits")
 
@@ -254,8 +254,8 @@ class Drafting:
         if gain.size % self.kernels.tile:
             raise NoForm(node, f"a normalisation over {gain.size} numbers, no multiple of {self.kernels.tile}")
         epsilon = float(attributes.get("epsilon", 1e-5))
-        draft = Draft("norm", Value(x.width), [x], vector=gain, groups=x.width // gain.size, scale=epsilon)
-        self._emit(node, draft)
+        op = Op("norm", Value(x.width), [x], vector=gain, groups=x.width // gain.size, scale=epsilon)
+        self._emit(node, op)
 
     def _matmul(self, node: ir.Node) -> None:
         weight = linear_weight(node)
@@ -268,8 +268,8 @@ class Drafting:
         transpose = node.inputs[1].producer() if node.inputs[1] is not None else None
         key = id(transpose.inputs[0]) if transpose is not None else 0
         by = self.kernels.by(weight, head=str(node.name) in self._heads)
-        draft = Draft("linear", Value(weight.shape[0]), [x], weight=weight, by=by, key=key)
-        self._emit(node, draft)
+        op = Op("linear", Value(weight.shape[0]), [x], weight=weight, by=by, key=key)
+        self._emit(node, op)
 
     def _add(self, node: ir.Node) -> None:
         for one, other in ((0, 1), (1, 0)):
@@ -278,12 +278,12 @@ class Drafting:
                 x = self._value(node, one)
                 if vector.size != x.width:
                     raise NoForm(node, f"an addition of {vector.size} constants to rows of {x.width}")
-                self._emit(node, Draft("bias", Value(x.width), [x], vector=vector.reshape(-1)))
+                self._emit(node, Op("bias", Value(x.width), [x], vector=vector.reshape(-1)))
                 return
         a, b = self._value(node, 0), self._value(node, 1)
         if a.width != b.width:
             raise NoForm(node, f"an addition of rows of {a.width} and of {b.width}")
-        self._emit(node, Draft("add", Value(a.width), [a, b]))
+        self._emit(node, Op("add", Value(a.width), [a, b]))
 
     def _multiply(self, node: ir.Node) -> None:
         for one, other in ((0, 1), (1, 0)):
@@ -295,13 +295,13 @@ class Drafting:
                 return
             if factor is not None:
                 x = self._value(node, one)
-                self._emit(node, Draft("scale", Value(x.width), [x], scale=factor))
+                self._emit(node, Op("scale", Value(x.width), [x], scale=factor))
                 return
             source = node.inputs[one]
             gate = None if source is None else source.producer()
             if gate is not None and gate.op_type in ("Swish", "Gelu") and id(source) not in self._values:
                 a, b = self._value(gate, 0), self._value(node, other)
-                self._emit(node, Draft("glu", Value(a.width), [a, b], act=self._activation(gate)))
+                self._emit(node, Op("glu", Value(a.width), [a, b], act=self._activation(gate)))
                 return
         raise NoForm(node, "a product of two values that is no gated activation")
 
@@ -333,9 +333,9 @@ class Drafting:
             factors = [self._scalar(v) for v in product.inputs]
             if by in factors:
                 self._skipped |= {id(tanh), id(product)}
-                self._emit(product, Draft("softcap", Value(x.width), [x], scale=by))
+                self._emit(product, Op("softcap", Value(x.width), [x], scale=by))
                 return
-        self._emit(node, Draft("scale", Value(x.width), [x], scale=1.0 / by))
+        self._emit(node, Op("scale", Value(x.width), [x], scale=1.0 / by))
 
     def _round(self, node: ir.Node) -> None:
         """A value through E4M3: quantised by one scale, and dequantised by the same."""
@@ -347,7 +347,7 @@ class Drafting:
         if code is not FLOAT8:
             raise NoForm(node, "a value that is rounded to something else than E4M3")
         self._skipped.add(id(back))
-        self._emit(back, Draft("round", Value(x.width), [x], scale=scale))
+        self._emit(back, Op("round", Value(x.width), [x], scale=scale))
 
     def _only_use(self, node: ir.Node, op_type: str) -> ir.Node | None:
         uses = [use.node for use in node.outputs[0].uses()]
@@ -432,10 +432,10 @@ class Drafting:
         turned = int(attributes.get("rotary_embedding_dim", 0)) or x.width // heads
         if turned != 2 * self.ropes[cos[0]][0].size:
             raise NoForm(node, f"a rotation of {turned} columns by {self.ropes[cos[0]][0].size} frequencies")
-        draft = Draft("rope", Value(x.width), [x], groups=heads, index=cos[0], neighbours=neighbours)
-        draft.width = x.width
-        self.drafts.append(draft)
-        self._batches[id(node.outputs[0])] = draft.dst
+        op = Op("rope", Value(x.width), [x], groups=heads, index=cos[0], neighbours=neighbours)
+        op.width = x.width
+        self.ops.append(op)
+        self._batches[id(node.outputs[0])] = op.dst
 
     def _attention(self, node: ir.Node) -> None:
         attributes = attributes_of(node)
@@ -459,22 +459,22 @@ class Drafting:
         self.layers[layer] = (scale, float(attributes["softcap"]), sinks)
         self._sparsity[layer] = str(attributes["sparsity"])
         q, k, v = (self._value(node, i) for i in range(3))
-        self._emit(node, Draft("attend", Value(cache.q_heads * cache.value_dim), [q, k, v], index=layer))
+        self._emit(node, Op("attend", Value(cache.q_heads * cache.value_dim), [q, k, v], index=layer))
 
 
-_READERS: dict[str, Callable[[Drafting, ir.Node], None]] = {
-    "Gather": Drafting._gather,
-    "RMSNormalization": Drafting._norm,
-    "MatMul": Drafting._matmul,
-    "Add": Drafting._add,
-    "Mul": Drafting._multiply,
-    "Div": Drafting._divide,
-    "Swish": Drafting._activate,
-    "Gelu": Drafting._activate,
-    "Reshape": Drafting._reshape,
-    "Unsqueeze": Drafting._unsqueeze,
-    "Squeeze": Drafting._squeeze,
-    "Cast": Drafting._cast,
-    "RotaryEmbedding": Drafting._rotate,
-    "QuantizeLinear": Drafting._round,
+_READERS: dict[str, Callable[[GraphReader, ir.Node], None]] = {
+    "Gather": GraphReader._gather,
+    "RMSNormalization": GraphReader._norm,
+    "MatMul": GraphReader._matmul,
+    "Add": GraphReader._add,
+    "Mul": GraphReader._multiply,
+    "Div": GraphReader._divide,
+    "Swish": GraphReader._activate,
+    "Gelu": GraphReader._activate,
+    "Reshape": GraphReader._reshape,
+    "Unsqueeze": GraphReader._unsqueeze,
+    "Squeeze": GraphReader._squeeze,
+    "Cast": GraphReader._cast,
+    "RotaryEmbedding": GraphReader._rotate,
+    "QuantizeLinear": GraphReader._round,
 }
