@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 import sys
@@ -9,11 +10,16 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+# Before numpy and torch are imported, here and in processes that tests start: their threads wait by spinning, and tests
+# are too small to be quicker with more than one.
+os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
+
 import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 from draws import Draws
+from sweeps import Sweeps
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     # A run that a shell started in the background ignores interrupts, and so would every process that tests start.
@@ -26,10 +32,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--fresh-seeds", type=int, default=0, metavar="N", help=often)
     limit = "with --fresh-seeds: a test gets no further draw after S seconds; 10 by default"
     group.addoption("--draw-seconds", type=float, default=10.0, metavar="S", help=limit)
+    which = "what a usual run leaves out (marker sweep): run all without it, with it, or only that"
+    parser.getgroup("sweeps").addoption("--sweeps", choices=("without", "with", "only"), default="without", help=which)
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "seeds(number, ...): further cases, with seeds that once made the test fail")
+    config.addinivalue_line("markers", "sweep(but=names, only=names): left out of a usual run; see sweeps.py")
+    config.pluginmanager.register(Sweeps(config), "sweeps")
     config.pluginmanager.register(Draws(config), "draws")
 
 

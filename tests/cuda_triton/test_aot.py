@@ -42,6 +42,12 @@ def compiled(kernel: Any, arch: int, dtype: str, warps: int, stages: int = 2, **
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.sweep(
+    but=(
+        "70",
+        "89",
+    )
+)
 def test_prefill_spills_nothing_and_uses_the_tensor_cores(arch: int) -> None:
     for size in HEAD_SIZES if arch in (80, 90) else (64, 128):
         for dtype in ("fp16", "bf16") if size == 128 and arch > 70 else ("fp16",):
@@ -55,6 +61,12 @@ def test_prefill_spills_nothing_and_uses_the_tensor_cores(arch: int) -> None:
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.sweep(
+    but=(
+        "70",
+        "90",
+    )
+)
 def test_decode_spills_nothing_and_uses_the_tensor_cores(arch: int) -> None:
     for size in (64, 128):
         made = compile_variant(attention(arch, size, "fp16", decode=True), arch)

@@ -67,6 +67,7 @@ def rows(result: dict[str, Any], part: str) -> list[dict[str, Any]]:
     return [row for table in found["tables"] for row in table["rows"]]
 
 
+@pytest.mark.sweep  # a whole benchmark
 def test_every_part_runs_without_a_card(result: dict[str, Any]) -> None:
     assert [(p["name"], p["state"]) for p in result["parts"]] == [(name, "done") for name in PARTS]
     assert (result["script"], result["dry"], result["status"]) == ("gpu", True, 0)
@@ -75,6 +76,7 @@ def test_every_part_runs_without_a_card(result: dict[str, Any]) -> None:
     assert set(result["bounds"]) == {"copy_bytes_per_second", "product_flops"}
 
 
+@pytest.mark.sweep  # a whole benchmark
 def test_numbers_are_checked_first(result: dict[str, Any]) -> None:
     assert {c["outcome"] for c in result["checks"]} == {"passed"}
     names = {c["name"].split(",")[0] for c in result["checks"]}
@@ -84,6 +86,7 @@ def test_numbers_are_checked_first(result: dict[str, Any]) -> None:
     } <= names  # fmt: skip
 
 
+@pytest.mark.sweep  # a whole benchmark
 def test_every_figure_stands_beside_its_bound_and_its_peers(result: dict[str, Any]) -> None:
     for part in ("prefill", "decode", "products"):
         timed = [r for r in rows(result, part) if r.get("ms") or r.get("us")]
@@ -95,6 +98,7 @@ def test_every_figure_stands_beside_its_bound_and_its_peers(result: dict[str, An
     assert any(r["what"].startswith("torch int4") and r["us"] for r in rows(result, "products"))
 
 
+@pytest.mark.sweep  # a whole benchmark
 def test_what_is_not_installed_says_so(result: dict[str, Any]) -> None:
     for part in ("prefill", "decode"):
         found = [r for r in rows(result, part) if r["what"] == "FlashInfer"]
@@ -102,6 +106,7 @@ def test_what_is_not_installed_says_so(result: dict[str, Any]) -> None:
         assert all(r["note"] or r.get("ms") or r.get("us") for r in found)
 
 
+@pytest.mark.sweep  # a whole benchmark
 def test_the_whole_model_is_compared(result: dict[str, Any]) -> None:
     found = rows(result, "model")
     ways = {(r["weights"], r["attention"], r["sequences"]) for r in found if "attention" in r}
@@ -204,6 +209,7 @@ def test_the_document_is_made_of_the_results_that_are_kept(report: Any) -> None:
     assert report.replaced(text, [json.loads(path.read_text()) for path in kept], "gpu") == text
 
 
+@pytest.mark.sweep  # a whole benchmark
 def test_a_result_becomes_tables(report: Any, result: dict[str, Any]) -> None:
     text = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
     made = report.replaced(text, [result], "gpu")
@@ -221,6 +227,7 @@ def test_a_result_becomes_tables(report: Any, result: dict[str, Any]) -> None:
     assert report.replaced(made, [], "gpu") == report.replaced(text, [], "gpu")
 
 
+@pytest.mark.sweep  # a whole benchmark
 def test_results_of_dry_runs_are_no_figures(result: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "dry.json"
     path.write_text(json.dumps(result))
@@ -230,6 +237,7 @@ def test_results_of_dry_runs_are_no_figures(result: dict[str, Any], tmp_path: Pa
 
 
 @pytest.mark.parametrize("changed", [{"script": "rtx"}, None])
+@pytest.mark.sweep  # a whole benchmark
 def test_results_of_another_script_are_refused_in_a_sentence(
     result: dict[str, Any], script: Any, report: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any,
     changed: dict[str, str] | None,

@@ -47,6 +47,12 @@ def graph(shared_rng: Any) -> Graph:
 
 
 @pytest.mark.parametrize(("arch", "number"), [("sm_70", "float16"), ("sm_80", "bfloat16"), ("sm_90", "bfloat16")])
+@pytest.mark.sweep(
+    but=(
+        "sm_70-float16",
+        "sm_90-bfloat16",
+    )
+)
 def test_an_artifact_has_all_that_a_card_needs(arch: str, number: str, graph: Graph, tmp_path: Path) -> None:
     """Loading compiles nothing: the list in the artifact is the engine's own."""
     device = replace(A100, arch=arch)
@@ -120,6 +126,7 @@ def test_without_a_card_loading_is_an_error_in_words(graph: Graph, tmp_path: Pat
 @pytest.mark.parametrize(
     ("arch", "instructions"), [("sm_89", ("QMMA",) * 3), ("sm_90", ("HMMA", "QGMMA", "QGMMA"))], ids=["sm_89", "sm_90"]
 )
+@pytest.mark.sweep(but=("sm_90",))
 def test_float8_goes_through_the_tensor_cores(
     arch: str, instructions: tuple[str, ...], rng: Any, tmp_path: Any
 ) -> None:

@@ -11,11 +11,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
+import pytest
+
 from transom.contract import Backend
 from transom.testing import BackendConformance
 from transom_cuda_triton import CudaTriton
 
 
+@pytest.mark.sweep(only=("walk.gqa",))
 class TestInterpreted(BackendConformance):
     """In float32, held to float32's tolerance."""
 

@@ -15,6 +15,7 @@ PRODUCTS = ("columns.weigh_rows", "columns.sum_mass", "scores.measure_rows", "sc
 
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("arch", TENSOR_CORES)
+@pytest.mark.sweep(but=("90-128",))
 def test_nothing_is_spilled(arch: int, head_dim: int) -> None:
     """With all that attention may have, where heads are wide, and without; what knows no heads once."""
     more = head_dim == 128
@@ -36,6 +37,7 @@ def test_nothing_is_spilled(arch: int, head_dim: int) -> None:
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.sweep(but=("64",))
 def test_plain_cores_have_room_for_every_kernel(head_dim: int) -> None:
     """On sm_70, where only the widest heads go to local memory by more than a few bytes."""
     for variant in Routing(8, 4, head_dim, head_dim**-0.5, 0.0, 0, False, "fp16", 16, plain=True).variants():

@@ -53,6 +53,7 @@ def test_a_bundle_for_this_processor_answers_to_the_last_bit_as_the_model_does(e
 
 
 @pytest.mark.parametrize(("target", "arch"), [("a100", "sm_80"), ("remote:rtx-4090", "sm_89")])
+@pytest.mark.sweep(but=("remote:rtx-4090-sm_89",))
 def test_a_bundle_for_a_card_is_compiled_without_one_and_needs_it_to_run(
     engines: Any, tmp_path: Path, target: str, arch: str
 ) -> None:

@@ -330,6 +330,7 @@ def test_a_system_compiler_that_is_too_old_is_passed_over(run: Run, tmp_path: Pa
 
 
 # ------------------------------------------------------------------------------------------------- sources and command
+@pytest.mark.sweep  # a second whole build
 def test_the_sources_of_this_tree_need_nothing_but_the_c_library_with_zig(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -43,6 +43,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         yield loaded
 
 
+@pytest.mark.sweep  # a real model
 def test_texts_of_three_kinds_keep_their_perplexity(model: Any, benchmark: Any) -> None:
     for domain, text in benchmark["models"].texts():
         every = model.tokenize(text)
@@ -54,6 +55,7 @@ def test_texts_of_three_kinds_keep_their_perplexity(model: Any, benchmark: Any) 
         assert not np.array_equal(exact[1100:], sparse[1100:])
 
 
+@pytest.mark.sweep  # a real model
 def test_what_is_hidden_is_found_as_by_dense_attention(model: Any, benchmark: Any) -> None:
     _, text = next(benchmark["models"].texts())
     for task in benchmark["tasks"].tasks(partial(model.tokenize, add_special=False), text, TOKENS, 3):

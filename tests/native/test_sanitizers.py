@@ -57,6 +57,7 @@ def _compiler(build: ModuleType, folder: Path) -> Any:
 
 
 @pytest.mark.timeout(900)
+@pytest.mark.sweep  # fuzzing under sanitizers
 def test_no_test_and_no_damaged_program_makes_the_sanitizers_report(
     seed: int, rng: np.random.Generator, tmp_path: Path
 ) -> None:

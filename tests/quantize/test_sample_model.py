@@ -79,6 +79,7 @@ def test_real_weights_lose_what_their_form_costs(loaded: Any, rng: np.random.Gen
             assert least < off < most, (index, rounded.dtype, rounded.block)
 
 
+@pytest.mark.sweep  # a real model
 def test_a_rounded_model_says_nearly_what_the_exact_one_says(loaded: Any, ids: list[int], seen: Activations) -> None:
     graph = plain(loaded.graph)
     assert sum(isinstance(linear_weight(n), Dense) for n in graph.nodes()) == 210

@@ -75,6 +75,7 @@ def rows(result: dict[str, Any], part: str) -> list[dict[str, Any]]:
 
 
 # a dry run ------------------------------------------------------------------------------------------------------------
+@pytest.mark.sweep  # a whole benchmark
 def test_every_part_runs_without_a_card(result: dict[str, Any]) -> None:
     assert [(p["name"], p["state"]) for p in result["parts"]] == [(name, "done") for name in PARTS]
     assert (result["script"], result["dry"], result["status"]) == ("rtx", True, 0)
@@ -83,6 +84,7 @@ def test_every_part_runs_without_a_card(result: dict[str, Any]) -> None:
     assert set(result["bounds"]) == {"copy_bytes_per_second"}
 
 
+@pytest.mark.sweep  # a whole benchmark
 def test_numbers_are_checked_in_every_precision(result: dict[str, Any]) -> None:
     assert {c["outcome"] for c in result["checks"]} == {"passed"}
     found = rows(result, "fidelity")
@@ -93,6 +95,7 @@ def test_numbers_are_checked_in_every_precision(result: dict[str, Any]) -> None:
     assert any(r["model"] == "SmolLM2-135M" and r["correlation"] > 0.99 for r in found)
 
 
+@pytest.mark.sweep  # a whole benchmark
 def test_fp8_stands_beside_float16_at_every_depth(result: dict[str, Any]) -> None:
     found = [r for r in rows(result, "dense") if "ms" in r]
     assert {(r["weights"], r["layers"]) for r in found} == {(w, n) for w in ("f16", "fp8") for n in (1, 2, 4)}
@@ -103,6 +106,7 @@ def test_fp8_stands_beside_float16_at_every_depth(result: dict[str, Any]) -> Non
     assert sum("times as long" in r.get("note", "") for r in rows(result, "dense")) == 2
 
 
+@pytest.mark.sweep  # a whole benchmark
 def test_the_whole_model_is_computed_and_the_arithmetic_is_shown(result: dict[str, Any]) -> None:
     (one, two, four) = (
         next(r for r in rows(result, "dense") if "ms" in r and (r["weights"], r["layers"]) == ("fp8", n))
@@ -118,6 +122,7 @@ def test_the_whole_model_is_computed_and_the_arithmetic_is_shown(result: dict[st
     assert not any("times 28" in r for r in (one, two)), "only the whole model is held against the marks"
 
 
+@pytest.mark.sweep  # a whole benchmark
 def test_sparse_attention_and_batches_stand_beside_dense(result: dict[str, Any]) -> None:
     found = [r for r in rows(result, "sparse") if "ms" in r]
     ways = {(r["attention"], r["sequences"]) for r in found}
@@ -125,6 +130,7 @@ def test_sparse_attention_and_batches_stand_beside_dense(result: dict[str, Any])
     assert all({r["layers"] for r in found if (r["attention"], r["sequences"]) == way} == {1, 2, 4} for way in ways)
 
 
+@pytest.mark.sweep  # a whole benchmark
 def test_cold_starts_are_without_and_with_kernels(result: dict[str, Any]) -> None:
     found = rows(result, "cold")
     assert [r["kernels"] for r in found] == ["compiled", "kept"]
@@ -423,6 +429,7 @@ def test_the_document_is_made_of_the_results_that_are_kept(parts: Any) -> None:
     assert parts.report.replaced(text, [json.loads(path.read_text()) for path in kept], "rtx") == text
 
 
+@pytest.mark.sweep  # a whole benchmark
 def test_a_result_becomes_tables_in_its_own_section(parts: Any, result: dict[str, Any]) -> None:
     text = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
     made = parts.report.replaced(text, [result], "rtx")
@@ -439,6 +446,7 @@ def test_a_result_becomes_tables_in_its_own_section(parts: Any, result: dict[str
     assert parts.report.replaced(made, [], "rtx") == parts.report.replaced(text, [], "rtx")
 
 
+@pytest.mark.sweep  # a whole benchmark
 def test_results_of_dry_runs_are_no_figures(result: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "dry.json"
     path.write_text(json.dumps(result))

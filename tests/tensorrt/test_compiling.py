@@ -69,6 +69,14 @@ FORMS = {
 
 @pytest.mark.parametrize("precision", FORMS)
 @pytest.mark.parametrize("policy", [None, STATIC], ids=["dense", "sparse"])
+@pytest.mark.sweep(
+    only=(
+        "sparse-int8",
+        "sparse-int4",
+        "sparse-f16",
+        "sparse-bf16",
+    )
+)
 def test_products_attention_and_weights_are_what_they_should_be(
     precision: str, policy: Sparsity | None, rng: np.random.Generator
 ) -> None:
@@ -129,6 +137,12 @@ def test_exact_is_float32_throughout(rng: np.random.Generator) -> None:
     ("precision", "policy"), [*((p, None) for p in ("fp8", "int4", "int8", "f16")), ("fp8", STATIC)],
     ids=["fp8", "int4", "int8", "f16", "fp8 sparse"],
 )  # fmt: skip
+@pytest.mark.sweep(
+    only=(
+        "fp8 sparse-qwen3",
+        "fp8 sparse-gemma3",
+    )
+)
 def test_families_are_built(
     family: str, precision: str, policy: Sparsity | None, rng: np.random.Generator, tmp_path: Path
 ) -> None:
@@ -274,6 +288,21 @@ def test_nothing_is_built_where_memory_is_short(
 
 @pytest.mark.parametrize("precision", ["f16", "fp8", "int8", "int4", "exact"])
 @pytest.mark.parametrize("stored", ["float32", "int4", "uint4_minimums", "int8"])
+@pytest.mark.sweep(
+    but=(
+        "float32-f16",
+        "float32-fp8",
+        "float32-int8",
+        "float32-int4",
+        "float32-exact",
+        "int4-fp8",
+        "int4-exact",
+        "uint4_minimums-fp8",
+        "uint4_minimums-exact",
+        "int8-fp8",
+        "int8-exact",
+    )
+)
 def test_the_plan_is_what_weights_take(precision: str, stored: Any, rng: np.random.Generator) -> None:
     graph = wide(rng, weights=stored)
     options = {"precision": precision, "context": None, "threads": None, "calibration": TEXT}

@@ -46,6 +46,7 @@ def wanted(source: Any, ids: list[int]) -> np.ndarray[Any, Any]:
     return reference(source.graph, [ids])
 
 
+@pytest.mark.sweep  # a real model
 def test_its_stored_weights_are_the_references(source: Any, ids: list[int], wanted: Any, tmp_path: Path) -> None:
     """4-bit blocks with minimums, in float16; the vocabulary matrix, whose 8-bit blocks are rounded anew by rows, is
     off by 1 %."""
@@ -60,6 +61,7 @@ def test_its_stored_weights_are_the_references(source: Any, ids: list[int], want
     [(Scheme("int8"), 0.02), (Scheme("fp8", activations="fp8"), 0.1), (Scheme("int4"), 1.0)],
     ids=["int8", "fp8", "int4"],
 )
+@pytest.mark.sweep  # a real model
 def test_rounded_anew_it_stays_near(
     scheme: Scheme, bound: float, source: Any, ids: list[int], wanted: Any, tmp_path: Path
 ) -> None:
@@ -73,6 +75,7 @@ def test_rounded_anew_it_stays_near(
     assert found.kl_mean < bound, found
 
 
+@pytest.mark.sweep  # a real model
 def test_its_engine_is_of_float8(source: Any, ids: list[int]) -> None:
     artifact = built(changed(source.graph, plain, "plain"), precision="fp8", calibration=[ids], context=1024)
     for summary in summaries(artifact):

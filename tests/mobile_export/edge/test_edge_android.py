@@ -122,6 +122,7 @@ def test_functions_take_what_methods_pass(classes: Path) -> None:
     ])  # fmt: skip
 
 
+@pytest.mark.sweep  # a Java machine
 def test_the_bridge_answers_a_java_program(
     built: Path, classes: Path, tmp_path: Path, rng: np.random.Generator
 ) -> None:

@@ -176,6 +176,7 @@ def test_a_device_without_onnxruntime_is_told(built: Path, tmp_path: Path, rng: 
     assert "--onnxruntime PATH" in said.stderr
 
 
+@pytest.mark.sweep  # qemu
 def test_arm64_gives_the_same_tokens(edge_arm64: Run, edge: Run, tmp_path: Path, rng: np.random.Generator) -> None:
     model = tiny(rng)
     make(tmp_path, model)

@@ -7,10 +7,28 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import pytest
+
 from transom.testing import BackendConformance
 from transom_mobile_export.qnn.backend import Qnn
 
 
+@pytest.mark.sweep(
+    only=(
+        "logits.multi_head",
+        "logits.multi_query",
+        "logits.softcap",
+        "logits.scale",
+        "logits.linear_bias",
+        "logits.value_width",
+        "logits.partial_rotary",
+        "logits.float16",
+        "logits.bfloat16",
+        "logits.int4",
+        "logits.uint4_minimums",
+        "walk.gqa",
+    )
+)
 class TestEmulated(BackendConformance):
     backend = Qnn(chunk=8)
     precision = "float16"

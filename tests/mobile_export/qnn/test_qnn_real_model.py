@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
+import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
 
@@ -30,6 +31,7 @@ from transom_mobile_export.qnn.precision import QnnPrecision
 TOKENS = 32
 
 
+@pytest.mark.sweep  # a real model
 def test_its_rounded_graphs_agree_with_the_reference(tmp_path: Path) -> None:
     """8-bit weights on a text that no activation was seen on; some activations are a thousand times as large as the
     rest, and an encoding of 16 bits for the hidden state would double the divergence."""
