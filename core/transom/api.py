@@ -18,7 +18,7 @@ from transom.contract import Backend, Device, Offer, Refusal
 from transom.errors import OptionError, UnsupportedError
 from transom.loading.load_state import LoadState
 from transom.loading.loader import load_model
-from transom.loading.machine import can_be_mended, survey
+from transom.loading.machine import has_fix, survey
 from transom.loading.options import LoadOptions, auto_policy, check_objects, checked_options
 from transom.plugins import PluginFailure
 from transom.preparation.plugin_calls import interrupts_kept
@@ -236,7 +236,7 @@ def plan_export(
         machine = survey(probe_file, target=name)
         device = hardware.find(machine.devices, name)
         own = [answer for by, answer in machine.answers if by == backend and answer.device_id == device.id]
-        if not can_be_mended(own):
+        if not has_fix(own):
             backend = backends_for(name, backend, probe_file)[1].backend
         found.setdefault(device.id, (device, []))[1].append(machine.plugins.backends[backend].backend)
     plugins = machine.plugins

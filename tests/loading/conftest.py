@@ -89,7 +89,7 @@ class Here:
         with self.load(backend="reference", verify="off") as model:
             return memory.plan(model.decoder, CPU, context=context, exact_float32=True).total
 
-    def child(self, entry: str, payload: Mapping[str, Any], *, progress: Any = None) -> child.TrialResult:
+    def child(self, entry: str, payload: Mapping[str, Any], *, progress: Any = None) -> child.ChildResult:
         """What `run_in_child` does, without a process: JSON there and back, errors as they cross it."""
         self.jobs.append(payload["work"].rpartition(":")[2])
         assert entry == "transom.preparation.entry:run"
@@ -98,8 +98,8 @@ class Here:
         except Cancelled:
             raise
         except Exception as error:  # noqa: BLE001  as the child does it
-            return child.TrialResult(None, child.TrialError(**child._describe(error)), 0.0)
-        return child.TrialResult(json.loads(json.dumps(value)), None, 0.0)
+            return child.ChildResult(None, child.ChildFailure(**child._describe(error)), 0.0)
+        return child.ChildResult(json.loads(json.dumps(value)), None, 0.0)
 
 
 @pytest.fixture

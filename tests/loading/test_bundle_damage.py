@@ -16,7 +16,7 @@ from made_up import MadeUp
 import transom
 from transom.artifacts import Cache, hash_file
 from transom.bundles.manifest import BundleError, read_manifest
-from transom.bundles.replay import replay
+from transom.bundles.verification import verify_bundle
 from transom.errors import OptionError, SourceError, TransomError
 
 
@@ -219,7 +219,7 @@ def test_a_replay_reads_every_file_anew(here: Any, export: Any) -> None:
         file.write(bytes([content[0] ^ 1]))
     os.utime(path, (1e9, 1e9))
     with pytest.raises(BundleError, match=r"README\.md .* has been altered"):
-        replay(folder, cache=here.cache)
+        verify_bundle(folder, cache=here.cache)
 
 
 def test_a_manifest_that_was_cut_is_damaged_and_one_that_is_gone_leaves_no_model(here: Any, export: Any) -> None:

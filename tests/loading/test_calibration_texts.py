@@ -45,7 +45,7 @@ def test_a_backend_sees_passages_when_it_compiles_and_none_when_it_loads(here: A
     assert [call for call, _ in watching.texts] == ["claim", "compile", "load", "load"]
     seen = dict(watching.texts)
     assert seen["claim"] == seen["compile"]
-    assert [len(piece) for piece in seen["compile"]] == [100] * calibration_texts.DEFAULT
+    assert [len(piece) for piece in seen["compile"]] == [100] * calibration_texts.DEFAULT_PIECES
     assert all(0 <= i < 262 for piece in seen["compile"] for i in piece)
     assert seen["load"] == ()
 

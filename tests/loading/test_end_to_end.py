@@ -37,7 +37,7 @@ def test_the_first_load_compiles_in_a_child_process_and_the_second_takes_it_from
     assert first["report"]["precision"] == "wood"
     assert first["report"]["source"] == "gguf"
     assert first["report"]["model"] == "Tiny"
-    assert {"probe", "read", "load", "child read", "child compile", "child golden", "child check"} <= set(
+    assert {"probe", "read", "load", "child read", "child compile", "child reference", "child check"} <= set(
         first["report"]["startup"]
     )
     [compiled] = packages.log

@@ -18,7 +18,7 @@ from transom.contract import Claim
 from transom.errors import EngineError, UnsupportedError
 from transom.loading.explanation import explain_graph
 from transom.loading.machine import Machine
-from transom.preparation.lowering import attempt, claims_of, lower, refusal_lines
+from transom.preparation.lowering import claims_of, lower, refusal_lines, try_lower
 from transom.testing.models import tiny_decoder
 
 
@@ -166,7 +166,7 @@ def test_refusals_are_grouped_by_operator_and_reason() -> None:
 
 
 def test_attempt_goes_as_far_as_it_can(graph: Any) -> None:
-    tried = attempt(graph, MadeUp(does="refuse:CachedAttention+MatMul"), CPU, {})
+    tried = try_lower(graph, MadeUp(does="refuse:CachedAttention+MatMul"), CPU, {})
     assert count(tried.graph, "CachedAttention") == 0
     assert set(tried.refused.values()) == {"there is no MatMul in this engine"}
 

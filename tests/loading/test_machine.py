@@ -34,7 +34,7 @@ JOB = Job(
     options={"context": None, "precision": "auto", "threads": 2},
     cache="/cache",
     cache_limit=None,
-    place="p",
+    runtime_identity="p",
     verify=True,
 )
 
@@ -86,7 +86,9 @@ def test_a_place_changes_with_hardware_driver_backend_and_version() -> None:
     def place(device: Any = CPU, name: str = "b", version: str = "1", why: str = "why") -> str:
         plugins = Plugins([], [LoadedBackend(MadeUp(name), name, "d", version, name)], [])
         found: Any = None
-        return machine.Machine(found, plugins, ()).place(Candidate(name, device, Offer(device.id, "native", why)))
+        return machine.Machine(found, plugins, ()).runtime_identity(
+            Candidate(name, device, Offer(device.id, "native", why))
+        )
 
     places = [
         place(),

@@ -45,7 +45,7 @@ def test_without_a_wish_the_context_is_cut_to_what_fits_and_said() -> None:
     assert made.context % memory.STEP == 0
     assert made.total <= 20 * GB
     assert made.total + memory.STEP * PER_TOKEN > 20 * GB
-    assert f"cut to {made.context} of the model's 131072 tokens" in made.note
+    assert f"reduced to {made.context} of the model's 131072 tokens" in made.note
     again = plan(LLAMA, having(20 * GB - PER_TOKEN), context=None)
     assert again.context in (made.context, made.context - memory.STEP)
 

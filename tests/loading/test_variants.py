@@ -18,7 +18,7 @@ from bundling import HEXAGON, left_over
 from made_up import CPU, MadeUp
 
 from transom.bundles.manifest import read_manifest
-from transom.bundles.replay import replay
+from transom.bundles.verification import verify_bundle
 from transom.contract import Artifact, Offer, Refusal, Verdict
 from transom.errors import EngineError, FidelityError, OptionError, SelectionError
 
@@ -113,7 +113,7 @@ def test_variants_with_the_same_files_have_them_once(here: Any, export: Any) -> 
     assert set(one["files"].values()) == {f"portable-{HEXAGON}/{n}" for n in one["files"]}
     assert not (made.folder / f"portable-{NEWER}").exists()
     for name in (v["name"] for v in (one, other)):
-        _, [found] = replay(made.folder, variants=[name], cache=here.cache)
+        _, [found] = verify_bundle(made.folder, variants=[name], cache=here.cache)
         assert found.state == "passed", found
 
 
@@ -151,7 +151,7 @@ def test_what_is_compiled_for_elsewhere_is_proved_where_an_emulator_is(here: Any
     phones = Phones()
     here.use(phones)
     made = export(target=HEXAGON)
-    assert here.jobs == ["prepare", "prove"]
+    assert here.jobs == ["prepare", "fidelity"]
     [variant] = manifest_of(made.folder)["variants"]
     assert variant["libraries"] == ["libone.so", "libtwo.so"]
     assert (variant["memory"]["weights"], variant["memory"]["cache_per_token"]) == (1000, 10)
@@ -182,7 +182,7 @@ def test_what_the_emulator_cannot_open_is_compiled_for_it_once_more_and_not_kept
     assert fidelity["where"] == "an emulator, on cpu, compiled for it once more"
     assert fidelity["kl"] < 1e-6
     assert not list((here.cache.root / "artifacts").glob("*/files/arch")), "both are gone: one moved into the bundle"
-    _, [found] = replay(made.folder, cache=here.cache)
+    _, [found] = verify_bundle(made.folder, cache=here.cache)
     assert (found.state, "shares its weights" in found.text) == ("not here", True)
 
 
@@ -351,15 +351,15 @@ def test_replaying_tells_what_passes_fails_and_cannot_run_here(here: Any, export
     made = export(target=HEXAGON, format="phones,portable")
     elsewhere()
     portable.does, phones.emulated = "garbage", False
-    _, found = replay(made.folder, cache=here.cache)
+    _, found = verify_bundle(made.folder, cache=here.cache)
     assert [(r.variant, r.state) for r in found] == [("phones", "not here"), ("portable", "failed")]
-    assert "does not compute what this model means" in found[1].text
+    assert "does not compute the outputs of this model" in found[1].text
     portable.does = ""
-    _, [again] = replay(made.folder, variants=["portable"], cache=here.cache)
+    _, [again] = verify_bundle(made.folder, variants=["portable"], cache=here.cache)
     assert (again.state, again.where) == ("passed", f"portable on {CPU.id}")
     device = replace(CPU, memory_bytes=1 << 20, free_bytes=1 << 20)
     here.use(phones, portable, devices=(device,))
-    _, [small] = replay(made.folder, variants=["portable"], cache=here.cache)
+    _, [small] = verify_bundle(made.folder, variants=["portable"], cache=here.cache)
     assert (small.state, "The model needs" in small.text) == ("not here", True), "that is not the bundle's fault"
     with pytest.raises(OptionError, match="It has phones, portable"):
-        replay(made.folder, variants=["none"], cache=here.cache)
+        verify_bundle(made.folder, variants=["none"], cache=here.cache)

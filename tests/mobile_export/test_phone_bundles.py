@@ -17,7 +17,7 @@ import pytest
 import transom
 from transom.artifacts import Cache
 from transom.bundles.judging import judge
-from transom.bundles.replay import replay
+from transom.bundles.verification import verify_bundle
 from transom.contract import Cancelled
 from transom.errors import FidelityError, OptionError, SelectionError, TransomError
 from transom.hardware.catalogue import catalogue
@@ -96,7 +96,7 @@ def test_genai_writes_from_the_folder_what_transom_does(bundle: transom.Exported
 
 
 def test_each_variant_is_replayed_where_it_can_run(bundle: transom.Exported, cache: Cache) -> None:
-    _, found = replay(bundle.folder, cache=cache)
+    _, found = verify_bundle(bundle.folder, cache=cache)
     states = {one.variant: one.state for one in found}
     assert states == {
         f"qnn-{PHONE}": "not here", f"onnx-{PHONE}": "passed", f"qnn-{OLDER}": "passed", f"onnx-{OLDER}": "passed",

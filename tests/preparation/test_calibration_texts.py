@@ -16,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import byte_llama
 
 from transom.errors import OptionError, SourceError
-from transom.preparation import passages
-from transom.preparation.calibration_texts import DEFAULT, MOST, PIECE, given_texts, pieces
+from transom.preparation import calibration_texts
+from transom.preparation.calibration_texts import DEFAULT_PIECES, MAX_PIECES, PIECE_TOKENS, pieces, user_texts
 from transom.sources import resolve
 from transom.text import Tokenizer
 from transom.text.tokenizer import SpecialIds
@@ -37,8 +37,8 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory, shared_rng: Any) -> Toke
 def test_texts_and_files_are_taken_in_order(tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     path.write_text("from a file, ö", encoding="utf-8")
-    assert given_texts(["one", path, "three"]) == ("one", "from a file, ö", "three")
-    assert given_texts([]) == ()
+    assert user_texts(["one", path, "three"]) == ("one", "from a file, ö", "three")
+    assert user_texts([]) == ()
 
 
 @pytest.mark.parametrize(
@@ -49,12 +49,12 @@ def test_texts_and_files_are_taken_in_order(tmp_path: Path) -> None:
         (3, "is a int, not a list"),
         ([b"bytes"], "holds a bytes"),
         (["a", " \n"], "Text 2 of calibration is empty"),
-        (["a"] * (MOST + 1), f"holds {MOST + 1} texts"),
+        (["a"] * (MAX_PIECES + 1), f"holds {MAX_PIECES + 1} texts"),
     ],
 )
 def test_what_is_no_list_of_texts_is_refused(given: Any, said: str) -> None:
     with pytest.raises(OptionError, match=said) as caught:
-        given_texts(given)
+        user_texts(given)
     assert caught.value.fix
 
 
@@ -64,28 +64,28 @@ def test_the_name_of_a_file_is_not_taken_for_a_text(tmp_path: Path, monkeypatch:
     monkeypatch.setenv("HOME", str(tmp_path))
     for given in (str(path), "~/text.txt"):
         with pytest.raises(OptionError, match=r"the name of the file .*text\.txt") as caught:
-            given_texts(["a text", given])
+            user_texts(["a text", given])
         assert f"calibration=[Path('{given}')]" in caught.value.fix
     for text in (f"{path}\n{path}", str(tmp_path), "zero\0byte", "long " * 10_000):
-        assert given_texts([text])
+        assert user_texts([text])
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "latin").write_bytes(b"caf\xe9")
     with pytest.raises(SourceError, match="latin is not UTF-8"):
-        given_texts([tmp_path / "latin"])
+        user_texts([tmp_path / "latin"])
     with pytest.raises(SourceError, match="none cannot be read"):
-        given_texts([tmp_path / "none"])
+        user_texts([tmp_path / "none"])
 
 
 def test_no_more_of_a_text_is_kept_than_is_looked_at(tokenizer: Tokenizer) -> None:
     whole = "words and " * 500_000
-    [kept] = given_texts([whole])
+    [kept] = user_texts([whole])
     assert len(kept) < len(whole)
     found = pieces(tokenizer, VOCABULARY, 4096, [kept])
-    assert len(found) == MOST
-    assert {len(piece) for piece in found} == {PIECE}
-    assert len(pieces(tokenizer, VOCABULARY, 4096, given_texts([whole] * 3))) == MOST // 3 * 3
+    assert len(found) == MAX_PIECES
+    assert {len(piece) for piece in found} == {PIECE_TOKENS}
+    assert len(pieces(tokenizer, VOCABULARY, 4096, user_texts([whole] * 3))) == MAX_PIECES // 3 * 3
 
 
 def test_pieces_begin_as_the_tokenizer_begins_a_text_and_hold_the_text(tokenizer: Tokenizer) -> None:
@@ -101,8 +101,8 @@ def test_pieces_begin_as_the_tokenizer_begins_a_text_and_hold_the_text(tokenizer
 @pytest.mark.parametrize("context", [1, 2, 100, 256, 5000])
 def test_without_texts_there_are_passages_as_long_as_the_context_allows(tokenizer: Tokenizer, context: int) -> None:
     found = pieces(tokenizer, VOCABULARY, context, [])
-    assert [len(piece) for piece in found] == [min(PIECE, context)] * DEFAULT
-    assert len(set(found)) == (DEFAULT if context > 99 else len(set(found)))
+    assert [len(piece) for piece in found] == [min(PIECE_TOKENS, context)] * DEFAULT_PIECES
+    assert len(set(found)) == (DEFAULT_PIECES if context > 99 else len(set(found)))
     assert found == pieces(tokenizer, VOCABULARY, context, [])
 
 
@@ -127,5 +127,5 @@ def test_a_python_without_its_passages_gives_none(tokenizer: Tokenizer, monkeypa
     def lacking() -> dict[str, str]:
         raise OptionError("This Python comes without texts")
 
-    monkeypatch.setattr(passages, "default_texts", lacking)
+    monkeypatch.setattr(calibration_texts, "default_texts", lacking)
     assert pieces(tokenizer, VOCABULARY, 4096, []) == ()

@@ -21,7 +21,7 @@ import pytest
 from transom.contract import Cancelled
 from transom.errors import DoesNotFit, MissingExtra, TransomError
 from transom.preparation import child
-from transom.preparation.child import ChildFailed, TrialResult, run_in_child
+from transom.preparation.child import ChildFailed, ChildResult, run_in_child
 
 JOBS = """
 import ctypes, errno, json, os, signal, subprocess, sys, threading, time
@@ -159,7 +159,7 @@ def loud(payload, progress):
 def nested(payload, progress):
     from transom.preparation.child import run_in_child
     result = run_in_child("trial_jobs:illegal", {})
-    return [result.error.signal, run_in_child("trial_jobs:echo", {"a": 1}).value]
+    return [result.failure.signal, run_in_child("trial_jobs:echo", {"a": 1}).value]
 """
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
@@ -173,7 +173,7 @@ def jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "trial_jobs", raising=False)
 
 
-def run(job: str, payload: dict[str, Any] | None = None, **more: Any) -> TrialResult:
+def run(job: str, payload: dict[str, Any] | None = None, **more: Any) -> ChildResult:
     return run_in_child(f"trial_jobs:{job}", payload or {}, **{"timeout": 60, **more})
 
 
@@ -223,35 +223,35 @@ def test_large_payloads_and_values_pass() -> None:
 def test_a_segmentation_fault_is_a_result_with_what_was_said_before() -> None:
     result = run("segfault")
     assert not result.ok
-    assert result.error is not None
-    assert (result.error.kind, result.error.signal) == ("signal", "SIGSEGV")
-    assert "invalid memory access" in result.error.message
-    assert "about to read address 0" in result.error.stderr
-    assert "in segfault" in result.error.stderr  # where Python was
+    assert result.failure is not None
+    assert (result.failure.kind, result.failure.signal) == ("signal", "SIGSEGV")
+    assert "invalid memory access" in result.failure.message
+    assert "about to read address 0" in result.failure.stderr
+    assert "in segfault" in result.failure.stderr  # where Python was
     with pytest.raises(ChildFailed, match="Compiling failed in its child process: killed by SIGSEGV") as caught:
         result.unwrap("Compiling")
-    assert caught.value.trial is result.error
+    assert caught.value.failure is result.failure
 
 
 @pytest.mark.parametrize(("job", "name"), [("abort", "SIGABRT"), ("illegal", "SIGILL")])
 @posix
 def test_other_deaths_are_named_too(job: str, name: str) -> None:
-    error = run(job).error
-    assert error is not None
-    assert (error.kind, error.signal, error.exit_code) == ("signal", name, None)
+    failure = run(job).failure
+    assert failure is not None
+    assert (failure.kind, failure.signal, failure.exit_code) == ("signal", name, None)
 
 
 @pytest.mark.parametrize("status", [0, 3])
 def test_leaving_without_an_answer_is_an_exit(status: int) -> None:
-    error = run("leave", {"status": status}).error
-    assert error is not None
-    assert (error.kind, error.exit_code, error.signal) == ("exit", status, "")
+    failure = run("leave", {"status": status}).failure
+    assert failure is not None
+    assert (failure.kind, failure.exit_code, failure.signal) == ("exit", status, "")
 
 
 def test_a_system_exit_is_an_exit() -> None:
-    error = run("system_exit").error
-    assert error is not None
-    assert (error.kind, error.exit_code) == ("exit", 7)
+    failure = run("system_exit").failure
+    assert failure is not None
+    assert (failure.kind, failure.exit_code) == ("exit", 7)
 
 
 @pytest.mark.parametrize("job", ["hang", "hang_in_native_code"])
@@ -259,15 +259,15 @@ def test_a_hang_ends_at_the_timeout_and_the_child_is_dead(tmp_path: Path, job: s
     if job == "hang_in_native_code" and sys.platform == "win32":
         job = "hang"
     result = run(job, {"file": str(tmp_path / "pid")}, timeout=5)
-    assert result.error is not None
-    assert result.error.kind == "timeout"
-    assert "5 s" in result.error.message
+    assert result.failure is not None
+    assert result.failure.kind == "timeout"
+    assert "5 s" in result.failure.message
     assert dies(read_pid(tmp_path / "pid"))
 
 
 @posix
 def test_the_processes_of_a_child_that_is_killed_are_killed_too(tmp_path: Path) -> None:
-    assert run("fork_and_hang", {"file": str(tmp_path / "pid")}, timeout=5).error is not None
+    assert run("fork_and_hang", {"file": str(tmp_path / "pid")}, timeout=5).failure is not None
     assert dies(read_pid(tmp_path / "pid"))
 
 
@@ -312,17 +312,17 @@ def test_progress_without_end_is_thinned_out() -> None:
 
 
 def test_a_progress_share_that_is_no_number_is_the_jobs_error() -> None:
-    error = run("bad_stage", progress=lambda stage, share: None).error
-    assert error is not None
-    assert error.exception == "builtins.ValueError"
+    failure = run("bad_stage", progress=lambda stage, share: None).failure
+    assert failure is not None
+    assert failure.exception == "builtins.ValueError"
 
 
 def test_an_exception_comes_back_with_its_traceback() -> None:
     result = run("fail")
-    assert result.error is not None
-    assert (result.error.kind, result.error.exception) == ("exception", "builtins.ValueError")
-    assert result.error.message == "ValueError: too short"
-    assert 'raise ValueError("too short")' in result.error.traceback
+    assert result.failure is not None
+    assert (result.failure.kind, result.failure.exception) == ("exception", "builtins.ValueError")
+    assert result.failure.message == "ValueError: too short"
+    assert 'raise ValueError("too short")' in result.failure.traceback
     with pytest.raises(ChildFailed, match="too short"):
         result.unwrap()
 
@@ -330,9 +330,9 @@ def test_an_exception_comes_back_with_its_traceback() -> None:
 def test_the_number_of_an_os_error_comes_back() -> None:
     import errno
 
-    error = run("full_disk").error
-    assert error is not None
-    assert error.errno == errno.ENOSPC
+    failure = run("full_disk").failure
+    assert failure is not None
+    assert failure.errno == errno.ENOSPC
 
 
 def test_an_error_for_people_comes_back_whole_and_can_be_raised() -> None:
@@ -352,26 +352,26 @@ def test_an_error_with_attributes_of_its_own_keeps_them() -> None:
 
 @pytest.mark.parametrize(("which", "name"), [("own", "Own"), ("inner", "Own.Inner")])
 def test_a_plugins_own_error_class_comes_back(which: str, name: str) -> None:
-    error = run("own_error", {"which": which}).error
-    assert error is not None
-    exception = error.to_exception()
+    failure = run("own_error", {"which": which}).failure
+    assert failure is not None
+    exception = failure.to_exception()
     assert isinstance(exception, TransomError)
     assert type(exception).__qualname__ == name
     assert type(exception).__module__ == "trial_jobs"
 
 
 def test_an_error_class_that_cannot_be_found_here_comes_back_as_its_base() -> None:
-    error = run("hidden_error").error
-    assert error is not None
-    exception = error.to_exception()
+    failure = run("hidden_error").failure
+    assert failure is not None
+    exception = failure.to_exception()
     assert type(exception) is TransomError
     assert str(exception) == "hidden. fix."
 
 
 def test_a_job_that_cancels_itself_is_cancelled() -> None:
     result = run("cancels")
-    assert result.error is not None
-    assert result.error.kind == "cancelled"
+    assert result.failure is not None
+    assert result.failure.kind == "cancelled"
     with pytest.raises(Cancelled, match="no more"):
         result.unwrap()
 
@@ -385,9 +385,9 @@ def test_a_job_that_cancels_itself_is_cancelled() -> None:
     ],
 )
 def test_a_job_that_is_none_is_an_exception(entry: str, exception: str) -> None:
-    error = run_in_child(entry, {}, timeout=60).error
-    assert error is not None
-    assert (error.kind, error.exception) == ("exception", exception)
+    failure = run_in_child(entry, {}, timeout=60).failure
+    assert failure is not None
+    assert (failure.kind, failure.exception) == ("exception", exception)
 
 
 @pytest.mark.parametrize("entry", ["", "module", ":f", "module:"])
@@ -478,9 +478,9 @@ def test_an_answer_counts_whatever_happens_while_the_child_ends(monkeypatch: pyt
 
 @posix
 def test_a_library_that_closes_every_file_ends_in_an_exit() -> None:
-    error = run("close_everything").error
-    assert error is not None
-    assert (error.kind, error.exit_code) == ("exit", 4)
+    failure = run("close_everything").failure
+    assert failure is not None
+    assert (failure.kind, failure.exit_code) == ("exit", 4)
 
 
 def test_the_child_has_the_parents_surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -494,11 +494,11 @@ def test_the_child_has_the_parents_surroundings(tmp_path: Path, monkeypatch: pyt
 
 
 def test_only_the_last_lines_of_a_loud_child_are_kept() -> None:
-    error = run("loud").error
-    assert error is not None
-    assert "line 49999" in error.stderr
-    assert "line 1000\n" not in error.stderr
-    assert len(error.stderr.splitlines()) <= 40
+    failure = run("loud").failure
+    assert failure is not None
+    assert "line 49999" in failure.stderr
+    assert "line 1000\n" not in failure.stderr
+    assert len(failure.stderr.splitlines()) <= 40
 
 
 def test_trials_nest() -> None:
@@ -524,21 +524,21 @@ def test_a_child_that_cannot_be_started_is_a_result(monkeypatch: pytest.MonkeyPa
         raise OSError(12, "Cannot allocate memory")
 
     monkeypatch.setattr(subprocess, "Popen", refuse)
-    error = run("echo").error
-    assert error is not None
-    assert error.message == "no child process can be started: Cannot allocate memory"
+    failure = run("echo").failure
+    assert failure is not None
+    assert failure.message == "no child process can be started: Cannot allocate memory"
     monkeypatch.undo()
     monkeypatch.setattr(sys, "executable", "")
-    error = run_in_child("m:f", {}).error
-    assert error is not None
-    assert "no Python interpreter" in error.message
+    failure = run_in_child("m:f", {}).failure
+    assert failure is not None
+    assert "no Python interpreter" in failure.message
 
 
 def test_nothing_is_left_open(request: pytest.FixtureRequest) -> None:
     def count() -> int:
         return len(os.listdir("/proc/self/fd")) if sys.platform == "linux" else 0
 
-    jobs: list[Callable[[], TrialResult]] = [lambda: run("echo"), lambda: run("abort"), lambda: run("fail")]
+    jobs: list[Callable[[], ChildResult]] = [lambda: run("echo"), lambda: run("abort"), lambda: run("fail")]
     for job in jobs:
         job()
     before, threads = count(), threading.active_count()

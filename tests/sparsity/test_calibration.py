@@ -89,7 +89,7 @@ def test_the_sample_models_table_ships(name: str) -> None:
     assert found is not None
     loose = {(i, h): x for i, layer in enumerate(found.heads) for h, x in enumerate(layer) if x != 1}
     assert loose == {(0, 0): 4, (0, 1): 4, (0, 2): 4, (7, 2): 0, (8, 0): 0, (18, 2): 0}
-    policy, source = heads.calibrated(PRESETS["balanced"], SMOLLM2, name)
+    policy, source = heads.with_shipped_heads(PRESETS["balanced"], SMOLLM2, name)
     assert policy.heads == found.heads
     assert "SmolLM2-135M" in source
 
@@ -106,7 +106,7 @@ def test_the_sample_models_table_ships(name: str) -> None:
 )
 def test_another_name_or_shape_gets_no_table(decoder: Decoder, name: str) -> None:
     assert shipped(decoder, name) is None
-    assert heads.calibrated(PRESETS["balanced"], decoder, name) == (PRESETS["balanced"], "")
+    assert heads.with_shipped_heads(PRESETS["balanced"], decoder, name) == (PRESETS["balanced"], "")
 
 
 def test_every_shipped_table_fits_the_shape_it_names() -> None:
@@ -129,4 +129,4 @@ def test_a_shape_tells_layers_apart() -> None:
 
 def test_heads_of_the_policy_must_fit_the_model() -> None:
     with pytest.raises(OptionError, match="1 layers, and the model has 30"):
-        heads.calibrated(PRESETS["safe"].with_heads(((1.0,),)), SMOLLM2, "SmolLM2-135M")
+        heads.with_shipped_heads(PRESETS["safe"].with_heads(((1.0,),)), SMOLLM2, "SmolLM2-135M")

@@ -12,7 +12,7 @@ from transom.artifacts import FileRecord, Origin, Overflow, artifact_key, hash_f
 from transom.artifacts.entries import SCRATCH
 from transom.artifacts.files import MARK, Hold, hold
 from transom.bundles import manifest_values as values
-from transom.bundles.manifest import AGAIN, GOLDEN, BundleError, Manifest, Variant, read_manifest
+from transom.bundles.manifest import COPY_AGAIN, REFERENCE_FILE, BundleError, BundleManifest, Variant, read_manifest
 from transom.contract import Artifact
 from transom.errors import SourceError
 from transom.preparation.cached_source import CachedSource
@@ -36,7 +36,7 @@ class Bundle:
         variant: the one that is opened.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, key: str, cache: Cache, variant: Variant) -> None:
+    def __init__(self, folder: Path, manifest: BundleManifest, key: str, cache: Cache, variant: Variant) -> None:
         self.folder, self.manifest, self.variant = folder, manifest, variant
         self.key = key if len(manifest.variants) == 1 else artifact_key({"bundle": key, "variant": variant.name})
         self._whole, self._cache = key, cache
@@ -69,7 +69,7 @@ class Bundle:
     def source(self) -> CachedSource:
         """What a source would bring besides the graph."""
         m = self.manifest
-        return _Source(m.name, m.kind, m.model_notes, m.decoder, m.graph, m.inputs, self, m.foreign)
+        return _Source(m.name, m.kind, m.model_notes, m.decoder, m.graph, m.inputs, self, m.uses_plugin_operators)
 
     def reference_outputs(self) -> dict[str, Any]:
         """The reference outputs: `ids` and `logits`; of a graph that is not a decoder its own outputs.
@@ -83,9 +83,9 @@ class Bundle:
 
         import numpy as np
 
-        damaged = BundleError(f"The file {GOLDEN} of the bundle {self.folder} is damaged", AGAIN)
+        damaged = BundleError(f"The file {REFERENCE_FILE} of the bundle {self.folder} is damaged", COPY_AGAIN)
         try:
-            with np.load(io.BytesIO(self.read(GOLDEN)), allow_pickle=False) as stored:
+            with np.load(io.BytesIO(self.read(REFERENCE_FILE)), allow_pickle=False) as stored:
                 found = dict(stored.items())
         except (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
             raise damaged from error
@@ -160,7 +160,7 @@ class _Source(CachedSource):
         try:
             return read()
         except (*values.MALFORMED, SourceError) as error:
-            raise BundleError(f"The file {name} of the bundle {self.files.folder} is damaged", AGAIN) from error
+            raise BundleError(f"The file {name} of the bundle {self.files.folder} is damaged", COPY_AGAIN) from error
 
 
 def open_bundle(folder: Path, cache: Cache, progress: Progress | None = None, *, known: bool = True) -> Bundle:
@@ -182,13 +182,13 @@ def open_bundle(folder: Path, cache: Cache, progress: Progress | None = None, *,
             "Remove what does not belong there, or copy the bundle again",
         )
     for name, record in manifest.files.items():
-        if doubt := _doubt(folder / name, record, hash_of, progress) if name in found else "is missing":
-            raise BundleError(f"The file {name} of the bundle {folder} {doubt}", AGAIN)
+        if damage := _damage(folder / name, record, hash_of, progress) if name in found else "is missing":
+            raise BundleError(f"The file {name} of the bundle {folder} {damage}", COPY_AGAIN)
     key = artifact_key({"bundle": (folder / BUNDLE_MANIFEST).read_bytes()})
     return Bundle(folder, manifest, key, cache, manifest.variants[0])
 
 
-def _doubt(
+def _damage(
     path: Path, record: FileRecord, hash_of: Callable[[Path, Progress | None], str], progress: Progress | None
 ) -> str:
     """What is wrong with a file; empty where nothing is."""

@@ -44,7 +44,7 @@ class BundleModels:
         plan = memory.plan_for(
             source.decoder, attempt.device, self.jobs.state.options.for_backend, attempt.candidate.offer.band
         )
-        checked = bundle.verdict(job.place) or verdict_now
+        checked = bundle.verdict(job.runtime_identity) or verdict_now
         if not job.accepts(checked):
             return NotReady("it has not passed the self-check here yet")
         return Ready(source, bundle, checked, plan, fits.reason if fits.state == "slower" else "")
@@ -52,7 +52,7 @@ class BundleModels:
     def prepare(self, attempt: Attempt) -> Ready:
         with self.jobs.state.stages.time("child check"):
             verdict = self.jobs.run(_CHECK, attempt, variant=self._bundle.variant.name)
-        self._bundle.record_verdict(attempt.place, verdict)
+        self._bundle.record_verdict(attempt.runtime_identity, verdict)
         found = self._find(attempt, verdict)
         if isinstance(found, NotReady):
             raise EngineError(

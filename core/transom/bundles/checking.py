@@ -24,7 +24,7 @@ def check(payload: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
     whole = open_bundle(Path(job.model), preparation.cache, progress)
     bundle = whole.of(next(v for v in whole.manifest.variants if v.name == name))
     try:
-        preparation.take(bundle.source)
+        preparation.use_source(bundle.source)
         return preparation.check(bundle, bundle.reference_outputs() if job.verify else {})
     finally:
         bundle.release()

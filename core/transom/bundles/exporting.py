@@ -18,12 +18,12 @@ from typing import Any
 
 from transom.artifacts import StoredArtifact
 from transom.bundles.exported import Exported, ExportedVariant
-from transom.bundles.manifest import GOLDEN, LICENSES, Manifest, Variant
+from transom.bundles.fidelity import fidelity_text, measured_fidelity, selfcheck_kl
+from transom.bundles.manifest import LICENSES, REFERENCE_FILE, BundleManifest, Variant
 from transom.bundles.native_libraries import require_libraries
-from transom.bundles.proving import checked_kl, fidelity_text, proved
 from transom.bundles.targets import backends_for, pairs_of
 from transom.bundles.texts import app_files, licence_of, licences_of, texts_of
-from transom.bundles.writing import Piece, now, require_free, write_bundle
+from transom.bundles.writing import VariantFiles, now, require_free, write_bundle
 from transom.errors import OptionError
 from transom.hardware.catalogue import PREFIX
 from transom.loading.attempts import Attempt, first_that_works
@@ -92,7 +92,7 @@ def export_model(
             require_libraries(app, needed)
         manifest = _write(models, made, folder, model, overwrite=overwrite)
         if max_kl is not None:
-            state.warnings += _unproved(manifest.variants, made, max_kl)
+            state.warnings += _uncompared(manifest.variants, made, max_kl)
         return _exported(state, made, folder, manifest, time.perf_counter() - start)
     finally:
         for one in made:
@@ -106,7 +106,7 @@ def _compile(models: CachedModels, attempt: Attempt, max_kl: float | None) -> _C
     try:
         if isinstance(found, Ready) and models.state.options.verify == "always" and attempt.runs_here:
             ready = models.recheck(attempt, ready)
-        return _Compiled(attempt, ready, proved(models, attempt, ready, max_kl))
+        return _Compiled(attempt, ready, measured_fidelity(models, attempt, ready, max_kl))
     except BaseException:
         ready.compiled.release()
         raise
@@ -122,10 +122,10 @@ def _check_bound(max_kl: object, verify: str) -> None:
         )
 
 
-def _unproved(variants: Sequence[Variant], made: Sequence[_Compiled], max_kl: float) -> list[str]:
+def _uncompared(variants: Sequence[Variant], made: Sequence[_Compiled], max_kl: float) -> list[str]:
     """Warnings about variants that could not be compared with the bound."""
     pairs = zip(variants, made, strict=True)
-    names = [variant.name for variant, one in pairs if one.fidelity is None and checked_kl(one.ready) is None]
+    names = [variant.name for variant, one in pairs if one.fidelity is None and selfcheck_kl(one.ready) is None]
     return [
         f"Nothing here could compare {name} with the reference: max_kl={max_kl:g} says nothing of it" for name in names
     ]
@@ -148,25 +148,25 @@ def _place(out: str | Path) -> Path:
 
 def _write(
     models: CachedModels, made: Sequence[_Compiled], folder: Path, model: Any, *, overwrite: bool
-) -> Manifest:  # fmt: skip
+) -> BundleManifest:  # fmt: skip
     state, identity = models.state, models.jobs.identity
     first = made[0]
     source = first.ready.source
     reference = models.reference_outputs(first.attempt, source)
     policy, decoder = identity.sparsity, source.decoder
     if decoder is not None:
-        policy, _ = heads.calibrated(policy, decoder, source.name)
+        policy, _ = heads.with_shipped_heads(policy, decoder, source.name)
     texts, _ = texts_of(source)
     licences = licences_of(model)
     options = state.options.for_backend
-    manifest = Manifest(
+    manifest = BundleManifest(
         transom=version(),
         created=now(),
         name=source.name,
         kind=source.kind,
         fingerprint=identity.fingerprint,
         graph=source.graph_digest,
-        foreign=source.foreign,
+        uses_plugin_operators=source.uses_plugin_operators,
         license=licence_of(model, licences),
         model_notes=source.notes,
         options={"precision": options["precision"], "context": options["context"], "sparsity": policy.to_string()},
@@ -175,12 +175,12 @@ def _write(
         tokens=tuple(int(i) for i in reference["ids"]) if decoder else (),
         best=tuple(int(i) for i in reference["logits"].argmax(-1)) if decoder else (),
     )
-    pieces = [_piece(name, one) for name, one in zip(_names(made), made, strict=True)]
-    files: dict[str, bytes | Path] = {**texts, GOLDEN: _npz(reference)}
+    pieces = [_variant_files(name, one) for name, one in zip(_names(made), made, strict=True)]
+    files: dict[str, bytes | Path] = {**texts, REFERENCE_FILE: _npz(reference)}
     files |= {f"{LICENSES}/{_FOREIGN.sub('_', path.name)}": path for path in licences}
     backends = {one.attempt.candidate.backend: one.attempt.plugin.backend for one in made}
 
-    def finish(found: Manifest) -> dict[str, bytes]:
+    def finish(found: BundleManifest) -> dict[str, bytes]:
         return app_files(found, backends, texts)
 
     return write_bundle(folder, manifest, files, pieces, finish, overwrite=overwrite, progress=state.progress)
@@ -196,7 +196,7 @@ def _names(made: Sequence[_Compiled]) -> list[str]:
     return names
 
 
-def _piece(name: str, one: _Compiled) -> Piece:
+def _variant_files(name: str, one: _Compiled) -> VariantFiles:
     attempt, source, compiled, plan = one.attempt, one.ready.source, one.ready.compiled, one.ready.plan
     memory = {}
     if plan is not None:
@@ -223,7 +223,7 @@ def _piece(name: str, one: _Compiled) -> Piece:
     )
     # An artifact of several GB that nothing here opens is moved, not copied. One that runs here stays in the cache.
     take = compiled.remove if not attempt.runs_here and isinstance(compiled, StoredArtifact) else None
-    return Piece(variant, compiled.artifact.files, take)
+    return VariantFiles(variant, compiled.artifact.files, take)
 
 
 def _json_file(compiled: CompiledModel, name: str) -> Any:
@@ -243,7 +243,7 @@ def _npz(arrays: Mapping[str, Any]) -> bytes:
 
 
 def _exported(
-    state: LoadState, made: Sequence[_Compiled], folder: Path, manifest: Manifest, seconds: float
+    state: LoadState, made: Sequence[_Compiled], folder: Path, manifest: BundleManifest, seconds: float
 ) -> Exported:
     files = {name: record.bytes for name, record in manifest.files.items()}
     warnings = [text for one in made for text in warnings_of(state, one.attempt, one.ready)]

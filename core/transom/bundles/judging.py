@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from transom.bundles.manifest import AGAIN, BundleError, require_version
+from transom.bundles.manifest import COPY_AGAIN, BundleError, require_version
 from transom.bundles.manifest_values import MALFORMED, count, text
 from transom.contract import Device, Verdict
 from transom.contract_optional import FittingBackend
@@ -54,7 +54,7 @@ def judge(manifest: Mapping[str, Any], device: Device, plugins: Plugins | None =
         known = load_plugins() if plugins is None else plugins
         return [_verdict(variant, device, known) for variant in manifest["variants"]]
     except MALFORMED as error:
-        raise BundleError("The manifest of the bundle is damaged", AGAIN) from error
+        raise BundleError("The manifest of the bundle is damaged", COPY_AGAIN) from error
 
 
 def _verdict(variant: Mapping[str, Any], device: Device, plugins: Plugins) -> VariantVerdict:

@@ -27,9 +27,9 @@ T = TypeVar("T")
 
 VERSION = 1
 """Of the manifest. Rises when a reader of the old one would misread the new one; keys are added without that."""
-AGAIN = "Copy it again from where it was made, or export the model again"
+COPY_AGAIN = "Copy it again from where it was made, or export the model again"
 """What to do about a damaged bundle."""
-GOLDEN = "golden.npz"
+REFERENCE_FILE = "golden.npz"
 SHARED = "shared"
 """The folder of files that several variants may read. A backend says so by naming a file `shared/…`."""
 LICENSES = "licenses"
@@ -117,7 +117,7 @@ class Variant:
 
 
 @dataclass(frozen=True)
-class Manifest:
+class BundleManifest:
     """What a bundle says about itself; `docs/bundles.md` explains each field."""
 
     transom: str
@@ -126,7 +126,7 @@ class Manifest:
     kind: str
     fingerprint: str
     graph: str
-    foreign: bool
+    uses_plugin_operators: bool
     license: str | None
     model_notes: tuple[str, ...]
     options: Mapping[str, Any]
@@ -156,18 +156,18 @@ class Manifest:
                 "kind": self.kind,
                 "fingerprint": self.fingerprint,
                 "graph": self.graph,
-                "own_operators": self.foreign,
+                "own_operators": self.uses_plugin_operators,
                 "license": self.license,
                 "notes": list(self.model_notes),
             },
             "options": dict(self.options),
             "decoder": None if self.decoder is None else json.loads(self.decoder.to_json()),
             "inputs": {name: [dtype, list(shape)] for name, (dtype, shape) in self.inputs.items()},
-            "expected": {"file": GOLDEN, "tokens": list(self.tokens), "best": list(self.best)},
+            "expected": {"file": REFERENCE_FILE, "tokens": list(self.tokens), "best": list(self.best)},
         }
 
     @classmethod
-    def from_json(cls, whole: Any) -> Manifest:
+    def from_json(cls, whole: Any) -> BundleManifest:
         """Raises what is in `MALFORMED` for what `to_json` did not write. Unknown keys are passed over."""
         model, expected, decoder = whole["model"], whole["expected"], whole["decoder"]
         options, context = whole["options"], whole["options"]["context"]
@@ -176,7 +176,7 @@ class Manifest:
             for name, f in whole["files"].items()
         }
         variants = tuple(map(Variant.from_json, whole["variants"]))
-        named = {GOLDEN, *(path for variant in variants for path in variant.files.values())}
+        named = {REFERENCE_FILE, *(path for variant in variants for path in variant.files.values())}
         if not variants or len({v.name for v in variants}) < len(variants) or not named <= files.keys():
             raise ValueError("variants")
         return cls(
@@ -186,7 +186,7 @@ class Manifest:
             kind=values.text(model["kind"]),
             fingerprint=values.text(model["fingerprint"]),
             graph=values.text(model["graph"]),
-            foreign=values.flag(model["own_operators"]),
+            uses_plugin_operators=values.flag(model["own_operators"]),
             license=None if model["license"] is None else values.text(model["license"]),
             model_notes=values.texts(model["notes"]),
             options={
@@ -213,7 +213,7 @@ def _device_to_json(device: Device) -> Any:
 # -------------------------------------------------------------------------------------------------------------- reading
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: Path) -> BundleManifest:
     """What a bundle says about itself. Nothing else in it is looked at.
 
     Raises:
@@ -222,11 +222,11 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         whole = json.loads((folder / BUNDLE_MANIFEST).read_bytes())
         require_version(whole[BUNDLE_KEY], f"The bundle {folder}")
-        return Manifest.from_json(whole)
+        return BundleManifest.from_json(whole)
     except OSError as error:
-        raise BundleError(f"The bundle {folder} cannot be read: {error.strerror or error}", AGAIN) from error
+        raise BundleError(f"The bundle {folder} cannot be read: {error.strerror or error}", COPY_AGAIN) from error
     except values.MALFORMED as error:
-        raise BundleError(f"The manifest of the bundle {folder} is damaged", AGAIN) from error
+        raise BundleError(f"The manifest of the bundle {folder} is damaged", COPY_AGAIN) from error
 
 
 def require_version(version: object, bundle: str) -> None:

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 
 from transom.bundles.bundle import Bundle, open_bundle
 from transom.bundles.bundle_models import BundleModels, verdict_on
-from transom.bundles.manifest import Manifest, Variant
+from transom.bundles.manifest import BundleManifest, Variant
 from transom.errors import OptionError, SelectionError
 from transom.loading.attempts import first_that_works
 from transom.loading.child_jobs import ChildJobs
 from transom.loading.identity import ModelIdentity
 from transom.loading.load_state import LoadState
-from transom.loading.machine import Machine, can_be_mended, choose, survey
+from transom.loading.machine import Machine, choose, has_fix, survey
 from transom.loading.opening import open_model
 from transom.loading.options import LoadOptions
 from transom.selection import BANDS
@@ -55,8 +55,8 @@ def load_bundle(
     try:
         with state.stages.time("probe"):
             machine = survey(probe_file, target=device)
-            bundle, choice = _chosen(bundle, machine, device, backend, variant)
-        state.options = _agreed(bundle.manifest, bundle.variant, folder, state.options)
+            bundle, choice = _best_variant(bundle, machine, device, backend, variant)
+        state.options = _merged_options(bundle.manifest, bundle.variant, folder, state.options)
         jobs = ChildJobs(state, _identity(bundle, state.options.sparsity))
         models = BundleModels(jobs, bundle)
         return first_that_works(jobs, machine, choice, lambda attempt: open_model(models, attempt))
@@ -71,7 +71,7 @@ def _identity(bundle: Bundle, sparsity: Sparsity) -> ModelIdentity:
         path=str(bundle.folder),
         content=bundle.key,
         fingerprint=bundle.manifest.fingerprint,
-        uses_operators=bundle.manifest.foreign,
+        uses_plugin_operators=bundle.manifest.uses_plugin_operators,
         sparsity=sparsity,
         heads_from="as the bundle was compiled" if sparsity.heads else "",
     )
@@ -80,7 +80,7 @@ def _identity(bundle: Bundle, sparsity: Sparsity) -> ModelIdentity:
 # -------------------------------------------------------------------------------------------------------------- options
 
 
-def _agreed(manifest: Manifest, variant: Variant, folder: Path, options: LoadOptions) -> LoadOptions:
+def _merged_options(manifest: BundleManifest, variant: Variant, folder: Path, options: LoadOptions) -> LoadOptions:
     """The options, with the bundle's own values where the user gave none. Raises OptionError where they contradict."""
 
     def contradicts(name: str, value: object, own: object, fix: str = "Leave the option out") -> OptionError:
@@ -110,7 +110,7 @@ def _agreed(manifest: Manifest, variant: Variant, folder: Path, options: LoadOpt
 # -------------------------------------------------------------------------------------------------------------- devices
 
 
-def _chosen(bundle: Bundle, machine: Machine, device: str, backend: str, name: str) -> tuple[Bundle, Choice]:
+def _best_variant(bundle: Bundle, machine: Machine, device: str, backend: str, name: str) -> tuple[Bundle, Choice]:
     """The variant that fits best, and the devices that it fits. The error where none does is that of the first."""
     variants, folder = bundle.manifest.variants, bundle.folder
     asked = [v for v in variants if backend in ("auto", v.backend) and name in ("", v.name)]
@@ -123,7 +123,7 @@ def _chosen(bundle: Bundle, machine: Machine, device: str, backend: str, name: s
     for variant in asked:
         one = bundle.of(variant)
         try:
-            found.append((one, _fitting(one, machine, choice_for(variant, folder, machine, device))))
+            found.append((one, _fitting_devices(one, machine, choice_for(variant, folder, machine, device))))
         except SelectionError as error:
             errors.append(error)
     if not found:
@@ -138,10 +138,10 @@ def choice_for(variant: Variant, folder: Path, machine: Machine, device: str) ->
     try:
         return choose(machine, device=device, backend=variant.backend)
     except SelectionError as error:
-        cause = f"The bundle {folder} was compiled for {_named(variant.target)}. {error.cause}"
+        cause = f"The bundle {folder} was compiled for {_label(variant.target)}. {error.cause}"
         said = [answer for name, answer in machine.answers if name == variant.backend]
         here = machine.devices[0].id if machine.devices else "NAME"
-        fix = error.fix if can_be_mended(said) else _ELSEWHERE.format(here)
+        fix = error.fix if has_fix(said) else _ELSEWHERE.format(here)
         raise SelectionError(cause, fix, error.details) from None
 
 
@@ -160,7 +160,7 @@ def require_backend(variant: Variant, folder: Path, machine: Machine) -> None:
     )
 
 
-def _fitting(bundle: Bundle, machine: Machine, choice: Choice) -> Choice:
+def _fitting_devices(bundle: Bundle, machine: Machine, choice: Choice) -> Choice:
     """The choice without the devices that the bundle does not fit. Raises SelectionError where none is left."""
     variant = bundle.variant
     verdicts = [
@@ -170,7 +170,7 @@ def _fitting(bundle: Bundle, machine: Machine, choice: Choice) -> Choice:
     fitting = tuple(candidate for candidate, verdict in verdicts if verdict.state in ("ok", "slower"))
     if not fitting:
         raise SelectionError(
-            f"The bundle {bundle.folder} was compiled for {_named(variant.target)}, and fits no device that was asked "
+            f"The bundle {bundle.folder} was compiled for {_label(variant.target)}, and fits no device that was asked "
             "for here",
             _ELSEWHERE.format(choice.ranked[0].device.id),
             [f"{variant.backend} on {c.device.id}: {v.reason or v.state}" for c, v in verdicts],
@@ -178,11 +178,11 @@ def _fitting(bundle: Bundle, machine: Machine, choice: Choice) -> Choice:
     best = fitting[0]
     label = f" ({best.device.name})" if best.device.name else ""
     why = f"{best.backend} on {best.device.id}{label}: {best.offer.why}. The bundle was compiled for "
-    return replace(choice, ranked=fitting, why=f"{why}{_named(variant.target)}.", kinds_to_measure=())
+    return replace(choice, ranked=fitting, why=f"{why}{_label(variant.target)}.", kinds_to_measure=())
 
 
 _ELSEWHERE = "Take it there, or export the model again for this machine: transom export MODEL --target {} --out DIR"
 
 
-def _named(device: Device) -> str:
+def _label(device: Device) -> str:
     return f"{device.id} ({', '.join(filter(None, (device.name, device.arch)))})"

@@ -10,7 +10,7 @@ from transom import hardware
 from transom.contract import Device, Offer, Refusal
 from transom.errors import OptionError, SelectionError, nearest
 from transom.hardware.catalogue import PREFIX
-from transom.loading.machine import Machine, can_be_mended, choose, survey
+from transom.loading.machine import Machine, choose, has_fix, survey
 from transom.selection import Choice
 
 
@@ -66,7 +66,7 @@ def backends_for(target: str, backend: str, probe_file: str | Path | None) -> tu
         return machine, choose(machine, device=target, backend=backend, purpose="export")
     except SelectionError as error:
         device = hardware.find(machine.devices, target)
-        if can_be_mended(answer for _, answer in machine.answers if answer.device_id == device.id):
+        if has_fix(answer for _, answer in machine.answers if answer.device_id == device.id):
             raise
         fix = "Choose another target; who compiles for which: transom export --target list"
         raise SelectionError(error.cause, fix, error.details) from None

@@ -19,7 +19,7 @@ from transom.preparation.plugin_calls import guarded
 from transom.sources import local_path, resolve
 
 if TYPE_CHECKING:
-    from transom.bundles.manifest import Manifest, Variant
+    from transom.bundles.manifest import BundleManifest, Variant
     from transom.preparation.cached_source import CachedSource
     from transom.text.proving import TextProof
 
@@ -71,7 +71,9 @@ def licence_of(model: Any, licences: list[Path]) -> str | None:
     return named or (licences[0].name if licences else None)
 
 
-def app_files(manifest: Manifest, backends: Mapping[str, Backend], texts: Mapping[str, bytes]) -> dict[str, bytes]:
+def app_files(
+    manifest: BundleManifest, backends: Mapping[str, Backend], texts: Mapping[str, bytes]
+) -> dict[str, bytes]:
     """README.md, and what the backends want apps to find in the root. Raises EngineError: one gave no files."""
 
     def made_by(backend: AppBackend, variant: Variant) -> dict[str, bytes]:
@@ -92,7 +94,7 @@ def app_files(manifest: Manifest, backends: Mapping[str, Backend], texts: Mappin
     return files
 
 
-def _readme(manifest: Manifest) -> str:
+def _readme(manifest: BundleManifest) -> str:
     decoder = manifest.decoder
     lines = [
         f"# {manifest.name}",

@@ -17,7 +17,7 @@ from transom.artifacts import FileRecord, hash_file
 from transom.artifacts.entries import check_file_name
 from transom.artifacts.files import delete, hold, is_left_over, sync_file, sync_folder, unique, write_durably
 from transom.bundles.bundle import files_in
-from transom.bundles.manifest import SHARED, BundleError, Manifest, Variant, read_manifest
+from transom.bundles.manifest import SHARED, BundleError, BundleManifest, Variant, read_manifest
 from transom.errors import OptionError
 from transom.sources import bundle_at
 from transom.sources.resolve import BUNDLE_MANIFEST
@@ -74,7 +74,7 @@ def require_free(folder: Path, *, overwrite: bool) -> None:
 
 
 @dataclass(frozen=True)
-class Piece:
+class VariantFiles:
     """One variant that is to be written."""
 
     variant: Variant
@@ -88,14 +88,14 @@ class Piece:
 
 def write_bundle(
     folder: Path,
-    manifest: Manifest,
+    manifest: BundleManifest,
     files: Mapping[str, bytes | Path],
-    pieces: Sequence[Piece],
-    finish: Callable[[Manifest], Mapping[str, bytes]],
+    pieces: Sequence[VariantFiles],
+    finish: Callable[[BundleManifest], Mapping[str, bytes]],
     *,
     overwrite: bool,
     progress: Progress,
-) -> Manifest:
+) -> BundleManifest:
     """Write a bundle, whole or not at all: beside its place first, and renamed when all of it is on the disk.
 
     Args:
@@ -169,7 +169,7 @@ class _Staged:
             _copy(content, target)
         self.records[name] = FileRecord(target.stat().st_size, hash_file(target))
 
-    def put_of(self, piece: Piece, name: str, content: bytes | Path) -> str:
+    def put_of(self, piece: VariantFiles, name: str, content: bytes | Path) -> str:
         """One file of a variant; where it lies. One that several variants may read is there once."""
         own = f"{piece.variant.name}/{name}"
         if not name.startswith(f"{SHARED}/"):

@@ -132,7 +132,7 @@ def _heat_maps(
     from transom.cli import heat_map
     from transom.errors import OptionError
     from transom.evaluation.densities import along
-    from transom.preparation.passages import default_texts
+    from transom.preparation.calibration_texts import default_texts
 
     for what, given in (("--device", devices), ("--backend", backends), ("--prompt-tokens", prompts)):
         if len(given) > 1:

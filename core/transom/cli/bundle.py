@@ -34,11 +34,13 @@ def bundle() -> None:
 @JSON
 def verify(folder: Path, variants: tuple[str, ...], device: str, probe_file: str | None, as_json: bool) -> None:
     """Replay the expected answers of the bundle in FOLDER, with each variant that something here can run."""
-    from transom.bundles.replay import replay
+    from transom.bundles.verification import verify_bundle
     from transom.errors import SelectionError, SelfCheckFailed
 
     with Progress(stage="read") as progress:
-        _, found = replay(_bundle(folder), variants=variants, device=device, probe_file=probe_file, progress=progress)
+        _, found = verify_bundle(
+            _bundle(folder), variants=variants, device=device, probe_file=probe_file, progress=progress
+        )
     if as_json:
         print_json({"bundle": str(folder), "variants": [vars(one) for one in found]})
     else:

@@ -11,7 +11,7 @@ from transom.cli.options import BACKEND, DEVICE, JSON, MODEL, THREADS
 from transom.cli.output import Progress, aside, print_json
 
 if TYPE_CHECKING:
-    from transom.evaluation.head_calibration import Outcome
+    from transom.evaluation.head_calibration import SavedCalibration
 
 
 @click.command(
@@ -52,7 +52,7 @@ def calibrate_sparsity(model: str, out: str | None, texts: tuple[str, ...], as_j
     _print(outcome)
 
 
-def _print(outcome: Outcome) -> None:
+def _print(outcome: SavedCalibration) -> None:
     found = outcome.calibrated
     click.echo(f"{outcome.where}")
     for name, effect in (("not calibrated", found.before), ("calibrated", found.after)):

@@ -151,11 +151,11 @@ def _try(backend: str, device: Device, offer: Offer, progress: Progress | None) 
     with tempfile.TemporaryDirectory(prefix="transom-doctor-", ignore_cleanup_errors=True) as folder:
         payload = {"backend": backend, "device": to_json([device]), "folder": folder}
         result = run_in_child("transom.cli.trying:try_backend", payload, timeout=PATIENCE, progress=progress)
-    if result.error is None:
+    if result.failure is None:
         parts = ", ".join(f"{stage} {s:.2f}" for stage, s in result.value["seconds"].items() if s >= 0.005)
         details = (f"seconds: {parts}", result.value["agreement"], *result.value["notes"])
         return Trial(backend, device.id, "works", offer.why, seconds=result.seconds, details=details)
-    error = result.error.to_exception(f"A tiny model for {backend} on {device.id}")
+    error = result.failure.to_exception(f"A tiny model for {backend} on {device.id}")
     cause, fix = str(error), ""
     more: tuple[str, ...] = ()
     if isinstance(error, TransomError):

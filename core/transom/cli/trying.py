@@ -54,12 +54,12 @@ def try_backend(payload: Mapping[str, Any], progress: Any) -> dict[str, Any]:
         options={"context": None, "precision": "auto", "threads": None},
         cache=payload["folder"],
         cache_limit=None,
-        place="here",
+        runtime_identity="here",
         verify=True,
     )
     preparation = Preparation(job.to_payload(), progress)
-    with preparation.verified() as stored:
-        verdict: Any = stored.verdict(job.place)
+    with preparation.verified_artifact() as stored:
+        verdict: Any = stored.verdict(job.runtime_identity)
         notes = [str(note) for note in stored.artifact.notes]
     held.clear()
     return {"seconds": preparation.seconds, "agreement": verdict["text"], "notes": notes}

@@ -14,10 +14,11 @@ from transom.artifacts import Cache, artifact_key
 from transom.artifacts.files import replace_atomically
 from transom.contract import Progress
 from transom.errors import OptionError
-from transom.evaluation.head_effects import MEASURED, NEW, Calibrated, calibrate
+from transom.evaluation.head_effects import MEASURED, NEW, HeadCalibration, calibrate
+from transom.evaluation.passages import passages
 from transom.loading.identity import fingerprint_of
 from transom.preparation import heads
-from transom.preparation.passages import default_texts, passages, read_text
+from transom.preparation.calibration_texts import default_texts, read_text
 from transom.sources import resolve
 from transom.sparsity import PRESETS, place_beside, shape_of
 
@@ -29,10 +30,10 @@ NOTEBOOK = "calibrating"
 
 
 @dataclass(frozen=True)
-class Outcome:
+class SavedCalibration:
     """What a calibration found, and where it is kept."""
 
-    calibrated: Calibrated
+    calibrated: HeadCalibration
     where: str
     """For people: the file, or the cache."""
     passages: str
@@ -43,7 +44,7 @@ class Outcome:
         return {"where": self.where, "passages": self.passages, **self.calibrated.to_dict()}
 
 
-class _Kept:
+class _CachedMeasurements:
     """Measured heads, in the cache's notebook."""
 
     def __init__(self, cache: Cache, key: str) -> None:
@@ -67,7 +68,7 @@ def calibrate_file(
     threads: int | None = None,
     cache: Cache | None = None,
     progress: Progress | None = None,
-) -> Outcome:
+) -> SavedCalibration:
     """Measure a model's heads and keep what was found.
 
     Args:
@@ -106,7 +107,10 @@ def calibrate_file(
             "policy": PRESETS["balanced"].to_string(), "tokens": [list(ids) for ids in taken.values()],
         })  # fmt: skip
         found = calibrate(
-            model, taken, memory=_Kept(cache, key), progress=_shown(progress) if progress is not None else None
+            model,
+            taken,
+            memory=_CachedMeasurements(cache, key),
+            progress=_shown(progress) if progress is not None else None,
         )
         shape = shape_of(decoder)
         name = model.report.model
@@ -120,10 +124,10 @@ def calibrate_file(
         "heads": [list(layer) for layer in found.heads],
     }
     where = _keep(values, out, path, cache, found)
-    return Outcome(found, where, words)
+    return SavedCalibration(found, where, words)
 
 
-def _keep(values: Mapping[str, Any], out: Path | None, path: Path, cache: Cache, found: Calibrated) -> str:
+def _keep(values: Mapping[str, Any], out: Path | None, path: Path, cache: Cache, found: HeadCalibration) -> str:
     text = _json(values)
     target = out or place_beside(path)
     try:

@@ -45,7 +45,7 @@ Progress = Callable[[int, int], None]
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
-class Memory(Protocol):
+class Measurements(Protocol):
     """Keeps what was measured, so that an interrupted calibration goes on where it was."""
 
     def read(self) -> dict[str, Any]:
@@ -70,7 +70,7 @@ class Effect:
 
 
 @dataclass(frozen=True)
-class Calibrated:
+class HeadCalibration:
     """What a calibration found."""
 
     heads: Heads
@@ -97,7 +97,7 @@ class Calibrated:
         return asdict(self) | {"dense_heads": self.dense_heads, "loose_heads": self.loose_heads}
 
 
-def share_out(effects: Sequence[Sequence[Effect]]) -> Heads:
+def head_multipliers(effects: Sequence[Sequence[Effect]]) -> Heads:
     """A multiplier for each layer and KV head: 0 dense, `LOOSE`, or 1."""
     found = np.array([effect.divergences for layer in effects for effect in layer])  # [heads, passages]
     total = found.sum(0)
@@ -112,8 +112,12 @@ def share_out(effects: Sequence[Sequence[Effect]]) -> Heads:
 
 # measuring ------------------------------------------------------------------------------------------------------------
 def calibrate(
-    model: Model, taken: Mapping[str, Sequence[int]], *, memory: Memory | None = None, progress: Progress | None = None
-) -> Calibrated:
+    model: Model,
+    taken: Mapping[str, Sequence[int]],
+    *,
+    memory: Measurements | None = None,
+    progress: Progress | None = None,
+) -> HeadCalibration:
     """Measure a model's heads.
 
     Args:
@@ -157,9 +161,9 @@ def calibrate(
                     if progress:
                         progress(done, total)
                 effects.append(tuple(row))
-            heads_found = share_out(effects)
+            heads_found = head_multipliers(effects)
             plain: Heads = tuple((1.0,) * n for n in counts)
-            return Calibrated(
+            return HeadCalibration(
                 heads_found, measure(plain), measure(heads_found), tuple(effects), time.monotonic() - began
             )
         finally:

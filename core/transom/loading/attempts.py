@@ -43,9 +43,9 @@ class Attempt:
         return self.candidate.offer.runs_here
 
     @property
-    def place(self) -> str:
-        """What a verdict holds for: `Machine.place`."""
-        return self.machine.place(self.candidate)
+    def runtime_identity(self) -> str:
+        """What a verdict holds for: `Machine.runtime_identity`."""
+        return self.machine.runtime_identity(self.candidate)
 
     def why(self) -> str:
         """Why this candidate is used, in one sentence or two."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from transom.errors import EngineError
 from transom.loading.compiled_models import NotReady, Ready
 from transom.preparation import cached_source, memory
-from transom.preparation.jobs import GOLDEN, PREPARE, READ, RECHECK
+from transom.preparation.jobs import PREPARE, READ, RECHECK, REFERENCE
 from transom.preparation.plugin_calls import guarded
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class CachedModels:
             return NotReady(reason)
         if plan is not None and (bound := _bound_context(compiled, plan)):
             plan = replace(plan, context=bound)
-        checked = compiled.verdict(job.place) or verdict_now
+        checked = compiled.verdict(job.runtime_identity) or verdict_now
         if not job.accepts(checked):
             compiled.release()
             return NotReady("it has not passed the self-check here yet")
@@ -146,7 +146,7 @@ class CachedModels:
                 return known
             if last:
                 state.use_temporary_cache([state.cache.keeps_nothing()])
-            self.jobs.run(GOLDEN, attempt)
+            self.jobs.run(REFERENCE, attempt)
         if (known := reference_outputs.recall(state.cache, source)) is not None:
             return known
         raise state.no_room("the reference's outputs")

@@ -33,7 +33,7 @@ class ChildJobs:
             options=state.options.for_backend,
             cache=str(state.cache.root),
             cache_limit=state.cache.limit,
-            place=attempt.place,
+            runtime_identity=attempt.runtime_identity,
             verify=state.options.verify != "off",
             sparsity=identity.sparsity.to_string(),
             texts=state.options.texts,
@@ -58,9 +58,9 @@ class ChildJobs:
         self._keep_model_in_memory(job)
         payload = {"work": work, **job.to_payload(), **more}
         if work == PREPARE:
-            from transom.preparation.reference_process import worth_it
+            from transom.preparation.reference_process import worth_a_process
 
-            payload["beside"] = worth_it(job, state.cache, attempt.machine.free_bytes)
+            payload["parallel_reference"] = worth_a_process(job, state.cache, attempt.machine.free_bytes)
         try:
             result = run_in_child(ENTRY, payload, progress=state.progress)
             return result.unwrap(f"Preparing the model with {attempt.candidate.backend}")

@@ -12,7 +12,7 @@ from transom.contract import Backend, Device, Offer, Refusal, Verdict
 from transom.errors import TransomError
 from transom.graph import Graph
 from transom.loading.machine import Machine
-from transom.preparation.lowering import attempt, claims_of, operator_name
+from transom.preparation.lowering import claims_of, operator_name, try_lower
 
 
 @dataclass(frozen=True)
@@ -135,10 +135,10 @@ def explain_graph(graph: Graph, name: str, machine: Machine, *, device: str = "a
 
 
 def _ask(graph: Graph, backend: Backend, device: Device) -> tuple[NodeAnswer, ...]:
-    """What becomes of each node when a load takes it as far as it goes (`lowering.attempt`)."""
+    """What becomes of each node when a load takes it as far as it goes (`lowering.try_lower`)."""
     options = {"context": None, "precision": "auto", "threads": None, "calibration": ()}
     first = {c.node: c for c in claims_of(graph, backend, device, options)}
-    last = attempt(graph, backend, device, options)
+    last = try_lower(graph, backend, device, options)
     final = {c.node: c for c in last.claims}
     inside: dict[str, str] = {}
     for inner, reason in last.refused.items():

@@ -15,7 +15,7 @@ _CRASHES = ("SIGABRT", "SIGBUS", "SIGFPE", "SIGILL", "SIGSEGV", "SIGSYS", "SIGTR
 
 def remember(cache: Cache, job: Job, error: TransomError) -> None:
     """Keep a failure that would come back: a crash, a failed check, an unsupported graph."""
-    crashed = isinstance(error, ChildFailed) and error.trial is not None and error.trial.signal in _CRASHES
+    crashed = isinstance(error, ChildFailed) and error.failure is not None and error.failure.signal in _CRASHES
     if crashed or isinstance(error, SelfCheckFailed | UnsupportedError):
         cache.remember("failures", job.failure_key, error.cause)
 

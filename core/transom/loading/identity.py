@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from transom.loading.load_state import LoadState
     from transom.plugins import Plugins
 
-SETTLED_NS = 2_000_000_000
+_SETTLED_NS = 2_000_000_000
 """A file that changed within this time could change again without its time showing it."""
-MOST_FILES = 300
+_MAX_FILES = 300
 """A folder with more entries is no model's own: its files are then looked at by the source each time."""
 
 
@@ -41,7 +41,7 @@ class ModelIdentity:
     """Key of its content, under which the cache keeps what belongs to it."""
     fingerprint: str
     """The source's hash of its files, or the digest of its graph."""
-    uses_operators: bool
+    uses_plugin_operators: bool
     """Whether its graph may use operators that plugins bring."""
     sparsity: Sparsity
     """The policy asked for, with the heads that lie beside the model or in the cache."""
@@ -62,12 +62,12 @@ def identify(model: Any, state: LoadState, plugins: Plugins) -> ModelIdentity:
     if path is None:
         return _identify_in_memory(model, state, plugins)
     fingerprint = fingerprint_of(path, state.cache)
-    uses_operators = bool(plugins.bringing_operators()) and may_use_operators(path)
-    content = content_key(fingerprint, operators_identity(plugins) if uses_operators else "")
+    uses_plugin_operators = bool(plugins.bringing_operators()) and may_use_operators(path)
+    content = content_key(fingerprint, operators_identity(plugins) if uses_plugin_operators else "")
     absolute = path.absolute()
     sparsity, heads_from = _with_heads(state, absolute, fingerprint)
     return ModelIdentity(
-        str(absolute), content, fingerprint, uses_operators, sparsity, heads_from, local=absolute
+        str(absolute), content, fingerprint, uses_plugin_operators, sparsity, heads_from, local=absolute
     )  # fmt: skip
 
 
@@ -81,8 +81,10 @@ def _identify_in_memory(model: Any, state: LoadState, plugins: Plugins) -> Model
     content = content_key(fingerprint, operators_identity(plugins))
     sparsity, heads_from = _with_heads(state, None, fingerprint)
     state.held.append(cached_source.keep(state.cache, content, opened))
-    uses_operators = bool(plugins.bringing_operators())
-    return ModelIdentity(opened.name, content, fingerprint, uses_operators, sparsity, heads_from, in_memory=opened)
+    uses_plugin_operators = bool(plugins.bringing_operators())
+    return ModelIdentity(
+        opened.name, content, fingerprint, uses_plugin_operators, sparsity, heads_from, in_memory=opened
+    )
 
 
 def _with_heads(state: LoadState, local: Path | None, fingerprint: str) -> tuple[Sparsity, str]:
@@ -112,7 +114,7 @@ def fingerprint_of(path: Path, cache: Cache) -> str:
         return known
     content = resolve(path).fingerprint(path)
     newest = max(int(changed) for _, _, changed, _ in state)
-    if time.time_ns() - newest > SETTLED_NS:
+    if time.time_ns() - newest > _SETTLED_NS:
         notebook.remember(where, content)
     return content
 
@@ -137,8 +139,8 @@ def _state_of(path: Path) -> list[list[str | int]]:
 
 def _files_in(folder: Path) -> list[Path]:
     """The files in a folder and below; none where there are more than a model has."""
-    entries = list(itertools.islice(folder.rglob("*"), MOST_FILES + 1))
-    return sorted(e for e in entries if not e.is_dir()) if len(entries) <= MOST_FILES else []
+    entries = list(itertools.islice(folder.rglob("*"), _MAX_FILES + 1))
+    return sorted(e for e in entries if not e.is_dir()) if len(entries) <= _MAX_FILES else []
 
 
 def content_key(content: str, operators: str) -> str:

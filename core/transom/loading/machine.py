@@ -38,7 +38,7 @@ class Machine:
         """Of the host's own memory, in which the reference runs whatever the device; None where nobody knows."""
         return next((device.free_bytes for device in self.devices if device.kind == "cpu"), None)
 
-    def place(self, candidate: Candidate) -> str:
+    def runtime_identity(self, candidate: Candidate) -> str:
         """Names hardware, driver, backend and versions: a verdict or a speed holds for these and for no others.
 
         What a backend says of an offer counts, since that is where it names its SDK's version.
@@ -95,6 +95,6 @@ def choose(
     )
 
 
-def can_be_mended(answers: Iterable[Offer | Refusal]) -> bool:
+def has_fix(answers: Iterable[Offer | Refusal]) -> bool:
     """Whether one of the refusals says what would help short of another device."""
     return any(isinstance(a, Refusal) and bool(a.fix) and a.code != "wrong_device" for a in answers)

@@ -69,7 +69,7 @@ def _open(models: CompiledModels, attempt: Attempt, ready: Ready) -> tuple[Sessi
     state, source = models.jobs.state, ready.source
     context = ready.plan.context if ready.plan else state.options.for_backend["context"]
     options = {**state.options.for_backend, "context": context, "calibration": ()}
-    if models.jobs.identity.uses_operators:
+    if models.jobs.identity.uses_plugin_operators:
         register_operators(attempt.machine.plugins)  # a backend may open a graph that uses them
     with ThreadPoolExecutor(1) as beside, state.stages.time("load"):
         text = beside.submit(lambda: _Text(source.tokenizer(), source.chat_template(), source.generation()))
@@ -105,7 +105,7 @@ def _model(
     source, plan = ready.source, ready.plan
     sparsity, heads_from = identity.sparsity, identity.heads_from
     if source.decoder is not None:
-        sparsity, shipped_for = heads.calibrated(sparsity, source.decoder, source.name)
+        sparsity, shipped_for = heads.with_shipped_heads(sparsity, source.decoder, source.name)
         heads_from = heads_from or shipped_for
     precision, notes = compiled.precision_and_notes(source.notes, ready.compiled)
     report = Report(
@@ -124,7 +124,7 @@ def _model(
         notes=notes,
         memory=plan.parts() if plan else {},
         check=compiled.verdict_text(ready.verdict),
-        sparsity=heads.described(sparsity, heads_from),
+        sparsity=heads.description(sparsity, heads_from),
         cache_hit=was_there or bool(models.bundle),
         bundle=models.bundle,
         startup=dict(state.stages.seconds),

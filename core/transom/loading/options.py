@@ -10,7 +10,7 @@ from typing import Any
 
 from transom.artifacts import Cache
 from transom.errors import OptionError, nearest
-from transom.preparation.calibration_texts import given_texts
+from transom.preparation.calibration_texts import user_texts
 from transom.sparsity import Sparsity
 
 PRECISIONS = ("auto", "exact", "fast", "f32", "bf16", "f16", "int8", "fp8", "int4")
@@ -72,7 +72,7 @@ def checked_options(
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise OptionError(f"{name}={value!r} is not a positive whole number", "Leave it out for the default")
     for_backend = {"context": context, "precision": precision, "threads": threads}
-    return LoadOptions(for_backend, Sparsity.parse(sparsity), given_texts(calibration), verify)
+    return LoadOptions(for_backend, Sparsity.parse(sparsity), user_texts(calibration), verify)
 
 
 def _require_known(name: str, value: object, known: Sequence[str]) -> None:

@@ -30,7 +30,9 @@ def measured_speeds(models: CachedModels, machine: Machine, choice: Choice) -> d
     scale = source.decoder.weight_bytes.bit_length() if source is not None and source.decoder else 0
     found: dict[str, float] = {}
     for attempt in attempts:
-        key = artifact_key({"place": attempt.place, "bits": scale, "as": state.options.for_backend["precision"]})
+        key = artifact_key(
+            {"place": attempt.runtime_identity, "bits": scale, "as": state.options.for_backend["precision"]}
+        )
         known = state.cache.recall("speeds", key)
         if not isinstance(known, int | float):
             known = _measure(models, attempt)

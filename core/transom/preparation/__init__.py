@@ -1,2 +1,1 @@
-"""From a graph to an artifact that is believed: the child process, lowering, compiling, the self-check, the memory
-plan."""
+"""From a graph to a verified artifact: the child process, lowering, compiling, the self-check, the memory plan."""

@@ -15,9 +15,9 @@ import numpy as np
 Array = np.ndarray[Any, np.dtype[Any]]
 
 DECODES = 3
-"""The last tokens of the check prompt go through one by one, so that decoding with a cache is checked too."""
+"""Tokens at the end of the check prompt that are fed one at a time, so that decoding with a cache is checked too."""
 SAME = 1e-3
-"""Root mean square difference of logits below which they count as equal: it changes no probability by 1 %."""
+"""Logits whose root mean square difference is below this count as equal: no probability changes by 1 %."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Agreement:
     """Kullback–Leibler divergence of the engine from the reference, nats, mean over positions."""
     kl_max: float
     correlation_min: float
-    """Pearson correlation of the logits, the worst position; 1 where they are equal (`SAME`)."""
+    """Lowest Pearson correlation of the logits at any position; 1 where they are equal (`SAME`)."""
     top1: float
     """Share of positions with the same most likely token."""
     max_abs: float
@@ -66,17 +66,19 @@ def compare(expected: Array, got: Array) -> Agreement:
     )
 
 
-def agreements(golden: Array, got: Array) -> list[Agreement]:
-    """What is judged of a check prompt's logits, as `compare` gives it: all positions, and then those of the tokens
-    that were decoded, since an error of a few alone would drown in the mean of all."""
-    found = [compare(golden, got)]
+def agreements(expected: Array, got: Array) -> list[Agreement]:
+    """Compare the logits of a check prompt: over all positions, and over the decoded tokens alone.
+
+    The mean over all positions would hide an error that only the few decoded tokens have.
+    """
+    found = [compare(expected, got)]
     if len(got) > DECODES:
-        found.append(compare(golden[-DECODES:], got[-DECODES:]))
+        found.append(compare(expected[-DECODES:], got[-DECODES:]))
     return found
 
 
 def cosine(a: Array, b: Array) -> float:
-    """Of the rows of two sets of logits, their mean; 0 where one is not finite."""
+    """Mean cosine similarity of the rows of two sets of logits; 0 where it is not finite."""
     x, y = np.asarray(a, np.float64), np.asarray(b, np.float64)
     norms = np.linalg.norm(x, axis=-1) * np.linalg.norm(y, axis=-1)
     found = float(((x * y).sum(-1) / np.where(norms == 0, 1.0, norms)).mean())
@@ -84,7 +86,7 @@ def cosine(a: Array, b: Array) -> float:
 
 
 def _correlation(a: Array, b: Array) -> Array:
-    """Of each row. Rows without variance have none: there only the difference counts."""
+    """The correlation of each row. It is undefined for rows without variance; for these only the difference counts."""
     x, y = a - a.mean(-1, keepdims=True), b - b.mean(-1, keepdims=True)
     same = np.sqrt(np.square(x - y).mean(-1)) <= SAME
     norms = np.linalg.norm(x, axis=-1) * np.linalg.norm(y, axis=-1)
@@ -99,9 +101,9 @@ def _log_softmax(x: Array) -> Array:
 
 
 def compare_outputs(expected: Mapping[str, Array], got: Mapping[str, Any]) -> Agreement:
-    """Compare the outputs of a plain graph; floating-point ones count, each as one row.
+    """Compare the floating-point outputs of a graph that is not a decoder, each as one row.
 
-    The divergence is the mean square difference, relative to the reference's own spread: what takes the place of nats.
+    The mean square difference, relative to the mean square of the reference output, takes the place of the divergence.
     """
     errors, correlations, largest = [], [], 0.0
     for name, wanted in expected.items():

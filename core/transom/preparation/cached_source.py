@@ -1,6 +1,6 @@
-"""A source read once and kept: tokenizer, chat template, generation defaults and sizes, without the graph.
+"""What the cache keeps of a source: tokenizer, chat template, generation defaults and sizes, without the graph.
 
-A warm start reads this in place of the checkpoint. Nothing here imports ONNX.
+A warm load reads this instead of the checkpoint. Nothing here imports ONNX.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
     from transom.sources import SourceModel
 
 FORMAT = 2
-"""Part of the key: changes when what is stored, or how a source is read, changes."""
+"""Part of the key. Increase it when the stored content changes, or the way in which a source is read."""
 
 
 TOKENIZER_HEADER = "tokenizer.transom.json"
-"""Where `tokenizer.json` is in Hugging Face's own form, as in a bundle: what Transom knows besides."""
+"""Transom's own tokenizer data, beside a `tokenizer.json` in Hugging Face's form (as in a bundle)."""
 _GRAPH = "graph.onnx"
 _DOMAINS = ("", "ai.onnx", "ai.onnx.ml", "transom")
-"""Whose operators mean the same in every installation of one version."""
+"""Domains whose operators mean the same in every installation of one Transom version."""
 
 
 class Files(Protocol):
@@ -50,7 +50,7 @@ class Files(Protocol):
 
 @dataclass(frozen=True)
 class CachedSource:
-    """What the host needs of a source besides the compiled model."""
+    """The parts of a source that the host needs besides the compiled model."""
 
     name: str
     kind: str
@@ -60,16 +60,16 @@ class CachedSource:
     inputs: Mapping[str, tuple[str, tuple[int | str | None, ...]]]
     """Element type and shape of each input of a graph that is not a decoder."""
     files: Files
-    foreign: bool = False
-    """Whether its graph may use operators that plugins bring: then the digest of the graph does not say what it means,
-    and `key` does."""
+    uses_plugin_operators: bool = False
+    """Whether the graph may use operators of plugins. Then the digest of the graph does not determine what it computes;
+    `key` does."""
 
     @property
     def key(self) -> str:
         return self.files.key
 
     def artifact_key(self, job: Job) -> str:
-        """The key of what a job compiles out of this source."""
+        """The key of the artifact that a job compiles from this source."""
         return artifact_key({"source": self.key, "job": job.artifact_key})
 
     def tokenizer(self) -> Tokenizer | None:
@@ -107,14 +107,14 @@ def find(cache: Cache, content: str, context: int | None) -> CachedSource | None
 
 
 def variant(content: str, context: int | None, decoder: Decoder | None) -> str:
-    """The key of a source as it is opened for a context.
+    """The key of a source that is opened for a context.
 
-    A source that is opened without one is right for every context up to its decoder's. Beyond that it may be another
-    graph: rotary frequencies can depend on the context that is asked for, and the decoder's context with them.
+    A source opened without a context serves every context up to its decoder's. For a longer context the graph may
+    differ: rotary frequencies, and the decoder's own context with them, can depend on the requested context.
 
     Args:
         content: the key of the source opened without a context.
-        decoder: of the source opened without a context.
+        decoder: the decoder of the source opened without a context.
     """
     if context is None or decoder is None or context <= decoder.context:
         return content
@@ -122,7 +122,7 @@ def variant(content: str, context: int | None, decoder: Decoder | None) -> str:
 
 
 def keep(cache: Cache, key: str, model: SourceModel) -> CachedSource:
-    """Store what an opened source brought, and return it."""
+    """Store everything of an opened source but its graph, and return it."""
     import tempfile
     from pathlib import Path
 
@@ -134,7 +134,7 @@ def keep(cache: Cache, key: str, model: SourceModel) -> CachedSource:
         "decoder": graph.decoder.to_json() if graph.decoder else None,
         "graph_digest": graph.digest(),
         "inputs": {} if graph.decoder else _inputs(graph),
-        "foreign": _is_foreign(graph),
+        "foreign": _may_use_plugin_operators(graph),
     }
     with tempfile.TemporaryDirectory(prefix="transom-") as folder:
         blobs: dict[str, bytes | str | Path] = {"generation.json": json.dumps(model.generation.to_json())}
@@ -149,7 +149,7 @@ def keep(cache: Cache, key: str, model: SourceModel) -> CachedSource:
 
 
 def keep_graph(cache: Cache, key: str, graph: Graph) -> Entry:
-    """Store the graph of a model that exists in memory only, weights included, for a child process to open."""
+    """Store the graph of a model in memory, weights included, for a child process to open."""
     import tempfile
     from pathlib import Path
 
@@ -162,7 +162,7 @@ def open_graph(cache: Cache, key: str) -> Graph:
     """The graph that `keep_graph` stored; weights are mapped, not read.
 
     Raises:
-        SourceError: it is not there any more.
+        SourceError: the cache has removed it.
     """
     from transom.graph import Graph
 
@@ -173,7 +173,7 @@ def open_graph(cache: Cache, key: str) -> Graph:
     return Graph.open(entry.files[_GRAPH])
 
 
-def _is_foreign(graph: Graph) -> bool:
+def _may_use_plugin_operators(graph: Graph) -> bool:
     from transom.graph.editing import all_nodes
 
     graphs = [graph.model.graph, *(f.graph for f in graph.model.functions.values())]

@@ -1,4 +1,4 @@
-"""A compiled model, wherever it is kept, and what its artifact reports."""
+"""A compiled model in the cache or in a bundle, and what its artifact reports."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from transom.contract import Artifact
 
 PRECISION = "precision: "
-"""How the note of an artifact begins that names its compute precision."""
+"""Prefix of the artifact note that names the compute precision."""
 
 
 class CompiledModel(Protocol):
@@ -27,33 +27,33 @@ class CompiledModel(Protocol):
     def scratch(self) -> Path: ...
 
     def verdict(self, where: str) -> object:
-        """The verdict of the self-check in this place (`Machine.place`), or None."""
+        """The verdict of the self-check for a runtime identity (`Machine.runtime_identity`), or None."""
         ...
 
     def record_verdict(self, where: str, verdict: object) -> None: ...
 
     def discard(self, reason: str) -> None:
-        """Never open it again as it is."""
+        """Make sure that it is not opened again in its present state."""
         ...
 
     def release(self) -> None: ...
 
 
 def precision_and_notes(source_notes: Iterable[str], model: CompiledModel) -> tuple[str, tuple[str, ...]]:
-    """The compute precision, empty where the backend does not report it; and the notes, those of the source first."""
+    """The compute precision (empty where the backend reports none), and the other notes, those of the source first."""
     notes = [*source_notes, *model.artifact.notes, *decomposed(model)]
     precision = next((n.removeprefix(PRECISION) for n in notes if n.startswith(PRECISION)), "")
     return precision, tuple(n for n in dict.fromkeys(notes) if not n.startswith(PRECISION))
 
 
 def decomposed(model: CompiledModel) -> tuple[str, ...]:
-    """What was changed in the graph for the backend, one sentence for each change."""
-    said = model.origin.ingredients.get("decomposed")
-    return tuple(map(str, said)) if isinstance(said, list | tuple) else ()
+    """The changes made to the graph for the backend, one sentence each."""
+    changes = model.origin.ingredients.get("decomposed")
+    return tuple(map(str, changes)) if isinstance(changes, list | tuple) else ()
 
 
 def is_exact(model: CompiledModel) -> bool:
-    """Whether no claim of the backend was approximate: sets the limits of the self-check."""
+    """Whether all claims of the backend were exact, which decides the limits of the self-check."""
     return bool(model.origin.ingredients.get("exact", True))
 
 

@@ -1,4 +1,4 @@
-"""The speed of a session: a short timed decode, for choosing between kinds of device."""
+"""Measures the speed of a session by a short timed decode, to choose between kinds of device."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from transom.contract import Session
 from transom.preparation import selfcheck
 
 TIMED_TOKENS = 24
-"""Tokens of a timed decode."""
+"""Tokens generated in a timed decode."""
 
 
 def decode_rate(session: Session, ids: list[int]) -> float:
-    """Tokens per second of a short greedy decode; the first quarter warms the engine up and does not count."""
+    """Tokens per second of a short greedy decode. The first quarter warms the engine up and does not count."""
     context = session.limits.context
     ids = ids[: max(1, context // 2)]
     state = session.new_state()

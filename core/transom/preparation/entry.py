@@ -1,5 +1,7 @@
-"""Where a child process begins: it runs the job that the host named. Imports little, so that a process beside this one
-can start first."""
+"""The entry point of a child process: runs the job that the host named.
+
+Imports little, so that the process for the reference outputs can start before the heavy imports.
+"""
 
 from __future__ import annotations
 
@@ -12,23 +14,25 @@ from transom.contract import Progress
 
 
 def run(payload: Mapping[str, Any], progress: Progress) -> Any:
-    """What the child process calls: the function that `payload["work"]` names as `"module:function"`."""
-    # The check prompt makes small matrix products, for which NumPy's threads cost more than they give: three times the
-    # processor time of one thread, ten times the wall time where the processor is busy. Read when NumPy is imported.
+    """Call the function that `payload["work"]` names as `"module:function"`."""
+    # NumPy's threads slow down the small matrix products of the check prompt: they take three times the processor time
+    # of one thread, and ten times the wall time where the processor is busy. NumPy reads the variable on import.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     arguments = dict(payload)
-    if not arguments.pop("beside", False):
+    if not arguments.pop("parallel_reference", False):
         return _work(arguments, progress)
-    from transom.preparation.reference_process import reference_beside
+    from transom.preparation.reference_process import reference_in_parallel
 
-    with reference_beside(arguments) as reference:  # first of all: what comes next takes as long for both
+    with reference_in_parallel(
+        arguments
+    ) as reference:  # first, because the imports that follow take both processes equally long
         return _work(arguments, progress, reference=reference)
 
 
 def _work(arguments: dict[str, Any], progress: Progress, **more: Any) -> Any:
     from transom.preparation.lazy_imports import import_later
 
-    # Half of the import of onnx_ir is for arithmetic with symbolic sizes, which few graphs have.
+    # sympy takes half of the import time of onnx_ir. Only arithmetic with symbolic sizes, which is rare, needs it.
     import_later("sympy", "onnx_ir._symbolic_shapes")
     module, _, function = arguments.pop("work").partition(":")
     return getattr(importlib.import_module(module), function)(arguments, progress, **more)

@@ -1,7 +1,7 @@
-"""Where the calibrated heads of a model come from: the policy itself, a file beside the model, the cache, or Transom.
+"""Finds the calibrated heads of a model: in the policy itself, a file beside the model, the cache, or Transom's tables.
 
-Host and child process answer alike, each from what it knows: the host looks beside the model and into the cache, both
-look among the tables that Transom ships. On the warm path: reads a file only where a policy is asked for.
+The host looks beside the model and in the cache; host and child process both look in the tables that Transom ships. On
+the warm path: reads a file only where the user asks for a policy.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transom.sparsity import Heads
 
 NOTEBOOK = "sparsity"
-"""Name of the cache's notebook that holds calibrations by the content of the model's files."""
+"""Name under which the cache remembers calibrations, by the content of the model's files."""
 
 
 def remember(cache: Cache, content: str, heads: Heads) -> None:
@@ -31,10 +31,10 @@ def remember(cache: Cache, content: str, heads: Heads) -> None:
 
 
 def local(path: Path | None, cache: Cache, content: str) -> Calibration | None:
-    """What lies beside the model or is in the cache.
+    """The calibration beside the model, else the one in the cache.
 
     Raises:
-        OptionError: there is a file beside it that cannot be read or holds what is not allowed.
+        OptionError: the file beside the model cannot be read, or its content is not valid.
     """
     if path is not None and (found := beside(path)) is not None:
         return found
@@ -43,16 +43,16 @@ def local(path: Path | None, cache: Cache, content: str) -> Calibration | None:
         return None
     try:
         policy = Sparsity.from_dict({"heads": kept.get("heads")})
-    except OptionError:  # written by something else: as good as not there
+    except OptionError:  # not written by `remember`: ignored
         return None
     return None if policy.heads is None else Calibration(policy.heads, "the cache")
 
 
-def calibrated(policy: Sparsity, decoder: Decoder, name: str) -> tuple[Sparsity, str]:
-    """The policy with the heads that Transom ships where it has none, and where these are from; empty: from nowhere.
+def with_shipped_heads(policy: Sparsity, decoder: Decoder, name: str) -> tuple[Sparsity, str]:
+    """The policy, with the heads that Transom ships where it has none; and their source, empty where none were added.
 
     Raises:
-        OptionError: its heads are those of another model.
+        OptionError: the heads of the policy belong to another model.
     """
     if policy.dense or policy.heads is not None:
         return policy.for_model(decoder), ""
@@ -62,8 +62,8 @@ def calibrated(policy: Sparsity, decoder: Decoder, name: str) -> tuple[Sparsity,
     return policy.with_heads(found.heads), found.source
 
 
-def described(policy: Sparsity, heads_from: str) -> str:
-    """For the report: the policy, and whether it knows the heads of the model; empty where every key is read."""
+def description(policy: Sparsity, heads_from: str) -> str:
+    """The policy for the report, and whether its heads are calibrated; empty where every key is read."""
     if policy.dense:
         return ""
     text = f"{policy} (coverage {policy.coverage:g})" if str(policy) in PRESETS else str(policy)

@@ -1,4 +1,7 @@
-"""What the host asks of a child process, as JSON types, and the keys both know the results by. On the warm path."""
+"""The jobs that the host gives to a child process, in JSON types, and the cache keys of their results.
+
+On the warm path: imports nothing heavy.
+"""
 
 from __future__ import annotations
 
@@ -15,15 +18,15 @@ from transom.sparsity import DENSE
 ENTRY = "transom.preparation.entry:run"
 """The function that every child process calls."""
 _PIPELINE = "transom.preparation.pipeline"
-READ, PREPARE, RECHECK, GOLDEN, PROVE, MEASURE = (
-    f"{_PIPELINE}:{function}" for function in ("read", "prepare", "recheck", "golden", "prove", "measure")
+READ, PREPARE, RECHECK, REFERENCE, FIDELITY, MEASURE = (
+    f"{_PIPELINE}:{function}" for function in ("read", "prepare", "recheck", "reference_outputs", "fidelity", "measure")
 )
 """The jobs of a load and an export."""
 
 
 @functools.cache
 def version() -> str:
-    """Transom's own version: part of every key."""
+    """Version of Transom, which is part of every key."""
     import importlib.metadata
 
     return importlib.metadata.version("transom")
@@ -34,42 +37,44 @@ class Job:
     """One model for one backend on one device."""
 
     model: str
-    """Path of the source; the name of a model that exists in memory only."""
+    """Path of the source, or the name of a model in memory."""
     content: str
-    """Key of the source's content; see `cached_source.find`."""
+    """Key of the source's content, as in `cached_source.find`."""
     graph: str
-    """Key under which the cache holds the neutral graph of a model that exists in memory only; else empty."""
+    """Key under which the cache holds the neutral graph of a model in memory; empty for a model on disk."""
     backend: str
     backend_version: str
-    """Of the distribution that brings it."""
+    """Version of the distribution that provides the backend."""
     band: str
-    """Of the backend's offer; a `fallback` is planned as if it kept everything in float32."""
+    """Band of the backend's offer. Memory for `fallback` is planned with everything in float32."""
     device: Device
     options: Mapping[str, Any]
-    """Of the user: `precision`, `context` (None: the model's own), `threads` (None: all)."""
+    """The user's `precision`, `context` (None: the model's own) and `threads` (None: all)."""
     cache: str
     cache_limit: int | None
-    place: str
-    """`Machine.place`: what a verdict holds for."""
+    runtime_identity: str
+    """Hardware, driver and versions for which a verdict holds, see `Machine.runtime_identity`."""
     verify: bool
-    """Compare with the reference; else only see that it runs."""
+    """Whether to compare with the reference. If not, the artifact is only run."""
     sparsity: str = DENSE
-    """The policy, in canonical form, with the heads of a file where there is one; what Transom ships is not in it."""
+    """The policy in canonical form, with the heads of a file where there is one, without those that Transom ships."""
     texts: tuple[str, ...] = ()
-    """The user's, to calibrate on; empty for those that come with Python."""
+    """The user's calibration texts; empty for the default passages."""
     runs: bool = True
-    """False: the device is only compiled for, so what is compiled is never opened here."""
+    """Whether the device is in this machine. If not, the artifact is compiled here and never opened."""
 
     @property
     def source_context(self) -> int | None:
-        """The context that the source is opened for; a model in memory is as it is."""
+        """The context that the source is opened for; None for a model in memory, which is open already."""
         context: int | None = None if self.graph else self.options["context"]
         return context
 
     @property
     def artifact_key(self) -> str:
-        """Without the source, which `CachedSource.artifact_key` adds; without `context` and `threads`, which may
-        change between compiling and loading; without the texts of a user who gave none."""
+        """Key of the artifact without the source, which `CachedSource.artifact_key` adds.
+
+        `context` and `threads` are left out, because they may change between compiling and loading.
+        """
         return artifact_key(
             {
                 "backend": self.backend,
@@ -86,15 +91,17 @@ class Job:
 
     @property
     def failure_key(self) -> str:
-        """Names this attempt, to remember that it failed."""
+        """Key under which a failure of this job is remembered."""
         precision, context = self.options["precision"], self.source_context
         return artifact_key(
-            {"of": [self.content, self.place, precision, context, self.sparsity, version(), self.texts]}
+            {"of": [self.content, self.runtime_identity, precision, context, self.sparsity, version(), self.texts]}
         )
 
     def accepts(self, verdict: object) -> bool:
-        """Whether this verdict of the self-check allows the host to open the artifact in its own process. An artifact
-        that is never opened here needs no verdict."""
+        """Whether the host may open the artifact in its own process after this verdict of the self-check.
+
+        An artifact that is never opened here needs no verdict.
+        """
         return not self.runs or (isinstance(verdict, dict) and not (self.verify and verdict.get("ran_only")))
 
     def to_payload(self) -> dict[str, Any]:

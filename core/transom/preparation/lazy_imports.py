@@ -1,4 +1,4 @@
-"""Modules that are imported when something of them is used. For what takes long to import and is seldom needed."""
+"""Defers the import of modules that take long to import and are seldom needed until an attribute is used."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 _LOCK = threading.RLock()
 
 
-class _Later(types.ModuleType):
-    """Stands in for a module until an attribute of it is asked for."""
+class _LazyModule(types.ModuleType):
+    """Stands in for a module until one of its attributes is used."""
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # the import system's own questions
+        if name.startswith("__"):  # the import system looks these up
             raise AttributeError(name)
         with _LOCK:
             if sys.modules.get(self.__name__) is self:
@@ -24,7 +24,6 @@ class _Later(types.ModuleType):
 
 
 def import_later(*names: str) -> None:
-    """From here on, an import of one of these modules costs nothing until something of it is used. Those that are
-    imported already stay as they are."""
+    """Defer the import of these modules until an attribute is used. Modules that are imported already stay loaded."""
     for name in names:
-        sys.modules.setdefault(name, _Later(name))
+        sys.modules.setdefault(name, _LazyModule(name))

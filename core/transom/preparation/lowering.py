@@ -1,7 +1,7 @@
-"""Lower, decompose or refuse: a backend claims every node, and what it does not claim is replaced or refused.
+"""Lowering: the backend claims the nodes of a graph; a node that it refuses is decomposed, or the load fails.
 
-Runs before compiling. A node the backend says no to is replaced by its function body in simpler operators; if the
-backend says no to those too, the load ends here, naming the node, the operator and the reason.
+Runs before compiling. A refused node is replaced by its function body in simpler operators. If the backend refuses
+those too, the load ends with an error that names the node, the operator and the reason.
 """
 
 from __future__ import annotations
@@ -20,35 +20,35 @@ from transom.preparation.plugin_calls import guarded
 
 @dataclass(frozen=True)
 class Lowered:
-    """A graph as far as a backend can take it. Nothing is refused in what `lower` returns."""
+    """A graph with the backend's claims, after decomposing. What `lower` returns has no refused node."""
 
     graph: Graph
     claims: tuple[Claim, ...]
-    """One for each node of `graph`, in its order."""
+    """One claim for each node of `graph`, in the same order."""
     decomposed: Mapping[str, str]
-    """Node that was replaced -> why the backend did not take it as it was. Nodes of bodies can be among them."""
+    """Replaced node -> why the backend refused it. Includes nodes inside of replaced bodies."""
 
     @property
     def refused(self) -> dict[str, str]:
-        """Node -> reason, for nodes that have no body either."""
+        """Refused node without a body -> reason."""
         return {c.node: c.reason for c in self.claims if not c.ok}
 
     @property
     def exact(self) -> bool:
-        """No claim is approximate."""
+        """Whether no claim is approximate."""
         return all(c.exact for c in self.claims)
 
     def notes(self) -> list[str]:
-        """One line for each reason, with the number of nodes: for the report."""
+        """Lines for the report: the number of nodes for each reason."""
         counts = Counter(self.decomposed.values())
         return [f"{n} node{'s' * (n > 1)} run in simpler operators: {reason}" for reason, n in counts.items()]
 
 
 def claims_of(graph: Graph, backend: Backend, device: Device, options: Options) -> tuple[Claim, ...]:
-    """The backend's claims, one for each node, in the graph's order; a group with a refusal in it is refused whole.
+    """The backend's claims, one for each node, in the graph's order. One refusal refuses its whole group.
 
     Raises:
-        EngineError: the backend raised, or is silent on a node, answers twice, or gives no reason with a no.
+        EngineError: the backend failed, left a node out, answered twice for one, or refused one without a reason.
         TransomError: as the backend raises it.
     """
     names = [str(n.name) for n in graph.nodes()]
@@ -66,7 +66,7 @@ def claims_of(graph: Graph, backend: Backend, device: Device, options: Options) 
 
 
 def _all_or_nothing(claims: Sequence[Claim]) -> tuple[Claim, ...]:
-    """What a backend runs only fused with a node that it refuses does not run."""
+    """Refuse every node of a group in which one node is refused: the backend runs them only fused."""
     broken: dict[str, str] = {}
     for c in claims:
         if c.group and not c.ok:
@@ -84,8 +84,8 @@ def _breach(backend: Backend, what: str) -> EngineError:
     )
 
 
-def attempt(graph: Graph, backend: Backend, device: Device, options: Options) -> Lowered:
-    """Claim, decompose what is refused and has a body, claim again, until nothing changes.
+def try_lower(graph: Graph, backend: Backend, device: Device, options: Options) -> Lowered:
+    """Claim the nodes, decompose refused ones that have a body, and repeat until nothing changes.
 
     Raises:
         EngineError: the backend broke its contract.
@@ -102,13 +102,13 @@ def attempt(graph: Graph, backend: Backend, device: Device, options: Options) ->
 
 
 def lower(graph: Graph, backend: Backend, device: Device, options: Options) -> Lowered:
-    """The graph with every node claimed.
+    """Lower a graph until the backend claims every node.
 
     Raises:
         UnsupportedError: a node is refused and has no body, or its body is refused too.
         EngineError: the backend broke its contract.
     """
-    lowered = attempt(graph, backend, device, options)
+    lowered = try_lower(graph, backend, device, options)
     refused = lowered.refused
     if not refused:
         return lowered
@@ -121,7 +121,7 @@ def lower(graph: Graph, backend: Backend, device: Device, options: Options) -> L
 
 
 def _reasons_before(graph: Graph, lowered: Lowered) -> list[str]:
-    """Why nodes were refused that were tried in simpler operators in vain: what is refused inside them tells less."""
+    """Why a node was refused at first whose decomposition was refused too; this tells more than the second reason."""
     names = tuple(lowered.refused)
     tried = [
         (operator_name(n.domain, n.op_type), str(n.name), lowered.decomposed[str(n.name)])
@@ -137,7 +137,7 @@ def operator_name(domain: str, op_type: str) -> str:
 
 
 def refusal_lines(refused: Sequence[tuple[str, str, str]]) -> list[str]:
-    """(operator, node, reason) -> counts by reason, most first, each with its first node."""
+    """Turn (operator, node, reason) into counts by reason, largest first, each with its first node."""
     grouped: dict[tuple[str, str], list[str]] = {}
     for operator, node, reason in refused:
         grouped.setdefault((operator, reason), []).append(node)

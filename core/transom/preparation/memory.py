@@ -1,8 +1,7 @@
-"""Memory is planned before anything is compiled or loaded; what does not fit is refused with what would.
+"""Plans memory before anything is compiled or loaded. A model that does not fit is refused, with settings that fit.
 
-The plan is arithmetic on the model's sizes, not a measurement: weights in the form they will be kept, the cache of one
-full context, and the working space of one prefill chunk. Where a device does not say how much memory it has, nothing is
-refused.
+The plan is computed from the model's sizes, not measured: the weights in their final form, the KV cache of one full
+context, and the working space of one prefill chunk. If a device does not report its memory, nothing is refused.
 """
 
 from __future__ import annotations
@@ -14,13 +13,13 @@ from transom.errors import DoesNotFit, OptionError
 from transom.signature import Decoder
 
 CHUNK = 1024
-"""Tokens of a prefill chunk, for the working space."""
+"""Tokens in a prefill chunk, which determines the working space."""
 ENGINE_BYTES = 160 * 2**20
-"""What an interpreter with an engine holds before it opens a model."""
-LEAST_CONTEXT = 256
-"""A context is not cut shorter than this by itself (or than the model's own, if that is shorter)."""
+"""Memory of an interpreter with an engine before it opens a model."""
+MIN_CONTEXT = 256
+"""Shortest context to which `auto` reduces, or the model's own if that is shorter."""
 STEP = 64
-"""A context is cut to a multiple of this, so that it does not change with every page that somebody else takes."""
+"""A reduced context is a multiple of this, so that it does not change with every page of free memory."""
 
 _WEIGHT_BYTES = {"f32": 4.0, "exact": 4.0, "bf16": 2.0, "f16": 2.0, "int8": 1.07, "fp8": 1.0, "int4": 0.57}
 _SMALLER = ("bf16", "int8", "int4")
@@ -28,26 +27,26 @@ _SMALLER = ("bf16", "int8", "int4")
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes a model will need on a device, and the context they allow."""
+    """Bytes that a model will need on a device, and the context that fits."""
 
     weights: int
     cache: int
-    """Of one sequence at full context."""
+    """Bytes of the KV cache for one sequence of `context` tokens."""
     workspace: int
     available: int
-    """0: not known."""
+    """Free bytes of the device; 0 where unknown."""
     context: int
-    """Tokens."""
+    """Tokens of the longest sequence."""
     model_context: int
     note: str = ""
-    """Said in the report when the context is shorter than the model's."""
+    """Warning for the report where the context was reduced."""
 
     @property
     def total(self) -> int:
         return self.weights + self.cache + self.workspace
 
     def parts(self) -> dict[str, int]:
-        """Bytes by use, and what is available: for the report."""
+        """Bytes by use, and the available ones, for the report."""
         names = ("weights", "cache", "workspace", "available")
         return {name: getattr(self, name) for name in names}
 
@@ -58,12 +57,12 @@ def plan(
     """Plan a decoder on a device.
 
     Args:
-        context: tokens asked for, or None for the model's own, cut to what fits (said in the plan's note).
-        exact_float32: the backend keeps everything in float32 (the reference does).
+        context: requested tokens; None for the model's own, reduced to what fits (see `MemoryPlan.note`).
+        exact_float32: whether the backend keeps everything in float32, as the reference does.
 
     Raises:
-        DoesNotFit: with the context length and the precision that would.
-        OptionError: the context is longer than the model was made for.
+        DoesNotFit: it does not fit; names a context and a precision that would.
+        OptionError: the context is longer than the model's own.
     """
     require_context(decoder, context)
     sizes = _Sizes(decoder, device, precision, exact_float32)
@@ -72,23 +71,25 @@ def plan(
     if sizes.longest >= asked:
         return whole
     longest = sizes.longest if sizes.longest < STEP else sizes.longest // STEP * STEP
-    if context is None and longest >= min(LEAST_CONTEXT, decoder.context):
+    if context is None and longest >= min(MIN_CONTEXT, decoder.context):
         return sizes.plan(
             longest,
-            f"The context is cut to {longest} of the model's {decoder.context} tokens: {size(whole.available)} of "
+            f"The context is reduced to {longest} of the model's {decoder.context} tokens: {size(whole.available)} of "
             f"memory are free, and the whole would need {size(whole.total)}",
         )
     raise DoesNotFit(
         f"The model needs {size(whole.total)} on {device.id} ({size(whole.weights)} for weights, {size(whole.cache)} "
         f"for a cache of {asked} tokens, {size(whole.workspace)} of working space), and {size(whole.available)} are "
         "free",
-        _way_out(sizes, longest, context),
+        _fix(sizes, longest, context),
     )
 
 
 def plan_for(decoder: Decoder | None, device: Device, options: Options, band: str) -> MemoryPlan | None:
-    """The plan for a load with these options on a backend whose offer has this band; None for a graph that is not a
-    decoder. Raises as `plan`."""
+    """Plan a load with these options on a backend whose offer has this band.
+
+    None for a graph that is not a decoder. Raises as `plan`.
+    """
     if decoder is None:
         return None
     context, precision = options["context"], options["precision"]
@@ -97,7 +98,7 @@ def plan_for(decoder: Decoder | None, device: Device, options: Options, band: st
 
 
 def require_context(decoder: Decoder, context: int | None) -> None:
-    """Raise OptionError when the context is longer than the model was made for."""
+    """Raise OptionError for a context that is longer than the model's own."""
     if context is not None and not 0 < context <= decoder.context:
         raise OptionError(
             f"context={context} is outside 1 … {decoder.context}, the model's own limit",
@@ -106,7 +107,7 @@ def require_context(decoder: Decoder, context: int | None) -> None:
 
 
 class _Sizes:
-    """A decoder in one precision on one device."""
+    """Memory sizes of a decoder in one precision on one device."""
 
     def __init__(self, decoder: Decoder, device: Device, precision: str, exact_float32: bool) -> None:
         self.decoder, self.device, self.precision, self.exact_float32 = decoder, device, precision, exact_float32
@@ -133,8 +134,8 @@ class _Sizes:
         return _Sizes(self.decoder, self.device, precision, self.exact_float32)
 
 
-def _way_out(sizes: _Sizes, longest: int, context: int | None) -> str:
-    wanted = context if context is not None else min(LEAST_CONTEXT, sizes.decoder.context)
+def _fix(sizes: _Sizes, longest: int, context: int | None) -> str:
+    wanted = context if context is not None else min(MIN_CONTEXT, sizes.decoder.context)
     ways = [f"a context of {longest} tokens would: context={longest}"] if longest > 0 else []
     if not sizes.exact_float32:
         smaller = [sizes.in_precision(name) for name in _SMALLER]
@@ -148,9 +149,9 @@ def _way_out(sizes: _Sizes, longest: int, context: int | None) -> str:
 
 
 def weight_bytes(decoder: Decoder, precision: str, *, exact_float32: bool = False) -> int:
-    """Bytes of the weights as a backend keeps them; no precision keeps more than the checkpoint's own form does.
+    """Bytes of the weights as a backend keeps them, at most those of the checkpoint.
 
-    What is quantised in the checkpoint stays so in every precision but the reference's.
+    Quantized weights of a checkpoint stay quantized in every precision but the reference's.
     """
     if exact_float32:
         return decoder.parameters * 4
@@ -158,7 +159,7 @@ def weight_bytes(decoder: Decoder, precision: str, *, exact_float32: bool = Fals
 
 
 def size(count: int) -> str:
-    """Bytes for people: `1.5 GB`, `320 MB` (powers of ten)."""
+    """Bytes in human-readable form, in powers of ten: `1.5 GB`, `320 MB`."""
     value = float(count)
     for unit in ("B", "KB", "MB"):
         if abs(value) < 1000:

@@ -1,7 +1,7 @@
 """The jobs of the child process: functions of JSON types, run by `transom.preparation.entry`.
 
 An engine that has never run here may abort, or execute an instruction that this machine lacks. The host therefore runs
-these jobs in a child process; their results reach it through the cache. Not imported on a warm load.
+these jobs in a child process and reads their results from the cache. Not imported on a warm load.
 """
 
 from __future__ import annotations
@@ -24,57 +24,59 @@ def read(payload: Mapping[str, Any], progress: Progress) -> None:
 
 
 def prepare(payload: Mapping[str, Any], progress: Progress, reference: Future[Any] | None = None) -> dict[str, Any]:
-    """Read, compile and check, so that the host can open the artifact. Skips what is done already.
+    """Read, compile and check, so that the host can open the artifact. Skips steps whose result the cache has.
 
     Args:
-        reference: a process that computes the reference outputs meanwhile.
+        reference: a process that computes the reference outputs in parallel.
 
-    Returns `seconds` of each stage; whether the cache `kept` the artifact, so that the host can find it; the `verdict`,
-    which a full disk may have kept from the cache; and the cache's `warnings`.
+    Returns:
+        `seconds` of each stage; `kept`, whether the cache could keep the artifact; the `verdict`, which a full disk may
+        keep out of the cache; and the cache's `warnings`.
     """
     return _prepared(Preparation(payload, progress, reference))
 
 
 def recheck(payload: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
-    """As `prepare`, but checks the artifact again even if it has passed before. If it fails, its verdict is removed."""
+    """As `prepare`, but check an artifact that has passed before again. If it fails, its verdict is removed."""
     return _prepared(Preparation(payload, progress), again=True)
 
 
 def _prepared(preparation: Preparation, *, again: bool = False) -> dict[str, Any]:
-    with preparation.verified(again=again) as stored:
+    with preparation.verified_artifact(again=again) as stored:
         return {
             "seconds": preparation.seconds,
             "kept": not stored.temporary,
-            "verdict": stored.verdict(preparation.job.place),
+            "verdict": stored.verdict(preparation.job.runtime_identity),
             "warnings": preparation.cache.warnings,
         }
 
 
-def golden(payload: Mapping[str, Any], progress: Progress) -> None:
-    """Compute the reference outputs for the check prompt, where the cache does not have them."""
+def reference_outputs(payload: Mapping[str, Any], progress: Progress) -> None:
+    """Compute the reference outputs for the check prompt, unless the cache has them."""
     Preparation(payload, progress).reference_outputs()
 
 
-def prove(payload: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
-    """Run what was compiled for another device on a device of this machine, such as an emulator, and compare it with
-    the reference.
+def fidelity(payload: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
+    """Run an artifact for another device on a device of this machine, such as an emulator, and compare it with the
+    reference.
 
     Args:
-        payload: the job, with the device that it is compiled for; `on`: the device of this machine; `remove`: whether
+        payload: the job, with the device that it is compiled for; `on`, the device of this machine; `remove`, whether
             to delete the artifact afterwards, because it was compiled for this comparison alone.
 
-    Returns `fidelity`, which is `Variant.fidelity` without `where`; and `agreements`, pairs of the mean divergence and
-    the least correlation: over all positions, and over those that the self-check judges separately.
+    Returns:
+        `fidelity`, which is `Variant.fidelity` without `where`; and `agreements`, pairs of mean divergence and lowest
+        correlation: over all positions, and over those that the self-check judges separately.
 
     Raises:
-        EngineError: it cannot be opened there, or fails.
+        EngineError: the backend cannot open or run it there.
     """
     arguments = dict(payload)
     on, remove = from_json(arguments.pop("on"))[0], arguments.pop("remove")
-    preparation = Preparation({**arguments, "runs": False}, progress)  # nothing is refused here: the caller judges
-    with preparation.verified() as stored:
+    preparation = Preparation({**arguments, "runs": False}, progress)  # do not raise SelfCheckFailed: the caller judges
+    with preparation.verified_artifact() as stored:
         wanted = preparation.reference_outputs()
-        progress("prove", None)
+        progress("compare", None)
         backend = preparation.plugin.backend
         session = open_session(backend, stored, on, {**preparation.options(), "threads": None})
         try:
@@ -98,9 +100,9 @@ def prove(payload: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
 
 
 def measure(payload: Mapping[str, Any], progress: Progress) -> float:
-    """Prepare, load, and time a short decode: tokens per second."""
+    """Prepare and load, and time a short decode. Returns tokens per second."""
     preparation = Preparation(payload, progress)
-    with preparation.verified() as stored:
+    with preparation.verified_artifact() as stored:
         session = preparation.load(stored)
         try:
             progress("measure", None)

@@ -1,4 +1,4 @@
-"""Calling a backend, which is somebody else's code: whatever it raises becomes one sentence that names it."""
+"""Calls to backends, which are third-party code: any exception becomes an EngineError that names the backend."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ T = TypeVar("T")
 
 
 def guarded(backend: str, doing: str, call: Callable[[], T]) -> T:
-    """What the call returns.
+    """Call a backend and return its result.
 
     Args:
-        backend: its name, which begins the sentence.
-        doing: ends it: "loading this model".
+        backend: name of the backend, for the message.
+        doing: what it does, for the message: "loading this model".
 
     Raises:
-        TransomError, Cancelled: as the backend raised them; they are made for people already.
-        KeyboardInterrupt: Ctrl-C arrived meanwhile, whatever the backend made of it.
-        EngineError: it raised anything else.
+        TransomError, Cancelled: as the backend raised them.
+        KeyboardInterrupt: Ctrl-C was pressed during the call, even if the backend caught the exception.
+        EngineError: the backend raised any other exception.
     """
     with _interrupts_noted() as interrupted:
         try:
@@ -66,7 +66,7 @@ def open_session(backend: Backend, model: CompiledModel, device: Device, options
 
 @contextlib.contextmanager
 def temporary_files_in(folder: Path) -> Iterator[Path]:
-    """Temporary files of this process and of the processes that it starts go to `folder` meanwhile."""
+    """Within the block, temporary files of this process and of processes that it starts go to `folder`."""
     folder.mkdir(exist_ok=True)
     saved, variable = tempfile.tempdir, os.environ.get("TMPDIR")
     tempfile.tempdir = os.environ["TMPDIR"] = str(folder)
@@ -82,7 +82,7 @@ def temporary_files_in(folder: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def interrupts_kept() -> Iterator[None]:
-    """An error of the block is KeyboardInterrupt where Ctrl-C arrived: an interrupted import ends as an ImportError."""
+    """Raise KeyboardInterrupt for any error of the block after Ctrl-C: an interrupted import may raise ImportError."""
     with _interrupts_noted() as interrupted:
         try:
             yield
@@ -94,10 +94,10 @@ def interrupts_kept() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _interrupts_noted() -> Iterator[list[int]]:
-    """A list that has an entry as soon as Ctrl-C has raised KeyboardInterrupt.
+    """A list that gets an entry when Ctrl-C raises KeyboardInterrupt.
 
-    Native code makes an error of its own of that exception, or drops it. Only the main thread gets it, so elsewhere
-    there is nothing to note.
+    Native code may drop that exception or replace it. Only the main thread gets it; in other threads the list stays
+    empty.
     """
     noted: list[int] = []
     previous = signal.getsignal(signal.SIGINT)

@@ -1,5 +1,7 @@
-"""The operators that plugins bring: made known to the registry before a graph that uses them is read, and named by
-their code, so that nothing made with one version of them is taken for another's."""
+"""Operators of plugins: registered before a graph that uses them is read, and identified by a hash of their code.
+
+The hash is part of cache keys, so that an artifact made with one version of an operator is not used with another.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +20,10 @@ _OPERATOR = re.compile(r"[\w.\-]+::\w+")
 
 
 def register_operators(plugins: Plugins) -> None:
-    """Register what the `transom_ops` hooks return. One that breaks a rule is recorded as a failure and left out."""
+    """Register the operators of the `transom_ops` hooks. An invalid one is recorded as a failure and left out."""
     if not plugins.bringing_operators():
         return
-    from transom.ops import OpSchema, find, register  # slow to import, and the warm path comes here
+    from transom.ops import OpSchema, find, register  # slow to import, and this is on the warm path
 
     for schema in plugins.operators():
         if not isinstance(schema, OpSchema):
@@ -36,9 +38,9 @@ def register_operators(plugins: Plugins) -> None:
 
 
 def operators_identity(plugins: Plugins) -> str:
-    """Names the plugins with operators and their code: changes with a version or a source file; empty without any.
+    """A hash of the plugins with operators, their versions and their code; empty without such plugins.
 
-    Asks no hook. Reads the plugins' Python files each time, as a child process does that imports them.
+    Calls no hook. Reads the plugins' Python files each time.
     """
     mine = plugins.bringing_operators()
     if not mine:
@@ -49,16 +51,16 @@ def operators_identity(plugins: Plugins) -> str:
         for file in _sources_of(plugin):
             try:
                 content = file.read_bytes()
-            except OSError:  # gone meanwhile: the next start names the plugin otherwise
+            except OSError:  # deleted in the meantime: the hash differs at the next start
                 continue
             digest.update(repr((str(file.name), len(content))).encode() + content)
     return digest.hexdigest()
 
 
 def _sources_of(plugin: object) -> list[Path]:
-    """The Python files of the module that a plugin is, or whose class it is; of its whole package where it is in one.
+    """The Python files of a plugin's module, or of its whole top-level package.
 
-    A package that several distributions share (a namespace) has no file, and is not the plugin's own.
+    A namespace package, which several distributions share, has no file and is skipped.
     """
     name = plugin.__name__ if inspect.ismodule(plugin) else type(plugin).__module__
     parts = name.split(".")
@@ -71,10 +73,10 @@ def _sources_of(plugin: object) -> list[Path]:
 
 @contextmanager
 def explaining_rejected(plugins: Plugins) -> Iterator[None]:
-    """Where a graph is read: an error about an operator also says why a plugin's operator of that name was left out.
+    """Around reading a graph: explain in an error about an operator why a plugin's operator of that name was left out.
 
     Raises:
-        UnsupportedError: as the block raised it, with the reasons in its cause, which is what is remembered of it.
+        UnsupportedError: as the block raised it, with the reasons in its cause, the part of it that is remembered.
     """
     try:
         yield

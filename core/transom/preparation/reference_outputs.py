@@ -1,7 +1,7 @@
-"""What the reference computes for the check prompt: once for each model, then kept in the cache.
+"""The outputs of the NumPy reference for the check prompt, computed once for each model and kept in the cache.
 
-The NumPy reference reads the weights layer by layer, so it needs little memory. A graph that is not a decoder gets
-fixed inputs made from their shapes.
+The reference reads the weights layer by layer, so it needs little memory. A graph that is not a decoder gets fixed
+inputs that are generated from their shapes.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ if TYPE_CHECKING:
 
 Array = np.ndarray[Any, np.dtype[Any]]
 InputSpecs = Mapping[str, tuple[str, tuple[int | str | None, ...]]]
-"""Element type (as NumPy names it) and shape by input name."""
+"""Input name -> NumPy element type and shape."""
 
 PROMPT = "The capital of France is Paris, and two plus two is four."
 LONGEST = 32
-"""Tokens of the check prompt, at most."""
+"""Largest number of tokens in the check prompt."""
 
 
 def check_prompt(decoder: Decoder, tokenizer: Tokenizer | None) -> list[int]:
-    """The fixed prompt as token ids: text where there is a tokenizer, else ids spread over the vocabulary."""
+    """The fixed prompt as token ids: a text, or without a tokenizer ids spread over the vocabulary."""
     ids = tokenizer.encode(PROMPT) if tokenizer is not None else []
     ids = [i for i in ids if 0 <= i < decoder.vocabulary]
     if len(ids) < DECODES + 2:
@@ -47,7 +47,7 @@ def reference_logits(graph: Graph, ids: Sequence[int], progress: Callable[[float
     """The reference's logits for every position, float32 [positions, vocabulary].
 
     Raises:
-        SourceError: the reference itself computes values that are not finite, so the weights are damaged.
+        SourceError: the reference itself computes NaN or infinity, so the weights are damaged.
     """
     from transom.reference.executor import Executor
 
@@ -57,16 +57,16 @@ def reference_logits(graph: Graph, ids: Sequence[int], progress: Callable[[float
     logits = np.asarray(Executor(graph).run(inputs, progress=progress)["logits"], np.float32)
     if not np.isfinite(logits).all():
         raise SourceError(
-            "The model computes values that are not numbers: its weights hold NaN or infinity, or overflow",
+            "The reference computes NaN or infinity for this model: its weights hold such values, or overflow",
             "Download or convert the checkpoint again",
         )
     return logits
 
 
 def plain_inputs(specs: InputSpecs) -> dict[str, Array]:
-    """Fixed inputs of a graph without a cache: zeros and ones where whole numbers are wanted, else a normal spread.
+    """Fixed inputs of a graph that is not a decoder: normally distributed floats, and integers of 0 and 1.
 
-    A dimension without a number gets 3, so that those which must be equal are.
+    Each dynamic dimension is 3, so that dimensions which must be equal are.
     """
     rng = np.random.default_rng(7)
     inputs: dict[str, Array] = {}
@@ -83,7 +83,7 @@ _FILE = "golden.npz"
 
 def _key(source: CachedSource) -> str:
     parts = {"graph": source.graph_digest, "transom": version()}
-    return artifact_key({**parts, "source": source.key} if source.foreign else parts)
+    return artifact_key({**parts, "source": source.key} if source.uses_plugin_operators else parts)
 
 
 def keep(cache: Cache, source: CachedSource, outputs: Mapping[str, Array]) -> None:

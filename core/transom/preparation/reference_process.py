@@ -1,5 +1,7 @@
-"""The reference's answer, computed by a process beside the one that compiles: the first load of a model waits for both,
-and each is the interpreter's work to a large part, so that threads would only take turns."""
+"""Computes the reference outputs in a process of its own, in parallel with the one that compiles.
+
+The first load of a model waits for both. Both are largely Python code, so threads would wait for the interpreter lock.
+"""
 
 from __future__ import annotations
 
@@ -13,27 +15,27 @@ from typing import TYPE_CHECKING, Any
 from transom.contract import Cancelled, Progress
 from transom.hardware.cpu import this_host
 from transom.preparation.child import run_in_child
-from transom.preparation.jobs import ENTRY, GOLDEN, Job
+from transom.preparation.jobs import ENTRY, REFERENCE, Job
 
 if TYPE_CHECKING:
     from transom.artifacts import Cache
 
 ROOM = 8
-"""Times the size of the model's files that must be free. The reference unpacks one weight at a time, to float32."""
+"""Free memory needed, as a multiple of the model's files. The reference unpacks one weight at a time, to float32."""
 HEARTBEAT = 0.25
-"""Seconds between two reports."""
+"""Seconds between two progress reports."""
 
 
-def worth_it(job: Job, cache: Cache, free: int | None) -> bool:
-    """Whether the reference's answer is wanted and not known, and there is a processor and memory for it.
+def worth_a_process(job: Job, cache: Cache, free: int | None) -> bool:
+    """Whether the reference outputs are needed and not cached, and a core and memory are free to compute them.
 
     Args:
-        free: bytes of the host's memory, whatever the device; None where nobody knows.
+        free: free bytes of the host's memory, whatever the device; None where unknown.
     """
-    wanted = job.verify or not job.runs  # what is compiled for elsewhere carries it there
+    wanted = job.verify or not job.runs  # an export writes the reference outputs into the bundle
     if not wanted or job.graph or len(this_host().affinity) < 2:
         return False
-    # Only the host comes here. Importing these would keep the child from starting the other process first of all.
+    # Imported here, because the child process imports this module and has to start the second process without delay.
     from transom.preparation import cached_source
     from transom.preparation.reference_outputs import recall
 
@@ -50,24 +52,26 @@ def worth_it(job: Job, cache: Cache, free: int | None) -> bool:
 
 
 @contextmanager
-def reference_beside(payload: Mapping[str, Any]) -> Iterator[Future[Any]]:
-    """While the block runs, a child process computes the golden logits for the job of this payload and keeps them in
-    the cache. The block's end stops it."""
+def reference_in_parallel(payload: Mapping[str, Any]) -> Iterator[Future[Any]]:
+    """While the block runs, a child process computes the reference outputs of this job and keeps them in the cache.
+
+    The end of the block stops it.
+    """
     stop = threading.Event()
 
-    def go_on(stage: str, share: float | None) -> None:
+    def cancel_at_end(stage: str, share: float | None) -> None:
         if stop.is_set():
             raise Cancelled
 
     with ThreadPoolExecutor(1, thread_name_prefix="transom-reference") as threads:
         try:
-            yield threads.submit(run_in_child, ENTRY, {**payload, "work": GOLDEN}, progress=go_on)
+            yield threads.submit(run_in_child, ENTRY, {**payload, "work": REFERENCE}, progress=cancel_at_end)
         finally:
             stop.set()
 
 
 def wait_for(reference: Future[Any], progress: Progress) -> None:
-    """Returns when the process has ended, whatever it made."""
+    """Wait until the process has ended, whatever its result."""
     while not reference.done():
         wait([reference], timeout=HEARTBEAT)
         progress("reference", None)

@@ -1,6 +1,6 @@
-"""The self-check: no compiled model is used before its logits for a fixed prompt agree with the reference's.
+"""The self-check: a compiled model is used only after its logits for a fixed prompt agree with the reference logits.
 
-A graph that is not a decoder is compared by its outputs for fixed inputs.
+For a graph that is not a decoder, the outputs for fixed inputs are compared.
 """
 
 from __future__ import annotations
@@ -23,34 +23,33 @@ if TYPE_CHECKING:
 Array = np.ndarray[Any, np.dtype[Any]]
 
 LIMITS = {True: (0.05, 0.99), False: (0.5, 0.9)}
-"""exact claims or not -> (largest mean divergence in nats, smallest correlation of any position).
+"""Whether all claims are exact -> (largest mean divergence in nats, lowest correlation at any position).
 
-bfloat16 arithmetic stays below 0.005 nats and above 0.999 on the models tried, int8 weights with dynamic int8
-activations below 0.02; a wrong layer or a garbled cache is beyond 1 nat or below 0.5. Approximate claims (4-bit
-re-rounding, FP8, sparse attention) get the wider bound; their fidelity is measured elsewhere.
+On the models tried, bfloat16 arithmetic stays below 0.005 nats and above 0.999, and int8 weights with dynamic int8
+activations stay below 0.02 nats; a wrong layer or a corrupt cache is above 1 nat or below 0.5. Approximate claims
+(4-bit requantization, FP8, sparse attention) get the wider bound; their fidelity is measured elsewhere.
 """
 
 
 def judge(agreement: Agreement, *, exact: bool, backend: str) -> None:
-    """Raise SelfCheckFailed, naming the numbers, when the agreement is outside the limits."""
+    """Raise SelfCheckFailed, with the numbers, if the agreement is outside of the limits."""
     kl, correlation = LIMITS[exact]
     if agreement.kl_mean <= kl and agreement.correlation_min >= correlation:
         return
     raise SelfCheckFailed(
-        f"The backend {backend} does not compute what this model means: {agreement}, against the NumPy reference "
+        f"The backend {backend} does not compute the outputs of this model: {agreement}, against the NumPy reference "
         f"(allowed are {kl} nats and a correlation of {correlation})",
         "Update the engine and its driver, choose another backend, or pass verify='off' to run it anyway",
     )
 
 
 def session_logits(session: Session, ids: Sequence[int], backend: str) -> Array:
-    """The session's logits: a prefill of all but the last tokens, then decodes; float32 [positions, vocabulary].
+    """The session's logits from a prefill and `DECODES` single-token steps; float32 [positions, vocabulary].
 
-    A session with a short context gets as many of the tokens as it holds; static shapes are filled up as the engine
-    does it (`scheduling.fit`).
+    The ids are truncated to the session's context. Static shapes are padded as the engine pads them (`scheduling.fit`).
 
     Raises:
-        EngineError: the session raised or returned rows of the wrong shape.
+        EngineError: the session failed or returned rows of the wrong shape.
     """
     ids = list(ids[: session.limits.context])
     head = max(1, len(ids) - DECODES)
@@ -73,7 +72,7 @@ def session_logits(session: Session, ids: Sequence[int], backend: str) -> Array:
 
 
 def feed(session: Session, state: State, tokens: Sequence[int]) -> list[Array]:
-    """Append tokens to a state, in as many steps as the session's limits ask for; the logits of each step."""
+    """Append tokens to a state, in steps within the session's limits. Returns the logits of each step."""
     limits, left, rows = session.limits, list(tokens), []
     while left:
         fitted = fit(len(left), limits.max_tokens, limits.context - state.length, limits.token_classes)
@@ -94,20 +93,20 @@ def feed(session: Session, state: State, tokens: Sequence[int]) -> list[Array]:
 def verdict(
     session: Session, wanted: Mapping[str, Array], source: CachedSource, *, backend: str, exact: bool
 ) -> dict[str, Any]:
-    """Hold a session against the reference's answers; what to remember, in JSON types.
+    """Compare a session with the reference outputs. Returns the verdict to remember, in JSON types.
 
     Args:
-        wanted: `ids` and `logits`; of a plain graph its outputs, empty where the reference cannot run it.
-        exact: no claim of the backend is approximate.
+        wanted: `ids` and `logits` of a decoder; of another graph its outputs, empty where the reference cannot run it.
+        exact: whether no claim of the backend is approximate.
 
     Raises:
-        SelfCheckFailed: they disagree; names the numbers.
+        SelfCheckFailed: they disagree; contains the numbers.
         EngineError: the session failed.
     """
     if source.decoder is not None:
         got = session_logits(session, wanted["ids"].tolist(), backend)
-        golden = wanted["logits"][: len(got)]
-        agreement, *others = guarded(backend, "checking logits", lambda: agreements(golden, got))
+        expected = wanted["logits"][: len(got)]
+        agreement, *others = guarded(backend, "checking logits", lambda: agreements(expected, got))
         for other in others:
             judge(other, exact=exact, backend=backend)
     elif any(a.dtype.kind == "f" and np.isfinite(a).any() for a in wanted.values()):

@@ -1,6 +1,6 @@
-"""The stages of one job in a child process: read the source, lower, compile, compute the reference outputs, check.
+"""The stages of a job in a child process: read the source, lower, compile, compute the reference outputs, check.
 
-Each stage does nothing where the cache has its result. Not imported on a warm load.
+A stage is skipped where the cache has its result. Not imported on a warm load.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from transom.preparation import cached_source, memory, reference_outputs, selfch
 from transom.preparation.cached_source import CachedSource
 from transom.preparation.calibration_texts import Pieces, pieces
 from transom.preparation.compiled import CompiledModel, is_exact
-from transom.preparation.heads import calibrated
+from transom.preparation.heads import with_shipped_heads
 from transom.preparation.jobs import Job
 from transom.preparation.lowering import Lowered, lower
 from transom.preparation.plugin_calls import guarded, open_session, temporary_files_in
@@ -37,7 +37,7 @@ from transom.sparsity import Sparsity
 
 
 class Preparation:
-    """One job: the stages, and the objects that they hand to each other."""
+    """One job: its stages, and the objects that they pass on."""
 
     def __init__(self, payload: Mapping[str, Any], progress: Progress, reference: Future[Any] | None = None) -> None:
         self.job, self.progress, self._reference = Job.from_payload(payload), progress, reference
@@ -48,7 +48,7 @@ class Preparation:
         self._source: CachedSource | None = None
         self._opened: SourceModel | None = None
         self._key = ""
-        """Of the source that was opened."""
+        """Key of the opened source in the cache."""
 
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:
@@ -60,7 +60,7 @@ class Preparation:
 
     @property
     def plugins(self) -> Plugins:
-        """Their operators are registered, as they must be before a graph that uses them is read."""
+        """The plugins, with their operators registered, which has to happen before a graph that uses them is read."""
         if self._plugins is None:
             self._plugins = load_plugins()
             register_operators(self._plugins)
@@ -70,7 +70,7 @@ class Preparation:
     def plugin(self) -> LoadedBackend:
         if self.job.backend not in self.plugins.backends:
             raise SelectionError(
-                f"The backend {self.job.backend} is not there in a child process",
+                f"The backend {self.job.backend} is not installed for child processes",
                 "Install it as a package, so that every process of this Python finds it",
                 [str(f) for f in self.plugins.failures],
             )
@@ -78,7 +78,7 @@ class Preparation:
 
     # the source -------------------------------------------------------------------------------------------------------
     def source(self) -> CachedSource:
-        """What the cache keeps of the source, read now where it does not."""
+        """The cached source, read now if the cache does not have it."""
         if self._find() is None:
             if self._opened is None:
                 self._read()
@@ -87,8 +87,8 @@ class Preparation:
         assert self._source is not None
         return self._source
 
-    def take(self, source: CachedSource) -> None:
-        """Work with a source that does not come from the cache."""
+    def use_source(self, source: CachedSource) -> None:
+        """Use a source that does not come from the cache."""
         self._source = source
 
     def _find(self) -> CachedSource | None:
@@ -97,14 +97,14 @@ class Preparation:
         return self._source
 
     def graph(self) -> Graph:
-        """The neutral graph: needed to compile and to compute the golden logits, not to load."""
+        """The neutral graph, needed to compile and to compute the reference outputs."""
         if self._graph is None:
             self._read()
             assert self._graph is not None
         return self._graph
 
     def _read(self) -> None:
-        self.plugin  # noqa: B018  refuses a backend that is not there before anything is read
+        self.plugin  # noqa: B018  fails for a missing backend before anything is read
         with self._timed("read"):
             self.progress("read", None)
             if self.job.graph:
@@ -114,7 +114,7 @@ class Preparation:
             opened = self._open(None)
             if cached_source.variant(content, context, opened.graph.decoder) != content:
                 if cached_source.find(self.cache, content, None) is None:
-                    cached_source.keep(self.cache, content, opened)  # by which the host knows that it is a variant
+                    cached_source.keep(self.cache, content, opened)  # the host reads the decoder's context from it
                 key = cached_source.variant(content, context, opened.graph.decoder)
                 opened = self._open(context)
                 assert opened.graph.decoder is not None
@@ -137,41 +137,43 @@ class Preparation:
 
     # the artifact -----------------------------------------------------------------------------------------------------
     def options(self) -> dict[str, Any]:
-        """The user's options with the planned context, and without texts. Raises DoesNotFit as `memory.plan`."""
+        """The user's options with the planned context, without calibration texts. Raises as `memory.plan`."""
         options = {**self.job.options, "calibration": ()}
         plan = memory.plan_for(self.source().decoder, self.job.device, options, self.job.band)
         return options if plan is None else {**options, "context": plan.context}
 
     def texts(self, context: int) -> Pieces:
-        """What a backend may calibrate on; nothing for a graph that is not a decoder."""
+        """The calibration texts for the backend; empty for a graph that is not a decoder."""
         decoder = self.source().decoder
         if decoder is None:
             return ()
         return pieces(self.source().tokenizer(), decoder.vocabulary, context, self.job.texts)
 
     def policy(self) -> Sparsity:
-        """The sparsity policy, with the heads that Transom ships for this model where it has none of its own."""
+        """The sparsity policy, with the heads that Transom ships for this model if the policy has none."""
         policy, source = Sparsity.from_string(self.job.sparsity), self.source()
         if policy.dense or source.decoder is None:
             return policy
-        return calibrated(policy, source.decoder, source.name)[0]
+        return with_shipped_heads(policy, source.decoder, source.name)[0]
 
-    def verified(self, *, again: bool = False) -> StoredArtifact:
-        """The artifact: compiled if it is not there, checked if it has not passed in this place. One process at a time.
+    def verified_artifact(self, *, again: bool = False) -> StoredArtifact:
+        """The artifact: compiled unless the cache has it, checked unless it has passed for this runtime identity.
+
+        Only one process at a time does this.
 
         Args:
-            again: check it even if it has passed before.
+            again: whether to check it even if it has passed before.
         """
         options, key = self.options(), self.source().artifact_key(self.job)
         with self.cache.building(key, self.progress) as slot:
             stored = slot.found or self._compile(slot, options)
             if again:
-                stored.record_verdict(self.job.place, None)
+                stored.record_verdict(self.job.runtime_identity, None)
             if not self.job.runs:
-                self.reference_outputs()  # an export writes them down too, and the graph is in memory now
-            elif not self.job.accepts(stored.verdict(self.job.place)):
+                self.reference_outputs()  # the bundle contains them, and the graph is in memory now
+            elif not self.job.accepts(stored.verdict(self.job.runtime_identity)):
                 wanted = self.reference_outputs() if self.job.verify else {}
-                stored.record_verdict(self.job.place, self.check(stored, wanted))
+                stored.record_verdict(self.job.runtime_identity, self.check(stored, wanted))
         return stored
 
     def _compile(self, slot: Slot, options: Mapping[str, Any]) -> StoredArtifact:
@@ -198,10 +200,10 @@ class Preparation:
             return slot.store(made, origin, self.progress)
 
     def _compiled(self, lowered: Lowered, options: Mapping[str, Any], slot: Slot) -> Artifact:
-        """What the backend compiles; on another disk where the cache's is full.
+        """Compile with the backend; on another disk if the cache's is full.
 
-        The backend's temporary files lie in the cache's slot, so that its artifact is moved into the cache and not
-        copied, and whatever it leaves behind is removed with the slot.
+        The backend's temporary files are in the cache's slot. Its artifact can therefore be moved into the cache, not
+        copied, and files that it leaves behind are removed with the slot.
         """
         backend = self.plugin.backend
 
@@ -228,16 +230,18 @@ class Preparation:
 
     # the check --------------------------------------------------------------------------------------------------------
     def reference_outputs(self) -> dict[str, selfcheck.Array]:
-        """The reference's outputs for the check prompt: `ids` and `logits`. Of a graph that is not a decoder its own
-        outputs, or nothing where they cannot be computed."""
+        """The reference outputs: `ids` and `logits` for the check prompt.
+
+        For a graph that is not a decoder, its outputs by name; empty where they cannot be computed.
+        """
         if self._reference is not None:
-            with self._timed("golden"):
+            with self._timed("reference"):
                 wait_for(self._reference, self.progress)
         source = self._find()
         if source is not None and (known := reference_outputs.recall(self.cache, source)) is not None:
             return known
-        # Where the process beside this one failed, this one fails in the same way, and reports why.
-        with self._timed("golden"):
+        # If the other process failed, this one fails in the same way and reports why.
+        with self._timed("reference"):
             self.progress("reference", None)
             outputs = self._decoder_outputs() if self.graph().decoder is not None else self._plain_outputs()
             reference_outputs.keep(self.cache, self.source(), outputs)
@@ -246,7 +250,7 @@ class Preparation:
     def _decoder_outputs(self) -> dict[str, selfcheck.Array]:
         decoder = self.graph().decoder
         assert decoder is not None
-        # Not by `source`, which would write it to the cache first: the process beside this one does that already.
+        # Not `self.source()`, which would write it to the cache, as the other process does already.
         tokenizer = self.source().tokenizer() if self._opened is None else self._opened.tokenizer
         ids = reference_outputs.check_prompt(decoder, tokenizer)
         return {
@@ -261,13 +265,13 @@ class Preparation:
             inputs = reference_outputs.plain_inputs(self.source().inputs)
             return Executor(self.graph()).run(inputs, progress=self._reference_share)
         except (ValueError, TypeError, UnsupportedError):
-            return {}  # inputs made up from shapes need not mean anything to a graph
+            return {}  # a graph may reject inputs that are generated from shapes alone
 
     def _reference_share(self, share: float) -> None:
         self.progress("reference", share)
 
     def check(self, stored: CompiledModel, wanted: Mapping[str, selfcheck.Array]) -> dict[str, Any]:
-        """Run the artifact and compare it with the reference outputs; the verdict.
+        """Run the artifact and compare it with the reference outputs. Returns the verdict.
 
         Raises:
             SelfCheckFailed: they differ by more than the limits.
@@ -287,7 +291,7 @@ class Preparation:
 
 
 def _is_full(error: BaseException | None) -> TypeGuard[OSError]:
-    """Whether the disk, or this user's share of it, is full. `ndarray.tofile` gives no error number for that."""
+    """Whether the disk or the user's quota is full. `ndarray.tofile` reports that without an error number."""
     if not isinstance(error, OSError):
         return False
     full = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)

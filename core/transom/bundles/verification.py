@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from transom.artifacts import Cache
 from transom.bundles.bundle import open_bundle
-from transom.bundles.manifest import BundleError, Manifest, read_manifest
+from transom.bundles.manifest import BundleError, BundleManifest, read_manifest
 from transom.bundles.opening import load_bundle
 from transom.errors import CacheError, DoesNotFit, OptionError, SelectionError, TransomError
 from transom.loading.load_state import LoadState
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Replayed:
+class VariantResult:
     """One variant."""
 
     variant: str
@@ -36,7 +36,7 @@ class Replayed:
         return f"{self.variant}: {self.state}" + (f" on {self.where}" if self.where else "") + f": {self.text}"
 
 
-def replay(
+def verify_bundle(
     folder: Path,
     *,
     variants: Sequence[str] = (),
@@ -44,7 +44,7 @@ def replay(
     probe_file: str | Path | None = None,
     cache: Cache | None = None,
     progress: Progress | None = None,
-) -> tuple[Manifest, list[Replayed]]:
+) -> tuple[BundleManifest, list[VariantResult]]:
     """Run a bundle's fixed prompt through its variants, once the hash of each file is found to be right.
 
     Args:
@@ -62,27 +62,27 @@ def replay(
         if name not in names:
             raise OptionError(f"The bundle {folder} has no variant {name!r}", f"It has {', '.join(names)}")
     open_bundle(folder, cache, progress, known=False).release()
-    return manifest, [_replay(folder, name, device, probe_file, cache, progress) for name in variants or names]
+    return manifest, [_verify_variant(folder, name, device, probe_file, cache, progress) for name in variants or names]
 
 
-def _replay(
+def _verify_variant(
     folder: Path, name: str, device: str, probe_file: str | Path | None, cache: Cache, progress: Progress
-) -> Replayed:
+) -> VariantResult:
     options: dict[str, Any] = {"context": None, "precision": "auto", "threads": None}
     state = LoadState(LoadOptions(options, Sparsity.parse("off"), (), "always"), cache, progress)
     try:
         with load_bundle(folder, state, device=device, probe_file=probe_file, variant=name) as model:
             report = model.report
-            return Replayed(name, "passed", f"{report.backend} on {report.device.id}", report.check)
+            return VariantResult(name, "passed", f"{report.backend} on {report.device.id}", report.check)
     except SelectionError as error:
         said = f" ({'; '.join(error.details)})" if error.details else ""
-        return Replayed(name, "not here", "", " ".join(filter(None, (f"{error.cause}.", error.fix))) + said)
+        return VariantResult(name, "not here", "", " ".join(filter(None, (f"{error.cause}.", error.fix))) + said)
     except DoesNotFit as error:
-        return Replayed(name, "not here", "", error.cause)
+        return VariantResult(name, "not here", "", error.cause)
     except (OptionError, BundleError, CacheError):
         raise
     except TransomError as error:
-        return Replayed(name, "failed", "", error.cause)
+        return VariantResult(name, "failed", "", error.cause)
 
 
 def _silent(stage: str, share: float | None) -> None:

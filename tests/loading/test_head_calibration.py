@@ -16,8 +16,8 @@ import pytest
 import transom
 from transom.errors import OptionError, SourceError
 from transom.evaluation import head_calibration, head_effects
-from transom.evaluation.head_effects import LOOSE, Effect, share_out
-from transom.preparation.passages import NEARBY, NEEDLES, REPEATED, passages
+from transom.evaluation.head_effects import LOOSE, Effect, head_multipliers
+from transom.evaluation.passages import NEARBY, NEEDLES, REPEATED, passages
 from transom.sparsity import Sparsity
 
 CONTEXT = 2048
@@ -28,27 +28,27 @@ def _effects(divergences: list[list[tuple[float, ...]]]) -> list[list[Effect]]:
 
 
 def test_a_head_that_stands_out_on_any_passage_stays_dense() -> None:
-    heads = share_out(_effects([[(1.0, 1.0)] * 30 + [(9.0, 1.0), (1.0, 9.0)]]))
+    heads = head_multipliers(_effects([[(1.0, 1.0)] * 30 + [(9.0, 1.0), (1.0, 9.0)]]))
     assert heads == ((1.0,) * 30 + (0.0, 0.0),)
 
 
 def test_in_a_small_model_a_tenth_is_nothing_special() -> None:
-    assert share_out(_effects([[(1.0,), (2.0,)], [(1.0,), (1.5,)]])) == ((1.0, 1.0), (1.0, 1.0))
-    assert share_out(_effects([[(1.0,), (40.0,)], [(1.0,), (1.5,)]])) == ((1.0, 0.0), (1.0, 1.0))
+    assert head_multipliers(_effects([[(1.0,), (2.0,)], [(1.0,), (1.5,)]])) == ((1.0, 1.0), (1.0, 1.0))
+    assert head_multipliers(_effects([[(1.0,), (40.0,)], [(1.0,), (1.5,)]])) == ((1.0, 0.0), (1.0, 1.0))
 
 
 def test_a_head_that_matters_nowhere_is_loose() -> None:
-    heads = share_out(_effects([[(0.01, 0.02), (1.0, 1.0)] * 10, [(0.01, 0.9), (1.0, 1.0)] * 10]))
+    heads = head_multipliers(_effects([[(0.01, 0.02), (1.0, 1.0)] * 10, [(0.01, 0.9), (1.0, 1.0)] * 10]))
     assert heads == ((LOOSE, 1.0) * 10, (1.0, 1.0) * 10)
 
 
 def test_a_dense_head_does_not_make_the_others_loose() -> None:
-    heads = share_out(_effects([[(100.0,)] + [(1.0,)] * 20]))
+    heads = head_multipliers(_effects([[(100.0,)] + [(1.0,)] * 20]))
     assert heads == ((0.0,) + (1.0,) * 20,)
 
 
 def test_without_any_effect_nothing_is_dense() -> None:
-    assert share_out(_effects([[(0.0, 0.0)] * 4])) == ((LOOSE,) * 4,)
+    assert head_multipliers(_effects([[(0.0, 0.0)] * 4])) == ((LOOSE,) * 4,)
 
 
 @pytest.fixture

@@ -45,7 +45,7 @@ def model(tmp_path: Path, rng: np.random.Generator) -> Path:
 
 
 def job_of(payload: Payload) -> Job:
-    return Job.from_payload({k: v for k, v in payload.items() if k not in ("work", "beside")})
+    return Job.from_payload({k: v for k, v in payload.items() if k not in ("work", "parallel_reference")})
 
 
 def test_a_first_load_asks_for_it_once(asked: list[Payload], model: Path, tmp_path: Path) -> None:
@@ -54,8 +54,8 @@ def test_a_first_load_asks_for_it_once(asked: list[Payload], model: Path, tmp_pa
         with transom.load(model, device="cpu", cache=cache, precision=precision) as loaded:
             assert "passed" in str(loaded.report)
     assert [payload["work"] for payload in asked] == [jobs.PREPARE, jobs.PREPARE]
-    assert asked[0]["beside"] == (len(os.sched_getaffinity(0)) > 1)
-    assert asked[1]["beside"] is False
+    assert asked[0]["parallel_reference"] == (len(os.sched_getaffinity(0)) > 1)
+    assert asked[1]["parallel_reference"] is False
 
 
 def test_it_needs_a_processor_and_room(
@@ -68,14 +68,14 @@ def test_it_needs_a_processor_and_room(
     for processors, possible in (({0}, False), ({0, 1}, True)):
         host = replace(here, affinity=frozenset(processors))
         monkeypatch.setattr(reference_process, "this_host", lambda host=host: host)
-        assert reference_process.worth_it(job, empty, job.device.free_bytes) == possible
+        assert reference_process.worth_a_process(job, empty, job.device.free_bytes) == possible
     size = model.stat().st_size
     enough = reference_process.ROOM * size + 1
     for free, possible in ((None, False), (size, False), (enough, True)):
-        assert reference_process.worth_it(job, empty, free) == possible
-    assert not reference_process.worth_it(replace(job, verify=False), empty, enough)
-    assert not reference_process.worth_it(replace(job, graph="kept"), empty, enough)
-    assert not reference_process.worth_it(replace(job, model=str(tmp_path / "nowhere")), empty, enough)
+        assert reference_process.worth_a_process(job, empty, free) == possible
+    assert not reference_process.worth_a_process(replace(job, verify=False), empty, enough)
+    assert not reference_process.worth_a_process(replace(job, graph="kept"), empty, enough)
+    assert not reference_process.worth_a_process(replace(job, model=str(tmp_path / "nowhere")), empty, enough)
 
 
 @pytest.mark.parametrize("free", [None, 1 << 34])
@@ -86,8 +86,8 @@ def test_what_is_compiled_for_elsewhere_takes_it_along_and_the_host_s_memory_cou
     wanted: list[bool] = []
 
     def noted(entry: str, payload: Payload, **options: Any) -> Any:
-        wanted.append(payload["beside"])
-        return here.child(entry, {**payload, "beside": False}, **options)
+        wanted.append(payload["parallel_reference"])
+        return here.child(entry, {**payload, "parallel_reference": False}, **options)
 
     monkeypatch.setattr(child_jobs, "run_in_child", noted)
     export(target=HEXAGON, verify="off")
@@ -96,16 +96,16 @@ def test_what_is_compiled_for_elsewhere_takes_it_along_and_the_host_s_memory_cou
 
 def test_the_end_of_the_block_stops_the_process(asked: list[Payload], model: Path, tmp_path: Path) -> None:
     with transom.load(model, device="cpu", cache=transom.Cache(tmp_path / "cache")):
-        payload = {k: v for k, v in asked[0].items() if k != "beside"}
+        payload = {k: v for k, v in asked[0].items() if k != "parallel_reference"}
     payload["cache"] = str(tmp_path / "other")
-    with reference_process.reference_beside(payload) as reference:
+    with reference_process.reference_in_parallel(payload) as reference:
         reference_process.wait_for(reference, lambda stage, share: None)
         assert reference.result().ok
     assert any((tmp_path / "other" / "golden").iterdir())
     start = time.monotonic()
     with (
         pytest.raises(ZeroDivisionError),
-        reference_process.reference_beside({**payload, "model": "/dev/zero"}) as reference,
+        reference_process.reference_in_parallel({**payload, "model": "/dev/zero"}) as reference,
     ):
         raise ZeroDivisionError
     assert reference.done()

@@ -124,7 +124,7 @@ def test_verify_always_computes_the_golden_logits_again_where_they_were_evicted(
         here.cache.golden.lookup(entry.name).discard("evicted")
     with here.load(verify="always") as model:
         assert model.report.check.startswith("passed")
-    assert here.jobs == ["prepare", "golden"]
+    assert here.jobs == ["prepare", "reference_outputs"]
 
 
 def test_approximate_claims_get_the_wider_bound(here: Any) -> None:

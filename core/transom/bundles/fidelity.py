@@ -14,7 +14,7 @@ from transom.errors import FidelityError
 from transom.hardware.probe_file import to_json
 from transom.loading.attempts import Attempt
 from transom.preparation.compiled import CompiledModel, is_exact, precision_and_notes
-from transom.preparation.jobs import PROVE
+from transom.preparation.jobs import FIDELITY
 from transom.selection import Candidate
 
 if TYPE_CHECKING:
@@ -24,13 +24,15 @@ if TYPE_CHECKING:
 ERRORS_FILE = "errors.json"
 """A file of an artifact that backends may write: a list of objects with `node` and `error` (relative), the largest
 first."""
-FINER = {"int4": "int8", "int8": "f16"}
+MORE_EXACT = {"int4": "int8", "int8": "f16"}
 """The more exact precision, by how backends name the one that they compute in."""
-NAMED = 3
+WORST_NAMED = 3
 """Products that a refusal names."""
 
 
-def proved(models: CachedModels, attempt: Attempt, ready: Ready, max_kl: float | None) -> Mapping[str, Any] | None:
+def measured_fidelity(
+    models: CachedModels, attempt: Attempt, ready: Ready, max_kl: float | None
+) -> Mapping[str, Any] | None:
     """The value of `Variant.fidelity`. None where nothing here can run it, and where no proof is needed: it runs here
     and has passed the self-check, it is not a decoder, or `verify` is off.
 
@@ -41,10 +43,10 @@ def proved(models: CachedModels, attempt: Attempt, ready: Ready, max_kl: float |
     if models.state.options.verify == "off" or ready.source.decoder is None:
         return None
     if attempt.runs_here:
-        if max_kl is not None and (kl := checked_kl(ready)) is not None:
-            _require(attempt, ready, kl, max_kl, f"on {attempt.device.id}")
+        if max_kl is not None and (kl := selfcheck_kl(ready)) is not None:
+            _require_bound(attempt, ready, kl, max_kl, f"on {attempt.device.id}")
         return None
-    found = _runs_here(attempt)
+    found = _candidate_here(attempt)
     if found is None:
         return None
     name, device = attempt.candidate.backend, found.device
@@ -54,19 +56,19 @@ def proved(models: CachedModels, attempt: Attempt, ready: Ready, max_kl: float |
     # Some artifacts cannot be opened here, such as a chip's context with shared weights. Then the same graphs and
     # numbers are compiled again for what is here.
     compiled_for = attempt if own else Attempt(attempt.machine, attempt.choice, found)
-    shown = models.jobs.run(PROVE, compiled_for, on=to_json([device]), remove=not own)
+    shown = models.jobs.run(FIDELITY, compiled_for, on=to_json([device]), remove=not own)
     again = "" if own else ", compiled for it once more"
     fidelity = {"where": f"{found.offer.why}, on {device.id}{again}", **shown["fidelity"]}
     from transom.preparation.selfcheck import LIMITS  # imports NumPy
 
     limits = LIMITS[is_exact(ready.compiled)]
-    _require(attempt, ready, fidelity["kl"], limits[0] if max_kl is None else max_kl, fidelity["where"])
+    _require_bound(attempt, ready, fidelity["kl"], limits[0] if max_kl is None else max_kl, fidelity["where"])
     if max_kl is None or max_kl <= limits[0]:  # a wider bound asks for what a load would not accept
         _require_acceptable(attempt, ready, shown["agreements"], limits, fidelity["where"])
     return fidelity
 
 
-def checked_kl(ready: Ready) -> float | None:
+def selfcheck_kl(ready: Ready) -> float | None:
     """The divergence of a decoder in the self-check on this machine, nats; None where there was none."""
     said = ready.verdict
     if ready.source.decoder is None or not isinstance(said, dict) or not said.get("checked"):
@@ -74,13 +76,14 @@ def checked_kl(ready: Ready) -> float | None:
     return float(said["kl_mean"])
 
 
-def _require(attempt: Attempt, ready: Ready, kl: float, bound: float, where: str) -> None:
+def _require_bound(attempt: Attempt, ready: Ready, kl: float, bound: float, where: str) -> None:
     """Raise FidelityError where the divergence is above the bound, or no number."""
     if not kl <= bound:
         raise FidelityError(
             f"What {attempt.candidate.backend} compiled diverges by {kl:.3g} nats from the reference on the fixed "
-            f"prompt ({where}), and {bound:g} are allowed{_worst(ready.compiled)}",
-            f"{_finer(ready)}, give texts like those the model will read (calibration=…), or allow more with max_kl=…",
+            f"prompt ({where}), and {bound:g} are allowed{_worst_products(ready.compiled)}",
+            f"{_more_exact(ready)}, give texts like those the model will read (calibration=…), or allow more with "
+            "max_kl=…",
         )
 
 
@@ -97,15 +100,15 @@ def _require_acceptable(
             raise FidelityError(
                 f"What {attempt.candidate.backend} compiled would fail the self-check where it is loaded: on the fixed "
                 f"prompt it diverges by {kl:.3g} nats with a correlation of {correlation:.3f} ({where}), and "
-                f"{limits[0]:g} nats and {limits[1]:g} are allowed{_worst(ready.compiled)}",
-                f"{_finer(ready)}, or accept it with a max_kl above {limits[0]:g}",
+                f"{limits[0]:g} nats and {limits[1]:g} are allowed{_worst_products(ready.compiled)}",
+                f"{_more_exact(ready)}, or accept it with a max_kl above {limits[0]:g}",
             )
 
 
-def _finer(ready: Ready) -> str:
+def _more_exact(ready: Ready) -> str:
     """The option that makes it more exact."""
     precision, _ = precision_and_notes(ready.source.notes, ready.compiled)
-    better = next((finer for name, finer in FINER.items() if precision.startswith(name)), "")
+    better = next((finer for name, finer in MORE_EXACT.items() if precision.startswith(name)), "")
     return f"Use precision={better!r}" if better else "Choose a precision with more bits"
 
 
@@ -117,7 +120,7 @@ def fidelity_text(fidelity: Mapping[str, Any]) -> str:
     )
 
 
-def _runs_here(attempt: Attempt) -> Candidate | None:
+def _candidate_here(attempt: Attempt) -> Candidate | None:
     """The first device of this machine that the same backend offers to run on."""
     here = {device.id: device for device in attempt.machine.devices if device.kind != "remote"}
     for name, answer in attempt.machine.answers:
@@ -128,9 +131,9 @@ def _runs_here(attempt: Attempt) -> Candidate | None:
     return None
 
 
-def _worst(model: CompiledModel) -> str:
+def _worst_products(model: CompiledModel) -> str:
     path = model.artifact.files.get(ERRORS_FILE)
     if not isinstance(path, Path):
         return ""
-    worst = [f"{e['node']} ({e['error']:.1%})" for e in json.loads(path.read_text(encoding="utf-8"))[:NAMED]]
+    worst = [f"{e['node']} ({e['error']:.1%})" for e in json.loads(path.read_text(encoding="utf-8"))[:WORST_NAMED]]
     return f"; the worst products are {', '.join(worst)}" if worst else ""

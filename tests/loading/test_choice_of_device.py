@@ -165,7 +165,7 @@ def test_auto_cuts_the_context_to_the_memory_that_is_free_and_says_so(here: Any)
         assert model.report.context == model.context
         assert model.report.model_context == byte_llama.CONTEXT
         assert any(
-            f"cut to {model.context} of the model's {byte_llama.CONTEXT} tokens" in w for w in model.report.warnings
+            f"reduced to {model.context} of the model's {byte_llama.CONTEXT} tokens" in w for w in model.report.warnings
         )
         assert model.report.memory["available"] == room
 
