@@ -1,4 +1,4 @@
-"""Transom runs language models on whatever hardware there is.
+"""Transom runs language models on the available hardware.
 
     import transom
 
@@ -6,8 +6,8 @@
     print(model.generate("Why is the sky blue?", max_new_tokens=64).text)
     print(model.report)
 
-Importing this package imports nothing heavy, not even `typing`: each name is loaded when it is first used, and the
-command line can catch a Ctrl-C before anything that takes time.
+Importing this package imports nothing heavy, not even `typing`. Each name is loaded when it is first used, so that the
+command line can handle Ctrl-C before anything slow is imported.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""The functions of the package `transom`: load, export, plan_export, explain, devices, backends. Only this file decides
-whether something is a bundle or a model, and calls the room that handles it.
+"""The functions of the package `transom`: load, export, plan_export, explain, devices, backends.
 
-Imports nothing heavier than a warm load needs. On a warm load nothing but the artifact is read: the probe, the choice,
-the manifest's checks, the engine's import. On a cold one a child process compiles and checks (`transom.preparation`).
+This file alone decides whether its argument is a bundle or a model, and calls the room that handles it. It imports
+nothing that a warm load does not need.
 """
 
 from __future__ import annotations
@@ -54,38 +53,38 @@ def load(
 
     Args:
         model: a GGUF file, a Hugging Face directory, an ONNX file, a `torch.nn.Module` wrapped in
-            `transom.TorchSource`, a transformers model, or a bundle that `transom.export` wrote. A bundle's backend is
-            the one that it names, and `precision`, `sparsity` and what else is built into it are its own: `"auto"` and
-            `"off"` leave them as they are, another value is an OptionError.
-        device: `"auto"`, or an id that `transom.devices()` lists (`"cpu"`, `"cuda:0"`), or several for one model on all
-            of them (`"cuda:0,cuda:1"`). Named, it never falls back.
-        backend: `"auto"`, or a name that `transom.backends()` lists. Named, it never falls back.
-        context: tokens that one sequence may have; None for the model's own, cut to what fits and said so in
-            `report.warnings`.
-        precision: `"auto"`, `"exact"`, `"fast"`, or a form by name; what they mean is the backend's to say, in
-            `model.report.precision`.
-        threads: processor threads; None for every core this process may use.
+            `transom.TorchSource`, a transformers model, or a bundle that `transom.export` wrote. Backend, `precision`,
+            `sparsity` and other built-in options of a bundle are fixed: `"auto"` and `"off"` keep them, and a different
+            value is an OptionError.
+        device: `"auto"`, or an id from `transom.devices()` (`"cpu"`, `"cuda:0"`), or several for one model on all of
+            them (`"cuda:0,cuda:1"`). A named device is never replaced by another.
+        backend: `"auto"`, or a name from `transom.backends()`. A named backend is never replaced by another.
+        context: maximum tokens of a sequence; None for the model's own context, which is reduced to what fits, with a
+            warning in `report.warnings`.
+        precision: `"auto"`, `"exact"`, `"fast"`, or a format by name. The backend defines what they mean, and reports
+            it in `model.report.precision`.
+        threads: processor threads; None for every core that this process may use.
         sparsity: which keys attention reads (`transom.sparsity.Sparsity.parse`): `"off"` for all, `"safe"`,
             `"balanced"`, `"fast"`, `"classic"`, a coverage such as 0.94, a JSON file, or a `Sparsity`.
-        calibration: texts, or text files as `pathlib.Path`, that are like what the model will read, for a backend that
-            rounds activations; empty for passages that come with Python.
+        calibration: texts, or text files as `pathlib.Path`, similar to the model's later input, for a backend that
+            quantizes activations; empty for passages that come with Python.
         verify: `"auto"` compares a new artifact with the reference once on each device, `"always"` at every load,
             `"off"` never.
-        probe_file: devices from a JSON file in place of the probe (`transom doctor --json` writes one).
+        probe_file: a JSON file that replaces the probe of devices (`transom doctor --json` writes one).
         cache: the artifact cache; None for the default one.
-        progress: called with (stage, share done or None); may raise `transom.Cancelled`, which leaves nothing
-            half-done.
+        progress: called with (stage, share done or None). It may raise `transom.Cancelled`, which leaves no partial
+            results.
 
     Raises:
         SourceError: the model cannot be read.
         BundleError: the bundle is damaged, or of a newer Transom.
-        SelectionError: nothing can run it as asked; the details say what each backend answered.
-        DoesNotFit: it needs more memory than there is.
-        SelfCheckFailed, EngineError, UnsupportedError: a named backend cannot run it. `auto` moves on to the next
-            offer and says so in `report.warnings`.
+        SelectionError: no backend can run it with these options; the details contain the answer of each backend.
+        DoesNotFit: it needs more memory than is free.
+        SelfCheckFailed, EngineError, UnsupportedError: a named backend cannot run it. `"auto"` tries the next offer
+            instead, with a warning in `report.warnings`.
         OptionError: an unknown option or value.
     """
-    auto_policy()  # refuses a wrong value of TRANSOM_AUTO, also where it has no effect
+    auto_policy()  # rejects a wrong value of TRANSOM_AUTO, even where it has no effect
     options = checked_options(
         "load",
         context=context,
@@ -124,40 +123,40 @@ def export(
     probe_file: str | Path | None = None,
     **unknown: Any,
 ) -> Exported:
-    """Compile a model for a device and write it down as a bundle, which `transom.load` opens where that device is.
+    """Compile a model for a device and write it as a bundle, which `transom.load` opens on a machine with that device.
 
     Args:
         model: anything that `transom.load` compiles.
-        target: a name of the catalogue (`"rtx-4090"`, also `"remote:rtx-4090"`), or the id of a device that is here
-            (`"cpu"`, `"cuda:0"`); several as a list, or as one text with commas. The bundle has a variant for each.
-        out: the folder to write. It must not exist, or be empty, or be a bundle that is to be overwritten.
-        format: `"auto"`, or what the backend is called that compiles (`"qnn"`, `"onnx"`, `"tensorrt"`); several as a
-            list, or as one text with commas, for each target. Named, no other is taken.
-        context: tokens that one sequence may have; None for the model's own, cut to what fits the target.
+        target: a name of the catalogue (`"rtx-4090"`, also `"remote:rtx-4090"`), or the id of a device of this machine
+            (`"cpu"`, `"cuda:0"`); several as a list, or separated by commas. The bundle has a variant for each.
+        out: the folder to write. It must not exist, be empty, or hold a bundle if `overwrite` is set.
+        format: `"auto"`, or the name of the backend that compiles (`"qnn"`, `"onnx"`, `"tensorrt"`); several as a list,
+            or separated by commas, each for every target. A named backend is never replaced by another.
+        context: maximum tokens of a sequence; None for the model's own context, reduced to what fits the target.
         precision, sparsity: as for `transom.load`; built into the bundle.
-        calibration: texts, or text files as `pathlib.Path`, for a backend that rounds activations; empty for passages
-            that come with Python.
-        verify: `"auto"` compares what is compiled for a device of this machine with the reference where that has not
-            been done, `"always"` in any case, and `"off"` only runs it. What is compiled for elsewhere is compared
-            on what can run it here, an emulator, and where it is loaded.
-        max_kl: nats that the logits of what is compiled for elsewhere may diverge by from the reference's (mean over
-            the fixed prompt); None for the bound of the self-check. It counts where something here can run it; where
-            nothing can, a warning says so.
-        app: an APK, AAR, app bundle or folder whose native libraries are compared with what the variants need, before
-            anything is written; None: no app is looked at.
-        overwrite: whether a bundle that is in `out` may be replaced.
+        calibration: texts, or text files as `pathlib.Path`, for a backend that quantizes activations; empty for
+            passages that come with Python.
+        verify: for a device of this machine, `"auto"` compares a new artifact with the reference, `"always"` also one
+            that has passed before, and `"off"` only runs it. A variant for another device is compared on something
+            that can run it here, such as an emulator, and again where it is loaded.
+        max_kl: largest mean divergence of the logits from the reference logits on the fixed prompt, in nats; None for
+            the bound of the self-check. Where nothing here can run the variant, a warning is given instead.
+        app: an APK, AAR, app bundle or folder; before anything is written, its native libraries are compared with those
+            that the variants need. None for no comparison.
+        overwrite: whether a bundle in `out` may be replaced.
         cache: the artifact cache; None for the default one.
         progress: called with (stage, share done or None); may raise `transom.Cancelled`.
-        probe_file: devices from a JSON file in place of the probe.
+        probe_file: a JSON file that replaces the probe of devices.
 
-    Whatever ends it early leaves no bundle and an older one as it was.
+    An export that ends early writes no bundle and leaves an older one unchanged.
 
     Raises:
-        OptionError: an unknown target, option or value, `out` is in use, or the app lacks libraries or has such as
-            phones do not load.
+        OptionError: an unknown target, option or value; `out` is in use; or the app lacks libraries, or contains some
+            that phones do not load.
         BundleError: the bundle cannot be written.
-        SelectionError: no backend compiles for the target; the details say what each answered.
-        FidelityError: what was compiled diverges by more than `max_kl`; names the worst products.
+        SelectionError: no backend compiles for the target; the details contain the answer of each backend.
+        FidelityError: the compiled model diverges by more than `max_kl`; names the matrix products with the largest
+            errors.
         SourceError, UnsupportedError, DoesNotFit, EngineError, SelfCheckFailed: as for `transom.load`.
     """
     from transom.bundles.exporting import export_model
@@ -260,20 +259,20 @@ def _state(options: LoadOptions, cache: Cache | None, progress: Progress | None)
 
 
 def devices(probe_file: str | Path | None = None) -> tuple[Device, ...]:
-    """What the probe found: CPUs, GPUs, NPUs, and the catalogue of targets that can be compiled for.
+    """The devices that the probe found: CPUs, GPUs and NPUs, and the catalogue of targets that can be compiled for.
 
     Args:
-        probe_file: read the devices from this JSON file in place of probing.
+        probe_file: a JSON file that replaces the probe of devices.
 
     Raises:
-        OptionError: the probe file cannot be read; names the key that is wrong.
+        OptionError: the probe file cannot be read; names the wrong key.
     """
     return hardware.probe_devices(None if probe_file is None else Path(probe_file))
 
 
 @dataclass(frozen=True)
 class InstalledBackend:
-    """A backend that was found, and what it says about the devices here."""
+    """An installed backend, with its answers about the devices of this machine."""
 
     name: str
     distribution: str
@@ -283,7 +282,7 @@ class InstalledBackend:
 
 @dataclass(frozen=True)
 class Backends:
-    """Every backend that is installed, and every plugin that failed with its cause and fix."""
+    """The installed backends, and the plugins that failed, with cause and fix."""
 
     installed: tuple[InstalledBackend, ...]
     failures: tuple[PluginFailure, ...]
@@ -304,11 +303,11 @@ class Backends:
 
 
 def backends(probe_file: str | Path | None = None) -> Backends:
-    """What is installed, what it offers on this machine, what failed to load and how to fix it."""
+    """The installed backends with their answers about this machine, and the plugins that failed to load."""
     from transom.preparation.plugin_operators import register_operators
 
     machine = survey(probe_file)
-    register_operators(machine.plugins)  # asked for here, as it may find more that is broken
+    register_operators(machine.plugins)  # this may add to the failures
     here = {d.id for d in machine.devices if d.kind != "remote"}
     installed = tuple(
         InstalledBackend(
@@ -325,19 +324,19 @@ def backends(probe_file: str | Path | None = None) -> Backends:
 def explain(
     model: Any, device: str = "auto", *, sparsity: Any = "off", probe_file: str | Path | None = None
 ) -> Explanation:
-    """Every backend against every device, and against every node of the model, before anything is compiled.
+    """Explain what each backend does with each device and each node of the model. Compiles nothing.
 
     Args:
-        model: anything `load` takes, or a `transom.graph.Graph`. A bundle has no nodes any more: its backend alone is
-            asked, whether it fits the device.
-        device: `"auto"` for every device that is here, or the name of one (a remote target too).
+        model: anything that `load` takes, or a `transom.graph.Graph`. A bundle has no nodes; for it, the answers tell
+            whether its variants fit the devices.
+        device: `"auto"` for every device of this machine, or the name of a device or a remote target.
         sparsity: which keys attention reads, as for `load`.
-        probe_file: devices from this JSON file in place of the probe.
+        probe_file: a JSON file that replaces the probe of devices.
 
     Raises:
         SourceError: the model cannot be read.
         BundleError: a bundle's manifest is damaged, or of a newer Transom.
-        OptionError: there is no such device, or the probe file cannot be read.
+        OptionError: the device does not exist, or the probe file cannot be read.
         SelectionError: a bundle's backend is not installed.
     """
     from transom.bundles.explaining import explain_bundle

@@ -269,7 +269,7 @@ def test_a_backend_that_is_not_installed_is_named_with_what_to_install(here: Any
     with pytest.raises(SelectionError, match=r"needs the backend sound \(of made-up 1\.0\)") as caught:
         here.load(made.folder)
     assert "pip install made-up" in caught.value.fix
-    assert "Backends that are there: reference" in caught.value.details
+    assert "Installed backends: reference" in caught.value.details
     with pytest.raises(SelectionError, match="needs the backend"):
         transom.explain(made.folder)
 
@@ -336,7 +336,7 @@ def test_verify_always_compares_again_before_a_bundle_is_written(here: Any, expo
 
 def test_what_a_fresh_one_would_do_faster_is_said_of_a_bundle_as_of_a_model(here: Any, export: Any) -> None:
     here.use(MadeUp("sound", "check:slower"))
-    said = "The compiled model is slower here than a fresh one: said slower"
+    said = "The compiled model is slower here than a newly compiled one: said slower"
     assert said in export().warnings
     with here.load() as model:
         assert said in model.report.warnings

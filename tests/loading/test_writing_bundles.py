@@ -28,8 +28,8 @@ def test_only_a_bundle_gives_its_place_to_another_and_only_when_told(here: Any, 
     (tmp_path / "empty").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "empty")
     for out, said in (
-        ("file", "is no folder"),
-        ("link", "is no folder"),
+        ("file", "is not a folder"),
+        ("link", "is not a folder"),
         ("full", "is not empty"),
         ("none/bundle", "There is no folder"),
     ):

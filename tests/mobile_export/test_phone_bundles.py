@@ -73,7 +73,7 @@ def test_every_variant_says_how_it_compares_with_the_reference(bundle: transom.E
         assert fidelity["cosine"] > 0.9
         assert ("HTP emulator" in fidelity["where"]) == variant["name"].startswith("qnn")
     shared, _, apart, _ = (v["fidelity"]["where"] for v in manifest_of(bundle)["variants"])
-    assert "compiled for it once more" in shared, "the emulator opens no context that shares its weights"
+    assert "compiled for it again" in shared, "the emulator opens no context that shares its weights"
     assert "once more" not in apart
 
 

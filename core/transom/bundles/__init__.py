@@ -1,1 +1,1 @@
-"""Compiled models as folders: the manifest, export, opening, proving, and the plan of an export."""
+"""Compiled models as folders: manifest, export, loading, verification, and the plan of an export."""

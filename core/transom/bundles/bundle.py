@@ -1,4 +1,4 @@
-"""A bundle on disk: its files are checked before anything in it is opened. On the warm path: imports nothing heavy."""
+"""A bundle on disk. Its files are checked before any of them is opened. On the warm path: imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ T = TypeVar("T")
 
 
 class Bundle:
-    """A bundle whose files are all there and as they were written. Held until `release`.
+    """A bundle whose files have been checked, with one variant selected. Its scratch folder is held until `release`.
 
     It is a `CompiledModel`, and the `Files` of its source. Verdicts are kept in the cache of this machine; nothing is
-    ever written into its folder.
+    written into the bundle.
 
     Args:
-        variant: the one that is opened.
+        variant: the selected variant.
     """
 
     def __init__(self, folder: Path, manifest: BundleManifest, key: str, cache: Cache, variant: Variant) -> None:
@@ -54,12 +54,12 @@ class Bundle:
         )
 
     def of(self, variant: Variant) -> Bundle:
-        """The same bundle with another of its variants open."""
+        """The same bundle with another variant selected."""
         return Bundle(self.folder, self.manifest, self._whole, self._cache, variant)
 
     @property
     def files(self) -> dict[str, Path]:
-        """Of the bundle's root and below."""
+        """Every file of the bundle by its name in the manifest."""
         return {name: self.folder / name for name in self.manifest.files}
 
     def read(self, name: str) -> bytes:
@@ -67,12 +67,12 @@ class Bundle:
 
     @property
     def source(self) -> CachedSource:
-        """What a source would bring besides the graph."""
+        """The source's parts other than the graph."""
         m = self.manifest
         return _Source(m.name, m.kind, m.model_notes, m.decoder, m.graph, m.inputs, self, m.uses_plugin_operators)
 
     def reference_outputs(self) -> dict[str, Any]:
-        """The reference outputs: `ids` and `logits`; of a graph that is not a decoder its own outputs.
+        """The reference outputs: `ids` and `logits`, or the outputs by name of a graph that is not a decoder.
 
         Raises:
             BundleError: they do not match the manifest.
@@ -104,7 +104,7 @@ class Bundle:
 
     @property
     def scratch(self) -> Path:
-        """The folder for `Backend.load`, in the cache; a temporary one where that cannot be written."""
+        """The scratch folder for `Backend.load`, in the cache; a temporary one if the cache cannot be written."""
         if self._overflow is None:
             folder = self._cache.root / SCRATCH / self.key
             try:
@@ -126,14 +126,14 @@ class Bundle:
         self._cache.remember(_NOTEBOOK, self._verdict_key(where), verdict)
 
     def discard(self, reason: str) -> None:
-        """Forget the verdicts that were read, which are no longer true. The files stay."""
+        """Forget the verdicts that were read, because they no longer hold. The files stay."""
         for where in self._places:
             self._cache.remember(_NOTEBOOK, self._verdict_key(where), None)
 
     def release(self) -> None:
         if self._hold is not None:
             self._hold.release()
-        self._hold = self._overflow = None  # it may be opened again, and its folder must be held then
+        self._hold = self._overflow = None  # opening it again must hold the folder again
 
     def _verdict_key(self, where: str) -> str:
         return artifact_key({"bundle": self.key, "place": where})
@@ -143,7 +143,7 @@ _NOTEBOOK = "bundles"
 
 
 class _Source(CachedSource):
-    """The source of a bundle. A damaged text file is an error that names the file."""
+    """The source of a bundle. Its errors name the damaged file."""
 
     files: Bundle
 
@@ -164,14 +164,14 @@ class _Source(CachedSource):
 
 
 def open_bundle(folder: Path, cache: Cache, progress: Progress | None = None, *, known: bool = True) -> Bundle:
-    """Open a bundle, once each of its files is found to be there and as it was written.
+    """Open a bundle after checking each of its files against the manifest.
 
     Args:
-        known: a file's hash is computed the first time, and when its size, time or inode has changed since. False:
-            each is computed now.
+        known: whether to use remembered hashes of files whose size, time and inode have not changed. If not, every hash
+            is computed.
 
     Raises:
-        BundleError: a file is missing, cut, altered or no plain file, or there is one that does not belong to it.
+        BundleError: a file is missing, truncated, altered or not a plain file, or does not belong to the bundle.
     """
     manifest = read_manifest(folder)
     found = files_in(folder)
@@ -191,7 +191,7 @@ def open_bundle(folder: Path, cache: Cache, progress: Progress | None = None, *,
 def _damage(
     path: Path, record: FileRecord, hash_of: Callable[[Path, Progress | None], str], progress: Progress | None
 ) -> str:
-    """What is wrong with a file; empty where nothing is."""
+    """What is wrong with a file; empty if nothing is."""
     try:
         state = path.lstat()
         if not stat.S_ISREG(state.st_mode):
@@ -208,7 +208,7 @@ def _damage(
 
 
 def files_in(folder: Path) -> set[str]:
-    """Every file below, links included, as the manifest names them, without the manifest."""
+    """Every file and link in a bundle, by its name in the manifest, without the manifest itself."""
     found = set()
     for parent, folders, names in os.walk(folder):
         links = [name for name in folders if os.path.islink(os.path.join(parent, name))]

@@ -1,4 +1,4 @@
-"""Compiled models in a bundle: nothing is compiled, and a child process checks what has never run here."""
+"""Compiled models in a bundle: nothing is compiled; a child process checks a variant that has never run here."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _CHECK = "transom.bundles.checking:check"
 
 
 class BundleModels:
-    """The compiled models of one load, see `CompiledModels`: the one variant that is open."""
+    """The compiled models of one load, see `CompiledModels`: only the selected variant of a bundle."""
 
     def __init__(self, jobs: ChildJobs, bundle: Bundle) -> None:
         self.jobs, self.bundle = jobs, str(bundle.folder)
@@ -36,7 +36,7 @@ class BundleModels:
         """As `find`.
 
         Args:
-            verdict_now: the verdict that a child process has just reported, in case the cache could not keep it.
+            verdict_now: verdict that a child process has just reported, for a cache that could not keep it.
         """
         bundle, job = self._bundle, self.jobs.job(attempt)
         fits = verdict_on(attempt.candidate.backend, bundle.artifact, attempt.machine.plugins, attempt.device)
@@ -56,7 +56,7 @@ class BundleModels:
         found = self._find(attempt, verdict)
         if isinstance(found, NotReady):
             raise EngineError(
-                f"The bundle {self.bundle} was checked just now and may not be opened: {found.reason}",
+                f"The bundle {self.bundle} has just been checked and may not be opened: {found.reason}",
                 "Load it again, or export the model again",
             )
         return found
@@ -66,6 +66,6 @@ class BundleModels:
 
 
 def verdict_on(name: str, artifact: Artifact, plugins: Plugins, device: Device) -> Verdict:
-    """What a backend says of an artifact on a device."""
+    """The backend's verdict on an artifact for a device."""
     backend = plugins.backends[name].backend
     return guarded(name, "checking a compiled model", lambda: backend.check(artifact, device))

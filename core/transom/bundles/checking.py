@@ -1,4 +1,4 @@
-"""Checking a bundle where it has never run: a job of the child process. Imported nowhere else."""
+"""The job of the child process that checks a bundle where it has never run. Imported nowhere else."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transom.preparation.stages import Preparation
 
 
 def check(payload: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
-    """Open a bundle and compare it with the reference's answers that it carries; returns the verdict.
+    """Open a bundle and compare it with the reference outputs that it contains. Returns the verdict.
 
     Args:
         payload: the job, and the name of the `variant`.

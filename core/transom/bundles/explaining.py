@@ -1,4 +1,4 @@
-"""What `transom.explain` says of a bundle, which is compiled already: its backends against every device."""
+"""`transom.explain` for a bundle: which devices its backends can open it on. No nodes are left to explain."""
 
 from __future__ import annotations
 

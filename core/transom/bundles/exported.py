@@ -1,4 +1,4 @@
-"""What an export reports: the bundle that was written, for people (`str`) and for programs (`to_dict`)."""
+"""The report of an export: human-readable (`str`) and machine-readable (`to_dict`)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transom.preparation.memory import size
 
 @dataclass(frozen=True)
 class ExportedVariant:
-    """What one backend compiled for one target."""
+    """The result of one backend for one target."""
 
     name: str
     backend: str
@@ -22,15 +22,15 @@ class ExportedVariant:
     device: Device
     """The target."""
     precision: str
-    """In what numbers it computes, as the backend says."""
+    """Compute precision, as the backend reports it."""
     context: int
     """Tokens that it was compiled for; 0 for a graph that is not a decoder."""
     notes: tuple[str, ...]
-    """What was changed on the way."""
+    """Changes to the model and its graph."""
     check: str
-    """The verdict of the self-check, or what an emulator showed; for a device that is not here, that there was none."""
+    """Result of the self-check or of the comparison on an emulator, or that neither was possible here."""
     fidelity: Mapping[str, Any] | None
-    """As in the manifest."""
+    """As `Variant.fidelity` in the manifest."""
 
     def lines(self) -> list[str]:
         where = f"{self.device.id} ({self.device.name})" if self.device.name else self.device.id
@@ -50,12 +50,12 @@ class ExportedVariant:
 
 @dataclass(frozen=True)
 class Exported:
-    """A bundle that was written, for people (`str`) and for programs (`to_dict`)."""
+    """A bundle that was written."""
 
     folder: Path
     model: str
     variants: tuple[ExportedVariant, ...]
-    """In the order in which they were asked for."""
+    """In the order of the requested targets and formats."""
     files: Mapping[str, int]
     """Bytes by name, the manifest included."""
     warnings: tuple[str, ...]

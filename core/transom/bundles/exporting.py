@@ -1,8 +1,8 @@
-"""Exporting a model: compiled for devices that need not be here, and written as a bundle that runs there.
+"""Exports a model: compiles it for devices that need not be in this machine, and writes it as a bundle.
 
-As far as the compiled model it goes the way of a load: the choice, the child process, the cache. A model for a device
-of this machine is checked here. One for another device is compared with the reference where something here, such as an
-emulator, can run it. Then it is written with everything that a load needs.
+Compiling works as in a load: the choice, the child process, the cache. A model for a device of this machine is checked
+here. One for another device is compared with the reference if something here, such as an emulator, can run it. The
+bundle is then written with everything that a load needs.
 """
 
 from __future__ import annotations
@@ -40,17 +40,17 @@ from transom.sources import bundle_at
 from transom.sources.resolve import BUNDLE_MANIFEST
 
 _FOREIGN = re.compile(r'[\\:*?"<>|]')
-"""Characters that file names cannot have on every system."""
+"""Characters that are not allowed in file names on some systems."""
 LIBRARIES_FILE = "libraries.json"
-"""A file of an artifact that backends may write: a list of the file names of the native libraries that an app needs."""
+"""Optional file of an artifact, written by the backend: a list of native libraries that an app needs, by file name."""
 MEMORY_FILE = "memory.json"
-"""A file of an artifact that backends may write: an object with `weights`, `workspace` and `cache_per_token` in bytes,
-where the backend knows them better than the memory plan."""
+"""Optional file of an artifact, written by the backend: an object with `weights`, `workspace` and `cache_per_token` in
+bytes, which replace those of the memory plan."""
 
 
 @dataclass(frozen=True)
 class _Compiled:
-    """What was compiled for one target."""
+    """The compiled model for one target."""
 
     attempt: Attempt
     ready: Ready
@@ -79,7 +79,7 @@ def export_model(
     folder = _place(out)
     require_free(folder, overwrite=overwrite)
     if app is not None:
-        require_libraries(app, ())  # before anything is compiled: is it an app, and does Android load what it has?
+        require_libraries(app, ())  # before compiling: is it an app, and can Android load its libraries?
     chosen = [backends_for(name, backend, probe_file) for name, backend in pairs]
     models = CachedModels(ChildJobs(state, identify(model, state, chosen[0][0].plugins)))
     made: list[_Compiled] = []
@@ -100,7 +100,7 @@ def export_model(
 
 
 def _compile(models: CachedModels, attempt: Attempt, max_kl: float | None) -> _Compiled:
-    """Compile for one candidate, and compare it with the reference where something here can run it."""
+    """Compile for one candidate, and compare with the reference if something here can run it."""
     found = models.find(attempt)
     ready = found if isinstance(found, Ready) else models.prepare(attempt)
     try:
@@ -115,7 +115,7 @@ def _compile(models: CachedModels, attempt: Attempt, max_kl: float | None) -> _C
 def _check_bound(max_kl: object, verify: str) -> None:
     number = isinstance(max_kl, int | float) and not isinstance(max_kl, bool)
     if max_kl is not None and not (number and 0 < max_kl < math.inf):  # type: ignore[operator]
-        raise OptionError(f"max_kl={max_kl!r} is no bound", "Give nats above 0, such as 0.1")
+        raise OptionError(f"max_kl={max_kl!r} is not a bound", "Give nats above 0, such as 0.1")
     if max_kl is not None and verify == "off":
         raise OptionError(
             f"max_kl={max_kl!r} needs the comparison that verify='off' leaves out", "Leave one of the two out"
@@ -123,16 +123,17 @@ def _check_bound(max_kl: object, verify: str) -> None:
 
 
 def _uncompared(variants: Sequence[Variant], made: Sequence[_Compiled], max_kl: float) -> list[str]:
-    """Warnings about variants that could not be compared with the bound."""
+    """Warnings about variants that could not be compared, so that the bound was not applied."""
     pairs = zip(variants, made, strict=True)
     names = [variant.name for variant, one in pairs if one.fidelity is None and selfcheck_kl(one.ready) is None]
     return [
-        f"Nothing here could compare {name} with the reference: max_kl={max_kl:g} says nothing of it" for name in names
+        f"Nothing here could compare {name} with the reference, so max_kl={max_kl:g} was not applied to it"
+        for name in names
     ]
 
 
 def _place(out: str | Path) -> Path:
-    """The folder as an absolute path, its parents' links followed."""
+    """The folder as an absolute path, with links in its parents resolved."""
     try:
         path = Path(out).expanduser().absolute()
         if "\0" in path.name:
@@ -141,7 +142,7 @@ def _place(out: str | Path) -> Path:
             return path.parent.resolve() / path.name
     except TypeError:
         raise OptionError(f"out={out!r} is not a path", "Give the folder to write") from None
-    except (OSError, RuntimeError, ValueError) as error:  # no such user, links that go in a circle, a zero byte
+    except (OSError, RuntimeError, ValueError) as error:  # unknown user, circular links, a zero byte
         raise OptionError(f"out={str(out)!r} cannot be a folder: {error}", "Give another one") from None
     raise OptionError(f"out={str(out)!r} names no folder", "Give the folder to write")
 
@@ -187,7 +188,7 @@ def _write(
 
 
 def _names(made: Sequence[_Compiled]) -> list[str]:
-    """Names of the variants: the backend, and the target where the backend alone is ambiguous."""
+    """Names of the variants: the backend, with the target where several variants have that backend."""
     backends = [one.attempt.candidate.backend for one in made]
     names = []
     for backend, one in zip(backends, made, strict=True):
@@ -221,13 +222,13 @@ def _variant_files(name: str, one: _Compiled) -> VariantFiles:
         fidelity=one.fidelity,
         files={},
     )
-    # An artifact of several GB that nothing here opens is moved, not copied. One that runs here stays in the cache.
+    # An artifact that nothing here opens can have several GB: it is moved. One that runs here stays in the cache.
     take = compiled.remove if not attempt.runs_here and isinstance(compiled, StoredArtifact) else None
     return VariantFiles(variant, compiled.artifact.files, take)
 
 
 def _json_file(compiled: CompiledModel, name: str) -> Any:
-    """The content of a JSON file of an artifact; None where it is not there."""
+    """The content of a JSON file of an artifact; None if the artifact has no such file."""
     path = compiled.artifact.files.get(name)
     return json.loads(path.read_text(encoding="utf-8")) if isinstance(path, Path) else None
 
@@ -275,4 +276,4 @@ def _result(variant: Variant, one: _Compiled) -> ExportedVariant:
 def _check_text(one: _Compiled) -> str:
     if one.fidelity is not None:
         return fidelity_text(one.fidelity)
-    return verdict_text(one.ready.verdict) or "none here: it is done where the bundle is loaded"
+    return verdict_text(one.ready.verdict) or "not possible here; it is done where the bundle is loaded"

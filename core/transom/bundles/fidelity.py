@@ -1,5 +1,8 @@
-"""Proving what was compiled for a device that is not here: where something here can run it, such as an emulator, its
-logits are compared with the reference's. If they differ too much, the bundle is not written."""
+"""Measures the fidelity of a model that was compiled for a device that is not in this machine.
+
+If something here can run it, such as an emulator, its logits are compared with the reference logits. If they differ too
+much, the bundle is not written.
+"""
 
 from __future__ import annotations
 
@@ -22,23 +25,24 @@ if TYPE_CHECKING:
     from transom.loading.compiled_models import Ready
 
 ERRORS_FILE = "errors.json"
-"""A file of an artifact that backends may write: a list of objects with `node` and `error` (relative), the largest
-first."""
+"""Optional file of an artifact, written by the backend: objects with `node` and relative `error`, largest first."""
 MORE_EXACT = {"int4": "int8", "int8": "f16"}
-"""The more exact precision, by how backends name the one that they compute in."""
+"""Start of the reported compute precision -> a more exact precision."""
 WORST_NAMED = 3
-"""Products that a refusal names."""
+"""Number of matrix products that an error names."""
 
 
 def measured_fidelity(
     models: CachedModels, attempt: Attempt, ready: Ready, max_kl: float | None
 ) -> Mapping[str, Any] | None:
-    """The value of `Variant.fidelity`. None where nothing here can run it, and where no proof is needed: it runs here
-    and has passed the self-check, it is not a decoder, or `verify` is off.
+    """The value of `Variant.fidelity`.
+
+    None where nothing here can run the model, and where no comparison is needed: the model runs here and has passed the
+    self-check, it is not a decoder, or `verify` is off.
 
     Raises:
-        FidelityError: the divergence is above the bound; names the products with the largest errors.
-        EngineError: it cannot be run.
+        FidelityError: the divergence is above the bound; names the matrix products with the largest errors.
+        EngineError: the model cannot be run.
     """
     if models.state.options.verify == "off" or ready.source.decoder is None:
         return None
@@ -52,32 +56,32 @@ def measured_fidelity(
     name, device = attempt.candidate.backend, found.device
     own = verdict_on(name, ready.compiled.artifact, attempt.machine.plugins, device).state in ("ok", "slower")
     if not own and not found.offer.by_name:
-        return None  # a real device, but another one
-    # Some artifacts cannot be opened here, such as a chip's context with shared weights. Then the same graphs and
-    # numbers are compiled again for what is here.
+        return None  # a real device, but not the target
+    # Some artifacts cannot be opened here, such as a chip's context with shared weights. Then the same graphs with the
+    # same quantized weights are compiled again for the device that is here.
     compiled_for = attempt if own else Attempt(attempt.machine, attempt.choice, found)
-    shown = models.jobs.run(FIDELITY, compiled_for, on=to_json([device]), remove=not own)
-    again = "" if own else ", compiled for it once more"
-    fidelity = {"where": f"{found.offer.why}, on {device.id}{again}", **shown["fidelity"]}
+    measured = models.jobs.run(FIDELITY, compiled_for, on=to_json([device]), remove=not own)
+    again = "" if own else ", compiled for it again"
+    fidelity = {"where": f"{found.offer.why}, on {device.id}{again}", **measured["fidelity"]}
     from transom.preparation.selfcheck import LIMITS  # imports NumPy
 
     limits = LIMITS[is_exact(ready.compiled)]
     _require_bound(attempt, ready, fidelity["kl"], limits[0] if max_kl is None else max_kl, fidelity["where"])
-    if max_kl is None or max_kl <= limits[0]:  # a wider bound asks for what a load would not accept
-        _require_acceptable(attempt, ready, shown["agreements"], limits, fidelity["where"])
+    if max_kl is None or max_kl <= limits[0]:  # with a wider bound the user accepts more than a load does
+        _require_acceptable(attempt, ready, measured["agreements"], limits, fidelity["where"])
     return fidelity
 
 
 def selfcheck_kl(ready: Ready) -> float | None:
-    """The divergence of a decoder in the self-check on this machine, nats; None where there was none."""
-    said = ready.verdict
-    if ready.source.decoder is None or not isinstance(said, dict) or not said.get("checked"):
+    """The divergence in nats from the self-check on this machine; None without a check or for another graph."""
+    verdict = ready.verdict
+    if ready.source.decoder is None or not isinstance(verdict, dict) or not verdict.get("checked"):
         return None
-    return float(said["kl_mean"])
+    return float(verdict["kl_mean"])
 
 
 def _require_bound(attempt: Attempt, ready: Ready, kl: float, bound: float, where: str) -> None:
-    """Raise FidelityError where the divergence is above the bound, or no number."""
+    """Raise FidelityError if the divergence is above the bound or NaN."""
     if not kl <= bound:
         raise FidelityError(
             f"What {attempt.candidate.backend} compiled diverges by {kl:.3g} nats from the reference on the fixed "
@@ -94,7 +98,7 @@ def _require_acceptable(
     limits: tuple[float, float],
     where: str,
 ) -> None:
-    """Raise FidelityError where the self-check of a load would not let it through."""
+    """Raise FidelityError if the model would fail the self-check of a load."""
     for kl, correlation in agreements:
         if not (kl <= limits[0] and correlation >= limits[1]):
             raise FidelityError(
@@ -106,7 +110,7 @@ def _require_acceptable(
 
 
 def _more_exact(ready: Ready) -> str:
-    """The option that makes it more exact."""
+    """Advice on a more exact precision."""
     precision, _ = precision_and_notes(ready.source.notes, ready.compiled)
     better = next((finer for name, finer in MORE_EXACT.items() if precision.startswith(name)), "")
     return f"Use precision={better!r}" if better else "Choose a precision with more bits"

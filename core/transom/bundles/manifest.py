@@ -1,6 +1,6 @@
-"""The manifest of a bundle: what it says about itself. `docs/bundles.md` describes the file for other programs.
+"""The manifest of a bundle, a folder of compiled models that can be copied to another machine.
 
-A bundle is a folder of compiled models that can be carried to another machine. On the warm path: imports nothing heavy.
+`docs/bundles.md` describes the file for other programs. On the warm path: imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 from transom.artifacts import FileRecord
 from transom.artifacts.entries import check_file_name
@@ -20,29 +20,25 @@ from transom.hardware.probe_file import to_json
 from transom.signature import Decoder
 from transom.sources.resolve import BUNDLE_KEY, BUNDLE_MANIFEST
 
-if TYPE_CHECKING:
-    pass
-
-T = TypeVar("T")
-
 VERSION = 1
-"""Of the manifest. Rises when a reader of the old one would misread the new one; keys are added without that."""
+"""Version of the manifest. Increase it if an old reader would misread a new file; new keys do not need that."""
 COPY_AGAIN = "Copy it again from where it was made, or export the model again"
-"""What to do about a damaged bundle."""
+"""The fix for a damaged bundle."""
 REFERENCE_FILE = "golden.npz"
+"""The reference outputs."""
 SHARED = "shared"
-"""The folder of files that several variants may read. A backend says so by naming a file `shared/…`."""
+"""Folder of files that several variants may share. A backend marks such a file by naming it `shared/…`."""
 LICENSES = "licenses"
 _MEMORY = ("weights", "workspace", "cache_per_token")
 
 
 class BundleError(TransomError):
-    """A bundle cannot be written, or what is there is damaged, changed, or of a newer Transom."""
+    """A bundle cannot be written, or is damaged, altered, or of a newer Transom."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """What one backend compiled for one target; `docs/bundles.md` explains each field."""
+    """The model compiled by one backend for one target; `docs/bundles.md` explains each field."""
 
     name: str
     backend: str
@@ -56,14 +52,13 @@ class Variant:
     decomposed: tuple[str, ...]
     context: int
     memory: Mapping[str, int]
-    """`weights`, `workspace` and `cache_per_token` in bytes; empty for a graph that is no decoder."""
+    """`weights`, `workspace` and `cache_per_token` in bytes; empty for a graph that is not a decoder."""
     libraries: tuple[str, ...]
-    """File names of the native libraries that an app needs for it."""
+    """File names of the native libraries that an app needs."""
     fidelity: Mapping[str, Any] | None
-    """How it compared with the reference before it was written: `where`, `tokens`, `kl`, `top1`, `cosine`; None: it ran
-    nowhere yet."""
+    """Comparison with the reference at export: `where`, `tokens`, `kl`, `top1`, `cosine`; None if there was none."""
     files: Mapping[str, str]
-    """By the name that the backend knows: the path in the bundle."""
+    """The backend's name of a file -> its path in the bundle."""
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -83,17 +78,17 @@ class Variant:
         }
 
     def lengths(self) -> list[int]:
-        """Contexts whose memory the manifest tells: powers of two, and its own."""
+        """Contexts for which the manifest lists the memory: powers of two, and the variant's own."""
         return sorted({*(n for n in (1 << k for k in range(9, 32)) if n < self.context), self.context})
 
     def needed(self, context: int) -> int:
-        """Bytes that it was planned to take with one sequence of so many tokens."""
+        """Planned bytes for one sequence of `context` tokens."""
         memory = self.memory
         return memory["weights"] + memory["workspace"] + context * memory["cache_per_token"]
 
     @classmethod
     def from_json(cls, whole: Any) -> Variant:
-        """Raises what is in `MALFORMED` for what `to_json` did not write. Unknown keys are passed over."""
+        """Raises an error of `MALFORMED` for invalid content. Unknown keys are ignored."""
         backend, fidelity, memory = whole["backend"], whole["fidelity"], whole["memory"]
         if fidelity is not None and not isinstance(fidelity, dict):
             raise TypeError("fidelity")
@@ -118,7 +113,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class BundleManifest:
-    """What a bundle says about itself; `docs/bundles.md` explains each field."""
+    """The content of a bundle's manifest; `docs/bundles.md` explains each field."""
 
     transom: str
     created: str
@@ -130,7 +125,7 @@ class BundleManifest:
     license: str | None
     model_notes: tuple[str, ...]
     options: Mapping[str, Any]
-    """`precision`, `context` (None: the model's own) and `sparsity` (canonical), as they were asked for."""
+    """`precision`, `context` (None: the model's own) and `sparsity` (canonical), as requested at export."""
     decoder: Decoder | None
     inputs: Mapping[str, tuple[str, tuple[int | str | None, ...]]]
     tokens: tuple[int, ...]
@@ -146,7 +141,7 @@ class BundleManifest:
         }
 
     def head(self) -> dict[str, Any]:
-        """All but variants and files."""
+        """Everything but variants and files."""
         return {
             BUNDLE_KEY: VERSION,
             "transom": self.transom,
@@ -168,7 +163,7 @@ class BundleManifest:
 
     @classmethod
     def from_json(cls, whole: Any) -> BundleManifest:
-        """Raises what is in `MALFORMED` for what `to_json` did not write. Unknown keys are passed over."""
+        """Raises an error of `MALFORMED` for invalid content. Unknown keys are ignored."""
         model, expected, decoder = whole["model"], whole["expected"], whole["decoder"]
         options, context = whole["options"], whole["options"]["context"]
         files = {
@@ -214,7 +209,7 @@ def _device_to_json(device: Device) -> Any:
 
 
 def read_manifest(folder: Path) -> BundleManifest:
-    """What a bundle says about itself. Nothing else in it is looked at.
+    """Read the manifest of a bundle. No other file of it is read.
 
     Raises:
         BundleError: it cannot be read, is damaged, or is of a newer version.
@@ -230,10 +225,10 @@ def read_manifest(folder: Path) -> BundleManifest:
 
 
 def require_version(version: object, bundle: str) -> None:
-    """Raises ValueError for what is no version, BundleError for a newer one than can be read.
+    """Raise ValueError for an invalid version, and BundleError for a newer one than this Transom reads.
 
     Args:
-        bundle: what the sentence calls it.
+        bundle: subject of the message.
     """
     if values.count(version, 1) > VERSION:
         raise BundleError(

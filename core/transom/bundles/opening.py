@@ -1,7 +1,7 @@
-"""Loading a bundle: by the backend that it names, on the device of this machine that fits it best.
+"""Loads a bundle with the backend that it names, on the device of this machine that fits it best.
 
-Nothing is compiled and no source is read. Where the bundle has never run, a child process opens it first and compares
-it with the reference outputs that it carries; the verdict is kept in this machine's cache.
+Nothing is compiled and no source is read. If the bundle has never run here, a child process first opens it and compares
+it with the reference outputs that it contains; the verdict is kept in this machine's cache.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ def load_bundle(
     """Load a bundle; arguments are those of `transom.load`.
 
     Args:
-        variant: the name of one; empty: the one that fits best.
+        variant: name of a variant; empty for the one that fits best.
 
     Raises:
         BundleError: it is damaged, or of a newer version.
-        OptionError: an option contradicts what is built into it.
+        OptionError: an option contradicts a value that is built into the bundle.
         SelectionError: its backend is not installed, or fits no device here; the details say why.
-        EngineError, SelfCheckFailed: it cannot be opened, or computes something else than the model.
+        EngineError, SelfCheckFailed: it cannot be opened, or its outputs differ from the reference outputs.
     """
     with state.stages.time("read"):
         bundle = open_bundle(folder, state.cache, state.progress)
@@ -66,7 +66,7 @@ def load_bundle(
 
 
 def _identity(bundle: Bundle, sparsity: Sparsity) -> ModelIdentity:
-    """A bundle is known by its own content, and nothing beside it is read."""
+    """The identity of a bundle, from its own content alone."""
     return ModelIdentity(
         path=str(bundle.folder),
         content=bundle.key,
@@ -81,7 +81,7 @@ def _identity(bundle: Bundle, sparsity: Sparsity) -> ModelIdentity:
 
 
 def _merged_options(manifest: BundleManifest, variant: Variant, folder: Path, options: LoadOptions) -> LoadOptions:
-    """The options, with the bundle's own values where the user gave none. Raises OptionError where they contradict."""
+    """The options, completed with the bundle's values. Raises OptionError for a contradiction."""
 
     def contradicts(name: str, value: object, own: object, fix: str = "Leave the option out") -> OptionError:
         return OptionError(f"{name}={value!r} does not fit the bundle {folder}, which has {name}={own!r}", fix)
@@ -111,16 +111,16 @@ def _merged_options(manifest: BundleManifest, variant: Variant, folder: Path, op
 
 
 def _best_variant(bundle: Bundle, machine: Machine, device: str, backend: str, name: str) -> tuple[Bundle, Choice]:
-    """The variant that fits best, and the devices that it fits. The error where none does is that of the first."""
+    """The variant that fits best, with the devices that it fits. Raises the first variant's error if none does."""
     variants, folder = bundle.manifest.variants, bundle.folder
-    asked = [v for v in variants if backend in ("auto", v.backend) and name in ("", v.name)]
-    if not asked:
+    wanted = [v for v in variants if backend in ("auto", v.backend) and name in ("", v.name)]
+    if not wanted:
         there = ", ".join(f"{v.name} (backend={v.backend!r})" for v in variants)
         what = f"backend={backend!r}" if backend != "auto" else f"the variant {name!r}"
         raise OptionError(f"{what} does not fit the bundle {folder}", f"Leave it out, or name one of these: {there}")
     found: list[tuple[Bundle, Choice]] = []
     errors: list[SelectionError] = []
-    for variant in asked:
+    for variant in wanted:
         one = bundle.of(variant)
         try:
             found.append((one, _fitting_devices(one, machine, choice_for(variant, folder, machine, device))))
@@ -128,7 +128,7 @@ def _best_variant(bundle: Bundle, machine: Machine, device: str, backend: str, n
             errors.append(error)
     if not found:
         raise errors[0]
-    # An emulator is for who has nothing better; between equals the bundle's order counts.
+    # Emulators come last; among equals the bundle's order decides.
     return min(found, key=lambda pair: (pair[1].offer.by_name, -BANDS.index(pair[1].offer.band)))
 
 
@@ -146,7 +146,7 @@ def choice_for(variant: Variant, folder: Path, machine: Machine, device: str) ->
 
 
 def require_backend(variant: Variant, folder: Path, machine: Machine) -> None:
-    """Raise SelectionError where a variant's backend is not installed."""
+    """Raise SelectionError if a variant's backend is not installed."""
     if variant.backend in machine.plugins.backends:
         return
     what = " ".join(filter(None, (variant.distribution, variant.backend_version)))
@@ -154,14 +154,14 @@ def require_backend(variant: Variant, folder: Path, machine: Machine) -> None:
     fix = "pip install --upgrade transom" if own else f"pip install {variant.distribution}"
     there = ", ".join(machine.plugins.backends) or "none"
     raise SelectionError(
-        f"The bundle {folder} needs the backend {variant.backend} (of {what}), which is not there",
+        f"The bundle {folder} needs the backend {variant.backend} (of {what}), which is not installed",
         f"Install it with: {fix}",
-        [f"Backends that are there: {there}", *map(str, machine.failures)],
+        [f"Installed backends: {there}", *map(str, machine.failures)],
     )
 
 
 def _fitting_devices(bundle: Bundle, machine: Machine, choice: Choice) -> Choice:
-    """The choice without the devices that the bundle does not fit. Raises SelectionError where none is left."""
+    """The choice without the devices that the bundle does not fit. Raises SelectionError if none is left."""
     variant = bundle.variant
     verdicts = [
         (candidate, verdict_on(variant.backend, bundle.artifact, machine.plugins, candidate.device))
@@ -170,8 +170,8 @@ def _fitting_devices(bundle: Bundle, machine: Machine, choice: Choice) -> Choice
     fitting = tuple(candidate for candidate, verdict in verdicts if verdict.state in ("ok", "slower"))
     if not fitting:
         raise SelectionError(
-            f"The bundle {bundle.folder} was compiled for {_label(variant.target)}, and fits no device that was asked "
-            "for here",
+            f"The bundle {bundle.folder} was compiled for {_label(variant.target)}, and fits no device of this "
+            "machine that was requested",
             _ELSEWHERE.format(choice.ranked[0].device.id),
             [f"{variant.backend} on {c.device.id}: {v.reason or v.state}" for c, v in verdicts],
         )
@@ -181,7 +181,9 @@ def _fitting_devices(bundle: Bundle, machine: Machine, choice: Choice) -> Choice
     return replace(choice, ranked=fitting, why=f"{why}{_label(variant.target)}.", kinds_to_measure=())
 
 
-_ELSEWHERE = "Take it there, or export the model again for this machine: transom export MODEL --target {} --out DIR"
+_ELSEWHERE = (
+    "Copy it to such a device, or export the model again for this one: transom export MODEL --target {} --out DIR"
+)
 
 
 def _label(device: Device) -> str:

@@ -1,4 +1,4 @@
-"""The devices that models can be compiled for, and which backend compiles for them."""
+"""The devices that models can be compiled for, and the backends that compile for them."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from transom.selection import Choice
 
 @dataclass(frozen=True)
 class Target:
-    """A device that models can be compiled for, and what each backend says of it."""
+    """A device that models can be compiled for, with each backend's answer about it."""
 
     device: Device
     answers: tuple[tuple[str, Offer | Refusal], ...]
-    """(backend, answer)."""
+    """Pairs of backend and answer."""
 
     @property
     def name(self) -> str:
-        """What to give as `target`."""
+        """The value for the option `target`."""
         return self.device.id.removeprefix(PREFIX)
 
 
 def targets(probe_file: str | Path | None = None) -> tuple[Target, ...]:
-    """The devices of this machine and those of the catalogue, each backend asked about each."""
+    """The devices of this machine and of the catalogue, with every backend's answer about each."""
     machine = survey(probe_file)
     devices = (*machine.devices, *hardware.catalogue())
     answers = machine.plugins.probe(devices).answers
@@ -49,7 +49,7 @@ def pairs_of(target: str | Sequence[str], format: str | Sequence[str]) -> list[t
         many = given.split(",") if isinstance(given, str) else list(given) if isinstance(given, Sequence) else [given]
         words = [word.strip() if isinstance(word, str) else word for word in many]
         if not words or not all(isinstance(word, str) and word for word in words):
-            raise OptionError(f"{name}={given!r} names none", f"Give a name, or several with commas, as {name}")
+            raise OptionError(f"{name}={given!r} names none", f"Give a name, or several separated by commas, as {name}")
         if len(set(words)) < len(words):
             raise OptionError(f"{name}={given!r} names one twice", "Name each once")
         lists.append(words)
@@ -68,5 +68,5 @@ def backends_for(target: str, backend: str, probe_file: str | Path | None) -> tu
         device = hardware.find(machine.devices, target)
         if has_fix(answer for _, answer in machine.answers if answer.device_id == device.id):
             raise
-        fix = "Choose another target; who compiles for which: transom export --target list"
+        fix = "Choose another target. The backends of each target: transom export --target list"
         raise SelectionError(error.cause, fix, error.details) from None

@@ -1,5 +1,5 @@
-"""Replaying a bundle: each variant runs the check prompt on a device of this machine, and is compared with the
-reference outputs that the bundle carries."""
+"""Verifies a bundle: each variant runs the check prompt on a device of this machine and is compared with the reference
+outputs that the bundle contains. The work of `transom bundle verify`."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class VariantResult:
-    """One variant."""
+    """The result for one variant."""
 
     variant: str
     state: Literal["passed", "failed", "not here"]
     where: str
-    """Backend and device that ran it; empty where nothing did."""
+    """Backend and device that ran it; empty if none did."""
     text: str
-    """The numbers, or why not."""
+    """The measured agreement, or the reason why it failed or did not run."""
 
     def __str__(self) -> str:
         return f"{self.variant}: {self.state}" + (f" on {self.where}" if self.where else "") + f": {self.text}"
@@ -45,11 +45,11 @@ def verify_bundle(
     cache: Cache | None = None,
     progress: Progress | None = None,
 ) -> tuple[BundleManifest, list[VariantResult]]:
-    """Run a bundle's fixed prompt through its variants, once the hash of each file is found to be right.
+    """Check the hash of each file, then run the check prompt through the variants.
 
     Args:
-        variants: names of some; empty for all.
-        device: `"auto"`, or the id of one that is here.
+        variants: names of the variants to run; empty for all.
+        device: `"auto"`, or the id of a device of this machine.
 
     Raises:
         BundleError: the bundle is damaged.
@@ -75,8 +75,8 @@ def _verify_variant(
             report = model.report
             return VariantResult(name, "passed", f"{report.backend} on {report.device.id}", report.check)
     except SelectionError as error:
-        said = f" ({'; '.join(error.details)})" if error.details else ""
-        return VariantResult(name, "not here", "", " ".join(filter(None, (f"{error.cause}.", error.fix))) + said)
+        details = f" ({'; '.join(error.details)})" if error.details else ""
+        return VariantResult(name, "not here", "", " ".join(filter(None, (f"{error.cause}.", error.fix))) + details)
     except DoesNotFit as error:
         return VariantResult(name, "not here", "", error.cause)
     except (OptionError, BundleError, CacheError):
@@ -86,4 +86,4 @@ def _verify_variant(
 
 
 def _silent(stage: str, share: float | None) -> None:
-    """Nobody listens."""
+    """Progress that nobody watches."""

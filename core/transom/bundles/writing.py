@@ -1,4 +1,4 @@
-"""Writing a bundle in one step: whole, or not at all. What is in one, `transom.bundles.manifest` says."""
+"""Writes a bundle atomically. `transom.bundles.manifest` describes its content."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ _STAGING = ".transom"
 _NO_LINK = frozenset(
     {errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 )
-"""What linking a file fails with where files have to be copied."""
+"""Errors of linking a file after which the file is copied instead."""
 
 
 def require_free(folder: Path, *, overwrite: bool) -> None:
-    """Refuse to write a bundle where it cannot be, or where it would take the place of something else.
+    """Check that a bundle can be written to a folder without replacing anything else.
 
     Raises:
-        OptionError: the folder is not empty, or there is a bundle and it is not to be overwritten, or the folder around
-            it is missing or cannot be written, or what is there cannot be read.
+        OptionError: the folder is not empty, or holds a bundle and `overwrite` is False; its parent is missing or
+            cannot be written; or the present content cannot be read.
     """
     other = "Choose another folder"
     try:
@@ -46,16 +46,16 @@ def require_free(folder: Path, *, overwrite: bool) -> None:
         raise OptionError(f"The folder {folder.parent} cannot be read: {error.strerror or error}", other) from error
     if not around:
         raise OptionError(
-            f"There is no folder {folder.parent} to write the bundle into", "Make it, or choose another folder"
+            f"There is no folder {folder.parent} to write the bundle into", "Create it, or choose another folder"
         )
-    try:  # permissions do not tell: of file systems that are read-only or kept by the kernel, and of names too long
+    try:  # permissions do not show read-only or special file systems, or too long names
         os.rmdir(tempfile.mkdtemp(prefix=f".{folder.name}{_STAGING}-", dir=folder.parent))
     except OSError as error:
         raise OptionError(f"The folder {folder.parent} cannot be written: {error.strerror or error}", other) from error
     if not os.path.lexists(folder):
         return
     if folder.is_symlink() or not folder.is_dir():
-        raise OptionError(f"{folder} is there already and is no folder", other)
+        raise OptionError(f"{folder} exists and is not a folder", other)
     try:
         empty = not any(folder.iterdir())
     except OSError as error:
@@ -69,21 +69,24 @@ def require_free(folder: Path, *, overwrite: bool) -> None:
     if foreign := sorted(files_in(folder) - read_manifest(folder).files.keys()):
         raise OptionError(
             f"The bundle in {folder} cannot be overwritten: {foreign[0]} is not a part of it",
-            "Take that file away first",
+            "Remove that file first",
         )
 
 
 @dataclass(frozen=True)
 class VariantFiles:
-    """One variant that is to be written."""
+    """A variant to write, with its files."""
 
     variant: Variant
-    """Without `files`, which are found here."""
+    """The variant without `files`, which are set when they are written."""
     files: Mapping[str, bytes | Path]
-    """Content or path by the name that the backend knows."""
+    """The backend's name of a file -> its content or path."""
     take: Callable[[], bool] | None = None
-    """Removes the folder that the files are in, and says whether it went. With it they move, where the file system
-    allows that; None, and where it stays: they are copied, since ONNX refuses weights that have two names."""
+    """Removes the folder that holds the files, and returns whether it did. The files are then moved by hard links.
+
+    They are copied where this is None, where it fails, and where the file system has no links: ONNX rejects weights
+    with more than one link.
+    """
 
 
 def write_bundle(
@@ -96,12 +99,12 @@ def write_bundle(
     overwrite: bool,
     progress: Progress,
 ) -> BundleManifest:
-    """Write a bundle, whole or not at all: beside its place first, and renamed when all of it is on the disk.
+    """Write a bundle to a folder beside its destination, and rename that when everything is on the disk.
 
     Args:
         manifest: without variants and files.
         files: content or path by name, for the bundle's root.
-        finish: what is to be in the root besides, made of the manifest when its variants are known.
+        finish: returns further files for the root, from the manifest with its variants.
 
     Raises:
         OptionError: as `require_free`.
@@ -134,7 +137,7 @@ def write_bundle(
             write_durably(new.folder / BUNDLE_MANIFEST, text.encode() + b"\n")
             new.sync()
             progress("write", 1.0)
-            require_free(folder, overwrite=overwrite)  # it has been long since somebody looked
+            require_free(folder, overwrite=overwrite)  # the folder may have changed since the first check
             for take, linked in new.linked:
                 if linked and not take():
                     for target in linked:
@@ -149,13 +152,13 @@ def write_bundle(
 
 
 class _Staged:
-    """A bundle's folder while it is made."""
+    """The folder of a bundle while it is written."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.records: dict[str, FileRecord] = {}
         self.linked: list[tuple[Callable[[], bool], list[Path]]] = []
-        """Files that still have their old name, by what takes that away."""
+        """Files that still have their old name, with the function that removes it."""
         folder.mkdir()
 
     def put(self, name: str, content: bytes | Path, take: Callable[[], bool] | None = None) -> None:
@@ -170,7 +173,7 @@ class _Staged:
         self.records[name] = FileRecord(target.stat().st_size, hash_file(target))
 
     def put_of(self, piece: VariantFiles, name: str, content: bytes | Path) -> str:
-        """One file of a variant; where it lies. One that several variants may read is there once."""
+        """Write a file of a variant and return its path. A file that variants share is written once."""
         own = f"{piece.variant.name}/{name}"
         if not name.startswith(f"{SHARED}/"):
             self.put(own, content, piece.take)
@@ -211,7 +214,7 @@ _REPLACED = "replaced"
 
 
 def _link(content: bytes | Path, target: Path) -> bool:
-    """Give a file a second name. False where that cannot be, or where somebody else has done so already."""
+    """Hard-link a file. False if that is not possible, or if the file already has several links."""
     if not isinstance(content, Path) or content.stat().st_nlink > 1:
         return False
     try:
@@ -234,14 +237,14 @@ def _copy(content: bytes | Path, target: Path) -> None:
 
 
 def _separate(target: Path, copy: Path) -> None:
-    """Make one of a file's names a file of its own."""
+    """Replace a hard link by a copy of the file."""
     _copy(target, copy)
     os.replace(copy, target)
     sync_folder(target.parent)
 
 
 def _publish(new: Path, folder: Path, aside: Path) -> None:
-    """Rename a finished bundle to its place, an older one first out of it."""
+    """Rename a finished bundle to its destination, after moving an older one aside."""
     old = folder.is_dir() and any(folder.iterdir())
     if old:
         os.rename(folder, aside)
@@ -258,7 +261,7 @@ def _publish(new: Path, folder: Path, aside: Path) -> None:
 
 @contextmanager
 def _staging(folder: Path) -> Iterator[Path]:
-    """A hidden folder beside the bundle's place, gone at the end; what killed processes left there goes first."""
+    """A temporary hidden folder beside the destination. Removes those that killed processes left."""
     for left in folder.parent.glob(f".*{_STAGING}-*"):
         _sweep(left)
     staging = folder.with_name("." + unique(folder.name + _STAGING))
@@ -274,12 +277,12 @@ def _staging(folder: Path) -> Iterator[Path]:
 
 
 def _sweep(left: Path) -> None:
-    """Remove the folder of a process that was killed; not where it may hold the only copy of a bundle."""
+    """Remove the temporary folder of a killed process, unless it may hold the only copy of a bundle."""
     place = left.with_name(left.name[1:].rpartition(_STAGING)[0])
     if is_left_over(left) and (place.exists() or not (left / _REPLACED).exists()):
         delete(left)
 
 
 def now() -> str:
-    """The time as manifests have it: UTC, to the second."""
+    """The time in the format of manifests: UTC, in seconds."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

@@ -1,1 +1,1 @@
-"""How good a loaded model is: against another program, by attention head, and by the share of keys it reads."""
+"""Evaluates loaded models: against another program, by attention head, and by the share of keys that are read."""

@@ -1,4 +1,4 @@
-"""Which share of the keys each layer reads along a prompt: what a heat map of sparse attention shows."""
+"""The share of keys that each layer reads along a prompt, as a heat map of sparse attention shows it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from transom.generation.model import Model
 
 STEP = 256
-"""Tokens of a prompt that are put together: the resolution, and what one step reads."""
+"""Tokens of a prompt that one step reads and one measurement covers."""
 
 
 @dataclass(frozen=True)
@@ -24,27 +24,27 @@ class Densities:
     """Shares of the keys that were read, along a prompt."""
 
     ends: tuple[int, ...]
-    """The position behind each part of the prompt."""
+    """The end position of each part of the prompt."""
     shares: np.ndarray[Any, np.dtype[np.float64]]
-    """float64 [layers, parts, KV heads], NaN where a layer has fewer heads: keys read, of those that could be seen."""
+    """float64 [layers, parts, KV heads], NaN where a layer has fewer heads: share of the visible keys that was read."""
 
     @property
     def by_layer(self) -> np.ndarray[Any, np.dtype[np.float64]]:
-        """float64 [layers, parts]: means over the KV heads."""
+        """float64 [layers, parts]: mean over the KV heads."""
         means: np.ndarray[Any, np.dtype[np.float64]] = np.nanmean(self.shares, -1)
         return means
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON types; by layer and part."""
+        """JSON types, by layer and part."""
         return {"ends": list(self.ends), "densities": np.round(self.by_layer, 4).tolist()}
 
 
 def along(model: Model, tokens: Sequence[int], progress: Callable[[int, int], None] | None = None) -> Densities:
-    """Read a prompt part by part, by the policy that the model was loaded with.
+    """Read a prompt in parts, with the policy that the model was loaded with.
 
     Args:
-        tokens: ids, at least one.
-        progress: called with (tokens read, tokens).
+        tokens: token ids, at least one.
+        progress: called with (tokens read, all tokens).
 
     Raises:
         OptionError: the model reads every key, or its backend does not count them.

@@ -1,5 +1,5 @@
-"""Calibrates the heads of a model on disk: loads it, measures it with `transom.evaluation.head_effects`, and writes the
-file that loading finds."""
+"""Calibrates the heads of a model on disk: loads it, measures its heads (`transom.evaluation.head_effects`), and writes
+the file that `load` finds."""
 
 from __future__ import annotations
 
@@ -23,21 +23,22 @@ from transom.sources import resolve
 from transom.sparsity import PRESETS, place_beside, shape_of
 
 DEPTH = 4096
-"""Tokens before those that are compared, or as many as the model's context leaves."""
+"""Tokens before the compared ones, or as many as the model's context allows."""
 LEAST_DEPTH = 1216
-"""Prompts of up to 1024 tokens are read whole: with less than this there is nothing to measure."""
+"""Shortest useful depth: every policy reads prompts of up to 1024 tokens completely."""
 NOTEBOOK = "calibrating"
+"""Name under which the cache remembers measured heads."""
 
 
 @dataclass(frozen=True)
 class SavedCalibration:
-    """What a calibration found, and where it is kept."""
+    """The result of a calibration, and where it was written."""
 
     calibrated: HeadCalibration
     where: str
-    """For people: the file, or the cache."""
+    """The file or the cache, human-readable."""
     passages: str
-    """For people: what was read."""
+    """The passages that were read, human-readable."""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON types."""
@@ -45,7 +46,7 @@ class SavedCalibration:
 
 
 class _CachedMeasurements:
-    """Measured heads, in the cache's notebook."""
+    """Measured heads, remembered in the cache."""
 
     def __init__(self, cache: Cache, key: str) -> None:
         self._cache, self._key = cache, key
@@ -69,23 +70,24 @@ def calibrate_file(
     cache: Cache | None = None,
     progress: Progress | None = None,
 ) -> SavedCalibration:
-    """Measure a model's heads and keep what was found.
+    """Measure a model's heads and write the calibration.
 
     Args:
-        path: of the model.
-        out: the file to write; None for the one beside the model, or the cache where that cannot be written.
-        texts: files to take the passages from, in place of those that come with Python.
+        path: path of the model.
+        out: the file to write; None for the file beside the model, or the cache if that cannot be written.
+        texts: files to take the passages from, instead of the default ones.
         device, backend, threads, cache: as for `transom.load`.
-        progress: called with a stage and its share.
+        progress: called with the stage and the share done.
 
     Raises:
-        OptionError: no decoder with a tokenizer, its context or a text is too short, or its backend obeys no policies.
+        OptionError: it is not a decoder with a tokenizer, its context or a text is too short, or its backend does not
+            support a policy for each step.
         SourceError: a text cannot be read, or the model is a bundle.
         TransomError: as `transom.load`.
         OSError: `out` cannot be written.
     """
     path, cache = Path(path), cache or Cache.default()
-    resolve(path)  # a bundle could be loaded, but nothing that is found would change it
+    resolve(path)  # raises for a bundle: it can be loaded, but a calibration does not change it
     given = {t.name: read_text(t) for t in texts} or default_texts()
     if out is not None and not out.parent.is_dir():
         raise OptionError(f"There is no folder {out.parent}", "Make it, or choose another file with --out")
@@ -94,11 +96,11 @@ def calibrate_file(
     ) as model:
         decoder, tokenizer = model._loaded.decoder, model._loaded.tokenizer
         if decoder is None or tokenizer is None:
-            raise OptionError(f"{path.name} is no decoder with a tokenizer", "Calibrate a model that generates text")
+            raise OptionError(f"{path.name} is not a decoder with a tokenizer", "Calibrate a model that generates text")
         depth = min(DEPTH, (model.context - NEW) // 64 * 64)
         if depth < LEAST_DEPTH:
             raise OptionError(
-                f"The model holds {model.context} tokens, and prompts of up to 1024 are read whole in any case",
+                f"The model has a context of {model.context} tokens, and prompts of up to 1024 are always read whole",
                 "It needs no calibration",
             )
         taken = passages(tokenizer, given, depth + NEW)

@@ -1,13 +1,13 @@
-"""How much each KV head of a model must read: measured once, and kept as the `heads` of its sparsity policies.
+"""Measures how much each KV head of a model must read. The result is kept as the `heads` of its sparsity policies.
 
-One KV head at a time is made sparse while all others read every key, and the divergence of the logits from those of
-dense attention is taken at the end of a few long passages, in exact arithmetic: rounding would hide the effect of one
-head. In most models a few heads, those that find single tokens and copy what follows them, carry most of the
-divergence: where one alone has more than a tenth of what all have together, on any of the passages, it stays dense. A
-head that hardly matters anywhere reads less. Finer shares for each head were tried: they fit the passages they were
-made from and did no better on others.
+One KV head at a time is made sparse while all others read every key. The divergence of the logits from those of dense
+attention is measured at the end of a few long passages, in exact arithmetic, because rounding would hide the effect of
+one head. In most models a few heads, which find single tokens and copy what follows them, cause most of the divergence.
+A head that alone causes more than a tenth of the sum over all heads, on any passage, stays dense. A head that hardly
+matters on any passage reads less. Finer shares for each head were tried: they fit the passages that they were measured
+on, and were no better on others.
 
-Knows sessions of the contract and nothing of any backend; it needs one that obeys a policy for each step.
+Uses sessions of the contract, whatever the backend, as long as it supports a policy for each step.
 """
 
 from __future__ import annotations
@@ -31,37 +31,37 @@ if TYPE_CHECKING:
 NEW = 128
 """Tokens at the end of each passage whose logits are compared: whole blocks of 64."""
 MEASURED = 2.0
-"""What 1 - coverage of `balanced` is multiplied by for the head that is measured: more than noise, less than ruin."""
+"""Factor on 1 - coverage of `balanced` for the measured head: large enough for an effect above noise."""
 DENSE_SHARE = 0.1
-"""Of the divergence of all heads on a passage: a head with more stays dense."""
+"""Share of the divergence of all heads on a passage above which a head stays dense."""
 STANDS_OUT = 3.0
-"""In a model of few heads it also has to have this many times the mean."""
+"""Multiple of the mean divergence that a dense head must also exceed; this matters in models with few heads."""
 LOOSE_SHARE = 0.15
-"""Of the mean divergence of the heads that do not stay dense: one with less on every passage is loose."""
+"""Share of the mean divergence of the non-dense heads; a head below it on every passage is loose."""
 LOOSE = 4.0
-"""What 1 - coverage is multiplied by for a loose head."""
+"""Factor on 1 - coverage for a loose head."""
 
 Progress = Callable[[int, int], None]
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
 class Measurements(Protocol):
-    """Keeps what was measured, so that an interrupted calibration goes on where it was."""
+    """Keeps measured heads, so that an interrupted calibration continues where it stopped."""
 
     def read(self) -> dict[str, Any]:
-        """JSON types, by name; empty where nothing was kept."""
+        """The kept values by name, JSON types; empty at first."""
 
     def write(self, values: Mapping[str, Any]) -> None: ...
 
 
 @dataclass(frozen=True)
 class Effect:
-    """What a policy does to a model."""
+    """The effect of a policy on a model."""
 
     divergences: tuple[float, ...]
-    """Of each passage: mean Kullback-Leibler divergence from dense attention over the compared tokens, nats."""
+    """Kullback–Leibler divergence from dense attention for each passage: mean over the compared tokens, nats."""
     density: float
-    """Share of the keys that was read, by the heads that were made sparse."""
+    """Share of the keys that the sparse heads read."""
 
     @property
     def divergence(self) -> float:
@@ -71,25 +71,25 @@ class Effect:
 
 @dataclass(frozen=True)
 class HeadCalibration:
-    """What a calibration found."""
+    """The result of a calibration."""
 
     heads: Heads
     before: Effect
-    """All heads sparse, by `balanced` without calibration."""
+    """Effect with all heads sparse by `balanced`, without calibration."""
     after: Effect
-    """The same with these heads."""
+    """Effect of `balanced` with these heads."""
     effects: tuple[tuple[Effect, ...], ...]
-    """Of each layer and KV head, alone and at `MEASURED`."""
+    """Effect of each layer's KV heads, each alone and at `MEASURED`."""
     seconds: float
 
     @property
     def dense_heads(self) -> list[tuple[int, int]]:
-        """(layer, KV head) of those that stay dense."""
+        """(layer, KV head) of the heads that stay dense."""
         return [(i, h) for i, layer in enumerate(self.heads) for h, m in enumerate(layer) if m == 0]
 
     @property
     def loose_heads(self) -> list[tuple[int, int]]:
-        """(layer, KV head) of those that read less than the others."""
+        """(layer, KV head) of the heads that read less than the others."""
         return [(i, h) for i, layer in enumerate(self.heads) for h, m in enumerate(layer) if m > 1]
 
     def to_dict(self) -> dict[str, Any]:
@@ -122,12 +122,12 @@ def calibrate(
 
     Args:
         model: loaded with `sparsity="off"`, and in exact arithmetic.
-        taken: token ids of each passage, all equally many: `passages`.
-        memory: where measured heads are kept, so that an interrupted calibration goes on.
-        progress: called with (heads measured, heads).
+        taken: token ids of each passage, all of the same length, as `passages` returns them.
+        memory: keeps measured heads, so that an interrupted calibration continues.
+        progress: called with (measured heads, all heads).
 
     Raises:
-        OptionError: the model's backend obeys no policy for a single step.
+        OptionError: the model's backend does not support a policy for each step.
         TransomError: as the model's steps do.
     """
     began = time.monotonic()
@@ -139,8 +139,8 @@ def calibrate(
     with model._engine.exclusive() as session:
         if not isinstance(session, SparseSession):
             raise OptionError(
-                f"The backend {model.report.backend} reads every key by one policy from loading on",
-                "Calibrate on a backend that obeys a policy for each call, such as --backend reference",
+                f"The backend {model.report.backend} does not support a sparsity policy for each step",
+                "Calibrate on a backend that does, such as --backend reference",
             )
         measure = _Measure(session, [list(ids) for ids in taken.values()], counts)
         try:
@@ -175,7 +175,7 @@ def _alone(counts: Sequence[int], layer: int, head: int) -> Heads:
 
 
 class _Measure:
-    """The passages up to their last tokens, read once by dense attention; each measurement reads on from there."""
+    """Measures policies on passages whose beginnings were read once, with dense attention."""
 
     def __init__(self, session: SparseSession, taken: Sequence[Sequence[int]], counts: Sequence[int]) -> None:
         self._session, self._counts = session, counts
@@ -192,7 +192,7 @@ class _Measure:
         self._exact = [_log_softmax(rows) for rows in exact]
 
     def __call__(self, heads: Heads, only: tuple[int, int] | None = None) -> Effect:
-        """`balanced` with these heads; the density is that of all heads, or of (layer, head) alone."""
+        """The effect of `balanced` with these heads; the density is that of all heads, or of `only` (layer, head)."""
         policy = Sparsity.from_dict({**PRESETS["balanced"].to_dict(), "heads": [list(layer) for layer in heads]})
         rows, (read, seen) = self._run(policy.to_string())
         found = [_divergence(exact, _log_softmax(r)) for exact, r in zip(self._exact, rows, strict=True)]

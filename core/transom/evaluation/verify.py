@@ -1,4 +1,4 @@
-"""Is it the same model? A loaded decoder compared with another program that runs the same files.
+"""Verifies a loaded decoder against another program that runs the same files: `transom verify MODEL`.
 
 What the other program is, the source says (`Source.original`). It is transformers where that reads the files (Hugging
 Face directories, GGUF files of architectures it knows, models in memory); for an ONNX file it is the file's own graph,

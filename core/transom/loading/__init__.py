@@ -1,1 +1,1 @@
-"""From `load()` to a session: the machine, the model's identity, attempts one after the other, remembered failures."""
+"""From `load()` to a session: the machine, the model's identity, attempts in order, remembered failures."""

@@ -1,4 +1,4 @@
-"""Attempts to load a model: one backend on one device after the other, until one works."""
+"""Attempts to load a model: the candidates (a backend on a device) are tried in order until one works."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Attempt:
-    """One candidate, a backend on a device, that is tried for a model."""
+    """An attempt to load a model with one candidate, a backend on a device."""
 
     machine: Machine
     choice: Choice
     candidate: Candidate
     set_aside: Sequence[tuple[Candidate, TransomError]] = ()
-    """The candidates before it, with the errors that ruled them out."""
+    """The candidates that failed before this one, with their errors."""
 
     @property
     def plugin(self) -> LoadedBackend:
@@ -39,16 +39,16 @@ class Attempt:
 
     @property
     def runs_here(self) -> bool:
-        """Whether the device is here; else the model is only compiled for it."""
+        """Whether the device is in this machine. If not, the model is only compiled for it."""
         return self.candidate.offer.runs_here
 
     @property
     def runtime_identity(self) -> str:
-        """What a verdict holds for: `Machine.runtime_identity`."""
+        """Hardware, driver and versions for which a verdict holds, see `Machine.runtime_identity`."""
         return self.machine.runtime_identity(self.candidate)
 
     def why(self) -> str:
-        """Why this candidate is used, in one sentence or two."""
+        """Why this candidate is used, in one or two sentences."""
         if self.candidate is self.choice.ranked[0]:
             return self.choice.why
         names = ", ".join(f"{c.backend} on {c.device.id}" for c, _ in self.set_aside)
@@ -60,11 +60,13 @@ class Attempt:
 
 
 def first_that_works(jobs: ChildJobs, machine: Machine, choice: Choice, use: Callable[[Attempt], T]) -> T:
-    """The result of `use` for the first candidate that works. All candidates are within what the user named.
+    """The result of `use` for the first candidate that works.
+
+    The candidates respect the device and backend that the user named.
 
     Raises:
-        TransomError: as `use` raised it, where there is one candidate or none fits into memory.
-        SelectionError: no candidate works; the details say why not.
+        TransomError: as `use` raised it, where there is one candidate only, or none fits into memory.
+        SelectionError: no candidate works; the details give the reasons.
     """
     set_aside: list[tuple[Candidate, TransomError]] = []
     alone = len(choice.ranked) == 1
@@ -90,5 +92,5 @@ def first_that_works(jobs: ChildJobs, machine: Machine, choice: Choice, use: Cal
 
 
 def known_failure(jobs: ChildJobs, attempt: Attempt) -> TransomError | None:
-    """The failure of an earlier load, which need not be waited for again."""
+    """The failure of an earlier load with the same candidate, so that it need not be tried again."""
     return failures.remembered(jobs.state.cache, jobs.job(attempt)) if jobs.state.options.verify == "auto" else None

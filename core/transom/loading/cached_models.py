@@ -1,4 +1,4 @@
-"""Compiled models in the cache: found there, or compiled by a child process that leaves them there."""
+"""Compiled models in the cache: found there, or compiled into it by a child process."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class CachedModels:
         self.jobs, self.state = jobs, jobs.state
 
     def source(self, attempt: Attempt) -> CachedSource | None:
-        """What the host needs of the source, read by a child process first; None where the cache cannot keep it."""
+        """The cached source, read by a child process if necessary; None where the cache cannot keep it."""
         if (found := self._source(attempt)) is not None:
             return found
         with self.state.stages.time("read"):
@@ -48,7 +48,7 @@ class CachedModels:
         """As `find`.
 
         Args:
-            verdict_now: the verdict that a child process has just reported, in case the cache could not keep it.
+            verdict_now: verdict that a child process has just reported, for a cache that could not keep it.
         """
         job, name = self.jobs.job(attempt), attempt.candidate.backend
         source = self._source(attempt)
@@ -100,15 +100,15 @@ class CachedModels:
         return self._run(PREPARE, attempt)
 
     def recheck(self, attempt: Attempt, ready: Ready) -> Ready:
-        """A compiled model that was there already, compared with the reference once more."""
+        """Check a compiled model from the cache against the reference again."""
         ready.compiled.release()
         return self._run(RECHECK, attempt)
 
     def _run(self, work: str, attempt: Attempt) -> Ready:
-        """Run a child process that compiles and checks, then find what it left in the cache.
+        """Run a child process that compiles and checks, then find its result in the cache.
 
-        A cache that cannot keep the artifact (disk full) is replaced by a temporary one for this process, with a
-        warning: the model runs, and is compiled again next time.
+        If the cache cannot keep the artifact (disk full), a temporary cache of this process replaces it, with a
+        warning. The model then runs, and is compiled again next time.
         """
         state = self.state
         for last in (False, True):
@@ -125,7 +125,7 @@ class CachedModels:
             if found.reason and done["kept"]:
                 name = attempt.candidate.backend
                 raise EngineError(
-                    f"The backend {name} compiled this model just now and will not open it: {found.reason}",
+                    f"The backend {name} has just compiled this model and refuses to open it: {found.reason}",
                     f"Report it to the authors of {name}, or choose another with backend=…",
                 )
             if not last:
@@ -133,7 +133,7 @@ class CachedModels:
         raise state.no_room("the compiled model")
 
     def reference_outputs(self, attempt: Attempt, source: CachedSource) -> Mapping[str, Any]:
-        """As in `CompiledModels`, computed by a child process where the cache does not have them.
+        """As in `CompiledModels`, computed by a child process if the cache does not have them.
 
         Raises:
             CacheError: neither the cache nor a temporary folder can keep them.
@@ -149,14 +149,14 @@ class CachedModels:
             self.jobs.run(REFERENCE, attempt)
         if (known := reference_outputs.recall(state.cache, source)) is not None:
             return known
-        raise state.no_room("the reference's outputs")
+        raise state.no_room("the reference outputs")
 
 
 def _bound_context(compiled: CompiledModel, plan: memory.MemoryPlan) -> int:
-    """The context that a model was compiled for, where it is good enough though not the one planned now; else 0.
+    """The context that a model was compiled for, if it can be used instead of the planned one; else 0.
 
-    That is when `auto` reduced both to the memory that was free: a little more of it today is no reason to compile
-    again.
+    That is the case where `auto` reduced both to the free memory: slightly more free memory than at compile time is not
+    a reason to compile again.
     """
     bound = compiled.artifact.requires.get("context", "")
     reduced = plan.note and compiled.origin.options.get("context") is None

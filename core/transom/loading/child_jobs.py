@@ -1,4 +1,4 @@
-"""Runs the jobs of one load in child processes. The results reach this process through the cache."""
+"""Runs the jobs of one load in child processes, which pass their results through the cache."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class ChildJobs:
-    """The jobs for one model."""
+    """The jobs for the model of one load."""
 
     def __init__(self, state: LoadState, identity: ModelIdentity) -> None:
         self.state, self.identity = state, identity
@@ -41,11 +41,11 @@ class ChildJobs:
         )
 
     def run(self, work: str, attempt: Attempt, **more: Any) -> Any:
-        """Run a job, with a cache that can keep what it makes.
+        """Run a job, with a cache that can keep its results.
 
         Args:
             work: the function as `"module:function"`, see `transom.preparation.jobs`.
-            more: its arguments besides the job, JSON types.
+            more: further arguments of the function, JSON types.
 
         Raises:
             ChildFailed: the process crashed, hung or was killed.
@@ -65,11 +65,11 @@ class ChildJobs:
             result = run_in_child(ENTRY, payload, progress=state.progress)
             return result.unwrap(f"Preparing the model with {attempt.candidate.backend}")
         except BaseException:
-            state.cache.sweep()  # what a killed child had begun to write
+            state.cache.sweep()  # removes incomplete entries of a killed child process
             raise
 
     def _keep_model_in_memory(self, job: Job) -> None:
-        """A child cannot read a model that exists in this process only: the cache carries it over."""
+        """Put a model in memory into the cache, from which a child process can read it."""
         model, state = self.identity.in_memory, self.state
         if model is None:
             return

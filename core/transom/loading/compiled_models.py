@@ -1,4 +1,4 @@
-"""Where a load finds its compiled model. There are two places: the cache and a bundle."""
+"""The interface by which a load gets its compiled model, from the cache or from a bundle."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Ready:
-    """A compiled model that may be opened here, or that is only compiled for another machine."""
+    """A compiled model that may be opened here, or that was compiled for another machine."""
 
     source: CachedSource
     compiled: CompiledModel
     verdict: object
-    """Of the self-check, JSON types."""
+    """Verdict of the self-check, JSON types; None where there was no check."""
     plan: MemoryPlan | None
-    """None for a graph that is not a decoder."""
+    """The memory plan; None for a graph that is not a decoder."""
     slower: str = ""
-    """Why the backend says that a newly compiled one would be faster."""
+    """The backend's reason why a newly compiled model would be faster; empty where it would not."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class NotReady:
     """There is no compiled model that may be opened here."""
 
     reason: str = ""
-    """Why the one that is there may not be opened; empty where there is none."""
+    """Why the existing one may not be opened; empty where none exists."""
 
 
 class CompiledModels(Protocol):
@@ -44,16 +44,16 @@ class CompiledModels(Protocol):
     """The bundle's folder; empty for the cache."""
 
     def find(self, attempt: Attempt) -> Ready | NotReady:
-        """The compiled model for an attempt. Compiles nothing and starts no process.
+        """The existing compiled model for an attempt. Compiles nothing and starts no process.
 
         Raises:
             DoesNotFit, OptionError: as `memory.plan`.
-            EngineError: the backend says that it can never run here, or failed to answer.
+            EngineError: the backend reports that it can never run here, or failed to answer.
         """
         ...
 
     def prepare(self, attempt: Attempt) -> Ready:
-        """The compiled model, compiled and checked in a child process where that has not been done.
+        """The compiled model, compiled and checked in a child process first if necessary.
 
         Raises:
             TransomError: it cannot be compiled, or does not pass the self-check.
@@ -61,6 +61,5 @@ class CompiledModels(Protocol):
         ...
 
     def reference_outputs(self, attempt: Attempt, source: CachedSource) -> Mapping[str, Any]:
-        """The reference's outputs for the check prompt: `ids` and `logits`; of a graph that is not a decoder its own
-        outputs by name."""
+        """The reference outputs: `ids` and `logits` for the check prompt, or the outputs by name of another graph."""
         ...

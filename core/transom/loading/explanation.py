@@ -1,5 +1,4 @@
-"""Before compiling: every backend against every node of a graph, with the reason where it says no. Counts first, nodes
-after."""
+"""Explains before compiling which nodes of a graph each backend runs, decomposes or refuses, and why."""
 
 from __future__ import annotations
 
@@ -21,7 +20,7 @@ class NodeAnswer:
 
     node: str
     operator: str
-    """`"MatMul"`, `"transom::CachedAttention"`."""
+    """For example `"MatMul"` or `"transom::CachedAttention"`."""
     outcome: str
     """`"runs"`, `"decomposed"` (its body in simpler operators runs), or `"refused"`."""
     reason: str = ""
@@ -30,7 +29,7 @@ class NodeAnswer:
 
 @dataclass(frozen=True)
 class BackendAnswer:
-    """What a backend does with a device and, where it offers to run there, with the model's nodes."""
+    """A backend's answer for a device and, if it offers to run there, for the model's nodes."""
 
     backend: str
     device: str
@@ -39,7 +38,7 @@ class BackendAnswer:
     error: str = ""
     """Why the backend could not be asked about the nodes."""
     verdict: Verdict | None = None
-    """On a bundle, in place of answers for nodes."""
+    """The answer for a bundle, which has no nodes."""
 
     @property
     def runs(self) -> bool:
@@ -64,7 +63,7 @@ class Explanation:
     nodes: int
     answers: tuple[BackendAnswer, ...]
     notes: tuple[str, ...] = ()
-    """What the backend said of a bundle when it compiled it."""
+    """Notes of the backend from compiling a bundle."""
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -112,7 +111,7 @@ class Explanation:
 
 
 def explain_graph(graph: Graph, name: str, machine: Machine, *, device: str = "auto") -> Explanation:
-    """Ask every backend about every device, and about every node where it offers.
+    """Ask every backend about every device, and about every node if it offers to run there.
 
     Args:
         device: `"auto"` for all devices that are here, or the id of one.
@@ -135,7 +134,7 @@ def explain_graph(graph: Graph, name: str, machine: Machine, *, device: str = "a
 
 
 def _ask(graph: Graph, backend: Backend, device: Device) -> tuple[NodeAnswer, ...]:
-    """What becomes of each node when a load takes it as far as it goes (`lowering.try_lower`)."""
+    """The outcome for each node when the graph is lowered as far as possible (`lowering.try_lower`)."""
     options = {"context": None, "precision": "auto", "threads": None, "calibration": ()}
     first = {c.node: c for c in claims_of(graph, backend, device, options)}
     last = try_lower(graph, backend, device, options)
@@ -147,7 +146,7 @@ def _ask(graph: Graph, backend: Backend, device: Device) -> tuple[NodeAnswer, ..
                 inside.setdefault(outer, reason)
     answers = []
     for node in graph.nodes():
-        claim = final.get(str(node.name)) or first[str(node.name)]  # its last word, where the node is still there
+        claim = final.get(str(node.name)) or first[str(node.name)]  # the last claim, if the node is still in the graph
         outcome, reason = "runs", claim.reason
         if not claim.ok:
             outcome = "decomposed" if claim.node in last.decomposed and claim.node not in inside else "refused"
@@ -158,7 +157,7 @@ def _ask(graph: Graph, backend: Backend, device: Device) -> tuple[NodeAnswer, ..
 
 
 def _calls(node: str) -> Iterator[str]:
-    """The names of the nodes that it may have come out of: `decompose` names `a.MatMul` what was inside `a`."""
+    """The names of nodes from whose body it may come: `decompose` names a node inside of `a` for example `a.MatMul`."""
     while "." in node:
         node = node.rpartition(".")[0]
         yield node

@@ -1,4 +1,4 @@
-"""What makes `auto` try the next offer, and what of that is remembered, so that no later load waits for it again."""
+"""The failures after which `auto` tries the next offer, and those of them that are remembered for later loads."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from transom.preparation.child import ChildFailed
 from transom.preparation.jobs import Job
 
 MOVES_ON = (SelfCheckFailed, EngineError, UnsupportedError, DoesNotFit, ChildFailed)
-"""What makes `auto` try the next offer. Anything else is no fault of the backend and would come back."""
+"""Errors after which `auto` tries the next offer. Others are not the backend's fault and would occur again."""
 _CRASHES = ("SIGABRT", "SIGBUS", "SIGFPE", "SIGILL", "SIGSEGV", "SIGSYS", "SIGTRAP")
-"""Signals that native code brings on itself; others come from outside, as when memory runs out."""
+"""Signals caused by native code itself; others come from outside, for example when memory runs out."""
 
 
 def remember(cache: Cache, job: Job, error: TransomError) -> None:
-    """Keep a failure that would come back: a crash, a failed check, an unsupported graph."""
+    """Remember a failure that would occur again: a crash, a failed check, an unsupported graph."""
     crashed = isinstance(error, ChildFailed) and error.failure is not None and error.failure.signal in _CRASHES
     if crashed or isinstance(error, SelfCheckFailed | UnsupportedError):
         cache.remember("failures", job.failure_key, error.cause)
 
 
 def remembered(cache: Cache, job: Job) -> TransomError | None:
-    """What an earlier load of this job failed with."""
+    """The failure of an earlier load of this job, or None."""
     cause = cache.recall("failures", job.failure_key)
     if not isinstance(cause, str):
         return None
-    return EngineError(f"{cause.rstrip('.')} (at an earlier load)", "To have it tried again: transom cache clear")
+    return EngineError(f"{cause.rstrip('.')} (at an earlier load)", "To try it again: transom cache clear")

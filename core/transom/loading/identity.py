@@ -1,7 +1,6 @@
-"""The identity of a model: a fingerprint of its files, which is remembered while none of them changes.
+"""The identity of a model: a fingerprint of its files, which is remembered until one of them changes.
 
-On the warm path: a source is imported only when its files have changed, since reading models is what needs ONNX, GGUF
-and the families.
+On the warm path: a source, with its imports of ONNX, GGUF and model families, is imported only for changed files.
 """
 
 from __future__ import annotations
@@ -26,9 +25,9 @@ if TYPE_CHECKING:
     from transom.plugins import Plugins
 
 _SETTLED_NS = 2_000_000_000
-"""A file that changed within this time could change again without its time showing it."""
+"""A file changed more recently than this could change again within the resolution of its timestamp."""
 _MAX_FILES = 300
-"""A folder with more entries is no model's own: its files are then looked at by the source each time."""
+"""A folder with more entries does not belong to one model. The source then computes the fingerprint each time."""
 
 
 @dataclass(frozen=True)
@@ -36,27 +35,27 @@ class ModelIdentity:
     """The model of one load."""
 
     path: str
-    """Of its file or directory; the name of a model that exists in memory only."""
+    """Path of its file or directory, or the name of a model in memory."""
     content: str
-    """Key of its content, under which the cache keeps what belongs to it."""
+    """Key of its content, under which the cache keeps its source, artifacts and failures."""
     fingerprint: str
     """The source's hash of its files, or the digest of its graph."""
     uses_plugin_operators: bool
-    """Whether its graph may use operators that plugins bring."""
+    """Whether its graph may use operators of plugins."""
     sparsity: Sparsity
-    """The policy asked for, with the heads that lie beside the model or in the cache."""
+    """The requested policy, with the calibrated heads found beside the model or in the cache."""
     heads_from: str
-    """Where these heads come from; empty where there are none."""
+    """Source of these heads; empty where there are none."""
     in_memory: SourceModel | None = None
     local: Path | None = None
-    """The file or directory beside which calibrated heads may lie."""
+    """The file or directory beside which calibrated heads are looked for."""
 
 
 def identify(model: Any, state: LoadState, plugins: Plugins) -> ModelIdentity:
-    """Find the source and name its content, without reading it where the content is known already.
+    """Identify a model by its content, without reading files whose fingerprint is remembered.
 
     Raises:
-        SourceError: no source knows it, or it cannot be read.
+        SourceError: no source recognizes it, or it cannot be read.
     """
     path = local_path(model)
     if path is None:
@@ -74,7 +73,7 @@ def identify(model: Any, state: LoadState, plugins: Plugins) -> ModelIdentity:
 def _identify_in_memory(model: Any, state: LoadState, plugins: Plugins) -> ModelIdentity:
     source = resolve(model)
     register_operators(plugins)  # before a graph that uses them is read
-    # A child process cannot read this model again: its graph goes there through the cache.
+    # A child process cannot read this model again; it gets the graph through the cache.
     with explaining_rejected(plugins):
         opened = source.open(model, context=state.options.for_backend["context"], progress=state.progress)
     fingerprint = opened.graph.digest()
@@ -88,8 +87,7 @@ def _identify_in_memory(model: Any, state: LoadState, plugins: Plugins) -> Model
 
 
 def _with_heads(state: LoadState, local: Path | None, fingerprint: str) -> tuple[Sparsity, str]:
-    """The policy with the heads that lie beside the model or in the cache, where it has none of its own; and where its
-    heads come from."""
+    """The policy, with the heads beside the model or in the cache if it has none; and the source of its heads."""
     policy = state.options.sparsity
     if policy.dense or policy.heads is not None:
         return policy, "given with the policy" if policy.heads else ""
@@ -98,16 +96,16 @@ def _with_heads(state: LoadState, local: Path | None, fingerprint: str) -> tuple
 
 
 def fingerprint_of(path: Path, cache: Cache) -> str:
-    """The source's name for the content of a file or directory.
+    """The source's fingerprint of a file or directory.
 
     Raises:
-        SourceError: no source knows it, or it cannot be read.
+        SourceError: no source recognizes it, or it cannot be read.
     """
     state = _state_of(path)
     if not state:
         return resolve(path).fingerprint(path)
     where = artifact_key({"path": str(path.absolute()), "files": state, "transom": version()})
-    # A notebook of its own: where the cache cannot be written, loading says so when there is something to keep.
+    # Not `cache.remember`, which warns about a read-only cache; loading warns when there is something to keep.
     notebook = Notebook(cache.root / "remembered" / "fingerprints.json")
     known = notebook.recall(where)
     if isinstance(known, str):
@@ -120,9 +118,9 @@ def fingerprint_of(path: Path, cache: Cache) -> str:
 
 
 def _state_of(path: Path) -> list[list[str | int]]:
-    """Name, size, time of change and inode of each file that may be part of a model; empty where that is not known.
+    """Path, size, modification time and inode of each file that may belong to a model; empty where unknown.
 
-    Beside a file that does not stand alone may lie its weights.
+    A file that is not complete by itself may have its weights beside it.
     """
     try:
         if path.is_dir():
@@ -133,21 +131,21 @@ def _state_of(path: Path) -> list[list[str | int]]:
             files = _files_in(path.parent)
         stats = [(str(file), file.stat()) for file in files]
     except OSError:
-        return []  # the source says what is wrong
+        return []  # the source reports the error
     return [[name, s.st_size, s.st_mtime_ns, s.st_ino] for name, s in stats]
 
 
 def _files_in(folder: Path) -> list[Path]:
-    """The files in a folder and below; none where there are more than a model has."""
+    """The files in a folder and below; empty where there are more than `_MAX_FILES` entries."""
     entries = list(itertools.islice(folder.rglob("*"), _MAX_FILES + 1))
     return sorted(e for e in entries if not e.is_dir()) if len(entries) <= _MAX_FILES else []
 
 
 def content_key(content: str, operators: str) -> str:
-    """The key under which the source, its golden logits, its artifacts and its failures are kept.
+    """The key under which the source, its reference outputs, its artifacts and its failures are kept.
 
     Args:
-        operators: `operators_identity`, for a model whose graph may use what plugins bring; else empty.
+        operators: `operators_identity` for a model whose graph may use operators of plugins; else empty.
     """
     parts = {"format": cached_source.FORMAT, "transom": version(), "content": content}
     return artifact_key({**parts, "operators": operators} if operators else parts)

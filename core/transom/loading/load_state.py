@@ -1,4 +1,4 @@
-"""What one call of `load` or `export` works with, and what it has to report at its end."""
+"""The state of one call of `load` or `export`: its options and cache, its warnings and timings."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class LoadState:
 
     options: LoadOptions
     cache: Cache
-    """A temporary one takes its place when it cannot keep what is made."""
+    """Replaced by a temporary cache if it cannot keep a result."""
     progress: Progress
     stages: Stages = field(default_factory=Stages)
     warnings: list[str] = field(default_factory=list)
@@ -48,7 +48,7 @@ class LoadState:
     """Cache entries and temporary caches that must live as long as the model."""
 
     def use_temporary_cache(self, why: list[str]) -> None:
-        """Continue in a temporary cache, and warn: in the cache's own words where it has some, else in these."""
+        """Continue with a temporary cache, and add the old cache's warnings, or else `why`."""
         overflow = Overflow()
         self.held.append(overflow)
         self.warnings += self.cache.warnings or why

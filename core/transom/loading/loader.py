@@ -1,7 +1,7 @@
-"""Loading a model: from a path, or an object in memory, to a `Model` on the best device.
+"""Loads a model, from a path or an object in memory, onto the best device.
 
-On a warm load nothing but the artifact is read: the probe, the choice, the manifest's checks, the engine's import. On a
-cold one a child process reads the source, compiles and checks. Imports nothing heavier than a warm load needs.
+A warm load reads only the artifact: probe the devices, choose one, check the manifest, import the engine. On a cold
+load a child process reads the source, compiles and checks. Imports nothing that a warm load does not need.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def load_model(
     model: Any, state: LoadState, *, device: str = "auto", backend: str = "auto", probe_file: str | Path | None = None
 ) -> Model:
-    """Load anything but a bundle; arguments and errors are those of `transom.load`."""
+    """Load a model that is not a bundle; arguments and errors are those of `transom.load`."""
     with state.stages.time("probe"):
         machine = survey(probe_file, target=device)
         choice = choose(machine, device=device, backend=backend)

@@ -1,4 +1,4 @@
-"""What is here, and what would run: the probe, the plugins' answers, and the choice among them. On the warm path."""
+"""The devices of this machine, the backends' answers about them, and the choice among these. On the warm path."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from transom.selection import Candidate, Choice, select
 
 @dataclass(frozen=True)
 class Machine:
-    """Devices, plugins, and what the plugins say about the devices."""
+    """Devices, plugins, and the plugins' answers about the devices."""
 
     found: hardware.Found
-    """By the probe; a remote target that was named is among the devices."""
+    """Result of the probe. Includes a remote target that the user named."""
     plugins: Plugins
     answers: tuple[tuple[str, Offer | Refusal], ...]
 
@@ -30,18 +30,18 @@ class Machine:
 
     @property
     def failures(self) -> tuple[PluginFailure, ...]:
-        """Everything that has gone wrong with plugins so far; asking them more can add to it."""
+        """All plugin failures so far; further calls to plugins can add to them."""
         return tuple(dict.fromkeys(self.plugins.failures))
 
     @property
     def free_bytes(self) -> int | None:
-        """Of the host's own memory, in which the reference runs whatever the device; None where nobody knows."""
+        """Free bytes of the host's memory, in which the reference runs whatever the device; None where unknown."""
         return next((device.free_bytes for device in self.devices if device.kind == "cpu"), None)
 
     def runtime_identity(self, candidate: Candidate) -> str:
-        """Names hardware, driver, backend and versions: a verdict or a speed holds for these and for no others.
+        """A key of hardware, driver, backend and versions: a verdict or a measured speed holds for exactly these.
 
-        What a backend says of an offer counts, since that is where it names its SDK's version.
+        The text of the offer is included, because a backend names the version of its SDK there.
         """
         device = candidate.device
         return artifact_key(
@@ -60,10 +60,10 @@ def survey(probe_file: str | Path | None = None, *, target: str = "auto") -> Mac
 
     Args:
         probe_file: devices from this JSON file in place of the probe.
-        target: a device that must be among them; it may be a remote one of the catalogue.
+        target: a device that must be among them; may be a remote target of the catalogue.
 
     Raises:
-        OptionError: the probe file cannot be read, or there is no such device.
+        OptionError: the probe file cannot be read, or the device does not exist.
     """
     found = hardware.probe(None if probe_file is None else Path(probe_file))
     devices = hardware.with_target(found.devices, target, found.notes)
@@ -79,7 +79,7 @@ def choose(
     measured: Mapping[str, float] | None = None,
     purpose: Literal["run", "export"] = "run",
 ) -> Choice:
-    """The pure selection, with what the environment and the plugins' hooks say. Raises as `selection.select`."""
+    """Select, with the environment variable and the plugins' hooks. Raises as `selection.select`."""
     hook = machine.plugins.choose([(name, answer) for name, answer in machine.answers if isinstance(answer, Offer)])
     return select(
         machine.devices,
@@ -96,5 +96,5 @@ def choose(
 
 
 def has_fix(answers: Iterable[Offer | Refusal]) -> bool:
-    """Whether one of the refusals says what would help short of another device."""
+    """Whether a refusal names a fix other than another device."""
     return any(isinstance(a, Refusal) and bool(a.fix) and a.code != "wrong_device" for a in answers)

@@ -1,4 +1,4 @@
-"""From a compiled model to a `Model`: the backend opens it in this process, and the report is written."""
+"""Opens a compiled model in this process as a `Model`, with its report."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class _Text(NamedTuple):
-    """What turns text into tokens and back."""
+    """Tokenizer, chat template and generation defaults."""
 
     tokenizer: Tokenizer | None
     template: ChatTemplate | None
@@ -36,7 +36,7 @@ class _Text(NamedTuple):
 
 
 def open_model(models: CompiledModels, attempt: Attempt) -> Model:
-    """The model, opened in this process; compiled and checked by a child process before, where that is needed.
+    """Open the model in this process, after a child process has compiled and checked it if necessary.
 
     Raises:
         TransomError: it cannot be compiled or opened, or does not pass the self-check.
@@ -50,7 +50,7 @@ def open_model(models: CompiledModels, attempt: Attempt) -> Model:
     except EngineError as error:
         if not was_there:
             raise
-        # An earlier process could open it: the SDK has changed, or what it keeps beside the artifact has.
+        # An earlier process could open it, so the SDK or its own files beside the artifact have changed.
         ready.compiled.discard(error.cause)
         ready, was_there = models.prepare(attempt), False
         session, text = _open(models, attempt, ready)
@@ -86,13 +86,13 @@ def _check_here(models: CompiledModels, attempt: Attempt, ready: Ready, session:
 
 
 def warnings_of(state: LoadState, attempt: Attempt, ready: Ready) -> tuple[str, ...]:
-    """What the user should act on, of this compiled model and of the attempts before it."""
+    """Warnings about this compiled model and about the attempts before it."""
     warnings = [*attempt.choice.warnings, *state.cache.warnings, *state.warnings, *attempt.warnings()]
     if ready.plan is not None and ready.plan.note:
         warnings.append(ready.plan.note)
     if ready.slower:
         where = "here" if attempt.runs_here else f"on {attempt.device.id}"
-        warnings.append(f"The compiled model is slower {where} than a fresh one: {ready.slower}")
+        warnings.append(f"The compiled model is slower {where} than a newly compiled one: {ready.slower}")
     return tuple(dict.fromkeys(warnings))
 
 
@@ -150,9 +150,9 @@ def _model(
 def _heads_finder(
     state: LoadState, identity: ModelIdentity, sparsity: Sparsity, source: CachedSource
 ) -> Callable[[], Heads | None]:
-    """Finds the model's heads for the policies of single calls, when the first such call comes.
+    """A function that finds the model's heads for a policy of a single call, at the first such call.
 
-    It lives as long as the model, so it keeps no `source`, which would keep its cache entry in use.
+    It lives as long as the model. It holds no `source`, which would keep its cache entry in use.
     """
     local, fingerprint, cache = identity.local, identity.fingerprint, state.cache
     decoder, name = source.decoder, source.name

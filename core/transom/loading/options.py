@@ -1,4 +1,4 @@
-"""The options of `transom.load` and `transom.export`: checked first of all, then carried as one object."""
+"""The options of `transom.load` and `transom.export`: checked first, then passed on as one object."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ PRECISIONS = ("auto", "exact", "fast", "f32", "bf16", "f16", "int8", "fp8", "int
 VERIFY = ("auto", "off", "always")
 _BOTH = ("backend", "cache", "calibration", "context", "precision", "probe_file", "progress", "sparsity", "verify")
 NAMES = {"load": (*_BOTH, "device", "threads"), "export": (*_BOTH, "out", "overwrite", "target")}
-"""Options by function."""
+"""Names of the options by function."""
 
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """What the user asked for, checked."""
+    """The checked options of a call."""
 
     for_backend: Mapping[str, Any]
-    """What every backend gets: `precision`, `context` (None: the model's own) and `threads` (None: all)."""
+    """Options for the backend: `precision`, `context` (None: the model's own) and `threads` (None: all)."""
     sparsity: Sparsity
     texts: tuple[str, ...]
-    """Texts to calibrate on; empty for the passages that come with Python."""
+    """The user's calibration texts; empty for the default passages."""
     verify: str
 
 
@@ -54,7 +54,7 @@ def checked_options(
     verify: str,
     unknown: Mapping[str, Any],
 ) -> LoadOptions:
-    """The options of a call.
+    """Check the options of a call.
 
     Args:
         function: `"load"` or `"export"`.

@@ -1,4 +1,4 @@
-"""Choosing between kinds of device by measurement: a short timed decode on each, remembered."""
+"""Measures a short decode on each kind of device, to choose between them. The speeds are remembered."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ if TYPE_CHECKING:
 
 
 def measured_speeds(models: CachedModels, machine: Machine, choice: Choice) -> dict[str, float]:
-    """Tokens per second by candidate (`Candidate.key`) for `choice.kinds_to_measure`, remembered or measured now.
+    """Tokens per second by `Candidate.key` for `choice.kinds_to_measure`, remembered or measured now.
 
-    A candidate that fails has 0. The result is empty for a graph that is not a decoder: there is no decode to time.
+    A candidate that fails has 0. Empty for a graph that is not a decoder, which has no decode to time.
     """
     attempts: Sequence[Attempt] = [Attempt(machine, choice, candidate) for candidate in choice.kinds_to_measure]
     source = models.source(attempts[0])
     if source is not None and source.decoder is None:
         return {}
     state = models.state
-    # The same choice serves models of about the same size: within a power of two.
+    # Models of the same size within a power of two share a measurement.
     scale = source.decoder.weight_bytes.bit_length() if source is not None and source.decoder else 0
     found: dict[str, float] = {}
     for attempt in attempts:
@@ -49,6 +49,6 @@ def _measure(models: CachedModels, attempt: Attempt) -> float:
     with state.stages.time(f"measure {attempt.device.id}"):
         try:
             return float(jobs.run(MEASURE, attempt))
-        except failures.MOVES_ON as error:  # it is ranked last; if it is tried all the same, loading reports why
+        except failures.MOVES_ON as error:  # it is ranked last; if it is tried later, loading reports the error
             failures.remember(state.cache, jobs.job(attempt), error)
             return 0.0
