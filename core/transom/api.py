@@ -194,18 +194,16 @@ def plan_export(
     sparsity: Any = "off",
     probe_file: str | Path | None = None,
 ) -> list[ExportPlan]:
-    """What `transom.export` would write for each target, and how fast it could be, without compiling.
+    """Plan an export without compiling: what `transom.export` would write for each target, and how fast it could be.
 
-    Looks at the shapes of the model's graph, and at no weight; but a model that is opened for the first time is read
-    once, for the hash of its files. The arguments are those of `transom.export`; a plan does not need the packages that
-    compiling does.
+    Reads the shapes of the model's graph and no weights, except that a model opened for the first time is read once to
+    hash its files. The arguments are those of `transom.export`. The packages for compiling are not needed.
 
     Raises:
-        OptionError: an unknown target, format, option or value, a context beyond the model's, or a policy of sparse
-            attention: a plan is for dense attention.
-        SelectionError: no backend compiles for the target, or the one that is named does not; a package that is
-            missing is no reason.
-        SourceError, UnsupportedError: the model cannot be read, or is no decoder.
+        OptionError: an unknown target, format, option or value, a context longer than the model's, or a sparsity
+            policy: plans are for dense attention.
+        SelectionError: no backend, or not the named one, compiles for the target.
+        SourceError, UnsupportedError: the model cannot be read, or is not a decoder.
         DoesNotFit: a layer alone is larger than one compiled part may be.
     """
     from dataclasses import replace

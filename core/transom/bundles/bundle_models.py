@@ -8,14 +8,12 @@ from typing import TYPE_CHECKING, Any
 from transom.errors import EngineError
 from transom.loading.compiled_models import NotReady, Ready
 from transom.preparation import memory
-from transom.preparation.plugin_calls import guarded
+from transom.preparation.plugin_calls import check_artifact
 
 if TYPE_CHECKING:
     from transom.bundles.bundle import Bundle
-    from transom.contract import Artifact, Device, Verdict
     from transom.loading.attempts import Attempt
     from transom.loading.child_jobs import ChildJobs
-    from transom.plugins import Plugins
     from transom.preparation.cached_source import CachedSource
 
 _CHECK = "transom.bundles.checking:check"
@@ -29,17 +27,14 @@ class BundleModels:
         self.jobs, self.bundle = jobs, str(bundle.folder)
         self._bundle = bundle
 
-    def find(self, attempt: Attempt) -> Ready | NotReady:
-        return self._find(attempt)
-
-    def _find(self, attempt: Attempt, verdict_now: object = None) -> Ready | NotReady:
-        """As `find`.
+    def find(self, attempt: Attempt, verdict_now: object = None) -> Ready | NotReady:
+        """As in `CompiledModels`.
 
         Args:
             verdict_now: verdict that a child process has just reported, for a cache that could not keep it.
         """
         bundle, job = self._bundle, self.jobs.job(attempt)
-        fits = verdict_on(attempt.candidate.backend, bundle.artifact, attempt.machine.plugins, attempt.device)
+        fits = check_artifact(attempt.plugin.backend, bundle.artifact, attempt.device)
         source = bundle.source
         plan = memory.plan_for(
             source.decoder, attempt.device, self.jobs.state.options.for_backend, attempt.candidate.offer.band
@@ -53,7 +48,7 @@ class BundleModels:
         with self.jobs.state.stages.time("child check"):
             verdict = self.jobs.run(_CHECK, attempt, variant=self._bundle.variant.name)
         self._bundle.record_verdict(attempt.runtime_identity, verdict)
-        found = self._find(attempt, verdict)
+        found = self.find(attempt, verdict)
         if isinstance(found, NotReady):
             raise EngineError(
                 f"The bundle {self.bundle} has just been checked and may not be opened: {found.reason}",
@@ -63,9 +58,3 @@ class BundleModels:
 
     def reference_outputs(self, attempt: Attempt, source: CachedSource) -> Mapping[str, Any]:
         return self._bundle.reference_outputs()
-
-
-def verdict_on(name: str, artifact: Artifact, plugins: Plugins, device: Device) -> Verdict:
-    """The backend's verdict on an artifact for a device."""
-    backend = plugins.backends[name].backend
-    return guarded(name, "checking a compiled model", lambda: backend.check(artifact, device))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from transom.bundles.bundle_models import verdict_on
 from transom.bundles.manifest import read_manifest
 from transom.bundles.opening import require_backend
 from transom.contract import Artifact, Refusal
 from transom.loading.explanation import BackendAnswer, Explanation
 from transom.loading.machine import Machine
+from transom.preparation.plugin_calls import check_artifact
 
 
 def explain_bundle(folder: Path, machine: Machine, *, device: str = "auto") -> Explanation:
@@ -35,7 +35,7 @@ def explain_bundle(folder: Path, machine: Machine, *, device: str = "auto") -> E
                 answers.append(BackendAnswer(name, answer.device_id, answer))
                 continue
             asked = wanted[answer.device_id]
-            verdict = verdict_on(name, artifact, machine.plugins, asked)
+            verdict = check_artifact(machine.plugins.backends[name].backend, artifact, asked)
             answers.append(BackendAnswer(name, asked.id, answer, verdict=verdict))
     notes = [
         f"{variant.name}: {note}" if len(manifest.variants) > 1 else note

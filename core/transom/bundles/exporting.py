@@ -150,6 +150,8 @@ def _place(out: str | Path) -> Path:
 def _write(
     models: CachedModels, made: Sequence[_Compiled], folder: Path, model: Any, *, overwrite: bool
 ) -> BundleManifest:  # fmt: skip
+    from transom.preparation.reference_outputs import to_npz  # imports NumPy
+
     state, identity = models.state, models.jobs.identity
     first = made[0]
     source = first.ready.source
@@ -177,7 +179,7 @@ def _write(
         best=tuple(int(i) for i in reference["logits"].argmax(-1)) if decoder else (),
     )
     pieces = [_variant_files(name, one) for name, one in zip(_names(made), made, strict=True)]
-    files: dict[str, bytes | Path] = {**texts, REFERENCE_FILE: _npz(reference)}
+    files: dict[str, bytes | Path] = {**texts, REFERENCE_FILE: to_npz(reference)}
     files |= {f"{LICENSES}/{_FOREIGN.sub('_', path.name)}": path for path in licences}
     backends = {one.attempt.candidate.backend: one.attempt.plugin.backend for one in made}
 
@@ -231,16 +233,6 @@ def _json_file(compiled: CompiledModel, name: str) -> Any:
     """The content of a JSON file of an artifact; None if the artifact has no such file."""
     path = compiled.artifact.files.get(name)
     return json.loads(path.read_text(encoding="utf-8")) if isinstance(path, Path) else None
-
-
-def _npz(arrays: Mapping[str, Any]) -> bytes:
-    import io
-
-    import numpy as np
-
-    buffer = io.BytesIO()
-    np.savez(buffer, allow_pickle=False, **arrays)
-    return buffer.getvalue()
 
 
 def _exported(

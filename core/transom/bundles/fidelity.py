@@ -11,13 +11,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transom.bundles.bundle_models import verdict_on
 from transom.contract import Offer
 from transom.errors import FidelityError
 from transom.hardware.probe_file import to_json
 from transom.loading.attempts import Attempt
 from transom.preparation.compiled import CompiledModel, is_exact, precision_and_notes
 from transom.preparation.jobs import FIDELITY
+from transom.preparation.plugin_calls import check_artifact
 from transom.selection import Candidate
 
 if TYPE_CHECKING:
@@ -53,8 +53,8 @@ def measured_fidelity(
     found = _candidate_here(attempt)
     if found is None:
         return None
-    name, device = attempt.candidate.backend, found.device
-    own = verdict_on(name, ready.compiled.artifact, attempt.machine.plugins, device).state in ("ok", "slower")
+    device = found.device
+    own = check_artifact(attempt.plugin.backend, ready.compiled.artifact, device).state in ("ok", "slower")
     if not own and not found.offer.by_name:
         return None  # a real device, but not the target
     # Some artifacts cannot be opened here, such as a chip's context with shared weights. Then the same graphs with the

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from transom.bundles.bundle import Bundle, open_bundle
-from transom.bundles.bundle_models import BundleModels, verdict_on
+from transom.bundles.bundle_models import BundleModels
 from transom.bundles.manifest import BundleManifest, Variant
 from transom.errors import OptionError, SelectionError
 from transom.loading.attempts import first_that_works
@@ -21,6 +21,7 @@ from transom.loading.load_state import LoadState
 from transom.loading.machine import Machine, choose, has_fix, survey
 from transom.loading.opening import open_model
 from transom.loading.options import LoadOptions
+from transom.preparation.plugin_calls import check_artifact
 from transom.selection import BANDS
 from transom.sparsity import Sparsity
 
@@ -163,10 +164,8 @@ def require_backend(variant: Variant, folder: Path, machine: Machine) -> None:
 def _fitting_devices(bundle: Bundle, machine: Machine, choice: Choice) -> Choice:
     """The choice without the devices that the bundle does not fit. Raises SelectionError if none is left."""
     variant = bundle.variant
-    verdicts = [
-        (candidate, verdict_on(variant.backend, bundle.artifact, machine.plugins, candidate.device))
-        for candidate in choice.ranked
-    ]
+    backend = machine.plugins.backends[variant.backend].backend
+    verdicts = [(c, check_artifact(backend, bundle.artifact, c.device)) for c in choice.ranked]
     fitting = tuple(candidate for candidate, verdict in verdicts if verdict.state in ("ok", "slower"))
     if not fitting:
         raise SelectionError(

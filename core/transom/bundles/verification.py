@@ -55,7 +55,7 @@ def verify_bundle(
         BundleError: the bundle is damaged.
         OptionError: there is no such variant or device.
     """
-    cache, progress = cache or Cache.default(), progress or _silent
+    cache, progress = cache or Cache.default(), progress or (lambda stage, share: None)
     manifest = read_manifest(folder)
     names = [v.name for v in manifest.variants]
     for name in variants:
@@ -83,7 +83,3 @@ def _verify_variant(
         raise
     except TransomError as error:
         return VariantResult(name, "failed", "", error.cause)
-
-
-def _silent(stage: str, share: float | None) -> None:
-    """Progress that nobody watches."""

@@ -1,11 +1,10 @@
 """Verifies a loaded decoder against another program that runs the same files: `transom verify MODEL`.
 
-What the other program is, the source says (`Source.original`). It is transformers where that reads the files (Hugging
-Face directories, GGUF files of architectures it knows, models in memory); for an ONNX file it is the file's own graph,
-as it was exported, run by the NumPy reference.
-Random prompts of different lengths go through one ragged batch, first their beginnings together, then the rest token by
-token, so that prefill, cached decode and the keeping apart of sequences are all compared, each position of each
-prompt. This is the logic behind `transom verify MODEL`.
+The source determines the other program (`Source.original`): transformers for Hugging Face directories, GGUF files of
+architectures that it knows and models in memory; for ONNX files the NumPy reference, with the graph as exported.
+
+Random prompts of different lengths are run in one ragged batch, their beginnings in one step and the rest token by
+token. This compares every position in prefill and cached decode, and shows whether sequences are kept separate.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ class Bounds:
     kl_mean: float
     """Mean divergence, nats."""
     correlation_min: float
-    """Of any position."""
+    """Lowest correlation at any position."""
     relative: float
     """Largest difference of a logit, as a share of the largest logit."""
 
@@ -51,7 +50,7 @@ BOUNDS: Mapping[Precision, Bounds] = {
     "int8": Bounds(0.05, 0.98, 0.3),
     "int4": Bounds(0.5, 0.9, 1.0),
 }
-"""By the least exact step between the two.
+"""Bounds by the least exact step between the two programs.
 
 `exact`: both compute in float32 from the same numbers; what is left is the order of additions, below 1e-5 of the
 largest logit on all families tried, while a forgotten norm, a wrong rotary base or a window one token off is above
@@ -62,11 +61,11 @@ largest logit on all families tried, while a forgotten norm, a wrong rotary base
 
 @dataclass(frozen=True)
 class Verification:
-    """What was compared and what came out."""
+    """The result of a comparison."""
 
     model: str
     oracle: str
-    """What it was compared with, and its version."""
+    """Name and version of the other program."""
     precision: Precision
     bounds: Bounds
     seed: int
@@ -100,7 +99,7 @@ class Oracle(Protocol):
 
     @property
     def name(self) -> str:
-        """For people, with its version."""
+        """Human-readable name with the version."""
 
     def logits(self, ids: Sequence[int]) -> Array:
         """float32 [tokens, vocabulary] of one sequence, without a cache."""
@@ -113,7 +112,7 @@ def verify_model(model: Model, spec: Any, **options: Any) -> Verification:
     the backend rounded to.
 
     Raises:
-        UnsupportedError: it is no decoder.
+        UnsupportedError: it is not a decoder.
         SourceError: they differ, and transformers reads the file with other settings. Others: as `oracle_for`.
     """
     if model.decoder is None:
@@ -226,7 +225,7 @@ def _one_step(
     done: dict[int, int],
     results: list[list[Array]],
 ) -> None:
-    """One step that brings each sequence nearer to `until`, within what a step may hold."""
+    """Run one step that advances each sequence towards `until`, within the session's limits."""
     limits = session.limits
     room = limits.max_tokens
     work, who = [], []
@@ -250,11 +249,11 @@ def _one_step(
 
 # oracles -------------------------------------------------------------------------------------------------------------
 def oracle_for(spec: Any, *, progress: Progress | None = None) -> Oracle:
-    """What to compare a model with.
+    """The program to compare a model with.
 
     Raises:
         MissingExtra: transformers or torch is not installed.
-        SourceError: transformers cannot read the model; says so plainly.
+        SourceError: transformers cannot read the model.
     """
     from transom.sources import resolve
     from transom.sources.base import InMemory, OriginalGraph
@@ -344,7 +343,7 @@ class TransformersOracle:
             model = transformers.AutoModelForCausalLM.from_pretrained(
                 **original.arguments, dtype=torch.float32, local_files_only=True, trust_remote_code=False
             )
-        except Exception as e:  # whatever goes wrong in there is for transformers to mend
+        except Exception as e:  # any exception means that transformers cannot read it
             if "accelerate" in str(e):  # transformers needs it for some kinds of files alone
                 raise MissingExtra(f"Comparing {original.kind} with transformers needs accelerate", "verify") from e
             lines = [line.strip() for line in str(e).splitlines() if line.strip()] or [type(e).__name__]

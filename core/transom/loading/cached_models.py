@@ -11,7 +11,7 @@ from transom.errors import EngineError
 from transom.loading.compiled_models import NotReady, Ready
 from transom.preparation import cached_source, memory
 from transom.preparation.jobs import PREPARE, READ, RECHECK, REFERENCE
-from transom.preparation.plugin_calls import guarded
+from transom.preparation.plugin_calls import check_artifact
 
 if TYPE_CHECKING:
     from transom.contract import Verdict
@@ -41,11 +41,8 @@ class CachedModels:
         job = self.jobs.job(attempt)
         return cached_source.find(self.state.cache, job.content, job.source_context)
 
-    def find(self, attempt: Attempt) -> Ready | NotReady:
-        return self._find(attempt)
-
-    def _find(self, attempt: Attempt, verdict_now: object = None) -> Ready | NotReady:
-        """As `find`.
+    def find(self, attempt: Attempt, verdict_now: object = None) -> Ready | NotReady:
+        """As in `CompiledModels`.
 
         Args:
             verdict_now: verdict that a child process has just reported, for a cache that could not keep it.
@@ -58,11 +55,7 @@ class CachedModels:
         compiled = self.state.cache.lookup(source.artifact_key(job), progress=self.state.progress)
         if compiled is None:
             return NotReady()
-        verdict = guarded(
-            name,
-            "checking a compiled model",
-            lambda: attempt.plugin.backend.check(compiled.artifact, attempt.device),
-        )
+        verdict = check_artifact(attempt.plugin.backend, compiled.artifact, attempt.device)
         if verdict.state == "never":
             compiled.release()
             raise EngineError(
@@ -118,7 +111,7 @@ class CachedModels:
             parts["child start"] = time.perf_counter() - start - sum(parts.values())
             for stage, seconds in parts.items():
                 state.stages.add(stage, seconds)
-            found = self._find(attempt, verdict_now=done["verdict"])
+            found = self.find(attempt, verdict_now=done["verdict"])
             if isinstance(found, Ready):
                 state.warnings += done["warnings"]
                 return found

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, TypeVar
 
-from transom.contract import Backend, Cancelled, Device, Options, Session
+from transom.contract import Artifact, Backend, Cancelled, Device, Options, Session, Verdict
 from transom.errors import EngineError, TransomError
 
 if TYPE_CHECKING:
@@ -62,6 +62,11 @@ def open_session(backend: Backend, model: CompiledModel, device: Device, options
         "loading this model",
         lambda: backend.load(model.artifact, device, options, model.scratch),
     )
+
+
+def check_artifact(backend: Backend, artifact: Artifact, device: Device) -> Verdict:
+    """The backend's verdict on an artifact for a device. Raises as `guarded`."""
+    return guarded(backend.name, "checking a compiled model", lambda: backend.check(artifact, device))
 
 
 @contextlib.contextmanager

@@ -86,11 +86,16 @@ def _key(source: CachedSource) -> str:
     return artifact_key({**parts, "source": source.key} if source.uses_plugin_operators else parts)
 
 
-def keep(cache: Cache, source: CachedSource, outputs: Mapping[str, Array]) -> None:
-    """Keep the reference outputs of a source."""
+def to_npz(outputs: Mapping[str, Array]) -> bytes:
+    """The outputs in NumPy's file format, as the cache and bundles contain them."""
     buffer = io.BytesIO()
     np.savez(buffer, allow_pickle=False, **{name: np.asarray(array) for name, array in outputs.items()})
-    cache.golden.write(_key(source), {_FILE: buffer.getvalue()})
+    return buffer.getvalue()
+
+
+def keep(cache: Cache, source: CachedSource, outputs: Mapping[str, Array]) -> None:
+    """Keep the reference outputs of a source."""
+    cache.golden.write(_key(source), {_FILE: to_npz(outputs)})
 
 
 def recall(cache: Cache, source: CachedSource) -> dict[str, Array] | None:
