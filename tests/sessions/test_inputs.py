@@ -1,4 +1,7 @@
-"""The inputs of a decoder graph for ragged steps."""
+"""The inputs of a decoder graph for ragged steps.
+
+Draws: the numbers are only carried along; what is checked does not depend on them.
+"""
 
 from __future__ import annotations
 
