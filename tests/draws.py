@@ -8,7 +8,6 @@ time, and says how to repeat what failed: TRANSOM_TEST_SEED=number sets the seed
 
 from __future__ import annotations
 
-import collections
 import hashlib
 import os
 import random
@@ -69,7 +68,7 @@ class Draws:
         self.given = int(os.environ.get("TRANSOM_TEST_SEED", 0)) or None
         self.forced = self.given
         """The seed of the test that runs and of the fixtures it shares with others; None: by their names."""
-        self.tallies: dict[str, Tally] = collections.defaultdict(Tally)
+        self.tallies: dict[str, Tally] = {}
 
     def number(self, name: str) -> int:
         """The seed for the test or the shared fixture of this name."""
@@ -117,7 +116,7 @@ class Draws:
             items[:] = chosen
 
     def _run_often(self, item: pytest.Item, nextitem: pytest.Item | None) -> None:
-        tally, begin = self.tallies[item.nodeid], time.monotonic()
+        tally, begin = Tally(), time.monotonic()
         item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
         while True:
             number = secrets.randbits(32) or 1
@@ -126,6 +125,7 @@ class Draws:
             self._force(item, number)
             # Up to the module nothing is torn down before the last draw, as if its parent came next.
             reports = runtestprotocol(item, log=False, nextitem=item.parent)  # type: ignore[arg-type]
+            self.tallies[item.nodeid] = tally  # not before: a run may be interrupted in its first draw
             tally.draws += 1
             tally.seconds = time.monotonic() - begin
             failed = any(r.failed for r in reports)
