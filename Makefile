@@ -9,7 +9,7 @@ SAMPLE = .venv/sample-model.path
 # What the native library is compiled from: an environment is set up again when it changes, in a few seconds.
 NATIVE = hatch_build.py $(wildcard backends/openvino_cpu/transom_openvino_cpu/native/src/*)
 
-.PHONY: run test test-seeds test-all lint bench bench-gpu bench-rtx docs aot build clean
+.PHONY: run test test-sweeps test-seeds test-all lint bench bench-gpu bench-rtx docs aot build clean
 .DELETE_ON_ERROR:
 
 run: .venv/.ready $(if $(MODEL),,$(SAMPLE))
@@ -17,23 +17,30 @@ run: .venv/.ready $(if $(MODEL),,$(SAMPLE))
 export PROMPT
 
 # Two processes side by side, so that two cores have about as much to do; what the second one said comes last. Triton's
-# interpreter needs a process of its own, and the tests of what is built for elsewhere come after it. Processes in the background do
-# not hear of Ctrl-C, so whatever ends this shell ends them; a shell runs no EXIT trap when a signal ends it.
+# interpreter needs a process of its own; kernels that are compiled, what is built for elsewhere, and native code come
+# after it. Processes in the background do not hear of Ctrl-C, so whatever ends this shell ends them; a shell runs no
+# EXIT trap when a signal ends it. test-sweeps runs what test leaves out: see tests/sweeps.py.
 # Seeds come from the names of the tests, and sets have one order: a run is the same everywhere.
-test: export PYTHONHASHSEED = 0
-test: .venv-test/.ready
+SECOND = tests/cuda_triton tests/tensorrt tests/mobile_export tests/native
+test: SWEEPS = without
+test-sweeps: SWEEPS = only
+test test-sweeps: export PYTHONHASHSEED = 0
+test test-sweeps: .venv-test/.ready
 ifeq ($(strip $(ARGS)),)
 	@PYTHON=.venv-test/bin/python .ci/edge-tools || echo "The tests of examples/edge skip what needs these."
 	@log=$$(mktemp); trap 'kill $$other 2> /dev/null; rm -f $$log' EXIT; trap 'exit 1' HUP INT TERM; \
 	(trap 'kill $$child 2> /dev/null; exit 1' HUP TERM; \
-	TRITON_INTERPRET=1 .venv-test/bin/python -m pytest tests/cuda_triton & child=$$!; wait $$child; first=$$?; \
-	.venv-test/bin/python -m pytest tests/tensorrt tests/mobile_export & child=$$!; wait $$child; \
+	TRITON_INTERPRET=1 .venv-test/bin/python -m pytest --sweeps $(SWEEPS) tests/cuda_triton & child=$$!; wait $$child; first=$$?; \
+	.venv-test/bin/python -m pytest --sweeps $(SWEEPS) $(SECOND) & child=$$!; wait $$child; \
 	exit $$((first | $$?))) > $$log 2>&1 & other=$$!; \
-	.venv-test/bin/python -m pytest --ignore tests/tensorrt --ignore tests/mobile_export; mine=$$?; \
-	echo "CUDA kernels in Triton's interpreter, the TensorRT backend, and bundles for phones:"; wait $$other; theirs=$$?; cat $$log; \
+	.venv-test/bin/python -m pytest --sweeps $(SWEEPS) $(addprefix --ignore ,$(SECOND)); mine=$$?; \
+	echo "CUDA kernels (interpreted, then compiled), the TensorRT backend, bundles for phones, and native kernels:"; \
+	wait $$other; theirs=$$?; cat $$log; \
+	test $(SWEEPS) = only || echo "Not run: sweeps, emulators, sanitizers, whole benchmarks and real models (make test-sweeps), and" \
+	"fresh seeds (make test-seeds). make test-all runs everything."; \
 	exit $$((mine | theirs))
 else
-	@.venv-test/bin/python -m pytest $(ARGS)
+	@.venv-test/bin/python -m pytest --sweeps $(SWEEPS) $(ARGS)
 endif
 
 # Fresh seeds, SEEDS of them, for each test of the CPU path that draws random inputs, and at the end the commands that
@@ -46,11 +53,12 @@ NO_SEEDS = $(addprefix --ignore tests/,cuda_triton tensorrt mobile_export cli do
 	native/test_fidelity.py quantize/test_sample_model.py)
 test-seeds: .venv-test/.ready
 	@PYTHONHASHSEED=$$(.venv-test/bin/python -c 'import secrets; print(secrets.randbits(32))') \
-	.venv-test/bin/python -m pytest --fresh-seeds $(SEEDS) --draw-seconds $(DRAW_SECONDS) $(or $(ARGS),$(NO_SEEDS))
+	.venv-test/bin/python -m pytest --sweeps with --fresh-seeds $(SEEDS) --draw-seconds $(DRAW_SECONDS) $(or $(ARGS),$(NO_SEEDS))
 
-# Everything: the tests, and a few fresh seeds for each that draws.
+# Everything once: the tests, what they leave out, and a few fresh seeds for each that draws.
 test-all:
-	@$(MAKE) test; first=$$?; $(MAKE) test-seeds SEEDS=3 DRAW_SECONDS=1; exit $$((first | $$?))
+	@failed=0; $(MAKE) test || failed=1; $(MAKE) test-sweeps || failed=1; \
+	$(MAKE) test-seeds SEEDS=3 DRAW_SECONDS=1 || failed=1; exit $$failed
 
 lint: .venv-test/.ready
 	.venv-test/bin/ruff check . && .venv-test/bin/ruff format --check . && .venv-test/bin/mypy

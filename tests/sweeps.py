@@ -9,6 +9,7 @@ command line always runs.
 from __future__ import annotations
 
 from collections.abc import Collection
+from pathlib import Path
 
 import pytest
 
@@ -33,7 +34,8 @@ class Sweeps:
 
     def __init__(self, config: pytest.Config) -> None:
         self.which: str = config.getoption("--sweeps")
-        self.named = tuple(argument.rpartition("/")[2] for argument in config.args if "::" in argument)
+        named = [argument.partition("::") for argument in config.args if "::" in argument]
+        self.named = [(Path(file).resolve(), test) for file, _, test in named]
         self.left_out = 0
 
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -48,8 +50,11 @@ class Sweeps:
         items[:] = wanted
 
     def _is_named(self, item: pytest.Item) -> bool:
-        name = item.nodeid.rpartition("/")[2] if "/" not in item.name else item.nodeid
-        return any(name == n or name.endswith("/" + n) or name.startswith((f"{n}[", f"{n}::")) for n in self.named)
+        name = item.nodeid.partition("::")[2]
+        return any(
+            item.path == file and (name == test or name.startswith((f"{test}[", f"{test}::")))
+            for file, test in self.named
+        )
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         if self.left_out and self.which == "without":

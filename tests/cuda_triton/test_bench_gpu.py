@@ -62,6 +62,13 @@ def drawing(monkeypatch: pytest.MonkeyPatch) -> Any:
     return lists
 
 
+MADE_UP: dict[str, Any] = {
+    "script": "gpu", "dry": False, "status": 0, "seed": 1, "card": {"name": "X", "arch": "sm_90"}, "versions": {},
+    "bounds": {}, "checks": [], "parts": [],
+}  # fmt: skip
+"""A result without a run."""
+
+
 def rows(result: dict[str, Any], part: str) -> list[dict[str, Any]]:
     (found,) = (p for p in result["parts"] if p["name"] == part)
     return [row for table in found["tables"] for row in table["rows"]]
@@ -227,31 +234,28 @@ def test_a_result_becomes_tables(report: Any, result: dict[str, Any]) -> None:
     assert report.replaced(made, [], "gpu") == report.replaced(text, [], "gpu")
 
 
-@pytest.mark.sweep  # a whole benchmark
-def test_results_of_dry_runs_are_no_figures(result: dict[str, Any], tmp_path: Path) -> None:
+def test_results_of_dry_runs_are_no_figures(tmp_path: Path) -> None:
     path = tmp_path / "dry.json"
-    path.write_text(json.dumps(result))
+    path.write_text(json.dumps(MADE_UP | {"dry": True}))
     done = started("--docs", str(path))
     assert done.returncode == 1
     assert "dry run" in done.stderr
 
 
 @pytest.mark.parametrize("changed", [{"script": "rtx"}, None])
-@pytest.mark.sweep  # a whole benchmark
 def test_results_of_another_script_are_refused_in_a_sentence(
-    result: dict[str, Any], script: Any, report: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any,
+    script: Any, report: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any,
     changed: dict[str, str] | None,
 ) -> None:  # fmt: skip
     path, page = tmp_path / "some.json", tmp_path / "page.md"
     before = "\n".join(report.markers("gpu"))
     page.write_text(before)
     monkeypatch.setattr("parts.running.DOCUMENT", page)
-    own = result | {"dry": False}
-    path.write_text(json.dumps([] if changed is None else own | changed))
+    path.write_text(json.dumps([] if changed is None else MADE_UP | changed))
     assert script.main(["--docs", str(path)]) == 1
     assert capsys.readouterr().err == f"{path} is no result of benchmarks/gpu.py\n"
     assert page.read_text() == before
-    path.write_text(json.dumps(own))
+    path.write_text(json.dumps(MADE_UP))
     assert script.main(["--docs", str(path)]) == 0
     assert page.read_text() != before
 
