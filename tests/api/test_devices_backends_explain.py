@@ -1,4 +1,4 @@
-"""The functions that ask rather than run: `transom.devices`, `transom.backends`, `transom.explain`.
+"""The functions that inspect: `transom.devices`, `transom.backends`, `transom.explain`.
 
 Draws: the numbers are only carried along; what is checked does not depend on them.
 """
@@ -61,7 +61,7 @@ def test_backends_say_what_is_installed_and_what_they_offer(probe_file: Path) ->
     )
 
 
-def test_a_broken_plugin_is_told_with_the_fix(monkeypatch: pytest.MonkeyPatch, probe_file: Path) -> None:
+def test_a_broken_plugin_is_reported_with_the_fix(monkeypatch: pytest.MonkeyPatch, probe_file: Path) -> None:
     from transom.loading import machine
     from transom.plugins import PluginFailure, Plugins
 
@@ -88,7 +88,7 @@ def test_explain_takes_a_target_that_is_not_here(probe_file: Path, rng: np.rando
     assert {a.device for a in found.answers} == {"remote:snapdragon-8-gen-2"}
 
 
-def test_explain_refuses_what_is_no_model_and_no_device(probe_file: Path, rng: np.random.Generator) -> None:
+def test_explain_refuses_an_unknown_model_or_device(probe_file: Path, rng: np.random.Generator) -> None:
     with pytest.raises(SourceError):
         transom.explain("/nowhere/model.gguf", probe_file=probe_file)
     with pytest.raises(OptionError, match="cuda:7"):

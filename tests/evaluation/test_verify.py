@@ -1,4 +1,4 @@
-"""Verifying a model against another program: agreement is seen, and so is every kind of difference.
+"""Verifying a model against another program: agreement and every kind of difference are detected.
 
 Draws: two programs of float32 agree to 1e-6; the changes that must be seen are a thousand times as large.
 """
@@ -141,7 +141,7 @@ def test_without_transformers_the_extra_is_named(tmp_path: Path, monkeypatch: py
         TransformersOracle.read(HfSource().original(tmp_path))
 
 
-def test_the_seed_is_told_and_repeats_the_prompts(tmp_path: Path, rng: np.random.Generator) -> None:
+def test_the_reported_seed_repeats_the_prompts(tmp_path: Path, rng: np.random.Generator) -> None:
     checkpoint = tiny("llama", tmp_path, rng)
     oracle = TransformersOracle.of(checkpoint.model)
     graph = resolve(tmp_path).open(tmp_path).graph
@@ -150,7 +150,7 @@ def test_the_seed_is_told_and_repeats_the_prompts(tmp_path: Path, rng: np.random
     assert first == again
 
 
-def test_settings_that_transformers_drops_are_said_in_place_of_a_difference(
+def test_settings_that_transformers_drops_are_reported_instead_of_a_difference(
     tmp_path: Path, rng: np.random.Generator
 ) -> None:
     path = tmp_path / "model.gguf"

@@ -1,4 +1,4 @@
-"""What the tests of bundles share: a made-up backend that compiles for phones, and what is left beside a bundle."""
+"""Shared by the tests of bundles: a made-up backend that compiles for phones, and a search for left-over files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tests of loading share: a tiny model, made-up machines and backends, and two ways to load with them.
+"""Shared by the tests of loading: a tiny model, made-up machines and backends, and two ways to load with them.
 
 `here` loads in the test's own process, the jobs of the child process included: quick, for everything that stays alive.
 `export` makes a bundle there, and `elsewhere` is another machine to load it on.

@@ -1,4 +1,4 @@
-"""Made-up backends that run a model through NumPy and go wrong in one place: `does` says where and how.
+"""Made-up backends that run a model with NumPy and fail at one point, which `does` selects.
 
 Used in two ways: as objects in the test's own process, and as the module of a made-up distribution, whose backends the
 variable MADE_UP lists as JSON.

@@ -1,4 +1,4 @@
-"""What becomes of a compiled model: reused, rebuilt, refused, damaged, or impossible to keep.
+"""Compiled models in the cache: reused, rebuilt, refused, damaged, or impossible to keep.
 
 Draws: float32 sums in another order differ by about 1e-6 of their size; the tolerances are ten times that or more.
 """

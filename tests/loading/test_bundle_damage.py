@@ -1,4 +1,4 @@
-"""Bundles that were altered, cut or mixed up on the way: refused in one sentence, before anything is opened."""
+"""Bundles that were altered, truncated or mixed up: refused with one sentence, before anything is opened."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model exported as a bundle and loaded from it: the same answers elsewhere, its own options, the device it fits.
+"""Exporting and loading bundles: the same outputs on another machine, built-in options, the choice of a device.
 
 Draws: float32 sums in another order differ by about 1e-6 of their size; the tolerances are ten times that or more.
 """
@@ -334,7 +334,7 @@ def test_verify_always_compares_again_before_a_bundle_is_written(here: Any, expo
     assert first.folder.is_dir()
 
 
-def test_what_a_fresh_one_would_do_faster_is_said_of_a_bundle_as_of_a_model(here: Any, export: Any) -> None:
+def test_a_bundle_that_is_slower_than_a_new_compilation_gives_a_warning(here: Any, export: Any) -> None:
     here.use(MadeUp("sound", "check:slower"))
     said = "The compiled model is slower here than a newly compiled one: said slower"
     assert said in export().warnings

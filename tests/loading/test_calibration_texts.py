@@ -1,4 +1,4 @@
-"""The option `calibration`: filled where a backend compiles, from the user's texts or others; not on a warm start."""
+"""The option `calibration`: filled when a backend compiles, from the user's or default texts; empty on a warm load."""
 
 from __future__ import annotations
 

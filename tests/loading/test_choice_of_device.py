@@ -1,4 +1,4 @@
-"""Between kinds of device a measurement decides, once; what is named is used or refused; options are checked.
+"""The choice between kinds of device by measurement, named devices and backends, and the check of options.
 
 Draws: the numbers are only carried along; what is checked does not depend on them.
 """
@@ -170,7 +170,7 @@ def test_auto_cuts_the_context_to_the_memory_that_is_free_and_says_so(here: Any)
         assert model.report.memory["available"] == room
 
 
-def test_what_fits_nowhere_is_told_as_that(here: Any) -> None:
+def test_a_model_that_fits_nowhere_is_reported_as_too_large(here: Any) -> None:
     here.use(MadeUp("sound"), devices=[replace(CPU, free_bytes=1000)])
     with pytest.raises(DoesNotFit, match="needs"):
         here.load()
@@ -187,7 +187,7 @@ def test_a_model_that_cannot_be_read_is_no_fault_of_a_backend(here: Any, tmp_pat
     assert here.jobs == ["prepare"]
 
 
-def test_a_cache_or_progress_that_is_none_is_refused_with_what_to_write(here: Any, tmp_path: Path) -> None:
+def test_a_cache_or_progress_of_the_wrong_type_is_refused_with_the_fix(here: Any, tmp_path: Path) -> None:
     for folder in (str(tmp_path), tmp_path):
         with pytest.raises(OptionError, match=r"is not a transom\.Cache") as caught:
             transom.load(here.model, cache=folder)  # type: ignore[arg-type]

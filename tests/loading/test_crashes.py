@@ -1,4 +1,4 @@
-"""Engines that kill their process, in real processes: the host lives, says why, and `auto` goes on with another."""
+"""Engines that crash in real processes: the host survives and reports why, and `auto` tries the next offer."""
 
 from __future__ import annotations
 

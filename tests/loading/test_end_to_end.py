@@ -1,4 +1,4 @@
-"""The whole road in real processes: a model file, a child process that compiles it, a cache, text."""
+"""A complete load in real processes: a model file, a child process that compiles it, the cache, and text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Calibration: what is measured decides which heads stay dense, and the file is found when the model is loaded.
+"""Head calibration: measured effects decide which heads stay dense, and `load` finds the file.
 
 Draws: the numbers are only carried along; what is checked does not depend on them.
 """

@@ -1,4 +1,4 @@
-"""Models that no path names: a source that makes graphs in memory, decoders and plain graphs, through the same road.
+"""Loading models in memory: a source that builds graphs of decoders and other models without a file.
 
 Draws: float32 sums in another order differ by about 1e-6 of their size; the tolerances are ten times that or more.
 """

@@ -1,4 +1,4 @@
-"""What host and child agree on: places, keys, jobs as JSON, plugins' operators; and hooks that fail while choosing."""
+"""What host and child process share: runtime identities, keys, jobs as JSON, plugin operators; and failing hooks."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_a_place_changes_with_hardware_driver_backend_and_version() -> None:
     assert place(replace(CPU, free_bytes=1, cores=1)) == places[0]
 
 
-def test_a_hook_that_fails_while_choosing_is_told_as_a_warning(here: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hook_that_fails_while_choosing_gives_a_warning(here: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     failure = PluginFailure("policy", "site-policy", "hook", "transom_choose: KeyError", "pip uninstall site-policy")
 
     class Moody(Plugins):
@@ -127,7 +127,7 @@ def raising(error: BaseException) -> Any:
     return call
 
 
-def test_what_is_made_for_people_and_cancelling_pass_unchanged() -> None:
+def test_transom_errors_and_cancelled_pass_unchanged() -> None:
     assert guarded("b", "doing", lambda: 5) == 5
     for error in (SourceError("x"), Cancelled(), KeyboardInterrupt()):
         with pytest.raises(type(error)) as caught:

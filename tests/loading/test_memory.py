@@ -1,4 +1,4 @@
-"""The memory plan: arithmetic, what is cut, what is refused and what is offered instead."""
+"""The memory plan: its sizes, reduced contexts, refusals and the settings that would fit."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_free_memory_counts_before_all_memory_and_unknown_memory_refuses_nothing
     assert (unknown.context, unknown.available) == (131_072, 0)
 
 
-def test_without_a_wish_the_context_is_cut_to_what_fits_and_said() -> None:
+def test_the_default_context_is_reduced_to_what_fits_with_a_note() -> None:
     made = plan(LLAMA, having(20 * GB), context=None)
     assert 256 <= made.context < 131_072
     assert made.context % memory.STEP == 0
@@ -79,7 +79,7 @@ def test_the_reference_is_offered_no_precision_since_it_has_but_one() -> None:
     assert "Free" in caught.value.fix
 
 
-def test_nothing_that_helps_is_said_as_the_memory_to_free() -> None:
+def test_if_no_setting_fits_the_fix_names_the_memory_to_free() -> None:
     with pytest.raises(DoesNotFit, match=r"Free \d") as caught:
         plan(LLAMA, having(1 * GB), context=None)
     assert "precision" not in caught.value.fix

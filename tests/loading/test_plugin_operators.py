@@ -1,4 +1,4 @@
-"""Models that use an operator which a plugin brings: the plugin is changed, removed, installed, or broken."""
+"""Models that use the operator of a plugin, which is changed, removed, installed or broken."""
 
 from __future__ import annotations
 

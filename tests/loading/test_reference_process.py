@@ -1,4 +1,4 @@
-"""The reference's answer from a process beside the one that compiles.
+"""The process that computes the reference outputs in parallel with the one that compiles.
 
 Draws: the numbers are only carried along; what is checked does not depend on them.
 """
@@ -79,7 +79,7 @@ def test_it_needs_a_processor_and_room(
 
 
 @pytest.mark.parametrize("free", [None, 1 << 34])
-def test_what_is_compiled_for_elsewhere_takes_it_along_and_the_host_s_memory_counts(
+def test_an_export_needs_the_reference_and_the_free_memory_of_the_host_counts(
     here: Any, export: Any, monkeypatch: pytest.MonkeyPatch, free: int | None
 ) -> None:
     here.use(Tools("tools"), devices=[replace(CPU, free_bytes=free)])

@@ -1,4 +1,4 @@
-"""The comparison behind the self-check: what it forgives, what it does not, and what it feeds to a session.
+"""The comparison of the self-check: which differences pass, which fail, and what a session is fed.
 
 Draws: random logits of 200 tokens correlate by less than 0.4 (six deviations) where 0.9 is asked for; rounding to
 bfloat16 leaves more than 0.9999.

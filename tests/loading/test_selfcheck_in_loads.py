@@ -1,4 +1,4 @@
-"""No engine is believed until it has spoken: what computes something else is refused, and `auto` moves on.
+"""The self-check during a load: an engine with wrong outputs is refused, and `auto` tries the next offer.
 
 Draws: float32 sums in another order differ by about 1e-6 of their size; the tolerances are ten times that or more.
 """
@@ -117,7 +117,7 @@ def test_verify_always_checks_the_session_that_will_answer(here: Any) -> None:
         here.load(backend="shady", verify="always")
 
 
-def test_verify_always_computes_the_golden_logits_again_where_they_were_evicted(here: Any) -> None:
+def test_verify_always_computes_evicted_reference_outputs_again(here: Any) -> None:
     here.use(MadeUp("sound"))
     here.load().close()
     for entry in (here.cache.root / "golden").iterdir():
@@ -164,7 +164,7 @@ def test_whatever_a_backend_raises_becomes_one_sentence_that_names_it(here: Any,
 
 @pytest.mark.parametrize(("does", "said"), [("silent", "is silent on the node"), ("mute", "without a reason"),
                                             ("odd", "answers with a str")])  # fmt: skip
-def test_a_breach_of_the_contract_in_claim_is_told(here: Any, does: str, said: str) -> None:
+def test_a_breach_of_the_contract_in_claim_is_reported(here: Any, does: str, said: str) -> None:
     here.use(MadeUp("shady", does))
     with pytest.raises(EngineError, match=said):
         here.load(backend="shady")

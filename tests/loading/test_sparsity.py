@@ -1,4 +1,4 @@
-"""Loading with a sparsity policy: what runs, what is kept apart in the cache, whose heads it has, and what is said.
+"""Loading with a sparsity policy: the policy that runs, its cache key, its calibrated heads and its report.
 
 Draws: as in tests/graph/test_sparse.py: one block of rows may choose otherwise where two units are nearer than
 rounding.
@@ -200,7 +200,7 @@ def test_a_wrong_file_beside_the_model_is_an_error_where_it_matters(
 
 # -------------------------------------------------------------------------------------------------------------- refused
 @pytest.mark.parametrize("given", ["balancd", 1.5, {"columns": -1}, True])
-def test_what_is_no_policy_is_refused_before_anything_is_read(here: Any, given: Any) -> None:
+def test_an_invalid_policy_is_refused_before_anything_is_read(here: Any, given: Any) -> None:
     with pytest.raises(OptionError):
         here.load("no-such.gguf", sparsity=given)
     with here.load() as model, pytest.raises(OptionError):

@@ -1,4 +1,4 @@
-"""Bundles with several variants: what is shared, which one is taken, and what is proved before it is written.
+"""Bundles with several variants: shared files, the selection of a variant, and fidelity before writing.
 
 Draws: noise of a quarter of the spread over 262 tokens leaves a correlation of 0.97, give or take 0.01: above 0.9 and
 below 0.99.
@@ -147,7 +147,7 @@ def test_what_only_runs_by_name_is_never_chosen_for_a_model(here: Any) -> None:
         assert model.report.backend == "a_portable"
 
 
-def test_what_is_compiled_for_elsewhere_is_proved_where_an_emulator_is(here: Any, export: Any) -> None:
+def test_a_variant_for_another_device_is_compared_on_an_emulator(here: Any, export: Any) -> None:
     phones = Phones()
     here.use(phones)
     made = export(target=HEXAGON)
@@ -201,7 +201,7 @@ def test_what_diverges_is_not_shipped_and_the_worst_products_are_named(here: Any
         export(target=HEXAGON, overwrite=True)
 
 
-def test_what_a_load_would_not_believe_is_not_shipped(here: Any, export: Any, rng: Any) -> None:
+def test_a_variant_that_would_fail_the_self_check_is_not_written(here: Any, export: Any, rng: Any) -> None:
     """The model's distribution is nearly flat: what is wrong with logits shows little in a divergence."""
 
     class Decoding(Phones):
@@ -220,9 +220,7 @@ def test_what_a_load_would_not_believe_is_not_shipped(here: Any, export: Any, rn
     assert made.variants[0].fidelity["kl"] < 0.04
 
 
-def test_a_bound_holds_for_what_runs_here_and_what_nobody_could_compare_is_said(
-    here: Any, export: Any, rng: Any
-) -> None:
+def test_a_bound_applies_to_variants_that_run_here_and_others_give_a_warning(here: Any, export: Any, rng: Any) -> None:
     class Noisy(MadeUp):
         def _spoil(self, inputs: Any, outputs: Any) -> None:
             noise = rng.standard_normal(outputs["logits"].shape)
@@ -238,7 +236,7 @@ def test_a_bound_holds_for_what_runs_here_and_what_nobody_could_compare_is_said(
     assert warning == "Nothing here could compare phones with the reference, so max_kl=0.1 was not applied to it"
 
 
-def test_what_is_no_app_is_said_before_anything_is_compiled(here: Any, export: Any, tmp_path: Path) -> None:
+def test_an_invalid_app_is_reported_before_anything_is_compiled(here: Any, export: Any, tmp_path: Path) -> None:
     here.use(Phones())
     (tmp_path / "empty").mkdir()
     for app, said in (("none.apk", "cannot be read: No such file"), ("empty", "no shared library in")):
@@ -275,7 +273,7 @@ def test_an_app_without_the_libraries_keeps_a_bundle_from_being_written(here: An
         ({"target": f"{HEXAGON},snapdragon-9"}, "snapdragon-9"),
     ],
 )
-def test_names_that_are_none_are_refused(here: Any, export: Any, options: Any, said: str) -> None:
+def test_invalid_names_are_refused(here: Any, export: Any, options: Any, said: str) -> None:
     here.use(Phones())
     with pytest.raises(OptionError, match=said):
         export(**{"target": HEXAGON, **options})

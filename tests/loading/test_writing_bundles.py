@@ -1,4 +1,4 @@
-"""Writing a bundle: whole or not at all, in nobody's place, on disks that are full and in processes that die."""
+"""Writing a bundle: atomically, never over other files, on full disks and in processes that are killed."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_only_a_bundle_gives_its_place_to_another_and_only_when_told(here: Any, 
         export(first.folder, out=tmp_path / "second")
 
 
-def test_a_folder_that_cannot_be_written_is_said_before_anything_is_compiled(
+def test_a_folder_that_cannot_be_written_is_reported_before_anything_is_compiled(
     here: Any, export: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     here.use(MadeUp("sound"))
@@ -71,7 +71,7 @@ def test_a_folder_that_cannot_be_written_is_said_before_anything_is_compiled(
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".transom-")]
 
 
-def test_a_folder_that_is_none_or_cannot_be_looked_into_is_said_before_anything_is_compiled(
+def test_an_invalid_or_unreadable_folder_is_reported_before_anything_is_compiled(
     here: Any, export: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     here.use(MadeUp("sound"))
@@ -258,7 +258,9 @@ def test_a_bundle_runs_where_the_cache_cannot_be_written(here: Any, export: Any,
         assert model.generate("Hello", max_new_tokens=2).usage.completion_tokens
 
 
-def test_a_name_that_is_too_long_is_said_before_anything_is_compiled(here: Any, export: Any, tmp_path: Path) -> None:
+def test_a_name_that_is_too_long_is_reported_before_anything_is_compiled(
+    here: Any, export: Any, tmp_path: Path
+) -> None:
     here.use(MadeUp("sound"))
     with pytest.raises(OptionError, match="cannot be written: File name too long"):
         export(out=tmp_path / ("b" * 240))

@@ -1,4 +1,4 @@
-"""Texts to calibrate on: what users may give, and how a text becomes token ids in pieces.
+"""Calibration texts: what users may give, and how a text becomes pieces of token ids.
 
 Draws: the numbers are only carried along; what is checked does not depend on them.
 """
@@ -52,7 +52,7 @@ def test_texts_and_files_are_taken_in_order(tmp_path: Path) -> None:
         (["a"] * (MAX_PIECES + 1), f"holds {MAX_PIECES + 1} texts"),
     ],
 )
-def test_what_is_no_list_of_texts_is_refused(given: Any, said: str) -> None:
+def test_a_value_that_is_not_a_list_of_texts_is_refused(given: Any, said: str) -> None:
     with pytest.raises(OptionError, match=said) as caught:
         user_texts(given)
     assert caught.value.fix

@@ -1,4 +1,4 @@
-"""A job in a child process: whatever happens to that process is a result here, and nothing of it is left behind.
+"""Jobs in a child process: any failure of the process becomes a result, and no process is left behind.
 
 Draws: what is compared must be equal, whatever the numbers are.
 """
@@ -311,7 +311,7 @@ def test_progress_without_end_is_thinned_out() -> None:
     assert 1 <= len(seen) < 5000
 
 
-def test_a_progress_share_that_is_no_number_is_the_jobs_error() -> None:
+def test_a_progress_share_of_the_wrong_type_is_the_jobs_error() -> None:
     failure = run("bad_stage", progress=lambda stage, share: None).failure
     assert failure is not None
     assert failure.exception == "builtins.ValueError"
@@ -384,7 +384,7 @@ def test_a_job_that_cancels_itself_is_cancelled() -> None:
         ("no_such_module:f", "builtins.ModuleNotFoundError"),
     ],
 )
-def test_a_job_that_is_none_is_an_exception(entry: str, exception: str) -> None:
+def test_a_job_that_does_not_exist_is_an_exception(entry: str, exception: str) -> None:
     failure = run_in_child(entry, {}, timeout=60).failure
     assert failure is not None
     assert (failure.kind, failure.exception) == ("exception", exception)

@@ -1,4 +1,4 @@
-"""Modules that are imported when something of them is used."""
+"""Modules whose import is deferred until an attribute is used."""
 
 from __future__ import annotations
 
