@@ -140,9 +140,9 @@ def choice_for(variant: Variant, folder: Path, machine: Machine, device: str) ->
         return choose(machine, device=device, backend=variant.backend)
     except SelectionError as error:
         cause = f"The bundle {folder} was compiled for {_label(variant.target)}. {error.cause}"
-        said = [answer for name, answer in machine.answers if name == variant.backend]
+        answers = [answer for name, answer in machine.answers if name == variant.backend]
         here = machine.devices[0].id if machine.devices else "NAME"
-        fix = error.fix if has_fix(said) else _ELSEWHERE.format(here)
+        fix = error.fix if has_fix(answers) else _ELSEWHERE.format(here)
         raise SelectionError(cause, fix, error.details) from None
 
 

@@ -90,7 +90,7 @@ def calibrate_file(
     resolve(path)  # raises for a bundle: it can be loaded, but a calibration does not change it
     given = {t.name: read_text(t) for t in texts} or default_texts()
     if out is not None and not out.parent.is_dir():
-        raise OptionError(f"There is no folder {out.parent}", "Make it, or choose another file with --out")
+        raise OptionError(f"There is no folder {out.parent}", "Create it, or choose another file with --out")
     with load(
         path, device=device, backend=backend, threads=threads, precision="exact", cache=cache, progress=progress
     ) as model:

@@ -148,7 +148,7 @@ def verify_session(
 
     Args:
         session: a loaded decoder.
-        oracle: what is right.
+        oracle: the program to compare with.
         vocabulary: token ids below this are drawn.
         context: longest sequence, in tokens.
         precision: the least exact step between the two; chooses the bounds.
@@ -228,7 +228,7 @@ def _one_step(
     """Run one step that advances each sequence towards `until`, within the session's limits."""
     limits = session.limits
     room = limits.max_tokens
-    work, who = [], []
+    work, steps = [], []
     for i in group:
         count = min(until[i] - done[i], room)
         if limits.token_classes:
@@ -236,13 +236,13 @@ def _one_step(
         if count <= 0:
             continue
         work.append(Work(states[i], sequences[i][done[i] : done[i] + count], "all"))
-        who.append((i, count))
+        steps.append((i, count))
         room -= count
     if not work:
         raise UnsupportedError(
             f"the session takes only chunks of {limits.token_classes} tokens", "Verify it on another backend"
         )
-    for (i, count), rows in zip(who, session.step(work), strict=True):
+    for (i, count), rows in zip(steps, session.step(work), strict=True):
         results[i].append(np.asarray(rows, np.float32))
         done[i] += count
 
@@ -323,7 +323,7 @@ class TransformersOracle:
         transformers, _ = _transformers()
         if not isinstance(model, transformers.PreTrainedModel):
             raise SourceError(
-                f"A {type(model).__name__} is no transformers model, so there is nothing to compare it with",
+                f"A {type(model).__name__} is not a transformers model, so there is nothing to compare it with",
                 "Compare its outputs with model.run() yourself",
             )
         return cls(model, f"transformers {transformers.__version__} ({type(model).__name__})")

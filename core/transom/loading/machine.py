@@ -59,7 +59,7 @@ def survey(probe_file: str | Path | None = None, *, target: str = "auto") -> Mac
     """Probe the devices and ask every plugin about them.
 
     Args:
-        probe_file: devices from this JSON file in place of the probe.
+        probe_file: a JSON file that replaces the probe of devices.
         target: a device that must be among them; may be a remote target of the catalogue.
 
     Raises:

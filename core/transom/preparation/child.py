@@ -107,8 +107,8 @@ class ChildFailure:
             return _rebuild(self.transported)
         if self.kind == "cancelled":
             return Cancelled(self.message)
-        said = (self.traceback or self.stderr).strip().splitlines()[-8:]
-        return ChildFailed(f"{job} failed in its child process: {self.message}", "", tuple(said), self)
+        output = (self.traceback or self.stderr).strip().splitlines()[-8:]
+        return ChildFailed(f"{job} failed in its child process: {self.message}", "", tuple(output), self)
 
 
 @dataclass(frozen=True)

@@ -43,9 +43,9 @@ def guarded(backend: str, doing: str, call: Callable[[], T]) -> T:
         except (Exception, SystemExit) as error:
             if interrupted:
                 raise KeyboardInterrupt from error
-            said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+            what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
             raise EngineError(
-                f"The backend {backend} failed while {doing}: {said}",
+                f"The backend {backend} failed while {doing}: {what}",
                 f"Choose another with backend=…, or report it to the authors of {backend}",
             ) from error
     if interrupted:
