@@ -51,7 +51,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Choice:
+class Selection:
     """What was chosen, why, and what else could run."""
 
     ranked: tuple[Candidate, ...]
@@ -96,7 +96,7 @@ def select(
     purpose: Literal["run", "export"] = "run",
     measured: Mapping[str, float] | None = None,
     notes: Sequence[str] = (),
-) -> Choice:
+) -> Selection:
     """Choose a backend and a device.
 
     Args:
@@ -168,7 +168,7 @@ def select(
         ]
     if backend == "auto" and ranked[0].offer.band == "fallback":
         warnings.append(_slow(ranked[0], refusals))
-    return Choice(
+    return Selection(
         ranked=tuple(ranked),
         refusals=tuple(refusals),
         why=_why(ranked, ranking, device, backend, environment_device, named_by, hook if favoured else None),

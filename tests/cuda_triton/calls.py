@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from transom.ops import cached_attention
-from transom.ops.sparse_routing import BLOCK, Choice, choose
+from transom.ops.sparse_routing import BLOCK, HeadRoute, choose
 from transom.sparsity import Sparsity
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -125,7 +125,7 @@ class Call:
                 while at < past + new:
                     blocks[s, at] = len(blocks)
                     at = min(at // BLOCK * BLOCK + BLOCK, past + new)
-            choices: list[Choice] = []
+            choices: list[HeadRoute] = []
         else:
             choices = choose(self.inputs, self.attributes)
             for choice in choices:

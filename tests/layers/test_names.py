@@ -7,8 +7,6 @@ from collections import defaultdict
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-SEVERAL = {"Choice": 3, "Form": 2, "Manifest": 2, "Piece": 2}
-"""Names that the core still has several classes of, and how many: a number may fall, and then the line goes."""
 
 
 def public_classes(path: Path) -> list[str]:
@@ -23,9 +21,8 @@ def test_each_public_class_name_has_one_meaning() -> None:
         for path in sorted((ROOT / place).rglob("*.py")):
             for name in public_classes(path):
                 found[name].append(path.relative_to(ROOT).as_posix())
-    wrong = {n: paths for n, paths in found.items() if len(paths) > 1 and len(paths) != SEVERAL.get(n)}
+    wrong = {name: paths for name, paths in found.items() if len(paths) > 1}
     assert not wrong, "\n".join(f"{name}: {', '.join(paths)}" for name, paths in sorted(wrong.items()))
-    assert not {name for name in SEVERAL if len(found[name]) < 2}, "these names have one meaning now: take them out"
 
 
 def test_public_classes_of_a_module_are_found(tmp_path: Path) -> None:

@@ -19,12 +19,12 @@ import pytest
 from transom.contract import Device, Offer, Refusal
 from transom.errors import OptionError, SelectionError
 from transom.plugins import PluginFailure
-from transom.selection import BANDS, INSTALL, KINDS, Choice, kind_of, select
+from transom.selection import BANDS, INSTALL, KINDS, Selection, kind_of, select
 
 BROKEN = PluginFailure("cuda_triton", "transom", "import", "ImportError: libcuda.so.1", "Install the NVIDIA driver")
 
 
-def choose(devices: Sequence[Device], backends: dict[str, m.Judge] | None = None, **options: Any) -> Choice:
+def choose(devices: Sequence[Device], backends: dict[str, m.Judge] | None = None, **options: Any) -> Selection:
     return select(devices, m.ask(devices, m.BACKENDS if backends is None else backends), **options)
 
 

@@ -28,7 +28,7 @@ from transom.sparsity import Sparsity
 if TYPE_CHECKING:
     from transom.contract import Device
     from transom.generation.model import Model
-    from transom.selection import Choice
+    from transom.selection import Selection
 
 
 def load_bundle(
@@ -111,7 +111,7 @@ def _merged_options(manifest: BundleManifest, variant: Variant, folder: Path, op
 # -------------------------------------------------------------------------------------------------------------- devices
 
 
-def _best_variant(bundle: Bundle, machine: Machine, device: str, backend: str, name: str) -> tuple[Bundle, Choice]:
+def _best_variant(bundle: Bundle, machine: Machine, device: str, backend: str, name: str) -> tuple[Bundle, Selection]:
     """The variant that fits best, with the devices that it fits. Raises the first variant's error if none does."""
     variants, folder = bundle.manifest.variants, bundle.folder
     wanted = [v for v in variants if backend in ("auto", v.backend) and name in ("", v.name)]
@@ -119,7 +119,7 @@ def _best_variant(bundle: Bundle, machine: Machine, device: str, backend: str, n
         there = ", ".join(f"{v.name} (backend={v.backend!r})" for v in variants)
         what = f"backend={backend!r}" if backend != "auto" else f"the variant {name!r}"
         raise OptionError(f"{what} does not fit the bundle {folder}", f"Leave it out, or name one of these: {there}")
-    found: list[tuple[Bundle, Choice]] = []
+    found: list[tuple[Bundle, Selection]] = []
     errors: list[SelectionError] = []
     for variant in wanted:
         one = bundle.of(variant)
@@ -133,7 +133,7 @@ def _best_variant(bundle: Bundle, machine: Machine, device: str, backend: str, n
     return min(found, key=lambda pair: (pair[1].offer.by_name, -BANDS.index(pair[1].offer.band)))
 
 
-def choice_for(variant: Variant, folder: Path, machine: Machine, device: str) -> Choice:
+def choice_for(variant: Variant, folder: Path, machine: Machine, device: str) -> Selection:
     """The devices that a variant's backend offers to run on. Raises OptionError, SelectionError."""
     require_backend(variant, folder, machine)
     try:
@@ -161,7 +161,7 @@ def require_backend(variant: Variant, folder: Path, machine: Machine) -> None:
     )
 
 
-def _fitting_devices(bundle: Bundle, machine: Machine, choice: Choice) -> Choice:
+def _fitting_devices(bundle: Bundle, machine: Machine, choice: Selection) -> Selection:
     """The choice without the devices that the bundle does not fit. Raises SelectionError if none is left."""
     variant = bundle.variant
     backend = machine.plugins.backends[variant.backend].backend

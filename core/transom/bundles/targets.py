@@ -11,7 +11,7 @@ from transom.contract import Device, Offer, Refusal
 from transom.errors import OptionError, SelectionError, nearest
 from transom.hardware.catalogue import PREFIX
 from transom.loading.machine import Machine, choose, has_fix, survey
-from transom.selection import Choice
+from transom.selection import Selection
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def pairs_of(target: str | Sequence[str], format: str | Sequence[str]) -> list[t
     return [(t, f) for t in targets for f in formats]
 
 
-def backends_for(target: str, backend: str, probe_file: str | Path | None) -> tuple[Machine, Choice]:
+def backends_for(target: str, backend: str, probe_file: str | Path | None) -> tuple[Machine, Selection]:
     """This machine and the backends that compile for the target. `TRANSOM_DEVICE` has no effect."""
     if not isinstance(target, str) or target.strip().lower() in ("", "auto"):
         raise OptionError(f"target={target!r} names no device", nearest("", known_targets(probe_file)))

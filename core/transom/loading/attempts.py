@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from transom.loading.child_jobs import ChildJobs
     from transom.loading.machine import Machine
     from transom.plugins import LoadedBackend
-    from transom.selection import Candidate, Choice
+    from transom.selection import Candidate, Selection
 
 T = TypeVar("T")
 
@@ -24,7 +24,7 @@ class Attempt:
     """An attempt to load a model with one candidate, a backend on a device."""
 
     machine: Machine
-    choice: Choice
+    choice: Selection
     candidate: Candidate
     set_aside: Sequence[tuple[Candidate, TransomError]] = ()
     """The candidates that failed before this one, with their errors."""
@@ -59,7 +59,7 @@ class Attempt:
         return [f"{c.backend} on {c.device.id} was set aside: {error.cause}" for c, error in self.set_aside]
 
 
-def first_that_works(jobs: ChildJobs, machine: Machine, choice: Choice, use: Callable[[Attempt], T]) -> T:
+def first_that_works(jobs: ChildJobs, machine: Machine, choice: Selection, use: Callable[[Attempt], T]) -> T:
     """The result of `use` for the first candidate that works.
 
     The candidates respect the device and backend that the user named.

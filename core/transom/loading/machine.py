@@ -12,7 +12,7 @@ from transom import hardware
 from transom.artifacts import artifact_key
 from transom.contract import Device, Offer, Refusal
 from transom.plugins import PluginFailure, Plugins, load_plugins
-from transom.selection import Candidate, Choice, select
+from transom.selection import Candidate, Selection, select
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def choose(
     backend: str = "auto",
     measured: Mapping[str, float] | None = None,
     purpose: Literal["run", "export"] = "run",
-) -> Choice:
+) -> Selection:
     """Select, with the environment variable and the plugins' hooks. Raises as `selection.select`."""
     hook = machine.plugins.choose([(name, answer) for name, answer in machine.answers if isinstance(answer, Offer)])
     return select(

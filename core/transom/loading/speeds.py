@@ -13,10 +13,10 @@ from transom.preparation.jobs import MEASURE
 if TYPE_CHECKING:
     from transom.loading.cached_models import CachedModels
     from transom.loading.machine import Machine
-    from transom.selection import Choice
+    from transom.selection import Selection
 
 
-def measured_speeds(models: CachedModels, machine: Machine, choice: Choice) -> dict[str, float]:
+def measured_speeds(models: CachedModels, machine: Machine, choice: Selection) -> dict[str, float]:
     """Tokens per second by `Candidate.key` for `choice.kinds_to_measure`, remembered or measured now.
 
     A candidate that fails has 0. Empty for a graph that is not a decoder, which has no decode to time.

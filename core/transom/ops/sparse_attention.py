@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from transom.ops.schema import Array, Attributes
-from transom.ops.sparse_routing import Choice, choose, dense_route, ordered
+from transom.ops.sparse_routing import HeadRoute, choose, dense_route, ordered
 
-Observer = Callable[[Choice], None]
+Observer = Callable[[HeadRoute], None]
 """Is told of every choice that a call makes."""
 OBSERVER = "__observer__"
 """Under this name the attributes of a call may hold an `Observer`; it is no attribute of the operator."""
@@ -84,4 +84,4 @@ def observe_dense(inputs: Sequence[Array | None], attributes: Attributes, observ
         new, everything = ordered(inputs, int(sequence))
         way = dense_route(len(everything) - len(new), len(everything), int(attributes["sliding_window"]))
         for head in range(int(attributes["kv_num_heads"])):
-            observer(Choice(int(sequence), head, way))
+            observer(HeadRoute(int(sequence), head, way))

@@ -387,7 +387,7 @@ def _margin(take: Array, falling: Array, before: Array, coverage: float, total: 
 
 # the operator's inputs ------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class Choice:
+class HeadRoute:
     """The route of one sequence and KV head in one call of the operator."""
 
     sequence: int
@@ -429,7 +429,7 @@ def call_scores(attributes: Attributes, dim: int, sinks: Array | None) -> Scores
     return Scores(scale, float(attributes["softcap"]), int(attributes["sliding_window"]), sinks)
 
 
-def choose(inputs: Sequence[Array | None], attributes: Attributes) -> list[Choice]:
+def choose(inputs: Sequence[Array | None], attributes: Attributes) -> list[HeadRoute]:
     """What every sequence and KV head of a call of `transom::CachedAttention` reads.
 
     Args:
@@ -461,7 +461,7 @@ def choose(inputs: Sequence[Array | None], attributes: Attributes) -> list[Choic
                 way = route(queries[new, head], present[everything, head], policy, head, scores)
             except ValueError as error:
                 raise ValueError(f"layer {attributes['layer']}, KV head {head}: {error}") from error
-            found.append(Choice(int(sequence), head, way))
+            found.append(HeadRoute(int(sequence), head, way))
     return found
 
 

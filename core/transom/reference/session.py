@@ -14,7 +14,7 @@ from transom.contract import Limits, State, Tensor, Work
 from transom.errors import OptionError
 from transom.graph.sparse import is_attention, stays_dense
 from transom.ops.sparse_attention import OBSERVER
-from transom.ops.sparse_routing import Choice
+from transom.ops.sparse_routing import HeadRoute
 from transom.reference.executor import Executor
 from transom.sessions import PackedSession, check_step
 from transom.sessions.steps import Array
@@ -61,7 +61,7 @@ class ReferenceSession(PackedSession):
     def _run_with(self, policy: Sparsity | None, counts: Sequence[Array]) -> Callable[[Mapping[str, Any]], Any]:
         """The executor with a policy in place of the graph's own; counts what each sequence reads."""
 
-        def observe(layer: int, choice: Choice) -> None:
+        def observe(layer: int, choice: HeadRoute) -> None:
             of = counts[choice.sequence][:, layer, choice.head]
             for block in choice.route.blocks:
                 of += np.array([block.read, block.seen]) * (block.end + 1 - block.begin)

@@ -23,7 +23,7 @@ from transom.graph import Graph
 from transom.graph.sparse import with_sparsity
 from transom.ops import sparse_attention
 from transom.ops.sparse_attention import OBSERVER, attend
-from transom.ops.sparse_routing import Choice
+from transom.ops.sparse_routing import HeadRoute
 from transom.preparation.agreement import compare
 from transom.programs.onnx_writing import FLOAT, IR_VERSION, OnnxWriter
 from transom.reference.executor import Executor
@@ -149,7 +149,7 @@ class Operator:
 
 def reference(
     policy: Sparsity, form: Form, q: Array, keys: Array, values: Array, past: int, sinks: Array | None
-) -> tuple[Array, list[Choice]]:
+) -> tuple[Array, list[HeadRoute]]:
     """The operator's for the rows from `past` on of q [heads, n, D], keys and values [KV, n, columns]."""
 
     def rows(x: Array) -> Array:
@@ -161,7 +161,7 @@ def reference(
         rows(q)[past:], rows(keys)[past:], rows(values)[past:], rows(keys)[:past], rows(values)[:past],
         zeros[past:], positions[past:], zeros[:past], positions[:past], None, sinks,
     ]  # fmt: skip
-    found: list[Choice] = []
+    found: list[HeadRoute] = []
     attributes = {
         "scale": 1.0, "softcap": form.softcap, "sliding_window": 0, "is_causal": 1, "layer": 0,
         "kv_num_heads": form.kv_heads, "q_num_heads": form.kv_heads * form.group,
