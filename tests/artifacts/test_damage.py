@@ -141,12 +141,12 @@ def test_a_flipped_bit_under_an_old_time_is_found_by_a_full_check(cache: Cache, 
     assert Cache(cache.root).lookup("key", verify="full") is None
 
 
-def test_an_entry_that_another_process_mended_meanwhile_is_left_alone(cache: Cache, build: Build) -> None:
+def test_an_entry_that_another_process_rebuilt_meanwhile_is_left_alone(cache: Cache, build: Build) -> None:
     stale = build(cache, "key")
     stale.discard("stale")
-    mended = build(cache, "key")
-    assert not stale._entry._hold.keeps(stale.path)
-    assert mended._entry._hold.keeps(mended.path)
+    rebuilt = build(cache, "key")
+    assert not stale._entry._lock.is_at(stale.path)
+    assert rebuilt._entry._lock.is_at(rebuilt.path)
 
 
 def test_a_plain_file_in_the_place_of_an_entry_is_replaced(cache: Cache, build: Build) -> None:

@@ -174,7 +174,7 @@ def test_no_room_to_compile_in_anywhere_is_one_sentence(fresh: Any, model: Path)
     status, _, err = fresh(*arguments, env={"TOY_FAIL": "full everywhere"})
     assert status == 2
     (error,) = (line for line in err.splitlines() if line.startswith("Error: "))
-    assert "can be kept neither in the cache" in error
+    assert "fits neither in the cache" in error
     assert "Free space on the disk" in error
     assert "Traceback" not in err
 

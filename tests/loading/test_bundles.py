@@ -18,7 +18,7 @@ from made_up import CPU, MadeUp
 
 import transom
 from transom.artifacts import hash_file
-from transom.artifacts.files import is_held
+from transom.artifacts.files import is_locked
 from transom.bundles.bundle import open_bundle
 from transom.contract import Refusal
 from transom.errors import ContextExceeded, DoesNotFit, EngineError, OptionError, SelectionError, SelfCheckFailed
@@ -357,9 +357,9 @@ def test_the_scratch_folder_of_a_bundle_is_held_while_it_is_open_and_when_it_is_
     bundle = open_bundle(export().folder, here.cache)
     for _ in range(2):
         scratch = bundle.scratch
-        assert is_held(scratch)
+        assert is_locked(scratch)
         bundle.release()
-        assert not is_held(scratch)
+        assert not is_locked(scratch)
 
 
 def test_what_can_no_longer_be_opened_is_checked_again(here: Any, export: Any) -> None:

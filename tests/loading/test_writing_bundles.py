@@ -274,7 +274,7 @@ def test_no_room_for_the_mark_leaves_nothing(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
 
     here.use(MadeUp("sound"))
-    monkeypatch.setattr(writing, "hold", full)
+    monkeypatch.setattr(writing, "lock_folder", full)
     with pytest.raises(BundleError, match="No space left on device"):
         export()
     assert left_over(tmp_path) == []

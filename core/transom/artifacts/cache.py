@@ -1,4 +1,4 @@
-"""The cache as the runtime uses it: look an artifact up, build it once, keep it, and go on when the disk says no."""
+"""The cache as the rest of Transom uses it: look an artifact up, build it once, keep it, survive a failing disk."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from transom.artifacts.entries import SCRATCH, VERDICTS, Draft, Entry, Shelf, Verify
-from transom.artifacts.files import delete, hold, is_left_over, unique
+from transom.artifacts.entries import SCRATCH, VERDICTS, Entry, EntryStore, EntryWriter, Verify
+from transom.artifacts.files import delete, is_left_over, lock_folder, unique
+from transom.artifacts.json_store import JsonStore
 from transom.artifacts.keys import canonical, check_key, content_hash, parse_size
-from transom.artifacts.notebook import Notebook
 from transom.contract import Artifact
 from transom.errors import CacheError
 
@@ -28,24 +28,24 @@ DEFAULT_LIMIT = 20 * 1000**3
 
 _log = logging.getLogger("transom.artifacts")
 _TAG = b"Signature: 8a477f597d28d172789f06886806bc55\n# Made by transom; backup programs may leave it out.\n"
-_OVERFLOW = "transom-overflow-"
+_TEMPORARY_PREFIX = "transom-overflow-"
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where an artifact comes from: everything in its manifest that `contract.Artifact` does not say."""
+    """Where an artifact comes from: everything in its manifest that is not in `contract.Artifact`."""
 
     source: str
-    """The model's name or path, for people."""
+    """The model's name or path, for display."""
     backend: str
     backend_version: str
-    """Of the distribution that brought the backend."""
+    """Version of the distribution that contains the backend."""
     device: Mapping[str, str] = field(default_factory=dict)
     """`kind`, `id`, `arch`, `identity`, `name`."""
     drivers: Mapping[str, str] = field(default_factory=dict)
     options: Mapping[str, object] = field(default_factory=dict)
     ingredients: Mapping[str, object] = field(default_factory=dict)
-    """What `artifact_key` made the key from."""
+    """The values that `artifact_key` computed the key from."""
 
     @classmethod
     def on(
@@ -64,13 +64,13 @@ class Origin:
 
 
 class StoredArtifact:
-    """An artifact in the cache, open: it is not evicted until `release`, the end of a `with`, or the object's end."""
+    """An open artifact of the cache. Not evicted until `release`, the end of a `with`, or its garbage collection."""
 
     def __init__(self, cache: Cache, entry: Entry, *, temporary: bool) -> None:
         self._cache = cache
         self._entry = entry
         self.temporary = temporary
-        """The cache could not keep it: it is gone when this process ends."""
+        """Whether the cache could not keep it, so that it is deleted when this process ends."""
         facts = entry.manifest.facts
         self.artifact = Artifact(
             files=entry.files,
@@ -106,22 +106,22 @@ class StoredArtifact:
 
     @property
     def scratch(self) -> Path:
-        """The folder for `Backend.load`: made on demand, lasts as long as the artifact does."""
+        """The folder for `Backend.load`: created on demand, kept as long as the artifact."""
         root = self.path.parent.parent
         try:
             folder = root / SCRATCH / self.key
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            folder = self._cache._overflow(error).root / SCRATCH / self.key
+            folder = self._cache._temporary_cache(error).root / SCRATCH / self.key
             folder.mkdir(parents=True, exist_ok=True)
         return folder
 
     def verdict(self, where: str) -> object:
-        """What `record_verdict` kept for this place (device identity, driver and SDK versions), or None."""
+        """The verdict recorded for this runtime identity (device identity, driver and SDK versions), or None."""
         return self._verdicts.recall(where)
 
     def record_verdict(self, where: str, verdict: object) -> None:
-        """Keep the self-check's verdict (JSON types) beside the artifact; it goes when the artifact goes."""
+        """Store the self-check's verdict (JSON types) beside the artifact; it is removed together with the artifact."""
         self._cache._remember(self._verdicts, where, verdict)
 
     @property
@@ -129,24 +129,26 @@ class StoredArtifact:
         return self._verdicts.all()
 
     @property
-    def _verdicts(self) -> Notebook:
-        return self._cache._notebook(self.path / VERDICTS)
+    def _verdicts(self) -> JsonStore:
+        return self._cache._json_store(self.path / VERDICTS)
 
     def touch(self) -> None:
-        """Count as used now; `lookup` has done so already."""
+        """Set the time of last use to now; `lookup` has done so already."""
         self._entry.touch()
 
     def discard(self, reason: str) -> None:
-        """Remove it with its scratch folder, as after the verdict "rebuild"; logs the reason."""
+        """Remove it and its scratch folder, as after the verdict "rebuild", and log the reason."""
         self._entry.discard(reason)
 
     def remove(self) -> bool:
-        """Take it out of the cache with its scratch folder, as when its files have gone elsewhere; it is not open any
-        more. False where it stays, because somebody else uses it or it cannot be removed."""
+        """Close it and remove it and its scratch folder from the cache, as when its files have been moved elsewhere.
+
+        Returns False when it stays, because another process uses it or it cannot be deleted.
+        """
         return self._entry.remove()
 
     def release(self) -> None:
-        """Let it be evicted. Call it when the session that uses the files is closed."""
+        """Allow eviction. Call it when the session that uses the files is closed."""
         self._entry.release()
 
     def __enter__(self) -> Self:
@@ -156,98 +158,99 @@ class StoredArtifact:
         self.release()
 
 
-class Slot:
-    """The right to build one artifact, while no other process builds it."""
+class ArtifactBuild:
+    """The build of one artifact, while this process holds the lock of its key."""
 
     def __init__(self, cache: Cache, key: str, found: StoredArtifact | None) -> None:
         self._cache = cache
         self._key = key
-        self._draft: Draft | None = None
+        self._writer: EntryWriter | None = None
         self.found = found
-        """The artifact, when another process finished it while this one waited: there is nothing left to do."""
+        """The artifact, if another process finished it while this one waited; then there is nothing left to do."""
 
     @property
     def work(self) -> Path:
-        """A folder for the compiler's files. They are moved into the entry when `store` is given their paths."""
-        if self._draft is None:
-            self._draft = self._cache._begin("artifacts", self._key)
-        return self._draft.work
+        """A folder for the compiler's files. `store` moves the files in it into the entry instead of copying them."""
+        if self._writer is None:
+            self._writer = self._cache._begin("artifacts", self._key)
+        return self._writer.work
 
     def outside(self, error: OSError) -> Path:
         """A new work folder outside the cache, after writing into `work` failed with `error` (a full disk)."""
         self._abandon()
-        self._draft = self._cache._overflow(error).shelf("artifacts").begin(self._key)
-        return self._draft.work
+        self._writer = self._cache._temporary_cache(error).entries("artifacts").begin(self._key)
+        return self._writer.work
 
     def no_room(self, error: OSError, second: OSError) -> CacheError:
-        """What to raise after writing into `work` failed with `error`, and `outside` with `second`."""
+        """The error to raise after writing into `work` failed with `error`, and into `outside` with `second`."""
         return self._cache._no_room(error, second)
 
     def store(self, artifact: Artifact, origin: Origin, progress: Progress | None = None) -> StoredArtifact:
-        """Keep an artifact. When the cache cannot, it is kept in a temporary folder for this run, with a warning.
+        """Store an artifact. When the cache cannot be written, store it in a temporary folder for this run and warn.
 
-        Raises CacheError when there is no room there either, ValueError for a file name that leads out of the
-        artifact, TypeError when the origin is not made of JSON types.
+        Raises CacheError when that folder has no space either, ValueError for a file name that points outside the
+        artifact, TypeError when the origin does not consist of JSON types.
         """
         facts = {name: canonical(value) for name, value in vars(origin).items()}
         facts |= {"requires": canonical(artifact.requires), "notes": canonical(tuple(artifact.notes))}
-        draft = self._draft or self._cache._begin("artifacts", self._key)
-        self._draft = None
-        entry = self._cache._commit(draft, artifact.files, facts, progress)
+        writer = self._writer or self._cache._begin("artifacts", self._key)
+        self._writer = None
+        entry = self._cache._commit(writer, artifact.files, facts, progress)
         return self._cache._stored(entry)
 
     def _abandon(self) -> None:
-        if self._draft is not None:
-            self._draft.abandon()
-            self._draft = None
+        if self._writer is not None:
+            self._writer.abandon()
+            self._writer = None
 
 
-class Blobs:
-    """Named blobs under a key: prepared sources, golden logits. Written as a whole or not at all."""
+class BlobStore:
+    """Named blobs under a key, such as prepared sources and reference logits. Written as a whole or not at all."""
 
     def __init__(self, cache: Cache, kind: str) -> None:
         self._cache = cache
         self._kind = kind
 
     def lookup(self, key: str, *, verify: Verify = "auto") -> Entry | None:
-        """The entry (`read(name)`, `files`, `manifest.facts`), held, or None."""
+        """The open entry (`read(name)`, `files`, `manifest.facts`), or None."""
         return self._cache._lookup(self._kind, key, verify, None)
 
     def write(
         self, key: str, blobs: Mapping[str, bytes | str | Path], facts: Mapping[str, object] | None = None
     ) -> Entry:
-        """Keep blobs (str as UTF-8) and facts (JSON types), replacing what the key had. Raises as `Slot.store`."""
+        """Store blobs (str as UTF-8) and facts (JSON types), replacing the key's old entry. Raises as
+        `ArtifactBuild.store`."""
         files = {name: blob.encode() if isinstance(blob, str) else blob for name, blob in blobs.items()}
-        draft = self._cache._begin(self._kind, key)
-        return self._cache._commit(draft, files, {k: canonical(v) for k, v in (facts or {}).items()}, None)
+        writer = self._cache._begin(self._kind, key)
+        return self._cache._commit(writer, files, {k: canonical(v) for k, v in (facts or {}).items()}, None)
 
 
 class Cache:
-    """One cache folder. Making the object touches nothing on the disk.
+    """One cache folder. Creating the object does not touch the disk.
 
-    Where the folder cannot be written (read-only, full, not a directory), what it has is still read; what is new goes
-    to a temporary folder for this process, and `warnings` says so once.
+    If the folder cannot be written (read-only, full, not a directory), its entries are still read; new ones are written
+    to a temporary folder of this process, and `warnings` gets one sentence about it.
 
     Args:
         root: the folder.
-        limit: bytes to keep, None for no limit; the least recently used entries go first.
+        limit: bytes to keep, None for no limit. The least recently used entries are evicted first.
     """
 
     def __init__(self, root: str | Path, *, limit: int | None = DEFAULT_LIMIT) -> None:
         self.root = Path(os.path.abspath(Path(root).expanduser()))
         self.limit = limit
         self.warnings: list[str] = []
-        """For the report: at most one sentence, why this run keeps nothing."""
-        self.sources = Blobs(self, "sources")
-        self.golden = Blobs(self, "golden")
-        self._notebooks: dict[Path, Notebook] = {}
-        self._temporary: Overflow | None = None
+        """For the report: at most one sentence, why this run cannot write to the cache."""
+        self.sources = BlobStore(self, "sources")
+        self.golden = BlobStore(self, "golden")
+        self._json_stores: dict[Path, JsonStore] = {}
+        self._temporary: TemporaryCache | None = None
 
     @classmethod
     def default(cls) -> Cache:
         """The cache of `TRANSOM_CACHE` (else the user's cache directory) and `TRANSOM_CACHE_SIZE` (else 20 GB).
 
-        One object per process for the same settings. Raises OptionError for a size that is none.
+        One object per process for the same settings. Raises OptionError if the size cannot be parsed.
         """
         limit = DEFAULT_LIMIT
         if size := os.environ.get("TRANSOM_CACHE_SIZE", "").strip():
@@ -257,16 +260,16 @@ class Cache:
     # --- artifacts ---
 
     def lookup(self, key: str, *, verify: Verify = "auto", progress: Progress | None = None) -> StoredArtifact | None:
-        """The artifact, held and counted as used, or None. A corrupt or foreign one is removed and logged."""
+        """The open artifact, marked as used now, or None. A corrupt or foreign one is removed and logged."""
         entry = self._lookup("artifacts", key, verify, progress)
         return None if entry is None else self._stored(entry)
 
     @contextmanager
-    def building(self, key: str, progress: Progress | None = None) -> Iterator[Slot]:
-        """Build an artifact while no other process does; look at `slot.found` first.
+    def building(self, key: str, progress: Progress | None = None) -> Iterator[ArtifactBuild]:
+        """Build an artifact while no other process builds it. Check `found` of the result first.
 
         While another process builds the same key, `progress("wait", None)` is called about four times a second; it
-        may raise to give up. A process that was killed blocks nobody. Leaving the `with` without `store` removes
+        may raise to give up. A killed process does not block others. Leaving the `with` without `store` removes
         what was written.
         """
         from transom.artifacts import housekeeping
@@ -274,25 +277,25 @@ class Cache:
         check_key(key)
         with self._lock(key, progress):
             housekeeping.sweep(self.root)
-            slot = Slot(self, key, self.lookup(key, progress=progress))
+            build = ArtifactBuild(self, key, self.lookup(key, progress=progress))
             try:
-                yield slot
+                yield build
             finally:
-                slot._abandon()
+                build._abandon()
 
     # --- hashes and facts ---
 
     def content_hash(self, path: Path, progress: Progress | None = None) -> str:
         """The hash of a file's content, memoised by path, size, modification time and inode. Raises SourceError."""
-        return content_hash(path, self._notebook(self.root / "remembered" / "hashes.json"), progress)
+        return content_hash(path, self._json_store(self.root / "remembered" / "hashes.json"), progress)
 
     def recall(self, name: str, key: str) -> object:
-        """What was remembered in the notebook `name`, or None."""
-        return self._notebook(self.root / "remembered" / f"{check_key(name)}.json").recall(key)
+        """The value remembered in the store `name`, or None."""
+        return self._json_store(self.root / "remembered" / f"{check_key(name)}.json").recall(key)
 
     def remember(self, name: str, key: str, value: object) -> None:
-        """Remember a value (JSON types) for later processes; for this one alone when the cache cannot be written."""
-        self._remember(self._notebook(self.root / "remembered" / f"{check_key(name)}.json"), key, value)
+        """Remember a value (JSON types) for later processes, or only for this one when the cache cannot be written."""
+        self._remember(self._json_store(self.root / "remembered" / f"{check_key(name)}.json"), key, value)
 
     # --- housekeeping ---
 
@@ -303,22 +306,22 @@ class Cache:
         return housekeeping.items(self.root)
 
     def stats(self) -> Stats:
-        """Entries and bytes by kind, the limit, and the room that is left on the disk."""
+        """Entries and bytes by kind, the limit, and the free space on the disk."""
         from transom.artifacts import housekeeping
 
         return housekeeping.stats(self.root, self.limit)
 
     def sweep(self) -> None:
-        """Remove what killed processes left half-written; `building` and `prune` do so too. Never raises OSError."""
+        """Remove what killed processes left half-written, as `building` and `prune` do too. Never raises OSError."""
         from transom.artifacts import housekeeping
 
         housekeeping.sweep(self.root)
 
     def prune(self, *, limit: int | None = None, unused_since: float | None = None) -> Removed:
-        """Remove left-overs, then the least recently used entries until the cache fits in `limit` (else its own limit).
+        """Remove left-overs, then the least recently used entries until the cache fits in `limit` (default: its own).
 
-        `unused_since` (seconds since 1970): entries last used before go in any case. What is in use stays. Raises
-        CacheError when the cache cannot be written.
+        Entries last used before `unused_since` (seconds since 1970) are removed in any case; entries in use stay.
+        Raises CacheError when the cache cannot be written.
         """
         from transom.artifacts import housekeeping
 
@@ -332,13 +335,13 @@ class Cache:
     def clear(self) -> Removed:
         """Remove every entry that is not in use and everything remembered. Raises CacheError as `prune` does."""
         done = self.prune(unused_since=float("inf"))
-        for notebook in (self.root / "remembered").glob("*.json"):
-            delete(notebook)
-        self._notebooks.clear()
+        for store in (self.root / "remembered").glob("*.json"):
+            delete(store)
+        self._json_stores.clear()
         return done
 
     def unwritable(self) -> OSError | None:
-        """Make the folder and try to write there: what stands in the way, or None."""
+        """Create the folder and try to write to it. Returns the error, or None."""
         probe = self.root / f".{unique('probe')}"
         try:
             self._make_root()
@@ -350,90 +353,94 @@ class Cache:
         return None
 
     def require_writable(self) -> None:
-        """Raises CacheError, saying what is wrong and what to do, where nothing can be written."""
+        """Raise CacheError, with the cause and a fix, if the folder cannot be written."""
         if (error := self.unwritable()) is not None:
-            raise CacheError(f"The cache folder {self.root} cannot be written: {_reason(error)}", _WAY_OUT) from error
+            raise CacheError(f"The cache folder {self.root} cannot be written: {_reason(error)}", _FIX) from error
 
     def keeps_nothing(self, error: OSError | None = None) -> str:
-        """The warning of a run that goes on outside of this cache, in the same words whoever notices.
+        """The warning of a run that continues outside this cache.
 
         Args:
-            error: what stood in the way of writing; None where something that was written is gone.
+            error: why writing failed; None if something that was written has disappeared.
         """
         why = "could not keep the compiled model" if error is None else f"cannot be written ({_reason(error)})"
         return (
-            f"The cache {self.root} {why}: what this run makes is kept in a temporary folder and gone when the process "
-            f"ends. {_WAY_OUT}."
+            f"The cache {self.root} {why}: what this run makes is kept in a temporary folder and deleted when the "
+            f"process ends. {_FIX}."
         )
 
     # --- shared by the classes of this file ---
 
     def _lookup(self, kind: str, key: str, verify: Verify, progress: Progress | None) -> Entry | None:
-        entry = Shelf(self.root, kind).lookup(key, verify=verify, progress=progress)
+        entry = EntryStore(self.root, kind).lookup(key, verify=verify, progress=progress)
         if entry is None and self._temporary is not None:
-            entry = self._temporary.shelf(kind).lookup(key, verify=verify, progress=progress)
+            entry = self._temporary.entries(kind).lookup(key, verify=verify, progress=progress)
         return entry
 
     def _stored(self, entry: Entry) -> StoredArtifact:
         return StoredArtifact(self, entry, temporary=not entry.path.is_relative_to(self.root))
 
-    def _begin(self, kind: str, key: str) -> Draft:
+    def _begin(self, kind: str, key: str) -> EntryWriter:
         try:
             self._make_root()
-            return Shelf(self.root, kind).begin(key)
+            return EntryStore(self.root, kind).begin(key)
         except OSError as error:
             return self._begin_outside(kind, key, error)
 
-    def _begin_outside(self, kind: str, key: str, error: OSError) -> Draft:
-        overflow = self._overflow(error)
+    def _begin_outside(self, kind: str, key: str, error: OSError) -> EntryWriter:
+        temporary = self._temporary_cache(error)
         try:
-            return overflow.shelf(kind).begin(key)
+            return temporary.entries(kind).begin(key)
         except OSError as second:
             raise self._no_room(error, second) from second
 
     def _commit(
-        self, draft: Draft, files: Mapping[str, bytes | Path], facts: Mapping[str, object], progress: Progress | None
+        self,
+        writer: EntryWriter,
+        files: Mapping[str, bytes | Path],
+        facts: Mapping[str, object],
+        progress: Progress | None,
     ) -> Entry:
         try:
             try:
-                entry = draft.commit(files, facts, progress)
+                entry = writer.commit(files, facts, progress)
             except OSError as error:
-                if draft.shelf.root != self.root:
+                if writer.store.root != self.root:
                     raise self._no_room(error, error) from error
-                entry = self._commit_outside(draft, files, facts, error)
+                entry = self._commit_outside(writer, files, facts, error)
             else:
-                if draft.shelf.root == self.root:
+                if writer.store.root == self.root:
                     self._make_room()
         finally:
-            draft.abandon()
+            writer.abandon()
         return entry
 
     def _commit_outside(
-        self, failed: Draft, files: Mapping[str, bytes | Path], facts: Mapping[str, object], error: OSError
+        self, failed: EntryWriter, files: Mapping[str, bytes | Path], facts: Mapping[str, object], error: OSError
     ) -> Entry:
-        draft = self._begin_outside(failed.shelf.kind, failed.key, error)
+        writer = self._begin_outside(failed.store.kind, failed.key, error)
         try:
             here = {name: failed.where(f) if isinstance(f, Path) else f for name, f in files.items()}
-            return draft.commit(here, facts)
+            return writer.commit(here, facts)
         except OSError as second:
             raise self._no_room(error, second) from second
         finally:
-            draft.abandon()
+            writer.abandon()
 
     def _no_room(self, error: OSError, second: OSError) -> CacheError:
         import tempfile
 
         return CacheError(
-            f"What was compiled can be kept neither in the cache {self.root} ({_reason(error)}) "
+            f"The compiled model fits neither in the cache {self.root} ({_reason(error)}) "
             f"nor in {tempfile.gettempdir()} ({_reason(second)})",
-            "Free space on the disk, or set TRANSOM_CACHE to a folder that has some",
+            "Free space on the disk, or set TRANSOM_CACHE to a folder with enough space",
         )
 
-    def _overflow(self, error: OSError) -> Overflow:
-        """The temporary root of this process, made when `error` shows that the cache itself cannot be used."""
+    def _temporary_cache(self, error: OSError) -> TemporaryCache:
+        """The temporary cache of this process, created once `error` shows that the cache itself cannot be used."""
         if self._temporary is None:
             try:
-                self._temporary = Overflow()
+                self._temporary = TemporaryCache()
             except OSError as second:
                 raise self._no_room(error, second) from second
         self._warn(error)
@@ -444,13 +451,13 @@ class Cache:
             self.warnings.append(self.keeps_nothing(error))
             _log.warning("%s", self.warnings[0])
 
-    def _notebook(self, path: Path) -> Notebook:
-        return self._notebooks.setdefault(path, Notebook(path))
+    def _json_store(self, path: Path) -> JsonStore:
+        return self._json_stores.setdefault(path, JsonStore(path))
 
-    def _remember(self, notebook: Notebook, key: str, value: object) -> None:
-        notebook.remember(key, value)
-        if notebook.unwritable is not None:
-            self._warn(notebook.unwritable)
+    def _remember(self, store: JsonStore, key: str, value: object) -> None:
+        store.remember(key, value)
+        if store.unwritable is not None:
+            self._warn(store.unwritable)
 
     def _make_root(self) -> None:
         if not self.root.is_dir():
@@ -470,12 +477,12 @@ class Cache:
             with FileLock(self.root / "locks" / "evict.lock", timeout=0):
                 housekeeping.evict(self.root, limit=self.limit)
         except Timeout:
-            return  # another process is at it
+            return  # another process is evicting
         except OSError as error:
             _log.debug("the cache %s cannot be pruned: %s", self.root, error)
 
     def _lock(self, key: str, progress: Progress | None) -> AbstractContextManager[object]:
-        """The lock of one key, acquired. Where there can be none, nothing can be written either: no lock."""
+        """The acquired lock of one key. Where no lock file can be created, nothing can be written either: no lock."""
         from filelock import FileLock, Timeout
 
         try:
@@ -496,35 +503,35 @@ class Cache:
                 return nullcontext()
 
 
-class Overflow:
-    """A temporary root beside the cache. Removed when nothing refers to it any more, at the latest when Python ends."""
+class TemporaryCache:
+    """A temporary folder used in place of the cache. Removed with the last reference, or when Python ends."""
 
     def __init__(self) -> None:
         import tempfile
 
-        _sweep_overflow(Path(tempfile.gettempdir()))
-        self.root = Path(tempfile.mkdtemp(prefix=_OVERFLOW))
-        self._hold = hold(self.root, create=True)
+        _sweep_temporary(Path(tempfile.gettempdir()))
+        self.root = Path(tempfile.mkdtemp(prefix=_TEMPORARY_PREFIX))
+        self._lock = lock_folder(self.root, create=True)
         self._remove = weakref.finalize(self, _remove_own, self.root, os.getpid())
 
-    def shelf(self, kind: str) -> Shelf:
-        return Shelf(self.root, kind, owner=self)
+    def entries(self, kind: str) -> EntryStore:
+        return EntryStore(self.root, kind, owner=self)
 
 
 def _remove_own(root: Path, maker: int) -> None:
-    if os.getpid() == maker:  # a forked child runs this too, and must leave its parent's files alone
+    if os.getpid() == maker:  # a forked child runs this too and must not remove its parent's files
         delete(root)
 
 
-def _sweep_overflow(parent: Path) -> None:
-    """Remove the temporary roots of processes that were killed; a living process holds its own."""
-    for folder in parent.glob(_OVERFLOW + "*"):
+def _sweep_temporary(parent: Path) -> None:
+    """Remove the temporary folders of killed processes; a living process holds a lock on its own."""
+    for folder in parent.glob(_TEMPORARY_PREFIX + "*"):
         if is_left_over(folder):
             delete(folder)
 
 
 _OPENED: dict[tuple[Path, int | None], Cache] = {}
-_WAY_OUT = "Free space there, or set TRANSOM_CACHE to a folder that can be written"
+_FIX = "Free space there, or set TRANSOM_CACHE to a folder that can be written"
 
 
 def _opened(root: Path, limit: int | None) -> Cache:

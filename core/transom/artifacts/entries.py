@@ -1,8 +1,9 @@
 """Entries of the cache: folders that appear complete or not at all, and are checked each time they are opened.
 
-A `Shelf` is a folder of entries of one kind. An entry is made as a `Draft` under `building/` and renamed into place;
-its manifest is written last. Opening an entry compares its manifest and the sizes of its files; the contents are
-hashed the first time and whenever a file's size or time has changed since. Doubt means absent.
+An `EntryStore` is a folder of entries of one kind. An `EntryWriter` builds an entry under `building/`, writes the
+manifest last and renames the folder into place. Opening an entry checks its manifest and the sizes of its files; the
+contents are hashed the first time and whenever a file's size or time has changed since. A corrupt entry counts as
+absent.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ from typing import TYPE_CHECKING, Literal, Self
 
 from transom.artifacts.files import (
     MARK,
-    Hold,
+    FolderLock,
     hash_file,
-    hold,
+    lock_folder,
     move_aside,
-    remove_unless_held,
+    remove_unless_locked,
     replace_atomically,
     sync_file,
     sync_folder,
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from transom.contract import Progress
 
 Verify = Literal["auto", "full", "sizes"]
-"""How far to check an entry: hashes on first use and after a change, hashes always, or sizes alone."""
+"""How to check an entry: hashes on first use and after a change, hashes always, or sizes only."""
 
 MANIFEST = "manifest.json"
 VERIFIED = "verified.json"
@@ -49,32 +50,32 @@ WORK = "work"
 SCRATCH = "scratch"
 
 _OCCUPIED = frozenset({errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EACCES})
-"""What renaming a folder to a name that is taken fails with; EACCES on Windows."""
+"""Error numbers of renaming a folder to a name that exists; EACCES on Windows."""
 
 _log = logging.getLogger("transom.artifacts")
 
 
-class Doubt(Exception):
-    """The entry cannot be trusted; the text says why. Never leaves this package."""
+class CorruptEntry(Exception):
+    """The entry must not be used; the text is the reason. Never leaves this package."""
 
 
 @dataclass(frozen=True)
 class FileRecord:
     bytes: int
     blake2b: str
-    """As `hash_file` computes it."""
+    """The result of `hash_file`."""
 
 
 @dataclass(frozen=True)
-class Manifest:
-    """What an entry says about itself."""
+class EntryManifest:
+    """The contents of an entry's manifest file."""
 
     key: str
     created: float
     """Seconds since 1970."""
     files: Mapping[str, FileRecord]
     facts: Mapping[str, object] = field(default_factory=dict)
-    """What the maker of the entry wants to be known, in JSON types."""
+    """Information from the code that wrote the entry, in JSON types."""
     format: int = FORMAT
 
     @property
@@ -88,12 +89,12 @@ class Manifest:
         return json.dumps(whole, indent=1, allow_nan=False)
 
     @classmethod
-    def read(cls, folder: Path) -> Manifest:
-        """The manifest of the entry in `folder`. Raises Doubt."""
+    def read(cls, folder: Path) -> EntryManifest:
+        """The manifest of the entry in `folder`. Raises CorruptEntry."""
         try:
             whole = json.loads((folder / MANIFEST).read_bytes())
             if whole["format"] != FORMAT:
-                raise Doubt(f"it has format {whole['format']}, this version reads {FORMAT}")
+                raise CorruptEntry(f"it has format {whole['format']}, this version reads {FORMAT}")
             files = {
                 check_file_name(name): FileRecord(int(f["bytes"]), str(f["blake2b"]))
                 for name, f in whole["files"].items()
@@ -103,11 +104,11 @@ class Manifest:
                 raise TypeError("facts")
             return cls(key=str(whole["key"]), created=float(whole["created"]), files=files, facts=facts)
         except FileNotFoundError as error:
-            raise Doubt("it has no manifest") from error
+            raise CorruptEntry("it has no manifest") from error
         except OSError as error:
-            raise Doubt(f"its manifest cannot be read ({error.strerror or error})") from error
+            raise CorruptEntry(f"its manifest cannot be read ({error.strerror or error})") from error
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise Doubt("its manifest is damaged") from error
+            raise CorruptEntry("its manifest is damaged") from error
 
 
 def check_file_name(name: str) -> str:
@@ -120,13 +121,13 @@ def check_file_name(name: str) -> str:
 
 
 class Entry:
-    """An open entry: it is held, and so not evicted, until `release`, the end of a `with`, or the object's end."""
+    """An open entry. Its lock prevents eviction until `release`, the end of a `with`, or its garbage collection."""
 
-    def __init__(self, shelf: Shelf, path: Path, manifest: Manifest, held: Hold) -> None:
+    def __init__(self, store: EntryStore, path: Path, manifest: EntryManifest, lock: FolderLock) -> None:
         self.path = path
         self.manifest = manifest
-        self._shelf = shelf  # also keeps a temporary shelf alive
-        self._hold = held
+        self._store = store  # also keeps a temporary cache alive
+        self._lock = lock
 
     @property
     def key(self) -> str:
@@ -134,7 +135,7 @@ class Entry:
 
     @property
     def files(self) -> dict[str, Path]:
-        """Every file by name; they are shared with other processes and must not be changed."""
+        """Every file by name. They are shared with other processes and must not be changed."""
         return {name: self.path / FILES / name for name in self.manifest.files}
 
     def read(self, name: str) -> bytes:
@@ -142,23 +143,23 @@ class Entry:
         return self.files[name].read_bytes()
 
     def touch(self) -> None:
-        """Count as used now; in a read-only cache nothing happens."""
+        """Set the time of last use to now. Does nothing in a read-only cache."""
         try:
             os.utime(self.path / MARK)
         except OSError as error:
             _log.debug("cannot note the use of %s: %s", self.path, error)
 
     def discard(self, reason: str) -> None:
-        """Remove the entry, as after a "rebuild" verdict; it is made again when it is next wanted."""
-        self._shelf.discard(self.path, self._hold, reason)
+        """Remove the entry, as after a "rebuild" verdict."""
+        self._store.discard(self.path, self._lock, reason)
 
     def remove(self) -> bool:
-        """Release the entry, and remove it unless somebody else holds it. False when it has to stay."""
+        """Release the entry, and remove it unless it is locked elsewhere. False when it has to stay."""
         self.release()
-        return self._shelf.remove(self.path.name)
+        return self._store.remove(self.path.name)
 
     def release(self) -> None:
-        self._hold.release()
+        self._lock.release()
 
     def __enter__(self) -> Self:
         return self
@@ -167,7 +168,7 @@ class Entry:
         self.release()
 
 
-class Shelf:
+class EntryStore:
     """The entries of one kind below `root`. Reading never raises for the state of the disk; writing raises OSError."""
 
     def __init__(self, root: Path, kind: str, owner: object = None) -> None:
@@ -175,58 +176,58 @@ class Shelf:
         self.kind = kind
         self.folder = root / kind
         self.trash = root / "trash"
-        self._owner = owner  # what removes a temporary root when nobody refers to it any more
+        self._owner = owner  # keeps the temporary cache alive, whose end removes the folder
         self._verified: dict[str, object] = {}
 
     def lookup(self, key: str, *, verify: Verify = "auto", progress: Progress | None = None) -> Entry | None:
-        """The entry, held, or None when there is none that can be trusted; then it has been removed and logged."""
+        """The open entry, or None when there is no sound one. A corrupt one is removed and logged."""
         path = self.folder / check_key(key)
         try:
-            held = self._hold(path)
+            lock = self._lock(path)
         except OSError as error:
-            _log.warning("cache entry %s/%s cannot be opened (%s); doing without", self.kind, key, error.strerror)
+            _log.warning("cache entry %s/%s cannot be opened (%s); it is ignored", self.kind, key, error.strerror)
             return None
         try:
-            if held is None:
+            if lock is None:
                 if not os.path.isdir(path):
                     return None
-                raise Doubt("it is incomplete")
-            entry = self._open(path, held, verify, progress)
-        except Doubt as doubt:
-            if held is None or held.keeps(path):  # else another process has already made it again
-                self.discard(path, held, str(doubt))
-            if held is not None:
-                held.release()
+                raise CorruptEntry("it is incomplete")
+            entry = self._open(path, lock, verify, progress)
+        except CorruptEntry as error:
+            if lock is None or lock.is_at(path):  # else another process has already made it again
+                self.discard(path, lock, str(error))
+            if lock is not None:
+                lock.release()
             return None
         except BaseException:
-            if held is not None:
-                held.release()
+            if lock is not None:
+                lock.release()
             raise
         entry.touch()
         return entry
 
-    def _hold(self, path: Path) -> Hold | None:
-        held = hold(path)
+    def _lock(self, path: Path) -> FolderLock | None:
+        lock = lock_folder(path)
         for _ in range(3):
-            if held is not None or not os.path.isdir(path):
+            if lock is not None or not os.path.isdir(path):
                 break
-            held = hold(path)  # no mark a moment ago, but the folder may have been replaced since
-        return held
+            lock = lock_folder(path)  # no mark a moment ago, but the folder may have been replaced since
+        return lock
 
-    def _open(self, path: Path, held: Hold, verify: Verify, progress: Progress | None) -> Entry:
-        manifest = Manifest.read(path)
+    def _open(self, path: Path, lock: FolderLock, verify: Verify, progress: Progress | None) -> Entry:
+        manifest = EntryManifest.read(path)
         if manifest.key != path.name:
-            raise Doubt(f"it belongs to the key {manifest.key}")
+            raise CorruptEntry(f"it belongs to the key {manifest.key}")
         signature: dict[str, list[int]] = {}
         for name, record in manifest.files.items():
             try:
                 found = os.lstat(path / FILES / name)
             except OSError as error:
-                raise Doubt(f"its file {name} is missing") from error
+                raise CorruptEntry(f"its file {name} is missing") from error
             if not stat.S_ISREG(found.st_mode):
-                raise Doubt(f"its file {name} is not a plain file")
+                raise CorruptEntry(f"its file {name} is not a plain file")
             if found.st_size != record.bytes:
-                raise Doubt(f"its file {name} has {found.st_size} bytes instead of {record.bytes}")
+                raise CorruptEntry(f"its file {name} has {found.st_size} bytes instead of {record.bytes}")
             signature[name] = [found.st_size, int(found.st_mtime)]
         if verify == "full" or (verify == "auto" and signature != self._last_verified(path)):
             self._compare_hashes(path, manifest, progress)
@@ -235,7 +236,7 @@ class Shelf:
                 replace_atomically(path / VERIFIED, json.dumps(signature).encode())
             except OSError as error:
                 _log.debug("cannot note that %s is intact: %s", path, error)
-        return Entry(self, path, manifest, held)
+        return Entry(self, path, manifest, lock)
 
     def _last_verified(self, path: Path) -> object:
         if path.name in self._verified:
@@ -245,36 +246,36 @@ class Shelf:
         except (OSError, ValueError, RecursionError):
             return None
 
-    def _compare_hashes(self, path: Path, manifest: Manifest, progress: Progress | None) -> None:
+    def _compare_hashes(self, path: Path, manifest: EntryManifest, progress: Progress | None) -> None:
         for name, record in manifest.files.items():
             try:
                 found = hash_file(path / FILES / name, progress)
             except OSError as error:
-                raise Doubt(f"its file {name} cannot be read ({error.strerror or error})") from error
+                raise CorruptEntry(f"its file {name} cannot be read ({error.strerror or error})") from error
             if found != record.blake2b:
-                raise Doubt(f"the content of its file {name} has changed")
+                raise CorruptEntry(f"the content of its file {name} has changed")
 
-    def discard(self, path: Path, held: Hold | None, reason: str) -> None:
-        """Remove an entry whoever uses it (open files stay readable), with one log line that says why."""
-        if sys.platform == "win32" and held is not None:
-            held.release()
+    def discard(self, path: Path, lock: FolderLock | None, reason: str) -> None:
+        """Remove an entry even if it is in use (open files stay readable), and log the reason in one line."""
+        if sys.platform == "win32" and lock is not None:
+            lock.release()
         self._verified.pop(path.name, None)
         gone = move_aside(path, self.trash)
-        if self.kind == "artifacts":  # what an SDK kept beside a bad artifact is no better
+        if self.kind == "artifacts":  # what an SDK stored for a bad artifact is not trusted either
             move_aside(self.root / SCRATCH / path.name, self.trash)
         outcome = "it was removed" if gone or not path.exists() else "it cannot be removed"
         _log.warning("cache entry %s/%s is not used: %s; %s", self.kind, path.name, reason, outcome)
 
     def remove(self, key: str) -> bool:
-        """Remove an entry that nobody holds, with its scratch folder. False when it has to stay."""
-        if not remove_unless_held(self.folder / key, self.trash):
+        """Remove an entry that is not locked, and its scratch folder. False when it has to stay."""
+        if not remove_unless_locked(self.folder / key, self.trash):
             return False
         self._verified.pop(key, None)
         if self.kind == "artifacts":
-            remove_unless_held(self.root / SCRATCH / key, self.trash)
+            remove_unless_locked(self.root / SCRATCH / key, self.trash)
         return True
 
-    def begin(self, key: str) -> Draft:
+    def begin(self, key: str) -> EntryWriter:
         """Start an entry. Raises OSError when nothing can be written here."""
         building = self.root / "building"
         building.mkdir(parents=True, exist_ok=True)
@@ -282,12 +283,12 @@ class Shelf:
         while True:
             path = building / unique(check_key(key))
             path.mkdir()
-            held = hold(path, create=True)
-            if held is not None:
-                return Draft(self, key, path, held)
+            lock = lock_folder(path, create=True)
+            if lock is not None:
+                return EntryWriter(self, key, path, lock)
 
     def folders(self) -> Iterator[Path]:
-        """The folders of all entries, whatever their state."""
+        """The folders of all entries, corrupt ones included."""
         try:
             names = sorted(os.listdir(self.folder))
         except (FileNotFoundError, NotADirectoryError):
@@ -295,14 +296,14 @@ class Shelf:
         yield from (self.folder / name for name in names)
 
 
-class Draft:
-    """An entry in the making, invisible until `commit`. What its process leaves behind when killed is swept later."""
+class EntryWriter:
+    """Writes one entry, which is invisible until `commit`. What a killed process leaves behind is swept later."""
 
-    def __init__(self, shelf: Shelf, key: str, path: Path, held: Hold) -> None:
-        self.shelf = shelf
+    def __init__(self, store: EntryStore, key: str, path: Path, lock: FolderLock) -> None:
+        self.store = store
         self.key = key
         self.path = path
-        self._hold = held
+        self._lock = lock
         self._moved: dict[Path, Path] = {}
 
     @property
@@ -313,20 +314,20 @@ class Draft:
         return work
 
     def where(self, source: Path) -> Path:
-        """Where a file is now that may have been moved by a `commit` that failed."""
+        """The current path of a file, which a failed `commit` may have moved."""
         return self._moved.get(source.absolute(), source)
 
     def commit(
         self, files: Mapping[str, bytes | Path], facts: Mapping[str, object], progress: Progress | None = None
     ) -> Entry:
-        """Write everything, make it durable, and let the entry appear under its key, replacing an older one.
+        """Write everything, make it durable, and publish the entry under its key, replacing an older one.
 
         Raises OSError when a file cannot be read or written, ValueError for a bad file name, TypeError or ValueError
-        for facts that are not JSON. After an error the draft can only be abandoned.
+        for facts that are not JSON. After an error the writer can only be abandoned.
         """
         if len({check_file_name(name).lower() for name in files}) != len(files):
             raise ValueError("two files differ by upper and lower case alone")
-        Manifest(self.key, 0.0, {}, facts).to_json()
+        EntryManifest(self.key, 0.0, {}, facts).to_json()
         records = {}
         for done, (name, content) in enumerate(files.items()):
             if progress is not None:
@@ -339,7 +340,7 @@ class Draft:
 
             shutil.rmtree(self.path / WORK)
         (self.path / FILES).mkdir(exist_ok=True)
-        manifest = Manifest(self.key, time.time(), records, dict(facts))
+        manifest = EntryManifest(self.key, time.time(), records, dict(facts))
         write_durably(self.path / MANIFEST, manifest.to_json().encode())
         for folder in {self.path, *((self.path / FILES / name).parent for name in files)}:
             sync_folder(folder)
@@ -360,11 +361,11 @@ class Draft:
             shutil.copyfile(self.where(source), target)
         sync_file(target)
 
-    def _publish(self, manifest: Manifest) -> Entry:
-        path = self.shelf.folder / self.key
+    def _publish(self, manifest: EntryManifest) -> Entry:
+        path = self.store.folder / self.key
         os.utime(self.path / MARK)
         if sys.platform == "win32":  # a folder with an open file in it cannot be renamed there
-            self._hold.release()
+            self._lock.release()
         for attempt in range(10):
             try:
                 os.rename(self.path, path)
@@ -375,30 +376,30 @@ class Draft:
                 if (same := self._equal_entry(path, manifest)) is not None:
                     self.abandon()
                     return same
-                if not move_aside(path, self.shelf.trash) and os.path.lexists(path):
+                if not move_aside(path, self.store.trash) and os.path.lexists(path):
                     raise
-        sync_folder(self.shelf.folder)
-        held = hold(path) if sys.platform == "win32" else self._hold
-        if held is None:
+        sync_folder(self.store.folder)
+        lock = lock_folder(path) if sys.platform == "win32" else self._lock
+        if lock is None:
             raise FileNotFoundError(f"{path} was removed just after it was written")
-        return Entry(self.shelf, path, manifest, held)
+        return Entry(self.store, path, manifest, lock)
 
-    def _equal_entry(self, path: Path, manifest: Manifest) -> Entry | None:
-        """The entry that another process made meanwhile, if it is just like this one: it may be open there."""
-        held = hold(path)
-        if held is None:
+    def _equal_entry(self, path: Path, manifest: EntryManifest) -> Entry | None:
+        """The entry that another process has published meanwhile, if it equals this one: it may be open there."""
+        lock = lock_folder(path)
+        if lock is None:
             return None
         try:
-            other = Manifest.read(path)
-        except Doubt:
+            other = EntryManifest.read(path)
+        except CorruptEntry:
             other = None
         if other is not None and (other.files, other.facts) == (manifest.files, manifest.facts):
-            return Entry(self.shelf, path, other, held)
-        held.release()
+            return Entry(self.store, path, other, lock)
+        lock.release()
         return None
 
     def abandon(self) -> None:
-        """Remove what has been written so far. After a `commit` that succeeded nothing happens."""
-        if self._hold.keeps(self.path):
-            self._hold.release()
-            remove_unless_held(self.path, self.shelf.trash)
+        """Remove what has been written so far. Does nothing after a successful `commit`."""
+        if self._lock.is_at(self.path):
+            self._lock.release()
+            remove_unless_locked(self.path, self.store.trash)

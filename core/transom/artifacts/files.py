@@ -1,8 +1,8 @@
-"""Files and folders that survive a crash: whole-file hashes, durable writes, and holds that keep a folder alive.
+"""Files and folders that survive a crash: whole-file hashes, durable writes, and locks that keep a folder alive.
 
-A folder that may be removed by another process carries a mark, the empty file `.used`. Whoever uses the folder holds
-a shared lock on its mark; whoever wants to remove it needs the exclusive one. The operating system drops the locks of
-a killed process, so nothing stale can block. The mark's modification time is the time of last use.
+A folder that another process may remove contains a mark, the empty file `.used`. A process that uses the folder holds
+a shared lock on the mark; removing the folder takes the exclusive lock. The operating system drops the locks of a
+killed process, so no stale lock can block. The mark's modification time is the time of last use.
 """
 
 from __future__ import annotations
@@ -84,8 +84,8 @@ def write_durably(path: Path, data: bytes) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write to that takes the place of `path` at the end of a `with`, and leaves nothing when that fails:
-    readers see the old content or the new, never a part. Raises OSError."""
+    """A file to write to that replaces `path` at the end of the `with`, or is deleted if that fails. Readers see the
+    old content or the new, never a part. Raises OSError."""
     temporary = path.with_name("." + unique(path.name))
     try:
         with temporary.open("wb") as file:
@@ -117,7 +117,7 @@ def _replace(source: Path, target: Path) -> None:
 
 
 def sync_file(path: Path) -> None:
-    """Wait until a file's content is on the disk; this is where some file systems first report that they are full."""
+    """Wait until a file's content is on the disk. Some file systems report only here that they are full."""
     fd = os.open(path, os.O_RDWR if sys.platform == "win32" else os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -126,7 +126,7 @@ def sync_file(path: Path) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Wait until a folder's entries are on the disk, where the system can do that."""
+    """Wait until a folder's entries are on the disk, if the system supports that."""
     if sys.platform == "win32":
         return
     fd = os.open(path, os.O_RDONLY)
@@ -140,7 +140,7 @@ def sync_folder(path: Path) -> None:
 
 
 def folder_size(path: Path) -> int:
-    """Bytes in all files below `path`, or in the file `path`; what vanishes while counting is left out."""
+    """Bytes of all files below `path`, or of the file `path`. Files that vanish while counting are skipped."""
     total = path.lstat().st_size if path.is_file() else 0
     for parent, _, names in os.walk(path):
         for name in names:
@@ -151,25 +151,25 @@ def folder_size(path: Path) -> int:
     return total
 
 
-class Hold:
+class FolderLock:
     """A shared lock on a folder's mark. Ends with `release`, with the object, or with the process."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
         self._close = weakref.finalize(self, os.close, fd)
 
-    def keeps(self, folder: Path) -> bool:
-        """Is the folder at this path still the one that is held?"""
+    def is_at(self, folder: Path) -> bool:
+        """Whether the folder at this path is still the locked one."""
         return self._close.alive and _is_at(self._fd, folder / MARK)
 
     def release(self) -> None:
         self._close()
 
 
-def hold(folder: Path, *, create: bool = False) -> Hold | None:
-    """Hold a folder so that nobody removes it; None when it is gone or has no mark.
+def lock_folder(folder: Path, *, create: bool = False) -> FolderLock | None:
+    """Lock a folder so that no other process removes it. None when it is gone or has no mark.
 
-    `create` makes the mark. Raises OSError, as when the mark may not be read or a remover does not let go of it.
+    `create` creates the mark. Raises OSError, as when the mark may not be read or a remover keeps its lock on it.
     """
     mark = folder / MARK
     flags = os.O_RDWR | os.O_CREAT if create else os.O_RDONLY
@@ -181,17 +181,17 @@ def hold(folder: Path, *, create: bool = False) -> Hold | None:
             return None
         if _lock(fd, shared=True):
             if _is_at(fd, mark):
-                return Hold(fd)
+                return FolderLock(fd)
             os.close(fd)  # another process replaced the folder meanwhile: look again
         else:
             os.close(fd)
             if time.monotonic() > deadline:
-                raise TimeoutError(errno.ETIMEDOUT, "another process does not let go of it", str(mark))
+                raise TimeoutError(errno.ETIMEDOUT, "another process does not release it", str(mark))
             time.sleep(0.005)
 
 
-def is_held(folder: Path) -> bool:
-    """Does anyone, this process included, hold the folder?"""
+def is_locked(folder: Path) -> bool:
+    """Whether any process, this one included, has locked the folder."""
     try:
         fd = os.open(folder / MARK, os.O_RDONLY)
     except OSError:
@@ -203,21 +203,21 @@ def is_held(folder: Path) -> bool:
 
 
 def is_left_over(folder: Path) -> bool:
-    """Whether a folder is what a killed process of this user left: marked, and held by nobody.
+    """Whether a folder was left by a killed process of this user: it has a mark and no lock.
 
-    Whose it is comes first: into another user's folder there may be no looking.
+    The owner is checked first, because another user's folder may not be readable.
     """
     try:
         mine = not hasattr(os, "getuid") or folder.lstat().st_uid == os.getuid()
-        return mine and not folder.is_symlink() and (folder / MARK).exists() and not is_held(folder)
+        return mine and not folder.is_symlink() and (folder / MARK).exists() and not is_locked(folder)
     except OSError:  # another process sweeps too
         return False
 
 
-def remove_unless_held(folder: Path, trash: Path, *, unmarked_age: float = 0.0) -> bool:
-    """Remove a folder that nobody holds: rename it into `trash`, then delete it. False when it has to stay.
+def remove_unless_locked(folder: Path, trash: Path, *, unmarked_age: float = 0.0) -> bool:
+    """Remove a folder that is not locked: rename it into `trash`, then delete it. False when it has to stay.
 
-    A folder without a mark goes only when it is older than `unmarked_age` seconds: it may be about to get one.
+    A folder without a mark is removed only when it is older than `unmarked_age` seconds: it may be about to get one.
     """
     mark = folder / MARK
     try:
@@ -241,7 +241,7 @@ def remove_unless_held(folder: Path, trash: Path, *, unmarked_age: float = 0.0) 
 
 
 def move_aside(folder: Path, trash: Path) -> bool:
-    """Rename a folder out of sight, then delete it as far as possible. False when it could not be renamed."""
+    """Rename a folder into `trash`, then delete it as far as possible. False when it could not be renamed."""
     target = trash / unique(folder.name)
     try:
         trash.mkdir(parents=True, exist_ok=True)
@@ -287,5 +287,5 @@ else:
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise
-            return shared  # no locks on this file system: use is free, removal is never safe
+            return shared  # no locks on this file system: shared use is allowed, removal never
         return True

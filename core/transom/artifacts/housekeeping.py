@@ -1,4 +1,4 @@
-"""Keeping the cache small and clean: what is in it, what goes first, and what killed processes left behind.
+"""Listing, evicting and sweeping: what the cache contains, what to remove first, what killed processes left behind.
 
 Not imported on a warm start.
 """
@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transom.artifacts.entries import SCRATCH, Doubt, Manifest, Shelf
-from transom.artifacts.files import MARK, delete, folder_size, is_held, remove_unless_held
+from transom.artifacts.entries import SCRATCH, CorruptEntry, EntryManifest, EntryStore
+from transom.artifacts.files import MARK, delete, folder_size, is_locked, remove_unless_locked
 
 KINDS = ("artifacts", "sources", "golden")
 _ORPHAN_SECONDS = 3600.0
@@ -20,14 +20,14 @@ _ORPHAN_SECONDS = 3600.0
 
 @dataclass(frozen=True)
 class Item:
-    """One entry of the cache, as a person wants to see it."""
+    """One entry of the cache, for display."""
 
     kind: str
     """`"artifacts"`, `"sources"`, `"golden"`, or `"scratch"` for a scratch folder without its artifact."""
     key: str
     path: Path
     bytes: int
-    """On disk, with the scratch folder."""
+    """Size on disk, including the scratch folder."""
     created: float
     """Seconds since 1970; 0 when unknown."""
     last_used: float
@@ -35,17 +35,17 @@ class Item:
     facts: Mapping[str, Any]
     """From the manifest: for an artifact its source, backend, device, options, requires and notes."""
     problem: str = ""
-    """Why the entry will not be used; empty when its manifest is sound."""
+    """Why the entry will not be used; empty if its manifest is valid."""
 
 
 @dataclass(frozen=True)
 class Removed:
-    """What `prune` or `clear` did."""
+    """The result of `prune` or `clear`."""
 
     entries: int
     bytes: int
     kept: tuple[str, ...] = ()
-    """"kind/key" of what should have gone but is in use or cannot be removed."""
+    """"kind/key" of entries that should have been removed but are in use or cannot be deleted."""
 
 
 @dataclass(frozen=True)
@@ -59,19 +59,19 @@ class Stats:
     root: Path
     exists: bool
     bytes: int
-    """All entries and their scratch folders."""
+    """Size of all entries and their scratch folders."""
     limit_bytes: int | None
-    """None: unlimited."""
+    """None: no limit."""
     free_bytes: int | None
-    """On the disk that holds the cache; None when it cannot be asked."""
+    """Free space on the disk of the cache; None if unknown."""
     kinds: Mapping[str, KindStats]
 
 
 def items(root: Path, *, usage: bool = True) -> list[Item]:
     """Every entry, least recently used first. Without `usage`, `in_use` is False."""
-    found = [_item(root, kind, folder, usage) for kind in KINDS for folder in Shelf(root, kind).folders()]
+    found = [_item(root, kind, folder, usage) for kind in KINDS for folder in EntryStore(root, kind).folders()]
     artifacts = {item.key for item in found if item.kind == "artifacts"}
-    for folder in Shelf(root, SCRATCH).folders():
+    for folder in EntryStore(root, SCRATCH).folders():
         if folder.name not in artifacts:
             found.append(_item(root, SCRATCH, folder, usage))
     return sorted(found, key=lambda item: (item.last_used, item.kind, item.key))
@@ -84,14 +84,14 @@ def _item(root: Path, kind: str, folder: Path, usage: bool) -> Item:
     created, facts, problem = 0.0, {}, ""
     if kind != SCRATCH:
         try:
-            manifest = Manifest.read(folder)
+            manifest = EntryManifest.read(folder)
             created, facts = manifest.created, dict(manifest.facts)
             if manifest.key != folder.name:
                 problem = f"it belongs to the key {manifest.key}"
-        except Doubt as doubt:
-            problem = str(doubt)
+        except CorruptEntry as error:
+            problem = str(error)
     used = _modified(folder / MARK) or _modified(folder)
-    return Item(kind, folder.name, folder, size, created, used, usage and is_held(folder), facts, problem)
+    return Item(kind, folder.name, folder, size, created, used, usage and is_locked(folder), facts, problem)
 
 
 def _modified(path: Path) -> float:
@@ -102,9 +102,9 @@ def _modified(path: Path) -> float:
 
 
 def evict(root: Path, *, limit: int | None = None, unused_since: float | None = None) -> Removed:
-    """Remove entries, least recently used first, until all fit in `limit` bytes; what is in use stays.
+    """Remove entries, least recently used first, until all fit in `limit` bytes; entries in use stay.
 
-    With `unused_since` (seconds since 1970) what was last used before goes too.
+    With `unused_since` (seconds since 1970), entries last used before are removed too.
     """
     all_items = items(root, usage=False)
     total = sum(item.bytes for item in all_items)
@@ -123,21 +123,21 @@ def evict(root: Path, *, limit: int | None = None, unused_since: float | None = 
 
 def _remove(root: Path, item: Item) -> bool:
     if item.kind == SCRATCH and (root / "artifacts" / item.key).exists():
-        return False  # its artifact was made since the list was
-    return Shelf(root, item.kind).remove(item.key)
+        return False  # its artifact has been built since the list was made
+    return EntryStore(root, item.kind).remove(item.key)
 
 
 def sweep(root: Path) -> int:
-    """Remove what killed processes left in `building/` and `trash/`; the number of bytes freed."""
+    """Remove what killed processes left in `building/` and `trash/`. Returns the bytes freed."""
     freed = 0
     for folder in _children(root / "building"):
         size = folder_size(folder)
-        if remove_unless_held(folder, root / "trash", unmarked_age=_ORPHAN_SECONDS):
+        if remove_unless_locked(folder, root / "trash", unmarked_age=_ORPHAN_SECONDS):
             freed += size
     for folder in _children(root / "trash"):
         freed += folder_size(folder)
         delete(folder)
-    for parent in (root / "remembered", *(f for kind in KINDS for f in Shelf(root, kind).folders())):
+    for parent in (root / "remembered", *(f for kind in KINDS for f in EntryStore(root, kind).folders())):
         for file in _children(parent):
             half_written = file.name.startswith(".") and file.name != MARK
             if half_written and time.time() - _modified(file) > _ORPHAN_SECONDS:

@@ -1,4 +1,4 @@
-"""Names for cache entries: the key of an artifact, the hash of a file's content, and sizes as people write them."""
+"""Names of cache entries: the key of an artifact, the hash of a file's content, and sizes as text."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from transom.artifacts.files import hash_file
 from transom.errors import OptionError, SourceError
 
 if TYPE_CHECKING:
-    from transom.artifacts.notebook import Notebook
+    from transom.artifacts.json_store import JsonStore
     from transom.contract import Progress
 
 FORMAT = 1
-"""The layout of entries on disk. Part of every key, so that versions which disagree share a cache without a fight."""
+"""Version of the layout on disk. Part of every key, so that versions with different layouts can share a cache."""
 
 _KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?")
@@ -26,10 +26,10 @@ _SETTLED_NS = 2_000_000_000
 
 
 def artifact_key(ingredients: Mapping[str, object]) -> str:
-    """One key for everything that makes an artifact what it is: 40 hexadecimal digits.
+    """The key of an artifact with these ingredients: 40 hexadecimal digits.
 
     `ingredients` holds strings, numbers, booleans, None, bytes, and mappings (string keys), sequences and sets of
-    them; order matters in sequences alone. Raises TypeError for anything else and ValueError for NaN or infinity.
+    them; order matters only in sequences. Raises TypeError for anything else and ValueError for NaN or infinity.
     """
     from hashlib import blake2b
 
@@ -38,7 +38,7 @@ def artifact_key(ingredients: Mapping[str, object]) -> str:
 
 
 def canonical(value: object) -> object:
-    """`value` as JSON can hold it, the same for equal values. Raises TypeError where there is no such form."""
+    """`value` in JSON types, the same for equal values. Raises TypeError if it has no such form."""
     if value is None or isinstance(value, (str, bool, int, float)):
         return value
     if isinstance(value, bytes):
@@ -56,17 +56,17 @@ def canonical(value: object) -> object:
 
 
 def check_key(key: str) -> str:
-    """The key itself when it is safe as a folder name. Raises ValueError."""
+    """The key itself, if it is safe as a folder name. Raises ValueError."""
     if not _KEY.fullmatch(key):
         raise ValueError(f"not a cache key: {key!r}; letters, digits, '_', '-' and '.', at most 128 of them")
     return key
 
 
-def content_hash(path: Path, memo: Notebook, progress: Progress | None = None) -> str:
+def content_hash(path: Path, memo: JsonStore, progress: Progress | None = None) -> str:
     """The hash of a file's content, computed once for each (path, size, modification time, inode).
 
-    Raises SourceError when the file cannot be read or changes while it is read. A file that was modified within
-    the last two seconds is hashed but not remembered: it could change again without its time showing it.
+    Raises SourceError when the file cannot be read or changes while it is read. The hash of a file modified within
+    the last two seconds is not remembered: the file could change again within the resolution of its timestamp.
     """
     path = path.resolve()
     for _ in range(2):

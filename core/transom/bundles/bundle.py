@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from transom.artifacts import FileRecord, Origin, Overflow, artifact_key, hash_file
+from transom.artifacts import FileRecord, Origin, TemporaryCache, artifact_key, hash_file
 from transom.artifacts.entries import SCRATCH
-from transom.artifacts.files import MARK, Hold, hold
+from transom.artifacts.files import MARK, FolderLock, lock_folder
 from transom.bundles import manifest_values as values
 from transom.bundles.manifest import COPY_AGAIN, REFERENCE_FILE, BundleError, BundleManifest, Variant, read_manifest
 from transom.contract import Artifact
@@ -41,8 +41,8 @@ class Bundle:
         self.key = key if len(manifest.variants) == 1 else artifact_key({"bundle": key, "variant": variant.name})
         self._whole, self._cache = key, cache
         self._places: set[str] = set()
-        self._hold: Hold | None = None
-        self._overflow: Overflow | None = None
+        self._lock: FolderLock | None = None
+        self._temporary: TemporaryCache | None = None
         inside = {name: folder / path for name, path in variant.files.items()}
         self.artifact = Artifact(inside, variant.requires, variant.notes)
         self.origin = Origin(
@@ -105,41 +105,41 @@ class Bundle:
     @property
     def scratch(self) -> Path:
         """The scratch folder for `Backend.load`, in the cache; a temporary one if the cache cannot be written."""
-        if self._overflow is None:
+        if self._temporary is None:
             folder = self._cache.root / SCRATCH / self.key
             try:
                 folder.mkdir(parents=True, exist_ok=True)
-                self._hold = self._hold or hold(folder, create=True)
+                self._lock = self._lock or lock_folder(folder, create=True)
                 os.utime(folder / MARK)
                 return folder
             except OSError:
-                self._overflow = Overflow()
-        folder = self._overflow.root / SCRATCH / self.key
+                self._temporary = TemporaryCache()
+        folder = self._temporary.root / SCRATCH / self.key
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
     def verdict(self, where: str) -> object:
         self._places.add(where)
-        return self._cache.recall(_NOTEBOOK, self._verdict_key(where))
+        return self._cache.recall(_VERDICTS, self._verdict_key(where))
 
     def record_verdict(self, where: str, verdict: object) -> None:
-        self._cache.remember(_NOTEBOOK, self._verdict_key(where), verdict)
+        self._cache.remember(_VERDICTS, self._verdict_key(where), verdict)
 
     def discard(self, reason: str) -> None:
         """Forget the verdicts that were read, because they no longer hold. The files stay."""
         for where in self._places:
-            self._cache.remember(_NOTEBOOK, self._verdict_key(where), None)
+            self._cache.remember(_VERDICTS, self._verdict_key(where), None)
 
     def release(self) -> None:
-        if self._hold is not None:
-            self._hold.release()
-        self._hold = self._overflow = None  # opening it again must hold the folder again
+        if self._lock is not None:
+            self._lock.release()
+        self._lock = self._temporary = None  # opening it again must hold the folder again
 
     def _verdict_key(self, where: str) -> str:
         return artifact_key({"bundle": self.key, "place": where})
 
 
-_NOTEBOOK = "bundles"
+_VERDICTS = "bundles"
 
 
 class _Source(CachedSource):

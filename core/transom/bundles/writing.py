@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from transom.artifacts import FileRecord, hash_file
 from transom.artifacts.entries import check_file_name
-from transom.artifacts.files import delete, hold, is_left_over, sync_file, sync_folder, unique, write_durably
+from transom.artifacts.files import delete, is_left_over, lock_folder, sync_file, sync_folder, unique, write_durably
 from transom.bundles.bundle import files_in
 from transom.bundles.manifest import SHARED, BundleError, BundleManifest, Variant, read_manifest
 from transom.errors import OptionError
@@ -268,7 +268,7 @@ def _staging(folder: Path) -> Iterator[Path]:
     staging.mkdir()
     held = None
     try:
-        held = hold(staging, create=True)
+        held = lock_folder(staging, create=True)
         yield staging
     finally:
         if held is not None:

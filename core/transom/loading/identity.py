@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transom.artifacts import Notebook, artifact_key
+from transom.artifacts import JsonStore, artifact_key
 from transom.preparation import cached_source, heads
 from transom.preparation.jobs import version
 from transom.preparation.plugin_operators import explaining_rejected, operators_identity, register_operators
@@ -106,7 +106,7 @@ def fingerprint_of(path: Path, cache: Cache) -> str:
         return resolve(path).fingerprint(path)
     where = artifact_key({"path": str(path.absolute()), "files": state, "transom": version()})
     # Not `cache.remember`, which warns about a read-only cache; loading warns when there is something to keep.
-    notebook = Notebook(cache.root / "remembered" / "fingerprints.json")
+    notebook = JsonStore(cache.root / "remembered" / "fingerprints.json")
     known = notebook.recall(where)
     if isinstance(known, str):
         return known

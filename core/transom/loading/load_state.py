@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from transom.artifacts import Cache, Overflow
+from transom.artifacts import Cache, TemporaryCache
 from transom.errors import CacheError
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class LoadState:
 
     def use_temporary_cache(self, why: list[str]) -> None:
         """Continue with a temporary cache, and add the old cache's warnings, or else `why`."""
-        overflow = Overflow()
+        overflow = TemporaryCache()
         self.held.append(overflow)
         self.warnings += self.cache.warnings or why
         self.cache = Cache(overflow.root, limit=None)

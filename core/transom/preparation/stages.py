@@ -15,7 +15,7 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
-from transom.artifacts import Cache, Origin, Slot, StoredArtifact
+from transom.artifacts import ArtifactBuild, Cache, Origin, StoredArtifact
 from transom.contract import Artifact, Progress, Session
 from transom.errors import SelectionError, TransomError, UnsupportedError
 from transom.graph import Graph
@@ -176,7 +176,7 @@ class Preparation:
                 stored.record_verdict(self.job.runtime_identity, self.check(stored, wanted))
         return stored
 
-    def _compile(self, slot: Slot, options: Mapping[str, Any]) -> StoredArtifact:
+    def _compile(self, slot: ArtifactBuild, options: Mapping[str, Any]) -> StoredArtifact:
         dense = self.graph()
         graph = with_sparsity(dense, self.policy())
         with self._timed("compile"):
@@ -199,7 +199,7 @@ class Preparation:
             )
             return slot.store(made, origin, self.progress)
 
-    def _compiled(self, lowered: Lowered, options: Mapping[str, Any], slot: Slot) -> Artifact:
+    def _compiled(self, lowered: Lowered, options: Mapping[str, Any], slot: ArtifactBuild) -> Artifact:
         """Compile with the backend; on another disk if the cache's is full.
 
         The backend's temporary files are in the cache's slot. Its artifact can therefore be moved into the cache, not

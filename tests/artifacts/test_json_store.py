@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from transom.artifacts import Cache, Notebook
+from transom.artifacts import Cache, JsonStore
 
 Start = Callable[..., "subprocess.Popen[str]"]
 
@@ -21,7 +21,7 @@ def test_what_is_remembered_is_recalled_by_the_next_process(cache: Cache) -> Non
 
 
 def test_a_change_by_another_process_is_seen(tmp_path: Path) -> None:
-    one, two = Notebook(tmp_path / "n.json"), Notebook(tmp_path / "n.json")
+    one, two = JsonStore(tmp_path / "n.json"), JsonStore(tmp_path / "n.json")
     one.remember("a", 1)
     assert two.recall("a") == 1
     one.remember("a", 2)
@@ -36,15 +36,15 @@ def test_many_processes_writing_at_once_lose_nothing(tmp_path: Path, python: Sta
     script = """
 import sys
 from pathlib import Path
-from transom.artifacts import Notebook
-notebook = Notebook(Path(sys.argv[1]))
+from transom.artifacts import JsonStore
+notebook = JsonStore(Path(sys.argv[1]))
 for i in range(20):
     notebook.remember(f"{sys.argv[2]}-{i}", i)
 assert notebook.unwritable is None
 """
     processes = [python(script, tmp_path / "n.json", name) for name in "abcd"]
     assert [p.communicate(timeout=60)[0] for p in processes] == [""] * 4
-    assert len(Notebook(tmp_path / "n.json").all()) == 80
+    assert len(JsonStore(tmp_path / "n.json").all()) == 80
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b"1", b"[" * 100_000])
@@ -53,26 +53,26 @@ def test_a_damaged_notebook_is_empty_with_one_log_line_and_is_mended_by_the_next
 ) -> None:
     path = tmp_path / "n.json"
     path.write_bytes(content)
-    notebook = Notebook(path)
+    notebook = JsonStore(path)
     assert notebook.recall("a") is None
     assert notebook.recall("b") is None
     [record] = caplog.records
     assert str(path) in record.getMessage()
     notebook.remember("a", 1)
-    assert Notebook(path).recall("a") == 1
+    assert JsonStore(path).recall("a") == 1
     assert len(caplog.records) == 1
 
 
 def test_the_oldest_facts_go_first(tmp_path: Path) -> None:
-    notebook = Notebook(tmp_path / "n.json", limit=3)
+    notebook = JsonStore(tmp_path / "n.json", limit=3)
     for key in ("a", "b", "c", "a", "d"):
         notebook.remember(key, key)
-    assert set(Notebook(tmp_path / "n.json").all()) == {"c", "a", "d"}
+    assert set(JsonStore(tmp_path / "n.json").all()) == {"c", "a", "d"}
 
 
 def test_where_nothing_can_be_written_facts_last_for_this_process(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    notebook = Notebook(tmp_path / "file" / "n.json")
+    notebook = JsonStore(tmp_path / "file" / "n.json")
     notebook.remember("a", 1)
     assert isinstance(notebook.unwritable, OSError)
     assert notebook.recall("a") == 1
@@ -83,7 +83,7 @@ def test_where_nothing_can_be_written_facts_last_for_this_process(tmp_path: Path
 
 
 def test_what_is_not_json_is_refused_and_changes_nothing(tmp_path: Path) -> None:
-    notebook = Notebook(tmp_path / "n.json")
+    notebook = JsonStore(tmp_path / "n.json")
     notebook.remember("a", 1)
     with pytest.raises(TypeError):
         notebook.remember("a", object())

@@ -1,8 +1,8 @@
-"""A small store of remembered facts: one JSON file, read often, written rarely, safe between processes.
+"""A small key-value store in one JSON file, read often, written rarely, safe between processes.
 
-Used for measured choices, verdicts and content hashes: things that cost time to find out again and nothing else.
-So a notebook never raises for the state of the disk: an unreadable file is an empty notebook (one log line), and
-what cannot be written is remembered for this process.
+Used for measured choices, verdicts and content hashes: values that can be computed again at the cost of time.
+So a store never raises for the state of the disk: an unreadable file counts as empty (one log line), and a value that
+cannot be written is kept for this process.
 """
 
 from __future__ import annotations
@@ -20,30 +20,30 @@ _log = logging.getLogger("transom.artifacts")
 _LOCK_SECONDS = 10.0
 
 
-class Notebook:
-    """Facts by key, in the JSON file `path`; the oldest are dropped beyond `limit`."""
+class JsonStore:
+    """Values by key in the JSON file `path`. Beyond `limit` keys the oldest are dropped."""
 
     def __init__(self, path: Path, *, limit: int = 2000) -> None:
         self.path = path
         self.limit = limit
         self.unwritable: OSError | None = None
-        """Why the last `remember` or `forget` stayed in this process, or None when it reached the disk."""
+        """Why the last `remember` or `forget` could not be written to the disk, or None."""
         self._here: dict[str, object] = {}
         self._seen: tuple[tuple[int, int, int], dict[str, object]] | None = None
         self._complained = False
 
     def recall(self, key: str) -> object:
-        """The remembered value (JSON types), or None."""
+        """The value (JSON types) of a key, or None."""
         if key in self._here:
             return self._here[key]
         return self._read().get(key)
 
     def all(self) -> dict[str, object]:
-        """Everything remembered."""
+        """All values by key."""
         return {k: v for k, v in {**self._read(), **self._here}.items() if v is not None}
 
     def remember(self, key: str, value: object) -> None:
-        """Keep a value under a key. Raises TypeError or ValueError when it is not JSON; never OSError."""
+        """Store a value under a key. Raises TypeError or ValueError when it is not JSON; never OSError."""
         json.dumps(value, allow_nan=False)
         try:
             with self._locked():
@@ -62,12 +62,12 @@ class Notebook:
         self._here.pop(key, None)
 
     def forget(self, key: str) -> None:
-        """Drop a key; one that is not there is no error."""
+        """Remove a key, if it is there."""
         self.remember(key, None)
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        from filelock import FileLock  # costs 30 ms to import; recalling does without
+        from filelock import FileLock  # takes 30 ms to import, and `recall` does not need it
 
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(self.path.with_name(self.path.name + ".lock"), timeout=_LOCK_SECONDS):
