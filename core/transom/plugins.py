@@ -79,7 +79,7 @@ class LoadedBackend:
 
 
 @dataclass(frozen=True)
-class Probed:
+class ProbeAnswers:
     """What the backends said about the devices."""
 
     answers: tuple[tuple[str, Offer | Refusal], ...]
@@ -256,7 +256,7 @@ class Plugins:
                 )
         return None
 
-    def probe(self, devices: Sequence[Device], budget_seconds: float | None = None) -> Probed:
+    def probe(self, devices: Sequence[Device], budget_seconds: float | None = None) -> ProbeAnswers:
         """Ask every backend about every device.
 
         Backends are asked one after the other, so that a slow one is not blamed on another, each in a thread that can
@@ -287,7 +287,7 @@ class Plugins:
                 failure = judged
             failures.append(failure)
             answers += [(name, Refusal(d.id, "failed", failure.error, failure.fix)) for d in devices]
-        return Probed(tuple(answers), tuple(failures), seconds)
+        return ProbeAnswers(tuple(answers), tuple(failures), seconds)
 
     def _probe_one(
         self, loaded: LoadedBackend, devices: tuple[Device, ...], budget: float
@@ -403,7 +403,7 @@ def _collision(what: str, owners: Sequence[_Plugin], stage: Stage) -> PluginFail
 
 
 @dataclass(frozen=True)
-class _Found:
+class _EntryPoint:
     """An entry point of our group and the distribution that has it."""
 
     point: importlib.metadata.EntryPoint
@@ -411,7 +411,7 @@ class _Found:
     version: str
 
 
-def _entry_points() -> Iterator[_Found | PluginFailure]:
+def _entry_points() -> Iterator[_EntryPoint | PluginFailure]:
     """The entry points of our group, without shadowed copies of a distribution.
 
     Reads the text of each `entry_points.txt` and parses only those that name the group: parsing all of them, and the
@@ -435,16 +435,16 @@ def _entry_points() -> Iterator[_Found | PluginFailure]:
             yield from result.value
 
 
-def _read(distribution: importlib.metadata.Distribution) -> list[_Found]:
+def _read(distribution: importlib.metadata.Distribution) -> list[_EntryPoint]:
     name, version = distribution.metadata["Name"], distribution.metadata["Version"]
     if not name:
         raise ValueError("it has no name")
     name = re.sub(r"[-_.]+", "-", str(name)).lower()
     points = [point for point in distribution.entry_points if point.group == ENTRY_POINT_GROUP]
-    return [_Found(point, name, str(version or "unknown")) for point in points]
+    return [_EntryPoint(point, name, str(version or "unknown")) for point in points]
 
 
-def _import(found: _Found) -> _Plugin | PluginFailure:
+def _import(found: _EntryPoint) -> _Plugin | PluginFailure:
     point, distribution = found.point, found.distribution
 
     def failed(stage: Stage, error: str, fix: str = "", trace: str = "") -> PluginFailure:
@@ -550,9 +550,9 @@ def _judge(backend: Any) -> tuple[Stage, str, str] | None:
 def _load() -> Plugins:
     failures: list[PluginFailure] = []
     plugins: list[_Plugin] = []
-    found: list[_Found] = []
+    found: list[_EntryPoint] = []
     for item in _entry_points():
-        found.append(item) if isinstance(item, _Found) else failures.append(item)
+        found.append(item) if isinstance(item, _EntryPoint) else failures.append(item)
     found.sort(key=lambda f: (f.distribution != _OWN_DISTRIBUTION, f.distribution, f.point.name))
     for one in found:
         imported = _import(one)

@@ -20,7 +20,7 @@ import byte_llama
 import pytest
 import toy
 
-from transom.cli.chat import _Talk
+from transom.cli.chat import _ChatSession
 from transom.cli.conversation import Conversation
 from transom.errors import OptionError
 
@@ -114,7 +114,7 @@ def test_undo_and_load_count_the_conversation_again(tmp_path: Path) -> None:
 
     template = ChatTemplate("{% for m in messages %}{{ m.content }}{% endfor %}")
     model: Any = SimpleNamespace(chat_template=template, tokenize=list, name="m", context=64)
-    talk = _Talk(model, None, {}, quiet=True, as_json=False)
+    talk = _ChatSession(model, None, {}, quiet=True, as_json=False)
     for question, answer in (("abc", "de"), ("f", "ghij")):
         talk.conversation.ask(question)
         talk.conversation.answer(answer)

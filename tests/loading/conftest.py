@@ -109,7 +109,7 @@ def here(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> H
     monkeypatch.setattr(child_jobs, "run_in_child", here.child)
     monkeypatch.setattr(machine, "load_plugins", lambda: here.plugins)
     monkeypatch.setattr(stages, "load_plugins", lambda: here.plugins)
-    monkeypatch.setattr(hardware, "probe", lambda probe_file=None: hardware.Found(tuple(here.devices)))
+    monkeypatch.setattr(hardware, "probe", lambda probe_file=None: hardware.ProbeResult(tuple(here.devices)))
     return here
 
 

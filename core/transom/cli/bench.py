@@ -17,10 +17,10 @@ from transom.cli.options import (
     complete_backend,
     complete_device,
 )
-from transom.cli.output import Progress, heading, print_json, table
+from transom.cli.output import ProgressLine, heading, print_json, table
 
 if TYPE_CHECKING:
-    from transom.cli.benching import Row
+    from transom.cli.benching import BenchRow
 
 
 @click.command(
@@ -97,7 +97,7 @@ def bench(
     if startup:
         return _startup(model, devices, backends, runs, empty_cache, as_json, options)
 
-    from transom.cli.benching import Plan, machine_facts, rows_for
+    from transom.cli.benching import BenchPlan, machine_facts, rows_for
     from transom.cli.benching import bench as measure
 
     rows = rows_for(devices, backends)
@@ -105,8 +105,8 @@ def bench(
     lengths = tuple(sorted(set(prompts))) or (128, 1024)
     needed = _context(model, lengths, new_tokens)
     options["context"] = options["context"] or (needed if bundle is None else None)
-    plan = Plan(model, options, lengths, new_tokens, rounds, patience)
-    with Progress(stage="Starting") as progress:
+    plan = BenchPlan(model, options, lengths, new_tokens, rounds, patience)
+    with ProgressLine(stage="Starting") as progress:
         measure(plan, rows, progress)
     if as_json:
         results = [row.to_dict() for row in rows]
@@ -139,7 +139,7 @@ def _heat_maps(
             raise OptionError(f"{what} is given {len(given)} times, and a heat map is of one run", "Give it once")
     paths = [heat_map.check(Path(file)) for file in files]
     where: dict[str, Any] = {"device": (*devices, "auto")[0], "backend": (*backends, "auto")[0]}
-    with Progress(stage="load") as progress, transom.load(model, **where, **options, progress=progress) as loaded:
+    with ProgressLine(stage="load") as progress, transom.load(model, **where, **options, progress=progress) as loaded:
         wanted = prompts[0] if prompts else min(4096, loaded.context)
         ids = loaded.tokenize(default_texts()["documentation"])[:wanted]
         if len(ids) < wanted or wanted > loaded.context:
@@ -189,7 +189,7 @@ def _context(model: str, prompts: Sequence[int], new_tokens: int) -> int:
 
 
 def _print(
-    model: str, facts: Mapping[str, Any], prompts: Sequence[int], new_tokens: int, rounds: int, rows: Sequence[Row]
+    model: str, facts: Mapping[str, Any], prompts: Sequence[int], new_tokens: int, rounds: int, rows: Sequence[BenchRow]
 ) -> None:
     from transom.cli.benching import best
     from transom.preparation.memory import size
@@ -198,7 +198,7 @@ def _print(
     _machine(facts)
     click.echo(f"  medians of {rounds} rounds; decoding {new_tokens} tokens; × is against the best of the column\n")
 
-    def rate(row: Row, kind: str, prompt: int) -> str:
+    def rate(row: BenchRow, kind: str, prompt: int) -> str:
         value, top = row.median(kind, prompt), best(rows, kind, prompt)
         if value is None or top is None:
             return "gave up" if row.given_up else ""
@@ -259,7 +259,7 @@ def _startup(
     _context(model, (1,), 1)
     facts = machine_facts(rows_for(devices, backends))
     chosen = {"device": devices[0] if devices else "auto", "backend": backends[0] if backends else "auto"}
-    with Progress(stage="Starting") as progress:
+    with ProgressLine(stage="Starting") as progress:
         found = measure(model, {**options, **chosen}, runs=runs, empty_cache=empty_cache, tell=progress)
     if as_json:
         print_json({"model": model, "machine": facts, **found})

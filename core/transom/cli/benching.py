@@ -22,7 +22,7 @@ Tell = Callable[[str, float | None], None]
 
 
 @dataclass(frozen=True)
-class Plan:
+class BenchPlan:
     """What is measured."""
 
     model: str
@@ -37,7 +37,7 @@ class Plan:
 
 
 @dataclass
-class Row:
+class BenchRow:
     """One backend on one device, and what was measured so far."""
 
     backend: str
@@ -78,7 +78,7 @@ class Row:
         }
 
 
-def rows_for(devices: Sequence[str], backends: Sequence[str], probe_file: str | None = None) -> list[Row]:
+def rows_for(devices: Sequence[str], backends: Sequence[str], probe_file: str | None = None) -> list[BenchRow]:
     """Every backend that offers to run on a device that is here, or those that were named.
 
     Raises:
@@ -98,7 +98,7 @@ def rows_for(devices: Sequence[str], backends: Sequence[str], probe_file: str | 
     ids = [hardware.find(machine.devices, name).id for name in devices]
     by_id = {d.id: d for d in machine.devices}
     rows = [
-        Row(name, known[name].version, by_id[answer.device_id])
+        BenchRow(name, known[name].version, by_id[answer.device_id])
         for name, answer in machine.answers
         if isinstance(answer, Offer)
         and answer.runs_here
@@ -111,7 +111,7 @@ def rows_for(devices: Sequence[str], backends: Sequence[str], probe_file: str | 
     return rows
 
 
-def bench(plan: Plan, rows: Sequence[Row], tell: Tell) -> None:
+def bench(plan: BenchPlan, rows: Sequence[BenchRow], tell: Tell) -> None:
     """Measure all rows, in turns, into the rows."""
     with contextlib.ExitStack() as stack:
         workers = [stack.enter_context(_Worker()) for _ in rows]
@@ -132,7 +132,7 @@ def bench(plan: Plan, rows: Sequence[Row], tell: Tell) -> None:
                         _measure(plan, row, workers[place], prompt)
 
 
-def _load(plan: Plan, row: Row, worker: _Worker) -> None:
+def _load(plan: BenchPlan, row: BenchRow, worker: _Worker) -> None:
     options = {**plan.options, "device": row.device.id, "backend": row.backend}
     answer = worker.ask({"do": "load", "model": plan.model, "options": options})
     row.error = answer.get("error", "")
@@ -141,7 +141,7 @@ def _load(plan: Plan, row: Row, worker: _Worker) -> None:
         row.load_seconds, row.compile_seconds = answer["load_seconds"], answer["compile_seconds"]
 
 
-def _measure(plan: Plan, row: Row, worker: _Worker, prompt: int) -> None:
+def _measure(plan: BenchPlan, row: BenchRow, worker: _Worker, prompt: int) -> None:
     request = {"do": "measure", "prompt_tokens": prompt, "new_tokens": plan.new_tokens, "patience": plan.patience}
     answer = worker.ask({**request, "seed": secrets.randbits(32)})
     if "error" in answer:
@@ -212,7 +212,7 @@ class _Worker:
             self._tail = [*self._tail[-20:], line.decode("utf-8", "replace").rstrip()]
 
 
-def machine_facts(rows: Sequence[Row]) -> dict[str, Any]:
+def machine_facts(rows: Sequence[BenchRow]) -> dict[str, Any]:
     """What a number is worth nothing without: machine, cores, versions, load of the machine."""
     import platform
 
@@ -229,12 +229,12 @@ def machine_facts(rows: Sequence[Row]) -> dict[str, Any]:
     }
 
 
-def best(rows: Sequence[Row], kind: str, prompt: int) -> float | None:
+def best(rows: Sequence[BenchRow], kind: str, prompt: int) -> float | None:
     """The best median of any row."""
     return max(_medians(rows, kind, prompt), default=None)
 
 
-def _medians(rows: Sequence[Row], kind: str, prompt: int) -> Iterator[float]:
+def _medians(rows: Sequence[BenchRow], kind: str, prompt: int) -> Iterator[float]:
     for row in rows:
         if (median := row.median(kind, prompt)) is not None:
             yield median

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from transom.cli.options import JSON, PROBE_FILE, complete_device
-from transom.cli.output import Progress, print_json, table
+from transom.cli.output import ProgressLine, print_json, table
 
 
 @click.group(
@@ -37,7 +37,7 @@ def verify(folder: Path, variants: tuple[str, ...], device: str, probe_file: str
     from transom.bundles.verification import verify_bundle
     from transom.errors import SelectionError, SelfCheckFailed
 
-    with Progress(stage="read") as progress:
+    with ProgressLine(stage="read") as progress:
         _, found = verify_bundle(
             _bundle(folder), variants=variants, device=device, probe_file=probe_file, progress=progress
         )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from transom.cli.options import BACKEND, DEVICE, JSON, MODEL, THREADS
-from transom.cli.output import Progress, aside, print_json
+from transom.cli.output import ProgressLine, aside, print_json
 
 if TYPE_CHECKING:
     from transom.evaluation.head_calibration import SavedCalibration
@@ -42,7 +42,7 @@ def calibrate_sparsity(model: str, out: str | None, texts: tuple[str, ...], as_j
     """
     from transom.evaluation.head_calibration import calibrate_file
 
-    with Progress(stage="Loading the model") as progress:
+    with ProgressLine(stage="Loading the model") as progress:
         outcome = calibrate_file(
             model, out=None if out is None else Path(out), texts=[Path(t) for t in texts], progress=progress, **options
         )

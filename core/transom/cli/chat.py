@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from transom.cli.asking import without_echo
+from transom.cli.message_input import without_echo
 from transom.cli.options import MODEL, load_arguments, loading, sampling, sampling_arguments
-from transom.cli.output import Answer, Progress, aside, is_terminal, print_json_line, warn
+from transom.cli.output import AnswerPrinter, ProgressLine, aside, is_terminal, print_json_line, warn
 
 if TYPE_CHECKING:
     from transom.generation.model import Model
@@ -61,7 +61,7 @@ def chat(model: str, system: str | None, quiet: bool, as_json: bool, **options: 
     from transom.loading.template_check import require_sound_template
 
     generation = sampling_arguments(options)
-    with Progress(quiet=quiet, stage="load") as progress:
+    with ProgressLine(quiet=quiet, stage="load") as progress:
         require_sound_template(model)
         loaded = transom.load(model, **load_arguments(options), progress=progress)
     with loaded:
@@ -73,19 +73,19 @@ def chat(model: str, system: str | None, quiet: bool, as_json: bool, **options: 
         if not quiet:
             for warning in loaded.report.warnings:
                 warn(warning)
-        talk = _Talk(loaded, system, generation, quiet=quiet, as_json=as_json)
+        talk = _ChatSession(loaded, system, generation, quiet=quiet, as_json=as_json)
         talk.run()
         return 0 if is_terminal(sys.stdin) else talk.status
 
 
-class _Talk:
+class _ChatSession:
     """One session: a model, a conversation, and how to choose tokens."""
 
     def __init__(
         self, model: Model, system: str | None, params: Mapping[str, Any], *, quiet: bool, as_json: bool
     ) -> None:
-        from transom.cli.asking import asker
         from transom.cli.conversation import Conversation
+        from transom.cli.message_input import message_reader
 
         self.model, self.quiet, self.as_json = model, quiet, as_json
         self.conversation = Conversation(system)
@@ -94,7 +94,7 @@ class _Talk:
         """Tokens of the context that the conversation takes."""
         self.status = 0
         """2 when a scripted message failed."""
-        self._asker = asker(NAMES, self._line)
+        self._reader = message_reader(NAMES, self._line)
 
     def run(self) -> None:
         if is_terminal(sys.stdin) and not self.quiet:
@@ -102,11 +102,11 @@ class _Talk:
             click.secho(report.model, bold=True, err=True)
             aside(f"{report.device.id} by {report.backend}, {self.model.context} tokens of context")
             aside("/help shows the commands, Ctrl-D leaves")
-            if self._asker.hint:
-                aside(self._asker.hint)
+            if self._reader.hint:
+                aside(self._reader.hint)
         while True:
             try:
-                text = self._asker.ask()
+                text = self._reader.ask()
             except KeyboardInterrupt:
                 if not is_terminal(sys.stdin):
                     raise
@@ -148,9 +148,9 @@ class _Talk:
         self.conversation.ask(text)
         answered = False
         try:
-            with without_echo(), Progress(quiet=self.quiet, stage="prompt") as progress:
+            with without_echo(), ProgressLine(quiet=self.quiet, stage="prompt") as progress:
                 stream = self.model.stream_chat(self.conversation.messages, progress=progress.prompt, **self.params)
-                answer = Answer(progress)
+                answer = AnswerPrinter(progress)
                 if self.as_json:
                     answer.collect(stream)
                 else:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from transom.cli.options import JSON, PROBE_FILE
-from transom.cli.output import Progress, heading, print_json
+from transom.cli.output import ProgressLine, heading, print_json
 
 if TYPE_CHECKING:
     from transom.cli.diagnosis import Diagnosis
@@ -37,7 +37,7 @@ def doctor(probe_file: str | None, as_json: bool) -> int:
 
     from transom.cli.diagnosis import diagnose
 
-    with Progress(stage="Trying each device") as progress:
+    with ProgressLine(stage="Trying each device") as progress:
         found = diagnose(
             Path(probe_file) if probe_file else None, lambda stage, share: progress("Trying each device", None)
         )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from transom.cli.options import DEVICE, JSON, MODEL, PROBE_FILE, SPARSITY
-from transom.cli.output import Progress, print_json, warn
+from transom.cli.output import ProgressLine, print_json, warn
 
 if TYPE_CHECKING:
     from transom.loading.explanation import Explanation
@@ -38,7 +38,7 @@ def explain(model: str, device: str, nodes: bool, sparsity: str, probe_file: str
     import transom
     from transom.plugins import load_plugins
 
-    with Progress(stage="read"):
+    with ProgressLine(stage="read"):
         found = transom.explain(model, device, sparsity=sparsity, probe_file=probe_file)
     if as_json:
         print_json(found.to_dict())

@@ -17,7 +17,7 @@ from transom.cli.options import (
     VERIFY,
     complete_device,
 )
-from transom.cli.output import Progress, print_json, table, warn
+from transom.cli.output import ProgressLine, print_json, table, warn
 
 if TYPE_CHECKING:
     from transom.bundles.exported import Exported
@@ -108,7 +108,7 @@ def export(
         return
     if out is None:
         raise OptionError("There is no folder to write the bundle into", "Name it with --out DIR")
-    with Progress(stage="read") as progress:
+    with ProgressLine(stage="read") as progress:
         made = transom.export(
             model,
             target=target,

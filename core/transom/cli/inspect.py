@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import click
 
 from transom.cli.options import JSON, MODEL
-from transom.cli.output import Progress, heading, print_json, table
+from transom.cli.output import ProgressLine, heading, print_json, table
 
 if TYPE_CHECKING:
-    from transom.cli.inspection import Inspection, Kind
+    from transom.cli.inspection import Inspection, TypeTotals
 
 
 @click.command(
@@ -32,7 +32,7 @@ def inspect(model: str, as_json: bool) -> None:
     """
     from transom.cli.inspection import inspect_model
 
-    with Progress(stage="read") as progress:
+    with ProgressLine(stage="read") as progress:
         found = inspect_model(model, progress)
     if as_json:
         print_json(found.to_dict())
@@ -125,7 +125,7 @@ def _templates(found: Inspection) -> str:
     return "yes" if found.templates == ("default",) else f"yes: {', '.join(found.templates)}"
 
 
-def _kinds(title: str, kinds: Sequence[Kind]) -> None:
+def _kinds(title: str, kinds: Sequence[TypeTotals]) -> None:
     from transom.preparation.memory import size
 
     click.echo()

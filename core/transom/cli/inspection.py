@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Kind:
+class TypeTotals:
     """All tensors of one type."""
 
     type: str
@@ -31,7 +31,7 @@ class Kind:
 
 
 @dataclass(frozen=True)
-class Room:
+class SequenceMemory:
     """What one sequence of a length takes, weights included."""
 
     context: int
@@ -57,15 +57,15 @@ class Inspection:
     parameters: int
     weight_bytes: int
     """As the neutral graph keeps them."""
-    stored: tuple[Kind, ...]
+    stored: tuple[TypeTotals, ...]
     """Tensors as the file has them; empty where the source does not say."""
-    kept: tuple[Kind, ...]
+    kept: tuple[TypeTotals, ...]
     """Weights as the neutral graph has them: what backends see."""
     tokenizer: dict[str, Any] | None
     templates: tuple[str, ...]
     """Names of chat templates."""
     defaults: dict[str, Any]
-    memory: tuple[Room, ...]
+    memory: tuple[SequenceMemory, ...]
     operators: dict[str, int]
     inputs: dict[str, str] = field(default_factory=dict)
     outputs: dict[str, str] = field(default_factory=dict)
@@ -105,7 +105,7 @@ def inspect_model(model: str, progress: Progress | None = None) -> Inspection:
         tokenizer=None if opened.tokenizer is None else _tokenizer(opened.tokenizer),
         templates=() if opened.chat_template is None else tuple(opened.chat_template.names),
         defaults={k: v for k, v in opened.generation.to_json().items() if v not in (None, [])},
-        memory=() if decoder is None else tuple(rooms(decoder)),
+        memory=() if decoder is None else tuple(sequence_memory(decoder)),
         operators=_operators(graph),
         inputs=_values(graph.model.graph.inputs),
         outputs=_values(graph.model.graph.outputs),
@@ -113,12 +113,12 @@ def inspect_model(model: str, progress: Progress | None = None) -> Inspection:
     )
 
 
-def rooms(decoder: Decoder) -> Iterator[Room]:
+def sequence_memory(decoder: Decoder) -> Iterator[SequenceMemory]:
     """Memory at 512 tokens and at each fourfold of 1024, up to what the model was made for."""
     lengths = [512, *(1024 * 4**i for i in range(16))]
     for context in [*(n for n in lengths if n < decoder.context), decoder.context]:
         half, full = decoder.cache_bytes(context, 2), decoder.cache_bytes(context, 4)
-        yield Room(context, half, full, decoder.weight_bytes + half, decoder.weight_bytes + full)
+        yield SequenceMemory(context, half, full, decoder.weight_bytes + half, decoder.weight_bytes + full)
 
 
 def _kept(graph: Graph) -> Iterator[tuple[str, int, int]]:
@@ -159,7 +159,7 @@ def _form(weight: Any) -> str:
     return f"{weight.dtype} in blocks of {weight.block}, {' and '.join(also)}"
 
 
-def _kinds(tensors: Iterable[tuple[str, int, int]]) -> list[Kind]:
+def _kinds(tensors: Iterable[tuple[str, int, int]]) -> list[TypeTotals]:
     """Totals by type, most bytes first."""
     counts: Counter[str] = Counter()
     parameters: Counter[str] = Counter()
@@ -168,7 +168,7 @@ def _kinds(tensors: Iterable[tuple[str, int, int]]) -> list[Kind]:
         counts[name] += 1
         parameters[name] += elements
         sizes[name] += size
-    return [Kind(name, counts[name], parameters[name], sizes[name]) for name, _ in sizes.most_common()]
+    return [TypeTotals(name, counts[name], parameters[name], sizes[name]) for name, _ in sizes.most_common()]
 
 
 def _bytes_of(path: Path) -> int:

@@ -126,7 +126,7 @@ def is_terminal(stream: Any) -> bool:
         return False
 
 
-class Progress:
+class ProgressLine:
     """A line on stderr while work takes longer than `PATIENCE`. A progress callback, and a `with` that clears it.
 
     On a terminal the line shows stage, share and seconds, and goes away; elsewhere each stage that takes longer than
@@ -144,7 +144,7 @@ class Progress:
         self._end = threading.Event()
         self._written: set[str] = set()
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> ProgressLine:
         if self._live:
             threading.Thread(target=self._tick, name="transom-progress", daemon=True).start()
         return self
@@ -204,10 +204,10 @@ class Progress:
         self._shown = len(line)
 
 
-class Answer:
+class AnswerPrinter:
     """Prints a stream as it comes. Where stdout is a terminal, control characters of the model are left out."""
 
-    def __init__(self, progress: Progress) -> None:
+    def __init__(self, progress: ProgressLine) -> None:
         self._progress = progress
         self._terminal = is_terminal(sys.stdout)
         self._last = "\n"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from transom.cli.options import MODEL, load_arguments, loading, sampling, sampling_arguments
-from transom.cli.output import Answer, Progress, aside, is_terminal, print_json, warn
+from transom.cli.output import AnswerPrinter, ProgressLine, aside, is_terminal, print_json, warn
 
 if TYPE_CHECKING:
     from transom.generation.model import Model
@@ -82,7 +82,7 @@ def run(
     text = _prompt(prompt, keep=raw)
     if prompt_cache is not None and not os.path.isdir(os.path.dirname(prompt_cache) or "."):
         raise OptionError(f"There is no folder for the prompt cache {prompt_cache}", "Make it, or choose another file")
-    with Progress(quiet=quiet, stage="load") as progress:
+    with ProgressLine(quiet=quiet, stage="load") as progress:
         if not raw:
             require_sound_template(model)
         loaded = transom.load(model, **load_arguments(options), progress=progress)
@@ -97,9 +97,9 @@ def run(
                 )
             if os.path.exists(prompt_cache):
                 loaded.load_prompt_cache(prompt_cache)
-        with Progress(quiet=quiet, stage="prompt") as progress:
+        with ProgressLine(quiet=quiet, stage="prompt") as progress:
             stream = _start(loaded, text, raw, system, variables, {**generation, "progress": progress.prompt})
-            answer = Answer(progress)
+            answer = AnswerPrinter(progress)
             if as_json or n > 1:
                 answer.collect(stream)
             else:

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from transom.cli.options import MODEL, load_arguments, loading_exactly
-from transom.cli.output import Progress, print_json, warn
+from transom.cli.output import ProgressLine, print_json, warn
 
 
 @click.command(
@@ -52,7 +52,7 @@ def verify(
     from transom.sources import resolve
 
     resolve(model)  # a wrong path, or a bundle, which has no other program, is said before anything is loaded
-    with Progress(stage="load") as progress:
+    with ProgressLine(stage="load") as progress:
         loaded = transom.load(model, **load_arguments(options), progress=progress)
         with loaded:
             found = verify_model(

@@ -20,7 +20,7 @@ from transom.hardware.groups import SEPARATOR, grouped
 from transom.hardware.probe_file import from_json, read_probe_file, to_json, write_probe_file
 
 __all__ = [
-    "Found",
+    "ProbeResult",
     "catalogue",
     "find",
     "from_json",
@@ -36,7 +36,7 @@ _LOCAL_NAME = re.compile(r"(cpu|cuda|gpu|npu)(:\d+)?")
 
 
 @dataclass(frozen=True)
-class Found:
+class ProbeResult:
     """What a probe found."""
 
     devices: tuple[Device, ...]
@@ -47,7 +47,7 @@ class Found:
     """`"this machine"` or the path of the probe file."""
 
 
-def probe(probe_file: Path | None = None) -> Found:
+def probe(probe_file: Path | None = None) -> ProbeResult:
     """Look at this machine, or read what another one's probe wrote.
 
     Args:
@@ -58,14 +58,14 @@ def probe(probe_file: Path | None = None) -> Found:
     """
     chosen = probe_file or os.environ.get("TRANSOM_PROBE_FILE", "").strip()
     if chosen:
-        return Found(read_probe_file(Path(chosen)), source=str(chosen))
+        return ProbeResult(read_probe_file(Path(chosen)), source=str(chosen))
 
     from transom.hardware import cpu, intel, nvidia
 
     host = cpu.probe_cpu()
     gpus, gpu_notes = nvidia.probe_nvidia(host)
     others, other_notes = intel.probe_intel(host)
-    return Found((host, *gpus, *others), (*gpu_notes, *other_notes))
+    return ProbeResult((host, *gpus, *others), (*gpu_notes, *other_notes))
 
 
 def probe_devices(probe_file: Path | None = None) -> tuple[Device, ...]:

@@ -23,7 +23,7 @@ _TIMEOUT_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
-class Hint:
+class KernelDevice:
     """A GPU or NPU that the kernel shows."""
 
     kind: str
@@ -34,9 +34,9 @@ class Hint:
     """The device file that a program must be able to open."""
 
 
-def hints(root: Path = Path("/")) -> list[Hint]:
+def kernel_devices(root: Path = Path("/")) -> list[KernelDevice]:
     """What the kernel shows of Intel's GPUs and NPUs; a few file reads. Empty on systems other than Linux."""
-    found: list[Hint] = []
+    found: list[KernelDevice] = []
     for kind, pattern, folder in (
         ("gpu", "sys/class/drm/renderD*", "dev/dri"),
         ("npu", "sys/class/accel/accel*", "dev/accel"),
@@ -45,7 +45,7 @@ def hints(root: Path = Path("/")) -> list[Hint]:
             with suppress(OSError):
                 if (entry / "device/vendor").read_text().strip() == "0x8086":
                     key = (entry / "device/device").read_text().strip()
-                    found.append(Hint(kind, key, str(root / folder / entry.name)))
+                    found.append(KernelDevice(kind, key, str(root / folder / entry.name)))
     return found
 
 
@@ -63,7 +63,7 @@ def probe_intel(
         host: the CPU, whose memory an integrated device shares.
         root, query, version, may_open: for tests; the file system, the question, OpenVINO's version, the permission.
     """
-    shown = hints(root)
+    shown = kernel_devices(root)
     if not shown and not _windows_with_intel():
         return [], []
     notes = [
@@ -164,7 +164,7 @@ def _sound(answer: object) -> bool:
     )
 
 
-def _remembered(shown: Sequence[Hint], version: str) -> list[dict[str, Any]]:
+def _remembered(shown: Sequence[KernelDevice], version: str) -> list[dict[str, Any]]:
     """The answer of an earlier process, else a new one, which is kept when it names every kind that was shown."""
     release = os.uname().release if hasattr(os, "uname") else sys.platform
     key = [version, release, sys.prefix, *(f"{hint.kind} {hint.key} {hint.node}" for hint in shown)]

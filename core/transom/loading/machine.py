@@ -19,7 +19,7 @@ from transom.selection import Candidate, Selection, select
 class Machine:
     """Devices, plugins, and the plugins' answers about the devices."""
 
-    found: hardware.Found
+    found: hardware.ProbeResult
     """Result of the probe. Includes a remote target that the user named."""
     plugins: Plugins
     answers: tuple[tuple[str, Offer | Refusal], ...]

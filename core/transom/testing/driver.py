@@ -36,7 +36,7 @@ class Move:
     sparsity: str | None = None
 
 
-class Driver:
+class SessionDriver:
     """A session with its model. `error` is the largest normalised error seen so far."""
 
     def __init__(self, session: Session, model: TinyModel, rng: np.random.Generator) -> None:

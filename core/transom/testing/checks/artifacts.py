@@ -13,7 +13,7 @@ from transom.testing.bench import Bench
 from transom.testing.checks.check import Check, must_raise
 from transom.testing.child import in_child
 from transom.testing.compare import compare_rows
-from transom.testing.driver import Driver, Move
+from transom.testing.driver import Move, SessionDriver
 from transom.testing.one_node import one_node
 from transom.testing.result import Failed, Refused
 
@@ -122,7 +122,7 @@ def opens_in_another_process(bench: Bench) -> float:
         raise Refused(f"{bench.backend.name} compiles for {bench.device.id} and runs nothing here")
     model = bench.model(BASE)
     with bench.session(model.artifact) as session:
-        driver = Driver(session, model, bench.rng("another process"))
+        driver = SessionDriver(session, model, bench.rng("another process"))
         chunks = [driver.draw(driver.chunk(n)) for n in (9, 1, 1)]
     request = {"artifact": model.artifact, "device": bench.device, "options": bench.options}
     request |= {"scratch": bench.scratch(), "chunks": chunks}
@@ -137,7 +137,7 @@ def sessions_are_independent(bench: Bench) -> float:
     """Two sessions of one artifact have states of their own; closing one leaves the other."""
     model = bench.model(BASE)
     with bench.session(model.artifact) as first, bench.session(model.artifact) as second:
-        one, two = (Driver(s, model, bench.rng(name)) for s, name in ((first, "first"), (second, "second")))
+        one, two = (SessionDriver(s, model, bench.rng(name)) for s, name in ((first, "first"), (second, "second")))
         a, b = one.grown(7), two.grown(4)
         one.probe(a)
         two.probe(b)
@@ -150,7 +150,7 @@ def closes_twice(bench: Bench) -> None:
     """close releases everything; calling it again, with states alive or freed afterwards, does nothing."""
     model = bench.model(BASE)
     with bench.session(model.artifact) as session:
-        driver = Driver(session, model, bench.rng("close"))
+        driver = SessionDriver(session, model, bench.rng("close"))
         track = driver.grown(3)
         session.close()
         session.close()
@@ -202,7 +202,7 @@ def limits_are_sound(bench: Bench) -> None:
         total, free = session.pages()
         if not 0 <= free <= total or (total > 0) != (limits.page_tokens > 0):
             raise Failed(f"pages() is {(total, free)} with page_tokens {limits.page_tokens}")
-        driver = Driver(session, model, bench.rng("limits"))
+        driver = SessionDriver(session, model, bench.rng("limits"))
         driver.step([Move(driver.new(), driver.draw(driver.chunk(3)))])
 
 

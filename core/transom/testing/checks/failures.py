@@ -8,7 +8,7 @@ from transom.contract import OutOfPages, Work
 from transom.testing.bench import Bench
 from transom.testing.checks.artifacts import BASE
 from transom.testing.checks.check import Check, must_raise
-from transom.testing.driver import Driver, Move, Track
+from transom.testing.driver import Move, SessionDriver, Track
 from transom.testing.result import Failed, Refused
 
 MOST = 65_536
@@ -22,7 +22,7 @@ def failed_steps_change_nothing(bench: Bench) -> float:
     """
     model = bench.model(BASE)
     with bench.session(model.artifact) as session:
-        driver = Driver(session, model, bench.rng("failed steps"))
+        driver = SessionDriver(session, model, bench.rng("failed steps"))
         batch = min(3, driver.limits.max_sequences)
         tracks = [driver.grown(n) for n in (6, 3, 9)[:batch]]
         for what, error, last in _faults(driver, tracks):
@@ -37,7 +37,7 @@ def failed_steps_change_nothing(bench: Bench) -> float:
         return driver.error
 
 
-def _faults(driver: Driver, tracks: list[Track]) -> Iterator[tuple[str, type[Exception], Callable[[], Work]]]:
+def _faults(driver: SessionDriver, tracks: list[Track]) -> Iterator[tuple[str, type[Exception], Callable[[], Work]]]:
     last, size = tracks[-1].state, driver.chunk(2)
     beyond = [*driver.draw(size - 1), driver.vocabulary]
     yield "a token id beyond the vocabulary in its last work", ValueError, lambda: Work(last, beyond)
@@ -62,7 +62,7 @@ def context_is_respected(bench: Bench) -> float:
     """A state takes `limits.context` tokens and no more: one too many raises ValueError and changes nothing."""
     model = bench.model(BASE)
     with bench.session(model.artifact) as session:
-        driver = Driver(session, model, bench.rng("context"))
+        driver = SessionDriver(session, model, bench.rng("context"))
         if driver.limits.context > driver.context:
             made = driver.context
             raise Failed(f"limits.context is {driver.limits.context}, but the model was made for {made} tokens")
@@ -83,7 +83,7 @@ def sequence_limit_is_respected(bench: Bench) -> float:
     """A step takes `max_sequences` works and no more."""
     model = bench.model(BASE)
     with bench.session(model.artifact) as session:
-        driver = Driver(session, model, bench.rng("sequences"))
+        driver = SessionDriver(session, model, bench.rng("sequences"))
         most, one = driver.limits.max_sequences, driver.chunk(1)
         if (most + 1) * one > MOST:
             raise Refused(f"max_sequences {most} is too large to try")
@@ -105,7 +105,7 @@ def out_of_pages_changes_nothing(bench: Bench) -> float:
     """When the pool is full, step raises OutOfPages, every state is as it was, and freeing one lets it go on."""
     model = bench.model(BASE)
     with bench.session(model.artifact) as session:
-        driver = Driver(session, model, bench.rng("out of pages"))
+        driver = SessionDriver(session, model, bench.rng("out of pages"))
         total, _ = session.pages()
         if not total:
             return 0.0  # contiguous: there is no pool to run out of

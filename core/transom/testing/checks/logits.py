@@ -11,7 +11,7 @@ from transom.contract import Work
 from transom.testing.bench import Bench
 from transom.testing.checks.artifacts import BASE
 from transom.testing.checks.check import Check, must_raise
-from transom.testing.driver import Driver, Move
+from transom.testing.driver import Move, SessionDriver
 from transom.testing.models import VARIANTS
 from transom.testing.result import Failed
 
@@ -20,7 +20,7 @@ def _decodes(variant: str) -> Callable[[Bench], float]:
     def run(bench: Bench) -> float:
         model = bench.model(variant)
         with bench.session(model.artifact) as session:
-            driver = Driver(session, model, bench.rng(f"decode {variant}"))
+            driver = SessionDriver(session, model, bench.rng(f"decode {variant}"))
             track = driver.new()
             for wanted in (11, 1, 1, 1, 6, 1, 1):  # prefill, decodes, another chunk on top of a cache, decodes
                 size = driver.chunk(wanted)
@@ -38,7 +38,7 @@ def one_token_prompts_work(bench: Bench) -> float:
     """A sequence may start with a single token (or the shortest chunk that the session takes)."""
     model = bench.model(BASE)
     with bench.session(model.artifact) as session:
-        driver = Driver(session, model, bench.rng("one token"))
+        driver = SessionDriver(session, model, bench.rng("one token"))
         track = driver.new()
         driver.step([Move(track, driver.draw(driver.chunk(1)), "last")])
         driver.probe(track)
@@ -49,7 +49,7 @@ def long_sequences_work(bench: Bench) -> float:
     """A sequence that fills the whole context gives right logits at its end."""
     model = bench.model(BASE)
     with bench.session(model.artifact) as session:
-        driver = Driver(session, model, bench.rng("long"))
+        driver = SessionDriver(session, model, bench.rng("long"))
         track = driver.grown(driver.context - driver.chunk(1))
         while len(track.tokens) + driver.chunk(1) <= driver.context:
             driver.probe(track)
@@ -60,7 +60,7 @@ def ragged_batches_work(bench: Bench) -> float:
     """One step mixes prefills and decodes of different lengths; each gives what it gives alone."""
     model = bench.model(BASE)
     with bench.session(model.artifact) as session:
-        driver = Driver(session, model, bench.rng("ragged"))
+        driver = SessionDriver(session, model, bench.rng("ragged"))
         count = driver.several(5)
         tracks = [driver.grown(n) for n in (9, 0, 3, 17, 0)[:count]]
         for lengths in ((1, 7, 1, 4, 1), (1, 1, 5, 1, 2), (1, 1, 1, 1, 1)):
@@ -73,7 +73,7 @@ def ragged_batches_work_with_windows(bench: Bench) -> float:
     """The same with sliding windows, soft caps, sinks and biases at once, or as many of them as the backend takes."""
     model = bench.model("everything")
     with bench.session(model.artifact) as session:
-        driver = Driver(session, model, bench.rng("ragged windows"))
+        driver = SessionDriver(session, model, bench.rng("ragged windows"))
         tracks = [driver.grown(n) for n in (12, 0, 5)[: driver.several(3)]]
         for lengths in ((1, 8, 1), (3, 1, 1), (1, 1, 6)):
             driver.step([Move(t, driver.draw(driver.chunk(n))) for t, n in zip(tracks, lengths, strict=False)])
@@ -84,7 +84,7 @@ def logits_come_in_the_form_asked_for(bench: Bench) -> float:
     """none gives None, last one row, all every row; float32, in the order of the works."""
     model = bench.model(BASE)
     with bench.session(model.artifact) as session:
-        driver = Driver(session, model, bench.rng("forms"))
+        driver = SessionDriver(session, model, bench.rng("forms"))
         for form in ("none", "last", "all"):
             track = driver.new()
             driver.step([Move(track, driver.draw(driver.chunk(5)), form)])
@@ -103,7 +103,7 @@ def top_k_is_best_first(bench: Bench) -> float:
     """top_k gives (int64 ids, float32 logits) of the k best, best first, for one row and for all."""
     model = bench.model(BASE)
     with bench.session(model.artifact) as session:
-        driver = Driver(session, model, bench.rng("top_k"))
+        driver = SessionDriver(session, model, bench.rng("top_k"))
         track = driver.new()
         for k, form in ((1, "last"), (5, "last"), (5, "all"), (driver.vocabulary, "last")):
             driver.step([Move(track, driver.draw(driver.chunk(4)), form, k)])  # type: ignore[arg-type]
@@ -119,7 +119,7 @@ def outputs_belong_to_the_caller(bench: Bench) -> None:
     """No later call writes into an array that was returned; and writing into one harms no later step."""
     model = bench.model(BASE)
     with bench.session(model.artifact) as session:
-        driver = Driver(session, model, bench.rng("aliasing"))
+        driver = SessionDriver(session, model, bench.rng("aliasing"))
         track = driver.grown(4)
         kept: list[tuple[Any, Any]] = []
 
@@ -149,7 +149,7 @@ def wrong_tokens_are_refused(bench: Bench) -> None:
     """A token id outside the vocabulary raises ValueError, at either end."""
     model = bench.model(BASE)
     with bench.session(model.artifact) as session:
-        driver = Driver(session, model, bench.rng("tokens"))
+        driver = SessionDriver(session, model, bench.rng("tokens"))
         for token in (-1, driver.vocabulary, 1 << 31, 1 << 40):
             tokens = [*driver.draw(driver.chunk(3) - 1), token]
             state = session.new_state()

@@ -13,7 +13,7 @@ from transom.sparsity import Sparsity
 from transom.testing.bench import Bench
 from transom.testing.checks.artifacts import BASE
 from transom.testing.checks.check import Check, must_raise
-from transom.testing.driver import Driver, Move, Track
+from transom.testing.driver import Move, SessionDriver, Track
 from transom.testing.result import Failed
 
 EVERYTHING = Sparsity(coverage=1.0, local_window=64, min_density=1.0, dense_below=0).to_string()
@@ -31,7 +31,7 @@ def policies_are_obeyed_or_refused(bench: Bench) -> float:
     that can reads everything where the policy leaves nothing out, less where it does, and counts what it reads."""
     model = bench.model(BASE)
     with bench.session(model.artifact) as session:
-        driver = Driver(session, model, bench.rng("sparsity"))
+        driver = SessionDriver(session, model, bench.rng("sparsity"))
         track = driver.grown(min(LENGTH, driver.context - 24))
         if isinstance(session, SparseSession):
             _reads_by_policies(session, driver, len(track.tokens))
@@ -45,7 +45,7 @@ def policies_are_obeyed_or_refused(bench: Bench) -> float:
         return driver.error
 
 
-def _reads_by_policies(session: SparseSession, driver: Driver, length: int) -> None:
+def _reads_by_policies(session: SparseSession, driver: SessionDriver, length: int) -> None:
     layers = driver.model.oracle.decoder.layers
     shape = (2, len(layers), max(layer.kv_heads for layer in layers))
 
@@ -82,7 +82,7 @@ def _reads_by_policies(session: SparseSession, driver: Driver, length: int) -> N
         raise Failed(f"under a policy that leaves much out {read.sum():g} of {seen.sum():g} keys were read")
 
 
-def _obeyed(session: SparseSession, driver: Driver) -> str:
+def _obeyed(session: SparseSession, driver: SessionDriver) -> str:
     """A policy that leaves much out and that the session does not refuse; where it refuses all, the last one's error
     goes on."""
     track = driver.new()
@@ -105,14 +105,14 @@ def saved_states_go_on(bench: Bench) -> float:
             if half := [name for name in ("save", "restore") if hasattr(session, name)]:
                 raise Failed(f"the session has {half[0]} alone; the host asks for both save and restore")
             return 0.0  # it offers nothing to check
-        driver = Driver(session, model, bench.rng("saving"))
+        driver = SessionDriver(session, model, bench.rng("saving"))
         track = driver.grown(min(LENGTH, driver.context - 24))
         tokens, saved = track.tokens, _copied(session.save(track.state))
         track.state.free()
         must_raise(RuntimeError, "saving a freed state", lambda: session.save(track.state))
         for where in (session, other):
             assert isinstance(where, SavingSession)
-            again = Driver(where, model, driver.rng)
+            again = SessionDriver(where, model, driver.rng)
             made = Track(where.restore(len(tokens), _copied(saved)), list(tokens))
             again.expect_length(made)
             again.probe(made, made)

@@ -6,18 +6,18 @@ from transom.contract import Session, State, Work
 from transom.testing.bench import Bench
 from transom.testing.checks.artifacts import BASE
 from transom.testing.checks.check import Check, must_raise
-from transom.testing.driver import Driver, Move, Track
+from transom.testing.driver import Move, SessionDriver, Track
 from transom.testing.result import Failed
 
 
-def _cuts(driver: Driver, length: int) -> list[int]:
+def _cuts(driver: SessionDriver, length: int) -> list[int]:
     """Places to fork or cut a state of `length` tokens: the ends, mid-page, and around every page's edge."""
     page = driver.limits.page_tokens or 4
     edges = {page * n + d for n in range(1, length // page + 1) for d in (-1, 0, 1)}
     return sorted(n for n in {0, 1, length // 2, length - 1, length, *sorted(edges)[:6]} if 0 <= n <= length)
 
 
-def _length(driver: Driver) -> int:
+def _length(driver: SessionDriver) -> int:
     """Long enough for two pages and a half, where pages are small enough for that."""
     page = driver.limits.page_tokens or 4
     return max(6, min(2 * page + page // 2, driver.context - 8))
@@ -36,7 +36,7 @@ def forks_continue_from_where_they_share(bench: Bench) -> float:
     """A fork at any length, mid-page too, goes on as if it had been prefilled alone; so does the state it came from."""
     model = bench.model(BASE)
     with bench.session(model.artifact) as session:
-        driver = Driver(session, model, bench.rng("fork"))
+        driver = SessionDriver(session, model, bench.rng("fork"))
         parent = driver.grown(_length(driver))
         for cut in _cuts(driver, len(parent.tokens)):
             child = fork(parent, cut)
@@ -52,7 +52,7 @@ def forks_do_not_see_each_others_writes(bench: Bench) -> float:
     """Copy on write: siblings and the parent write after the same shared token, in turns, and none sees another's."""
     model = bench.model(BASE)
     with bench.session(model.artifact) as session:
-        driver = Driver(session, model, bench.rng("copy on write"))
+        driver = SessionDriver(session, model, bench.rng("copy on write"))
         page = driver.limits.page_tokens or 4
         parent = driver.grown(min(page + max(1, page // 2), driver.context - 8))
         family = [parent, fork(parent, len(parent.tokens)), fork(parent, len(parent.tokens)), fork(parent, 1)]
@@ -69,7 +69,7 @@ def forks_outlive_their_parent(bench: Bench) -> float:
     """Freeing or truncating the parent leaves the fork whole, and the other way round."""
     model = bench.model(BASE)
     with bench.session(model.artifact) as session:
-        driver = Driver(session, model, bench.rng("parents"))
+        driver = SessionDriver(session, model, bench.rng("parents"))
         parent = driver.grown(_length(driver))
         kept, lost = fork(parent, len(parent.tokens) - 1), fork(parent, len(parent.tokens))
         lost.state.free()
@@ -87,7 +87,7 @@ def truncated_states_go_on(bench: Bench) -> float:
     """After truncate, at any length, the state goes on with other tokens as if the old ones had never been."""
     model = bench.model(BASE)
     with bench.session(model.artifact) as session:
-        driver = Driver(session, model, bench.rng("truncate"))
+        driver = SessionDriver(session, model, bench.rng("truncate"))
         for cut in _cuts(driver, _length(driver)):
             track = driver.grown(_length(driver))
             truncate(track, min(cut, len(track.tokens)))
@@ -102,7 +102,7 @@ def truncated_windows_go_on(bench: Bench) -> float:
     """The same with a sliding window: what the window had passed must be there again after truncate."""
     model = bench.model("window")
     with bench.session(model.artifact) as session:
-        driver = Driver(session, model, bench.rng("truncate window"))
+        driver = SessionDriver(session, model, bench.rng("truncate window"))
         track = driver.grown(24)
         for cut in (20, 9, 3):
             child = fork(track, cut)
@@ -118,7 +118,7 @@ def truncating_a_fork_leaves_its_family(bench: Bench) -> float:
     """truncate and new writes on a fork do not touch pages that others share."""
     model = bench.model(BASE)
     with bench.session(model.artifact) as session:
-        driver = Driver(session, model, bench.rng("truncate fork"))
+        driver = SessionDriver(session, model, bench.rng("truncate fork"))
         parent = driver.grown(_length(driver))
         child = fork(parent, len(parent.tokens))
         truncate(child, len(parent.tokens) // 2)
@@ -131,7 +131,7 @@ def bounds_are_checked(bench: Bench) -> None:
     """fork and truncate beyond the length, or below zero, raise ValueError and change nothing."""
     model = bench.model(BASE)
     with bench.session(model.artifact) as session:
-        driver = Driver(session, model, bench.rng("bounds"))
+        driver = SessionDriver(session, model, bench.rng("bounds"))
         track = driver.grown(6)
         for length in (len(track.tokens) + 1, 10_000, -1):
             must_raise(ValueError, f"fork({length})", lambda n=length: track.state.fork(n))  # type: ignore[misc]
@@ -144,7 +144,7 @@ def freed_states_are_gone(bench: Bench) -> None:
     """free may be called twice; step, fork and truncate on a freed state raise RuntimeError, and others go on."""
     model = bench.model(BASE)
     with bench.session(model.artifact) as session:
-        driver = Driver(session, model, bench.rng("free"))
+        driver = SessionDriver(session, model, bench.rng("free"))
         other, track = driver.grown(5), driver.grown(7)
         state: State = track.state
         state.free()
@@ -160,7 +160,7 @@ def states_say_what_they_hold(bench: Bench) -> None:
     """length counts tokens; nbytes is positive once it holds some, and forks do not count shared pages again."""
     model = bench.model(BASE)
     with bench.session(model.artifact) as session:
-        driver = Driver(session, model, bench.rng("bytes"))
+        driver = SessionDriver(session, model, bench.rng("bytes"))
         empty = driver.new()
         if empty.state.length != 0:
             raise Failed(f"a new state has length {empty.state.length}")
@@ -181,7 +181,7 @@ def pages_come_back(bench: Bench) -> None:
     """With a paged cache, states take pages and give them all back; a fork takes fewer than a copy would."""
     model = bench.model(BASE)
     with bench.session(model.artifact) as session:
-        driver = Driver(session, model, bench.rng("pages"))
+        driver = SessionDriver(session, model, bench.rng("pages"))
         total, free = session.pages()
         if not total:
             return  # a contiguous cache says (0, 0), and that is checked under session.limits

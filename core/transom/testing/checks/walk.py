@@ -9,7 +9,7 @@ from transom.contract import OutOfPages, Work
 from transom.testing.bench import Bench
 from transom.testing.checks.check import Check, must_raise
 from transom.testing.checks.states import fork, truncate
-from transom.testing.driver import Driver, Move, Track
+from transom.testing.driver import Move, SessionDriver, Track
 
 STEPS = 120
 MOST_STATES = 6
@@ -19,7 +19,7 @@ def _walk(variant: str) -> Callable[[Bench], float]:
     def run(bench: Bench) -> float:
         model = bench.model(variant)
         with bench.session(model.artifact) as session:
-            driver = Driver(session, model, bench.rng(f"walk {variant}"))
+            driver = SessionDriver(session, model, bench.rng(f"walk {variant}"))
             rng, tracks = driver.rng, [driver.new()]
             for _ in range(STEPS):
                 track: Track = tracks[rng.integers(len(tracks))]
@@ -49,12 +49,12 @@ def _walk(variant: str) -> Callable[[Bench], float]:
     return run
 
 
-def _longest(driver: Driver) -> int:
+def _longest(driver: SessionDriver) -> int:
     """Long enough for two pages and more, short enough to be quick."""
     return min(driver.context, max(48, 2 * driver.limits.page_tokens + 8))
 
 
-def _cut(driver: Driver, track: Track) -> int:
+def _cut(driver: SessionDriver, track: Track) -> int:
     """Half of the time the whole length: a prompt that is answered twice is shared to its end."""
     length = len(track.tokens)
     whole = length < _longest(driver) and driver.rng.random() < 0.5
@@ -64,7 +64,7 @@ def _cut(driver: Driver, track: Track) -> int:
 _LOGITS: tuple[Literal["none", "last", "all"], ...] = ("none", "last", "all")
 
 
-def _step(driver: Driver, tracks: list[Track]) -> None:
+def _step(driver: SessionDriver, tracks: list[Track]) -> None:
     rng = driver.rng
     count = int(rng.integers(1, min(len(tracks), driver.limits.max_sequences) + 1))
     moves = []

@@ -17,7 +17,7 @@ from transom.cli.output import is_terminal
 PROMPT = "> "
 
 
-class Asker(Protocol):
+class MessageReader(Protocol):
     hint: str
     """What is missing, and how to get it; empty where nothing is."""
 
@@ -61,7 +61,7 @@ def history_file() -> Path | None:
     return path
 
 
-def asker(commands: Sequence[str], status: Callable[[], str]) -> Asker:
+def message_reader(commands: Sequence[str], status: Callable[[], str]) -> MessageReader:
     """The best way to ask here.
 
     Args:
