@@ -7,7 +7,9 @@ exits with status 2. This module imports nothing of ours, so that every room may
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+
+_flags: Mapping[str, str] | None = None
 
 
 class TransomError(Exception):
@@ -83,6 +85,41 @@ class MissingExtra(TransomError):
     def __init__(self, what: str, extra: str) -> None:
         self.extra = extra
         super().__init__(what, f"Install it with: pip install 'transom[{extra}]'")
+
+
+def name_options(flags: Mapping[str, str] | None) -> None:
+    """Choose how messages of this process name options.
+
+    Args:
+        flags: the command line's flags by keyword of the Python API, `{"max_new_tokens": "--max-tokens"}`; a keyword
+            that is missing here becomes a flag with dashes. None: messages name the keywords.
+    """
+    global _flags
+    _flags = flags
+
+
+def option_names() -> Mapping[str, str] | None:
+    """What `name_options` was called with last, to be passed on to a child process."""
+    return _flags
+
+
+def option(name: str, value: object = ...) -> str:
+    """An option as the user of this process writes it: `context=4096` in Python, `--context 4096` on the command line.
+
+    Args:
+        name: the keyword of the Python API.
+        value: `...` stands for a value that the user chooses. True on the command line: the flag alone.
+    """
+    if value is True and _flags is not None:
+        return option_prefix(name).rstrip()
+    return option_prefix(name) + ("…" if value is ... else repr(value))
+
+
+def option_prefix(name: str) -> str:
+    """What comes before the value of an option: `context=` or `--context `."""
+    if _flags is None:
+        return f"{name}="
+    return _flags.get(name, f"--{name.replace('_', '-')}") + " "
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, get_args, get_
 import pluggy
 
 from transom.contract import API_VERSION, ENTRY_POINT_GROUP, Backend, Device, Offer, Refusal, Specs
-from transom.errors import OptionError
+from transom.errors import OptionError, option
 
 if TYPE_CHECKING:
     from transom.ops import OpSchema
@@ -315,7 +315,9 @@ def _known_to(loaded: LoadedBackend, devices: Sequence[Device]) -> tuple[tuple[D
     if tuple(loaded.backend.api) >= GROUPS_SINCE:
         return tuple(devices), []
     reason = "runs on one device at a time"
-    groups = [Refusal(d.id, "wrong_device", reason, f"Use device='{d.members[0].id}'") for d in devices if d.members]
+    groups = [
+        Refusal(d.id, "wrong_device", reason, f"Use {option('device', d.members[0].id)}") for d in devices if d.members
+    ]
     return tuple(d for d in devices if not d.members), groups
 
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from transom.contract import Device, Offer, Refusal
-from transom.errors import OptionError, SelectionError, nearest
+from transom.errors import OptionError, SelectionError, nearest, option, option_prefix
 from transom.hardware import find
 from transom.plugins import PluginFailure
 
@@ -130,8 +130,8 @@ def select(
             reason = f"compiles for it, but cannot run it here ({answer.why})"
             refusals.append((name, Refusal(answer.device_id, "wrong_device", reason)))
         elif answer.by_name and backend != name:
-            reason = f"runs only for who asks for it ({answer.why})"
-            refusals.append((name, Refusal(answer.device_id, "wrong_device", reason, f'Use backend="{name}"')))
+            reason = f"is used only when it is named ({answer.why})"
+            refusals.append((name, Refusal(answer.device_id, "wrong_device", reason, f"Use {option('backend', name)}")))
         else:
             offers.append(Candidate(name, by_id[answer.device_id], answer))
     pool = [candidate for candidate in offers if backend in ("auto", candidate.backend)]
@@ -379,7 +379,7 @@ def _command(fix: str) -> str:
 def _line(backend: str, refusal: Refusal, purpose: Literal["run", "export"]) -> str:
     fix = f" -> {refusal.fix}" if refusal.fix else ""
     if purpose == "export":  # backends name the argument of `load`
-        fix = fix.replace("device=", "target=")
+        fix = fix.replace(option_prefix("device"), option_prefix("target"))
     return f"{backend} on {refusal.device_id}: {refusal.reason} [{refusal.code}]{fix}"
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import toy
 
@@ -211,20 +212,30 @@ def test_a_bug_is_said_to_be_one(bare: Any, model: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "shown"),
+    ("verb", "name", "value", "in_python", "here"),
     [
-        ("A context of 812 tokens would fit: context=812.", "A context of 812 tokens would fit: --context 812."),
-        ("precision='int8' would fit", "--precision 'int8' would fit"),
-        (
-            "Choose another backend with backend=…, or report it",
-            "Choose another backend with --backend …, or report it",
-        ),
-        ("Lower max_new_tokens=4000", "Lower --max-tokens 4000"),
-        ("Set top_k=5 or --top-k=5", "Set --top-k 5 or --top-k=5"),
-        ("TRANSOM_DEVICE=cuda:0 is unknown", "TRANSOM_DEVICE=cuda:0 is unknown"),
+        ("run", "context", 812, "context=812", "--context 812"),
+        ("run", "precision", "int8", "precision='int8'", "--precision 'int8'"),
+        ("run", "backend", ..., "backend=…", "--backend …"),
+        ("run", "max_new_tokens", 4000, "max_new_tokens=4000", "--max-tokens 4000"),
+        ("run", "top_k", 5, "top_k=5", "--top-k 5"),
+        ("run", "stop_token_ids", 5, "stop_token_ids=5", "--stop-token-id 5"),
+        ("export", "calibration", ..., "calibration=…", "--text …"),
+        ("export", "max_kl", 0.1, "max_kl=0.1", "--max-kl 0.1"),
+        ("export", "overwrite", True, "overwrite=True", "--overwrite"),
+        ("bundle", "probe_file", ..., "probe_file=…", "--probe-file …"),
+        ("inspect", "max_kl", 0.1, "max_kl=0.1", "--max-kl 0.1"),
     ],
 )
-def test_advice_for_python_reads_as_options_of_the_command_line(said: str, shown: str) -> None:
-    from transom.cli.app import _as_options
+def test_errors_name_options_as_their_reader_writes_them(
+    verb: str, name: str, value: object, in_python: str, here: str
+) -> None:
+    from transom.cli.app import flags_of, transom
+    from transom.errors import name_options, option
 
-    assert _as_options(said) == shown
+    assert option(name, value) == in_python
+    name_options(flags_of(transom.get_command(click.Context(transom), verb)))
+    try:
+        assert option(name, value) == here
+    finally:
+        name_options(None)

@@ -494,7 +494,7 @@ def test_a_backend_whose_package_is_missing_is_told_of_where_one_exports() -> No
     assert said not in select([m.PHONE], answers, device=m.PHONE.id, backend="portable", purpose="export").warnings
 
 
-def test_an_offer_by_name_is_for_who_names_the_backend() -> None:
+def test_an_offer_by_name_counts_only_when_the_backend_is_named() -> None:
     answers = [
         ("emulator", Offer("cpu", "tuned", "an emulator", by_name=True)),
         ("reference", m.reference(m.XEON)),
@@ -502,5 +502,5 @@ def test_an_offer_by_name_is_for_who_names_the_backend() -> None:
     found = select([m.XEON], answers)
     assert found.backend == "reference"
     [(name, refusal)] = found.refusals
-    assert (name, refusal.fix) == ("emulator", 'Use backend="emulator"')
+    assert (name, refusal.fix) == ("emulator", "Use backend='emulator'")
     assert select([m.XEON], answers, backend="emulator").backend == "emulator"

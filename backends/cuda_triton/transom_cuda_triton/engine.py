@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from transom.errors import EngineError
+from transom.errors import EngineError, option
 from transom_cuda_triton import cache
 from transom_cuda_triton.attention import Attend
 from transom_cuda_triton.graphs import CudaGraphs, Record
@@ -41,7 +41,8 @@ class Result:
 def not_finite(where: str) -> EngineError:
     return EngineError(
         f"{where} gave numbers that are not finite",
-        "The model's weights may be damaged, or its numbers leave float16's range: try precision='bf16' or 'exact'",
+        "The model's weights may be damaged, or its numbers leave float16's range: "
+        f"try {option('precision', 'bf16')} or 'exact'",
     )
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from transom.authoring.opening import context_of, paths_of, reading_artifact
 from transom.contract import Artifact, Device, Options
-from transom.errors import DoesNotFit, EngineError
+from transom.errors import DoesNotFit, EngineError, option
 from transom.signature import Decoder
 from transom_cuda_triton import names, probing
 from transom_cuda_triton.program import TritonProgram
@@ -214,7 +214,7 @@ def _pages(engine: TritonEngine, device: Device, place: Place) -> int:
         raise DoesNotFit(
             f"A cache of {engine.context} tokens takes {_size(one * engine.page_bytes())} on {device.id}, and "
             f"{_size(max(0, left))} are left beside {_size(others)} of weights and buffers",
-            f"Load it with context={max(0, pages) * engine.page_tokens} or less",
+            f"Load it with {option('context', max(0, pages) * engine.page_tokens)} or less",
         )
     return pages
 

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
-from transom.errors import OptionError
+from transom.errors import OptionError, option
 from transom.graph.weights import Array, Blocked, Dense, Weight, affine, dequantize
 from transom.quantize.rounding import to_float8, to_int8
 from transom_cuda_triton.precision import Rounded
@@ -136,7 +136,7 @@ def narrowed(weight: Dense, number: str, name: str) -> Array:
         largest = float(np.abs(array.astype(np.float32)).max())
         raise OptionError(
             f"{name} has weights up to {largest:.4g}, and float16 ends at 65504",
-            "Use precision='exact', or a card of sm_80 or newer, which has bfloat16",
+            f"Use {option('precision', 'exact')}, or a card of sm_80 or newer, which has bfloat16",
         )
     return narrow
 

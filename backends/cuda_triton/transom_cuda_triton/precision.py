@@ -24,7 +24,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from transom.errors import OptionError
+from transom.errors import OptionError, option
 
 if TYPE_CHECKING:
     from transom.contract import Options
@@ -75,27 +75,32 @@ def resolve(options: Options, arch: int, matrices: Iterable[Weight], *, interpre
 
     asked = str(options.get("precision") or "auto")
     if asked not in NAMES:
-        raise OptionError(f"precision={asked!r} is unknown", f"It is one of {', '.join(NAMES)}")
+        raise OptionError(f"{option('precision', asked)} is unknown", f"It is one of {', '.join(NAMES)}")
     if asked in ("exact", "f32"):
         return TritonPrecision("fp32")
     if asked == "f16":
         return TritonPrecision("fp16")
     if asked == "bf16":
         if interpreted:
-            raise OptionError("Triton's interpreter computes bfloat16 wrongly", "Use precision='exact' or 'f16'")
+            raise OptionError(
+                "Triton's interpreter computes bfloat16 wrongly", f"Use {option('precision', 'exact')} or 'f16'"
+            )
         if arch < 80:
-            raise OptionError(f"precision='bf16' needs sm_80 or newer, and this is sm_{arch}", "Use precision='f16'")
+            raise OptionError(
+                f"{option('precision', 'bf16')} needs sm_80 or newer, and this is sm_{arch}",
+                f"Use {option('precision', 'f16')}",
+            )
         return TritonPrecision("bf16")
     if asked == "fp8" and arch < 89 and not interpreted:
         raise OptionError(
-            f"precision='fp8' needs tensor cores for float8, of sm_89 or newer, and this is sm_{arch}",
-            "Use precision='int8'",
+            f"{option('precision', 'fp8')} needs tensor cores for float8, of sm_89 or newer, and this is sm_{arch}",
+            f"Use {option('precision', 'int8')}",
         )
     known = list(matrices)
     if asked == "int4" and not any(isinstance(w, Blocked) and "int4" in w.dtype for w in known):
         raise OptionError(
-            "precision='int4' keeps 4-bit weights as they are, and this checkpoint has none",
-            "Quantise it first, or use precision='int8'",
+            f"{option('precision', 'int4')} keeps 4-bit weights as they are, and this checkpoint has none",
+            f"Quantise it first, or use {option('precision', 'int8')}",
         )
     rounded: Rounded = "int8" if asked == "int8" else "fp8" if asked == "fp8" else ""
     return TritonPrecision(_number(arch, known, interpreted), rounded)

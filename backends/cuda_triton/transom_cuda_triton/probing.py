@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from transom.contract import Device, Offer, Refusal
+from transom.errors import option
 
 ARCHITECTURES = (70, 80, 86, 89, 90)
 """With tiles and kernels of their own: 80 for sm_80."""
@@ -167,7 +168,7 @@ def _interpreted(device: Device, torch: Torch | None, triton: str | None) -> Off
     """In Triton's interpreter kernels run on the CPU, whatever cards there are."""
     if device.kind != "cpu":
         reason = f"{INTERPRET}=1 is set: kernels run in Triton's interpreter, on the CPU"
-        return Refusal(device.id, "wrong_device", reason, f"Unset {INTERPRET}, or use device='cpu'")
+        return Refusal(device.id, "wrong_device", reason, f"Unset {INTERPRET}, or use {option('device', 'cpu')}")
     for name, there in (("triton", triton), ("torch", torch)):
         if there is None:
             return Refusal(device.id, "missing_dep", f"the package {name} is not installed", INSTALL)

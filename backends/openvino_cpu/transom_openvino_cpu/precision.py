@@ -32,7 +32,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeGuard
 
-from transom.errors import OptionError
+from transom.errors import OptionError, option
 
 if TYPE_CHECKING:
     from transom.contract import Device, Options
@@ -88,7 +88,7 @@ def resolve(options: Options, device: Device, matrices: Iterable[Weight], *, dec
     """
     asked = str(options.get("precision") or "auto")
     if asked not in NAMES:
-        raise OptionError(f"precision={asked!r} is unknown", f"It is one of {', '.join(NAMES)}")
+        raise OptionError(f"{option('precision', asked)} is unknown", f"It is one of {', '.join(NAMES)}")
     wide: Hint = "bf16" if device.features & _BF16 else "f32"
     if asked == "auto":
         if not decoder:
@@ -102,22 +102,23 @@ def resolve(options: Options, device: Device, matrices: Iterable[Weight], *, dec
     if asked == "bf16":
         if wide != "bf16":
             raise OptionError(
-                "precision='bf16' needs a CPU with avx512_bf16 or amx_bf16, which this one lacks",
-                "Use precision='exact' or 'fast'",
+                f"{option('precision', 'bf16')} needs a CPU with avx512_bf16 or amx_bf16, which this one lacks",
+                f"Use {option('precision', 'exact')} or 'fast'",
             )
         return CpuPrecision("bf16", "bf16", False)
     if asked == "f16":
         if "avx512_fp16" not in device.features:
             raise OptionError(
-                "precision='f16' needs a CPU with avx512_fp16, which this one lacks", "Use precision='auto'"
+                f"{option('precision', 'f16')} needs a CPU with avx512_fp16, which this one lacks",
+                f"Use {option('precision', 'auto')}",
             )
         return CpuPrecision("f16", "f16", False)
     if asked == "int4":
         stored = _stored(matrices)
         if not stored["4-bit"]:
             raise OptionError(
-                "precision='int4' keeps 4-bit weights as they are, and this checkpoint has none",
-                "Quantise it first, or use precision='int8'",
+                f"{option('precision', 'int4')} keeps 4-bit weights as they are, and this checkpoint has none",
+                f"Quantise it first, or use {option('precision', 'int8')}",
             )
         return CpuPrecision("int4", wide, False)
     return CpuPrecision("int8", wide, True, dense_to_int8=True)

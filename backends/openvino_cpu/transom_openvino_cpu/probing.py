@@ -8,6 +8,7 @@ import os
 import platform
 
 from transom.contract import Device, Offer, Refusal
+from transom.errors import option
 from transom_openvino_cpu.native.choosing import SWITCH, level_on, measures
 
 OLDEST = (2026, 4)
@@ -43,7 +44,9 @@ def answer(device: Device) -> Offer | Refusal:
     """Yes or no for one device."""
     if device.kind != "cpu":
         what = "a device that is only compiled for" if device.kind == "remote" else f"a device of kind {device.kind}"
-        return Refusal(device.id, "wrong_device", f"runs on the CPU only; {device.id} is {what}", "Use device='cpu'")
+        return Refusal(
+            device.id, "wrong_device", f"runs on the CPU only; {device.id} is {what}", f"Use {option('device', 'cpu')}"
+        )
     version = installed()
     if version is None:
         return Refusal(device.id, "missing_dep", "the package openvino is not installed", INSTALL)

@@ -14,7 +14,7 @@ import onnx_ir as ir
 from transom.authoring.folders import artifact_folder
 from transom.authoring.opening import context_of
 from transom.contract import Artifact, Device, Options, Progress
-from transom.errors import DoesNotFit, EngineError
+from transom.errors import DoesNotFit, EngineError, option
 from transom.graph.reading import linear_weight, matrices
 from transom.graph.weights import Blocked, held
 from transom.ops.sparse_routing import COLUMN_ROWS
@@ -295,7 +295,8 @@ def require_memory(weights: int, available: int | None, smallest: int) -> None:
         raise DoesNotFit(
             f"Building this engine takes about {_size(needed)} of memory ({_size(weights)} of weights), and this "
             f"machine has {_size(available)} free",
-            "Build it on a machine with more memory" + (", or with precision='int4'" if smallest < weights else ""),
+            "Build it on a machine with more memory"
+            + (f", or with {option('precision', 'int4')}" if smallest < weights else ""),
         )
 
 

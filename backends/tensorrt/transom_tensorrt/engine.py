@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from transom.errors import EngineError
+from transom.errors import EngineError, option
 from transom_tensorrt.executing import Array, NetworkExecutor, Way
 from transom_tensorrt.network import Network, ShapeProfile
 
@@ -173,7 +173,8 @@ class SlotEngine:
             if not np.isfinite(logits).all():
                 raise EngineError(
                     "The last layer gave numbers that are not finite",
-                    "The model's weights may be damaged, or its numbers leave float16's range: try precision='bf16'",
+                    "The model's weights may be damaged, or its numbers leave float16's range: "
+                    f"try {option('precision', 'bf16')}",
                 )
         except BaseException:
             for part in parts:  # what may not be finite must not stay behind the tokens: see `_begin`

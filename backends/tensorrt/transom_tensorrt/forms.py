@@ -26,6 +26,7 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
+from transom.errors import option
 from transom.graph.weights import Array, Blocked, BlockedArrays, Dense, Weight, affine, dequantize
 from transom.programs.onnx_writing import FLOAT, FLOAT8, OnnxWriter
 
@@ -187,6 +188,7 @@ def narrowed(array: Array, number: ir.DataType, name: str) -> Array:
         largest = float(np.abs(array.astype(np.float32)).max())
         raise OptionError(
             f"{name} has numbers up to {largest:.4g}, and float16 ends at 65504",
-            "Use precision='bf16', which has the range of float32, on sm_80 and newer, or precision='exact'",
+            f"Use {option('precision', 'bf16')}, which has the range of float32, on sm_80 and newer, "
+            f"or {option('precision', 'exact')}",
         )
     return narrow

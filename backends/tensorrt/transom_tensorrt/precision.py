@@ -30,7 +30,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from transom.errors import OptionError
+from transom.errors import OptionError, option
 from transom.graph.weights import Blocked, Dense
 from transom_tensorrt.probing import FLOAT8_SINCE
 
@@ -86,7 +86,7 @@ def resolve(options: Options, arch: int, matrices: Iterable[Weight], *, emulated
     """
     asked = str(options.get("precision") or "auto")
     if asked not in NAMES:
-        raise OptionError(f"precision={asked!r} is unknown", f"It is one of {', '.join(NAMES)}")
+        raise OptionError(f"{option('precision', asked)} is unknown", f"It is one of {', '.join(NAMES)}")
     known = list(matrices)
     plain = [w for w in known if isinstance(w, Dense)]
     """What is rounded, where anything is."""
@@ -94,17 +94,22 @@ def resolve(options: Options, arch: int, matrices: Iterable[Weight], *, emulated
         return RtxPrecision("float32")
     if asked == "bf16":
         if emulated:
-            raise OptionError("onnxruntime does not compute in bfloat16", "Use precision='f16' or 'exact'")
+            raise OptionError(
+                "onnxruntime does not compute in bfloat16", f"Use {option('precision', 'f16')} or 'exact'"
+            )
         if arch < BFLOAT16_SINCE:
-            raise OptionError(f"precision='bf16' needs sm_80 or newer, and this is sm_{arch}", "Use precision='f16'")
+            raise OptionError(
+                f"{option('precision', 'bf16')} needs sm_80 or newer, and this is sm_{arch}",
+                f"Use {option('precision', 'f16')}",
+            )
         return RtxPrecision("bfloat16")
     if asked == "f16":
         return RtxPrecision("float16")
     float8 = emulated or arch >= FLOAT8_SINCE
     if asked in ("fp8", "fast") and not float8:
         raise OptionError(
-            f"precision={asked!r} needs tensor cores for float8, of sm_89 or newer, and this is sm_{arch}",
-            "Use precision='int8' or 'int4', whose weights are as small or smaller",
+            f"{option('precision', asked)} needs tensor cores for float8, of sm_89 or newer, and this is sm_{arch}",
+            f"Use {option('precision', 'int8')} or 'int4', whose weights are as small or smaller",
         )
     wide = any(w.dtype == "bfloat16" for w in plain) and arch >= BFLOAT16_SINCE and not emulated
     number: Number = "bfloat16" if wide else "float16"
@@ -116,8 +121,8 @@ def resolve(options: Options, arch: int, matrices: Iterable[Weight], *, emulated
         uneven = next((w for w in plain if w.shape[-1] % 32), None)
         if uneven is not None:
             raise OptionError(
-                f"precision='int4' rounds blocks of 32 columns, and a matrix has {uneven.shape[-1]}",
-                "Use precision='int8'",
+                f"{option('precision', 'int4')} rounds blocks of 32 columns, and a matrix has {uneven.shape[-1]}",
+                f"Use {option('precision', 'int8')}",
             )
     inputs = rounded == "fp8" and bool(options.get("calibration"))
     if inputs:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from transom.contract import Device, Offer, Refusal, Verdict
+from transom.errors import option
 from transom_tensorrt.sdk import CLASSIC, OLDEST, RTX, SERVED, Sdk, installed, numbers, version_of
 
 INSTALL = "pip install 'transom[tensorrt]'"
@@ -64,7 +65,7 @@ def answer(
         return Refusal(device.id, "failed", f"the environment variable {EMULATE} is {asked!r}", fix)
     if device.members:
         ours = all(architecture(member) in OUR_KERNELS for member in device.members)
-        fix = "Use backend='cuda_triton' for several cards" if ours else "Name one of the cards"
+        fix = f"Use {option('backend', 'cuda_triton')} for several cards" if ours else "Name one of the cards"
         return Refusal(device.id, "wrong_device", "runs a model on one card, not on several together", fix)
     if emulating():
         return _emulated(device, packages)
@@ -107,7 +108,7 @@ def _band(arch: int) -> Literal["tuned", "native"]:
 
 def _refused(device: Device, arch: int, sdks: Sequence[Sdk]) -> Refusal:
     if arch < 75:
-        fix = "Use backend='cuda_triton': pip install 'transom[v100]'" if arch in OUR_KERNELS else ""
+        fix = f"Use {option('backend', 'cuda_triton')}: pip install 'transom[v100]'" if arch in OUR_KERNELS else ""
         return Refusal(device.id, "wrong_device", f"TensorRT serves sm_75 and newer, and this is {device.arch}", fix)
     old = [s for s in sdks if s.old and arch in SERVED[s.name]]
     if old:
@@ -122,7 +123,7 @@ def _refused(device: Device, arch: int, sdks: Sequence[Sdk]) -> Refusal:
         return Refusal(device.id, "missing_feature", f"TensorRT is not known to serve {device.arch}")
     if device.kind == "remote":
         reason = f"tensorrt-rtx does not build for {device.arch}, and classic TensorRT builds only where the card is"
-        other = "Use backend='cuda_triton', or build" if arch in OUR_KERNELS else "Build"
+        other = f"Use {option('backend', 'cuda_triton')}, or build" if arch in OUR_KERNELS else "Build"
         return Refusal(device.id, "missing_feature", reason, f"{other} on a machine with the card")
     reason = f"tensorrt-rtx does not serve {device.arch}, and classic TensorRT is not installed"
     return Refusal(device.id, "missing_dep", reason, "pip install tensorrt")
@@ -131,7 +132,7 @@ def _refused(device: Device, arch: int, sdks: Sequence[Sdk]) -> Refusal:
 def _emulated(device: Device, packages: Mapping[str, str]) -> Offer | Refusal:
     if device.kind != "cpu":
         reason = f"{EMULATE}=1 is set: networks run in onnxruntime, on the CPU"
-        return Refusal(device.id, "wrong_device", reason, f"Unset {EMULATE}, or use device='cpu'")
+        return Refusal(device.id, "wrong_device", reason, f"Unset {EMULATE}, or use {option('device', 'cpu')}")
     if not packages.get("onnxruntime"):
         return Refusal(device.id, "missing_dep", "the package onnxruntime is not installed", "pip install onnxruntime")
     return Offer(device.id, "fallback", "TensorRT networks in onnxruntime, for tests: slow")

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from transom.errors import DoesNotFit, EngineError
+from transom.errors import DoesNotFit, EngineError, option
 from transom_tensorrt.cuda import CudaCard, OutOfMemory, aligned
 from transom_tensorrt.executing import WAYS, Array, Way, profile_of, rows_of, stored
 from transom_tensorrt.kernel_cache import KernelCache
@@ -217,7 +217,7 @@ class RtxExecutor:
         raise DoesNotFit(
             f"A cache of {network.context} tokens takes {_size(network.slot_bytes)} on {self._card.name}, and "
             f"{_size(left)} are left beside weights and activations",
-            f"Load it with context={fitting} or less" if fitting else "Use a card with more memory",
+            f"Load it with {option('context', fitting)} or less" if fitting else "Use a card with more memory",
         )
 
     def _place(self, kept: KeptTensor, slot: int, positions: int = 0) -> tuple[int, int, int]:

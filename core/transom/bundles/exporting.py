@@ -24,7 +24,7 @@ from transom.bundles.native_libraries import require_libraries
 from transom.bundles.targets import backends_for, pairs_of
 from transom.bundles.texts import app_files, licence_of, licences_of, texts_of
 from transom.bundles.writing import VariantFiles, now, require_free, write_bundle
-from transom.errors import OptionError
+from transom.errors import OptionError, option
 from transom.hardware.catalogue import PREFIX
 from transom.loading.attempts import Attempt, first_that_works
 from transom.loading.cached_models import CachedModels
@@ -115,10 +115,11 @@ def _compile(models: CachedModels, attempt: Attempt, max_kl: float | None) -> _C
 def _check_bound(max_kl: object, verify: str) -> None:
     number = isinstance(max_kl, int | float) and not isinstance(max_kl, bool)
     if max_kl is not None and not (number and 0 < max_kl < math.inf):  # type: ignore[operator]
-        raise OptionError(f"max_kl={max_kl!r} is not a bound", "Give nats above 0, such as 0.1")
+        raise OptionError(f"{option('max_kl', max_kl)} is not a bound", "Give nats above 0, such as 0.1")
     if max_kl is not None and verify == "off":
         raise OptionError(
-            f"max_kl={max_kl!r} needs the comparison that verify='off' leaves out", "Leave one of the two out"
+            f"{option('max_kl', max_kl)} needs the comparison that {option('verify', 'off')} leaves out",
+            "Leave one of the two out",
         )
 
 
@@ -127,7 +128,7 @@ def _uncompared(variants: Sequence[Variant], made: Sequence[_Compiled], max_kl: 
     pairs = zip(variants, made, strict=True)
     names = [variant.name for variant, one in pairs if one.fidelity is None and selfcheck_kl(one.ready) is None]
     return [
-        f"Nothing here could compare {name} with the reference, so max_kl={max_kl:g} was not applied to it"
+        f"Nothing here could compare {name} with the reference, so {option('max_kl', max_kl)} was not applied to it"
         for name in names
     ]
 

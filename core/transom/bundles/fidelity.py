@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transom.contract import Offer
-from transom.errors import FidelityError
+from transom.errors import FidelityError, option
 from transom.hardware.probe_file import to_json
 from transom.loading.attempts import Attempt
 from transom.preparation.compiled import CompiledModel, is_exact, precision_and_notes
@@ -86,8 +86,9 @@ def _require_bound(attempt: Attempt, ready: Ready, kl: float, bound: float, wher
         raise FidelityError(
             f"What {attempt.candidate.backend} compiled diverges by {kl:.3g} nats from the reference on the fixed "
             f"prompt ({where}), and {bound:g} are allowed{_worst_products(ready.compiled)}",
-            f"{_more_exact(ready)}, give texts like those the model will read (calibration=…), or allow more with "
-            "max_kl=…",
+            f"{_more_exact(ready)}, give texts like those the model will read ({option('calibration')}), "
+            "or allow more with "
+            f"{option('max_kl')}",
         )
 
 
@@ -113,7 +114,7 @@ def _more_exact(ready: Ready) -> str:
     """Advice on a more exact precision."""
     precision, _ = precision_and_notes(ready.source.notes, ready.compiled)
     better = next((finer for name, finer in MORE_EXACT.items() if precision.startswith(name)), "")
-    return f"Use precision={better!r}" if better else "Choose a precision with more bits"
+    return f"Use {option('precision', better)}" if better else "Choose a precision with more bits"
 
 
 def fidelity_text(fidelity: Mapping[str, Any]) -> str:

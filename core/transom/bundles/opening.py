@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from transom.bundles.bundle import Bundle, open_bundle
 from transom.bundles.bundle_models import BundleModels
 from transom.bundles.manifest import BundleManifest, Variant
-from transom.errors import OptionError, SelectionError
+from transom.errors import OptionError, SelectionError, option
 from transom.loading.attempts import first_that_works
 from transom.loading.child_jobs import ChildJobs
 from transom.loading.identity import ModelIdentity
@@ -85,7 +85,9 @@ def _merged_options(manifest: BundleManifest, variant: Variant, folder: Path, op
     """The options, completed with the bundle's values. Raises OptionError for a contradiction."""
 
     def contradicts(name: str, value: object, own: object, fix: str = "Leave the option out") -> OptionError:
-        return OptionError(f"{name}={value!r} does not fit the bundle {folder}, which has {name}={own!r}", fix)
+        return OptionError(
+            f"{option(name, value)} does not fit the bundle {folder}, which has {option(name, own)}", fix
+        )
 
     again = "Leave the option out, or export the model again with it"
     precision = manifest.options["precision"]
@@ -116,8 +118,8 @@ def _best_variant(bundle: Bundle, machine: Machine, device: str, backend: str, n
     variants, folder = bundle.manifest.variants, bundle.folder
     wanted = [v for v in variants if backend in ("auto", v.backend) and name in ("", v.name)]
     if not wanted:
-        there = ", ".join(f"{v.name} (backend={v.backend!r})" for v in variants)
-        what = f"backend={backend!r}" if backend != "auto" else f"the variant {name!r}"
+        there = ", ".join(f"{v.name} ({option('backend', v.backend)})" for v in variants)
+        what = option("backend", backend) if backend != "auto" else f"the variant {name!r}"
         raise OptionError(f"{what} does not fit the bundle {folder}", f"Leave it out, or name one of these: {there}")
     found: list[tuple[Bundle, Selection]] = []
     errors: list[SelectionError] = []

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transom import hardware
 from transom.contract import Device, Offer, Refusal
-from transom.errors import OptionError, SelectionError, nearest
+from transom.errors import OptionError, SelectionError, nearest, option
 from transom.hardware.catalogue import PREFIX
 from transom.loading.machine import Machine, choose, has_fix, survey
 from transom.selection import Selection
@@ -49,9 +49,11 @@ def pairs_of(target: str | Sequence[str], format: str | Sequence[str]) -> list[t
         many = given.split(",") if isinstance(given, str) else list(given) if isinstance(given, Sequence) else [given]
         words = [word.strip() if isinstance(word, str) else word for word in many]
         if not words or not all(isinstance(word, str) and word for word in words):
-            raise OptionError(f"{name}={given!r} names none", f"Give a name, or several separated by commas, as {name}")
+            raise OptionError(
+                f"{option(name, given)} names none", f"Give a name, or several separated by commas, as {name}"
+            )
         if len(set(words)) < len(words):
-            raise OptionError(f"{name}={given!r} names one twice", "Name each once")
+            raise OptionError(f"{option(name, given)} names one twice", "Name each once")
         lists.append(words)
     targets, formats = lists
     return [(t, f) for t in targets for f in formats]
@@ -60,7 +62,7 @@ def pairs_of(target: str | Sequence[str], format: str | Sequence[str]) -> list[t
 def backends_for(target: str, backend: str, probe_file: str | Path | None) -> tuple[Machine, Selection]:
     """This machine and the backends that compile for the target. `TRANSOM_DEVICE` has no effect."""
     if not isinstance(target, str) or target.strip().lower() in ("", "auto"):
-        raise OptionError(f"target={target!r} names no device", nearest("", known_targets(probe_file)))
+        raise OptionError(f"{option('target', target)} names no device", nearest("", known_targets(probe_file)))
     machine = survey(probe_file, target=target)
     try:
         return machine, choose(machine, device=target, backend=backend, purpose="export")

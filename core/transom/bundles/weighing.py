@@ -17,7 +17,7 @@ from transom.bundles.inventory import Inventory, Matrix, inventory
 from transom.bundles.plan import AtContext, ExportPlan, PartPlan, VariantPlan, Weighed, exact
 from transom.contract import Backend, Device
 from transom.contract_optional import MatrixForm, PlanningBackend, StorageForm
-from transom.errors import DoesNotFit, OptionError
+from transom.errors import DoesNotFit, OptionError, option
 from transom.graph import Graph
 from transom.hardware.bandwidth import Bandwidth, bandwidth
 from transom.hardware.catalogue import PREFIX
@@ -136,9 +136,10 @@ class _Planning:
         if own.ragged is not None:
             return own.ragged
         raise OptionError(
-            f"{own.format} with precision={own.precision!r} rounds blocks of {form.block} columns, and a matrix has "
+            f"{own.format} with {option('precision', own.precision)} rounds blocks of {form.block} columns, "
+            "and a matrix has "
             f"{matrix.columns}",
-            f"Use precision={own.instead!r}" if own.instead else "Use another precision, or another format",
+            f"Use {option('precision', own.instead)}" if own.instead else "Use another precision, or another format",
         )
 
     def half_of_attention(self) -> tuple[int, int]:

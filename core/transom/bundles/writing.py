@@ -18,7 +18,7 @@ from transom.artifacts.entries import check_file_name
 from transom.artifacts.files import delete, is_left_over, lock_folder, sync_file, sync_folder, unique, write_durably
 from transom.bundles.bundle import files_in
 from transom.bundles.manifest import SHARED, BundleError, BundleManifest, Variant, read_manifest
-from transom.errors import OptionError
+from transom.errors import OptionError, option
 from transom.sources import bundle_at
 from transom.sources.resolve import BUNDLE_MANIFEST
 
@@ -65,7 +65,9 @@ def require_free(folder: Path, *, overwrite: bool) -> None:
     if bundle_at(folder) is None:
         raise OptionError(f"The folder {folder} is not empty", f"{other}, or empty it")
     if not overwrite:
-        raise OptionError(f"There is a bundle in {folder} already", f"{other}, or replace it with overwrite=True")
+        raise OptionError(
+            f"There is a bundle in {folder} already", f"{other}, or replace it with {option('overwrite', True)}"
+        )
     if foreign := sorted(files_in(folder) - read_manifest(folder).files.keys()):
         raise OptionError(
             f"The bundle in {folder} cannot be overwritten: {foreign[0]} is not a part of it",

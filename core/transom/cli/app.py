@@ -5,12 +5,13 @@ from __future__ import annotations
 import errno
 import importlib
 import os
-import re
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 import click
+
+from transom.errors import TransomError, name_options, nearest
 
 COMMANDS = {
     "run": "Answer one prompt.",
@@ -74,10 +75,10 @@ class _Verbs(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         unknown = bool(args) and not args[0].startswith("-") and args[0] not in COMMANDS
         if unknown and not ctx.resilient_parsing:  # a shell that completes words wants no sentences
-            from transom.errors import nearest
-
             raise click.UsageError(f"There is no command {args[0]!r}. {nearest(args[0], COMMANDS)}", ctx)
-        return super().resolve_command(ctx, args)
+        name, command, rest = super().resolve_command(ctx, args)
+        name_options(flags_of(command))
+        return name, command, rest
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
@@ -93,7 +94,6 @@ def transom() -> None:
 def run(arguments: Sequence[str] | None) -> int:
     """Run the command line; the exit status."""
     from transom.contract import Cancelled
-    from transom.errors import TransomError
 
     _prepare_streams()
     debug = bool(os.environ.get("TRANSOM_DEBUG"))
@@ -103,7 +103,7 @@ def run(arguments: Sequence[str] | None) -> int:
             sys.stdout.flush()
         return result if isinstance(result, int) else 0
     except TransomError as e:
-        return _fail(_as_options(str(e)), 2, debug)
+        return _fail(str(e), 2, debug)
     except click.exceptions.Exit as e:
         return e.exit_code
     except (_Interrupted, click.Abort, KeyboardInterrupt, Cancelled):
@@ -119,7 +119,7 @@ def run(arguments: Sequence[str] | None) -> int:
         if e.filename is None and e.errno == errno.ENOSPC:
             _discard_stdout()
         where = f" {e.filename}" if e.filename is not None else ""
-        return _fail(f"The system said no:{where} {e.strerror or e}.", 2, debug)
+        return _fail(f"The operating system reported an error:{where} {e.strerror or e}.", 2, debug)
     except MemoryError:
         return _fail("There is not enough memory. Try a smaller --context, or a smaller model.", 2, debug)
     except Exception as e:
@@ -132,22 +132,18 @@ def run(arguments: Sequence[str] | None) -> int:
             1,
             debug,
         )
+    finally:
+        name_options(None)
 
 
-_RENAMED = {"max_new_tokens": "max-tokens", "calibration": "text"}
-
-
-def _as_options(text: str) -> str:
-    """Advice written for Python, `context=4096`, as a person types it here: `--context 4096`."""
-    text = text.replace("overwrite=True", "--overwrite")
-    names = "backend|context|device|target|format|app|calibration|precision|sparsity|threads|verify|max_kl"
-    names += "|max_new_tokens|temperature|seed|top_k|top_p|min_p"
-
-    def flag(found: re.Match[str]) -> str:
-        name = _RENAMED.get(found[1], found[1].replace("_", "-"))
-        return f"--{name} {found[2]}"
-
-    return re.sub(rf"(?<![\w-])({names})=('[^']*'|[\w.…-]*\w|…)", flag, text)
+def flags_of(command: click.Command | None) -> dict[str, str]:
+    """The long flags of a command and its subcommands, by the name of the parameter."""
+    if command is None:
+        return {}
+    flags = {p.name: max(p.opts, key=len) for p in command.params if isinstance(p, click.Option) and p.name}
+    for verb in command.commands.values() if isinstance(command, click.Group) else ():
+        flags |= flags_of(verb)
+    return flags
 
 
 def _fail(text: str, status: int, debug: bool) -> int:

@@ -58,7 +58,7 @@ Examples:
 @PRECISION
 @SPARSITY
 @click.option(
-    "--text", "texts", multiple=True, metavar="FILE", type=click.Path(),
+    "--text", "calibration", multiple=True, metavar="FILE", type=click.Path(),
     help="A text like those the model will read, for backends that round activations; may be repeated. "
     "[default: documentation and code from Python itself]",
 )  # fmt: skip
@@ -78,7 +78,7 @@ def export(
     target: str | None,
     out: str | None,
     planned: bool,
-    texts: tuple[str, ...],
+    calibration: tuple[str, ...],
     probe_file: str | None,
     as_json: bool,
     **options: Any,
@@ -113,7 +113,7 @@ def export(
             model,
             target=target,
             out=out,
-            calibration=[Path(text) for text in texts],
+            calibration=[Path(text) for text in calibration],
             probe_file=probe_file,
             progress=progress,
             **options,

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transom.errors import EngineError
+from transom.errors import EngineError, option_names
 
 STAGES = ("interpreter + imports", "probe", "read", "compile", "load", "warm-up", "first token")
 PROMPT = "The capital of France is"
@@ -59,7 +59,9 @@ def measure(model: str, options: Mapping[str, Any], *, runs: int, empty_cache: b
 
 
 def _once(model: str, options: Mapping[str, Any], cache: str | None) -> dict[str, Any]:
-    request = json.dumps({"model": str(Path(model).absolute()), "options": dict(options)})
+    request = json.dumps(
+        {"model": str(Path(model).absolute()), "options": dict(options), "option_names": option_names()}
+    )
     environment = os.environ | ({"TRANSOM_CACHE": cache} if cache else {})
     path = os.pathsep.join(entry for entry in sys.path if entry)
     start = "from transom.cli.startup import child; child()"
@@ -86,9 +88,10 @@ def child() -> None:
     """The measured process: does what `transom run` does, and prints the seconds as one line of JSON."""
     import transom
     from transom.cli import app, run  # noqa: F401  what `transom run` imports
-    from transom.errors import TransomError
+    from transom.errors import TransomError, name_options
 
     began, request = float(sys.argv[1]), json.loads(sys.argv[2])
+    name_options(request["option_names"])
     load = transom.load
     imported = time.monotonic()
     try:

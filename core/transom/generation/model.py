@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from transom.contract import Session
-from transom.errors import ContextExceeded, EngineError, OptionError, TransomError, nearest
+from transom.errors import ContextExceeded, EngineError, OptionError, TransomError, nearest, option
 from transom.generation.engine import Engine
 from transom.generation.params import SamplingParams, resolve
 from transom.generation.prompts import Prompt, chat_ids, larger_context, prompt_ids, require_tokenizer, token_ids
@@ -464,7 +464,7 @@ class Model:
         if not self._engine.sparse:
             raise OptionError(
                 f"The backend {self.report.backend} reads by the policy that the model was loaded with, here {loaded}",
-                "Load the model with sparsity=… instead.",
+                f"Load the model with {option('sparsity')} instead.",
             )
         return {"sparsity": text, "counted": not policy.dense, "chosen": not policy.dense}
 

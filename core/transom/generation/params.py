@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from transom.errors import OptionError, nearest
+from transom.errors import OptionError, nearest, option
 
 GREEDY_BELOW = 1e-5
 """Temperatures below this are greedy: dividing by them says nothing more than the argmax does."""
@@ -104,7 +104,7 @@ class SamplingParams:
         self._check_guides(put)
         if self.n > 1 and self.greedy:
             raise OptionError(
-                f"n={self.n} with temperature={self.temperature:g} would give the same answer {self.n} times",
+                f"n={self.n} with {option('temperature', self.temperature)} would give the same answer {self.n} times",
                 "Set temperature above 0, or n=1.",
             )
 
@@ -158,7 +158,7 @@ def resolve(
         if not isinstance(params, SamplingParams):
             raise OptionError(
                 f"params is a {type(params).__name__}, not SamplingParams",
-                "Pass a prompt first, then SamplingParams, or name the options: temperature=0.7.",
+                f"Pass a prompt first, then SamplingParams, or name the options: {option('temperature', 0.7)}.",
             )
         return dataclasses.replace(params, **given)
     values: dict[str, Any] = {}
@@ -188,7 +188,7 @@ def _is_allowed(name: str, value: object) -> bool:
 
 
 def _refused(name: str, value: object, allowed: str) -> OptionError:
-    return OptionError(f"{name}={value!r} is not allowed", f"Allowed: {allowed}.")
+    return OptionError(f"{option(name, value)} is not allowed", f"Allowed: {allowed}.")
 
 
 def _number(name: str, value: object, low: float, high: float, *, open_low: bool = False) -> float:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from transom.errors import ContextExceeded, OptionError, nearest
+from transom.errors import ContextExceeded, OptionError, nearest, option
 
 if TYPE_CHECKING:
     from transom.text import ChatTemplate, Tokenizer
@@ -162,11 +162,11 @@ def check_fits(
         shorter = "Shorten the prompt"
     else:
         cause = f"The prompt has {prompt_tokens} tokens and {wanted} new ones were asked for, together {needed}"
-        shorter = f"Ask for at most max_new_tokens={room}, shorten the prompt"
+        shorter = f"Ask for at most {option('max_new_tokens', room)}, shorten the prompt"
     if model_context is not None and needed > model_context:
         fix = f"{shorter}; the model was made for {model_context} tokens."
     else:
-        fix = f"{shorter}, or {larger_context(f'context={needed} or more', built_in=built_in)}."
+        fix = f"{shorter}, or {larger_context(option('context', needed) + ' or more', built_in=built_in)}."
     error = ContextExceeded(f"{cause}; the model was loaded with a context of {context}", fix)
     error.room = max(room, 0)
     raise error

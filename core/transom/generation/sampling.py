@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from transom.errors import TransomError
+from transom.errors import TransomError, option
 from transom.generation.params import SamplingParams
 from transom.generation.results import TokenAlternative, TokenLogprobs
 from transom.sessions.steps import top_k
@@ -226,7 +226,8 @@ def _check(best: float) -> None:
     if math.isnan(best):
         raise BadLogits(
             "The model's output is not a number (NaN)",
-            "Its weights may be damaged, or its precision too low: load it with verify='always' to find out.",
+            "Its weights may be damaged, or its precision too low: "
+            f"load it with {option('verify', 'always')} to find out.",
         )
     if best == -math.inf:
         raise BadLogits("No token is left to choose from", "Loosen logit_bias, or the guide.")

@@ -6,7 +6,7 @@ from collections import Counter
 
 import onnx_ir as ir
 
-from transom.errors import OptionError
+from transom.errors import OptionError, option
 from transom.graph.graph import Graph
 from transom.graph.reading import attributes_of
 from transom.ops import find
@@ -44,7 +44,7 @@ def with_sparsity(graph: Graph, policy: Sparsity) -> Graph:
     if not nodes:
         raise OptionError(
             f"{graph.name} has no attention over a cache that a sparsity policy could be applied to",
-            "Load it with sparsity='off'",
+            f"Load it with {option('sparsity', 'off')}",
         )
     if graph.decoder is not None:
         policy.for_model(graph.decoder)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from transom.errors import EngineError
+from transom.errors import EngineError, option
 from transom.loading.compiled_models import NotReady, Ready
 from transom.preparation import cached_source, memory
 from transom.preparation.jobs import PREPARE, READ, RECHECK, REFERENCE
@@ -119,7 +119,7 @@ class CachedModels:
                 name = attempt.candidate.backend
                 raise EngineError(
                     f"The backend {name} has just compiled this model and refuses to open it: {found.reason}",
-                    f"Report it to the authors of {name}, or choose another with backend=…",
+                    f"Report it to the authors of {name}, or choose another with {option('backend')}",
                 )
             if not last:
                 state.use_temporary_cache(done["warnings"] or [state.cache.keeps_nothing()])

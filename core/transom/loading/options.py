@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from transom.artifacts import Cache
-from transom.errors import OptionError, nearest
+from transom.errors import OptionError, nearest, option
 from transom.preparation.calibration_texts import user_texts
 from transom.sparsity import Sparsity
 
@@ -70,14 +70,14 @@ def checked_options(
     _require_known("verify", verify, VERIFY)
     for name, value in (("context", context), ("threads", threads)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise OptionError(f"{name}={value!r} is not a positive whole number", "Leave it out for the default")
+            raise OptionError(f"{option(name, value)} is not a positive whole number", "Leave it out for the default")
     for_backend = {"context": context, "precision": precision, "threads": threads}
     return LoadOptions(for_backend, Sparsity.parse(sparsity), user_texts(calibration), verify)
 
 
 def _require_known(name: str, value: object, known: Sequence[str]) -> None:
     if value not in known:
-        raise OptionError(f"{name}={value!r} is unknown", nearest(str(value), known))
+        raise OptionError(f"{option(name, value)} is unknown", nearest(str(value), known))
 
 
 def check_objects(cache: object, progress: object) -> None:

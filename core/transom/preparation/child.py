@@ -30,7 +30,7 @@ from dataclasses import dataclass, field
 from typing import IO, TYPE_CHECKING, Any, Literal, NoReturn
 
 from transom.contract import Cancelled
-from transom.errors import TransomError
+from transom.errors import TransomError, name_options, option_names
 
 if TYPE_CHECKING:
     from transom.contract import Progress
@@ -156,6 +156,7 @@ def run_in_child(
         raise ValueError(f'not "module:function": {entry!r}')
     token = secrets.token_hex(8)
     request = {"token": token, "parent": os.getpid(), "module": module, "function": function, "payload": payload}
+    request |= {"option_names": option_names()}
     line = json.dumps(request).encode() + b"\n"
     start = time.monotonic()
     try:
@@ -427,6 +428,7 @@ def main() -> None:
     request = link.request()
     if sys.platform != "win32" and os.getppid() != request["parent"]:
         _die()  # the parent ended before `_die_with_the_parent` took effect
+    name_options(request["option_names"])
     try:
         job = getattr(importlib.import_module(request["module"]), request["function"])
         value = job(request["payload"], link.progress)

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from transom.contract import Backend, Claim, Device, Options
-from transom.errors import EngineError, UnsupportedError
+from transom.errors import EngineError, UnsupportedError, option
 from transom.graph import Graph
 from transom.graph.bodies import has_body
 from transom.graph.passes import decompose
@@ -80,7 +80,7 @@ def _all_or_nothing(claims: Sequence[Claim]) -> tuple[Claim, ...]:
 def _breach(backend: Backend, what: str) -> EngineError:
     return EngineError(
         f"The backend {backend.name} {what}",
-        f"Choose another with backend=…, or report it to the authors of {backend.name}",
+        f"Choose another with {option('backend')}, or report it to the authors of {backend.name}",
     )
 
 

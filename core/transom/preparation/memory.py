@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from transom.contract import Device, Options
-from transom.errors import DoesNotFit, OptionError
+from transom.errors import DoesNotFit, OptionError, option
 from transom.signature import Decoder
 
 CHUNK = 1024
@@ -101,7 +101,7 @@ def require_context(decoder: Decoder, context: int | None) -> None:
     """Raise OptionError for a context that is longer than the model's own."""
     if context is not None and not 0 < context <= decoder.context:
         raise OptionError(
-            f"context={context} is outside 1 … {decoder.context}, the model's own limit",
+            f"{option('context', context)} is outside 1 … {decoder.context}, the model's own limit",
             "Ask for less, or leave it out",
         )
 
@@ -136,12 +136,12 @@ class _Sizes:
 
 def _fix(sizes: _Sizes, longest: int, context: int | None) -> str:
     wanted = context if context is not None else min(MIN_CONTEXT, sizes.decoder.context)
-    ways = [f"a context of {longest} tokens would: context={longest}"] if longest > 0 else []
+    ways = [f"a context of {longest} tokens would: {option('context', longest)}"] if longest > 0 else []
     if not sizes.exact_float32:
         smaller = [sizes.in_precision(name) for name in _SMALLER]
         fitting = next((s for s in smaller if s.weights < sizes.weights and s.longest >= wanted), None)
         if fitting is not None:
-            ways.append(f"precision={fitting.precision!r} would, with {size(fitting.weights)} for weights")
+            ways.append(f"{option('precision', fitting.precision)} would, with {size(fitting.weights)} for weights")
     if ways:
         return f"It does not fit; {', and '.join(ways)}"
     short = size(max(1, -sizes.room))

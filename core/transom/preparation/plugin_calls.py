@@ -13,7 +13,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, TypeVar
 
 from transom.contract import Artifact, Backend, Cancelled, Device, Options, Session, Verdict
-from transom.errors import EngineError, TransomError
+from transom.errors import EngineError, TransomError, option
 
 if TYPE_CHECKING:
     from transom.preparation.compiled import CompiledModel
@@ -46,7 +46,7 @@ def guarded(backend: str, doing: str, call: Callable[[], T]) -> T:
             what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
             raise EngineError(
                 f"The backend {backend} failed while {doing}: {what}",
-                f"Choose another with backend=…, or report it to the authors of {backend}",
+                f"Choose another with {option('backend')}, or report it to the authors of {backend}",
             ) from error
     if interrupted:
         if callable(close := getattr(result, "close", None)):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from transom.contract import Session, State, Work
-from transom.errors import EngineError, SelfCheckFailed
+from transom.errors import EngineError, SelfCheckFailed, option
 from transom.generation.scheduling import fit
 from transom.preparation.agreement import DECODES, Agreement, agreements, compare_outputs
 from transom.preparation.plugin_calls import guarded
@@ -39,7 +39,7 @@ def judge(agreement: Agreement, *, exact: bool, backend: str) -> None:
     raise SelfCheckFailed(
         f"The backend {backend} does not compute the outputs of this model: {agreement}, against the NumPy reference "
         f"(allowed are {kl} nats and a correlation of {correlation})",
-        "Update the engine and its driver, choose another backend, or pass verify='off' to run it anyway",
+        f"Update the engine and its driver, choose another backend, or pass {option('verify', 'off')} to run it anyway",
     )
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from transom.contract import Artifact, Backend, Claim, Device, Offer, Options, Progress, Refusal, Session, Verdict
 from transom.contract import hookimpl as hookimpl
+from transom.errors import option
 
 if TYPE_CHECKING:
     from transom.graph import Graph
@@ -27,7 +28,9 @@ class ReferenceBackend:
         return [
             Offer(d.id, "fallback", "NumPy reference: exact, float32, slow")
             if d.kind == "cpu"
-            else Refusal(d.id, "wrong_device", f"runs on the CPU only, not on {d.kind}", "Use device='cpu'")
+            else Refusal(
+                d.id, "wrong_device", f"runs on the CPU only, not on {d.kind}", f"Use {option('device', 'cpu')}"
+            )
             for d in devices
         ]
 

@@ -18,7 +18,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transom.errors import OptionError, nearest
+from transom.errors import OptionError, nearest, option
 from transom.sparsity.files import policy_values
 
 if TYPE_CHECKING:
@@ -290,7 +290,8 @@ def _from_text(text: str) -> Sparsity:
     if path.suffix == ".json" or path.is_file():
         return _from_file(path)
     raise OptionError(
-        f"sparsity={text!r} is unknown", f"{nearest(stripped, PRESETS)} A coverage such as 0.94 or a JSON file will do."
+        f"{option('sparsity', text)} is unknown",
+        f"{nearest(stripped, PRESETS)} A coverage such as 0.94 or a JSON file will do.",
     )
 
 

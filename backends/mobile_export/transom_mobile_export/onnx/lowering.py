@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_ir as ir
 
-from transom.errors import OptionError
+from transom.errors import OptionError, option
 from transom.graph.weights import Array, Blocked, Weight, dequantize, held
 from transom.programs import fusing
 from transom.programs.onnx_rows import RowOperators
@@ -353,7 +353,7 @@ class _Lowering:
         if self.number != FLOAT and not np.isfinite(narrow).all() and np.isfinite(wide).all():
             raise OptionError(
                 f"{name} has numbers up to {float(np.abs(wide).max()):.4g}, and float16 ends at 65504",
-                "Use precision='int8' or 'exact'",
+                f"Use {option('precision', 'int8')} or 'exact'",
             )
         return narrow
 

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from transom.errors import OptionError
+from transom.errors import OptionError, option
 
 if TYPE_CHECKING:
     from transom.contract import Options
@@ -58,7 +58,7 @@ def resolve(options: Options) -> OnnxPrecision:
     asked = str(options.get("precision") or "auto")
     if asked not in NAMES:
         raise OptionError(
-            f"precision={asked!r} is none of a portable ONNX decoder's", f"It is one of {', '.join(NAMES)}"
+            f"{option('precision', asked)} is none of a portable ONNX decoder's", f"It is one of {', '.join(NAMES)}"
         )
     if asked in ("exact", "f32"):
         return OnnxPrecision(exact=True)

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from transom.contract_optional import KeptBlocks, MatrixForm, StorageForm
-from transom.errors import OptionError
+from transom.errors import OptionError, option
 from transom.graph.weights import BITS
 from transom_mobile_export.onnx.compiling import CHUNK, ROWS
 from transom_mobile_export.onnx.packing import block_of
@@ -59,5 +59,5 @@ FORMS: Mapping[str, StorageForm] = {
 def form_of(decoder: Decoder, precision: str) -> StorageForm:
     """How a decoder is stored. Raises OptionError where there is no such precision."""
     if precision not in FORMS:
-        raise OptionError(f"onnx has no precision={precision!r}", f"It has {', '.join(FORMS)}")
+        raise OptionError(f"onnx has no {option('precision', precision)}", f"It has {', '.join(FORMS)}")
     return replace(FORMS[precision], published=published(decoder))

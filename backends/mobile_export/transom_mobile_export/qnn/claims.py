@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from transom.authoring.refusing import refusals
 from transom.contract import Claim
+from transom.errors import option
 from transom.graph.reading import linear_weight
 from transom.graph.sparse import is_attention
 from transom.programs import fusing
@@ -54,7 +55,8 @@ def drafted(graph: Graph, precision: QnnPrecision) -> Drafted:
         reason = f"sliding windows of {' and '.join(map(str, sorted(windows)))} tokens: all layers have the same one"
         raise NoForm(next(n for n in graph.nodes() if is_attention(n)), reason)
     if windows and not reader.sparsity.dense:
-        reason = "sparse attention together with a sliding window is not written for the HTP: use sparsity='off'"
+        off = option("sparsity", "off")
+        reason = f"sparse attention together with a sliding window is not written for the HTP: use {off}"
         raise NoForm(next(n for n in graph.nodes() if is_attention(n)), reason)
     return Drafted(reader, embeds[0], layers_of(ops, reader.logits, precision))
 

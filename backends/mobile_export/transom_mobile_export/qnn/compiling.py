@@ -19,7 +19,7 @@ import onnx_ir as ir
 from transom.authoring.folders import artifact_folder
 from transom.authoring.opening import context_of
 from transom.contract import Artifact, Device, Options, Progress
-from transom.errors import OptionError, UnsupportedError
+from transom.errors import OptionError, UnsupportedError, option
 from transom.graph.weights import held
 from transom.ops.sparse_routing import BLOCK
 from transom.programs.onnx_writing import IR_VERSION
@@ -88,7 +88,9 @@ def compile_graph(
     chunk = min(chunk, context)
     policy = model.reader.sparsity
     if wrong := sparse_sizes.unfit(policy, context, chunk):
-        raise OptionError(wrong, f"Use context={max(1, context // BLOCK) * BLOCK}, or sparsity='off'")
+        raise OptionError(
+            wrong, f"Use {option('context', max(1, context // BLOCK) * BLOCK)}, or {option('sparsity', 'off')}"
+        )
     if precision.rounded:
         require_forms(model, precision)
         require_capped(model, chunk)
@@ -185,7 +187,7 @@ def require_capped(model: Drafted, chunk: int) -> None:
             raise UnsupportedError(
                 f"Soft-capped scores of {CAPPED_WRONG} rows, which layer {index} has, are computed wrong by the HTP in "
                 "rounded numbers",
-                "Use precision='f16'",
+                f"Use {option('precision', 'f16')}",
             )
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from transom.errors import DoesNotFit, UnsupportedError
+from transom.errors import DoesNotFit, UnsupportedError, option
 from transom.graph.weights import Weight
 from transom_mobile_export.qnn.layout import LARGEST
 from transom_mobile_export.qnn.storage import F16, INT4, INT8
@@ -65,7 +65,7 @@ def plan_parts(layers: Sequence[GraphPart], *, largest: int = LARGEST) -> tuple[
             raise DoesNotFit(
                 f"{unit.name} of this model has {unit.bytes / 1e9:.2f} GB of weights, and one context of the HTP "
                 f"holds {largest / 1e9:.2f} GB of them",
-                "Use precision='int4', or a model with a smaller vocabulary",
+                f"Use {option('precision', 'int4')}, or a model with a smaller vocabulary",
             )
         if parts and parts[-1].bytes + unit.bytes <= largest:
             parts[-1] = joined(parts[-1], unit)

@@ -20,7 +20,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from transom.errors import OptionError
+from transom.errors import OptionError, option
 
 if TYPE_CHECKING:
     from transom.contract import Options
@@ -83,13 +83,15 @@ def resolve(options: Options, htp_arch: int) -> QnnPrecision:
     """
     asked = str(options.get("precision") or "auto")
     if asked not in NAMES:
-        raise OptionError(f"precision={asked!r} is none that the HTP computes in", f"It is one of {', '.join(NAMES)}")
+        raise OptionError(
+            f"{option('precision', asked)} is none that the HTP computes in", f"It is one of {', '.join(NAMES)}"
+        )
     rounded = htp_arch >= ROUNDED_SINCE
     if asked in ("int8", "int4") and not rounded:
         raise OptionError(
-            f"precision={asked!r} has attention in 16-bit activations, and Hexagon v{htp_arch} computes that wrong "
-            "without a word",
-            "Use precision='f16', or a target with Hexagon v73 or newer",
+            f"{option('precision', asked)} has attention in 16-bit activations, and Hexagon v{htp_arch} computes that "
+            "wrong without a word",
+            f"Use {option('precision', 'f16')}, or a target with Hexagon v73 or newer",
         )
     if asked == "f16" or not rounded:
         return QnnPrecision("float16", "float16")

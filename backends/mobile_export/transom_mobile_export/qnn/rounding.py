@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from transom.errors import OptionError
+from transom.errors import OptionError, option
 from transom.graph.weights import Array, Blocked, BlockedArrays, Weight, dequantize, held
 from transom.quantize.rounding import to_int4, to_int8
 from transom_mobile_export.qnn.precision import BLOCK, Form
@@ -40,8 +40,8 @@ def rounded(weight: Weight, form: Form, squares: Array | None = None) -> Blocked
         return to_int8(weight)
     if weight.shape[1] % BLOCK:
         raise OptionError(
-            f"precision='int4' rounds blocks of {BLOCK} columns, and a matrix has {weight.shape[1]}",
-            "Use precision='int8'",
+            f"{option('precision', 'int4')} rounds blocks of {BLOCK} columns, and a matrix has {weight.shape[1]}",
+            f"Use {option('precision', 'int8')}",
         )
     widest = to_int4(weight, BLOCK)
     return replace(widest, load=lambda: _searched(weight, widest, squares))

@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from transom.contract_optional import MatrixForm, StorageForm
-from transom.errors import OptionError
+from transom.errors import OptionError, option
 from transom_mobile_export.published import published
 from transom_mobile_export.qnn.layout import CHUNK, EMBEDDING_FILE, LARGEST
 from transom_mobile_export.qnn.precision import BLOCK, SMALL_SHARE
@@ -55,7 +55,7 @@ def form_on(decoder: Decoder, device: Device, precision: str) -> StorageForm:
     able = [name for name, form in FORMS.items() if rounded or form.products is F16]
     if precision not in able and precision != "auto":
         where = f" on {device.id}" if precision in FORMS else ""
-        raise OptionError(f"qnn has no precision={precision!r}{where}", f"It has {', '.join(able)}")
+        raise OptionError(f"qnn has no {option('precision', precision)}{where}", f"It has {', '.join(able)}")
     form = replace(FORMS[precision if precision in able else able[0]], published=published(decoder))
     return on_chip(form, device)
 

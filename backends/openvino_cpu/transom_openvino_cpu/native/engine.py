@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from transom.errors import EngineError, OptionError
+from transom.errors import EngineError, OptionError, option
 from transom.programs.written import View
 from transom.signature import LayerCache
 from transom.sparsity import Sparsity
@@ -290,7 +290,7 @@ class NativeEngine:
             where = f"The attention of layer {layer.value}" if layer.value >= 0 else "The last layer"
             raise EngineError(
                 f"{where} gave numbers that are not finite",
-                "The model's weights may be damaged, or need a wider precision: try precision='exact'",
+                f"The model's weights may be damaged, or need a wider precision: try {option('precision', 'exact')}",
             )
         self._check(status)
         return logits
