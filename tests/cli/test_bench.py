@@ -60,7 +60,7 @@ def test_what_takes_too_long_is_given_up_and_said(transom: Any, model: Path) -> 
 def test_a_prompt_longer_than_the_model_is_refused(bare: Any, model: Path) -> None:
     status, _, err = bare("bench", model, "--prompt-tokens", "5000")
     assert status == 2
-    assert "more than the 4096 the model was made for" in err
+    assert "more than the model's context of 4096" in err
     assert "--prompt-tokens 4048" in err
 
 

@@ -54,7 +54,7 @@ def test_answers_that_are_others_are_a_failure(transom: Any, bundle: Path, rng: 
     status, out, err = transom("bundle", "verify", bundle)
     assert status == 2
     assert "failed" in out
-    assert "does not answer as expected: reference" in err
+    assert "does not give the expected outputs: reference" in err
     assert "Traceback" not in err
 
 
@@ -68,7 +68,7 @@ def test_where_nothing_can_run_it_the_way_out_is_that_of_each_variant(transom: A
     assert found["state"] == "not here"
     assert "needs the backend theirs" in found["text"]
     assert "Install it with: pip install their-backend" in found["text"]
-    assert "Mend what the table says of each" in err
+    assert "Apply the fixes in the table" in err
     assert "Traceback" not in err
 
 
@@ -118,8 +118,8 @@ def test_what_is_no_bundle_or_damaged_or_newer_is_one_sentence(
     command, *more = verb
     (tmp_path / "plain").mkdir()
     cases = {
-        str(tmp_path / "plain"): "is no bundle",
-        str(tmp_path / "none"): "is no bundle",
+        str(tmp_path / "plain"): "is not a bundle",
+        str(tmp_path / "none"): "is not a bundle",
         str(bundle): "is of version 2, and this Transom reads version 1",
     }
     manifest = json.loads((bundle / "manifest.json").read_text())

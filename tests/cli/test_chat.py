@@ -60,7 +60,7 @@ def test_commands_change_the_conversation(chat: Callable[..., Any], tmp_path: Pa
     assert out.count(toy.TEXT) == 4
     saved = json.loads((tmp_path / "talk.json").read_text())
     assert saved["messages"] == [{"role": "user", "content": "ab"}, {"role": "assistant", "content": toy.TEXT}]
-    for said in ("Forgotten: Hello", "There is nothing to undo", "2 messages from talk.json", "\nabc\n"):
+    for said in ("Removed: Hello", "There is nothing to undo", "2 messages loaded from talk.json", "\nabc\n"):
         assert said in err
     counts = [line.split(" + ")[0] for line in err.splitlines() if line.startswith("[")]
     assert counts == ["[8", "[5", "[5", "[10"]
@@ -73,7 +73,7 @@ def test_params_are_shown_checked_and_used(chat: Callable[..., Any]) -> None:
     assert status == 2
     assert out == f"Hel\n{toy.TEXT}\n"
     assert "temperature = 0.5 (set)" in err
-    assert "cut at --max-tokens" in err
+    assert "truncated by --max-tokens" in err
     assert "Error: top_p=7 is not allowed" in err
 
 
@@ -211,7 +211,7 @@ def test_in_a_terminal_ctrl_c_stops_the_answer_and_ctrl_d_leaves(transom: Any, m
         screen.until("[stopped, ")
         screen.until("\x1b[?2004h")
         screen.type("/undo\r")
-        screen.until("Forgotten: first second")
+        screen.until("Removed: first second")
         screen.until("\x1b[?2004h")
         screen.type("\x04")
         assert child.wait(timeout=20) == 0

@@ -39,9 +39,12 @@ def test_a_page_and_a_picture_of_every_layer(bare: Any, model: Path, tmp_path: P
     ("arguments", "said"),
     [
         (("--heat-map", "a.html"), "reads every key"),
-        (("--heat-map", "a.jpg", "--sparsity", "eager.json"), "End it in .png or .html"),
+        (("--heat-map", "a.jpg", "--sparsity", "eager.json"), "Use the suffix .png or .html"),
         (("--heat-map", "none/a.html", "--sparsity", "eager.json"), "There is no folder none"),
-        (("--heat-map", "a.html", "--sparsity", "eager.json", "--prompt-tokens", "100000"), "is too long here"),
+        (
+            ("--heat-map", "a.html", "--sparsity", "eager.json", "--prompt-tokens", "100000"),
+            "is too long for this model",
+        ),
         (("--heat-map", "a.html", "--sparsity", "eager.json", "--device", "cpu", "--device", "cpu"), "Give it once"),
     ],
 )

@@ -52,9 +52,9 @@ def test_doctor_says_what_works_what_does_not_and_what_mends_it(transom: Any, tm
     assert any(line.split()[:4] == ["ok", "reference", "on", "cpu"] for line in lines)
     assert any(line.split()[:4] == ["FAILS", "toy", "on", "cpu"] and "SIGABRT" in line for line in lines)
     assert "libtoy.so is missing" in out
-    mend = out[out.index("To mend") :]
-    assert "pip uninstall transom-broken" in mend
-    assert "report it to the authors of toy" in mend
+    fix = out[out.index("To fix") :]
+    assert "pip uninstall transom-broken" in fix
+    assert "report it to the authors of toy" in fix
     assert "Traceback" not in out + err
 
 
@@ -80,14 +80,14 @@ def test_doctor_ends_with_2_when_nothing_can_run(bare: Any, tmp_path: Path) -> N
     card = {**GPU, "arch": "sm_70", "name": "NVIDIA V100"}  # tensorrt, which the tests install, serves newer ones
     status, out, _ = bare("doctor", "--probe-file", probe_file(tmp_path, card))
     assert status == 2
-    assert "none offers to run" in out
+    assert "none can run on any" in out
 
 
 def test_doctor_names_a_cache_that_cannot_be_written(bare: Any, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     out = bare("doctor", "--probe-file", probe_file(tmp_path, GPU), env={"TRANSOM_CACHE": str(tmp_path / "file")}).out
     assert "cannot be written" in out
-    assert "TRANSOM_CACHE" in out[out.index("To mend") :]
+    assert "TRANSOM_CACHE" in out[out.index("To fix") :]
 
 
 def test_the_cache_is_listed_pruned_and_cleared(fresh: Any, model: Path) -> None:

@@ -36,7 +36,7 @@ def test_a_group_has_what_all_of_its_members_have() -> None:
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("cuda:0,", "no group"),
+        ("cuda:0,", "not a group"),
         ("cuda:0,cuda:0", "twice"),
         ("cpu,cuda:0", "more than one kind"),
         ("cuda:0,cuda:7", 'no device "cuda:7"'),

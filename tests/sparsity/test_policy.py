@@ -153,7 +153,7 @@ def test_a_file_is_a_policy_with_words_for_people(tmp_path: Path) -> None:
     ("text", "cause"),
     [
         ("{", "is not JSON"),
-        ("[1]", "holds no JSON object"),
+        ("[1]", "does not contain a JSON object"),
         ('{"format": 2}', "has format 2"),
         ('{"colums": 3}', "unknown key 'colums'"),
         ('{"coverage": 2}', "coverage=2"),

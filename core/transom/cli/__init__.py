@@ -1,8 +1,8 @@
 """The command `transom`. Each verb has a file of its own, imported only when it is used, so that `--help` is quick.
 
-Exit status: 0 done; 1 a bug of ours; 2 something the user can mend; 130 interrupted.
+Exit status: 0 success; 1 a bug in Transom; 2 an error that the user can fix; 130 interrupted.
 
-What takes time to import is imported in `main`, which catches a Ctrl-C.
+Slow imports happen inside `main`, which handles Ctrl-C.
 """
 
 from __future__ import annotations

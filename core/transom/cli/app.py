@@ -1,4 +1,4 @@
-"""The group of commands and the last line of defence: every error becomes one sentence and an exit status."""
+"""The group of commands, and the handler that turns every error into one sentence and an exit status."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from transom.errors import TransomError, name_options, nearest
 
 COMMANDS = {
     "run": "Answer one prompt.",
-    "chat": "Talk with a model.",
-    "devices": "Show the devices found here and the targets that can be compiled for.",
-    "backends": "Show what is installed, what failed to load, and how to mend it.",
-    "doctor": "Run a tiny model on each device and say what works.",
-    "explain": "Show every backend against every kind of node, before compiling.",
-    "export": "Compile a model for a device that need not be here, as a folder to carry there.",
-    "bundle": "Replay what a bundle expects, or tell whether it is good on a device.",
-    "inspect": "Show a model's architecture, sizes, quantisation and memory.",
+    "chat": "Chat with a model.",
+    "devices": "List the devices of this machine and the targets to compile for.",
+    "backends": "List installed backends, those that failed to load, and how to fix them.",
+    "doctor": "Run a tiny model on each device and report what works.",
+    "explain": "Show which nodes of a model each backend can run, without compiling.",
+    "export": "Compile a model for another device and write it as a folder (a bundle).",
+    "bundle": "Verify a bundle, or check whether it suits a device.",
+    "inspect": "Show a model's architecture, sizes, quantization and memory.",
     "verify": "Compare a model with transformers on random prompts.",
-    "calibrate-sparsity": "Find how much each head of a model must read, for sparse attention.",
-    "bench": "Time all installed backends side by side, or a cold start by its parts.",
+    "calibrate-sparsity": "Measure how many keys each head of a model must read, for sparse attention.",
+    "bench": "Time all installed backends side by side, or the stages of a cold start.",
     "cache": "List, prune or clear the compiled models.",
     "completion": "Print the completion script for a shell.",
 }
@@ -41,15 +41,15 @@ Examples:
 
 
 class _ReaderGone(Exception):
-    """The reader of a pipe (`| head`) went away: nobody to tell. Click would make an exit status of a broken pipe."""
+    """The reader of a pipe (`| head`) has closed it. Click would turn the broken pipe into an exit status."""
 
 
 class _Interrupted(Exception):
-    """Ctrl-C. Click would print an empty line."""
+    """Ctrl-C was pressed. Click would print an empty line."""
 
 
 class _Verbs(click.Group):
-    """Imports a command's file when it is called for."""
+    """Imports the file of a command when the command is used."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -74,7 +74,7 @@ class _Verbs(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         unknown = bool(args) and not args[0].startswith("-") and args[0] not in COMMANDS
-        if unknown and not ctx.resilient_parsing:  # a shell that completes words wants no sentences
+        if unknown and not ctx.resilient_parsing:  # shell completion must not print an error
             raise click.UsageError(f"There is no command {args[0]!r}. {nearest(args[0], COMMANDS)}", ctx)
         name, command, rest = super().resolve_command(ctx, args)
         name_options(flags_of(command))
@@ -92,7 +92,7 @@ def transom() -> None:
 
 
 def run(arguments: Sequence[str] | None) -> int:
-    """Run the command line; the exit status."""
+    """Run the command line and return the exit status."""
     from transom.contract import Cancelled
 
     _prepare_streams()
@@ -113,7 +113,7 @@ def run(arguments: Sequence[str] | None) -> int:
         e.show()
         return 2
     except (_ReaderGone, BrokenPipeError):
-        _discard_stdout()  # Python would complain again while closing it
+        _discard_stdout()  # else Python reports the broken pipe again when it closes stdout
         return 0
     except OSError as e:
         if e.filename is None and e.errno == errno.ENOSPC:
@@ -127,8 +127,8 @@ def run(arguments: Sequence[str] | None) -> int:
             raise
         text = " ".join(str(e).split())
         return _fail(
-            f"This is a bug in Transom: {type(e).__name__}: {text[:300]}. Run again with TRANSOM_DEBUG=1 for the "
-            "particulars and report them.",
+            f"This is a bug in Transom: {type(e).__name__}: {text[:300]}. Run again with TRANSOM_DEBUG=1 for a "
+            "traceback, and report it.",
             1,
             debug,
         )
@@ -156,7 +156,7 @@ def _fail(text: str, status: int, debug: bool) -> int:
 
 
 def _prepare_streams() -> None:
-    """A character that the terminal's encoding lacks is shown as an escape, never an error; logs become warnings."""
+    """Escape characters that the terminal's encoding lacks, and show log records as warnings."""
     import logging
 
     from transom.cli.output import WarnHandler
@@ -174,5 +174,5 @@ def _prepare_streams() -> None:
 def _discard_stdout() -> None:
     try:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (OSError, ValueError, AttributeError):  # no file behind it: then nothing complains either
+    except (OSError, ValueError, AttributeError):  # stdout is not a file: closing it cannot fail
         return

@@ -1,4 +1,4 @@
-"""`transom backends`: what is installed, what failed, how to mend it."""
+"""`transom backends`: installed backends, those that failed to load, and how to fix them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Examples:
 @PROBE_FILE
 @JSON
 def backends(probe_file: str | None, as_json: bool) -> None:
-    """Show what is installed, what failed to load, and how to mend it."""
+    """List installed backends, those that failed to load, and how to fix them."""
     from transom.api import backends as installed
     from transom.contract import Offer
 
@@ -31,11 +31,11 @@ def backends(probe_file: str | None, as_json: bool) -> None:
         for i, answer in enumerate(b.answers or (None,)):
             name = (b.name, f"{b.distribution} {b.version}") if i == 0 else ("", "")
             if answer is None:
-                rows.append((*name, "", "", "no device to judge"))
+                rows.append((*name, "", "", "no device"))
             elif isinstance(answer, Offer):
                 rows.append((*name, answer.device_id, answer.band, answer.why))
             else:
                 rows.append((*name, answer.device_id, "no", answer.reason + (f" ({answer.fix})" if answer.fix else "")))
-    table(("backend", "package", "device", "band", "says"), rows)
+    table(("backend", "package", "device", "band", "reason"), rows)
     for failure in found.failures:
         click.echo(f"\nBroken: {failure}")

@@ -1,4 +1,4 @@
-"""`transom bench`: all installed backends side by side, or a cold start by its parts."""
+"""`transom bench`: times all installed backends side by side, or the stages of a cold start."""
 
 from __future__ import annotations
 
@@ -36,27 +36,33 @@ Examples:
 )
 @MODEL
 @click.option(
-    "--device", "devices", multiple=True, shell_complete=complete_device, help="Only this one; may be repeated."
+    "--device", "devices", multiple=True, shell_complete=complete_device, help="Only this device; can be repeated."
 )
 @click.option(
-    "--backend", "backends", multiple=True, shell_complete=complete_backend, help="Only this one; may be repeated."
+    "--backend", "backends", multiple=True, shell_complete=complete_backend, help="Only this backend; can be repeated."
 )
 @click.option(
-    "--prompt-tokens", "prompts", type=click.IntRange(1), multiple=True, help="Length of a prompt; may be repeated. "
+    "--prompt-tokens", "prompts", type=click.IntRange(1), multiple=True, help="Length of a prompt; can be repeated. "
     "[default: 128 and 1024]",
 )  # fmt: skip
 @click.option("--new-tokens", type=click.IntRange(2), default=48, show_default=True, help="Tokens to decode.")
-@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Measurements of each kind.")
+@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Number of rounds.")
 @click.option(
-    "--patience", type=click.FloatRange(1), default=60.0, show_default=True, help="Seconds for one measurement."
+    "--patience",
+    type=click.FloatRange(1),
+    default=60.0,
+    show_default=True,
+    help="Timeout of one measurement, in seconds.",
 )
-@click.option("--startup", is_flag=True, help="Split a cold start by its parts, in fresh processes.")
-@click.option("--runs", type=click.IntRange(1), default=5, show_default=True, help="With --startup: how many.")
+@click.option("--startup", is_flag=True, help="Time the stages of a cold start, in fresh processes.")
+@click.option(
+    "--runs", type=click.IntRange(1), default=5, show_default=True, help="With --startup: number of processes."
+)
 @click.option(
     "--heat-map", "heat_maps", multiple=True, type=click.Path(dir_okay=False), metavar="FILE",
-    help="With --sparsity: draw what each layer reads along a prompt, as .png or .html; may be repeated.",
+    help="With --sparsity: plot the share of keys each layer reads along a prompt (.png or .html); can be repeated.",
 )  # fmt: skip
-@click.option("--empty-cache", is_flag=True, help="With --startup: compile each time.")
+@click.option("--empty-cache", is_flag=True, help="With --startup: compile in each process.")
 @CONTEXT
 @PRECISION
 @THREADS
@@ -77,10 +83,10 @@ def bench(
     as_json: bool,
     **options: Any,
 ) -> int:
-    """Time all installed backends side by side, or a cold start by its parts, or draw what sparse attention reads.
+    """Time all installed backends side by side, or the stages of a cold start, or plot what sparse attention reads.
 
-    Each backend loads the model in a process of its own; they take turns, prompts are random tokens, and the medians of
-    all rounds are shown. Nothing else should run meanwhile.
+    Each backend loads the model in its own process. The processes take turns, prompts are random tokens, and the table
+    shows the medians of all rounds. Nothing else should run on the machine meanwhile.
     """
     from transom.bundles.manifest import read_manifest
     from transom.sources import bundle_at, resolve
@@ -88,7 +94,7 @@ def bench(
 
     bundle = bundle_at(model)
     if bundle is None:
-        resolve(model)  # a wrong path or policy is said before anything is started
+        resolve(model)  # report a wrong path before anything is started
     else:
         backends = backends or tuple(dict.fromkeys(v.backend for v in read_manifest(bundle).variants))
     Sparsity.parse(options["sparsity"])
@@ -125,7 +131,7 @@ def _heat_maps(
     as_json: bool,
     options: Mapping[str, Any],
 ) -> int:
-    """Read a prompt by the policy and draw what was read. Raises OptionError, MissingExtra, OSError."""
+    """Run a prompt with the policy and plot which keys were read. Raises OptionError, MissingExtra, OSError."""
     from pathlib import Path
 
     import transom
@@ -136,7 +142,7 @@ def _heat_maps(
 
     for what, given in (("--device", devices), ("--backend", backends), ("--prompt-tokens", prompts)):
         if len(given) > 1:
-            raise OptionError(f"{what} is given {len(given)} times, and a heat map is of one run", "Give it once")
+            raise OptionError(f"{what} is given {len(given)} times, and a heat map shows one run", "Give it once")
     paths = [heat_map.check(Path(file)) for file in files]
     where: dict[str, Any] = {"device": (*devices, "auto")[0], "backend": (*backends, "auto")[0]}
     with ProgressLine(stage="load") as progress, transom.load(model, **where, **options, progress=progress) as loaded:
@@ -145,7 +151,7 @@ def _heat_maps(
         if len(ids) < wanted or wanted > loaded.context:
             most = min(loaded.context, len(ids))
             raise OptionError(
-                f"A prompt of {wanted} tokens is too long here", f"Ask for --prompt-tokens {most} or fewer"
+                f"A prompt of {wanted} tokens is too long for this model", f"Use --prompt-tokens {most} or fewer"
             )
         found = along(loaded, ids, progress.prompt)
         title = f"{loaded.report.model}, {loaded.report.sparsity}"
@@ -154,15 +160,15 @@ def _heat_maps(
     if as_json:
         print_json({"model": model, "sparsity": title, **found.to_dict(), "files": [str(p) for p in paths]})
     else:
-        click.echo(f"{', '.join(map(str, paths))}: {found.by_layer.mean():.3f} of the keys on the mean")
+        click.echo(f"{', '.join(map(str, paths))}: {found.by_layer.mean():.3f} of the keys on average")
     return 0
 
 
 def _context(model: str, prompts: Sequence[int], new_tokens: int) -> int:
-    """What the measurements need, so that none plans memory for all the tokens a model could hold.
+    """The context that the measurements need, so that no memory is planned for the model's full context.
 
     Raises:
-        OptionError: a prompt is longer than the model was made for, or the model does not generate.
+        OptionError: a prompt is longer than the model's context, or the model is not a decoder.
     """
     from transom.bundles.manifest import read_manifest
     from transom.errors import OptionError
@@ -182,8 +188,8 @@ def _context(model: str, prompts: Sequence[int], new_tokens: int) -> int:
     needed = max(prompts) + new_tokens
     if needed > most:
         raise OptionError(
-            f"{max(prompts)} + {new_tokens} tokens are more than the {most} the model was made for",
-            f"Ask for at most --prompt-tokens {most - new_tokens}",
+            f"{max(prompts)} + {new_tokens} tokens are more than the model's context of {most}",
+            f"Use at most --prompt-tokens {most - new_tokens}",
         )
     return needed
 
@@ -196,7 +202,7 @@ def _print(
 
     heading(next((str(row.report["model"]) for row in rows if row.report), model))
     _machine(facts)
-    click.echo(f"  medians of {rounds} rounds; decoding {new_tokens} tokens; × is against the best of the column\n")
+    click.echo(f"  medians of {rounds} rounds; decoding {new_tokens} tokens; × is relative to the best of the column\n")
 
     def rate(row: BenchRow, kind: str, prompt: int) -> str:
         value, top = row.median(kind, prompt), best(rows, kind, prompt)
@@ -221,7 +227,7 @@ def _print(
         if precision := row.report.get("precision"):
             click.echo(f"{row.backend} on {row.device.id} computes in {precision}")
         if row.compile_seconds:
-            click.echo(f"{row.backend} on {row.device.id} was compiled now: {sum(row.compile_seconds.values()):.1f} s")
+            click.echo(f"{row.backend} on {row.device.id} was compiled in {sum(row.compile_seconds.values()):.1f} s")
         if row.given_up:
             lengths = ", ".join(map(str, sorted(row.given_up)))
             click.echo(f"{row.backend} on {row.device.id} took longer than --patience allows at {lengths} tokens")
@@ -255,7 +261,7 @@ def _startup(
     from transom.errors import OptionError
 
     if len(devices) > 1 or len(backends) > 1:
-        raise OptionError("--startup measures one choice at a time", "Name one device and one backend, or none")
+        raise OptionError("--startup measures one device and backend", "Name one device and one backend, or none")
     _context(model, (1,), 1)
     facts = machine_facts(rows_for(devices, backends))
     chosen = {"device": devices[0] if devices else "auto", "backend": backends[0] if backends else "auto"}
@@ -274,5 +280,7 @@ def _startup(
     table(("stage", "ms", "share", ""), rows, right=(1, 2))
     click.echo(f"\nprocess start to first token: {total['median']:.3f} s ({total['least']:.3f} … {total['most']:.3f})")
     if not found["bytecode"]:
-        click.echo("PYTHONDONTWRITEBYTECODE is set: each start compiles the modules that no installer has compiled.")
+        click.echo(
+            "PYTHONDONTWRITEBYTECODE is set: each start compiles modules that were not compiled at installation."
+        )
     return 0

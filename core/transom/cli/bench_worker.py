@@ -1,7 +1,7 @@
-"""The process in which `transom bench` measures one backend, so that memory is its own and a crash hurts nobody else.
+"""The process in which `transom bench` measures one backend, isolated in memory and in crashes.
 
-One JSON document per line on standard input, one answer per line on what was standard output at the start. The first
-line loads the model. The end of input ends the process.
+Requests are JSON lines on standard input, answers are JSON lines on the original standard output. The first request
+loads the model. The end of input ends the process.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 
 def main() -> None:
-    """Answer requests until there are no more."""
+    """Answer requests until the end of input."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then ends this process
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # whatever a library prints is no answer
+    os.dup2(2, 1)  # output of libraries must not mix with the answers
     model: Model | None = None
     for line in sys.stdin:
         request = json.loads(line)
@@ -44,7 +44,7 @@ def _send(answers: IO[str], answer: Mapping[str, Any]) -> None:
 
 
 def _load(request: Mapping[str, Any]) -> tuple[Model, dict[str, Any]]:
-    """Load once to have everything in the cache, then again, timed."""
+    """Load once to fill the cache, then again with a timer."""
     import transom
 
     options = request["options"]
@@ -56,17 +56,17 @@ def _load(request: Mapping[str, Any]) -> tuple[Model, dict[str, Any]]:
     seconds = time.perf_counter() - started
     if model.decoder is None:
         model.close()
-        raise ValueError("the model is no decoder, so there is no prefill and no decoding to time")
+        raise ValueError("the model is not a decoder, so there is no prefill and no decoding to time")
     report = model.report.to_dict()
     return model, {"report": report, "load_seconds": seconds, "compile_seconds": compiled, "memory": memory()}
 
 
 def _measure(model: Model, request: Mapping[str, Any]) -> dict[str, Any]:
-    """One prompt of random tokens, one answer of a fixed length; given up after `patience` seconds."""
+    """Run one random prompt with an answer of fixed length; cancelled after `patience` seconds."""
     import numpy as np
 
     assert model.decoder is not None
-    rng = np.random.default_rng(request["seed"])  # new tokens each time: nothing can be remembered from before
+    rng = np.random.default_rng(request["seed"])  # new tokens each time, so that no prefix is cached
     prompt = rng.integers(0, model.decoder.vocabulary, request["prompt_tokens"]).tolist()
     cancel = threading.Event()
     clock = threading.Timer(request["patience"], cancel.set)
@@ -88,7 +88,7 @@ def _measure(model: Model, request: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def memory() -> dict[str, int]:
-    """Bytes of this process: `resident` now, and at its `peak`; empty where the system does not say."""
+    """Bytes of this process: `resident` now, and at its `peak`; empty if the system does not report them."""
     try:
         with open("/proc/self/status", encoding="ascii", errors="replace") as file:
             fields = dict(line.split(":", 1) for line in file if ":" in line)

@@ -1,4 +1,4 @@
-"""Measuring backends side by side: one process for each, taking turns, medians over the rounds. For `transom bench`."""
+"""The measurements of `transom bench`: one process per backend, taking turns, with medians over the rounds."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ Tell = Callable[[str, float | None], None]
 
 @dataclass(frozen=True)
 class BenchPlan:
-    """What is measured."""
+    """What to measure."""
 
     model: str
     options: Mapping[str, Any]
-    """Of `transom.load`, without device and backend."""
+    """Keyword arguments of `transom.load`, without device and backend."""
     prompts: tuple[int, ...]
-    """Lengths of prompts, tokens."""
+    """Prompt lengths in tokens."""
     new_tokens: int
     rounds: int
     patience: float
-    """Seconds after which one measurement is given up."""
+    """Timeout of one measurement, in seconds."""
 
 
 @dataclass
 class BenchRow:
-    """One backend on one device, and what was measured so far."""
+    """One backend on one device, and its measurements so far."""
 
     backend: str
     version: str
@@ -48,13 +48,13 @@ class BenchRow:
     load_seconds: float = 0.0
     compile_seconds: dict[str, float] = field(default_factory=dict)
     memory: dict[str, int] = field(default_factory=dict)
-    """Of the process, after the last measurement."""
+    """Memory of the process after the last measurement, in bytes."""
     prefill: dict[int, list[float]] = field(default_factory=dict)
     """Prompt length -> tokens per second of each round."""
     decode: dict[int, list[float]] = field(default_factory=dict)
-    """Prompt length -> tokens per second after it, of each round."""
+    """Prompt length -> tokens per second of decoding after it, of each round."""
     given_up: set[int] = field(default_factory=set)
-    """Prompt lengths that took longer than the patience."""
+    """Prompt lengths that ran into the timeout."""
 
     def median(self, kind: str, prompt: int) -> float | None:
         values = getattr(self, kind).get(prompt)
@@ -79,11 +79,11 @@ class BenchRow:
 
 
 def rows_for(devices: Sequence[str], backends: Sequence[str], probe_file: str | None = None) -> list[BenchRow]:
-    """Every backend that offers to run on a device that is here, or those that were named.
+    """Every backend with an offer for a device of this machine, or only those named.
 
     Raises:
         OptionError: an unknown device or backend.
-        SelectionError: none of them offers.
+        SelectionError: none of them makes an offer.
     """
     from pathlib import Path
 
@@ -107,12 +107,12 @@ def rows_for(devices: Sequence[str], backends: Sequence[str], probe_file: str | 
     ]
     if not rows:
         said = [f"{n} on {a.device_id}: {getattr(a, 'reason', '')}" for n, a in machine.answers if hasattr(a, "reason")]
-        raise SelectionError("No backend offers to run here as asked", "See: transom backends", said)
+        raise SelectionError("No backend can run on these devices", "See: transom backends", said)
     return rows
 
 
 def bench(plan: BenchPlan, rows: Sequence[BenchRow], tell: Tell) -> None:
-    """Measure all rows, in turns, into the rows."""
+    """Measure all rows in turns; the results are stored in the rows."""
     with contextlib.ExitStack() as stack:
         workers = [stack.enter_context(_Worker()) for _ in rows]
         for row, worker in zip(rows, workers, strict=True):
@@ -121,7 +121,7 @@ def bench(plan: BenchPlan, rows: Sequence[BenchRow], tell: Tell) -> None:
         total = plan.rounds * len(plan.prompts) * len(rows)
         turn = 0
         for number in range(plan.rounds):
-            # Another one begins each round, so that none always runs on a machine that another has warmed up.
+            # Each round starts with another backend, so that none always runs right after the same one.
             order = [(i + number) % len(rows) for i in range(len(rows))]
             for prompt in sorted(plan.prompts):
                 for place in order:
@@ -185,7 +185,7 @@ class _Worker:
             self._process.wait()
 
     def ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """The answer, or how the process ended under `error`."""
+        """The answer; if the process ended, the reason under `error`."""
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(json.dumps(request).encode() + b"\n")
@@ -213,7 +213,7 @@ class _Worker:
 
 
 def machine_facts(rows: Sequence[BenchRow]) -> dict[str, Any]:
-    """What a number is worth nothing without: machine, cores, versions, load of the machine."""
+    """The facts needed to interpret the numbers: machine, cores, versions, load average."""
     import platform
 
     from transom.cli.diagnosis import package_versions
@@ -230,7 +230,7 @@ def machine_facts(rows: Sequence[BenchRow]) -> dict[str, Any]:
 
 
 def best(rows: Sequence[BenchRow], kind: str, prompt: int) -> float | None:
-    """The best median of any row."""
+    """The best median of all rows."""
     return max(_medians(rows, kind, prompt), default=None)
 
 

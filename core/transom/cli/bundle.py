@@ -1,4 +1,4 @@
-"""`transom bundle`: what can be told of a bundle, and proved."""
+"""`transom bundle`: verify a bundle, judge it for a device, check an app's native libraries."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ Examples:
 """
 )
 def bundle() -> None:
-    """Prove a bundle, or tell whether it is good on a device."""
+    """Verify a bundle, or check whether it suits a device."""
 
 
 @bundle.command()
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--variant", "variants", multiple=True, metavar="NAME", help="This one alone; may be repeated.")
+@click.option("--variant", "variants", multiple=True, metavar="NAME", help="Only this variant; can be repeated.")
 @click.option(
     "--device", default="auto", metavar="NAME", shell_complete=complete_device,
     help="The device of this machine to run on. [default: the best for each variant]",
@@ -33,7 +33,7 @@ def bundle() -> None:
 @PROBE_FILE
 @JSON
 def verify(folder: Path, variants: tuple[str, ...], device: str, probe_file: str | None, as_json: bool) -> None:
-    """Replay the expected answers of the bundle in FOLDER, with each variant that something here can run."""
+    """Run each variant of the bundle in FOLDER that can run here, and compare it with the expected outputs."""
     from transom.bundles.verification import verify_bundle
     from transom.errors import SelectionError, SelfCheckFailed
 
@@ -44,13 +44,17 @@ def verify(folder: Path, variants: tuple[str, ...], device: str, probe_file: str
     if as_json:
         print_json({"bundle": str(folder), "variants": [vars(one) for one in found]})
     else:
-        table(("variant", "outcome", "where", "what"), [(r.variant, r.state, r.where or "-", r.text) for r in found])
+        table(
+            ("variant", "outcome", "device", "details"), [(r.variant, r.state, r.where or "-", r.text) for r in found]
+        )
     if failed := [one.variant for one in found if one.state == "failed"]:
-        raise SelfCheckFailed(f"{folder} does not answer as expected: {', '.join(failed)}", "Export the model again")
+        raise SelfCheckFailed(
+            f"{folder} does not give the expected outputs: {', '.join(failed)}", "Export the model again"
+        )
     if not any(one.state == "passed" for one in found):
         raise SelectionError(
             f"Nothing here can run a variant of {folder}",
-            "Mend what the table says of each, where it says how, or take it to a device that can",
+            "Apply the fixes in the table, or run it on a device that can",
         )
 
 
@@ -58,12 +62,12 @@ def verify(folder: Path, variants: tuple[str, ...], device: str, probe_file: str
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option(
     "--device", default="auto", metavar="NAME", shell_complete=complete_device,
-    help="A device of this machine, or a target that transom export --target list shows. [default: all that are here]",
+    help="A device of this machine, or a target of transom export --target list. [default: all local devices]",
 )  # fmt: skip
 @PROBE_FILE
 @JSON
 def judge(folder: Path, device: str, probe_file: str | None, as_json: bool) -> None:
-    """Tell from the manifest of FOLDER alone which variants are good on a device, without opening the model."""
+    """Report which variants of the bundle in FOLDER suit a device, from the manifest alone."""
     import json
 
     from transom import hardware
@@ -72,7 +76,7 @@ def judge(folder: Path, device: str, probe_file: str | None, as_json: bool) -> N
     from transom.loading.machine import survey
 
     place = _bundle(folder)
-    read_manifest(place)  # what is wrong with it is said in a sentence
+    read_manifest(place)  # raises an error with a fix if the manifest is damaged
     manifest = json.loads((place / "manifest.json").read_bytes())
     machine = survey(probe_file, target=device)
     asked = [d for d in machine.devices if d.kind != "remote"]
@@ -83,7 +87,7 @@ def judge(folder: Path, device: str, probe_file: str | None, as_json: bool) -> N
         print_json({"bundle": str(folder), "verdicts": [{"device": d.id, **vars(v)} for d, v in rows]})
         return
     table(
-        ("device", "variant", "good", "context", "what"),
+        ("device", "variant", "suits", "context", "details"),
         [(d.id, v.name, "yes" if v.fits else "no", str(v.context or "-"), v.reason or "-") for d, v in rows],
     )
 
@@ -91,12 +95,14 @@ def judge(folder: Path, device: str, probe_file: str | None, as_json: bool) -> N
 @bundle.command()
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.argument("package", type=click.Path(path_type=Path))
-@click.option("--abi", default="arm64-v8a", metavar="NAME", help="The ABI that must be complete.", show_default=True)
+@click.option(
+    "--abi", default="arm64-v8a", metavar="NAME", help="The ABI whose libraries are checked.", show_default=True
+)
 @JSON
 def libraries(folder: Path, package: Path, abi: str, as_json: bool) -> None:
     """Check that PACKAGE (an APK, AAR, app bundle or folder) has the native libraries that the bundle in FOLDER needs.
 
-    Missing ones, those for another processor, and those that newer phones or the app store reject are named.
+    The errors name missing libraries, those for another processor, and those that newer phones or the app store reject.
     """
     from transom.bundles.manifest import read_manifest
     from transom.bundles.native_libraries import require_libraries
@@ -116,5 +122,5 @@ def _bundle(folder: Path) -> Path:
 
     found = bundle_at(folder)
     if found is None:
-        raise SourceError(f"{folder} is no bundle", "Give a folder that transom export wrote")
+        raise SourceError(f"{folder} is not a bundle", "Give a folder that transom export wrote")
     return found

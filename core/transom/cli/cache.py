@@ -1,4 +1,4 @@
-"""`transom cache`: what is kept, and making room."""
+"""`transom cache`: list, prune and clear the artifact cache."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def cache() -> None:
 @cache.command("list")
 @JSON
 def show(as_json: bool) -> None:
-    """Show every entry, least recently used first."""
+    """List every entry, least recently used first."""
     from transom.artifacts import Cache
     from transom.preparation.memory import size
 
@@ -47,17 +47,17 @@ def show(as_json: bool) -> None:
         )
         for i in items
     ]
-    table(("kind", "key", "what", "size", "last used"), rows, right=(3,))
+    table(("kind", "key", "content", "size", "last used"), rows, right=(3,))
     limit = "no limit" if store.limit is None else f"limit {size(store.limit)}"
     click.echo(f"\n{size(stats.bytes)} in {len(items)} entries under {store.root} ({limit})")
 
 
 @cache.command()
-@click.option("--size", "limit", help="Keep this much, such as 5GB. [default: TRANSOM_CACHE_SIZE or 20GB]")
-@click.option("--unused-days", type=float, help="Also remove what was not used for so many days.")
+@click.option("--size", "limit", help="Maximum size, such as 5GB. [default: TRANSOM_CACHE_SIZE or 20GB]")
+@click.option("--unused-days", type=float, help="Also remove entries not used for this many days.")
 @JSON
 def prune(limit: str | None, unused_days: float | None, as_json: bool) -> None:
-    """Remove left-overs and the least recently used entries until the cache fits."""
+    """Remove left-overs and the least recently used entries until the cache fits its limit."""
     from transom.artifacts import Cache, parse_size
 
     since = None if unused_days is None else time.time() - unused_days * 86400
@@ -68,14 +68,14 @@ def prune(limit: str | None, unused_days: float | None, as_json: bool) -> None:
 @cache.command()
 @JSON
 def clear(as_json: bool) -> None:
-    """Remove everything that is not in use."""
+    """Remove every entry that is not in use."""
     from transom.artifacts import Cache
 
     _tell(Cache.default().clear(), as_json)
 
 
 def _what(facts: Mapping[str, Any]) -> str:
-    """One phrase about an entry: for an artifact what it runs and where."""
+    """A short description of an entry: model, backend and device of an artifact."""
     if "backend" in facts:
         return f"{facts.get('source', '')} for {facts['backend']} on {facts.get('device', {}).get('id', '')}"
     return str(facts.get("name", ""))

@@ -1,4 +1,4 @@
-"""`transom calibrate-sparsity`: how much each head of a model must read, into a file that loading finds."""
+"""`transom calibrate-sparsity`: measures how many keys each head must read and writes a file that loading finds."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ Examples:
   transom calibrate-sparsity path/to/checkpoint --out heads.json
   transom calibrate-sparsity model.gguf --text contracts.txt --text letters.txt
 
-Interrupted, it goes on where it was when it is started again.
+After an interruption, the next run continues where this one stopped.
 """
 )
 @MODEL
 @click.option("--out", type=click.Path(dir_okay=False), help="The file to write. [default: beside the model]")
 @click.option(
     "--text", "texts", multiple=True, type=click.Path(), metavar="FILE",
-    help="A text like those the model will read; may be repeated. [default: documentation and code from Python itself]",
+    help="A text similar to the model's input; can be repeated. [default: documentation and code from Python itself]",
 )  # fmt: skip
 @DEVICE
 @BACKEND
 @THREADS
 @JSON
 def calibrate_sparsity(model: str, out: str | None, texts: tuple[str, ...], as_json: bool, **options: Any) -> None:
-    """Find how much each head of a model must read, for sparse attention.
+    """Measure how many keys each head of a model must read, for sparse attention.
 
-    Every KV head is made sparse alone, and what that does to the answers is measured on long passages. Heads that must
-    not miss anything stay dense, and others read less. Takes minutes for a small model, and more with every head.
+    Each KV head is made sparse by itself, and the effect on the output is measured on long passages. Sensitive heads
+    stay dense, the others read less. This takes minutes for a small model, and grows with the number of heads.
     """
     from transom.evaluation.head_calibration import calibrate_file
 

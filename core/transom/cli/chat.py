@@ -1,4 +1,4 @@
-"""`transom chat`: a conversation in the terminal, or one scripted line by line."""
+"""`transom chat`: a conversation in the terminal, or a script with one message per line."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
     from transom.generation.results import Generation
 
 COMMANDS = {
-    "/help": "Show this.",
-    "/reset": "Forget the conversation; the system message stays.",
-    "/system [TEXT]": "Show, set (and reset the conversation), or with - remove the system message.",
-    "/undo": "Forget your last message and its answer.",
-    "/retry": "Answer your last message once more.",
+    "/help": "Show this help.",
+    "/reset": "Clear the conversation; the system message stays.",
+    "/system [TEXT]": "Show the system message, set it (this resets the conversation), or remove it with -.",
+    "/undo": "Remove your last message and its answer.",
+    "/retry": "Answer your last message again.",
     "/save FILE": "Write the conversation to a file.",
-    "/load FILE": "Go on with a conversation that /save wrote.",
-    "/params [NAME=VALUE]": "Show or set how tokens are chosen, as in /params temperature=0.7; NAME= for the default.",
-    "/report": "Show device, backend, why, memory and notes.",
+    "/load FILE": "Continue a conversation that /save wrote.",
+    "/params [NAME=VALUE]": "Show or set sampling options, as in /params temperature=0.7; NAME= restores the default.",
+    "/report": "Show device, backend, the reason of the choice, memory and notes.",
     "/exit": "Leave (or Ctrl-D).",
 }
 _SHOWN = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens", "seed")
@@ -42,8 +42,8 @@ Examples:
   printf 'Hello\\nAnd in French?\\n' | transom chat model.gguf
   printf 'Hello\\n' | transom chat model.gguf --json
 
-Enter sends, Alt-Enter (or Esc, then Enter) begins a new line, Ctrl-C stops the answer, Ctrl-D leaves. Lines that begin
-with / are commands, see /help; // sends a message that begins with /.
+Enter sends, Alt-Enter (or Esc, then Enter) starts a new line, Ctrl-C stops the answer, Ctrl-D exits. Lines that start
+with / are commands, see /help; // sends a message that starts with /.
 """
 )
 @MODEL
@@ -52,12 +52,12 @@ with / are commands, see /help; // sends a message that begins with /.
 @sampling
 @loading
 def chat(model: str, system: str | None, quiet: bool, as_json: bool, **options: Any) -> int:
-    """Talk with a model.
+    """Chat with a model.
 
-    Where stdin is no terminal, each line is one message, and with --json each answer is one line of JSON.
+    If stdin is not a terminal, each line is one message. With --json each answer is one line of JSON.
     """
     import transom
-    from transom.errors import OptionError
+    from transom.errors import OptionError, name_options
     from transom.loading.template_check import require_sound_template
 
     generation = sampling_arguments(options)
@@ -67,19 +67,20 @@ def chat(model: str, system: str | None, quiet: bool, as_json: bool, **options: 
     with loaded:
         if loaded.chat_template is None:
             raise OptionError(
-                f"{loaded.name} has no chat template, so it does not know how a conversation is written",
+                f"{loaded.name} has no chat template, so a conversation cannot be formatted for it",
                 "Load an instruction-tuned model, or complete a text with: transom run MODEL --raw TEXT",
             )
         if not quiet:
             for warning in loaded.report.warnings:
                 warn(warning)
+        name_options(None)  # inside the chat, options are written as in /params: NAME=VALUE
         talk = _ChatSession(loaded, system, generation, quiet=quiet, as_json=as_json)
         talk.run()
         return 0 if is_terminal(sys.stdin) else talk.status
 
 
 class _ChatSession:
-    """One session: a model, a conversation, and how to choose tokens."""
+    """One session: a model, a conversation, and sampling options."""
 
     def __init__(
         self, model: Model, system: str | None, params: Mapping[str, Any], *, quiet: bool, as_json: bool
@@ -91,9 +92,9 @@ class _ChatSession:
         self.conversation = Conversation(system)
         self.params = dict(params)
         self.used = 0
-        """Tokens of the context that the conversation takes."""
+        """Tokens of the conversation in the context."""
         self.status = 0
-        """2 when a scripted message failed."""
+        """Exit status of a script; 2 if a message failed."""
         self._reader = message_reader(NAMES, self._line)
 
     def run(self) -> None:
@@ -101,7 +102,7 @@ class _ChatSession:
             report = self.model.report
             click.secho(report.model, bold=True, err=True)
             aside(f"{report.device.id} by {report.backend}, {self.model.context} tokens of context")
-            aside("/help shows the commands, Ctrl-D leaves")
+            aside("/help shows the commands, Ctrl-D exits")
             if self._reader.hint:
                 aside(self._reader.hint)
         while True:
@@ -110,13 +111,13 @@ class _ChatSession:
             except KeyboardInterrupt:
                 if not is_terminal(sys.stdin):
                     raise
-                aside("\nCtrl-D or /exit leaves.")
+                aside("\nCtrl-D or /exit exits.")
                 continue
             if text is None or not self._handle(text):
                 return
 
     def _handle(self, text: str) -> bool:
-        """Act on what was typed. Returns whether to go on."""
+        """Handle one input. Returns whether to continue."""
         from transom.errors import ContextExceeded, TransomError
 
         try:
@@ -127,24 +128,24 @@ class _ChatSession:
                 self._answer(text)
         except ContextExceeded as e:
             self.status = 2
-            error = ContextExceeded(e.cause, self._way_out(e.room))
+            error = ContextExceeded(e.cause, self._fix(e.room))
             click.echo(f"{click.style('Error:', fg='red')} {error}", err=True)
         except TransomError as e:
             self.status = 2
             click.echo(f"{click.style('Error:', fg='red')} {e}", err=True)
         return True
 
-    def _way_out(self, room: int) -> str:
-        """What to do when the conversation and the answer asked for are longer than the context."""
+    def _fix(self, room: int) -> str:
+        """What to do when the conversation and the requested answer exceed the context."""
         shorter = f"/params max_tokens={room} asks for a shorter answer (as --max-tokens does)" if room > 0 else ""
-        forget = "/undo forgets your last message and its answer, /reset all of them" if len(self.conversation) else ""
+        forget = "/undo removes your last message and its answer, /reset all of them" if len(self.conversation) else ""
         parts = [part for part in (shorter, forget) if part] or ["Write a shorter message"]
-        begun = "an export" if self.model.report.context_built_in else "a chat begun"
+        begun = "an export" if self.model.report.context_built_in else "a chat started"
         return "; ".join([*parts, f"{begun} with a larger --context holds more, as far as the model allows"])
 
     # answering --------------------------------------------------------------------------------------------------------
     def _answer(self, text: str) -> None:
-        """Ask the model. What fails leaves the conversation as it was."""
+        """Generate an answer. A failure leaves the conversation unchanged."""
         self.conversation.ask(text)
         answered = False
         try:
@@ -178,17 +179,17 @@ class _ChatSession:
             if timings.decode_tokens_per_second:
                 parts.append(f"{timings.decode_tokens_per_second:.1f} tokens/s")
             if stopped:
-                parts.insert(0, "stopped" if result.text else "stopped, and your message taken back")
+                parts.insert(0, "stopped" if result.text else "stopped, and your message removed")
             elif result.finish_reason == "length":
                 full = self.used >= self.model.context
-                parts.insert(0, "the context is full: /undo, or /reset" if full else "cut at --max-tokens")
+                parts.insert(0, "the context is full: /undo, or /reset" if full else "truncated by --max-tokens")
             aside("[" + ", ".join(parts) + "]")
 
     def _room(self) -> str:
         return f"context {self.used} of {self.model.context} ({self.used / max(self.model.context, 1):.0%})"
 
     def _line(self) -> str:
-        """The bottom of the screen."""
+        """The status line at the bottom of the screen."""
         report = self.model.report
         return f" {report.model} · {report.device.id} · {report.backend} · {self._room()} · /help"
 
@@ -211,7 +212,7 @@ class _ChatSession:
         }.get(name)
         if act is None:
             raise OptionError(
-                f"There is no command {name}", f"{nearest(name, NAMES)} A message that begins with / is written as //"
+                f"There is no command {name}", f"{nearest(name, NAMES)} Write a message that starts with / as //"
             )
         act(rest)
         return True
@@ -220,7 +221,7 @@ class _ChatSession:
         width = max(map(len, COMMANDS))
         for usage, text in COMMANDS.items():
             aside(f"{usage:<{width}}  {text}")
-        aside("Alt-Enter (or Esc, then Enter) begins a new line, Ctrl-C stops an answer, // begins a message with /.")
+        aside("Alt-Enter (or Esc, then Enter) starts a new line, Ctrl-C stops an answer, // sends a leading /.")
 
     def _reset(self, rest: str) -> None:
         self.conversation.reset()
@@ -237,10 +238,10 @@ class _ChatSession:
     def _undo(self, rest: str) -> None:
         text = self.conversation.take_back()
         self._count()
-        aside("There is nothing to undo." if text is None else f"Forgotten: {_short(text)}")
+        aside("There is nothing to undo." if text is None else f"Removed: {_short(text)}")
 
     def _count(self) -> None:
-        """Count the tokens of the conversation again."""
+        """Count the tokens of the conversation."""
         from transom.errors import TransomError
 
         template = self.model.chat_template
@@ -250,7 +251,7 @@ class _ChatSession:
             else:
                 text = template.render(self.conversation.messages, add_generation_prompt=False)
                 self.used = len(self.model.tokenize(text))
-        except TransomError:  # the template refuses what is left; the next message says so
+        except TransomError:  # the template rejects the rest; the next message will report it
             self.used = 0
 
     def _retry(self, rest: str) -> None:
@@ -259,16 +260,16 @@ class _ChatSession:
         before = self.conversation.copy()
         text = self.conversation.take_back()
         if text is None:
-            aside("There is no message to answer once more.")
+            aside("There is no message to answer again.")
             return
         if resolve(self.params, defaults=self.model.generation_defaults).greedy:
-            aside("At temperature 0 the answer is the same each time; for another: /params temperature=0.7")
+            aside("At temperature 0 the answer is always the same; for another one: /params temperature=0.7")
         elif "seed" in self.params:  # the same seed would give the same answer
             self.params["seed"] += 1
         try:
             self._answer(text)
         finally:
-            if len(self.conversation) < len(before):  # it failed, or was stopped before its first word
+            if len(self.conversation) < len(before):  # it failed, or was stopped before its first token
                 self.conversation = before
 
     def _save(self, rest: str) -> None:
@@ -280,7 +281,7 @@ class _ChatSession:
         path = _path(rest, "/load conversation.json")
         self.conversation.load(path)
         self._count()
-        aside(f"{len(self.conversation)} messages from {path}; go on.")
+        aside(f"{len(self.conversation)} messages loaded from {path}")
 
     def _params(self, rest: str) -> None:
         import json
@@ -303,7 +304,7 @@ class _ChatSession:
                 changed[name] = value
         params = resolve(changed, defaults=self.model.generation_defaults)
         if params.n != 1:
-            raise OptionError("A conversation goes on from one answer, so n is 1", "Leave n out")
+            raise OptionError("A conversation continues from one answer, so n must be 1", "Leave n out")
         self.params = changed
         for name in dict.fromkeys([*_SHOWN, *changed]):
             mark = " (set)" if name in changed else ""
@@ -322,7 +323,7 @@ def _path(rest: str, example: str) -> Path:
     from transom.errors import OptionError
 
     if not rest:
-        raise OptionError("The name of the file is missing", f"Write it like {example}")
+        raise OptionError("No file name is given", f"Write it like {example}")
     return Path(rest).expanduser()
 
 

@@ -1,4 +1,4 @@
-"""`transom completion`: the script that a shell evaluates to complete commands and options."""
+"""`transom completion`: a shell script that completes commands and options."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A conversation as `transom chat` keeps it: messages, undo, saving and loading. Prints nothing, runs nothing."""
+"""The conversation of `transom chat` as data: messages, undo, saving and loading."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ FORMAT = "transom-conversation"
 
 
 class Conversation:
-    """Messages in the form of a chat template, the system message first where there is one."""
+    """Messages in the form that a chat template expects, starting with the system message if there is one."""
 
     def __init__(self, system: str | None = None) -> None:
         self.system = system or None
@@ -20,16 +20,16 @@ class Conversation:
 
     @property
     def messages(self) -> list[dict[str, str]]:
-        """What the chat template gets."""
+        """The messages for the chat template."""
         head = [{"role": "system", "content": self.system}] if self.system else []
         return [*head, *self._turns]
 
     def __len__(self) -> int:
-        """Messages without the system message."""
+        """Number of messages, without the system message."""
         return len(self._turns)
 
     def ask(self, text: str) -> None:
-        """Add a message of the user."""
+        """Add a user message."""
         self._turns.append({"role": "user", "content": text})
 
     def answer(self, text: str) -> None:
@@ -37,7 +37,7 @@ class Conversation:
         self._turns.append({"role": "assistant", "content": text})
 
     def take_back(self) -> str | None:
-        """Forget the last message of the user and all after it. Returns its text; None where there is none."""
+        """Remove the last user message and everything after it. Returns its text, or None if there is none."""
         for place in range(len(self._turns) - 1, -1, -1):
             if self._turns[place]["role"] == "user":
                 text = self._turns[place]["content"]
@@ -52,7 +52,7 @@ class Conversation:
         return other
 
     def reset(self) -> None:
-        """Forget everything but the system message."""
+        """Remove everything but the system message."""
         self._turns.clear()
 
     def save(self, path: Path, model: str) -> None:
@@ -70,10 +70,10 @@ class Conversation:
             ) from e
 
     def load(self, path: Path) -> None:
-        """Go on with a conversation that `save` wrote; also with a plain list of messages.
+        """Replace the conversation by one that `save` wrote, or by a plain JSON list of messages.
 
         Raises:
-            OptionError: the file cannot be read or holds something else. The conversation is then as it was.
+            OptionError: the file cannot be read or contains something else. The conversation is then unchanged.
         """
         try:
             document: Any = json.loads(path.read_text(encoding="utf-8"))
@@ -83,7 +83,7 @@ class Conversation:
             raise OptionError(f"{path} is not JSON: {e}", "Name a file that /save wrote") from e
         messages = document.get("messages") if isinstance(document, dict) else document
         if not isinstance(messages, list) or not all(_is_message(m) for m in messages):
-            raise OptionError(f"{path} holds no conversation", "Name a file that /save wrote")
+            raise OptionError(f"{path} does not contain a conversation", "Name a file that /save wrote")
         head = messages[:1] if messages and messages[0]["role"] == "system" else []
         self.system = head[0]["content"] if head else None
         self._turns = [{"role": m["role"], "content": m["content"]} for m in messages[len(head) :]]

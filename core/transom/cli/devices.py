@@ -1,4 +1,4 @@
-"""`transom devices`: what the probe found, as a table."""
+"""`transom devices`: the devices found by the probe, as a table."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ Examples:
   transom devices --probe-file support-case.json
 """
 )
-@click.option("--all", "everything", is_flag=True, help="Also the targets that can be compiled for but are not here.")
+@click.option(
+    "--all", "everything", is_flag=True, help="Also list targets that can be compiled for but are not in this machine."
+)
 @PROBE_FILE
 @JSON
 def devices(everything: bool, probe_file: str | None, as_json: bool) -> None:
-    """Show the devices found here and the targets that can be compiled for."""
+    """List the devices of this machine and the targets to compile for."""
     from pathlib import Path
 
     from transom import hardware
@@ -49,11 +51,11 @@ def devices(everything: bool, probe_file: str | None, as_json: bool) -> None:
     for note in found.notes:
         click.echo(f"Note: {note}")
     if not everything:
-        click.echo(f"\n{len(remote)} more can be compiled for but are not here: transom devices --all")
+        click.echo(f"\n{len(remote)} more targets can be compiled for: transom devices --all")
 
 
 def _telling(features: frozenset[str]) -> str:
-    """The features that decide which code runs, out of the hundred that a CPU has."""
+    """The features that decide which code runs, out of the hundred of a CPU."""
     known = ("avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8")
     also = ("avx_vnni", "neon", "asimd", "i8mm", "bf16", "sve")
     return " ".join(f for f in (*known, *also) if f in features) + " …"

@@ -1,4 +1,4 @@
-"""What `transom doctor` finds out, as data: devices, trials, what is broken or missing, and what mends it."""
+"""The results of `transom doctor` as data: devices, trials, what is broken or missing, and the fixes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transom.plugins import PluginFailure
 
 PATIENCE = 180.0
-"""Seconds that one trial may take."""
+"""Timeout of one trial, in seconds."""
 EXTRAS: Mapping[str, tuple[str, str]] = {
     "openvino": ("openvino", "x86-64 CPUs"),
     "chat": ("prompt_toolkit", "history and multi-line input in transom chat"),
@@ -30,7 +30,7 @@ EXTRAS: Mapping[str, tuple[str, str]] = {
     "families": ("mobius", "architectures that Transom does not build itself"),
     "verify": ("transformers", "transom verify"),
 }
-"""Extra -> (module that it brings, what for)."""
+"""Extra -> (module that it installs, purpose)."""
 PACKAGES = (
     *("transom", "numpy", "onnx", "onnx-ir", "tokenizers", "gguf", "safetensors", "jinja2", "click", "rich", "pluggy"),
     *("openvino", "prompt-toolkit", "llguidance", "torch", "transformers", "mobius-onnx", "onnxruntime"),
@@ -39,14 +39,14 @@ PACKAGES = (
 
 @dataclass(frozen=True)
 class Trial:
-    """What came of running a tiny model on one device by one backend."""
+    """The result of running a tiny model on one device with one backend."""
 
     backend: str
     device: str
     outcome: str
     """`"works"`, `"fails"`, or `"not tried"`."""
     says: str
-    """What the backend offers, or the cause of the failure."""
+    """The reason of the backend's offer, or the cause of the failure."""
     fix: str = ""
     seconds: float = 0.0
     details: tuple[str, ...] = ()
@@ -54,7 +54,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """Everything that a support case needs."""
+    """Everything needed for a support request."""
 
     devices: tuple[Device, ...]
     source: str
@@ -64,7 +64,7 @@ class Diagnosis:
     refusals: tuple[tuple[str, Refusal], ...]
     failures: tuple[PluginFailure, ...]
     missing: Mapping[str, str]
-    """Extra that is not installed -> what it is for."""
+    """Extra that is not installed -> its purpose."""
     cache: Mapping[str, Any]
     system: Mapping[str, str]
     packages: Mapping[str, str]
@@ -73,11 +73,11 @@ class Diagnosis:
 
     @property
     def works(self) -> bool:
-        """Whether a model can be run at all; where nothing was tried, whether anything is offered."""
+        """Whether any model can run; if nothing was tried, whether any backend made an offer."""
         return any(trial.outcome in ("works", "not tried") for trial in self.trials)
 
     def fixes(self) -> list[str]:
-        """What to do, most needed first, each once; empty when nothing is wrong."""
+        """The fixes, most important first and without duplicates; empty when nothing is wrong."""
         found = [f.fix for f in self.failures]
         found += [t.fix for t in self.trials if t.outcome == "fails"]
         found += [r.fix for _, r in self.refusals if r.code != "wrong_device"]
@@ -90,7 +90,7 @@ class Diagnosis:
         return [fix for fix in dict.fromkeys(found) if fix]
 
     def to_dict(self) -> dict[str, Any]:
-        """A probe file with everything else beside the devices."""
+        """A probe file with the other results beside the devices."""
         return {
             **to_json(self.devices),
             "source": self.source,
@@ -109,16 +109,16 @@ class Diagnosis:
 
 
 def diagnose(probe_file: Path | None = None, progress: Progress | None = None) -> Diagnosis:
-    """Look at everything, and try a tiny model on each device by each backend that offers.
+    """Collect everything, and try a tiny model on each device with each backend that makes an offer for it.
 
     Args:
-        probe_file: devices from a file; they are not here, so nothing is tried on them.
+        probe_file: read the devices from this file. They are not in this machine, so nothing is tried on them.
     """
     from transom.loading.machine import survey
     from transom.preparation.plugin_operators import register_operators
 
     machine = survey(probe_file)
-    register_operators(machine.plugins)  # asked for here, as it may find more that is broken
+    register_operators(machine.plugins)  # may add failures of plugins
     here = {d.id: d for d in machine.devices if d.kind != "remote"}
     answers = [(name, answer) for name, answer in machine.answers if answer.device_id in here]
     tried = machine.found.source == "this machine"
@@ -160,12 +160,12 @@ def _try(backend: str, device: Device, offer: Offer, progress: Progress | None) 
     more: tuple[str, ...] = ()
     if isinstance(error, TransomError):
         cause, fix, more = error.cause, error.fix, error.details
-    fix = fix or f"Leave it out with --backend and another name, or report it to the authors of {backend}"
+    fix = fix or f"Choose another backend with --backend, or report it to the authors of {backend}"
     return Trial(backend, device.id, "fails", cause, fix, result.seconds, more)
 
 
 def _cache() -> dict[str, Any]:
-    """Where the cache is, whether it can be written, and how full it is."""
+    """Path of the cache, whether it can be written, and its size."""
     from transom.artifacts import Cache
     from transom.errors import TransomError
 
@@ -194,7 +194,7 @@ def _system() -> dict[str, str]:
 
 
 def package_versions() -> dict[str, str]:
-    """Versions of the packages that matter here, as far as they are installed."""
+    """Versions of the relevant packages that are installed."""
     return {name: version for name in PACKAGES if (version := _version(name))}
 
 

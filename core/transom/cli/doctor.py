@@ -1,4 +1,4 @@
-"""`transom doctor`: what works on this machine, what does not, and the command that mends it."""
+"""`transom doctor`: what works on this machine, what does not, and the command that fixes it."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ Examples:
   transom doctor --json > support-case.json
   transom devices --probe-file support-case.json
 
-Exit status 0 also when some device does not work, 2 when nothing can run.
+The exit status is 0 even if some device does not work, and 2 if no model can run at all.
 """
 )
 @PROBE_FILE
 @JSON
 def doctor(probe_file: str | None, as_json: bool) -> int:
-    """Run a tiny model on each device and say what works.
+    """Run a tiny model on each device and report what works.
 
-    Each backend that offers to use a device compiles, loads and runs a tiny random decoder there, in a child process,
-    and its answer is compared with the reference's.
+    Each backend that makes an offer for a device compiles, loads and runs a tiny random decoder there in a child
+    process. Its output is compared with that of the reference.
     """
     from pathlib import Path
 
@@ -71,10 +71,10 @@ def _print(found: Diagnosis) -> None:
         who = f"{trial.backend} on {trial.device}"
         took = f" ({trial.seconds:.1f} s)" if trial.seconds else ""
         click.echo(f"  {click.style(f'{mark:<5}', fg=colour)} {who:<{width}}  {trial.says}{took}")
-        for line in [line for line in trial.details if line.strip()][:4]:  # a crash has more to say, in the JSON
+        for line in [line for line in trial.details if line.strip()][:4]:  # all of them are in the JSON
             click.secho(f"        {line}", dim=True)
     if not found.trials:
-        click.echo("  none offers to run on any of these devices")
+        click.echo("  none can run on any of these devices")
     for name, refusal in found.refusals:
         fix = f" ({refusal.fix})" if refusal.fix else ""
         click.echo(f"  {'-':<5} {name} on {refusal.device_id}: {refusal.reason}{fix}")
@@ -96,11 +96,11 @@ def _print(found: Diagnosis) -> None:
             click.echo(f"  {what}: pip install 'transom[{extra}]'")
 
     if fixes := found.fixes():
-        heading("\nTo mend")
+        heading("\nTo fix")
         for fix in fixes:
             click.echo(f"  {fix}")
     elif found.source != "this machine":
-        heading("\nNothing was tried: these devices are from a file")
+        heading("\nNothing was tried: the devices come from a file")
     else:
-        heading("\nAll is well")
+        heading("\nEverything works")
         click.echo('  transom run MODEL "Hello"')

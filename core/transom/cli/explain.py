@@ -1,4 +1,4 @@
-"""`transom explain`: every backend against every kind of node, before compiling."""
+"""`transom explain`: which nodes of a model each backend can run, without compiling."""
 
 from __future__ import annotations
 
@@ -25,15 +25,17 @@ Examples:
 )
 @MODEL
 @DEVICE
-@click.option("--nodes", is_flag=True, help="Also each node that does not run as it is; with --json all are there.")
+@click.option(
+    "--nodes", is_flag=True, help="Also list each node that does not run directly; --json always contains all."
+)
 @SPARSITY
 @PROBE_FILE
 @JSON
 def explain(model: str, device: str, nodes: bool, sparsity: str, probe_file: str | None, as_json: bool) -> None:
-    """Show every backend against every kind of node, with the reason where it says no.
+    """Show which nodes of a model each backend can run, and the reason for each refusal.
 
-    Nothing is compiled. Counts come first: how many nodes of which operator run, run in standard operators, or are
-    refused.
+    Nothing is compiled. The summary counts, for each operator, the nodes that run directly, run after decomposition
+    into standard operators, or are refused.
     """
     import transom
     from transom.plugins import load_plugins

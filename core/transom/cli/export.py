@@ -1,4 +1,4 @@
-"""`transom export`: a model compiled for a device that need not be here, as a folder to carry there."""
+"""`transom export`: compiles a model for another device and writes it as a folder (a bundle)."""
 
 from __future__ import annotations
 
@@ -40,18 +40,18 @@ Examples:
 @click.argument("model", type=click.Path(), required=False)
 @click.option(
     "--target", metavar="NAME", shell_complete=complete_device,
-    help="The device to compile for: one of this machine, or another one that `--target list` shows; or several with "
+    help="The device to compile for: one of this machine, or one that `--target list` shows; several are separated by "
     "commas.",
 )  # fmt: skip
 @click.option(
     "--plan", "planned", is_flag=True,
-    help="Only say what would be written, and how fast it could be: nothing is compiled, checked or written.",
+    help="Print what would be written and how fast it could run, without compiling, checking or writing.",
 )  # fmt: skip
-@click.option("--out", metavar="DIR", type=click.Path(), help="The folder to write; new, or empty.")
-@click.option("--overwrite", is_flag=True, help="Replace the bundle that is in it.")
+@click.option("--out", metavar="DIR", type=click.Path(), help="The folder to write; it must be new or empty.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing bundle in the folder.")
 @click.option(
     "--format", default="auto", metavar="NAME",
-    help="What to compile to: the name of a backend that --target list shows, or several with commas. [default: the "
+    help="The format: the name of a backend that --target list shows; several are separated by commas. [default: the "
     "best]",
 )  # fmt: skip
 @CONTEXT
@@ -59,17 +59,17 @@ Examples:
 @SPARSITY
 @click.option(
     "--text", "calibration", multiple=True, metavar="FILE", type=click.Path(),
-    help="A text like those the model will read, for backends that round activations; may be repeated. "
+    help="A text similar to the model's real input, for backends that quantize activations; can be repeated. "
     "[default: documentation and code from Python itself]",
 )  # fmt: skip
 @VERIFY
 @click.option(
     "--max-kl", type=float, metavar="NATS",
-    help="Write nothing if the logits diverge by more from the reference's, where an emulator here can tell.",
+    help="Write nothing if the logits diverge from the reference by more than this, where an emulator can measure it.",
 )  # fmt: skip
 @click.option(
     "--app", metavar="FILE", type=click.Path(),
-    help="An APK, AAR, app bundle or folder: write nothing unless it has the native libraries that are needed.",
+    help="An APK, AAR, app bundle or folder: write nothing unless it contains the required native libraries.",
 )  # fmt: skip
 @PROBE_FILE
 @JSON
@@ -83,10 +83,10 @@ def export(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Compile MODEL for a device and write it as a bundle: a folder that `transom run` opens where that device is.
+    """Compile MODEL for a device and write it as a bundle: a folder that `transom run` opens on that device.
 
-    A bundle for a device of this machine is compared with the reference before it is written; another one too, where an
-    emulator is here, and again where it is first loaded.
+    A bundle for a device of this machine, or for one that has an emulator here, is compared with the reference before
+    it is written. Every bundle is compared again when it is first loaded.
     """
     import transom
     from transom.errors import OptionError
@@ -98,16 +98,17 @@ def export(
         from transom.bundles.targets import known_targets
 
         raise OptionError(
-            "There is no device to compile for",
-            f"Name one with --target: {', '.join(known_targets(probe_file))}. Who compiles for which: --target list",
+            "No target is given",
+            f"Name one with --target: {', '.join(known_targets(probe_file))}. "
+            "To see which backend compiles for which: --target list",
         )
     if model is None:
-        raise OptionError("There is no model to export", "Give it first, as in: transom export model.gguf --target cpu")
+        raise OptionError("No model is given", "Give it first, as in: transom export model.gguf --target cpu")
     if planned:
         _plan(model, target, probe_file, as_json, options)
         return
     if out is None:
-        raise OptionError("There is no folder to write the bundle into", "Name it with --out DIR")
+        raise OptionError("No output folder is given", "Name it with --out DIR")
     with ProgressLine(stage="read") as progress:
         made = transom.export(
             model,
@@ -142,7 +143,7 @@ def _print(made: Exported) -> None:
 
 
 def _list(probe_file: str | None, as_json: bool) -> None:
-    """Every target, with the backends that compile for it or else what would make one."""
+    """Print every target with the backends that compile for it, or with the reasons why none does."""
     from transom.bundles.targets import targets
     from transom.contract import Offer
 
@@ -158,13 +159,13 @@ def _list(probe_file: str | None, as_json: bool) -> None:
 
 
 def _way(answers: Sequence[tuple[str, Offer | Refusal]]) -> str:
-    """Why no backend compiles for a target, and what would help; of those that could, where there are such."""
+    """Why no backend compiles for a target, and the fixes, limited to the backends made for it if there are any."""
     from transom.contract import Refusal
 
     refused = [(name, answer) for name, answer in answers if isinstance(answer, Refusal)]
     close = [(name, answer) for name, answer in refused if answer.code != "wrong_device"]
     if not close:
-        return "none: no backend that is installed is made for it"
+        return "none: no installed backend is made for it"
     return "none: " + "; ".join(f"{n}: {a.reason}" + (f" ({a.fix})" if a.fix else "") for n, a in close)
 
 

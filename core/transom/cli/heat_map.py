@@ -1,4 +1,4 @@
-"""Heat maps of what sparse attention reads, layer by position: as a picture, and as a page that needs no network."""
+"""Heat maps of the keys that sparse attention reads, layer by position, as a PNG or a self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _PAGE = """<!doctype html>
   td:hover { outline: 2px solid black; }
 </style>
 <h1>{{ title }}</h1>
-<p>{{ about }} Rows are layers, the first on top; columns are parts of the prompt. Point at one for its number.</p>
+<p>{{ about }} Rows are layers, the first on top; columns are parts of the prompt. Hover over a cell for its value.</p>
 <table>
 {%- for row in rows %}
 <tr><th>{{ loop.index0 }}</th>
@@ -39,31 +39,31 @@ _PAGE = """<!doctype html>
 
 
 def check(path: Path) -> Path:
-    """The file of a heat map.
+    """The path itself, if a heat map can be written there.
 
     Raises:
-        OptionError: its ending is none of a heat map's, or its folder is not there.
-        MissingExtra: a picture needs matplotlib.
+        OptionError: the suffix is neither .png nor .html, or the folder does not exist.
+        MissingExtra: a PNG needs matplotlib, which is not installed.
     """
     if path.suffix.lower() not in ENDINGS:
-        raise OptionError(f"{path.name} is no name of a heat map", f"End it in {' or '.join(ENDINGS)}")
+        raise OptionError(f"{path.name} is not a file name for a heat map", f"Use the suffix {' or '.join(ENDINGS)}")
     if not path.parent.is_dir():
-        raise OptionError(f"There is no folder {path.parent}", "Make it, or choose another file")
+        raise OptionError(f"There is no folder {path.parent}", "Create it, or choose another file")
     if path.suffix.lower() == ".png":
         try:
             import matplotlib.figure  # noqa: F401
         except ImportError:
-            raise MissingExtra("A heat map as a picture needs matplotlib", "plot") from None
+            raise MissingExtra("A heat map as PNG needs matplotlib", "plot") from None
     return path
 
 
 def draw(found: Densities, path: Path, title: str) -> None:
-    """Write a heat map; the ending of the file decides the form.
+    """Write a heat map in the format of the file's suffix.
 
     Raises:
         OSError: it cannot be written.
     """
-    about = f"Share of the keys that each layer reads; {found.by_layer.mean():.3f} on the mean of layers and positions."
+    about = f"Share of the keys that each layer reads; mean over layers and positions: {found.by_layer.mean():.3f}."
     if path.suffix.lower() == ".png":
         _picture(found, path, title, about)
     else:
@@ -101,5 +101,5 @@ def _page(found: Densities, title: str, about: str) -> str:
 
 
 def _colour(share: float) -> str:
-    """From white, nothing, to dark blue, everything."""
+    """A color from white (0) to dark blue (1)."""
     return f"hsl(222 70% {97 - 67 * min(max(share, 0.0), 1.0):.0f}%)"

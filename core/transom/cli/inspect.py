@@ -1,4 +1,4 @@
-"""`transom inspect`: what a model is made of, and the memory it needs."""
+"""`transom inspect`: a model's architecture, tensors, and the memory it needs."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ Examples:
 @MODEL
 @JSON
 def inspect(model: str, as_json: bool) -> None:
-    """Show a model's architecture, sizes, quantisation and memory.
+    """Show a model's architecture, sizes, quantization and memory.
 
-    Reads headers only: no weights, and nothing is compiled.
+    Reads headers only, no weights, and compiles nothing.
     """
     from transom.cli.inspection import inspect_model
 

@@ -1,4 +1,4 @@
-"""What a model file says about itself, as data: for `transom inspect`. No weights are read."""
+"""The results of `transom inspect` as data, read from a model file without its weights."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ class TypeTotals:
 
 @dataclass(frozen=True)
 class SequenceMemory:
-    """What one sequence of a length takes, weights included."""
+    """Memory of one sequence at a context length, in bytes."""
 
     context: int
     """Tokens."""
     cache_f16: int
     cache_f32: int
     total_f16: int
-    """Weights as they are stored and a cache in half precision; working space comes on top."""
+    """Weights as stored and a cache in half precision, without working space."""
     total_f32: int
 
 
@@ -52,15 +52,15 @@ class Inspection:
     path: str
     file_bytes: int | None
     architecture: str
-    """As the file names it."""
+    """The name in the file."""
     decoder: Decoder | None
     parameters: int
     weight_bytes: int
-    """As the neutral graph keeps them."""
+    """Bytes of the weights in the neutral graph."""
     stored: tuple[TypeTotals, ...]
-    """Tensors as the file has them; empty where the source does not say."""
+    """Tensors in the file; empty if the source does not list them."""
     kept: tuple[TypeTotals, ...]
-    """Weights as the neutral graph has them: what backends see."""
+    """Weights in the neutral graph, as backends see them."""
     tokenizer: dict[str, Any] | None
     templates: tuple[str, ...]
     """Names of chat templates."""
@@ -81,7 +81,7 @@ def inspect_model(model: str, progress: Progress | None = None) -> Inspection:
     """Open a model and describe it.
 
     Raises:
-        SourceError: it cannot be read, or its architecture is not known.
+        SourceError: it cannot be read, or its architecture is unknown.
     """
     source, plugins = resolve(model), load_plugins()
     register_operators(plugins)  # before a graph that uses them is read
@@ -114,7 +114,7 @@ def inspect_model(model: str, progress: Progress | None = None) -> Inspection:
 
 
 def sequence_memory(decoder: Decoder) -> Iterator[SequenceMemory]:
-    """Memory at 512 tokens and at each fourfold of 1024, up to what the model was made for."""
+    """Memory at 512 tokens, at 1024 and each fourfold of it below the model's context, and at that context."""
     lengths = [512, *(1024 * 4**i for i in range(16))]
     for context in [*(n for n in lengths if n < decoder.context), decoder.context]:
         half, full = decoder.cache_bytes(context, 2), decoder.cache_bytes(context, 4)
@@ -122,13 +122,13 @@ def sequence_memory(decoder: Decoder) -> Iterator[SequenceMemory]:
 
 
 def _kept(graph: Graph) -> Iterator[tuple[str, int, int]]:
-    """(type, parameters, bytes) of each weight; the parts of a quantised one count once."""
+    """(type, parameters, bytes) of each weight; the parts of a quantized one count once."""
     from transom.graph.builder import WEIGHT_META
     from transom.graph.weights import Blocked, Dense
 
     seen: set[int] = set()
     values = list(graph.model.graph.initializers.values())
-    built = any(WEIGHT_META in value.meta for value in values)  # then what is not marked is a constant
+    built = any(WEIGHT_META in value.meta for value in values)  # then unmarked values are constants
     for value in values:
         weight, tensor = value.meta.get(WEIGHT_META), value.const_value
         if isinstance(weight, Blocked | Dense):
@@ -139,12 +139,12 @@ def _kept(graph: Graph) -> Iterator[tuple[str, int, int]]:
             for size in weight.shape:
                 count *= size
             yield _form(weight), count, weight.nbytes
-        elif tensor is not None and not built and tensor.size > 16:  # less is hardly a weight
+        elif tensor is not None and not built and tensor.size > 16:  # smaller ones are constants
             yield str(tensor.dtype).lower(), tensor.size, tensor.nbytes
 
 
 def _operators(graph: Graph) -> dict[str, int]:
-    """Nodes of each operator, most first."""
+    """Number of nodes by operator, most frequent first."""
     return dict(Counter(f"{n.domain}::{n.op_type}" if n.domain else n.op_type for n in graph.nodes()).most_common())
 
 
@@ -172,7 +172,7 @@ def _kinds(tensors: Iterable[tuple[str, int, int]]) -> list[TypeTotals]:
 
 
 def _bytes_of(path: Path) -> int:
-    """Of a file, or of everything in a directory."""
+    """Size of a file, or of all files in a directory."""
     if not path.is_dir():
         return path.stat().st_size
     return sum(p.stat().st_size for p in path.rglob("*") if p.is_file())

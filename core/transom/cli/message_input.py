@@ -1,6 +1,6 @@
-"""Where the messages of `transom chat` come from: prompt_toolkit, the plain `input`, or the lines of a pipe.
+"""Readers of the messages of `transom chat`: prompt_toolkit, plain `input`, or the lines of a pipe.
 
-Each yields one message at a time; `None` is the end of input, and KeyboardInterrupt is the user's.
+Each returns one message at a time, or None at the end of input. KeyboardInterrupt is passed on.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ PROMPT = "> "
 
 class MessageReader(Protocol):
     hint: str
-    """What is missing, and how to get it; empty where nothing is."""
+    """Which optional package is missing and how to install it; empty if none is."""
 
     def ask(self) -> str | None:
         """The next message; None at the end of input. Raises KeyboardInterrupt."""
@@ -28,7 +28,7 @@ class MessageReader(Protocol):
 
 @contextmanager
 def without_echo() -> Iterator[None]:
-    """What is typed meanwhile is kept for the next message and not shown in the middle of the answer."""
+    """Turn off terminal echo, so that text typed during an answer appears only with the next message."""
     try:
         import termios
     except ImportError:  # Windows
@@ -49,7 +49,7 @@ def without_echo() -> Iterator[None]:
 
 
 def history_file() -> Path | None:
-    """Where the history of messages is kept, readable by the user alone; None where that cannot be."""
+    """The file for the history of messages, readable by the user only; None if it cannot be created."""
     from platformdirs import user_state_path
 
     path = user_state_path("transom", appauthor=False) / "chat_history"
@@ -62,11 +62,11 @@ def history_file() -> Path | None:
 
 
 def message_reader(commands: Sequence[str], status: Callable[[], str]) -> MessageReader:
-    """The best way to ask here.
+    """The best reader for this standard input.
 
     Args:
-        commands: words that begin with `/`, to be completed.
-        status: one line for the bottom of the screen.
+        commands: words starting with `/` that can be completed.
+        status: returns the line at the bottom of the screen.
     """
     if not (is_terminal(sys.stdin) and is_terminal(sys.stdout)):
         return PipedLines()
@@ -77,7 +77,7 @@ def message_reader(commands: Sequence[str], status: Callable[[], str]) -> Messag
 
 
 class PipedLines:
-    """One message for each line of standard input; for scripts. A line that ends with a backslash goes on."""
+    """For scripts: each line of standard input is a message. A backslash at the end continues a line."""
 
     hint = ""
 
@@ -103,7 +103,7 @@ class PipedLines:
 
 
 class PlainInput:
-    """`input()`, with line editing where Python has it."""
+    """`input()`, with line editing if Python has readline."""
 
     hint = "For history, multi-line messages and completion: pip install 'transom[chat]'"
 
@@ -126,7 +126,7 @@ class PlainInput:
 
 
 class PromptToolkit:
-    """Editing with history, completion of commands, Alt-Enter or Esc-Enter for a new line, and pasted lines kept."""
+    """Line editing with history, command completion, Alt-Enter or Esc-Enter for a new line, and multi-line paste."""
 
     hint = ""
 

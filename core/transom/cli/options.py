@@ -1,4 +1,4 @@
-"""Options that several commands share, and what they mean to `transom.load` and to a generation."""
+"""Options that several commands share, and their conversion to arguments of `transom.load` and of a generation."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 PRECISIONS = ("auto", "exact", "fast", "f32", "bf16", "f16", "int8", "fp8", "int4")
 VERIFIES = ("auto", "off", "always")
-"""As `transom.api.load` has them; repeated here because `--help` must not import it."""
+"""The values of `transom.api.load`, repeated here because `--help` must not import it."""
 
 
 def _starting_with(incomplete: str, names: Iterable[str]) -> list[str]:
@@ -42,26 +42,28 @@ DEVICE = click.option(
     default="auto",
     show_default=True,
     shell_complete=complete_device,
-    help="An id from `transom devices`, or several with commas between them; named, it never falls back.",
+    help="An id from `transom devices`, or several separated by commas. A named device never falls back to another.",
 )
 BACKEND = click.option(
     "--backend",
     default="auto",
     show_default=True,
     shell_complete=complete_backend,
-    help="A name from `transom backends`; named, it never falls back.",
+    help="A name from `transom backends`. A named backend never falls back to another.",
 )
-CONTEXT = click.option("--context", type=int, help="Tokens of prompt and answer together. [default: the model's own]")
+CONTEXT = click.option(
+    "--context", type=int, help="Maximum tokens of prompt and answer together. [default: the model's own]"
+)
 
 
 def _precision(default: str) -> Callable[[F], F]:
     return click.option(
-        "--precision", type=click.Choice(PRECISIONS), default=default, show_default=True, help="What to compute in."
+        "--precision", type=click.Choice(PRECISIONS), default=default, show_default=True, help="Compute precision."
     )
 
 
 PRECISION = _precision("auto")
-THREADS = click.option("--threads", type=int, help="Processor threads. [default: every core this process may use]")
+THREADS = click.option("--threads", type=int, help="CPU threads. [default: all cores available to this process]")
 SPARSITY = click.option(
     "--sparsity",
     metavar="NAME|FILE|SHARE",
@@ -75,10 +77,12 @@ VERIFY = click.option(
     type=click.Choice(VERIFIES),
     default="auto",
     show_default=True,
-    help="Compare the compiled model with the reference; auto: once on each device.",
+    help="Compare the compiled model with the reference. auto: once on each device.",
 )
 PROBE_FILE = click.option(
-    "--probe-file", type=click.Path(dir_okay=False), help="Devices from this file; `transom doctor --json` writes one."
+    "--probe-file",
+    type=click.Path(dir_okay=False),
+    help="Read the devices from this file, as `transom doctor --json` writes it.",
 )
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
@@ -86,24 +90,32 @@ _LOADING = (DEVICE, BACKEND, CONTEXT, PRECISION, THREADS, SPARSITY, VERIFY, PROB
 _LOAD_NAMES = ("device", "backend", "context", "precision", "threads", "sparsity", "verify", "probe_file")
 
 _SAMPLING = (
-    click.option("--max-tokens", "max_new_tokens", type=int, help="Most tokens to generate. [default: what fits]"),
-    click.option("--temperature", type=float, help="0: always the likeliest token. [default: the model's own, or 0]"),
-    click.option("--top-k", type=int, help="Draw among the k likeliest tokens; 0: off."),
-    click.option("--top-p", type=float, help="Draw among the likeliest tokens that make up this share; 1: off."),
-    click.option("--min-p", type=float, help="Drop tokens below this share of the likeliest; 0: off."),
-    click.option("--repetition-penalty", type=float, help="Above 1: tokens already there get less likely."),
-    click.option("--presence-penalty", type=float, help="Subtracted once for tokens that the answer holds."),
-    click.option("--frequency-penalty", type=float, help="Subtracted for each time that the answer holds a token."),
-    click.option("--seed", type=int, help="Same seed, same model, same device: same answer."),
-    click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this text; may be repeated."),
     click.option(
-        "--stop-token-id", "stop_token_ids", type=int, multiple=True, help="End after this token; may be repeated."
+        "--max-tokens", "max_new_tokens", type=int, help="Maximum number of tokens to generate. [default: what fits]"
+    ),
+    click.option("--temperature", type=float, help="Sampling temperature; 0: greedy. [default: the model's own, or 0]"),
+    click.option("--top-k", type=int, help="Sample from the k most likely tokens; 0: off."),
+    click.option(
+        "--top-p", type=float, help="Sample from the most likely tokens that sum to this probability; 1: off."
+    ),
+    click.option("--min-p", type=float, help="Drop tokens below this fraction of the highest probability; 0: off."),
+    click.option(
+        "--repetition-penalty", type=float, help="Above 1: makes tokens of the prompt and answer less likely."
+    ),
+    click.option("--presence-penalty", type=float, help="Subtracted from the logit of each token in the answer."),
+    click.option(
+        "--frequency-penalty", type=float, help="Subtracted from a token's logit for each occurrence in the answer."
+    ),
+    click.option("--seed", type=int, help="Random seed. Same seed, model and device: same answer."),
+    click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this text; can be repeated."),
+    click.option(
+        "--stop-token-id", "stop_token_ids", type=int, multiple=True, help="End after this token; can be repeated."
     ),
     click.option("--logit-bias", multiple=True, metavar="ID=NUMBER", help="Add to a token's logit; -inf bans it."),
-    click.option("--ignore-eos", is_flag=True, help="Go on after the model's end of text."),
-    click.option("--json-schema", metavar="FILE|JSON", help="The answer is JSON that fits this schema."),
+    click.option("--ignore-eos", is_flag=True, help="Continue after the model's end-of-text token."),
+    click.option("--json-schema", metavar="FILE|JSON", help="The answer is JSON that conforms to this schema."),
     click.option("--regex", help="The answer matches this regular expression as a whole."),
-    click.option("--choice", multiple=True, metavar="TEXT", help="The answer is one of these; may be repeated."),
+    click.option("--choice", multiple=True, metavar="TEXT", help="The answer is one of these; can be repeated."),
     click.option("--grammar", metavar="FILE|TEXT", help="The answer follows this Lark or GBNF grammar."),
 )
 _SAMPLING_NAMES = (
@@ -121,7 +133,7 @@ def loading(command: F) -> F:
 
 
 def loading_exactly(command: F) -> F:
-    """As `loading`, for a command that computes exactly unless it is told otherwise."""
+    """As `loading`, for a command whose default precision is `exact`."""
     for option in reversed([_precision("exact") if o is PRECISION else o for o in _LOADING]):
         command = option(command)
     return command
@@ -140,12 +152,12 @@ def sampling(command: F) -> F:
 
 
 def sampling_arguments(options: dict[str, Any], **more: Any) -> dict[str, Any]:
-    """Take the options of a generation out of a command's options, read and checked; only those that were given.
+    """Take the options of a generation that were given out of a command's options, parsed and checked.
 
     `more`: further fields of `SamplingParams`.
 
     Raises:
-        OptionError: a value that no model could follow, so that it is refused before a model is loaded.
+        OptionError: a value is invalid for every model; this is checked before a model is loaded.
     """
     from transom.generation.params import resolve
 
@@ -174,7 +186,7 @@ def _bias(text: str) -> tuple[int, float]:
 
 
 def _schema(value: str) -> Any:
-    """JSON out of the argument itself, or out of the file that it names."""
+    """JSON from the argument itself, or from the file that it names."""
     import json
 
     from transom.errors import OptionError
@@ -185,7 +197,7 @@ def _schema(value: str) -> Any:
     try:
         return json.loads(text)
     except ValueError as e:
-        raise OptionError(f"{where} is not JSON: {e}", "Give a JSON schema, or the file that holds one") from None
+        raise OptionError(f"{where} is not JSON: {e}", "Give a JSON schema, or a file that contains one") from None
 
 
 def _grammar(value: str) -> str:

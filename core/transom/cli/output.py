@@ -1,4 +1,4 @@
-"""Printing: JSON, tables and answers on stdout; progress, warnings and the line after an answer on stderr."""
+"""Output: JSON, tables and answers on stdout; progress, warnings and statistics on stderr."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ if TYPE_CHECKING:
     from transom.generation.streams import Stream
 
 PATIENCE = 0.6
-"""Seconds before progress is shown on a terminal: quick work stays silent."""
+"""Seconds before progress is shown on a terminal."""
 LONG = 2.0
-"""Seconds that a stage lasts before it is worth a line where stderr is a file."""
+"""Seconds before a stage gets a line where stderr is not a terminal."""
 
 _STAGES = {
     "start": "Starting a child process",
     "wait": "Waiting for another process that compiles the same model",
-    "hash": "Reading the file to name its content",
+    "hash": "Hashing the file",
     "read": "Reading the model",
     "lower": "Preparing the weights",
     "compile": "Compiling",
     "compute": "Computing",
     "compare": "Comparing",
-    "reference": "Computing the reference's answer",
+    "reference": "Computing the reference output",
     "check": "Comparing with the reference",
     "measure": "Measuring the device",
     "write": "Writing the compiled model",
@@ -41,15 +41,15 @@ _STAGES = {
     "prompt": "Reading the prompt",
     "calibrate": "Measuring the heads",
     "observe": "Measuring the activations",
-    "round": "Rounding the weights",
-    "requantize": "Rounding the weights",
+    "round": "Quantizing the weights",
+    "requantize": "Quantizing the weights",
     "build": "Building the engine",
 }
 _said: set[str] = set()
 
 
 def stage_text(stage: str) -> str:
-    """What a stage does, for people; a backend may have stages of its own."""
+    """The displayed text of a stage; a backend may have stages of its own."""
     return _STAGES.get(stage, stage[:1].upper() + stage[1:])
 
 
@@ -88,7 +88,7 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[str]], *, right: Seque
         shown.add_column(header, justify="right" if i in right else "left", overflow="fold")
     for row in rows:
         shown.add_row(*(Text(cell) for cell in row))
-    # Into a string first: rich has ways of its own to deal with a reader that went away.
+    # Print into a string first, because rich handles a closed pipe in its own way.
     text = StringIO()
     terminal = is_terminal(sys.stdout)
     width = shutil.get_terminal_size().columns if terminal else 200
@@ -101,36 +101,36 @@ def heading(text: str) -> None:
 
 
 def warn(text: str) -> None:
-    """Say something on stderr that the user should act on, once a process."""
+    """Print a warning on stderr, once per process."""
     if text not in _said:
         _said.add(text)
         click.echo(f"{click.style('Warning:', fg='yellow')} {text}", err=True)
 
 
 class WarnHandler(logging.Handler):
-    """Log records of the package as warnings of the command line."""
+    """Shows log records of the package as warnings."""
 
     def emit(self, record: logging.LogRecord) -> None:
         warn(record.getMessage())
 
 
 def aside(text: str) -> None:
-    """A line beside the answer, on stderr and not as loud."""
+    """Print a dimmed line on stderr."""
     click.secho(text, err=True, dim=True)
 
 
 def is_terminal(stream: Any) -> bool:
     try:
         return bool(stream.isatty())
-    except (AttributeError, ValueError):  # closed, or replaced by something that is no file
+    except (AttributeError, ValueError):  # closed, or replaced by an object that is not a file
         return False
 
 
 class ProgressLine:
-    """A line on stderr while work takes longer than `PATIENCE`. A progress callback, and a `with` that clears it.
+    """A progress line on stderr for work that takes longer than `PATIENCE`: a progress callback and a context manager.
 
-    On a terminal the line shows stage, share and seconds, and goes away; elsewhere each stage that takes longer than
-    `LONG` is one line that stays.
+    On a terminal the line shows stage, share and seconds, and is cleared at the end. Elsewhere each stage that takes
+    longer than `LONG` is printed as one line.
     """
 
     def __init__(self, *, quiet: bool = False, stage: str = "") -> None:
@@ -166,11 +166,11 @@ class ProgressLine:
             click.echo(f"{stage_text(stage)} …", err=True)
 
     def prompt(self, done: int, total: int) -> None:
-        """A `PrefillProgress`: tokens of the prompt that were read."""
+        """A `PrefillProgress`: called with the tokens of the prompt that were processed."""
         self("prompt", done / total if total else None)
 
     def clear(self) -> None:
-        """Take the line away, for good."""
+        """Clear the line and show no more progress."""
         if self._end.is_set():
             return
         self._end.set()
@@ -205,24 +205,24 @@ class ProgressLine:
 
 
 class AnswerPrinter:
-    """Prints a stream as it comes. Where stdout is a terminal, control characters of the model are left out."""
+    """Prints a stream as it is generated. On a terminal, control characters in the model's output are dropped."""
 
     def __init__(self, progress: ProgressLine) -> None:
         self._progress = progress
         self._terminal = is_terminal(sys.stdout)
         self._last = "\n"
         self.stopped = False
-        """Whether Ctrl-C ended it. The stream's result then holds what was generated so far."""
+        """Whether Ctrl-C ended it. The stream's result then contains what was generated so far."""
 
     def print(self, stream: Stream) -> None:
-        """Print all pieces, those that were ready when Ctrl-C came included, and end the last line."""
+        """Print all pieces, including those that were ready when Ctrl-C came, and end the last line."""
         self._each(stream, self._write)
         if self._last != "\n":
             click.echo()
             self._last = "\n"
 
     def collect(self, stream: Stream) -> None:
-        """Generate all and print nothing."""
+        """Generate everything without printing."""
         self._each(stream, lambda piece: None)
 
     def _each(self, stream: Stream, use: Callable[[str], None]) -> None:

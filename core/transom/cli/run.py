@@ -1,6 +1,6 @@
-"""`transom run`: one prompt, one answer, and one line that says who answered and how fast.
+"""`transom run`: one prompt, one answer, and one line with backend, device and speed.
 
-On the warm start-up path: imports nothing that an answer does not need.
+On the warm start path: imports nothing that an answer does not need.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transom.generation.streams import Stream
 
 WORTH_KEEPING = 0.9
-"""A prompt cache that held this share of the prompt is not written anew."""
+"""A prompt cache that covered this share of the prompt is not rewritten."""
 
 
 @click.command(
@@ -36,16 +36,22 @@ Examples:
 )
 @MODEL
 @click.argument("prompt", required=False)
-@click.option("--raw", is_flag=True, help="Complete the text as it is, without the model's chat template.")
+@click.option("--raw", is_flag=True, help="Complete the text directly, without the model's chat template.")
 @click.option("--system", help="A system message before the prompt.")
 @click.option(
-    "--template-variable", "variables", multiple=True, metavar="NAME=VALUE", help="For the template; may be repeated."
+    "--template-variable",
+    "variables",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="A variable of the chat template; can be repeated.",
 )
-@click.option("--n", type=int, default=1, help="Answers to draw; more than one need a temperature above 0.")
-@click.option("--logprobs", type=int, help="With --json: log-probabilities of each token and of the N likeliest.")
+@click.option("--n", type=int, default=1, help="Number of answers; more than one needs a temperature above 0.")
+@click.option(
+    "--logprobs", type=int, help="With --json: log-probabilities of each token and of the N most likely alternatives."
+)
 @click.option(
     "--prompt-cache", type=click.Path(dir_okay=False), metavar="FILE",
-    help="Read the prompt from where it differs from what FILE holds, and write FILE where that was little.",
+    help="Reuse the part of the prompt that is cached in FILE; update FILE if that was less than 90%.",
 )  # fmt: skip
 @click.option("-q", "--quiet", is_flag=True, help="Nothing on stderr but errors.")
 @sampling
@@ -63,10 +69,10 @@ def run(
     as_json: bool,
     **options: Any,
 ) -> int:
-    """Answer PROMPT, or what is piped in (also with - as PROMPT), and exit.
+    """Answer PROMPT, or standard input (if piped, or if PROMPT is -), and exit.
 
-    MODEL is a GGUF file, a Hugging Face directory, or an ONNX file. The answer goes to stdout; the device, the backend,
-    why they were chosen and the speed go to stderr.
+    MODEL is a GGUF file, a Hugging Face directory, an ONNX file, or a bundle. The answer goes to stdout; device,
+    backend, the reason of the choice and the speed go to stderr.
     """
     import transom
     from transom.errors import OptionError
@@ -76,12 +82,14 @@ def run(
     generation = sampling_arguments(options, n=n, logprobs=logprobs)
     if raw and (system is not None or variables):
         raise OptionError(
-            "--raw uses no chat template, so --system and --template-variable have no place",
+            "--raw uses no chat template, so --system and --template-variable cannot be used with it",
             "Leave out --raw, or write everything into the prompt",
         )
     text = _prompt(prompt, keep=raw)
     if prompt_cache is not None and not os.path.isdir(os.path.dirname(prompt_cache) or "."):
-        raise OptionError(f"There is no folder for the prompt cache {prompt_cache}", "Make it, or choose another file")
+        raise OptionError(
+            f"There is no folder for the prompt cache {prompt_cache}", "Create it, or choose another file"
+        )
     with ProgressLine(quiet=quiet, stage="load") as progress:
         if not raw:
             require_sound_template(model)
@@ -123,10 +131,10 @@ def run(
 
 
 def _prompt(prompt: str | None, *, keep: bool) -> str:
-    """The prompt: the argument, or standard input. `keep` leaves the last line break of standard input where it is.
+    """The prompt: the argument, or standard input. `keep` preserves the last line break of standard input.
 
     Raises:
-        OptionError: there is none, or it is not UTF-8.
+        OptionError: there is no prompt, or it is not UTF-8.
     """
     from transom.errors import OptionError
 
@@ -145,7 +153,9 @@ def _prompt(prompt: str | None, *, keep: bool) -> str:
         if not keep:
             prompt = prompt.removesuffix("\n").removesuffix("\r")
     if not prompt and not keep:
-        raise OptionError("The prompt is empty", "Give it at least one character, or start from nothing with: --raw ''")
+        raise OptionError(
+            "The prompt is empty", "Give at least one character, or generate from an empty prompt with: --raw ''"
+        )
     return prompt
 
 
@@ -157,7 +167,7 @@ def _start(
     if raw or (model.chat_template is None and model.decoder is not None):
         if system is not None or variables:
             raise OptionError(
-                "The model has no chat template, so --system and --template-variable have no place",
+                "The model has no chat template, so --system and --template-variable cannot be used",
                 "Write everything into the prompt",
             )
         return model.stream(prompt, **options)
@@ -167,7 +177,7 @@ def _start(
 
 
 def _variables(texts: tuple[str, ...]) -> dict[str, Any]:
-    """NAME=VALUE as a mapping; a value that is JSON (true, 3, "x") counts as such."""
+    """NAME=VALUE as a mapping; values that are valid JSON (true, 3, "x") are parsed as JSON."""
     import json
 
     from transom.errors import OptionError

@@ -1,8 +1,8 @@
-"""A cold start by its parts, from the start of a fresh process to the first token. For `transom bench --startup`.
+"""Times the stages from the start of a fresh process to the first token, for `transom bench --startup`.
 
-`interpreter + imports`: until the command line has what `transom run` imports. `probe`, `read`, `compile`, `load`: as
-the report has them; `compile` is what the child process did, nothing on a warm start. `warm-up`: what the first request
-took longer than a second one. `first token`: that second one, from the call to its first token.
+`interpreter + imports`: until everything that `transom run` needs is imported. `probe`, `read`, `compile`, `load`: the
+stages of the report; `compile` is the child process, 0 on a warm start. `warm-up`: the extra time of the first request
+over a second one. `first token`: that second request, from the call to its first token.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ def measure(model: str, options: Mapping[str, Any], *, runs: int, empty_cache: b
     """Medians of the stages over `runs` fresh processes.
 
     Args:
-        options: of `transom.load`, JSON types.
-        empty_cache: each run compiles anew, in a cache of its own.
+        options: keyword arguments of `transom.load`, in JSON types.
+        empty_cache: compile again in each run, in a temporary cache.
 
     Raises:
-        TransomError: the model cannot be loaded as asked.
+        TransomError: the model cannot be loaded with these options.
     """
     results = []
     if not empty_cache:

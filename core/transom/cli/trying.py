@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 SEED = 20260101
-"""The same decoder each time, so that two reports of one machine can be compared."""
+"""Fixed, so that two reports of one machine can be compared."""
 
 
 def try_backend(payload: Mapping[str, Any], progress: Any) -> dict[str, Any]:

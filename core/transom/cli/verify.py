@@ -26,11 +26,11 @@ Exit status 0: they agree; 2: they differ, or could not be compared. Needs pip i
     "--as",
     "bound",
     type=click.Choice(("exact", "bf16", "int8", "int4")),
-    help="The least exact step that is allowed between the two. [default: what the backend computes in]",
+    help="Tolerance of the comparison, by the least precise type involved. [default: the backend's compute precision]",
 )
-@click.option("--prompts", type=click.IntRange(1), default=3, show_default=True, help="Random prompts.")
+@click.option("--prompts", type=click.IntRange(1), default=3, show_default=True, help="Number of random prompts.")
 @click.option("--longest", type=click.IntRange(8), default=48, show_default=True, help="Tokens of the longest prompt.")
-@click.option("--seed", type=click.IntRange(0), help="For the prompts. [default: a fresh one, which is shown]")
+@click.option("--seed", type=click.IntRange(0), help="Seed of the prompts. [default: random, and printed]")
 @loading_exactly
 def verify(
     model: str,
@@ -43,15 +43,15 @@ def verify(
 ) -> int:
     """Compare a model with transformers on random prompts.
 
-    Logits of prefill and of cached decoding, in one ragged batch, are held against those of transformers. An ONNX file
-    is held against its own graph, run by the NumPy reference. Unless --precision says otherwise the backend computes
-    exactly, so that the model is compared and not its rounding.
+    Logits of prefill and of cached decoding, in one ragged batch, are compared with those of transformers. An ONNX
+    file is compared with its own graph, run by the NumPy reference. The default precision is exact, so that the
+    comparison measures the model and not the quantization.
     """
     import transom
     from transom.evaluation.verify import verify_model
     from transom.sources import resolve
 
-    resolve(model)  # a wrong path, or a bundle, which has no other program, is said before anything is loaded
+    resolve(model)  # report a wrong path, or a bundle, which transformers cannot run, before loading
     with ProgressLine(stage="load") as progress:
         loaded = transom.load(model, **load_arguments(options), progress=progress)
         with loaded:
@@ -76,7 +76,7 @@ def verify(
 
 
 def _bound(precision: str) -> str:
-    """The bounds for what the backend says that it computes in; `exact` where it says nothing of rounding."""
+    """The bounds for the compute precision that the backend reports; `exact` if it names no lower one."""
     said = precision.lower()
     for words, bound in (
         (("int4", "4-bit"), "int4"),

@@ -103,9 +103,10 @@ class SamplingParams:
         put("logit_bias", _bias(self.logit_bias))
         self._check_guides(put)
         if self.n > 1 and self.greedy:
+            greedy = option("temperature", self.temperature or 0)
             raise OptionError(
-                f"n={self.n} with {option('temperature', self.temperature)} would give the same answer {self.n} times",
-                "Set temperature above 0, or n=1.",
+                f"{option('n', self.n)} with {greedy} would give the same answer {self.n} times",
+                f"Set temperature above 0, or {option('n', 1)}.",
             )
 
     def _check_guides(self, put: Any) -> None:

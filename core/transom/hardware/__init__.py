@@ -1,8 +1,8 @@
-"""The host's one probe: what hardware this machine has, and the catalogue of targets that are elsewhere.
+"""The probe of the host: the hardware of this machine, and the catalogue of remote targets.
 
-Backends judge the records made here and never detect again, so selection is a pure function of them. Each family of
-hardware has its file; each is cheap, imports what it needs only when something hints that the hardware exists, and
-says what it could not find out as a note instead of raising.
+Backends judge these device records and never detect hardware themselves, so selection is a pure function of them. Each
+hardware family has its own file. Each is cheap, imports what it needs only when there is a sign of the hardware, and
+reports failures as notes instead of raising.
 """
 
 from __future__ import annotations
@@ -42,19 +42,19 @@ class ProbeResult:
     devices: tuple[Device, ...]
     """The CPU first, then NVIDIA GPUs, other GPUs, NPUs."""
     notes: tuple[str, ...] = ()
-    """What stood in the way, with what to do about it: a driver that does not answer, a device without permission."""
+    """Problems and their fixes: a driver that does not answer, a device without permission."""
     source: str = "this machine"
     """`"this machine"` or the path of the probe file."""
 
 
 def probe(probe_file: Path | None = None) -> ProbeResult:
-    """Look at this machine, or read what another one's probe wrote.
+    """Probe this machine, or read a probe file.
 
     Args:
-        probe_file: a JSON file as `transom doctor --json` writes it; None: `TRANSOM_PROBE_FILE`, else this machine.
+        probe_file: a JSON file written by `transom doctor --json`; None: `TRANSOM_PROBE_FILE`, else this machine.
 
     Raises:
-        OptionError: the file cannot be read; names the file and the key.
+        OptionError: the file cannot be read; the message names the file and the key.
     """
     chosen = probe_file or os.environ.get("TRANSOM_PROBE_FILE", "").strip()
     if chosen:
@@ -74,7 +74,7 @@ def probe_devices(probe_file: Path | None = None) -> tuple[Device, ...]:
 
 
 def find(devices: Sequence[Device], name: str, notes: Sequence[str] = ()) -> Device:
-    """The device that a name means.
+    """The device with a name.
 
     Args:
         devices: what the probe found.
@@ -84,7 +84,7 @@ def find(devices: Sequence[Device], name: str, notes: Sequence[str] = ()) -> Dev
         notes: the probe's notes, shown when a device is missing.
 
     Raises:
-        OptionError: there is no such device; names the nearest one and lists those there are. Or devices that are no
+        OptionError: there is no such device; the message names the nearest and lists all. Or the devices cannot form a
             group, see `grouped`.
     """
     if SEPARATOR in name:
@@ -107,10 +107,10 @@ def find(devices: Sequence[Device], name: str, notes: Sequence[str] = ()) -> Dev
 
 
 def with_target(devices: Sequence[Device], name: str, notes: Sequence[str] = ()) -> tuple[Device, ...]:
-    """The devices that backends should be asked about when the user named one.
+    """The devices to ask the backends about when the user named one.
 
-    A remote target or a group is added to what the probe found; the catalogue is otherwise left out, so that nobody is
-    asked about thirty phones and cards in vain.
+    A named remote target or group is added to the result of the probe. The rest of the catalogue is left out, so that
+    backends are not asked about thirty phones and cards.
 
     Raises:
         OptionError: as `find`; never for `"auto"` or an empty name.

@@ -1,4 +1,4 @@
-"""What follows from an NVIDIA compute capability. Used for GPUs that are here and for those in the catalogue."""
+"""Features of an NVIDIA compute capability, for GPUs of this machine and of the catalogue."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SINCE: dict[str, tuple[int, int]] = {
 
 
 def cuda_features(major: int, minor: int, name: str = "") -> frozenset[str]:
-    """Features of a compute capability, after the tables of NVIDIA's CUDA programming guide and PTX manual.
+    """Features of a compute capability, from the tables of NVIDIA's CUDA programming guide and PTX manual.
 
     `wgmma` is Hopper's alone and `tcgen05` data-centre Blackwell's. The GTX 16 cards are sm_75 without tensor cores;
     only the name tells.

@@ -1,11 +1,11 @@
-"""How fast the memory of a known target can be read: transfers a second times the width of the bus, by data sheets.
+"""Memory bandwidth of known targets: transfers per second times bus width, from data sheets.
 
-A language model that writes one token after another reads nearly all of its weights for each, so this bounds its speed.
-It is the most that the chip or card takes: a phone may come with slower memory, and no engine reads it as fast as that.
+Decoding reads nearly all weights for each token, so the bandwidth bounds its speed. The value is the maximum of the
+chip or card: a phone may have slower memory, and no engine reaches it.
 
-Sources: of Snapdragons the memory clock in Qualcomm's product briefs, of which LPDDR makes two transfers a cycle, over
-four channels of 16 bits (eight in the X Elite); of NVIDIA's cards their data sheets and product pages, the fastest one
-where a name stands for several. LPDDR5X at "5300 MHz" is counted as 10600 million transfers; JEDEC's grade is 10667.
+Sources: for Snapdragons the memory clock in Qualcomm's product briefs, with two LPDDR transfers per cycle over four
+channels of 16 bits (eight in the X Elite); for NVIDIA cards their data sheets and product pages, the fastest one if a
+name stands for several. LPDDR5X at "5300 MHz" is counted as 10600 million transfers; JEDEC's grade is 10667.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from transom.hardware.catalogue import PREFIX
 
 @dataclass(frozen=True)
 class Bandwidth:
-    """The memory of a target and what its bus can carry."""
+    """The memory type of a target and the bandwidth of its bus."""
 
     memory: str
     """`"LPDDR5X"`."""
     transfers: float
-    """Millions a second, of each line of the bus."""
+    """Million transfers per second on each line of the bus."""
     bits: int
-    """Lines of the bus."""
+    """Width of the bus in bits."""
     source: str
-    """Who says so."""
+    """Source of the numbers."""
 
     @property
     def bytes_per_second(self) -> float:
@@ -69,11 +69,11 @@ _KNOWN: dict[str, tuple[str, float, int, str]] = {
     "rtx-5080": ("GDDR7", 30000, 256, "NVIDIA's product page: 960 GB/s"),
     "rtx-5090": ("GDDR7", 28000, 512, "NVIDIA's product page: 1792 GB/s"),
 }
-"""Memory, millions of transfers a second, bits of the bus, source. Of HBM the data sheets tell the product alone; the
-transfers are those that give it."""
+"""Memory, million transfers per second, bus width in bits, source. For HBM the data sheets give only the bandwidth; the
+transfers are computed from it."""
 
 
 def bandwidth(device: Device) -> Bandwidth | None:
-    """Of a target of the catalogue, by its name; None where it is not known, as for any device that is here."""
+    """The bandwidth of a target of the catalogue; None if unknown, as for any device of this machine."""
     known = _KNOWN.get(device.id.removeprefix(PREFIX)) if device.id.startswith(PREFIX) else None
     return None if known is None else Bandwidth(*known)

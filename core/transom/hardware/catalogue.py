@@ -1,8 +1,8 @@
-"""Targets that can be compiled for without being here: phones, laptops and graphics cards, as devices of kind `remote`.
+"""Remote targets to compile for: phones, laptops and graphics cards, as devices of kind `remote`.
 
-Memory is that of the card as sold (the smallest where there are several), and 0 for a system on a chip, whose phone
-decides, and for the processor of any phone. `drivers` of a Snapdragon holds the numbers Qualcomm's QNN asks for; the
-pair of `soc_model` and `htp_arch` must match, and the compiler does not check it.
+Memory is that of the card as sold (of the smallest variant), and 0 for a system on a chip or a phone processor, because
+it depends on the phone. `drivers` of a Snapdragon contains the numbers that Qualcomm's QNN needs; `soc_model` and
+`htp_arch` must belong together, which the compiler does not check.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ _PROCESSORS: dict[str, tuple[str, str]] = {
     "android-arm64": ("Android phone, its processor", "aarch64"),
     "ios-arm64": ("iPhone or iPad, its processor", "aarch64"),
 }
-"""Name and architecture of processors that whole families have."""
+"""Name and architecture of processors of whole device families."""
 
 
 @cache
@@ -96,7 +96,7 @@ def catalogue() -> tuple[Device, ...]:
 
 
 def _hexagon_features(version: int) -> frozenset[str]:
-    """What the tensor processor of a Hexagon version can do: 4-bit blocks need v69, attention in 16-bit activations and
+    """Features of the tensor processor of a Hexagon version: 4-bit blocks need v69, attention in 16-bit activations and
     sharing weights v73."""
     since = {"int8": 65, "fp16": 68, "a16w4_blocks": 69, "a16_attention": 73, "weight_sharing": 73}
     return frozenset(feature for feature, first in since.items() if version >= first)

@@ -1,6 +1,6 @@
-"""What Linux control groups leave to this process, versions 1 and 2, every ancestor included.
+"""The CPU and memory limits of this process from Linux control groups, versions 1 and 2, including all ancestors.
 
-Reads files only. `root` is where the file system is mounted, so that tests can build one.
+Only reads files. `root` is the mount point of the file system, so that tests can pass their own.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ _UNLIMITED = 1 << 60
 
 @dataclass(frozen=True)
 class CgroupLimits:
-    """None: no limit."""
+    """Limits of control groups; None: no limit."""
 
     cpus: float | None = None
-    """Processors' worth of time: 1.5 is three processors for half of the time."""
+    """CPU time per time: 1.5 is three CPUs for half of the time."""
     memory_bytes: int | None = None
     memory_free_bytes: int | None = None
-    """What is left below the tightest limit; page cache that can be dropped counts as free."""
+    """Free memory below the tightest limit; page cache that can be dropped counts as free."""
 
 
 def cgroup_limits(root: Path = Path("/")) -> CgroupLimits:
-    """The limits of the calling process's control groups. Unreadable files are no limits."""
+    """The limits of the calling process's control groups. Unreadable files count as no limit."""
     cpus = [quota for folder in _folders(root, "cpu") if (quota := _quota(folder)) is not None]
     sizes: list[int] = []
     rooms: list[int] = []
@@ -72,7 +72,7 @@ def _folders(root: Path, controller: str) -> Iterator[Path]:
 
 
 def _below(group: str, mount_root: str) -> list[str]:
-    """The path of a group below its mount. A container may see the host's path, or one outside of its namespace."""
+    """The path of a group below its mount. A container may see the host's path, or one outside its namespace."""
     if ".." in group.split("/"):
         return []
     if mount_root != "/":
@@ -92,7 +92,7 @@ def _quota(folder: Path) -> float | None:
 
 
 def _droppable(folder: Path) -> int:
-    """Bytes of page cache that were not used lately; the kernel drops them before it refuses memory."""
+    """Bytes of inactive page cache, which the kernel drops before an allocation fails."""
     stat = dict(line.split(" ", 1) for line in _text(folder / "memory.stat").splitlines() if " " in line)
     value = stat.get("total_inactive_file") or stat.get("inactive_file") or "0"
     return int(value) if value.strip().isdigit() else 0

@@ -1,4 +1,4 @@
-"""The CPU: what it can do and the operating system has enabled, and how much of it this process may use.
+"""The CPU: its features that the operating system has enabled, and the share of it that this process may use.
 
 On Linux everything is read from `/proc` and `/sys`; `archspec` names and describes CPUs elsewhere. A feature counts
 only when the operating system saves its registers: a kernel lists `amx_tile` or `avx512f` from CPUID even where
@@ -36,12 +36,12 @@ _STATE = (
     (re.compile(r"avx512\w*|avx10\w*"), _ZMM),
     (re.compile(r"avx\w*|fma|f16c|vaes|vpclmulqdq"), _YMM),
 )
-"""Which register state a flag needs; the first pattern that fits."""
+"""The register state that a flag needs; the first matching pattern counts."""
 
 
 @dataclass(frozen=True)
 class Host:
-    """What the probe asks the running system; tests give their own."""
+    """The facts about the running system that the probe uses; tests pass their own."""
 
     root: Path
     platform: str
@@ -51,9 +51,9 @@ class Host:
     affinity: frozenset[int]
     """Logical CPUs this process may run on."""
     state: int | None
-    """Register state the operating system has enabled, as the bits of XCR0; None: it does not say."""
+    """Register state enabled by the operating system, as the bits of XCR0; None: unknown."""
     permitted: int = 0
-    """Register state this process may use at once; AMX must be asked for with `arch_prctl` first."""
+    """Register state this process may use immediately; AMX must first be requested by `arch_prctl`."""
 
 
 def this_host() -> Host:
@@ -72,7 +72,7 @@ def this_host() -> Host:
 
 
 def _register_state(machine: str) -> tuple[int | None, int]:
-    """(enabled, permitted) register state of an x86-64 process; (None, 0) where the system does not say."""
+    """(enabled, permitted) register state of an x86-64 process; (None, 0) if unknown."""
     if machine != "x86_64" or sys.platform not in ("linux", "win32"):
         return None, 0
     import ctypes
@@ -96,7 +96,7 @@ def _register_state(machine: str) -> tuple[int | None, int]:
 
 
 def probe_cpu(host: Host | None = None) -> Device:
-    """The CPU of this machine. Never raises; what cannot be read is empty or 0."""
+    """The CPU of this machine. Never raises; values that cannot be read are empty or 0."""
     host = host or this_host()
     info = _cpuinfo(host.root) if host.platform == "linux" else {}
     flags, name = _flags_and_name(host, info)

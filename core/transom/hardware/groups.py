@@ -1,4 +1,4 @@
-"""Several devices as one: what `device="cuda:0,cuda:1"` means."""
+"""Groups of devices that run one model together: `device="cuda:0,cuda:1"`."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ SEPARATOR = ","
 
 
 def grouped(members: Sequence[Device]) -> Device:
-    """A record of devices that are to run one model together, in this order.
+    """The record of a group of devices that run one model together, in this order.
 
-    What one of them lacks, the group lacks; memory counts as often as there are members, each with what the smallest
-    has, since shares are equal.
+    The group has the features that all members have. Its memory is that of the smallest member times the number of
+    members, because shares are equal.
 
     Raises:
-        OptionError: fewer than two, one twice, or devices of different kinds or architectures.
+        OptionError: fewer than two devices, a duplicate, or different kinds or architectures.
     """
     names = [d.id for d in members]
     together = SEPARATOR.join(names)
     if len(members) < 2:
-        raise OptionError(f'"{together}" is no group of devices', "Name two or more, as in cuda:0,cuda:1")
+        raise OptionError(f'"{together}" is not a group of devices', "Name two or more, as in cuda:0,cuda:1")
     if len(set(names)) != len(names):
         raise OptionError(f'"{together}" names a device twice', "Name each once")
     for what, found in (("kind", {d.kind for d in members}), ("architecture", {d.arch for d in members})):

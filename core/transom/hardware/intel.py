@@ -1,7 +1,7 @@
-"""Intel GPUs and NPUs, asked of OpenVINO, and only where the kernel shows one.
+"""Intel GPUs and NPUs, queried from OpenVINO if the kernel lists one.
 
-The question costs an import and a driver's start, so it is put in a child process, and an answer that accounts for all
-the hardware the kernel shows is kept in the cache directory until OpenVINO, the kernel or the hardware changes.
+The query costs an import and the start of a driver, so it runs in a child process. An answer that covers all hardware
+listed by the kernel is stored in the cache directory until OpenVINO, the kernel or the hardware changes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _TIMEOUT_SECONDS = 30.0
 
 @dataclass(frozen=True)
 class KernelDevice:
-    """A GPU or NPU that the kernel shows."""
+    """A GPU or NPU that the kernel lists."""
 
     kind: str
     """`"gpu"` or `"npu"`."""
@@ -35,7 +35,7 @@ class KernelDevice:
 
 
 def kernel_devices(root: Path = Path("/")) -> list[KernelDevice]:
-    """What the kernel shows of Intel's GPUs and NPUs; a few file reads. Empty on systems other than Linux."""
+    """Intel GPUs and NPUs that the kernel lists; a few file reads. Empty on systems other than Linux."""
     found: list[KernelDevice] = []
     for kind, pattern, folder in (
         ("gpu", "sys/class/drm/renderD*", "dev/dri"),
@@ -57,11 +57,11 @@ def probe_intel(
     version: str | None = None,
     may_open: Callable[[str], bool] | None = None,
 ) -> tuple[list[Device], list[str]]:
-    """The GPUs and NPUs, and notes about what stood in the way. Never raises; starts nothing where no hint is.
+    """The GPUs and NPUs, and notes about problems. Never raises; starts no process if the kernel lists none.
 
     Args:
         host: the CPU, whose memory an integrated device shares.
-        root, query, version, may_open: for tests; the file system, the question, OpenVINO's version, the permission.
+        root, query, version, may_open: for tests; file system, query, version of OpenVINO, permission check.
     """
     shown = kernel_devices(root)
     if not shown and not _windows_with_intel():
@@ -134,7 +134,7 @@ def _openvino_version() -> str:
 
 
 def query_openvino() -> list[dict[str, Any]]:
-    """Ask in a child process.
+    """Run the query in a child process.
 
     Raises:
         OSError: no process could be started.
@@ -165,7 +165,7 @@ def _sound(answer: object) -> bool:
 
 
 def _remembered(shown: Sequence[KernelDevice], version: str) -> list[dict[str, Any]]:
-    """The answer of an earlier process, else a new one, which is kept when it names every kind that was shown."""
+    """The answer of an earlier process, else a new one, which is stored if it covers every kind that was listed."""
     release = os.uname().release if hasattr(os, "uname") else sys.platform
     key = [version, release, sys.prefix, *(f"{hint.kind} {hint.key} {hint.node}" for hint in shown)]
     path = _cache_file()
@@ -182,7 +182,7 @@ def _remembered(shown: Sequence[KernelDevice], version: str) -> list[dict[str, A
 
 
 def _cache_file() -> Path:
-    """In the folder of remembered things, which `transom cache clear` empties."""
+    """The file in the cache's folder `remembered`, which `transom cache clear` empties."""
     root = os.environ.get("TRANSOM_CACHE", "").strip()
     if not root:
         import platformdirs

@@ -1,4 +1,4 @@
-"""NVIDIA GPUs, through NVML (`nvidia-ml-py`). Opens no CUDA context and imports nothing where no driver is.
+"""NVIDIA GPUs, through NVML (`nvidia-ml-py`). Opens no CUDA context, and imports nothing if there is no driver.
 
 Ids follow the PCI bus and honour `CUDA_VISIBLE_DEVICES`. CUDA itself may order unlike GPUs otherwise (fastest first),
 so a backend finds its GPU by the PCI address that `identity` begins with, never by the number in the id.
@@ -19,12 +19,12 @@ from transom.contract import Device
 from transom.hardware.architectures import cuda_features
 
 _HINTS = ("proc/driver/nvidia/version", "dev/nvidiactl", "dev/dxg", "dev/nvhost-ctrl-gpu", "dev/nvhost-ctrl")
-"""One of these exists where an NVIDIA driver is: bare metal, container, WSL, Jetson."""
+"""One of these exists if there is an NVIDIA driver: bare metal, container, WSL, Jetson."""
 
 
 @dataclass(frozen=True)
 class _Gpu:
-    """A GPU's handle, and that of its MIG instance where it is divided."""
+    """A GPU's handle, and the handle of its MIG instance if it has one."""
 
     handle: Any
     instance: Any = None
@@ -38,7 +38,7 @@ def probe_nvidia(
     environment: Mapping[str, str] = os.environ,
     platform: str = sys.platform,
 ) -> tuple[list[Device], list[str]]:
-    """The GPUs, and notes about what stood in the way. Never raises; without a driver both lists are empty.
+    """The GPUs, and notes about problems. Never raises; without a driver both lists are empty.
 
     Args:
         host: the CPU, whose memory an integrated GPU shares.
@@ -79,7 +79,7 @@ def _init_notes(nvml: Any, error: Any, platform: str) -> list[str]:
 
 
 def _unclaimed(root: Path) -> list[str]:
-    """A note when the PCI bus has an NVIDIA GPU that no driver serves."""
+    """A note if the PCI bus has an NVIDIA GPU without a driver."""
     for vendor in sorted((root / "sys/bus/pci/devices").glob("*/vendor")):
         with suppress(OSError):
             if vendor.read_text().strip() != "0x10de":
@@ -168,13 +168,13 @@ def _device(nvml: Any, gpu: _Gpu, id: str, host: Device, drivers: Mapping[str, s
 
 
 def _first_instance(nvml: Any, handle: Any) -> Any:
-    """The MIG instance that CUDA would use on a GPU that is divided; None on a whole one."""
+    """The MIG instance that CUDA would use; None if the GPU is not partitioned."""
     mode = _ask(nvml, (0, 0), nvml.nvmlDeviceGetMigMode, handle)
     return _ask(nvml, None, nvml.nvmlDeviceGetMigDeviceHandleByIndex, handle, 0) if mode[0] else None
 
 
 def _with_peers(nvml: Any, found: Sequence[tuple[_Gpu, Device]]) -> list[Device]:
-    """Fill in which GPUs reach one another over NVLink, directly or through a switch."""
+    """Add which GPUs reach each other over NVLink, directly or through a switch."""
     peers: dict[str, set[str]] = {device.id: set() for _, device in found}
     for index, (gpu, device) in enumerate(found):
         for other, other_device in found[index + 1 :]:
@@ -187,7 +187,7 @@ def _with_peers(nvml: Any, found: Sequence[tuple[_Gpu, Device]]) -> list[Device]
 
 
 def _ask(nvml: Any, otherwise: Any, question: Callable[..., Any], *arguments: Any) -> Any:
-    """The answer, or `otherwise` where this GPU or driver does not support the question."""
+    """The result of an NVML call, or `otherwise` if this GPU or driver does not support it."""
     try:
         return question(*arguments)
     except nvml.NVMLError:

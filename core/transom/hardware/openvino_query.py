@@ -1,6 +1,6 @@
-"""Asks OpenVINO which GPUs and NPUs it sees and prints them as JSON. Run as a script, in a process of its own.
+"""Asks OpenVINO for its GPUs and NPUs and prints them as JSON. Run as a script in a separate process.
 
-A GPU driver may take seconds or kill the process when it is loaded; neither must happen to the host.
+Loading a GPU driver may take seconds or kill the process; neither must happen to the host.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ _FIELDS = {field.name: field for field in fields(Device)}
 
 
 def to_json(devices: Sequence[Device]) -> dict[str, object]:
-    """A document that `json.dumps` can write and `from_json` reads back to equal devices."""
+    """A JSON document that `from_json` reads back to equal devices."""
 
     def plain(value: object) -> object:
         if isinstance(value, frozenset):
@@ -65,7 +65,7 @@ def read_probe_file(path: Path) -> tuple[Device, ...]:
     """The devices in a JSON file.
 
     Raises:
-        OptionError: the file cannot be read, is not what `from_json` takes, or has no device.
+        OptionError: the file cannot be read, is not valid for `from_json`, or has no device.
     """
     fix = "Write one with: transom doctor --json > probe.json"
     try:
@@ -108,7 +108,7 @@ def _device(item: object, where: str) -> Device:
 
 
 def _value(key: str, value: object, where: str) -> object:
-    """The value as the field has it. Raises OptionError when the JSON type is another."""
+    """The value in the type of the field. Raises OptionError if it has the wrong JSON type."""
 
     def wrong(wanted: str) -> OptionError:
         return OptionError(f"{where} is {json.dumps(value)[:60]}", f"It must be {wanted}")

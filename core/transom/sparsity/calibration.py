@@ -18,21 +18,21 @@ if TYPE_CHECKING:
     from transom.signature import Decoder
 
 FILE_NAME = "transom-sparsity.json"
-"""Beside a model: in its folder, or before it the name of a GGUF or ONNX file, `model.transom-sparsity.json`."""
+"""The name of the file in a model's folder; beside a GGUF or ONNX file it is `model.transom-sparsity.json`."""
 _TABLES = Path(__file__).parent / "tables"
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """The heads of one model, and where they were found."""
+    """The heads of one model and their origin."""
 
     heads: Heads
     source: str
-    """For people: a path, `"the cache"`, `"shipped with Transom, for SmolLM2-135M"`."""
+    """For display: a path, `"the cache"`, `"shipped with Transom, for SmolLM2-135M"`."""
 
 
 def read_calibration(path: Path) -> Calibration | None:
-    """The heads that a file holds; None where it is a policy without heads.
+    """The heads in a file; None if it is a policy without heads.
 
     Raises:
         OptionError: as for any policy file.
@@ -42,10 +42,10 @@ def read_calibration(path: Path) -> Calibration | None:
 
 
 def beside(model: Path) -> Calibration | None:
-    """The calibration that lies beside a model file, or in a model's folder.
+    """The calibration beside a model file or in a model's folder; None if there is none.
 
     Raises:
-        OptionError: there is a file, and it cannot be read or holds what is not allowed.
+        OptionError: the file cannot be read or is invalid.
     """
     places = [model / FILE_NAME]
     if not model.is_dir():
@@ -55,15 +55,15 @@ def beside(model: Path) -> Calibration | None:
 
 
 def place_beside(model: Path) -> Path:
-    """Where the calibration of a model is written: of the places that `beside` looks at, the model's own."""
+    """The path for writing a model's calibration: the first one that `beside` looks at."""
     return model / FILE_NAME if model.is_dir() else model.with_name(f"{model.stem}.{FILE_NAME}")
 
 
 def shipped(decoder: Decoder, name: str) -> Calibration | None:
-    """The calibration that comes with Transom for a model of this shape and name.
+    """The calibration shipped with Transom for a model of this shape and name.
 
-    Both must fit: quantisations and file formats of one model share them, and their hashes do not. The name is compared
-    without case and punctuation, and may go on: `"SmolLM2-135M"` is in `"Smollm2 135M 8k"`.
+    Both must match: quantizations and file formats of one model share them, but not their hashes. The name is compared
+    without case and punctuation, and may be longer: `"SmolLM2-135M"` is in `"Smollm2 135M 8k"`.
     """
     for path in sorted(_TABLES.glob("*.json")):
         table = json.loads(path.read_text(encoding="utf-8"))
@@ -74,7 +74,7 @@ def shipped(decoder: Decoder, name: str) -> Calibration | None:
 
 
 def shape_of(decoder: Decoder) -> str:
-    """What tells architectures apart, in text: vocabulary × width, layers × heads × head size.
+    """The shape of a model as text: vocabulary × width, layers × heads × head size.
 
     `"llama 49152x576, 30x9/3x64"`: 30 layers of 9 query and 3 KV heads.
     """

@@ -13,10 +13,10 @@ _FOR_PEOPLE = ("format", "about", "model")
 
 
 def policy_values(path: Path) -> dict[str, Any]:
-    """The fields of a policy file, without what is for people.
+    """The fields of a policy file, without comments.
 
     Raises:
-        OptionError: it cannot be read, is no JSON object, or is of another format.
+        OptionError: it cannot be read, is not a JSON object, or has another format.
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -28,9 +28,11 @@ def policy_values(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise OptionError(f"{path} is not JSON: {error}", "Write a JSON object with fields of a policy") from None
     if not isinstance(values, dict):
-        raise OptionError(f"{path} holds no JSON object", 'Write one, such as {"preset": "balanced", "rows": 8}')
+        raise OptionError(
+            f"{path} does not contain a JSON object", 'Write one, such as {"preset": "balanced", "rows": 8}'
+        )
     if values.get("format", FORMAT) != FORMAT:
         raise OptionError(
-            f"{path} has format {values['format']!r}, and this Transom reads format {FORMAT}", "Make it again"
+            f"{path} has format {values['format']!r}, and this Transom reads format {FORMAT}", "Create it again"
         )
     return {key: value for key, value in values.items() if key not in _FOR_PEOPLE}

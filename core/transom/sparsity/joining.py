@@ -1,4 +1,4 @@
-"""One policy out of the views of its layers, as a graph's attributes have them."""
+"""Joins the per-layer views in a graph's attributes into one policy."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from transom.sparsity.policy import DENSE, LayerSparsity, Sparsity
 
 
 def joined(layers: Sequence[str]) -> Sparsity | str:
-    """The one policy whose views of each layer these are, or why there is none.
+    """The policy that gives these views of its layers, or the reason why there is none.
 
     Args:
         layers: the attribute `sparsity` of each layer's attention, in order.
@@ -24,6 +24,6 @@ def joined(layers: Sequence[str]) -> Sparsity | str:
 
 
 def _with_heads(rule: Sparsity, views: Sequence[LayerSparsity]) -> Sparsity:
-    """Layers without heads of their own take one number for all: 1, or 0 where they are dense."""
+    """Layers without heads get one number for all heads: 1, or 0 if they are dense."""
     heads = tuple(view.heads or ((0.0,) if view.dense else (1.0,)) for view in views)
     return rule.with_heads(heads)

@@ -25,13 +25,13 @@ if TYPE_CHECKING:
     from transom.signature import Decoder
 
 BLOCK = 64
-"""Queries that choose together, and tokens in a page of a paged cache."""
+"""Queries that share one selection of keys, and tokens in a page of a paged cache."""
 SCORES = ("rms", "mean")
 DENSE = "dense"
 """The canonical string of a layer, and of a policy, that reads every key."""
 
 Heads = tuple[tuple[float, ...], ...]
-"""For each layer and KV head what 1 - coverage is multiplied by; 0 is a head that stays dense."""
+"""The multiplier of 1 - coverage for each layer and KV head; 0 is a head that stays dense."""
 
 
 @dataclass(frozen=True)
@@ -51,18 +51,18 @@ class Sparsity:
     node: int = 8
     """Tokens that one node (mean, variance, count) stands for. Divides `unit`."""
     unit: int = 16
-    """Tokens that are chosen together. Divides 64."""
+    """Tokens that are selected together. Divides 64."""
     rows: int = 16
-    """Queries of a block of 64 that the score looks at. Divides 64."""
+    """Queries of a block of 64 that the score uses. Divides 64."""
     min_density: float = 0.0
-    """Least share of the units that is read, whatever the coverage says."""
+    """Minimum share of the units that is read, regardless of the coverage."""
     max_density: float = 1.0
     """Largest share of the units that is read, but for those that always are. Above 0.6, a block that would read more
     than 0.6 of its keys reads all of them: whole tiles in order are then faster than gathered ones."""
     dense_below: int = 1024
     """A block of queries that has this many keys or fewer reads all of them."""
     top_k: int = 0
-    """Above 0: read this many units besides those that are always read, in place of a coverage (static shapes)."""
+    """Above 0: read this many units besides those that are always read, instead of a coverage (static shapes)."""
     heads: Heads | None = None
     """Calibration of one model, layer × KV head: 1 - coverage is multiplied by it, 0 is a dense head. None: not
     calibrated, every head follows the coverage."""
@@ -87,7 +87,7 @@ class Sparsity:
             )
         if self.min_density > self.max_density:
             raise OptionError(
-                f"min_density={self.min_density:g} is above max_density={self.max_density:g}", "Exchange them."
+                f"min_density={self.min_density:g} is above max_density={self.max_density:g}", "Swap them."
             )
         if self.score not in SCORES:
             raise OptionError(f"score={self.score!r} is unknown", nearest(str(self.score), SCORES))
@@ -95,16 +95,16 @@ class Sparsity:
 
     @property
     def dense(self) -> bool:
-        """Whether every key is read, whatever the other fields say."""
+        """Whether every key is read, regardless of the other fields."""
         return self.top_k == 0 and self.coverage >= 1.0
 
     @property
     def calibrated(self) -> bool:
-        """Whether it knows the heads of a model."""
+        """Whether it has the heads of a model."""
         return self.heads is not None
 
     def __str__(self) -> str:
-        """The preset's name, or the nearest one and the fields that differ; for people."""
+        """For display: the preset's name, or the nearest preset and the fields that differ."""
         if self.dense:
             return "off"
         found = {name: _differing(self, PRESETS[name]) for name in ("balanced", "safe", "fast", "classic")}
@@ -116,7 +116,7 @@ class Sparsity:
         """The view of one layer: the same rule, and its own heads.
 
         Raises:
-            OptionError: the heads are of a model with fewer layers.
+            OptionError: the heads belong to a model with fewer layers.
         """
         if self.dense:
             return LayerSparsity(None)
@@ -129,7 +129,7 @@ class Sparsity:
         return LayerSparsity(replace(self, heads=None), heads)
 
     def for_model(self, decoder: Decoder) -> Sparsity:
-        """This policy, once its heads are seen to be those of the model.
+        """This policy, after checking that its heads match the model.
 
         Raises:
             OptionError: it has heads for another number of layers or KV heads.
@@ -151,7 +151,7 @@ class Sparsity:
         return self
 
     def with_heads(self, heads: Heads | None) -> Sparsity:
-        """The same rule with the heads of a model, where it has none of its own."""
+        """The same rule with the heads of a model, unless it has heads of its own."""
         return self if self.heads is not None or heads is None else replace(self, heads=heads)
 
     # text -------------------------------------------------------------------------------------------------------------
@@ -172,16 +172,16 @@ class Sparsity:
         """The policy of a canonical string.
 
         Raises:
-            OptionError: it is none.
+            OptionError: the string is not a policy.
         """
         return _from_string(text)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], *, where: str = "The sparsity policy") -> Sparsity:
-        """A policy from JSON types. `preset` names the one that the fields left out come from (default `"balanced"`).
+        """A policy from JSON types. Missing fields come from `preset` (default `"balanced"`).
 
         Raises:
-            OptionError: an unknown key or preset, or a value that is not allowed.
+            OptionError: an unknown key or preset, or an invalid value.
         """
         known = {f.name for f in dataclasses.fields(cls)}
         given = dict(values)
@@ -198,10 +198,10 @@ class Sparsity:
 
     @classmethod
     def parse(cls, value: object) -> Sparsity:
-        """A policy from what people give: a preset's name, a coverage, a JSON file, a mapping, a policy; None is off.
+        """A policy from user input: a preset's name, a coverage, a JSON file, a mapping, or a policy; None is off.
 
         Raises:
-            OptionError: it is none of these, or the file cannot be read or holds what is not allowed.
+            OptionError: it is none of these, or the file cannot be read or is invalid.
         """
         if value is None:
             return PRESETS["off"]
@@ -222,12 +222,12 @@ class Sparsity:
 
 @dataclass(frozen=True)
 class LayerSparsity:
-    """What one layer reads: the rule, and what its heads make of it."""
+    """What one layer reads: the rule, and the multipliers of its heads."""
 
     rule: Sparsity | None
-    """Without heads; None: every key."""
+    """The policy without heads; None: read every key."""
     heads: tuple[float, ...] | None = None
-    """For each KV head what 1 - coverage is multiplied by; None: 1 for all."""
+    """The multiplier of 1 - coverage for each KV head; None: 1 for all."""
 
     @property
     def dense(self) -> bool:
@@ -235,14 +235,14 @@ class LayerSparsity:
         return self.rule is None or self.rule.dense or (self.heads is not None and not any(self.heads))
 
     def coverage(self, head: int) -> float:
-        """Share of the mass that this KV head covers; 1: it reads everything. 0 where the multiplier leaves nothing."""
+        """Share of the attention mass that this KV head covers; 1: it reads everything."""
         if self.rule is None or self.dense_head(head):
             return 1.0
         loose = 1.0 if self.heads is None else self.heads[head]
         return max(0.0, 1.0 - (1.0 - self.rule.coverage) * loose)
 
     def dense_head(self, head: int) -> bool:
-        """Whether this KV head reads every key, by calibration or because the whole layer does."""
+        """Whether this KV head, or the whole layer, reads every key."""
         return self.dense or (self.heads is not None and self.heads[head] == 0)
 
     def to_string(self) -> str:
@@ -258,7 +258,7 @@ class LayerSparsity:
         """The view of an attribute's value.
 
         Raises:
-            ValueError: it is no canonical string of a layer.
+            ValueError: it is not the canonical string of a layer.
         """
         if text == DENSE:
             return cls(None)
@@ -284,14 +284,14 @@ def _from_text(text: str) -> Sparsity:
         return _from_string(stripped)
     try:
         return replace(PRESETS["balanced"], coverage=float(stripped))
-    except ValueError:  # no number; OptionError is none either, and says what is wrong with one
+    except ValueError:  # not a number; an OptionError about a number is not a ValueError and passes through
         pass
     path = Path(stripped).expanduser()
     if path.suffix == ".json" or path.is_file():
         return _from_file(path)
     raise OptionError(
         f"{option('sparsity', text)} is unknown",
-        f"{nearest(stripped, PRESETS)} A coverage such as 0.94 or a JSON file will do.",
+        f"{nearest(stripped, PRESETS)} Or give a coverage such as 0.94, or a JSON file.",
     )
 
 
@@ -308,7 +308,7 @@ def _from_string(text: str) -> Sparsity:
     except (ValueError, RecursionError):
         values = None
     if not isinstance(values, dict):
-        raise OptionError(f"{text[:80]!r} is no sparsity policy", 'Give "dense" or a JSON object.')
+        raise OptionError(f"{text[:80]!r} is not a sparsity policy", 'Give "dense" or a JSON object.')
     return Sparsity.from_dict(values)
 
 
@@ -369,4 +369,4 @@ PRESETS: Mapping[str, Sparsity] = {
     "balanced": Sparsity(0.94),
     "fast": Sparsity(0.9, rows=8),
 }
-"""By name. `classic` is the textbook form, kept to compare with: one mean node for every 64 tokens."""
+"""Policies by name. `classic` is the textbook form, kept for comparison: one mean node for every 64 tokens."""

@@ -1,4 +1,4 @@
-"""Which policies graphs of fixed shapes can follow: those of a number of units that need no earlier queries."""
+"""The policies that graphs of static shapes support: a fixed number of units, and no state of earlier queries."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ if TYPE_CHECKING:
 
 
 def static_refusal(policy: Sparsity) -> str:
-    """Why a policy has no static shapes, with the field to change; empty if it has."""
+    """Why a policy needs dynamic shapes, with the field to change; empty if it does not."""
     if policy.dense:
         return ""
     if not policy.top_k:
-        return "a coverage reads as many keys as it takes, and shapes are fixed here: use top_k=… in place of it"
+        return "a coverage reads a varying number of keys, and shapes are static here: use top_k=… instead"
     if policy.columns:
         return "columns need queries of earlier steps, which are not kept: use columns=0 together with top_k"
     if policy.score != "rms":
