@@ -19,7 +19,7 @@ import triton.language as tl
 from calls import Array
 
 from transom.ops import sparse_routing
-from transom.ops.sparse_routing import BLOCK, QueryBlock, Scores, route
+from transom.ops.sparse_routing import BLOCK, QueryBlock, ScoreParams, route
 from transom.sparsity import Sparsity
 from transom_cuda_triton.kernels.largest import beyond, edge
 from transom_cuda_triton.routing import FINEST, SPLITS, Routing, Rule, coverages, splits_of
@@ -213,7 +213,7 @@ class Layer:
             known = self.asked[s]
             for h in range(self.routing.kv_heads):
                 sinks = None if self.sinks is None else self.sinks[h]
-                scores = Scores(self.routing.scale, self.routing.softcap, self.window, sinks)
+                scores = ScoreParams(self.routing.scale, self.routing.softcap, self.window, sinks)
                 given = None if known is None else (known.positions, known.queries[:, h])
                 way = route(self.q[s][n - new : n, h], self.k[s][:n, h], self.layer, h, scores, column_queries=given)
                 column = self.kept["COLUMNS"][self.slots[s], h].numpy()
@@ -362,7 +362,7 @@ def test_equal_keys_are_taken_from_the_first(rng: np.random.Generator, monkeypat
     layer.preload(0, 580)
     out = layer.step([(0, 20)])
     np.testing.assert_array_equal(layer.kept["COLUMNS"][layer.slots[0], 0, :16], np.arange(16))
-    scores = Scores(layer.routing.scale)
+    scores = ScoreParams(layer.routing.scale)
     for i, block in enumerate(route(layer.q[0][580:, 0], layer.k[0][:, 0], layer.layer, 0, scores).blocks):
         assert not block.dense
         layer.legal(block, (i, 0), out, np.arange(16))

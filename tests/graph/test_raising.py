@@ -22,7 +22,7 @@ from transom.contract import Work
 from transom.graph import Graph
 from transom.graph.importing import import_model
 from transom.graph.passes import decompose
-from transom.graph.raising import CannotRaise, Sizes, looks_like_decoder, raise_decoder
+from transom.graph.raising import CannotRaise, DecoderHints, looks_like_decoder, raise_decoder
 
 INPUTS = ["input_ids", "positions", "sequences", "past_positions", "past_sequences", "logit_rows"]
 
@@ -39,7 +39,7 @@ def logits(graph: Graph, ids: list[int]) -> Any:
 
 
 def test_inputs_and_outputs_are_those_of_every_decoder(rng: np.random.Generator) -> None:
-    raised = raise_decoder(imported(rng), Sizes("test", CONTEXT))
+    raised = raise_decoder(imported(rng), DecoderHints("test", CONTEXT))
     caches = [f"past_{part}.{i}" for i in range(2) for part in ("key", "value")]
     assert raised.input_names == INPUTS + caches
     assert raised.output_names == ["logits", *(c.replace("past", "present") for c in caches)]
@@ -94,5 +94,5 @@ def test_a_graph_without_a_cache_is_no_decoder(rng: np.random.Generator) -> None
     model = graph.model
     for value in list(model.graph.outputs)[1:]:
         model.graph.outputs.remove(value)
-    with pytest.raises(CannotRaise, match=r"no cache|not known"):
+    with pytest.raises(CannotRaise, match=r"no cache|unknown"):
         raise_decoder(graph)

@@ -21,7 +21,7 @@ from sparse_calls import BATCHES, CAREFUL, FORMS, POLICIES, SPREAD, call, full, 
 from transom.ops import Array
 from transom.ops.cached_attention import SCHEMA, reference
 from transom.ops.sparse_attention import OBSERVER
-from transom.ops.sparse_routing import BLOCK, Route, Scores, choose, dense_route, route
+from transom.ops.sparse_routing import BLOCK, Route, ScoreParams, choose, dense_route, route
 from transom.sparsity import Sparsity
 
 
@@ -37,7 +37,7 @@ def heads(rng: np.random.Generator, n: int, group: int = 3, dim: int = 32) -> tu
 
 
 def choice(q: Array, k: Array, policy: Sparsity, **scores: Any) -> Route:
-    return route(q, k, policy.layer(0), 0, Scores(k.shape[1] ** -0.5, **scores))
+    return route(q, k, policy.layer(0), 0, ScoreParams(k.shape[1] ** -0.5, **scores))
 
 
 # -------------------------------------------------------------------------------------------------------------- oracle
@@ -257,7 +257,7 @@ def test_columns_may_be_taken_from_queries_that_an_engine_remembers(rng: np.rand
     q, k = heads(rng, 600)
     rule = Sparsity(0.8, dense_below=0, max_density=0.6).layer(0)
     rows = list(range(515, 579, 4))
-    found = route(q[599:], k, rule, 0, Scores(32**-0.5), column_queries=(rows, q[rows]))
+    found = route(q[599:], k, rule, 0, ScoreParams(32**-0.5), column_queries=(rows, q[rows]))
     score = np.zeros(600)
     for r in rows:
         s = q[r] @ k[: r + 1].T / np.sqrt(32)

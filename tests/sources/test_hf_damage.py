@@ -318,7 +318,7 @@ def test_a_missing_size_is_named(folder: Path, key: str) -> None:
     config = json.loads((folder / "config.json").read_text())
     del config[key]
     (folder / "config.json").write_text(json.dumps(config))
-    assert f"does not say {key}" in failure(folder)
+    assert f"does not contain {key}" in failure(folder)
 
 
 def test_an_unknown_architecture_lists_what_is_known_and_the_ways_out(folder: Path) -> None:

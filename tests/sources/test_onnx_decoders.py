@@ -33,7 +33,7 @@ from onnx_models import (
 from transom.contract import Work
 from transom.errors import TransomError
 from transom.graph import Graph
-from transom.graph.raising import CannotRaise, Sizes, raise_decoder
+from transom.graph.raising import CannotRaise, DecoderHints, raise_decoder
 from transom.reference.executor import Executor
 from transom.sources.base import SourceModel
 from transom.sources.onnx import OnnxSource
@@ -267,17 +267,17 @@ def test_a_graph_that_gives_only_the_last_logits_says_so(rng: np.random.Generato
     model.graph.output[0].CopyFrom(value("next_logits", shape=["batch", 1, VOCABULARY]))
     found = opened(save(model, tmp_path / "model.onnx"))
     assert found.graph.decoder is None
-    assert any("last token alone" in n for n in found.notes), found.notes
+    assert any("last token only" in n for n in found.notes), found.notes
 
 
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ("unknown input", "speed is not known"),
-        ("no ids", "no token ids but embeddings"),
-        ("mask of three", "something else than the last tokens"),
+        ("unknown input", "speed is unknown"),
+        ("no ids", "no input of token ids, only embeddings"),
+        ("mask of three", "neither causal nor a sliding window"),
         ("bias", "neither a window nor ALiBi"),
-        ("place", "place in the batch"),
+        ("place", "index in the batch"),
     ],
 )
 def test_what_cannot_be_raised_is_refused_with_the_reason(
@@ -285,7 +285,7 @@ def test_what_cannot_be_raised_is_refused_with_the_reason(
 ) -> None:
     graph = odd_decoder(rng, change)
     with pytest.raises(CannotRaise, match=reason):
-        raise_decoder(graph, Sizes("odd", CONTEXT))
+        raise_decoder(graph, DecoderHints("odd", CONTEXT))
 
 
 def odd_decoder(rng: np.random.Generator, change: str) -> Graph:

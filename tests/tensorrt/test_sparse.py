@@ -20,7 +20,7 @@ from running import Running, parted, reference, session
 from transom.graph import Graph
 from transom.graph.sparse import with_sparsity
 from transom.ops import Array, sparse_attention
-from transom.ops.sparse_routing import Scores, route
+from transom.ops.sparse_routing import ScoreParams, route
 from transom.preparation.agreement import compare
 from transom.programs.onnx_writing import BOOL, FLOAT, INT64, OnnxWriter
 from transom.programs.reading import GraphReader, NoForm
@@ -164,7 +164,7 @@ def test_the_choice_is_the_references(
     far, taken, begin, end = chosen(rule, queries, keys, window, tmp_path, capacity)
     checked = 0
     for head in range(heads):
-        scores = Scores(columns**-0.5, window=window)
+        scores = ScoreParams(columns**-0.5, window=window)
         wanted = route(queries[:, head], keys[:, head], rule.layer(0), head, scores)
         by_begin = {int(at): i for i, at in reversed(list(enumerate(begin[0])))}
         for block in wanted.blocks:

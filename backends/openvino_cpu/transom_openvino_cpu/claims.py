@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from transom.contract import Claim
-from transom.graph.pageable import unpageable
+from transom.graph.pageable import unpageable_reason
 from transom.graph.reading import element_type, linear_weight, vocabulary_products
 from transom.graph.sparse import is_attention
 
@@ -60,7 +60,7 @@ def _layer(node: ir.Node) -> int:
 
 def _no_paged_attention(graph: Graph, node: ir.Node) -> str:
     """Why OpenVINO's PagedAttention cannot compute this attention; empty if it can."""
-    if reason := unpageable(graph, node):
+    if reason := unpageable_reason(graph, node):
         return reason
     if node.attributes.get_float("softcap", 0.0):
         return "OpenVINO's PagedAttention has no soft cap on the scores"

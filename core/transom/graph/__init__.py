@@ -1,7 +1,7 @@
 """The neutral graph: building, checking, reading and rewriting it.
 
-Importing this package imports no ONNX: each name is loaded when it is first used. So whoever only describes weights
-(`transom.graph.weights`), as the sources do while they name a model's content, does not pay for the graph.
+Importing this package does not import ONNX: each name is loaded when it is first used. Sources that only describe
+weights (`transom.graph.weights`), to identify a model's content, therefore do not pay for the graph.
 """
 
 from __future__ import annotations

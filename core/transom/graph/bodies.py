@@ -1,7 +1,7 @@
-"""What a node is made of: its function body, from the graph itself, from the registry, or from ONNX.
+"""Finds the function body of a node: in the graph, in the operator registry, or in ONNX.
 
-A model-local function of the graph comes first. An operator of the registry writes its own body. Many of ONNX's own
-operators (RMSNormalization, RotaryEmbedding, Attention, Swish, Softmax …) carry a definition in simpler ones.
+A model-local function takes precedence. Operators of the registry generate their own bodies. ONNX defines many of its
+own operators (RMSNormalization, RotaryEmbedding, Attention, Swish, Softmax …) in terms of simpler ones.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from transom.ops.functions import OPSET
 
 
 def body_of(model: ir.Model, node: ir.Node) -> ir.Function | None:
-    """The node's body, specialised to its attributes and inputs where it is not a function of the model; else None."""
+    """The node's body, or None. A body that is not a function of the model is specialised to the node's attributes and
+    inputs."""
     own = model.functions.get(node.op_identifier())
     if own is not None:
         return own
@@ -52,7 +53,7 @@ def _body_in_onnx(node: ir.Node) -> ir.Function | None:
             proto = onnx.TypeProto()
             if value is not None:
                 if value.dtype is None:
-                    return None  # ONNX writes this body for given element types only
+                    return None  # ONNX generates this body only for known element types
                 proto.tensor_type.elem_type = int(value.dtype)
                 if value.shape is not None:
                     proto.tensor_type.shape.SetInParent()
@@ -72,18 +73,18 @@ def _body_in_onnx(node: ir.Node) -> ir.Function | None:
     if not data:
         return None
     proto = onnx.FunctionProto.FromString(data)
-    for imported in proto.opset_import:  # written for an older opset, whose operators it uses mean the same at ours
+    for imported in proto.opset_import:  # older bodies use only operators that mean the same in our opset
         if imported.domain == "":
             imported.version = OPSET
     made = {output for inner in proto.node for output in inner.output} | set(proto.input)
-    kept = [name for name in proto.output[: len(node.outputs)] if name in made]  # optional outputs may not be computed
+    kept = [name for name in proto.output[: len(node.outputs)] if name in made]  # optional outputs may be missing
     if len(kept) < len(node.outputs):
         return None
     del proto.output[:]
     proto.output.extend(kept)
     body = ir.from_proto(proto)
     assert isinstance(body, ir.Function)
-    for name, formal in schema.attributes.items():  # the body refers to them whether the node gives them or not
+    for name, formal in schema.attributes.items():  # the body refers to all of them
         if name in body.attributes and body.attributes[name].value is None and formal.default_value.name:
             body.attributes[name] = ir.from_proto(formal.default_value)
     return body

@@ -1,6 +1,6 @@
-"""Building a neutral graph: a thin writer over `onnx_ir` that names every node and keeps weights lazy.
+"""Builds a neutral graph: a thin layer over `onnx_ir` that names every node and keeps weights lazy.
 
-Activations of a decoder have rank 2, [tokens, features]: the tokens of all sequences of a step, packed without padding.
+A decoder's activations are [tokens, features]: the tokens of all sequences of a step, packed without padding.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from transom.signature import METADATA_KEY, Decoder, cache_input_names, cache_ou
 
 IR_VERSION = 12
 WEIGHT_META = "transom.weight"
-"""Key in an initializer's `meta` that holds the `Weight` it came from."""
+"""Key in an initializer's `meta` under which the original `Weight` is kept."""
 
 Dim = int | str
 
 
 class _LastLoaded:
-    """Keeps the arrays of the one `Blocked` weight read last, since its parts are initializers of their own."""
+    """Keeps the arrays of the most recently read `Blocked` weight: each of its parts is a separate initializer."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -58,7 +58,7 @@ def _lazy(name: str, dtype: ir.DataType, shape: Sequence[int], load: Callable[[]
 
 
 class GraphBuilder:
-    """Writes one graph. Values are `onnx_ir.Value`; names of nodes are unique and say where the node belongs."""
+    """Writes one graph. Values are `onnx_ir.Value`; node names are unique and begin with the node's scope."""
 
     def __init__(self, name: str) -> None:
         self.graph = ir.Graph([], [], nodes=[], opset_imports={"": OPSET}, name=name)
@@ -74,7 +74,7 @@ class GraphBuilder:
     # names -----------------------------------------------------------------------------------------------------------
     @contextlib.contextmanager
     def scope(self, name: str) -> Iterator[None]:
-        """Prefix the names of what is written inside: `with b.scope("layers.0")`."""
+        """Prefix the names of all nodes written inside: `with b.scope("layers.0")`."""
         self._scope.append(name)
         try:
             yield
@@ -131,7 +131,7 @@ class GraphBuilder:
         """Append one node and return all its outputs. An operator outside ONNX gets its function body attached.
 
         Raises:
-            ValueError: the operator is not registered, or its shape rule says that the inputs cannot be right.
+            ValueError: the operator is not registered, or its shape rule rejects the inputs.
         """
         schema = find(domain, op_type)
         if schema is None:
@@ -173,7 +173,7 @@ class GraphBuilder:
 
     # weights ---------------------------------------------------------------------------------------------------------
     def weight(self, weight: Weight, name: str) -> ir.Value:
-        """The weight as a float32 value: an initializer, cast or block-dequantised where it is not float32."""
+        """The weight as a float32 value: an initializer, cast or block-dequantized if it is stored in another form."""
         if id(weight) in self._weights:
             return self._weights[id(weight)][1]
         self.parameters += int(np.prod(weight.shape, dtype=np.int64))
@@ -231,7 +231,7 @@ class GraphBuilder:
         return y if bias is None else self.op("Add", y, self.weight(bias, f"{name}.bias"), name=f"{name}.biased")
 
     def rms_norm(self, x: ir.Value, scale: Weight, epsilon: float, name: str, *, offset: float = 0.0) -> ir.Value:
-        """RMS normalisation over the last axis; `offset` is added to the scale (1 for Gemma's checkpoints)."""
+        """RMS normalisation over the last axis; `offset` is added to the scale (1 for Gemma checkpoints)."""
         value = self.weight(scale, f"{name}.weight")
         if offset:
             value = self.op("Add", value, self.constant(float(offset)), name=f"{name}.scale")
@@ -240,7 +240,7 @@ class GraphBuilder:
     def rotary_tables(
         self, positions: ir.Value, inverse_frequencies: Array, *, factor: float = 1.0, name: str = "rotary"
     ) -> tuple[ir.Value, ir.Value]:
-        """cos and sin of position × frequency, [1, tokens, dim / 2] float32; computed once for each set of frequencies.
+        """cos and sin of position × frequency, [1, tokens, dim / 2] float32; computed once per set of frequencies.
 
         `factor` multiplies both (attention factor of YaRN and LongRoPE).
         """
@@ -262,14 +262,14 @@ class GraphBuilder:
     def rotate(
         self, x: ir.Value, tables: tuple[ir.Value, ir.Value], heads: int, name: str, *, rotated: int = 0
     ) -> ir.Value:
-        """Rotary embedding of [tokens, heads * dim]; `rotated`: columns of each head that turn (0: all)."""
+        """Rotary embedding of [tokens, heads * dim]; `rotated`: columns of each head to rotate (0: all)."""
         batch = self.op("Unsqueeze", x, self.constant([0]), name=f"{name}.batch")
         attributes: dict[str, Any] = {"num_heads": heads} | ({"rotary_embedding_dim": rotated} if rotated else {})
-        turned = self.op("RotaryEmbedding", batch, *tables, name=name, **attributes)
-        return self.op("Squeeze", turned, self.constant([0]), name=f"{name}.flat")
+        result = self.op("RotaryEmbedding", batch, *tables, name=name, **attributes)
+        return self.op("Squeeze", result, self.constant([0]), name=f"{name}.flat")
 
     def finish(self, *, weights_hash: str, decoder: Decoder | None = None, notes: Sequence[str] = ()) -> Graph:
-        """The finished graph. `weights_hash` names the content of the weights (a hash of their file)."""
+        """The finished graph. `weights_hash` identifies the content of the weights (a hash of their file)."""
         metadata = {METADATA_KEY: decoder.to_json()} if decoder else {}
         model = ir.Model(
             self.graph,
@@ -282,10 +282,10 @@ class GraphBuilder:
 
 
 class DecoderBuilder(GraphBuilder):
-    """A `GraphBuilder` with the inputs and outputs that every decoder graph has.
+    """A `GraphBuilder` with the standard inputs and outputs of a decoder graph.
 
     Inputs: `input_ids`, `positions`, `sequences` int64 [tokens]; `past_positions`, `past_sequences` int64 [past];
-    `logit_rows` int64 [rows]; `past_key.i`, `past_value.i` float32 [past, heads * dim] for each layer.
+    `logit_rows` int64 [rows]; `past_key.i`, `past_value.i` float32 [past, heads * dim] per layer.
     Outputs: `logits` float32 [rows, vocabulary]; `present_key.i`, `present_value.i` [present, heads * dim].
     """
 
@@ -351,7 +351,7 @@ class DecoderBuilder(GraphBuilder):
         return out
 
     def rows_for_logits(self, hidden: ir.Value) -> ir.Value:
-        """The rows of the hidden state whose logits were asked for: only they meet the vocabulary matrix."""
+        """The rows of the hidden state whose logits are needed: only these are multiplied by the vocabulary matrix."""
         return self.op("Gather", hidden, self.logit_rows, axis=0, name="logit_rows.hidden")
 
     def finish_decoder(self, logits: ir.Value, *, weights_hash: str, notes: Sequence[str] = ()) -> Graph:
@@ -386,7 +386,7 @@ _NUMPY_NAME = {v: k for k, v in _ONNX_NAME.items()}
 
 
 def spec_of(value: ir.Value) -> TensorSpec:
-    """Type and shape of a value as the registry's shape rules take them; float32 of unknown shape where unset."""
+    """Type and shape of a value in the form that shape rules take; float32 of unknown shape if unset."""
     dtype = _NUMPY_NAME.get(value.dtype.name, "float32") if value.dtype is not None else "float32"
     if value.shape is None:
         return TensorSpec(dtype, None)

@@ -1,8 +1,8 @@
-"""Operators of ONNX Runtime's domain `com.microsoft` in standard operators, so that files written for it run anywhere.
+"""Expands ONNX Runtime's `com.microsoft` operators into standard operators, so that files made for it run anywhere.
 
-Source of the semantics: ONNX Runtime's `docs/ContribOperators.md`; each expansion is compared with onnxruntime in
-tests. Attention operators become standard `Attention` (or MatMul and Softmax where it has sinks), for batches in which
-every row has the same length: that is what `GroupQueryAttention` computes when its past is as long as its input says.
+The semantics follow ONNX Runtime's `docs/ContribOperators.md`; tests compare each expansion with onnxruntime. Attention
+operators become standard `Attention` (MatMul and Softmax if there are sinks). All rows of a batch must have the same
+length; `GroupQueryAttention` computes the same when its past is as long as its inputs say.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ DOMAIN = "com.microsoft"
 
 Value = ir.Value
 Expansion = Callable[[Editor, ir.Node, Mapping[str, Any]], Sequence[Value | None]]
-"""(editor, node, attributes) -> a value for each output, None for one that cannot be given."""
+"""(editor, node, attributes) -> a value for each output; None for an output that cannot be computed."""
 
 
 def expand_contrib(model: ir.Model) -> None:
     """Replace every `com.microsoft` operator of the model, in place.
 
     Raises:
-        UnsupportedError: one of them has no expansion, or has it only in another form; the node is named.
+        UnsupportedError: a node, which the message names, has no expansion or uses an unsupported variant.
     """
     todo = [n for n in all_nodes(model.graph) if is_contrib(n) and n.op_identifier() not in model.functions]
     if not todo:
@@ -53,17 +53,17 @@ def expand_contrib(model: ir.Model) -> None:
             if new is not None:
                 editor.replace(old, new)
             elif old.uses() or old.is_graph_output():
-                raise _refuse(node, f"is asked for its output number {i}, which has no expansion")
+                raise _refuse(node, f"uses its output number {i}, which has no expansion")
     editor.finish_edit()
 
 
 def is_contrib(node: ir.Node) -> bool:
-    """Whether the node is one of ONNX Runtime's; it spells `SimplifiedLayerNormalization` without its domain."""
+    """Whether the node is an ONNX Runtime operator; a few of these are written without their domain."""
     return node.domain == DOMAIN or (node.op_type in _UNDOMAINED and not node.domain)
 
 
-def knows(op_type: str) -> bool:
-    """Whether there is an expansion of this operator."""
+def has_expansion(op_type: str) -> bool:
+    """Whether this operator has an expansion."""
     return op_type in _EXPANSIONS
 
 
@@ -90,7 +90,7 @@ def _need(node: ir.Node, index: int) -> Value:
 
 def _rank(node: ir.Node, value: Value) -> int:
     if value.shape is None:
-        raise _refuse(node, f"needs the rank of its input {value.name}, which the file does not give")
+        raise _refuse(node, f"needs the rank of its input {value.name}, which the file does not state")
     return len(value.shape)
 
 
@@ -154,7 +154,7 @@ def _fused_matmul(e: Editor, node: ir.Node, a: Mapping[str, Any]) -> Sequence[Va
 
 def _constant(node: ir.Node, value: Value | None) -> ir.TensorProtocol:
     if value is None or value.const_value is None:
-        raise _refuse(node, "has quantised weights that are computed")
+        raise _refuse(node, "computes its quantized weights at run time")
     return value.const_value
 
 
@@ -169,9 +169,9 @@ def _unpack(packed: Array, bits: int) -> Array:
 def _blocks(
     node: ir.Node, rows: int, columns: int, block: int, bits: int, quants: Value, scales: Value, zeros: Value | None
 ) -> Blocked:
-    """The weight [rows, columns rounded up to whole blocks]; without zero points it is symmetric and says so."""
+    """The weight [rows, columns rounded up to whole blocks]; signed and symmetric if it has no zero points."""
     if bits not in (4, 8):
-        raise _refuse(node, f"has weights of {bits} bits; 4 and 8 are read")
+        raise _refuse(node, f"has {bits}-bit weights; only 4 and 8 bits are supported")
     count = -(-columns // block)
     quant, scale = _constant(node, quants), _constant(node, scales)
     zero = None if zeros is None else _constant(node, zeros)
@@ -214,7 +214,7 @@ def _blocks(
 
 
 def _like(e: Editor, y: Value, x: Value) -> Value:
-    """`y`, which is float32, in the type of `x`."""
+    """The float32 value `y`, cast to the type of `x`."""
     return y if x.dtype in (None, ir.DataType.FLOAT) else e.op("Cast", y, to=int(cast(ir.DataType, x.dtype)))
 
 
@@ -237,7 +237,7 @@ def _gather_blocks(e: Editor, node: ir.Node, a: Mapping[str, Any]) -> Sequence[V
     tensor, bits = _constant(node, data), int(a.get("bits", 4))
     shape = [int(d) for d in tensor.shape.numpy()]
     if len(shape) != 2 or a.get("gather_axis", 0) != 0 or a.get("quantize_axis", 1) not in (1, -1):
-        raise _refuse(node, "gathers along another axis than the rows of a matrix")
+        raise _refuse(node, "gathers along an axis other than the rows of a matrix")
     columns = shape[1] if tensor.dtype in (ir.DataType.UINT4, ir.DataType.INT4) else shape[1] * 8 // bits
     weight = _blocks(node, shape[0], columns, int(a.get("block_size", 128)), bits, data, scales, _input(node, 3))
     if weight.shape[1] != columns:
@@ -260,7 +260,7 @@ def _rotary(e: Editor, node: ir.Node, a: Mapping[str, Any]) -> Sequence[Value | 
     if a.get("scale", 1.0) != 1.0:
         raise _refuse(node, "scales its positions")
     if _rank(node, positions) != 2:
-        raise _refuse(node, "takes one offset in place of positions")
+        raise _refuse(node, "takes one offset instead of positions")
     attributes: dict[str, Any] = {"interleaved": int(a.get("interleaved", 0))}
     rotated = int(a.get("rotary_embedding_dim", 0))
     if rotated:
@@ -269,7 +269,7 @@ def _rotary(e: Editor, node: ir.Node, a: Mapping[str, Any]) -> Sequence[Value | 
     if not heads and (x.shape is None or len(x.shape) == 3):
         width, half = x.shape[2] if x.shape else None, cos.shape[1] if cos.shape else None
         if not isinstance(width, int) or not isinstance(half, int):
-            raise _refuse(node, "does not say how many heads it has")
+            raise _refuse(node, "does not state its number of heads")
         heads = width // (2 * half)
     if heads:
         attributes["num_heads"] = heads
@@ -292,9 +292,9 @@ def _new_positions(e: Editor, query: Value, past: Value | None) -> tuple[Value, 
 def _group_query(e: Editor, node: ir.Node, a: Mapping[str, Any]) -> Sequence[Value | None]:
     heads, kv_heads = int(a["num_heads"]), int(a["kv_num_heads"])
     if a.get("k_quant_type", "NONE") != "NONE" or a.get("v_quant_type", "NONE") != "NONE":
-        raise _refuse(node, "keeps its cache quantised")
+        raise _refuse(node, "keeps its cache quantized")
     if a.get("qk_output", 0):
-        raise _refuse(node, "gives out its scores")
+        raise _refuse(node, "outputs its scores")
     q, k, v = _need(node, 0), _input(node, 1), _input(node, 2)
     past_k, past_v, bias = _input(node, 3), _input(node, 4), _input(node, 10)
     if k is None:
@@ -309,11 +309,11 @@ def _group_query(e: Editor, node: ir.Node, a: Mapping[str, Any]) -> Sequence[Val
         if positions is None:
             batch = e.op("Concat", _dim(e, q, 0), e.constant([1]), axis=0)
             positions = e.op("Expand", e.op("Unsqueeze", new, e.constant([0])), batch, name="positions")
-        turn: dict[str, Any] = {"interleaved": int(a.get("rotary_interleaved", 0))}
+        rotary: dict[str, Any] = {"interleaved": int(a.get("rotary_interleaved", 0))}
         if rotated := _rotated(cos, q, heads):
-            turn["rotary_embedding_dim"] = rotated
-        q = e.op("RotaryEmbedding", q, cos, sin, positions, num_heads=heads, name="query", **turn)
-        k = e.op("RotaryEmbedding", k, cos, sin, positions, num_heads=kv_heads, name="key", **turn)
+            rotary["rotary_embedding_dim"] = rotated
+        q = e.op("RotaryEmbedding", q, cos, sin, positions, num_heads=heads, name="query", **rotary)
+        k = e.op("RotaryEmbedding", k, cos, sin, positions, num_heads=kv_heads, name="key", **rotary)
     mask = None
     window = int(a.get("local_window_size", -1))
     if window > 0 or bias is not None:
@@ -327,23 +327,25 @@ def _group_query(e: Editor, node: ir.Node, a: Mapping[str, Any]) -> Sequence[Val
         if bias is not None or past_k is None or past_v is None:
             raise _refuse(node, "has attention sinks beside a bias or without a past")
         mask = _causal_mask(e, new, every, 0) if mask is None else mask
-        return _written_out(e, node, (q, k, v), (past_k, past_v), mask, sinks, (heads, kv_heads), scale, softcap)
+        return _attention_with_sinks(
+            e, node, (q, k, v), (past_k, past_v), mask, sinks, (heads, kv_heads), scale, softcap
+        )
     return _attention(e, (q, k, v), (past_k, past_v), mask, (heads, kv_heads), scale, softcap, causal=mask is None)
 
 
 def _head_dim(node: ir.Node, x: Value, past: Value | None, heads: int) -> int:
-    """Columns of a head: of the cache, or of an activation that holds so many heads."""
+    """Columns of a head, taken from the cache or from an activation [batch, sequence, heads * columns]."""
     dim = past.shape[3] if past is not None and past.shape is not None and len(past.shape) == 4 else None
     width = x.shape[2] if x.shape is not None and len(x.shape) == 3 else None
     if isinstance(dim, int):
         return dim
     if isinstance(width, int):
         return width // heads
-    raise _refuse(node, "does not say how wide its heads are")
+    raise _refuse(node, "does not state the width of its heads")
 
 
 def _causal_mask(e: Editor, new: Value, every: Value, window: int) -> Value:
-    """0 where a token sees another and -inf elsewhere, [sequence, past + sequence]."""
+    """Additive mask [sequence, past + sequence]: 0 where a token may attend to another, -inf elsewhere."""
     distance = e.op("Sub", e.op("Unsqueeze", new, e.constant([1])), e.op("Unsqueeze", every, e.constant([0])))
     visible = e.op("GreaterOrEqual", distance, e.constant(0))
     if window > 0:
@@ -351,7 +353,7 @@ def _causal_mask(e: Editor, new: Value, every: Value, window: int) -> Value:
     return e.op("Where", visible, e.constant(0.0), e.constant(float(-np.inf)), name="mask")
 
 
-def _written_out(
+def _attention_with_sinks(
     e: Editor,
     node: ir.Node,
     new: tuple[Value, Value, Value],
@@ -362,7 +364,7 @@ def _written_out(
     scale: float,
     softcap: float,
 ) -> Sequence[Value | None]:
-    """Attention with a learnt logit for each head in its softmax, which standard `Attention` lacks."""
+    """Attention whose softmax has one learned logit per head, which standard `Attention` does not support."""
     q, k, v = new
     kv_heads, group = heads[1], heads[0] // heads[1]
     dim = _head_dim(node, q, past[0], heads[0])
@@ -388,7 +390,7 @@ def _written_out(
 
 
 def _rotated(cos: Value, query: Value, heads: int) -> int:
-    """Columns of a head that the tables rotate; 0 where that is all of them, or is not known."""
+    """Columns of a head that the tables rotate; 0 if all of them, or if unknown."""
     half = cos.shape[1] if cos.shape is not None else None
     width = query.shape[2] if query.shape is not None and len(query.shape) == 3 else None
     if not isinstance(half, int):

@@ -1,7 +1,7 @@
 """The hash of a neutral graph: structure, small constants, function bodies, the decoder's signature and the weights.
 
-It keys the artifact cache, so it errs on one side: two graphs with one digest compute the same function with the same
-limits. A graph keeps its digest when it is saved and opened again.
+The artifact cache uses it as a key, so it is conservative: two graphs with equal digests compute the same function with
+the same limits. Saving a graph and opening it again keeps its digest.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import onnx_ir as ir
 from transom.signature import METADATA_KEY
 
 SMALL = 1024
-"""Initializers up to this many bytes count with their content; larger ones are weights, named by their file's hash."""
+"""Initializers up to this many bytes are hashed by content; larger ones are weights, covered by `weights_hash`."""
 
 
 def digest(model: ir.Model, weights_hash: str) -> str:
-    """32 hexadecimal digits. Without a `weights_hash` every weight is read, since nothing else tells them apart."""
+    """32 hexadecimal digits. Without a `weights_hash`, every weight is read and hashed."""
     hasher = _Hasher(read_weights=not weights_hash)
     hasher.add(weights_hash, sorted(model.graph.opset_imports.items()), model.metadata_props.get(METADATA_KEY, ""))
     hasher.add_graph(model.graph)
@@ -41,7 +41,7 @@ class _Hasher:
         return self._hash.hexdigest()
 
     def add(self, *parts: object) -> None:
-        """Parts that JSON tells apart; a newline ends the record, so that none runs into the next."""
+        """Hash one record: JSON keeps its parts distinct, and a newline ends it."""
         self._hash.update(json.dumps(parts).encode() + b"\n")
 
     def add_bytes(self, data: bytes) -> None:
@@ -72,7 +72,7 @@ class _Hasher:
         for attribute in sorted(attributes, key=lambda a: a.name):
             self.add("attribute", attribute.name, attribute.ref_attr_name)
             if attribute.ref_attr_name or attribute.value is None:
-                continue  # a formal attribute without default has no type in a file
+                continue  # a formal attribute without a default has no type in a file
             self.add(str(attribute.type))
             match attribute.type:
                 case ir.AttributeType.GRAPH:
@@ -85,7 +85,7 @@ class _Hasher:
                 case ir.AttributeType.TENSORS:
                     for tensor in attribute.as_tensors():
                         self.add_tensor(tensor, read=True)
-                case ir.AttributeType.FLOAT | ir.AttributeType.FLOATS:  # a file keeps them as float32
+                case ir.AttributeType.FLOAT | ir.AttributeType.FLOATS:  # files store these as float32
                     self.add_bytes(np.asarray(attribute.value, np.float32).tobytes())
                 case ir.AttributeType.INT | ir.AttributeType.INTS:
                     self.add(np.asarray(attribute.value, np.int64).tolist())

@@ -1,4 +1,4 @@
-"""Changing a graph that exists: a `GraphBuilder` that writes into it, and replaces values where they are used."""
+"""Edits an existing graph: a `GraphBuilder` that writes into it and replaces values at their uses."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transom.graph.shapes import infer_node
 
 
 class Editor(GraphBuilder):
-    """Writes new nodes at the end of the graph; `finish_edit` brings everything into an order that can run."""
+    """Appends new nodes to the graph; `finish_edit` restores a topological order."""
 
     def __init__(self, model: ir.Model) -> None:
         super().__init__(model.graph.name or "model")
@@ -67,20 +67,20 @@ class Editor(GraphBuilder):
             old.replace_all_uses_with(new)
 
     def remove(self, node: ir.Node) -> None:
-        """Drop a node that nothing uses any more."""
+        """Remove a node whose outputs are unused."""
         parent = node.graph
         assert parent is not None
         parent.remove(node, safe=True)
 
     def finish_edit(self) -> None:
-        """Remove what no output needs and sort the rest."""
+        """Remove nodes that no output depends on, and sort the rest topologically."""
         RemoveUnusedNodesPass()(self.model)
         TopologicalSortPass()(self.model)
         self._refresh()
 
 
 def all_nodes(graph: ir.Graph) -> Iterator[ir.Node]:
-    """The nodes of a graph and of the graphs inside its nodes, outer ones first."""
+    """The nodes of a graph and of its nodes' subgraphs; a node comes before the nodes of its subgraphs."""
     for node in graph:
         yield node
         for inner in subgraphs(node):
@@ -88,7 +88,7 @@ def all_nodes(graph: ir.Graph) -> Iterator[ir.Node]:
 
 
 def all_values(graph: ir.Graph) -> Iterator[ir.Value]:
-    """Inputs, initializers and results of a graph and of the graphs inside its nodes."""
+    """Inputs, initializers and node outputs of a graph and of its nodes' subgraphs."""
     yield from graph.inputs
     yield from graph.initializers.values()
     for node in graph:
@@ -98,7 +98,7 @@ def all_values(graph: ir.Graph) -> Iterator[ir.Value]:
 
 
 def subgraphs(node: ir.Node) -> Iterator[ir.Graph]:
-    """The graphs that a node carries as attributes (If, Loop, Scan)."""
+    """The graphs among a node's attributes (If, Loop, Scan)."""
     for attribute in node.attributes.values():
         if attribute.type == ir.AttributeType.GRAPH:
             yield attribute.as_graph()

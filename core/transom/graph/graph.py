@@ -1,6 +1,6 @@
 """The neutral graph: an `onnx_ir.Model` that is always a valid ONNX model, with lazy weights.
 
-Backends read `graph.model` (never change it); the host rewrites it through named passes (`transom.graph.passes`).
+Backends read `graph.model` and must not change it; the host rewrites it with named passes (`transom.graph.passes`).
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ PRODUCER = "transom"
 
 
 class Graph:
-    """A model as every backend sees it.
+    """A model in the form that every backend receives.
 
     Attributes:
         model: the ONNX model; standard operators at opset 24, and the domain `transom`.
-        weights_hash: names the content of the weights: a hash of the file they came from.
-        notes: what was changed on the way in (a tensor that was dequantised, a checkpoint's quirk), for the report.
+        weights_hash: identifies the content of the weights: a hash of the file they came from.
+        notes: what was changed on import (a dequantized tensor, a checkpoint's quirk), for the report.
     """
 
     def __init__(self, model: ir.Model, *, weights_hash: str, notes: Sequence[str] = ()) -> None:
@@ -40,12 +40,12 @@ class Graph:
 
     @functools.cached_property
     def decoder(self) -> Decoder | None:
-        """Sizes and cache shapes where the graph is a decoder with the fixed inputs and outputs; else None."""
+        """Sizes and cache shapes if the graph is a decoder with the standard inputs and outputs; otherwise None."""
         text = self.model.metadata_props.get(METADATA_KEY)
         return Decoder.from_json(text) if text else None
 
     def nodes(self) -> Iterator[ir.Node]:
-        """The nodes of the main graph, in an order in which they can run."""
+        """The nodes of the main graph, in topological order."""
         return iter(self.model.graph)
 
     @property
@@ -59,13 +59,13 @@ class Graph:
     def digest(self) -> str:
         """A hash of structure, function bodies, decoder signature and weights: equal graphs compute the same function.
 
-        Names of nodes count (claims use them); docs, notes and other metadata do not. Saving and opening again keeps
-        it. Weights count by `weights_hash`; where that is empty they are read.
+        Node names are included (claims use them); docs, notes and other metadata are not. Saving and opening again
+        keeps the digest. Weights are represented by `weights_hash`; if that is empty, they are read.
         """
         return digest(self.model, self.weights_hash)
 
     def check(self) -> None:
-        """Run ONNX's checker and strict shape inference over the graph, weights left unread.
+        """Run ONNX's checker and strict shape inference over the graph, without reading weights.
 
         Raises:
             onnx.checker.ValidationError, onnx.shape_inference.InferenceError: the graph is not valid ONNX.
@@ -75,7 +75,7 @@ class Graph:
         onnx.checker.check_model(self.structure(), full_check=True)
 
     def structure(self) -> Any:
-        """The graph as `onnx.ModelProto` with its weights turned into inputs, so that none of them is read."""
+        """The graph as an `onnx.ModelProto` whose weights are inputs, so that no weight is read."""
         import onnx
 
         graph = self.model.graph
@@ -105,22 +105,22 @@ class Graph:
         return proto
 
     def save(self, path: Path) -> None:
-        """Write the graph as an ONNX file with its weights beside it in `<name>.data`."""
-        model = self.model.clone()  # the metadata belongs to the file; whoever reads the model must not see it change
+        """Write the graph as an ONNX file, with its weights in `<name>.data` next to it."""
+        model = self.model.clone()  # the file's metadata must not show up in the model, which others may be reading
         model.metadata_props["transom.weights_hash"] = self.weights_hash
         model.metadata_props["transom.notes"] = json.dumps(self.notes)
         ir.save(model, path, external_data=f"{path.name}.data", size_threshold_bytes=SMALL)
 
     @classmethod
     def open(cls, path: Path) -> Graph:
-        """Read a graph that `save` wrote; weights are mapped, not read.
+        """Read a graph that `save` wrote. Weights are memory-mapped.
 
         Raises:
             SourceError: the file is missing or is not an ONNX model.
         """
         try:
             model = ir.load(path)
-        except Exception as e:  # onnx_ir and protobuf raise many kinds; all mean the same to the user
+        except Exception as e:  # onnx_ir and protobuf raise many types; all mean the same to the user
             raise SourceError(f"{path} cannot be read as an ONNX graph: {e}", "Write it again") from e
         props = model.metadata_props
         weights_hash = props.get("transom.weights_hash", "")

@@ -1,6 +1,6 @@
-"""Taking in a model that others wrote: any `onnx_ir.Model` becomes a neutral graph, or is refused with the node's name.
+"""Imports any `onnx_ir.Model` as a neutral graph, or refuses it and names the node.
 
-Steps: constants and the weights of inner graphs move to the main graph; local functions are inlined; operators are
+Steps: constants and the weights of subgraphs move to the main graph; local functions are inlined; operators are
 converted to opset 24; ONNX Runtime's own operators are expanded. Weights are never read.
 """
 
@@ -23,7 +23,7 @@ from onnx_ir.passes.common import (
 from transom.errors import SourceError, UnsupportedError
 from transom.graph.builder import IR_VERSION
 from transom.graph.contrib import DOMAIN as CONTRIB
-from transom.graph.contrib import expand_contrib, is_contrib, knows
+from transom.graph.contrib import expand_contrib, has_expansion, is_contrib
 from transom.graph.editing import all_nodes, all_values
 from transom.graph.graph import Graph
 from transom.graph.shapes import infer_shapes
@@ -35,10 +35,11 @@ ML_OPSET = 5
 
 
 def import_model(model: ir.Model, *, name: str, weights_hash: str, notes: Sequence[str] = ()) -> Graph:
-    """The model as a neutral graph; the model is changed in place.
+    """Convert the model to a neutral graph. The model is changed in place.
 
     Raises:
-        UnsupportedError: an operator is unknown, or has no equal at opset 24; the node is named.
+        UnsupportedError: a node, which the message names, has an unknown operator or one without an equivalent in
+            opset 24.
         SourceError: the model is not valid ONNX.
     """
     noted = list(notes)
@@ -51,24 +52,22 @@ def import_model(model: ir.Model, *, name: str, weights_hash: str, notes: Sequen
     LiftSubgraphInitializersToMainGraphPass()(model)
     LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     if empty := [str(n) for n, v in graph.initializers.items() if v.const_value is None]:
-        raise SourceError(
-            f"{name} has no numbers for its weight {empty[0]}", "Export the model again, with its weights"
-        )
+        raise SourceError(f"{name} has no data for its weight {empty[0]}", "Export the model again, with its weights")
     _name_nodes(model)
     version = graph.opset_imports.get("", OPSET)
-    _same_versions_inside_functions(model, version)
+    _align_function_opsets(model, version)
     InlinePass(criteria=lambda f: find(f.domain, f.name) is None)(model)
     _remove_functions(model)
     _name_nodes(model)
     _check_operators(model, version)
     for node in all_nodes(model.graph):
-        if is_contrib(node):  # onnx's converter asks for a schema of what has no domain
+        if is_contrib(node):  # onnx's converter looks up a schema for every node without a domain
             node.domain = CONTRIB
             model.graph.opset_imports.setdefault(CONTRIB, 1)
     model = _to_opset(model, version, noted)
     LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     expand_contrib(model)
-    _single_concats(model)
+    _bypass_single_concats(model)
     IdentityEliminationPass()(model)
     RemoveUnusedNodesPass()(model)
     TopologicalSortPass()(model)
@@ -78,7 +77,7 @@ def import_model(model: ir.Model, *, name: str, weights_hash: str, notes: Sequen
     model.ir_version = IR_VERSION
     model.producer_name = "transom"
     for node in all_nodes(model.graph):
-        if node.op_type == "Loop" and len(node.inputs) < 2:  # a pass dropped its absent condition, which ONNX asks for
+        if node.op_type == "Loop" and len(node.inputs) < 2:  # a pass dropped the empty condition, which ONNX requires
             node.resize_inputs(2)
     result = Graph(model, weights_hash=weights_hash, notes=noted)
     infer_shapes(result)
@@ -86,7 +85,7 @@ def import_model(model: ir.Model, *, name: str, weights_hash: str, notes: Sequen
 
 
 def _remove_functions(model: ir.Model) -> None:
-    """Drop functions that no node calls any more."""
+    """Remove functions that no node calls."""
     called = {n.op_identifier() for n in all_nodes(model.graph)}
     for function in model.functions.values():
         called |= {n.op_identifier() for n in all_nodes(function.graph)}
@@ -94,8 +93,8 @@ def _remove_functions(model: ir.Model) -> None:
         del model.functions[identifier]
 
 
-def _single_concats(model: ir.Model) -> None:
-    """A Concat of one input, which torch writes for an empty cache, is a copy."""
+def _bypass_single_concats(model: ir.Model) -> None:
+    """Bypass each Concat of a single input, which torch writes for an empty cache: it is a copy."""
     for node in all_nodes(model.graph):
         if (
             node.op_type == "Concat"
@@ -109,7 +108,7 @@ def _single_concats(model: ir.Model) -> None:
 
 
 def _name_nodes(model: ir.Model) -> None:
-    """Give every node a name of its own: claims, errors and edits go by it."""
+    """Give every node a unique name: claims, errors and edits refer to it."""
     taken: set[str] = set()
     for node in all_nodes(model.graph):
         base = node.name or next((str(v.name) for v in node.outputs if v.name), node.op_type)
@@ -123,7 +122,7 @@ def _name_nodes(model: ir.Model) -> None:
     for node in all_nodes(model.graph):
         for i, value in enumerate(node.outputs):
             if value.name == "" and not value.uses():
-                continue  # an optional output that nobody wants
+                continue  # an unused optional output
             if not value.name:
                 name = f"{node.name}.{i}"
                 while name in used:
@@ -132,8 +131,8 @@ def _name_nodes(model: ir.Model) -> None:
                 used.add(name)
 
 
-def _same_versions_inside_functions(model: ir.Model, version: int) -> None:
-    """A function body may be written for another opset than the model; that only works where both mean the same."""
+def _align_function_opsets(model: ir.Model, version: int) -> None:
+    """Set each function's opset to the model's; refuse a function with an operator that differs between the two."""
     for function in model.functions.values():
         own = function.opset_imports.get("", version)
         if own == version:
@@ -142,7 +141,7 @@ def _same_versions_inside_functions(model: ir.Model, version: int) -> None:
             if not node.domain and _since(node.op_type, own) != _since(node.op_type, version):
                 raise UnsupportedError(
                     f"the function {function.domain}::{function.name} uses {node.op_type} of opset {own}, "
-                    f"the model is opset {version}",
+                    f"but the model is opset {version}",
                     "Export the model again with one opset, 23 or 24",
                 )
         function.opset_imports[""] = version
@@ -162,7 +161,7 @@ def _check_operators(model: ir.Model, version: int) -> None:
 
     for node in all_nodes(model.graph):
         domain = "" if node.domain == "ai.onnx" else node.domain
-        if is_contrib(node) and knows(node.op_type):
+        if is_contrib(node) and has_expansion(node.op_type):
             continue
         if domain == "":
             if _since(node.op_type, version) is not None:
@@ -170,7 +169,7 @@ def _check_operators(model: ir.Model, version: int) -> None:
             if version > onnx.defs.onnx_opset_version():
                 raise UnsupportedError(
                     f"the node {node.name} uses the operator {node.op_type} of opset {version}; the installed onnx "
-                    f"package knows opset {onnx.defs.onnx_opset_version()}",
+                    f"package has_expansion opset {onnx.defs.onnx_opset_version()}",
                     "pip install --upgrade onnx",
                 )
         elif domain == "ai.onnx.ml":
@@ -180,14 +179,14 @@ def _check_operators(model: ir.Model, version: int) -> None:
             continue
         raise UnsupportedError(
             f"the node {node.name} uses the operator {domain or 'ai.onnx'}::{node.op_type}, which Transom does not "
-            "know and for which the model brings no function",
+            "know and for which the model contains no function",
             "Register it through the hook transom_ops, give the model a function body for it, or export the model "
             "without it",
         )
 
 
 def _to_opset(model: ir.Model, version: int, notes: list[str]) -> ir.Model:
-    """Stamp the model opset 24 where every operator means the same there; else convert it."""
+    """Relabel the model as opset 24 if all its operators mean the same there; otherwise convert it."""
     if version == OPSET:
         return model
     changed = [

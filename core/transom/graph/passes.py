@@ -1,4 +1,4 @@
-"""Rewrites of the neutral graph as small named passes: each takes a graph and returns a new one."""
+"""Rewrites the neutral graph in small named passes. Each pass takes a graph and returns a new one."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _CALL = "transom.call"
 def decompose(graph: Graph, nodes: Collection[str]) -> Graph:
     """Replace the named nodes by their function bodies in standard operators.
 
-    The new nodes are named for the call they replace, `"layers.0.attention.MatMul_1"`. A body comes from the graph,
-    from the operator registry or from ONNX (`transom.graph.bodies`).
+    The new nodes are named after the node they replace, `"layers.0.attention.MatMul_1"`. `transom.graph.bodies` finds
+    the bodies.
 
     Raises:
         KeyError: a name is not a node of the graph, or the node has no function body.
@@ -34,7 +34,7 @@ def decompose(graph: Graph, nodes: Collection[str]) -> Graph:
         body = body_of(model, node)
         if body is None:
             raise KeyError(f"{node.name} ({node.domain or 'ai.onnx'}::{node.op_type}) has no function body")
-        if node.op_identifier() not in model.functions:  # a body of its own, under an identifier of its own
+        if node.op_identifier() not in model.functions:  # give the node its own copy of the body
             own = body.clone()
             own.overload = node.overload = f"{node.overload}_call{number}"
             model.functions[own.identifier()] = own
@@ -45,21 +45,21 @@ def decompose(graph: Graph, nodes: Collection[str]) -> Graph:
         node.metadata_props[_CALL] = str(node.name)
     InlinePass(criteria=lambda f: f.identifier() in marked)(model)
     _name_for_call(model)
-    return _same(graph, model)
+    return _rebuilt(graph, model)
 
 
 def _keep_other_calls(model: ir.Model, marked: Collection[ir.OperatorIdentifier], calls: Collection[ir.Node]) -> None:
-    """A function is inlined at all its calls or at none: calls that stay get a copy of it under another overload."""
+    """A function is inlined at all calls or at none, so the remaining calls get a copy under another overload."""
     inlined = {id(node) for node in calls}
     for identifier in marked:
         staying = [n for n in _every_node(model) if n.op_identifier() == identifier and id(n) not in inlined]
         if staying:
             domain, name, overload = identifier
-            twin = model.functions[identifier].clone()
-            twin.overload = f"{overload}_kept"
-            model.functions[(domain, name, twin.overload)] = twin
+            copy = model.functions[identifier].clone()
+            copy.overload = f"{overload}_kept"
+            model.functions[(domain, name, copy.overload)] = copy
             for node in staying:
-                node.overload = twin.overload
+                node.overload = copy.overload
 
 
 def _every_node(model: ir.Model) -> Iterator[ir.Node]:
@@ -87,18 +87,18 @@ def _untyped(node: ir.Node) -> bool:
 
 
 def infer_types(graph: Graph) -> Graph:
-    """Write the element type and the shape of every value of the main graph that ONNX's shape inference can tell."""
+    """Set the element type and shape of every value of the main graph that ONNX's shape inference can determine."""
     import onnx
 
     model = graph.model.clone()
     structure = graph.structure()
-    told: dict[str, onnx.TypeProto] = {}
-    for follow_data in (True, False):  # following the data tells more, but stumbles over broadcast index arithmetic
+    inferred: dict[str, onnx.TypeProto] = {}
+    for follow_data in (True, False):  # data propagation finds more shapes, but fails on broadcast index arithmetic
         proto = onnx.shape_inference.infer_shapes(structure, data_prop=follow_data)
-        told = {info.name: info.type for info in (*proto.graph.value_info, *proto.graph.output)} | told
+        inferred = {info.name: info.type for info in (*proto.graph.value_info, *proto.graph.output)} | inferred
     for node in model.graph:
         for value in node.outputs:
-            type_proto = told.get(str(value.name))
+            type_proto = inferred.get(str(value.name))
             if type_proto is None or not type_proto.HasField("tensor_type"):
                 continue
             if value.type is None:
@@ -106,25 +106,25 @@ def infer_types(graph: Graph) -> Graph:
             if value.shape is None and type_proto.tensor_type.HasField("shape"):
                 dims = type_proto.tensor_type.shape.dim
                 value.shape = ir.Shape([d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in dims])
-    return _same(graph, model)
+    return _rebuilt(graph, model)
 
 
 def inline_functions(graph: Graph) -> Graph:
-    """Replace every call of a model-local function that is not a registered operator by its body."""
+    """Replace every call of a model-local function by its body, unless it is a registered operator."""
     from transom.ops import find
 
     model = graph.model.clone()
     InlinePass(criteria=lambda f: find(f.domain, f.name) is None)(model)
-    return _same(graph, model)
+    return _rebuilt(graph, model)
 
 
 def remove_unused(graph: Graph) -> Graph:
-    """Drop nodes, weights and opset imports that no output needs."""
+    """Remove nodes, weights and opset imports that no output depends on."""
     model = graph.model.clone()
     RemoveUnusedNodesPass()(model)
     RemoveUnusedOpsetsPass()(model)
-    return _same(graph, model)
+    return _rebuilt(graph, model)
 
 
-def _same(graph: Graph, model: ir.Model) -> Graph:
+def _rebuilt(graph: Graph, model: ir.Model) -> Graph:
     return Graph(model, weights_hash=graph.weights_hash, notes=graph.notes)

@@ -1,7 +1,7 @@
-"""Reading a neutral graph back: the weight behind a value, what a constant holds, what a node's attributes are.
+"""Reads a neutral graph: the weight behind a value, the content of a constant, the attributes of a node.
 
-Backends use these to keep quantised weights compressed; they work on graphs that Transom built and on graphs read from
-an ONNX file alike.
+Backends use these functions to keep quantized weights compressed. They work on graphs that Transom built and on graphs
+read from ONNX files.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ _DENSE = {ir.DataType.FLOAT: "float32", ir.DataType.FLOAT16: "float16", ir.DataT
 
 
 def attributes_of(node: ir.Node) -> dict[str, Any]:
-    """A node's attributes as Python values (tensors as NumPy arrays, subgraphs as `ir.Graph`), defaults filled in for
-    operators outside ONNX's own domain."""
+    """A node's attributes as Python values: tensors as NumPy arrays, subgraphs as `ir.Graph`. Defaults are filled in
+    for operators outside ONNX's own domains."""
     result: dict[str, Any] = {}
     for name, attribute in node.attributes.items():
         if attribute.type == ir.AttributeType.TENSOR:
@@ -53,7 +53,7 @@ def attributes_of(node: ir.Node) -> dict[str, Any]:
 
 
 def constant_of(value: ir.Value | None) -> Array | None:
-    """The array behind an initializer or a `Constant` node; None where the value is computed."""
+    """The array of an initializer or a `Constant` node; None if the value is computed."""
     if value is None:
         return None
     if value.const_value is not None:
@@ -70,7 +70,7 @@ def constant_of(value: ir.Value | None) -> Array | None:
 
 
 def weight_of(value: ir.Value | None) -> Weight | None:
-    """The weight that a value holds, seen through block dequantisation, added minimums and casts to float32; else None.
+    """The weight behind a value, looking through block dequantization, added minimums and casts to float32, or None.
 
     The pattern is the one `GraphBuilder.weight` writes: `DequantizeLinear(block_size)` along the last axis of a matrix,
     then optionally Reshape to [N, K / block, block], Add of [N, K / block, 1], Reshape to [N, K].
@@ -87,14 +87,14 @@ def weight_of(value: ir.Value | None) -> Weight | None:
     if node.op_type == "DequantizeLinear":
         return _dequantized(node)
     if node.op_type == "Reshape":
-        return _shifted(node)
+        return _with_minimums(node)
     return None
 
 
 def _initializer(value: ir.Value) -> Weight | None:
-    kept = value.meta.get(WEIGHT_META)
-    if isinstance(kept, Dense):
-        return kept
+    original = value.meta.get(WEIGHT_META)
+    if isinstance(original, Dense):
+        return original
     tensor = value.const_value
     assert tensor is not None
     dtype = _DENSE.get(tensor.dtype)
@@ -109,22 +109,22 @@ def _dequantized(node: ir.Node) -> Weight | None:
     zeros = node.inputs[2] if len(node.inputs) > 2 else None
     if quants is None or scales is None or quants.const_value is None or scales.const_value is None:
         return None
-    kept = quants.meta.get(WEIGHT_META)
-    if isinstance(kept, Blocked):
-        if not kept.has_minimums:
-            return kept
-        inner = kept.load
+    original = quants.meta.get(WEIGHT_META)
+    if isinstance(original, Blocked):
+        if not original.has_minimums:
+            return original
+        inner = original.load
 
         def without_minimums() -> BlockedArrays:
             return inner()._replace(minimums=None)
 
         return Blocked(
-            kept.shape,
-            kept.block,
-            kept.dtype,
-            kept.scale_dtype,
+            original.shape,
+            original.block,
+            original.dtype,
+            original.scale_dtype,
             without_minimums,
-            has_zero_points=kept.has_zero_points,
+            has_zero_points=original.has_zero_points,
         )
     tensor, scale = quants.const_value, scales.const_value
     attributes = attributes_of(node)
@@ -151,8 +151,8 @@ def _dequantized(node: ir.Node) -> Weight | None:
     )
 
 
-def _shifted(node: ir.Node) -> Weight | None:
-    """`node` is the last of Reshape, Add, Reshape: the matrix whose blocks got their minimums."""
+def _with_minimums(node: ir.Node) -> Weight | None:
+    """The weight behind the last node of Reshape, Add, Reshape: a block-quantized matrix with minimums, or None."""
     add = _producer(node.inputs[0], "Add")
     split = None if add is None else _producer(add.inputs[0], "Reshape")
     source = None if split is None else _producer(split.inputs[0], "DequantizeLinear")
@@ -167,9 +167,9 @@ def _shifted(node: ir.Node) -> Weight | None:
         return None
     if not _reshapes_to(split, (rows, count, blocks.block)) or not _reshapes_to(node, (rows, columns)):
         return None
-    kept = source.inputs[0].meta.get(WEIGHT_META)
-    if isinstance(kept, Blocked) and kept.has_minimums:
-        return kept
+    original = source.inputs[0].meta.get(WEIGHT_META)
+    if isinstance(original, Blocked) and original.has_minimums:
+        return original
     inner, shift = blocks.load, minimums.load
 
     def load() -> BlockedArrays:
@@ -189,7 +189,7 @@ def _reshapes_to(node: ir.Node, shape: tuple[int, ...]) -> bool:
 
 
 def element_type(value: ir.Value | None) -> ir.DataType | None:
-    """The element type of a weight seen through casts and dequantisation, where the graph's values carry none."""
+    """The element type of a value. If the value states none, follows casts and dequantization back to the weight."""
     if value is None:
         return None
     if value.const_value is not None:
@@ -202,13 +202,13 @@ def element_type(value: ir.Value | None) -> ir.DataType | None:
     if node.op_type == "Cast":
         return ir.DataType(node.attributes.get_int("to", 0))
     if node.op_type == "DequantizeLinear":
-        told = node.attributes.get_int("output_dtype", 0)
-        return ir.DataType(told) if told else element_type(node.inputs[1])
+        stated = node.attributes.get_int("output_dtype", 0)
+        return ir.DataType(stated) if stated else element_type(node.inputs[1])
     return element_type(node.inputs[0]) if node.op_type in ("Identity", "Reshape", "Add") else None
 
 
 def matrices(graph: Graph) -> list[Weight]:
-    """The weights of a graph's matrix products, in their order; one that products share is there for each."""
+    """The weight of each matrix product of a graph, in execution order; a shared weight appears once per product."""
     return [w for n in graph.nodes() if (w := linear_weight(n)) is not None]
 
 
@@ -226,13 +226,13 @@ def linear_weight(node: ir.Node) -> Weight | None:
     return weight if perm is None or list(perm.as_ints()) == [1, 0] else None
 
 
-_ONE_BY_ONE = ("Add", "Cast", "Div", "Identity", "Mul", "Tanh")
-"""What may lie between the vocabulary matrix and the logits: biases, scales, soft caps."""
+_ELEMENTWISE = ("Add", "Cast", "Div", "Identity", "Mul", "Tanh")
+"""Operators allowed between the vocabulary product and the logits: biases, scales, soft caps."""
 
 
 def vocabulary_products(graph: Graph) -> frozenset[str]:
-    """The products that logits are, but for what is done to each by itself; their rounding shows there at once.
-    Empty for a graph that is no decoder."""
+    """The products that compute the logits, apart from elementwise operators after them. Their rounding affects the
+    logits directly. Empty for a graph that is not a decoder."""
     values = [v for v in graph.model.graph.outputs if v.name == "logits"] if graph.decoder is not None else []
     found: set[str] = set()
     while values:
@@ -241,6 +241,6 @@ def vocabulary_products(graph: Graph) -> frozenset[str]:
             continue
         if linear_weight(node) is not None:
             found.add(str(node.name))
-        elif node.op_type in _ONE_BY_ONE and not node.domain:
+        elif node.op_type in _ELEMENTWISE and not node.domain:
             values += [v for v in node.inputs if v is not None]
     return frozenset(found)

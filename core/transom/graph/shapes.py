@@ -1,4 +1,4 @@
-"""Types and shapes of every value, by ONNX's own inference over the graph without its weights."""
+"""Infers the type and shape of every value with ONNX's shape inference, without reading weights."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _ERRORS = (onnx.shape_inference.InferenceError, onnx.checker.ValidationError, Ru
 
 
 def infer_shapes(graph: Graph) -> None:
-    """Set the type and shape of every value of the main graph that inference can find, in place of what it had.
+    """Replace the type and shape of every value of the main graph by what inference finds.
 
     Raises:
-        SourceError: the nodes contradict each other; the message names one.
+        SourceError: nodes contradict each other; the message names one.
     """
     for node in graph.model.graph:
         for value in node.outputs:
@@ -45,12 +45,12 @@ def infer_shapes(graph: Graph) -> None:
 def _inferred(structure: Any) -> Any:
     try:
         return onnx.shape_inference.infer_shapes(structure, strict_mode=True, data_prop=True)
-    except ValueError:  # onnx's following of data fails on some loops
+    except ValueError:  # onnx's data propagation fails on some loops
         return onnx.shape_inference.infer_shapes(structure, strict_mode=True, data_prop=False)
 
 
 def infer_node(node: ir.Node) -> None:
-    """Set the types and shapes of one standard operator's outputs that are not known yet, from those of its inputs."""
+    """Infer the unknown types and shapes of one standard operator's outputs from its inputs."""
     if node.domain or node.op_type in ("If", "Loop", "Scan") or all(v.shape is not None for v in node.outputs):
         return
     types: dict[str, Any] = {}
@@ -71,7 +71,7 @@ def infer_node(node: ir.Node) -> None:
             schema, ir.to_proto(node), types, data, opset_imports=[onnx.helper.make_opsetid("", OPSET)], ir_version=12
         )
     except _ERRORS:
-        return  # what is wrong with the node is said when the whole graph is inferred
+        return  # inference over the whole graph reports what is wrong with the node
     for value in node.outputs:
         inferred = found.get(str(value.name))
         if inferred is not None and inferred.WhichOneof("value") is not None:

@@ -1,4 +1,4 @@
-"""Writing a sparsity policy into a graph: the attribute `sparsity` of its attention nodes."""
+"""Writes a sparsity policy into a graph, as the attribute `sparsity` of its attention nodes."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ DOMAIN, NAME = "transom", "CachedAttention"
 
 
 def is_attention(node: ir.Node) -> bool:
-    """Whether a policy is about this node."""
+    """Whether sparsity policies apply to this operator."""
     return node.domain == DOMAIN and node.op_type == NAME
 
 
-def stays_dense(node: ir.Node) -> str:
-    """Why no policy can be applied to an attention node; empty when one can."""
+def dense_reason(node: ir.Node) -> str:
+    """Why an attention node has to stay dense; empty if a policy can be applied to it."""
     if len(node.inputs) > 9 and node.inputs[9] is not None:
         return "a bias on its scores"
     if not node.attributes.get_int("is_causal", 1):
@@ -31,12 +31,12 @@ def stays_dense(node: ir.Node) -> str:
 
 
 def with_sparsity(graph: Graph, policy: Sparsity) -> Graph:
-    """The graph with the policy in every attention node that can have one, each with its layer's view.
+    """The graph with its layer's part of the policy in each attention node that supports one.
 
-    Notes say which nodes stay dense. A graph of which nothing changes is returned as it is.
+    The notes say why nodes stay dense. With a dense policy, the same graph is returned.
 
     Raises:
-        OptionError: the graph has no attention over a cache, or the policy has the heads of another model.
+        OptionError: the graph has no attention over a cache, or the policy's heads are those of another model.
     """
     if policy.dense:
         return graph
@@ -48,13 +48,13 @@ def with_sparsity(graph: Graph, policy: Sparsity) -> Graph:
         )
     if graph.decoder is not None:
         policy.for_model(graph.decoder)
-    dense = Counter(reason for n in nodes if (reason := stays_dense(n)))
+    dense = Counter(reason for n in nodes if (reason := dense_reason(n)))
     schema = find(DOMAIN, NAME)
     assert schema is not None
     assert schema.body is not None
     model = graph.model.clone()
     for node in model.graph:
-        if not is_attention(node) or stays_dense(node):
+        if not is_attention(node) or dense_reason(node):
             continue
         text = policy.layer(node.attributes.get_int("layer", 0)).to_string()
         node.attributes["sparsity"] = ir.AttrString("sparsity", text)

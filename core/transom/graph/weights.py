@@ -1,12 +1,12 @@
-"""Weights as the neutral graph keeps them: lazy, memory-mapped where the file allows, quantised ones still quantised.
+"""Weights of the neutral graph: lazy, memory-mapped where the file allows, and still quantized if they were.
 
-`Dense` is a plain tensor. `Blocked` is a matrix quantised in blocks along its last axis,
+`Dense` is a plain tensor. `Blocked` is a matrix quantized in blocks along its last axis,
 
     w[n, k] = scale[n, k // block] * (q[n, k] - zero_point[n, k // block]) + minimum[n, k // block]
 
-which the graph writes as a block `DequantizeLinear` (and an `Add` for the minimums). q is an integer or an 8-bit float;
-a scale for each row is a block as wide as the matrix. Nothing is read from the file
-before `load` is called, and nothing is kept after: each caller decides how long it needs the arrays.
+which the graph expresses as a block `DequantizeLinear` (and an `Add` for the minimums). q is an integer or an 8-bit
+float; one scale per row is a block as wide as the matrix. Nothing is read from the file before `load` is called, and
+nothing is kept afterwards: each caller decides how long to keep the arrays.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ DENSE_DTYPES = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
 BlockedDtype: TypeAlias = Literal["int4", "uint4", "int8", "uint8", "float8e4m3fn"]
-"""ONNX's names of what a `Blocked` matrix holds."""
+"""Element types of a `Blocked` matrix, by their ONNX names."""
 BITS: dict[BlockedDtype, int] = {"int4": 4, "uint4": 4, "int8": 8, "uint8": 8, "float8e4m3fn": 8}
 FLOAT8: Any = np.dtype(ml_dtypes.float8_e4m3fn)
 """E4M3 without infinities: Micikevicius et al. 2022, FP8 formats for deep learning (arXiv:2209.05433)."""
@@ -38,7 +38,7 @@ UNPACKED: dict[BlockedDtype, Any] = {
     "uint8": np.dtype(np.uint8),
     "float8e4m3fn": FLOAT8,
 }
-"""In what NumPy keeps one number of each."""
+"""The NumPy type that holds one unpacked element."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Dense:
     shape: tuple[int, ...]
     dtype: Literal["float32", "float16", "bfloat16"]
     load: Callable[[], Array]
-    """Returns an array of `shape` and `dtype`; may be a view of a memory map, so it must not be written to."""
+    """Returns an array of `shape` and `dtype`. It may be a view of a memory map: do not write to it."""
 
     @property
     def nbytes(self) -> int:
@@ -56,21 +56,21 @@ class Dense:
 
 
 class BlockedArrays(NamedTuple):
-    """The parts of a `Blocked` matrix [N, K], unpacked to one number per element."""
+    """The parts of a `Blocked` matrix [N, K], unpacked to one array element per number."""
 
     quants: Array
-    """int8, uint8 or float8 (`UNPACKED`) [N, K]; 4-bit values too."""
+    """int8, uint8 or float8 (see `UNPACKED`) [N, K]; 4-bit values are int8 or uint8."""
     scales: Array
     """float16 or float32 [N, K / block]."""
     minimums: Array | None = None
-    """Like `scales`; added after scaling."""
+    """Same shape and dtype as `scales`; added after scaling."""
     zero_points: Array | None = None
-    """Like `quants` [N, K / block]; subtracted before scaling."""
+    """Same dtype as `quants`, [N, K / block]; subtracted before scaling."""
 
 
 @dataclass(frozen=True)
 class Blocked:
-    """A matrix quantised in blocks of `block` along its last axis."""
+    """A matrix quantized in blocks of `block` columns along its last axis."""
 
     shape: tuple[int, int]
     block: int
@@ -93,7 +93,7 @@ Weight: TypeAlias = Dense | Blocked
 
 
 def dense(array: Array) -> Dense:
-    """A tensor that is in memory already."""
+    """A weight from an array in memory."""
     names = {v: k for k, v in DENSE_DTYPES.items()}
     if array.dtype not in names:
         raise ValueError(f"a dense weight is float32, float16 or bfloat16, not {array.dtype}")
@@ -101,7 +101,7 @@ def dense(array: Array) -> Dense:
 
 
 def dequantize(weight: Weight, rows: Array | slice | None = None) -> Array:
-    """The weight in float32; with `rows`, only those rows of its first axis."""
+    """The weight in float32; with `rows`, only those rows."""
     pick: Any = slice(None) if rows is None else rows
     if isinstance(weight, Dense):
         part: Array = weight.load()[pick].astype(np.float32)
@@ -118,8 +118,8 @@ def dequantize(weight: Weight, rows: Array | slice | None = None) -> Array:
     return out.reshape(n, k)
 
 
-def held(weight: Weight) -> Weight:
-    """The same weight with its content read, for whoever goes through it several times."""
+def preloaded(weight: Weight) -> Weight:
+    """The same weight with its content read into memory, for several passes over it."""
     if isinstance(weight, Dense):
         array = weight.load()
         return replace(weight, load=lambda: array)
@@ -128,7 +128,7 @@ def held(weight: Weight) -> Weight:
 
 
 def take_rows(weight: Weight, index: Array | slice) -> Weight:
-    """The same weight with its first axis reordered or cut; lossless for both forms.
+    """The same weight with its rows reordered or selected; lossless for both forms.
 
     Used to undo GGUF's interleaving of rotated heads and to split fused projections.
     """
@@ -140,14 +140,14 @@ def take_rows(weight: Weight, index: Array | slice) -> Weight:
 
     def load() -> BlockedArrays:
         quants, scales, minimums, zeros = inner()
-        cut = [None if part is None else part[index] for part in (minimums, zeros)]
-        return BlockedArrays(quants[index], scales[index], *cut)
+        rest = [None if part is None else part[index] for part in (minimums, zeros)]
+        return BlockedArrays(quants[index], scales[index], *rest)
 
     return replace(weight, shape=(rows, weight.shape[1]), load=load)
 
 
 def concat_rows(weights: Sequence[Weight]) -> Weight | None:
-    """The weights stacked along the first axis, or None where their forms differ."""
+    """The weights stacked along the first axis, or None if their forms differ."""
     first = weights[0]
     parts = [w.load for w in weights]
     rows = sum(w.shape[0] for w in weights)
@@ -169,12 +169,12 @@ def concat_rows(weights: Sequence[Weight]) -> Weight | None:
 
 
 def affine(parts: BlockedArrays, centre: int) -> tuple[Array, Array | None, int]:
-    """Scales, minimums and one zero point for all: scale * (quant - zero) + minimum, where quants are kept unsigned.
+    """Scales, minimums and one common zero point: scale * (quant - zero) + minimum, for quants stored unsigned.
 
-    A zero point that differs from block to block becomes a minimum, in float32.
+    Zero points that differ between blocks are folded into the minimums, in float32.
 
     Args:
-        centre: what was added to the quants to make them unsigned.
+        centre: the number that was added to the quants to make them unsigned.
     """
     scales, minimums, zeros = parts.scales, parts.minimums, parts.zero_points
     if zeros is not None:

@@ -1,6 +1,6 @@
-"""Decoder families that load without torch: a checkpoint's settings and tensors → the neutral graph.
+"""Decoder families that load without torch: they build the neutral graph from a checkpoint's settings and tensors.
 
-To add a family: write one file with a config, two readers and `build`, and add it to `_MODULES`.
+To add a family, write one file with a config, two readers and `build`, and add its name to `_MODULES`.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ _MODULES = ("gemma2", "gemma3", "llama", "mistral", "phi3", "qwen2", "qwen3")
 
 @functools.cache
 def families() -> tuple[Family, ...]:
-    """Every family, in the order of their names."""
+    """Every family, sorted by name."""
     return tuple(importlib.import_module(f"transom.models.{name}").FAMILY for name in _MODULES)
 
 
 def family_for_hf(config: Mapping[str, Any], where: str) -> Family:
-    """The family of a config.json, by `architectures`, or by `model_type` where that is missing.
+    """The family of a config.json, by `architectures`, or by `model_type` if that is missing.
 
     Raises:
-        SourceError: no family has the name; lists what is known and the ways out.
+        SourceError: no family has this name; the message lists alternatives.
     """
     architectures = config.get("architectures")
     names = [str(a) for a in architectures] if isinstance(architectures, list) and architectures else []
@@ -40,8 +40,8 @@ def family_for_hf(config: Mapping[str, Any], where: str) -> Family:
                 return family
     if not names and kind is None:
         raise SourceError(
-            f"{where} names neither architectures nor a model_type, so the kind of model is not known",
-            "Get the file again from where the model was published",
+            f"{where} names neither architectures nor a model_type, so the kind of model is unknown",
+            "Download the file again from the model's publisher",
         )
     known = {name for family in families() for name in family.architectures}
     raise _unknown(names[0] if names else str(kind), where, known)
@@ -51,7 +51,7 @@ def family_for_gguf(architecture: str, where: str) -> Family:
     """The family of a GGUF file, by `general.architecture`.
 
     Raises:
-        SourceError: no family has the name; lists what is known and the ways out.
+        SourceError: no family has this name; the message lists alternatives.
     """
     for family in families():
         if architecture in family.gguf:
@@ -61,9 +61,9 @@ def family_for_gguf(architecture: str, where: str) -> Family:
 
 def _unknown(name: str, where: str, known: set[str]) -> SourceError:
     return SourceError(
-        f'The architecture "{name}" of {where} is not one that Transom builds itself',
-        "Load its Hugging Face directory with the extra that knows some 290 more (pip install 'transom[families]'), or "
-        f"export the model to ONNX and load that file. {nearest(name, known)}",
+        f'Transom has no built-in support for the architecture "{name}" of {where}',
+        "Load its Hugging Face directory with the extra that supports some 290 more (pip install 'transom[families]'), "
+        f"or export the model to ONNX and load that file. {nearest(name, known)}",
     )
 
 

@@ -1,6 +1,6 @@
-"""The parts that decoders share: embedding, attention input and output, gated feed-forward layer, output matrix.
+"""Building blocks shared by decoder families: embedding, projections, norms, gated MLP, output matrix.
 
-Modules carry Hugging Face's names. Each function writes nodes and returns the new hidden state, [tokens, hidden].
+Modules have their Hugging Face names. Each function writes nodes and returns the new hidden state, [tokens, hidden].
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from transom.errors import SourceError
 from transom.models.family import Config
-from transom.models.rope import Rope
+from transom.models.rope import RotaryConfig
 from transom.models.tensors import Tensors
 from transom.models.values import Values
 
@@ -29,17 +29,17 @@ ACTIVATIONS = {
 
 
 def activation(values: Values, key: str) -> str:
-    """The activation that a config.json names, as `activate` takes it.
+    """The activation named in a config.json, in the form that `activate` takes.
 
     Raises:
-        SourceError: one that is not known.
+        SourceError: the activation is unknown.
     """
     return ACTIVATIONS[values.one_of(key, tuple(ACTIVATIONS))]
 
 
 def begin(family: str, config: Config, windows: list[int]) -> DecoderBuilder:
     """A builder for the family's graph; `windows`: the sliding window of each layer, 0 for none."""
-    # Here and not above: a family is looked up by its names in processes that build no graph and need no ONNX.
+    # Imported here: processes that only look up a family by name need no ONNX.
     from transom.graph import DecoderBuilder
 
     return DecoderBuilder(family, config.decoder(family, windows))
@@ -61,7 +61,7 @@ def embed(b: DecoderBuilder, config: Config, tensors: Tensors, *, scale: float =
 def norm(
     b: DecoderBuilder, x: ir.Value, config: Config, tensors: Tensors, name: str, *, offset: float = 0.0
 ) -> ir.Value:
-    """RMS normalisation by the module `name`."""
+    """RMS normalization with the weights of the module `name`."""
     short = name.rpartition(".")[2]
     return b.rms_norm(x, tensors(f"{name}.weight", config.hidden), config.epsilon, short, offset=offset)
 
@@ -69,14 +69,14 @@ def norm(
 def head_norm(
     b: DecoderBuilder, x: ir.Value, heads: int, config: Config, scale: Weight, name: str, *, offset: float = 0.0
 ) -> ir.Value:
-    """RMS normalisation of each head of [tokens, heads * head_dim] by itself."""
+    """RMS normalization of each head of [tokens, heads * head_dim] separately."""
     split = b.op("Reshape", x, b.constant([0, heads, config.head_dim]), name=f"{name}.heads")
     normed = b.rms_norm(split, scale, config.epsilon, name, offset=offset)
     return b.op("Reshape", normed, b.constant([0, heads * config.head_dim]), name=f"{name}.flat")
 
 
-def rotate(b: DecoderBuilder, x: ir.Value, heads: int, config: Config, rope: Rope, name: str) -> ir.Value:
-    """x with its heads turned by the positions of their tokens."""
+def rotate(b: DecoderBuilder, x: ir.Value, heads: int, config: Config, rope: RotaryConfig, name: str) -> ir.Value:
+    """Rotary embedding of x by the tokens' positions."""
     tables = b.rotary_tables(b.positions, rope.frequencies, factor=rope.factor)
     partial = rope.rotated if rope.rotated != config.head_dim else 0
     return b.rotate(x, tables, heads, name, rotated=partial)
@@ -93,7 +93,7 @@ def linear(
     *,
     bias: bool = False,
 ) -> ir.Value:
-    """x @ weightᵀ + bias by a module of the checkpoint; weight [out, into]."""
+    """x @ weightᵀ + bias with the parameters of a module; weight [out, into]."""
     weight = tensors(f"{module}.weight", out, into)
     return b.linear(x, weight, name, tensors(f"{module}.bias", out) if bias else None)
 
@@ -117,17 +117,17 @@ def add(b: DecoderBuilder, residual: ir.Value, x: ir.Value, name: str) -> ir.Val
 def finish(
     b: DecoderBuilder, x: ir.Value, config: Config, tensors: Tensors, *, offset: float = 0.0, softcap: float = 0.0
 ) -> Graph:
-    """Final normalisation, output matrix, soft cap (c * tanh(x / c)); the finished graph."""
+    """Add the final normalization, output matrix and soft cap (c * tanh(x / c)); returns the finished graph."""
     x = b.rms_norm(
         b.rows_for_logits(x), tensors("model.norm.weight", config.hidden), config.epsilon, "final_norm", offset=offset
     )
     name = "model.embed_tokens.weight" if config.tied else "lm_head.weight"
     if config.tied and tensors.has("lm_head.weight"):
-        tensors.mark_used("lm_head.weight")  # a copy that some files carry
+        tensors.mark_used("lm_head.weight")  # a redundant copy in some files
     logits = b.linear(x, tensors(name, config.vocabulary, config.hidden), "lm_head")
     if tensors.has("lm_head.bias"):
         raise SourceError(
-            f"The output matrix in {tensors.checkpoint.where} has a bias (lm_head.bias), which this family lacks",
+            f"The output matrix in {tensors.checkpoint.where} has a bias (lm_head.bias); this family supports none",
             "Try the mobius source (pip install 'transom[families]'), or export the model to ONNX and load that",
         )
     if softcap:

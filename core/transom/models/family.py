@@ -1,4 +1,4 @@
-"""What a decoder family is, and the sizes that every family's settings hold."""
+"""The definition of a decoder family, and readers for the sizes that all families share."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from transom.errors import SourceError
-from transom.models.rope import Rope
+from transom.models.rope import RotaryConfig
 from transom.models.tensors import Tensors
 from transom.models.values import Values
 from transom.signature import Decoder, LayerCache
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Sizes of a decoder. Families add what is theirs."""
+    """Sizes of a decoder. Each family adds its own fields."""
 
     vocabulary: int
     hidden: int
@@ -30,7 +30,7 @@ class Config:
     epsilon: float
     tied: bool
     """The output matrix is the embedding table."""
-    rope: Rope
+    rope: RotaryConfig
 
     def decoder(self, family: str, windows: list[int] | None = None) -> Decoder:
         """The signature of the graph; `windows`: the sliding window of each layer, 0 for none."""
@@ -42,7 +42,7 @@ class Config:
 
 
 Reader = Callable[[Values, Tensors, "int | None"], Any]
-"""(settings, tensors, context asked for) -> the family's config."""
+"""(settings, tensors, requested context) -> the family's config."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Family:
     from_gguf: Reader
     build: Callable[[Any, Tensors], Graph]
     gguf_names: Mapping[str, str] = field(default_factory=dict)
-    """Modules of the Hugging Face model -> their names in a GGUF file, of a layer or of the whole."""
+    """Names of Hugging Face modules (in a layer or in the whole model) -> their names in a GGUF file."""
 
 
 COMMON_GGUF_NAMES = {
@@ -81,8 +81,8 @@ COMMON_GGUF_NAMES = {
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_intermediate_size")
 
 
-def sizes_from_hf(values: Values, rope: Callable[[int], Rope]) -> dict[str, Any]:
-    """The fields of `Config` out of a config.json; `rope` makes the rotary embedding for a head's width.
+def sizes_from_hf(values: Values, rope: Callable[[int], RotaryConfig]) -> dict[str, Any]:
+    """The fields of `Config` from a config.json; `rope` makes the rotary embedding for the width of a head.
 
     Raises:
         SourceError: a size is missing or impossible, or the model has experts.
@@ -109,11 +109,11 @@ def sizes_from_hf(values: Values, rope: Callable[[int], Rope]) -> dict[str, Any]
     return sizes
 
 
-def sizes_from_gguf(values: Values, tensors: Tensors, rope: Callable[[int], Rope]) -> dict[str, Any]:
-    """The fields of `Config` out of a GGUF file's metadata and its embedding table.
+def sizes_from_gguf(values: Values, tensors: Tensors, rope: Callable[[int], RotaryConfig]) -> dict[str, Any]:
+    """The fields of `Config` from a GGUF file's metadata and its embedding table.
 
     Raises:
-        SourceError: a size is missing or impossible, or the model has what no family here builds.
+        SourceError: a size is missing or impossible, or the model has a feature that no family supports.
     """
     if values.whole("expert_count", 0, low=0):
         raise values.unsupported("expert_count", "it is a mixture of experts")
@@ -146,10 +146,10 @@ def sizes_from_gguf(values: Values, tensors: Tensors, rope: Callable[[int], Rope
 
 
 def layer_windows(values: Values, layers: int, window: int, sliding: Callable[[int], bool]) -> list[int]:
-    """The window of each layer of a config.json: by `layer_types` where there are some, else by the family's rule.
+    """The sliding window of each layer, from the `layer_types` of a config.json, or else by the family's rule.
 
     Raises:
-        SourceError: a type of layer other than full and sliding attention.
+        SourceError: a layer type other than full and sliding attention.
     """
     kinds = values.get("layer_types")
     if kinds is None:
@@ -177,5 +177,5 @@ def _check_heads(values: Values, key: str, sizes: Mapping[str, Any]) -> None:
     if sizes["head_dim"] < 2 or sizes["head_dim"] % 2:
         raise SourceError(
             f"The heads of the model in {values.where} have {sizes['head_dim']} columns, which cannot be rotated",
-            "The file is damaged or was edited by hand: get it again",
+            "The file is damaged or was edited by hand: download it again",
         )

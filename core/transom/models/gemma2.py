@@ -1,4 +1,4 @@
-"""Gemma 2: norms before and after each half of a layer, soft caps on scores and logits, every second layer windowed.
+"""Gemma 2: norms before and after attention and MLP, soft caps on scores and logits, a window in every second layer.
 
 Source: Gemma team 2024 (arXiv:2408.00118), and `Gemma2ForCausalLM` of transformers.
 """
@@ -45,11 +45,11 @@ class Gemma2Config(Config):
     windows: list[int]
     """Sliding window of each layer; 0: none."""
     scale: float
-    """Factor on QKᵀ."""
+    """Factor applied to QKᵀ."""
     attention_softcap: float
     logit_softcap: float
     offset: float
-    """Added to the scales of norms: 1 in Hugging Face's files; GGUF's have it added already."""
+    """Added to the scales of norms: 1 for Hugging Face files; 0 for GGUF files, whose scales include it."""
     activation: str = "gelu_tanh"
     bias: bool = False
 
@@ -85,8 +85,8 @@ def from_gguf(values: Values, tensors: Tensors, context: int | None) -> Gemma2Co
 
 
 def scale_from_gguf(values: Values, sizes: Mapping[str, Any], layers_of_27b: int) -> float:
-    """The factor on QKᵀ. Files that do not say it do not say query_pre_attn_scalar either; of the published sizes only
-    27B, known by its number of layers, scales by another width than its heads have."""
+    """The factor applied to QKᵀ. GGUF files without `attention.scale` do not state query_pre_attn_scalar either. Of the
+    published sizes, only 27B (recognized by its number of layers) does not scale by the width of its heads."""
     width = sizes["hidden"] / sizes["heads"] if sizes["layers"] == layers_of_27b else sizes["head_dim"]
     return float(values.number("attention.scale", None, low=1e-6) or width**-0.5)
 

@@ -1,6 +1,6 @@
-"""Gemma 3, text: normalised queries and keys, five windowed layers with local frequencies to one global layer.
+"""Gemma 3, text only: normalized queries and keys, five windowed layers with local frequencies per global layer.
 
-Checkpoints that also read images load as text models, without their vision tower.
+Multimodal checkpoints load as text models, without their vision tower.
 
 Source: Gemma team 2025 (arXiv:2503.19786), and `Gemma3ForCausalLM` of transformers.
 """
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from transom.models import block, gemma2
 from transom.models.family import Config, Family, layer_windows, sizes_from_gguf, sizes_from_hf
-from transom.models.rope import Rope, plain, rope_from_gguf, rope_from_hf
+from transom.models.rope import RotaryConfig, plain, rope_from_gguf, rope_from_hf
 from transom.models.tensors import Tensors
 from transom.models.values import Values
 
@@ -33,18 +33,18 @@ _LAYERS_OF_27B = 62
 
 @dataclass(frozen=True, kw_only=True)
 class Gemma3Config(Config):
-    """`rope` is that of the global layers."""
+    """`rope` applies to the global layers."""
 
     windows: list[int]
     """Sliding window of each layer; 0: none, a global layer."""
     local: list[bool]
-    """Which layers turn by the local frequencies."""
-    local_rope: Rope
+    """Which layers use the local frequencies."""
+    local_rope: RotaryConfig
     scale: float
-    """Factor on QKᵀ."""
+    """Factor applied to QKᵀ."""
     logit_softcap: float
     offset: float
-    """Added to the scales of norms: 1 in Hugging Face's files; GGUF's have it added already."""
+    """Added to the scales of norms: 1 for Hugging Face files; 0 for GGUF files, whose scales include it."""
     activation: str = "gelu_tanh"
     bias: bool = False
 
@@ -52,7 +52,7 @@ class Gemma3Config(Config):
 def from_hf(values: Values, tensors: Tensors, context: int | None) -> Gemma3Config:
     values = values.with_defaults(DEFAULTS)
     values.one_of("use_bidirectional_attention", (False, None), None)
-    values.one_of("attn_logit_softcapping", (None,), None)  # transformers reads it and then does not use it
+    values.one_of("attn_logit_softcapping", (None,), None)  # transformers reads this setting but does not use it
     table = values.inner("rope_parameters")
     far = table.inner("full_attention") if table else None
     near = table.inner("sliding_attention") if table else None
@@ -97,13 +97,13 @@ def from_gguf(values: Values, tensors: Tensors, context: int | None) -> Gemma3Co
 
 
 def _local_layers(values: Values, layers: int) -> list[bool]:
-    """Which layers are windowed: newer files say it for each layer, older ones how often a global one comes."""
+    """Which layers are windowed: newer files have a flag per layer, older ones the period of the global layers."""
     key = "attention.sliding_window_pattern"
-    said = values.get(key)
-    if isinstance(said, list):
-        if len(said) != layers or not all(isinstance(one, bool) for one in said):
+    flags = values.get(key)
+    if isinstance(flags, list):
+        if len(flags) != layers or not all(isinstance(flag, bool) for flag in flags):
             raise values.wrong(key, f"a list of {layers} flags")
-        return said
+        return flags
     pattern = values.whole(key, 6)
     return [(i + 1) % pattern != 0 for i in range(layers)]
 

@@ -1,4 +1,4 @@
-"""Llama 1 to 3.x and what shares its shape: SmolLM, SmolLM2, TinyLlama, Vicuna, Yi, DeepSeek-Coder.
+"""Llama 1 to 3.x and models with the same architecture: SmolLM, SmolLM2, TinyLlama, Vicuna, Yi, DeepSeek-Coder.
 
 Source: Touvron et al. 2023 (arXiv:2302.13971), and `LlamaForCausalLM` of transformers.
 """
@@ -31,7 +31,7 @@ DEFAULTS = {
     "attention_bias": False,
     "mlp_bias": False,
 }
-"""What transformers assumes where config.json is silent."""
+"""The defaults of transformers for keys that config.json omits."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class LlamaConfig(Config):
     mlp_bias: bool = False
     sliding_window: int = 0
     interleaved: bool = False
-    """Rotated heads are stored with the pairs that turn together side by side, as GGUF does for this family."""
+    """Columns that are rotated together are stored as adjacent pairs, as in GGUF files of this family."""
 
 
 def from_hf(values: Values, tensors: Tensors, context: int | None) -> LlamaConfig:
@@ -103,11 +103,11 @@ def _attention(
 
 
 def halves_from_pairs(heads: int, dim: int, rotated: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-    """Where each row of heads in halves (0, 2, 4 … | 1, 3, 5 …) lies among heads in pairs, [heads * dim].
+    """Row indices that convert heads stored in pairs to heads stored in halves (0, 2, 4 … | 1, 3, 5 …), [heads * dim].
 
-    GGUF files of this family store the rows of Q and K so that columns which turn together are neighbours
-    (`LlamaModel.permute` of llama.cpp's converter); `RotaryEmbedding` turns halves. Of each head the first `rotated`
-    rows are stored so.
+    GGUF files of this family store the rows of Q and K so that columns which are rotated together are adjacent
+    (`LlamaModel.permute` of llama.cpp's converter); `RotaryEmbedding` rotates halves. This applies to the first
+    `rotated` rows of each head.
     """
     head = np.arange(dim, dtype=np.int64)
     head[:rotated] = head[:rotated].reshape(rotated // 2, 2).T.reshape(-1)

@@ -1,6 +1,6 @@
-"""Mistral 7B and Nemo, Zephyr, Codestral, Devstral: Llama's shape, with a sliding window in the first version.
+"""Mistral 7B and Nemo, Zephyr, Codestral, Devstral: Llama's architecture, with a sliding window in the first version.
 
-GGUF files of this family call themselves `llama`, so they are read there.
+GGUF files of this family declare the architecture `llama`, so that family reads them.
 
 Source: Jiang et al. 2023 (arXiv:2310.06825), and `MistralForCausalLM` of transformers.
 """

@@ -1,4 +1,4 @@
-"""Phi-3, Phi-3.5 and Phi-4 (mini too): fused projections, a part of each head turns, LongRoPE.
+"""Phi-3, Phi-3.5 and Phi-4 (mini too): fused projections, partial rotary embedding, LongRoPE.
 
 Source: Abdin et al. 2024 (arXiv:2404.14219), and `Phi3ForCausalLM` of transformers.
 """

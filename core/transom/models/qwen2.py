@@ -45,7 +45,7 @@ def from_hf(values: Values, tensors: Tensors, context: int | None) -> Qwen2Confi
 
 
 def upper_windows(values: Values, layers: int) -> list[int]:
-    """The window of each layer: from `max_window_layers` on, where `use_sliding_window` says so."""
+    """The window of each layer: if `use_sliding_window` is set, layers from `max_window_layers` on have one."""
     window = values.whole("sliding_window", 0, low=0) if values.flag("use_sliding_window") else 0
     first = values.whole("max_window_layers", low=0) if window else layers
     return layer_windows(values, layers, window, lambda i: i >= first)

@@ -1,4 +1,4 @@
-"""Qwen3 (dense): each head of queries and keys is normalised before it turns; heads have a width of their own.
+"""Qwen3 (dense): each head of queries and keys is normalized before rotation; the width of heads is independent.
 
 Source: Yang et al. 2025 (arXiv:2505.09388), and `Qwen3ForCausalLM` of transformers.
 """

@@ -1,6 +1,6 @@
-"""A checkpoint's tensors by name, with their shapes checked, whatever file they come from.
+"""Tensors of a checkpoint by name, with shape checks, independent of the file format.
 
-Families ask by the names that Hugging Face checkpoints use; a source translates. Nothing here reads tensor data.
+Families use the names of Hugging Face checkpoints; the source translates them. Nothing here reads tensor data.
 """
 
 from __future__ import annotations
@@ -13,30 +13,30 @@ from transom.graph.weights import Weight
 
 
 class Checkpoint(Protocol):
-    """What a source offers to a family."""
+    """What a source provides to a family."""
 
     @property
     def where(self) -> str:
-        """The file or directory, for messages."""
+        """The file or directory, for error messages."""
 
     @property
     def weights_hash(self) -> str:
-        """Names the content of the weights."""
+        """Identifies the content of the weights."""
 
     def names(self) -> Iterable[str]:
-        """The tensors there are, by the names of the checkpoint itself."""
+        """The checkpoint's own names of all its tensors."""
 
     def find(self, name: str) -> Weight | None:
-        """The tensor with this name of the checkpoint itself, or None."""
+        """The tensor with this name in the checkpoint, or None."""
 
 
 class Tensors:
-    """Tensors by the names of Hugging Face's modules.
+    """Tensors by the names of Hugging Face modules.
 
     Args:
         checkpoint: where they come from.
-        rename: from the family's name to the checkpoint's.
-        ignore: tells which tensors of the checkpoint carry nothing that a graph needs.
+        rename: converts the family's name of a tensor to the checkpoint's.
+        ignore: whether a tensor of the checkpoint is irrelevant to the graph.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Tensors:
         return self._look(name) is not None
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor, for the sizes that a file's settings leave out.
+        """The shape of a tensor, for sizes that the settings omit.
 
         Raises:
             SourceError: there is no such tensor.
@@ -69,10 +69,10 @@ class Tensors:
         return tuple(weight.shape)
 
     def __call__(self, name: str, *shape: int) -> Weight:
-        """The tensor, which must have this shape. Asking twice gives the same object, so that weights are shared.
+        """The tensor, which must have this shape. Repeated calls return the same object, so that weights are shared.
 
         Raises:
-            SourceError: there is no such tensor, or its shape is another; the message names it.
+            SourceError: the tensor is missing or has another shape; the message names it.
         """
         weight = self._look(name)
         if weight is None:
@@ -80,18 +80,18 @@ class Tensors:
         if tuple(weight.shape) != shape:
             raise SourceError(
                 f"The tensor {self._rename(name)} in {self.checkpoint.where} has the shape {list(weight.shape)}; "
-                f"the model's settings ask for {list(shape)}",
-                "The file is damaged or its settings belong to another model: get it again",
+                f"the model's settings require {list(shape)}",
+                "The file is damaged or its settings belong to another model: download it again",
             )
         self._used.add(self._rename(name))
         return weight
 
     def optional(self, name: str, *shape: int) -> Weight | None:
-        """The tensor, or None where the checkpoint has none."""
+        """The tensor, or None if the checkpoint does not have it."""
         return self(name, *shape) if self.has(name) else None
 
     def unused(self) -> list[str]:
-        """Tensors of the checkpoint that no one asked for: the report says so."""
+        """Tensors of the checkpoint that the family did not use, for the report."""
         return sorted(n for n in self.checkpoint.names() if n not in self._used and not self._ignore(n))
 
     def mark_used(self, name: str) -> None:
@@ -111,12 +111,12 @@ class Tensors:
         hint = nearest(real, known) if len(known) <= 8 else ""
         return SourceError(
             f"The tensor {real} is missing from {self.checkpoint.where}",
-            f"The file is incomplete, or another kind of model than it says: get it again. {hint}".rstrip(),
+            f"The file is incomplete, or its settings belong to another model: download it again. {hint}".rstrip(),
         )
 
 
 def gguf_names(table: Mapping[str, str]) -> Callable[[str], str]:
-    """A renaming from Hugging Face's names to GGUF's, out of a table of modules.
+    """A function that converts Hugging Face tensor names to GGUF names, from a table of modules.
 
     `model.layers.7.self_attn.q_proj.weight` becomes `blk.7.` + table["self_attn.q_proj"] + `.weight`.
     """

@@ -1,6 +1,6 @@
-"""Reading a model's settings (config.json, GGUF metadata) with checks: what is wrong is named, nothing is guessed.
+"""Reads a model's settings (config.json, GGUF metadata) with checks. Errors name the setting; nothing is guessed.
 
-A value that the reader cannot honour is an error, because a model that runs with a setting ignored gives wrong text.
+An unsupported value is an error, because a model that ignores a setting generates wrong text.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from transom.errors import SourceError
 
 _REQUIRED: Any = object()
 LARGEST = 1 << 31
-"""No size in a decoder's configuration is larger than this."""
+"""Upper bound of every size in a decoder's configuration."""
 
 
 class Values:
@@ -21,15 +21,15 @@ class Values:
 
     Args:
         data: the settings, as JSON or GGUF gives them.
-        where: the file they come from, for messages.
-        prefix: put before each key, `"llama."` for GGUF.
+        where: the file they come from, for error messages.
+        prefix: prepended to each key, such as `"llama."` for GGUF.
     """
 
     def __init__(self, data: Mapping[str, Any], where: str, prefix: str = "") -> None:
         self.data, self.where, self.prefix = data, where, prefix
 
     def with_defaults(self, defaults: Mapping[str, Any]) -> Values:
-        """The same settings over a family's defaults; a key that is said to be `null` stays absent."""
+        """The same settings with a family's defaults for missing keys; a key that is `null` stays absent."""
         return Values({**defaults, **self.data}, self.where, self.prefix)
 
     def get(self, key: str) -> Any:
@@ -40,10 +40,10 @@ class Values:
         return self.get(key) is not None
 
     def whole(self, key: str, default: int | None = _REQUIRED, *, low: int = 1, high: int = LARGEST) -> Any:
-        """A whole number in low … high. A `default` of None makes the setting optional.
+        """An integer in low … high. A `default` of None makes the setting optional.
 
         Raises:
-            SourceError: missing without a default, of another type, or out of range.
+            SourceError: the value is missing and there is no default, or it has another type or is out of range.
         """
         value = self._value(key, default)
         if value is default and not self.has(key):
@@ -57,7 +57,7 @@ class Values:
     def number(
         self, key: str, default: float | None = _REQUIRED, *, low: float = -math.inf, high: float = math.inf
     ) -> Any:
-        """A finite number in low … high; as `whole`."""
+        """A finite number in low … high; see `whole`."""
         value = self._value(key, default)
         if value is default and not self.has(key):
             return default
@@ -75,7 +75,7 @@ class Values:
         return value
 
     def numbers(self, key: str, count: int) -> list[float] | None:
-        """A list of `count` finite numbers, or None where absent."""
+        """A list of `count` finite numbers, or None if absent."""
         value = self.get(key)
         if value is None:
             return None
@@ -86,16 +86,16 @@ class Values:
         return [float(v) for v in value]
 
     def one_of(self, key: str, allowed: tuple[Any, ...], default: Any = _REQUIRED) -> Any:
-        """A value out of a few. Everything else is refused by name, never ignored."""
+        """One of the allowed values. Any other value is an error that names it."""
         value = self._value(key, default)
-        # `in` would take 1 for True, and unhashable values are never allowed
+        # not `in`: it would accept 1 for True
         if not any(type(value) is type(a) and value == a for a in allowed):
             names = ", ".join(repr(a) for a in allowed)
             raise self.unsupported(key, f"Transom knows {names} here")
         return value
 
     def inner(self, key: str) -> Values | None:
-        """A nested table of settings, or None where absent."""
+        """A nested table of settings, or None if absent."""
         value = self.get(key)
         if value is None:
             return None
@@ -104,14 +104,14 @@ class Values:
         return Values(value, f"{key} of {self.where}")
 
     def wrong(self, key: str, wanted: str) -> SourceError:
-        """The error for a value that cannot be right."""
+        """The error for an invalid value."""
         return SourceError(
             f"{self.prefix}{key} in {self.where} is {_short(self.get(key))}, not {wanted}",
-            "The file is damaged or was edited by hand: get it again",
+            "The file is damaged or was edited by hand: download it again",
         )
 
     def unsupported(self, key: str, why: str = "") -> SourceError:
-        """The error for a value that may be right but that no code here honours."""
+        """The error for a valid but unsupported value."""
         return SourceError(
             f"{self.prefix}{key} in {self.where} is {_short(self.get(key))}, which this family does not support"
             + (f" ({why})" if why else ""),
@@ -124,8 +124,8 @@ class Values:
             return value
         if default is _REQUIRED:
             raise SourceError(
-                f"{self.where} does not say {self.prefix}{key}, which this family needs",
-                "The file is incomplete: get it again",
+                f"{self.where} does not contain {self.prefix}{key}, which this family needs",
+                "The file is incomplete: download it again",
             )
         return default
 

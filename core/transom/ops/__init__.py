@@ -1,4 +1,4 @@
-"""The operator registry: for each operator a schema, a shape rule, a NumPy reference, a body in standard operators."""
+"""The operator registry: a schema, shape rule, NumPy reference and body in standard operators for each operator."""
 
 from __future__ import annotations
 

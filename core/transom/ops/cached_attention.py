@@ -1,12 +1,12 @@
 """`transom::CachedAttention`: causal grouped-query attention over a cache, for ragged batches of sequences.
 
-Every new token and every cached token carries the id of its sequence and its position in it, so one call serves any
-mix of prefill chunks and decodes without padding. The operator appends the new keys and values to the cache. With a
-sparsity policy it reads the keys that `transom.ops.sparse_routing` chooses, and is exact over them.
+Every new token and every cached token carries the id of its sequence and its position in the sequence, so one call
+serves any mix of prefill chunks and decodes without padding. The operator appends the new keys and values to the cache.
+With a sparsity policy it reads only the keys that `transom.ops.sparse_routing` chooses, and is exact over them.
 
 Sources: grouped-query attention, Ainslie et al. 2023 (arXiv:2305.13245); logit soft cap, Gemma 2 report
-(arXiv:2408.00118); attention sinks, gpt-oss model card 2025 (one learnt logit for each head); names of attributes
-follow ONNX `Attention`.
+(arXiv:2408.00118); attention sinks, gpt-oss model card 2025 (one learned logit per head). Attribute names follow
+ONNX `Attention`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ INPUTS = (
     Param("past_sequences", "[past]", ("int64",)),
     Param("past_positions", "[past]", ("int64",)),
     Param("bias", "[q_num_heads or 1, tokens, past + tokens], added to the scaled, capped scores", optional=True),
-    Param("sinks", "[q_num_heads], a logit in each head's softmax that brings no value", optional=True),
+    Param("sinks", "[q_num_heads], an extra logit in each head's softmax, without a value", optional=True),
 )
 OUTPUTS = (
     Param("output", "[tokens, q_num_heads * value_dim]"),
@@ -48,9 +48,9 @@ ATTRIBUTES = (
     Attribute("q_num_heads", "int", None, "number of query heads; a multiple of kv_num_heads"),
     Attribute("kv_num_heads", "int", None, "number of key and value heads"),
     Attribute("scale", "float", 0.0, "factor on QKᵀ; 0: 1 / sqrt(head_dim)"),
-    Attribute("is_causal", "int", 1, "1: a token sees no later position"),
+    Attribute("is_causal", "int", 1, "1: a token does not see later positions"),
     Attribute("softcap", "float", 0.0, "c > 0: scores become c * tanh(scores / c), before bias and mask"),
-    Attribute("sliding_window", "int", 0, "w > 0: a token at p sees only positions above p - w"),
+    Attribute("sliding_window", "int", 0, "w > 0: a token at position p sees only positions above p - w"),
     Attribute("sparsity", "string", "dense", "the layer's sparsity policy, canonical; `dense` reads every visible key"),
     Attribute("layer", "int", 0, "index of the layer's cache"),
 )
@@ -64,7 +64,7 @@ def _heads(attributes: Attributes) -> tuple[int, int, int]:
 
 
 def reference(inputs: Sequence[Array | None], attributes: Attributes) -> tuple[Array, ...]:
-    """Exact over the keys that the policy chooses, in float32, one sequence at a time; shapes as in `INPUTS`."""
+    """NumPy reference: float32, one sequence at a time, exact over the keys that the policy chooses. See `INPUTS`."""
     q, k, v, past_k, past_v, seq, pos, past_seq, past_pos = (np.asarray(x) for x in inputs[:9])
     bias, sinks = (inputs[i] if len(inputs) > i else None for i in (9, 10))
     q_heads, kv_heads, group = _heads(attributes)
@@ -110,7 +110,7 @@ def reference(inputs: Sequence[Array | None], attributes: Attributes) -> tuple[A
 
 
 def infer(specs: Sequence[TensorSpec | None], attributes: Attributes) -> tuple[TensorSpec, ...]:
-    """Output types and shapes; `past + tokens` is a number where both are, else the symbol `present`."""
+    """Output types and shapes; `past + tokens` is a number if both are numbers, otherwise the symbol `present`."""
     q_heads, kv_heads, _ = _heads(attributes)
     q, k, v, past_k, past_v = (s or TensorSpec("float32", None) for s in specs[:5])
 
@@ -120,7 +120,7 @@ def infer(specs: Sequence[TensorSpec | None], attributes: Attributes) -> tuple[T
         if len(spec.shape) != 2:
             raise ValueError(f"{name} must have rank 2, not {len(spec.shape)}")
         if isinstance(spec.shape[1], int) and spec.shape[1] % heads:
-            raise ValueError(f"{name} has {spec.shape[1]} columns, which {heads} heads do not divide")
+            raise ValueError(f"{name} has {spec.shape[1]} columns, which is not divisible by {heads} heads")
         return spec.shape[0], spec.shape[1]
 
     tokens, _ = dims(q, q_heads, "query")
@@ -137,7 +137,7 @@ def infer(specs: Sequence[TensorSpec | None], attributes: Attributes) -> tuple[T
 
 
 def body(attributes: Attributes, present: Sequence[bool]) -> ir.Function:
-    """The operator in standard ONNX (opset 24), specialised to its attributes and to the optional inputs given."""
+    """The operator in standard ONNX (opset 24), specialized to its attributes and to the optional inputs present."""
     import onnx_ir as ir
 
     from transom.ops.functions import FunctionWriter
@@ -191,7 +191,7 @@ def body(attributes: Attributes, present: Sequence[bool]) -> ir.Function:
 
 
 def samples(rng: np.random.Generator) -> Iterator[Sample]:
-    """Ragged batches that mix prefill and decode, over every attribute and optional input."""
+    """Ragged batches that mix prefill and decode and cover every attribute and optional input."""
     variants: tuple[dict[str, Any], ...] = (
         {},
         {"sliding_window": 5},

@@ -1,4 +1,4 @@
-"""NumPy reference of ONNX `DequantizeLinear` (opset 24): per tensor, axis or block; fast enough for weights."""
+"""NumPy reference of ONNX `DequantizeLinear` (opset 24): per tensor, axis or block, and fast enough for weights."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def reference(inputs: Sequence[Array | None], attributes: Attributes) -> tuple[A
     assert scale is not None
     zero = inputs[2] if len(inputs) > 2 else None
     dtype = _OUTPUT[int(attributes.get("output_dtype", 0))] or scale.dtype
-    shape, spread = granularity(x.shape, scale.shape, attributes)
+    shape, spread = scale_layout(x.shape, scale.shape, attributes)
     values = x.astype(np.float32).reshape(shape)
     if zero is not None:
         values = values - spread(zero.astype(np.float32))
@@ -27,15 +27,17 @@ def reference(inputs: Sequence[Array | None], attributes: Attributes) -> tuple[A
     return (values.reshape(x.shape).astype(dtype, copy=False),)
 
 
-def granularity(
+def scale_layout(
     shape: tuple[int, ...], scales: tuple[int, ...], attributes: Attributes
 ) -> tuple[tuple[int, ...], Callable[[Array], Array]]:
-    """How scales lie beside numbers, of `QuantizeLinear` and `DequantizeLinear`: the shape to give the numbers, and a
-    function that brings scales or zero points into one that broadcasts with it.
+    """How scales relate to the elements in `QuantizeLinear` and `DequantizeLinear`.
 
     Args:
-        shape: of the numbers.
-        scales: of the scales, and of the zero points where there are any.
+        shape: shape of the elements.
+        scales: shape of the scales and of any zero points.
+
+    Returns:
+        The shape to reshape the elements to, and a function that reshapes scales or zero points to broadcast with it.
     """
     axis, block = int(attributes.get("axis", 1)), int(attributes.get("block_size", 0))
     if block:

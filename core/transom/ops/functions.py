@@ -1,7 +1,7 @@
-"""Writing function bodies: an operator of our own (or a third party's) as an ONNX function in standard operators.
+"""Writes function bodies: a custom operator (Transom's or a third party's) as an ONNX function in standard operators.
 
-A body is specialised to a node's attributes and to the optional inputs it has; the specialisation is told apart by the
-function's `overload`, a digest of both (ONNX IR version 10 and later).
+A body is specialized to a node's attributes and to the optional inputs present. The function's `overload`, a digest of
+both, identifies the specialization (ONNX IR version 10 and later).
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ _ATTRIBUTE_TYPES = {
 
 
 def overload(attributes: Mapping[str, Any], present: Sequence[bool]) -> str:
-    """The name of the specialisation. The layer index is no part of it: layers of one form share one body."""
+    """The name of a specialization. It excludes the layer index, so that equal layers share one body."""
     form = {k: v for k, v in sorted(attributes.items()) if k != "layer"}
     text = json.dumps([form, [bool(p) for p in present]], sort_keys=True)
     return "v" + hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 
 
 class FunctionWriter:
-    """Collects the nodes of one function: call it with an operator and its inputs, get the output value."""
+    """Collects the nodes of one function. Call it with an operator and its inputs to get the output value."""
 
     def __init__(self, domain: str, name: str, inputs: Sequence[str]) -> None:
         self.domain, self.name = domain, name
@@ -79,7 +79,7 @@ class FunctionWriter:
         attributes: Mapping[str, Any],
         present: Sequence[bool],
     ) -> ir.Function:
-        """The function, with every formal attribute declared, though the body was specialised to their values."""
+        """The function. It declares every formal attribute, although the body is specialized to their values."""
         graph = ir.Graph(self.inputs, outputs, nodes=self._nodes, opset_imports={"": OPSET}, name=self.name)
         declared = [
             ir.Attr(a.name, _ATTRIBUTE_TYPES[a.type], None)

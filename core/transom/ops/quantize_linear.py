@@ -1,4 +1,4 @@
-"""NumPy reference of ONNX `QuantizeLinear` (opset 24): per tensor, axis or block, to integers and to small floats."""
+"""NumPy reference of ONNX `QuantizeLinear` (opset 24): per tensor, axis or block, to integers and small floats."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from transom.ops.dequantize_linear import granularity
+from transom.ops.dequantize_linear import scale_layout
 from transom.ops.schema import Array, Attributes, Sample
 
 _INTEGERS: dict[int, Any] = {
@@ -22,22 +22,22 @@ _PRECISIONS: dict[int, Any] = {1: np.float32, 10: np.float16, 16: ml_dtypes.bflo
 
 
 def reference(inputs: Sequence[Array | None], attributes: Attributes) -> tuple[Array, ...]:
-    """`x / scale`, rounded to the nearest code, ties to even, plus `zero_point`; beyond the largest code it is the
-    largest, and what is no number stays none where the type has one.
+    """`x / scale`, rounded to the nearest code, ties to even, plus `zero_point`, and clamped to the range of codes. NaN
+    stays NaN if the output type has it.
 
-    With `saturate=0` what is beyond the largest 8-bit float is infinite, or no number. The division is made in the
-    scale's type, or in `precision`.
+    With `saturate=0`, values beyond the largest 8-bit float become infinite or NaN. The division uses the scale's type,
+    or `precision`.
     """
     x, scale = inputs[0], inputs[1]
     assert x is not None
     assert scale is not None
     zero = inputs[2] if len(inputs) > 2 else None
-    named = int(attributes.get("output_dtype", 0))
-    kind = np.dtype(zero.dtype if zero is not None else (_INTEGERS | _FLOATS)[named or 2])
-    told = int(attributes.get("precision", 0))
+    output_dtype = int(attributes.get("output_dtype", 0))
+    kind = np.dtype(zero.dtype if zero is not None else (_INTEGERS | _FLOATS)[output_dtype or 2])
+    precision = int(attributes.get("precision", 0))
     scales = scale.dtype.type if scale.dtype in map(np.dtype, _PRECISIONS.values()) else np.float32
-    number: Any = _PRECISIONS[told] if told else scales
-    shape, spread = granularity(x.shape, scale.shape, attributes)
+    number: Any = _PRECISIONS[precision] if precision else scales
+    shape, spread = scale_layout(x.shape, scale.shape, attributes)
     values = (x.astype(number).reshape(shape) / spread(scale.astype(number))).astype(np.float32)
     whole = kind in map(np.dtype, _INTEGERS.values())
     if whole:
@@ -48,7 +48,7 @@ def reference(inputs: Sequence[Array | None], attributes: Attributes) -> tuple[A
         types: Any = ml_dtypes
         limits = types.iinfo(kind) if whole else types.finfo(kind)
         values = np.clip(values, np.float32(limits.min), np.float32(limits.max))
-    with np.errstate(invalid="ignore"):  # no number has no integer, and ONNX says nothing of it
+    with np.errstate(invalid="ignore"):  # ONNX does not define the integer of a NaN
         return (values.reshape(x.shape).astype(kind),)
 
 

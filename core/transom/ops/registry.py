@@ -1,4 +1,4 @@
-"""The operators the neutral graph may hold, by (domain, name). Third parties add theirs through `transom_ops`."""
+"""The operators that a neutral graph may contain, by (domain, name). Third parties add theirs through `transom_ops`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def register(schema: OpSchema) -> None:
     """Add an operator.
 
     Raises:
-        ValueError: the name is taken, or an operator outside ONNX's own domain lacks its shape rule, body or samples.
+        ValueError: the name is taken, or an operator outside ONNX's own domain has no shape rule, body or samples.
     """
     if schema.key in _REGISTRY and _REGISTRY[schema.key] is not schema:
         raise ValueError(f"the operator {schema.domain or 'ai.onnx'}::{schema.name} is registered twice")
@@ -28,7 +28,7 @@ def register_all(schemas: Iterable[OpSchema]) -> None:
 
 
 def find(domain: str, name: str) -> OpSchema | None:
-    """The operator, or None. `ai.onnx` and the empty domain are the same. Any operator of ONNX itself is found."""
+    """The operator, or None. `ai.onnx` equals the empty domain. Every operator of ONNX itself is found."""
     from transom.ops import standard
 
     domain = "" if domain == "ai.onnx" else domain

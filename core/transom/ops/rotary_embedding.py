@@ -10,7 +10,7 @@ from transom.ops.schema import Array, Attributes, Sample
 
 
 def reference(inputs: Sequence[Array | None], attributes: Attributes) -> tuple[Array, ...]:
-    """Rotate pairs of columns: halves of the rotated part, or neighbours when `interleaved`.
+    """Rotate pairs of columns: column i of each half of the rotated part, or neighbors if `interleaved`.
 
     x is [batch, sequence, heads * dim] with `num_heads`, or [batch, heads, sequence, dim]; cos and sin are
     [batch, sequence, rotated / 2], or tables [positions, rotated / 2] with `position_ids` [batch, sequence].

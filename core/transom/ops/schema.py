@@ -1,4 +1,4 @@
-"""What the registry holds for one operator: schema, shape rule, NumPy reference, function body, random samples."""
+"""The registry entry of an operator: schema, shape rule, NumPy reference, function body, random samples."""
 
 from __future__ import annotations
 
@@ -14,21 +14,22 @@ if TYPE_CHECKING:
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 Attributes = Mapping[str, Any]
 Reference = Callable[[Sequence[Array | None], Attributes], tuple[Array, ...]]
-"""(inputs in order, None where an optional one is absent; attributes by name, defaults filled in) -> outputs."""
+"""(inputs in order, None for an absent optional one; attributes by name, defaults filled in) -> outputs."""
 
 Dimension: TypeAlias = int | str | None
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Element type (an ONNX name such as `"float32"`) and shape; a dimension is a number, a symbol or None."""
+    """Element type (an ONNX name such as `"float32"`) and shape; a dimension is a number, a symbol or None
+    (unknown)."""
 
     dtype: str
     shape: tuple[Dimension, ...] | None
 
 
 ShapeRule = Callable[[Sequence[TensorSpec | None], Attributes], tuple[TensorSpec, ...]]
-"""(input specs, attributes) -> output specs. Raises ValueError when the inputs cannot be right."""
+"""(input specs, attributes) -> output specs. Raises ValueError for invalid inputs."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Param:
 
 @dataclass(frozen=True)
 class Attribute:
-    """A formal attribute; `default=None` means it must be given."""
+    """A formal attribute; `default=None` means that it is required."""
 
     name: str
     type: Literal["int", "float", "string", "ints", "floats", "strings"]
@@ -61,22 +62,22 @@ class Sample:
     attributes: Mapping[str, Any]
     outputs: int = 1
     constant_inputs: tuple[int, ...] = ()
-    """Positions that a real graph holds as initializers (weights, shapes, axes)."""
+    """Indices of the inputs that are initializers in a real graph (weights, shapes, axes)."""
     dtypes: Mapping[int, str] | None = None
-    """ONNX element types that NumPy cannot name, by input position: `{0: "int4"}`."""
+    """ONNX element types without a NumPy name, by input index: `{0: "int4"}`."""
 
 
 Body = Callable[[Attributes, Sequence[bool]], "ir.Function"]
-"""(attributes, which inputs are present) -> a function in standard operators, specialised to both."""
+"""(attributes, which inputs are present) -> a function in standard operators, specialized to both."""
 
 
 @dataclass(frozen=True)
 class OpSchema:
     """An operator of the neutral graph.
 
-    Operators of the domain `""` are ONNX's own: their schema and shape rule are ONNX's, and only the reference and the
-    samples are ours. Operators of any other domain need everything here, the body included, so that every ONNX
-    runtime can execute the graph.
+    The domain `""` is ONNX itself: schema and shape rule come from ONNX, only reference and samples are defined here.
+    Operators of any other domain need every field, including the body, so that every ONNX runtime can execute the
+    graph.
     """
 
     domain: str

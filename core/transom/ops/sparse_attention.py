@@ -7,20 +7,20 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from transom.ops.schema import Array, Attributes
-from transom.ops.sparse_routing import HeadRoute, choose, dense_route, ordered
+from transom.ops.sparse_routing import HeadRoute, choose, dense_route, rows_in_order
 
 Observer = Callable[[HeadRoute], None]
-"""Is told of every choice that a call makes."""
+"""Called with the route of each sequence and KV head of a call."""
 OBSERVER = "__observer__"
-"""Under this name the attributes of a call may hold an `Observer`; it is no attribute of the operator."""
+"""Key under which the attributes of a call may contain an `Observer`. It is not an attribute of the operator."""
 
 
 def attend(inputs: Sequence[Array | None], attributes: Attributes) -> Array:
     """The operator's first output, float32 [tokens, q_num_heads * value_dim].
 
     Args:
-        inputs: the operator's, in order.
-        attributes: the operator's, defaults filled in; `sparsity` is not `"dense"`.
+        inputs: the operator's inputs, in order.
+        attributes: the operator's attributes, defaults filled in; `sparsity` is not `"dense"`.
 
     Raises:
         ValueError: as `sparse_routing.choose`.
@@ -37,12 +37,12 @@ def attend(inputs: Sequence[Array | None], attributes: Attributes) -> Array:
     out = np.zeros((len(q), kv_heads, group, value_dim), np.float32)
     unit = _unit(attributes)
     observer: Observer | None = attributes.get(OBSERVER)
-    for choice in choose(inputs, attributes):
-        new, everything = ordered(inputs, choice.sequence)
-        head, first = choice.head, len(everything) - len(new)
+    for routed in choose(inputs, attributes):
+        new, everything = rows_in_order(inputs, routed.sequence)
+        head, first = routed.head, len(everything) - len(new)
         sink = None if sinks is None else np.asarray(sinks, np.float32).reshape(kv_heads, group, 1, 1)[head]
-        for block in choice.route.blocks:
-            at = np.flatnonzero(block.reads(unit))  # positions, which are the places in `everything`
+        for block in routed.route.blocks:
+            at = np.flatnonzero(block.reads(unit))  # positions, which index `everything`
             rows = new[block.begin - first : block.end + 1 - first]
             scores = (queries[rows, head].transpose(1, 0, 2) @ keys[everything[at], head].T) * scale
             if cap := attributes["softcap"]:
@@ -53,12 +53,12 @@ def attend(inputs: Sequence[Array | None], attributes: Attributes) -> Array:
                 seen &= distance < window
             out[rows, head] = _softmax(np.where(seen, scores, -np.inf), values[everything[at], head], sink)
         if observer is not None:
-            observer(choice)
+            observer(routed)
     return out.reshape(len(q), -1)
 
 
 def _softmax(scores: Array, values: Array, sink: Array | None) -> Array:
-    """[G, rows, keys] and [keys, value_dim] to [rows, G, value_dim]."""
+    """Softmax of scores [G, rows, keys] times values [keys, value_dim]: [rows, G, value_dim]."""
     top = scores.max(-1, keepdims=True)
     if sink is not None:
         top = np.maximum(top, sink)
@@ -74,14 +74,14 @@ def _unit(attributes: Attributes) -> int:
     from transom.sparsity import LayerSparsity
 
     rule = LayerSparsity.from_string(str(attributes["sparsity"])).rule
-    assert rule is not None  # a dense call does not come here
+    assert rule is not None  # dense calls never reach this
     return rule.unit
 
 
 def observe_dense(inputs: Sequence[Array | None], attributes: Attributes, observer: Observer) -> None:
-    """Tell the observer of a call that reads every key."""
+    """Call the observer for a call that reads every key."""
     for sequence in np.unique(np.asarray(inputs[5])):
-        new, everything = ordered(inputs, int(sequence))
-        way = dense_route(len(everything) - len(new), len(everything), int(attributes["sliding_window"]))
+        new, everything = rows_in_order(inputs, int(sequence))
+        head_route = dense_route(len(everything) - len(new), len(everything), int(attributes["sliding_window"]))
         for head in range(int(attributes["kv_num_heads"])):
-            observer(HeadRoute(int(sequence), head, way))
+            observer(HeadRoute(int(sequence), head, head_route))

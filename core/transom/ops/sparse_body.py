@@ -1,9 +1,9 @@
 """A sparse `transom::CachedAttention` in standard ONNX operators, for engines without a kernel for it.
 
-The same choice as `sparse_routing`, by masks: right for any ragged batch, with the cost of dense attention and more.
-The keys of all sequences are laid out by sequence and position in one grid of S × P places, P the longest sequence
-rounded up to whole blocks, so that nodes and units are rows of a reshape. Shapes in the comments: K KV heads, G query
-heads of each, T new tokens, M = S · P places of the grid, N nodes, U units, D columns of a key head.
+It makes the same choice as `sparse_routing`, with masks: correct for any ragged batch, at more than the cost of dense
+attention. The keys of all sequences are arranged by sequence and position in one grid of S × P places, where P is the
+longest sequence rounded up to whole blocks, so that nodes and units are rows of a reshape. Shapes in the comments: K KV
+heads, G query heads per KV head, T new tokens, M = S · P places of the grid, N nodes, U units, D columns of a key head.
 """
 
 from __future__ import annotations
@@ -31,62 +31,62 @@ if TYPE_CHECKING:
     from transom.sparsity import LayerSparsity, Sparsity
 
 FAR = 2**30
-"""Above every position; and the same number in 32 bits and in float32, through which engines may send whole numbers."""
+"""Above every position, and exact in int32 and float32, to which engines may convert integers."""
 
 
 def attend(f: FunctionWriter, attributes: Attributes, present: Sequence[bool]) -> tuple[ir.Value, ir.Value, ir.Value]:
-    """The operator's three outputs, written into a function whose inputs are the operator's.
+    """Write the operator into a function with the operator's inputs; returns its three outputs.
 
     Raises:
-        ValueError: the policy cannot be applied to a call like this.
+        ValueError: the policy cannot be applied to a call with these attributes and inputs.
     """
     policy = policy_of(present, attributes)
     assert policy.rule is not None
     has_sinks = len(present) > 10 and present[10]
-    return _Body(f, attributes, policy, f.inputs[10] if has_sinks else None).write()
+    return _BodyWriter(f, attributes, policy, f.inputs[10] if has_sinks else None).write()
 
 
 @dataclass
 class _Tokens:
-    """What the choice needs to know of each new token; int64 [T, 1], and bool [T, T]."""
+    """Facts about each new token that the choice needs; int64 [T, 1] unless stated otherwise."""
 
     position: ir.Value
     sequence: ir.Value
     fresh: ir.Value
-    """bool [T, T]: of one sequence."""
+    """bool [T, T]: whether two new tokens belong to the same sequence."""
     count: ir.Value
-    """New tokens of its sequence."""
+    """Number of new tokens of its sequence."""
     number: ir.Value
-    """Its place among them."""
+    """Its index among the new tokens of its sequence."""
     far_end: ir.Value
-    """Where the local window of its block begins."""
+    """Position at which the local window of its block begins."""
     together: ir.Value
-    """bool [T, T]: of one query block."""
+    """bool [T, T]: whether two new tokens belong to the same query block."""
     begin: ir.Value
     """First position of its query block."""
     end: ir.Value
-    """Last position of it."""
+    """Last position of its query block."""
 
 
 @dataclass
 class _Grid:
-    """The places of the grid; [1, M]."""
+    """The places of the grid; [1, M] unless stated otherwise."""
 
     places: ir.Value
     """int64 [M]: 0 … M - 1."""
     length: ir.Value
-    """int64: P."""
+    """int64: P, the places of each sequence."""
     position: ir.Value
     sequence: ir.Value
-    there: ir.Value
-    """float32 [1, M]: 1 where the cache holds a key."""
+    occupied: ir.Value
+    """float32 [1, M]: 1 where the place holds a key."""
     keys: ir.Value
     """float32 [K, M, D]."""
     values: ir.Value
 
 
-class _Body:
-    """One function in the making."""
+class _BodyWriter:
+    """Writes one function body."""
 
     def __init__(
         self, f: FunctionWriter, attributes: Attributes, policy: LayerSparsity, sinks: ir.Value | None
@@ -120,7 +120,7 @@ class _Body:
         scores = self._capped(f("MatMul", queries, f("Unsqueeze", turned, i([1]))))  # [K, G, T, M]
 
         own = f("Equal", tokens.sequence, grid.sequence)
-        seen = f("And", f("And", own, self._is(grid.there)), f("LessOrEqual", grid.position, tokens.position))
+        seen = f("And", f("And", own, self._is(grid.occupied)), f("LessOrEqual", grid.position, tokens.position))
         seen = self._within(seen, grid.position, tokens.position)  # [T, M]
         scores = f("Where", seen, scores, f.floats(-np.inf))
         top = f("ReduceMax", scores, i([-1]), keepdims=1)
@@ -133,7 +133,7 @@ class _Body:
 
         columns = self._columns(tokens, grid, weights, sink_mass) if self.rule.columns else None  # [K, M]
         read = self._choice(tokens, grid, queries, top, weights, sink_mass, own, columns)  # bool [K, T, M]
-        # anew, since what is read may be smaller by more than an exponential can hold
+        # recomputed: relative to the old maximum, exp of the scores that are read may underflow
         scores = f("Where", f("Unsqueeze", read, i([1])), scores, f.floats(-np.inf))
         top = f("ReduceMax", scores, i([-1]), keepdims=1)
         if sink is not None:
@@ -146,7 +146,7 @@ class _Body:
         out = f("Reshape", f("Transpose", heads, perm=[2, 0, 1, 3]), i([0, -1]))
         return out, present_k, present_v
 
-    # small words ------------------------------------------------------------------------------------------------------
+    # helpers ----------------------------------------------------------------------------------------------------------
     def _capped(self, logits: ir.Value) -> ir.Value:
         if cap := float(self.attributes["softcap"]):
             return self.f("Mul", self.f("Tanh", self.f("Div", logits, self.f.floats(cap))), self.f.floats(cap))
@@ -165,7 +165,7 @@ class _Body:
         return mass if more is None else self.f("Add", mass, more)
 
     def _within(self, mask: ir.Value, key: ir.Value, query: ir.Value) -> ir.Value:
-        """`mask`, and the window of the query reaches the key."""
+        """`mask`, restricted to keys within the query's sliding window."""
         if not self.window:
             return mask
         near = self.f("Less", self.f("Sub", query, key), self.f.ints(self.window))
@@ -178,9 +178,9 @@ class _Body:
         return self.f("Max", self.f("Sub", query, self.f.ints(self.window - 1)), self.f.ints(0))
 
     def _block_start(self, position: ir.Value) -> ir.Value:
-        """Where the block of a position begins.
+        """First position of the block that contains a position.
 
-        Not as a quotient times 64: OpenVINO 2026.4 takes the two for one another's inverse, in whole numbers too.
+        Not computed as (position / 64) * 64: OpenVINO 2026.4 cancels the two, for integers too.
         """
         return self.f("Sub", position, self.f("Mod", position, self.f.ints(BLOCK)))
 
@@ -192,7 +192,7 @@ class _Body:
     def _grid(
         self, present_k: ir.Value, present_v: ir.Value, key_seq: ir.Value, key_pos: ir.Value
     ) -> tuple[_Grid, ir.Value]:
-        """The keys and values by sequence and position; and the number of each key's sequence, int64 [keys]."""
+        """The grid of keys and values, and the sequence index of each key, int64 [keys]."""
         f, i = self.f, self.f.ints
         count = f("Gather", f("Shape", key_seq), i(0))
         index = self._count_up(count)
@@ -213,10 +213,10 @@ class _Body:
             return f("Transpose", f("ScatterND", f("Expand", f.floats(0.0), shape), slot, rows), perm=[1, 0, 2])
 
         ones = f("Expand", f.floats(1.0), f("Unsqueeze", count, i([0])))
-        there = f("ScatterND", f("Expand", f.floats(0.0), one), slot, ones)
+        occupied = f("ScatterND", f("Expand", f.floats(0.0), one), slot, ones)
         places = self._count_up(size)
         position, sequence, known = (
-            f("Unsqueeze", x, i([0])) for x in (f("Mod", places, length), f("Div", places, length), there)
+            f("Unsqueeze", x, i([0])) for x in (f("Mod", places, length), f("Div", places, length), occupied)
         )
         grid = _Grid(places, length, position, sequence, known, laid_out(present_k), laid_out(present_v))
         return grid, order
@@ -244,14 +244,14 @@ class _Body:
 
     # the choice -------------------------------------------------------------------------------------------------------
     def _columns(self, t: _Tokens, grid: _Grid, weights: ir.Value, sink_mass: ir.Value | None) -> ir.Value:
-        """float32 [K, M]: 1 for the keys of most mass of each sequence."""
+        """float32 [K, M]: 1 for the columns, the keys with the largest mass of each sequence."""
         f, i = self.f, self.f.ints
         # token r of T is one of the R rows where a multiple of T lies in (r + 1) R … (r + 2) R - 1
         rows = f("Min", t.count, i(COLUMN_ROWS))
         end = f("Sub", f("Mul", f("Add", t.number, i(2)), rows), i(1))
         multiple = f("Sub", end, f("Mod", end, t.count))
-        asked = f("GreaterOrEqual", multiple, f("Mul", f("Add", t.number, i(1)), rows))  # [T, 1]
-        counts = self._float(f("And", asked, f("Less", grid.position, t.far_end)))  # [T, M]
+        sampled = f("GreaterOrEqual", multiple, f("Mul", f("Add", t.number, i(1)), rows))  # [T, 1]
+        counts = self._float(f("And", sampled, f("Less", grid.position, t.far_end)))  # [T, M]
         total = self._plus(f("ReduceSum", weights, i([-1]), keepdims=1), sink_mass)
         mass = f("ReduceSum", f("Mul", f("Div", weights, total), counts), i([1, 2]), keepdims=0)  # [K, M]
         length = f("Unsqueeze", grid.length, i([0]))
@@ -274,7 +274,7 @@ class _Body:
         own: ir.Value,
         columns: ir.Value | None,
     ) -> ir.Value:
-        """bool [K, T, M]: what each token reads, before causality and window."""
+        """bool [K, T, M]: the keys that each token reads, before causal mask and window."""
         f, i = self.f, self.f.ints
         rule = self.rule
         exact = rule.score == "rms"
@@ -331,11 +331,11 @@ class _Body:
         own: ir.Value,
         columns: ir.Value | None,
     ) -> ir.Value:
-        """float32 [K, G, T, N]: the estimated mass of each node that a token may look at, relative to exp(top)."""
+        """float32 [K, G, T, N]: the estimated mass of each node that a token may read, relative to exp(top)."""
         f, i = self.f, self.f.ints
         rule = self.rule
         exact = rule.score == "rms"
-        kept = grid.there if columns is None else f("Mul", grid.there, f("Sub", f.floats(1.0), columns))
+        kept = grid.occupied if columns is None else f("Mul", grid.occupied, f("Sub", f.floats(1.0), columns))
         kept = f("Expand", kept, f("Slice", f("Shape", grid.keys), i([0]), i([2])))  # [K, M]
         count = f("ReduceSum", f("Reshape", kept, i([0, -1, rule.node])), i([-1]), keepdims=0)  # [K, N]
         least = f("Unsqueeze", f("Max", count, f.floats(1.0)), i([2]))
@@ -364,19 +364,19 @@ class _Body:
         return f("Mul", count, f("Exp", relative))
 
     def _mixing(self, t: _Tokens) -> ir.Value:
-        """float32 [T, T]: the mean over the rows of a token's query block that are looked at."""
+        """float32 [T, T]: averages over the sampled rows of a token's query block."""
         f, i = self.f, self.f.ints
         stride = BLOCK // self.rule.rows
         number = f("Sub", t.position, t.begin)
-        looked_at = f("Equal", f("Mod", number, i(stride)), i(stride - 1))
+        sampled = f("Equal", f("Mod", number, i(stride)), i(stride - 1))
         size = f("Add", f("Sub", t.end, t.begin), i(1))
         only = f("And", f("Less", size, i(stride)), f("Equal", t.position, t.end))
-        rows = f("Transpose", f("Or", looked_at, only), perm=[1, 0])  # [1, T]
+        rows = f("Transpose", f("Or", sampled, only), perm=[1, 0])  # [1, T]
         counted = self._float(f("And", t.together, rows))
         return f("Div", counted, f("ReduceSum", counted, i([1]), keepdims=1))
 
     def _score(self, shares: ir.Value, mixing: ir.Value, *, root: bool) -> ir.Value:
-        """[K, G, T, x] to [K, T, x]: mean, or root mean square, over query heads and the rows looked at."""
+        """[K, G, T, x] to [K, T, x]: mean, or root mean square, over query heads and sampled rows."""
         f = self.f
         if root:
             shares = f("Mul", shares, shares)
@@ -406,7 +406,7 @@ class _Body:
         return self._is(marked)
 
     def _bounds(self, t: _Tokens) -> tuple[ir.Value, ir.Value]:
-        """int64 [T, 1]: least and most units that may be chosen beside those that are always read."""
+        """int64 [T, 1]: minimum and maximum number of chosen units, besides those that are always read."""
         f, i = self.f, self.f.ints
         unit = i(self.rule.unit)
         start = self._first_seen(t.begin)
@@ -422,10 +422,10 @@ class _Body:
         return least, f("Max", f("Sub", self._int(most), always), least)
 
     def _or_dense(self, t: _Tokens, grid: _Grid, own: ir.Value, read: ir.Value) -> ir.Value:
-        """`read`, and every key of the tokens and heads that are dense."""
+        """`read`, plus every key for tokens and heads that are dense."""
         f, i = self.f, self.f.ints
         if self.rule.max_density * DENSE_ABOVE[1] > DENSE_ABOVE[0]:
-            known = f("And", f("And", own, self._is(grid.there)), f("LessOrEqual", grid.position, t.end))
+            known = f("And", f("And", own, self._is(grid.occupied)), f("LessOrEqual", grid.position, t.end))
             known = self._within(known, grid.position, t.begin)  # [T, M]
             seen = f("ReduceSum", self._int(known), i([-1]), keepdims=1)
             reads = f("ReduceSum", self._int(f("And", known, read)), i([-1]), keepdims=1)

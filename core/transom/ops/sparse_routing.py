@@ -1,39 +1,40 @@
-"""Which keys a sparse `transom::CachedAttention` reads: the NumPy reference of the choice, node routing.
+"""Which keys a sparse `transom::CachedAttention` reads: the NumPy reference of the choice, called node routing.
 
-One sequence and one KV head at a time. Its keys are those of the positions 0 … n - 1, and its new queries, of all G
-query heads of the KV head, are the last T of them. Sizes are those of `transom.sparsity.Sparsity`; a block has 64
-tokens.
+Each sequence and KV head is routed on its own. Its keys are at the positions 0 … n - 1; its new queries, for all G
+query heads of the KV head, are at the last T of these positions. Sizes are the fields of `transom.sparsity.Sparsity`; a
+block has 64 tokens.
 
-1. **Columns.** A few keys draw mass from everywhere and would drag their whole units in. R = min(16, T) of the new
-   queries, those at ⌊(j + 1) T / R⌋ - 1, look at all their keys: exact softmax, summed over rows and heads, each row's
-   own block and local window left out. The `columns` keys of most mass are read by every query of the step, each from
-   where it lies before the query's local window.
-2. **Nodes.** Of every `node` keys, columns left out: mean μ, diagonal variance σ², count c.
-3. **Query blocks** choose together: the new queries of one block of 64 positions, or each query by itself where the
-   step brings fewer than 16 of them (decoding). Of the block's new queries those numbered stride - 1, 2 stride - 1, …
-   are looked at, stride = 64 / `rows`; the last one where there are fewer than stride.
-4. **Masses** of a row q' = scale · q: a node before the local window has c · exp(cap(q'·μ + min(½ λ Σ q'² σ², 8.3))),
-   λ = 0.7, cap the soft cap; a unit has the sum of its nodes; the columns there, and the nearby keys (the local window
-   and the block itself), are exact. P is the share of all of a row's mass, the sink's included.
-5. **Score** A = √ mean P² over rows and heads; so is the nearby part's, as one; the columns' share is the mean of P.
-   The total is their sum.
-6. **Choice.** The nearby units and the columns are read always; without columns (`columns` = 0) the first block of
-   keys in their place. Other units by falling A, lower ones first among equals, until what is read has `coverage` of
-   the total, or `top_k` of them; none without mass. A coverage's number is then held between `min_density` and
-   `max_density` of all units.
-7. **Dense** is a block that has at most `dense_below` keys, a head that is calibrated so, and, where `max_density` is
-   above 0.6, a block that would read more than 0.6 of its keys.
+1. **Columns.** A few keys receive mass from all queries and would cause their whole units to be read. R = min(16, T) of
+   the new queries, those at ⌊(j + 1) T / R⌋ - 1, attend to all their keys: exact softmax, summed over rows and heads,
+   without each row's own block and local window. Every query of the step reads the `columns` keys with the largest
+   mass, as far as they lie before its local window.
+2. **Nodes.** For every `node` keys, without the columns: mean μ, diagonal variance σ², count c.
+3. **Query blocks.** The new queries of a block of 64 positions choose together; in a step with fewer than 16 new
+   queries (decoding), each query chooses by itself. Of a block's new queries, numbers stride - 1, 2 stride - 1, … are
+   sampled, with stride = 64 / `rows`; if there are fewer than stride, only the last one.
+4. **Masses** of a row q' = scale · q. A node before the local window has c · exp(cap(q'·μ + min(½ λ Σ q'² σ², 8.3))),
+   λ = 0.7, where cap is the soft cap; a unit has the sum of its nodes. The masses of the columns before the window and
+   of the nearby keys (the local window and the block itself) are exact. P is the share in a row's total mass, including
+   the sink's.
+5. **Score.** A unit has A = √ mean P² over rows and heads, and so has the nearby part as a whole; the columns have the
+   mean of their P. The total is the sum of all scores.
+6. **Choice.** The nearby units and the columns are always read; without columns (`columns` = 0), the first block of
+   keys instead. Other units follow by descending A, lower positions first among equals, until the keys read have
+   `coverage` of the total, or until `top_k` units are chosen; units without mass are never chosen. With a coverage, the
+   number of units is then clamped between `min_density` and `max_density` of all units.
+7. **Dense.** Every key is read by a block with at most `dense_below` keys, by a head that is calibrated as dense, and,
+   if `max_density` is above 0.6, by a block that would read more than 0.6 of its keys.
 
-With `score="mean"` all masses come from nodes, without variance: the nearby ones too, each node as a whole as soon as
-its first key is seen; columns are exact wherever they lie; and A = mean P. With a sliding window a key, and a node that
-ends before it, has no mass for a row beyond the window.
+With `score="mean"`, all masses come from nodes without variance. This includes the nearby nodes, each as a whole as
+soon as its first key is visible; columns are exact at all positions; and A = mean P. With a sliding window, keys beyond
+a row's window, and nodes that end before it, have no mass.
 
-What depends on how a prompt is cut into steps: the columns, and where a step does not begin and end at a multiple of
-64, the query blocks. Queries of a block see the choice of its last rows, so the choice, and nothing else, looks ahead
-within a block. An engine that decodes cannot look at queries that it has not kept: it may take the columns from earlier
-ones, and `route(…, column_queries=…)` says what it then has to choose.
+How a prompt is split into steps affects the columns, and the query blocks if a step does not begin and end at a
+multiple of 64. All queries of a block use the choice of its sampled rows, so within a block the choice, and nothing
+else, looks ahead. A decoding engine does not have queries that it has not kept: it may take the columns from earlier
+queries, and `route(…, column_queries=…)` gives the choice that results.
 
-Sources: keys that draw mass from everywhere, StreamingLLM (arXiv:2309.17453) and SnapKV (arXiv:2404.14469); pages
+Sources: keys that receive mass from all queries, StreamingLLM (arXiv:2309.17453) and SnapKV (arXiv:2404.14469); pages
 ranked by the query, Quest (arXiv:2406.10774); coverage, FlexPrefill (arXiv:2502.20766).
 """
 
@@ -50,24 +51,24 @@ from transom.sparsity import LayerSparsity, Sparsity
 
 BLOCK = 64
 COLUMN_ROWS = 16
-"""Queries that choose the columns; a step with fewer new ones is decoding."""
+"""Number of queries that choose the columns; a step with fewer new queries is decoding."""
 VARIANCE_WEIGHT = 0.7
 VARIANCE_CAP = 8.3
-"""Most that the variance may add to a logit."""
+"""Upper bound of what the variance adds to a logit."""
 DENSE_ABOVE = (3, 5)
-"""As a fraction of whole numbers, so that every implementation compares alike."""
+"""0.6 as a fraction of integers, so that every implementation compares exactly."""
 
 
 @dataclass(frozen=True)
-class Scores:
-    """How attention scores are made of queries and keys: what the operator's attributes say."""
+class ScoreParams:
+    """How attention scores are computed from queries and keys, from the operator's attributes."""
 
     scale: float
     softcap: float = 0.0
     window: int = 0
-    """Positions a query sees, its own included; 0: all."""
+    """Number of positions that a query sees, including its own; 0: all."""
     sinks: Array | None = None
-    """float32 [G]: a logit in each head's softmax that brings no value."""
+    """float32 [G]: an extra logit in each head's softmax, without a value."""
 
     def capped(self, logits: Array) -> Array:
         return np.float32(self.softcap) * np.tanh(logits / np.float32(self.softcap)) if self.softcap else logits
@@ -79,25 +80,25 @@ class Scores:
 
 @dataclass(frozen=True)
 class QueryBlock:
-    """What the queries at the positions `begin … end` read."""
+    """The keys that the queries at the positions `begin … end` read."""
 
     begin: int
     end: int
     dense: bool
-    """Every key."""
+    """Whether every key is read."""
     units: Array
-    """int64, ascending: units of `unit` keys that are read whole; all where it is dense."""
+    """int64, ascending: units of `unit` keys that are read as a whole; all of them if dense."""
     columns: Array
-    """int64, ascending: positions of further keys that are read one by one; some may lie in those units."""
+    """int64, ascending: positions of single keys that are read; they may also lie in those units."""
     read: int
-    """Keys read by the last query, of those that any of the queries sees."""
+    """Number of keys that the last query reads, of those visible to any of the queries."""
     seen: int
-    """Keys that dense attention reads."""
+    """Number of keys that dense attention would read."""
     scores: Array = field(default_factory=lambda: np.zeros(0, np.float32), repr=False)
-    """A of each unit before the local window, the columns' and the nearby mass apart; empty where it is not scored."""
+    """A of each unit before the local window, without columns and nearby keys; empty if not scored."""
     margin: float = np.inf
-    """How far the choice was from another one, as a share of what is compared: where it is below an engine's rounding,
-    the engine may choose otherwise."""
+    """Distance to the nearest different choice, relative to the compared values. If it is below an engine's rounding
+    error, the engine may choose differently."""
 
     @property
     def density(self) -> float:
@@ -116,11 +117,11 @@ class Route:
     """The choice of one sequence and KV head in one step."""
 
     columns: Array
-    """int64, ascending: positions of the columns, those of no use to any query block included."""
+    """int64, ascending: positions of the columns, including those that no query block reads."""
     blocks: tuple[QueryBlock, ...]
     """In order of position."""
     margin: float = np.inf
-    """Of the columns and of all blocks, the least."""
+    """The smallest margin of the columns and of all blocks."""
 
 
 @dataclass(frozen=True)
@@ -137,22 +138,22 @@ def route(
     keys: Array,
     policy: LayerSparsity,
     head: int,
-    scores: Scores,
+    scores: ScoreParams,
     *,
     column_queries: tuple[Sequence[int], Array] | None = None,
 ) -> Route:
-    """Choose what the new queries of one sequence and KV head read.
+    """Choose the keys that the new queries of one sequence and KV head read.
 
     Args:
-        queries: float32 [T, G, dim], rotated: those of the last T positions.
+        queries: float32 [T, G, dim], rotated; at the last T positions.
         keys: float32 [n, dim], rotated, in order of position.
-        policy: the layer's.
+        policy: the layer's policy.
         head: the KV head, for its calibration.
-        column_queries: positions, and queries float32 [R, G, dim], from which to take the columns in place of the
-            step's own; for comparing with an engine that remembers earlier ones.
+        column_queries: positions, and queries float32 [R, G, dim], that choose the columns instead of the step's own
+            queries; for comparison with an engine that remembers earlier queries.
 
     Raises:
-        ValueError: scores that are not finite.
+        ValueError: scores are not finite.
     """
     first = len(keys) - len(queries)
     groups = list(_query_blocks(first, len(keys)))
@@ -162,7 +163,7 @@ def route(
     local = -(-rule.local_window // BLOCK)
 
     def far_end(position: int) -> int:
-        """Where the local window of a position's block begins: what lies before it is chosen."""
+        """Where the local window of a position's block begins; keys before it are subject to the choice."""
         return max(0, position // BLOCK - local) * BLOCK
 
     sparse = [g for g in groups if g[1] + 1 > rule.dense_below and far_end(g[0]) > scores.first_seen(g[0])]
@@ -172,19 +173,18 @@ def route(
             count = min(COLUMN_ROWS, len(queries))
             rows = [first + (j + 1) * len(queries) // count - 1 for j in range(count)]
             column_queries = rows, queries[[r - first for r in rows]]
-        positions, column_asked = column_queries
-        columns, gap = _columns(positions, column_asked, keys, [far_end(r) for r in positions], rule.columns, scores)
+        positions, column_rows = column_queries
+        columns, gap = _columns(positions, column_rows, keys, [far_end(r) for r in positions], rule.columns, scores)
     nodes = _nodes(keys, columns, rule.node) if sparse else None
     coverage = policy.coverage(head)
     blocks = []
     for begin, end in groups:
         if nodes is None or (begin, end) not in sparse:
-            blocks.append(_all(begin, end, rule.unit, scores.first_seen(begin)))
+            blocks.append(_dense(begin, end, rule.unit, scores.first_seen(begin)))
             continue
         stride, size = BLOCK // rule.rows, end + 1 - begin
-        looked_at = np.arange(begin + stride - 1, end + 1, stride) if size >= stride else np.array([end])
-        asked = queries[looked_at - first]
-        masses = _masses(looked_at, asked, keys, columns, nodes, far_end(begin), rule, scores)
+        sampled = np.arange(begin + stride - 1, end + 1, stride) if size >= stride else np.array([end])
+        masses = _masses(sampled, queries[sampled - first], keys, columns, nodes, far_end(begin), rule, scores)
         blocks.append(_choose(begin, end, far_end(begin), masses, columns, coverage, rule, scores))
     found = tuple(blocks)
     return Route(columns, found, min([gap, *(b.margin for b in found)]))
@@ -200,21 +200,21 @@ def _query_blocks(first: int, last: int) -> Iterator[tuple[int, int]]:
 
 
 def dense_route(first: int, last: int, window: int = 0, unit: int = BLOCK) -> Route:
-    """The route of queries at the positions `first … last - 1` that read every key they see."""
-    seen = Scores(1.0, window=window)
-    blocks = (_all(b, e, unit, seen.first_seen(b)) for b, e in _query_blocks(first, last))
+    """The route of queries at the positions `first … last - 1` that read every visible key."""
+    seen = ScoreParams(1.0, window=window)
+    blocks = (_dense(b, e, unit, seen.first_seen(b)) for b, e in _query_blocks(first, last))
     return Route(np.zeros(0, np.int64), tuple(blocks))
 
 
-def _all(begin: int, end: int, unit: int, start: int) -> QueryBlock:
+def _dense(begin: int, end: int, unit: int, start: int) -> QueryBlock:
     seen = end + 1 - start
     return QueryBlock(begin, end, True, np.arange(end // unit + 1), np.zeros(0, np.int64), seen, seen)
 
 
 def _columns(
-    positions: Sequence[int], queries: Array, keys: Array, limits: Sequence[int], most: int, scores: Scores
+    positions: Sequence[int], queries: Array, keys: Array, limits: Sequence[int], most: int, scores: ScoreParams
 ) -> tuple[Array, float]:
-    """The keys of most mass, ascending; and how far the last one taken is from the first one left, as a share of it."""
+    """The keys with the largest mass, ascending; and the relative gap between the last key taken and the next one."""
     mass = np.zeros(len(keys), np.float32)
     for position, query, limit in zip(positions, queries, limits, strict=True):
         start = scores.first_seen(position)
@@ -237,7 +237,7 @@ NOT_FINITE = "attention scores are not finite numbers"
 
 
 def _weights(logits: Array, sinks: Array | None) -> Array:
-    """Softmax over the last axis of [G, keys], a sink in each head's denominator where there are sinks."""
+    """Softmax over the last axis of [G, keys], with each head's sink, if any, in the denominator."""
     top = logits.max(-1, keepdims=True)
     if sinks is not None:
         top = np.maximum(top, sinks[:, None])
@@ -263,7 +263,7 @@ def _nodes(keys: Array, columns: Array, node: int) -> _Nodes:
 
 @dataclass(frozen=True)
 class _Masses:
-    """Shares of the rows of one query block, [rows * G]: probabilities as far as they are estimated."""
+    """Estimated probability mass for each sampled row of one query block, [rows * G]."""
 
     units: Array
     """[rows * G, units before the local window]."""
@@ -279,9 +279,9 @@ def _masses(
     nodes: _Nodes,
     far_end: int,
     rule: Sparsity,
-    scores: Scores,
+    scores: ScoreParams,
 ) -> _Masses:
-    """Of the rows at these positions, [R]; queries [R, G, dim]."""
+    """The masses for the rows at these positions [R], with queries [R, G, dim]."""
     exact = rule.score == "rms"
     last, far_nodes = int(positions[-1]), far_end // rule.node
     row = positions[:, None]
@@ -306,8 +306,8 @@ def _masses(
     top = np.max(np.concatenate([np.where(counts > 0, logits, -np.inf), near, single], -1), -1, keepdims=True)
     if scores.sinks is not None:
         top = np.maximum(top, scores.sinks[:, None])
-    top = np.where(np.isfinite(top), top, 0)  # what is not finite shows in the total
-    with np.errstate(over="ignore", invalid="ignore"):  # of a node without keys, whose count is 0
+    top = np.where(np.isfinite(top), top, 0)  # non-finite values show up in the total
+    with np.errstate(over="ignore", invalid="ignore"):  # for nodes without keys, whose count is 0
         node_mass = np.where(counts > 0, counts * np.exp(logits - top), 0)
         near_mass = (np.exp(near - top) if exact else node_mass[:, :, far_nodes:]).sum(-1)
         column_mass = np.exp(single - top).sum(-1)
@@ -322,7 +322,14 @@ def _masses(
 
 
 def _choose(
-    begin: int, end: int, far_end: int, masses: _Masses, columns: Array, coverage: float, rule: Sparsity, scores: Scores
+    begin: int,
+    end: int,
+    far_end: int,
+    masses: _Masses,
+    columns: Array,
+    coverage: float,
+    rule: Sparsity,
+    scores: ScoreParams,
 ) -> QueryBlock:
     def score(shares: Array) -> Array:
         found: Array = shares.mean(0) if rule.score == "mean" else np.sqrt(np.square(shares).mean(0))
@@ -355,19 +362,21 @@ def _choose(
     read, seen = int(found.reads(unit)[start:].sum()), end + 1 - start
     if rule.max_density * DENSE_ABOVE[1] > DENSE_ABOVE[0] and read * DENSE_ABOVE[1] > seen * DENSE_ABOVE[0]:
         return replace(
-            _all(begin, end, unit, start), scores=a, margin=_margin(take, falling, before, coverage, total, rule)
+            _dense(begin, end, unit, start),
+            scores=a,
+            margin=_margin(take, falling, before, coverage, total, rule),
         )
     return replace(found, read=read, seen=seen, margin=_margin(take, falling, before, coverage, total, rule))
 
 
-def _bounds(begin: int, end: int, far_end: int, rule: Sparsity, scores: Scores) -> tuple[int, int]:
-    """Least and most units that may be chosen beside those that are always read."""
+def _bounds(begin: int, end: int, far_end: int, rule: Sparsity, scores: ScoreParams) -> tuple[int, int]:
+    """Minimum and maximum number of chosen units, besides those that are always read."""
     start, unit = scores.first_seen(begin), rule.unit
     every = end // unit - start // unit + 1
     always = end // unit - max(far_end, start) // unit + 1
     if not rule.columns:
         always += max(0, BLOCK // unit - start // unit)
-    # in float32, as every implementation may have it
+    # in float32, which every implementation can reproduce
     least = int(np.ceil(np.float32(rule.min_density) * np.float32(every))) - always
     most = int(np.floor(np.float32(rule.max_density) * np.float32(every))) - always
     return max(least, 0), max(most, least, 0)
@@ -378,7 +387,7 @@ def _margin(take: Array, falling: Array, before: Array, coverage: float, total: 
     if not with_mass.any():
         return np.inf
     count = int(take.sum())
-    # two units of nearly one score at the edge of the choice could change places
+    # two units with nearly equal scores at the edge of the choice could swap
     edge = float(1 - falling[count] / falling[count - 1]) if 0 < count < len(falling) else np.inf
     if rule.top_k:
         return edge
@@ -391,9 +400,9 @@ class HeadRoute:
     """The route of one sequence and KV head in one call of the operator."""
 
     sequence: int
-    """Its id."""
+    """Id of the sequence."""
     head: int
-    """The KV head."""
+    """Index of the KV head."""
     route: Route
 
 
@@ -403,11 +412,11 @@ def sequence_rows(sequences: Array, positions: Array, sequence: int) -> Array:
     return rows[np.argsort(positions[rows], kind="stable")]
 
 
-def ordered(inputs: Sequence[Array | None], sequence: int) -> tuple[Array, Array]:
+def rows_in_order(inputs: Sequence[Array | None], sequence: int) -> tuple[Array, Array]:
     """The rows of a sequence among the new tokens, and among past and new tokens, both in order of position.
 
     Raises:
-        ValueError: its positions are not 0 … n - 1, each once, the new ones last.
+        ValueError: the positions are not 0 … n - 1, each once, with the new ones last.
     """
     seq, pos, past_seq, past_pos = (np.asarray(inputs[i]) for i in (5, 6, 7, 8))
     all_positions = np.concatenate([past_pos, pos])
@@ -423,24 +432,24 @@ def ordered(inputs: Sequence[Array | None], sequence: int) -> tuple[Array, Array
     return new, everything
 
 
-def call_scores(attributes: Attributes, dim: int, sinks: Array | None) -> Scores:
-    """The attributes of a call, for one KV head's group of query heads."""
+def call_scores(attributes: Attributes, dim: int, sinks: Array | None) -> ScoreParams:
+    """The score parameters of a call, for one KV head's group of query heads."""
     scale = float(attributes["scale"]) or dim**-0.5
-    return Scores(scale, float(attributes["softcap"]), int(attributes["sliding_window"]), sinks)
+    return ScoreParams(scale, float(attributes["softcap"]), int(attributes["sliding_window"]), sinks)
 
 
 def choose(inputs: Sequence[Array | None], attributes: Attributes) -> list[HeadRoute]:
-    """What every sequence and KV head of a call of `transom::CachedAttention` reads.
+    """Choose the keys for every sequence and KV head of a call of `transom::CachedAttention`.
 
     Args:
-        inputs: the operator's, in order.
-        attributes: the operator's, defaults filled in; `sparsity` is the layer's canonical string.
+        inputs: the operator's inputs, in order.
+        attributes: the operator's attributes, defaults filled in; `sparsity` is the layer's canonical string.
 
     Returns:
-        one for each sequence with new tokens and KV head, sequences ascending.
+        One route for each sequence with new tokens and each KV head, by ascending sequence id.
 
     Raises:
-        ValueError: the policy is none, has the heads of another model, or cannot be applied to the call.
+        ValueError: the policy is invalid, has the heads of another model, or cannot be applied to the call.
     """
     policy = policy_of(inputs, attributes)
     q, k, past_k = (np.asarray(inputs[i]) for i in (0, 1, 3))
@@ -453,26 +462,26 @@ def choose(inputs: Sequence[Array | None], attributes: Attributes) -> list[HeadR
     queries = q.astype(np.float32).reshape(-1, kv_heads, group, dim)
     found = []
     for sequence in np.unique(seq):
-        new, everything = ordered(inputs, int(sequence))
+        new, everything = rows_in_order(inputs, int(sequence))
         for head in range(kv_heads):
             own = None if sinks is None else np.asarray(sinks, np.float32).reshape(kv_heads, group)[head]
             scores = call_scores(attributes, dim, own)
             try:
-                way = route(queries[new, head], present[everything, head], policy, head, scores)
+                head_route = route(queries[new, head], present[everything, head], policy, head, scores)
             except ValueError as error:
                 raise ValueError(f"layer {attributes['layer']}, KV head {head}: {error}") from error
-            found.append(HeadRoute(int(sequence), head, way))
+            found.append(HeadRoute(int(sequence), head, head_route))
     return found
 
 
 def policy_of(inputs: Sequence[Any], attributes: Attributes) -> LayerSparsity:
-    """The policy that a call's attribute names.
+    """The policy in the attribute `sparsity` of a call.
 
     Args:
-        inputs: the operator's, or whether each is there.
+        inputs: the operator's inputs, or whether each is present.
 
     Raises:
-        ValueError: it is none, has the heads of another model, or cannot be applied to a call like this.
+        ValueError: the policy is invalid, has the heads of another model, or cannot be applied to the call.
     """
     policy = LayerSparsity.from_string(str(attributes["sparsity"]))
     if policy.dense:

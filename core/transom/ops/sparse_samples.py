@@ -1,8 +1,8 @@
-"""Random calls of a sparse `transom::CachedAttention` whose choice is clear, for the conformance kit.
+"""Random calls of a sparse `transom::CachedAttention` with an unambiguous choice of keys, for the conformance kit.
 
-A choice is a comparison: an engine that computes in bfloat16 may rightly read another unit where two are nearly alike.
-So keys of one unit have one level of logits, levels lie apart, and draws in which the reference's choice is close to
-another one are thrown away.
+The choice compares scores: an engine that computes in bfloat16 may legitimately read another unit if two score nearly
+the same. So all keys of a unit have logits of the same level, levels are well separated, and a draw is rejected if the
+reference's choice was close to a different one.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ from transom.ops.sparse_routing import choose
 from transom.sparsity import Sparsity
 
 MARGIN = 0.03
-"""Least distance of a sample's choice from another one: several roundings of bfloat16."""
+"""Minimum margin of a sample's choice: several bfloat16 rounding errors."""
 _STEP = 0.8
-"""Between the logits of neighbouring levels."""
+"""Difference between the logits of adjacent levels."""
 
 
 @dataclass(frozen=True)
-class _Form:
+class _Case:
     policy: Sparsity
     attributes: Mapping[str, Any]
     sinks: bool = False
 
 
-_FORMS: Mapping[str, _Form] = {
-    "sparse, coverage": _Form(Sparsity(0.8, columns=4, max_density=0.6, dense_below=100), {}),
-    "sparse, top_k": _Form(Sparsity(1.0, columns=4, top_k=2, rows=8, max_density=0.6, dense_below=0), {"scale": 0.3}),
-    "sparse, textbook": _Form(
+_CASES: Mapping[str, _Case] = {
+    "sparse, coverage": _Case(Sparsity(0.8, columns=4, max_density=0.6, dense_below=100), {}),
+    "sparse, top_k": _Case(Sparsity(1.0, columns=4, top_k=2, rows=8, max_density=0.6, dense_below=0), {"scale": 0.3}),
+    "sparse, textbook": _Case(
         Sparsity(0.8, columns=0, node=64, unit=64, score="mean", max_density=0.6, dense_below=0), {}
     ),
-    "sparse, calibrated, all attributes": _Form(
+    "sparse, calibrated, all attributes": _Case(
         Sparsity(0.85, columns=4, max_density=0.6, dense_below=0, heads=((0.0, 2.0),)),
         {"softcap": 30.0, "sliding_window": 250},
         sinks=True,
@@ -45,14 +45,14 @@ _FORMS: Mapping[str, _Form] = {
 
 
 def samples(rng: np.random.Generator, defaults: Mapping[str, Any]) -> Iterator[Sample]:
-    """One sample for each form: a prefill chunk, a decode and a first step side by side.
+    """One sample per case, each with a prefill chunk, a decode and a first step in one batch.
 
     Args:
-        defaults: the operator's attributes.
+        defaults: default values of the operator's attributes.
     """
-    for label, form in _FORMS.items():
+    for label, case in _CASES.items():
         while True:
-            sample = _draw(rng, label, form)
+            sample = _draw(rng, label, case)
             if _margin(sample, defaults) >= MARGIN:
                 break
         yield sample
@@ -63,14 +63,14 @@ def _margin(sample: Sample, defaults: Mapping[str, Any]) -> float:
     return min(choice.route.margin for choice in found)
 
 
-def _draw(rng: np.random.Generator, label: str, form: _Form) -> Sample:
+def _draw(rng: np.random.Generator, label: str, case: _Case) -> Sample:
     kv_heads, group, dim, value_dim = 2, int(rng.choice([1, 2])), 16, int(rng.choice([16, 32]))
     new, old = [int(rng.integers(40, 80)), 1, 3], [int(rng.integers(260, 330)), int(rng.integers(260, 390)), 0]
     seq, past_seq = np.repeat([7, 0, 3], new), np.repeat([7, 0, 3], old)
     pos = np.concatenate([o + np.arange(n) for n, o in zip(new, old, strict=True)])
     past_pos = np.concatenate([np.arange(o) for o in old])
     mix = rng.permutation(len(past_seq))
-    scale = form.attributes.get("scale", dim**-0.5)
+    scale = case.attributes.get("scale", dim**-0.5)
     all_seq, all_pos = np.concatenate([past_seq[mix], seq]), np.concatenate([past_pos[mix], pos])
     towards = rng.standard_normal((kv_heads, dim)).astype(np.float32)
     towards /= np.linalg.norm(towards, axis=1, keepdims=True)
@@ -82,18 +82,18 @@ def _draw(rng: np.random.Generator, label: str, form: _Form) -> Sample:
     levels = np.zeros((len(all_seq), kv_heads), np.float32)
     for sequence in np.unique(all_seq):
         rows = np.flatnonzero(all_seq == sequence)
-        units = all_pos[rows] // form.policy.unit
+        units = all_pos[rows] // case.policy.unit
         for head in range(kv_heads):
             levels[rows, head] = -_STEP * rng.permutation(units.max() + 1)[units]
             old_rows = rows[all_pos[rows] < 128]
-            if form.policy.columns and len(old_rows) >= form.policy.columns:
-                heavy = rng.choice(old_rows, form.policy.columns, replace=False)
+            if case.policy.columns and len(old_rows) >= case.policy.columns:
+                heavy = rng.choice(old_rows, case.policy.columns, replace=False)
                 levels[heavy, head] = 1.5
     keys = levels[:, :, None] * towards + noise(len(all_seq), kv_heads, dim)
     values = rng.standard_normal((len(all_seq), kv_heads * value_dim)).astype(np.float32)
     keys, past = keys.reshape(len(all_seq), -1), len(past_seq)
     optional: list[Array | None] = []
-    if form.sinks:
+    if case.sinks:
         optional = [None, rng.standard_normal(kv_heads * group).astype(np.float32)]
     return Sample(
         label,
@@ -112,8 +112,8 @@ def _draw(rng: np.random.Generator, label: str, form: _Form) -> Sample:
         {
             "q_num_heads": kv_heads * group,
             "kv_num_heads": kv_heads,
-            "sparsity": form.policy.layer(0).to_string(),
-            **form.attributes,
+            "sparsity": case.policy.layer(0).to_string(),
+            **case.attributes,
         },
         outputs=3,
     )

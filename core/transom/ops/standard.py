@@ -1,8 +1,8 @@
-"""ONNX's own operators. Schema and shape rule are ONNX's; the reference is ours where one file says so, and otherwise
-the one the `onnx` package carries (`onnx.reference`), which is NumPy too.
+"""ONNX's own operators. Schema and shape rule come from ONNX. The reference is defined in this package or taken from
+the `onnx` package (`onnx.reference`), which is NumPy too.
 
-The table below lists the operators that graphs built by Transom hold, with random samples for the conformance kit. Any
-other operator of ONNX is found on demand, so that any ONNX file runs on the reference backend.
+`_SAMPLES` lists the operators that occur in graphs built by Transom, with random samples for the conformance kit. Other
+ONNX operators are looked up on demand, so that any ONNX file runs on the reference backend.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def _evaluator(
     attributes: bytes,
     types: tuple[tuple[int, int], ...] | None = None,
 ) -> Any:
-    """One node, ready to run. `types`, (element type, rank) of each input, is needed where the node's definition in
-    terms of other operators depends on them (Gelu)."""
+    """One node, ready to run. `types`, the (element type, rank) of each input, is needed if the node's function body
+    depends on them (Gelu)."""
     import onnx
     from onnx import helper
     from onnx.reference import ReferenceEvaluator
@@ -109,7 +109,7 @@ _REFERENCES: Mapping[str, Reference] = {
 
 
 def has_own_reference(name: str) -> bool:
-    """Whether the reference of ONNX's operator is written here; if not, it is the `onnx` package's."""
+    """Whether the reference of this ONNX operator is defined here; otherwise the `onnx` package provides it."""
     return name in _REFERENCES
 
 
@@ -293,7 +293,7 @@ def schema_of(domain: str, name: str) -> OpSchema | None:
 
 
 def schemas() -> Iterator[OpSchema]:
-    """The operators that graphs built by Transom hold."""
+    """The operators that occur in graphs built by Transom."""
     for name in _SAMPLES:
         schema = schema_of("", name)
         if schema is None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import onnx_ir as ir
 
-from transom.graph.pageable import unpageable
+from transom.graph.pageable import unpageable_reason
 from transom.graph.reading import (
     attributes_of,
     constant_of,
@@ -440,7 +440,7 @@ class GraphReader:
     def _attention(self, node: ir.Node) -> None:
         attributes = attributes_of(node)
         layer = int(attributes["layer"])
-        if reason := unpageable(self.graph, node):
+        if reason := unpageable_reason(self.graph, node):
             raise NoForm(node, reason)
         if len(node.inputs) > 9 and node.inputs[9] is not None:
             raise NoForm(node, "attention by kernels takes no additive bias")

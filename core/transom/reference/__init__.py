@@ -1,6 +1,6 @@
-"""The reference backend: NumPy, exact, in the core, band `fallback`. The smallest example of the contract.
+"""The reference backend: NumPy, exact, part of core, band `fallback`. It is the smallest example of the contract.
 
-It is found through the same entry-point group as every other backend.
+Like every other backend, it is found through the entry-point group.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from transom.graph import Graph
 
 FORMAT = "1"
-"""Rises when artifacts are written in another way."""
+"""Increased whenever the format of artifacts changes."""
 
 
 class ReferenceBackend:
@@ -35,9 +35,9 @@ class ReferenceBackend:
         ]
 
     def claim(self, graph: Graph, device: Device, options: Options) -> Sequence[Claim]:
-        from transom.reference.executor import unsupported
+        from transom.reference.executor import unsupported_reason
 
-        reasons = ((str(node.name), unsupported(node)) for node in graph.nodes())
+        reasons = ((str(node.name), unsupported_reason(node)) for node in graph.nodes())
         return [Claim(name, not reason, reason) for name, reason in reasons]
 
     def compile(self, part: Graph, device: Device, options: Options, progress: Progress) -> Artifact:

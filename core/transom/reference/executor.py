@@ -1,7 +1,7 @@
-"""Runs a neutral graph in NumPy, exactly, node by node, holding no more weights than the node at hand needs.
+"""Runs a neutral graph in NumPy, exactly, node by node. Every backend is compared with it.
 
-Weights are read when their node runs and dropped after it, so a model of any size streams through the memory of its
-largest layer. This is the oracle that every backend is compared with.
+Weights are read when their node runs and released afterwards, so that a model needs only the memory of its largest
+layer.
 """
 
 from __future__ import annotations
@@ -24,38 +24,39 @@ Adjust = Callable[[ir.Node, dict[str, Any]], None]
 Observe = Callable[[ir.Node, Sequence[Any], Sequence[Any]], None]
 
 CONTROL = ("If", "Loop")
-HELD = 1 << 16
-"""Bytes up to which a value computed from constants is held: recomputing a chain of them may double at each step."""
+CACHED_BYTES = 1 << 16
+"""Values computed from constants are cached up to this many bytes: recomputing a chain of them can be exponential."""
 _RANDOM = {"Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"}
 _SEQUENCES = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
 
 
-def unsupported(node: ir.Node) -> str:
-    """Why the node cannot run in NumPy, naming the inner node where it is inside a subgraph; empty when it can."""
+def unsupported_reason(node: ir.Node) -> str:
+    """Why the node cannot run in NumPy, with the name of the inner node if the cause is in a subgraph; empty if it
+    can."""
     if not node.domain and node.op_type in CONTROL:
         for attribute in node.attributes.values():
             if attribute.type == ir.AttributeType.GRAPH:
                 for inner in attribute.as_graph():
-                    if reason := unsupported(inner):
+                    if reason := unsupported_reason(inner):
                         return f"{reason} (node {inner.name} in {attribute.name})"
         return ""
     operator = f"{node.domain or 'ai.onnx'}::{node.op_type}"
     if find(node.domain, node.op_type) is None:
-        return f"no NumPy reference of {operator}"
+        return f"no NumPy reference for {operator}"
     if any(a.type in _SEQUENCES for a in node.attributes.values()):
-        return f"{operator} runs a subgraph, and only If and Loop may"
+        return f"{operator} has a subgraph; only If and Loop are supported"
     return ""
 
 
 class Executor:
-    """A graph made ready to run in NumPy.
+    """A graph prepared for running in NumPy.
 
     Args:
         graph: any valid neutral graph; model-local functions of unregistered operators are inlined first.
-        keep_weights: hold dequantised weights between runs (fast, as large as float32) in place of streaming them.
+        keep_weights: keep dequantized weights between runs (fast, as large as float32) instead of streaming them.
 
     Raises:
-        UnsupportedError: the graph holds an operator that has no reference, named with its node.
+        UnsupportedError: an operator has no reference; the message names it and its node.
     """
 
     def __init__(self, graph: Graph, *, keep_weights: bool = False) -> None:
@@ -65,9 +66,9 @@ class Executor:
         self._keep = keep_weights
         self._adjust: Adjust | None = None
         self._observe: Observe | None = None
-        self._kept: dict[int, Array] = {}
+        self._cache: dict[int, Array] = {}
         for node in graph.nodes():
-            if reason := unsupported(node):
+            if reason := unsupported_reason(node):
                 raise UnsupportedError(
                     f"the node {node.name} cannot run on the reference: {reason}",
                     "Register the operator through the hook transom_ops, or give the model a function body for it",
@@ -76,7 +77,7 @@ class Executor:
         self._last_use = self._lifetimes()
 
     def _constant_nodes(self) -> set[int]:
-        """Nodes that depend on weights alone. They run when a consumer asks, and their results are not held."""
+        """Nodes that depend only on weights. They run when a consumer needs them; large results are not kept."""
         found: set[int] = set()
         for node in self.graph.nodes():
             if node.op_type in CONTROL or node.op_type in _RANDOM or (not node.inputs and node.op_type != "Constant"):
@@ -102,16 +103,16 @@ class Executor:
         adjust: Adjust | None = None,
         observe: Observe | None = None,
     ) -> dict[str, Array]:
-        """All outputs by name: arrays of the caller's own, which alias neither weights nor inputs.
+        """Compute all outputs, by name. They belong to the caller and alias neither weights nor inputs.
 
         Args:
-            adjust: called with each node and its attributes before it runs; may change them, for this run alone.
-            observe: called with each node, its inputs (None where absent) and its outputs after it ran, of nodes in
-                subgraphs and of those that prepare weights, too, but not of a Gather from a table of weights. Must not
+            adjust: called with each node and its attributes before the node runs; may change them for this run.
+            observe: called with each node, its inputs (None if absent) and its outputs after the node ran. Includes
+                nodes in subgraphs and nodes that prepare weights, but not a Gather from a table of weights. Must not
                 change or keep the arrays.
 
         Raises:
-            ValueError: an input is missing, unknown or of another element type; the message names it.
+            ValueError: an input is missing, unknown or of the wrong element type; the message names it.
         """
         graph = self.graph.model.graph
         names = {str(v.name) for v in graph.inputs}
@@ -134,7 +135,7 @@ class Executor:
 
     def _owned(self, value: ir.Value, values: Values) -> Any:
         array = self._value(value, values)
-        shared = value.is_graph_input() or value.is_initializer() or id(value) in self._kept
+        shared = value.is_graph_input() or value.is_initializer() or id(value) in self._cache
         if isinstance(array, np.ndarray) and (shared or array.base is not None):
             return array.copy()
         return array
@@ -144,8 +145,8 @@ class Executor:
             return None
         if id(value) in values:
             return values[id(value)]
-        if id(value) in self._kept:
-            return self._kept[id(value)]
+        if id(value) in self._cache:
+            return self._cache[id(value)]
         if value.const_value is not None:
             array = value.const_value.numpy()
         else:
@@ -155,8 +156,8 @@ class Executor:
             local: Values = {}
             self._execute(node, local)
             array = local[id(value)]
-        if self._keep or (value.const_value is None and getattr(array, "nbytes", HELD + 1) <= HELD):
-            self._kept[id(value)] = array
+        if self._keep or (value.const_value is None and getattr(array, "nbytes", CACHED_BYTES + 1) <= CACHED_BYTES):
+            self._cache[id(value)] = array
         return array
 
     def _execute(self, node: ir.Node, values: Values) -> None:
@@ -168,7 +169,7 @@ class Executor:
             dtype = element_type(node.inputs[0])
             same = isinstance(weight, Dense) and dtype == ir.DataType.from_numpy(DENSE_DTYPES[weight.dtype])
             if weight is not None and dtype is not None and axis == 0 and (dtype == ir.DataType.FLOAT or same):
-                # a few rows of an embedding table, not all of it
+                # read only these rows of an embedding table
                 ids = np.asarray(self._value(node.inputs[1], values))
                 rows = dequantize(weight, ids.reshape(-1)).astype(dtype.numpy(), copy=False)
                 values[id(node.outputs[0])] = rows.reshape(*ids.shape, *weight.shape[1:])
@@ -215,7 +216,7 @@ class Executor:
             index += 1
         return [
             *carried,
-            *(np.stack(s) if s else _nothing(v) for s, v in zip(scans, body.outputs[kept + 1 :], strict=True)),
+            *(np.stack(s) if s else _empty_scan(v) for s, v in zip(scans, body.outputs[kept + 1 :], strict=True)),
         ]
 
     def _subgraph(self, body: ir.Graph, inputs: Sequence[Any], outer: Values) -> list[Any]:
@@ -228,7 +229,7 @@ class Executor:
 
 
 def _as_array(given: Any, value: ir.Value) -> Array:
-    """The input as NumPy reads it, through the array protocol or DLPack, in the graph's element type."""
+    """The input as a NumPy array (from the array protocol or DLPack) of the graph's element type."""
     if not hasattr(given, "__array__") and hasattr(given, "__dlpack__"):
         given = np.from_dlpack(given)
     array = np.asarray(given)
@@ -237,14 +238,14 @@ def _as_array(given: Any, value: ir.Value) -> Array:
     wanted = value.dtype.numpy()
     if array.dtype == wanted:
         return array
-    # numbers of the same kind may be converted (a list of floats is float64); anything else is a mistake
+    # convert within the same kind (a list of floats is float64); anything else is a mistake
     if array.dtype.kind != np.dtype(wanted).kind or array.dtype.kind not in "iuf":
         raise ValueError(f"the input {value.name} is {array.dtype}; the graph takes {wanted}")
     return array.astype(wanted)
 
 
-def _nothing(value: ir.Value) -> Array:
-    """What a loop that never ran has collected: no entries, each of this type and shape."""
+def _empty_scan(value: ir.Value) -> Array:
+    """The scan output of a loop that never ran: zero entries of this type and shape."""
     dims = [] if value.shape is None else [d if isinstance(d, int) else 0 for d in value.shape]
     return np.zeros((0, *dims), np.float32 if value.dtype is None else value.dtype.numpy())
 
@@ -257,7 +258,7 @@ def _fixed(value: ir.Value | None, constant_nodes: set[int]) -> bool:
 
 
 def _reads(node: ir.Node) -> list[ir.Value]:
-    """The values a node needs, those of its subgraphs included."""
+    """The values that a node reads, including those read by its subgraphs."""
     reads = [v for v in node.inputs if v is not None]
     for attribute in node.attributes.values():
         if attribute.type == ir.AttributeType.GRAPH:

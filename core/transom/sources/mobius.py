@@ -70,7 +70,7 @@ class MobiusSource(Source):
 
     def open(self, spec: Spec, *, context: int | None = None, progress: Progress | None = None) -> SourceModel:
         from transom.graph.importing import import_model
-        from transom.graph.raising import CannotRaise, Sizes, raise_decoder
+        from transom.graph.raising import CannotRaise, DecoderHints, raise_decoder
         from transom.sources.hf import read_config, weight_files
         from transom.sources.onnx import texts
 
@@ -92,7 +92,7 @@ class MobiusSource(Source):
         settings = config.get("text_config") if isinstance(config.get("text_config"), Mapping) else config
         length = settings.get("max_position_embeddings") if isinstance(settings, Mapping) else None
         try:
-            graph = raise_decoder(graph, Sizes(kind, length if isinstance(length, int) else 0))
+            graph = raise_decoder(graph, DecoderHints(kind, length if isinstance(length, int) else 0))
         except CannotRaise as e:
             raise SourceError(f'The graph that mobius-onnx builds for "{kind}" cannot generate: {e}', _EXPORT) from e
         decoder = graph.decoder

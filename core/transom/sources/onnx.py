@@ -121,12 +121,12 @@ def side_folder(path: Path) -> Path:
 
 def raise_if_decoder(graph: Graph, config: Mapping[str, Any], genai: Mapping[str, Any] | None = None) -> Graph:
     """The graph as a neutral decoder where it is one whose form is recognised; else itself, with a note why not."""
-    from transom.graph.raising import CannotRaise, Sizes, looks_like_decoder, raise_decoder
+    from transom.graph.raising import CannotRaise, DecoderHints, looks_like_decoder, raise_decoder
 
     if not looks_like_decoder(graph) and not _reads_ids_and_caches(graph):
         return graph
     try:
-        return raise_decoder(graph, Sizes(_family(config), _context(config, genai or {})))
+        return raise_decoder(graph, DecoderHints(_family(config), _context(config, genai or {})))
     except CannotRaise as e:
         note = f"cannot generate, only run: {e}"
         graph.notes = (*graph.notes, note)

@@ -19,7 +19,7 @@ import numpy as np
 import onnx_ir as ir
 
 from transom.errors import OptionError, option
-from transom.graph.weights import Array, Blocked, Weight, dequantize, held
+from transom.graph.weights import Array, Blocked, Weight, dequantize, preloaded
 from transom.programs import fusing
 from transom.programs.onnx_rows import RowOperators
 from transom.programs.onnx_writing import FLOAT, INT32, INT64
@@ -248,11 +248,11 @@ class _Lowering:
     def _formed(self, op: Op, *, vocabulary: bool) -> Weight:
         """The draft's matrix as it is written, in memory; what rounding does to it is noted."""
         assert op.weight is not None
-        source = held(op.weight)
+        source = preloaded(op.weight)
         form = form_of(source, self.precision, vocabulary=vocabulary)
         if form is source:
             return source
-        form = held(form)
+        form = preloaded(form)
         name = "embedding" if op.kind == "embed" else op.node or "products of one input"
         self._rounded.append(RoundedWeight(name, named(source), named(form), weight_error(name, source, form)))
         return form

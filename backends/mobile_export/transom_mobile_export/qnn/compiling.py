@@ -20,7 +20,7 @@ from transom.authoring.folders import artifact_folder
 from transom.authoring.opening import context_of
 from transom.contract import Artifact, Device, Options, Progress
 from transom.errors import OptionError, UnsupportedError, option
-from transom.graph.weights import held
+from transom.graph.weights import preloaded
 from transom.ops.sparse_routing import BLOCK
 from transom.programs.onnx_writing import IR_VERSION
 from transom.programs.reading import NoForm
@@ -246,7 +246,7 @@ def write_embedding(embed: Op, path: Path, progress: Callable[[float], None]) ->
     """
     weight = embed.weight
     assert weight is not None
-    weight = held(weight)
+    weight = preloaded(weight)
     rows = weight.shape[0]
     with path.open("wb") as file:
         for start in range(0, rows, ROWS_AT_ONCE):

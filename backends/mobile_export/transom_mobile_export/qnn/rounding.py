@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 
 from transom.errors import OptionError, option
-from transom.graph.weights import Array, Blocked, BlockedArrays, Weight, dequantize, held
+from transom.graph.weights import Array, Blocked, BlockedArrays, Weight, dequantize, preloaded
 from transom.quantize.rounding import to_int4, to_int8
 from transom_mobile_export.qnn.precision import BLOCK, Form
 
@@ -60,7 +60,7 @@ def _with_positive_scales(weight: Blocked) -> BlockedArrays:
 def _searched(weight: Weight, widest: Blocked, squares: Array | None) -> BlockedArrays:
     rows, columns = weight.shape
     blocks = columns // BLOCK
-    plain, start_scales = held(weight), widest.load().scales.astype(np.float32)
+    plain, start_scales = preloaded(weight), widest.load().scales.astype(np.float32)
     start_scales = np.maximum(start_scales, np.float32(np.finfo(np.float16).tiny))
     weigh = np.ones((blocks, BLOCK), np.float32)
     if squares is not None and squares.any():

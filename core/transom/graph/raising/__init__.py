@@ -1,10 +1,10 @@
-"""Raising: a decoder that someone else exported becomes the neutral decoder with `transom::CachedAttention`.
+"""Raises a decoder that another program exported to the neutral decoder with `transom::CachedAttention`.
 
-The forms differ without end (standard `Attention` with or without past, `com.microsoft::GroupQueryAttention`, attention
-written out as MatMul and Softmax by torch or Optimum), and a reader that matches patterns misreads the next one. So the
-pass computes instead: it runs the graph without its weights for a few lengths to learn what masks, positions and
-shapes are, finds each layer's attention between its cache and its output, runs those nodes on random numbers, and
-replaces them only when the operator gives the same.
+Exporters write attention in many ways (standard `Attention` with or without past, `com.microsoft::GroupQueryAttention`,
+MatMul and Softmax by torch or Optimum), and a pattern matcher would misread the next one. So this pass computes: it
+runs the graph without its weights for a few lengths to find masks, positions and shapes, locates each layer's attention
+between its cache and its output, runs those nodes on random numbers, and replaces them only if the operator gives the
+same result.
 """
 
 from __future__ import annotations
@@ -14,63 +14,64 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from transom.graph.graph import Graph
-from transom.graph.raising.abstract import Facts, Interpreter
+from transom.graph.raising.abstract import AbstractInterpreter, Facts
 from transom.graph.raising.lengths import CacheInput, Lengths, facts_of_inputs, find_caches, find_ids
-from transom.graph.raising.proving import Layout, Prover, layout_of
 from transom.graph.raising.reasons import CannotRaise
-from transom.graph.raising.rewriting import Rewriter, require_unmixed
+from transom.graph.raising.rewriting import Rewriter, require_positions_only
 from transom.graph.raising.sites import find_sites
 from transom.graph.raising.tidying import fold, inline_known_branches, leftovers, simplify
+from transom.graph.raising.verifying import AttentionSpec, AttentionVerifier, Layout, layout_of
 from transom.graph.raising.widening import widen
 from transom.graph.shapes import infer_shapes
 from transom.signature import METADATA_KEY, Decoder, LayerCache
 
-__all__ = ["CannotRaise", "Sizes", "looks_like_decoder", "raise_decoder"]
+__all__ = ["CannotRaise", "DecoderHints", "looks_like_decoder", "raise_decoder"]
 
-CHOICES = (Lengths(3, 5), Lengths(7, 0), Lengths(1, 1), Lengths(2, 11))
-FAR = 1 << 16
-"""A past longer than most sliding windows, where the context is not known."""
+LENGTHS = (Lengths(3, 5), Lengths(7, 0), Lengths(1, 1), Lengths(2, 11))
+FAR_PAST = 1 << 16
+"""Past length for finding sliding windows if the context is unknown: longer than most windows."""
 ASSUMED_CONTEXT = 4096
-FARTHEST = 1 << 18
+MAX_FAR_PAST = 1 << 18
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """What the files beside a model say of it; 0 and empty where they do not."""
+class DecoderHints:
+    """Facts about a model from the files next to it; 0 or empty if they do not state them."""
 
     family: str = "onnx"
     context: int = 0
 
 
 def looks_like_decoder(graph: Graph) -> bool:
-    """Whether the graph has caches: inputs that are appended to and given out again."""
+    """Whether the graph has caches: inputs that are appended to and returned as outputs."""
     return bool(find_caches(graph.model.graph))
 
 
-def raise_decoder(graph: Graph, sizes: Sizes | None = None) -> Graph:
-    """The same model with the neutral inputs and outputs, or CannotRaise.
+def raise_decoder(graph: Graph, hints: DecoderHints | None = None) -> Graph:
+    """The same model with the standard decoder inputs and outputs.
 
     Args:
-        graph: a neutral graph with inputs and outputs of its own; left as it is.
-        sizes: the model's family and context, where known.
+        graph: a neutral graph with its exporter's inputs and outputs; not changed.
+        hints: the model's family and context, if known.
 
     Raises:
-        CannotRaise: the graph is no decoder with a cache, or its form is not recognised; says what is in the way.
+        CannotRaise: the graph is not a decoder with a cache, or its form is not recognized; the message says why.
     """
-    sizes = sizes or Sizes()
+    hints = hints or DecoderHints()
     model = graph.model.clone()
     notes = list(graph.notes)
     if widen(model):
-        notes.append("activations are computed in float32; 16-bit weights stay as they are")
+        notes.append("activations are computed in float32; 16-bit weights are unchanged")
     ids = find_ids(model.graph)
     _choose_branches(model, ids)
     caches = find_caches(model.graph)
-    far = Lengths(2, min(max(sizes.context, 64), FARTHEST) + 3 if sizes.context else FAR)
+    far = Lengths(2, min(max(hints.context, 64), MAX_FAR_PAST) + 3 if hints.context else FAR_PAST)
     facts = _facts(model, ids, caches, far)
     if not caches:
         raise CannotRaise("it has no cache of keys and values that a step could append to")
-    sites = find_sites(model.graph, caches, facts[CHOICES[0]])
-    proven = [(site, prover, prover.form()) for site in sites for prover in [Prover(site, facts, (far, facts[far]))]]
+    sites = find_sites(model.graph, caches, facts[LENGTHS[0]])
+    verifiers = [AttentionVerifier(site, facts, (far, facts[far])) for site in sites]
+    specs = [verifier.spec() for verifier in verifiers]
     near = {k: v for k, v in facts.items() if k != far}
     logits = _logits(model.graph, caches)
     layout = _logits_layout(logits, near)
@@ -81,45 +82,45 @@ def raise_decoder(graph: Graph, sizes: Sizes | None = None) -> Graph:
     rewriter = Rewriter(model, near, old)
     rewriter.position_values([v for v in old if v is not ids])
     rewriter.ids(ids)
-    for site, prover, form in proven:
-        rewriter.attention(site, form, prover.layouts)
+    for verifier, spec in zip(verifiers, specs, strict=True):
+        rewriter.attention(verifier.site, spec, verifier.layouts)
     rewriter.logits(logits, layout, vocabulary)
-    rewriter.caches([form for _, _, form in proven])
+    rewriter.caches(specs)
     rewriter.editor.finish_edit()
     fold(rewriter.editor, near)
     rewriter.rotations()
     rewriter.editor.finish_edit()
     infer_shapes(Graph(model, weights_hash=""))
     simplify(rewriter.editor)
-    reading = leftovers(model)
+    readers = leftovers(model)
     for value in old:
-        if str(value.name) in reading:
-            node = reading[str(value.name)]
+        if str(value.name) in readers:
+            node = readers[str(value.name)]
             name = str(value.name).removesuffix(".before")
             raise CannotRaise(f"the node {node.name} ({node.op_type}) still depends on the input {name}")
         model.graph.inputs.remove(value)
-    require_unmixed(model, near)
+    require_positions_only(model, near)
     if dropped:
-        notes.append(f"outputs left out: {', '.join(dropped)}")
-    return _finish(graph, model, [f for _, _, f in proven], sizes, vocabulary, notes)
+        notes.append(f"outputs removed: {', '.join(dropped)}")
+    return _finish(graph, model, specs, hints, vocabulary, notes)
 
 
 def _choose_branches(model: ir.Model, ids: ir.Value) -> None:
-    """Take the branch with a cache of a graph that has both (Optimum's merged decoders), and other known branches."""
+    """Inline branches whose condition is known; of Optimum's merged decoders, the branch with a cache."""
     while any(n.op_type == "If" and not n.domain for n in model.graph):
         caches = find_caches(model.graph)
-        interpreter = Interpreter(model)
+        interpreter = AbstractInterpreter(model)
         facts = {
             choice: interpreter.run(facts_of_inputs(model.graph, ids, caches, choice, strict=False))
-            for choice in CHOICES
+            for choice in LENGTHS
         }
         if not inline_known_branches(model, facts):
             return
 
 
 def _facts(model: ir.Model, ids: ir.Value, caches: list[CacheInput], far: Lengths) -> dict[Lengths, Facts]:
-    interpreter = Interpreter(model)
-    return {lengths: interpreter.run(facts_of_inputs(model.graph, ids, caches, lengths)) for lengths in (*CHOICES, far)}
+    interpreter = AbstractInterpreter(model)
+    return {lengths: interpreter.run(facts_of_inputs(model.graph, ids, caches, lengths)) for lengths in (*LENGTHS, far)}
 
 
 def _logits(graph: ir.Graph, caches: list[CacheInput]) -> ir.Value:
@@ -134,7 +135,7 @@ def _logits(graph: ir.Graph, caches: list[CacheInput]) -> ir.Value:
 def _logits_layout(logits: ir.Value, facts: dict[Lengths, Facts]) -> Layout:
     shapes = [f[id(logits)].shape for f in facts.values()]
     if len(set(shapes)) == 1 and shapes[0] is not None:
-        raise CannotRaise("it gives the logits of the last token alone: export it with the logits of all tokens")
+        raise CannotRaise("it outputs the logits of the last token only: export it with the logits of all tokens")
     layout = layout_of(logits, facts)
     if len([d for d in layout.shape if d > 1]) != 1 or layout.shape[-1] == -1:
         raise CannotRaise(f"its logits have the shape {list(layout.shape)}")
@@ -142,22 +143,18 @@ def _logits_layout(logits: ir.Value, facts: dict[Lengths, Facts]) -> Layout:
 
 
 def _finish(
-    graph: Graph, model: ir.Model, forms: list[object], sizes: Sizes, vocabulary: int, notes: list[str]
+    graph: Graph, model: ir.Model, specs: list[AttentionSpec], hints: DecoderHints, vocabulary: int, notes: list[str]
 ) -> Graph:
-    from transom.graph.raising.proving import Form
-
-    layers = tuple(
-        LayerCache(f.q_heads, f.kv_heads, f.head_dim, f.value_dim, f.window) for f in forms if isinstance(f, Form)
-    )
+    layers = tuple(LayerCache(s.q_heads, s.kv_heads, s.head_dim, s.value_dim, s.window) for s in specs)
     weights = [v.const_value for v in model.graph.initializers.values() if v.const_value is not None]
-    context = sizes.context
+    context = hints.context
     if not context:
         rows = _table_length(model.graph)
         context = rows or ASSUMED_CONTEXT
-        why = f"its tables of positions have {rows} rows" if rows else f"{context} tokens are assumed"
-        notes.append(f"no file beside the model says how long its context is; {why}")
+        why = f"its position tables have {rows} rows" if rows else f"{context} tokens are assumed"
+        notes.append(f"no file next to the model states its context; {why}")
     decoder = Decoder(
-        family=sizes.family,
+        family=hints.family,
         vocabulary=vocabulary,
         hidden=_hidden(model.graph),
         context=context,
@@ -192,7 +189,7 @@ def _hidden(graph: ir.Graph) -> int:
 
 
 def _table_length(graph: ir.Graph) -> int:
-    """Rows of the tables of positions (rotary, learnt), the smallest; 0 where there are none."""
+    """Rows of the smallest position table (rotary or learned); 0 if there is none."""
     rows = []
     for node in graph:
         table, index = (node.inputs[0], node.inputs[1]) if node.op_type == "Gather" else (None, None)

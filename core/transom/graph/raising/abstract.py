@@ -1,8 +1,8 @@
-"""Running a graph without its weights: shapes of everything, and the numbers of what depends on shapes and masks alone.
+"""Abstract interpretation of a graph without its weights: all shapes, and values that depend only on shapes and masks.
 
-A decoder as others export it is mostly arithmetic on lengths: shapes, ranges, masks, repeated heads. Matching every way
-to write that is hopeless; computing it for a few lengths tells what it *is*. Each value becomes a `Fact`: its element
-type, its shape and, where no weight and no token id enters, its array.
+An exported decoder is mostly arithmetic on lengths: shapes, ranges, masks, repeated heads. There are too many ways to
+write it for pattern matching; computing it for a few lengths shows what it means. Each value becomes a `Fact`: its
+element type, its shape and, if it depends on no weight and no token id, its array.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from transom.ops import find
 from transom.ops.functions import OPSET
 
 SMALL_WEIGHT = 1 << 16
-"""Initializers up to this many bytes are read; larger ones are weights, known by shape only."""
-_KEPT_IN_KEY = 4096
+"""Initializers up to this many bytes are read; of larger ones, which are weights, only the shape is known."""
+_MAX_DATA_BYTES = 4096
 _SHAPED = ("Shape", "Size")
 REFERENCE_ERRORS = (ValueError, IndexError, TypeError, KeyError, AttributeError, RuntimeError, ArithmeticError)
-"""What NumPy and onnx's reference raise when a node cannot be computed."""
+"""Exceptions that NumPy and onnx's reference raise if a node cannot be computed."""
 
 
 @dataclass(frozen=True)
 class Fact:
-    """What is known of a value for one choice of lengths."""
+    """What is known about a value for one choice of lengths."""
 
     dtype: ir.DataType | None = None
     shape: tuple[int, ...] | None = None
@@ -43,11 +43,11 @@ class Fact:
 
 UNKNOWN = Fact()
 Facts = dict[int, Fact]
-"""By `id` of the value."""
+"""The fact of each value, by the value's `id`."""
 
 
-class Interpreter:
-    """Computes facts for one model, remembering nodes that look alike (the layers of a decoder do)."""
+class AbstractInterpreter:
+    """Computes facts for one model. Results are memoized, since the layers of a decoder repeat the same nodes."""
 
     def __init__(self, model: ir.Model) -> None:
         self.model = model
@@ -64,7 +64,7 @@ class Interpreter:
         return Fact(tensor.dtype, shape, tensor.numpy() if small else None)
 
     def run(self, inputs: Mapping[str, Fact]) -> Facts:
-        """Facts of every value of the main graph, for these facts of its inputs."""
+        """Facts of every value of the main graph, given the facts of its inputs."""
         facts = dict(self._initial)
         for value in self.model.graph.inputs:
             facts[id(value)] = inputs.get(str(value.name), UNKNOWN)
@@ -101,7 +101,7 @@ class Interpreter:
 
 
 def _compute(node: ir.Node, arguments: Sequence[Fact | None]) -> tuple[Fact, ...] | None:
-    """The node's outputs as arrays, where its inputs are; else None."""
+    """The node's outputs as arrays if its inputs are arrays; otherwise None."""
     if node.op_type in _SHAPED and not node.domain:
         fact = arguments[0]
         if fact is None or fact.shape is None:
@@ -124,7 +124,7 @@ def call(node: ir.Node, inputs: Sequence[Array | None]) -> tuple[Array, ...]:
     """Run one node through its reference.
 
     Raises:
-        KeyError: the operator has none. Others: what the reference raises for inputs that do not fit.
+        KeyError: the operator has no reference. Others: whatever the reference raises for unsuitable inputs.
     """
     schema = find(node.domain, node.op_type)
     if schema is None:
@@ -136,7 +136,7 @@ def call(node: ir.Node, inputs: Sequence[Array | None]) -> tuple[Array, ...]:
 
 
 def _infer(node: ir.Node, arguments: Sequence[Fact | None]) -> tuple[Fact, ...] | None:
-    """Element types and shapes of the outputs by ONNX's own inference, which may read small constant inputs."""
+    """Element types and shapes of the outputs from ONNX's shape inference, which may read small constant inputs."""
     import onnx
     from onnx import helper, numpy_helper
 
@@ -155,7 +155,7 @@ def _infer(node: ir.Node, arguments: Sequence[Fact | None]) -> tuple[Fact, ...] 
         if fact.dtype is None:
             return None
         types[name] = helper.make_tensor_type_proto(int(fact.dtype), fact.shape)
-        if fact.array is not None and fact.array.nbytes <= _KEPT_IN_KEY:
+        if fact.array is not None and fact.array.nbytes <= _MAX_DATA_BYTES:
             data[name] = numpy_helper.from_array(fact.array, name)
     proto.output.extend(f"y{i}" for i in range(len(node.outputs)))
     schema = onnx.defs.get_schema(node.op_type, OPSET, "")

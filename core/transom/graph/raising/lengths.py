@@ -1,4 +1,4 @@
-"""The inputs of an exported decoder: which is which, and what they hold for a choice of lengths."""
+"""Identifies the inputs of an exported decoder, and gives their values for a choice of lengths."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _INTEGERS = (ir.DataType.INT64, ir.DataType.INT32)
 
 @dataclass(frozen=True)
 class Lengths:
-    """One choice: a batch of one sequence with so many new and so many cached tokens."""
+    """Number of new and of cached tokens of a batch of one sequence."""
 
     new: int
     past: int
@@ -37,10 +37,10 @@ class CacheInput:
     axis: int
     """The axis along which tokens are appended."""
     present: ir.Value
-    """The graph output that holds the cache with the new tokens."""
+    """The graph output that holds the cache and the new tokens."""
 
     def shape(self, lengths: Lengths) -> tuple[int, ...]:
-        """Raises CannotRaise when the file leaves a size other than batch and length open."""
+        """Raises CannotRaise if a size other than batch and length is not fixed."""
         assert self.value.shape is not None
         dims: list[int] = []
         for axis, dim in enumerate(self.value.shape):
@@ -51,12 +51,12 @@ class CacheInput:
             elif isinstance(dim, int) and dim > 0:
                 dims.append(dim)
             else:
-                raise CannotRaise(f"the cache input {self.value.name} does not say its size along axis {axis}")
+                raise CannotRaise(f"the cache input {self.value.name} does not state its size along axis {axis}")
         return tuple(dims)
 
 
 def find_caches(graph: ir.Graph) -> list[CacheInput]:
-    """The cache inputs, by what is done with them: appended to with Concat, or given to `Attention` as past."""
+    """The cache inputs, recognized by their use: a Concat appends to them, or `Attention` takes them as past."""
     caches = []
     outputs = {id(v) for v in graph.outputs}
     for value in graph.inputs:
@@ -86,12 +86,12 @@ _POSITIONS = _named(r"position_ids$", r"cache_position$", r"^positions$", r"^inp
 _TOTAL = _named(r"total_sequence_length$", r"total_seq_len$")
 _LAST_KEY = _named(r"seqlens_k$")
 _PAST = _named(r"past_sequence_length$", r"past_seq_len$", r"^past_length$")
-_NOUGHT = _named(r"logits_to_keep$", r"token_type_ids$")
+_ZEROS = _named(r"logits_to_keep$", r"token_type_ids$")
 _FLAG = _named(r"use_cache_branch$")
 
 
 def find_ids(graph: ir.Graph) -> ir.Value:
-    """The input of token ids: named so, or the one integer input that picks rows of an embedding table."""
+    """The input of token ids: recognized by name, or the only integer input that indexes an embedding table."""
     integers = [v for v in graph.inputs if v.dtype in _INTEGERS]
     for value in integers:
         if _IDS.search(str(value.name)) and (value.shape is None or len(value.shape) == 2):
@@ -106,17 +106,18 @@ def find_ids(graph: ir.Graph) -> ir.Value:
     if len(picks) == 1 and picks[0].shape is not None and len(picks[0].shape) == 2:
         return picks[0]
     raise CannotRaise(
-        "it takes no token ids" + (" but embeddings" if any("embeds" in str(v.name) for v in graph.inputs) else "")
+        "it has no input of token ids"
+        + (", only embeddings" if any("embeds" in str(v.name) for v in graph.inputs) else "")
     )
 
 
 def facts_of_inputs(
     graph: ir.Graph, ids: ir.Value, caches: Sequence[CacheInput], lengths: Lengths, *, strict: bool = True
 ) -> dict[str, Fact]:
-    """What each input holds. Token ids and caches are known by shape only.
+    """The fact of each input. Of token ids and caches only the shape is known.
 
     Raises:
-        CannotRaise: an input whose meaning is not known, and `strict`.
+        CannotRaise: the meaning of an input is unknown, and `strict` is set.
     """
     facts: dict[str, Fact] = {}
     by_cache = {id(c.value): c for c in caches}
@@ -129,13 +130,13 @@ def facts_of_inputs(
         else:
             array = _array(value, lengths)
             if array is None and strict:
-                raise CannotRaise(f"the meaning of its input {name} is not known")
+                raise CannotRaise(f"the meaning of its input {name} is unknown")
             facts[name] = Fact(value.dtype) if array is None else Fact.of(array)
     return facts
 
 
 def _array(value: ir.Value, lengths: Lengths) -> Array | None:
-    """The numbers of an input that its name explains; None for another."""
+    """The content of an input whose name tells its meaning; None for any other input."""
     name, rank = str(value.name), -1 if value.shape is None else len(value.shape)
     dtype = value.dtype or ir.DataType.INT64
     new = np.arange(lengths.past, lengths.total)
@@ -149,7 +150,7 @@ def _array(value: ir.Value, lengths: Lengths) -> Array | None:
         array = np.full((1,) * max(rank, 0), lengths.past)
     elif _LAST_KEY.search(name):
         array = np.full((1,) * max(rank, 1), lengths.total - 1)
-    elif _NOUGHT.search(name):
+    elif _ZEROS.search(name):
         array = np.zeros((1, lengths.new) if rank == 2 else (1,) * max(rank, 0))
     elif _FLAG.search(name):
         array = np.ones((1,) * max(rank, 0))
@@ -159,7 +160,7 @@ def _array(value: ir.Value, lengths: Lengths) -> Array | None:
 
 
 def _leading(value: ir.Value) -> tuple[int, ...]:
-    """Axes before the last: 1 where they are the batch, a number where the file gives one (3 for text in mrope)."""
+    """Sizes of the axes before the last: 1 for the batch, else the number in the file (3 for mrope)."""
     if value.shape is None:
         return (1,)
     dims = list(value.shape)[:-1]
@@ -167,7 +168,7 @@ def _leading(value: ir.Value) -> tuple[int, ...]:
 
 
 def _mask(dtype: ir.DataType, rank: int, lengths: Lengths) -> Array:
-    """All tokens count. A mask of rank 4 is one that the caller makes: causal."""
+    """A mask without padding. A mask of rank 4 is additive or boolean, and causal."""
     if rank != 4:
         return np.ones((1, lengths.total))
     visible = np.tril(np.ones((lengths.new, lengths.total), bool), lengths.past)[None, None]

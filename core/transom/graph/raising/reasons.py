@@ -1,10 +1,10 @@
-"""Why a graph cannot generate."""
+"""The error for a graph that cannot be raised to a decoder."""
 
 from __future__ import annotations
 
 
 class CannotRaise(ValueError):
-    """The graph is no decoder with a cache, or one whose form is not recognised; the message says what is missing.
+    """The graph is not a decoder with a cache, or its form is not recognized; the message says why.
 
-    It still runs as a plain graph.
+    The graph still runs as a plain graph.
     """

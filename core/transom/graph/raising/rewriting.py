@@ -1,6 +1,6 @@
-"""From a proven decoder to the neutral one: fixed inputs and outputs, tokens of all sequences packed in one row.
+"""Rewrites a verified decoder: standard inputs and outputs, with the tokens of all sequences packed into one row.
 
-Every hidden value keeps the shape it had for a batch of one: [1, tokens, …]. Only the attentions know of sequences.
+Every hidden value keeps its shape for a batch of one: [1, tokens, …]. Only the attention nodes distinguish sequences.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import onnx_ir as ir
 from transom.graph.editing import Editor
 from transom.graph.raising.abstract import Facts
 from transom.graph.raising.lengths import Lengths
-from transom.graph.raising.proving import Form, Layout, Layouts
 from transom.graph.raising.reasons import CannotRaise
-from transom.graph.raising.sites import Site
+from transom.graph.raising.sites import AttentionSite
+from transom.graph.raising.verifying import AttentionSpec, Layout, Layouts
 from transom.graph.weights import Array
 from transom.signature import cache_input_names, cache_output_names
 
@@ -29,7 +29,7 @@ class Rewriter:
     def __init__(self, model: ir.Model, facts: Mapping[Lengths, Facts], old: Sequence[ir.Value]) -> None:
         self.editor = e = Editor(model)
         self.facts = facts
-        for value in old:  # their names may be those of the fixed inputs
+        for value in old:  # their names may clash with the standard inputs
             value.name = e._name(f"{value.name}.before")
         self._free_names()
         self.input_ids = e.input("input_ids", "int64", ["tokens"])
@@ -43,27 +43,27 @@ class Rewriter:
         self._distances: ir.Value | None = None
 
     def _free_names(self) -> None:
-        """Rename values that have a name which the fixed inputs and outputs want."""
+        """Rename values whose names the standard inputs and outputs need."""
         e = self.editor
-        fixed = {"input_ids", "positions", "sequences", "past_positions", "past_sequences", "logit_rows", "logits"}
+        standard = {"input_ids", "positions", "sequences", "past_positions", "past_sequences", "logit_rows", "logits"}
 
-        def wanted(name: str) -> bool:
-            return name in fixed or name.startswith(("past_key.", "past_value.", "present_key.", "present_value."))
+        def reserved(name: str) -> bool:
+            return name in standard or name.startswith(("past_key.", "past_value.", "present_key.", "present_value."))
 
         graph = e.graph
         for value in [*graph.inputs, *graph.initializers.values(), *(v for n in graph for v in n.outputs)]:
-            if wanted(str(value.name)):
+            if reserved(str(value.name)):
                 value.name = e._name(f"{value.name}.before")
 
     def ids(self, old: ir.Value) -> None:
-        """Token ids: [tokens] in place of [1, tokens]."""
+        """Replace the token ids [1, tokens] by `input_ids` [tokens]."""
         new = self.editor.op("Unsqueeze", self.input_ids, self.editor.constant([0]), name="input_ids.batch")
         if old.dtype is not None and old.dtype != ir.DataType.INT64:
             new = self.editor.op("Cast", new, to=int(old.dtype), name="input_ids.cast")
         old.replace_all_uses_with(new)
 
     def position_values(self, graph_inputs: Sequence[ir.Value]) -> None:
-        """Replace what equals past + 0, 1, 2 … (and a constant) for all lengths by the positions given."""
+        """Replace values that equal past + 0, 1, 2 … plus a constant, for all lengths, by the input `positions`."""
         pure: set[int] = set()
         for value in graph_inputs:
             self._position(value, pure)
@@ -95,13 +95,13 @@ class Rewriter:
         pure.add(id(value))
 
     # attention -------------------------------------------------------------------------------------------------------
-    def attention(self, site: Site, form: Form, layouts: Layouts) -> None:
-        """Put `transom::CachedAttention` in the place of the site's nodes."""
+    def attention(self, site: AttentionSite, spec: AttentionSpec, layouts: Layouts) -> None:
+        """Replace the site's nodes by `transom::CachedAttention`."""
         e, layer = self.editor, site.layer
         key_name, value_name = cache_input_names(layer)
         past = (
-            e.input(key_name, "float32", ["past", form.kv_heads * form.head_dim]),
-            e.input(value_name, "float32", ["past", form.kv_heads * form.value_dim]),
+            e.input(key_name, "float32", ["past", spec.kv_heads * spec.head_dim]),
+            e.input(value_name, "float32", ["past", spec.kv_heads * spec.value_dim]),
         )
         self.past.append(past)
         with e.scope(f"layers.{layer}.attention"):
@@ -115,16 +115,16 @@ class Rewriter:
                 self.past_sequences,
                 self.past_positions,
             ]
-            if form.slopes or form.sinks:
-                inputs.append(self._bias(form) if form.slopes else None)
-            if form.sinks:
-                inputs.append(e.constant(np.asarray(form.sinks, np.float32), "sinks"))
+            if spec.slopes or spec.sinks:
+                inputs.append(self._bias(spec) if spec.slopes else None)
+            if spec.sinks:
+                inputs.append(e.constant(np.asarray(spec.sinks, np.float32), "sinks"))
             attributes: dict[str, Any] = {
-                "q_num_heads": form.q_heads,
-                "kv_num_heads": form.kv_heads,
-                "scale": form.scale,
-                "softcap": form.softcap,
-                "sliding_window": form.window,
+                "q_num_heads": spec.q_heads,
+                "kv_num_heads": spec.kv_heads,
+                "scale": spec.scale,
+                "softcap": spec.softcap,
+                "sliding_window": spec.window,
                 "layer": layer,
             }
             output, present_key, present_value = e.nodes(
@@ -135,7 +135,7 @@ class Rewriter:
         site.output.replace_all_uses_with(back)
 
     def _flat(self, value: ir.Value, layout: Layout, name: str) -> ir.Value:
-        """[tokens, width]."""
+        """The value reshaped to [tokens, width]."""
         e = self.editor
         if not layout.leads:
             order = [layout.axis, *(a for a in range(len(layout.shape)) if a != layout.axis)]
@@ -143,7 +143,7 @@ class Rewriter:
         return e.op("Reshape", value, e.constant([-1, layout.width]), name=f"{name}.flat")
 
     def _unflat(self, value: ir.Value, layout: Layout) -> ir.Value:
-        """[tokens, width] in the layout that the nodes after it expect."""
+        """The value [tokens, width] in the layout that the following nodes expect."""
         e = self.editor
         if layout.leads:
             return e.op("Reshape", value, e.constant(list(layout.shape)), name="output")
@@ -153,8 +153,8 @@ class Rewriter:
         heads = e.op("Reshape", value, e.constant([-1, *rest]), name="output.heads")
         return e.op("Transpose", heads, perm=order, name="output")
 
-    def _bias(self, form: Form) -> ir.Value:
-        """ALiBi: slope × (position of the key - position of the query), [heads, tokens, past + tokens]."""
+    def _bias(self, spec: AttentionSpec) -> ir.Value:
+        """The ALiBi bias, slope × (position of the key - position of the query): [heads, tokens, past + tokens]."""
         e = self.editor
         if self._distances is None:
             every = e.op("Concat", self.past_positions, self.positions, axis=0, name="alibi.positions")
@@ -162,12 +162,12 @@ class Rewriter:
                 "Sub", e.op("Unsqueeze", every, e.constant([0])), e.op("Unsqueeze", self.positions, e.constant([1]))
             )
             self._distances = e.op("Cast", distance, to=int(ir.DataType.FLOAT), name="alibi.distance")
-        slopes = e.constant(np.asarray(form.slopes, np.float32).reshape(-1, 1, 1), "slopes")
+        slopes = e.constant(np.asarray(spec.slopes, np.float32).reshape(-1, 1, 1), "slopes")
         return e.op("Mul", slopes, self._distances, name="alibi.bias")
 
     # logits ----------------------------------------------------------------------------------------------------------
     def logits(self, old: ir.Value, layout: Layout, vocabulary: int) -> None:
-        """Only the rows asked for meet the vocabulary matrix: the choice of rows moves up through what follows it."""
+        """Select the logit rows before the vocabulary matrix product instead of after it."""
         e = self.editor
         e.graph.outputs.clear()
         chain: list[ir.Node] = []
@@ -191,11 +191,11 @@ class Rewriter:
         e.graph.outputs.append(new)
 
     def _data(self, node: ir.Node) -> ir.Value:
-        """The one input that depends on tokens."""
+        """The only input that depends on tokens."""
         return next(v for v in node.inputs if v is not None and not self._fixed(v))
 
     def _row_by_row(self, node: ir.Node, value: ir.Value) -> bool:
-        """Whether each row of the node's output depends on the same row of one input alone."""
+        """Whether each output row depends only on the same row of one input."""
         if node.domain or value is not node.outputs[0]:
             return False
         data = [v for v in node.inputs if v is not None and not self._fixed(v)]
@@ -209,7 +209,7 @@ class Rewriter:
         return shapes == [f[id(value)].shape if id(value) in f else None for f in self.facts.values()]
 
     def _fixed(self, value: ir.Value, depth: int = 8) -> bool:
-        """Whether a value depends on weights alone."""
+        """Whether a value depends only on weights."""
         if value.const_value is not None:
             return True
         node = value.producer()
@@ -217,25 +217,25 @@ class Rewriter:
             return False
         return all(v is None or self._fixed(v, depth - 1) for v in node.inputs)
 
-    def caches(self, forms: Sequence[Form]) -> None:
-        """The caches as outputs, in the order of the layers."""
+    def caches(self, specs: Sequence[AttentionSpec]) -> None:
+        """Make the caches outputs, in layer order."""
         graph = self.editor.graph
-        for layer, (form, pair) in enumerate(zip(forms, self.present, strict=True)):
-            widths = (form.kv_heads * form.head_dim, form.kv_heads * form.value_dim)
+        for layer, (spec, pair) in enumerate(zip(specs, self.present, strict=True)):
+            widths = (spec.kv_heads * spec.head_dim, spec.kv_heads * spec.value_dim)
             for value, name, width in zip(pair, cache_output_names(layer), widths, strict=True):
                 value.name = name
                 value.shape = ir.Shape(["present", width])
                 graph.outputs.append(value)
 
     def rotations(self) -> None:
-        """Write every `RotaryEmbedding` the neutral way: [1, tokens, heads * columns] with rows of cos and sin."""
+        """Normalize every `RotaryEmbedding`: input [1, tokens, heads * columns], cos and sin one row per token."""
         rows: dict[tuple[int, int], ir.Value] = {}
         for node in [n for n in self.editor.graph if n.op_type == "RotaryEmbedding" and not n.domain]:
             self._rows_of_tables(node, rows)
             self._heads_last(node)
 
     def _rows_of_tables(self, node: ir.Node, rows: dict[tuple[int, int], ir.Value]) -> None:
-        """Rows of cos and sin by position, in place of whole tables with positions beside them."""
+        """Gather rows of cos and sin by position, instead of passing whole tables and positions."""
         positions = node.inputs[3] if len(node.inputs) > 3 else None
         if positions is None:
             return
@@ -251,8 +251,8 @@ class Rewriter:
         node.resize_inputs(3)
 
     def _heads_last(self, node: ir.Node) -> None:
-        """[1, heads, tokens, columns], made by a Transpose, turns before it."""
-        e, turned, x = self.editor, node.outputs[0], node.inputs[0]
+        """Rotate before the Transpose that produces [1, heads, tokens, columns], not after it."""
+        e, rotated, x = self.editor, node.outputs[0], node.inputs[0]
         before = None if x is None else x.producer()
         if before is None or before.op_type != "Transpose" or before.attributes.get_ints("perm") != (0, 2, 1, 3):
             return
@@ -265,11 +265,11 @@ class Rewriter:
         new = e.op("RotaryEmbedding", flat, *node.inputs[1:], name=f"{node.name}.turned", **attributes)
         split = e.op("Reshape", new, e.constant([1, -1, heads, columns]), name=f"{node.name}.heads")
         back = e.op("Transpose", split, perm=[0, 2, 1, 3], name=f"{node.name}.back")
-        turned.replace_all_uses_with(back)
+        rotated.replace_all_uses_with(back)
 
 
 def _as_positions(value: ir.Value, facts: Mapping[Lengths, Facts]) -> tuple[int, int, tuple[int, ...]] | None:
-    """(constant, axis of the tokens, shape) where the value is past + 0, 1, 2 … plus a constant, for all lengths."""
+    """(constant, axis of the tokens, shape) if the value is past + 0, 1, 2 … plus a constant, for all lengths."""
     found: set[tuple[int, int, tuple[int, ...]]] = set()
     for lengths, known in facts.items():
         if lengths.new < 2:
@@ -296,20 +296,20 @@ def _offset(array: Array, axis: int, lengths: Lengths) -> int | None:
     return int(first) if np.isfinite(first) and first == int(first) and (difference == first).all() else None
 
 
-def require_unmixed(model: ir.Model, facts: Mapping[Lengths, Facts]) -> None:
-    """Refuse numbers that depend on a token's place in the step other than through its position.
+def require_positions_only(model: ir.Model, facts: Mapping[Lengths, Facts]) -> None:
+    """Refuse values that depend on a token's index in the step other than through its position.
 
     Raises:
-        CannotRaise: there is one; the value is named.
+        CannotRaise: there is such a value; the message names it.
     """
     for node in model.graph:
         for value in node.outputs:
-            if _varies_by_place(value, facts) and _length_only(value):
-                raise CannotRaise(f"the value {value.name} depends on a token's place in the batch")
+            if _varies_by_token(value, facts) and _depends_on_lengths_only(value):
+                raise CannotRaise(f"the value {value.name} depends on a token's index in the batch")
 
 
-def _varies_by_place(value: ir.Value, facts: Mapping[Lengths, Facts]) -> bool:
-    """Whether one axis has an entry for each new token, and the entries differ."""
+def _varies_by_token(value: ir.Value, facts: Mapping[Lengths, Facts]) -> bool:
+    """Whether one axis has one entry per new token, and the entries differ."""
     arrays = {lengths: f[id(value)].array for lengths, f in facts.items() if id(value) in f and lengths.new > 1}
     known = {lengths: a for lengths, a in arrays.items() if a is not None}
     if not known or len({a.ndim for a in known.values()}) != 1:
@@ -320,11 +320,11 @@ def _varies_by_place(value: ir.Value, facts: Mapping[Lengths, Facts]) -> bool:
     return False
 
 
-def _length_only(value: ir.Value, depth: int = 64) -> bool:
-    """Whether no input of the graph enters but through a shape."""
+def _depends_on_lengths_only(value: ir.Value, depth: int = 64) -> bool:
+    """Whether the value depends on graph inputs only through their shapes."""
     node = value.producer()
     if node is None:
         return not value.is_graph_input()
     if node.op_type in ("Shape", "Size"):
         return True
-    return depth > 0 and all(v is None or _length_only(v, depth - 1) for v in node.inputs)
+    return depth > 0 and all(v is None or _depends_on_lengths_only(v, depth - 1) for v in node.inputs)

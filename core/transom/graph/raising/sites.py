@@ -1,8 +1,8 @@
-"""Finding the attention of each layer: the nodes between its cache and its output, whatever they are.
+"""Finds the attention of each layer: all nodes between its cache and its output.
 
-From each cache everything computed from it is followed until the keys' side and the values' side meet in one node. That
-node's output is the attention's; what flows in from outside is the new key, the new value, the query, and numbers that
-depend on lengths alone.
+The values computed from each cache are followed until the keys and the values meet in one node. The output of that node
+is the attention's output. The region's inputs are the new key, the new value, the query, and values that depend only on
+lengths.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from transom.graph.raising.reasons import CannotRaise
 
 
 @dataclass
-class Site:
+class AttentionSite:
     """One layer's attention."""
 
     layer: int
@@ -29,10 +29,10 @@ class Site:
     query: ir.Value
     output: ir.Value
     region: list[ir.Node]
-    """The nodes from cache to output, in an order in which they run."""
+    """The nodes from cache to output, in execution order."""
 
     def outside(self) -> list[ir.Value]:
-        """What the region reads and does not compute itself, each value once."""
+        """The values that the region reads but does not compute, each once."""
         inner = {id(v) for node in self.region for v in node.outputs}
         seen: dict[int, ir.Value] = {}
         for node in self.region:
@@ -42,15 +42,15 @@ class Site:
         return list(seen.values())
 
 
-def find_sites(graph: ir.Graph, caches: Sequence[CacheInput], facts: Facts) -> list[Site]:
-    """The attentions in the order in which they run.
+def find_sites(graph: ir.Graph, caches: Sequence[CacheInput], facts: Facts) -> list[AttentionSite]:
+    """The attentions in execution order.
 
     Raises:
-        CannotRaise: a cache is used in a form that is no attention.
+        CannotRaise: a cache is used for something other than attention.
     """
     from_caches: dict[int, frozenset[int]] = {id(c.value): frozenset([i]) for i, c in enumerate(caches)}
     paths: dict[int, list[ir.Node]] = {i: [] for i in range(len(caches))}
-    sites: list[Site] = []
+    sites: list[AttentionSite] = []
     used: set[int] = set()
     for node in graph:
         if node.op_type in ("Shape", "Size") and not node.domain:
@@ -72,12 +72,12 @@ def find_sites(graph: ir.Graph, caches: Sequence[CacheInput], facts: Facts) -> l
         first, second = _key_and_value(node, origins, from_caches)
         sites.append(_site(len(sites), caches[first], caches[second], region, node, facts))
     if left := [str(c.value.name) for i, c in enumerate(caches) if i not in used]:
-        raise CannotRaise(f"the cache input {left[0]} meets no other in an attention")
+        raise CannotRaise(f"the cache input {left[0]} is not used in an attention with a second cache")
     return sites
 
 
 def _key_and_value(node: ir.Node, origins: frozenset[int], sides: dict[int, frozenset[int]]) -> tuple[int, int]:
-    """Which cache holds keys, which values: the past slots of `Attention` say so; else values stand on the right."""
+    """(cache of keys, cache of values): by the past inputs of `Attention`; else the values are the second operand."""
     first, second = sorted(origins)
     if node.op_type == "Attention" and not node.domain:
         for index in (4, 1):
@@ -91,21 +91,23 @@ def _key_and_value(node: ir.Node, origins: frozenset[int], sides: dict[int, froz
     return (first, second) if value == second else (second, first)
 
 
-def _site(layer: int, key: CacheInput, value: CacheInput, region: list[ir.Node], merge: ir.Node, facts: Facts) -> Site:
+def _site(
+    layer: int, key: CacheInput, value: CacheInput, region: list[ir.Node], merge: ir.Node, facts: Facts
+) -> AttentionSite:
     output = merge.outputs[0]
     new = [_appended(cache, region) for cache in (key, value)]
-    site = Site(layer, key, value, new[0], new[1], output, output, region)
+    site = AttentionSite(layer, key, value, new[0], new[1], output, output, region)
     known = {id(key.value), id(value.value), id(new[0]), id(new[1])}
     hidden = [v for v in site.outside() if id(v) not in known and v.const_value is None and facts[id(v)].array is None]
     if len(hidden) != 1:
-        names = ", ".join(str(v.name) for v in hidden) or "nothing"
-        raise CannotRaise(f"the attention of layer {layer} should read one query; it reads {names}")
+        names = ", ".join(str(v.name) for v in hidden) or "none"
+        raise CannotRaise(f"the attention of layer {layer} must read exactly one query, but reads {names}")
     site.query = hidden[0]
     return site
 
 
 def _appended(cache: CacheInput, region: list[ir.Node]) -> ir.Value:
-    """What is appended to a cache."""
+    """The value that is appended to a cache."""
     for node in region:
         for index, value in enumerate(node.inputs):
             if value is cache.value:

@@ -1,4 +1,4 @@
-"""Making a raised graph plain: what came out of arithmetic on lengths becomes constants, and detours disappear."""
+"""Simplifies a raised graph: results of arithmetic on lengths become constants, and redundant nodes are removed."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from transom.graph.raising.abstract import Facts
 from transom.graph.raising.lengths import Lengths
 from transom.graph.weights import Array
 
-_MOST = 1 << 12
-"""Bytes of a number that is folded; larger ones are weights in another form, which stay as they are stored."""
-_SAME = ("Expand", "Slice", "Reshape", "Identity", "Dropout")
+_MAX_FOLDED_BYTES = 1 << 12
+"""Larger values are not folded: they are weights in another form, which keep their stored form."""
+_MAYBE_COPIES = ("Expand", "Slice", "Reshape", "Identity", "Dropout")
 _Shape = tuple[int, ...]
 
 
 def inline_known_branches(model: ir.Model, facts: Mapping[Lengths, Facts]) -> bool:
-    """Replace each `If` whose condition is the same for all lengths by its branch; whether there was one."""
+    """Replace each `If` whose condition is the same for all lengths by its branch. Returns whether there was one."""
     found = False
     for node in [n for n in model.graph if n.op_type == "If" and not n.domain]:
         condition = node.inputs[0]
@@ -55,7 +55,7 @@ def _inline(model: ir.Model, node: ir.Node, branch: ir.Graph) -> None:
 
 
 def fold(editor: Editor, facts: Mapping[Lengths, Facts]) -> None:
-    """Replace values that are the same for all lengths by constants, and plain copies by what they copy."""
+    """Replace values that are the same for all lengths by constants, and copies by their sources."""
     model = editor.model
     for node in list(model.graph):
         if node.op_type in ("If", "Loop", "Scan"):
@@ -74,7 +74,7 @@ def fold(editor: Editor, facts: Mapping[Lengths, Facts]) -> None:
 def _constant(value: ir.Value, facts: Mapping[Lengths, Facts]) -> Array | None:
     arrays = [f[id(value)].array if id(value) in f else None for f in facts.values()]
     first = arrays[0]
-    if first is None or first.nbytes > _MOST or first.dtype.kind not in "fiub":
+    if first is None or first.nbytes > _MAX_FOLDED_BYTES or first.dtype.kind not in "fiub":
         return None
     for other in arrays[1:]:
         if other is None or other.shape != first.shape or not np.array_equal(other, first, equal_nan=True):
@@ -88,13 +88,13 @@ def _shapes(value: ir.Value | None, facts: Mapping[Lengths, Facts]) -> list[_Sha
 
 
 def _plain_shape(editor: Editor, node: ir.Node, facts: Mapping[Lengths, Facts]) -> None:
-    if node.domain or node.op_type not in _SAME or node.outputs[0].is_graph_output():
+    if node.domain or node.op_type not in _MAYBE_COPIES or node.outputs[0].is_graph_output():
         return
     before, after = _shapes(node.inputs[0], facts), _shapes(node.outputs[0], facts)
     if after is None or node.inputs[0] is None:
         return
     rank = len(after[0])
-    if before == after and not (node.op_type == "Slice" and _turns(node, facts)):
+    if before == after and not (node.op_type == "Slice" and _may_reverse(node, facts)):
         node.outputs[0].replace_all_uses_with(node.inputs[0])
     elif node.op_type == "Reshape":
         varying = [a for a in range(rank) if len({s[a] for s in after}) > 1]
@@ -108,8 +108,8 @@ def _plain_shape(editor: Editor, node: ir.Node, facts: Mapping[Lengths, Facts]) 
             node.replace_input_with(1, editor.constant([1 if a in kept else after[0][a] for a in range(rank)]))
 
 
-def _turns(node: ir.Node, facts: Mapping[Lengths, Facts]) -> bool:
-    """Whether a Slice may run backwards."""
+def _may_reverse(node: ir.Node, facts: Mapping[Lengths, Facts]) -> bool:
+    """Whether a Slice may have a negative step."""
     steps = node.inputs[4] if len(node.inputs) > 4 else None
     if steps is None:
         return False
@@ -120,7 +120,7 @@ def _turns(node: ir.Node, facts: Mapping[Lengths, Facts]) -> bool:
 
 
 def simplify(editor: Editor) -> None:
-    """Join neighbouring reshapes, cancel transposes, drop casts to the type a value has, compute nothing twice."""
+    """Merge adjacent reshapes, cancel transposes, remove casts without effect and common subexpressions."""
     model = editor.model
     CommonSubexpressionEliminationPass()(model)
     changed = True
@@ -192,7 +192,7 @@ def _reshapes_to_itself(source: ir.Value, shape: ir.Value | None) -> bool:
 
 
 def _keeps_order(transpose: ir.Node, source: ir.Value) -> bool:
-    """Whether a Transpose moves axes of one entry only, so that a Reshape after it sees the same numbers in order."""
+    """Whether a Transpose moves only axes of size 1, so that a Reshape after it sees the same element order."""
     perm = transpose.attributes.get_ints("perm")
     if source.shape is None or perm is None or len(perm) != len(source.shape):
         return False
@@ -206,7 +206,7 @@ def _is_one(value: ir.Value | None) -> bool:
 
 
 def leftovers(model: ir.Model) -> dict[str, ir.Node]:
-    """Inputs of the graph that something still reads, with one reader each."""
+    """The graph inputs that are still read, each with one of its readers."""
     found: dict[str, ir.Node] = {}
     for node in all_nodes(model.graph):
         for value in node.inputs:

@@ -1,4 +1,4 @@
-"""Activations in float32: a decoder graph that computes in 16 bits keeps its weights so and computes in 32."""
+"""Widens activations to float32: a 16-bit decoder graph keeps its 16-bit weights and computes in float32."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _FLOAT = int(ir.DataType.FLOAT)
 
 
 def widen(model: ir.Model) -> bool:
-    """Compute in float32 what the model computes in float16 or bfloat16, in place; whether anything was changed."""
+    """Compute in float32 what the model computes in float16 or bfloat16, in place. Returns whether anything changed."""
     graph = model.graph
     halves = [v for v in graph.initializers.values() if v.dtype in HALVES]
     inputs = [v for v in graph.inputs if v.dtype in HALVES]
@@ -48,7 +48,7 @@ def _widen_node(node: ir.Node) -> None:
 
 
 def _widen_weight(editor: Editor, value: ir.Value) -> None:
-    """Cast the weight where it is used; scales of a `DequantizeLinear` stay as they are."""
+    """Cast the weight where it is used; scales of a `DequantizeLinear` are not cast."""
     uses = [(node, i) for node, i in value.uses() if not (node.op_type == "DequantizeLinear" and i == 1)]
     if not uses:
         return

@@ -1,8 +1,7 @@
-"""What an attention computes, found out by running it: the hypothesis is taken from the graph, the proof from numbers.
+"""Determines what an attention computes: reads its parameters from the graph, then verifies them numerically.
 
 The nodes between cache and output run on random queries, keys and values, with the masks of several choices of lengths,
-and the result is compared with `transom::CachedAttention`. What does not agree is refused: a form that was misread can
-not slip through.
+and the result is compared with `transom::CachedAttention`. A mismatch is refused, so a misread attention is never used.
 """
 
 from __future__ import annotations
@@ -16,17 +15,17 @@ import onnx_ir as ir
 from transom.graph.raising.abstract import REFERENCE_ERRORS, Facts, call
 from transom.graph.raising.lengths import Lengths
 from transom.graph.raising.reasons import CannotRaise
-from transom.graph.raising.sites import Site
+from transom.graph.raising.sites import AttentionSite
 from transom.graph.weights import Array
 from transom.ops import cached_attention
 
 TOLERANCE = 2e-4
-"""Largest difference, of numbers of about 1, between the nodes and the operator in float32."""
+"""Largest allowed difference between the nodes and the operator, in float32, for values of about 1."""
 
 
 @dataclass(frozen=True)
-class Form:
-    """`transom::CachedAttention` as one layer needs it."""
+class AttentionSpec:
+    """The parameters of `transom::CachedAttention` for one layer."""
 
     q_heads: int
     kv_heads: int
@@ -37,15 +36,15 @@ class Form:
     window: int
     sinks: tuple[float, ...] = ()
     slopes: tuple[float, ...] = ()
-    """ALiBi: added to the scores are slope[head] * (position of the key - position of the query)."""
+    """ALiBi: slope[head] * (position of the key - position of the query) is added to the scores."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the tokens are in a tensor whose other axes are batch, heads and columns."""
+    """The axis of the tokens in a tensor whose other axes are batch, heads and columns."""
 
     shape: tuple[int, ...]
-    """With -1 for the tokens."""
+    """The shape, with -1 for the tokens."""
     axis: int
 
     @property
@@ -54,11 +53,11 @@ class Layout:
 
     @property
     def leads(self) -> bool:
-        """Whether the tokens come first, after axes of one entry."""
+        """Whether only axes of size 1 precede the tokens."""
         return all(d == 1 for d in self.shape[: self.axis])
 
     def flat(self, array: Array) -> Array:
-        """[tokens, width]."""
+        """The array as [tokens, width]."""
         return np.moveaxis(array, self.axis, 0).reshape(array.shape[self.axis], -1)
 
     def unflat(self, array: Array) -> Array:
@@ -67,14 +66,14 @@ class Layout:
 
 
 def layout_of(value: ir.Value, facts: Mapping[Lengths, Facts]) -> Layout:
-    """Which axis has as many entries as there are new tokens.
+    """Find the axis whose size is the number of new tokens.
 
     Raises:
-        CannotRaise: the shape is not known or varies otherwise.
+        CannotRaise: the shape is unknown, or varies in another way.
     """
     shapes = {lengths: f[id(value)].shape for lengths, f in facts.items()}
     if any(s is None for s in shapes.values()) or len({len(s) for s in shapes.values() if s is not None}) != 1:
-        raise CannotRaise(f"the shape of {value.name} cannot be worked out")
+        raise CannotRaise(f"the shape of {value.name} cannot be determined")
     known = {lengths: s for lengths, s in shapes.items() if s is not None}
     first = next(iter(known.values()))
     varying = [a for a in range(len(first)) if len({s[a] for s in known.values()}) > 1]
@@ -85,7 +84,7 @@ def layout_of(value: ir.Value, facts: Mapping[Lengths, Facts]) -> Layout:
 
 @dataclass(frozen=True)
 class Layouts:
-    """The layouts of what goes in and out of one attention."""
+    """The layouts of the inputs and the output of one attention."""
 
     query: Layout
     key: Layout
@@ -93,12 +92,12 @@ class Layouts:
     output: Layout
 
     @classmethod
-    def of(cls, site: Site, facts: Mapping[Lengths, Facts]) -> Layouts:
+    def of(cls, site: AttentionSite, facts: Mapping[Lengths, Facts]) -> Layouts:
         return cls(*(layout_of(v, facts) for v in (site.query, site.new_key, site.new_value, site.output)))
 
 
-def _run(site: Site, facts: Facts, arrays: Mapping[int, Array]) -> Array:
-    """The output of the site's nodes for these arrays."""
+def _run(site: AttentionSite, facts: Facts, arrays: Mapping[int, Array]) -> Array:
+    """Run the site's nodes on these arrays (by `id` of the value); returns the output."""
     values: dict[int, Array] = dict(arrays)
 
     def read(value: ir.Value | None) -> Array | None:
@@ -111,7 +110,7 @@ def _run(site: Site, facts: Facts, arrays: Mapping[int, Array]) -> Array:
             return known
         if value.const_value is not None:
             return value.const_value.numpy()
-        raise CannotRaise(f"the attention of layer {site.layer} reads {value.name}, which is not known")
+        raise CannotRaise(f"the attention of layer {site.layer} reads {value.name}, whose value is unknown")
 
     for node in site.region:
         try:
@@ -129,10 +128,10 @@ def _cache_array(site_cache_shape: tuple[int, ...], axis: int, flat: Array) -> A
     return np.moveaxis(flat.reshape(flat.shape[0], *rest), 0, axis)
 
 
-class Prover:
-    """Finds the form of one site."""
+class AttentionVerifier:
+    """Finds and verifies the parameters of one site."""
 
-    def __init__(self, site: Site, facts: Mapping[Lengths, Facts], far: tuple[Lengths, Facts]) -> None:
+    def __init__(self, site: AttentionSite, facts: Mapping[Lengths, Facts], far: tuple[Lengths, Facts]) -> None:
         self.site, self.facts, self.far = site, facts, far
         small = {k: v for k, v in facts.items() if k != far[0]}
         self.layouts = Layouts.of(site, small)
@@ -148,26 +147,26 @@ class Prover:
         if not fits or self.layouts.key.width != self.kv_heads * self.head_dim:
             raise CannotRaise(f"the heads of layer {site.layer} do not fit together")
 
-    def form(self) -> Form:
-        """The form, proven.
+    def spec(self) -> AttentionSpec:
+        """The verified parameters.
 
         Raises:
-            CannotRaise: no form agrees with what the nodes compute.
+            CannotRaise: the operator cannot compute what the nodes compute.
         """
         window, slopes = self._mask()
         softcap = self._softcap()
         scale = self._scale(softcap, slopes)
-        form = Form(
+        spec = AttentionSpec(
             self.q_heads, self.kv_heads, self.head_dim, self.value_dim, scale, softcap, window, self._sinks(), slopes
         )
         rng = np.random.default_rng(site_seed(self.site))
         for lengths, facts in self.facts.items():
             if lengths != self.far[0]:
-                self._prove(form, lengths, facts, rng)
-        return form
+                self._verify(spec, lengths, facts, rng)
+        return spec
 
     def arrays(self, lengths: Lengths, q: Array, k: Array, v: Array, past_k: Array, past_v: Array) -> dict[int, Array]:
-        """The inputs of the site in their own layouts, from flat ones [tokens, width]."""
+        """The inputs of the site in its own layouts, from arrays [tokens, width]."""
         site, layouts = self.site, self.layouts
         return {
             id(site.query): layouts.query.unflat(q),
@@ -177,7 +176,7 @@ class Prover:
             id(site.value.value): _cache_array(site.value.shape(lengths), site.value.axis, past_v),
         }
 
-    def _prove(self, form: Form, lengths: Lengths, facts: Facts, rng: np.random.Generator) -> None:
+    def _verify(self, spec: AttentionSpec, lengths: Lengths, facts: Facts, rng: np.random.Generator) -> None:
         def draw(tokens: int, width: int) -> Array:
             return rng.standard_normal((tokens, width)).astype(np.float32)
 
@@ -186,17 +185,17 @@ class Prover:
         k, v = draw(lengths.new, k_width), draw(lengths.new, v_width)
         past_k, past_v = draw(lengths.past, k_width), draw(lengths.past, v_width)
         got = self.layouts.output.flat(_run(self.site, facts, self.arrays(lengths, q, k, v, past_k, past_v)))
-        want = _expected(form, lengths, q, k, v, past_k, past_v)
+        want = _expected(spec, lengths, q, k, v, past_k, past_v)
         worst = float(np.max(np.abs(got - want))) if got.shape == want.shape else float("inf")
         if not worst <= TOLERANCE:
             raise CannotRaise(
-                f"the attention of layer {self.site.layer} ({self.site.output.name}) computes something else than "
-                f"{form}: it is off by {worst:.2g} at {lengths.past} cached and {lengths.new} new tokens"
+                f"the attention of layer {self.site.layer} ({self.site.output.name}) does not compute "
+                f"{spec}: it is off by {worst:.2g} at {lengths.past} cached and {lengths.new} new tokens"
             )
 
     # hypotheses ------------------------------------------------------------------------------------------------------
     def _mask(self) -> tuple[int, tuple[float, ...]]:
-        """(sliding window, ALiBi slopes) of the masks that the site reads, at a long past."""
+        """(sliding window, ALiBi slopes), from the masks that the site reads with a long past."""
         lengths, facts = self.far
         visible = np.ones((lengths.new, lengths.total), bool)
         slopes: tuple[float, ...] = ()
@@ -231,7 +230,7 @@ class Prover:
                         number = self._number(operand)
                         if after.op_type == "Mul" and number:
                             return number
-                raise CannotRaise(f"the attention of layer {self.site.layer} has a tanh that is no soft cap")
+                raise CannotRaise(f"the attention of layer {self.site.layer} has a tanh that is not a soft cap")
         return 0.0
 
     def _number(self, value: ir.Value | None) -> float | None:
@@ -239,7 +238,7 @@ class Prover:
         return float(array.reshape(-1)[0]) if array is not None and array.size == 1 else None
 
     def _scale(self, softcap: float, slopes: tuple[float, ...]) -> float:
-        """Measured: with one cached and one new token, the ratio of their weights gives the score. 0: the default."""
+        """Measure the scale: for one cached and one new token, the ratio of weights gives the score. 0: the default."""
         attention = self.site.region[-1]
         if attention.op_type == "Attention" and not attention.domain:
             return self._tidy_scale(float(attention.attributes.get_float("scale", 0.0)))
@@ -263,13 +262,13 @@ class Prover:
             if softcap:
                 score = softcap * float(np.arctanh(np.clip(score / softcap, -0.999, 0.999)))
             if abs(score) < 1e-6:
-                raise CannotRaise(f"the scale of the attention of layer {self.site.layer} is nought")
+                raise CannotRaise(f"the scale of the attention of layer {self.site.layer} is 0")
             if target == 1.0:
                 product *= 2.0 / abs(score)
         return self._tidy_scale(score / product)
 
     def _tidy_scale(self, scale: float) -> float:
-        """A scale that was measured within float32's precision of a number that the nodes hold is that number."""
+        """Snap a measured scale to the default, or to a constant of the nodes that it equals in float32 precision."""
         usual = self.head_dim**-0.5
         if scale == 0 or abs(scale / usual - 1) < 1e-5:
             return 0.0
@@ -282,7 +281,7 @@ class Prover:
         return near[0] if near else scale
 
     def _sinks(self) -> tuple[float, ...]:
-        """A column of learnt logits, one for each head, set beside the scores."""
+        """The column of learned logits, one per head, that is concatenated to the scores."""
         facts = next(f for lengths, f in self.facts.items() if lengths.new > 1 and lengths != self.far[0])
         for node in self.site.region:
             if node.op_type != "Concat":
@@ -296,8 +295,8 @@ class Prover:
         return ()
 
 
-def site_seed(site: Site) -> list[int]:
-    """A seed that is the same at each reading of a file."""
+def site_seed(site: AttentionSite) -> list[int]:
+    """A seed that depends only on the layer, so that importing a file is reproducible."""
     return [20, site.layer]
 
 
@@ -306,37 +305,39 @@ def _heads(shape: tuple[int, ...], axis: int) -> tuple[int, int]:
     return int(np.prod(rest[:-1], dtype=np.int64)), rest[-1]
 
 
-def _expected(form: Form, lengths: Lengths, q: Array, k: Array, v: Array, past_k: Array, past_v: Array) -> Array:
+def _expected(
+    spec: AttentionSpec, lengths: Lengths, q: Array, k: Array, v: Array, past_k: Array, past_v: Array
+) -> Array:
     new, past = np.arange(lengths.past, lengths.total), np.arange(lengths.past)
     bias = None
-    if form.slopes:
+    if spec.slopes:
         distance = np.arange(lengths.total)[None, :] - new[:, None]
-        bias = np.asarray(form.slopes, np.float32)[:, None, None] * distance.astype(np.float32)
-    sinks = np.asarray(form.sinks, np.float32) if form.sinks else None
+        bias = np.asarray(spec.slopes, np.float32)[:, None, None] * distance.astype(np.float32)
+    sinks = np.asarray(spec.sinks, np.float32) if spec.sinks else None
     attributes = cached_attention.SCHEMA.attributes_with_defaults(
         {
-            "q_num_heads": form.q_heads,
-            "kv_num_heads": form.kv_heads,
-            "scale": form.scale,
-            "softcap": form.softcap,
-            "sliding_window": form.window,
+            "q_num_heads": spec.q_heads,
+            "kv_num_heads": spec.kv_heads,
+            "scale": spec.scale,
+            "softcap": spec.softcap,
+            "sliding_window": spec.window,
         }
     )
     zeros = [np.zeros_like(new), new, np.zeros_like(past), past]
     return cached_attention.reference([q, k, v, past_k, past_v, *zeros, bias, sinks], attributes)[0]
 
 
-def _additive(mask: Array, site: Site) -> tuple[Array, tuple[float, ...]]:
-    """(what is visible, ALiBi slopes) of a mask that is added to the scores, [..., new or 1, total]."""
+def _additive(mask: Array, site: AttentionSite) -> tuple[Array, tuple[float, ...]]:
+    """(visible tokens, ALiBi slopes) of an additive mask [..., new or 1, total]."""
     rows = mask.reshape(-1, *mask.shape[-2:])
     visible = _not_hidden(rows)
     first = visible[0]
     if not (visible == first).all():
-        raise CannotRaise(f"the heads of layer {site.layer} see different tokens")
+        raise CannotRaise(f"the heads of layer {site.layer} attend to different tokens")
     shown = np.where(first, rows, 0)
     if not shown.any():
         return first, ()
-    own = rows[:, -1:, -1:]  # the last token's score for itself: softmax ignores what a whole row has in common
+    own = rows[:, -1:, -1:]  # the last token's bias for itself: softmax ignores a constant added to a whole row
     distance = np.arange(mask.shape[-1], dtype=np.float64) - (mask.shape[-1] - 1)
     last = first[-1]
     slopes = (rows[:, -1, -2] - own[:, 0, 0]) / -1.0
@@ -347,9 +348,9 @@ def _additive(mask: Array, site: Site) -> tuple[Array, tuple[float, ...]]:
 
 
 def _not_hidden(rows: Array) -> Array:
-    """Entries that are not the number which stands for minus infinity: -inf, the type's lowest, -1e9, -10000 …
+    """Which entries are not masked. The mask value varies: -inf, the type's lowest number, -1e9, -10000 …
 
-    A bias that grows with distance (ALiBi) has a lowest number too, but not many times over.
+    A bias that grows with distance (ALiBi) has a lowest number too, but it does not occur many times.
     """
     low = float(rows.min())
     if low <= -1e6:
@@ -359,11 +360,11 @@ def _not_hidden(rows: Array) -> Array:
     return np.ones(rows.shape, bool)
 
 
-def _window(visible: Array, lengths: Lengths, site: Site) -> int:
+def _window(visible: Array, lengths: Lengths, site: AttentionSite) -> int:
     """The sliding window, 0 for none.
 
     Raises:
-        CannotRaise: what is visible is something else than a causal window.
+        CannotRaise: the visible tokens are not a causal window.
     """
     counts = visible.sum(-1)
     position = np.arange(lengths.past, lengths.total)
@@ -373,5 +374,5 @@ def _window(visible: Array, lengths: Lengths, site: Site) -> int:
     if window:
         wanted &= distance < window
     if not (visible == wanted).all():
-        raise CannotRaise(f"the mask of layer {site.layer} shows something else than the last tokens, in order")
+        raise CannotRaise(f"the mask of layer {site.layer} is neither causal nor a sliding window")
     return window
