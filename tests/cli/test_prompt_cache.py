@@ -30,7 +30,7 @@ def test_a_prompt_is_read_once(bare: Any, model: Path, tmp_path: Path) -> None:
     ("arguments", "said"),
     [
         (("--prompt-cache", "none/p.cache"), "There is no folder for the prompt cache none/p.cache"),
-        (("--prompt-cache", "notes.txt"), "notes.txt is no prompt cache, or is damaged"),
+        (("--prompt-cache", "notes.txt"), "notes.txt is not a prompt cache, or it is damaged"),
         (("--prompt-cache", "p.cache", "--backend", "reference"), "cannot write prompt caches"),
     ],
 )

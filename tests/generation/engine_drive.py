@@ -9,7 +9,7 @@ from fakes import FakeSession, logits_after
 
 from transom.generation.engine import Engine
 from transom.generation.params import SamplingParams
-from transom.generation.requests import Request, Token
+from transom.generation.requests import Request, TokenEvent
 from transom.generation.sampling import Sampler
 
 
@@ -34,7 +34,7 @@ def request(session: FakeSession, prompt: Sequence[int], params: SamplingParams,
 def read(engine: Engine, asked: Request) -> list[list[int]]:
     answers: list[list[int]] = [[] for _ in asked.branches]
     while (event := engine.next_event(asked)) is not None:
-        if isinstance(event, Token):
+        if isinstance(event, TokenEvent):
             answers[event.branch].append(event.id)
     return answers
 

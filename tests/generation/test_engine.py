@@ -21,8 +21,8 @@ from transom.contract import OutOfPages, Work
 from transom.errors import DoesNotFit, EngineError
 from transom.generation.engine import Engine
 from transom.generation.params import SamplingParams
-from transom.generation.requests import Prefilled, Request, Token
-from transom.generation.scheduling import Fair, Slice, fit
+from transom.generation.requests import PrefillEvent, Request, TokenEvent
+from transom.generation.scheduling import FairPolicy, StepSlice, fit
 
 shapes = st.one_of(
     st.fixed_dictionaries({"max_sequences": st.integers(1, 6), "max_tokens": st.integers(6, 40)}),
@@ -141,7 +141,7 @@ def test_threads_that_come_go_and_cancel_at_random_stay_right(rng: np.random.Gen
             stop_after = int(own.integers(1, 20))
             got: list[list[int]] = [[] for _ in asked.branches]
             while (event := engine.next_event(asked)) is not None:
-                assert isinstance(event, Token)
+                assert isinstance(event, TokenEvent)
                 got[event.branch].append(event.id)
                 stop_after -= 1
                 if stop_after == 0:
@@ -187,19 +187,19 @@ def test_a_session_for_one_sequence_serves_several_in_turn() -> None:
 
 def test_a_prompt_is_read_in_chunks_with_progress() -> None:
     session = FakeSession(max_tokens=64)
-    engine = Engine(session, Fair(chunk=10))
+    engine = Engine(session, FairPolicy(chunk=10))
     asked = request(session, list(range(35)), SamplingParams(), 1, progress=True)
     engine.submit(asked)
     events = []
     while (event := engine.next_event(asked)) is not None:
         events.append(event)
-    assert events[:-1] == [Prefilled(10, 35), Prefilled(20, 35), Prefilled(30, 35), Prefilled(35, 35)]
+    assert events[:-1] == [PrefillEvent(10, 35), PrefillEvent(20, 35), PrefillEvent(30, 35), PrefillEvent(35, 35)]
     assert session.steps == [[(10, "none")]] * 3 + [[(5, "last")]]
 
 
 def test_running_answers_do_not_wait_for_a_long_prompt() -> None:
     session = FakeSession(max_tokens=512)
-    engine = Engine(session, Fair(chunk=100, mixed_chunk=20))
+    engine = Engine(session, FairPolicy(chunk=100, mixed_chunk=20))
     first = request(session, [1], SamplingParams(), 8)
     engine.submit(first)
     engine.next_event(first)
@@ -232,7 +232,7 @@ def test_answers_of_one_token_share_the_prompt_too() -> None:
 
 def test_a_full_pool_makes_the_least_computed_wait_and_all_finish() -> None:
     session = FakeSession(page_tokens=4, pages=14, max_sequences=8)
-    engine = Engine(session, Fair(spare=0.0))
+    engine = Engine(session, FairPolicy(spare=0.0))
     asked = [request(session, [i] * 10, SamplingParams(), 20) for i in range(4)]
     for one in asked:
         engine.submit(one)
@@ -415,17 +415,17 @@ def test_a_reader_who_does_not_keep_up_gives_way_before_the_least_computed() -> 
     branches = [one.branches[0] for one in (oldest, slow, young)]
     assert [branch.runnable for branch in branches] == [True, False, False]
     engine.next_event(young)
-    plan = Fair().plan(branches, session.limits, session.pages)
-    assert Fair().victim(branches, plan) is slow.branches[0]
-    assert Fair().victim(branches[:1], plan[:1]) is None
+    plan = FairPolicy().plan(branches, session.limits, session.pages)
+    assert FairPolicy().victim(branches, plan) is slow.branches[0]
+    assert FairPolicy().victim(branches[:1], plan[:1]) is None
 
 
 def test_another_policy_can_take_the_place_of_the_default() -> None:
     class OneToken:
         """Reads prompts one token at a time, one sequence after the other."""
 
-        def plan(self, branches: Any, limits: Any, pages: Any) -> list[Slice]:
-            return [Slice(next(b for b in branches if b.runnable), 1, 1)]
+        def plan(self, branches: Any, limits: Any, pages: Any) -> list[StepSlice]:
+            return [StepSlice(next(b for b in branches if b.runnable), 1, 1)]
 
         def victim(self, branches: Any, plan: Any) -> None:
             return None

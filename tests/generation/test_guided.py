@@ -16,7 +16,7 @@ import pytest
 from fakes import BYTE_VOCABULARY, EOS, ByteTokenizer, loaded, text_session
 
 from transom.errors import MissingExtra, OptionError
-from transom.generation.guided import Guides
+from transom.generation.guided import GuideCompiler
 from transom.generation.model import Model
 from transom.generation.params import SamplingParams
 from transom.text import GenerationDefaults
@@ -132,10 +132,10 @@ def test_white_space_between_json_tokens_has_an_end() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"regex": "(a"}, "regex cannot be followed"),
-        ({"json_schema": {"type": "no such type"}}, "json_schema cannot be followed"),
-        ({"grammar": "start: undefined_rule"}, "grammar cannot be"),
-        ({"grammar": 'root ::= "unclosed'}, "grammar cannot be"),
+        ({"regex": "(a"}, "regex is not usable"),
+        ({"json_schema": {"type": "no such type"}}, "json_schema is not usable"),
+        ({"grammar": "start: undefined_rule"}, "grammar is not usable"),
+        ({"grammar": 'root ::= "unclosed'}, "grammar cannot be read"),
     ],
     ids=str,
 )
@@ -151,7 +151,7 @@ def test_a_model_without_end_token_stops_where_nothing_more_is_allowed() -> None
 
 
 def test_the_end_token_is_never_allowed_too_early() -> None:
-    guides = Guides(ByteTokenizer(), BYTE_VOCABULARY, [EOS])  # type: ignore[arg-type]
+    guides = GuideCompiler(ByteTokenizer(), BYTE_VOCABULARY, [EOS])  # type: ignore[arg-type]
     guide = guides.compile(SamplingParams(regex="ab?"))
     assert allowed(guide) == {ord("a")}
     assert not guide.accept(ord("a"))

@@ -172,7 +172,7 @@ def test_the_lead_passes_on_when_the_one_who_was_to_lead_is_cancelled() -> None:
         engine._exclusive -= 1
         engine._hand_over()  # to the first, who is cancelled before it can wake up
         asked[0].cancelled = True
-        engine._reap()
+        engine._remove_ended()
     for thread in threads:
         thread.join(20)
         assert not thread.is_alive()

@@ -303,7 +303,10 @@ def test_an_empty_prompt_without_a_beginning_of_text_token_is_refused() -> None:
     ("prompt", "said"),
     [
         (b"ok \xff\xfe", r"not UTF-8 text: byte 0xff at position 3"),
-        ([1, 2, BYTE_VOCABULARY], f"token id {BYTE_VOCABULARY}, which the model does not have. Ids go from 0 to 258"),
+        (
+            [1, 2, BYTE_VOCABULARY],
+            f"token id {BYTE_VOCABULARY}, which the model does not have. Ids range from 0 to 258",
+        ),
         ([-1], "token id -1"),
         ([1.5], "float64"),
         ([[1, 2]], "2 dimensions"),
@@ -331,7 +334,7 @@ def test_a_prompt_longer_than_the_context_is_refused_before_any_work() -> None:
         model.generate("x" * 50)
     with pytest.raises(ContextExceeded, match=r"40 tokens and 20 new .* together 60; .* at most max_new_tokens=10"):
         model.stream("x" * 40, max_new_tokens=20)
-    with pytest.raises(ContextExceeded, match=r"the model was made for 100 tokens"):
+    with pytest.raises(ContextExceeded, match=r"the model supports 100 tokens"):
         model.generate("x" * 120)
     with pytest.raises(ContextExceeded):
         model.logits([1] * 51)
@@ -469,10 +472,10 @@ def test_a_graph_without_a_cache_runs_and_does_nothing_else() -> None:
     ("inputs", "said"),
     [
         ({"x": [[1.0, 2.0]], "id": [3]}, r'no input "id". Did you mean "ids"'),
-        ({"x": [[1.0, 2.0]]}, r'input "ids" is missing. Give it: ids: int64\[\?\]'),
-        ({"x": [[1.0, 2.0, 3.0]], "ids": [3]}, r'"x" has the shape \[1, 3\]. Wanted: float32\[batch, 2\]'),
+        ({"x": [[1.0, 2.0]]}, r'input "ids" is missing. Pass ids: int64\[\?\]'),
+        ({"x": [[1.0, 2.0, 3.0]], "ids": [3]}, r'"x" has the shape \[1, 3\]. Expected: float32\[batch, 2\]'),
         ({"x": [1.0, 2.0], "ids": [3]}, r'"x" has the shape \[2\]'),
-        ({"x": [[1.0, 2.0]], "ids": [3.5]}, r'"ids" is of dtype float64. Wanted: int64'),
+        ({"x": [[1.0, 2.0]], "ids": [3.5]}, r'"ids" is of dtype float64. Expected: int64'),
         ([1], "inputs is a list"),
     ],
 )
@@ -516,7 +519,7 @@ def test_importing_the_model_imports_none_of_the_heavy_packages() -> None:
 @pytest.mark.parametrize("dtype", [np.float64, np.float16, np.int64, np.bool_, np.complex64])
 def test_an_array_of_another_dtype_is_refused(dtype: Any) -> None:
     model = plain_graph(x=InputSpec("float32", (2,)))
-    said = f'The input "x" is of dtype {np.dtype(dtype)}. Wanted: float32'
+    said = f'The input "x" is of dtype {np.dtype(dtype)}. Expected: float32'
     with pytest.raises(OptionError, match=said):
         model.run({"x": np.ones(2, dtype)})
     assert model.run({"x": np.ones(2, ">f4")})["sum"] == 2
@@ -524,5 +527,5 @@ def test_an_array_of_another_dtype_is_refused(dtype: Any) -> None:
 
 @pytest.mark.parametrize(("dtype", "values"), [("float32", [1e300, 1.0]), ("int8", [1, 300]), ("uint8", [-1, 2])])
 def test_numbers_that_the_dtype_cannot_hold_are_refused(dtype: str, values: list[float]) -> None:
-    with pytest.raises(OptionError, match=f'"x" has numbers that {dtype} cannot hold'):
+    with pytest.raises(OptionError, match=f'"x" has numbers that {dtype} cannot represent'):
         plain_graph(x=InputSpec(dtype, (2,))).run({"x": values})

@@ -17,7 +17,7 @@ from transom.contract import OutOfPages
 from transom.errors import DoesNotFit, OptionError
 from transom.generation.engine import Engine
 from transom.generation.params import SamplingParams
-from transom.generation.prefixes import LEAST_NEW, MOST, Prefixes
+from transom.generation.prefixes import MAX_SEQUENCES, MIN_NEW_TOKENS, PrefixCache
 
 GREEDY = SamplingParams(temperature=0.0)
 
@@ -80,17 +80,17 @@ def test_some_tokens_are_read_in_any_case() -> None:
     prompt = list(range(32))
     _answer(engine, session, prompt)
     _, cached = _answer(engine, session, prompt)
-    assert cached == (len(prompt) - LEAST_NEW) // 4 * 4
+    assert cached == (len(prompt) - MIN_NEW_TOKENS) // 4 * 4
 
 
 def test_a_policy_shares_with_its_own_and_at_whole_chunks() -> None:
     session = FakeSession(page_tokens=4, pages=6400, max_tokens=64, context=51200)
     engine = Engine(session)
     prompt = [i % 61 for i in range(250)]
-    _answer(engine, session, prompt, sparsity="a", chosen=True)
-    assert _answer(engine, session, prompt, sparsity="b", chosen=True)[1] == 0
+    _answer(engine, session, prompt, sparsity="a", selects_keys=True)
+    assert _answer(engine, session, prompt, sparsity="b", selects_keys=True)[1] == 0
     assert _answer(engine, session, prompt)[1] == 0
-    assert _answer(engine, session, prompt, sparsity="a", chosen=True)[1] == 192  # chunks of 64
+    assert _answer(engine, session, prompt, sparsity="a", selects_keys=True)[1] == 192  # chunks of 64
     assert _answer(engine, session, prompt)[1] == 240  # pages of 4
 
 
@@ -117,22 +117,22 @@ def test_an_unrelated_prompt_leaves_little_of_what_is_kept() -> None:
 
 
 def test_a_last_step_has_as_few_tokens_as_it_would_have_had() -> None:
-    kept = Prefixes(4, 64, 1000)
-    assert kept._usable(150, 200, chosen=False) == 148
-    assert kept._usable(150, 195, chosen=False) == 128  # read anew, its last step has three tokens
-    assert kept._usable(150, 218, chosen=False) == 144  # 218 - 148 would leave a last step of six
-    assert kept._usable(150, 200, chosen=True) == 128
-    assert kept._usable(200, 200, chosen=False) == 192
-    assert kept._usable(192, 192, chosen=True) == 128
-    assert kept._usable(3, 200, chosen=False) == 0
+    kept = PrefixCache(4, 64, 1000)
+    assert kept._usable(150, 200, selects_keys=False) == 148
+    assert kept._usable(150, 195, selects_keys=False) == 128  # read anew, its last step has three tokens
+    assert kept._usable(150, 218, selects_keys=False) == 144  # 218 - 148 would leave a last step of six
+    assert kept._usable(150, 200, selects_keys=True) == 128
+    assert kept._usable(200, 200, selects_keys=False) == 192
+    assert kept._usable(192, 192, selects_keys=True) == 128
+    assert kept._usable(3, 200, selects_keys=False) == 0
 
 
 def test_not_more_than_some_are_kept() -> None:
     session = FakeSession(page_tokens=4, pages=6400, context=51200)
     engine = Engine(session)
-    for i in range(MOST + 3):
+    for i in range(MAX_SEQUENCES + 3):
         _answer(engine, session, [i] * 12)
-    assert engine.kept == MOST
+    assert engine.kept == MAX_SEQUENCES
     settled(session, engine)
 
 

@@ -88,7 +88,7 @@ def test_a_session_without_counts_refuses_a_policy_before_it_computes() -> None:
     session = text_session()
     with Model(loaded(session)) as model:
         for call in (model.generate, model.stream, model.chat, model.stream_chat, model.logits):
-            with pytest.raises(OptionError, match="The backend fake reads by the policy"):
+            with pytest.raises(OptionError, match="The backend fake supports only the policy"):
                 call("x", sparsity="fast")
         assert session.steps == []
         assert model.generate("x", max_new_tokens=1, sparsity="off").densities is None

@@ -109,7 +109,7 @@ def test_what_is_no_prompt_cache_of_this_model_is_refused(
         _answer(model, rng.integers(0, 256, 300).tolist(), "off")
         model.save_prompt_cache(file)
     with transom.load(path, **options) as model:
-        with pytest.raises(OptionError, match="made by another model"):
+        with pytest.raises(OptionError, match="made with another model"):
             model.load_prompt_cache(file)
         _answer(model, rng.integers(0, 256, 300).tolist(), "off")
         model.save_prompt_cache(file)
@@ -150,7 +150,7 @@ def test_a_backend_that_cannot_save_says_so(tmp_path: Path, options: dict[str, A
     path = byte_llama.write_gguf(tmp_path / "m.gguf", rng)
     with transom.load(path, **(options | {"backend": "reference"})) as model:
         _answer(model, [1, 2, 3], "off")
-        with pytest.raises(OptionError, match="cannot write prompt caches"):
+        with pytest.raises(OptionError, match="cannot save prompt caches"):
             model.save_prompt_cache(tmp_path / "p.cache")
 
 

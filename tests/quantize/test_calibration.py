@@ -132,7 +132,7 @@ def test_the_same_texts_give_the_same_numbers_in_any_order_and_any_runs(
             np.testing.assert_array_equal(one.rows, other.rows)
     turned = calibrate(graph, texts[::-1], percentile=99.0)
     np.testing.assert_allclose(numbers(turned), numbers(first), rtol=2.0**-7 + 1e-5)
-    monkeypatch.setattr(calibration, "TOGETHER", 16)  # three runs, one of them longer than that
+    monkeypatch.setattr(calibration, "MAX_RUN_TOKENS", 16)  # three runs, one of them longer than that
     shares: list[float] = []
     apart = calibrate(graph, texts, percentile=99.0, progress=shares.append)
     np.testing.assert_allclose(numbers(apart), numbers(first), rtol=2.0**-7 + 1e-5)
@@ -197,27 +197,27 @@ def test_what_is_no_number_is_an_error_that_names_the_node(rng: np.random.Genera
     x = b.embedding(dense(table))
     x = b.attention(b.linear(x, dense(np.eye(16, dtype=np.float32)), "q"), x, x, 0)
     graph = b.finish_decoder(b.linear(x, dense(np.ones((8, 16), np.float32)), "head"), weights_hash="w")
-    with pytest.raises(SourceError, match="not numbers, first seen at the node q"):
+    with pytest.raises(SourceError, match="not finite, first at the node q"):
         calibrate(graph, [[1, 3]])
 
 
 def test_texts_that_cannot_be_read_are_refused(rng: np.random.Generator) -> None:
     graph = tiny_decoder(rng, context=16)
     for texts, words in (
-        ([], "no text to calibrate on"),
+        ([], "no calibration text"),
         ([[1], []], "or one is empty"),
-        ([[1] * 17], "has 17 tokens, and the model reads 16"),
+        ([[1] * 17], "has 17 tokens, but the model.s context is 16"),
         ([[5, 61]], "outside the vocabulary of 61"),
         ([[-1]], "outside the vocabulary of 61"),
     ):
         with pytest.raises(OptionError, match=words):
             calibrate(graph, texts)
     for percentile in (0.0, -1.0, 100.5):
-        with pytest.raises(OptionError, match="is none"):
+        with pytest.raises(OptionError, match="is out of range"):
             calibrate(graph, [[1]], percentile=percentile)
     b = GraphBuilder("plain")
     b.output(b.op("Neg", b.input("x", "float32", ["n"])), "y")
     with pytest.raises(OptionError, match="plain has no attention with a cache"):
         calibrate(b.finish(weights_hash="w"), [[1]])
-    with pytest.raises(OptionError, match="say nothing of input 0 of the node riddle"):
+    with pytest.raises(OptionError, match="do not include input 0 of the node riddle"):
         calibrate(graph, [[1]]).input("riddle")

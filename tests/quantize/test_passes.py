@@ -25,7 +25,7 @@ from transom.graph.reading import constant_of, linear_weight, vocabulary_product
 from transom.graph.weights import Weight, dense, dequantize
 from transom.quantize import passes
 from transom.quantize.calibration import calibrate
-from transom.quantize.passes import Quantized, Scheme, quantize
+from transom.quantize.passes import QuantizedGraph, Scheme, quantize
 from transom.reference.executor import Executor
 from transom.signature import Decoder, LayerCache
 from transom.sources import resolve
@@ -94,7 +94,7 @@ def logits_of(session: onnxruntime.InferenceSession, graph: Graph, tokens: list[
     return np.asarray(session.run(["logits"], inputs)[0])
 
 
-def forms_of(quantized: Quantized) -> list[str]:
+def forms_of(quantized: QuantizedGraph) -> list[str]:
     """Of the rounded products' weights, as the graph has them."""
     return sorted({w.dtype for n, w in products(quantized.graph).items() if n in {x.node for x in quantized.layers}})
 
@@ -272,12 +272,12 @@ def test_weights_in_blocks_stay_as_they_are(stored: Any, rng: np.random.Generato
     found = quantize(graph, Scheme("fp8", activations="fp8"), calibrate(graph, texts_of(rng)))
     assert products(found.graph) == products(graph)
     assert found.layers == ()
-    assert dict(found.left) == dict.fromkeys(products(graph), "quantised in the checkpoint")
+    assert dict(found.left) == dict.fromkeys(products(graph), "already quantized in the checkpoint")
     assert found.summary == (
-        "no product rounded to fp8 by rows, activations to fp8; not rounded: 15 quantised in the checkpoint"
+        "no product quantized to fp8 by rows, activations to fp8; not quantized: 15 already quantized in the checkpoint"
     )
     assert found.bytes_before == found.bytes_after
-    assert "quantised in the checkpoint" in found.table()
+    assert "already quantized in the checkpoint" in found.table()
     tokens = rng.integers(0, 61, 9).tolist()
     np.testing.assert_array_equal(ReferenceOracle(found.graph).logits(tokens), ReferenceOracle(graph).logits(tokens))
 
@@ -288,12 +288,12 @@ def test_products_to_keep_are_named_or_told_by_a_function(rng: np.random.Generat
     by_name = quantize(graph, Scheme("int4", keep=vocabulary_products(graph)))
     by_function = quantize(graph, Scheme("int4", keep=lambda name: name == "head"))
     for found in (by_name, by_function):
-        assert found.left == (("head", "left as asked for"),)
+        assert found.left == (("head", "kept as requested"),)
         assert products(found.graph)["head"] is products(graph)["head"]
         assert len(found.layers) == 14
-        assert "; not rounded: 1 left as asked for" in found.summary
+        assert "; not quantized: 1 kept as requested" in found.summary
     assert by_name.graph.digest() == by_function.graph.digest()
-    with pytest.raises(OptionError, match="no product lm_head to be left as it is") as told:
+    with pytest.raises(OptionError, match="no product lm_head to keep") as told:
         quantize(graph, Scheme("int4", keep=["lm_head"]))
     assert "layers.0.q" in str(told.value)
 
@@ -315,7 +315,7 @@ def test_errors_are_those_measured_by_hand(
 ) -> None:
     graph = tiny_decoder(rng)
     seen, scheme = calibrate(graph, texts_of(rng), rows=6), SCHEMES[name]
-    monkeypatch.setattr(passes, "_AT_ONCE", 700)  # some rows at a time
+    monkeypatch.setattr(passes, "_CHUNK", 700)  # some rows at a time
     shares: list[float] = []
     found = quantize(graph, scheme, seen, shares.append)
     assert shares == sorted(shares)
@@ -345,14 +345,14 @@ def test_table_has_every_product_the_worst_first_and_the_notes_have_one_line(rng
     head, *lines = found.table().splitlines()
     assert head.split() == ["product", "form", "before", "after", "weight", "error", "output", "error"]
     assert len(lines) == 15
-    assert lines[-1].split(maxsplit=1) == ["head", "left as asked for"]
+    assert lines[-1].split(maxsplit=1) == ["head", "kept as requested"]
     errors = [float(line.rsplit(maxsplit=1)[1].rstrip("%")) for line in lines[:-1]]
     assert errors == sorted(errors, reverse=True)
     worst = max(found.layers, key=lambda x: x.output_error or 0)
     assert lines[0].startswith(worst.node)
     assert found.graph.notes == (*graph.notes, found.summary)
-    assert found.summary.startswith("14 products rounded to nearest, int4 in blocks of 32: ")
-    assert f"worst {worst.node} by {worst.output_error:.2%}" in found.summary
+    assert found.summary.startswith("14 products quantized to int4 in blocks of 32 (round to nearest): ")
+    assert f"worst product {worst.node} with {worst.output_error:.2%}" in found.summary
     assert "\n" not in found.summary
 
 
@@ -362,11 +362,11 @@ def test_what_cannot_be_rounded_is_refused_by_the_name_of_its_product(rng: np.ra
         quantize(graph, Scheme("int4"))
     quantize(graph, Scheme("int8", block=16))
     wrong = tiny_decoder(rng)
-    with pytest.raises(OptionError, match="say nothing of input 0 of the node layers"):
+    with pytest.raises(OptionError, match="do not include input 0 of the node layers"):
         quantize(wrong, Scheme("int8"), calibrate(shared_weight(rng), [[1]]))
-    with pytest.raises(OptionError, match="needs to know how large they get"):
+    with pytest.raises(OptionError, match="requires their ranges"):
         quantize(wrong, Scheme("fp8", activations="fp8"))
-    for value, words in ((np.nan, None), (3e38, "is too large to be rounded with float16 scales")):
+    for value, words in ((np.nan, None), (3e38, "is too large for quantization with float16 scales")):
 
         def stored(array: Array, value: float = value) -> Weight:
             array[3, 4] = value
@@ -374,7 +374,7 @@ def test_what_cannot_be_rounded_is_refused_by_the_name_of_its_product(rng: np.ra
 
         damaged = shared_weight(rng, stored)
         if words is None:
-            with pytest.raises(SourceError, match="The weight of q holds what is no number"):
+            with pytest.raises(SourceError, match="The weight of q contains NaN"):
                 quantize(damaged, Scheme("int8"))
         else:
             with pytest.raises(OptionError, match=f"q: A weight of 3e.38 {words}"):
@@ -384,11 +384,11 @@ def test_what_cannot_be_rounded_is_refused_by_the_name_of_its_product(rng: np.ra
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"weights": "int3"}, "Weights are not rounded to 'int3'"),
-        ({"weights": "int8", "activations": "int8"}, "Activations are not rounded to 'int8'"),
-        ({"weights": "fp8", "block": 32}, "have a scale for each row"),
-        ({"weights": "int4", "block": 16}, "no int4 weights in blocks of 16"),
-        ({"weights": "int8", "block": 0}, "no int8 weights in blocks of 0"),
+        ({"weights": "int3"}, "Weights cannot be quantized to 'int3'"),
+        ({"weights": "int8", "activations": "int8"}, "Activations cannot be quantized to 'int8'"),
+        ({"weights": "fp8", "block": 32}, "have one scale per row"),
+        ({"weights": "int4", "block": 16}, "int4 weights do not support blocks of 16"),
+        ({"weights": "int8", "block": 0}, "int8 weights do not support blocks of 0"),
     ],
 )
 def test_schemes_that_do_not_exist_are_refused(settings: dict[str, Any], words: str) -> None:

@@ -186,7 +186,7 @@ def test_numbers_too_large_for_a_float16_scale_are_refused_and_float32_holds_the
         assert np.isfinite(got).all()
         assert got[1, 7] == pytest.approx(largest)
     else:
-        with pytest.raises(OptionError, match=r"3\.4e\+38 is too large to be rounded with float16 scales"):
+        with pytest.raises(OptionError, match=r"3\.4e\+38 is too large for quantization with float16 scales"):
             rounded.load()
 
 
@@ -211,7 +211,7 @@ def test_rows_are_rounded_some_at_a_time_and_each_for_itself(
 ) -> None:
     weight = dense(rng.standard_normal((11, 128)).astype(np.float32))
     whole = FORMS[name].make(weight).load()
-    monkeypatch.setattr(rounding, "_AT_ONCE", 3 * 128)
+    monkeypatch.setattr(rounding, "_CHUNK", 3 * 128)
     pieces = FORMS[name].make(weight).load()
     order = rng.permutation(11)
     taken = FORMS[name].make(take_rows(weight, order)).load()
@@ -238,8 +238,8 @@ def test_sizes_are_those_of_the_form() -> None:
         (lambda: to_int4(dense(np.ones((4, 64), np.float32)), 16), "32, 64 or 128 columns, not of 16"),
         (lambda: to_int8(dense(np.ones((4, 64), np.float32)), 48), "Blocks of 48 columns do not fit"),
         (lambda: to_int8(dense(np.ones((4, 64), np.float32)), -64), "Blocks of -64 columns do not fit"),
-        (lambda: to_float8(dense(np.ones(4, np.float32))), r"shape \[4\] is no matrix"),
-        (lambda: to_int8(dense(np.ones((4, 0), np.float32))), r"shape \[4, 0\] is no matrix"),
+        (lambda: to_float8(dense(np.ones(4, np.float32))), r"shape \[4\] is not a matrix"),
+        (lambda: to_int8(dense(np.ones((4, 0), np.float32))), r"shape \[4, 0\] is not a matrix"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_is_read(make: Callable[[], Blocked], words: str) -> None:

@@ -85,7 +85,7 @@ def test_a_rounded_model_says_nearly_what_the_exact_one_says(loaded: Any, ids: l
     assert sum(isinstance(linear_weight(n), Dense) for n in graph.nodes()) == 210
     found = quantize(graph, Scheme("fp8", activations="fp8"), seen)
     assert len(found.layers) == 210
-    assert dict(found.left) == dict.fromkeys(vocabulary_products(graph), "quantised in the checkpoint")
+    assert dict(found.left) == dict.fromkeys(vocabulary_products(graph), "already quantized in the checkpoint")
     assert all(x.output_error is not None and 0 < x.output_error < 0.1 for x in found.layers)
     assert sum(isinstance(linear_weight(n), Blocked) for n in found.graph.nodes()) == 211
     agreement = fidelity(graph, found.graph, [ids])

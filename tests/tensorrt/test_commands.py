@@ -84,7 +84,7 @@ def bundle(model: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -
     out = tmp_path_factory.mktemp("bundles") / "engine"
     done = command("export", str(model), "--target", "rtx-4090", "--format", "tensorrt", "--out", str(out), cache=cache)
     assert done.returncode == 0, done.stderr
-    assert "products rounded to nearest, fp8" in done.stdout + done.stderr
+    assert "products quantized to fp8" in done.stdout + done.stderr
     return out
 
 

@@ -27,7 +27,7 @@ from transom.graph import Graph
 from transom.graph.builder import WEIGHT_META
 from transom.graph.sparse import is_attention, with_sparsity
 from transom.graph.weights import Dense
-from transom.quantize.calibration import Activations, Observed
+from transom.quantize.calibration import ActivationRange, Activations
 from transom.sources import resolve
 from transom.sparsity import Sparsity
 from transom.testing.models import tiny_decoder
@@ -173,7 +173,7 @@ def test_what_was_built_is_told(rng: np.random.Generator) -> None:
     artifact = built(wide(rng), calibration=TEXT)
     notes = "\n".join(artifact.notes)
     assert "precision: fp8 and int8 weights, fp8 inputs of products, float16 products and cache" in notes
-    for said in ("products rounded to nearest, fp8", "engine of", "on the card:", "prefill: ", "decode: ", "fused"):
+    for said in ("products quantized to fp8", "engine of", "on the card:", "prefill: ", "decode: ", "fused"):
         assert said in notes
     table = content(artifact, compiling.ROUNDING_FILE)
     assert table.splitlines()[0].split() == ["product", "form", "before", "after", "weight", "error", "output", "error"]
@@ -247,7 +247,9 @@ def test_what_is_rounded_anew_is_told_and_can_be_stopped(rng: np.random.Generato
 
 def test_range_decides_between_two_kinds_of_16_bits() -> None:
     def seen(largest: float) -> Activations:
-        return Activations({("a", 0): Observed(9e9, 9e9), ("a", 1): Observed(largest, largest)}, {}, 1, None)
+        return Activations(
+            {("a", 0): ActivationRange(9e9, 9e9), ("a", 1): ActivationRange(largest, largest)}, {}, 1, None
+        )
 
     free, asked = RtxPrecision("float16", "fp8", True, free=True), RtxPrecision("float16")
     assert compiling.wide_enough(free, seen(1e3), 89) == (free, [])

@@ -97,9 +97,9 @@ def test_tools_and_variables_of_ones_own_reach_the_template() -> None:
 
 
 def test_tools_that_the_template_would_drop_are_refused() -> None:
-    with pytest.raises(OptionError, match="no place for tools"):
+    with pytest.raises(OptionError, match="does not support tools"):
         ChatTemplate("{{ messages[0].content }}").render(CHATS[0], tools=TOOLS)
-    with pytest.raises(OptionError, match="under the name it has for them: xml_tools"):
+    with pytest.raises(OptionError, match="as the variable that the template uses: xml_tools"):
         ChatTemplate("{{ xml_tools }}").render(CHATS[0], tools=TOOLS)
 
 
@@ -124,7 +124,7 @@ def test_the_final_message_can_be_left_open(smollm2: dict[str, Any]) -> None:
     assert text.endswith("assistant\nBecause of ")
     with pytest.raises(OptionError, match="no message text to continue"):
         ChatTemplate(source).render([], continue_final_message=True)
-    with pytest.raises(OptionError, match="leaves out or changes the last message"):
+    with pytest.raises(OptionError, match="omits or changes the last message"):
         ChatTemplate("nothing").render(chat, continue_final_message=True)
 
 
@@ -252,8 +252,8 @@ def test_a_template_that_would_hang_or_fill_the_memory_is_stopped(name: str) -> 
         ("{% for %}", "is not valid Jinja"),
         ("{{ 'open ", "is not valid Jinja"),
         ("{{ x | no_such_filter }}", "is not valid Jinja"),
-        ("{{ raise_exception('Roles must alternate') }}", "refuses these messages: Roles must alternate"),
-        ("{{ messages[0].content.text.deeper }}", "uses what the messages do not have"),
+        ("{{ raise_exception('Roles must alternate') }}", "rejects these messages: Roles must alternate"),
+        ("{{ messages[0].content.text.deeper }}", "uses something that the messages do not contain"),
         ("{{ 1 + 'x' }}", "fails on these messages"),
     ],
 )
@@ -281,12 +281,12 @@ def test_a_template_survives_the_cache() -> None:
 )
 def test_a_broken_or_malicious_template_is_found_without_a_conversation(source: str) -> None:
     with pytest.raises(ChatTemplateError):
-        ChatTemplate(source, seconds=1.0).require_sound()
+        ChatTemplate(source, seconds=1.0).require_valid()
 
 
 @pytest.mark.parametrize("source", ["{{ raise_exception('no') }}", "{{ x.y }}", "{{ messages[0].content }}"])
 def test_a_template_that_only_refuses_a_greeting_is_sound(source: str) -> None:
     template = ChatTemplate(source)
-    template.require_sound()
+    template.require_valid()
     with pytest.raises(ChatTemplateError):
         template.render([])  # what it refuses when it is used, nothing found before

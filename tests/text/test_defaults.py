@@ -129,7 +129,7 @@ def test_defaults_survive_the_cache() -> None:
     ids=str,
 )  # fmt: skip
 def test_values_of_another_type_are_refused(data: dict[str, Any]) -> None:
-    with pytest.raises(SourceError, match=f"hold {next(iter(data))}="):
+    with pytest.raises(SourceError, match=f"contain {next(iter(data))}="):
         GenerationDefaults.from_json(data)
 
 

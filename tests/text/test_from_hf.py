@@ -184,7 +184,7 @@ def test_generation_defaults_come_from_the_directory(folder: Path) -> None:
         ("tokenizer.json", '{"version": "1.0", "model": {"type": "Nonsense"}}', "cannot be read"),
         ("tokenizer.json", b"\xff\xfe\x00", "not a text file in UTF-8"),
         ("tokenizer_config.json", "{", "is not valid JSON"),
-        ("tokenizer_config.json", "[1]", "does not hold a JSON object"),
+        ("tokenizer_config.json", "[1]", "does not contain a JSON object"),
         ("tokenizer_config.json", '{"added_tokens_decoder": {"7": 3}}', "added_tokens_decoder"),
         ("tokenizer_config.json", '{"added_tokens_decoder": {"x": {"content": "y"}}}', "added_tokens_decoder"),
         ("special_tokens_map.json", "nonsense", "is not valid JSON"),

@@ -11,7 +11,7 @@ import pytest
 
 from transom.text import ChatTemplate, GenerationDefaults, Tokenizer
 from transom.text.from_gguf import chat_template_from_gguf, tokenizer_from_gguf
-from transom.text.proving import LANGUAGES, TextProof, TextProofError, compare, corpus, prove_texts
+from transom.text.proving import LANGUAGES, TextComparison, TextMismatch, compare, corpus, verify_texts
 from transom.text.to_hf import hf_files
 
 Change = Callable[[dict[str, Any]], None]
@@ -43,7 +43,7 @@ def changed(files: dict[str, bytes], name: str, change: Change) -> dict[str, byt
 def test_it_counts_what_it_compared(ours: Tokenizer, template: ChatTemplate, files: dict[str, bytes]) -> None:
     texts = corpus(ours)
     tokens = sum(len(ours.encode(text)) for text in texts)
-    assert prove_texts(ours, template, files) == TextProof(len(texts), 2 * tokens, len(LANGUAGES))
+    assert verify_texts(ours, template, files) == TextComparison(len(texts), 2 * tokens, len(LANGUAGES))
     assert tokens > 2000
 
 
@@ -97,11 +97,11 @@ def begin_with_a_token(whole: dict[str, Any]) -> None:
 def test_other_tokens_are_found_and_named(
     change: Change, ours: Tokenizer, template: ChatTemplate, files: dict[str, bytes]
 ) -> None:
-    with pytest.raises(TextProofError, match="becomes other tokens") as caught:
-        prove_texts(ours, template, changed(files, "tokenizer.json", change))
+    with pytest.raises(TextMismatch, match="give different tokens for the text") as caught:
+        verify_texts(ours, template, changed(files, "tokenizer.json", change))
     here, there = caught.value.details
     assert here.startswith("Transom: [")
-    assert there.startswith("by the files: [")
+    assert there.startswith("the files: [")
     assert here.split("[")[1] != there.split("[")[1]
 
 
@@ -109,8 +109,8 @@ def test_another_decoder_is_found(ours: Tokenizer, template: ChatTemplate, files
     def spell(whole: dict[str, Any]) -> None:
         whole["decoder"] = {"type": "Fuse"}
 
-    with pytest.raises(TextProofError, match="become another text"):
-        prove_texts(ours, template, changed(files, "tokenizer.json", spell))
+    with pytest.raises(TextMismatch, match="give a different text"):
+        verify_texts(ours, template, changed(files, "tokenizer.json", spell))
 
 
 def test_another_special_token_or_template_is_found(
@@ -125,13 +125,13 @@ def test_another_special_token_or_template_is_found(
     def lose(whole: dict[str, Any]) -> None:
         del whole["chat_template"]
 
-    with pytest.raises(TextProofError, match="the special token eos_token is another one"):
-        prove_texts(ours, template, changed(files, "tokenizer_config.json", end))
-    with pytest.raises(TextProofError, match="another prompt"):
-        prove_texts(ours, template, changed(files, "tokenizer_config.json", shout))
-    with pytest.raises(TextProofError, match="template is missing"):
-        prove_texts(ours, template, changed(files, "tokenizer_config.json", lose))
-    prove_texts(ours, None, changed(files, "tokenizer_config.json", lose))
+    with pytest.raises(TextMismatch, match="state a different special token eos_token"):
+        verify_texts(ours, template, changed(files, "tokenizer_config.json", end))
+    with pytest.raises(TextMismatch, match="different prompt"):
+        verify_texts(ours, template, changed(files, "tokenizer_config.json", shout))
+    with pytest.raises(TextMismatch, match="lack the chat template"):
+        verify_texts(ours, template, changed(files, "tokenizer_config.json", lose))
+    verify_texts(ours, None, changed(files, "tokenizer_config.json", lose))
 
 
 def test_compare_names_each_text_that_is_cut_otherwise(ours: Tokenizer) -> None:

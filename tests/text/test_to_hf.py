@@ -19,7 +19,7 @@ from tokenizers import Tokenizer as Rust
 from transom.text import ChatTemplate, GenerationDefaults, SpecialIds, Tokenizer
 from transom.text.from_gguf import chat_template_from_gguf, tokenizer_from_gguf
 from transom.text.pre_tokenizers import pre_tokenizer
-from transom.text.proving import compare, prove_texts
+from transom.text.proving import compare, verify_texts
 from transom.text.to_hf import hf_files
 
 Make = Callable[..., Any]
@@ -109,7 +109,7 @@ def test_byte_level_vocabularies_are_cut_alike_by_genai(
     trained = train_byte_level(pre_tokenizer(pre).patterns[-1])
     ours = tokenizer_from_gguf(gguf_metadata(trained, pre, bos_token_id=0, eos_token_id=1))
     files = hf_files(ours, None, NONE)
-    prove_texts(ours, None, files)
+    verify_texts(ours, None, files)
     phone = genai(files, tmp_path)
     for difference in compare(ours, phone.encode):  # it normalises nothing
         assert pre == "qwen2", difference
@@ -145,7 +145,7 @@ def test_a_metaspace_decoder_is_seen_by_genai(scheme: Any, tmp_path: Path) -> No
     trained.train_from_iterator(words, trainers.BpeTrainer(special_tokens=["<unk>"], show_progress=False))
     ours = Tokenizer(trained, SpecialIds(unk=0))
     files = hf_files(ours, None, NONE)
-    prove_texts(ours, None, files)
+    verify_texts(ours, None, files)
     phone = genai(files, tmp_path)
     for text in ("the sun", "the water was down and the hill still behind", "a the  sun"):
         assert [int(token) for token in phone.encode(text)] == ours.encode(text)
@@ -158,7 +158,7 @@ def test_a_unigram_vocabulary_is_refused_by_genai_and_read_by_transformers(
     metadata = sentencepiece_metadata(train_sentencepiece("unigram"), model="t5", add_eos_token=True, eos_token_id=2)
     ours = tokenizer_from_gguf(metadata)
     files = hf_files(ours, None, NONE)
-    assert prove_texts(ours, None, files).languages > 20
+    assert verify_texts(ours, None, files).languages > 20
     assert list(transformers(files, tmp_path).encode("the sun went down")) == ours.encode("the sun went down")
     with pytest.raises(Exception, match="type must be object"):
         genai(files, tmp_path)
@@ -219,7 +219,7 @@ def test_several_templates_without_a_default_are_left_out() -> None:
     ours = byte_tokenizer(SpecialIds())
     files = hf_files(ours, template, NONE)
     assert "chat_template" not in json.loads(files["tokenizer_config.json"])
-    prove_texts(ours, template, files)
+    verify_texts(ours, template, files)
 
 
 def test_ends_that_are_no_beginning_or_end_token_are_left_to_the_post_processor(tmp_path: Path) -> None:

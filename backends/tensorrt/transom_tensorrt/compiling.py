@@ -16,7 +16,7 @@ from transom.authoring.opening import context_of
 from transom.contract import Artifact, Device, Options, Progress
 from transom.errors import DoesNotFit, EngineError, option
 from transom.graph.reading import linear_weight, matrices
-from transom.graph.weights import Blocked, held
+from transom.graph.weights import Blocked, preloaded
 from transom.ops.sparse_routing import COLUMN_ROWS
 from transom.programs.reading import GraphReader, Op
 from transom_tensorrt import forms, inspecting, network, probing
@@ -30,7 +30,7 @@ from transom_tensorrt.sdk import Sdk, installed
 if TYPE_CHECKING:
     from transom.graph import Graph
     from transom.quantize.calibration import Activations
-    from transom.quantize.passes import Quantized
+    from transom.quantize.passes import QuantizedGraph
 
 SMALL = 1024
 """Bytes of an initializer that stays in the ONNX file itself."""
@@ -147,7 +147,7 @@ def _prepare(graph: Graph, device: Device, options: Options, progress: Progress)
     return PreparedGraph(rounded.graph, precision, seen, notes, table)
 
 
-def _rounding_notes(rounded: Quantized) -> list[str]:
+def _rounding_notes(rounded: QuantizedGraph) -> list[str]:
     if not rounded.layers:
         return []
     return [rounded.summary, f"the error of each product is in the artifact's {ROUNDING_FILE}"]
@@ -186,7 +186,7 @@ def round_anew(drafts: Sequence[Op], progress: Callable[[float], None]) -> list[
         named = f"{weight.dtype} in blocks of {weight.block}"
         forms_of[named] = forms_of.get(named, 0) + 1
         op.weight = to_int8(weight)
-        read = held(weight)
+        read = preloaded(weight)
         off.append(weight_error(op.node, read, to_int8(read)))
     if not off:
         return []

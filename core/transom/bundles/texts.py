@@ -21,7 +21,7 @@ from transom.sources import local_path, resolve
 if TYPE_CHECKING:
     from transom.bundles.manifest import BundleManifest, Variant
     from transom.preparation.cached_source import CachedSource
-    from transom.text.proving import TextProof
+    from transom.text.proving import TextComparison
 
 README = "README.md"
 _LICENCE = re.compile(r"((un)?licen[cs]e|copying)(?![a-z]).*|notice(\.\w+)?", re.IGNORECASE)
@@ -30,14 +30,14 @@ _LONGEST_LICENCE = 1 << 20
 """Bytes. What is longer is a file of another kind with such a name."""
 
 
-def texts_of(source: CachedSource) -> tuple[dict[str, bytes], TextProof | None]:
+def texts_of(source: CachedSource) -> tuple[dict[str, bytes], TextComparison | None]:
     """Tokenizer, chat template and generation defaults, in Hugging Face's form and in Transom's; with the proof that
     both say the same.
 
     Raises:
-        TextProofError: the tokenizer's Hugging Face form gives other tokens.
+        TextMismatch: the tokenizer's Hugging Face form gives other tokens.
     """
-    from transom.text.proving import prove_texts
+    from transom.text.proving import verify_texts
     from transom.text.to_hf import hf_files
 
     files = {n: source.files.read(n) for n in ("chat_template.json", "generation.json") if n in source.files.files}
@@ -46,7 +46,7 @@ def texts_of(source: CachedSource) -> tuple[dict[str, bytes], TextProof | None]:
         return files, None
     files |= hf_files(tokenizer, template, source.generation())
     files[TOKENIZER_HEADER] = tokenizer.header().encode()
-    return files, prove_texts(tokenizer, template, files)
+    return files, verify_texts(tokenizer, template, files)
 
 
 def licences_of(model: Any) -> list[Path]:

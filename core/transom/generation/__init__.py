@@ -1,2 +1,3 @@
-"""What happens with a loaded session: prompts in, tokens and text out. Engine, scheduling, sampling, streams, guided
-output, `Model`. Imports nothing of how a model came to be loaded."""
+"""Generation with a loaded session: engine, scheduling, sampling, streams, guided output, and `Model`.
+
+Independent of how a model is prepared and loaded."""

@@ -1,12 +1,12 @@
-"""The owner of a session: runs the steps of all generations, one at a time, whoever asks.
+"""The engine owns a session and runs the steps of all generations on it, one step at a time.
 
-There is no worker thread. A reader who wants its next event and finds nobody stepping becomes the leader: it plans a
-step for every request, runs it, hands out the tokens, and goes on until its own event is there. The others wait and
-one of them takes over. A single generation therefore pays for two lock operations and no thread switch.
+There is no worker thread. A reader that needs its next event while nobody runs steps becomes the leader: it plans a
+step for all requests, runs it, distributes the tokens, and continues until its own event arrives. The other readers
+wait; then one of them takes over. A single generation therefore costs two lock operations and no thread switch.
 
-The leader alone touches the session and its states; the lock guards the list of requests and who leads, and is never
-held during a step. Whatever is raised in a step, the session promises that all states are as they were. How far a
-branch has come is read from its state, so an interrupted step is simply repeated.
+Only the leader uses the session and its states. The lock guards the list of requests and the leader, and is never held
+during a step. If a step raises, the session guarantees that all states are unchanged. A branch's progress is read from
+its state, so an interrupted step is simply repeated.
 """
 
 from __future__ import annotations
@@ -22,41 +22,42 @@ import numpy as np
 from transom.contract import OutOfPages, Session, State, Work
 from transom.contract_optional import SavingSession, SparseSession
 from transom.errors import DoesNotFit, EngineError, OptionError, TransomError
-from transom.generation.prefixes import Kept, Prefixes
-from transom.generation.requests import Branch, Event, Prefilled, Request, Token
+from transom.generation.prefixes import CachedPrefix, PrefixCache
+from transom.generation.requests import Branch, Event, PrefillEvent, Request, TokenEvent
 from transom.generation.results import FinishReason
-from transom.generation.scheduling import Fair, Policy, Slice
+from transom.generation.scheduling import FairPolicy, SchedulingPolicy, StepSlice
 
 
 class ModelClosed(TransomError):
-    """The model was closed before or while it was used."""
+    """The model was closed before or during use."""
 
     def __init__(self) -> None:
-        super().__init__("The model is closed", "Load it again, and close it after its last generation has ended.")
+        super().__init__("The model is closed", "Load it again, and close it only after its last generation has ended.")
 
 
 class Engine:
     """Runs requests on a session. Every method may be called from any thread.
 
     Args:
-        session: becomes the engine's own; `close` closes it.
-        policy: decides what a step holds.
+        session: owned by the engine; `close` closes it.
+        policy: decides which tokens each step computes.
     """
 
-    def __init__(self, session: Session, policy: Policy | None = None) -> None:
+    def __init__(self, session: Session, policy: SchedulingPolicy | None = None) -> None:
         self._session = session
-        self._policy = policy or Fair()
+        self._policy = policy or FairPolicy()
         self._sparse = session if isinstance(session, SparseSession) else None
         self._limits = session.limits
         self.context = _usable_context(session)
-        """Tokens that one sequence may have, prompt and answer together."""
-        self._prefixes = Prefixes(self._limits.page_tokens, min(self._limits.max_tokens, Fair.chunk), self.context)
+        """Maximum number of tokens of a sequence, prompt and answer together."""
+        chunk = min(self._limits.max_tokens, FairPolicy.chunk)
+        self._prefixes = PrefixCache(self._limits.page_tokens, chunk, self.context)
         self._lock = threading.Lock()
         self._free = threading.Condition(self._lock)
-        """Signalled when nobody leads any more."""
+        """Signalled when the leader steps down."""
         self._leader: int | None = None
         self._exclusive = 0
-        """Callers waiting for the session as a whole."""
+        """Number of callers that wait for exclusive use of the session."""
         self._requests: list[Request] = []
         self._arrivals = 0
         self._steps = 0
@@ -70,26 +71,26 @@ class Engine:
 
     @property
     def sparse(self) -> bool:
-        """Whether the session obeys a policy for each request, and counts the keys it reads."""
+        """Whether the session supports a sparsity policy per request, and counts the keys it reads."""
         return self._sparse is not None
 
     @property
     def saves(self) -> bool:
-        """Whether the session can write its states down."""
+        """Whether the session can save its states."""
         return isinstance(self._session, SavingSession)
 
     @property
     def requests(self) -> int:
-        """Requests that have not ended."""
+        """Number of requests that have not ended."""
         return len(self._requests)
 
     @property
     def preemptions(self) -> int:
-        """How often a sequence lost its cache because the pool was full, and was computed again."""
+        """How often a sequence lost its cache because the pool was full. It is then computed again."""
         return self._preemptions
 
     def submit(self, request: Request) -> None:
-        """Queue a request; it runs when somebody calls `next_event` for it or for another one.
+        """Queue a request. It runs while any thread is in `next_event`, for this or another request.
 
         Raises:
             ModelClosed: the engine is closed.
@@ -103,17 +104,17 @@ class Engine:
             self._requests.append(request)
 
     def next_event(self, request: Request) -> Event | None:
-        """The request's next event, driving the session as long as it takes; None when the request has ended.
+        """The request's next event, running steps until it arrives; None if the request has ended.
 
         Raises:
-            TransomError: what ended the request: a failed step, a full pool, a closed model.
+            TransomError: the request ended with an error: a failed step, a full pool, a closed model.
         """
         while True:
             if request.events:
                 return request.events.popleft()
             if request.done:
                 if request.events:
-                    continue  # the last event came between the two questions
+                    continue  # the last event arrived between the two checks
                 if request.error is not None:
                     raise request.error
                 return None
@@ -131,19 +132,19 @@ class Engine:
                 self._release()
 
     def cancel(self, request: Request, branch: int | None = None) -> None:
-        """End a request, or one of its branches, within the running step. Ending it twice does nothing."""
+        """End a request, or one of its branches, with the current step. Ending it twice has no effect."""
         self._mark(request, branch)
         with self._lock:
             if self._leader is None:
-                self._reap()
+                self._remove_ended()
 
     def abandon(self, request: Request) -> None:
-        """`cancel` that never blocks, for finalizers: these may run while this very thread holds the lock."""
+        """`cancel` that never blocks, for finalizers, which may run while the same thread holds the lock."""
         self._mark(request, None)
         if self._lock.acquire(blocking=False):
             try:
                 if self._leader is None:
-                    self._reap()
+                    self._remove_ended()
             finally:
                 self._lock.release()
 
@@ -156,10 +157,10 @@ class Engine:
 
     @contextlib.contextmanager
     def exclusive(self, *, keep: bool = False) -> Iterator[Session]:
-        """The session for this thread alone, between two steps; generations wait.
+        """Exclusive use of the session by this thread, between two steps; generations wait.
 
         Args:
-            keep: leave the caches of ended sequences as they are, and their pages with them.
+            keep: do not free the caches of ended sequences.
 
         Raises:
             ModelClosed: the engine is closed.
@@ -185,14 +186,14 @@ class Engine:
 
     @property
     def kept(self) -> int:
-        """Ended sequences whose caches are kept for prompts that begin alike."""
+        """Number of ended sequences whose caches are kept for prompts with the same beginning."""
         return len(self._prefixes)
 
-    def save_latest(self) -> tuple[Kept, dict[str, np.ndarray[Any, np.dtype[Any]]]] | None:
-        """The sequence that ended last, and what the session holds of it; None where nothing is kept.
+    def save_latest(self) -> tuple[CachedPrefix, dict[str, np.ndarray[Any, np.dtype[Any]]]] | None:
+        """The sequence that ended last and its saved state; None if no sequence is kept.
 
         Raises:
-            OptionError: the backend cannot write its states down.
+            OptionError: the backend cannot save states.
             ModelClosed: the engine is closed.
         """
         with self.exclusive(keep=True) as session:
@@ -201,11 +202,11 @@ class Engine:
             return None if kept is None else (kept, {n: np.asarray(a) for n, a in saving.save(kept.state).items()})
 
     def restore(self, tokens: Sequence[int], sparsity: str | None, arrays: Mapping[str, Any]) -> None:
-        """Keep a sequence that was saved, as if it had just ended.
+        """Restore a saved sequence, as if it had just ended.
 
         Raises:
-            OptionError: the backend cannot make it again, or these are no arrays of such a sequence.
-            DoesNotFit: the cache is too small for it.
+            OptionError: the backend cannot restore states, or the arrays do not match the model or the tokens.
+            DoesNotFit: the cache is too small for the sequence.
             ModelClosed: the engine is closed.
         """
         with self.exclusive() as session:
@@ -214,15 +215,15 @@ class Engine:
                 state = saving.restore(len(tokens), arrays)
             except OutOfPages as error:
                 raise DoesNotFit(
-                    f"The saved prompt has {len(tokens)} tokens, and the cache has room for {self.context}",
+                    f"The saved prompt has {len(tokens)} tokens, but the cache has room for {self.context}",
                     "Load the model with a larger context.",
                 ) from error
             except ValueError as error:
-                raise OptionError(f"The saved prompt does not fit this model: {error}", "Make it again.") from error
+                raise OptionError(f"The saved prompt does not fit this model: {error}", "Create it again.") from error
             self._prefixes.keep(tokens, state, sparsity)
 
     def forget(self) -> None:
-        """Give up the caches that are kept of ended sequences.
+        """Free the caches of ended sequences.
 
         Raises:
             ModelClosed: the engine is closed.
@@ -231,16 +232,16 @@ class Engine:
             pass
 
     def close(self) -> None:
-        """Close the session after the running step; requests that have not ended raise ModelClosed. Idempotent."""
+        """Close the session after the current step. Requests that have not ended raise ModelClosed. Idempotent."""
         with self._lock:
             self._closed = True
             if self._leader == threading.get_ident():
-                return  # closed from within a step: _release does the rest
+                return  # called from within a step: _release does the rest
             while self._leader is not None:
                 self._free.wait()
             self._shut_down()
 
-    # Leading: who may touch the session.
+    # Leadership: the leader may use the session.
 
     def _take_lead(self) -> None:
         self._leader = threading.get_ident()
@@ -253,12 +254,12 @@ class Engine:
             if self._closed:
                 self._shut_down()
             else:
-                self._reap()
+                self._remove_ended()
             self._free.notify_all()
             self._hand_over()
 
     def _hand_over(self) -> None:
-        """Wake one reader who has nothing to read, to lead. Called whenever the lead may have been left vacant."""
+        """Wake one reader without events so that it leads. Called whenever there may be no leader."""
         if self._exclusive:
             return
         for request in self._requests:
@@ -275,10 +276,10 @@ class Engine:
         finally:
             request.wake = None
             if self._leader is None and not will_lead:
-                self._hand_over()  # woken to lead, but its event came first, or Ctrl-C did
+                self._hand_over()  # woken to lead, but its event or a Ctrl-C came first
 
-    def _reap(self) -> None:
-        """Carry out cancellations and forget what has ended. Needs the lock, and the lead or nobody leading."""
+    def _remove_ended(self) -> None:
+        """Apply cancellations and remove ended requests. The caller holds the lock and leads, or there is no leader."""
         ended = False
         for request in self._requests:
             whole = request.cancel_requested
@@ -307,16 +308,16 @@ class Engine:
         if request.wake is not None:
             request.wake.notify()
 
-    # Stepping: everything below runs in the leader.
+    # Steps: only the leader runs the methods below.
 
     def _advance(self) -> None:
-        """Run one step, or make room for one."""
+        """Run one step, or make room in the cache for one."""
         with self._lock:
-            self._reap()
+            self._remove_ended()
             branches = [b for request in self._requests for b in request.branches if b.finish is None]
         if not branches:
             return
-        self._make_room_for_the_next(branches)
+        self._make_room_for_waiting(branches)
         plan = self._policy.plan(branches, self._limits, self._session.pages)
         if not plan:
             raise RuntimeError(f"{type(self._policy).__name__} planned no step for {len(branches)} sequences")
@@ -325,15 +326,15 @@ class Engine:
             self._step(plan)
         except OutOfPages as error:
             self._make_room(branches, plan, error)
-        except Exception as error:  # noqa: BLE001 - a session may raise anything; it goes to those concerned
-            self._step_apart(plan, error)
+        except Exception as error:  # noqa: BLE001 - a session may raise anything; the affected requests report it
+            self._step_separately(plan, error)
         finally:
             with self._lock:
                 for part in plan:
                     self._wake(part.branch.request)
 
-    def _step(self, plan: Sequence[Slice]) -> None:
-        plan = [self._begun(part) for part in plan]
+    def _step(self, plan: Sequence[StepSlice]) -> None:
+        plan = [self._with_state(part) for part in plan]
         works = [self._work(part) for part in plan]
         outputs = self._session.step(works)
         if len(outputs) != len(works):
@@ -342,14 +343,14 @@ class Engine:
             request = part.branch.request
             try:
                 self._commit(part, output)
-            except Exception as error:  # noqa: BLE001 - one sequence's trouble is not another's
+            except Exception as error:  # noqa: BLE001 - an error of one sequence must not affect others
                 self._fail(request, _step_failed(error))
             except BaseException:
-                # Ctrl-C in the leader's thread while this outcome, maybe another thread's, was half written.
+                # Ctrl-C in the leader's thread while this result, maybe another thread's, was half written.
                 self._fail(request, EngineError("The generation was interrupted", "Start it again."))
                 raise
 
-    def _work(self, part: Slice) -> Work:
+    def _work(self, part: StepSlice) -> Work:
         branch, count, width = part
         request = branch.request
         state = branch.state
@@ -360,38 +361,38 @@ class Engine:
         branch.served = self._steps
         done = branch.computed
         if state.length > done:
-            state.truncate(done)  # computed, but its logits were lost with an interrupted step
+            state.truncate(done)  # computed in an interrupted step, which lost the logits
         tokens = branch.tokens[done : done + count]
-        if branch.chooser is None:
+        if branch.sampler is None:
             return Work(state, _padded(tokens, width), "all", sparsity=request.sparsity)
         if done + count < len(branch.tokens):
             return Work(state, _padded(tokens, width), "none", sparsity=request.sparsity)
         wanted: Literal["last", "all"] = "last" if width == count else "all"
-        return Work(state, _padded(tokens, width), wanted, branch.chooser.top_k, request.sparsity)
+        return Work(state, _padded(tokens, width), wanted, branch.sampler.top_k, request.sparsity)
 
-    def _begun(self, part: Slice) -> Slice:
-        """The same part of a step, its branch with a state; what is kept of its beginning need not be computed."""
+    def _with_state(self, part: StepSlice) -> StepSlice:
+        """The same part of a step, after giving its branch a state. Kept prefixes are not computed again."""
         branch, count, width = part
         if branch.state is not None:
             return part
-        branch.state = self._begin(branch)
+        branch.state = self._new_state(branch)
         branch.preempted = False
         left = min(count, branch.pending)
-        return Slice(branch, left, left if width == count else width)
+        return StepSlice(branch, left, left if width == count else width)
 
-    def _begin(self, branch: Branch) -> State:
-        """A state for a branch: what is kept of the same beginning, or an empty one."""
+    def _new_state(self, branch: Branch) -> State:
+        """A state for a branch: a kept prefix, or an empty state."""
         request = branch.request
-        if branch.chooser is not None:
-            kept = self._prefixes.take(branch.tokens, request.sparsity, chosen=request.chosen)
+        if branch.sampler is not None:
+            kept = self._prefixes.take(branch.tokens, request.sparsity, selects_keys=request.selects_keys)
             if kept is not None:
                 if branch.index == 0 and len(branch.tokens) == request.prompt_tokens:
                     request.cached_tokens = kept.length
                 return kept
         return self._session.new_state()
 
-    def _commit(self, part: Slice, output: Any) -> None:
-        """Write a step's outcome into its branch."""
+    def _commit(self, part: StepSlice, output: Any) -> None:
+        """Apply the result of a step to its branch."""
         branch, count, width = part
         request = branch.request
         state = branch.state
@@ -399,19 +400,19 @@ class Engine:
         if width > count:
             state.truncate(state.length - (width - count))
         length = state.length
-        if branch.chooser is None:
+        if branch.sampler is None:
             self._store_logits(branch, np.asarray(output)[:count], length - count)
         if request.progress and length <= request.prompt_tokens == len(branch.tokens):
-            request.events.append(Prefilled(length, request.prompt_tokens))
+            request.events.append(PrefillEvent(length, request.prompt_tokens))
         if length < len(branch.tokens):
             return
-        if branch.chooser is None:
+        if branch.sampler is None:
             self._finish(branch, "stop")
             return
         if width > count:
             output = _row(output, count - 1)
         for other in request.branches:
-            if other.unforked and other.finish is None:
+            if other.awaiting_fork and other.finish is None:
                 self._fork(branch, other)
                 if other.state is not None and not other.cancelled:
                     self._choose(other, output)
@@ -419,24 +420,24 @@ class Engine:
 
     def _fork(self, branch: Branch, other: Branch) -> None:
         assert branch.state is not None
-        other.unforked = False
+        other.awaiting_fork = False
         other.served = branch.served
         try:
             other.state = branch.state.fork(len(branch.tokens))
         except (OutOfPages, MemoryError):
-            other.preempted = True  # it reads the prompt by itself when there is room
+            other.preempted = True  # it reads the prompt itself once there is room
 
     def _choose(self, branch: Branch, output: Any) -> None:
-        assert branch.chooser is not None
+        assert branch.sampler is not None
         request = branch.request
-        token, logprobs, complete = branch.chooser.sample(output)
+        token, logprobs, complete = branch.sampler.sample(output)
         branch.tokens.append(token)
         finish: FinishReason | None = None
         if complete or token in request.stop_ids:
             finish = "stop"
         elif len(branch.tokens) - request.prompt_tokens >= request.max_new_tokens:
             finish = "length"
-        request.events.append(Token(branch.index, token, logprobs, finish))
+        request.events.append(TokenEvent(branch.index, token, logprobs, finish))
         request.busy_last = self._busy_now()
         if not request.first_token:
             request.first_token = time.perf_counter()
@@ -451,23 +452,23 @@ class Engine:
             request.logits = np.empty((len(branch.tokens), rows.shape[-1]), dtype=np.float32)
         request.logits[start : start + len(rows)] = rows
 
-    def _step_apart(self, plan: Sequence[Slice], error: Exception) -> None:
-        """After a step failed for reasons unknown: each sequence by itself, so that only the guilty one fails."""
+    def _step_separately(self, plan: Sequence[StepSlice], error: Exception) -> None:
+        """After a failed step, run each sequence separately, so that only the one that causes the failure fails."""
         if len(plan) == 1:
             self._fail(plan[0].branch.request, _step_failed(error))
             return
         for part in plan:
             if part.branch.finish is not None:
-                continue  # fell with another branch of its request
+                continue  # already failed with another branch of its request
             try:
                 self._step([part])
             except OutOfPages:
-                continue  # an ordinary matter for the next step
+                continue  # the next step makes room
             except Exception as own:  # noqa: BLE001 - as above
                 self._fail(part.branch.request, _step_failed(own))
 
-    def _make_room_for_the_next(self, branches: Sequence[Branch]) -> None:
-        """What is kept gives way to sequences that wait beside running ones; one that is alone starts in any case."""
+    def _make_room_for_waiting(self, branches: Sequence[Branch]) -> None:
+        """Evict kept prefixes for sequences that wait while others run; a sequence alone starts in any case."""
         if not len(self._prefixes) or not any(branch.state is not None for branch in branches):
             return
         waiting = [branch for branch in branches if branch.state is None and branch.runnable]
@@ -475,11 +476,11 @@ class Engine:
             return
         oldest = min(waiting, key=lambda b: b.age)
         needed = len(oldest.tokens) // max(self._limits.page_tokens, 1) + 1 + len(branches)
-        while self._session.pages()[1] < needed and self._prefixes.give_up():
+        while self._session.pages()[1] < needed and self._prefixes.evict_oldest():
             continue
 
-    def _make_room(self, branches: Sequence[Branch], plan: Sequence[Slice], error: OutOfPages) -> None:
-        if self._prefixes.give_up():
+    def _make_room(self, branches: Sequence[Branch], plan: Sequence[StepSlice], error: OutOfPages) -> None:
+        if self._prefixes.evict_oldest():
             return
         victim = self._policy.victim(branches, plan)
         if victim is not None:
@@ -491,7 +492,7 @@ class Engine:
         total, free = self._session.pages()
         where = f"the cache pool has {total} pages of {self._limits.page_tokens} tokens, {free} of them free"
         failure = DoesNotFit(
-            f"A sequence of {len(branch.tokens)} tokens does not fit into the cache by itself"
+            f"A sequence of {len(branch.tokens)} tokens does not fit into the cache, even alone"
             + (f": {where}" if total else f" ({error})"),
             "Use a shorter prompt or max_new_tokens, or load the model with a larger context.",
         )
@@ -507,26 +508,26 @@ class Engine:
     def _finish(self, branch: Branch, reason: FinishReason) -> None:
         branch.finish = reason
         request = branch.request
-        self._drop_state(branch, keep=branch.index == 0 and branch.chooser is not None and request.error is None)
+        self._drop_state(branch, keep=branch.index == 0 and branch.sampler is not None and request.error is None)
         if request.done:
             request.ended = time.perf_counter()
         if branch.index == 0:
             for other in request.branches:
-                other.unforked = False  # nobody is left to share a prompt with
+                other.awaiting_fork = False  # no branch is left to fork from
         for waiting in self._requests:
             for other in waiting.branches:
-                other.preempted = False  # room was made
+                other.preempted = False  # there is room now
 
     def _drop_state(self, branch: Branch, *, keep: bool = False) -> None:
         state, branch.state = branch.state, None
         if state is None:
             return
         try:
-            if self._sparse is not None and branch.request.counted:
+            if self._sparse is not None and branch.request.count_keys:
                 read = np.asarray(self._sparse.keys_read(state), np.float64)
                 known = branch.request.keys_read
                 branch.request.keys_read = read.copy() if known is None else known + read
-        except Exception as error:  # noqa: BLE001 - a session may raise anything; it goes to who asked for the count
+        except Exception as error:  # noqa: BLE001 - a session may raise anything; the request reports it
             branch.request.error = branch.request.error or _step_failed(error)
         finally:
             if keep and not self._shut and branch.request.error is None:
@@ -535,13 +536,13 @@ class Engine:
                 state.free()
 
     def _busy_now(self) -> float:
-        """A clock that runs only while somebody leads: readers who dawdle do not count."""
+        """A clock that runs only while there is a leader, so that slow readers do not count."""
         return self._busy + time.perf_counter() - self._led_since
 
 
 def _saving(session: Session) -> SavingSession:
     if not isinstance(session, SavingSession):
-        raise OptionError("This backend cannot write prompt caches", "Leave the prompt cache out.")
+        raise OptionError("This backend cannot save prompt caches", "Do not use a prompt cache.")
     return session
 
 
@@ -559,7 +560,7 @@ def _usable_context(session: Session) -> int:
     limits = session.limits
     context = limits.context
     if limits.token_classes:
-        context -= min(limits.token_classes) - 1  # the last step must find room for its padding
+        context -= min(limits.token_classes) - 1  # the last step needs room for its padding
     if limits.page_tokens:
         context = min(context, session.pages()[0] * limits.page_tokens)
     return max(context, 0)
@@ -568,10 +569,10 @@ def _usable_context(session: Session) -> int:
 def _step_failed(error: Exception) -> TransomError:
     if isinstance(error, TransomError):
         return error
-    said = str(error).strip() or type(error).__name__
+    message = str(error).strip() or type(error).__name__
     failure = EngineError(
-        f"The backend failed while computing: {said}",
-        "Other generations are not concerned; see __cause__ for its trace.",
+        f"The backend failed while computing: {message}",
+        "Other generations are not affected; __cause__ has the traceback.",
     )
     failure.__cause__ = error
     return failure

@@ -1,7 +1,7 @@
-"""Output that follows a JSON schema, a regular expression, a choice or a grammar, through `llguidance`.
+"""Output that follows a JSON schema, regular expression, choice or grammar, enforced by `llguidance`.
 
-A `Guides` holds the tokenizer in the library's form, made once per model; it compiles what a caller asks for into a
-prototype, and each answer gets its own copy, a `Guide`, which says which tokens may come next.
+A `GuideCompiler` holds the tokenizer in the library's form, created once per model. It compiles the caller's constraint
+into a `Guide`; each answer gets its own copy, which determines the tokens that may come next.
 
 Needs the extra `transom[guided]`.
 """
@@ -26,15 +26,16 @@ if TYPE_CHECKING:
     from transom.text import Tokenizer
 
 _JSON_DEFAULTS: Any = {"whitespace_pattern": r"\n?[ ]{0,16}"}
-"""Enough to indent; unlimited white space is what small models fall into. `x-guidance` in the schema overrides it."""
+"""Enough for indentation; small models tend to generate endless white space. `x-guidance` in the schema overrides
+it."""
 
 
 class GuideFailed(TransomError):
-    """The guide gave up in the middle of an output, for example because a grammar is too ambiguous."""
+    """The guide failed during an output, for example because the grammar is too ambiguous."""
 
 
 class Guide:
-    """Where one answer is in its grammar. Not shared between answers: use `copy`."""
+    """The position of one answer in its grammar. Not shared between answers: use `copy`."""
 
     def __init__(self, matcher: LLMatcher, vocabulary: int) -> None:
         self._matcher = matcher
@@ -49,10 +50,10 @@ class Guide:
         self._check()
         allowed = np.unpackbits(packed, count=min(self._vocabulary, packed.size * 8), bitorder="little").view(np.bool_)
         scores[: allowed.size][~allowed] = -np.inf
-        scores[allowed.size :] = -np.inf  # rows that the model has and the tokenizer has not
+        scores[allowed.size :] = -np.inf  # ids that the model has but the tokenizer does not
 
     def accept(self, token: int) -> bool:
-        """Go on past a chosen token. Returns whether the output is now whole, with nothing more allowed."""
+        """Advance past a chosen token. Returns whether the output is complete and nothing may follow."""
         if not self._matcher.consume_token(token):
             self._check()
             raise GuideFailed(f"The guide does not allow token {token}", "This is a bug in Transom; please report it.")
@@ -65,13 +66,13 @@ class Guide:
             )
 
 
-class Guides:
+class GuideCompiler:
     """Compiles guides for one model.
 
     Args:
-        tokenizer: of the model.
+        tokenizer: the model's tokenizer.
         vocabulary: size of a row of logits; may be larger than the tokenizer's.
-        eos_ids: tokens that end an output; allowed when the grammar is satisfied.
+        eos_ids: tokens that end an output; allowed once the grammar is satisfied.
     """
 
     def __init__(self, tokenizer: Tokenizer, vocabulary: int, eos_ids: Sequence[int]) -> None:
@@ -82,7 +83,7 @@ class Guides:
         self._made: LLTokenizer | None = None
 
     def compile(self, params: SamplingParams) -> Guide:
-        """The guide that the parameters ask for, at its beginning.
+        """A new guide for the constraint in the parameters.
 
         Raises:
             MissingExtra: `llguidance` is not installed.
@@ -96,7 +97,7 @@ class Guides:
         matcher = LLMatcher(self._ll_tokenizer(), text, log_level=0)
         if matcher.is_error():
             raise OptionError(
-                f"{option} cannot be followed: {_first_line(matcher.get_error())}", "Correct it, or simplify it."
+                f"{option} is not usable: {_first_line(matcher.get_error())}", "Correct it, or simplify it."
             )
         return Guide(matcher, self._vocabulary)
 
@@ -117,7 +118,7 @@ def _grammar(params: SamplingParams) -> tuple[str, str]:
     if params.regex is not None:
         return "regex", LLMatcher.grammar_from_regex(params.regex)
     if params.choice is not None:
-        # Lark's strings take JSON's escapes.
+        # Lark strings support JSON's escapes.
         return "choice", LLMatcher.grammar_from_lark("start: " + " | ".join(json.dumps(c) for c in params.choice))
     assert params.grammar is not None
     try:
@@ -132,13 +133,13 @@ def _make_tokenizer(tokenizer: Tokenizer, vocabulary: int, eos_ids: Sequence[int
     eos = list(eos_ids)
     size = vocabulary
     if not eos:
-        # The library wants one; an id past the end is never allowed, since rows of logits end before it.
+        # The library requires one; an id past the end of the logits is never allowed.
         eos, size = [vocabulary], vocabulary + 1
     return LLTokenizer(TokenizerWrapper(_Vocabulary(tokenizer, vocabulary, eos[0], size)), n_vocab=size, eos_token=eos)
 
 
 class _Vocabulary:
-    """A tokenizer as `llguidance.TokenizerWrapper` takes it."""
+    """A tokenizer in the form that `llguidance.TokenizerWrapper` requires."""
 
     def __init__(self, tokenizer: Tokenizer, vocabulary: int, eos: int, size: int) -> None:
         self._encode: Callable[..., list[int]] = tokenizer.encode
@@ -148,7 +149,7 @@ class _Vocabulary:
         self.special_token_ids: list[int] = []
         special_ids = tokenizer.special_ids
         for token in range(size):
-            # The model's rows may be padded beyond the tokenizer's vocabulary.
+            # The logits may be padded beyond the tokenizer's vocabulary.
             data = tokenizer.token_bytes(token) if token < vocabulary else b""
             if token in special_ids or not data:
                 self.special_token_ids.append(token)

@@ -1,6 +1,6 @@
-"""`Model`: what `transom.load` returns. Text, chat, logits and plain graphs, from any thread.
+"""`Model`, the result of `transom.load`: text, chat, logits and plain graphs, from any thread.
 
-Built from a `Loaded`, which the loading pipeline fills; knows nothing of sources, backends and artifacts. On the warm
+Built from a `Loaded`, which the loading pipeline provides; independent of sources, backends and artifacts. On the warm
 start-up path.
 """
 
@@ -23,9 +23,9 @@ from transom.generation.engine import Engine
 from transom.generation.params import SamplingParams, resolve
 from transom.generation.prompts import Prompt, chat_ids, larger_context, prompt_ids, require_tokenizer, token_ids
 from transom.generation.report import Report
-from transom.generation.requests import Prefilled, Request
+from transom.generation.requests import PrefillEvent, Request
 from transom.generation.results import Generation
-from transom.generation.scheduling import Policy
+from transom.generation.scheduling import SchedulingPolicy
 from transom.generation.streams import Generator, PrefillProgress, Stream
 from transom.signature import Decoder
 from transom.sparsity import PRESETS, Heads, Sparsity
@@ -35,51 +35,51 @@ if TYPE_CHECKING:
     from transom.text import ChatTemplate, Tokenizer
 
 
-class _Reading(TypedDict):
-    """Arguments of `Generator.start` that say which keys are read."""
+class _SparsityArguments(TypedDict):
+    """Arguments of `Generator.start` that determine which keys are read."""
 
     sparsity: str | None
-    counted: bool
-    chosen: bool
+    count_keys: bool
+    selects_keys: bool
 
 
 class InputSpec(NamedTuple):
     """One input of a graph without a cache."""
 
     dtype: str
-    """As NumPy names it."""
+    """The NumPy name of the dtype."""
     shape: tuple[int | str | None, ...]
-    """A name or None stands for any length."""
+    """A name or None means any length."""
 
 
 @dataclass
 class Loaded:
-    """Everything a model is made of once it is loaded."""
+    """The parts of a loaded model."""
 
     session: Session
     report: Report
     decoder: Decoder | None
-    """None for a graph that is not a decoder: `Model.run` alone works."""
+    """None for a graph that is not a decoder, which supports only `Model.run`."""
     context: int = 0
-    """Tokens that prompt and answer may have together; 0: what the session allows."""
+    """Maximum number of tokens of prompt and answer together; 0: the session's limit."""
     tokenizer: Tokenizer | None = None
     chat_template: ChatTemplate | None = None
     defaults: GenerationDefaults = field(default_factory=GenerationDefaults)
     inputs: Mapping[str, InputSpec] = field(default_factory=dict)
-    """Of a graph without a cache; empty: not known, and not checked."""
-    policy: Policy | None = None
+    """The inputs of a graph without a cache; empty: unknown and not checked."""
+    policy: SchedulingPolicy | None = None
     sparsity: Sparsity = field(default_factory=lambda: PRESETS["off"])
-    """Which keys its attention reads, with the model's own heads where they are known."""
+    """Which keys attention reads, with the model's calibrated heads if they are known."""
     identity: str = ""
-    """Of the compiled model: what a prompt cache must be of."""
+    """Identity of the compiled model, which a prompt cache must match."""
     heads: Callable[[], Heads | None] = lambda: None
-    """Finds the model's calibrated heads, for policies of single calls."""
+    """Finds the model's calibrated heads, for the policy of a single call."""
     on_close: Callable[[], None] | None = None
     """Called once after the session is closed: locks and temporary files of the loading pipeline."""
 
 
 class Model:
-    """A loaded model. Every method may be called from any thread; generations then share the steps of the engine.
+    """A loaded model. Every method may be called from any thread; concurrent generations share the engine's steps.
 
     Use it in a `with` block, or call `close`.
     """
@@ -102,7 +102,7 @@ class Model:
 
     @property
     def report(self) -> Report:
-        """Which device and backend run it, why, and why the others do not."""
+        """Which device and backend run the model and why, and why the others do not."""
         return self._loaded.report
 
     @property
@@ -111,12 +111,12 @@ class Model:
 
     @property
     def context(self) -> int:
-        """Tokens that prompt and answer may have together; 0 for a graph that is not a decoder."""
+        """Maximum number of tokens of prompt and answer together; 0 for a graph that is not a decoder."""
         return self._generator.context if self._generator else 0
 
     @property
     def decoder(self) -> Decoder | None:
-        """Sizes of the decoder; None for another graph."""
+        """Sizes of the decoder; None for any other graph."""
         return self._loaded.decoder
 
     @property
@@ -129,12 +129,12 @@ class Model:
 
     @property
     def generation_defaults(self) -> GenerationDefaults:
-        """Where the model's generations end, and the sampling its authors recommend."""
+        """The model's end tokens, and the sampling that its authors recommend."""
         return self._loaded.defaults
 
     @property
     def saves_prompts(self) -> bool:
-        """Whether its backend can write prompt caches."""
+        """Whether the backend can save prompt caches."""
         return self._engine.saves
 
     @property
@@ -151,24 +151,24 @@ class Model:
         cancel: threading.Event | None = None,
         **options: Any,
     ) -> Generation:
-        """Complete a text as it is, without a chat template.
+        """Complete plain text, without a chat template.
 
         Args:
-            prompt: text, UTF-8 bytes or token ids. Text gets the tokenizer's beginning-of-text token; an empty one is
-                that token alone.
-            params: how to choose tokens; without it, the options and the model's defaults say so
+            prompt: text, UTF-8 bytes or token ids. The tokenizer adds the beginning-of-text token to text; an empty
+                text consists of that token.
+            params: how to choose tokens; None: from the options and the model's defaults
                 (`transom.generation.params`).
-            sparsity: which keys attention reads for this call, as for `transom.load`; None: as the model was loaded.
+            sparsity: which keys attention reads in this call, see `transom.load`; None: the loaded model's policy.
             progress: called with (tokens read, tokens) after each chunk of the prompt.
-            cancel: set it from any thread to stop within the running step.
+            cancel: set it from any thread to stop with the current step.
             options: fields of `SamplingParams`, such as `temperature=0.7`.
 
         Raises:
-            OptionError: a prompt or option that is not allowed.
-            ContextExceeded: prompt and `max_new_tokens` are longer than the context; nothing was computed.
+            OptionError: the prompt or an option is invalid.
+            ContextExceeded: prompt and `max_new_tokens` exceed the context; nothing was computed.
             EngineError: the backend failed.
-            DoesNotFit: the cache is too small for this sequence alone.
-            ModelClosed: the model is closed, or was closed meanwhile.
+            DoesNotFit: the cache is too small for this sequence, even alone.
+            ModelClosed: the model is closed, or was closed during the call.
         """
         return self.stream(prompt, params, sparsity=sparsity, progress=progress, cancel=cancel, **options).result
 
@@ -182,16 +182,16 @@ class Model:
         cancel: threading.Event | None = None,
         **options: Any,
     ) -> Stream:
-        """`generate`, piece by piece: iterate over the result. Arguments are checked now, not at the first piece.
+        """Like `generate`, but iterate over the result for pieces of text. Arguments are checked in this call.
 
         Raises:
-            TransomError: as `generate`; what happens while computing is raised by the iteration.
+            TransomError: as for `generate`; the iteration raises errors of the computation.
         """
         began = time.perf_counter()
         generator = self._require_generator()
         sampling = resolve(options, params=params, defaults=self._loaded.defaults)
         ids = prompt_ids(prompt, self._loaded.tokenizer, self._vocabulary, self._bos_id)
-        reading = self._reading(sparsity)
+        reading = self._sparsity_arguments(sparsity)
         return generator.start(ids, sampling, continues=True, progress=progress, cancel=cancel, began=began, **reading)
 
     def chat(
@@ -206,18 +206,18 @@ class Model:
         cancel: threading.Event | None = None,
         **options: Any,
     ) -> Generation:
-        """Answer a conversation, written in the form of the model's chat template.
+        """Answer a conversation, which the model's chat template formats.
 
         Args:
-            messages: `[{"role": "user", "content": "Hello"}]`; a string stands for one message of the user.
+            messages: `[{"role": "user", "content": "Hello"}]`; a string is a single user message.
             tools: JSON schemas of functions that the model may call.
-            template_variables: for the template, such as `{"enable_thinking": False}`.
+            template_variables: variables for the template, such as `{"enable_thinking": False}`.
             params, sparsity, progress, cancel, options: as for `generate`.
 
         Raises:
-            OptionError: no chat template, a malformed message, or as `generate`.
-            ChatTemplateError: the template refuses the messages or fails.
-            TransomError: as `generate`.
+            OptionError: there is no chat template, a message is malformed, or as for `generate`.
+            ChatTemplateError: the template rejects the messages or fails.
+            TransomError: as for `generate`.
         """
         return self.stream_chat(
             messages,
@@ -242,10 +242,10 @@ class Model:
         cancel: threading.Event | None = None,
         **options: Any,
     ) -> Stream:
-        """`chat`, piece by piece: iterate over the result.
+        """Like `chat`, but iterate over the result for pieces of text.
 
         Raises:
-            TransomError: as `chat`; what happens while computing is raised by the iteration.
+            TransomError: as for `chat`; the iteration raises errors of the computation.
         """
         began = time.perf_counter()
         generator = self._require_generator()
@@ -257,9 +257,9 @@ class Model:
             tools=tools,
             variables=template_variables or {},
         )
-        # A template that renders to nothing leaves nothing to answer to, as an empty prompt does.
+        # A template may render an empty text, which is handled like an empty prompt.
         ids = ids or prompt_ids((), None, self._vocabulary, self._bos_id)
-        reading = self._reading(sparsity)
+        reading = self._sparsity_arguments(sparsity)
         return generator.start(ids, sampling, continues=False, progress=progress, cancel=cancel, began=began, **reading)
 
     def logits(
@@ -273,16 +273,16 @@ class Model:
         """The model's logits after each token.
 
         Args:
-            tokens: token ids; or text, which the tokenizer encodes as for `generate`.
+            tokens: token ids, or text, which is encoded as for `generate`.
             sparsity: as for `generate`.
 
         Returns:
             float32 [tokens, vocabulary]; row i scores the token that follows token i.
 
         Raises:
-            OptionError: no tokens, or ids that the model does not have.
-            ContextExceeded: more tokens than the context holds.
-            TransomError: it was cancelled, or as `generate`.
+            OptionError: there are no tokens, or an id is outside the vocabulary.
+            ContextExceeded: the tokens exceed the context.
+            TransomError: the call was cancelled, or as for `generate`.
         """
         generator = self._require_generator()
         if isinstance(tokens, (str, bytes)):
@@ -297,18 +297,18 @@ class Model:
                 f"There are {len(ids)} tokens; the model was loaded with a context of {generator.context}",
                 f"Pass fewer, or {more}.",
             )
-        policy = self._reading(sparsity)["sparsity"]
+        policy = self._sparsity_arguments(sparsity)["sparsity"]
         request = Request(ids, (), progress=progress is not None, cancel=cancel, sparsity=policy)
         self._engine.submit(request)
         try:
             while (event := self._engine.next_event(request)) is not None:
-                if isinstance(event, Prefilled) and progress is not None:
+                if isinstance(event, PrefillEvent) and progress is not None:
                     progress(event.done, event.total)
         finally:
             self._engine.cancel(request)
         if request.branches[0].finish != "stop" or request.logits is None:
             raise TransomError("The computation of logits was cancelled")
-        # Requests go when Python looks for cycles; gigabytes cannot wait for that.
+        # Requests are in reference cycles; do not wait for the garbage collector to free gigabytes.
         logits, request.logits = request.logits, None
         return logits
 
@@ -316,20 +316,20 @@ class Model:
         """Run a graph that has no cache, once.
 
         Args:
-            inputs: arrays by name; arrays must have the dtype that the graph wants; lists of Python numbers
-                take it on where it can hold them.
+            inputs: arrays by name. Arrays must have the dtype of the graph's input; lists of Python numbers are
+                converted if the dtype can represent them.
 
         Returns:
-            arrays by the names of the graph's outputs.
+            Arrays by the names of the graph's outputs.
 
         Raises:
-            OptionError: the model is a decoder, or an input is missing, unknown, or of the wrong dtype or shape.
+            OptionError: the model is a decoder, or an input is missing, unknown, or has the wrong dtype or shape.
             EngineError: the backend failed.
             ModelClosed: the model is closed.
         """
         if self._loaded.decoder is not None:
             raise OptionError(
-                "This model is a decoder with a cache of its own, so it cannot be run as a plain graph",
+                "This model is a decoder with a cache, so it cannot be run as a plain graph",
                 "Use generate(), stream(), chat() or logits().",
             )
         arrays = _checked_inputs(inputs, self._loaded.inputs)
@@ -346,7 +346,7 @@ class Model:
         return {name: np.asarray(value) for name, value in outputs.items()}
 
     def tokenize(self, text: str, *, add_special: bool = False) -> list[int]:
-        """Token ids of a text; with `add_special`, begun and ended as `generate` does it.
+        """Token ids of a text; `add_special` adds the tokens at its ends as `generate` does.
 
         Raises:
             OptionError: the model has no tokenizer, or the text is not valid Unicode.
@@ -354,24 +354,24 @@ class Model:
         return require_tokenizer(self._loaded.tokenizer).encode(text, add_special=add_special)
 
     def detokenize(self, tokens: Sequence[int], *, skip_special: bool = True) -> str:
-        """The text of token ids. Bytes that are no UTF-8 become U+FFFD.
+        """The text of token ids. Bytes that are not UTF-8 become U+FFFD.
 
         Raises:
-            OptionError: the model has no tokenizer, or these are no token ids.
+            OptionError: the model has no tokenizer, or the argument is not a list of token ids.
         """
         tokenizer = require_tokenizer(self._loaded.tokenizer)
         ids = token_ids(tokens, max(self._vocabulary, tokenizer.vocabulary_size), "The argument of detokenize")
         return tokenizer.decode(ids, skip_special=skip_special)
 
     def save_prompt_cache(self, path: str | Path) -> int:
-        """Write the cache of the sequence that was generated last, prompt and answer, for `load_prompt_cache` in
-        another process. The file holds the text, so it is as private as that.
+        """Save the cache of the last generated sequence, prompt and answer, for `load_prompt_cache` in another process.
+        The file contains the text, so it is as private as the text.
 
         Returns:
-            how many tokens were saved; 0, and no file, where the sequence was shorter than a page of the cache.
+            Number of tokens saved; 0, without a file, if the sequence was shorter than a page of the cache.
 
         Raises:
-            OptionError: the backend cannot write caches.
+            OptionError: the backend cannot save caches.
             OSError: the file cannot be written.
             ModelClosed: the model is closed.
         """
@@ -387,14 +387,16 @@ class Model:
         return len(kept.tokens)
 
     def load_prompt_cache(self, path: str | Path) -> int:
-        """Take up what `save_prompt_cache` wrote: a prompt that begins alike is read from where it differs.
+        """Restore a cache that `save_prompt_cache` wrote. A prompt with the same beginning is then read only from where
+        it differs.
 
         Returns:
-            how many tokens were taken up.
+            Number of tokens restored.
 
         Raises:
-            OptionError: the file cannot be read, is damaged, is of another compiled model, or the backend cannot.
-            DoesNotFit: the cache has no room for it.
+            OptionError: the file cannot be read, is damaged or belongs to another compiled model, or the backend
+                cannot restore caches.
+            DoesNotFit: the cache is too small for it.
             ModelClosed: the model is closed.
         """
         from transom.generation import prompt_cache
@@ -405,8 +407,8 @@ class Model:
         return len(saved.tokens)
 
     def close(self) -> None:
-        """Give everything back, after the running step; generations that have not ended raise ModelClosed. Closing
-        twice does nothing."""
+        """Release all resources after the current step. Generations that have not ended raise ModelClosed. Closing
+        twice has no effect."""
         try:
             self._engine.close()
         finally:
@@ -439,17 +441,17 @@ class Model:
             return self._loaded.defaults.bos_id
         return self._loaded.tokenizer.bos_id if self._loaded.tokenizer else None
 
-    def _reading(self, sparsity: Any) -> _Reading:
-        """The policy of a call as a request takes it.
+    def _sparsity_arguments(self, sparsity: Any) -> _SparsityArguments:
+        """The arguments of a request for the policy of a call.
 
         Raises:
-            OptionError: it is none, or the backend cannot read by another one than the model was loaded with.
+            OptionError: the policy is invalid, or the backend supports only the loaded model's policy.
         """
         loaded = self._loaded.sparsity
-        as_loaded: _Reading = {
+        as_loaded: _SparsityArguments = {
             "sparsity": None,
-            "counted": self._engine.sparse and not loaded.dense,
-            "chosen": not loaded.dense,
+            "count_keys": self._engine.sparse and not loaded.dense,
+            "selects_keys": not loaded.dense,
         }
         if sparsity is None:
             return as_loaded
@@ -463,15 +465,15 @@ class Model:
             return as_loaded
         if not self._engine.sparse:
             raise OptionError(
-                f"The backend {self.report.backend} reads by the policy that the model was loaded with, here {loaded}",
-                f"Load the model with {option('sparsity')} instead.",
+                f"The backend {self.report.backend} supports only the policy with which the model was loaded, {loaded}",
+                "Load the model with sparsity=… instead.",
             )
-        return {"sparsity": text, "counted": not policy.dense, "chosen": not policy.dense}
+        return {"sparsity": text, "count_keys": not policy.dense, "selects_keys": not policy.dense}
 
     def _require_generator(self) -> Generator:
         if self._generator is None:
             raise OptionError(
-                "This model is a plain graph, not a decoder, so it generates no text",
+                "This model is a plain graph, not a decoder, so it cannot generate text",
                 "Use run({...}) with its inputs.",
             )
         return self._generator
@@ -488,13 +490,13 @@ def _checked_inputs(inputs: Mapping[str, Any], specs: Mapping[str, InputSpec]) -
     missing = [name for name in specs if name not in inputs]
     if missing:
         forms = ", ".join(f"{name}: {specs[name].dtype}{_shape(specs[name].shape)}" for name in missing)
-        raise OptionError(f'The input "{missing[0]}" is missing', f"Give it: {forms}.")
+        raise OptionError(f'The input "{missing[0]}" is missing', f"Pass {forms}.")
     return {name: _checked_input(name, inputs[name], spec) for name, spec in specs.items()}
 
 
 def _checked_input(name: str, value: Any, spec: InputSpec) -> NDArray[Any]:
     array = np.asarray(value)
-    wanted = f"Wanted: {spec.dtype}{_shape(spec.shape)}."
+    wanted = f"Expected: {spec.dtype}{_shape(spec.shape)}."
     if str(array.dtype) != spec.dtype:
         array = _as_dtype(name, array, spec.dtype, wanted, typed=hasattr(value, "dtype"))
     fits = len(spec.shape) == array.ndim and all(
@@ -506,7 +508,7 @@ def _checked_input(name: str, value: Any, spec: InputSpec) -> NDArray[Any]:
 
 
 def _as_dtype(name: str, array: NDArray[Any], dtype: str, wanted: str, *, typed: bool) -> NDArray[Any]:
-    """Plain Python numbers in the dtype that the graph wants; an array has a dtype, which must be the right one."""
+    """Convert Python numbers to the dtype of the graph's input; the dtype of an array must match."""
     wrong = OptionError(f'The input "{name}" is of dtype {array.dtype}', wanted)
     try:
         target = np.dtype(dtype)
@@ -532,7 +534,7 @@ def _as_dtype(name: str, array: NDArray[Any], dtype: str, wanted: str, *, typed:
     else:
         kept = True
     if not kept:
-        raise OptionError(f'The input "{name}" has numbers that {dtype} cannot hold', wanted)
+        raise OptionError(f'The input "{name}" has numbers that {dtype} cannot represent', wanted)
     return converted
 
 

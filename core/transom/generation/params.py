@@ -1,14 +1,14 @@
-"""What a caller may ask of a generation: `SamplingParams`, checked, and how defaults are merged.
+"""The options of a generation: `SamplingParams`, with checks, and the merging of defaults.
 
-Where a value comes from, strongest first:
+Sources of a value, in order of precedence:
 
 1. the argument of the call;
-2. the model's own generation defaults (`generation_config.json`, GGUF metadata); where they say `do_sample: false`,
-   their temperature, top-k, top-p and min-p are left out, as in transformers;
+2. the model's generation defaults (`generation_config.json`, GGUF metadata); with `do_sample: false`, their
+   temperature, top-k, top-p and min-p are ignored, as in transformers;
 3. greedy: temperature 0.
 
-Two exceptions: a model that says `do_sample: true` and no temperature, and a caller who names `top_k`, `top_p`, `min_p`
-or `n` above 1 and no temperature, want to sample: the temperature is then 1. Knows nothing of models and sessions.
+In two cases without a temperature it is 1, since sampling is implied: the model states `do_sample: true`, or the caller
+passes `top_k`, `top_p`, `min_p` or an `n` above 1. Independent of models and sessions.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 from transom.errors import OptionError, nearest, option
 
 GREEDY_BELOW = 1e-5
-"""Temperatures below this are greedy: dividing by them says nothing more than the argmax does."""
+"""Temperatures below this are greedy: dividing by them gives the same result as argmax."""
 
 _SAMPLING_DEFAULTS = ("temperature", "top_k", "top_p", "min_p")
 _OTHER_DEFAULTS = ("repetition_penalty", "presence_penalty", "frequency_penalty")
@@ -49,36 +49,36 @@ class SamplingParams:
     min_p: float = 0.0
     """Drop tokens less likely than this share of the most likely one; 0: off."""
     repetition_penalty: float = 1.0
-    """Above 1: tokens of the prompt and of the output get less likely (CTRL, arXiv:1909.05858); 1: off."""
+    """Above 1: tokens of the prompt and of the output become less likely (CTRL, arXiv:1909.05858); 1: off."""
     presence_penalty: float = 0.0
-    """Subtracted once from the logit of each token that the output holds."""
+    """Subtracted once from the logit of each token that occurs in the output."""
     frequency_penalty: float = 0.0
-    """Subtracted from a token's logit once for each time the output holds it."""
+    """Subtracted from a token's logit for each occurrence in the output."""
     seed: int | None = None
-    """Same seed, same model, same device: same tokens, whatever runs beside it. None: a fresh one."""
+    """Same seed, same model, same device: same tokens, independent of concurrent generations. None: a random seed."""
     stop: tuple[str, ...] = ()
     """Strings that end the output; they are not part of the text."""
     stop_token_ids: tuple[int, ...] = ()
-    """Token ids that end the output, beside the model's own end-of-text tokens."""
+    """Token ids that end the output, in addition to the model's end-of-text tokens."""
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     """Added to the logits of these token ids; `-inf` bans a token."""
     max_new_tokens: int | None = None
-    """Most tokens to generate; None: until the model stops or its context is full."""
+    """Maximum number of tokens to generate; None: until the model stops or its context is full."""
     n: int = 1
-    """Answers to the same prompt, drawn independently; the first is the one that n=1 would give."""
+    """Number of answers to the same prompt, drawn independently; the first equals that of n=1."""
     logprobs: int | None = None
     """None: no log-probabilities. N: those of each chosen token and of the N most likely ones, before penalties,
     bias, guide and temperature."""
     ignore_eos: bool = False
-    """Go on after the model's end-of-text tokens (for benchmarks)."""
+    """Continue after the model's end-of-text tokens (for benchmarks)."""
     json_schema: Mapping[str, Any] | str | bool | None = None
-    """The output is JSON that fits this schema (a dictionary, JSON text, or a pydantic model class)."""
+    """The output is JSON that matches this schema (a dictionary, JSON text, or a pydantic model class)."""
     regex: str | None = None
-    """The output matches this regular expression (Rust syntax) as a whole."""
+    """The whole output matches this regular expression (Rust syntax)."""
     choice: tuple[str, ...] | None = None
     """The output is one of these strings."""
     grammar: str | None = None
-    """The output follows this context-free grammar, in Lark or GBNF form."""
+    """The output follows this context-free grammar, in Lark or GBNF syntax."""
 
     def __post_init__(self) -> None:
         put = partial(object.__setattr__, self)  # the dataclass is frozen
@@ -122,7 +122,7 @@ class SamplingParams:
                 raise _refused("choice", (), "at least one string")
         given = [name for name in _GUIDES if getattr(self, name) is not None]
         if len(given) > 1:
-            raise OptionError(f"The output cannot follow {' and '.join(given)} at once", "Give one of them.")
+            raise OptionError(f"The output cannot follow {' and '.join(given)} at once", "Pass only one of them.")
 
     @property
     def greedy(self) -> bool:
@@ -144,12 +144,12 @@ def resolve(
     """Merge a call's options with the model's defaults, by the rules in this module's docstring.
 
     Args:
-        options: keyword arguments of the call; a value of None is as good as not given.
-        params: a complete choice; the model's defaults are then not looked at, and options change single fields.
-        defaults: any object with attributes named like the fields (and `sample`, a bool); None values count as absent.
+        options: keyword arguments of the call; None means not given.
+        params: a complete set of options. The model's defaults are then ignored, and `options` override single fields.
+        defaults: any object with attributes named like the fields (and `sample`, a bool); None means absent.
 
     Raises:
-        OptionError: an unknown option, or a value outside its range.
+        OptionError: an option is unknown, or a value is out of range.
     """
     unknown = [name for name in options if name not in _FIELDS]
     if unknown:
@@ -159,7 +159,7 @@ def resolve(
         if not isinstance(params, SamplingParams):
             raise OptionError(
                 f"params is a {type(params).__name__}, not SamplingParams",
-                f"Pass a prompt first, then SamplingParams, or name the options: {option('temperature', 0.7)}.",
+                "Pass the prompt first, then SamplingParams, or pass options by name: temperature=0.7.",
             )
         return dataclasses.replace(params, **given)
     values: dict[str, Any] = {}
@@ -180,7 +180,8 @@ def resolve(
 
 
 def _is_allowed(name: str, value: object) -> bool:
-    """Whether a model's default is usable. One that is not (top_k=-1) is left out: the caller cannot mend the file."""
+    """Whether a model's default is valid. An invalid one (top_k=-1) is ignored, since the caller cannot fix the
+    file."""
     try:
         SamplingParams(**{name: value})  # type: ignore[arg-type]
     except OptionError:
@@ -240,7 +241,7 @@ def _bias(value: object) -> dict[int, float]:
         raise _refused("logit_bias", value, "a mapping from token id to number")
     bias: dict[int, float] = {}
     for key, amount in value.items():
-        # JSON has no integer keys: OpenAI's clients send {"50256": -100}.
+        # JSON has no integer keys: OpenAI clients send {"50256": -100}.
         token = int(key) if isinstance(key, str) and key.isdecimal() else _integer("logit_bias", key, 0)
         if isinstance(amount, bool) or not isinstance(amount, (int, float)) or math.isnan(amount) or amount == math.inf:
             raise _refused(f"logit_bias[{token}]", amount, "a finite number, or -inf to ban the token")

@@ -1,7 +1,7 @@
-"""A prompt's cache on disk: what a session holds of a sequence, with the tokens and the compiled model that it is of.
+"""Prompt caches on disk: a session's state of a sequence, with its tokens and the identity of the compiled model.
 
-A NumPy archive (.npz), whose checksums tell of damage: `about`, JSON in bytes; `tokens`, int64; and the session's own
-arrays. It holds the prompt itself, so it is as private as the prompt.
+The file is a NumPy archive (.npz), whose checksums detect damage: `about`, JSON as bytes; `tokens`, int64; and the
+session's arrays. It contains the prompt, so it is as private as the prompt.
 """
 
 from __future__ import annotations
@@ -24,37 +24,37 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 
 class SavedPrompt(NamedTuple):
-    """What a file holds."""
+    """The content of a file."""
 
     tokens: list[int]
     sparsity: str
-    """The policy that its keys were read by, in canonical form."""
+    """The sparsity policy of its steps, in canonical form."""
     arrays: dict[str, Array]
 
 
 def write(path: Path, saved: SavedPrompt, identity: str) -> None:
-    """Write a prompt's cache; readers see the old file or the new one.
+    """Write a prompt cache. The file is replaced atomically.
 
     Args:
-        identity: of the compiled model, the only one that can use it.
+        identity: identifies the compiled model, the only one that can use the cache.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     about = json.dumps({"transom_prompt_cache": FORMAT, "identity": identity, "sparsity": saved.sparsity})
     arrays = {_STATE + name: array for name, array in saved.arrays.items()}
     header = {"about": np.frombuffer(about.encode(), np.uint8), "tokens": np.array(saved.tokens, np.int64)}
     with replacing(path) as file:
-        np.savez(file, **header, **arrays)  # type: ignore[arg-type]  # what follows the file is named arrays
+        np.savez(file, **header, **arrays)  # type: ignore[arg-type]  # arguments after the file are named arrays
 
 
 def read(path: Path, identity: str) -> SavedPrompt:
-    """Read a prompt's cache.
+    """Read a prompt cache.
 
     Raises:
-        OptionError: it cannot be read, is damaged, or is of another compiled model.
+        OptionError: the file cannot be read, is damaged, or belongs to another compiled model.
     """
-    again = "Name another file, or remove this one, and it is written anew"
+    again = "Use another file, or delete this one; it will be created again"
     try:
         with np.load(path, allow_pickle=False) as archive:
             found = {name: archive[name] for name in archive.files}
@@ -64,11 +64,11 @@ def read(path: Path, identity: str) -> SavedPrompt:
     except OSError as error:
         raise OptionError(f"The prompt cache {path} cannot be read: {error.strerror or error}", again) from None
     except (ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise OptionError(f"{path} is no prompt cache, or is damaged", again) from error
+        raise OptionError(f"{path} is not a prompt cache, or it is damaged", again) from error
     if known[0] != FORMAT:
         raise OptionError(f"The prompt cache {path} has format {known[0]!r}; this Transom reads {FORMAT}", again)
     if known[1] != identity:
         raise OptionError(
-            f"The prompt cache {path} was made by another model, or by this one compiled in another way", again
+            f"The prompt cache {path} was made with another model, or with a different compilation of this one", again
         )
     return SavedPrompt(tokens, str(known[2]), {name.removeprefix(_STATE): array for name, array in found.items()})

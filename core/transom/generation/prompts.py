@@ -1,4 +1,4 @@
-"""What callers pass as a prompt, turned into token ids and checked, before anything is computed."""
+"""Converts prompts to token ids and checks them before anything is computed."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ Prompt = str | bytes | Sequence[int]
 
 
 def prompt_ids(prompt: Prompt, tokenizer: Tokenizer | None, vocabulary: int, bos_id: int | None) -> list[int]:
-    """Token ids of a prompt; the beginning-of-text token alone for an empty one.
+    """Token ids of a prompt; only the beginning-of-text token for an empty prompt.
 
     Raises:
-        OptionError: bytes that are not UTF-8; text for a model without a tokenizer; ids that are no integers or not in
-            the vocabulary; an empty prompt for a model without a beginning-of-text token.
+        OptionError: the bytes are not UTF-8; the prompt is text and the model has no tokenizer; ids are not integers or
+            not in the vocabulary; the prompt is empty and the model has no beginning-of-text token.
     """
     if isinstance(prompt, (bytes, bytearray, memoryview)):
         try:
@@ -31,7 +31,7 @@ def prompt_ids(prompt: Prompt, tokenizer: Tokenizer | None, vocabulary: int, bos
         except UnicodeDecodeError as error:
             raise OptionError(
                 f"The prompt is not UTF-8 text: byte 0x{error.object[error.start]:02x} at position {error.start}",
-                "Decode it yourself with the encoding it is in, and pass the text.",
+                "Decode it with its own encoding, and pass the text.",
             ) from error
     if isinstance(prompt, str):
         ids = require_tokenizer(tokenizer).encode(prompt)
@@ -51,7 +51,7 @@ def token_ids(ids: Any, vocabulary: int, what: str) -> list[int]:
     """A list of plain integers, checked against the vocabulary.
 
     Raises:
-        OptionError: not a flat sequence of integers, or an id outside the vocabulary.
+        OptionError: the argument is not a flat sequence of integers, or an id is outside the vocabulary.
     """
     form = "Pass one flat sequence of integers, such as [1, 2, 3]."
     try:
@@ -68,7 +68,8 @@ def token_ids(ids: Any, vocabulary: int, what: str) -> list[int]:
     if low < 0 or high >= vocabulary:
         wrong = low if low < 0 else high
         raise OptionError(
-            f"{what} holds the token id {wrong}, which the model does not have", f"Ids go from 0 to {vocabulary - 1}."
+            f"{what} contains the token id {wrong}, which the model does not have",
+            f"Ids range from 0 to {vocabulary - 1}.",
         )
     plain: list[int] = array.tolist()
     return plain
@@ -82,27 +83,27 @@ def chat_ids(
     tools: Sequence[Mapping[str, Any]] | None,
     variables: Mapping[str, Any],
 ) -> list[int]:
-    """Token ids of a conversation in the model's own form.
+    """Token ids of a conversation, rendered with the model's chat template.
 
     Raises:
-        OptionError: no tokenizer, no chat template, no messages, or a message that is malformed.
-        ChatTemplateError: the template refuses the messages or fails.
+        OptionError: there is no tokenizer, no chat template or no message, or a message is malformed.
+        ChatTemplateError: the template rejects the messages or fails.
     """
     tokenizer = require_tokenizer(tokenizer)
     if template is None:
         raise OptionError(
-            "The model has no chat template, so it does not know how a conversation is written",
-            "Use generate(text), which completes the text as it is, or load an instruction-tuned model.",
+            "The model has no chat template, so it cannot format a conversation",
+            "Use generate(text), which completes plain text, or load an instruction-tuned model.",
         )
     text = template.render(checked_messages(messages), tools=tools, **variables)
     return tokenizer.encode(text, add_special=False)
 
 
 def checked_messages(messages: str | Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The messages, one string standing for one message of the user.
+    """The messages; a single string becomes one user message.
 
     Raises:
-        OptionError: no message, one that is no mapping, one without a known role, or without content.
+        OptionError: there is no message, or one is not a mapping, has no known role, or has no content.
     """
     if isinstance(messages, str):
         return [{"role": "user", "content": messages}]
@@ -111,7 +112,7 @@ def checked_messages(messages: str | Sequence[Mapping[str, Any]]) -> list[Mappin
     if isinstance(messages, (bytes, Mapping)) or not isinstance(messages, Sequence):
         raise OptionError(f"messages is a {type(messages).__name__}, not a list of messages", example)
     if not messages:
-        raise OptionError("There are no messages to answer", "Pass at least one message of the user.")
+        raise OptionError("There are no messages to answer", "Pass at least one user message.")
     for place, message in enumerate(messages):
         if not isinstance(message, Mapping):
             raise OptionError(f"Message {place} is a {type(message).__name__}, not a mapping", example)
@@ -128,15 +129,16 @@ def require_tokenizer(tokenizer: Tokenizer | None) -> Tokenizer:
     if tokenizer is None:
         raise OptionError(
             "The model has no tokenizer, so it cannot read or write text",
-            "Pass token ids, or load it from a directory that holds a tokenizer.json.",
+            "Pass token ids, or load it from a directory with a tokenizer.json.",
         )
     return tokenizer
 
 
 def larger_context(least: str, *, built_in: bool) -> str:
-    """What to do for a context of so many tokens.
+    """Advice on how to get a larger context.
 
     Args:
+        least: describes the required context.
         built_in: the model is a bundle that was compiled for its context.
     """
     return f"export the model again with {least}" if built_in else f"load the model with {least}"
@@ -145,10 +147,10 @@ def larger_context(least: str, *, built_in: bool) -> str:
 def check_fits(
     prompt_tokens: int, max_new_tokens: int | None, context: int, model_context: int | None, *, built_in: bool = False
 ) -> int:
-    """How many tokens may be generated: those asked for, else what is left of the context.
+    """How many tokens may be generated: `max_new_tokens`, or else the rest of the context.
 
     Raises:
-        ContextExceeded: prompt and output are longer than the context.
+        ContextExceeded: prompt and output exceed the context.
     """
     room = context - prompt_tokens
     wanted = max_new_tokens or 1
@@ -161,10 +163,10 @@ def check_fits(
             cause += ", which leaves no room for an answer"
         shorter = "Shorten the prompt"
     else:
-        cause = f"The prompt has {prompt_tokens} tokens and {wanted} new ones were asked for, together {needed}"
-        shorter = f"Ask for at most {option('max_new_tokens', room)}, shorten the prompt"
+        cause = f"The prompt has {prompt_tokens} tokens and {wanted} new ones were requested, together {needed}"
+        shorter = f"Request at most max_new_tokens={room}, shorten the prompt"
     if model_context is not None and needed > model_context:
-        fix = f"{shorter}; the model was made for {model_context} tokens."
+        fix = f"{shorter}; the model supports {model_context} tokens."
     else:
         fix = f"{shorter}, or {larger_context(option('context', needed) + ' or more', built_in=built_in)}."
     error = ContextExceeded(f"{cause}; the model was loaded with a context of {context}", fix)

@@ -1,6 +1,6 @@
-"""What runs a model, and why: `model.report`, for people (`str`) and for programs (`to_dict`).
+"""`model.report`: what runs a model and why, human-readable (`str`) and machine-readable (`to_dict`).
 
-Also the one line that the command line prints after an answer. Holds data, decides nothing.
+Also the line that the command line prints after an answer. Contains data only, no decisions.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from transom.generation.results import Generation
 
 @dataclass(frozen=True)
 class Report:
-    """Filled while a model loads; nothing in it changes afterwards."""
+    """The report on a loaded model. It does not change after loading."""
 
     model: str
     """The model's name."""
@@ -25,33 +25,33 @@ class Report:
     """Why this backend and device were chosen, in one sentence."""
     backend_version: str = ""
     source: str = ""
-    """What the model was read from: `"gguf"`, `"hf"`, `"onnx"`, `"torch"`."""
+    """The source of the model: `"gguf"`, `"hf"`, `"onnx"`, `"torch"`."""
     precision: str = ""
-    """In what numbers it computes, as the backend says."""
+    """The compute precision, as the backend reports it."""
     context: int = 0
-    """Tokens that prompt and answer may have together; 0 for a graph that is not a decoder."""
+    """Maximum number of tokens of prompt and answer together; 0 for a graph that is not a decoder."""
     model_context: int = 0
-    """Tokens that the model was made for."""
+    """Maximum context that the model supports, in tokens."""
     context_built_in: bool = False
-    """Whether a bundle was compiled for this context, so that only another export can make it longer."""
+    """Whether a bundle was compiled for this context, so that only a new export can extend it."""
     warnings: tuple[str, ...] = ()
-    """What the user should act on: a device without its backend, a broken plugin."""
+    """Problems that the user should fix: a device without its backend, a broken plugin."""
     refusals: tuple[tuple[str, Refusal], ...] = ()
-    """(backend, refusal): what else could have run it, and why it does not."""
+    """(backend, refusal) pairs: backends that were not used, and why."""
     notes: tuple[str, ...] = ()
-    """What was changed on the way: dequantised tensors, decomposed operators, a shortened context."""
+    """Changes made while loading: dequantized tensors, decomposed operators, a reduced context."""
     memory: Mapping[str, int] = field(default_factory=dict)
     """Planned bytes by use: `weights`, `cache`, `workspace`, `available`."""
     check: str = ""
-    """The verdict of the self-check against the reference."""
+    """The result of the self-check against the reference."""
     sparsity: str = ""
-    """Which keys attention reads, and whether the model's heads are calibrated; empty: all of them."""
+    """Which keys attention reads, and whether the model's heads are calibrated; empty: all keys."""
     cache_hit: bool = False
-    """Whether the compiled artifact was there already."""
+    """Whether the compiled artifact was in the cache."""
     bundle: str = ""
-    """The folder that `transom.export` wrote, where the model was loaded from one."""
+    """The bundle folder from which the model was loaded, if any."""
     startup: Mapping[str, float] = field(default_factory=dict)
-    """Seconds by stage, in the order in which they ran."""
+    """Seconds by stage, in execution order."""
 
     def __str__(self) -> str:
         lines = [f"{self.model or 'model'} on {_device(self.device)}, by {_joined(self.backend, self.backend_version)}"]
@@ -75,7 +75,7 @@ class Report:
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON types only."""
+        """The report as JSON types."""
         device = asdict(self.device)
         for name in ("features", "peers"):
             device[name] = sorted(device[name])
@@ -132,7 +132,7 @@ def answer_line(report: Report, generation: Generation) -> str:
     """The line after an answer: device, backend, why, time to first token, tokens/s."""
     timings, usage = generation.timings, generation.usage
     parts = [f"{_device(report.device)} by {_joined(report.backend, report.backend_version)}"]
-    # The selection's reason begins by naming backend and device, which this line has done already.
+    # The reason begins with the names of backend and device, which this line already contains.
     if why := report.why.removeprefix(f"{report.backend} on {_device(report.device)}: ").rstrip("."):
         parts[0] += f" ({why})"
     parts.append(f"first token after {_seconds(timings.time_to_first_token)}")

@@ -1,6 +1,6 @@
-"""What the engine works on: a `Request` with one `Branch` per answer, and the events it sends back.
+"""The engine's unit of work: a `Request` with one `Branch` per answer, and the events that it sends.
 
-Plain bookkeeping. Only the thread that leads the engine changes a branch; the reader takes events and asks to cancel.
+Plain bookkeeping. Only the engine's leader changes a branch; the reader takes events and requests cancellation.
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ from transom.generation.results import FinishReason, TokenLogprobs
 from transom.generation.sampling import Sampled
 
 
-class Token(NamedTuple):
+class TokenEvent(NamedTuple):
     """A token was chosen for one of the answers."""
 
     branch: int
     id: int
     logprobs: TokenLogprobs | None
     finish: FinishReason | None
-    """Set on the last one of an answer."""
+    """Set for the last token of an answer."""
 
 
-class Prefilled(NamedTuple):
-    """So many of the prompt's tokens are in the cache."""
+class PrefillEvent(NamedTuple):
+    """`done` of the prompt's `total` tokens are in the cache."""
 
     done: int
     total: int
 
 
-Event = Token | Prefilled
+Event = TokenEvent | PrefillEvent
 
 
-class Chooser(Protocol):
-    """What a branch asks for its next token; `transom.generation.sampling.Sampler` is one."""
+class TokenSampler(Protocol):
+    """Chooses the tokens of a branch; `transom.generation.sampling.Sampler` implements it."""
 
     top_k: int
 
@@ -47,77 +47,79 @@ class Chooser(Protocol):
 
 
 class Branch:
-    """One sequence of tokens: the prompt and what was generated after it."""
+    """One sequence of tokens: the prompt and the tokens generated after it."""
 
     __slots__ = (
+        "awaiting_fork",
         "cancelled",
-        "chooser",
         "finish",
         "index",
         "preempted",
         "request",
+        "sampler",
         "served",
         "state",
         "tokens",
-        "unforked",
     )
 
-    def __init__(self, request: Request, index: int, tokens: list[int], chooser: Chooser | None, unforked: bool):
+    def __init__(
+        self, request: Request, index: int, tokens: list[int], sampler: TokenSampler | None, awaiting_fork: bool
+    ):
         self.request = request
         self.index = index
         self.tokens = tokens
-        self.chooser = chooser
-        """None: the request wants logits, not tokens."""
+        self.sampler = sampler
+        """None: the request is for logits, not tokens."""
         self.state: State | None = None
-        self.unforked = unforked
-        """Waits for the first branch to have read the prompt, then shares its cache."""
+        self.awaiting_fork = awaiting_fork
+        """Whether it waits until the first branch has read the prompt, to share its cache."""
         self.finish: FinishReason | None = None
         self.cancelled = False
         self.preempted = False
-        """Lost its cache to others; it comes back when there is room for all it had."""
+        """Whether it lost its cache to others. It continues when there is room for its whole sequence."""
         self.served = 0
         """The number of the last step it was part of."""
 
     @property
     def computed(self) -> int:
-        """Tokens that need no computing: those cached, but for the last, whose logits are wanted."""
+        """Number of tokens that need not be computed: the cached ones, except the last, whose logits are needed."""
         return 0 if self.state is None else min(self.state.length, len(self.tokens) - 1)
 
     @property
     def pending(self) -> int:
-        """Tokens still to be computed before the next one can be chosen: 1 while decoding."""
+        """Number of tokens to compute before the next one can be chosen: 1 while decoding."""
         return len(self.tokens) - self.computed
 
     @property
     def runnable(self) -> bool:
-        return self.finish is None and not self.unforked and not self.request.paused
+        return self.finish is None and not self.awaiting_fork and not self.request.paused
 
     @property
     def age(self) -> tuple[int, int]:
-        """Sorts by arrival, oldest first."""
+        """Sort key: by arrival, oldest first."""
         return self.request.arrival, self.index
 
 
 class Request:
-    """One prompt and `len(choosers)` answers to it, or with no chooser its logits.
+    """One prompt and `len(samplers)` answers to it, or its logits if there is no sampler.
 
     Args:
         prompt: token ids, at least one.
-        choosers: one for each answer.
+        samplers: one per answer.
         stop_ids: tokens that end an answer.
         max_new_tokens: at least 1.
-        progress: send `Prefilled` events.
-        cancel: is looked at before and after each step.
-        read_ahead: how many events may wait unread before this request pauses.
-        sparsity: the policy for its steps, in canonical form; None: as the model was loaded.
-        counted: have the session tell how many keys were read.
-        chosen: a policy chooses keys, so that it matters where steps begin.
+        progress: send `PrefillEvent` events.
+        cancel: checked before and after each step.
+        read_ahead: how many unread events per answer pause the request.
+        sparsity: the policy for its steps, in canonical form; None: the loaded model's policy.
+        count_keys: count the keys that are read.
+        selects_keys: a policy selects keys, so that results depend on where steps begin.
     """
 
     def __init__(
         self,
         prompt: Sequence[int],
-        choosers: Sequence[Chooser],
+        samplers: Sequence[TokenSampler],
         *,
         stop_ids: frozenset[int] = frozenset(),
         max_new_tokens: int = 1,
@@ -125,26 +127,26 @@ class Request:
         cancel: threading.Event | None = None,
         read_ahead: int = 256,
         sparsity: str | None = None,
-        counted: bool = False,
-        chosen: bool = False,
+        count_keys: bool = False,
+        selects_keys: bool = False,
     ) -> None:
         self.prompt_tokens = len(prompt)
         self.stop_ids = stop_ids
         self.max_new_tokens = max_new_tokens
         self.progress = progress
         self.sparsity = sparsity
-        self.counted = counted
-        self.chosen = chosen
+        self.count_keys = count_keys
+        self.selects_keys = selects_keys
         self.cached_tokens = 0
-        """Of the prompt: taken from what an earlier sequence had computed."""
+        """Number of prompt tokens taken from the cache of an earlier sequence."""
         self.branches = [
-            Branch(self, i, list(prompt), chooser, unforked=i > 0) for i, chooser in enumerate(choosers or (None,))
+            Branch(self, i, list(prompt), sampler, awaiting_fork=i > 0) for i, sampler in enumerate(samplers or (None,))
         ]
         self.events: deque[Event] = deque()
         self.logits: NDArray[np.float32] | None = None
-        """float32 [tokens, vocabulary], filled as far as the branch is computed; for a request without choosers."""
+        """float32 [tokens, vocabulary], filled as far as the branch is computed; only for requests without samplers."""
         self.keys_read: NDArray[np.float64] | None = None
-        """float64 [2, layers, kv_heads] over all steps, as `SparseSession.keys_read`; None: not counted."""
+        """float64 [2, layers, kv_heads] over all steps, see `SparseSession.keys_read`; None: not counted."""
         self.error: Exception | None = None
         self.cancelled = False
         self._cancel = cancel
@@ -153,9 +155,9 @@ class Request:
         self.wake: threading.Condition | None = None
         """Set while a reader waits in the engine."""
         self.submitted = self.started = self.first_token = self.ended = 0.0
-        """Moments by the wall clock (`time.perf_counter`); 0 until they happen."""
+        """Times of the wall clock (`time.perf_counter`); 0 until they happen."""
         self.busy_started = self.busy_first = self.busy_last = 0.0
-        """The start, the first and the latest token by the engine's busy clock."""
+        """Times of the start, the first and the latest token, by the engine's busy clock."""
 
     @property
     def done(self) -> bool:
@@ -163,7 +165,7 @@ class Request:
 
     @property
     def paused(self) -> bool:
-        """Its reader does not keep up, or has been forgotten."""
+        """Whether its reader is too slow, or is gone."""
         return len(self.events) >= self._room
 
     @property

@@ -1,6 +1,6 @@
-"""What a generation gives back: text, tokens, usage, timings, log-probabilities. Plain data, no behaviour.
+"""The results of a generation: text, tokens, usage, timings, log-probabilities. Plain data.
 
-Also `Piece`, what a stream yields: a `str` that carries where it belongs.
+Also `StreamPiece`, the item of a stream: a `str` with its answer, tokens and log-probabilities.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 FinishReason = Literal["stop", "length", "cancelled"]
-"""`stop`: the model, a stop string, a stop token or the guide ended it; `length`: `max_new_tokens` or the context is
-full; `cancelled`: somebody asked to stop."""
+"""`stop`: the model, a stop string, a stop token or the guide ended the answer; `length`: it reached `max_new_tokens`
+or the end of the context; `cancelled`: it was cancelled."""
 
 
 class TokenAlternative(NamedTuple):
-    """A token that might have been chosen, and the natural log of its probability."""
+    """A candidate token, and the natural log of its probability."""
 
     id: int
     logprob: float
     bytes: bytes | None = None
-    """The token's bytes; None without a tokenizer. They need not be whole UTF-8 characters."""
+    """The token's bytes, not necessarily whole UTF-8 characters; None without a tokenizer."""
 
 
 class TokenLogprobs(NamedTuple):
-    """The log-probability of a chosen token and of the likeliest ones, best first, as the model gave them: before
-    penalties, bias, guide and temperature."""
+    """The log-probabilities of a chosen token and of the most likely ones, best first. They are the model's,
+    before penalties, bias, guide and temperature."""
 
     id: int
     logprob: float
@@ -38,14 +38,14 @@ class TokenLogprobs(NamedTuple):
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens paid for."""
+    """Token counts."""
 
     prompt_tokens: int
-    """Tokens of the prompt, counted once however many answers were asked for."""
+    """Tokens of the prompt, counted once for any number of answers."""
     completion_tokens: int
-    """Tokens generated over all answers, end-of-text tokens included."""
+    """Tokens generated in all answers, including end-of-text tokens."""
     cached_tokens: int = 0
-    """Tokens of the prompt that were not read: an earlier call, or a prompt cache, had read the same beginning."""
+    """Tokens of the prompt that were not computed: an earlier call, or a prompt cache, had the same beginning."""
 
     @property
     def total_tokens(self) -> int:
@@ -54,17 +54,17 @@ class Usage:
 
 @dataclass(frozen=True)
 class Timings:
-    """Seconds and rates of one generation. Rates count the time in which the engine worked, whoever drove it: a
-    reader that dawdles over a stream does not slow them."""
+    """Seconds and rates of one generation. Rates use only the time in which the engine ran, so a slow reader of a
+    stream does not reduce them."""
 
     queued: float
     """Seconds from the call until the first step with this prompt."""
     time_to_first_token: float
-    """Seconds from the call until the first token was chosen; queueing and tokenizing included."""
+    """Seconds from the call until the first token was chosen, including queueing and tokenization."""
     prefill_tokens_per_second: float
-    """Prompt tokens per second; 0 when nothing was generated."""
+    """Prompt tokens per second; 0 if nothing was generated."""
     decode_tokens_per_second: float
-    """Tokens after the first, over all answers, per second; 0 when there were none."""
+    """Tokens per second in all answers, without the first of each; 0 if there were none."""
     total: float
     """Seconds from the call until the end."""
 
@@ -75,34 +75,34 @@ class Choice:
 
     index: int
     text: str
-    """Without end-of-text tokens and without the stop string. Empty for a model without a tokenizer."""
+    """The text, without end-of-text tokens and stop string. Empty for a model without a tokenizer."""
     token_ids: tuple[int, ...]
-    """All generated ids, the one that ended the output included."""
+    """All generated ids, including the one that ended the output."""
     finish_reason: FinishReason
     stop: str | int | None = None
     """The stop string or the token id that ended it."""
     logprobs: tuple[TokenLogprobs, ...] | None = None
-    """One for each id of `token_ids`; None unless asked for."""
+    """One entry per id of `token_ids`; None unless requested."""
 
 
 @dataclass(frozen=True)
 class Generation:
-    """The result of a call. The properties speak of the first answer; `str()` is its text."""
+    """The result of a call. The properties are those of the first answer; `str()` is its text."""
 
     choices: tuple[Choice, ...]
     usage: Usage
     timings: Timings
     prompt_token_ids: tuple[int, ...] = field(default=(), repr=False)
     densities: NDArray[np.float64] | None = field(default=None, repr=False, compare=False)
-    """[layers, KV heads]: the share of the keys that was read, over prompt and answers; NaN where a layer has no such
-    head. None: all of them, or the backend does not count."""
+    """[layers, KV heads]: the fraction of keys read, over prompt and answers; NaN if a layer has fewer heads. None: all
+    keys were read, or the backend does not count."""
 
     @property
     def density(self) -> float | None:
         """The mean of `densities`."""
         if self.densities is None:
             return None
-        known = self.densities[self.densities == self.densities]  # NaN equals nothing
+        known = self.densities[self.densities == self.densities]  # drops NaN
         return float(known.mean()) if known.size else None
 
     @property
@@ -125,7 +125,7 @@ class Generation:
         return self.text
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: bytes become text where they are UTF-8 and lists of numbers where not."""
+        """The result as JSON types: bytes become text if they are UTF-8, otherwise lists of numbers."""
         return {
             "choices": [
                 {
@@ -152,7 +152,8 @@ class Generation:
 
 
 def densities_of(keys_read: NDArray[np.float64] | None) -> NDArray[np.float64] | None:
-    """Shares [layers, KV heads] out of keys read and keys there, [2, layers, KV heads]; NaN where there are none."""
+    """Fractions [layers, KV heads] from the counts of keys read and of all keys, [2, layers, KV heads]; NaN for 0
+    keys."""
     if keys_read is None:
         return None
     import numpy as np
@@ -162,15 +163,15 @@ def densities_of(keys_read: NDArray[np.float64] | None) -> NDArray[np.float64] |
     return shares
 
 
-class Piece(str):
-    """A stretch of text that is final: whole characters, and no part of a stop string that may still come."""
+class StreamPiece(str):
+    """A piece of final text: whole characters, and no part of a possible stop string."""
 
     choice: int
-    """Which answer it belongs to: its place in `Generation.choices`."""
+    """Index of its answer in `Generation.choices`."""
     token_ids: tuple[int, ...]
-    """The ids that became final with it; may be several, or none."""
+    """The ids that became final with this piece; may be empty."""
     logprobs: tuple[TokenLogprobs, ...] | None
-    """One for each of `token_ids`; None unless asked for."""
+    """One entry per id of `token_ids`; None unless requested."""
 
     __slots__ = ("choice", "logprobs", "token_ids")
 
@@ -180,7 +181,7 @@ class Piece(str):
         choice: int = 0,
         token_ids: tuple[int, ...] = (),
         logprobs: tuple[TokenLogprobs, ...] | None = None,
-    ) -> Piece:
+    ) -> StreamPiece:
         piece = super().__new__(cls, text)
         piece.choice = choice
         piece.token_ids = token_ids

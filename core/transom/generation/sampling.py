@@ -1,15 +1,15 @@
-"""From one row of logits to one token: a NumPy sampler that is exact, and fast for vocabularies of 49K to 256K.
+"""Samples one token from one row of logits: exact, in NumPy, and fast for vocabularies of 49K to 256K.
 
-Order of operations, that of transformers (`GenerationMixin._get_logits_processor`):
+The order of operations is that of transformers (`GenerationMixin._get_logits_processor`):
 
 1. guide mask, logit bias, repetition penalty, presence and frequency penalty;
-2. temperature, top-k, top-p, min-p, each on what the one before it left;
-3. one draw by inverse transform: the token at which the cumulative probability passes a uniform number.
+2. temperature, top-k, top-p, min-p, each applied to the candidates that the previous ones left;
+3. one draw by inverse transform: the token at which the cumulative probability passes a uniform random number.
 
-Greedy stops after 1 and takes the argmax. Of equal logits the lowest id wins, in top-k too. Each sequence has its own
-sampler with its own random numbers, so that its tokens do not depend on what else is in the batch.
+Greedy sampling takes the argmax after step 1. Among equal logits the lowest id wins, also in top-k. Each sequence has
+its own sampler and random numbers, so that its tokens do not depend on the rest of the batch.
 
-Nothing sorts the vocabulary: top-k looks at the maxima of interleaved groups first, whose k-th largest is a lower
+The vocabulary is never sorted. Top-k first computes the maxima of interleaved groups, whose k-th largest is a lower
 bound of the k-th largest logit (15 to 20 times as fast as `argpartition` at 128K); top-p is a quickselect by mass.
 """
 
@@ -35,16 +35,16 @@ Floats = NDArray[np.float32]
 Ids = NDArray[np.int64]
 
 MOST_CANDIDATES = 256
-"""Largest top-k that is asked of a session (`Work.top_k`) in place of whole rows."""
+"""Largest top-k that is requested from a session (`Work.top_k`) instead of whole rows."""
 
 _WINDOW = np.float32(1e-3)
-"""A nucleus is looked for among the weights of at least this share of the largest first."""
+"""The nucleus is first searched among weights of at least this fraction of the largest."""
 _SORTED_AT_ONCE = 512
 _BLOCK = 512
 
 
 class BadLogits(TransomError):
-    """The model's output holds no number to choose by: NaN, or every token ruled out."""
+    """The logits allow no choice: they contain NaN, or every token is excluded."""
 
 
 class Sampled(NamedTuple):
@@ -53,18 +53,18 @@ class Sampled(NamedTuple):
     token: int
     logprobs: TokenLogprobs | None
     complete: bool
-    """The guide allows nothing more: the output is whole."""
+    """Whether the guide allows no further token: the output is complete."""
 
 
 class Sampler:
     """Chooses the tokens of one sequence.
 
     Args:
-        params: what the caller asked for.
+        params: the caller's options.
         vocabulary: size of a row of logits.
-        prompt: ids that count as seen for the repetition penalty.
-        index: which of `params.n` answers this is; it selects the random numbers.
-        guide: restricts the output; this sampler's own.
+        prompt: ids to which the repetition penalty also applies.
+        index: index of the answer among `params.n`; it selects the random numbers.
+        guide: restricts the output; owned by this sampler.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class Sampler:
         self._penalties = _Penalties(params, prompt, vocabulary) if _penalised(params) else None
         self._plain = guide is None and self._bias is None and self._penalties is None
         self.top_k = 0
-        """What suffices for `Work.top_k`: only the k best logits are looked at; 0: the whole row is."""
+        """The value for `Work.top_k`: only the k largest logits are needed; 0: the whole row."""
         if self._plain and self._logprobs is None:
             if self._greedy:
                 self.top_k = 1
@@ -96,11 +96,11 @@ class Sampler:
         """Choose the next token and remember it.
 
         Args:
-            logits: float32 [vocabulary], not changed; or, where `top_k` is above 0, a pair (int64 [k], float32 [k])
-                of the best ids and their logits, best first.
+            logits: float32 [vocabulary], not changed; or, if `top_k` is above 0, a pair (int64 [k], float32 [k]) of the
+                best ids and their logits, best first.
 
         Raises:
-            BadLogits: NaN among the logits, or nothing is left to choose.
+            BadLogits: the logits contain NaN, or no token is left to choose.
         """
         if isinstance(logits, tuple):
             return Sampled(self._from_best(*logits), None, False)
@@ -117,7 +117,7 @@ class Sampler:
         return Sampled(token, logprobs, complete)
 
     def _adjusted(self, row: Floats) -> Floats:
-        """A copy of the row with mask, bias and penalties applied: step 1."""
+        """Step 1: a copy of the row with mask, bias and penalties applied."""
         scores = row.copy()
         if self._guide is not None:
             self._guide.restrict(scores)
@@ -137,7 +137,7 @@ class Sampler:
         return int(best[_invert(self._filtered(weights), self._uniform())])
 
     def _draw(self, scores: Floats) -> int:
-        """Temperature, top-k, top-p, min-p and the draw: steps 2 and 3."""
+        """Steps 2 and 3: temperature, top-k, top-p, min-p and the draw."""
         params = self._params
         best = np.max(scores)
         _check(float(best))
@@ -146,7 +146,7 @@ class Sampler:
             ids = top_k(scores, params.top_k)
             weights = np.exp((scores[ids] - best) / temperature)
             return int(ids[_invert(self._filtered(weights), self._uniform())])
-        # Subtracting the maximum first keeps a small temperature from overflowing.
+        # Subtracting the maximum first prevents overflow at a small temperature.
         weights = scores - best
         weights /= temperature
         np.exp(weights, out=weights)
@@ -156,14 +156,14 @@ class Sampler:
         return int(ids[_invert_blocks(weights[ids], self._uniform())])
 
     def _filtered(self, weights: Floats) -> Floats:
-        """Top-p and min-p on the weights of all candidates, best first: the leading ones that stay."""
+        """Apply top-p and min-p to the candidates' weights, best first; returns the leading ones that remain."""
         if self._params.top_p < 1.0:
             weights = weights[: _reach(weights, self._params.top_p * float(weights.sum(dtype=np.float64)))]
         return _above(weights, self._params.min_p)
 
 
 def log_probabilities(row: Floats, token: int, top: int) -> TokenLogprobs:
-    """Natural-log probabilities of a token and of the `top` likeliest ones under softmax(row), float32 [vocabulary]."""
+    """Natural log-probabilities of a token and of the `top` most likely ones; `row` is float32 logits [vocabulary]."""
     best = float(np.max(row))
     normaliser = best + math.log(float(np.exp(row - np.float32(best)).sum()))
     ids = top_k(row, min(top, row.size)) if top else ()
@@ -178,7 +178,7 @@ class _Bias:
 
 
 class _Penalties:
-    """The ids seen so far, in growing arrays, so that a step touches those alone and not the vocabulary."""
+    """The ids seen so far, in growing arrays, so that a step does not process the whole vocabulary."""
 
     def __init__(self, params: SamplingParams, prompt: Sequence[int], vocabulary: int) -> None:
         self._params = params
@@ -187,7 +187,7 @@ class _Penalties:
         self._ids = np.zeros(max(256, 2 * seen.size), dtype=np.int64)
         self._ids[: seen.size] = seen
         self._counts = np.zeros(self._ids.size, dtype=np.float32)
-        """How often the output holds each id; 0 for those of the prompt alone."""
+        """How often each id occurs in the output; 0 for ids that occur only in the prompt."""
 
     def add(self, token: int) -> None:
         place = self._place.setdefault(token, len(self._place))
@@ -218,7 +218,7 @@ def _penalised(params: SamplingParams) -> bool:
 
 
 def _random_numbers(seed: int | None, index: int) -> random.Random:
-    # The Mersenne Twister of the standard library: Python promises the same numbers from the same seed for good.
+    # The standard library's Mersenne Twister: Python guarantees the same numbers for the same seed.
     return random.Random() if seed is None else random.Random((index << 64) | seed)
 
 
@@ -230,7 +230,7 @@ def _check(best: float) -> None:
             f"load it with {option('verify', 'always')} to find out.",
         )
     if best == -math.inf:
-        raise BadLogits("No token is left to choose from", "Loosen logit_bias, or the guide.")
+        raise BadLogits("No token is left to choose from", "Relax logit_bias or the guide.")
 
 
 def _argmax(scores: Floats) -> int:
@@ -240,20 +240,21 @@ def _argmax(scores: Floats) -> int:
 
 
 def _above(weights: Floats, share: float) -> Floats:
-    """The leading weights of at least `share` times the first; the weights are sorted, largest first."""
+    """The leading weights of at least `share` times the first. The weights are sorted in descending order."""
     if share <= 0.0:
         return weights
     return weights[: max(1, int(np.searchsorted(-weights, -share * float(weights[0]), side="right")))]
 
 
 def _reach(weights: Floats, mass: float) -> int:
-    """How many leading weights it takes to reach `mass`: at least one."""
+    """How many leading weights are needed to reach `mass`: at least one."""
     cumulative = np.cumsum(weights, dtype=np.float64)
     return min(int(np.searchsorted(cumulative, mass, side="left")) + 1, weights.size)
 
 
 def _nucleus(weights: Floats, top_p: float, min_p: float) -> Ids:
-    """The ids, ascending, that top-p and then min-p leave of unnormalised probabilities whose largest is 1."""
+    """The ids, ascending, that remain after top-p and min-p. `weights`: unnormalized probabilities, the largest is
+    1."""
     if top_p >= 1.0:
         return np.flatnonzero(weights >= np.float32(min_p))
     smallest, ties = _smallest_of_nucleus(weights, top_p * float(weights.sum(dtype=np.float64)))
@@ -265,9 +266,9 @@ def _nucleus(weights: Floats, top_p: float, min_p: float) -> Ids:
 
 
 def _smallest_of_nucleus(weights: Floats, mass: float) -> tuple[np.float32, int]:
-    """The smallest weight among the fewest largest ones that reach `mass`, and how many of that value they hold.
+    """The smallest weight in the nucleus (the fewest largest weights that reach `mass`), and its count in the nucleus.
 
-    A quickselect by mass: each round halves what may hold the edge, so that no vocabulary is sorted.
+    A quickselect by mass: each round halves the candidates, so that the vocabulary is not sorted.
     """
     above = 0.0
     rest = weights[weights >= _WINDOW]
@@ -292,15 +293,15 @@ def _smallest_of_nucleus(weights: Floats, mass: float) -> tuple[np.float32, int]
 
 
 def _invert(weights: Floats, uniform: float) -> int:
-    """The first place at which the cumulative weight passes `uniform` of the whole."""
+    """The first index at which the cumulative weight passes the fraction `uniform` of the total."""
     cumulative = np.cumsum(weights, dtype=np.float64)
     place = int(np.searchsorted(cumulative, uniform * float(cumulative[-1]), side="right"))
-    # Rounding may put the target at the very end; the largest weight is then as right as any.
+    # Rounding may put the target past the end; take the largest weight then.
     return place if place < weights.size else int(np.argmax(weights))
 
 
 def _invert_blocks(weights: Floats, uniform: float) -> int:
-    """`_invert` for a whole vocabulary: sums of blocks first, then one block, so that nothing long is accumulated."""
+    """`_invert` for a whole vocabulary: accumulates sums of blocks, then one block, instead of all weights."""
     blocks = weights.size // _BLOCK
     if blocks < 2:
         return _invert(weights, uniform)

@@ -1,7 +1,8 @@
-"""Which sequences a step holds, and who gives way when the cache is full: the policy, and nothing but the policy.
+"""The scheduling policy: which sequences run in a step, and which one is preempted when the cache is full.
 
-`Fair` is the default: decodes first, then prompts in order of arrival, in chunks, within the session's limits. It reads
-branches and never changes them; the engine acts. Another policy is any object with the two methods of `Policy`.
+`FairPolicy` is the default: decodes first, then prompts in order of arrival, in chunks, within the session's limits. A
+policy reads branches but never changes them; the engine acts. Any object with the methods of `SchedulingPolicy` is a
+policy.
 """
 
 from __future__ import annotations
@@ -14,46 +15,47 @@ from transom.contract import Limits
 from transom.generation.requests import Branch
 
 Pages = Callable[[], tuple[int, int]]
-"""Gives (total, free) pages of the cache pool."""
+"""Returns the (total, free) pages of the cache pool."""
 
 
-class Slice(NamedTuple):
-    """One branch's part of a step."""
+class StepSlice(NamedTuple):
+    """The part of a step that belongs to one branch."""
 
     branch: Branch
     take: int
-    """Tokens of the branch to compute."""
+    """Number of the branch's tokens to compute."""
     width: int
-    """Tokens to hand to the session; more than `take` where a static shape is filled up. Padding comes last."""
+    """Number of tokens to pass to the session; larger than `take` if a static shape is padded at the end."""
 
 
-class Policy(Protocol):
-    def plan(self, branches: Sequence[Branch], limits: Limits, pages: Pages) -> list[Slice]:
-        """What to run next. Not empty when any branch is runnable; those without a state are admitted by it."""
+class SchedulingPolicy(Protocol):
+    def plan(self, branches: Sequence[Branch], limits: Limits, pages: Pages) -> list[StepSlice]:
+        """The next step. Not empty if any branch is runnable. A branch without a state is thereby admitted."""
         ...
 
-    def victim(self, branches: Sequence[Branch], plan: Sequence[Slice]) -> Branch | None:
-        """Whose cache to give up after `plan` did not fit; None when nobody may lose it and the oldest must fail."""
+    def victim(self, branches: Sequence[Branch], plan: Sequence[StepSlice]) -> Branch | None:
+        """The branch to preempt after `plan` did not fit; None if none may be preempted and the oldest must fail."""
         ...
 
 
 @dataclass(frozen=True)
-class Fair:
-    """Decodes first, least recently served first; prompts by arrival, in chunks; the least computed gives way.
+class FairPolicy:
+    """Decodes first, least recently served first; then prompts by arrival, in chunks. Preempts the least computed
+    branch.
 
-    The oldest runnable branch never gives way, so that something always finishes.
+    The oldest runnable branch is never preempted, so that there is always progress.
     """
 
     chunk: int = 1024
-    """Most tokens of one prompt in a step when nobody decodes: a cancel waits for one step."""
+    """Maximum number of prompt tokens in a step without decodes. It bounds the delay of a cancellation."""
     mixed_chunk: int = 512
-    """Most prompt tokens in a step that also decodes, so that running answers do not stall."""
-    most_looped: int = 4
-    """How many sequences hold a cache at once where a session runs one at a time."""
+    """Maximum number of prompt tokens in a step with decodes, so that running answers do not stall."""
+    max_interleaved: int = 4
+    """Maximum number of sequences with a cache if the session runs one sequence per step."""
     spare: float = 0.01
-    """Share of the pool left free when a new sequence is admitted."""
+    """Fraction of the pool that is kept free when a new sequence is admitted."""
 
-    def plan(self, branches: Sequence[Branch], limits: Limits, pages: Pages) -> list[Slice]:
+    def plan(self, branches: Sequence[Branch], limits: Limits, pages: Pages) -> list[StepSlice]:
         ready = [branch for branch in branches if branch.runnable]
         running = [branch for branch in ready if branch.state is not None]
         if len(running) < len(ready):
@@ -66,8 +68,8 @@ class Fair:
             order = running
         return self._fill(order, limits)
 
-    def _fill(self, order: Sequence[Branch], limits: Limits) -> list[Slice]:
-        plan: list[Slice] = []
+    def _fill(self, order: Sequence[Branch], limits: Limits) -> list[StepSlice]:
+        plan: list[StepSlice] = []
         room = limits.max_tokens
         prompt_room = self.chunk
         for branch in order:
@@ -79,12 +81,12 @@ class Fair:
                 break
             fitted = fit(pending, most, limits.context - branch.computed, limits.token_classes)
             if fitted is None:
-                # A static shape larger than what the policy likes but within the limits is better than none.
+                # A static shape beyond the chunk size but within the limits is better than none.
                 fitted = fit(pending, room, limits.context - branch.computed, limits.token_classes)
             if fitted is None:
                 continue
             take, width = fitted
-            plan.append(Slice(branch, take, width))
+            plan.append(StepSlice(branch, take, width))
             room -= width
             if pending > 1:
                 prompt_room -= width
@@ -95,8 +97,8 @@ class Fair:
     def _admit(
         self, ready: Sequence[Branch], running: Sequence[Branch], limits: Limits, pages: Pages
     ) -> Iterable[Branch]:
-        """Those without a cache that may start: in order of arrival, none overtakes."""
-        slots = max(limits.max_sequences, self.most_looped) - len(running)
+        """The branches without a cache that may start, strictly in order of arrival."""
+        slots = max(limits.max_sequences, self.max_interleaved) - len(running)
         admitted: list[Branch] = []
         free = 0
         if limits.page_tokens:
@@ -106,7 +108,7 @@ class Fair:
         for branch in sorted((b for b in ready if b.state is None), key=lambda b: b.age):
             alone = not running and not admitted
             if limits.page_tokens:
-                # One that gave way once waits for headroom, or it would soon have to again.
+                # A preempted branch waits for headroom, or it would soon be preempted again.
                 free -= _pages(len(branch.tokens) + 1, limits.page_tokens)
                 fits = free >= (len(running) if branch.preempted else 0)
             else:
@@ -116,7 +118,7 @@ class Fair:
             admitted.append(branch)
         return admitted
 
-    def victim(self, branches: Sequence[Branch], plan: Sequence[Slice]) -> Branch | None:
+    def victim(self, branches: Sequence[Branch], plan: Sequence[StepSlice]) -> Branch | None:
         oldest = min((part.branch for part in plan), key=lambda b: b.age)
         holders = [branch for branch in branches if branch.state is not None and branch is not oldest]
         if not holders:
@@ -125,15 +127,17 @@ class Fair:
 
 
 def fit(pending: int, room: int, space: int, classes: tuple[int, ...]) -> tuple[int, int] | None:
-    """How many of `pending` tokens to compute and in how wide a shape, or None when no shape fits.
+    """How many of `pending` tokens to compute, and the width of the shape; None if no shape fits.
 
-    Any length goes where `classes` is empty. Among static shapes: the smallest that holds all, if at most three
-    quarters of it would be padding or nothing smaller is full; else the largest that the tokens fill.
+    If `classes` is empty, any length is possible. Otherwise: the smallest static shape that holds all tokens, if at
+    most three quarters of it are padding or no smaller shape can be filled; else the largest shape that the tokens
+    fill.
 
     Args:
-        pending: tokens to compute, at least 1.
-        room: widest shape that the step has room for.
-        space: tokens that the sequence's cache can still take, padding included until it is cut off.
+        pending: number of tokens to compute, at least 1.
+        room: widest shape for which the step has room.
+        space: number of tokens that the sequence's cache can still take, including temporary padding.
+        classes: the widths of the static shapes; empty: any width.
     """
     if not classes:
         count = min(pending, room)

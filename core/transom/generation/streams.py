@@ -1,7 +1,7 @@
-"""Text from a model: one `Stream` per call, on top of the engine and the tokenizer.
+"""Streams text from a model: one `Stream` per call, on top of the engine and the tokenizer.
 
-The engine knows tokens only. Here they become text that is final (whole characters, nothing of a stop string), and
-the text decides with its stop strings when an answer is over.
+The engine handles only tokens. This module converts them to final text (whole characters, no part of a stop string),
+and ends an answer at a stop string.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING
 
 from transom.errors import OptionError
 from transom.generation.engine import Engine
-from transom.generation.guided import Guides
+from transom.generation.guided import GuideCompiler
 from transom.generation.params import SamplingParams
 from transom.generation.prompts import check_fits, require_tokenizer
-from transom.generation.requests import Prefilled, Request, Token
+from transom.generation.requests import PrefillEvent, Request, TokenEvent
 from transom.generation.results import (
     Choice,
     FinishReason,
     Generation,
-    Piece,
+    StreamPiece,
     Timings,
     TokenLogprobs,
     Usage,
@@ -44,13 +44,13 @@ class Generator:
     """Starts generations on one model.
 
     Args:
-        engine: runs them.
-        tokenizer: None for a model that speaks in token ids only.
-        defaults: the model's own.
+        engine: runs the generations.
+        tokenizer: None for a model that uses only token ids.
+        defaults: the model's generation defaults.
         vocabulary: size of a row of logits.
-        context: tokens that prompt and answer may have together; the engine's own limit holds too.
-        model_context: what the model was made for, to advise by.
-        built_in: the context is that of a bundle, which a load cannot change; to advise by, too.
+        context: maximum number of tokens of prompt and answer together; the engine's limit also applies.
+        model_context: the context that the model supports, for error messages.
+        built_in: the context is fixed in a bundle, for error messages.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Generator:
         self._vocabulary = vocabulary
         self.context = min(context, engine.context)
         self._model_context, self._built_in = model_context, built_in
-        self._guides = None if tokenizer is None else Guides(tokenizer, vocabulary, defaults.eos_ids)
+        self._guides = None if tokenizer is None else GuideCompiler(tokenizer, vocabulary, defaults.eos_ids)
 
     def start(
         self,
@@ -81,23 +81,23 @@ class Generator:
         progress: PrefillProgress | None = None,
         cancel: threading.Event | None = None,
         sparsity: str | None = None,
-        counted: bool = False,
-        chosen: bool = False,
+        count_keys: bool = False,
+        selects_keys: bool = False,
         began: float | None = None,
     ) -> Stream:
         """Check everything, then queue a generation.
 
         Args:
             prompt: token ids, at least one.
-            continues: the answer goes on from the prompt's text, so a leading space is part of it.
-            sparsity: the policy for its steps, in canonical form; None: as the model was loaded.
-            counted: the result says how many of the keys were read.
-            chosen: a policy chooses keys.
-            began: when the call was made (`time.perf_counter`), for the timings.
+            continues: the answer continues the prompt's text, so a leading space is part of it.
+            sparsity: the policy for its steps, in canonical form; None: the loaded model's policy.
+            count_keys: include the fraction of keys read in the result.
+            selects_keys: a policy selects keys.
+            began: time of the call (`time.perf_counter`), for the timings.
 
         Raises:
-            ContextExceeded: prompt and `max_new_tokens` are longer than the context.
-            OptionError: a guide, bias or stop string that this model cannot follow.
+            ContextExceeded: prompt and `max_new_tokens` exceed the context.
+            OptionError: the model does not support a guide, bias or stop string.
             ModelClosed: the model is closed.
         """
         began = time.perf_counter() if began is None else began
@@ -128,8 +128,8 @@ class Generator:
             progress=progress is not None,
             cancel=cancel,
             sparsity=sparsity,
-            counted=counted,
-            chosen=chosen,
+            count_keys=count_keys,
+            selects_keys=selects_keys,
         )
         request.submitted = began
         answers = [_Answer(i, tokenizer, stops, stop_ids, params, continues) for i in range(params.n)]
@@ -137,12 +137,12 @@ class Generator:
         return Stream(self._engine, request, answers, progress, tuple(prompt))
 
     def _for_this_model(self, params: SamplingParams) -> SamplingParams:
-        """Add what the model's authors always want: tokens never generated, strings to stop at."""
+        """Add the model's suppressed tokens and stop strings."""
         outside = [token for token in params.logit_bias if token >= self._vocabulary]
         if outside:
             raise OptionError(
                 f"logit_bias names the token {outside[0]}, which the model does not have",
-                f"Ids go from 0 to {self._vocabulary - 1}.",
+                f"Ids range from 0 to {self._vocabulary - 1}.",
             )
         changes: dict[str, object] = {}
         if self._defaults.suppress_ids:
@@ -153,7 +153,7 @@ class Generator:
         return dataclasses.replace(params, **changes) if changes else params  # type: ignore[arg-type]
 
     def _stops(self, params: SamplingParams) -> tuple[tuple[str, ...], frozenset[int]]:
-        """Stop strings, and stop tokens: special tokens never show in the text, so their names become ids."""
+        """Stop strings and stop tokens. Special tokens never occur in the text, so their names become token ids."""
         ids = set(params.stop_token_ids)
         if not params.ignore_eos:
             ids.update(self._defaults.eos_ids)
@@ -171,9 +171,9 @@ class Generator:
 class Stream:
     """A running generation: iterate over it for its text, piece by piece.
 
-    The pieces of an answer make up its text, and their `token_ids` its tokens; a last piece without text brings the
-    end-of-text token. With `n` above 1 the answers come interleaved; `Piece.choice` tells them apart. One thread may
-    iterate; `cancel` may be called from any. Leaving a `with` block cancels what is left.
+    The pieces of an answer form its text, and their `token_ids` its tokens; a last piece without text contains the
+    end-of-text token. With `n` above 1 the answers are interleaved; `StreamPiece.choice` identifies the answer. Only
+    one thread may iterate; any thread may call `cancel`. Leaving a `with` block cancels the rest.
     """
 
     def __init__(
@@ -189,7 +189,7 @@ class Stream:
         self._answers = answers
         self._progress = progress
         self._prompt = prompt
-        self._ready: deque[Piece] = deque()
+        self._ready: deque[StreamPiece] = deque()
         self._open = len(answers)
         self._error: BaseException | None = None
         self._ended = 0.0
@@ -197,27 +197,27 @@ class Stream:
     def __iter__(self) -> Stream:
         return self
 
-    def __next__(self) -> Piece:
+    def __next__(self) -> StreamPiece:
         while not self._ready:
             if not self._open:
                 raise StopIteration
-            self._pump()
+            self._process_event()
         return self._ready.popleft()
 
     @property
     def done(self) -> bool:
-        """Whether all is generated; pieces may still wait to be read."""
+        """Whether everything is generated; pieces may still be unread."""
         return not self._open
 
     @property
     def result(self) -> Generation:
-        """The whole result; generates what is left first. Pieces not read yet stay readable.
+        """The whole result; first generates the rest. Unread pieces remain readable.
 
         Raises:
-            TransomError: what ended the generation early, other than a cancel.
+            TransomError: an error, other than a cancellation, ended the generation early.
         """
         while self._open:
-            self._pump()
+            self._process_event()
         if self._error is not None:
             raise self._error
         usage = Usage(
@@ -226,13 +226,14 @@ class Stream:
             self._request.cached_tokens,
         )
         choices = tuple(answer.choice() for answer in self._answers)
-        if self._request.counted and self._request.error is not None:
-            raise self._request.error  # its last tokens came all the same
+        if self._request.count_keys and self._request.error is not None:
+            raise self._request.error  # the error came after its last tokens
         densities = densities_of(self._request.keys_read)
         return Generation(choices, usage, self._timings(usage), self._prompt, densities)
 
     def cancel(self) -> None:
-        """Stop within the running step; the iteration ends, with `finish_reason` "cancelled". Any thread may call."""
+        """Stop with the current step. The iteration ends, with `finish_reason` "cancelled". Any thread may call
+        this."""
         self._engine.cancel(self._request)
 
     def __enter__(self) -> Stream:
@@ -245,7 +246,7 @@ class Stream:
         self._end_all()
 
     def __del__(self) -> None:
-        # Forgotten half-read: its cache must not stay. `_request` is missing where __init__ did not finish.
+        # Dropped before its end: free its cache. `_request` is missing if __init__ failed.
         request = getattr(self, "_request", None)
         if request is not None and not request.done:
             self._engine.abandon(request)
@@ -254,30 +255,30 @@ class Stream:
         tokens = sum(len(answer.token_ids) for answer in self._answers)
         return f"<Stream {'done' if self.done else 'running'}, {tokens} tokens>"
 
-    def _pump(self) -> None:
-        """Take one event from the engine and act on it."""
+    def _process_event(self) -> None:
+        """Take and process one event from the engine."""
         try:
             event = self._engine.next_event(self._request)
-            if event is None or (self._request.cancel_requested and isinstance(event, Token)):
+            if event is None or (self._request.cancel_requested and isinstance(event, TokenEvent)):
                 self._engine.cancel(self._request)
                 self._end_all()
-            elif isinstance(event, Prefilled):
+            elif isinstance(event, PrefillEvent):
                 if self._progress is not None:
                     self._progress(event.done, event.total)
             else:
                 self._take(event)
         except BaseException as error:
-            # Ctrl-C ends the generation here and keeps what there is of it; an error has nothing to keep.
+            # After Ctrl-C the partial result remains available; after an error it does not.
             if isinstance(error, Exception):
                 self._error = error
             self._engine.cancel(self._request)
             self._end_all()
             raise
 
-    def _take(self, event: Token) -> None:
+    def _take(self, event: TokenEvent) -> None:
         answer = self._answers[event.branch]
         if answer.finish_reason is not None:
-            return  # computed ahead, before its stop string was seen
+            return  # computed before its stop string was found
         self._put(answer.push(event))
         if answer.finish_reason is not None:
             self._open -= 1
@@ -295,7 +296,7 @@ class Stream:
         self._open = 0
         self._ended = time.perf_counter()
 
-    def _put(self, piece: Piece | None) -> None:
+    def _put(self, piece: StreamPiece | None) -> None:
         if piece is not None:
             self._ready.append(piece)
 
@@ -315,7 +316,7 @@ class Stream:
 
 
 class _Answer:
-    """One answer on its way from tokens to text."""
+    """Converts the tokens of one answer to text."""
 
     def __init__(
         self,
@@ -335,12 +336,12 @@ class _Answer:
         self._text: list[str] = []
         self._logprobs: list[TokenLogprobs] | None = None if params.logprobs is None else []
         self._shown = 0
-        """How many tokens the pieces handed out so far have covered."""
+        """Number of tokens that the pieces so far have covered."""
         self._stops = StopStrings(tuple(stops))
         self._detokenizer = None if tokenizer is None else tokenizer.stream(continues=continues)
 
-    def push(self, event: Token) -> Piece | None:
-        """Take a token; sets `finish_reason` when it ends the answer."""
+    def push(self, event: TokenEvent) -> StreamPiece | None:
+        """Process a token; sets `finish_reason` if it ends the answer."""
         self.token_ids.append(event.id)
         if self._logprobs is not None and event.logprobs is not None:
             self._logprobs.append(_with_bytes(event.logprobs, self._tokenizer))
@@ -357,8 +358,8 @@ class _Answer:
             return self.end(event.finish, text)
         return self._piece(text, None) if text or self._tokenizer is None else None
 
-    def end(self, reason: FinishReason, text: str = "") -> Piece | None:
-        """The last piece: what was held back follows `text`."""
+    def end(self, reason: FinishReason, text: str = "") -> StreamPiece | None:
+        """The last piece: `text` and the text that was held back."""
         if self._detokenizer is not None:
             rest, found = self._stops.push(self._detokenizer.finish())
             text += rest
@@ -368,7 +369,7 @@ class _Answer:
                 self._stop, reason = found, "stop"
         return self._piece(text, reason)
 
-    def _piece(self, text: str, reason: FinishReason | None) -> Piece | None:
+    def _piece(self, text: str, reason: FinishReason | None) -> StreamPiece | None:
         self.finish_reason = reason
         if text:
             self._text.append(text)
@@ -376,7 +377,7 @@ class _Answer:
         if not text and start == self._shown:
             return None
         logprobs = None if self._logprobs is None else tuple(self._logprobs[start:])
-        return Piece(text, self.index, tuple(self.token_ids[start:]), logprobs)
+        return StreamPiece(text, self.index, tuple(self.token_ids[start:]), logprobs)
 
     def choice(self) -> Choice:
         assert self.finish_reason is not None

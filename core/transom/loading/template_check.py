@@ -33,5 +33,5 @@ def require_sound_template(model: Any, cache: Cache | None = None) -> None:
         return
     template = resolve(path).chat_template(path)
     if template is not None:
-        template.require_sound()
+        template.require_valid()
     cache.remember("templates", key, True)

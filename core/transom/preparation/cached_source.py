@@ -76,7 +76,7 @@ class CachedSource:
         path = self.files.files.get("tokenizer.json")
         if path is None or TOKENIZER_HEADER not in self.files.files:
             return None if path is None else Tokenizer.load(path)
-        return Tokenizer.joined(self.files.read(TOKENIZER_HEADER), self.files.read("tokenizer.json"), path)
+        return Tokenizer.from_parts(self.files.read(TOKENIZER_HEADER), self.files.read("tokenizer.json"), path)
 
     def chat_template(self) -> ChatTemplate | None:
         data = self._json("chat_template.json")

@@ -1,5 +1,4 @@
-"""Rounding weights and activations to few bits: how one matrix is rounded, what activations are like, and the passes
-that write both into a graph. Nothing here knows a backend.
+"""Quantizes weights and activations: quantization of one matrix, calibration of activations, and passes over a graph.
 
-Importing this package imports nothing: name the module, `transom.quantize.passes`.
+Independent of backends. Importing this package imports nothing: import a module, such as `transom.quantize.passes`.
 """

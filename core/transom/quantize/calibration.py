@@ -1,16 +1,17 @@
-"""What a model's activations are like: a few texts through the NumPy reference, and how large the numbers get that meet
-its matrices and its attention.
+"""Calibrates activations: runs texts through the NumPy reference and records the range of inputs of products and
+attention.
 
-The bound that a scale is made from is the largest magnitude, or a percentile of all magnitudes, so that few outliers do
-not widen the step of the rest: Wu et al. 2020, Integer quantization for deep learning inference (arXiv:2004.09602), who
-count all magnitudes and not the largest of each token. They are counted by their first 16 bits, those of bfloat16,
-which is 256 KB for each value however much is read, and the percentile is rounded up by less than 1 %.
+The bound from which a scale is computed is the largest magnitude, or a percentile of all magnitudes, so that a few
+outliers do not enlarge the step for all other values: Wu et al. 2020, Integer quantization for deep learning inference
+(arXiv:2004.09602), who count all magnitudes, not the largest of each token. The histogram is over the first 16 bits of
+each float32 (those of bfloat16). It takes 256 KB per value for any amount of text, and overestimates the percentile by
+less than 1 %.
 
-A percentile is for integers. Language models have single activations that are hundreds of times as large as the rest
-and that they cannot do without (Sun et al. 2024, Massive activations in large language models, arXiv:2402.17762):
-E4M3 has the range for both, and there the largest magnitude is right.
+Percentiles are for integers. Language models have a few essential activations that are hundreds of times as large as
+all others (Sun et al. 2024, Massive activations in large language models, arXiv:2402.17762). E4M3 has the range for
+both; use the largest magnitude there.
 
-No activation is kept but some rows of the inputs of products, by which passes report errors.
+Activations are not kept, except for some rows of the inputs of products, from which passes measure errors.
 """
 
 from __future__ import annotations
@@ -34,44 +35,43 @@ if TYPE_CHECKING:
 
     from transom.graph import Graph
 
-TOGETHER = 2048
-"""Tokens that go through the model at a time, so that its weights are streamed once for all of them; a longer text goes
-alone."""
+MAX_RUN_TOKENS = 2048
+"""Maximum number of tokens per run, unless a single text is longer. Weights are streamed once per run."""
 LOGIT_ROWS = 256
-"""Tokens of a run whose logits are computed: the vocabulary matrix is wide."""
+"""Maximum number of tokens per run whose logits are computed, since the vocabulary matrix is large."""
 _BINS = 1 << 15
 
 
 @dataclass(frozen=True)
-class Observed:
-    """One value of the graph, over all tokens of all texts."""
+class ActivationRange:
+    """The range of one value of the graph, over all tokens of all texts."""
 
     largest: float
     """Largest magnitude."""
     bound: float
-    """What scales are made from: `largest`, or the percentile that was asked for."""
+    """The number from which scales are computed: `largest`, or the requested percentile."""
     rows: Array | None = None
-    """float32 [rows, width]: the value at some tokens; None where it is no input of a product."""
+    """float32 [rows, width]: the value at some tokens; None if it is not the input of a product."""
 
 
 @dataclass(frozen=True)
 class Activations:
-    """What `calibrate` saw."""
+    """The result of `calibrate`."""
 
-    inputs: Mapping[tuple[str, int], Observed]
-    """By node and position of the input: input 0 of each product with a weight; query, key and value (0, 1, 2) of each
+    inputs: Mapping[tuple[str, int], ActivationRange]
+    """Ranges by node and input index: input 0 of each product with a weight; query, key and value (0, 1, 2) of each
     `transom::CachedAttention`."""
     outputs: Mapping[str, float]
-    """Largest magnitude of each product with a weight, before its bias, by node."""
+    """Largest magnitude of the output of each product with a weight, before its bias, by node."""
     tokens: int
     percentile: float | None
 
-    def input(self, node: str, index: int = 0) -> Observed:
-        """Raises OptionError for an input that was not observed."""
+    def input(self, node: str, index: int = 0) -> ActivationRange:
+        """The range of an input. Raises OptionError if it was not observed."""
         if (node, index) not in self.inputs:
             raise OptionError(
-                f"The activations say nothing of input {index} of the node {node}",
-                "Calibrate the graph that is to be quantised",
+                f"The activations do not include input {index} of the node {node}",
+                "Calibrate the graph that is to be quantized",
             )
         return self.inputs[node, index]
 
@@ -87,75 +87,78 @@ def calibrate(
     """Run texts through the reference and observe the inputs of products and attention.
 
     Args:
-        graph: a decoder's.
-        texts: token ids of each; each is read as one prefill from position 0.
-        percentile: of the magnitudes, above 0 and up to 100, that the bounds are; None: the largest.
-        rows: how many tokens, evenly spread over all texts, have their rows kept. The same arguments give the same
-            ones.
-        progress: called with the share that is done.
+        graph: the graph of a decoder.
+        texts: token ids of each text; each text is read as one prefill from position 0.
+        percentile: the percentile of magnitudes that becomes the bound, above 0 and up to 100; None: the largest.
+        rows: number of tokens, evenly spread over all texts, whose rows are kept. The choice is deterministic.
+        progress: called with the completed fraction.
 
-    The input of the vocabulary matrix is observed at up to `LOGIT_ROWS` tokens of a run, evenly spread.
+    The input of the vocabulary matrix is observed at up to `LOGIT_ROWS` evenly spread tokens per run.
 
     Raises:
-        OptionError: the graph is no decoder, a text is empty, too long or has tokens that the model does not know, or
-            the percentile is none.
+        OptionError: the graph is not a decoder, a text is empty, too long or has tokens outside the vocabulary, or the
+            percentile is out of range.
         SourceError: an activation is not finite.
     """
     decoder = graph.decoder
     if decoder is None:
         raise OptionError(f"{graph.name} has no attention with a cache", "Calibrate a decoder")
     if percentile is not None and not 0 < percentile <= 100:
-        raise OptionError(f"percentile={percentile} is none", "Give one above 0 and up to 100, such as 99.99")
-    _need_texts(texts, decoder)
+        raise OptionError(
+            f"percentile={percentile} is out of range", "Use a number above 0 and up to 100, such as 99.99"
+        )
+    _check_texts(texts, decoder)
     executor = Executor(graph)
-    watch = _Watch(executor.graph, percentile)
+    observer = _RangeObserver(executor.graph, percentile)
     runs = list(_runs(texts))
     total, done, kept = sum(map(len, texts)), 0, 0
     for run in runs:
         count = sum(map(len, run))
         logits = np.unique(np.linspace(0, count - 1, min(count, LOGIT_ROWS)).astype(np.int64))
-        until = round(rows * (done + count) / total)  # a run's share of the rows, which add up to all of them
+        until = round(rows * (done + count) / total)  # cumulative, so that the runs' rows add up to `rows`
         sampled = np.linspace(0, len(logits) - 1, min(until - kept, len(logits))).astype(np.int64)
-        watch.begin(count, logits, sampled)
-        part = _part(progress, done / total, count / total)
-        executor.run(decoder_inputs(run, logits, empty_cache(decoder)), progress=part, observe=watch.see)
+        observer.begin(count, logits, sampled)
+        part = _scaled_progress(progress, done / total, count / total)
+        executor.run(decoder_inputs(run, logits, empty_cache(decoder)), progress=part, observe=observer.observe)
         done, kept = done + count, until
-    return watch.finish(total)
+    return observer.finish(total)
 
 
-def _need_texts(texts: Sequence[Sequence[int]], decoder: Decoder) -> None:
+def _check_texts(texts: Sequence[Sequence[int]], decoder: Decoder) -> None:
     if not texts or not all(map(len, texts)):
-        raise OptionError("There is no text to calibrate on, or one is empty", "Give texts of some hundred tokens")
+        raise OptionError("There is no calibration text, or one is empty", "Pass texts of some hundred tokens")
     for text in texts:
         if len(text) > decoder.context:
             raise OptionError(
-                f"A text to calibrate on has {len(text)} tokens, and the model reads {decoder.context}", "Cut it"
+                f"A calibration text has {len(text)} tokens, but the model's context is {decoder.context}", "Shorten it"
             )
         if not 0 <= min(text) <= max(text) < decoder.vocabulary:
             raise OptionError(
-                f"A text to calibrate on has tokens outside the vocabulary of {decoder.vocabulary}",
+                f"A calibration text has tokens outside the vocabulary of {decoder.vocabulary}",
                 "Encode it with the model's own tokenizer",
             )
 
 
 def _runs(texts: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
-    """The texts in order, as many at a time as `TOGETHER` allows."""
+    """The texts in order, grouped into runs of at most `MAX_RUN_TOKENS` tokens."""
     run: list[Sequence[int]] = []
     for text in texts:
-        if run and sum(map(len, run)) + len(text) > TOGETHER:
+        if run and sum(map(len, run)) + len(text) > MAX_RUN_TOKENS:
             yield run
             run = []
         run.append(text)
     yield run
 
 
-def _part(progress: Callable[[float], None] | None, begin: float, share: float) -> Callable[[float], None] | None:
+def _scaled_progress(
+    progress: Callable[[float], None] | None, begin: float, share: float
+) -> Callable[[float], None] | None:
     return None if progress is None else lambda done: progress(begin + share * done)
 
 
 @dataclass
-class _Counted:
-    """One value while texts run."""
+class _RunningRange:
+    """The range of one value so far."""
 
     name: str
     largest: float = 0.0
@@ -166,7 +169,7 @@ class _Counted:
         largest = float(np.abs(x).max(initial=0.0))
         if not np.isfinite(largest):
             raise SourceError(
-                f"The model computes values that are not numbers, first seen at the node {self.name}",
+                f"The model computes values that are not finite, first at the node {self.name}",
                 "Download or convert the checkpoint again",
             )
         self.largest = max(self.largest, largest)
@@ -183,50 +186,51 @@ class _Counted:
         return min(self.largest, float(edge[0]))
 
 
-class _Watch:
-    """Counts what `Executor.run` shows of the nodes that matter."""
+class _RangeObserver:
+    """Records ranges while `Executor.run` runs."""
 
     def __init__(self, graph: Graph, percentile: float | None) -> None:
         self._percentile = percentile
-        self._values: dict[int, _Counted] = {}
-        self._inputs: dict[int, dict[int, _Counted]] = {}
-        """By node and position; a value that several nodes read is counted at the first of them."""
-        self._outputs: dict[int, _Counted] = {}
+        self._values: dict[int, _RunningRange] = {}
+        self._inputs: dict[int, dict[int, _RunningRange]] = {}
+        """Ranges by node and input index; a value that several nodes read has one range."""
+        self._outputs: dict[int, _RunningRange] = {}
         self._names: dict[int, str] = {}
         self._products: set[int] = set()
-        """Values that products read: their rows are kept."""
+        """Values that products read, whose rows are kept."""
         for node in graph.nodes():
             product = linear_weight(node) is not None
             if not product and not is_attention(node):
                 continue
             self._names[id(node)] = str(node.name)
-            self._inputs[id(node)] = {i: self._counted(node.inputs[i], node) for i in ((0,) if product else (0, 1, 2))}
+            self._inputs[id(node)] = {i: self._range_of(node.inputs[i], node) for i in ((0,) if product else (0, 1, 2))}
             if product:
                 self._products.add(id(node.inputs[0]))
-                self._outputs[id(node)] = _Counted(str(node.name))
-        self._seen: set[int] = set()
+                self._outputs[id(node)] = _RunningRange(str(node.name))
+        self._observed: set[int] = set()
         self._tokens, self._logits, self._sampled = 0, np.zeros(0, np.int64), np.zeros(0, np.int64)
 
-    def _counted(self, value: ir.Value | None, node: ir.Node) -> _Counted:
+    def _range_of(self, value: ir.Value | None, node: ir.Node) -> _RunningRange:
         counts = None if self._percentile is None else np.zeros(_BINS, np.int64)
-        return self._values.setdefault(id(value), _Counted(str(node.name), counts=counts))
+        return self._values.setdefault(id(value), _RunningRange(str(node.name), counts=counts))
 
     def begin(self, tokens: int, logits: Array, sampled: Array) -> None:
-        """A run of so many tokens begins.
+        """Start a run.
 
         Args:
-            logits: the tokens whose logits are computed.
-            sampled: of these, those whose rows are kept.
+            tokens: number of tokens.
+            logits: indices of the tokens whose logits are computed.
+            sampled: indices into `logits` of the tokens whose rows are kept.
         """
-        self._seen.clear()
+        self._observed.clear()
         self._tokens, self._logits, self._sampled = tokens, logits, sampled
 
-    def see(self, node: ir.Node, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
+    def observe(self, node: ir.Node, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
         for index, counted in self._inputs.get(id(node), {}).items():
             value = id(node.inputs[index])
-            if value in self._seen:
+            if value in self._observed:
                 continue
-            self._seen.add(value)
+            self._observed.add(value)
             counted.add(inputs[index])
             if value in self._products:
                 x = inputs[index].reshape(-1, inputs[index].shape[-1])
@@ -237,7 +241,7 @@ class _Watch:
 
     def finish(self, tokens: int) -> Activations:
         found = {
-            value: Observed(c.largest, c.bound(self._percentile), np.concatenate(c.rows) if c.rows else None)
+            value: ActivationRange(c.largest, c.bound(self._percentile), np.concatenate(c.rows) if c.rows else None)
             for value, c in ((id(c), c) for c in self._values.values())
         }
         inputs = {

@@ -1,8 +1,8 @@
-"""Rounding a graph: a new one whose products have rounded weights and, where asked for, rounded activations.
+"""Quantizes a graph: returns a new graph whose products have quantized weights and, optionally, quantized activations.
 
-What is written is standard ONNX: `DequantizeLinear` before a weight, and for activations a pair of `QuantizeLinear` and
-`DequantizeLinear` that an engine multiplies in 8-bit floats, or computes as it stands. Norms, biases and embedding
-tables stay as they are; a table that is the vocabulary matrix, too, gets a rounded copy for that.
+The result is standard ONNX: `DequantizeLinear` after each weight, and for activations a pair of `QuantizeLinear` and
+`DequantizeLinear`, which an engine can turn into an 8-bit product or execute literally. Norms, biases and embedding
+tables are not quantized; a table that is also the vocabulary matrix gets a quantized copy for that product.
 """
 
 from __future__ import annotations
@@ -19,47 +19,47 @@ from transom.errors import OptionError, SourceError
 from transom.graph import Graph
 from transom.graph.editing import Editor
 from transom.graph.reading import linear_weight
-from transom.graph.weights import FLOAT8, Array, Blocked, Dense, Weight, dequantize, held
+from transom.graph.weights import FLOAT8, Array, Blocked, Dense, Weight, dequantize, preloaded
 from transom.ops import find
 from transom.quantize.calibration import Activations
 from transom.quantize.rounding import BLOCKS, LARGEST_FLOAT8, to_float8, to_int4, to_int8
 from transom.signature import METADATA_KEY
 
-_AT_ONCE = 1 << 22
-"""Weights that are compared at a time."""
-_CHECKPOINT, _ASKED = "quantised in the checkpoint", "left as asked for"
+_CHUNK = 1 << 22
+"""Number of weight elements that are compared at a time."""
+_CHECKPOINT, _KEPT = "already quantized in the checkpoint", "kept as requested"
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """What to round to.
+    """The target formats of a quantization.
 
     Raises:
-        OptionError: a value is none of those below.
+        OptionError: a value is not one of those below.
     """
 
     weights: Literal["int4", "int8", "fp8"]
-    """See `transom.quantize.rounding`: `to_int4`, `to_int8`, `to_float8`."""
+    """The format of weights; see `to_int4`, `to_int8` and `to_float8` in `transom.quantize.rounding`."""
     block: int | None = None
-    """Columns that share a scale. None: 32 for int4; a whole row for int8 and fp8, the only form of fp8."""
+    """Columns that share a scale. None: 32 for int4, a whole row for int8. fp8 always has one scale per row."""
     activations: Literal["", "fp8"] = ""
-    """What the inputs of rounded products are rounded to, with one scale for each value; empty: nothing."""
+    """The format of the inputs of quantized products, with one scale per value; empty: not quantized."""
     keep: Callable[[str], bool] | Collection[str] = ()
-    """Products to leave as they are, by the names of their nodes: all of them, or a function that tells."""
+    """Products not to quantize: the names of their nodes, or a predicate on the name."""
 
     def __post_init__(self) -> None:
         if self.weights not in ("int4", "int8", "fp8"):
-            raise OptionError(f"Weights are not rounded to {self.weights!r}", "Use int4, int8 or fp8")
+            raise OptionError(f"Weights cannot be quantized to {self.weights!r}", "Use int4, int8 or fp8")
         if self.activations not in ("", "fp8"):
-            raise OptionError(f"Activations are not rounded to {self.activations!r}", "Use fp8, or leave it empty")
+            raise OptionError(f"Activations cannot be quantized to {self.activations!r}", "Use fp8, or leave it empty")
         if self.block is not None and self.weights == "fp8":
-            raise OptionError("Weights in fp8 have a scale for each row and no blocks", "Leave block out")
+            raise OptionError("Weights in fp8 have one scale per row and no blocks", "Leave block out")
         if self.block is not None and (self.block < 1 or (self.weights == "int4" and self.block not in BLOCKS)):
             raise OptionError(
-                f"There are no {self.weights} weights in blocks of {self.block}", "Use a block of 32, 64 or 128"
+                f"{self.weights} weights do not support blocks of {self.block}", "Use a block of 32, 64 or 128"
             )
 
-    def rounded(self, weight: Dense) -> Blocked:
+    def quantized(self, weight: Dense) -> Blocked:
         """The weight in this form. Raises OptionError where it does not fit."""
         if self.weights == "int4":
             return to_int4(weight, self.block or BLOCKS[0])
@@ -71,66 +71,66 @@ class Scheme:
         return f"{self.weights} {by}" + (f", activations to {self.activations}" if self.activations else "")
 
     def keeps(self, node: str) -> bool:
-        """Whether a product is left as it is."""
+        """Whether a product is not to be quantized."""
         return self.keep(node) if callable(self.keep) else node in self.keep
 
 
 @dataclass(frozen=True)
 class LayerError:
-    """What rounding did to one product."""
+    """The effect of quantization on one product."""
 
     node: str
     form: str
     """`"int4 in blocks of 32"`."""
     bytes_before: int
-    """Of its weight; products that share one have the same."""
+    """Size of its weight; products that share a weight report the same."""
     bytes_after: int
     weight_error: float
     """‖W - Ŵ‖ / ‖W‖."""
     output_error: float | None
-    """‖XWᵀ - X̂Ŵᵀ‖ / ‖XWᵀ‖ over the sampled rows X of its input, X̂ as the graph rounds them; None without any."""
+    """‖XWᵀ - X̂Ŵᵀ‖ / ‖XWᵀ‖ over the sampled rows X of its input, with X̂ as quantized; None without samples."""
 
 
 @dataclass(frozen=True)
-class Quantized:
-    """A rounded graph, and what that cost."""
+class QuantizedGraph:
+    """A quantized graph, with the errors of quantization."""
 
     graph: Graph
     scheme: Scheme
     layers: tuple[LayerError, ...]
-    """Of each product that was rounded, in the order in which they run."""
+    """One entry per quantized product, in execution order."""
     left: tuple[tuple[str, str], ...]
-    """Products that were not, and why."""
+    """Names of the products that were not quantized, each with the reason."""
     bytes_before: int
-    """Of all weights and constants of the graph."""
+    """Size of all weights and constants of the graph."""
     bytes_after: int
 
     @property
     def summary(self) -> str:
         """One line for a report."""
         stayed = [reason for _, reason in self.left]
-        words = [f"{stayed.count(r)} {r}" for r in (_CHECKPOINT, _ASKED) if r in stayed]
-        rest = f"; not rounded: {', '.join(words)}" if words else ""
+        words = [f"{stayed.count(r)} {r}" for r in (_CHECKPOINT, _KEPT) if r in stayed]
+        rest = f"; not quantized: {', '.join(words)}" if words else ""
         if not self.layers:
-            return f"no product rounded to {self.scheme}{rest}"
-        worst = max(self.layers, key=_badness)
+            return f"no product quantized to {self.scheme}{rest}"
+        worst = max(self.layers, key=_error_of)
         return (
-            f"{len(self.layers)} products rounded to nearest, {self.scheme}: {_size(self.bytes_before)} to "
-            f"{_size(self.bytes_after)}, weights off by {np.median([x.weight_error for x in self.layers]):.2%} "
-            f"(median), worst {worst.node} by {_badness(worst):.2%}{rest}"
+            f"{len(self.layers)} products quantized to {self.scheme} (round to nearest): {_size(self.bytes_before)} to "
+            f"{_size(self.bytes_after)}, weight error {np.median([x.weight_error for x in self.layers]):.2%} "
+            f"(median), worst product {worst.node} with {_error_of(worst):.2%}{rest}"
         )
 
     def table(self) -> str:
-        """All products for people, the worst first."""
+        """A human-readable table of all products, largest error first."""
         head = ("product", "form", "before", "after", "weight error", "output error")
         lines = [head]
-        for x in sorted(self.layers, key=_badness, reverse=True):
+        for x in sorted(self.layers, key=_error_of, reverse=True):
             output = "" if x.output_error is None else f"{x.output_error:.2%}"
             sizes = (_size(x.bytes_before), _size(x.bytes_after))
             lines.append((x.node, x.form, *sizes, f"{x.weight_error:.2%}", output))
         lines += [(node, reason, "", "", "", "") for node, reason in self.left]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        left = 2  # columns of words; the others are numbers
+        left = 2  # the first columns are text, the others numbers
         return "\n".join(
             "  ".join(
                 cell.ljust(width) if i < left else cell.rjust(width)
@@ -140,7 +140,7 @@ class Quantized:
         )
 
 
-def _badness(layer: LayerError) -> float:
+def _error_of(layer: LayerError) -> float:
     return layer.weight_error if layer.output_error is None else layer.output_error
 
 
@@ -153,37 +153,37 @@ def quantize(
     scheme: Scheme,
     activations: Activations | None = None,
     progress: Callable[[float], None] | None = None,
-) -> Quantized:
-    """Round the products with a plain weight. The graph that is given stays as it is.
+) -> QuantizedGraph:
+    """Quantize the products with a plain weight. The given graph is not changed.
 
-    Weights of the new graph are rounded when they are read. They are read here once, for the errors.
+    Weights of the new graph are quantized when they are read. They are read here once, to measure errors.
 
     Args:
-        activations: what `calibrate` saw of this graph; activations are rounded by its bounds, and its rows tell
-            the errors of outputs.
-        progress: called with the share that is done.
+        activations: the result of `calibrate` for this graph. Its bounds give the scales of activations, and its rows
+            the output errors.
+        progress: called with the completed fraction.
 
     Raises:
-        OptionError: activations are to be rounded and were not observed, `keep` names no product, or a matrix cannot
-            be rounded so; names the node.
+        OptionError: the scheme quantizes activations but none were observed, `keep` contains a name that is not a
+            product, or a matrix, whose node the message names, cannot be quantized.
         SourceError: a weight is not finite.
     """
     if scheme.activations and activations is None:
         raise OptionError(
-            f"Rounding activations to {scheme.activations} needs to know how large they get",
+            f"Quantizing activations to {scheme.activations} requires their ranges",
             "Calibrate the model on some texts first",
         )
     model = graph.model.clone()
     before = _bytes(model)
-    work = _Rounding(Editor(model), scheme, activations)
+    quantizer = _Quantizer(Editor(model), scheme, activations)
     products = [(n, w) for n in model.graph if (w := linear_weight(n)) is not None]
-    _need_products(scheme, [str(n.name) for n, _ in products])
+    _check_kept_names(scheme, [str(n.name) for n, _ in products])
     left: dict[str, str] = {}
     shared: dict[int, list[ir.Node]] = {}
     weights: dict[int, Dense] = {}
     for node, weight in products:
         if isinstance(weight, Blocked) or scheme.keeps(str(node.name)):
-            left[str(node.name)] = _CHECKPOINT if isinstance(weight, Blocked) else _ASKED
+            left[str(node.name)] = _CHECKPOINT if isinstance(weight, Blocked) else _KEPT
             continue
         matrix = id(_matrix(node))
         shared.setdefault(matrix, []).append(node)
@@ -192,32 +192,32 @@ def quantize(
     errors: dict[str, LayerError] = {}
     for matrix, nodes in shared.items():
         weight = weights[matrix]
-        errors |= {layer.node: layer for layer in work.round(nodes, weight)}
+        errors |= {layer.node: layer for layer in quantizer.round(nodes, weight)}
         done += weight.nbytes
         if progress is not None:
             progress(done / total)
-    work.editor.finish_edit()
+    quantizer.editor.finish_edit()
     after = _bytes(model)
     if graph.decoder is not None:
         changed = graph.decoder.weight_bytes + after - before
         model.metadata_props[METADATA_KEY] = replace(graph.decoder, weight_bytes=changed).to_json()
     layers = tuple(errors[str(n.name)] for n, _ in products if str(n.name) in errors)
-    made = Quantized(graph, scheme, layers, tuple(left.items()), before, after)
-    notes = (*graph.notes, made.summary)
-    return replace(made, graph=Graph(model, weights_hash=_hash(graph.weights_hash, scheme), notes=notes))
+    result = QuantizedGraph(graph, scheme, layers, tuple(left.items()), before, after)
+    notes = (*graph.notes, result.summary)
+    return replace(result, graph=Graph(model, weights_hash=_hash(graph.weights_hash, scheme), notes=notes))
 
 
-def _need_products(scheme: Scheme, names: Sequence[str]) -> None:
+def _check_kept_names(scheme: Scheme, names: Sequence[str]) -> None:
     unknown = [] if callable(scheme.keep) else sorted(set(scheme.keep) - set(names))
     if unknown:
         raise OptionError(
-            f"There is no product {', '.join(unknown)} to be left as it is",
+            f"The graph has no product {', '.join(unknown)} to keep",
             f"The products are named like {', '.join(names[:3])}",
         )
 
 
 def _matrix(node: ir.Node) -> ir.Value:
-    """The weight before its transposition, of a node that `linear_weight` knows."""
+    """The weight before its Transpose, for a node accepted by `linear_weight`."""
     transpose = node.inputs[1].producer() if node.inputs[1] is not None else None
     assert transpose is not None
     assert transpose.inputs[0] is not None
@@ -229,38 +229,38 @@ def _bytes(model: ir.Model) -> int:
 
 
 def _hash(weights_hash: str, scheme: Scheme) -> str:
-    """Of the rounded weights; where the plain ones have none these are read instead, as ever."""
+    """The hash of the quantized weights; empty if the plain weights have none."""
     if not weights_hash:
         return ""
     text = f"{weights_hash} rounded to nearest {scheme}"
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-class _Rounding:
-    """Writes rounded weights and activations into one model."""
+class _Quantizer:
+    """Writes quantized weights and activations into one model."""
 
     def __init__(self, editor: Editor, scheme: Scheme, activations: Activations | None) -> None:
         self.editor, self._scheme, self._activations = editor, scheme, activations
         self._pairs: dict[int, ir.Value] = {}
-        """Rounded activations by the value that they stand for."""
+        """The quantized and dequantized activation for each value, by the value's `id`."""
 
     def round(self, nodes: Sequence[ir.Node], weight: Dense) -> list[LayerError]:
-        """Round the weight that some products share, and their inputs."""
+        """Quantize the weight that these products share, and their inputs."""
         name = str(nodes[0].name)
         try:
-            rounded = self._scheme.rounded(weight)
-            layers = self._errors(nodes, weight, rounded)
+            quantized = self._scheme.quantized(weight)
+            layers = self._errors(nodes, weight, quantized)
         except OptionError as e:
-            raise OptionError(f"{name}: {e.cause}", e.fix or "Keep this product as it is") from e
-        matrix = self.editor.weight(rounded, f"{name}.weight")
+            raise OptionError(f"{name}: {e.cause}", e.fix or "Keep this product unquantized") from e
+        matrix = self.editor.weight(quantized, f"{name}.weight")
         transposed = self.editor.op("Transpose", matrix, perm=[1, 0], name=f"{name}.weight.transposed")
         for node in nodes:
             node.replace_input_with(1, transposed)
             if self._scheme.activations:
-                node.replace_input_with(0, self._rounded_input(node))
+                node.replace_input_with(0, self._quantized_input(node))
         return layers
 
-    def _rounded_input(self, node: ir.Node) -> ir.Value:
+    def _quantized_input(self, node: ir.Node) -> ir.Value:
         x = node.inputs[0]
         assert x is not None
         if id(x) not in self._pairs:
@@ -270,34 +270,34 @@ class _Rounding:
         return self._pairs[id(x)]
 
     def _scale(self, node: ir.Node) -> tuple[Array, Array]:
-        """The scale of a product's input, and a zero point, which tells ONNX the type of the codes."""
+        """The scale of a product's input, and a zero point, which determines the type of the codes."""
         assert self._activations is not None
         bound = self._activations.input(str(node.name)).bound
         scale = max(bound / LARGEST_FLOAT8, float(np.finfo(np.float32).tiny))
         return np.asarray(scale, np.float32), np.zeros((), FLOAT8)
 
-    def _errors(self, nodes: Sequence[ir.Node], weight: Dense, rounded: Blocked) -> list[LayerError]:
+    def _errors(self, nodes: Sequence[ir.Node], weight: Dense, quantized: Blocked) -> list[LayerError]:
         inputs = [self._samples(node) for node in nodes]
         off, size = 0.0, 0.0
         outputs = np.zeros((2, len(nodes)))
-        for a, b in _in_parts(weight, rounded):
+        for a, b in _row_chunks(weight, quantized):
             for i, pair in enumerate(inputs):
                 if pair is not None:
                     wanted = pair[0] @ a.T
                     outputs[:, i] += _square(wanted - pair[1] @ b.T), _square(wanted)
             off, size = off + _square(a - b), size + _square(a)
-        _need_finite(off, str(nodes[0].name))
+        _check_finite(off, str(nodes[0].name))
         form = str(replace(self._scheme, activations=""))
         return [
             LayerError(
-                str(node.name), form, weight.nbytes, rounded.nbytes, _ratio(off, size),
+                str(node.name), form, weight.nbytes, quantized.nbytes, _ratio(off, size),
                 None if pair is None else _ratio(*outputs[:, i]),
             )
             for i, (node, pair) in enumerate(zip(nodes, inputs, strict=True))
         ]  # fmt: skip
 
     def _samples(self, node: ir.Node) -> tuple[Array, Array] | None:
-        """Some rows of a product's input, and the same as the graph will round them."""
+        """Sampled rows of a product's input, before and after quantization."""
         rows = None if self._activations is None else self._activations.input(str(node.name)).rows
         if rows is None or not len(rows):
             return None
@@ -310,33 +310,31 @@ class _Rounding:
 
 
 def weight_error(name: str, before: Weight, after: Weight) -> float:
-    """‖W - Ŵ‖ / ‖W‖ of a matrix and what stands for it, some rows at a time.
+    """‖W - Ŵ‖ / ‖W‖ of a matrix and its replacement.
 
     Raises:
-        SourceError: the matrix is not finite; names it.
+        SourceError: the matrix is not finite; the message names it.
     """
     off, size = 0.0, 0.0
-    for a, b in _in_parts(before, after):
+    for a, b in _row_chunks(before, after):
         off, size = off + _square(a - b), size + _square(a)
-    _need_finite(off, name)
+    _check_finite(off, name)
     return _ratio(off, size)
 
 
-def _in_parts(before: Weight, after: Weight) -> Iterator[tuple[Array, Array]]:
-    """The same rows of both, float32, read once."""
-    exact, other = held(before), held(after)
+def _row_chunks(before: Weight, after: Weight) -> Iterator[tuple[Array, Array]]:
+    """Chunks of the same rows of both weights, in float32. Each weight is read once."""
+    exact, other = preloaded(before), preloaded(after)
     rows, columns = before.shape
-    count = max(1, _AT_ONCE // columns)
+    count = max(1, _CHUNK // columns)
     for at in range(0, rows, count):
         part = slice(at, at + count)
         yield dequantize(exact, part), dequantize(other, part)
 
 
-def _need_finite(off: float, name: str) -> None:
+def _check_finite(off: float, name: str) -> None:
     if not np.isfinite(off):
-        raise SourceError(
-            f"The weight of {name} holds what is no number, or infinite", "Download or convert the checkpoint again"
-        )
+        raise SourceError(f"The weight of {name} contains NaN or infinity", "Download or convert the checkpoint again")
 
 
 def _reference(name: str, *inputs: Array) -> tuple[Array, ...]:
@@ -346,7 +344,7 @@ def _reference(name: str, *inputs: Array) -> tuple[Array, ...]:
 
 
 def _square(x: Array) -> float:
-    """Of a part, so that sums in float32 are exact enough for an error in per cent."""
+    """The squared norm of a chunk. Chunks are small enough for float32 sums to be accurate to a per cent."""
     flat = np.ascontiguousarray(x, np.float32).reshape(-1)
     return float(np.dot(flat, flat))
 

@@ -1,10 +1,10 @@
-"""One matrix rounded to nearest, in the forms that engines multiply: 4-bit and 8-bit blocks, and 8-bit floats by rows.
+"""Quantizes one matrix, round to nearest, into forms that engines multiply: 4- and 8-bit blocks, 8-bit floats by rows.
 
-Nothing is read or rounded before `load` of the result is called, and then some rows at a time, so that what is held
-besides the result is small. All forms are symmetric: a code stands for `scale * code`, and scales are positive.
+Nothing is read or quantized until `load` of the result is called. It then works on some rows at a time, to use little
+memory besides the result. All forms are symmetric: a code stands for `scale * code`, and scales are positive.
 
-What is no number, or infinite, has no code. Its block gets a scale that is no number and codes of 0, so that all of the
-block is no number, and whoever computes with it notices.
+NaN and infinity have no code. Their block gets a NaN scale and codes of 0, so that the whole block is NaN and the error
+shows in every result.
 """
 
 from __future__ import annotations
@@ -34,58 +34,58 @@ LARGEST_FLOAT8 = 448.0
 """The largest number of E4M3."""
 ScaleDtype = Literal["float16", "float32"]
 
-_AT_ONCE = 1 << 22
-"""Numbers that are rounded at a time: 16 MB of float32."""
+_CHUNK = 1 << 22
+"""Number of elements that are quantized at a time: 16 MB of float32."""
 _Steps = Callable[[Array], Array]
-"""Blocks [..., block] float32 -> the step that each asks for [...] float32; what is not finite stays so."""
+"""Blocks [..., block] float32 -> the ideal step of each block [...] float32; non-finite for non-finite blocks."""
 
 
 def to_int4(weight: Weight, block: int = 32) -> Blocked:
-    """A matrix in the one 4-bit form: INT4, a float16 scale for each `block` columns.
+    """A matrix in the 4-bit form: INT4 with a float16 scale per `block` columns.
 
-    The codes -8 to 7 lie unevenly around 0. The scale is the smallest for which every number of the block still is
-    within half a step of a code, `max(largest / 7.5, -smallest / 8.5)`. On normally distributed weights the error is
-    7 % below that of the codes -7 to 7 with `largest magnitude / 7` in blocks of 32, and 10 % in blocks of 128.
+    The codes -8 to 7 are asymmetric around 0. The scale is the smallest for which every element is within half a step
+    of a code: `max(largest / 7.5, -smallest / 8.5)`. For normally distributed weights, the error is 7 % (blocks of 32)
+    to 10 % (blocks of 128) below that of the codes -7 to 7 with the scale `largest magnitude / 7`.
 
     Args:
         weight: [N, K], plain or in other blocks.
-        block: 32, 64 or 128; divides K.
+        block: 32, 64 or 128; must divide K.
 
     Raises:
-        OptionError: the weight is no matrix, or the blocks do not fit. From `load`: a number is too large.
+        OptionError: the weight is not a matrix, or the blocks do not fit. `load` raises it if a number is too large.
     """
     if block not in BLOCKS:
         raise OptionError(f"4-bit weights come in blocks of 32, 64 or 128 columns, not of {block}", "Use block=32")
-    return _rounded(weight, block, "int4", "float16", _uneven, (-8, 7))
+    return _quantized(weight, block, "int4", "float16", _asymmetric_steps, (-8, 7))
 
 
 def to_int8(weight: Weight, block: int | None = None) -> Blocked:
-    """A matrix in INT8, codes -127 to 127, a float16 scale for each `block` columns: `largest magnitude / 127`.
+    """A matrix in INT8 with codes -127 to 127 and a float16 scale per `block` columns: `largest magnitude / 127`.
 
     Args:
         weight: [N, K], plain or in other blocks.
-        block: divides K; None: a scale for each row.
+        block: must divide K; None: one scale per row.
 
     Raises:
-        OptionError: the weight is no matrix, or the blocks do not fit. From `load`: a number is too large.
+        OptionError: the weight is not a matrix, or the blocks do not fit. `load` raises it if a number is too large.
     """
-    return _rounded(weight, block, "int8", "float16", lambda wide: _largest(wide) / np.float32(127), (-127, 127))
+    return _quantized(weight, block, "int8", "float16", lambda wide: _largest(wide) / np.float32(127), (-127, 127))
 
 
 def to_float8(weight: Weight, scale_dtype: ScaleDtype = "float32") -> Blocked:
-    """A matrix in E4M3, a scale for each row so that its largest number is 448.
+    """A matrix in E4M3 with one scale per row, such that the largest code of the row is 448.
 
     Args:
         weight: [N, K], plain or in blocks.
 
     Raises:
-        OptionError: the weight is no matrix. From `load`: a number is too large for a float16 scale.
+        OptionError: the weight is not a matrix. `load` raises it if a number is too large for a float16 scale.
     """
     largest = np.float32(LARGEST_FLOAT8)
-    return _rounded(weight, None, "float8e4m3fn", scale_dtype, lambda wide: _largest(wide) / largest, (-448, 448))
+    return _quantized(weight, None, "float8e4m3fn", scale_dtype, lambda wide: _largest(wide) / largest, (-448, 448))
 
 
-def _uneven(wide: Array) -> Array:
+def _asymmetric_steps(wide: Array) -> Array:
     steps: Array = np.maximum(wide.max(-1) / np.float32(7.5), wide.min(-1) / np.float32(-8.5))
     return steps
 
@@ -95,7 +95,7 @@ def _largest(wide: Array) -> Array:
     return largest
 
 
-def _rounded(
+def _quantized(
     weight: Weight,
     block: int | None,
     dtype: BlockedDtype,
@@ -104,13 +104,13 @@ def _rounded(
     limits: tuple[int, int],
 ) -> Blocked:
     if len(weight.shape) != 2 or not weight.shape[1]:
-        raise OptionError(f"A weight of shape {list(weight.shape)} is no matrix, and only matrices are rounded")
+        raise OptionError(f"A weight of shape {list(weight.shape)} is not a matrix, and only matrices can be quantized")
     rows, columns = weight.shape
     block = block or columns
     if block < 1 or columns % block:
         raise OptionError(
             f"Blocks of {block} columns do not fit into the {columns} columns of a matrix",
-            f"Choose a block that divides {columns}, or leave this matrix as it is",
+            f"Choose a block that divides {columns}, or keep this matrix unquantized",
         )
 
     def load() -> BlockedArrays:
@@ -119,7 +119,7 @@ def _rounded(
         whole: Weight = replace(given, load=lambda: held)
         quants = np.empty((rows, columns), UNPACKED[dtype])
         scales = np.empty((rows, columns // block), DENSE_DTYPES[scale_dtype])
-        count = max(1, _AT_ONCE // columns)
+        count = max(1, _CHUNK // columns)
         for at in range(0, rows, count):
             part = slice(at, at + count)
             wide = dequantize(whole, part).reshape(-1, columns // block, block)
@@ -133,9 +133,9 @@ def _rounded(
 def _codes(
     wide: Array, scale_dtype: Any, steps: _Steps, limits: tuple[int, int], *, whole_numbers: bool
 ) -> tuple[Array, Array]:
-    """Scales [rows, blocks] and codes [rows, blocks, block], float32, of such blocks of float32.
+    """Scales [rows, blocks] and float32 codes [rows, blocks, block] of float32 blocks [rows, blocks, block].
 
-    A scale is never below the smallest normal number of its type: engines may take smaller ones for 0.
+    A scale is never below the smallest normal number of its type, since engines may flush smaller ones to 0.
     """
     info = np.finfo(scale_dtype)
     wanted = steps(wide)
@@ -143,8 +143,8 @@ def _codes(
     if (too_large := finite & (wanted > float(info.max))).any():
         largest = float(np.abs(wide[too_large]).max())
         raise OptionError(
-            f"A weight of {largest:.3g} is too large to be rounded with {scale_dtype} scales",
-            "Leave this matrix as it is, or round it to float8 with float32 scales",
+            f"A weight of {largest:.3g} is too large for quantization with {scale_dtype} scales",
+            "Keep this matrix unquantized, or quantize it to float8 with float32 scales",
         )
     scales = np.maximum(np.where(finite, wanted, 1), info.tiny).astype(scale_dtype)
     codes = np.where(finite[..., None], wide, np.float32(0)) / scales[..., None].astype(np.float32)

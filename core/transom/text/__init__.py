@@ -1,6 +1,6 @@
-"""Text in and out of a model: tokenizers, chat templates, streaming, and what generation does by default.
+"""Text in and out of a model: tokenizers, chat templates, streaming detokenizers, and default generation settings.
 
-Importing this package imports none of its heavy parts; `tokenizers` and `jinja2` come in when first needed.
+Importing this package is cheap: `tokenizers` and `jinja2` are imported when first needed.
 """
 
 from __future__ import annotations

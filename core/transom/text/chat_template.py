@@ -1,7 +1,7 @@
-"""Chat templates: messages to the prompt text a model was trained on.
+"""Chat templates: render messages as the prompt text that a model was trained on.
 
-Rendering is what `transformers` does with the same template, to the character. A template is untrusted code; see
-`transom.text.template_sandbox`. Jinja is imported on the first rendering.
+The output equals that of `transformers` for the same template, character by character. A template is untrusted code;
+see `transom.text.template_sandbox`. Jinja is imported when a template is first rendered.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ if TYPE_CHECKING:
 
     from transom.text.template_sandbox import Sandbox
 
-_CONTINUE_HERE = "TRANSOM_CONTINUES_HERE"
+_MARKER = "TRANSOM_CONTINUES_HERE"
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
 class ChatTemplateError(TransomError):
-    """The chat template is no valid Jinja, refuses the messages, or does what templates may not do."""
+    """The chat template is not valid Jinja, rejects the messages, or does something that templates may not do."""
 
 
 class ChatTemplate:
     """A model's chat template, or several by name.
 
     Args:
-        templates: Jinja source, or sources by name, one of them "default" or the only one.
-        variables: what templates may refer to besides messages, such as `bos_token` and `eos_token`.
-        seconds: how long one rendering may take.
+        templates: Jinja source, or several sources by name. The one named "default", or a single one, is the default.
+        variables: what templates may use besides messages, such as `bos_token` and `eos_token`.
+        seconds: time limit of one rendering.
     """
 
     def __init__(
@@ -58,20 +58,20 @@ class ChatTemplate:
         template: str | None = None,
         **variables: Any,
     ) -> str:
-        """The prompt text of a conversation, special tokens included: encode it with `add_special=False`.
+        """The prompt text of a conversation. It includes special tokens: encode it with `add_special=False`.
 
         Args:
-            messages: `{"role": …, "content": …}` and what else the template knows (`tool_calls`, …). Plain data.
-            add_generation_prompt: end with the beginning of an answer.
+            messages: `{"role": …, "content": …}`, and other keys that the template uses (`tool_calls`, …). Plain data.
+            add_generation_prompt: end with the start of an answer.
             tools: JSON schemas of functions the model may call.
-            continue_final_message: leave the last message open, so that the model goes on with it.
-            template: which of several templates; by default "tool_use" with tools where there is one, else "default".
+            continue_final_message: leave the last message open, so that the model continues it.
+            template: name of the template. By default "tool_use" if it exists and there are tools, else "default".
             variables: further variables for the template, such as `enable_thinking=False`.
 
         Raises:
-            OptionError: messages or tools of the wrong form, or a template name that does not exist.
-            ChatTemplateError: the template is not valid, refuses the messages, reaches out of its sandbox, or does not
-                come to an end.
+            OptionError: messages or tools have the wrong form, or there is no template with this name.
+            ChatTemplateError: the template is not valid, rejects the messages, violates its sandbox, or exceeds its
+                limits.
         """
         chat = [_message(place, message) for place, message in enumerate(messages)]
         name = self._choose(template, bool(tools))
@@ -86,8 +86,8 @@ class ChatTemplate:
         if tools and "tools" not in (read := self._variables(name)):
             other = sorted(variable for variable in read if "tools" in variable and variable not in variables)
             raise OptionError(
-                f"The model's chat template {name!r} has no place for tools",
-                f"Pass them under the name it has for them: {', '.join(other)}"
+                f"The model's chat template {name!r} does not support tools",
+                f"Pass them as the variable that the template uses: {', '.join(other)}"
                 if other
                 else "Describe the tools in the system message, or choose a model that was trained to use tools",
             )
@@ -99,16 +99,16 @@ class ChatTemplate:
         """Whether the template reads a variable, such as `tools` or `enable_thinking`.
 
         Raises:
-            ChatTemplateError: the template is no valid Jinja.
+            ChatTemplateError: the template is not valid Jinja.
         """
         return variable in self._variables(self._choose(template, False))
 
-    def require_sound(self) -> None:
-        """Parse the template that a chat uses, and try it on a greeting.
+    def require_valid(self) -> None:
+        """Parse the default template and render a greeting with it.
 
         Raises:
-            ChatTemplateError: it is no valid Jinja, reaches out of its sandbox or does not come to an end. That it
-                refuses the greeting, or misses a variable, says nothing against it.
+            ChatTemplateError: the template is not valid Jinja, violates its sandbox or exceeds its limits. Rejecting
+                the greeting, or using an undefined variable, is not an error here.
         """
         from jinja2.exceptions import SecurityError, TemplateSyntaxError
 
@@ -117,7 +117,7 @@ class ChatTemplate:
         try:
             self.render([{"role": "user", "content": "Hello"}])
         except OptionError:
-            return  # several and no default: the caller has to name one
+            return  # there are several and no default: the caller has to choose
         except ChatTemplateError as error:
             if isinstance(error.__cause__, SecurityError | TemplateSyntaxError | TemplateLimit | RecursionError):
                 raise
@@ -172,8 +172,8 @@ class ChatTemplate:
             raise _syntax_error(error) from error
         except TemplateRefusal as error:
             raise ChatTemplateError(
-                f"The model's chat template refuses these messages: {error}",
-                "Change the messages to what the model was trained on",
+                f"The model's chat template rejects these messages: {error}",
+                "Change the messages to a form that the model was trained on",
             ) from error
         except SecurityError as error:
             raise ChatTemplateError(
@@ -187,27 +187,27 @@ class ChatTemplate:
             ) from error
         except UndefinedError as error:
             raise ChatTemplateError(
-                f"The model's chat template uses what the messages do not have: {error}",
-                "Give the messages the missing field, or pass the missing variable",
+                f"The model's chat template uses something that the messages do not contain: {error}",
+                "Add the missing field to the messages, or pass the missing variable",
             ) from error
-        except Exception as error:  # a template is a program: it can fail in any way a program can
+        except Exception as error:  # a template is a program, which can raise anything
             raise ChatTemplateError(
                 f"The model's chat template fails on these messages ({type(error).__name__}: {error})",
                 "Check that the messages have the form the model was trained on",
             ) from error
 
     def _render_open(self, name: str, data: dict[str, Any], chat: list[dict[str, Any]]) -> str:
-        """Render with a mark at the end of the last message, and cut the text there (as transformers does)."""
+        """Render with a marker at the end of the last message, and truncate the text there, as transformers does."""
         content = chat[-1].get("content") if chat else None
         if not isinstance(content, str) or not content.strip():
-            raise OptionError("There is no message text to continue", "Let the last message have text as its content")
-        marked = {**chat[-1], "content": content + _CONTINUE_HERE}
+            raise OptionError("There is no message text to continue", "Give the last message text as its content")
+        marked = {**chat[-1], "content": content + _MARKER}
         text = self._render(name, {**data, "messages": [*chat[:-1], marked]})
-        head, mark, _ = text.rpartition(_CONTINUE_HERE)
+        head, mark, _ = text.rpartition(_MARKER)
         if not mark or content.strip() not in head:
             raise OptionError(
-                "The model's chat template leaves out or changes the last message, so it cannot be continued",
-                "Leave continue_final_message off",
+                "The model's chat template omits or changes the last message, so it cannot be continued",
+                "Do not set continue_final_message",
             )
         return head
 
@@ -240,10 +240,10 @@ def _message(place: int, message: object) -> dict[str, Any]:
         )
     if not isinstance(plain.get("role"), str):
         raise OptionError(f"Message {place} has no role", 'Write it like {"role": "user", "content": "Hello"}')
-    # Servers pass `content: null` beside tool calls; templates take an absent key and print "None" for a null
+    # Servers pass `content: null` with tool calls; templates handle a missing key, but print "None" for a null
     kept = {key: value for key, value in plain.items() if value is not None}
     thought = next((kept[key] for key in _REASONING if key in kept), None)
-    # Templates read the reasoning under different names; the first is the common one, gpt-oss reads the second
+    # Templates read the reasoning under different names: most use the first, gpt-oss the second
     return kept if thought is None else {"thinking": thought, **kept, "reasoning_content": thought}
 
 
@@ -260,7 +260,7 @@ def _tools(tools: Sequence[Mapping[str, Any]] | None) -> list[Any] | None:
 
 
 def _plain(value: Any, where: str) -> Any:
-    """A copy made of JSON types only, so that a template meets no object whose methods do anything."""
+    """A copy that consists of JSON types only, so that a template cannot call methods of other objects."""
     if value is None or type(value) in (str, int, float, bool):
         return value
     if isinstance(value, str):
@@ -278,6 +278,6 @@ def _plain(value: Any, where: str) -> Any:
     if callable(dump := getattr(value, "model_dump", None)):  # pydantic, as the OpenAI client returns
         return _plain(dump(), where)
     raise OptionError(
-        f"In {where} there is a value of type {type(value).__name__}, which a chat template cannot take",
+        f"A value in {where} is of type {type(value).__name__}, which a chat template cannot use",
         "Pass text, numbers, lists and mappings only",
     )

@@ -1,7 +1,7 @@
-"""What generation does unless told otherwise: where it ends, and the sampling its authors recommend.
+"""A model's default generation settings: where generation ends, and the sampling that its authors recommend.
 
-Read from `generation_config.json`, `config.json`, GGUF metadata and the vocabulary, and kept in the artifact cache.
-On the warm start-up path, so it imports nothing heavy.
+They are read from `generation_config.json`, `config.json`, GGUF metadata and the vocabulary, and kept in the artifact
+cache. This module is on the warm start-up path, so it imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ END_MARKERS = frozenset(
         *("<end_of_utterance>", "<｜end▁of▁sentence｜>", "[e~["),  # docling, deepseek, minimax
     }
 )
-"""Special tokens after which a model has said all it will say. The list is llama.cpp's (src/llama-vocab.cpp, tokens
-that end generation), less `</s>`, which is an HTML tag in some vocabularies and the `eos` of the others."""
+"""Special tokens that end a model's answer. The list is llama.cpp's (src/llama-vocab.cpp, end-of-generation tokens)
+without `</s>`, which is an HTML tag in some vocabularies and the `eos` of the others."""
 
 
 @dataclass(frozen=True)
 class GenerationDefaults:
-    """Defaults of generation; None where the model's authors said nothing."""
+    """Default generation settings; None where the model's files state nothing."""
 
     eos_ids: tuple[int, ...] = ()
     """Tokens that end generation, ascending."""
@@ -64,25 +64,26 @@ class GenerationDefaults:
         """The inverse of `to_json`.
 
         Raises:
-            SourceError: a key that is not known, or a value of another type.
+            SourceError: a key is unknown, or a value has the wrong type.
         """
         unknown = set(data) - {field.name for field in fields(cls)}
         if unknown:
             raise SourceError(
-                f"The cached generation defaults hold the unknown key {sorted(unknown)[0]!r}", "Clear the cache"
+                f"The cached generation defaults contain the unknown key {sorted(unknown)[0]!r}", "Clear the cache"
             )
         values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in data.items()}
         hints = get_type_hints(cls)
         for key, value in values.items():
             if not _is_a(value, hints[key]):
                 raise SourceError(
-                    f"The cached generation defaults hold {key}={value!r}, which is of another type", "Clear the cache"
+                    f"The cached generation defaults contain {key}={value!r}, which has the wrong type",
+                    "Clear the cache",
                 )
         return cls(**values)
 
 
 def _is_a(value: Any, hint: Any) -> bool:
-    """Whether a value is of a field's type: several of a kind, or one or None; whole numbers are numbers, too."""
+    """Whether a value has a field's type: a homogeneous tuple, or one of several types. An int is a valid float."""
     kinds = get_args(hint)
     if get_origin(hint) is tuple:
         return isinstance(value, tuple) and all(type(v) is kinds[0] for v in value)
@@ -90,11 +91,11 @@ def _is_a(value: Any, hint: Any) -> bool:
 
 
 def end_ids(tokenizer: Tokenizer) -> set[int]:
-    """Ids of the vocabulary after which a turn or text is over: `eos` and the end markers that are special tokens."""
+    """Ids of the tokens that end a turn or text: `eos` and the end markers that are special tokens."""
     ids = {marker: tokenizer.token_to_id(marker) for marker in END_MARKERS}
     ends = {marker: token for marker, token in ids.items() if token is not None and token in tokenizer.special_ids}
     if "<|end|>" in ends and ends.keys() & {"<|call|>", "<|calls|>"} and ends.keys() & {"<|return|>", "<|flush|>"}:
-        del ends["<|end|>"]  # there it ends one message of several (gpt-oss, solar-open)
+        del ends["<|end|>"]  # in gpt-oss and solar-open it ends one of several messages
     found = set(ends.values())
     return found | ({tokenizer.eos_id} if tokenizer.eos_id is not None else set())
 
@@ -102,15 +103,15 @@ def end_ids(tokenizer: Tokenizer) -> set[int]:
 def defaults_from_hf(
     generation_config: Mapping[str, Any], config: Mapping[str, Any], tokenizer: Tokenizer | None
 ) -> GenerationDefaults:
-    """Defaults of a Hugging Face model.
+    """The defaults of a Hugging Face model.
 
     Args:
         generation_config: the content of generation_config.json, or an empty mapping.
-        config: the content of config.json; asked where generation_config is silent about special tokens.
-        tokenizer: its end-of-turn tokens are added, for the many models whose files name only the end of text.
+        config: the content of config.json, used for special tokens that generation_config does not state.
+        tokenizer: its end-of-turn tokens are added, since the files of many models state only the end of text.
 
     Raises:
-        SourceError: a value of the wrong type or out of range.
+        SourceError: a value has the wrong type or is out of range.
     """
     text = config.get("text_config")
     config = {**(text if isinstance(text, Mapping) else {}), **config}
@@ -135,16 +136,16 @@ def defaults_from_hf(
         min_p=values.number("min_p", 0.0, 1.0),
         repetition_penalty=values.number("repetition_penalty", 0.0),
         max_new_tokens=values.count("max_new_tokens"),
-        stop=tuple(s for s in stops if s),  # an empty one would end every answer before it begins
+        stop=tuple(s for s in stops if s),  # an empty string would end every answer immediately
         suppress_ids=tuple(_ids("suppress_tokens", generation_config.get("suppress_tokens"))),
     )
 
 
 def defaults_from_gguf(metadata: Mapping[str, Any], tokenizer: Tokenizer | None) -> GenerationDefaults:
-    """Defaults of a GGUF file: `general.sampling.*`, and the end tokens of its vocabulary.
+    """The defaults of a GGUF file: `general.sampling.*`, and the end tokens of its vocabulary.
 
     Raises:
-        SourceError: a value of the wrong type or out of range.
+        SourceError: a value has the wrong type or is out of range.
     """
     ends = end_ids(tokenizer) if tokenizer else set()
     for key in ("eos", "eot", "eom"):
@@ -168,7 +169,7 @@ def defaults_from_gguf(metadata: Mapping[str, Any], tokenizer: Tokenizer | None)
 
 @dataclass(frozen=True)
 class _Values:
-    """Reads settings and says which one is wrong."""
+    """Reads settings; errors name the setting."""
 
     data: Mapping[str, Any]
     where: str
@@ -191,7 +192,7 @@ class _Values:
             return None
         if isinstance(value, bool) or not isinstance(value, int | float) or value != value or value % 1:
             raise self._wrong(key, value, "a whole number")
-        return max(int(value), 0)  # -1 means "no limit" to some
+        return max(int(value), 0)  # some files use -1 for "no limit"
 
     def flag(self, key: str) -> bool | None:
         value = self.data.get(self.prefix + key)

@@ -1,8 +1,8 @@
-"""Text out of a stream of token ids, piece by piece, never splitting a character.
+"""Incremental detokenizers: text from a stream of token ids, without splitting characters.
 
 A token may end in the middle of a UTF-8 character. `ByteDetokenizer` works on each token's bytes and holds back only
-an unfinished character, so the cost per token does not grow with the text. `WindowDetokenizer` is for decoders whose
-tokens have no bytes of their own (WordPiece and such): it decodes a short window twice and emits the difference.
+incomplete characters, so the cost per token does not grow with the text. `WindowDetokenizer` is for decoders whose
+tokens do not map to bytes (such as WordPiece): it decodes a short window twice and emits the difference.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ from typing import Protocol
 
 
 class Detokenizer(Protocol):
-    """Turns ids into text as they come. The concatenated pieces equal `Tokenizer.decode` of all the ids."""
+    """Converts ids to text one at a time. The concatenated pieces equal `Tokenizer.decode` of all ids."""
 
     def push(self, token: int) -> str:
-        """The text that became certain with this token; empty while a character is unfinished."""
+        """The text that is final after this token; empty while a character is incomplete."""
 
     def finish(self) -> str:
-        """What was held back: a character that never got finished comes out as U+FFFD. Starts afresh afterwards."""
+        """The text that was held back, with U+FFFD for an incomplete character. Resets the detokenizer."""
 
 
 class ByteDetokenizer:
     """Detokenizer over the bytes of each token.
 
     Args:
-        pieces: id → bytes. Must answer any id that may be pushed.
-        skip: ids that yield no text.
-        strip_start: how many spaces to drop from the start of the text.
+        pieces: bytes of every id that may be pushed.
+        skip: ids without text.
+        strip_start: how many spaces to remove from the start of the text.
     """
 
     def __init__(self, pieces: Mapping[int, bytes], skip: Container[int] = (), strip_start: int = 0) -> None:
@@ -36,8 +36,8 @@ class ByteDetokenizer:
         self._skip = skip
         self._strip_start = strip_start
         self._strip = strip_start
-        # The standard library's incremental decoder replaces maximal invalid parts, as the Unicode standard
-        # recommends (chapter 3.9, U+FFFD substitution) and as decoding the whole does.
+        # Like decoding the whole text, the incremental decoder replaces maximal invalid parts, as the Unicode standard
+        # recommends (chapter 3.9, U+FFFD substitution).
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token: int) -> str:
@@ -68,16 +68,16 @@ class WindowDetokenizer:
     """Detokenizer over a decoding function, for vocabularies without a `Spelling`.
 
     Args:
-        decode: ids → text. Text of a longer sequence must begin with the text of a shorter one, an unfinished
-            character at its end excepted.
-        skip: ids that yield no text.
+        decode: converts ids to text. The text of a sequence must begin with the text of each of its prefixes, except
+            for an incomplete character at the end of the latter.
+        skip: ids without text.
     """
 
     def __init__(self, decode: Callable[[Sequence[int]], str], skip: Container[int] = ()) -> None:
         self._decode = decode
         self._skip = skip
         self._window: list[int] = []
-        self._emitted = 0  # how many ids of the window have been emitted; they stay for context
+        self._emitted = 0  # how many ids of the window have been emitted; they are kept as context
 
     def push(self, token: int) -> str:
         if token in self._skip:

@@ -1,8 +1,8 @@
-"""Tokenizer and chat template out of a GGUF file's metadata.
+"""Builds the tokenizer and chat template of a GGUF file from its metadata.
 
-Takes a plain mapping of metadata keys to Python values, so that it needs no file and no `gguf` package. The keys are
-those of the GGUF specification (`tokenizer.ggml.*`); what they mean is what llama.cpp makes of them, except where the
-model's own tokenizer is known to differ.
+The input is a plain mapping of metadata keys to Python values, so no file and no `gguf` package is needed. The keys are
+those of the GGUF specification (`tokenizer.ggml.*`). They are interpreted as in llama.cpp, except where the model's own
+tokenizer is known to differ.
 """
 
 from __future__ import annotations
@@ -28,18 +28,19 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], *, pre: str | None = None) 
     """Build the tokenizer that a GGUF file describes.
 
     Args:
-        metadata: metadata keys to values: strings, numbers, lists. Keys that are not about the tokenizer are ignored,
-            except `general.architecture`.
-        pre: the pre-tokenizer's name, for files that lack or misname it.
+        metadata: metadata keys and their values: strings, numbers, lists. Only tokenizer keys and
+            `general.architecture` are used.
+        pre: the pre-tokenizer's name, for files in which it is missing or wrong.
 
     Raises:
-        SourceError: no vocabulary, a kind of tokenizer or a pre-tokenizer that is not known, or damaged metadata.
+        SourceError: the vocabulary is missing, the kind of tokenizer or pre-tokenizer is unknown, or the metadata is
+            damaged.
     """
     model = metadata.get("tokenizer.ggml.model")
     if model is None:
         raise SourceError(
             "The GGUF file has no tokenizer (tokenizer.ggml.model is missing)",
-            "Use a file that was converted together with its vocabulary",
+            "Use a file that was converted with its vocabulary",
         )
     builder = _BUILDERS.get(str(model))
     if builder is None:
@@ -53,9 +54,9 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], *, pre: str | None = None) 
 
 
 def chat_template_from_gguf(metadata: Mapping[str, Any], tokenizer: Tokenizer | None) -> ChatTemplate | None:
-    """The chat template, named ones included (`tokenizer.chat_template.<name>`), or None where the file has none.
+    """The chat template, including named ones (`tokenizer.chat_template.<name>`), or None if the file has none.
 
-    The template is parsed when first rendered, which is when a `ChatTemplateError` comes.
+    The template is parsed, and a `ChatTemplateError` raised, when it is first rendered.
     """
     key = "tokenizer.chat_template"
     templates = {name[len(key) + 1 :]: text for name, text in metadata.items() if name.startswith(f"{key}.")}
@@ -75,8 +76,8 @@ def _byte_level(metadata: Mapping[str, Any], tokens: list[str], types: list[int]
     name = pre or metadata.get("tokenizer.ggml.pre")
     if not name:
         raise SourceError(
-            "The GGUF file does not name its pre-tokenizer (tokenizer.ggml.pre), so its text cannot be cut as the "
-            "model learnt it",
+            "The GGUF file does not name its pre-tokenizer (tokenizer.ggml.pre), so text cannot be split as in the "
+            "model's training",
             "Convert the model again with a current llama.cpp, or use its Hugging Face directory",
         )
     cut = pre_tokenizer(str(name))
@@ -94,7 +95,7 @@ def _byte_level(metadata: Mapping[str, Any], tokens: list[str], types: list[int]
 
 def _sentencepiece(metadata: Mapping[str, Any], tokens: list[str], types: list[int], pre: str | None) -> Tokenizer:
     ids = _ids(metadata, tokens, SpecialIds(bos=1, eos=2, unk=0, add_bos=True))
-    model = spm.SentencePieces(
+    model = spm.SentencePieceModel(
         tokens,
         _numbers(metadata, "scores", len(tokens)) or [0.0] * len(tokens),
         types,
@@ -105,13 +106,13 @@ def _sentencepiece(metadata: Mapping[str, Any], tokens: list[str], types: list[i
 
 
 def _gemma4(metadata: Mapping[str, Any], tokens: list[str], types: list[int], pre: str | None) -> Tokenizer:
-    """BPE over raw text with `▁` for spaces, like SentencePiece, but with merges of its own."""
+    """BPE over raw text with `▁` for spaces, like SentencePiece, but with explicit merges."""
     ids = _ids(metadata, tokens, SpecialIds(add_bos=True))
     merges = _merges(metadata, {token: index for index, token in enumerate(tokens)})
     if merges is None:
         raise SourceError("The GGUF file has a BPE vocabulary without merges (tokenizer.ggml.merges)", _REPAIR)
     scores = [0.0] * len(tokens)
-    model = spm.SentencePieces(tokens, scores, types, unk_id=ids.unk, add_space_prefix=False, merges=merges)
+    model = spm.SentencePieceModel(tokens, scores, types, unk_id=ids.unk, add_space_prefix=False, merges=merges)
     return _finish(spm.build(model), metadata, tokens, types, ids)
 
 
@@ -120,7 +121,7 @@ def _unigram(metadata: Mapping[str, Any], tokens: list[str], types: list[int], p
     scores = _numbers(metadata, "scores", len(tokens))
     if scores is None:
         raise SourceError("The GGUF file has a unigram vocabulary without scores (tokenizer.ggml.scores)", _REPAIR)
-    model = spm.SentencePieces(
+    model = spm.SentencePieceModel(
         tokens,
         scores,
         types,
@@ -147,14 +148,14 @@ _BUILDERS: dict[str, _Builder] = {
 def _finish(
     rust: tokenizers.Tokenizer, metadata: Mapping[str, Any], tokens: list[str], types: list[int], ids: SpecialIds
 ) -> Tokenizer:
-    """Added tokens and the special tokens at the ends, which all kinds share."""
+    """Add the added tokens and the special tokens at the ends, for all kinds of tokenizers."""
     from tokenizers import AddedToken
 
-    # Phi-3's tokenizer.json has its control tokens swallow the white space that follows; a GGUF cannot say so
+    # In Phi-3's tokenizer.json, control tokens absorb the following white space; GGUF cannot express this
     phi3 = metadata.get("general.architecture") == "phi3" and metadata["tokenizer.ggml.model"] == "llama"
     added = []
     for token, kind in zip(tokens, types, strict=True):
-        # Converters have marked end-of-turn tokens as user-defined before; printed, they would end no turn
+        # Some converters mark end-of-turn tokens as user-defined, which would make them text that ends no turn
         special = kind in (spm.CONTROL, spm.UNKNOWN) or (kind == spm.USER_DEFINED and token in END_MARKERS)
         if special or kind == spm.USER_DEFINED:
             swallow = phi3 and special and token not in ("<unk>", "<s>", "<|endoftext|>")
@@ -165,7 +166,7 @@ def _finish(
 
 
 def set_ends(rust: tokenizers.Tokenizer, ids: SpecialIds) -> None:
-    """Have the encoder add the beginning and end tokens that `ids` asks for."""
+    """Make the encoder add the beginning and end tokens that `ids` specifies."""
     from tokenizers import processors
 
     ends = {}
@@ -186,7 +187,7 @@ def _tokens(metadata: Mapping[str, Any]) -> list[str]:
     tokens = metadata.get("tokenizer.ggml.tokens")
     if not isinstance(tokens, Sequence) or isinstance(tokens, str) or not tokens:
         raise SourceError("The GGUF file has no vocabulary (tokenizer.ggml.tokens)", _REPAIR)
-    # llama.cpp names an empty token so; two tokens may not share a name
+    # llama.cpp's name for empty tokens; names must be unique
     tokens = [token or f"[EMPTY_{index}]" for index, token in enumerate(tokens)]
     if len(set(tokens)) != len(tokens):
         seen: dict[str, int] = {}
@@ -217,7 +218,7 @@ def _merges(metadata: Mapping[str, Any], vocabulary: Mapping[str, int]) -> list[
         return None
     merges = []
     for line in lines:
-        cut = line.find(" ", 1)  # a part may itself begin with a space
+        cut = line.find(" ", 1)  # a part may begin with a space
         left, right = line[:cut], line[cut + 1 :]
         if cut < 0 or left not in vocabulary or right not in vocabulary or left + right not in vocabulary:
             raise SourceError(
@@ -238,10 +239,10 @@ def _ids(metadata: Mapping[str, Any], tokens: list[str], default: SpecialIds) ->
         if value is None:
             return fallback if fallback is not None and fallback < len(tokens) else None
         value = int(value)
-        if value in (_NO_ID, -1):  # -1 written as an unsigned number: the model has none
+        if value in (_NO_ID, -1):  # -1, possibly as an unsigned number: none
             return None
         if not 0 <= value < len(tokens):
-            if key == "padding":  # some converters point one past the vocabulary; nothing here pads with it
+            if key == "padding":  # some converters write one past the vocabulary; padding is not used here
                 return None
             raise SourceError(
                 f"The GGUF file's vocabulary is damaged: tokenizer.ggml.{key}_token_id is {value}, "

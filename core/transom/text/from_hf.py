@@ -1,7 +1,7 @@
-"""Tokenizer, chat template and generation defaults out of a Hugging Face model directory.
+"""Builds the tokenizer, chat template and generation defaults of a Hugging Face model directory.
 
-`tokenizer.json` is what the `tokenizers` package reads itself; around it, `tokenizer_config.json` and its older
-companions say which tokens have which role. A directory with only a SentencePiece `tokenizer.model` works as well.
+The `tokenizers` package reads `tokenizer.json`; `tokenizer_config.json` and older companion files state the roles of
+tokens. A directory with only a SentencePiece `tokenizer.model` works as well.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def tokenizer_from_hf(folder: Path) -> Tokenizer:
     """The tokenizer of a Hugging Face model directory.
 
     Raises:
-        SourceError: no tokenizer in the directory, or a file that is missing, not JSON or damaged.
+        SourceError: the directory has no tokenizer, or a file is missing, not JSON or damaged.
     """
     config = read_json(folder / "tokenizer_config.json", {})
     if (folder / "tokenizer.json").exists():
@@ -45,18 +45,18 @@ def tokenizer_from_hf(folder: Path) -> Tokenizer:
         raise SourceError(f"{folder} has no tokenizer.json, only {' and '.join(found)}", _CONVERT)
     raise SourceError(
         f"{folder} has no tokenizer (tokenizer.json or tokenizer.model)",
-        "Download the tokenizer's files of the model into the directory",
+        "Download the model's tokenizer files into the directory",
     )
 
 
 def chat_template_from_hf(folder: Path, tokenizer: Tokenizer | None) -> ChatTemplate | None:
-    """The chat template of a model directory, or None where it has none.
+    """The chat template of a model directory, or None if it has none.
 
-    As transformers looks for it: `chat_template.jinja` and `additional_chat_templates/*.jinja`, else
-    `chat_template.json`, else `chat_template` in `tokenizer_config.json`, there also as a list with names.
+    Searched in the order of transformers: `chat_template.jinja` and `additional_chat_templates/*.jinja`, then
+    `chat_template.json`, then `chat_template` in `tokenizer_config.json`, which may be a list of named templates.
 
     Raises:
-        SourceError: a file that is not JSON or not UTF-8.
+        SourceError: a file is not JSON or not UTF-8.
     """
     templates = {"default": folder / "chat_template.jinja"}
     templates.update({path.stem: path for path in sorted(folder.glob("additional_chat_templates/*.jinja"))})
@@ -79,7 +79,7 @@ def chat_template_from_hf(folder: Path, tokenizer: Tokenizer | None) -> ChatTemp
     if not sources:
         return None
     variables: dict[str, Any] = dict(tokenizer.special_tokens) if tokenizer else {}
-    # Templates may also refer to tokens of the model's own, such as `image_token`
+    # Templates may also use tokens that are specific to the model, such as `image_token`
     config = {**read_json(folder / "special_tokens_map.json", {}), **read_json(folder / "tokenizer_config.json", {})}
     for key, value in config.items():
         text = _content(value)
@@ -92,21 +92,21 @@ def generation_from_hf(folder: Path, tokenizer: Tokenizer | None) -> GenerationD
     """The generation defaults of a model directory.
 
     Raises:
-        SourceError: a file that is not JSON, or a value that cannot be.
+        SourceError: a file is not JSON, or a value is invalid.
     """
     generation = read_json(folder / "generation_config.json", {})
     return defaults_from_hf(generation, read_json(folder / "config.json", {}), tokenizer)
 
 
 def read_json(path: Path, default: dict[str, Any] | None = None) -> dict[str, Any]:
-    """A JSON file that holds an object.
+    """Read a JSON file that contains an object.
 
     Args:
         path: the file.
-        default: what an absent file stands for; without it, that is an error.
+        default: returned if the file does not exist; None: a missing file is an error.
 
     Raises:
-        SourceError: absent without a default, unreadable, not JSON, or no object.
+        SourceError: the file is missing and there is no default, or it is unreadable or not a JSON object.
     """
     if default is not None and not path.exists():
         return default
@@ -115,7 +115,7 @@ def read_json(path: Path, default: dict[str, Any] | None = None) -> dict[str, An
     except (json.JSONDecodeError, RecursionError) as error:
         raise SourceError(f"{path} is not valid JSON: {error}", "Download the file again") from error
     if not isinstance(value, dict):
-        raise SourceError(f"{path} does not hold a JSON object", "Download the file again")
+        raise SourceError(f"{path} does not contain a JSON object", "Download the file again")
     return value
 
 
@@ -144,11 +144,11 @@ def _from_tokenizer_json(folder: Path, config: Mapping[str, Any]) -> Tokenizer:
         roles["unk"] = rust.token_to_id(unk)
     before, after = _ends(rust.post_processor)
     model_config = read_json(folder / "config.json", {})
-    for role in ("bos", "eos", "pad"):  # the tokenizer's files may leave this to the model's
+    for role in ("bos", "eos", "pad"):  # the tokenizer's files may omit what config.json states
         if role not in names and isinstance(token := model_config.get(f"{role}_token_id"), int):
             roles.setdefault(role, token if rust.id_to_token(token) is not None else None)
     bos, eos = roles.get("bos"), roles.get("eos")
-    # add_bos_token and add_eos_token of the configuration are not asked: the post-processor rules, as in transformers 5
+    # add_bos_token and add_eos_token of the configuration are ignored: the post-processor decides, as in transformers 5
     ids = SpecialIds(bos, eos, roles.get("unk"), roles.get("pad"), bos in before, eos in after)
     return Tokenizer(rust, ids)
 
@@ -174,7 +174,7 @@ def _from_sentencepiece(folder: Path, config: Mapping[str, Any]) -> Tokenizer:
         eos,
         roles.get("unk"),
         roles.get("pad"),
-        # LlamaTokenizer and those after it begin with the beginning token unless told otherwise
+        # LlamaTokenizer and its successors add the beginning token by default
         bool(_stated(config, "add_bos_token", True)) and bos is not None,
         bool(_stated(config, "add_eos_token", False)) and eos is not None,
     )
@@ -186,7 +186,7 @@ def _from_sentencepiece(folder: Path, config: Mapping[str, Any]) -> Tokenizer:
 
 
 def _add_tokens(rust: tokenizers.Tokenizer, folder: Path, config: Mapping[str, Any], names: Mapping[str, str]) -> None:
-    """Tokens that the companions name but the vocabulary lacks, and special ones that it does not know as special."""
+    """Add tokens that are only in the companion files, and mark tokens as special that are special only there."""
     from tokenizers import AddedToken
 
     stated: dict[int, Any] = {}
@@ -206,7 +206,7 @@ def _add_tokens(rust: tokenizers.Tokenizer, folder: Path, config: Mapping[str, A
                 raise SourceError(
                     f"The tokenizer in {folder} is inconsistent: {content!r} has the id {token} in one file and "
                     f"{rust.token_to_id(content)} in another",
-                    "Download the tokenizer's files again, all from the same place",
+                    "Download all tokenizer files again, from the same source",
                 )
     except (TypeError, KeyError, ValueError, AttributeError) as error:
         raise SourceError(
@@ -239,7 +239,7 @@ def _stated(config: Mapping[str, Any], key: str, default: bool) -> object:
 
 
 def _ends(processor: tokenizers.processors.PostProcessor | None) -> tuple[set[int], set[int]]:
-    """Ids that a post-processor puts before and after one text."""
+    """Ids that a post-processor adds before and after a text."""
     before: set[int] = set()
     after: set[int] = set()
     for step in _steps(json.loads(processor.__getstate__())) if processor is not None else ():

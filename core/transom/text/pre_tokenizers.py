@@ -1,8 +1,8 @@
-"""The pre-tokenizers GGUF files name: how text is cut into words before byte-level BPE merges run.
+"""The pre-tokenizers that GGUF files name: how text is split into words before byte-level BPE.
 
-A GGUF says only a name (`tokenizer.ggml.pre`). The names are those of llama.cpp (src/llama-vocab.cpp). The patterns
-are, wherever llama.cpp records it, the original of the model's own tokenizer.json, not the variant its regular
-expression engine needed. A wrong cut gives worse answers without any error, so a name that is not here is refused.
+A GGUF file contains only a name (`tokenizer.ggml.pre`). The names are those of llama.cpp (src/llama-vocab.cpp). Where
+llama.cpp records the original pattern of the model's tokenizer.json, it is used here instead of the variant for
+llama.cpp's regular expression engine. A wrong split degrades answers without any error, so unknown names are refused.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|
 LLAMA3 = rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}{_WORDS_THEN_SPACES}"
 """tiktoken's cl100k_base pattern."""
 QWEN2 = rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{_WORDS_THEN_SPACES}"
-"""cl100k_base with every digit a word of its own."""
+"""cl100k_base with each digit as a separate word."""
 QWEN35 = (
     rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}"
     rf"| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|{_SPACES}"
@@ -53,7 +53,7 @@ _PUNCTUATED_WORDS = (
     r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
     r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|" + _SPACES
 )
-_DEEPSEEK_LETTERS = (  # escaped, because some of them have another normal form
+_DEEPSEEK_LETTERS = (  # escaped, because some have a different normal form
     r"\s?[A-Za-z"
     "\xb5\xc0-\xd6\xd8-\xf6\xf8-\u01ba\u01bc-\u01bf\u01c4-\u0293\u0295-\u02af\u0370-\u0373\u0376\u0377"
     "\u037b-\u037d\u037f\u0386\u0388-\u038a\u038c\u038e-\u03a1\u03a3-\u03f5\u03f7-\u0481\u048a-\u052f"
@@ -74,16 +74,16 @@ _BLOOM = r" ?[^(\s|.,!?…。，、।۔،)]+"
 
 @dataclass(frozen=True)
 class PreTokenizer:
-    """One way of cutting text, and what llama.cpp ties to its name."""
+    """A way of splitting text, with the settings that llama.cpp associates with its name."""
 
     patterns: tuple[str, ...]
-    """Regular expressions, applied one after the other to what the ones before left: each match is a word."""
+    """Regular expressions, applied one after the other to the remaining text: each match is a word."""
     ignore_merges: bool = False
-    """A word that is a token is taken whole, whatever its merges say."""
+    """A word that is a token becomes that token, regardless of merges."""
     add_bos: bool = False
-    """Whether a beginning token is added where the file does not say."""
+    """Whether a beginning token is added if the file does not state it."""
     nfc: bool = False
-    """The model's own tokenizer normalises to NFC first; a GGUF does not carry this."""
+    """The model's own tokenizer normalizes to NFC first, which GGUF files do not state."""
 
     def build(self) -> pre_tokenizers.PreTokenizer:
         """The component for a `tokenizers.Tokenizer`, ending in the byte alphabet."""
@@ -91,7 +91,7 @@ class PreTokenizer:
 
         *first, last = self.patterns
         steps: list[pre_tokenizers.PreTokenizer] = [pre_tokenizers.Split(Regex(p), "isolated") for p in first]
-        if last == GPT2:  # built in, and faster so
+        if last == GPT2:  # built in, which is faster
             steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True))
         else:
             steps.append(pre_tokenizers.Split(Regex(last), "isolated"))
@@ -112,7 +112,7 @@ _BAILING = PreTokenizer(
 
 PRE_TOKENIZERS: dict[str, PreTokenizer] = {
     "default": PreTokenizer((r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]")),
-    # llama 3 and those who took its tokenizer
+    # llama 3 and models with its tokenizer
     **dict.fromkeys(
         ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano"),
         _LLAMA3,
@@ -130,7 +130,7 @@ PRE_TOKENIZERS: dict[str, PreTokenizer] = {
         (_NUMBERS_BY_3, rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}+{_WORDS_THEN_SPACES}"),
         ignore_merges=True,
     ),
-    # GPT-2 and those who took its pattern
+    # GPT-2 and models with its pattern
     **dict.fromkeys(
         (
             *("gpt-2", "phi-2", "jina-es", "jina-de", "gigachat", "jina-v2-es", "jina-v2-de", "a.x-4.0", "mellum"),
@@ -146,7 +146,7 @@ PRE_TOKENIZERS: dict[str, PreTokenizer] = {
     ),
     "command-r": replace(_DIGITS, nfc=True),
     "falcon": PreTokenizer((_FALCON_PUNCTUATION, GPT2, "[0-9][0-9][0-9]")),
-    # Qwen and those who took its pattern
+    # Qwen and models with its pattern
     "qwen2": replace(_QWEN2, nfc=True),
     **dict.fromkeys(
         ("deepseek-r1-qwen", "kormo", "f2llmv2", "megrez", "stablelm2", "hunyuan", "solar-open", "grok-2"), _QWEN2
@@ -207,14 +207,14 @@ PRE_TOKENIZERS: dict[str, PreTokenizer] = {
         add_bos=True,
     ),
 }
-"""Name → pre-tokenizer. Left out, for want of an exact form here: kimi-k2, afmoe, superbpe, whitespace."""
+"""Pre-tokenizers by name. Not supported, since no exact pattern is available: kimi-k2, afmoe, superbpe, whitespace."""
 
 
 def pre_tokenizer(name: str) -> PreTokenizer:
-    """Look a name up.
+    """Look up a pre-tokenizer.
 
     Raises:
-        SourceError: the name is not known; never a default in silence.
+        SourceError: the name is unknown. There is no default.
     """
     found = PRE_TOKENIZERS.get(name)
     if found is None:

@@ -1,8 +1,8 @@
-"""Proof that text becomes the same tokens in another program as in Transom.
+"""Verifies that another program tokenizes text as Transom does.
 
-A tokenizer that is a little off gives worse answers without any error. So what `transom.text.to_hf` writes is read
-again by what reads it elsewhere, and compared on texts that tokenizers are known to differ on: scripts with and without
-spaces, characters that are made of several, runs of white space, line ends, code, and special tokens within text.
+A slightly different tokenizer degrades answers without any error. So the files that `transom.text.to_hf` writes are
+read back with the library that other programs use, and compared on texts on which tokenizers are known to differ:
+scripts with and without spaces, combining characters, runs of white space, line ends, code, and special tokens in text.
 """
 
 from __future__ import annotations
@@ -70,27 +70,27 @@ SHAPES: tuple[str, ...] = (
     "\n" * 20,
     "Pneumonoultramicroscopicsilicovolcanoconiosis" * 4,
 )
-"""Texts that are of no language. Without NUL: apps hand C strings to their tokenizers."""
+"""Texts that belong to no language. They contain no NUL, since apps pass C strings to their tokenizers."""
 
-_MOST_SPECIAL = 64
-_TALK: tuple[tuple[dict[str, str], ...], ...] = (
+_MAX_SPECIAL = 64
+_CONVERSATIONS: tuple[tuple[dict[str, str], ...], ...] = (
     (
         {"role": "system", "content": "Answer  briefly.\n"},
         {"role": "user", "content": "Où est la gare ?"},
         {"role": "assistant", "content": "Là-bas. 🙂"},
         {"role": "user", "content": " {{ 2 }} <b>&\n"},
     ),
-    ({"role": "user", "content": "Hello"},),  # some templates know neither system messages nor several turns
+    ({"role": "user", "content": "Hello"},),  # some templates support neither system messages nor several turns
 )
 
 
-class TextProofError(TransomError):
-    """The files for other programs do not say what Transom does with text."""
+class TextMismatch(TransomError):
+    """The files for other programs describe a tokenizer or chat template that differs from Transom's."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A text that becomes other tokens elsewhere."""
+    """A text for which another encoder gives different tokens."""
 
     text: str
     ours: tuple[int, ...]
@@ -101,8 +101,8 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class TextProof:
-    """What was compared, and found to be equal."""
+class TextComparison:
+    """How much was compared and found equal."""
 
     texts: int
     tokens: int
@@ -110,19 +110,19 @@ class TextProof:
 
 
 def corpus(tokenizer: Tokenizer) -> list[str]:
-    """The texts, and more with the tokenizer's own special tokens within them."""
+    """All texts, plus texts that contain the tokenizer's own special tokens."""
     special = [tokenizer.token_bytes(token).decode("utf-8", "replace") for token in sorted(tokenizer.special_ids)]
-    special = special[:_MOST_SPECIAL]
+    special = special[:_MAX_SPECIAL]
     within = [f"a{text}b {text} c{text}\n{text}{text}" for text in special]
     return [*(text for texts in LANGUAGES.values() for text in texts), *SHAPES, *within, "".join(special)]
 
 
 def compare(tokenizer: Tokenizer, encode: Callable[[str], Sequence[int]]) -> list[Difference]:
-    """The texts of the corpus that another encoder cuts otherwise; none where it is as good.
+    """The texts of the corpus for which another encoder gives different tokens.
 
     Args:
-        tokenizer: of the model.
-        encode: the other encoder: token ids of a text, special tokens in it read as such, none added at its ends.
+        tokenizer: the model's tokenizer.
+        encode: the other encoder. It must parse special tokens in the text and add none at the ends.
     """
     found = []
     for text in corpus(tokenizer):
@@ -132,50 +132,49 @@ def compare(tokenizer: Tokenizer, encode: Callable[[str], Sequence[int]]) -> lis
     return found
 
 
-def prove_texts(tokenizer: Tokenizer, template: ChatTemplate | None, files: Mapping[str, bytes]) -> TextProof:
-    """Compare what `files` say with what Transom does.
+def verify_texts(tokenizer: Tokenizer, template: ChatTemplate | None, files: Mapping[str, bytes]) -> TextComparison:
+    """Verify that `files` describe the same tokenizer and chat template.
 
     Args:
-        tokenizer: of the model.
+        tokenizer: the model's tokenizer.
         template: its chat template.
-        files: what `hf_files` returned: `tokenizer.json` and `tokenizer_config.json`.
+        files: the result of `hf_files`, with `tokenizer.json` and `tokenizer_config.json`.
 
     Raises:
-        TextProofError: a text becomes other tokens or other text by the files, a special token is another one, or a
-            conversation becomes another prompt.
+        TextMismatch: the files give different tokens, text, special tokens or prompts.
     """
     from tokenizers import Tokenizer as Rust
 
     other = Rust.from_str(files[TOKENIZER].decode())
     description = json.loads(other.to_str())
-    as_good = _equals(description["model"])
-    # A Metaspace decoder takes every space of the first token for the dummy prefix; Transom takes one
-    eats_spaces = "Metaspace" in json.dumps(description["decoder"])
+    equally_good = _equals(description["model"])
+    # A Metaspace decoder removes all leading spaces of the first token as the dummy prefix; Transom removes one
+    strips_spaces = "Metaspace" in json.dumps(description["decoder"])
     texts, tokens = corpus(tokenizer), 0
     for text in texts:
         for add_special in (False, True):
             ours = tokenizer.encode(text, add_special=add_special)
             theirs = list(other.encode(text, add_special_tokens=add_special).ids)
-            if ours != theirs and not as_good(ours, theirs):
-                raise _differs(f"the text {text!r} becomes other tokens", ours, theirs)
+            if ours != theirs and not equally_good(ours, theirs):
+                raise _differs(f"give different tokens for the text {text!r}", ours, theirs)
             tokens += len(ours)
         here, there = tokenizer.decode(ours, skip_special=False), other.decode(ours, skip_special_tokens=False)
-        if here != there and not (eats_spaces and here.replace(" ", "") == there.replace(" ", "")):
-            raise _differs(f"the tokens {ours} become another text", here, there)
+        if here != there and not (strips_spaces and here.replace(" ", "") == there.replace(" ", "")):
+            raise _differs(f"give a different text for the tokens {ours}", here, there)
     config = json.loads(files[CONFIG])
     for role, text in tokenizer.special_tokens.items():
         if config.get(role) != text:
-            raise _differs(f"the special token {role} is another one", text, config.get(role))
+            raise _differs(f"state a different special token {role}", text, config.get(role))
     if template is not None:
-        _prove_template(template, config)
-    return TextProof(len(texts), tokens, len(LANGUAGES))
+        _verify_template(template, config)
+    return TextComparison(len(texts), tokens, len(LANGUAGES))
 
 
 def _equals(model: Mapping[str, Any]) -> Callable[[list[int], list[int]], bool]:
-    """Whether two ways to cut one text are as good as each other, and chance decides between them.
+    """A predicate: whether two tokenizations of a text have equal scores, so that either may result.
 
-    That is so in unigram vocabularies alone: which of several best ways is taken there hangs on the last bit of a
-    score, and reading a number from JSON does not keep it.
+    This only occurs in unigram vocabularies. Which of several best tokenizations is chosen depends on the last bit of
+    their scores, which JSON does not preserve.
     """
     scores = [score for _, score in model["vocab"]] if model["type"] == "Unigram" else []
 
@@ -185,21 +184,21 @@ def _equals(model: Mapping[str, Any]) -> Callable[[list[int], list[int]], bool]:
     return lambda ours, theirs: bool(scores) and math.isclose(of(ours), of(theirs), rel_tol=1e-9)
 
 
-def _prove_template(template: ChatTemplate, config: Mapping[str, Any]) -> None:
+def _verify_template(template: ChatTemplate, config: Mapping[str, Any]) -> None:
     source = config.get("chat_template")
     if source is None:
         if len(template.templates) == 1 or "default" in template.templates:
-            raise _differs("the chat template is missing", template.names, None)
+            raise _differs("lack the chat template", template.names, None)
         return
     other = ChatTemplate(source, {name: text for name, text in config.items() if name.endswith("_token")})
     for here, there in zip(_prompts(template), _prompts(other), strict=True):
         if here != there:
-            raise _differs("a conversation becomes another prompt", here, there)
+            raise _differs("give a different prompt for a conversation", here, there)
 
 
 def _prompts(template: ChatTemplate) -> Iterator[str]:
-    """The prompt of each conversation; where the template refuses it, what it says."""
-    for talk in _TALK:
+    """The prompt of each conversation, or the error message if the template rejects it."""
+    for talk in _CONVERSATIONS:
         for open_answer in (True, False):
             try:
                 yield template.render(talk, add_generation_prompt=open_answer)
@@ -207,9 +206,9 @@ def _prompts(template: ChatTemplate) -> Iterator[str]:
                 yield error.cause
 
 
-def _differs(what: str, ours: object, theirs: object) -> TextProofError:
-    return TextProofError(
-        f"By the tokenizer's files for other programs {what}",
+def _differs(what: str, ours: object, theirs: object) -> TextMismatch:
+    return TextMismatch(
+        f"The tokenizer files for other programs {what}",
         "They cannot be written for this model; please report it",
-        [f"Transom: {ours!r}", f"by the files: {theirs!r}"],
+        [f"Transom: {ours!r}", f"the files: {theirs!r}"],
     )

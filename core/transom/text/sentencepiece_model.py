@@ -1,7 +1,7 @@
 """Reads a SentencePiece `tokenizer.model` without the `sentencepiece` package.
 
-The file is a protocol buffer (sentencepiece_model.proto). Seven fields of it matter, so the wire format is read here
-directly, in a few lines, instead of through generated code.
+The file is a protocol buffer (sentencepiece_model.proto). Only a few of its fields are needed, so the wire format is
+parsed directly instead of with generated code.
 """
 
 from __future__ import annotations
@@ -11,20 +11,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from transom.errors import SourceError
-from transom.text.spm import BYTE, NORMAL, SentencePieces
+from transom.text.spm import BYTE, NORMAL, SentencePieceModel
 
 _UNIGRAM, _BPE = 1, 2
 _KINDS = {1: "unigram", 2: "bpe", 3: "word", 4: "char"}
 
 
-def read_sentencepiece(path: Path) -> tuple[SentencePieces, dict[str, int]]:
+def read_sentencepiece(path: Path) -> tuple[SentencePieceModel, dict[str, int]]:
     """Read a SentencePiece model.
 
     Returns:
-        The model, and the ids it gives to "bos", "eos", "pad" where it has them.
+        The model, and its ids of "bos", "eos" and "pad", if any.
 
     Raises:
-        SourceError: not a SentencePiece model, cut short, or of a kind other than BPE and unigram.
+        SourceError: the file is not a SentencePiece model, is truncated, or is of a kind other than BPE and unigram.
     """
     try:
         data = path.read_bytes()
@@ -40,7 +40,7 @@ def read_sentencepiece(path: Path) -> tuple[SentencePieces, dict[str, int]]:
         raise SourceError(f"{path} is not a SentencePiece model, or it is damaged", fix, [str(error)]) from error
 
 
-def _parse(data: bytes, path: Path, fix: str) -> tuple[SentencePieces, dict[str, int]]:
+def _parse(data: bytes, path: Path, fix: str) -> tuple[SentencePieceModel, dict[str, int]]:
     tokens: list[str] = []
     scores: list[float] = []
     types: list[int] = []
@@ -57,15 +57,15 @@ def _parse(data: bytes, path: Path, fix: str) -> tuple[SentencePieces, dict[str,
         elif field == 3:
             normalizer.update(_fields(_bytes(value)))
     if not tokens or len(set(tokens)) != len(tokens):
-        raise ValueError("no pieces, or two of the same name")
+        raise ValueError("no pieces, or duplicate pieces")
     kind = _int(trainer.get(3, _UNIGRAM))
     if kind not in (_UNIGRAM, _BPE):
         raise SourceError(
-            f"{path} is a SentencePiece model of the kind {_KINDS.get(kind, kind)}, which cannot be built here", fix
+            f"{path} is a SentencePiece model of the kind {_KINDS.get(kind, kind)}, which Transom does not support", fix
         )
     # Field numbers of TrainerSpec: 40 to 43 are the ids, signed, with these defaults
     ids = {"bos": _int(trainer.get(41, 1)), "eos": _int(trainer.get(42, 2)), "pad": _int(trainer.get(43, -1))}
-    model = SentencePieces(
+    model = SentencePieceModel(
         tokens,
         scores,
         types,
@@ -97,7 +97,7 @@ def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
         else:
             raise ValueError(f"wire type {wire} at byte {place}")
         if place + length > len(data):
-            raise ValueError("cut short")
+            raise ValueError("truncated")
         yield tag >> 3, data[place : place + length]
         place += length
 
@@ -112,16 +112,16 @@ def _varint(data: bytes, place: int) -> tuple[int, int]:
             return value, place
         shift += 7
         if shift > 63:
-            raise ValueError(f"a number without end at byte {place}")
+            raise ValueError(f"unterminated number at byte {place}")
 
 
 def _bytes(value: int | bytes) -> bytes:
     if isinstance(value, int):
-        raise ValueError("a number where bytes belong")
+        raise ValueError("expected bytes, found a number")
     return value
 
 
 def _int(value: int | bytes) -> int:
     if isinstance(value, bytes):
-        raise ValueError("bytes where a number belongs")
+        raise ValueError("expected a number, found bytes")
     return value

@@ -1,8 +1,8 @@
-"""How tokens spell bytes: from a token's text to the bytes it stands for, one token at a time.
+"""Maps a single token's text to the bytes it stands for.
 
-The `tokenizers` package decodes whole sequences. Streaming needs each token's own bytes, so this module reads the
-decoder's description and does the same per token. A decoder it does not know has no `Spelling`; the caller then
-decodes through the package. Knows nothing of vocabularies, and imports nothing heavy.
+The `tokenizers` package decodes whole sequences. Streaming needs the bytes of each token, so this module reads the
+decoder's description and applies it per token. An unknown decoder has no `Spelling`; the caller then decodes with the
+package. Independent of vocabularies; imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's printable stand-ins for the 256 bytes (Radford et al. 2019, `bytes_to_unicode`), as character → byte."""
+    """GPT-2's printable character for each of the 256 bytes (Radford et al. 2019, `bytes_to_unicode`)."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     alphabet = {chr(byte): byte for byte in printable}
     hidden = (byte for byte in range(256) if byte not in set(printable))
@@ -26,31 +26,31 @@ def _byte_alphabet() -> dict[str, int]:
 BYTE_ALPHABET = _byte_alphabet()
 
 
-class Spelling(NamedTuple):  # a dataclass takes 2 ms more of every start
-    """The rule by which a vocabulary's tokens spell bytes."""
+class Spelling(NamedTuple):  # a dataclass would add 2 ms to every start
+    """The rule that maps a vocabulary's tokens to bytes."""
 
     byte_level: bool = False
     """Tokens are written in GPT-2's byte alphabet. Otherwise they are UTF-8 text."""
     byte_fallback: bool = False
     """A token `<0x0A>` is the byte 0x0A."""
     replacements: tuple[tuple[str, str], ...] = ()
-    """Text replaced inside tokens, in this order: SentencePiece's `▁` by a space."""
+    """Text replacements in tokens, in order, such as SentencePiece's `▁` by a space."""
     strip_start: int = 0
-    """How many spaces to drop from the start of a text: the dummy prefix that encoding had put there."""
+    """How many spaces to remove from the start of a text: the dummy prefix that encoding added."""
 
     def of_token(self, token: str) -> bytes:
         """The bytes of an ordinary token of the vocabulary."""
         if self.byte_level:
             try:
                 return bytes([BYTE_ALPHABET[character] for character in token])
-            except KeyError:  # not in the alphabet, so it is plain text: a padding entry such as "[PAD 7]" with a space
+            except KeyError:  # not in the alphabet: plain text, such as a padding entry "[PAD 7]"
                 return token.encode()
         if self.byte_fallback and (match := _BYTE_TOKEN.fullmatch(token)):
             return bytes([int(match[1], 16)])
         return self._replaced(token).encode()
 
     def of_added_token(self, token: str, *, special: bool) -> bytes:
-        """The bytes of a token that is matched as plain text, outside the model: it spells itself."""
+        """The bytes of an added token, which is matched as plain text: its own text."""
         return (token if special else self._replaced(token)).encode()
 
     def _replaced(self, text: str) -> str:
@@ -63,10 +63,10 @@ def spelling_of(decoder: bytes | str | None) -> Spelling | None:
     """Read a decoder's JSON description.
 
     Args:
-        decoder: the JSON of a `tokenizers` decoder (its pickled state), or None where there is none.
+        decoder: the JSON of a `tokenizers` decoder (its pickled state), or None if there is no decoder.
 
     Returns:
-        The rule, or None where the decoder does something that depends on neighbouring tokens in a way not known here.
+        The rule, or None if the decoder is unknown or depends on neighboring tokens in an unknown way.
     """
     if decoder is None:
         return None

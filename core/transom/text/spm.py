@@ -1,8 +1,8 @@
 """SentencePiece vocabularies as `tokenizers` objects: BPE by score, and unigram, both with byte fallback.
 
-A SentencePiece BPE model has scores in place of merges (Kudo and Richardson 2018). Merging the pair whose joint
-token scores best is the same as running merges in the order of their result's score, so the merges are made up here.
-Serves both GGUF files and `tokenizer.model` files.
+A SentencePiece BPE model has scores instead of merges (Kudo and Richardson 2018). Merging the pair whose joint token
+scores best is the same as applying merges in the order of their results' scores, so merges are derived here.
+Used for both GGUF files and `tokenizer.model` files.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 
 
 @dataclass(frozen=True)
-class SentencePieces:
-    """A SentencePiece model, wherever it was read from."""
+class SentencePieceModel:
+    """A SentencePiece model, from any file format."""
 
     tokens: Sequence[str]
-    """Index is id. Distinct."""
+    """Token texts, indexed by id. Distinct."""
     scores: Sequence[float]
     types: Sequence[int]
     kind: Literal["bpe", "unigram"] = "bpe"
@@ -37,25 +37,25 @@ class SentencePieces:
     add_space_prefix: bool = True
     remove_extra_spaces: bool = False
     charsmap: bytes = b""
-    """Precompiled normalisation rules (a Darts trie), as SentencePiece stores them."""
+    """Precompiled normalization rules (a Darts trie), as stored by SentencePiece."""
     merges: Sequence[tuple[str, str]] | None = None
-    """Where the file has merges after all; otherwise they come from the scores."""
+    """Explicit merges, if the file has them; otherwise they are derived from the scores."""
     isolate_user_defined: bool = False
-    """Cut user-defined tokens out of the normalised text here, as SentencePiece does. Otherwise the caller adds them
-    as tokens that are cut out of the text before normalisation, as llama.cpp does."""
+    """Split user-defined tokens from the normalized text, as SentencePiece does. Otherwise the caller adds them as
+    tokens that are split from the text before normalization, as llama.cpp does."""
 
 
-def build(model: SentencePieces) -> tokenizers.Tokenizer:
+def build(model: SentencePieceModel) -> tokenizers.Tokenizer:
     """The encoder and decoder, without its added tokens and post-processor."""
     from tokenizers import Tokenizer, models
 
     vocabulary = {token: index for index, token in enumerate(model.tokens)}
     unk = None if model.unk_id is None else model.tokens[model.unk_id]
-    # Byte tokens can only be used when all 256 are there
+    # Byte tokens can only be used if all 256 exist
     byte_fallback = model.byte_fallback and all(f"<0x{byte:02X}>" in vocabulary for byte in range(256))
     cut = _cut(model)
     if model.kind == "unigram":
-        # Control and byte tokens never come out of plain text; the package has no other way to say so
+        # Plain text never becomes control or byte tokens; the package has no other way to express this
         pieces = [
             (token, float(score) if kind in (NORMAL, USER_DEFINED) else _NEVER)
             for token, score, kind in zip(model.tokens, model.scores, model.types, strict=True)
@@ -79,12 +79,12 @@ def build(model: SentencePieces) -> tokenizers.Tokenizer:
     return rust
 
 
-def merges_by_score(model: SentencePieces) -> list[tuple[str, str]]:
-    """Merges in the order SentencePiece would make them: best score first, then smaller id, then longer left part.
+def merges_by_score(model: SentencePieceModel) -> list[tuple[str, str]]:
+    """Merges in SentencePiece's order: best score first, then smaller id, then longer left part.
 
-    Only normal tokens take part: control tokens can never come out of plain text, and user-defined ones are matched
-    whole before any merge. Where one token can be made of two pairs SentencePiece takes the leftmost in the text,
-    which a fixed order cannot say; the longer left part first is right wherever a character repeats.
+    Only normal tokens take part: plain text never becomes control tokens, and user-defined tokens are matched as a
+    whole before merging. If a token can result from two pairs, SentencePiece merges the leftmost in the text, which a
+    fixed order cannot express; preferring the longer left part is correct for repeated characters.
     """
     normal = {
         token: (-float(score), index)
@@ -101,24 +101,24 @@ def merges_by_score(model: SentencePieces) -> list[tuple[str, str]]:
     return [(left, right) for *_, left, right in ranked]
 
 
-def _normalizer(model: SentencePieces) -> normalizers.Normalizer:
+def _normalizer(model: SentencePieceModel) -> normalizers.Normalizer:
     from tokenizers import Regex, normalizers
 
     steps: list[normalizers.Normalizer] = []
     if model.charsmap:
         steps.append(normalizers.Precompiled(model.charsmap))
     if model.remove_extra_spaces:
-        # Only spaces count: SentencePiece leaves newlines alone
+        # Only spaces: SentencePiece does not change newlines
         steps.append(normalizers.Replace(Regex(r"\A +| +\z"), ""))
         steps.append(normalizers.Replace(Regex(" {2,}"), " "))
     if model.add_space_prefix:
-        # Always, also before a space and after a special token: as SentencePiece and llama.cpp do
+        # Also before a space and after a special token, as in SentencePiece and llama.cpp
         steps.append(normalizers.Prepend(SPACE))
     steps.append(normalizers.Replace(" ", SPACE))
     return normalizers.Sequence(steps)
 
 
-def _decoder(model: SentencePieces, byte_fallback: bool) -> decoders.Decoder:
+def _decoder(model: SentencePieceModel, byte_fallback: bool) -> decoders.Decoder:
     from tokenizers import decoders
 
     steps: list[decoders.Decoder] = [decoders.Replace(SPACE, " ")]
@@ -130,11 +130,11 @@ def _decoder(model: SentencePieces, byte_fallback: bool) -> decoders.Decoder:
     return decoders.Sequence(steps)
 
 
-def _cut(model: SentencePieces) -> pre_tokenizers.PreTokenizer | None:
-    """Makes every user-defined token in the text a word, the longest first.
+def _cut(model: SentencePieceModel) -> pre_tokenizers.PreTokenizer | None:
+    """A pre-tokenizer that makes every user-defined token in the text a word, longest first.
 
-    Such words are then taken whole, so a control token spelled out in the text must not be a word: the last
-    alternatives cut it after its first character.
+    Such words become one token, so a control token that is spelled out in the text must not be a word: the last
+    alternatives split it after its first character.
     """
     from tokenizers import Regex, pre_tokenizers
 

@@ -1,8 +1,8 @@
-"""The Jinja environment chat templates run in: what transformers gives them, and no way to hang or fill the memory.
+"""The Jinja environment in which chat templates run: that of transformers, with limits on time and memory.
 
-A chat template is a program that came with a downloaded file. Jinja's immutable sandbox keeps it from Python's
-internals; it does not keep it from looping over loops or doubling a string forty times. So every loop and macro looks
-at a clock, and every way of making a long string looks at a length. Imported only when a template is rendered.
+A chat template is a program from a downloaded file. Jinja's immutable sandbox protects Python's internals, but does not
+prevent nested loops or doubling a string forty times. So every loop and macro checks the time, and every operation that
+can make a long string checks its length. Imported only when a template is rendered.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
 MAX_LENGTH = 1 << 24
-"""Characters or elements that anything a template makes may have: far above any prompt, far below a full memory."""
+"""Maximum length of any string or list that a template makes: far above any prompt, far below available memory."""
 _MAX_BITS = 1 << 16
 _WIDTH = re.compile(r"\d{6,}|\*")
 _MAKES_LENGTH = frozenset({"center", "expandtabs", "ljust", "rjust", "zfill"})
@@ -40,12 +40,12 @@ class TemplateLimit(TemplateRuntimeError):
 
 
 class TemplateRefusal(TemplateRuntimeError):
-    """The template called `raise_exception`: the messages are not what it takes."""
+    """The template called `raise_exception`: it does not accept the messages."""
 
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Render inside this. Raises `TemplateLimit` out of the template when the time is over."""
+    """Context for rendering. The template raises `TemplateLimit` when the time is over."""
     token = _deadline.set(time.monotonic() + seconds)
     try:
         yield
@@ -54,7 +54,7 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
-    """Chat templates' environment: the settings, filters, functions and tags of transformers, within limits."""
+    """The settings, filters, functions and tags of transformers' template environment, with limits."""
 
     intercepted_binops = frozenset({"+", "*", "**", "%"})
 
@@ -69,21 +69,21 @@ class Sandbox(ImmutableSandboxedEnvironment):
         )
 
     def tick(self) -> str:
-        """Called by the template on every turn of a loop and every call of a macro."""
+        """Called by the template in every loop iteration and every macro call."""
         if time.monotonic() > _deadline.get():
             raise TemplateLimit("it runs too long")
         return ""
 
     @staticmethod
     def bounded(value: Any) -> Any:
-        """Passes on what is not too long."""
+        """The value, unless it is too long."""
         if isinstance(value, str | list | tuple) and len(value) > MAX_LENGTH:
             raise TemplateLimit("it makes a text or list that is too long")
         return value
 
     @staticmethod
     def concat(parts: Iterable[str]) -> str:
-        """What joins the pieces of the whole output, of a macro and of a `{% set %}` block."""
+        """Joins the pieces of the output, of a macro and of a `{% set %}` block."""
         pieces = list(parts)
         if sum(map(len, pieces)) > MAX_LENGTH:
             raise TemplateLimit("it makes a text that is too long")
@@ -108,7 +108,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
 
 class _Checks(NodeTransformer):
-    """Puts the clock into every loop and macro, and the length check around every `~`."""
+    """Inserts the time check into every loop and macro, and the length check around every `~`."""
 
     def _with_tick(self, node: Any) -> Any:
         self.generic_visit(node)
@@ -124,7 +124,7 @@ class _Checks(NodeTransformer):
 
 
 class _Generation(Extension):
-    """`{% generation %}…{% endgeneration %}` marks what the assistant wrote, for training. Here it only passes on."""
+    """`{% generation %}…{% endgeneration %}` marks the assistant's text for training. It has no effect here."""
 
     tags = {"generation"}  # noqa: RUF012 - Jinja's own declaration
 
@@ -135,7 +135,7 @@ class _Generation(Extension):
 
 
 class _Namespace(Namespace):
-    """`namespace(...)` without names of Python's internals."""
+    """`namespace(...)` that does not allow names of Python's internals."""
 
     def __init__(*args: Any, **kwargs: Any) -> None:  # `self` may be one of the names, as in Jinja's own
         self, args = args[0], args[1:]
@@ -161,11 +161,11 @@ class _Dict:
 
 def _check_name(name: object) -> None:
     if isinstance(name, str) and name.startswith("_"):
-        raise SecurityError(f"a namespace may not hold the name {name!r}")
+        raise SecurityError(f"a namespace may not contain the name {name!r}")
 
 
 def _check_operation(operator: str, left: Any, right: Any) -> None:
-    """Refuse before computing, where computing is the harm."""
+    """Refuse operations whose computation alone would exceed the limits."""
     if operator == "%":
         if isinstance(left, str) and _WIDTH.search(left):
             raise TemplateLimit("it asks for a field that is too wide")
@@ -207,7 +207,7 @@ def _check_join(separator: str, items: list[Any] | tuple[Any, ...]) -> None:
 
 
 def _limited_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(function)  # keeps Jinja's mark that says whether the context is passed
+    @functools.wraps(function)  # keeps Jinja's marker for passing the context
     def limited(*args: Any, **kwargs: Any) -> Any:
         own = list(args[1:] if hasattr(function, "jinja_pass_arg") else args)
         if any(isinstance(value, int) and value > MAX_LENGTH for value in [*own, *kwargs.values()]):
@@ -226,7 +226,7 @@ def _limited_filter(name: str, function: Callable[..., Any]) -> Callable[..., An
 def _tojson(
     value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
 ) -> str:
-    # Jinja's own escapes HTML, which models have never seen
+    # Jinja's own filter escapes HTML, unlike the prompts in training
     if isinstance(indent, int) and indent > 64:
         raise TemplateLimit("it asks for an indent that is too wide")
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

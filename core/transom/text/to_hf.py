@@ -1,19 +1,19 @@
-"""A tokenizer and a chat template as the files that other programs read: Hugging Face's form.
+"""Writes a tokenizer and a chat template as the Hugging Face files that other programs read.
 
-`transformers`, the `tokenizers` package in every language, and ONNX Runtime GenAI take them as they are. The last does
-not run what `tokenizer.json` says: it has a tokenizer of its own (onnxruntime-extensions, operators/tokenizer) that
-picks a few keys out of the file and passes over the others in silence. So the file is written here in a form that
-means the same to `tokenizers` and is understood there:
+`transformers`, the `tokenizers` package in every language, and ONNX Runtime GenAI read these files. GenAI does not
+execute `tokenizer.json` as specified: its own tokenizer (onnxruntime-extensions, operators/tokenizer) reads a few keys
+and silently ignores the others. So the file is written in a form that means the same to `tokenizers` and is also
+understood by GenAI:
 
-- `ByteLevel` with its pattern, and `Digits`, become `Split` with the pattern written out: of a sequence it reads the
-  `Split`s alone, and cut Python's indentation otherwise than the model had learnt it;
-- a SentencePiece vocabulary gets `tokenizer_module.json`, which that tokenizer alone reads, with a class name by which
-  it does not cut words out of the text with the pattern of Llama 3 first;
-- a `Metaspace` decoder is put into a sequence, since alone it is not seen, and says of its dummy prefix what older
-  files say.
+- `ByteLevel` with its pattern, and `Digits`, become `Split` with an explicit pattern. In a sequence, GenAI reads only
+  `Split`, and would split Python's indentation differently from the model's training;
+- a SentencePiece vocabulary gets `tokenizer_module.json`, which only GenAI's tokenizer reads. Its class name prevents
+  GenAI from splitting the text with the pattern of Llama 3 first;
+- a `Metaspace` decoder is wrapped in a sequence, since GenAI ignores it otherwise, and describes its dummy prefix with
+  the key of older files.
 
-What remains different there (texts that are not in a model's normal form, unigram vocabularies, a NUL) can be counted
-with `transom.text.proving.compare`.
+`transom.text.proving.compare` counts the remaining differences (texts that are not in a model's normal form, unigram
+vocabularies, NUL).
 """
 
 from __future__ import annotations
@@ -31,30 +31,30 @@ from transom.text.tokenizer import Tokenizer
 TOKENIZER = "tokenizer.json"
 CONFIG = "tokenizer_config.json"
 MODULE = "tokenizer_module.json"
-"""Read by onnxruntime-extensions after `tokenizer_config.json`, and by nobody else."""
+"""Read only by onnxruntime-extensions, after `tokenizer_config.json`."""
 
 CLASS = "PreTrainedTokenizerFast"
-"""What everybody knows as "all of it is in tokenizer.json"."""
+"""The class that means "tokenizer.json contains everything"."""
 _MODULE_CLASS = "GemmaTokenizer"
-"""There, of all SentencePiece vocabularies, only Gemma's is not cut by a pattern first."""
+"""The only SentencePiece class for which onnxruntime-extensions does not split text with a pattern first."""
 
 
 def hf_files(tokenizer: Tokenizer, template: ChatTemplate | None, generation: GenerationDefaults) -> dict[str, bytes]:
     """The files by name: `tokenizer.json`, `tokenizer_config.json`, and for some vocabularies `tokenizer_module.json`.
 
     Args:
-        tokenizer: of the model.
-        template: its chat template. Of several only the default is written, since GenAI takes one text and no list; of
-            several without a default none.
-        generation: names the end and padding tokens where the tokenizer has none.
+        tokenizer: the model's tokenizer.
+        template: its chat template. Only the default template is written, since GenAI does not support lists; none if
+            there are several without a default.
+        generation: provides the end and padding tokens if the tokenizer has none.
     """
     description = json.loads(tokenizer.to_json())
-    spoken = _spoken(description)
+    adapted = _for_genai(description)
     files = {
-        TOKENIZER: _dump(spoken),
+        TOKENIZER: _dump(adapted),
         CONFIG: _dump(_config(tokenizer, template, generation)),
     }
-    if _is_sentencepiece(spoken):
+    if _is_sentencepiece(adapted):
         files[MODULE] = _dump({"tokenizer_class": _MODULE_CLASS})
     return files
 
@@ -62,10 +62,10 @@ def hf_files(tokenizer: Tokenizer, template: ChatTemplate | None, generation: Ge
 # ---------------------------------------------------------------------------------------------------- tokenizer.json
 
 
-def _spoken(description: dict[str, Any]) -> dict[str, Any]:
-    """The same tokenizer in the words that GenAI's knows."""
+def _for_genai(description: dict[str, Any]) -> dict[str, Any]:
+    """The same tokenizer, in the form that GenAI supports."""
     changed = {**description, "truncation": None, "padding": None}
-    steps = [spoken for step in _steps(changed["pre_tokenizer"], "pretokenizers") for spoken in _as_splits(step)]
+    steps = [adapted for step in _steps(changed["pre_tokenizer"], "pretokenizers") for adapted in _as_splits(step)]
     decoders = list(_steps(changed["decoder"], "decoders"))
     if steps:
         changed["pre_tokenizer"] = steps[0] if len(steps) == 1 else {"type": "Sequence", "pretokenizers": steps}
@@ -75,7 +75,7 @@ def _spoken(description: dict[str, Any]) -> dict[str, Any]:
 
 
 def _as_splits(step: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """A step of a pre-tokenizer with its patterns written out."""
+    """A step of a pre-tokenizer, with explicit patterns."""
     if step["type"] == "Digits":
         yield _split(r"\p{N}" if step["individual_digits"] else r"\p{N}+")
     elif step["type"] == "ByteLevel" and step["use_regex"] and not step["add_prefix_space"]:
@@ -86,7 +86,7 @@ def _as_splits(step: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _with_prefix(step: dict[str, Any]) -> dict[str, Any]:
-    """A step of a decoder; a `Metaspace` with the key that older files have in place of `prepend_scheme`."""
+    """A step of a decoder; `Metaspace` also gets the key that older files have instead of `prepend_scheme`."""
     if step["type"] != "Metaspace":
         return step
     return {**step, "add_prefix_space": step.get("prepend_scheme") != "never"}
@@ -97,7 +97,7 @@ def _split(pattern: str) -> dict[str, Any]:
 
 
 def _steps(part: dict[str, Any] | None, inside: str) -> Iterator[dict[str, Any]]:
-    """The steps of a component, sequences opened."""
+    """The steps of a component, with nested sequences flattened."""
     if part is None:
         return
     if part["type"] == "Sequence":
@@ -108,7 +108,7 @@ def _steps(part: dict[str, Any] | None, inside: str) -> Iterator[dict[str, Any]]
 
 
 def _is_sentencepiece(description: Mapping[str, Any]) -> bool:
-    """BPE over text with `▁` for spaces, by what its decoder puts back."""
+    """Whether this is BPE over text with `▁` for spaces, judging by its decoder."""
     return description["model"]["type"] == "BPE" and any(
         step.get("pattern", {}).get("String") == SPACE or step.get("replacement") == SPACE
         for step in _steps(description["decoder"], "decoders")
@@ -120,7 +120,7 @@ def _is_sentencepiece(description: Mapping[str, Any]) -> bool:
 
 def _config(tokenizer: Tokenizer, template: ChatTemplate | None, generation: GenerationDefaults) -> dict[str, Any]:
     config: dict[str, Any] = {"tokenizer_class": CLASS, "clean_up_tokenization_spaces": False}
-    if template is not None:  # templates may refer to tokens of the model's own, such as `image_token`
+    if template is not None:  # templates may use tokens that are specific to the model, such as `image_token`
         named = template.variables.items()
         config.update({name: text for name, text in named if name.endswith("_token") and isinstance(text, str)})
     config.update(tokenizer.special_tokens)
@@ -128,7 +128,7 @@ def _config(tokenizer: Tokenizer, template: ChatTemplate | None, generation: Gen
         text = None if token is None else tokenizer.id_to_token(token)
         if text is not None:
             config.setdefault(f"{role}_token", text)
-    if _only_its_ends(tokenizer):  # otherwise the post-processor knows better than these two
+    if _only_its_ends(tokenizer):  # otherwise only the post-processor can express it
         config |= {"add_bos_token": tokenizer.add_bos, "add_eos_token": tokenizer.add_eos}
     if template is not None and (source := _default(template)) is not None:
         config["chat_template"] = source
@@ -136,7 +136,7 @@ def _config(tokenizer: Tokenizer, template: ChatTemplate | None, generation: Gen
 
 
 def _only_its_ends(tokenizer: Tokenizer) -> bool:
-    """Whether what `encode` adds to a text is its beginning and end token and nothing else."""
+    """Whether `encode` adds only the beginning and end token to a text."""
     before = [tokenizer.bos_id] if tokenizer.add_bos else []
     after = [tokenizer.eos_id] if tokenizer.add_eos else []
     return tokenizer.encode("a") == [*before, *tokenizer.encode("a", add_special=False), *after]

@@ -1,8 +1,8 @@
-"""The tokenizer: text to token ids and back, on the `tokenizers` package.
+"""The tokenizer: text to token ids and back, based on the `tokenizers` package.
 
-Everything about encoding, special tokens at the ends included, lives in the wrapped object, so that one file brings
-it all back. Decoding is done on bytes (`transom.text.spelling`): a stream and a whole decode alike, and nothing is
-tidied up afterwards, so text that was encoded comes back as it was.
+The wrapped object contains everything about encoding, including the special tokens at the ends, so one file restores
+it. Decoding works on bytes (`transom.text.spelling`), for streams as for whole texts, without any cleanup, so encoded
+text is restored exactly.
 
 On the warm start-up path: `load` reads one file and builds nothing in Python.
 """
@@ -29,7 +29,7 @@ _FORMAT_VERSION = 1
 
 
 class SpecialIds(NamedTuple):
-    """The ids with a role, None where the model has none, and which of them `encode` adds by itself."""
+    """The ids of tokens with a role (None if the model has none), and which of them `encode` adds."""
 
     bos: int | None = None
     eos: int | None = None
@@ -40,11 +40,11 @@ class SpecialIds(NamedTuple):
 
 
 class TokenPiece(NamedTuple):
-    """One token of an encoded text, for showing."""
+    """One token of an encoded text, for display."""
 
     id: int
     text: str
-    """Its own text; U+FFFD where it is part of a character."""
+    """The token's text; U+FFFD for a part of a character."""
     data: bytes
     special: bool
 
@@ -53,16 +53,16 @@ class Tokenizer:
     """Text to token ids and back.
 
     Args:
-        rust: the encoder; its post-processor must add the special tokens that `ids` says are added.
-            Truncation and padding are switched off.
-        ids: the ids with a role.
-        vocabulary_size: one more than the largest id. Counted where not given, which costs a pass over the vocabulary.
+        rust: the encoder. Its post-processor must add the special tokens that `ids` states. Truncation and padding are
+            disabled.
+        ids: the ids of tokens with a role.
+        vocabulary_size: one more than the largest id; None: computed, which takes a pass over the vocabulary.
 
-    Methods may be called from several threads at once.
+    Methods may be called from several threads concurrently.
     """
 
     def __init__(self, rust: tokenizers.Tokenizer, ids: SpecialIds, vocabulary_size: int | None = None) -> None:
-        # A tokenizer.json may carry its trainer's settings; a prompt cut short in silence is the worst answer.
+        # A tokenizer.json may contain its trainer's settings, which would silently truncate prompts.
         rust.no_truncation()
         rust.no_padding()
         if vocabulary_size is None:
@@ -79,17 +79,17 @@ class Tokenizer:
 
         Args:
             text: any Unicode text; may be empty.
-            add_special: add the beginning and end tokens the model was trained with (`add_bos`, `add_eos`). A
-                rendered chat template already holds them: pass False.
-            parse_special: read `<|im_end|>` and the like in the text as special tokens. Pass False for text that a
-                user may have written, and it is spelled out instead.
+            add_special: add the beginning and end tokens that the model was trained with (`add_bos`, `add_eos`). Pass
+                False for a rendered chat template, which already contains them.
+            parse_special: parse `<|im_end|>` and the like in the text as special tokens. With False, for untrusted
+                text, they are encoded as plain text.
 
         Raises:
-            OptionError: the text is not a `str`, or holds surrogates, as bytes that are not UTF-8 leave behind.
+            OptionError: the text is not a `str`, or contains surrogates (from bytes that are not UTF-8).
         """
         _check_text(text)
         with self._lock:
-            if self._rust.encode_special_tokens == parse_special:  # the property says "encode them as plain text"
+            if self._rust.encode_special_tokens == parse_special:  # the property means "encode them as plain text"
                 self._rust.encode_special_tokens = not parse_special
             return list(self._rust.encode(text, add_special_tokens=add_special).ids)
 
@@ -104,13 +104,13 @@ class Tokenizer:
     # ---------------------------------------------------------------- decoding
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True, continues: bool = False) -> str:
-        """Text of token ids. Bytes that are no UTF-8 become U+FFFD; an id without a token yields nothing.
+        """Text of token ids. Bytes that are not UTF-8 become U+FFFD; an id without a token has no text.
 
         Args:
             ids: token ids, each 0 or more.
-            skip_special: leave special tokens out.
-            continues: the ids go on from text before them, so a leading space is theirs. Without it, the dummy space
-                that some vocabularies put before a text is dropped.
+            skip_special: omit special tokens.
+            continues: the ids continue an earlier text, so keep a leading space. Without it, the dummy space that some
+                vocabularies add before a text is removed.
 
         Raises:
             OptionError: an id is negative.
@@ -126,14 +126,14 @@ class Tokenizer:
         return data.decode("utf-8", "replace")
 
     def stream(self, *, skip_special: bool = True, continues: bool = False) -> Detokenizer:
-        """A new incremental detokenizer; the arguments are those of `decode`, and so is the concatenated text."""
+        """A new incremental detokenizer. Arguments and concatenated text are those of `decode`."""
         skip = self.special_ids if skip_special else frozenset[int]()
         if self.spelling is None:
             return WindowDetokenizer(self._decode_whole, skip)
         return ByteDetokenizer(self._pieces, skip, 0 if continues else self.spelling.strip_start)
 
     def token_bytes(self, token: int) -> bytes:
-        """The bytes a token stands for, special tokens by their own text; empty for an id without a token.
+        """The bytes that a token stands for (the text of a special token); empty for an id without a token.
 
         Raises:
             OptionError: the id is negative.
@@ -141,12 +141,12 @@ class Tokenizer:
         return self._pieces[token]
 
     def token_to_id(self, token: str) -> int | None:
-        """The id of a token, given as the vocabulary writes it, or None."""
+        """The id of a token, as spelled in the vocabulary, or None."""
         found: int | None = self._rust.token_to_id(token)
         return found
 
     def id_to_token(self, token: int) -> str | None:
-        """The token of an id, as the vocabulary writes it, or None."""
+        """The token of an id, as spelled in the vocabulary, or None."""
         found: str | None = self._rust.id_to_token(token) if 0 <= token < 1 << 32 else None
         return found
 
@@ -154,7 +154,7 @@ class Tokenizer:
 
     @property
     def vocabulary_size(self) -> int:
-        """One more than the largest id that has a token. A model's logits may be wider."""
+        """One more than the largest id with a token. A model's logits may be wider."""
         return self._vocabulary_size
 
     @property
@@ -163,7 +163,7 @@ class Tokenizer:
 
     @property
     def eos_id(self) -> int | None:
-        """The end-of-text token. Where generation ends is `GenerationDefaults.eos_ids`."""
+        """The end-of-text token. `GenerationDefaults.eos_ids` states which tokens end generation."""
         return self._ids.eos
 
     @property
@@ -186,19 +186,19 @@ class Tokenizer:
 
     @cached_property
     def special_ids(self) -> frozenset[int]:
-        """Ids of control tokens: never text, skipped by `decode`."""
+        """Ids of control tokens, which are never text and which `decode` skips."""
         return frozenset(token for token, added in self._added.items() if added.special)
 
     @property
     def special_tokens(self) -> dict[str, str]:
-        """The variables chat templates expect: `bos_token`, `eos_token`, `unk_token`, `pad_token`, where they exist."""
+        """Variables for chat templates: `bos_token`, `eos_token`, `unk_token`, `pad_token`, as far as they exist."""
         roles = {"bos": self._ids.bos, "eos": self._ids.eos, "unk": self._ids.unk, "pad": self._ids.pad}
         texts = {role: self.id_to_token(token) for role, token in roles.items() if token is not None}
         return {f"{role}_token": text for role, text in texts.items() if text is not None}
 
     @cached_property
     def spelling(self) -> Spelling | None:
-        """How tokens spell bytes, or None where tokens have no bytes of their own."""
+        """The rule that maps tokens to bytes, or None if there is none."""
         decoder = self._rust.decoder
         return None if decoder is None else spelling_of(decoder.__getstate__())
 
@@ -214,7 +214,7 @@ class Tokenizer:
     # ---------------------------------------------------------------- files
 
     def header(self) -> str:
-        """What a `tokenizer.json` does not say, as JSON."""
+        """The facts that `tokenizer.json` does not contain, as JSON."""
         return json.dumps(
             {
                 "format": _FORMAT,
@@ -225,7 +225,7 @@ class Tokenizer:
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the compact form that `load` reads, in one step.
+        """Write the compact form that `load` reads. The file is replaced atomically.
 
         Raises:
             OSError: the file cannot be written.
@@ -236,7 +236,7 @@ class Tokenizer:
         handle, temporary = tempfile.mkstemp(prefix=path.name, suffix=".part", dir=path.parent)
         try:
             with os.fdopen(handle, "wb") as file:
-                file.write(self.header().encode() + b"\n" + _quick_json(self.to_json()).encode())
+                file.write(self.header().encode() + b"\n" + _compact_json(self.to_json()).encode())
             os.replace(temporary, path)
         except BaseException:
             os.unlink(temporary)
@@ -247,28 +247,28 @@ class Tokenizer:
         """Read what `save` wrote.
 
         Raises:
-            SourceError: no such file, another format, or a damaged one.
+            SourceError: the file is missing, has another format or is damaged.
         """
         try:
             header, _, body = Path(path).read_bytes().partition(b"\n")
         except OSError as error:
             raise SourceError(f"{path} cannot be read: {error.strerror}", "Check the path") from error
-        return cls.joined(header, body, path)
+        return cls.from_parts(header, body, path)
 
     @classmethod
-    def joined(cls, header: bytes, body: bytes, path: str | os.PathLike[str]) -> Tokenizer:
-        """Put together what `header` and `to_json` gave.
+    def from_parts(cls, header: bytes, body: bytes, path: str | os.PathLike[str]) -> Tokenizer:
+        """Restore a tokenizer from the results of `header` and `to_json`.
 
         Args:
-            path: where the text was, for errors.
+            path: their file, for error messages.
 
         Raises:
-            SourceError: one of them is of another format, or damaged.
+            SourceError: one of them has another format or is damaged.
         """
         from tokenizers import Tokenizer as Rust
 
         damaged = f"{path} is not a tokenizer that Transom wrote, or it is damaged"
-        fix = "Delete it, and it is made again from the model"
+        fix = "Delete it; it will be created again from the model"
         try:
             facts: dict[str, Any] = json.loads(header)
             if facts["format"] != _FORMAT or facts["version"] != _FORMAT_VERSION:
@@ -300,7 +300,7 @@ class Tokenizer:
 
 
 class _Pieces(dict[int, bytes]):
-    """Id → bytes, filled as asked: a run touches few of a vocabulary's tokens."""
+    """Bytes by id, computed on demand: a run uses few of a vocabulary's tokens."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -322,10 +322,10 @@ class _Pieces(dict[int, bytes]):
         return piece
 
 
-def _quick_json(description: str) -> str:
-    """A tokenizer.json in the form that is quickest to read: merges as text, as they were in older files.
+def _compact_json(description: str) -> str:
+    """A tokenizer.json in the form that loads fastest: merges as text, as in older files.
 
-    That saves a quarter of the time; a binary form that hands the vocabulary to the package saves no more.
+    This saves a quarter of the time; a binary form of the vocabulary would not save more.
     """
     whole = json.loads(description)
     merges = whole["model"].get("merges")

@@ -100,7 +100,7 @@ def sentencepiece(rng: np.random.Generator, **more: Any) -> Tokenizer:
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *chosen]
     scores = [0.0] * 259 + [float(-score) for score in rng.permutation(len(chosen))]
     types = [spm.UNKNOWN, spm.CONTROL, spm.CONTROL, *[spm.BYTE] * 256, *[spm.NORMAL] * len(chosen)]
-    tokenizer = spm.build(spm.SentencePieces(tokens, scores, types, **more))
+    tokenizer = spm.build(spm.SentencePieceModel(tokens, scores, types, **more))
     tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in ("<unk>", "<s>", "</s>")])
     return tokenizer
 
