@@ -1,4 +1,4 @@
-"""Lets the tests import the fakes beside them."""
+"""Makes the fakes in this folder importable."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How tests drive an engine by hand: requests with samplers, their answers, and what the answers must be."""
+"""Drives an engine by hand in tests: requests with samplers, their answers, and the expected answers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transom.generation.sampling import Sampler
 
 
 def alone(session: FakeSession, prompt: Sequence[int], params: SamplingParams, count: int) -> list[list[int]]:
-    """What each answer must be, without engine, cache or batch."""
+    """The expected answers, computed without engine, cache or batch."""
     answers = []
     for index in range(params.n):
         sampler = Sampler(params, session.vocabulary, prompt=prompt, index=index)
@@ -40,7 +40,7 @@ def read(engine: Engine, asked: Request) -> list[list[int]]:
 
 
 def settled(session: FakeSession, engine: Engine) -> None:
-    """Nothing leaked but what is kept on purpose, and no promise was broken."""
+    """Check that nothing leaked, except what is kept on purpose, and that the session's rules were followed."""
     assert session.violations == []
     if not engine.closed:
         assert len(session.live) == engine.kept

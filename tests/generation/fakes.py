@@ -1,4 +1,4 @@
-"""A made-up decoder, tokenizer and chat template for tests of the runtime: tiny, deterministic, strict, breakable.
+"""A fake decoder, tokenizer and chat template for tests of generation: tiny, deterministic, strict, breakable.
 
 `FakeSession` computes logits from a hash of all tokens before, so that a wrong, lost or doubled token changes all that
 comes after. It checks every promise that the host makes to a session: limits, static shapes, one thread at a time, no
@@ -31,7 +31,7 @@ def next_hash(state: int, token: int) -> int:
 
 
 def logits_after(tokens: Iterable[int], vocabulary: int, spread: float = 3.0) -> np.ndarray:
-    """float32 [vocabulary]: what the fake model says after these tokens."""
+    """float32 [vocabulary]: the fake model's logits after these tokens."""
     state = 1
     for token in tokens:
         state = next_hash(state, token)
@@ -144,7 +144,7 @@ class FakeSession:
         self.total_pages = self.free_pages = pages
         self.live: set[FakeState] = set()
         self.steps: list[list[tuple[int, str]]] = []
-        """(tokens, logits) of each work of each step that succeeded."""
+        """(tokens, logits) of each work item of each successful step."""
         self.forks = 0
         self.refused_steps = 0
         self.closed = 0
@@ -260,7 +260,7 @@ class FakeSession:
 
 
 class _Serialised:
-    """Notices calls from two threads at once."""
+    """Detects concurrent calls from two threads."""
 
     def __init__(self, session: FakeSession) -> None:
         self.session = session
@@ -288,7 +288,7 @@ _SPECIAL = {"<s>": BOS, "</s>": EOS, "<|im_end|>": END_OF_TURN}
 
 
 class ByteTokenizer:
-    """One token for each byte, three special ones."""
+    """One token per byte, and three special ones."""
 
     bos_id, eos_id = BOS, EOS
     vocabulary_size = BYTE_VOCABULARY
@@ -323,7 +323,7 @@ class ByteTokenizer:
 
 
 class Script:
-    """Logits that make a `FakeSession` say given tokens after a prompt, however it is cut: for tests of text."""
+    """Logits that make a `FakeSession` generate given tokens after a prompt, for any split into steps."""
 
     def __init__(self, session: FakeSession, prompt: Sequence[int], says: Sequence[int]) -> None:
         self.prompt, self.says = list(prompt), list(says)
@@ -357,7 +357,7 @@ def fake_decoder(vocabulary: int, context: int = 512) -> Decoder:
 
 
 def loaded(session: FakeSession, *, text: bool = True, **changes: Any) -> Loaded:
-    """A `Loaded` around a fake session; with text, its vocabulary must be BYTE_VOCABULARY."""
+    """A `Loaded` with a fake session; with text, its vocabulary must be BYTE_VOCABULARY."""
     made = Loaded(
         session=session,
         report=Report("fake-model", "fake", CPU, "it is the only one"),

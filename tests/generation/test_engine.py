@@ -1,4 +1,4 @@
-"""The engine: many generations on one session come out as each would alone, whatever goes wrong around them.
+"""The engine: concurrent generations give the same results as each one alone, also when others fail.
 
 Draws: what is compared must be equal, whatever the numbers are.
 """
@@ -257,7 +257,7 @@ def test_a_pool_without_pages_that_fills_up_makes_others_wait_too() -> None:
     for i, one in enumerate(asked):
         assert read(engine, one) == alone(session, [i] * 10, SamplingParams(), 20)
     settled(session, engine)
-    assert len(session.steps) < 50  # one that gave way comes back as soon as another has ended
+    assert len(session.steps) < 50  # a preempted one resumes as soon as another has ended
 
 
 def test_a_sequence_that_does_not_fit_alone_says_so_and_others_go_on() -> None:

@@ -1,4 +1,4 @@
-"""Guided output always parses and fits, even where the model's logits are noise.
+"""Guided output always parses and matches, even if the model's logits are noise.
 
 Draws: whatever noise is generated must fit the grammar.
 """

@@ -1,4 +1,4 @@
-"""Generations that are cancelled, interrupted by Ctrl-C or closed under way end at once and disturb no others."""
+"""Generations that are cancelled, interrupted by Ctrl-C or closed end at once and do not affect others."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def test_the_lead_passes_on_when_the_one_who_was_to_lead_is_cancelled() -> None:
             thread.start()
         while not all(one.wake for one in asked):
             time.sleep(0.001)
-        engine._exclusive += 1  # nobody is to be woken by the end of this block
+        engine._exclusive += 1  # the end of this block must wake no one
     with engine._lock:
         engine._exclusive -= 1
         engine._hand_over()  # to the first, who is cancelled before it can wake up

@@ -1,4 +1,4 @@
-"""`Model`: text in, text out, and every wrong use answered by one clear sentence.
+"""`Model`: text in, text out, and one clear sentence for every wrong use.
 
 Draws: what is compared must be equal, whatever the numbers are.
 """
@@ -428,7 +428,7 @@ def test_logits_are_those_of_every_prefix() -> None:
 
 
 def test_logits_go_when_nobody_holds_them() -> None:
-    """For 16384 tokens they are gigabytes: more than one set must not wait for Python to look for cycles."""
+    """For 16384 tokens they are gigabytes, which must not wait for the garbage collector."""
     model = Model(loaded(FakeSession(), text=False))
     gc.disable()
     try:

@@ -1,4 +1,4 @@
-"""What a caller may ask: wrong values are named with their range, and defaults come from where they should."""
+"""Sampling options: errors name the value and its range, and defaults have the documented precedence."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Caches that are kept of ended sequences: what is taken up, what is not, and that no answer changes.
+"""Caches of ended sequences: which are reused, which are not, and that no answer changes.
 
 Draws: what is compared must be equal, whatever the numbers are.
 """
@@ -36,7 +36,7 @@ def _steps(session: FakeSession) -> list[int]:
 
 
 def _answer(engine: Engine, session: FakeSession, prompt: list[int], **options: Any) -> tuple[list[int], int]:
-    """An answer of three tokens, and how many tokens of the prompt were not read."""
+    """An answer of three tokens, and how many tokens of the prompt were cached."""
     asked = request(session, prompt, GREEDY, 3, **options)
     engine.submit(asked)
     (answer,) = read(engine, asked)
@@ -119,7 +119,7 @@ def test_an_unrelated_prompt_leaves_little_of_what_is_kept() -> None:
 def test_a_last_step_has_as_few_tokens_as_it_would_have_had() -> None:
     kept = PrefixCache(4, 64, 1000)
     assert kept._usable(150, 200, selects_keys=False) == 148
-    assert kept._usable(150, 195, selects_keys=False) == 128  # read anew, its last step has three tokens
+    assert kept._usable(150, 195, selects_keys=False) == 128  # without reuse, its last step has three tokens
     assert kept._usable(150, 218, selects_keys=False) == 144  # 218 - 148 would leave a last step of six
     assert kept._usable(150, 200, selects_keys=True) == 128
     assert kept._usable(200, 200, selects_keys=False) == 192
@@ -153,7 +153,7 @@ def test_closing_frees_what_is_kept() -> None:
 
 
 class SavingFake(FakeSession):
-    """Raises what it is told to when a state is restored."""
+    """Raises a given error when a state is restored."""
 
     problem: Exception
 

@@ -1,4 +1,4 @@
-"""The runtime with a tokenizer as models have it: byte-level BPE, special tokens, tokens of several characters."""
+"""Generation with a realistic tokenizer: byte-level BPE, special tokens, tokens of several characters."""
 
 from __future__ import annotations
 

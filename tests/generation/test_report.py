@@ -1,4 +1,4 @@
-"""The report tells people and programs what runs the model, and why."""
+"""The report states what runs the model and why, human-readable and machine-readable."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The sampler chooses what a plain, slow implementation and transformers' own processors would choose.
+"""The sampler agrees with a plain, slow implementation and with transformers' processors.
 
 Draws: probabilities are measured on an even grid, so they are off by one step of it and by one token at the edge of a
 nucleus.
@@ -53,7 +53,7 @@ def plain_probabilities(row: Any, params: SamplingParams, prompt: list[int], out
 
 
 def measured_probabilities(row: Any, params: SamplingParams, prompt: list[int], output: list[int]) -> np.ndarray:
-    """The distribution that the sampler draws from, by giving it evenly spread numbers in place of random ones."""
+    """The distribution that the sampler draws from, from evenly spread numbers instead of random ones."""
     sampler = Sampler(params, VOCABULARY, prompt=prompt)
     if sampler._penalties is not None:
         for token in output:
@@ -210,7 +210,7 @@ def test_a_seed_gives_the_same_tokens_again_and_another_index_others(rng: np.ran
 
 
 def test_seeds_mean_the_same_numbers_in_every_release() -> None:
-    # The random numbers are promised; float arithmetic on probabilities is as good as the machine's.
+    # The random numbers are guaranteed; float arithmetic on probabilities depends on the machine.
     assert random.Random((0 << 64) | 42).random() == 0.6394267984578837
     row = np.zeros(1000, dtype=np.float32)
     sampler = Sampler(SamplingParams(temperature=1.0, seed=42), 1000)

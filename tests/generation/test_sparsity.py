@@ -1,4 +1,4 @@
-"""Policies and counts on their way through the engine: every step has its request's policy, and no read is lost.
+"""Policies and counts in the engine: every step has its request's policy, and no count is lost.
 
 Draws: what is compared must be equal, whatever the numbers are.
 """
@@ -23,7 +23,7 @@ POLICY = Sparsity(0.5)
 
 
 class CountingSession(FakeSession):
-    """Counts a read for each token of a step, and two that dense attention would have made; remembers policies."""
+    """Counts one key read, of two, per token of a step; records policies."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"vocabulary": 259, **options})
@@ -128,7 +128,7 @@ def test_counts_that_fail_are_an_error_and_free_the_state() -> None:
         with pytest.raises(EngineError, match="no counts today"):
             model.generate("x", max_new_tokens=2, sparsity=POLICY)
         assert not session.live
-        assert model.generate("x", max_new_tokens=2).densities is None  # nobody asked
+        assert model.generate("x", max_new_tokens=2).densities is None  # not requested
         session.fails = False
         assert model.generate("x", max_new_tokens=1).token_ids
     assert session.violations == []

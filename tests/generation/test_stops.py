@@ -1,4 +1,4 @@
-"""Stop strings are found wherever the text is cut, and nothing that may be one is shown too early.
+"""Stop strings are found for every split of the text, and no possible part of one is shown early.
 
 Draws: what is compared must be equal, whatever the numbers are.
 """
@@ -17,7 +17,7 @@ stop_strings = st.lists(st.text("ab\n", min_size=1, max_size=5), max_size=3)
 
 
 def plain(text: str, stops: list[str]) -> tuple[str, str | None]:
-    """Character by character: the first string to be complete wins, the longest of those complete together."""
+    """Character by character: the string that is complete first wins; of several, the longest."""
     for end in range(1, len(text) + 1):
         ending = [stop for stop in stops if text[:end].endswith(stop)]
         if ending:

@@ -1,4 +1,4 @@
-"""Built graphs are valid ONNX, named, lazy and shared where they can be.
+"""Built graphs are valid ONNX, with named nodes, lazy weights and shared weights.
 
 Draws: the numbers are only carried along; what is checked does not depend on them.
 """

@@ -1,4 +1,4 @@
-"""The digest: equal for equal graphs, also after a file; different after any change that matters.
+"""The digest is equal for equal graphs, also after saving and opening, and differs after any relevant change.
 
 Draws: digests are hashes: equal for equal graphs, and for others once in 2^160.
 """
@@ -176,5 +176,5 @@ def test_weights_are_read_where_no_hash_names_them(rng: np.random.Generator) -> 
     other = array.copy()
     other[-1, -1] += 1
     assert graph(array, "").digest() == graph(array.copy(), "").digest() != graph(other, "").digest()
-    # with a hash the file is trusted to be what the hash says, so that a large model is not read for its key
+    # with a hash, the file is trusted to match it, so that a large model need not be read
     assert graph(array, "file").digest() == graph(other, "file").digest()

@@ -1,4 +1,4 @@
-"""Rewrites: bodies in place of calls, some calls and not others, unused parts dropped, the input graph left alone.
+"""Passes: calls replaced by bodies, selectively; unused parts removed; the input graph unchanged.
 
 Draws: float32 sums in another order differ by about 1e-6 of their size; the tolerances are ten times that or more.
 """
@@ -29,7 +29,7 @@ def attention_nodes(graph: Graph) -> list[str]:
 
 @pytest.mark.parametrize("variant", ["gqa", "window", "everything"])
 def test_some_calls_of_one_function_are_decomposed_and_others_stay(variant: str, rng: np.random.Generator) -> None:
-    graph = tiny_decoder(rng, layers=3, **VARIANTS[variant])  # layers 0 and 2 are of one form where there is a window
+    graph = tiny_decoder(rng, layers=3, **VARIANTS[variant])  # layers 0 and 2 are alike if there is a window
     before, digest = attention_nodes(graph), graph.digest()
     tokens = rng.integers(0, 61, 10).tolist()
     wanted = ReferenceOracle(graph).logits(tokens)

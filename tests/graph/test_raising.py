@@ -1,4 +1,4 @@
-"""Raising leaves behind a small neutral graph, the same each time, and does not touch the graph it came from.
+"""Raising gives a small neutral graph, deterministically, and does not change the original graph.
 
 Draws: float32 sums in another order differ by about 1e-6 of their size; the tolerances are ten times that or more.
 """

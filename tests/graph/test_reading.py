@@ -1,4 +1,4 @@
-"""Reading weights back, from a graph just built and from one opened from a file, and never seeing one that is not.
+"""Reading weights from built graphs and from opened files, without false positives.
 
 Draws: what is compared must be equal, whatever the numbers are.
 """
@@ -37,11 +37,11 @@ def blocked(
 
 
 def by_rows(rng: np.random.Generator, dtype: Any, scale: Any) -> Blocked:
-    """A scale for each row: int8 over all its numbers, or 8-bit floats over all of theirs."""
+    """A weight with one scale per row: all codes of int8, or all 8-bit floats."""
     if dtype == "int8":
         quants = rng.integers(-128, 128, (6, 96)).astype(np.int8)
     else:
-        codes = np.array([c for c in range(256) if c & 127 != 127], np.uint8)  # the others are no numbers
+        codes = np.array([c for c in range(256) if c & 127 != 127], np.uint8)  # the others are NaN
         quants = rng.permutation(np.resize(codes, 576)).view(ml_dtypes.float8_e4m3fn).reshape(6, 96)
     parts = BlockedArrays(quants, rng.random((6, 1)).astype(scale))
     return Blocked((6, 96), 96, dtype, scale, lambda: parts)
@@ -155,7 +155,7 @@ def test_values_that_are_computed_or_changed_are_no_weights(rng: np.random.Gener
     assert weight_of(b.op("Cast", d, to=int(ir.DataType.INT64))) is None
     assert weight_of(b.op("Cast", d, to=int(ir.DataType.FLOAT16))) is None, "it was rounded on the way"
     assert weight_of(b.op("Identity", d)) is not None
-    # blocks that are reshaped to another matrix than they came from, with something added per block
+    # blocks reshaped to a different matrix, with an addend per block
     other = b.op("Reshape", w, b.constant([6, 3, 32]))
     shifted = b.op("Add", other, b.weight(dense(np.ones((6, 3, 1), np.float16)), "m"))
     assert weight_of(b.op("Reshape", shifted, b.constant([12, 48]))) is None

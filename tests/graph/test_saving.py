@@ -1,4 +1,4 @@
-"""A graph written to a file is the same graph when it is opened, and its weights stay in their form.
+"""A graph is the same after saving and opening, and its weights keep their form.
 
 Draws: what is compared must be equal, whatever the numbers are.
 """

@@ -1,4 +1,4 @@
-"""A policy written into a graph: which nodes have it, what is said of the others, and that it reads as it says.
+"""Policies in a graph: which nodes get one, the notes on the others, and that attention reads accordingly.
 
 Draws: where two units are nearer than the rounding of float32 one block of 64 rows in 320 may choose otherwise: one
 such block may differ, which is a fifth of the rows, and 0.3 are allowed.
@@ -50,7 +50,7 @@ def test_it_is_valid_and_stays_so_in_a_file(rng: np.random.Generator, tmp_path: 
     again = Graph.open(tmp_path / "graph.onnx")
     assert again.digest() == graph.digest()
     assert policies(again) == policies(graph)
-    assert len(again.model.functions) == 2  # a body for each view, none for what was dense
+    assert len(again.model.functions) == 2  # one body per layer view, none for the dense form
 
 
 def test_it_reads_less_and_its_bodies_alike(rng: np.random.Generator) -> None:

@@ -1,4 +1,4 @@
-"""Weights: rows taken and stacked without loss, dequantised as the documentation says.
+"""Weights: rows selected and stacked without loss, and dequantized as documented.
 
 Draws: float32 sums in another order differ by about 1e-6 of their size; the tolerances are ten times that or more.
 """

@@ -1,4 +1,4 @@
-"""Puts `checkpoints` of the folder above where these tests can import it, and gives each test a fresh generator."""
+"""Makes `checkpoints` from the parent folder importable, and gives each test a new random generator."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What holds for the graph of every family: lazy weights, one name per node, equal digests for equal models.
+"""Properties of every family's graph: lazy weights, unique node names, equal digests for equal models.
 
 Draws: float32 sums in another order differ by about 1e-6 of their size; the tolerances are ten times that or more.
 """
@@ -22,7 +22,7 @@ from transom.sources.hf import HfSource
 
 
 class Counting:
-    """A checkpoint of made-up tensors that counts how often one is read."""
+    """A checkpoint of synthetic tensors that counts reads."""
 
     where = "made up"
     weights_hash = "made up"

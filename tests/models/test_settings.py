@@ -1,4 +1,4 @@
-"""Settings of checkpoints: defaults equal transformers', rotary scalings equal its formulas, old spellings are read.
+"""Settings of checkpoints: defaults and rotary scalings equal those of transformers, and old spellings work.
 
 Draws: numbers come from the published formulas, within float32's rounding.
 """

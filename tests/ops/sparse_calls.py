@@ -1,4 +1,4 @@
-"""What the tests of sparse attention share: random calls, policies of every kind, and an oracle of the choice.
+"""Shared by the tests of sparse attention: random calls, policies of every kind, and an oracle of the choice.
 
 The oracle works key by key in float64, from the description in `transom.ops.sparse_routing` alone.
 """
@@ -17,7 +17,7 @@ from transom.ops.cached_attention import SCHEMA
 from transom.sparsity import Sparsity
 
 CAREFUL = 1e-4
-"""Choices that were this close to another one are not compared: float32 may see them otherwise."""
+"""Choices with a smaller margin are not compared: float32 may choose differently."""
 
 POLICIES: dict[str, Sparsity] = {
     "coverage": Sparsity(0.5, columns=8, max_density=0.6, dense_below=0),
@@ -54,7 +54,7 @@ SPREAD = [
     for k, b in enumerate(BATCHES)
     if (i + j + k) % 3 == 0
 ]
-"""A third of all combinations, with every pair of policy, form and batch."""
+"""A third of all combinations, including every pair of policy, form and batch."""
 
 
 def call(
@@ -67,7 +67,7 @@ def call(
     peaked: float = 2.0,
     **attributes: Any,
 ) -> Sample:
-    """A random call of two KV heads with two query heads each; the packed past is in random order."""
+    """A random call with two KV heads and two query heads per KV head; the packed past is in random order."""
     q_heads, kv_heads, dim, value_dim = 4, 2, 16, 8
     names = rng.permutation(40)[: len(new)]
     seq, past_seq = np.repeat(names, new).astype(np.int64), np.repeat(names, old).astype(np.int64)
@@ -96,7 +96,7 @@ def full(sample: Sample) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Chosen:
-    """What the oracle says one query block reads."""
+    """The keys that one query block reads, by the oracle."""
 
     begin: int
     end: int
@@ -162,7 +162,7 @@ def oracle(sample: Sample, policy: Sparsity, sequence: int, head: int) -> list[C
     left_out = set(columns)
 
     def node(p: int, g: int, number: int) -> float:
-        """Estimated mass of a node for a row; 0 where the row sees none of it."""
+        """Estimated mass of a node for a row; 0 if the row sees none of it."""
         places = range(number * policy.node, (number + 1) * policy.node)
         inside = [keys[j] for j in places if j in keys and j not in left_out]
         if not inside or (window and p - places[-1] >= window):
@@ -220,7 +220,7 @@ def oracle(sample: Sample, policy: Sparsity, sequence: int, head: int) -> list[C
             every = {j // policy.unit for j in range(start, end + 1)}
             always = {j // policy.unit for j in range(max(far, start), end + 1)}
             always |= {u for u in sink_units if (u + 1) * policy.unit > start}
-            # whole numbers as float32 has them
+            # integers as float32
             least = math.ceil(np.float32(policy.min_density) * np.float32(len(every))) - len(always)
             most = max(math.floor(np.float32(policy.max_density) * np.float32(len(every))) - len(always), least, 0)
             with_mass = [u for u in order if score[u] > 0]

@@ -1,4 +1,4 @@
-"""`transom::CachedAttention`: reference and body against an oracle that looks at one token and head at a time.
+"""`transom::CachedAttention`: reference and body against an oracle that processes one token and head at a time.
 
 Draws: float32 sums in another order differ by about 1e-6 of their size; the tolerances are ten times that or more.
 """
@@ -25,7 +25,7 @@ from transom.testing.one_node import NODE, one_node
 
 
 def oracle(inputs: Sequence[Array | None], attributes: Mapping[str, Any]) -> Array:
-    """Token by token, head by head, key by key, in float64, from the operator's documentation alone."""
+    """The oracle: token by token, head by head, key by key, in float64, from the operator's documentation only."""
     q, k, v, past_k, past_v, seq, pos, past_seq, past_pos = (np.asarray(x) for x in inputs[:9])
     bias, sinks = (inputs[i] if len(inputs) > i else None for i in (9, 10))
     q_heads, kv_heads = attributes["q_num_heads"], attributes["kv_num_heads"]
@@ -69,7 +69,7 @@ def call(
     sinks: bool = False,
     **attributes: Any,
 ) -> Sample:
-    """A random call; `bias`: how many heads its bias has, 0 for none."""
+    """A random call; `bias`: number of heads of its bias, 0 for none."""
     heads = {"q_num_heads": 6, "kv_num_heads": 3} | attributes
     q_heads, kv_heads, dim, value_dim = heads["q_num_heads"], heads["kv_num_heads"], 8, 4
     names = rng.permutation(40)[: len(new)]
@@ -234,7 +234,7 @@ def test_calls_of_one_form_share_a_body_and_others_do_not(rng: np.random.Generat
 
     assert identifier(layer=0) == identifier(layer=7)
     different = [identifier(**form) for form in FORMS.values()]
-    # a bias for one head and for all is told apart by its shape, not by another body
+    # biases for one head and for all heads differ in shape, but have the same body
     assert len(set(different)) == len(FORMS) - 1
 
 

@@ -1,4 +1,4 @@
-"""Rounding to integers and small floats: against ONNX Runtime where it has the type, and against ml_dtypes.
+"""Rounding to integers and small floats: against ONNX Runtime, where it supports the type, and ml_dtypes.
 
 Draws: what is compared must be equal, whatever the numbers are.
 """
@@ -32,7 +32,7 @@ def reference(x: Array, scale: Array, zero: Array | None = None, **attributes: A
 
 
 def onnx_runtime(x: Array, scale: Array, kind: int, **attributes: Any) -> Array:
-    """Rounded, and widened again: float32."""
+    """The values rounded to the type, as float32."""
     ends = {"axis": attributes.get("axis", 1), "block_size": attributes.get("block_size", 0)}
     nodes = [
         helper.make_node("QuantizeLinear", ["x", "s"], ["q"], output_dtype=kind, **attributes),
@@ -52,7 +52,7 @@ def onnx_runtime(x: Array, scale: Array, kind: int, **attributes: Any) -> Array:
 
 
 def hard_numbers(rng: np.random.Generator, kind: Any) -> Array:
-    """Every code, what lies half way between two, numbers of any size, and what is none."""
+    """Every code, midpoints between codes, numbers of all magnitudes, and NaN."""
     codes = np.arange(256, dtype=np.uint8).view(kind).astype(np.float32)
     codes = np.sort(codes[np.isfinite(codes)])
     special = np.float32([np.nan, np.inf, -np.inf, 1e38, -1e38, 0.0, -0.0, 1e-45])
@@ -66,7 +66,7 @@ def hard_numbers(rng: np.random.Generator, kind: Any) -> Array:
 def test_floats_are_rounded_as_onnx_runtime_rounds_them(name: str, saturate: int, rng: np.random.Generator) -> None:
     x, scale = hard_numbers(rng, FLOAT8[name]), np.array(0.5, np.float32)
     kind = int(getattr(TensorProto, name))
-    if not saturate:  # between the largest code and where the next one would be, ONNX Runtime 1.32 errs
+    if not saturate:  # ONNX Runtime 1.32 is wrong between the largest code and where the next would be
         size = np.abs(x[0] / scale)
         x = x[:, ~((size > 448) & (size < 512) | (size > 57344) & (size < 65536))]
     got = reference(x, scale, output_dtype=kind, saturate=saturate)

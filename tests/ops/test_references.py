@@ -1,4 +1,4 @@
-"""Every operator's reference against two others that we did not write: onnx.reference and ONNX Runtime.
+"""Every operator's reference against two independent ones: onnx.reference and ONNX Runtime.
 
 Draws: float32 sums in another order differ by about 1e-6 of their size; the tolerances are ten times that or more.
 """

@@ -27,7 +27,7 @@ from transom.testing.one_node import NODE, one_node
 
 
 def clear_call(rng: np.random.Generator, batch: str, policy: str, form: str) -> Sample:
-    """A call whose choice float32 cannot see otherwise."""
+    """A call whose choice is unambiguous in float32."""
     while True:
         sample = call(rng, *BATCHES[batch], POLICIES[policy], **FORMS[form])
         if min(c.route.margin for c in choose(sample.inputs, full(sample))) > CAREFUL:

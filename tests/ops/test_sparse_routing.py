@@ -1,4 +1,4 @@
-"""Which keys sparse attention reads, against an oracle that looks at one key at a time; and what comes of it.
+"""Which keys sparse attention reads, against an oracle that processes one key at a time; and attention over them.
 
 Draws: the choice is compared with its own definition in float64 over the same numbers; errors over a thousand queries
 fall with the coverage, whose steps are many deviations apart.
@@ -26,7 +26,7 @@ from transom.sparsity import Sparsity
 
 
 def heads(rng: np.random.Generator, n: int, group: int = 3, dim: int = 32) -> tuple[Array, Array]:
-    """Queries [n, group, dim] and keys [n, dim] with topics and keys that every query likes, as real heads have."""
+    """Queries [n, group, dim] and keys [n, dim] with topics and keys that all queries attend to, as in real heads."""
     topic = rng.normal(size=(16, dim))
     k = rng.normal(size=(n, dim)) * 0.6 + topic[np.arange(n) // 128 % 16] * 0.9
     q = rng.normal(size=(n, group, dim)) * 0.8
@@ -52,7 +52,7 @@ def test_choice_agrees_with_the_oracle(policy: str, form: str, batch: str, rng: 
         for block, wanted in zip(found.route.blocks, oracle(sample, rule, found.sequence, found.head), strict=True):
             assert (block.begin, block.end) == (wanted.begin, wanted.end)
             window = FORMS[form].get("sliding_window", 0)
-            start = max(0, block.begin - window + 1) if window else 0  # what no query sees may be read or not
+            start = max(0, block.begin - window + 1) if window else 0  # keys that no query sees may be read or not
             read = set(np.flatnonzero(block.reads(rule.unit)[start:]) + start)
             assert read == {j for j in wanted.keys if start <= j <= block.end}
             assert block.read == len(read)
@@ -62,7 +62,7 @@ def test_choice_agrees_with_the_oracle(policy: str, form: str, batch: str, rng: 
 
 
 def test_the_long_form_of_the_method_gives_the_same_units(rng: np.random.Generator) -> None:
-    """Row by row and head by head, in float64, without a window, soft cap or sinks."""
+    """The oracle: row by row and head by head, in float64, without window, soft cap or sinks."""
     q, k = heads(rng, 1024)
     for tau in (0.97, 0.9):
         found = choice(q[512:], k, Sparsity(tau, dense_below=0))
@@ -134,7 +134,7 @@ def test_coverage_of_one_is_dense_exactly(rng: np.random.Generator) -> None:
 
 
 def test_result_is_exact_attention_over_what_was_chosen(rng: np.random.Generator) -> None:
-    """The dense operator with a bias that hides what was not chosen."""
+    """The dense operator with a bias that masks the keys that were not chosen."""
     for form in ("plain", "window across units", "sinks"):
         sample = call(rng, *BATCHES["ragged"], POLICIES["coverage"], **FORMS[form])
         seq, pos, past_seq, past_pos = (np.asarray(x) for x in sample.inputs[5:9])
@@ -265,7 +265,7 @@ def test_columns_may_be_taken_from_queries_that_an_engine_remembers(rng: np.rand
         far = (r // 64 - 1) * 64
         score[:far] += (p / p.sum(-1, keepdims=True)).sum(0)[:far]
     wanted = np.sort(np.argsort(-score, kind="stable")[:64])
-    assert len(set(wanted) ^ set(found.columns)) <= 2  # float32 may see neighbours otherwise
+    assert len(set(wanted) ^ set(found.columns)) <= 2  # float32 may rank near-ties differently
     assert set(found.blocks[0].columns) == {c for c in found.columns if c < 512}
 
 

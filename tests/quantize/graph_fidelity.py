@@ -1,4 +1,4 @@
-"""How far a graph that was rounded says the same as the exact one: both through the NumPy reference, on given texts."""
+"""How closely a quantized graph agrees with the exact one: both run in the NumPy reference on given texts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Backends compute what a rounded graph says, or refuse it by its reason; none computes something else.
+"""Backends either compute a quantized graph correctly or refuse it with a reason.
 
 Draws: float32 agrees to 1e-5; int8 costs these decoders a hundredth, and 0.1 are allowed.
 """
@@ -115,7 +115,7 @@ def test_cuda_takes_rounded_blocks_and_refuses_what_its_kernels_lack(rng: np.ran
 
 
 def test_blocks_of_floats_are_never_taken_for_blocks_of_integers(rng: np.random.Generator) -> None:
-    """Both packers of weights name the type, whatever the size of the blocks."""
+    """Both weight packers name the type, for all block sizes."""
     from transom_cuda_triton.packing import packable
     from transom_openvino_cpu.native.packing import packable as packable_on_cpu
 

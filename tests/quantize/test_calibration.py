@@ -1,4 +1,4 @@
-"""What is observed of activations is what a brute-force run has: all values kept, each text alone.
+"""Observed ranges equal those of a brute-force run that keeps all values and runs each text alone.
 
 Draws: largest values are equal but for the rounding of float32; a percentile is off by a bin of a histogram, 2^-7.
 """
@@ -61,7 +61,7 @@ def observed(graph: Graph, text: Sequence[int]) -> dict[tuple[str, int], Array]:
 
 
 def by_brute_force(graph: Graph, texts: Sequence[Sequence[int]]) -> dict[tuple[str, int], Array]:
-    """All of it one after the other: [tokens, width]."""
+    """All parts concatenated: [tokens, width]."""
     each = [observed(graph, text) for text in texts]
     return {key: np.concatenate([found[key] for found in each]) for key in each[0]}
 
@@ -144,7 +144,7 @@ def test_the_same_texts_give_the_same_numbers_in_any_order_and_any_runs(
 
 
 def test_logits_are_computed_at_some_tokens_only(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And no more rows are kept than of these."""
+    """Only rows of these tokens are kept."""
     monkeypatch.setattr(calibration, "LOGIT_ROWS", 5)
     graph, texts = tiny_decoder(rng), texts_of(rng, 19, 14)
     got, wanted = calibrate(graph, texts), by_brute_force(graph, texts)
@@ -175,10 +175,10 @@ def test_weights_are_streamed_once_for_all_texts_together(rng: np.random.Generat
 
 
 def test_activations_are_not_kept(rng: np.random.Generator) -> None:
-    """What is held in the end is rows and numbers, and while it runs no more than the executor needs."""
+    """Only rows and ranges are kept in the end; meanwhile no more memory is used than the executor needs."""
     graph = tiny_decoder(rng, layers=6, hidden=256, inner=1024, context=1024)
     texts = texts_of(rng, 400, 400)
-    calibrate(graph, texts_of(rng, 4))  # what is imported on the first run is none of it
+    calibrate(graph, texts_of(rng, 4))  # the first run also imports modules
     tracemalloc.start()
     try:
         found = calibrate(graph, texts, rows=4)

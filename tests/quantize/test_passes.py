@@ -1,4 +1,4 @@
-"""Rounded graphs: standard ONNX that others run alike, the old graph untouched, errors as measured by hand.
+"""Quantized graphs: standard ONNX that other runtimes run alike, the original unchanged, errors as computed by hand.
 
 Draws: `CLOSE` is some times what a hundred models had; where a code on the edge may fall otherwise the sixth best of
 nine prompts is judged.
@@ -95,11 +95,11 @@ def logits_of(session: onnxruntime.InferenceSession, graph: Graph, tokens: list[
 
 
 def forms_of(quantized: QuantizedGraph) -> list[str]:
-    """Of the rounded products' weights, as the graph has them."""
+    """The forms of the quantized products' weights in the graph."""
     return sorted({w.dtype for n, w in products(quantized.graph).items() if n in {x.node for x in quantized.layers}})
 
 
-# what is written ------------------------------------------------------------------------------------------------------
+# quantized ----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(("name", "settings"), FAMILIES, ids=[f"{n} {', '.join(s)}" for n, s in FAMILIES])
 def test_families_are_rounded_whole_and_say_nearly_the_same(
     name: str, settings: dict[str, Any], tmp_path: Path, rng: np.random.Generator
@@ -265,7 +265,7 @@ def test_activations_beyond_the_bound_are_cut_off_and_zeros_stay(tmp_path: Path,
     assert silent.layers[0].output_error == 0.0
 
 
-# what is left ---------------------------------------------------------------------------------------------------------
+# not quantized --------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("stored", ["int4", "uint4_minimums", "uint4_zero_points", "int8"])
 def test_weights_in_blocks_stay_as_they_are(stored: Any, rng: np.random.Generator) -> None:
     graph = tiny_decoder(rng, weights=stored)
@@ -410,7 +410,7 @@ def test_no_weight_is_rounded_before_the_graph_runs_but_for_the_errors(rng: np.r
     graph = shared_weight(rng, stored)
     found = quantize(graph, Scheme("int4"))
     once = reads
-    assert once == 2 * 2  # for each matrix, once to be compared and once to be rounded
+    assert once == 2 * 2  # for each matrix, once for the errors and once for quantization
     found.graph.structure()
     assert reads == once
 
@@ -446,7 +446,7 @@ def test_fidelity_is_that_of_all_positions_of_all_texts(rng: np.random.Generator
 
 
 def test_a_rounded_graph_streams_its_weights_like_any_other(rng: np.random.Generator) -> None:
-    """The executor holds what one node needs, rounded weights too."""
+    """The executor keeps only what one node needs, including quantized weights."""
     graph = tiny_decoder(rng)
     found = quantize(graph, Scheme("fp8")).graph
     tokens = rng.integers(0, 61, 7).tolist()

@@ -1,4 +1,4 @@
-"""Matrices rounded to nearest: number for number as a plain loop rounds them, within the bounds of their format.
+"""Matrices quantized to nearest: equal to a plain loop for every number, and within the bounds of their format.
 
 Draws: codes are equal wherever scales are, and scales differ in the last bit at most; of 65536 weights four bits win
 by 0.96 with hundreds of deviations.
@@ -26,7 +26,7 @@ E4M3 = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn)
 
 @dataclass(frozen=True)
 class Form:
-    """One way to round, and what a plain reader of its description makes of it."""
+    """One quantization, and a plain implementation of its description."""
 
     make: Callable[[Weight], Blocked]
     block: int
@@ -48,13 +48,13 @@ FORMS = {
 
 
 def nearest_float8(x: float) -> float:
-    """By looking at every code; of two that are equally near the one with an even last bit."""
+    """The nearest code, by checking every code; ties go to the code with an even last bit."""
     finite = [int(c) for c in range(256) if np.isfinite(float(E4M3[c]))]
     return float(E4M3[min(finite, key=lambda c: (abs(float(E4M3[c]) - x), c & 1))])
 
 
 def slowly(form: Form, wide: Array, scale_type: Any, floats: bool) -> tuple[Array, Array]:
-    """Scales and codes, one number after the other. Quotients are float32, as they are said to be."""
+    """Scales and codes, one number at a time. Quotients are float32, as documented."""
     block = form.block or wide.shape[1]
     scales = np.zeros((len(wide), wide.shape[1] // block), scale_type)
     codes = np.zeros(wide.shape, np.float64)
@@ -113,7 +113,7 @@ def test_weights_in_blocks_are_rounded_again_from_what_they_stand_for(rng: np.ra
 
 @pytest.mark.parametrize("name", FORMS)
 def test_errors_stay_within_the_bounds_of_the_format(name: str, rng: np.random.Generator) -> None:
-    """Half a step of an integer, but for the rounding of the scale; half a unit in the last place of E4M3."""
+    """Half a step of an integer, plus the rounding of the scale; half a unit in the last place of E4M3."""
     wide = (rng.standard_normal((64, 256)) * 10.0 ** rng.uniform(-2, 3, (64, 1))).astype(np.float32)
     rounded = FORMS[name].make(dense(wide))
     scales = rounded.load().scales.astype(np.float64)

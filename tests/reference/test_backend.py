@@ -1,4 +1,4 @@
-"""The reference backend's own answers: what it offers, refuses and leaves behind.
+"""The reference backend: its offers, refusals and cleanup.
 
 Draws: what is compared must be equal, whatever the numbers are.
 """

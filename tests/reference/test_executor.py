@@ -1,4 +1,4 @@
-"""The NumPy executor: weights streamed and not held, control flow, inputs checked, outputs the caller's own.
+"""The NumPy executor: streamed weights, control flow, checked inputs, outputs owned by the caller.
 
 Draws: float32 sums in another order differ by about 1e-6 of their size; the tolerances are ten times that or more.
 """
@@ -48,7 +48,7 @@ def test_weights_stream_through_and_none_is_held() -> None:
     reads = [0] * LAYERS
     executor = Executor(chain(live, reads))
     x = np.ones((2, WIDTH), np.float32)
-    executor.run({"x": x})  # what is imported and cached on the first run is none of the weights
+    executor.run({"x": x})  # the first run also imports and caches other things
     reads[:] = [0] * LAYERS
     live.clear()
     tracemalloc.start()
@@ -125,7 +125,7 @@ def test_missing_unknown_and_mistyped_inputs_are_named() -> None:
 
 
 class _OnlyDLPack:
-    """A tensor of some engine: it can be read through DLPack and in no other way."""
+    """A tensor of an engine that can be read only through DLPack."""
 
     def __init__(self, array: np.ndarray) -> None:  # type: ignore[type-arg]
         self._array = array
@@ -232,7 +232,7 @@ def test_operators_without_a_reference_are_named_before_anything_runs() -> None:
     scan = b.op("Scan", x, num_scan_inputs=1, body=ir.Graph([inner], neg.outputs, nodes=[neg], name="body"))
     scan.type = ir.TensorType(ir.DataType.FLOAT)
     b.output(scan, "y")
-    with pytest.raises(UnsupportedError, match="Scan runs a subgraph"):
+    with pytest.raises(UnsupportedError, match="Scan has a subgraph"):
         Executor(b.finish(weights_hash="w"))
 
 

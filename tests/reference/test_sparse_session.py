@@ -1,4 +1,4 @@
-"""The reference's session obeys a policy for each work and counts the keys that are read.
+"""The reference's session applies a policy per work item and counts the keys read.
 
 Draws: a step in pieces sums in another order, about 1e-6 of 1e-4; the policy reads less by far than all.
 """
@@ -91,7 +91,7 @@ def test_dense_reads_every_key(graph: Graph, rng: np.random.Generator) -> None:
     state = session.new_state()
     assert not count(session, state).any()
     session.step([Work(state, drawn(rng, 100), "none")])
-    # blocks of 64 and 36 queries, and what the last of each sees
+    # blocks of 64 and 36 queries, and the keys that the last of each sees
     assert (count(session, state) == 64 * 64 + 36 * 100).all()
     session.step([Work(state, [5], "none")])
     assert (count(session, state) == 64 * 64 + 36 * 100 + 101).all()

@@ -1,4 +1,4 @@
-"""Tokenizers trained on the spot, the real SmolLM2 vocabulary, and text that is hard on all of them."""
+"""Tokenizers trained during the test, the real SmolLM2 vocabulary, and text that is difficult for tokenizers."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ _ALPHABETS = [
 
 
 def nasty_text(random_: random.Random, length: int = 40) -> str:
-    """Runs of characters of one kind, so that words, numbers and spaces come about and meet."""
+    """Runs of characters of the same kind, so that words, numbers and spaces occur next to each other."""
     text = []
     while len(text) < length:
         alphabet = random_.choice(_ALPHABETS)

@@ -1,4 +1,4 @@
-"""Templates render as transformers renders them, and cannot get out, hang or fill the memory."""
+"""Templates render as in transformers, and cannot escape the sandbox, hang or exhaust memory."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CHATS: list[list[dict[str, Any]]] = [
         {"role": "user", "content": ""},
     ],
 ]
-# Bits of what real templates do
+# Features of real templates
 TEMPLATES = {
     "llama-like": (
         "{{- bos_token }}\n{%- if tools is not none %}\n{{- tools | tojson(indent=4) }}\n{%- endif %}\n"
@@ -188,7 +188,7 @@ def test_a_template_cannot_reach_out_of_its_sandbox(source: str) -> None:
     except ChatTemplateError as error:
         text = error.fix
         assert text, "no way out was named"
-    # an attribute that the sandbox hides may also be printed as nothing
+    # a hidden attribute may also render as an empty text
     assert "class" not in text
     assert "object" not in text
 
@@ -289,4 +289,4 @@ def test_a_template_that_only_refuses_a_greeting_is_sound(source: str) -> None:
     template = ChatTemplate(source)
     template.require_valid()
     with pytest.raises(ChatTemplateError):
-        template.render([])  # what it refuses when it is used, nothing found before
+        template.render([])  # this error was not found by require_valid

@@ -1,4 +1,4 @@
-"""Generation defaults: where generation ends, what is recommended, and what cannot be."""
+"""Generation defaults: end tokens, recommended sampling, and invalid values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Streaming never splits a character, and its pieces add up to the whole.
+"""Streaming never splits a character, and its pieces add up to the decoded text.
 
 Draws: what is compared must be equal, whatever the numbers are.
 """
@@ -60,7 +60,7 @@ def test_any_text_comes_back_without_a_split_character(tokenizer: Tokenizer, tex
     pieces = streamed(tokenizer, tokenizer.encode(text, add_special=False), skip_special=False)
     whole = "".join(pieces)
     if tokenizer.spelling is not None and not tokenizer.spelling.byte_level:
-        text, whole = text.replace("▁", " "), whole  # SentencePiece does not tell the two apart
+        text, whole = text.replace("▁", " "), whole  # SentencePiece does not distinguish the two
     assert whole == text
     if "\ufffd" not in text:
         assert not any("\ufffd" in piece for piece in pieces)

@@ -94,7 +94,7 @@ def test_sentencepiece_bpe_agrees_with_sentencepiece(
     oracle = sentencepiece.SentencePieceProcessor(model_file=str(path))
     ours = tokenizer_from_gguf(sentencepiece_metadata(path, add_space_prefix=prefix, add_bos_token=True))
     for text in texts:
-        if "▁" in text or "\0" in text:  # not told apart from a space by SentencePiece; its C strings end at NUL
+        if "▁" in text or "\0" in text:  # SentencePiece does not distinguish it from a space; its C strings end at NUL
             continue
         ids = ours.encode(text, add_special=False)
         assert ids == oracle.encode(text), repr(text)
@@ -117,7 +117,7 @@ def test_unigram_agrees_with_sentencepiece(
         assert oracle.decode(ids) == oracle.decode(oracle.encode(text)), repr(text)
         assert ours.decode(ids) == text
     agreeing = sum(ours.encode(text, add_special=False) == oracle.encode(text) for text in texts)
-    assert agreeing > 0.97 * len(texts)  # equal scores are cut either way
+    assert agreeing > 0.97 * len(texts)  # with equal scores, either split may result
     assert ours.encode("a")[-1] == 2
 
 
@@ -210,7 +210,7 @@ def test_the_ends_follow_the_flags_and_the_defaults_of_the_kind(
     ends = {"bos_token_id": 0, "eos_token_id": 1}
     plain = trained.encode("Hi").ids
     for pre, flags, expected in [
-        ("llama-bpe", {}, [0, *plain]),  # llama 3 adds it where the file does not say
+        ("llama-bpe", {}, [0, *plain]),  # llama 3 adds it if the file does not state it
         ("llama-bpe", {"add_bos_token": False}, plain),
         ("dbrx", {}, plain),
         ("dbrx", {"add_bos_token": True, "add_eos_token": True}, [0, *plain, 1]),

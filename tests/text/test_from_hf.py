@@ -1,4 +1,4 @@
-"""Hugging Face directories: what transformers reads from them is what we read, and damaged ones are refused."""
+"""Hugging Face directories: they give what transformers reads from them, and damaged ones are refused."""
 
 from __future__ import annotations
 

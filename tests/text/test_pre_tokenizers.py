@@ -1,4 +1,4 @@
-"""Each named pre-tokenizer cuts text as its published pattern says, by another regular expression engine."""
+"""Each named pre-tokenizer splits text like its published pattern in another regular expression engine."""
 
 from __future__ import annotations
 

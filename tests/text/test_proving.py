@@ -1,4 +1,4 @@
-"""The proof finds each way in which the files could say something else."""
+"""The verification finds every way in which the files can differ."""
 
 from __future__ import annotations
 

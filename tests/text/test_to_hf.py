@@ -1,4 +1,4 @@
-"""The files for other programs, read by those programs: `tokenizers`, `transformers`, and ONNX Runtime GenAI.
+"""The files for other programs, as read by those programs: `tokenizers`, `transformers`, and ONNX Runtime GenAI.
 
 Draws: what is compared must be equal, whatever the numbers are.
 """
@@ -38,7 +38,7 @@ def write(files: Mapping[str, bytes], folder: Path) -> Path:
 
 
 def genai(files: Mapping[str, bytes], folder: Path) -> Any:
-    """ONNX Runtime GenAI's tokenizer of these files; the configuration is of a model that is not there."""
+    """ONNX Runtime GenAI's tokenizer for these files; its configuration names a model that does not exist."""
     import onnxruntime_genai
 
     model = {
@@ -77,7 +77,7 @@ def short_words(text: str) -> bool:
 
 @pytest.fixture
 def spoken(texts: list[str]) -> list[str]:
-    """Texts as an app can hand them on: C strings, and of the length of prompts."""
+    """Texts that an app can pass on: C strings of the length of prompts."""
     return [text for text in texts if text and "\0" not in text]
 
 

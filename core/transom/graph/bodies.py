@@ -15,7 +15,7 @@ from transom.ops.functions import OPSET
 
 
 def body_of(model: ir.Model, node: ir.Node) -> ir.Function | None:
-    """The node's body, or None. A body that is not a function of the model is specialised to the node's attributes and
+    """The node's body, or None. A body that is not a function of the model is specialized to the node's attributes and
     inputs."""
     own = model.functions.get(node.op_identifier())
     if own is not None:

@@ -94,7 +94,7 @@ def _rank(node: ir.Node, value: Value) -> int:
     return len(value.shape)
 
 
-# normalisation -------------------------------------------------------------------------------------------------------
+# normalization -------------------------------------------------------------------------------------------------------
 def _rms(e: Editor, node: ir.Node, a: Mapping[str, Any]) -> Sequence[Value | None]:
     x, scale = _need(node, 0), _need(node, 1)
     epsilon, axis = float(a.get("epsilon", 1e-5)), int(a.get("axis", -1))

@@ -47,7 +47,7 @@ Reader = Callable[[Values, Tensors, "int | None"], Any]
 
 @dataclass(frozen=True)
 class Family:
-    """One decoder family: how its files are recognised, read and built."""
+    """One decoder family: how its files are recognized, read and built."""
 
     name: str
     architectures: tuple[str, ...]

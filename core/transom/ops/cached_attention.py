@@ -18,6 +18,7 @@ import numpy as np
 
 from transom.ops import sparse_body, sparse_samples
 from transom.ops.schema import Array, Attribute, Attributes, Dimension, OpSchema, Param, Sample, TensorSpec
+from transom.ops.softmax import softmax
 from transom.ops.sparse_attention import OBSERVER, attend, observe_dense
 from transom.ops.sparse_routing import policy_of
 
@@ -96,15 +97,8 @@ def reference(inputs: Sequence[Array | None], attributes: Attributes) -> tuple[A
         if window := attributes["sliding_window"]:
             visible &= distance < window
         scores = np.where(visible, scores, -np.inf)
-        top = scores.max(-1, keepdims=True)
         sink = None if sinks is None else np.asarray(sinks, np.float32).reshape(kv_heads, group, 1, 1)
-        if sink is not None:
-            top = np.maximum(top, sink)
-        weights = np.exp(scores - top)
-        total = weights.sum(-1, keepdims=True)
-        if sink is not None:
-            total = total + np.exp(sink - top)
-        heads = (weights / total) @ vh[:, None]
+        heads = softmax(scores, sink) @ vh[:, None]
         out[rows] = heads.transpose(2, 0, 1, 3).reshape(len(rows), q_heads, value_dim)
     return out.reshape(tokens, q_heads * value_dim), present_k, present_v
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from transom.ops.schema import Array, Attributes
+from transom.ops.softmax import softmax
 from transom.ops.sparse_routing import HeadRoute, choose, dense_route, rows_in_order
 
 Observer = Callable[[HeadRoute], None]
@@ -51,23 +52,11 @@ def attend(inputs: Sequence[Array | None], attributes: Attributes) -> Array:
             seen = distance >= 0
             if window := attributes["sliding_window"]:
                 seen &= distance < window
-            out[rows, head] = _softmax(np.where(seen, scores, -np.inf), values[everything[at], head], sink)
+            weights = softmax(np.where(seen, scores, -np.inf), sink)  # [G, rows, keys]
+            out[rows, head] = (weights @ values[everything[at], head]).transpose(1, 0, 2)
         if observer is not None:
             observer(routed)
     return out.reshape(len(q), -1)
-
-
-def _softmax(scores: Array, values: Array, sink: Array | None) -> Array:
-    """Softmax of scores [G, rows, keys] times values [keys, value_dim]: [rows, G, value_dim]."""
-    top = scores.max(-1, keepdims=True)
-    if sink is not None:
-        top = np.maximum(top, sink)
-    weights = np.exp(scores - top)
-    total = weights.sum(-1, keepdims=True)
-    if sink is not None:
-        total = total + np.exp(sink - top)
-    result: Array = ((weights / total) @ values).transpose(1, 0, 2)
-    return result
 
 
 def _unit(attributes: Attributes) -> int:

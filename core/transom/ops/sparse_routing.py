@@ -47,6 +47,7 @@ from typing import Any
 import numpy as np
 
 from transom.ops.schema import Array, Attributes
+from transom.ops.softmax import softmax
 from transom.sparsity import LayerSparsity, Sparsity
 
 BLOCK = 64
@@ -219,7 +220,7 @@ def _columns(
     for position, query, limit in zip(positions, queries, limits, strict=True):
         start = scores.first_seen(position)
         logits = scores.capped((query * np.float32(scores.scale)) @ keys[start : position + 1].T)
-        weights = _weights(logits, scores.sinks)
+        weights = softmax(logits, None if scores.sinks is None else scores.sinks[:, None])
         far = max(0, limit - start)
         mass[start : start + far] += weights[:, :far].sum(0)
     if not np.isfinite(mass).all():
@@ -234,19 +235,6 @@ def _columns(
 
 
 NOT_FINITE = "attention scores are not finite numbers"
-
-
-def _weights(logits: Array, sinks: Array | None) -> Array:
-    """Softmax over the last axis of [G, keys], with each head's sink, if any, in the denominator."""
-    top = logits.max(-1, keepdims=True)
-    if sinks is not None:
-        top = np.maximum(top, sinks[:, None])
-    weights = np.exp(logits - top)
-    total = weights.sum(-1, keepdims=True)
-    if sinks is not None:
-        total = total + np.exp(sinks[:, None] - top)
-    result: Array = weights / total
-    return result
 
 
 def _nodes(keys: Array, columns: Array, node: int) -> _Nodes:
