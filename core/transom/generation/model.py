@@ -466,7 +466,7 @@ class Model:
         if not self._engine.sparse:
             raise OptionError(
                 f"The backend {self.report.backend} supports only the policy with which the model was loaded, {loaded}",
-                "Load the model with sparsity=… instead.",
+                f"Load the model with {option('sparsity')} instead.",
             )
         return {"sparsity": text, "count_keys": not policy.dense, "selects_keys": not policy.dense}
 

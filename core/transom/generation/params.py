@@ -159,7 +159,7 @@ def resolve(
         if not isinstance(params, SamplingParams):
             raise OptionError(
                 f"params is a {type(params).__name__}, not SamplingParams",
-                "Pass the prompt first, then SamplingParams, or pass options by name: temperature=0.7.",
+                f"Pass the prompt first, then SamplingParams, or pass options by name: {option('temperature', 0.7)}.",
             )
         return dataclasses.replace(params, **given)
     values: dict[str, Any] = {}

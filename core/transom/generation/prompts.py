@@ -164,7 +164,7 @@ def check_fits(
         shorter = "Shorten the prompt"
     else:
         cause = f"The prompt has {prompt_tokens} tokens and {wanted} new ones were requested, together {needed}"
-        shorter = f"Request at most max_new_tokens={room}, shorten the prompt"
+        shorter = f"Request at most {option('max_new_tokens', room)}, shorten the prompt"
     if model_context is not None and needed > model_context:
         fix = f"{shorter}; the model supports {model_context} tokens."
     else:
