@@ -12,9 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 from checkpoints import reference_session, tiny, write_gguf
 
 from transom.contract import Limits

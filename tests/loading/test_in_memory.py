@@ -5,12 +5,13 @@ Draws: float32 sums in another order differ by about 1e-6 of their size; the tol
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from load_fixtures import MemorySource, Thing
 from made_up import MadeUp
 
 from transom.errors import SelfCheckFailed
@@ -20,26 +21,6 @@ from transom.preparation import stages
 from transom.sources import SourceModel
 from transom.testing.models import tiny_decoder
 from transom.text import GenerationDefaults
-
-
-@dataclass
-class Thing:
-    """What a user would pass: no path, and nothing that a child process could open."""
-
-    graph: Graph
-
-
-class MemorySource:
-    kind = "memory"
-
-    def matches(self, spec: Any) -> bool:
-        return isinstance(spec, Thing)
-
-    def fingerprint(self, spec: Any) -> str:
-        raise AssertionError("a model in memory is named by its graph")
-
-    def open(self, spec: Any, *, context: Any = None, progress: Any = None) -> SourceModel:
-        return SourceModel(spec.graph, None, None, GenerationDefaults(), "thing", "memory", ["a note of the source"])
 
 
 @pytest.fixture

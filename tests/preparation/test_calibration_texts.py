@@ -5,15 +5,11 @@ Draws: the numbers are only carried along; what is checked does not depend on th
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 import byte_llama
+import pytest
 
 from transom.errors import OptionError, SourceError
 from transom.preparation import calibration_texts

@@ -160,7 +160,7 @@ def test_a_graph_that_is_no_decoder_can_be_carried_too(here: Any, export: Any, r
 
 
 def test_a_model_in_memory_can_be_carried_too(here: Any, export: Any, rng: np.random.Generator) -> None:
-    from test_in_memory import MemorySource, Thing
+    from load_fixtures import MemorySource, Thing
 
     from transom.loading import identity
     from transom.testing.models import tiny_decoder

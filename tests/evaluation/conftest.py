@@ -1,0 +1,12 @@
+"""Lets these tests load models as the fixtures of `load_fixtures` describe."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from load_fixtures import clean_environment, elsewhere, export, here, packages, tiny_model
+
+__all__ = ["clean_environment", "elsewhere", "export", "here", "packages", "tiny_model"]
