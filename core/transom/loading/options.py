@@ -15,8 +15,11 @@ from transom.sparsity import Sparsity
 
 PRECISIONS = ("auto", "exact", "fast", "f32", "bf16", "f16", "int8", "fp8", "int4")
 VERIFY = ("auto", "off", "always")
-_BOTH = ("backend", "cache", "calibration", "context", "precision", "probe_file", "progress", "sparsity", "verify")
-NAMES = {"load": (*_BOTH, "device", "threads"), "export": (*_BOTH, "out", "overwrite", "target")}
+_BOTH = ("cache", "calibration", "context", "precision", "probe_file", "progress", "sparsity", "verify")
+NAMES = {
+    "load": (*_BOTH, "backend", "device", "threads"),
+    "export": (*_BOTH, "app", "format", "max_kl", "out", "overwrite", "target"),
+}
 """Names of the options by function."""
 
 
