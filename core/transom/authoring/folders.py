@@ -16,11 +16,11 @@ SMALL_FILE = 8 << 20
 def artifact_folder(prefix: str) -> Iterator[Path]:
     """A temporary folder for the files of an artifact.
 
-    The folder stays for the host, which moves the files out of it. It is removed when it is left empty, and with all
-    that is in it when the body raises, so that a cancelled compile leaves nothing behind.
+    The folder stays until the host has moved the files out of it. It is removed if it is empty at the end, and with all
+    its contents if the body raises, so that a cancelled compile leaves nothing behind.
 
     Args:
-        prefix: begins the folder's name, as in `"transom-mine-"`.
+        prefix: start of the folder's name, for example `"transom-mine-"`.
     """
     folder = Path(tempfile.mkdtemp(prefix=prefix))
     try:
@@ -28,14 +28,14 @@ def artifact_folder(prefix: str) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
-    with suppress(OSError):  # it is not empty
+    with suppress(OSError):  # the folder is not empty
         folder.rmdir()
 
 
 def small_as_bytes(path: Path) -> bytes | Path:
-    """The content of a file of at most 8 MiB, which is then removed; the path of a larger one.
+    """The content of a file of at most 8 MiB, which is then removed, or the path of a larger file.
 
-    Small models thus leave no temporary folder to a caller of `compile` that is not the host.
+    Small models therefore leave no temporary folder behind, even where the caller of `compile` is not the host.
     """
     if path.stat().st_size > SMALL_FILE:
         return path

@@ -1,4 +1,4 @@
-"""What `load` does first: find the artifact's files, report damage, read the options."""
+"""First steps of `load`: find the artifact's files, report damage, read the options."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ REMOVE = "Remove it with: transom cache clear"
 
 
 def paths_of(artifact: Artifact) -> dict[str, Path]:
-    """The files of an artifact that `load` was given, by name."""
+    """The paths of an artifact's files, by name, as `load` receives them."""
     return {name: path for name, path in artifact.files.items() if isinstance(path, Path)}
 
 
 @contextmanager
 def reading_artifact(fix: str = REMOVE) -> Iterator[None]:
-    """Reports a file that is missing or does not parse as a damaged artifact.
+    """Reports a missing or unreadable file as a damaged artifact.
 
     Raises:
         EngineError: the body raised an error that a damaged file causes.
@@ -31,10 +31,10 @@ def reading_artifact(fix: str = REMOVE) -> Iterator[None]:
 
 
 def context_of(options: Options, *most: int) -> int:
-    """Tokens of one sequence: those that the options name, and no more than any of the limits."""
+    """Tokens in one sequence: the `context` option, or the first limit without it; never more than any limit."""
     return min(int(str(options.get("context") or most[0])), *most)
 
 
 def threads_of(options: Options, device: Device) -> int:
-    """Threads to compute with: those that the options name, or one for each core."""
+    """Threads to compute with: the `threads` option, or one per core."""
     return int(str(options.get("threads") or device.cores))

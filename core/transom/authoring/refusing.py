@@ -1,4 +1,4 @@
-"""Why a backend that takes decoders whole, or not at all, does not take a graph."""
+"""Reasons for a backend that accepts a decoder only as a whole to refuse a graph."""
 
 from __future__ import annotations
 
@@ -14,15 +14,14 @@ if TYPE_CHECKING:
 
 
 class NoAttention(Exception):
-    """The engine has no operator for any attention node of the graph; the message says why."""
+    """The engine cannot run the attention nodes of the graph; the message says why."""
 
 
 def refusals(graph: Graph, read: Callable[[], object]) -> dict[str, str]:
-    """Reasons by the names of the nodes that are not claimed; empty for a graph that is taken.
+    """Reasons for refusal, by the name of the refused node; empty if the graph is claimed.
 
     Args:
-        read: reads the decoder as the backend would, and raises NoForm, NoAttention or UnsupportedError where it
-            cannot.
+        read: reads the decoder as the backend does; raises NoForm, NoAttention or UnsupportedError if it cannot.
     """
     if graph.decoder is None:
         return {str(node.name): "runs decoders only, and this graph has no cache" for node in graph.nodes()}

@@ -1,4 +1,4 @@
-"""The answer of `check` where an artifact opens only in the very environment that it was compiled for."""
+"""The answer of `check` for artifacts that open only in the environment that they were compiled for."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from transom.contract import Verdict
 
 
 def compare_requirements(made: Mapping[str, str], here: Mapping[str, str]) -> Verdict:
-    """`ok` where every requirement is met, else `rebuild` with the first difference.
+    """`ok` if every requirement is met, else `rebuild` with the first difference.
 
     Args:
         made: `Artifact.requires`. Keys that `here` lacks are not compared.
-        here: what `compile` would write into it now.
+        here: the value of `Artifact.requires` that `compile` would write now.
     """
     for key, value in here.items():
         if made.get(key) != value:

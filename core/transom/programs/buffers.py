@@ -1,4 +1,4 @@
-"""Gives the values of a program their places: buffers of rows, used again as soon as nobody needs what is in them."""
+"""Assigns a buffer of rows to each value of a program. A buffer is reused once no later operator reads its value."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ class Buffer:
 
     width: int
     local: bool
-    """Whether it is written and read between two barriers only."""
+    """Whether all its reads and writes lie between the same two barriers."""
 
 
 class BufferAllocator:
-    """A buffer for each value: one of the same width that nobody needs any more, or a new one.
+    """Assigns each value a free buffer of the same width, or a new one.
 
     Args:
-        drafts: in the order in which they run.
-        logits: has a buffer to itself.
-        barriers: kinds of operators that look at other tokens than their own.
+        ops: in execution order.
+        logits: gets a buffer that is never reused.
+        barriers: kinds of operators that read the rows of other tokens.
     """
 
     def __init__(self, ops: Sequence[Op], logits: Value, barriers: Collection[str] = ()) -> None:
@@ -55,7 +55,7 @@ class BufferAllocator:
         return len(self.buffers) - 1
 
     def place(self, value: Value) -> View:
-        """Where the value lies."""
+        """The view in which the value is stored."""
         root, offset = value.root()
         if id(root) not in self._at:
             local = self._local[id(root)]
@@ -64,7 +64,7 @@ class BufferAllocator:
         return View(self._at[id(root)], offset)
 
     def done(self, index: int, op: Op) -> None:
-        """The draft `index` has run: what it read last is free."""
+        """Operator `index` has run: free the buffers of the values that no later operator reads."""
         for value in {id(v.root()[0]): v.root()[0] for v in (*op.reads(), op.dst)}.values():
             if self._last[id(value)] == index and value is not self._logits:
                 self._free.setdefault((value.width, self._local[id(value)]), []).append(self._at[id(value)])

@@ -1,4 +1,4 @@
-"""What can be made together: the same program in fewer operators, each of which reads and writes less memory."""
+"""Passes that fuse operators: the same program in fewer operators, with less memory traffic."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def fuse_biases(ops: list[Op]) -> list[Op]:
 
 
 def fuse_gates(ops: list[Op], tile: int) -> list[Op]:
-    """act(gate(x)) * up(x): one product, whose rows come `tile` of one matrix and `tile` of the other in turn."""
+    """Fuses act(gate(x)) * up(x) into one product whose matrix alternates `tile` rows of gate and `tile` rows of up."""
     makers, readers = makers_of(ops), readers_of(ops)
     done: set[int] = set()
     for i, op in enumerate(ops):
@@ -93,8 +93,8 @@ def fuse_residuals(ops: list[Op]) -> list[Op]:
 
 
 def fuse_same_input(ops: list[Op], tile: int) -> list[Op]:
-    """Products of one input as one product, whose columns they share: it is made where the first of them was. Only of
-    products whose columns are a multiple of `tile`."""
+    """Fuses products of the same input into one, placed where the first was; each keeps its columns of the result. Only
+    products with a multiple of `tile` output columns are fused."""
     groups: dict[tuple[int, str], list[Op]] = {}
     for op in ops:
         if op.kind == "linear" and not op.act and op.residual is None and op.dst.width % tile == 0:
@@ -120,7 +120,7 @@ def fuse_same_input(ops: list[Op], tile: int) -> list[Op]:
 
 
 def in_place(ops: list[Op], logits: Value) -> list[Op]:
-    """Rotations always, other operators on rows where nobody else reads their input, write over it."""
+    """Lets operators that are the only reader of their input overwrite it. Rotations always do, on a copy if needed."""
     out: list[Op] = []
     readers = readers_of(ops)
     for op in ops:

@@ -1,4 +1,4 @@
-"""The operators of a draft over rows of float32 that look alike in every ONNX model."""
+"""Program operators over float32 rows that are written to ONNX the same way for every engine."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from transom.programs.reading import Op, Value
 
 
 class RowOperators:
-    """Writes them.
+    """Writes these operators.
 
     Args:
-        wide: rows of a value, float32.
+        wide: returns the rows of a value in float32.
     """
 
     def __init__(self, write: OnnxWriter, wide: Callable[[Value], ir.Value]) -> None:
@@ -24,10 +24,10 @@ class RowOperators:
         self.writers: Mapping[str, Callable[[Op], ir.Value]] = {
             "add": self.add, "bias": self._bias, "scale": self._scale, "softcap": self._softcap, "glu": self._gate,
         }  # fmt: skip
-        """By the kind of a draft."""
+        """By `Op.kind`."""
 
     def vector(self, vector: Array | None) -> ir.Value:
-        """What a draft has beside its inputs, which the draft must have: a bias, or the gain of a norm."""
+        """The constant vector of an operator, which must be present: a bias, or the gain of a norm."""
         assert vector is not None
         return self._write.constant(np.asarray(vector, np.float32))
 

@@ -1,4 +1,4 @@
-"""Writing an ONNX model whose types are all explicit: what a strongly typed network of another engine is made from."""
+"""Writes an ONNX model with explicit types throughout, as engines with strongly typed networks need."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class OnnxWriter:
         self._constants: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
         self._count = 0
         self.scope = ""
-        """In front of the names of nodes: what they belong to."""
+        """Prefix of node names: the part of the model that they belong to."""
 
     def input(self, name: str, dtype: ir.DataType, shape: Sequence[Dim]) -> ir.Value:
         value = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
@@ -43,13 +43,13 @@ class OnnxWriter:
     def __call__(
         self, op_type: str, *inputs: ir.Value | None, dtype: ir.DataType | None = None, **attributes: Any
     ) -> ir.Value:
-        """Append a standard operator with one output, of the first input's type unless told otherwise."""
+        """Append a standard operator with one output, of type `dtype` or the first input's type."""
         return self.several(op_type, *inputs, dtypes=(dtype or type_of(inputs[0]),), **attributes)[0]
 
     def several(
         self, op_type: str, *inputs: ir.Value | None, dtypes: Sequence[ir.DataType], domain: str = "", **attributes: Any
     ) -> tuple[ir.Value, ...]:
-        """Append an operator with as many outputs as there are types; a standard one unless a domain is named."""
+        """Append an operator with one output per type; a standard operator unless `domain` is given."""
         self._count += 1
         name = f"{self.scope}{op_type}_{self._count}"
         given = [ir.convenience.convert_attribute(k, v) for k, v in attributes.items()]
@@ -60,14 +60,14 @@ class OnnxWriter:
         return tuple(node.outputs)
 
     def cast(self, x: ir.Value, dtype: ir.DataType) -> ir.Value:
-        """`x` in another type; `x` itself where it has that type."""
+        """`x` cast to a type; `x` itself if it has that type."""
         return x if type_of(x) == dtype else self("Cast", x, dtype=dtype, to=int(dtype))
 
     def ints(self, value: int | Sequence[int]) -> ir.Value:
         return self.constant(np.asarray(value, np.int64))
 
     def constant(self, array: Array) -> ir.Value:
-        """A small constant; equal ones are shared."""
+        """A small constant; equal constants are shared."""
         key = (array.dtype.str, array.shape, array.tobytes())
         if key not in self._constants:
             tensor = ir.Tensor(np.ascontiguousarray(array), name=f"constant_{len(self._constants)}")
@@ -78,14 +78,14 @@ class OnnxWriter:
         return self.constant(np.asarray(value, np.float32).astype(dtype.numpy()))
 
     def softcapped(self, x: ir.Value, cap: float) -> ir.Value:
-        """cap * tanh(x / cap); float32. `x` itself where there is no cap: 0."""
+        """cap * tanh(x / cap), float32; `x` itself if `cap` is 0."""
         if not cap:
             return x
         by = self.number(cap, FLOAT)
         return self("Mul", self("Tanh", self("Div", x, by)), by)
 
     def weight(self, name: str, dtype: ir.DataType, shape: Sequence[int], load: Callable[[], Array]) -> ir.Value:
-        """An initializer that is read when the model is written, one at a time."""
+        """An initializer whose data is loaded only while the model is written, one at a time."""
 
         def tensor() -> ir.TensorProtocol:
             return ir.Tensor(np.ascontiguousarray(load()), dtype=dtype, shape=ir.Shape(shape), name=name)

@@ -1,4 +1,4 @@
-"""Reading a neutral decoder graph into operators of an engine, one node after another."""
+"""Reads a neutral decoder graph, node by node, into operators of an engine."""
 
 from __future__ import annotations
 
@@ -26,38 +26,38 @@ if TYPE_CHECKING:
     from transom.graph import Graph
 
 FLOAT = 1
-"""ONNX's number for float32."""
+"""ONNX's code for float32."""
 FLOAT8 = ir.DataType.FLOAT8E4M3FN
 
 
 class Kernels(Protocol):
-    """What an engine has kernels for."""
+    """What an engine's kernels support."""
 
     tile: int
-    """Heads, rotated heads and normalised rows are so many numbers wide, or a multiple of it."""
+    """The widths of heads, rotated heads and normalised rows are multiples of this."""
     largest_head: int
-    """Columns of a head."""
+    """Maximum columns of a head."""
     largest_group: int
-    """Query heads of a KV head."""
+    """Maximum query heads per KV head."""
     neighbours: bool
-    """Whether it rotates pairs that lie side by side, too, and not only a head's two halves."""
+    """Whether RoPE on interleaved pairs is supported, in addition to pairs from a head's two halves."""
     float8: bool
-    """Whether inputs of products may be rounded to E4M3."""
+    """Whether inputs of products may be quantised to E4M3."""
 
     def matrix(self, weight: Weight) -> str:
-        """Why it has no product with such a matrix, `"blocks of 12 columns"`; empty if it has one."""
+        """Why it cannot multiply by such a matrix, for example `"blocks of 12 columns"`; empty if it can."""
         ...
 
     def by(self, weight: Weight, *, head: bool) -> str:
-        """In what numbers activations meet the matrix, in the engine's own words: `Op.by`.
+        """Number format of the activations in a product with the matrix, in the engine's own terms: `Op.by`.
 
         Args:
-            head: it is the vocabulary matrix.
+            head: whether it is the vocabulary matrix.
         """
         ...
 
     def policy(self, policy: Sparsity) -> str:
-        """Why it cannot read by such a policy; empty if it can."""
+        """Why it cannot apply such a policy; empty if it can."""
         ...
 
 
@@ -71,11 +71,11 @@ class NoForm(Exception):
 
 @dataclass(eq=False)
 class Value:
-    """Rows of numbers, one row for each token."""
+    """Rows of numbers, one row per token."""
 
     width: int
     parent: Value | None = None
-    """The value that this one is some columns of, from `offset` on."""
+    """The value that contains this one as columns from `offset` on."""
     offset: int = 0
 
     def root(self) -> tuple[Value, int]:
@@ -87,7 +87,7 @@ class Value:
 
 @dataclass(eq=False)
 class Op:
-    """An operator before its buffers are known."""
+    """An operator before buffers are assigned."""
 
     kind: str
     dst: Value
@@ -102,13 +102,13 @@ class Op:
     by: str = "f32"
     scale: float = 1.0
     neighbours: bool = False
-    """Of a rotation: its pairs lie side by side."""
+    """Whether a rotation works on interleaved pairs."""
     rope: int = -1
-    """Of attention whose engine rotates keys on their way to the cache: by which rope; -1: they are as they should."""
+    """Rope that attention applies to the keys as it writes them to the cache; -1: they are rotated already."""
     node: str = ""
-    """Of the graph, the one that it was read from."""
+    """Name of the graph node that it was read from."""
     key: int = 0
-    """Products with equal keys share a matrix; 0: shared with nobody."""
+    """Products with equal keys share a matrix; 0: not shared."""
 
     def reads(self) -> Iterator[Value]:
         yield from self.inputs
@@ -120,10 +120,10 @@ class GraphReader:
     """Reads a graph in order.
 
     Args:
-        graph: a decoder's.
+        graph: must be a decoder.
 
     Raises:
-        NoForm: on the first node that the engine has no operator for.
+        NoForm: the engine has no operator for a node; the first such node is reported.
     """
 
     def __init__(self, graph: Graph, kernels: Kernels) -> None:
@@ -137,9 +137,9 @@ class GraphReader:
         self._sparsity: dict[int, str] = {}
         self._values: dict[int, Value] = {}
         self._batches: dict[int, Value] = {}
-        """Values with an axis of one in front."""
+        """Values with a leading axis of size one."""
         self._tables: dict[int, tuple[int, str]] = {}
-        """Which rope a table belongs to, and which of its two it is: `"Cos"` or `"Sin"`."""
+        """Rope index and function, `"Cos"` or `"Sin"`, of each table."""
         self._constants: set[int] = set()
         self._skipped: set[int] = set()
         inputs = {v.name: v for v in graph.model.graph.inputs}
@@ -148,10 +148,10 @@ class GraphReader:
             self._read(node)
         (logits,) = (v for v in graph.model.graph.outputs if v.name == "logits")
         if id(logits) not in self._values:
-            raise NoForm(next(iter(graph.nodes())), "the logits are computed in a way that is not known here")
+            raise NoForm(next(iter(graph.nodes())), "the logits are computed in an unsupported way")
         self.logits = self._values[id(logits)]
         if not any(op.kind == "rows" for op in self.ops):
-            raise NoForm(next(iter(graph.nodes())), "the rows whose logits are wanted are never chosen")
+            raise NoForm(next(iter(graph.nodes())), "the graph never selects the rows that need logits")
         self.sparsity = self._policy()
 
     def _policy(self) -> Sparsity:
@@ -171,7 +171,7 @@ class GraphReader:
     def _value(self, node: ir.Node, index: int) -> Value:
         value = node.inputs[index]
         if value is None or id(value) not in self._values:
-            raise NoForm(node, f"input {index} of {node.op_type} is no row of numbers for each token")
+            raise NoForm(node, f"input {index} of {node.op_type} is not a row of numbers for each token")
         return self._values[id(value)]
 
     def _set(self, node: ir.Node, value: Value) -> None:
@@ -240,7 +240,7 @@ class GraphReader:
             x = self._value(node, 0)
             self._emit(node, Op("rows", Value(x.width), [x]))
         else:
-            raise NoForm(node, "a Gather that chooses neither token embeddings nor rows of logits")
+            raise NoForm(node, "a Gather that selects neither token embeddings nor rows of logits")
 
     def _need_packable(self, node: ir.Node, weight: Weight) -> None:
         if reason := self.kernels.matrix(weight):
@@ -250,9 +250,9 @@ class GraphReader:
         x, attributes = self._value(node, 0), attributes_of(node)
         gain = self._vector(node.inputs[1])
         if gain is None or gain.ndim != 1 or int(attributes.get("axis", -1)) != -1 or x.width % gain.size:
-            raise NoForm(node, "a normalisation whose scale is no constant vector over the last axis")
+            raise NoForm(node, "a normalisation whose scale is not a constant vector over the last axis")
         if gain.size % self.kernels.tile:
-            raise NoForm(node, f"a normalisation over {gain.size} numbers, no multiple of {self.kernels.tile}")
+            raise NoForm(node, f"a normalisation over {gain.size} numbers, not a multiple of {self.kernels.tile}")
         epsilon = float(attributes.get("epsilon", 1e-5))
         op = Op("norm", Value(x.width), [x], vector=gain, groups=x.width // gain.size, scale=epsilon)
         self._emit(node, op)
@@ -260,7 +260,7 @@ class GraphReader:
     def _matmul(self, node: ir.Node) -> None:
         weight = linear_weight(node)
         if weight is None:
-            raise NoForm(node, "a product of two values that are computed")
+            raise NoForm(node, "a product of two computed values")
         self._need_packable(node, weight)
         x = self._value(node, 0)
         if x.width != weight.shape[1]:
@@ -303,7 +303,7 @@ class GraphReader:
                 a, b = self._value(gate, 0), self._value(node, other)
                 self._emit(node, Op("glu", Value(a.width), [a, b], act=self._activation(gate)))
                 return
-        raise NoForm(node, "a product of two values that is no gated activation")
+        raise NoForm(node, "a product of two values that is not a gated activation")
 
     def _activate(self, node: ir.Node) -> None:
         self._value(node, 0)
@@ -325,7 +325,7 @@ class GraphReader:
         """The first third of cap * tanh(x / cap), or a division by a constant."""
         by = self._scalar(node.inputs[1])
         if by is None or by == 0:
-            raise NoForm(node, "a division by what is no constant")
+            raise NoForm(node, "a division by a value that is not constant")
         x = self._value(node, 0)
         tanh = self._only_use(node, "Tanh")
         product = self._only_use(tanh, "Mul") if tanh is not None else None
@@ -338,14 +338,14 @@ class GraphReader:
         self._emit(node, Op("scale", Value(x.width), [x], scale=1.0 / by))
 
     def _round(self, node: ir.Node) -> None:
-        """A value through E4M3: quantised by one scale, and dequantised by the same."""
+        """A round trip through E4M3: quantised and dequantised with the same scale."""
         back = self._only_use(node, "DequantizeLinear")
         x, scale = self._value(node, 0), self._scalar(node.inputs[1])
         if back is None or scale is None or not self.kernels.float8 or back.inputs[1] is not node.inputs[1]:
-            raise NoForm(node, "a value that is rounded to 8 bits on its way to a product")
+            raise NoForm(node, "an 8-bit rounding of a value before a product")
         code = element_type(node.inputs[2]) if len(node.inputs) > 2 else None
         if code is not FLOAT8:
-            raise NoForm(node, "a value that is rounded to something else than E4M3")
+            raise NoForm(node, "a rounding of a value to a type other than E4M3")
         self._skipped.add(id(back))
         self._emit(back, Op("round", Value(x.width), [x], scale=scale))
 
@@ -355,14 +355,14 @@ class GraphReader:
         return uses[0] if one else None
 
     def _reshape(self, node: ir.Node) -> None:
-        """Another shape of the same rows: heads side by side, or one behind the other."""
+        """Another shape of the same rows: heads in an axis of their own, or concatenated."""
         shape = constant_of(node.inputs[1])
         if shape is None or shape.reshape(-1)[0] != 0 or int(attributes_of(node).get("allowzero", 0)):
             raise NoForm(node, "a Reshape that may move numbers from token to token")
         self._set(node, self._value(node, 0))
 
     def _unsqueeze(self, node: ir.Node) -> None:
-        """A batch of one around the tokens, which a rotation wants."""
+        """Adds the batch axis of size one that a rotation needs."""
         self._need_first_axis(node)
         self._batches[id(node.outputs[0])] = self._value(node, 0)
 
@@ -370,42 +370,42 @@ class GraphReader:
         self._need_first_axis(node)
         x = self._batches.get(id(node.inputs[0]))
         if x is None:
-            raise NoForm(node, "a Squeeze of what is no batch of one")
+            raise NoForm(node, "a Squeeze of a value that is not a batch of one")
         self._set(node, x)
 
     @staticmethod
     def _need_first_axis(node: ir.Node) -> None:
         axes = constant_of(node.inputs[1]) if len(node.inputs) > 1 else None
         if axes is None or axes.reshape(-1).tolist() != [0]:
-            raise NoForm(node, f"a {node.op_type} of other axes than the first")
+            raise NoForm(node, f"a {node.op_type} of axes other than the first")
 
     def _cast(self, node: ir.Node) -> None:
         """positions → Cast → Unsqueeze → Mul by frequencies → Cos and Sin: the tables of one or several ropes."""
         if id(node.inputs[0]) != self._positions or int(attributes_of(node).get("to", 0)) != FLOAT:
-            raise NoForm(node, "a cast of other values than positions, or not to float32")
+            raise NoForm(node, "a cast of values other than positions, or not to float32")
         for column in self._only_users(node, "Unsqueeze"):
             axes = constant_of(column.inputs[1])
             if axes is None or axes.reshape(-1).tolist() != [0, 2]:
-                raise NoForm(column, "positions that are no column of a table")
+                raise NoForm(column, "positions that are not a column of a table")
             for product in self._only_users(column, "Mul"):
                 frequencies = next((f for v in product.inputs if (f := self._vector(v)) is not None), None)
                 if frequencies is None or frequencies.shape != (1, 1, frequencies.size):
-                    raise NoForm(product, "positions that no row of frequencies multiplies")
+                    raise NoForm(product, "positions that are not multiplied by a row of frequencies")
                 rope = self._rope(frequencies.reshape(-1), 1.0)
                 for wave in self._only_users(product, "Cos", "Sin"):
                     self._tables[id(wave.outputs[0])] = rope, wave.op_type
 
     def _only_users(self, node: ir.Node, *op_types: str) -> list[ir.Node]:
-        """The nodes that read a node's output, all of them of these types; they are read with it."""
+        """The nodes that read a node's output, all of these types. Marks them as read together with it."""
         users = list(dict.fromkeys(use.node for use in node.outputs[0].uses()))
         other = next((user for user in users if user.op_type not in op_types), None)
         if other is not None or node.outputs[0].is_graph_output():
-            raise NoForm(other or node, "positions that lead to something else than a rotary table")
+            raise NoForm(other or node, "positions used for something other than a rotary table")
         self._skipped |= {id(user) for user in users}
         return users
 
     def rotations(self, rope: int, positions: int) -> tuple[Array, Array]:
-        """Cosines and sines of the positions from 0 on, float64 [positions, pairs], as a rope makes them."""
+        """Cosines and sines of a rope at positions 0 …, float64 [positions, pairs]."""
         frequencies, factor = self.ropes[rope]
         angles = np.arange(positions)[:, None] * np.asarray(frequencies, np.float64)[None]
         return np.cos(angles) * factor, np.sin(angles) * factor
@@ -420,15 +420,15 @@ class GraphReader:
     def _rotate(self, node: ir.Node) -> None:
         x, attributes = self._batches.get(id(node.inputs[0])), attributes_of(node)
         if x is None:
-            raise NoForm(node, "a rotation of what is no batch of one")
+            raise NoForm(node, "a rotation of a value that is not a batch of one")
         cos, sin = (None if v is None else self._tables.get(id(v)) for v in node.inputs[1:3])
         if len(node.inputs) > 3 or cos is None or sin is None or (*cos, *sin) != (cos[0], "Cos", cos[0], "Sin"):
-            raise NoForm(node, "a rotation by other tables than cosines and sines of positions")
+            raise NoForm(node, "a rotation by tables other than cosines and sines of positions")
         heads = int(attributes.get("num_heads", 0))
         neighbours = bool(attributes.get("interleaved", 0))
         if (neighbours and not self.kernels.neighbours) or not heads or x.width // heads % self.kernels.tile:
             tile = self.kernels.tile
-            raise NoForm(node, f"a rotation of interleaved pairs, or of heads that are no multiple of {tile} wide")
+            raise NoForm(node, f"a rotation of interleaved pairs, or of heads whose width is not a multiple of {tile}")
         turned = int(attributes.get("rotary_embedding_dim", 0)) or x.width // heads
         if turned != 2 * self.ropes[cos[0]][0].size:
             raise NoForm(node, f"a rotation of {turned} columns by {self.ropes[cos[0]][0].size} frequencies")
@@ -443,17 +443,17 @@ class GraphReader:
         if reason := unpageable_reason(self.graph, node):
             raise NoForm(node, reason)
         if len(node.inputs) > 9 and node.inputs[9] is not None:
-            raise NoForm(node, "attention by kernels takes no additive bias")
+            raise NoForm(node, "the attention kernels take no additive bias")
         if not int(attributes["is_causal"]):
-            raise NoForm(node, "attention by kernels is causal")
+            raise NoForm(node, "the attention kernels are causal")
         cache = self.decoder.layers[layer]
         for dim in (cache.head_dim, cache.value_dim):
             tile, most = self.kernels.tile, self.kernels.largest_head
             if dim % tile or not 0 < dim <= most:
-                raise NoForm(node, f"heads of {dim} columns: a multiple of {tile} up to {most} is needed")
+                raise NoForm(node, f"heads of {dim} columns; kernels need a multiple of {tile} up to {most}")
         if cache.q_heads > self.kernels.largest_group * cache.kv_heads:
             group = cache.q_heads // cache.kv_heads
-            raise NoForm(node, f"{group} query heads of a KV head: it has up to {self.kernels.largest_group}")
+            raise NoForm(node, f"{group} query heads per KV head; kernels support up to {self.kernels.largest_group}")
         sinks = self._vector(node.inputs[10]) if len(node.inputs) > 10 else None
         scale = float(attributes["scale"]) or cache.head_dim**-0.5
         self.layers[layer] = (scale, float(attributes["softcap"]), sinks)

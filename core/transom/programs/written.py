@@ -1,8 +1,7 @@
-"""A program as JSON, its operators without what is as usual: it has some hundreds, and a cold start reads all.
+"""A program as JSON. Fields with default values are left out, since a cold start parses hundreds of operators.
 
-A program is a frozen dataclass of the backend's: tuples of dataclasses, texts and whole numbers. An operator is one
-whose fields are views of buffers, numbers and texts, each with a default but for the first ones. Imports nothing of
-ours.
+A program is a frozen dataclass of the backend: tuples of dataclasses, strings and integers. An operator is a dataclass
+whose fields are buffer views, numbers and strings; all but the first ones have defaults. Imports nothing from Transom.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ NOWHERE = View(-1)
 
 @dataclass(frozen=True)
 class RopeTable:
-    """Frequencies, float32, at a place in the weights; cosines and sines are multiplied by `factor`."""
+    """`count` float32 frequencies at offset `at` of the weights; cosines and sines are multiplied by `factor`."""
 
     at: int
     count: int
@@ -38,7 +37,7 @@ class RopeTable:
 
 @dataclass(frozen=True)
 class AttentionLayer:
-    """One attention layer; `sinks` is a place in the weights, or -1."""
+    """One attention layer; `sinks` is an offset in the weights, or -1."""
 
     heads: int
     kv_heads: int
@@ -62,13 +61,13 @@ def to_json(program: Any) -> str:
 
 
 def from_json(kind: type[T], text: str, parts: Mapping[str, Callable[[Any], Any]]) -> T:
-    """A program of a class out of what `to_json` gave.
+    """Parse the output of `to_json` into a program of class `kind`.
 
     Args:
-        parts: makes the members of each field that is a tuple.
+        parts: parses one member of a tuple field, by field name.
 
     Raises:
-        ValueError, KeyError, TypeError: for a text that is no such program.
+        ValueError, KeyError, TypeError: the text is not such a program.
     """
     raw: dict[str, Any] = json.loads(text)
     own: Any = kind
@@ -83,7 +82,7 @@ def from_json(kind: type[T], text: str, parts: Mapping[str, Callable[[Any], Any]
 
 
 def lean(op: Any) -> dict[str, Any]:
-    """An operator as JSON types, without what is as usual."""
+    """An operator as JSON types, without fields that have their default value."""
     found: dict[str, Any] = {}
     for field in fields(op):
         value = getattr(op, field.name)
@@ -93,7 +92,7 @@ def lean(op: Any) -> dict[str, Any]:
 
 
 def operator(kind: type[T], raw: Mapping[str, Any]) -> T:
-    """An operator of a class out of what `lean` gave. Raises TypeError for what is none."""
+    """Parse the output of `lean` into an operator of class `kind`. Raises TypeError if it does not fit."""
     own: Any = kind
     views = _views(own)
     return kind(**{name: View(*value) if name in views else value for name, value in raw.items()})

@@ -1,8 +1,8 @@
-"""Helpers that make a backend's session small.
+"""Helpers that keep a backend's session small.
 
-`PackedSession` is for an engine that can only run a graph once, tensors in and tensors out. `BufferedSession` is for
-one that writes the cache of a sequence into arrays in place. `PagedSession` is for one that computes over a cache in
-pages of its own. `check_step`, `logit_rows`, `split_logits` and `best` are the parts of a step that any session has.
+`PackedSession` is for an engine that only runs a graph, tensors in and tensors out. `BufferedSession` is for one that
+writes the cache of a sequence into arrays in place. `PagedSession` is for one that computes over a paged cache of its
+own. `check_step`, `logit_rows`, `split_logits` and `best` are the parts of a step that every session needs.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A contract session over an engine that runs one sequence at a time and writes its cache into arrays in place.
 
-The session keeps the arrays of each sequence, makes them longer as they fill, copies them for a fork, and writes them
-down. What is behind a sequence's tokens counts for nothing, which is what makes a step that fails change nothing.
+The session keeps the arrays of each sequence, grows them as they fill, copies them for a fork, and saves them. Data
+behind a sequence's tokens is ignored, so a step that fails changes nothing.
 """
 
 from __future__ import annotations
@@ -19,38 +19,38 @@ Buffers = Mapping[str, Array]
 
 
 class BufferedEngine(Protocol):
-    """Computes a decoder over arrays that it is given, and keeps none of them."""
+    """Computes a decoder over arrays from the caller, and keeps none of them."""
 
     def capacity(self, tokens: int) -> int:
-        """Tokens that there shall be room for where so many are needed: as many or more; 0 or more for none."""
+        """Tokens to allocate room for when `tokens` are needed; at least `tokens`."""
 
     def new_buffers(self, capacity: int) -> Buffers:
-        """Arrays with room for so many tokens, which `capacity` gave."""
+        """Arrays with room for `capacity` tokens, a number that `capacity()` returned."""
 
     def rows(self, name: str, tokens: int) -> int:
-        """Rows of a part of the cache that so many tokens fill; `tokens` where each has a row."""
+        """Rows that `tokens` tokens fill in a part of the cache; `tokens` if each token has one row."""
 
     def compute(self, tokens: Array, past: int, buffers: Buffers, *, every: bool) -> Array:
-        """Run the new tokens of a sequence and write what they add to its cache behind what is there.
+        """Run the new tokens of a sequence and append their keys and values to its cache.
 
-        It may be called again with the same past after it failed, or with a smaller one; it then must not see what
-        it wrote before.
+        After a failure it may be called again with the same or a smaller `past`, and must then ignore what it wrote
+        before.
 
         Args:
             tokens: int64 [new], one or more.
-            past: tokens that are in the cache.
-            buffers: with room for all of them.
-            every: the logits of each new token are wanted.
+            past: tokens in the cache.
+            buffers: the cache, with room for the new tokens.
+            every: return the logits of every new token.
 
         Returns:
-            float32 [new, vocabulary], or [1, vocabulary] of the last one; it belongs to the caller.
+            float32 [new, vocabulary], or [1, vocabulary] for the last token; the array belongs to the caller.
         """
 
     def close(self) -> None: ...
 
 
 class BufferedState:
-    """The cache of one sequence, as the contract wants it."""
+    """The cache of one sequence: a `State` of the contract."""
 
     def __init__(self, session: BufferedSession, capacity: int, buffers: Buffers, length: int = 0) -> None:
         self.session, self.capacity, self._length = session, capacity, length
@@ -81,11 +81,11 @@ class BufferedState:
         self._length = length
 
     def grow(self, capacity: int, buffers: Buffers) -> None:
-        """Take over longer arrays that hold the same tokens."""
+        """Replace the arrays with longer ones that hold the same tokens."""
         self.capacity, self._buffers = capacity, buffers
 
     def append(self, tokens: int) -> None:
-        """Take what was written behind the end for its own."""
+        """Count the tokens that were written behind the end."""
         self._length += tokens
 
     def free(self) -> None:
@@ -97,7 +97,7 @@ class BufferedSession:
 
     Args:
         vocabulary: columns of the logits.
-        limits: what one step may hold, and one state; the engine runs the sequences of a step one after the other.
+        limits: of a step and of a state; the engine runs the sequences of a step one after another.
     """
 
     def __init__(self, engine: BufferedEngine, vocabulary: int, limits: Limits) -> None:
@@ -116,12 +116,12 @@ class BufferedSession:
         return self.copied({}, 0)
 
     def copied(self, buffers: Buffers, length: int) -> BufferedState:
-        """A state of so many tokens whose cache is a copy of what they fill of these arrays."""
+        """A state of `length` tokens with a copy of their part of the arrays."""
         capacity = self._engine.capacity(length)
         return BufferedState(self, capacity, self._room(buffers, length, capacity), length)
 
     def _room(self, buffers: Buffers, length: int, capacity: int) -> Buffers:
-        """New arrays that begin with what so many tokens fill of these."""
+        """New arrays of `capacity` tokens that start with a copy of the first `length` tokens."""
         fresh = self._engine.new_buffers(capacity)
         for name, array in buffers.items():
             rows = self._engine.rows(name, length)
@@ -133,15 +133,15 @@ class BufferedSession:
         states = [self._own(w.state) for w in work]
         check_step(work, self._limits, self._vocabulary)
         results = [self._computed(state, w) for state, w in zip(states, work, strict=True)]
-        for state, w in zip(states, work, strict=True):  # cannot fail: until here no state has changed
+        for state, w in zip(states, work, strict=True):  # cannot fail; no state has changed before
             state.append(len(w.tokens))
         return results
 
     def _computed(self, state: BufferedState, work: Work) -> Tensor | tuple[Tensor, Tensor] | None:
-        """What a work gets. Its tokens are behind the end of the state's cache afterwards."""
+        """The result of one work. Its tokens are then stored behind the end of the state's cache."""
         count = len(work.tokens)
         needed = state.length + count
-        if needed > state.capacity:  # twice as long, so that a long answer copies its cache a few times only
+        if needed > state.capacity:  # doubled, so that a long answer copies its cache only a few times
             capacity = self._engine.capacity(min(max(needed, 2 * state.capacity), self._limits.context))
             state.grow(capacity, self._room(state.buffers, state.length, capacity))
         tokens = np.asarray(work.tokens, np.int64)
@@ -149,16 +149,16 @@ class BufferedSession:
         return split_logits(logits[: 0 if work.logits == "none" else None], [work], [count], copy=False)[0]
 
     def save(self, state: State) -> Mapping[str, Tensor]:
-        """What a state holds by the names of the cache's parts, [heads, rows, columns]."""
+        """The cache of a state, by the name of its part: [heads, rows, columns]."""
         self._need_open()
         own = self._own(state)
         return {name: a[0, :, : self._engine.rows(name, own.length)].copy() for name, a in own.buffers.items()}
 
     def restore(self, length: int, arrays: Mapping[str, Tensor]) -> BufferedState:
-        """A state out of what `save` gave.
+        """A state from the output of `save`.
 
         Raises:
-            ValueError: these are no arrays of a state of so many tokens.
+            ValueError: the arrays do not fit a state of `length` tokens.
         """
         self._need_open()
         if not 0 <= length <= self._limits.context:
@@ -168,7 +168,7 @@ class BufferedSession:
             array = given[name] = np.asarray(arrays.get(name, ()))[None]
             rows = self._engine.rows(name, length)
             if array.dtype != like.dtype or array.shape != (*like.shape[:2], rows, like.shape[3]):
-                raise ValueError(f"{name} is not that of {length} tokens")
+                raise ValueError(f"{name} does not fit a state of {length} tokens")
         return self.copied(given, length)
 
     def run(self, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

@@ -11,7 +11,7 @@ from transom.signature import Decoder, cache_input_names
 
 
 def empty_cache(decoder: Decoder) -> list[Array]:
-    """Keys and values of each layer, for no tokens: float32 [0, kv_heads * dim]."""
+    """Keys and values of each layer for zero tokens: float32 [0, kv_heads * dim]."""
     return [
         np.zeros((0, layer.kv_heads * dim), np.float32)
         for layer in decoder.layers
@@ -25,13 +25,13 @@ def decoder_inputs(
     cache: Sequence[Array],
     past: Sequence[int] = (),
 ) -> dict[str, Array]:
-    """Arrays by the names of a decoder graph's inputs.
+    """The inputs of a decoder graph, by name.
 
     Args:
-        tokens: the new token ids of each sequence, at least one of each.
-        logit_rows: which of the new tokens, counted over all sequences, need logits.
+        tokens: the new token ids of each sequence, at least one per sequence.
+        logit_rows: indices of the tokens that need logits, among the new tokens of all sequences.
         cache: keys and values of each layer in turn, `[past tokens of all sequences, kv_heads * dim]`.
-        past: cached tokens of each sequence; empty where none has any.
+        past: cached tokens of each sequence; empty if no sequence has any.
     """
     counts, past = [len(part) for part in tokens], past or [0] * len(tokens)
     ids = np.arange(len(tokens), dtype=np.int64)

@@ -1,8 +1,8 @@
-"""A contract session for graphs that carry their cache in inputs and outputs: the helper that makes a backend small.
+"""A contract session for graphs that carry their cache in inputs and outputs.
 
-A backend that can only run a graph once, tensors in and tensors out, gets sequence states, forks, ragged steps and
-all-or-nothing failure from `PackedSession`. The cache of each sequence lives here, in host memory, in float32. Every
-step copies the caches of the sequences in it, so a backend that owns its cache is faster; this is the plain form.
+`PackedSession` gives a backend that only runs a graph, tensors in and tensors out, sequence states, forks, ragged steps
+and all-or-nothing failure. It keeps the cache of each sequence in host memory, in float32. Every step copies the caches
+of its sequences, so a backend with a cache of its own is faster.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ Run = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 
 
 class PackedState:
-    """The cache of one sequence: for each layer the keys and the values of its tokens, [tokens, heads * dim]."""
+    """The cache of one sequence: keys and values of each layer, [tokens, heads * dim]."""
 
     def __init__(self, cache: list[Array], length: int, shared: int = 0) -> None:
         self._cache: list[Array] | None = cache
         self._length = length
-        self._shared = shared  # leading tokens whose arrays the state forked from counts as its own
+        self._shared = shared  # leading tokens whose memory the parent state counts
 
     @property
     def cache(self) -> list[Array]:
@@ -46,19 +46,19 @@ class PackedState:
     def fork(self, length: int) -> PackedState:
         cache = self.cache
         need_within(length, self.length, "fork")
-        return PackedState([part[:length] for part in cache], length, length)  # arrays are never written to: shared
+        return PackedState([part[:length] for part in cache], length, length)  # shared: arrays are never written to
 
     def truncate(self, length: int) -> None:
         cache = self.cache
         need_within(length, self.length, "truncate")
-        if self._shared < length < self.length:  # a copy, since a view would hold the memory of what was cut off
+        if self._shared < length < self.length:  # a copy, since a view would keep the memory of the rest
             self._cache, self._shared = [part[:length].copy() for part in cache], 0
         else:
             self._cache, self._shared = [part[:length] for part in cache], min(self._shared, length)
         self._length = length
 
     def append(self, cache: list[Array], tokens: int) -> None:
-        """Take over arrays that hold `tokens` more tokens; they are this state's alone."""
+        """Replace the arrays with ones that hold `tokens` more tokens and belong to this state alone."""
         self._cache, self._length, self._shared = cache, self._length + tokens, 0
 
     def free(self) -> None:
@@ -69,9 +69,9 @@ class PackedSession:
     """A contract `Session` over a function that runs a decoder graph once.
 
     Args:
-        run: runs the graph; called with every input by name. Must return arrays that it does not write to again.
+        run: runs the graph on all its inputs, by name. Must not write to the returned arrays again.
         decoder: the graph's signature, or None for a graph without a cache (then only `run` works).
-        limits: what one step may hold.
+        limits: of a step and of a state.
         close: called once when the session is closed.
     """
 
@@ -101,7 +101,7 @@ class PackedSession:
     def _compute(
         self, work: Sequence[Work], run: Run
     ) -> tuple[list[Tensor | tuple[Tensor, Tensor] | None], list[list[Array]]]:
-        """What each work gets, and the cache that its state would have afterwards. Changes nothing."""
+        """The result of each work and the new cache of its state. Changes nothing."""
         decoder = self._need_decoder()
         if not work:
             return [], []
@@ -129,7 +129,7 @@ class PackedSession:
 
     @staticmethod
     def _commit(work: Sequence[Work], added: Sequence[list[Array]]) -> None:
-        """Give the states their new caches. Cannot fail."""
+        """Store the new caches in the states. Cannot fail."""
         for w, cache in zip(work, added, strict=True):
             _packed(w.state).append(cache, len(w.tokens))
 

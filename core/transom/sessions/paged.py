@@ -1,4 +1,4 @@
-"""A contract session whose key-value cache lies in pages: it hands pages out, a paged engine computes over them."""
+"""A contract session with a paged key-value cache: it allocates pages, and a paged engine computes over them."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from transom.signature import Decoder
 
 MAX_SEQUENCES = 256
 MAX_TOKENS = 1024
-"""New tokens in one step. Longer chunks are hardly faster anywhere, and their activations take memory."""
+"""New tokens in one step. Longer chunks are hardly faster, and their activations take memory."""
 
 
 class PagedEngine(Protocol):
-    """Computes a decoder over pages that it keeps, and knows nothing of who holds them."""
+    """Computes a decoder over pages in its memory; which sequence holds a page is the session's concern."""
 
     @property
     def page_tokens(self) -> int:
@@ -30,36 +30,36 @@ class PagedEngine(Protocol):
         """Bytes of a page over all layers."""
 
     def bind_pages(self, pages: int) -> None:
-        """Reserve memory for so many pages. Called once, before anything runs."""
+        """Reserve memory for `pages` pages. Called once, before anything runs."""
 
     def copy_page(self, source: int, target: int) -> None: ...
 
     def drop_pages(self, pages: Sequence[int]) -> None:
-        """Nobody holds these: their memory may go back to the system. Does nothing once the engine is closed."""
+        """No sequence holds these pages: their memory may be released. Does nothing once the engine is closed."""
 
     def warm_up(self) -> None:
-        """Whatever makes the first step as fast as the later ones. May run beside other work of the host."""
+        """Do what makes the first step as fast as later ones. May run in parallel with other work of the host."""
 
     def step(
         self, tokens: Sequence[Array], past: Sequence[int], pages: Sequence[Sequence[int]], rows: Sequence[int]
     ) -> Any:
-        """Run the new tokens of some sequences, one behind the other.
+        """Run the new tokens of some sequences.
 
         Args:
-            tokens: int64 [new] of each sequence.
-            past: tokens that each sequence has cached before.
-            pages: of each sequence, those that the new tokens go to included.
-            rows: the tokens whose logits are wanted, counted over all sequences.
+            tokens: new token ids of each sequence, int64 [new].
+            past: cached tokens of each sequence.
+            pages: pages of each sequence, including those for the new tokens.
+            rows: indices of the tokens that need logits, among the new tokens of all sequences.
 
         Returns:
-            float32 [rows or more, vocabulary], which belong to the caller; what else it is where `_results` knows it.
+            float32 [rows or more, vocabulary], owned by the caller; another type if the session overrides `_results`.
         """
 
     def close(self) -> None: ...
 
 
 class PagedState:
-    """The cache of one sequence, as the contract wants it."""
+    """The cache of one sequence: a `State` of the contract."""
 
     def __init__(self, table: PageTable, page_bytes: int) -> None:
         self.table, self._page_bytes = table, page_bytes
@@ -86,9 +86,9 @@ class PagedSession:
     """Ragged steps over a paged cache.
 
     Args:
-        context: tokens one state may hold.
+        context: maximum tokens of one state.
         pages: pages in the pool, for all sequences together.
-        max_sequences, max_tokens: sequences, and new tokens, of one step.
+        max_sequences, max_tokens: maximum sequences and new tokens of one step.
     """
 
     def __init__(
@@ -146,7 +146,7 @@ class PagedSession:
             for source, target in reservation.copies:
                 self._engine.copy_page(source, target)
             results = self._results(work, tokens, past, reservation.pages, rows)
-        except BaseException:  # whatever it is, KeyboardInterrupt too, the states stay as they were
+        except BaseException:  # after any exception, KeyboardInterrupt too, the states are unchanged
             reservation.rollback()
             raise
         reservation.commit()
@@ -163,7 +163,7 @@ class PagedSession:
         pages: Sequence[Sequence[int]],
         rows: Sequence[int],
     ) -> Sequence[Tensor | tuple[Tensor, Tensor] | None]:
-        """What each work gets. A session whose logits are not in the host's memory has a way of its own."""
+        """The result of each work. A session whose logits are not in host memory overrides this."""
         logits = self._compute(work, tokens, past, pages, rows)
         return split_logits(logits, work, [len(t) for t in tokens], copy=False)
 

@@ -1,8 +1,8 @@
 """The page allocator of the key-value cache: which sequence holds which page. It knows no engine and no tensor.
 
-A page is a number; the arrays behind it belong to whoever computes attention. Pages are shared between forked
-sequences and counted by holders; the only page that is ever written to while shared is a last one that is partly full,
-so it is copied first (copy on write). A step reserves what it needs, runs, and then commits or rolls back.
+A page is a number; its arrays belong to the engine that computes attention. Forked sequences share pages, which are
+counted by holder. Only a partly filled last page is ever written to while it is shared, so it is copied first (copy on
+write). A step reserves the pages that it needs, runs, and then commits or rolls back.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from transom.sessions.steps import need_within
 
 
 class PagePool:
-    """Hands out pages, lowest number first, so that what is in use lies together.
+    """Allocates pages, lowest number first, so that used pages lie together.
 
     Args:
         total: pages in the pool.
         page_tokens: tokens in a page.
-        dropped: is told which pages nobody holds any more when a sequence lets go of some.
+        dropped: called with the pages that no sequence holds any more, after a sequence released some.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class PagePool:
 
     @property
     def free(self) -> int:
-        """Pages that nobody holds."""
+        """Pages that no sequence holds."""
         return len(self._free)
 
     def holders(self, page: int) -> int:
@@ -46,7 +46,7 @@ class PagePool:
         return PageTable(self)
 
     def reserve(self, work: Sequence[tuple[PageTable, int]]) -> Reservation:
-        """Pages for so many new tokens of each sequence. The sequences do not change before `commit`.
+        """Reserve pages for the new tokens of each sequence. The sequences do not change before `commit`.
 
         Raises:
             OutOfPages: the pool is too small; nothing was taken.
@@ -100,7 +100,7 @@ class PagePool:
 
 
 class PageTable:
-    """The pages of one sequence, in order, and how many tokens of them count."""
+    """The pages of one sequence, in order, and the number of its tokens."""
 
     def __init__(self, pool: PagePool) -> None:
         self.pool = pool
@@ -120,7 +120,7 @@ class PageTable:
 
     @property
     def owned(self) -> int:
-        """Pages counted here: each page counts in the first of its holders that still lives."""
+        """Pages that this sequence accounts for: a shared page counts for the first of its holders only."""
         return sum(self.pool._holders[page][0] is self for page in self._pages or ())
 
     def fork(self, length: int) -> PageTable:
@@ -131,21 +131,21 @@ class PageTable:
             RuntimeError: the sequence was freed.
         """
         pages = self._first(length, "fork")
-        twin = PageTable(self.pool)
-        twin._pages, twin._length = list(pages), length
+        forked = PageTable(self.pool)
+        forked._pages, forked._length = list(pages), length
         for page in pages:
-            self.pool._hold(page, twin)
-        return twin
+            self.pool._hold(page, forked)
+        return forked
 
     def truncate(self, length: int) -> None:
-        """Forget all but the first `length` tokens and give back the pages behind them. Raises as `fork` does."""
+        """Drop all but the first `length` tokens and release the pages behind them. Raises as `fork` does."""
         kept = self._first(length, "truncate")
         rest = self.pages[len(kept) :]
         self._pages, self._length = list(kept), length
         self.pool._release_all(rest, self)
 
     def free(self) -> None:
-        """Give all pages back. Doing it twice does nothing."""
+        """Release all pages. A second call does nothing."""
         rest = self._pages or []
         self._pages, self._length = None, 0
         self.pool._release_all(rest, self)
@@ -158,7 +158,7 @@ class PageTable:
 
 @dataclass(frozen=True)
 class Reservation:
-    """What one step may write to. Exactly one of `commit` and `rollback` is called, once."""
+    """The pages that one step may write to. Exactly one of `commit` and `rollback` is called, once."""
 
     pool: PagePool
     tables: list[PageTable]
@@ -182,7 +182,7 @@ class Reservation:
             table._pages, table._length = pages, length
 
     def rollback(self) -> None:
-        """The step has failed: the pages go back, the sequences are as they were."""
+        """The step has failed: the new pages are released, the sequences are unchanged."""
         for table, pages in zip(self.tables, self.pages, strict=True):
             before = set(table.pages)
             self.pool._put_back([page for page in pages if page not in before])

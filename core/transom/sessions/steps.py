@@ -1,4 +1,4 @@
-"""What every session does around a step: the checks that it owes its host, and sorting out the rows of logits."""
+"""Parts of a step that every session needs: the checks before it, and the rows of logits after it."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from transom.contract import Limits, Tensor, Work
 Array = np.ndarray[Any, np.dtype[Any]]
 
 BLOCK = 64
-"""Queries that choose together."""
+"""Queries that select keys together in a chunk."""
 CHUNK = 16
-"""New tokens from which on they do."""
+"""Minimum number of new tokens for a chunk."""
 
 
 def check_step(work: Sequence[Work], limits: Limits, vocabulary: int, *, sparsity: bool = False) -> None:
-    """The checks that every session owes its host before it changes anything.
+    """The checks that every session makes before it changes anything.
 
     Args:
-        sparsity: the session obeys `Work.sparsity`.
+        sparsity: whether the session supports `Work.sparsity`.
 
     Raises:
-        ValueError: the step is beyond the limits, a state appears twice, a token id is outside the vocabulary, or a
-            work names a sparsity policy that the session cannot obey.
+        ValueError: the step exceeds the limits, a state appears twice, a token id is outside the vocabulary, or a
+            work has a sparsity policy and the session supports none.
     """
     if len(work) > limits.max_sequences:
         raise ValueError(f"{len(work)} sequences in one step; this session takes {limits.max_sequences}")
@@ -35,7 +35,7 @@ def check_step(work: Sequence[Work], limits: Limits, vocabulary: int, *, sparsit
         raise ValueError("one sequence state appears twice in a step")
     for w in work:
         if w.sparsity is not None and not sparsity:
-            raise ValueError("this session reads its cache as it was loaded; it takes no sparsity policy for a step")
+            raise ValueError("this session takes no sparsity policy for a step; it is fixed at load time")
         if len(w.tokens) == 0:
             raise ValueError("a sequence in a step has no new tokens")
         if limits.token_classes and len(w.tokens) not in limits.token_classes:
@@ -51,7 +51,7 @@ def check_step(work: Sequence[Work], limits: Limits, vocabulary: int, *, sparsit
 
 
 def need_within(length: int, held: int, what: str) -> None:
-    """Raise ValueError where a state that holds so many tokens cannot be forked or cut at a length."""
+    """Raise ValueError if a state that holds `held` tokens cannot be forked or truncated at `length`."""
     if not 0 <= length <= held:
         raise ValueError(f"cannot {what} at {length}: the state holds {held} tokens")
 
@@ -67,11 +67,11 @@ def best(logits: Array, count: int) -> tuple[Array, Array]:
 
 
 def top_k(row: Array, count: int) -> Array:
-    """The ids of the `count` largest values of a vector, best first, ties by lower id; int64. NaN counts as least.
+    """The ids of the `count` largest values of a vector, best first, ties by lower id; int64. NaN sorts last.
 
-    A partial selection: sorting all of a large vocabulary takes longer than many a model's step.
+    A partial selection, since sorting a large vocabulary takes longer than a step of many models.
     """
-    if count == 1 and not np.isnan(row[top := int(np.argmax(row))]):  # argmax finds the first NaN, if there is one
+    if count == 1 and not np.isnan(row[top := int(np.argmax(row))]):  # argmax returns the first NaN, if any
         return np.array([top], np.int64)
     maxima, groups = row, len(row)
     rows = len(row) // max(4 * count, 256)
@@ -80,13 +80,13 @@ def top_k(row: Array, count: int) -> Array:
         groups = len(row) // rows
         maxima = row[: rows * groups].reshape(rows, groups).max(axis=0)
     ids = np.flatnonzero(row >= np.partition(maxima, groups - count)[groups - count])
-    if len(ids) < count:  # nothing compares with NaN: order all of it, NaN last
+    if len(ids) < count:  # NaN fails every comparison: sort everything, NaN last
         ids = np.arange(len(row))
     return ids[np.argsort(-row[ids], kind="stable")[:count]].astype(np.int64, copy=False)
 
 
 def logit_rows(work: Sequence[Work], counts: Sequence[int]) -> list[int]:
-    """The places, among the packed tokens of a step, whose logits were asked for."""
+    """Indices of the tokens that need logits, among the packed tokens of a step."""
     rows: list[int] = []
     start = 0
     for w, count in zip(work, counts, strict=True):
@@ -99,10 +99,10 @@ def logit_rows(work: Sequence[Work], counts: Sequence[int]) -> list[int]:
 def split_logits(
     logits: Array, work: Sequence[Work], counts: Sequence[int], *, copy: bool = True
 ) -> list[Tensor | tuple[Tensor, Tensor] | None]:
-    """Rows of the step's logits, [rows, vocabulary], as each work asked for them.
+    """Splits the step's logits, [rows, vocabulary], into the result that each work requested.
 
     Args:
-        copy: False where the caller gives the array away: the results then share it, though no row of it.
+        copy: False if the caller does not use the array again: the results are then views of it, no row in two.
     """
     results: list[Tensor | tuple[Tensor, Tensor] | None] = []
     at = 0
@@ -122,7 +122,7 @@ def split_logits(
 
 
 def dense_keys(past: int, count: int, window: int, *, chunk: bool) -> int:
-    """Keys that `count` new tokens see; those of a block that would choose together in a chunk count alike."""
+    """Keys that `count` new tokens attend to; in a chunk, all tokens of a block count the keys of the whole block."""
     total, position = 0, past
     while position < past + count:
         end = min((position // BLOCK + 1) * BLOCK, past + count) if chunk else position + 1

@@ -100,7 +100,7 @@ def test_states_are_written_down_and_made_again(it: Made, rng: np.random.Generat
     other = load_artifact(it.artifact, CPU, options()).restore(33, saved)
     own = np.asarray(it.session.step([Work(state, more)])[0])
     assert np.array_equal(np.asarray(other.session.step([Work(other, more)])[0]), own)
-    with pytest.raises(ValueError, match=r"past_key_values.0.key is not that of 32 tokens"):
+    with pytest.raises(ValueError, match=r"past_key_values.0.key does not fit a state of 32 tokens"):
         it.session.restore(32, saved)
     with pytest.raises(ValueError, match=r"701 tokens exceed"):
         it.session.restore(701, {})
