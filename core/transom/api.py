@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from transom import hardware
 from transom.artifacts import Cache
-from transom.contract import Backend, Device, Offer, Refusal
-from transom.errors import OptionError, UnsupportedError
+from transom.contract import Device, Offer, Refusal
 from transom.loading.load_state import LoadState
 from transom.loading.loader import load_model
-from transom.loading.machine import has_fix, survey
+from transom.loading.machine import survey
 from transom.loading.options import LoadOptions, auto_policy, check_objects, checked_options
 from transom.plugins import PluginFailure
 from transom.preparation.plugin_calls import interrupts_kept
@@ -206,12 +205,7 @@ def plan_export(
         SourceError, UnsupportedError: the model cannot be read, or is not a decoder.
         DoesNotFit: a layer alone is larger than one compiled part may be.
     """
-    from dataclasses import replace
-
-    from transom.bundles.targets import backends_for, pairs_of
-    from transom.bundles.weighing import form_of, plan_variants
-    from transom.preparation.plugin_operators import explaining_rejected, register_operators
-    from transom.sources import resolve
+    from transom.bundles.planning import plan_model
 
     options = checked_options(
         "export",
@@ -223,31 +217,7 @@ def plan_export(
         verify="auto",
         unknown={},
     )
-    if not options.sparsity.dense:
-        raise OptionError(
-            "A plan is for dense attention, and sparsity names a policy",
-            "Leave it out; what a policy reads of the cache is among the notes of an export",
-        )
-    found: dict[str, tuple[Device, list[Backend]]] = {}
-    for name, backend in pairs_of(target, format):
-        machine = survey(probe_file, target=name)
-        device = hardware.find(machine.devices, name)
-        own = [answer for by, answer in machine.answers if by == backend and answer.device_id == device.id]
-        if not has_fix(own):
-            backend = backends_for(name, backend, probe_file)[1].backend
-        found.setdefault(device.id, (device, []))[1].append(machine.plugins.backends[backend].backend)
-    plugins = machine.plugins
-    register_operators(plugins)
-    with explaining_rejected(plugins):
-        source = resolve(model).open(model, context=context)
-    graph, decoder = source.graph, source.graph.decoder
-    if decoder is None:
-        raise UnsupportedError(f"{graph.name} has no attention with a cache, so there is nothing to plan")
-    plans = []
-    for device, formats in found.values():
-        forms = [form_of(backend, precision, decoder, device) for backend in formats]
-        plans.append(replace(plan_variants(graph, decoder, device, forms, context), model=source.name))
-    return plans
+    return plan_model(model, options, target=target, format=format, probe_file=probe_file)
 
 
 def _state(options: LoadOptions, cache: Cache | None, progress: Progress | None) -> LoadState:

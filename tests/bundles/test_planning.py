@@ -497,7 +497,7 @@ def test_portable_decoders_weigh_what_is_planned(shaped: ModuleType, precision: 
     from transom_mobile_export.onnx import OnnxDecoder
 
     backend = OnnxDecoder()
-    graph = shaped.made_of(shaped.Drawn, 256, "bfloat16", **{**shaped.SHAPES["tiny"], "vocabulary": 2048})
+    graph = shaped.made_of(shaped.DrawnWeights, 256, "bfloat16", **{**shaped.SHAPES["tiny"], "vocabulary": 2048})
     artifact = backend.compile(graph, HERE, {"precision": precision, "context": 256}, lambda stage, share: None)
     file = Path(artifact.files["model.onnx.data"])
     try:
