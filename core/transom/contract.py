@@ -1,11 +1,12 @@
-"""What a backend implements: five methods, API 1.6. Imports no torch and no vendor SDK.
+"""What a backend implements: five methods, API 1.6. This file imports neither torch nor a vendor SDK.
 
-A plugin is anything with a `transom_backends` hook, found through the entry-point group `transom.backends`. The hook
-returns backends; a backend answers `probe`, `claim`, `compile`, `check` and `load`, and a loaded artifact is a
-`Session`. What a backend or a session may do besides is in `transom.contract_optional`. Everything that is convenience
-rather than contract lives in host helpers (`transom.sessions`).
+A plugin is an object with a `transom_backends` hook. The host finds it through the entry-point group
+`transom.backends`. The hook returns backends. A backend has the methods `probe`, `claim`, `compile`, `check` and
+`load`; a loaded artifact is a `Session`. `transom.contract_optional` has the protocols that a backend or a session may
+implement in addition. Helpers that make a backend easier to write are not part of the contract: see
+`transom.authoring` and `transom.sessions`.
 
-Arrays cross this boundary as `Tensor`: anything NumPy can read, through DLPack or the array protocol. Output arrays
+Arrays cross this boundary as `Tensor`: anything that NumPy can read through DLPack or the array protocol. Output arrays
 belong to the caller: a session must not write to them again.
 """
 
@@ -34,33 +35,33 @@ hookspec = pluggy.HookspecMarker("transom")
 hookimpl = pluggy.HookimplMarker("transom")
 
 Options = Mapping[str, object]
-"""What the user asked for. The host always gives four keys, and a backend ignores those that it does not know:
+"""The user's options. The host always passes four keys. A backend ignores keys that it does not know.
 
-- `precision`: `"auto"`, `"exact"`, `"fast"`, `"f32"`, `"bf16"`, `"f16"`, `"int8"`, `"fp8"` or `"int4"`. What they mean
-  is the backend's to say, in `Artifact.notes`. For one that it cannot give, `claim` raises
-  `transom.errors.OptionError`;
-- `context`: int, the tokens that a state must hold, as the host has planned them; None: the model's own;
-- `threads`: int, processor threads to use; None: as many as `Device.cores` says;
-- `calibration`: a sequence of texts, each a sequence of token ids within the vocabulary and no longer than the context,
-  for a backend that rounds activations and has to see some. Given to `claim` and `compile` alone, and empty for a model
-  without a tokenizer; empty for `load`. Since API 1.4.
+- `precision`: `"auto"`, `"exact"`, `"fast"`, `"f32"`, `"bf16"`, `"f16"`, `"int8"`, `"fp8"` or `"int4"`. The backend
+  decides what each means and documents it in `Artifact.notes`. `claim` raises `transom.errors.OptionError` for a
+  precision that the backend does not have.
+- `context`: int, the tokens that a state must hold, as the host has planned them. None: the model's own context.
+- `threads`: int, the processor threads to use. None: `Device.cores`.
+- `calibration`: a sequence of texts, for a backend that needs sample inputs to quantize activations. Each text is a
+  sequence of token ids within the vocabulary, no longer than the context. Only `claim` and `compile` get texts; the
+  sequence is empty for `load` and for a model without a tokenizer. Since API 1.4.
 """
 Tensor = Any
 Progress = Callable[[str, float | None], None]
-"""Called with (stage, share done in 0..1 or None when unknown). May raise `Cancelled`; let it pass."""
+"""Called with (stage, share done in 0..1 or None when unknown). May raise `Cancelled`; do not catch it."""
 
 
 class Cancelled(Exception):
-    """The user asked to stop. Raised out of a `Progress` call; nothing half-done may be left behind."""
+    """The user asked to stop. Raised by a `Progress` call. A backend must leave nothing half-done behind."""
 
 
 class OutOfPages(RuntimeError):
-    """A step did not fit the cache pool. Nothing has changed: the host preempts and tries again."""
+    """A step does not fit in the cache pool. No state has changed: the host preempts a sequence and tries again."""
 
 
 @dataclass(frozen=True)
 class Device:
-    """One piece of hardware, as the host's one probe found it. A backend judges it and never detects again."""
+    """One piece of hardware, as the host detected it. A backend judges it and does not detect hardware itself."""
 
     kind: Literal["cpu", "cuda", "gpu", "npu", "remote"]
     id: str
@@ -68,113 +69,117 @@ class Device:
     arch: str
     """`"x86_64"`, `"sm_70"`, `"hexagon_v73"`."""
     memory_bytes: int
-    """Memory the device may use (a cgroup's limit applied); 0: not known, as for a phone that is only compiled for."""
+    """Memory that the device may use, after a cgroup's limit. 0: not known, as for a phone as a compile target."""
     free_bytes: int | None = None
+    """Memory that was free when the host looked; None: not known."""
     integrated: bool = False
-    """Shares the CPU's memory; never rank by memory size."""
+    """The device shares the CPU's memory. Do not rank such devices by memory size."""
     identity: str = ""
-    """Survives a reboot (PCI id, CPU model): keys measured choices and remembered verdicts."""
+    """Stable across reboots (PCI id, CPU model). Part of the key of measured choices and remembered verdicts."""
     name: str = ""
-    """The product name, for people."""
+    """The product name, human-readable."""
     features: frozenset[str] = frozenset()
-    """`{"avx512f", "avx512_vnni", "fp8"}`: what the hardware has and the operating system has enabled."""
+    """Features that the hardware has and the operating system has enabled: `{"avx512f", "avx512_vnni", "fp8"}`."""
     drivers: Mapping[str, str] = field(default_factory=dict)
     """`{"cuda": "12.8", "nvidia": "570.86"}`."""
     peers: frozenset[str] = frozenset()
     """Ids of devices reachable over NVLink."""
     cores: int = 0
-    """Processor cores this process may use (affinity and cgroup quota applied); 0 where it has no meaning."""
+    """Processor cores that this process may use, after affinity and cgroup quota. 0: not a CPU."""
     caches: Mapping[str, int] = field(default_factory=dict)
-    """Bytes of one cache of each level, `{"l1d": 32768, "l2": 1048576, "l3": 33554432}`; empty where not known."""
+    """Bytes of one cache of each level: `{"l1d": 32768, "l2": 1048576, "l3": 33554432}`. Empty: not known."""
     numa: tuple[tuple[int, ...], ...] = ()
-    """Logical CPUs this process may use, one tuple for each NUMA node that has any; empty where not known."""
+    """Logical CPUs that this process may use, one tuple for each NUMA node that has any. Empty: not known."""
     members: tuple[Device, ...] = ()
-    """Of several devices that are to run one model together, `"cuda:0,cuda:1"`: these, two or more of one kind; empty
-    for a single device. Memory is then that of all together, as far as the smallest fills it. Only a backend with
-    `api >= (1, 3)` is asked about them."""
+    """The devices of a group that runs one model together (`"cuda:0,cuda:1"`): two or more of one kind. Empty for a
+    single device. The group's `memory_bytes` is the smallest member's memory times the number of members. Only a
+    backend with `api >= (1, 3)` is asked about groups."""
 
 
 @dataclass(frozen=True)
 class Offer:
-    """Yes, this backend can use this device."""
+    """The answer yes: this backend can use this device."""
 
     device_id: str
     band: Literal["fallback", "generic", "native", "tuned"]
-    """Order within one kind of device; ties go by name."""
+    """How well the backend suits the device, worst first. Orders the offers for one kind of device; ties are broken by
+    name."""
     why: str
-    """`"sm_89 with FP8, TensorRT-RTX 1.7"`: shown to the user.
+    """What the offer rests on, shown to the user: `"sm_89 with FP8, TensorRT-RTX 1.7"`.
 
-    Names hardware and versions, and nothing else. It is part of the key under which verdicts of the self-check,
-    measured speeds and failures are remembered: another SDK is checked anew, and a text that changes from run to run
-    (free memory, a time) would have all of them forgotten. In what numbers a model will compute is said in
-    `Artifact.notes`, not here.
+    Name hardware and versions, and nothing else. The text is part of the key under which the host remembers verdicts of
+    the self-check, measured speeds and failures. A new SDK version is therefore checked anew, and a text that changes
+    from run to run (free memory, a time) would make the host forget everything. The compute precision belongs in
+    `Artifact.notes`.
     """
     runs_here: bool = True
-    """False: compile and export only."""
+    """False: the backend can compile and export for the device, but not run on it."""
     by_name: bool = False
-    """Only for who names the backend, or has a bundle of its own: an emulator, or an engine that another one beats.
-    `auto` runs no model on it. Since API 1.5."""
+    """True: the backend is used only when the user names it or opens a bundle made by it. `"auto"` never selects it.
+    For an emulator, or an engine that another backend outperforms. Since API 1.5."""
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """No, because; and what would make it a yes."""
+    """The answer no, with the reason and the fix."""
 
     device_id: str
     code: Literal["missing_dep", "too_old", "wrong_device", "missing_feature", "failed"]
     reason: str
     """`"needs sm_89 for FP8, found sm_80"`."""
     fix: str = ""
-    """`"pip install 'transom[tensorrt]'"`."""
+    """What the user can do about it: `"pip install 'transom[tensorrt]'"`. Empty: nothing."""
 
 
 @dataclass(frozen=True)
 class Claim:
-    """The answer for one node. A backend returns one for each node, always; silence is a breach of contract."""
+    """The answer for one node: whether the backend can run it. A backend returns exactly one for each node."""
 
     node: str
     ok: bool
     reason: str = ""
-    """Required when not ok."""
+    """Required when `ok` is False."""
     exact: bool = True
-    """False (FP8, sparse attention): the host's accuracy gate applies."""
+    """False for an approximation (FP8, sparse attention): the host's accuracy gate applies."""
     group: str = ""
-    """A name of the backend's choosing for nodes that it runs only as one, fused. Empty: the node stands for itself.
+    """A name that the backend chooses for nodes that it can run only fused. Empty: the node is not part of a group.
 
-    All or nothing: where one node of a group is refused, the host takes all of them as refused, decomposes those that
-    have a body, and asks again about the new graph. `compile` is not told of groups: it gets the whole graph, and finds
-    them as `claim` did.
+    A group is all or nothing. When the backend refuses one node of a group, the host treats all of them as refused,
+    decomposes those that have a body, and asks again about the new graph. `compile` gets the whole graph without
+    groups, and has to find them again as `claim` did.
     """
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """What `compile` made. The host stores it, checks it and hands it to `load` with every file as a path."""
+    """What `compile` returns. The host stores it, checks it and passes it to `load` with every file as a path."""
 
     files: Mapping[str, bytes | Path]
     requires: Mapping[str, str]
-    """`{"openvino": "2026.4.1", "arch": "x86_64"}`: kept in the manifest, and what `check` judges. The keys `context`
-    and `threads` have a meaning of their own, see `Backend.load`."""
+    """What `check` compares: `{"openvino": "2026.4.1", "arch": "x86_64"}`. The host keeps it in the manifest. The keys
+    `context` and `threads` have a special meaning: see `Backend.load`."""
     notes: Sequence[str] = ()
-    """What the user should know, such as re-rounded weights: `report.notes`.
+    """What the user should know, such as weights that were quantized again. Shown in `report.notes`.
 
-    One that begins with `precision: ` says in what numbers the engine computes here, which for `"auto"` only the
-    backend knows: `"precision: bfloat16, int8 matrix products"`. The host takes it out of the notes and shows the rest
-    of its text as `report.precision`, which stays empty without one.
+    A note that begins with `precision: ` names the compute precision, which for `"auto"` only the backend knows:
+    `"precision: bfloat16, int8 matrix products"`. The host removes this note and shows the text after the prefix as
+    `report.precision`. Without such a note, `report.precision` is empty.
     """
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """May this artifact be opened on this device? Decided from `requires` alone, before any deserialising."""
+    """Whether an artifact can be opened on a device, decided from `requires` alone before anything is deserialized."""
 
     state: Literal["ok", "slower", "rebuild", "never"]
+    """`"ok"`: open the artifact. `"slower"`: open it and report the reason. `"rebuild"`: compile the model again.
+    `"never"`: it cannot be opened on this device."""
     reason: str = ""
 
 
 @runtime_checkable
 class State(Protocol):
-    """The cache of one sequence; opaque to all but its session."""
+    """The cache of one sequence. Only its session knows what is inside."""
 
     @property
     def length(self) -> int:
@@ -183,7 +188,7 @@ class State(Protocol):
 
     @property
     def nbytes(self) -> int:
-        """Bytes held; pages shared with other states are counted once, in the state that made them."""
+        """Bytes held. Pages shared with other states are counted only in the state that made them."""
         ...
 
     def fork(self, length: int) -> State:
@@ -191,54 +196,56 @@ class State(Protocol):
         ...
 
     def truncate(self, length: int) -> None:
-        """Forget all but the first `length` tokens. Raises ValueError when `length > self.length`."""
+        """Keep only the first `length` tokens. Raises ValueError when `length > self.length`."""
         ...
 
     def free(self) -> None:
-        """Give the memory back. Using the state afterwards raises RuntimeError; freeing twice does nothing."""
+        """Release the memory. Using the state afterwards raises RuntimeError; freeing it twice does nothing."""
         ...
 
 
 @dataclass(frozen=True)
 class Work:
-    """One sequence's part of a step: a prefill chunk or a decode."""
+    """The part of one sequence in a step: a prefill chunk, or one token of decoding."""
 
     state: State
     tokens: Sequence[int]
-    """New token ids, at least one; they take the positions `state.length …`."""
+    """New token ids, at least one. Their positions start at `state.length`."""
     logits: Literal["none", "last", "all"] = "last"
+    """The tokens for which to return logits."""
     top_k: int = 0
-    """Above 0: return (ids, values) of the k best in place of whole rows (int64, float32; best first)."""
+    """Above 0: return the `top_k` highest logits as (ids, values), int64 and float32, best first, not whole rows."""
     sparsity: str | None = None
-    """A policy to read the cache by, `"dense"` or `transom.sparsity.Sparsity.to_string()`, in place of the one that the
-    graph's attributes name; None: as they say. Only a `SparseSession` gets another value. Since API 1.1."""
+    """The policy for reading the cache: `"dense"` or `transom.sparsity.Sparsity.to_string()`. It replaces the policy in
+    the graph's attributes; None: use that one. The host sets it only for a `SparseSession`; another session raises
+    ValueError for it. Since API 1.1."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one step may hold."""
+    """The largest step that a session accepts."""
 
     max_sequences: int
-    """Sequences in one step; 1: the host loops."""
+    """Sequences in one step. 1: the host runs sequences one after the other."""
     max_tokens: int
-    """New tokens in one step, over all sequences."""
+    """New tokens in one step, all sequences together."""
     context: int
-    """Tokens one state may hold."""
+    """Tokens that one state can hold."""
     page_tokens: int
-    """Tokens in a page of the cache pool; 0: contiguous."""
+    """Tokens in a page of the cache pool. 0: the cache is contiguous."""
     token_classes: tuple[int, ...] = ()
-    """Static shapes: a chunk must have one of these lengths. Empty: any length."""
+    """The lengths that a chunk may have, for a backend with static shapes. Empty: any length."""
 
 
 @runtime_checkable
 class Session(Protocol):
-    """A loaded artifact. Calls come from one thread at a time; the host serialises them."""
+    """A loaded artifact. The host serializes calls: only one thread at a time is inside a session."""
 
     @property
     def limits(self) -> Limits: ...
 
     def pages(self) -> tuple[int, int]:
-        """(total, free) pages of the cache pool; (0, 0) when the cache is contiguous."""
+        """Pages of the cache pool as (total, free). (0, 0) when the cache is contiguous."""
         ...
 
     def new_state(self) -> State:
@@ -246,18 +253,18 @@ class Session(Protocol):
         ...
 
     def step(self, work: Sequence[Work]) -> Sequence[Tensor | tuple[Tensor, Tensor] | None]:
-        """Append each work's tokens to its state and return its logits, in the order of `work`.
+        """Append the tokens of each work to its state and return their logits, in the order of `work`.
 
         Returns, for each work: None for `logits="none"`; float32 [vocabulary] for `"last"`; float32
-        [tokens, vocabulary] for `"all"`; with `top_k` a pair (int64, float32) with `top_k` in the last axis.
+        [tokens, vocabulary] for `"all"`. With `top_k`, a pair (int64, float32) whose last axis has length `top_k`.
 
-        All or nothing: whatever is raised, every state is as it was. Raises OutOfPages when the pool is too small,
-        ValueError for a step beyond `limits`, for token ids outside the vocabulary, and for one state used twice.
+        A step is all or nothing: when it raises, no state has changed. Raises OutOfPages when the pool is too small;
+        ValueError for a step beyond `limits`, for token ids outside the vocabulary, and for a state used twice.
         """
         ...
 
     def run(self, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Run the graph once with all of its inputs by name; for graphs without a cache."""
+        """Run a graph without a cache once. `inputs` has every input by name; returns every output by name."""
         ...
 
     def close(self) -> None:
@@ -267,7 +274,7 @@ class Session(Protocol):
 
 @runtime_checkable
 class Backend(Protocol):
-    """Five methods, all required, none optional."""
+    """A backend. All five methods are required."""
 
     @property
     def name(self) -> str:
@@ -276,44 +283,44 @@ class Backend(Protocol):
 
     @property
     def api(self) -> tuple[int, int]:
-        """The contract the backend was written for: a literal, never `API_VERSION`."""
+        """The API version that the backend was written for. A literal such as `(1, 6)`, never `API_VERSION` itself."""
         ...
 
     def probe(self, devices: Sequence[Device]) -> Sequence[Offer | Refusal]:
-        """Judge each device: exactly one answer per device. Under 50 ms; opens no context, imports no SDK."""
+        """Return one answer for each device. Takes under 50 ms, opens no context, imports no SDK."""
         ...
 
     def claim(self, graph: Graph, device: Device, options: Options) -> Sequence[Claim]:
-        """Answer for every node of the graph. Pure: no side effects, no SDK calls that need the device."""
+        """Return one answer for each node. No side effects, and no SDK calls that need the device."""
         ...
 
     def compile(self, part: Graph, device: Device, options: Options, progress: Progress) -> Artifact:
-        """Build the artifact. May take long, calls `progress`, runs in a child process of the host."""
+        """Build the artifact. Runs in a child process of the host, may take long, and reports to `progress`."""
         ...
 
     def check(self, artifact: Artifact, device: Device) -> Verdict:
-        """Compare `artifact.requires` with what is installed and with the device. Opens nothing.
+        """Compare `artifact.requires` with the device and the installed software. Opens no file.
 
-        The keys `context` and `threads` are the host's to compare, since no options come here: let them pass.
+        Ignore the keys `context` and `threads`: the host compares them, because `check` gets no options.
         """
         ...
 
     def load(self, artifact: Artifact, device: Device, options: Options, scratch: Path) -> Session:
-        """Open the artifact. `scratch` is a folder that lasts, for what an SDK writes after loading.
+        """Open the artifact. `scratch` is a persistent folder for files that an SDK writes after loading.
 
-        `options` are those of `compile`, except that `context` and `threads` may differ from then, since one artifact
-        serves them all. The values given here win: `limits.context` of the session is this `context` (at most the
-        model's own), and it computes with these `threads`, whatever `compile` was given.
+        `options` are those of `compile`, except that `context` and `threads` may differ. The values given here apply:
+        `limits.context` of the session is this `context` (at most the model's own), and the session computes with this
+        number of `threads`, whatever `compile` got.
 
-        A backend that builds one of them into its artifact writes what `compile` was given into `Artifact.requires`,
+        A backend that builds one of the two into its artifact writes the value from `compile` into `Artifact.requires`,
         as text under the option's name: `{"context": "4096"}`. The host then calls `load` with that value only, and
-        has the model compiled anew when another one is wanted.
+        compiles the model anew when the user wants another one.
         """
         ...
 
 
 class Specs:
-    """The hooks a plugin may implement, marked with `transom.contract.hookimpl`."""
+    """The hooks that a plugin may implement. Mark each with `transom.contract.hookimpl`."""
 
     @hookspec
     def transom_backends(self) -> Iterable[Backend]:  # type: ignore[empty-body]
@@ -321,15 +328,15 @@ class Specs:
 
     @hookspec
     def transom_ops(self) -> Iterable[OpSchema]:  # type: ignore[empty-body]
-        """Add operators under your own domain: schema, shape rule, NumPy reference, function body."""
+        """Return operators in a domain of your own, each with schema, shape rule, NumPy reference and function body."""
 
     @hookspec(firstresult=True)
     def transom_choose(self, offers: Sequence[tuple[str, Offer]]) -> str | None:
-        """Site policy: name a backend out of (backend, offer) pairs, or None for the default order."""
+        """Choose a backend for a site: return a name from the (backend, offer) pairs, or None for the default order."""
 
 
 def __getattr__(name: str) -> Any:
-    """The optional protocols that were in this file before API 1.6, for backends that import them from here."""
+    """Optional protocols that were in this file before API 1.6, for backends that still import them from here."""
     if name not in ("AppBackend", "SavingSession", "SparseSession"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib

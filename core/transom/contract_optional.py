@@ -1,7 +1,7 @@
-"""What a backend or a session may do beyond `transom.contract`. Each protocol stands for itself; none is required.
+"""Optional protocols: what a backend or a session may implement beyond `transom.contract`.
 
-The host asks with `isinstance`, so it is enough to have the methods. For a backend or a session without them the host
-follows a general rule, which each protocol names.
+Each protocol is independent of the others. The host tests for it with `isinstance`, so it is enough to have the
+methods. Each docstring names the rule that the host follows for a backend or a session without the protocol.
 """
 
 from __future__ import annotations
@@ -21,37 +21,39 @@ if TYPE_CHECKING:
 # sessions -------------------------------------------------------------------------------------------------------------
 @runtime_checkable
 class SparseSession(Session, Protocol):
-    """A session that obeys `Work.sparsity` and counts the keys it reads. Optional; the host asks with `isinstance`.
+    """A session that obeys `Work.sparsity` and counts the keys that it reads. Since API 1.1.
 
-    Attention with a bias, or that is not causal, stays dense whatever a work says. A text that is no policy for this
-    model raises ValueError before anything runs. Another session owes its host a ValueError for a work that names a
-    policy (`transom.sessions.check_step` raises it). Since API 1.1.
+    Attention that has a bias or is not causal stays dense under every policy. A text that is not a policy for this
+    model raises ValueError before anything runs. A session without this protocol must raise ValueError for a work that
+    names a policy (`transom.sessions.check_step` does).
     """
 
     def keys_read(self, state: State) -> Tensor:
-        """float64 [2, layers, kv_heads]: keys that the state's steps have read since it was made or forked, and keys
-        that dense attention would have read, summed over its tokens.
+        """float64 [2, layers, kv_heads], summed over the state's tokens since it was made or forked: the keys that its
+        steps have read, and the keys that dense attention would have read.
 
-        The tokens of a block that chooses together count alike: what its last one read, among the keys that any of them
-        sees. KV heads that a layer does not have are 0. A state that was freed raises RuntimeError.
+        All tokens of a block that selects keys together have the same counts: the keys that its last token read, and
+        the keys that any of its tokens can see. KV heads that a layer does not have are 0. Raises RuntimeError for a
+        freed state.
         """
         ...
 
 
 @runtime_checkable
 class SavingSession(Session, Protocol):
-    """A session whose states can be written down and made again, also in another process that loaded the same artifact.
-    Optional; the host asks with `isinstance`, and offers prompt caches on disk with it. Since API 1.2.
+    """A session that can save its states and restore them, also in another process that loaded the same artifact. The
+    host then offers prompt caches on disk; without this protocol it offers none. Since API 1.2.
     """
 
     def save(self, state: State) -> Mapping[str, Tensor]:
-        """All that the state holds, by name. A state that was freed raises RuntimeError."""
+        """The whole content of the state as arrays by name. Raises RuntimeError for a freed state."""
         ...
 
     def restore(self, length: int, arrays: Mapping[str, Tensor]) -> State:
-        """A state of so many tokens out of what `save` gave. The arrays are the session's from then on.
+        """Make a state of `length` tokens from the arrays that `save` returned. The session owns the arrays afterwards.
 
-        Raises ValueError for arrays that are not those of such a state, OutOfPages when the pool is too small.
+        Raises ValueError for arrays that do not belong to a state of this length, OutOfPages when the pool is too
+        small.
         """
         ...
 
@@ -59,54 +61,57 @@ class SavingSession(Session, Protocol):
 # bundles --------------------------------------------------------------------------------------------------------------
 @runtime_checkable
 class AppBackend(Backend, Protocol):
-    """A backend whose bundles are opened by apps without Transom. Optional; the host asks with `isinstance`. Since API
-    1.5."""
+    """A backend whose bundles are opened by apps that do not have Transom. Without this protocol, a bundle has no files
+    of the backend besides its artifacts. Since API 1.5."""
 
     def app_files(
         self, manifest: Mapping[str, Any], variant: Mapping[str, Any], texts: Mapping[str, bytes]
     ) -> Mapping[str, bytes]:
-        """Files for the root of a bundle, by name; a plain function of what it is given.
+        """Files for the root of a bundle, by name. The result depends on the arguments alone.
 
         Args:
-            manifest: the bundle's, as `manifest.json` will have it, but without `files` and `variants`.
-            variant: the object of this backend's variant, as in the manifest.
-            texts: the bundle's text files: `tokenizer.json`, `tokenizer_config.json`, `generation.json`, …
+            manifest: the content of the bundle's `manifest.json`, without `files` and `variants`.
+            variant: the object of this backend's variant in the manifest.
+            texts: the bundle's text files by name: `tokenizer.json`, `tokenizer_config.json`, `generation.json`, …
 
-        What it returns as `README.md` is not written as it is: it becomes a part of the bundle's own, which is for the
-        developer of an app; it begins with a heading of the second level.
+        The text returned as `README.md` becomes a section of the bundle's own README, which is for the developer of an
+        app. It begins with a heading of the second level.
         """
         ...
 
 
 @runtime_checkable
 class FittingBackend(Backend, Protocol):
-    """A backend that tells from a bundle's manifest which devices a variant is for. Without this protocol, the variant
-    is for devices with the architecture of its target. Since API 1.6."""
+    """A backend that decides from a bundle's manifest which devices can run a variant. Without this protocol, a variant
+    fits devices with the architecture of its target. Since API 1.6."""
 
     def fits(self, variant: Mapping[str, Any], device: Device) -> Verdict:
-        """Whether a variant is for a device, which need not be here. Memory is the host's to compare.
+        """Whether a device can run a variant. The device need not be this machine's. The host compares the memory.
 
-        Looks at no file and at nothing that is installed, so that programs in other languages can have the same rule.
+        The rule reads no file and does not depend on what is installed, so that programs in other languages can
+        implement it too.
 
         Args:
-            variant: the object of this backend's variant, as in the manifest.
+            variant: the object of this backend's variant in the manifest.
 
-        Returns `"ok"` or `"never"`, with the reason as a sentence without a full stop; an `"ok"` needs none.
+        Returns `"ok"` or `"never"`, with the reason as a sentence without a full stop. `"ok"` needs no reason.
         """
         ...
 
 
 @runtime_checkable
 class LibraryBackend(Backend, Protocol):
-    """A backend whose apps need native libraries for a processor other than the CPU. Without this protocol, each
-    library of an app is for the CPU. Since API 1.6."""
+    """A backend whose apps need native libraries for a processor other than the CPU. Without this protocol, every
+    library of an app counts as one for the CPU. Since API 1.6."""
 
     def machine_of(self, library: str) -> str:
-        """What a native library is compiled for, by its file name: `"hexagon"` for Qualcomm's DSP, as
-        `transom.bundles.native_libraries` names machines; empty: the CPU, or a library of somebody else.
+        """The processor that a native library is compiled for, by the library's file name.
 
-        Such a library lies in the folder of the CPU's ABI. Android has to extract it from the package, because its
-        processor opens files only.
+        `"hexagon"` is Qualcomm's DSP; `transom.bundles.native_libraries` has the names. Empty: the CPU, or not a
+        library of this backend.
+
+        A library for another processor lies in the folder of the CPU's ABI. Android has to extract it from the package,
+        because that processor can open only files.
         """
         ...
 
@@ -117,12 +122,13 @@ class MatrixForm:
     """How the numbers of a matrix are stored."""
 
     bits: float
+    """Bits of one number, scales excluded."""
     block: int = 0
-    """Numbers of a row that share a scale; 0: no scale but that of the row."""
+    """Numbers of a row that share a scale. 0: there is at most one scale per row."""
     scale: float = 0
     """Bytes of a block's scale, with its minimum or zero point."""
     row: int = 0
-    """Bytes that each row takes besides."""
+    """Additional bytes of each row."""
     packed: float = 1.0
     """Bytes in memory for each byte in the file."""
 
@@ -139,27 +145,27 @@ class MatrixForm:
 
 @dataclass(frozen=True)
 class KeptBlocks:
-    """How a format stores matrices that the checkpoint has in blocks of integers."""
+    """How a format stores matrices that are quantized in blocks in the checkpoint."""
 
     form: Callable[[Blocked], MatrixForm | None]
-    """The form of a matrix that keeps its blocks; None where the format cannot keep them."""
+    """Returns the form of a matrix that keeps its blocks; None when the format cannot keep them."""
     other: MatrixForm
     """The form of a matrix whose blocks cannot be kept."""
     note: str = ""
-    """The size of kept scales, for people: `"scales and minimums of 4 bytes each"`."""
+    """The size of kept scales, human-readable: `"scales and minimums of 4 bytes each"`."""
 
 
 @dataclass(frozen=True)
 class Published:
-    """A speed that somebody else has published. A plan shows it beside its bound."""
+    """A speed published by others. A plan shows it beside its own bound."""
 
     model: str
     target: str
-    """A name of the catalogue, without `remote:`."""
+    """The target's name in the catalogue, without `remote:`."""
     device: str
     tokens_per_second: float
     context: int
-    """Tokens that the engine was made for; 0: not known."""
+    """Tokens that the engine was compiled for; 0: not known."""
     vocabulary: int
     source: str
 
@@ -170,56 +176,56 @@ class Published:
 
 @dataclass(frozen=True)
 class StorageForm:
-    """How a format stores and reads a whole decoder on one device: what the plan of an export counts."""
+    """How a format stores and reads a decoder on one device. The plan of an export counts bytes by it."""
 
     format: str
     """The backend's name."""
     precision: str
-    """What `"auto"` became."""
+    """The precision that `"auto"` resolved to, or the one that was given."""
     products: MatrixForm
     vocabulary: MatrixForm
     embedding: MatrixForm
     rest: int
-    """Bytes of a number of norms and biases."""
+    """Bytes of one number in norms and biases."""
     cache: float
-    """Bytes of a number in the cache."""
+    """Bytes of one number in the cache."""
     chunk: int
     """Tokens of a prefill step."""
     static: bool = False
-    """Shapes are fixed: a step reads all places of the cache, filled or not, windows or not."""
+    """Shapes are fixed: every step reads the whole cache, including unfilled positions and those outside a window."""
     small: MatrixForm | None = None
-    """The form of products with at most `small_share` of the weights of their layer, such as keys and values where
-    query heads share them; None: that of the others."""
+    """The form of products with at most `small_share` of the weights of their layer, such as keys and values under
+    grouped-query attention. None: as other products."""
     small_share: float = 0.0
     ragged: MatrixForm | None = None
-    """The form of a matrix whose columns are not a multiple of a block; None: it is refused."""
+    """The form of a matrix whose columns are not a multiple of a block. None: the format refuses such a matrix."""
     instead: str = ""
-    """The precision to use where such a matrix is refused."""
+    """The precision to suggest when the format refuses such a matrix."""
     kept: KeptBlocks | None = None
-    """None: blocks of the checkpoint are quantized again, like plain matrices."""
+    """How matrices in blocks are stored. None: they are quantized again, like plain matrices."""
     copies: int = 1
-    """How often each matrix of a product is stored, in files and in memory. A token reads one copy."""
+    """Copies of each matrix of a product, in files and in memory. A token reads one of them."""
     attention_twice: Literal["no", "up to half", "half"] = "no"
-    """How much of attention's products is stored twice, because the graphs for prefill and decoding cannot share it.
-    `"half"` is counted; `"up to half"` becomes a note."""
+    """The share of attention's products that is stored twice, because the graphs for prefill and decoding cannot share
+    it. The plan counts `"half"`; for `"up to half"` it adds a note."""
     layer: int = 0
-    """Bytes of a layer's compiled code."""
+    """Bytes of the compiled code of one layer."""
     part_bytes: int = 0
-    """Bytes of weights that one compiled part may have; 0: all are in one."""
+    """The most bytes of weights in one compiled part. 0: the model is compiled as one part."""
     file: str = ""
-    """Name of the file with the weights of a part, where `{target}` stands for the target's name and `{part}` for the
-    part's number; empty: the format's name."""
+    """Name of the file with the weights of a part; `{target}` stands for the target's name and `{part}` for the part's
+    number. Empty: the format's name."""
     mapped_table: str = ""
-    """Name of a file that holds the table of embeddings. It is mapped, and takes no memory of its own. Empty: the table
-    is with the other weights."""
+    """Name of the memory-mapped file with the embedding table, which takes no memory of its own. Empty: the table is
+    stored with the other weights."""
     shares_table: bool = False
-    """A vocabulary matrix that is also the table of embeddings is stored once."""
+    """A vocabulary matrix that is also the embedding table is stored once."""
     activations: int = 16
-    """Numbers that a token of a step takes besides its logits, for each number of the hidden state."""
+    """Activations of one token in a step, logits excluded, as a multiple of the hidden size."""
     every_logit: bool = False
-    """A step makes logits of all its tokens."""
+    """A step computes the logits of all its tokens."""
     published: tuple[Published, ...] = ()
-    """Figures of others for models of this shape."""
+    """Figures published by others for models of this shape."""
 
     @property
     def name(self) -> str:
@@ -228,17 +234,17 @@ class StorageForm:
 
 @runtime_checkable
 class PlanningBackend(Backend, Protocol):
-    """A backend that knows how it stores a decoder before it compiles one. Without this protocol, a plan counts the
-    bytes that the host plans for any backend. Since API 1.6."""
+    """A backend that knows how it stores a decoder before it compiles one. Without this protocol, a plan uses the
+    host's general estimate. Since API 1.6."""
 
     def storage_form(self, decoder: Decoder, device: Device, precision: str) -> StorageForm:
-        """How a decoder would be stored for a device. Needs no SDK.
+        """Return how a decoder would be stored for a device. Needs no SDK.
 
         Args:
-            decoder: sizes of the model.
+            decoder: the sizes of the model.
             precision: as in `transom.contract.Options`.
 
         Raises:
-            OptionError: the format does not have the precision, or not on this device.
+            OptionError: the format does not support the precision, or not on this device.
         """
         ...

@@ -1,7 +1,7 @@
-"""Errors for people: one sentence of cause, one of what to do.
+"""Human-readable errors: one sentence with the cause, one with the fix.
 
 Every error that a user can cause derives from `TransomError`. The command line prints it without a traceback and
-exits with status 2. This module imports nothing of ours, so that every room may raise its errors.
+exits with status 2. This module imports no other module of Transom, so that every room can raise its errors.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ _flags: Mapping[str, str] | None = None
 
 
 class TransomError(Exception):
-    """A failure the user can do something about.
+    """An error that the user can fix.
 
     Args:
-        cause: one sentence, what is wrong, with the name of the file, device or option.
-        fix: one sentence, what to do next; a command where there is one. May be empty.
-        details: further lines, such as what each backend said. Shown below the sentence.
+        cause: one sentence about what is wrong, with the name of the file, device or option.
+        fix: one sentence about what to do, with a command where there is one. May be empty.
+        details: further lines, such as the answer of each backend. Shown below the sentences.
     """
 
     def __init__(self, cause: str, fix: str = "", details: Sequence[str] = ()) -> None:
@@ -37,7 +37,7 @@ class TransomError(Exception):
 
 
 class SourceError(TransomError):
-    """The model cannot be read: no such path, cut short, wrong magic, unknown architecture."""
+    """The model cannot be read: a missing path, a truncated file, a wrong magic number, an unknown architecture."""
 
 
 class OptionError(TransomError):
@@ -45,11 +45,11 @@ class OptionError(TransomError):
 
 
 class SelectionError(TransomError):
-    """No backend and device can run the model as asked; the details list what each backend said."""
+    """No backend and device can run the model with these options. The details list the answer of each backend."""
 
 
 class UnsupportedError(TransomError):
-    """The graph holds an operator or a form that the chosen backend cannot run and that has no decomposition."""
+    """The graph has an operator, or a form of one, that the backend cannot run and that has no decomposition."""
 
 
 class DoesNotFit(TransomError):
@@ -57,11 +57,11 @@ class DoesNotFit(TransomError):
 
 
 class EngineError(TransomError):
-    """A backend broke: it raised, died of a signal, or broke its contract while compiling, loading or running."""
+    """A backend failed while compiling, loading or running: it raised, died of a signal, or broke the contract."""
 
 
 class FidelityError(TransomError):
-    """What was compiled for export diverges from the model by more than is allowed, so nothing was written."""
+    """The model compiled for export differs from the original by more than the limit, so nothing was written."""
 
 
 class SelfCheckFailed(TransomError):
@@ -72,7 +72,7 @@ class ContextExceeded(TransomError):
     """Prompt and requested output are longer than the context the model was loaded with."""
 
     room = 0
-    """Tokens that an answer could have; 0 where the prompt alone is too long."""
+    """Tokens left for the output; 0 when the prompt alone is too long."""
 
 
 class CacheError(TransomError):
@@ -88,27 +88,27 @@ class MissingExtra(TransomError):
 
 
 def name_options(flags: Mapping[str, str] | None) -> None:
-    """Choose how messages of this process name options.
+    """Set how messages of this process name options.
 
     Args:
-        flags: the command line's flags by keyword of the Python API, `{"max_new_tokens": "--max-tokens"}`; a keyword
-            that is missing here becomes a flag with dashes. None: messages name the keywords.
+        flags: the command line's flags by keyword of the Python API, `{"max_new_tokens": "--max-tokens"}`. A keyword
+            without an entry becomes a flag with dashes. None: messages name the keywords.
     """
     global _flags
     _flags = flags
 
 
 def option_names() -> Mapping[str, str] | None:
-    """What `name_options` was called with last, to be passed on to a child process."""
+    """The flags that were last set by `name_options`, to be passed to a child process."""
     return _flags
 
 
 def option(name: str, value: object = ...) -> str:
-    """An option as the user of this process writes it: `context=4096` in Python, `--context 4096` on the command line.
+    """An option as the user writes it: `context=4096` in Python, `--context 4096` on the command line.
 
     Args:
         name: the keyword of the Python API.
-        value: `...` stands for a value that the user chooses. True on the command line: the flag alone.
+        value: the option's value. `...` stands for one that the user chooses. True on the command line: the flag alone.
     """
     if value is True and _flags is not None:
         return option_prefix(name).rstrip()
@@ -116,14 +116,14 @@ def option(name: str, value: object = ...) -> str:
 
 
 def option_prefix(name: str) -> str:
-    """What comes before the value of an option: `context=` or `--context `."""
+    """The text before the value of an option: `context=` or `--context `."""
     if _flags is None:
         return f"{name}="
     return _flags.get(name, f"--{name.replace('_', '-')}") + " "
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """A sentence that helps after a misspelling: 'Did you mean "x"? Known: a, b, x.'"""
+    """A hint about a misspelt name: 'Did you mean "x"? Known: a, b, x.'"""
     names = sorted(known)
     match = [name for name in difflib.get_close_matches(word, names, n=3, cutoff=0.6) if _misspelt(word, name)]
     hint = f'Did you mean "{match[0]}"? ' if match else ""
@@ -131,7 +131,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 def _misspelt(word: str, name: str) -> bool:
-    """Whether the shorter of the two is nearly all in the other: a long ending in common does not make names alike."""
+    """Whether nearly all of the shorter name is in the other: a long common ending does not make two names similar."""
     shorter = min(len(word), len(name))
     common = sum(block.size for block in difflib.SequenceMatcher(None, name, word).get_matching_blocks())
     return shorter - common <= max(1, min(2, shorter // 4))

@@ -1,11 +1,11 @@
-"""Finding, loading and asking plugins so that a broken one breaks nothing but itself.
+"""Finding, loading and calling plugins, so that a broken plugin affects nothing else.
 
-Every distribution may put an object with hooks under the entry-point group `transom.backends`. This module finds them,
-imports them one at a time, holds each backend to the contract and asks the hooks one plugin at a time. Whatever goes
-wrong becomes a `PluginFailure`: what broke, why, and what to type. Nothing a plugin raises comes out of here, except
-`KeyboardInterrupt`, which is the user's. A plugin that kills the process while it is imported is beyond this module.
+Every distribution may register an object with hooks under the entry-point group `transom.backends`. This module finds
+these objects, imports them one at a time, checks each backend against the contract, and calls the hooks one plugin at a
+time. Every error becomes a `PluginFailure` with the cause and the fix. No exception of a plugin leaves this module,
+except `KeyboardInterrupt`. It cannot protect against a plugin that kills the process while it is imported.
 
-It knows nothing of devices, graphs or engines, imports no plugin's SDK, and is on the warm start-up path.
+The module does not depend on devices, graphs or engines, imports no plugin's SDK, and is on the warm start-up path.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Stage = Literal["import", "api", "contract", "name", "hook", "probe", "ops"]
 T = TypeVar("T")
 
 PROBE_BUDGET_SECONDS = 2.0
-"""What one backend's `probe` may take before it is given up; the contract asks for 0.05."""
+"""How long the host waits for one backend's `probe`. The contract asks for 0.05."""
 
 _OWN_DISTRIBUTION = "transom"
 _RESERVED_DOMAINS = frozenset({"", "ai.onnx", "ai.onnx.ml", "ai.onnx.training", "com.microsoft", "transom"})
@@ -45,17 +45,17 @@ _METHODS = {n: m for n, m in vars(Backend).items() if inspect.isfunction(m) and 
 
 @dataclass(frozen=True)
 class PluginFailure:
-    """One thing that went wrong with one plugin. Data, so that reports, `doctor` and errors can all show it."""
+    """One error of one plugin, as data that reports, `doctor` and error messages can show."""
 
     entry_point: str
-    """The entry point's name; both names, with a comma, where two plugins collide."""
+    """The entry point's name; both names, separated by a comma, where two plugins collide."""
     distribution: str
-    """The distribution that installed it; both where two collide."""
+    """The distribution that installed it; both, separated by a comma, where two plugins collide."""
     stage: Stage
     error: str
     fix: str
     traceback: str = field(default="", compare=False, repr=False)
-    """For the plugin's author; empty where nothing was raised."""
+    """The traceback, for the plugin's author; empty where nothing was raised."""
 
     def __str__(self) -> str:
         return f"plugin {self.entry_point} ({self.distribution}) failed at {self.stage}: {self.error}. {self.fix}"
@@ -69,21 +69,21 @@ class LoadedBackend:
     name: str
     distribution: str
     version: str
-    """Of the distribution."""
+    """The distribution's version."""
     entry_point: str
 
     @property
     def core(self) -> bool:
-        """Whether Transom's own distribution brought it."""
+        """Whether it comes with Transom's own distribution."""
         return self.distribution == _OWN_DISTRIBUTION
 
 
 @dataclass(frozen=True)
 class ProbeAnswers:
-    """What the backends said about the devices."""
+    """The backends' answers about the devices."""
 
     answers: tuple[tuple[str, Offer | Refusal], ...]
-    """(backend, answer), one for each backend and device. A backend that failed answers `failed` refusals."""
+    """(backend, answer), one for each backend and device. A backend that failed has refusals with the code `failed`."""
     failures: tuple[PluginFailure, ...]
     seconds: Mapping[str, float]
     """How long each backend's `probe` took."""
@@ -110,13 +110,13 @@ class _Plugin:
         return bool(getattr(self.manager.hook, hook).get_hookimpls())
 
     def list(self, hook: str, what: str) -> list[Any]:
-        """What the hook returned, as a list. Raises what the plugin raises, and TypeError when it is no iterable."""
+        """The hook's result as a list. Raises what the plugin raises, and TypeError when the result is not iterable."""
         return _listed(getattr(self.manager.hook, hook)(), what)
 
 
 @dataclass(frozen=True)
 class _Raised:
-    """What a plugin raised: one line for people, the traceback for its author."""
+    """An exception of a plugin: one line for the user, the traceback for the plugin's author."""
 
     line: str
     missing_module: str
@@ -130,13 +130,13 @@ class _Result(Generic[T]):
 
 
 def _shield(call: Callable[..., T], *arguments: Any) -> _Result[T]:
-    """Call into a plugin and turn whatever it raises into data. The one place where everything is caught."""
+    """Call into a plugin and turn any exception into data. The only place that catches everything."""
     try:
         return _Result(value=call(*arguments))
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # noqa: BLE001 - a plugin may raise anything, SystemExit included; it is recorded
-        import traceback  # slow to import, and needed on a bad day only
+        import traceback  # slow to import, and needed only after an error
 
         first = str(error).strip().splitlines()
         kind = type(error).__name__
@@ -148,18 +148,18 @@ def _shield(call: Callable[..., T], *arguments: Any) -> _Result[T]:
 
 
 def _repair(distribution: str) -> str:
-    """What to type when a plugin is broken and nothing more is known."""
+    """The fix for a broken plugin when nothing more is known."""
     if distribution == _OWN_DISTRIBUTION:
         return "Reinstall Transom: pip install --force-reinstall transom"
     return f"Update it with: pip install --upgrade {distribution} or remove it with: pip uninstall {distribution}"
 
 
 class Plugins:
-    """Everything that was found under the entry-point group, and what went wrong on the way.
+    """The plugins found under the entry-point group, and their failures.
 
     Attributes:
-        backends: the usable backends by name, in the order of their names.
-        failures: every failure so far; `probe`, `choose` and `operators` add theirs.
+        backends: the usable backends by name, sorted by name.
+        failures: all failures so far; `probe`, `choose` and `operators` add more.
     """
 
     def __init__(
@@ -180,9 +180,9 @@ class Plugins:
         return failure
 
     def operators(self) -> list[OpSchema]:
-        """The operators that plugins add through `transom_ops`. Asked once, on the first call.
+        """The operators that plugins add through `transom_ops`. The hooks are called once, on the first call.
 
-        An operator of a reserved domain is not taken; one that two plugins define is taken from neither.
+        Operators in a reserved domain are rejected, and so is an operator that two plugins define.
         """
         with self._lock:
             if self._operators is None:
@@ -217,11 +217,11 @@ class Plugins:
         return [owners[0][1] for owners in found.values() if len(owners) == 1]
 
     def reject(self, schema: OpSchema, error: str) -> None:
-        """Record that one of `operators` cannot be used, as a failure of the plugin that brings it."""
+        """Record that one of `operators` cannot be used, as a failure of the plugin that defines it."""
         self._fail(self._owners[(schema.domain, schema.name)], "ops", error)
 
     def bringing_operators(self) -> list[tuple[str, str, str, object]]:
-        """Distribution, version, entry point and object of each plugin that has the hook `transom_ops`. Asks none."""
+        """Distribution, version, entry point and object of each plugin with the hook `transom_ops`. Calls no hook."""
         return [
             (p.distribution, p.version, p.entry_point, p.manager.get_plugin(p.entry_point))
             for p in self._plugins
@@ -233,10 +233,10 @@ class Plugins:
         return self._record(PluginFailure(plugin.entry_point, plugin.distribution, stage, error, fix, traceback))
 
     def choose(self, offers: Sequence[tuple[str, Offer]]) -> tuple[str, str] | None:
-        """Ask the `transom_choose` hooks, one plugin at a time, and return (backend, plugin that chose).
+        """Call the `transom_choose` hooks, one plugin at a time, and return (backend, plugin that chose it).
 
-        The first that names a backend among `offers` wins, in the order of the distributions' names. A hook that
-        raises or names another backend is recorded and the next one is asked.
+        The first hook that names a backend among `offers` wins, in the order of the distributions' names. A hook that
+        raises or names another backend is recorded as a failure, and the next one is called.
         """
         known = sorted({name for name, _ in offers})
         for plugin in self._plugins:
@@ -251,7 +251,7 @@ class Plugins:
                 self._fail(
                     plugin,
                     "hook",
-                    f"transom_choose returned {result.value!r:.80}, which no offer is from",
+                    f"transom_choose returned {result.value!r:.80}, which made no offer",
                     f"Return None or one of: {', '.join(known) or 'none'}",
                 )
         return None
@@ -259,13 +259,13 @@ class Plugins:
     def probe(self, devices: Sequence[Device], budget_seconds: float | None = None) -> ProbeAnswers:
         """Ask every backend about every device.
 
-        Backends are asked one after the other, so that a slow one is not blamed on another, each in a thread that can
-        be left behind. One that raises, hangs or answers wrongly is recorded and answers with `failed` refusals; one
-        that hung is not asked again in this process.
+        Backends are asked one after the other, so that the time of a slow one is not counted for another. Each runs in
+        a thread that can be abandoned. A backend that raises, hangs or breaks the contract is recorded as a failure and
+        gets refusals with the code `failed`. A backend that hung is not asked again in this process.
 
         Args:
-            devices: what the host's probe found, and remote targets that are meant.
-            budget_seconds: for each backend; None: `TRANSOM_PROBE_BUDGET`, else `PROBE_BUDGET_SECONDS`.
+            devices: the devices that the host detected, and the remote targets that the user named.
+            budget_seconds: the time for each backend; None: `TRANSOM_PROBE_BUDGET`, else `PROBE_BUDGET_SECONDS`.
 
         Raises:
             OptionError: `TRANSOM_PROBE_BUDGET` is not a positive number.
@@ -311,7 +311,7 @@ class Plugins:
 
 
 def _known_to(loaded: LoadedBackend, devices: Sequence[Device]) -> tuple[tuple[Device, ...], list[Refusal]]:
-    """The devices to ask a backend about, and what is said in its place of those that its contract does not know."""
+    """The devices to ask a backend about, and refusals for groups of devices when its API version has no groups."""
     if tuple(loaded.backend.api) >= GROUPS_SINCE:
         return tuple(devices), []
     reason = "runs on one device at a time"
@@ -322,7 +322,7 @@ def _known_to(loaded: LoadedBackend, devices: Sequence[Device]) -> tuple[tuple[D
 
 
 GROUPS_SINCE = (1, 3)
-"""The contract's version in which `Device.members` came."""
+"""The API version that added `Device.members`."""
 
 
 def _budget() -> float:
@@ -339,7 +339,7 @@ def _budget() -> float:
 
 
 def _within(seconds: float, call: Callable[[], T]) -> _Result[T] | None:
-    """Call in a daemon thread; None when it does not return in time. The thread is then left behind, still running."""
+    """Call in a daemon thread. Returns None when the call does not finish in time; the thread then keeps running."""
     box: list[_Result[T]] = []
     thread = threading.Thread(target=lambda: box.append(_shield(call)), name="transom-probe", daemon=True)
     thread.start()
@@ -348,7 +348,7 @@ def _within(seconds: float, call: Callable[[], T]) -> _Result[T] | None:
 
 
 def _wrong_answers(devices: Sequence[Device], answers: Sequence[object]) -> str:
-    """What breaks the contract in a backend's answers; empty when nothing does."""
+    """How a backend's answers break the contract; empty when they do not."""
     if len(answers) != len(devices):
         return f"gave {len(answers)} answers for {len(devices)} devices"
     seen: set[str] = set()
@@ -375,10 +375,10 @@ _CODES: tuple[str, ...] = get_args(get_type_hints(Refusal)["code"])
 
 
 def _listed(results: Any, what: str) -> list[Any]:
-    """The list inside a hook's results, `[iterable]`; pluggy leaves out None.
+    """The list inside a hook's results, `[iterable]`; pluggy omits None.
 
     Raises:
-        TypeError: it is not an iterable of things. What the iterable raises comes through.
+        TypeError: the result is not an iterable of items. Exceptions of the iterable are not caught.
     """
     value = results[0] if results else None
     if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
@@ -406,7 +406,7 @@ def _collision(what: str, owners: Sequence[_Plugin], stage: Stage) -> PluginFail
 
 @dataclass(frozen=True)
 class _EntryPoint:
-    """An entry point of our group and the distribution that has it."""
+    """An entry point of our group and its distribution."""
 
     point: importlib.metadata.EntryPoint
     distribution: str
@@ -416,8 +416,8 @@ class _EntryPoint:
 def _entry_points() -> Iterator[_EntryPoint | PluginFailure]:
     """The entry points of our group, without shadowed copies of a distribution.
 
-    Reads the text of each `entry_points.txt` and parses only those that name the group: parsing all of them, and the
-    metadata of each distribution, is most of what `importlib.metadata.entry_points` costs.
+    Reads the text of each `entry_points.txt` and parses only those that name the group. Most of the cost of
+    `importlib.metadata.entry_points` is parsing all of them and the metadata of each distribution.
     """
     seen: set[str] = set()
     for distribution in importlib.metadata.distributions():
@@ -471,12 +471,12 @@ def _import(found: _EntryPoint) -> _Plugin | PluginFailure:
 
 
 def _hook_complaints(plugin: _Plugin) -> Iterator[str]:
-    """Hooks that will never be called: misspelt, not marked, or none at all."""
+    """Complaints about hooks that would never be called: misspelt or not marked; or about a plugin without hooks."""
     instance = plugin.manager.get_plugin(plugin.entry_point)
     callers = plugin.manager.get_hookcallers(instance) or []
     marked = {caller.name for caller in callers}
     for caller in sorted(callers, key=lambda caller: caller.name):
-        # `optionalhook` says that the plugin knows of hosts without the hook.
+        # With `optionalhook` the plugin's author expects hosts without the hook.
         if caller.name not in _HOOKS and not all(impl.optionalhook for impl in caller.get_hookimpls()):
             near = difflib.get_close_matches(caller.name, _HOOKS, n=1, cutoff=0.0)[0]
             yield f'there is no hook "{caller.name}"; the nearest is "{near}"'
@@ -517,7 +517,7 @@ def _kind(backend: object) -> str:
 
 
 def _judge(backend: Any) -> tuple[Stage, str, str] | None:
-    """(stage, error, fix) for a backend that breaks the contract; None for a sound one."""
+    """(stage, error, fix) for a backend that breaks the contract; None for a valid one."""
     if isinstance(backend, type):
         return "contract", "transom_backends returned the class, not an instance of it", ""
     if not hasattr(backend, "api") and not any(hasattr(backend, name) for name in _METHODS):
@@ -542,7 +542,7 @@ def _judge(backend: Any) -> tuple[Stage, str, str] | None:
         except TypeError:
             return "contract", f"{name} does not take ({', '.join(arguments)})", ""
         except ValueError:
-            continue  # a built-in without a signature: it can only be tried
+            continue  # a built-in without a signature cannot be checked before it is called
     own_name = getattr(backend, "name", None)
     if not isinstance(own_name, str) or not _NAME.fullmatch(own_name) or own_name == "auto":
         return "contract", f"its name is {own_name!r:.40}, not a short identifier such as my_backend", ""
@@ -583,10 +583,10 @@ _loading = threading.RLock()
 
 
 def load_plugins(*, refresh: bool = False) -> Plugins:
-    """Find and load every plugin, once a process. Never raises for a plugin's sake.
+    """Find and load every plugin, once per process. Never raises because of a plugin.
 
     Args:
-        refresh: look again, for a process that installs plugins while it runs.
+        refresh: search again, for a process that installs plugins while it runs.
     """
     global _loaded
     with _loading:

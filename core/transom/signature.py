@@ -1,7 +1,7 @@
-"""What the host knows of a decoder without opening its graph: sizes, layers, cache shapes.
+"""What the host knows about a decoder without opening its graph: sizes, layers, cache shapes.
 
-A `Decoder` is stored as JSON in the graph's metadata and beside each artifact, so that a warm start plans memory and
-drives a session without reading ONNX. Imports nothing of ours and no third-party package.
+A `Decoder` is stored as JSON in the graph's metadata and beside each artifact, so that a warm start can plan memory and
+drive a session without reading ONNX. This module imports no other module of Transom and no third-party package.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ METADATA_KEY = "transom.decoder"
 
 @dataclass(frozen=True)
 class LayerCache:
-    """One attention layer's cache: shapes per token, and the tokens that can still be seen."""
+    """The cache of one attention layer: its shape per token, and its sliding window."""
 
     q_heads: int
     kv_heads: int
@@ -24,7 +24,7 @@ class LayerCache:
     value_dim: int
     """Columns of one value head."""
     sliding_window: int = 0
-    """Tokens a query sees, itself included; 0: all."""
+    """Tokens that a query sees, its own included; 0: all."""
 
     @property
     def elements(self) -> int:
@@ -37,15 +37,15 @@ class Decoder:
     """The signature of a decoder graph. Names of inputs and outputs are fixed; see `docs/architecture.md`."""
 
     family: str
-    """The model family, `"llama"`, or `"onnx"` where the graph came as one."""
+    """The model family, such as `"llama"`; `"onnx"` for a model that is an ONNX graph of unknown family."""
     vocabulary: int
     hidden: int
     context: int
-    """Longest sequence the model was made for, in tokens."""
+    """The longest sequence that the model was made for, in tokens."""
     layers: tuple[LayerCache, ...]
     parameters: int = 0
     weight_bytes: int = 0
-    """Bytes of all weights in the form the graph keeps them."""
+    """Bytes of all weights as the graph stores them."""
 
     @property
     def cache_elements(self) -> int:

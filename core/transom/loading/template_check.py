@@ -1,6 +1,6 @@
-"""A chat template tried before a model is prepared, where the model is to chat: a refusal then costs no compiling.
+"""Checking a chat template before the model is compiled, so that a broken template fails early.
 
-A template that has been tried is remembered by its model's content, so a warm start reads no file for it.
+The result is remembered under the hash of the model's content, so a warm start reads no file for it.
 """
 
 from __future__ import annotations
@@ -12,20 +12,18 @@ from transom.loading.identity import fingerprint_of
 from transom.sources import bundle_at, local_path, resolve
 
 _FORMAT = "1"
-"""Part of the key: changes when a trial looks for more."""
+"""Part of the key. Change it when the check covers more."""
 
 
 def require_sound_template(model: Any, cache: Cache | None = None) -> None:
-    """Parse and try the chat template of a model on disk, where it has one.
+    """Parse the chat template of a model on disk and render it once, if the model has one.
 
     Raises:
-        ChatTemplateError: it is no valid Jinja, reaches out of its sandbox or does not come to an end.
+        ChatTemplateError: it is not valid Jinja, does something that the sandbox forbids, or does not finish.
         SourceError: the model cannot be read.
     """
     path = local_path(model)
-    if (
-        path is None or bundle_at(path) is not None
-    ):  # nothing is compiled for a bundle, and loading checks its files first
+    if path is None or bundle_at(path) is not None:  # a bundle is compiled already, and loading it checks its files
         return
     cache = cache or Cache.default()
     key = f"{_FORMAT}-{fingerprint_of(path, cache)}"
