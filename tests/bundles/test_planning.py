@@ -184,7 +184,7 @@ def test_blocks_of_the_checkpoint_stay_where_the_format_takes_them(rng: np.rando
             assert held == pytest.approx((1.2 if bits == 8 else 1.25) * by_hand, abs=14)  # rounded down, by matrix
             assert only(plan).kept == 15
             assert f"onnx, {precision}: plain products" in str(plan)
-            assert "15 matrices are in integer blocks and stay so" in str(plan)
+            assert "15 matrices keep the checkpoint's integer blocks" in str(plan)
         plain = models.tiny_decoder(rng)
         assert weighed(planned(graph, ("qnn", "int8"))) == weighed(planned(plain, ("qnn", "int8")))
         exact = planned(graph, ("onnx", "exact"))

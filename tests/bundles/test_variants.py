@@ -252,7 +252,7 @@ def test_an_app_without_the_libraries_keeps_a_bundle_from_being_written(here: An
     folder = tmp_path / "jniLibs" / "x86_64"
     folder.mkdir(parents=True)
     (folder / "libone.so").write_bytes(Path(_multiarray_umath.__file__).read_bytes())
-    with pytest.raises(OptionError, match="is not good for this bundle") as error:
+    with pytest.raises(OptionError, match="cannot run this bundle") as error:
         export(target=HEXAGON, app=tmp_path / "jniLibs")
     assert any("libtwo.so" in problem for problem in error.value.details)
     assert not [p for p in tmp_path.iterdir() if "bundle" in p.name]

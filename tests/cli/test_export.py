@@ -161,10 +161,7 @@ def test_what_needs_the_model_itself_says_so_of_a_bundle(transom: Any, model: Pa
     assert transom("export", model, "--target", "cpu", "--out", "bundle", *TOY).status == 0
     status, out, err = transom(command, "bundle")
     assert (status, out) == (2, "")
-    assert (
-        err
-        == "Error: bundle is a bundle, which is compiled already. Give the model that it was made of in its place.\n"
-    )
+    assert err == "Error: bundle is a bundle, which is compiled already. Give the model that it was made from.\n"
 
 
 def test_texts_are_given_by_file(transom: Any, model: Path, tmp_path: Path) -> None:

@@ -92,7 +92,7 @@ def test_other_types_are_dequantised_and_noted(kind: str, rng: np.random.Generat
     weight, note = weight_of(tensor(kind, raw), "file")
     assert isinstance(weight, Dense)
     assert weight.dtype == "float32"
-    assert "dequantised" in note
+    assert "dequantized" in note
     np.testing.assert_array_equal(dequantize(weight), gguf.quants.dequantize(raw, GGMLQuantizationType[kind]))
 
 
@@ -100,7 +100,7 @@ def test_a_quantised_vector_is_dequantised(rng: np.random.Generator) -> None:
     raw = gguf.quants.quantize(rng.standard_normal((1, 512)).astype(np.float32), GGMLQuantizationType.Q8_0)
     weight, note = weight_of(GgufTensor("t", "Q8_0", (512,), raw.reshape(-1)), "file")
     assert weight.shape == (512,)
-    assert "dequantised" in note
+    assert "dequantized" in note
     np.testing.assert_array_equal(
         dequantize(weight), gguf.quants.dequantize(raw, GGMLQuantizationType.Q8_0).reshape(-1)
     )

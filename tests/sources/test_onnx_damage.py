@@ -179,9 +179,9 @@ def _contradicting_shapes(model: Any) -> None:
         (_wrong_bytes, "bytes; its shape"),
         (_wrong_shape, "bytes; its shape"),
         (_wrong_type, "unknown element type 99"),
-        (_nothing_makes_it, "reads z, which nothing before it makes"),
+        (_nothing_makes_it, "reads z, which no node before it produces"),
         (_no_output, "no outputs"),
-        (_output_of_nobody, "Nothing in"),
+        (_output_of_nobody, "No node in"),
         (_unknown_domain, "com.example::MatMul"),
         (_unknown_operator, "ai.onnx::MatMall"),
         (_contrib_without_expansion, "com.microsoft::SparseAttention"),
@@ -218,8 +218,8 @@ def test_external_data_without_a_location_or_with_a_wrong_place_is_refused(
     model = onnx.load(str(path), load_external_data=False)
     for key, text, words in (
         ("location", "", "does not name"),
-        ("offset", "x", "where"),
-        ("offset", "-5", "should lie"),
+        ("offset", "x", "no valid offset"),
+        ("offset", "-5", "should be at bytes"),
     ):
         changed = onnx.ModelProto()
         changed.CopyFrom(model)

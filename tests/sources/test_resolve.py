@@ -75,9 +75,7 @@ def test_a_bundle_is_called_one_whole_or_damaged(models: Path, tmp_path: Path, m
     (tmp_path / "artifact").mkdir()
     (tmp_path / "manifest.json").write_text(manifest)
     text = failure(tmp_path)
-    assert (
-        text == f"{tmp_path} is a bundle, which is compiled already. Give the model that it was made of in its place."
-    )
+    assert text == f"{tmp_path} is a bundle, which is compiled already. Give the model that it was made from."
     (tmp_path / "manifest.json").write_text("{}")
     assert "holds no model" in failure(tmp_path)
 
@@ -146,7 +144,7 @@ def test_other_files_are_recognised(tmp_path: Path, name: str, content: bytes, w
 
 @pytest.mark.parametrize("spec", [None, 3, {"a": 1}, b"\xff\xfe"])
 def test_objects_that_are_no_models(spec: Any) -> None:
-    assert "no model" in failure(spec)
+    assert "is not a model" in failure(spec)
 
 
 @pytest.mark.parametrize("spec", ["a\0b", "x" * 5000])

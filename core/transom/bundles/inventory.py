@@ -1,7 +1,8 @@
-"""What a decoder graph holds, by use and layer: the matrices of its products, its vocabulary matrix, its embeddings and
-the rest. Told from shapes alone; no weight is read.
+"""The weights of a decoder graph by use and layer: the matrices of its products, its vocabulary matrix, its embedding
+table, and the rest. Only shapes are used; no weight is read.
 
-A product belongs to the layer whose queries, keys and values are made of it, and else to the last attention before it.
+A product belongs to the layer whose queries, keys or values are computed from it, or else to the layer of the last
+attention before it.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class Matrix:
     columns: int
     layer: int
     stored: Blocked | None = None
-    """Where the checkpoint has it in blocks: these, not read."""
+    """The checkpoint's quantized blocks, not read; None: the matrix is not stored in blocks."""
 
     @property
     def numbers(self) -> int:
@@ -39,21 +40,21 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Inventory:
-    """All that weighs something. A matrix that products share is there once."""
+    """All weights of a decoder. A matrix that several products share is listed once."""
 
     products: tuple[Matrix, ...]
     vocabulary: tuple[Matrix, ...]
-    """Whose product are the logits; there also where it is the table of embeddings, too."""
+    """The matrices whose product is the logits, also when such a matrix is the embedding table too."""
     embedding: Matrix | None
     tied: bool
-    """The vocabulary matrix is the table of embeddings."""
+    """The vocabulary matrix is the embedding table."""
     rest: int
-    """Numbers of norms, biases, sinks, and of what is in no product that is known here."""
+    """The count of all other numbers: norms, biases, sinks, and weights of products that are not recognized."""
 
 
 @dataclass
 class _Walk:
-    """What is known of a graph's values on the way."""
+    """What the walk through a graph has found so far."""
 
     computed: set[int] = field(default_factory=set)
     """Values that depend on an input, by id."""
@@ -62,11 +63,7 @@ class _Walk:
 
 
 def inventory(graph: Graph) -> Inventory:
-    """Take a decoder graph apart.
-
-    Args:
-        graph: of a decoder; its weights are never loaded.
-    """
+    """The inventory of a decoder graph. Its weights are never loaded."""
     walk = _Walk({id(v) for v in graph.model.graph.inputs})
     nodes = list(graph.nodes())
     for node in nodes:
@@ -104,7 +101,7 @@ def _matrix(weight: Weight, layer: int) -> Matrix:
 
 
 def _initializers(value: ir.Value | None) -> Iterator[str]:
-    """Names of those that a constant value is made of."""
+    """The names of the initializers that a constant value is computed from."""
     if value is None:
         return
     if value.const_value is not None:
@@ -115,7 +112,7 @@ def _initializers(value: ir.Value | None) -> Iterator[str]:
 
 
 def _layers(nodes: list[ir.Node], walk: _Walk) -> dict[int, int]:
-    """The layer of each node with a matrix, by id of the node."""
+    """The layer of each node with a matrix, by the node's id."""
     found: dict[int, int] = {}
     for node in nodes:
         if is_attention(node):
@@ -131,7 +128,7 @@ def _layers(nodes: list[ir.Node], walk: _Walk) -> dict[int, int]:
 
 
 def _behind(values: Sequence[ir.Value | None], walk: _Walk) -> Iterator[ir.Node]:
-    """The nodes that make some values, as far back as the hidden state: a sum of two values that are computed."""
+    """The nodes that compute some values, back to the hidden state: a sum of two computed values."""
     left, seen = list(values), set[int]()
     while left:
         value = left.pop()

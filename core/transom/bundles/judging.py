@@ -1,10 +1,10 @@
-"""Which variants of a bundle are good on a device, told from the manifest alone.
+"""Which variants of a bundle a device can run, decided from the manifest alone.
 
-Nothing is opened, no SDK has to be installed, and the device does not have to be here: it may be one of the catalogue,
-or what an app says about its phone. A backend may bring the rule for its variants
-(`transom.contract_optional.FittingBackend`); without it, as for a backend that is not installed, the architecture
-decides. The rules are few so that programs in other languages can have the same (`docs/mobile-export.md`);
-`examples/edge` has them in C++. What they cannot see is whether the runtime is there and new enough: a backend judges
+Nothing is opened and no SDK has to be installed. The device need not be this machine's: it may come from the catalogue,
+or be described by an app on a phone. A backend can define the rule for its variants
+(`transom.contract_optional.FittingBackend`). Without one, and for a backend that is not installed, the architecture
+decides. The rules are few, so that programs in other languages can implement them (`docs/mobile-export.md`);
+`examples/edge` has them in C++. They do not cover whether the runtime is installed and new enough: the backend checks
 that when the bundle is loaded.
 """
 
@@ -27,27 +27,27 @@ from transom.sources.resolve import BUNDLE_KEY
 
 @dataclass(frozen=True)
 class VariantVerdict:
-    """What is said of one variant."""
+    """The verdict on one variant."""
 
     name: str
     fits: bool
     reason: str
-    """One sentence, for people."""
+    """One sentence, human-readable."""
     context: int = 0
-    """The longest context whose memory the manifest tells and that fits; 0: none does, or the graph has no context."""
+    """The longest context in the manifest whose memory fits. 0: none fits, or the graph has no context."""
 
 
 def judge(manifest: Mapping[str, Any], device: Device, plugins: Plugins | None = None) -> list[VariantVerdict]:
-    """A verdict on each variant, in the manifest's order: whoever runs the bundle takes the first that fits.
+    """The verdict on each variant, in the manifest's order. A runtime uses the first variant that fits.
 
     Args:
         manifest: the content of `manifest.json`.
-        device: what it would run on. Of its memory `free_bytes` counts, else `memory_bytes`; without either nothing is
-            too large.
-        plugins: the backends that may have rules for their variants; None: those that are installed.
+        device: the device to run on. `free_bytes` limits the memory, or else `memory_bytes`; without either there is
+            no limit.
+        plugins: the backends that may have rules for their variants; None: the installed ones.
 
     Raises:
-        BundleError: the manifest is of a newer version, or damaged.
+        BundleError: the manifest has a newer version, or is damaged.
     """
     try:
         require_version(manifest[BUNDLE_KEY], "The bundle")
@@ -78,7 +78,7 @@ def _verdict(variant: Mapping[str, Any], device: Device, plugins: Plugins) -> Va
 
 
 def _fit(variant: Mapping[str, Any], device: Device, plugins: Plugins) -> Verdict:
-    """Whether a variant is for this hardware, memory aside; raises what is in `MALFORMED`."""
+    """Whether a variant fits this hardware, memory aside. Raises the exceptions in `MALFORMED`."""
     backend, target = text(variant["backend"]["name"]), variant["target"]
     made_for = f"{text(target['name'] or target['id'])} ({text(target['arch'])})"
     for value in variant["requires"].values():
@@ -100,5 +100,5 @@ def _named(device: Device) -> str:
 
 
 def _free(device: Device) -> int | None:
-    """Bytes that may be used; None where nobody knows."""
+    """Bytes that may be used; None: not known."""
     return device.memory_bytes or None if device.free_bytes is None else device.free_bytes

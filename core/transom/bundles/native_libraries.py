@@ -1,13 +1,13 @@
-"""Native libraries of an app: whether those that a bundle's runtime needs are in its package, and whether Android loads
-them.
+"""Native libraries of an app: whether its package has the libraries that a bundle's runtime needs, and whether Android
+loads them.
 
-Reads an APK, an AAR or an app bundle (all of them ZIP), a folder, or one file. Of ELF a few fields of the header and of
-each program header count, which have been the same since 1995: `struct` reads them in twenty lines, and a package for
-all of ELF (pyelftools) would be one more to ask people for.
+Reads an APK, an AAR or an app bundle (all are ZIP files), a folder, or one file. Only a few fields of the ELF header
+and of each program header matter, and they have not changed since 1995. `struct` reads them in twenty lines, so a
+package for all of ELF (pyelftools) is not worth another dependency.
 
 Sources: the System V ABI, chapters 4 and 5 (ELF and program headers); Android's developer guides "Support 16 KB page
-sizes" and "Manage native libraries" for pages, ZIP alignment and packaging; for `PT_GNU_RELRO` what the APK Analyzer of
-Android Studio and Android's package manager look at.
+sizes" and "Manage native libraries" for pages, ZIP alignment and packaging; for `PT_GNU_RELRO`, the checks of Android
+Studio's APK Analyzer and of Android's package manager.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ from transom.plugins import Plugins, load_plugins
 from transom.preparation.plugin_calls import guarded
 
 PAGE = 16384
-"""Bytes of a page on newer phones. Google Play takes no app for Android 15 or later with libraries for smaller ones."""
+"""Bytes of a page on newer phones. Google Play rejects apps for Android 15 or later with libraries for less."""
 _ABIS = {(3, 1): "x86", (40, 1): "armeabi-v7a", (62, 2): "x86_64", (183, 2): "arm64-v8a", (243, 2): "riscv64"}
-"""`e_machine`, and 1 or 2 for 32 or 64 bits → ABI as Android names it. All of them are little-endian."""
+"""Android's ABI name by `e_machine` and width (1: 32 bits, 2: 64 bits). All of them are little-endian."""
 _MACHINES = {**_ABIS, (164, 1): "hexagon"}
-"""The same with machines that Android has no ABI for: Qualcomm's DSP."""
+"""The ABIs, and a machine without an Android ABI: Qualcomm's DSP."""
 _PAGED = ("arm64-v8a", "x86_64")
-"""The ABIs whose pages may be of 16 KB."""
+"""The ABIs that may have pages of 16 KB."""
 _PARENTS = ("lib", "jni")
-"""Folders of the ABIs' folders, in an APK or app bundle and in an AAR."""
+"""The parents of the ABIs' folders: in an APK or app bundle, and in an AAR."""
 _MAGIC = b"\x7fELF"
 _SHARED, _LOAD, _RELRO = 3, 1, 0x6474E552
-"""`e_type` of a shared library, `p_type` of a segment that is loaded, and of what becomes read-only afterwards."""
+"""`e_type` of a shared library, `p_type` of a loaded segment, `p_type` of data that becomes read-only after loading."""
 _LAYOUTS = {1: ("16xHH8xII6xHHHH", "III4xII4xI"), 2: ("16xHH12xQQ6xHHHH", "I4xQQ8xQQQ")}
-"""By width (32 and 64 bits): of the header type, machine, and place of the segments and sections, size of a segment's
-row, number of rows, and the same of sections; of a row type, offset, address, size in the file and in memory, and
-alignment."""
+"""`struct` formats by width (1: 32 bits, 2: 64 bits). The header: type, machine, offsets of the program and section
+header tables, then entry size and number of entries of each table. A program header: type, offset, address, size in the
+file, size in memory, alignment."""
 _LOCAL_HEADER = struct.Struct("<26xHH")
-"""Of an entry of a ZIP file: the lengths of name and extra field, which lie between it and the data."""
+"""The local header of a ZIP entry: the lengths of the name and of the extra field that precede the data."""
 _PACKAGES = (".apk", ".aar", ".aab", ".zip")
 
 
@@ -55,28 +55,28 @@ class Library:
     """One shared library."""
 
     name: str
-    """`libonnxruntime.so`."""
+    """The file name, such as `libonnxruntime.so`."""
     place: str
     """Its path in the package or below the folder, with `/`."""
     abi: str
-    """What it is compiled for: `arm64-v8a`, `x86_64`, …, `hexagon`, or `machine 8` for what has no name here."""
+    """The target: `arm64-v8a`, `x86_64`, …, `hexagon`, or a number such as `machine 8` for an unknown one."""
     page: int
     """The largest page that it can be loaded with, in bytes: the smallest alignment of its loaded segments, or less
-    where place and address of one do not agree with it."""
+    when a segment's file offset and address differ modulo that alignment."""
     mixed: bool = False
-    """Whether what becomes read-only after loading shares a page of 16 KB with what stays writable."""
+    """Whether data that becomes read-only after loading shares a 16 KB page with data that stays writable."""
     folder_abi: str = ""
-    """The ABI that its folder says it is for; empty where it lies in none."""
+    """The ABI that its folder is named for; empty: it is not in such a folder."""
     offset: int | None = None
-    """Where its bytes begin in an APK, in which it is not compressed: Android maps it from there. None: it is
-    compressed, and taken out on installing, or lies in no APK."""
+    """The offset of its bytes in an APK that stores it uncompressed, so that Android maps it from there. None: it is
+    compressed and Android extracts it on installation, or it is not in an APK."""
 
 
 def inspect(path: str | Path) -> list[Library]:
-    """The shared libraries of an app's package, of a folder with all below it, or of one file.
+    """The shared libraries in an app's package, below a folder, or in one file.
 
     Raises:
-        OptionError: it cannot be read, holds none, or one is damaged or no library.
+        OptionError: the path cannot be read or has no shared library, or a file is damaged or not a shared library.
     """
     path = Path(path)
     try:
@@ -96,7 +96,7 @@ def inspect(path: str | Path) -> list[Library]:
 
 
 def machines(names: Iterable[str], plugins: Plugins) -> dict[str, str]:
-    """The libraries that backends say are for another processor than the CPU: what each is compiled for, by name."""
+    """The processor of each library that a backend reports as compiled for a processor other than the CPU, by name."""
     rules = [one.backend for one in plugins.backends.values() if isinstance(one.backend, LibraryBackend)]
     found: dict[str, str] = {}
     for name in names:
@@ -112,14 +112,14 @@ def judge(
     abi: str = "arm64-v8a",
     elsewhere: Mapping[str, str] = MappingProxyType({}),
 ) -> list[str]:
-    """What is wrong, as sentences; empty where nothing is.
+    """The problems as sentences; empty: there are none.
 
     Args:
-        libraries: of one package, as `inspect` found them.
-        needed: names of the libraries that must be there.
-        abi: what the app is to run on.
-        elsewhere: the machines of libraries that are for another processor, by name (see `machines`). They lie in the
-            folder of the same ABI.
+        libraries: the libraries of one package, as `inspect` returns them.
+        needed: the names of the required libraries.
+        abi: the ABI that the app runs on.
+        elsewhere: the processors of libraries for a processor other than the CPU, by name (see `machines`). They are
+            in the folder of the same ABI.
 
     Raises:
         OptionError: there is no such ABI.
@@ -137,7 +137,7 @@ def judge(
 
 
 def _absent(name: str, libraries: Sequence[Library], abi: str, machine: str) -> Iterator[str]:
-    """Nothing where a needed library is there for this ABI and machine."""
+    """The problem of a needed library that is missing for this ABI and processor; nothing when it is present."""
     there = [library for library in libraries if library.name == name]
     right = [lib for lib in there if lib.abi == machine and lib.folder_abi in ("", abi)]
     if right:
@@ -149,10 +149,10 @@ def _absent(name: str, libraries: Sequence[Library], abi: str, machine: str) -> 
 
 
 def _unloadable(library: Library, wanted: str, abi: str) -> Iterator[str]:
-    """Why Android would not load a library that is there for this ABI.
+    """Why Android would not load a library that is present for this ABI.
 
     Args:
-        wanted: what it must be compiled for: the ABI, or the machine of another processor.
+        wanted: the target that it must be compiled for: the ABI, or another processor.
     """
     place = library.place
     if library.abi != wanted:
@@ -160,17 +160,17 @@ def _unloadable(library: Library, wanted: str, abi: str) -> Iterator[str]:
     elif wanted != abi and library.offset is not None:
         yield (
             f"{place} is not compressed, so Android leaves it in the package, and its processor ({wanted}) opens files "
-            "only: set packaging { jniLibs { useLegacyPackaging = true } } in build.gradle, which has all libraries "
-            "taken out on installing."
+            "only: set packaging { jniLibs { useLegacyPackaging = true } } in build.gradle, so that Android extracts "
+            "all libraries on installation."
         )
     if library.abi not in _PAGED:
         return
     if library.page < PAGE or library.mixed:
         why = (
-            f"is made for pages of {library.page} bytes, and phones with pages of {PAGE} do not load it"
+            f"is linked for pages of {library.page} bytes, and phones with pages of {PAGE} do not load it"
             if library.page < PAGE
-            else f"has data that becomes read-only in one page of {PAGE} bytes with data that is written to, and newer "
-            "phones warn of it or do not load it"
+            else f"has read-only data and writable data in one page of {PAGE} bytes, and newer phones warn about it or "
+            "do not load it"
         )
         yield (
             f"{place} {why}: take a newer release, or link it with -Wl,-z,max-page-size={PAGE} and "
@@ -178,7 +178,7 @@ def _unloadable(library: Library, wanted: str, abi: str) -> Iterator[str]:
         )
     if library.offset is not None and library.offset % PAGE:
         yield (
-            f"{place} begins at byte {library.offset} of the package, which is no multiple of {PAGE}: align the "
+            f"{place} begins at byte {library.offset} of the package, which is not a multiple of {PAGE}: align the "
             "package with zipalign -P 16, or build it with Android Gradle Plugin 8.5.1 or newer."
         )
 
@@ -188,7 +188,7 @@ def _unloadable(library: Library, wanted: str, abi: str) -> Iterator[str]:
 _DAMAGED = (
     zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, EOFError, IndexError, RuntimeError, ValueError,
 )  # fmt: skip
-"""What `zipfile` raises for packages that are cut, altered, or packed in ways that it does not know."""
+"""The exceptions of `zipfile` for packages that are truncated, altered, or compressed by an unknown method."""
 
 
 def _below(folder: Path) -> list[Path]:
@@ -196,7 +196,7 @@ def _below(folder: Path) -> list[Path]:
 
 
 def _is_library(name: str) -> bool:
-    """`libx.so`, and `libx.so.1` as Linux has it."""
+    """Whether a name is like `libx.so`, or like `libx.so.1` as on Linux."""
     return name.endswith(".so") or ".so." in name
 
 
@@ -231,7 +231,7 @@ def _library(content: bytes, place: str, where: str) -> Library:
 def _elf(content: bytes, where: str) -> tuple[str, int, bool]:
     """`Library.abi`, `page` and `mixed`."""
     if content[:4] != _MAGIC:
-        raise OptionError(f"{where} is no ELF file", "Give an APK, an AAR, a folder or a .so file")
+        raise OptionError(f"{where} is not an ELF file", "Give an APK, an AAR, a folder or a .so file")
     damaged = OptionError(f"The library {where} is cut short or damaged", "Build or copy it again")
     try:
         width, order = content[4], {1: "<", 2: ">"}[content[5]]
@@ -243,9 +243,10 @@ def _elf(content: bytes, where: str) -> tuple[str, int, bool]:
     except (struct.error, IndexError, KeyError, OverflowError) as error:
         raise damaged from error
     if kind != _SHARED:
-        raise OptionError(f"{where} is an ELF file, but no shared library", "Give the library that it is made into")
+        cause = f"{where} is an ELF file, but not a shared library"
+        raise OptionError(cause, "Give the shared library that it is linked into")
     loaded = [row[1:] for row in rows if row[0] == _LOAD]
-    ends = [offset + size for offset, _, size, _, _ in loaded if size]  # what is only zeros may begin behind the end
+    ends = [offset + size for offset, _, size, _, _ in loaded if size]  # a segment of zeros may begin beyond the end
     if not loaded or max([sections + section_step * section_count, *ends]) > len(content):
         raise damaged
     page = min(math.gcd(max(align, 1), address - offset) for offset, address, _, _, align in loaded)
@@ -255,7 +256,7 @@ def _elf(content: bytes, where: str) -> tuple[str, int, bool]:
 
 
 def _mixed(start: int, length: int, loaded: Sequence[tuple[int, ...]]) -> bool:
-    """Whether a part of a loaded segment that is to become read-only begins or ends within a page of it."""
+    """Whether the read-only part of a loaded segment begins or ends inside one of the segment's pages."""
     end = start + length
     return any(
         (start % PAGE and start != address) or (end % PAGE and end < address + size)
@@ -268,13 +269,13 @@ def require_libraries(app: str | Path, needed: Sequence[str], abi: str = "arm64-
     """The native libraries of an app.
 
     Args:
-        needed: file names of those that must be there.
+        needed: the file names of the required libraries.
 
     Raises:
-        OptionError: one is missing, or would not be loaded; the details say what is wrong with each.
+        OptionError: a library is missing, or Android would not load it. The details have one line per problem.
     """
     found = inspect(app)
     elsewhere = machines([*needed, *(library.name for library in found)], load_plugins())
     if problems := judge(found, list(dict.fromkeys(needed)), abi, elsewhere):
-        raise OptionError(f"{app} is not good for this bundle", "Fix these, and build the app again", problems)
+        raise OptionError(f"{app} cannot run this bundle", "Fix these problems, and build the app again", problems)
     return found

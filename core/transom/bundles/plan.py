@@ -1,6 +1,6 @@
-"""The plan of an export: what a bundle would weigh and how fast it could be at most, for people and for programs.
+"""The plan of an export: the size of a bundle and an upper bound of its speed, human- and machine-readable.
 
-`transom.bundles.weighing` makes it, by arithmetic on shapes.
+`transom.bundles.weighing` computes it from shapes.
 """
 
 from __future__ import annotations
@@ -17,34 +17,34 @@ from transom.preparation.memory import size
 
 @dataclass(frozen=True)
 class Weighed:
-    """The weights of one use."""
+    """All weights with the same use, such as the vocabulary matrix."""
 
     use: str
     """`"products"`, `"small products"`, `"vocabulary"`, `"embedding"`, `"other"` (norms and biases), `"code"`."""
     arithmetic: str
-    """Where the number of weights comes from."""
+    """How the number of weights is computed, human-readable."""
     numbers: int
     bytes: int
-    """In files."""
+    """Bytes in files."""
     held: int
-    """Bytes of them in memory."""
+    """Bytes in memory."""
     read: int
-    """Bytes that are read of them for one token."""
+    """Bytes that one token reads."""
 
     @property
     def bits(self) -> float:
-        """Of one number, scales included."""
+        """Bits of one number, scales included."""
         return 8 * self.bytes / self.numbers if self.numbers else 0.0
 
 
 @dataclass(frozen=True)
 class PartPlan:
-    """The layers `first` to `end - 1`, compiled as one."""
+    """The layers `first` to `end - 1`, compiled as one part."""
 
     first: int
     end: int
     vocabulary: bool
-    """Whether the vocabulary matrix is in it."""
+    """Whether the part includes the vocabulary matrix."""
     bytes: int
 
     def __str__(self) -> str:
@@ -55,17 +55,17 @@ class PartPlan:
 
 @dataclass(frozen=True)
 class AtContext:
-    """A variant with a full cache of so many tokens."""
+    """A variant with a full cache of `context` tokens."""
 
     context: int
     cache: int
-    """Bytes of one sequence."""
+    """Bytes of the cache of one sequence."""
     peak: int
-    """Bytes in memory at most: weights, cache, and the working space of a prefill chunk."""
+    """Peak memory in bytes: weights, cache, and the working space of a prefill chunk."""
     read: int
-    """Bytes that are read for one token: weights and cache."""
+    """Bytes that one token reads: weights and cache."""
     bound: float | None
-    """Tokens a second that the memory's bandwidth allows; None where it is not known."""
+    """Tokens per second that the memory bandwidth allows; None: the bandwidth is not known."""
 
 
 @dataclass(frozen=True)
@@ -76,22 +76,22 @@ class VariantPlan:
     weights: tuple[Weighed, ...]
     parts: tuple[PartPlan, ...]
     files: Mapping[str, int]
-    """Bytes by name. What is small is left out: the manifest, the tokenizer, the graph without its weights."""
+    """Bytes by file name. Small files are left out: the manifest, the tokenizer, the graph without its weights."""
     cache_per_token: int
     cache_arithmetic: str
     at: tuple[AtContext, ...]
-    """By context, the longest one last: the one that was asked for."""
+    """One entry per context length. The last one is the longest: the requested context."""
     notes: tuple[str, ...]
     kept: int
-    """Matrices that stay as the checkpoint has them, whatever the form of plain ones."""
+    """The number of matrices that keep the checkpoint's blocks."""
 
     @property
     def weight_bytes(self) -> int:
-        """Of all weights in memory."""
+        """Bytes of all weights in memory."""
         return sum(w.held for w in self.weights)
 
     def lines(self, memory: Bandwidth | None) -> Iterator[str]:
-        """For people, the arithmetic with it."""
+        """The human-readable lines, with the arithmetic."""
         form = self.form
         small = f"; small ones {form.small}" if any(w.use == "small products" for w in self.weights) else ""
         plain = "plain " if self.kept else ""
@@ -123,7 +123,7 @@ class VariantPlan:
             yield f"  note: {note}"
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON types only."""
+        """The plan in JSON types."""
         return {
             "format": self.form.format,
             "precision": self.form.precision,
@@ -140,20 +140,20 @@ class VariantPlan:
 
 @dataclass(frozen=True)
 class ExportPlan:
-    """What a bundle would be, for people (`str`) and for programs (`to_dict`)."""
+    """The plan of a bundle, human-readable (`str`) and machine-readable (`to_dict`)."""
 
     model: str
     device: Device
     context: int
     memory: Bandwidth | None
-    """None: not known."""
+    """The bandwidth of the device's memory; None: not known."""
     variants: tuple[VariantPlan, ...]
     published: tuple[Published, ...]
-    """Figures of others for models of this shape."""
+    """Figures published by others for models of this shape."""
 
     @property
     def bytes(self) -> int:
-        """Of the files of all variants; a file that several of them have is there once."""
+        """Bytes of the files of all variants. A file that several variants share counts once."""
         return sum({name: count for v in self.variants for name, count in v.files.items()}.values())
 
     def __str__(self) -> str:
@@ -175,7 +175,7 @@ class ExportPlan:
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON types only."""
+        """The plan in JSON types."""
         memory = None
         if self.memory is not None:
             memory = {**vars(self.memory), "bytes_per_second": self.memory.bytes_per_second}
@@ -191,7 +191,7 @@ class ExportPlan:
 
 
 def exact(count: int) -> str:
-    """Bytes with one digit more than `size` has, since plans are compared: `3.86 GB`, `131.6 MB`."""
+    """A number of bytes with one digit more than `size` gives, because plans are compared: `3.86 GB`, `131.6 MB`."""
     for unit, name in ((1e9, "GB"), (1e6, "MB")):
         if count >= unit:
             return f"{count / unit:.2f} {name}" if name == "GB" else f"{count / unit:.1f} {name}"

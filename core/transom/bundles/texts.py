@@ -1,4 +1,4 @@
-"""What a bundle holds besides compiled models: tokenizer, chat template, licences, and what apps want to find."""
+"""The files of a bundle besides compiled models: tokenizer, chat template, licences, README, files for apps."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ if TYPE_CHECKING:
 
 README = "README.md"
 _LICENCE = re.compile(r"((un)?licen[cs]e|copying)(?![a-z]).*|notice(\.\w+)?", re.IGNORECASE)
-"""Names of files that say what a model may be used for."""
+"""Names of licence files."""
 _LONGEST_LICENCE = 1 << 20
-"""Bytes. What is longer is a file of another kind with such a name."""
+"""Bytes. A longer file with such a name is not a licence."""
 
 
 def texts_of(source: CachedSource) -> tuple[dict[str, bytes], TextComparison | None]:
-    """Tokenizer, chat template and generation defaults, in Hugging Face's form and in Transom's; with the proof that
-    both say the same.
+    """Tokenizer, chat template and generation defaults, in Hugging Face's format and in Transom's, with the comparison
+    of the two.
 
     Raises:
-        TextMismatch: the tokenizer's Hugging Face form gives other tokens.
+        TextMismatch: the tokenizer in Hugging Face's format gives other tokens.
     """
     from transom.text.proving import verify_texts
     from transom.text.to_hf import hf_files
@@ -50,7 +50,7 @@ def texts_of(source: CachedSource) -> tuple[dict[str, bytes], TextComparison | N
 
 
 def licences_of(model: Any) -> list[Path]:
-    """The licence files that lie beside a model."""
+    """The licence files beside a model."""
     path = local_path(model)
     if path is None:
         return []
@@ -60,13 +60,13 @@ def licences_of(model: Any) -> list[Path]:
 
 
 def licence_of(model: Any, licences: list[Path]) -> str | None:
-    """The licence that the model names, or the name of a licence file beside it; None: there is neither."""
+    """The licence that the model names, or the name of a licence file beside it; None: neither exists."""
     path = local_path(model)
     if path is None:
         return None
     try:
         named = resolve(path).licence(path)
-    except TransomError:  # reading the model says what is wrong with it
+    except TransomError:  # loading the model reports the error
         return None
     return named or (licences[0].name if licences else None)
 
@@ -74,7 +74,7 @@ def licence_of(model: Any, licences: list[Path]) -> str | None:
 def app_files(
     manifest: BundleManifest, backends: Mapping[str, Backend], texts: Mapping[str, bytes]
 ) -> dict[str, bytes]:
-    """README.md, and what the backends want apps to find in the root. Raises EngineError: one gave no files."""
+    """README.md and the backends' files for apps, by name. Raises EngineError if a backend fails to make its files."""
 
     def made_by(backend: AppBackend, variant: Variant) -> dict[str, bytes]:
         made = backend.app_files(manifest.head(), variant.to_json(), texts)
@@ -99,25 +99,25 @@ def _readme(manifest: BundleManifest) -> str:
     lines = [
         f"# {manifest.name}",
         "",
-        "A language model, compiled by Transom for the devices below. Keep this folder as it is: `manifest.json` knows "
-        "the hash of each file.",
+        "A language model, compiled by Transom for the devices below. Do not change the files in this folder: "
+        "`manifest.json` has the hash of each.",
         "",
-        "| Variant | For | Made by | Numbers | Context | Weights | Memory with a full context |",
+        "| Variant | Device | Backend | Precision | Context | Weights | Memory with a full context |",
         "|---|---|---|---|---|---|---|",
     ]
     lines += [_row(variant) for variant in manifest.variants]
-    lines += ["", f"Licence of the model: {manifest.license or 'none is named; ask who made it'}."]
+    lines += ["", f"Licence of the model: {manifest.license or 'not stated; ask the author of the model'}."]
     if decoder is not None:
         expected = json.dumps(list(manifest.tokens[:8]))
         lines += [
             "",
-            "`tokenizer.json`, `tokenizer_config.json` (with the chat template) and `generation.json` (how tokens are "
-            "chosen, and which ones end an answer) belong to all variants. The fixed prompt begins with the tokens "
-            f"{expected}; `expected.best` in the manifest has what must come after each.",
+            "`tokenizer.json`, `tokenizer_config.json` (with the chat template) and `generation.json` (sampling "
+            "defaults and end-of-sequence tokens) are for all variants. The fixed prompt begins with the tokens "
+            f"{expected}; `expected.best` in the manifest has the expected next token after each.",
         ]
     lines += [
         "",
-        'On a computer: `transom run . "Hello"`; `transom bundle verify .` replays the expected answers.',
+        'On a computer: `transom run . "Hello"`; `transom bundle verify .` checks the expected outputs.',
     ]
     return "\n".join(lines)
 
@@ -126,7 +126,7 @@ def _row(variant: Variant) -> str:
     full = size(variant.needed(variant.context)) if variant.memory else "-"
     weights = size(variant.memory["weights"]) if variant.memory else "-"
     target = variant.target.name or variant.target.id
-    numbers = variant.precision or "as the model has them"
+    numbers = variant.precision or "as in the model"
     context = str(variant.context) if variant.context else "-"
     return (
         f"| `{variant.name}` | {target} ({variant.target.arch}) | {variant.backend} {variant.backend_version} "

@@ -1,10 +1,10 @@
-"""Weighing a decoder in the form in which a backend would store it, before anything is compiled: arithmetic on shapes.
+"""Planning an export: the size of a decoder as a backend would store it, computed from shapes before compiling.
 
-A decoder writes one token after another, and for each it reads its matrices once and what lies in the cache. So the
-speed is bounded by the memory's bandwidth over these bytes. It is a bound and no forecast: nothing here claims what a
-device does that nobody has seen do it. No weight is read, so a plan takes as long as going through the graph's nodes.
+A decoder generates one token after another, and for each token it reads its matrices once and the filled part of the
+cache. So the memory bandwidth divided by these bytes bounds its speed. This is an upper bound, not a forecast of what a
+device achieves. No weight is read: a plan takes one pass over the graph's nodes.
 
-How a format stores a model, its backend says (`transom.contract_optional.PlanningBackend`).
+The backend defines how its format stores a model (`transom.contract_optional.PlanningBackend`).
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from transom.preparation.plugin_calls import guarded
 from transom.signature import Decoder
 
 FIRST_CONTEXT = 512
-"""The shortest context of the table, tokens; the next ones are twice the one before."""
+"""The shortest context of the table, in tokens. Each further context is twice the one before."""
 
 
 def form_of(backend: Backend, precision: str, decoder: Decoder, device: Device) -> StorageForm:
-    """How a backend stores a decoder; of one that does not say, as `memory` plans for every backend.
+    """How a backend stores a decoder. For a backend that is not a `PlanningBackend`, the estimate of `memory`.
 
     Raises:
-        OptionError: the format does not have the precision, or not on this device.
+        OptionError: the format does not support the precision, or not on this device.
     """
     if isinstance(backend, PlanningBackend):
         return guarded(backend.name, "planning", lambda: backend.storage_form(decoder, device, precision))
@@ -48,13 +48,13 @@ def plan_variants(
     """Plan the variants of a bundle.
 
     Args:
-        graph: the neutral graph; only its shapes are looked at.
-        forms: of each variant; as backends have them (`form_of`), or one's own.
-        context: tokens that a sequence may have; None for the model's own.
+        graph: the neutral graph; only its shapes are used.
+        forms: the storage form of each variant, from a backend (`form_of`) or made by the caller.
+        context: the most tokens of a sequence; None: the model's own context.
 
     Raises:
-        OptionError: the context is longer than the model's, or a format cannot have a matrix in the precision.
-        DoesNotFit: a layer alone is larger than one compiled part may be.
+        OptionError: the context is longer than the model's, or a format cannot store a matrix in the precision.
+        DoesNotFit: one layer is larger than a compiled part may be.
     """
     require_context(decoder, context)
     tokens = context or decoder.context
@@ -65,7 +65,7 @@ def plan_variants(
 
 
 class _Planning:
-    """One decoder in one form."""
+    """Plans one decoder in one storage form."""
 
     def __init__(
         self, form: StorageForm, held: Inventory, decoder: Decoder, device: Device, memory: Bandwidth | None
@@ -74,7 +74,7 @@ class _Planning:
         most = form.small_share * sum(m.numbers for m in held.products) / len(decoder.layers)
         small = form.small or form.products
         self.products = [(m, small if m.numbers <= most else form.products) for m in held.products]
-        """Each with its form."""
+        """Each matrix with its form."""
 
     def plan(self, context: int) -> VariantPlan:
         weights = tuple(self.weights())
@@ -123,11 +123,11 @@ class _Planning:
             yield Weighed("code", f"{layers} layers × {size(form.layer)}", 0, count, count, count // 2)
 
     def bytes(self, matrix: Matrix, form: MatrixForm) -> int:
-        """Of a matrix where plain ones are to have `form`."""
+        """Bytes of a matrix, where plain matrices have `form`."""
         return self.form_of(matrix, form).bytes(*matrix.shape)
 
     def form_of(self, matrix: Matrix, form: MatrixForm) -> MatrixForm:
-        """Of a matrix where plain ones are to have `form`. Raises OptionError where the format has none for it."""
+        """The form of a matrix, where plain matrices have `form`. Raises OptionError if the format cannot store it."""
         own = self.form
         if own.kept is not None and matrix.stored is not None:
             form = own.kept.form(matrix.stored) or own.kept.other
@@ -136,14 +136,14 @@ class _Planning:
         if own.ragged is not None:
             return own.ragged
         raise OptionError(
-            f"{own.format} with {option('precision', own.precision)} rounds blocks of {form.block} columns, "
+            f"{own.format} with {option('precision', own.precision)} quantizes blocks of {form.block} columns, "
             "and a matrix has "
             f"{matrix.columns}",
             f"Use {option('precision', own.instead)}" if own.instead else "Use another precision, or another format",
         )
 
     def half_of_attention(self) -> tuple[int, int]:
-        """Numbers and bytes of one of queries and outputs, and of one of keys and values, in each layer."""
+        """Numbers and bytes of half of attention's products: in each layer a matrix of queries and one of keys."""
         decoder, form = self.decoder, self.form
         rows = [heads * layer.head_dim for layer in decoder.layers for heads in (layer.q_heads, layer.kv_heads)]
         return sum(rows) * decoder.hidden, sum(form.products.bytes(n, decoder.hidden) for n in rows)
@@ -157,7 +157,7 @@ class _Planning:
         return Weighed(use, arithmetic, numbers, self.form.copies * one, held, one)
 
     def parts(self) -> Iterator[PartPlan]:
-        """As many layers in each as fit, those before the limit."""
+        """Split the layers into parts in order, as many layers in each part as the limit allows."""
         form, held = self.form, self.held
         if not form.part_bytes:
             return
@@ -202,7 +202,7 @@ class _Planning:
         return AtContext(context, cache, peak, read, bound)
 
     def workspace(self, context: int) -> int:
-        """Of a prefill chunk: some rows of activations for each token, the scores of a layer, and logits. float32."""
+        """Bytes of a prefill chunk in float32: rows of activations per token, the scores of a layer, and the logits."""
         decoder, chunk = self.decoder, min(self.form.chunk, context)
         heads = max(layer.q_heads for layer in decoder.layers)
         scores = heads * chunk * (context + chunk) if self.form.static else 0
@@ -219,28 +219,28 @@ class _Planning:
         form = self.form
         if self.kept:
             note = f", {form.kept.note}" if form.kept is not None and form.kept.note else ""
-            yield f"{self.kept} matrices are in integer blocks and stay so{note}"
+            yield f"{self.kept} matrices keep the checkpoint's integer blocks{note}"
         if form.static:
-            yield "a step reads all places of the cache, filled or not, so the context that is built in costs speed"
+            yield "a step reads the whole cache, filled or not, so a longer built-in context is slower"
         elif any(layer.sliding_window for layer in self.decoder.layers):
-            yield "of layers with a sliding window the keys in it are read, and all are kept"
+            yield "layers with a sliding window read only the keys in the window, but the cache keeps all keys"
         if form.copies > 1:
-            yield f"{self.device.arch} cannot share weights between graphs: prefill and decoding have each their own"
+            yield f"{self.device.arch} cannot share weights between graphs: prefill and decoding have a copy each"
         elif form.attention_twice == "up to half":
             most = exact(self.half_of_attention()[1])
-            yield f"prefill and decoding may keep up to half of attention's products twice: up to {most} more"
+            yield f"prefill and decoding may store up to half of attention's products twice: up to {most} more"
         if form.mapped_table:
-            yield "of the table of embeddings the rows of a text are read from its file; it needs no memory of its own"
+            yield "the embedding table is read row by row from its mapped file and needs no memory of its own"
         if any(w.held > w.bytes for w in self.weights()):
             yield (
-                "the engine packs integer matrices anew, into 1.2 to 1.25 times as much as the file has of them (as on "
-                "x86-64); pages of the file that it has read can be given back"
+                "the engine repacks integer matrices into 1.2 to 1.25 times their size in the file (as on x86-64); the "
+                "operating system can reclaim the pages of the file afterwards"
             )
-        yield "the app itself and the libraries of the engine need memory besides"
+        yield "the app itself and the engine's libraries need additional memory"
 
 
 def context_lengths(context: int) -> tuple[int, ...]:
-    """512, 1024, 2048, … as far as `context`, which is the last one."""
+    """The contexts of the table: 512, 1024, 2048, … below `context`, and `context` itself."""
     found = []
     tokens = FIRST_CONTEXT
     while tokens < context:
@@ -254,7 +254,7 @@ def _shape(shape: tuple[int, int]) -> str:
 
 
 def _layers(products: Sequence[Matrix]) -> str:
-    """`32 layers × (4 × 4096×4096 + 2 × 11008×4096 + 4096×11008)`; layers that are alike are one term."""
+    """`32 layers × (4 × 4096×4096 + 2 × 11008×4096 + 4096×11008)`: one term for all equal layers."""
     by_layer: dict[int, Counter[tuple[int, int]]] = {}
     for matrix in products:
         by_layer.setdefault(matrix.layer, Counter())[matrix.shape] += 1

@@ -1,4 +1,4 @@
-"""Sources: anything that holds a model → graph, weights, tokenizer. `resolve` finds the right one."""
+"""Sources: they turn anything that holds a model into graph, weights and tokenizer. `resolve` finds the right one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a source is and what it yields; naming the content of files."""
+"""The protocol of a source, the models that it returns, and helpers for paths and content hashes."""
 
 from __future__ import annotations
 
@@ -18,64 +18,64 @@ if TYPE_CHECKING:
     from transom.text.tokenizer import Tokenizer
 
 Spec = Any
-"""What the user names a model by: a path as str or `os.PathLike`, or an object that a source knows."""
+"""How the user names a model: a path as str or `os.PathLike`, or an object that a source supports."""
 
 
 @dataclass
 class SourceModel:
-    """A model as it came in: the neutral graph and what is needed to talk to it."""
+    """An opened model: the neutral graph, and the texts and settings for generating with it."""
 
     graph: Graph
     tokenizer: Tokenizer | None
     chat_template: ChatTemplate | None
     generation: GenerationDefaults
     name: str
-    """For people: the model's own name, or that of its file."""
+    """The model's own name or that of its file, human-readable."""
     kind: str
-    """The source's kind: `"gguf"`, `"hf"`, …"""
+    """The kind of its source: `"gguf"`, `"hf"`, …"""
     notes: list[str] = field(default_factory=list)
-    """What was changed or left out on the way in, for the report."""
+    """What the source changed or left out, for the report."""
     unchecked: bool = False
-    """Nothing looks for NaN and infinity when a weight is read, so it is done before the model is compiled."""
+    """True: reading a weight does not check for NaN and infinity, so the host checks before it compiles."""
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What the files of a model hold, in their own words."""
+    """The contents of a model's files, in the file format's own terms."""
 
     architecture: str = ""
     tensors: tuple[tuple[str, int, int], ...] = ()
-    """Type, number of elements and bytes of each; empty where the files do not say."""
+    """Type, number of elements and bytes of each tensor; empty: the files do not say."""
 
 
 @dataclass(frozen=True)
 class OriginalGraph:
-    """A model that is a graph itself: compared with that graph as it was exported."""
+    """A model that is a graph itself. It is compared with that graph as exported."""
 
     file: str
-    """Its name, for people."""
+    """The file's name, human-readable."""
     read: Callable[[], ir.Model]
 
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A model in files that the transformers package may read: compared with what it computes."""
+    """A model in files that the transformers package may read. It is compared with the outputs of transformers."""
 
     path: Path
     arguments: Mapping[str, Any]
-    """Those of `from_pretrained`."""
+    """The arguments of `from_pretrained`."""
     kind: str = "this model"
-    """What transformers has to support, as in "It may not support this model"."""
+    """The object of messages such as "It may not support this model"."""
     fix: str = "Update transformers, or see whether the directory is complete"
-    """What to do where it cannot read the files."""
+    """The fix when transformers cannot read the files."""
     misread: Callable[[Mapping[str, Any], Sequence[int]], list[str]] | None = None
-    """Settings of the files that transformers takes for something else, in words. Called with its configuration and the
-    sliding window of each layer, 0 for none. None: it reads such files as they are."""
+    """Returns the settings that transformers misreads, as text. Called with the configuration of transformers and the
+    sliding window of each layer (0: none). None: transformers misreads nothing in such files."""
 
 
 @dataclass(frozen=True)
 class InMemory:
-    """A model that is an object of this program: compared with itself."""
+    """A model that is an object of this process. It is compared with itself."""
 
     model: Any
 
@@ -88,37 +88,37 @@ class Source(Protocol):
         """A short name, shown in reports."""
 
     def matches(self, spec: Spec) -> bool:
-        """Whether the spec is for this source. Cheap; opens no file beyond a look at its first bytes."""
+        """Whether this source can open the spec. Cheap: reads at most the first bytes of a file."""
 
     def fingerprint(self, spec: Spec) -> str:
-        """A name for the content: equal content gives equal names, without building anything.
+        """A hash of the content: equal content has equal fingerprints. Builds nothing.
 
         Raises:
             SourceError: a file is missing or cannot be read.
         """
 
     def open(self, spec: Spec, *, context: int | None = None, progress: Progress | None = None) -> SourceModel:
-        """Build the graph; weights stay on disk.
+        """Build the graph. Weights stay on disk.
 
         Args:
-            spec: what `matches` said yes to.
-            context: tokens the model will be asked to hold; None for what it was made for. Matters to models whose
+            spec: a spec for which `matches` returns True.
+            context: the tokens that the model has to hold; None: the model's own context. It matters to models whose
                 rotary frequencies depend on it.
             progress: called with (stage, share done).
 
         Raises:
-            SourceError: what is wrong with the model and the way out.
+            SourceError: the model cannot be opened; the message has the cause and the fix.
         """
 
     def original(self, spec: Spec) -> OriginalGraph | Pretrained | InMemory:
-        """What `transom verify` compares the model with.
+        """The original that `transom verify` compares the model with.
 
         Raises:
             SourceError: the files cannot be read.
         """
 
     def chat_template(self, spec: Spec) -> ChatTemplate | None:
-        """The chat template without the tokenizer, which takes longer to read; None: there is none, or it is not known
+        """The chat template, without reading the tokenizer, which takes longer. None: there is none, or it is not known
         before the model is opened.
 
         Raises:
@@ -131,12 +131,12 @@ class Source(Protocol):
         return None
 
     def contents(self, spec: Spec) -> Contents:
-        """What the files hold, for `transom inspect`. Reads no weight."""
+        """The contents of the files, for `transom inspect`. Reads no weight."""
         return Contents()
 
 
 def local_path(spec: Spec) -> Path | None:
-    """The spec as a path, `~` expanded; None where it is no path at all."""
+    """The spec as a path with `~` expanded; None: it is not a path."""
     if isinstance(spec, str):
         return Path(spec).expanduser() if spec else None
     if isinstance(spec, Path):
@@ -154,7 +154,7 @@ def begins_with(path: Path, magic: bytes) -> bool:
 
 
 def content_hash(paths: Sequence[Path], progress: Progress | None = None) -> str:
-    """The hash of the files' content, in order; remembered for each path, size and time of change."""
+    """The hash of the files' content, in order. Hashes are cached by path, size and modification time."""
     from transom.artifacts import Cache
 
     cache = Cache.default()

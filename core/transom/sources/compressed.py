@@ -33,7 +33,7 @@ _DAMAGED = "The checkpoint is damaged or incomplete: download it again"
 
 @dataclass(frozen=True)
 class _Scheme:
-    """How the modules of one group are quantised."""
+    """How the modules of one group are quantized."""
 
     targets: tuple[str, ...]
     bits: int
@@ -47,12 +47,12 @@ def compressed_tensors(values: Values, stored: Stored, where: str) -> Packing:
     """The packing that a `quantization_config` of the method compressed-tensors describes.
 
     Raises:
-        SourceError: a format, a number of bits, a strategy that is not known.
+        SourceError: an unknown format, number of bits, or strategy.
     """
     values.one_of("quantization_status", ("compressed", "frozen"), "compressed")
     notes = []
     if values.has("kv_cache_scheme"):
-        notes.append("the checkpoint's quantisation of the cache (kv_cache_scheme) is not used")
+        notes.append("the checkpoint's quantization of the cache (kv_cache_scheme) is not used")
     groups = values.inner("config_groups")
     if groups is None or not groups.data:
         raise values.wrong("config_groups", "a table of groups")
@@ -61,7 +61,7 @@ def compressed_tensors(values: Values, stored: Stored, where: str) -> Packing:
         group = groups.inner(name)
         assert group is not None
         if group.has("input_activations"):
-            notes.append("activations stay in float32, though the checkpoint was made for quantised ones")
+            notes.append("activations stay in float32, though the checkpoint was made for quantized ones")
         form = group if group.has("format") else values
         form.one_of("format", ("pack-quantized", "int-quantized"), "pack-quantized")
         schemes.append(_scheme(group))
@@ -115,7 +115,7 @@ class _Compressed:
                 return scheme
         if len(self.schemes) == 1:
             return self.schemes[0]
-        raise SourceError(f"No group of config_groups in {self.where} is for the module {module}", _DAMAGED)
+        raise SourceError(f"No group of config_groups in {self.where} matches the module {module}", _DAMAGED)
 
     def _read(self, module: Module) -> tuple[Weight, str]:
         scheme = self._scheme_of(module.name)
@@ -157,7 +157,7 @@ class _Compressed:
         if np.array_equal(g_idx.array(), np.arange(columns) // block):
             return weight, ""
         return scattered(weight, g_idx), (
-            "compressed-tensors with activation order: dequantised to float32, for its groups are not blocks"
+            "compressed-tensors with activation order: dequantized to float32, because its groups are not blocks"
         )
 
     def _shape(self, module: Module, packed: StoredTensor, plain: bool) -> tuple[int, int]:
@@ -165,7 +165,7 @@ class _Compressed:
             if packed.dtype != "I8" or len(packed.shape) != 2:
                 raise SourceError(f"The tensor {packed.name} in {self.where} is not an int8 matrix", _DAMAGED)
             return packed.shape[0], packed.shape[1]
-        # Two numbers that say the matrix's size: a part of the header in all but name
+        # This tensor has two numbers, the matrix's size: it is metadata, so it is read here
         shape = require_shape(module.part("weight_shape"), module.part("weight_shape").dtype, 2).array()
         rows, columns = int(shape[0]), int(shape[1])
         return rows, columns

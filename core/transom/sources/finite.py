@@ -1,6 +1,6 @@
-"""Finding NaN and infinity in weights when they are read: one sentence about a tensor is worth more than garbage text.
+"""Finding NaN and infinity in weights when they are read: an error that names the tensor is better than garbage text.
 
-The test looks at exponent bits, so it costs one pass at memory speed for every type of number.
+The check compares exponent bits, so it costs one pass at memory speed for every float type.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ def is_finite(array: Array) -> bool:
 
 
 def require_finite(array: Array, name: str, where: object, what: str = "") -> Array:
-    """The array itself.
+    """Return the array.
 
     Raises:
-        SourceError: it holds NaN or infinity; says which tensor and how many.
+        SourceError: it has NaN or infinity; the message names the tensor and the count.
     """
     if not is_finite(array):
         bad = np.asarray(array, np.float32)
@@ -56,13 +56,13 @@ def require_finite(array: Array, name: str, where: object, what: str = "") -> Ar
 
 
 def require_finite_graph(graph: Graph, where: object) -> None:
-    """Look through the weights of a graph that others wrote; reads each once.
+    """Check the weights of a graph that another program wrote. Reads each weight once.
 
-    Infinity has its use in masks and limits, and a single NaN in a comparison, so infinity counts where a matrix
-    product, a convolution or a normalisation reads it, and NaN in whatever has more than one number.
+    Graphs use infinity in masks and limits, and a single NaN in comparisons. So infinity is an error only in weights of
+    a matrix product, a convolution or a normalization, and NaN only in tensors of more than one number.
 
     Raises:
-        SourceError: damaged weights; says which tensor and how many.
+        SourceError: damaged weights; the message names the tensor and the count.
     """
     for name, value in graph.model.graph.initializers.items():
         tensor = value.const_value

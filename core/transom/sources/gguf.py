@@ -1,4 +1,4 @@
-"""The `gguf` source: one file (or the parts of a split one) with settings, weights, tokenizer and chat template."""
+"""The `gguf` source: a file (or the parts of a split file) with settings, weights, tokenizer and chat template."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 class GgufSource(Source):
-    """Loads `.gguf` files, and files of any name that begin with the magic of one."""
+    """Loads `.gguf` files, and files of any name that begin with the GGUF magic number."""
 
     kind = "gguf"
 
@@ -143,7 +143,7 @@ def _text(file: GgufFile) -> tuple[Tokenizer | None, ChatTemplate | None, Genera
 
 
 def _models_in(directory: Path) -> list[Path]:
-    """The GGUF models of a directory: split ones by their first part, without projectors of images."""
+    """The GGUF models of a directory: the first part of split models, and no image projectors."""
     files = sorted(p for p in directory.iterdir() if p.suffix.lower() == ".gguf")
     return [p for p in files if is_first_part(p) and not p.name.lower().startswith("mmproj")]
 
@@ -158,6 +158,6 @@ def gguf_path(spec: Spec) -> Path:
     if len(models) != 1:
         raise SourceError(
             f"The directory {path} holds {len(models)} GGUF models: {summarise(p.name for p in models)}",
-            f"Say which one, for example {path / models[0].name}" if models else "",
+            f"Give the path of one of them, for example {path / models[0].name}" if models else "",
         )
     return models[0]

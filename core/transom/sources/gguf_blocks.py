@@ -1,4 +1,4 @@
-"""GGUF's tensor types as weights: blocks stay blocks, number for number, where `Blocked` can say them.
+"""GGUF's tensor types as weights: blocks stay blocks, number for number, where `Blocked` can represent them.
 
 | types | quants | block | scales | offset |
 |---|---|---|---|---|
@@ -14,9 +14,9 @@
 | Q6_K | int8 | 16 | float32: d·s | |
 | IQ4_XS | int8 | 32 | float32: d·s | |
 
-The K-quants (and IQ4_XS) have two levels of scales, a float16 for 256 numbers and a small integer for each 16 or 32;
-their product is folded into one scale, in float32, because float16 would round it. So every row of the table equals
-`gguf.quants.dequantize` bit for bit. Other types are dequantised by that function, and the report says so.
+The K-quants (and IQ4_XS) have two levels of scales: a float16 for 256 numbers and a small integer for each 16 or 32.
+Their product is folded into one scale in float32, because float16 would round it. So every type in the table equals
+`gguf.quants.dequantize` bit for bit. Other types are dequantized by that function, with a note in the report.
 
 Layouts: `ggml-common.h` and `ggml-quants.c` of https://github.com/ggml-org/ggml.
 """
@@ -49,7 +49,7 @@ Decode = Callable[[Array], BlockedArrays]
 
 @dataclass(frozen=True)
 class BlockType:
-    """How one GGUF type is said as `Blocked`."""
+    """How one GGUF type is represented as `Blocked`."""
 
     dtype: Literal["int4", "uint4", "int8", "uint8"]
     block: int
@@ -60,11 +60,11 @@ class BlockType:
     decode: Decode
     minimums: bool = False
     folded: bool = False
-    """Two levels of scales were made one."""
+    """Two levels of scales are folded into one."""
 
 
 def weight_of(tensor: GgufTensor, where: object) -> tuple[Weight, str]:
-    """A tensor of a GGUF file as a weight, and a note for the report: empty where nothing changed.
+    """A tensor of a GGUF file as a weight, with a note for the report; empty: nothing changed.
 
     Raises:
         SourceError: a type that holds no weights, or that neither Transom nor the gguf package can read.
@@ -76,7 +76,7 @@ def weight_of(tensor: GgufTensor, where: object) -> tuple[Weight, str]:
     if kind is not None and len(tensor.shape) == 2:
         note = "two-level scales folded into one (float32, lossless)" if kind.folded else ""
         return _blocked(tensor, kind, where), note
-    return Dense(tensor.shape, "float32", _dequantizer(tensor, where)), "dequantised to float32"
+    return Dense(tensor.shape, "float32", _dequantizer(tensor, where)), "dequantized to float32"
 
 
 def _dense_loader(tensor: GgufTensor, dtype: np.dtype[np.generic], where: object) -> Callable[[], Array]:
@@ -120,7 +120,7 @@ def _dequantizer(tensor: GgufTensor, where: object) -> Callable[[], Array]:
     kind = GGMLQuantizationType[tensor.type]
     block, block_bytes = GGML_QUANT_SIZES[kind]
     unreadable = SourceError(
-        f"The tensor {tensor.name} in {where} is of the type {tensor.type}, which holds no weights that Transom or the "
+        f"The tensor {tensor.name} in {where} is of the type {tensor.type}, which has no weights that Transom or the "
         "gguf package can read",
         "Get the model in a common type such as Q4_K_M or Q8_0",
     )
@@ -133,7 +133,7 @@ def _dequantizer(tensor: GgufTensor, where: object) -> Callable[[], Array]:
     rows_bytes = tensor.shape[-1] // block * block_bytes
 
     def load() -> Array:
-        with np.errstate(all="ignore"):  # scales that are not finite are found just below
+        with np.errstate(all="ignore"):  # scales that are not finite are reported below
             array = np.asarray(dequantize(tensor.data.reshape(-1, rows_bytes), kind), np.float32)
         return require_finite(array.reshape(tensor.shape), tensor.name, where)
 
@@ -149,7 +149,7 @@ def _float16(raw: Array, at: int) -> Array:
 
 
 def _nibbles(packed: Array, width: int) -> Array:
-    """uint8 [blocks, n] -> [blocks, 2n]: in each run of `width` bytes first the low halves, then the high ones."""
+    """uint8 [blocks, n] -> [blocks, 2n]: for each run of `width` bytes, first the low nibbles, then the high ones."""
     blocks = packed.shape[0]
     runs = packed.reshape(blocks, -1, width)
     out = np.empty((blocks, runs.shape[1], 2, width), np.uint8)
@@ -159,7 +159,7 @@ def _nibbles(packed: Array, width: int) -> Array:
 
 
 def _fields(packed: Array, bits: int, width: int) -> Array:
-    """uint8 [blocks, n] -> [blocks, n * 8 / bits]: in each run of `width` bytes the lowest `bits` first."""
+    """uint8 [blocks, n] -> [blocks, n * 8 / bits]: for each run of `width` bytes, the lowest `bits` first."""
     blocks, count = packed.shape[0], 8 // bits
     runs = packed.reshape(blocks, -1, width)
     out = np.empty((blocks, runs.shape[1], count, width), np.uint8)
@@ -170,7 +170,7 @@ def _fields(packed: Array, bits: int, width: int) -> Array:
 
 
 def _fifth_bits(raw: Array, at: int) -> Array:
-    """32 bits at byte `at`, one for each number, moved to where the fifth bit belongs: uint8 [blocks, 32]."""
+    """The 32 bits at byte `at`, one for each number, shifted to the fifth bit: uint8 [blocks, 32]."""
     bits = np.unpackbits(raw[:, at : at + 4], axis=1, bitorder="little")
     return np.left_shift(bits, np.uint8(4), out=bits)
 

@@ -1,8 +1,8 @@
-"""Reading a GGUF file: header, metadata and tensor table, checked, with the tensors memory-mapped.
+"""Reading a GGUF file: header, metadata and tensor table are checked, the tensors are memory-mapped.
 
-The `gguf` package's own reader keeps a NumPy object for every string of a vocabulary (seconds for a small model) and
-trusts every length and offset it reads. This one reads the same header in a few hundredths of a second and checks each
-length against the file before it believes it. Names and sizes of tensor types still come from the package.
+The reader of the `gguf` package makes a NumPy object for every string of a vocabulary (seconds for a small model) and
+trusts every length and offset. This reader takes a few hundredths of a second for the same header and checks each
+length against the file size before it uses it. Names and sizes of tensor types come from the package.
 
 The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
@@ -36,16 +36,16 @@ class GgufTensor:
 
     name: str
     type: str
-    """As the `gguf` package names it: `"Q4_1"`, `"F32"`."""
+    """The name in the `gguf` package: `"Q4_1"`, `"F32"`."""
     shape: tuple[int, ...]
-    """Rows first, as NumPy has it; GGUF writes it the other way round."""
+    """Rows first, as in NumPy; GGUF stores the dimensions in reverse order."""
     data: Array
     """uint8 [bytes], a view of the memory map."""
 
 
 @dataclass(frozen=True)
 class GgufFile:
-    """A model's metadata and tensors, out of one file or of all the parts of a split one."""
+    """A model's metadata and tensors, from one file or from all parts of a split model."""
 
     paths: tuple[Path, ...]
     metadata: dict[str, Any]
@@ -53,10 +53,10 @@ class GgufFile:
 
 
 def open_gguf(path: Path) -> GgufFile:
-    """Open a file, and the other parts where it is one part of a split model.
+    """Open a file; for one part of a split model, also the other parts.
 
     Raises:
-        SourceError: not a GGUF file, cut short, an inconsistent header, a part missing. The message says which.
+        SourceError: not a GGUF file, a truncated file, an inconsistent header, a missing part.
     """
     metadata, tensors = _read(path)
     count = metadata.get("split.count", 1)
@@ -66,13 +66,13 @@ def open_gguf(path: Path) -> GgufFile:
     if name is None:
         raise SourceError(
             f"{path} is one of {count} parts of a split model, but its name does not say which",
-            "Give the parts back their names, <model>-00001-of-0000N.gguf, and load the first",
+            "Rename the parts to <model>-00001-of-0000N.gguf, and load the first",
         )
     paths = parts_of(path)
     if len(paths) != count:
         raise SourceError(
             f"{path} is one of {count} parts of a split model, but its name says {len(paths)}",
-            "Give the parts back their names, <model>-00001-of-0000N.gguf, and load the first",
+            "Rename the parts to <model>-00001-of-0000N.gguf, and load the first",
         )
     if missing := [p.name for p in paths if not p.is_file()]:
         raise SourceError(
@@ -87,7 +87,7 @@ def open_gguf(path: Path) -> GgufFile:
         if more.get("split.count") != count or more.get("split.no", i) != i:
             raise SourceError(f"{part} is not part {i + 1} of {count} of the same model", "Download the parts again")
         if i == 0:
-            whole = more  # the first part alone carries the model's settings
+            whole = more  # only the first part has the model's settings
         if doubled := merged.keys() & table.keys():
             raise SourceError(f"The tensor {sorted(doubled)[0]} is in two parts, one of them {part}", _DAMAGED)
         merged |= table
@@ -100,13 +100,13 @@ def open_gguf(path: Path) -> GgufFile:
 
 
 def is_first_part(path: Path) -> bool:
-    """Whether the file is a whole model or the first part of a split one, by its name."""
+    """Whether the file's name is that of a whole model or of the first part of a split model."""
     name = _SPLIT_NAME.match(path.name)
     return name is None or int(name["number"]) == 1
 
 
 def parts_of(path: Path) -> list[Path]:
-    """The files of the model that a file belongs to, by its name: itself, or all parts of a split model."""
+    """The files of the model that a file belongs to, by the file's name: itself, or all parts of a split model."""
     name = _SPLIT_NAME.match(path.name)
     if name is None:
         return [path]
@@ -125,7 +125,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
             )
         if len(start) < 24:
             raise _cut_short(path, size)
-        # The map stays open as long as an array views it, and closes itself after the last
+        # The map stays open while an array views it, and closes after the last one
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     version, tensor_count, value_count = struct.unpack_from("<IQQ", start, 4)
     if version & 0xFFFF == 0:
@@ -220,13 +220,13 @@ def _table(
 
 
 class _Cursor:
-    """Reads the header from front to back and never past the end of the file."""
+    """Reads the header sequentially and never past the end of the file."""
 
     def __init__(self, path: Path, data: mmap.mmap, size: int) -> None:
         self.path, self.data, self.size, self.at = path, data, size, 0
 
     def take(self, count: int) -> int:
-        """The position, moved on by `count` bytes that the file has."""
+        """Advance by `count` bytes that the file must have, and return the position before."""
         at = self.at
         if count > self.size - at:
             raise _cut_short(self.path, self.size)
@@ -234,9 +234,9 @@ class _Cursor:
         return at
 
     def plausible(self, count: int, least: int, what: str) -> int:
-        """`count`, when the rest of the file could hold that many items of `least` bytes."""
+        """Return `count` if the rest of the file can hold that many items of at least `least` bytes."""
         if count * least > self.size - self.at:
-            raise SourceError(f"{self.path} claims to hold {count} {what}, more than fit into the file", _DAMAGED)
+            raise SourceError(f"{self.path} declares {count} {what}, more than fit in the file", _DAMAGED)
         return count
 
     def scalar(self, code: str) -> Any:
@@ -287,8 +287,8 @@ class _Cursor:
         try:
             return raw.decode()
         except UnicodeDecodeError:
-            return raw.decode(errors="replace")  # a vocabulary may hold bytes that are no character
+            return raw.decode(errors="replace")  # a vocabulary may have bytes that are not a character
 
 
 def _cut_short(path: Path, size: int) -> SourceError:
-    return SourceError(f"{path} is cut short: its header goes on past the end of the file, at byte {size}", _DAMAGED)
+    return SourceError(f"{path} is cut short: its header continues past the end of the file, at byte {size}", _DAMAGED)

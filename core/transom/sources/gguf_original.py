@@ -1,4 +1,4 @@
-"""How the transformers package reads a GGUF file, and what it misreads: for comparing a model with it."""
+"""How the transformers package reads a GGUF file and what it misreads, for comparing a model with it."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from transom.sources.gguf_file import open_gguf
 
 
 def original(path: Path) -> Pretrained:
-    """The file for transformers.
+    """The file as transformers reads it.
 
     Raises:
-        SourceError: it cannot be read.
+        SourceError: the file cannot be read.
     """
     file = open_gguf(path)
     arguments: dict[str, Any] = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     table = file.tensors.get("token_embd.weight")
-    if table is not None:  # where the file does not say, transformers takes the family's usual size
+    if table is not None:  # transformers assumes the family's usual size if the file has none
         arguments["vocab_size"] = int(table.shape[0])
     kind = "GGUF files of this architecture"
     fix = f"It may not support {kind}; verify the Hugging Face directory that the model was made from"
@@ -28,12 +28,12 @@ def original(path: Path) -> Pretrained:
 
 
 def misread_settings(metadata: Mapping[str, Any], config: Mapping[str, Any], windows: Sequence[int]) -> list[str]:
-    """What a GGUF file says and transformers, reading it, took for something else; each in words.
+    """The settings of a GGUF file that transformers misreads, each as text.
 
     Args:
-        metadata: of the file.
-        config: of transformers, as a mapping.
-        windows: the sliding window of each layer as Transom reads the file; 0 for none.
+        metadata: the file's metadata.
+        config: the configuration that transformers made from the file.
+        windows: the sliding window of each layer as Transom reads the file; 0: none.
     """
     arch = metadata.get("general.architecture")
 

@@ -34,7 +34,7 @@ _VISION = ("vision_tower.", "vision_model.", "multi_modal_projector.", "visual."
 
 
 class HfSource(Source):
-    """Loads directories as `save_pretrained` of transformers writes them."""
+    """Loads directories that `save_pretrained` of transformers wrote."""
 
     kind = "hf"
 
@@ -68,7 +68,7 @@ class HfSource(Source):
         notes = [*graph.notes, *checkpoint.notes()]
         left = [name for name in tensors.unused() if not checkpoint.is_part(name)]
         if vision := [name for name in left if any(part in name for part in _VISION)]:
-            notes.append(f"the parts that read images or sound are not loaded ({len(vision)} tensors)")
+            notes.append(f"the parts for images or audio are not loaded ({len(vision)} tensors)")
         if left := [name for name in left if name not in vision]:
             notes.append(f"{len(left)} tensors of the checkpoint are not used: {summarise(left)}")
         graph.notes = tuple(notes)
@@ -103,7 +103,7 @@ class HfSource(Source):
 
 
 class HfCheckpoint:
-    """The tensors of safetensors files by their own names, as weights."""
+    """The tensors of safetensors files by name, as weights."""
 
     def __init__(
         self, folder: Path, files: list[Path], stored: Mapping[str, StoredTensor], config: Mapping[str, Any]
@@ -121,7 +121,7 @@ class HfCheckpoint:
         return self._stored
 
     def is_part(self, name: str) -> bool:
-        """Whether a tensor is a part of a quantised module, which is asked for by the name of its weight."""
+        """Whether a tensor is a part of a quantized module, whose weight has a name of its own."""
         return self._packing is not None and self._packing.is_part(name)
 
     def find(self, name: str) -> Weight | None:
@@ -141,22 +141,22 @@ class HfCheckpoint:
 
 
 def dense_weight(stored: StoredTensor) -> Dense:
-    """A float tensor of a file, read when asked.
+    """A float tensor of a file, read on demand.
 
     Raises:
-        SourceError: a type that holds no plain weights.
+        SourceError: a type that is not for plain weights.
     """
     dtype: Any = _NAMES.get(stored.dtype)
     if dtype is None:
         raise SourceError(
             f"The tensor {stored.name} in {stored.path} is of the type {stored.dtype}, which is not for weights",
-            "Get the model in float16, bfloat16 or float32, or quantised by GPTQ, AWQ or compressed-tensors",
+            "Get the model in float16, bfloat16 or float32, or quantized by GPTQ, AWQ or compressed-tensors",
         )
     return Dense(stored.shape, dtype, checked_loader(stored))
 
 
 def checked_loader(stored: StoredTensor) -> Callable[[], Array]:
-    """Reads a tensor; the first time, also looks for NaN in it."""
+    """A function that reads a tensor, and checks it for NaN and infinity the first time."""
     checked = False
 
     def load() -> Array:
@@ -174,7 +174,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The content of config.json.
 
     Raises:
-        SourceError: there is none, or it is not a JSON object.
+        SourceError: the file is missing, or it is not a JSON object.
     """
     from transom.text.from_hf import read_json
 
@@ -187,7 +187,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def text_settings(config: Mapping[str, Any], where: str) -> Values:
-    """The settings of the language model: the whole config, or its `text_config` where it also reads images."""
+    """The settings of the language model: the whole config, or its `text_config` in a model that also reads images."""
     inner = config.get("text_config")
     if not isinstance(inner, Mapping):
         return Values(config, where)
@@ -196,7 +196,7 @@ def text_settings(config: Mapping[str, Any], where: str) -> Values:
 
 
 def rename_for(checkpoint: Checkpoint) -> Callable[[str], str]:
-    """Where the language model's tensors lie in a checkpoint that holds more, or that lacks the head."""
+    """The names of the language model's tensors in a checkpoint that has other parts too, or that has no head."""
     names = set(checkpoint.names())
     prefixes = ("model.language_model.", "language_model.model.", "model.", "")
     inner = next((p for p in prefixes if f"{p}embed_tokens.weight" in names), "model.")
@@ -211,10 +211,11 @@ def rename_for(checkpoint: Checkpoint) -> Callable[[str], str]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that make up the model.
+    """The safetensors files of the model.
 
     Raises:
-        SourceError: none, only pickled ones, a shard that is missing, or an index that is damaged or points outside.
+        SourceError: there are none or only pickled weights, a shard is missing, or the index is damaged or points
+            outside the directory.
     """
     from transom.text.from_hf import read_json
 
@@ -242,14 +243,14 @@ def weight_files(folder: Path) -> list[Path]:
     if others:
         raise SourceError(
             f"{folder} holds {len(others)} safetensors files ({summarise(p.name for p in others)}) and no {_INDEX} "
-            "that says how they belong together",
+            "that lists their tensors",
             f"Download {_INDEX} of the model into the directory",
         )
     if pickles := _pickles(folder):
         raise SourceError(
             f"{folder} holds its weights only as pickled PyTorch files ({summarise(pickles)}); loading a pickle can "
             "run any program, so Transom does not",
-            "Convert them once with the transformers package, where you trust the files: "
+            "Convert them once with the transformers package, if you trust the files: "
             "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)",
         )
     raise SourceError(

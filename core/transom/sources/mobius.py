@@ -1,8 +1,9 @@
-"""The `mobius` source: architectures that our own families do not know, built by Microsoft's `mobius-onnx`.
+"""The `mobius` source: architectures outside our own families, built by Microsoft's `mobius-onnx`.
 
-The extra `transom[families]` (it needs torch). mobius writes ONNX graphs without tracing; the raising pass makes them
-neutral. Not all it builds is right: each release was compared with transformers on tiny random checkpoints, and what
-disagreed is refused below with the reason. For the rest, `transom verify MODEL` compares the model at hand.
+It needs the extra `transom[families]`, which includes torch. mobius writes ONNX graphs without tracing; the raising
+pass makes them neutral. Some of its graphs are wrong: each release was compared with transformers on tiny random
+checkpoints, and architectures that differ are refused below with the reason. `transom verify MODEL` compares a given
+model.
 """
 
 from __future__ import annotations
@@ -33,10 +34,10 @@ WRONG: Mapping[str, str] = {
     "hunyuan_v1_dense": "logits off by 20 % of the largest",
     "nanochat": "logits off by 25 % of the largest",
 }
-"""Architectures that mobius-onnx 0.1 builds and that compute something else than transformers, as measured."""
+"""Architectures that mobius-onnx 0.1 builds wrongly, with the measured difference from transformers."""
 
 NEARLY: Mapping[str, str] = {"gpt_oss": "0.1 %", "opt": "0.03 %"}
-"""Architectures whose logits are off by a little, as a share of the largest; said in the notes."""
+"""Architectures whose logits differ slightly, as a share of the largest logit. The notes report it."""
 
 _HALVES = ("FLOAT16", "BFLOAT16")
 _EXPORT = (
@@ -46,7 +47,7 @@ _EXPORT = (
 
 
 class MobiusSource(Source):
-    """Loads Hugging Face directories of other architectures than our own families'."""
+    """Loads Hugging Face directories of architectures outside our own families."""
 
     kind = "mobius"
 
@@ -119,7 +120,7 @@ class MobiusSource(Source):
 
 
 def installed() -> bool:
-    """Whether the extra is there; imports nothing."""
+    """Whether the extra is installed. Imports nothing."""
     return importlib.util.find_spec("mobius") is not None and importlib.util.find_spec("torch") is not None
 
 
@@ -143,7 +144,7 @@ def _build(folder: Path, kind: str) -> ir.Model:
     """The graph with its weights, which mobius maps from the files.
 
     Raises:
-        SourceError: mobius does not know the architecture, or fails on this checkpoint.
+        SourceError: mobius does not support the architecture, or fails on this checkpoint.
     """
     try:
         import mobius
@@ -161,13 +162,13 @@ def _build(folder: Path, kind: str) -> ir.Model:
         )
     model = _built(mobius, folder, kind)
     if any(str(v.dtype) in _HALVES for v in model.graph.initializers.values()):
-        # At 16 bits mobius rounds its rotary tables and constants too; built in float32 it does not.
+        # In 16 bits mobius also rounds its rotary tables and constants; in float32 it does not.
         return with_stored_weights(_built(mobius, folder, kind, dtype="f32"), model)
     return model
 
 
 def with_stored_weights(wide: ir.Model, stored: ir.Model) -> ir.Model:
-    """The float32 graph with the weights as the checkpoint stores them, cast where they are used."""
+    """The float32 graph with the weights in the checkpoint's type, cast where they are used."""
     import onnx_ir as ir
 
     from transom.graph.editing import Editor
@@ -194,7 +195,7 @@ def _built(mobius: Any, folder: Path, kind: str, **options: Any) -> ir.Model:
         raise SourceError(f'mobius-onnx cannot build "{kind}" from {folder}: {reason}', _EXPORT) from e
     if list(package) != ["model"]:
         raise SourceError(
-            f'mobius-onnx builds "{kind}" of several parts ({summarise(map(str, package))}), which is no text decoder',
+            f'mobius-onnx builds "{kind}" in several parts ({summarise(map(str, package))}), not one text decoder',
             _EXPORT,
         )
     model: ir.Model = package["model"]
@@ -207,13 +208,13 @@ def _built(mobius: Any, folder: Path, kind: str, **options: Any) -> ir.Model:
 
 
 def check_architecture(config: Mapping[str, Any], folder: Path, kind: str) -> None:
-    """Compare `architectures` with `model_type`: mobius goes by the type alone, whatever the model is.
+    """Compare `architectures` with `model_type`, because mobius uses only the type.
 
-    Accepted are the decoders that transformers has for the type. A type that transformers does not know says nothing
-    about what its architectures are called.
+    The decoders that transformers has for the type are accepted. For a type that transformers does not have, every
+    architecture is accepted.
 
     Raises:
-        SourceError: the config names another architecture than its type has.
+        SourceError: the config names an architecture that does not belong to its type.
     """
     from transformers.models.auto import modeling_auto
 
@@ -230,15 +231,15 @@ def check_architecture(config: Mapping[str, Any], folder: Path, kind: str) -> No
         f'{folder / "config.json"} names the architecture {summarise(names)} and the model_type "{kind}", which is '
         f"that of {known[0]}; mobius-onnx would build the latter",
         f"If the model is a {known[0]}, write that name into architectures; if not, correct model_type, or export the "
-        "model to ONNX and load that file",  # not _EXPORT: transformers' AutoModelForCausalLM goes by the type too
+        "model to ONNX and load that file",  # not _EXPORT: AutoModelForCausalLM of transformers uses the type too
     )
 
 
 def check_windows(decoder: Decoder, folder: Path, kind: str) -> None:
-    """Compare the sliding windows of the graph with those of the checkpoint's settings: mobius forgets some.
+    """Compare the sliding windows of the graph with those of the checkpoint's settings, because mobius omits some.
 
     Raises:
-        SourceError: they differ, and a sequence can be long enough for it to matter.
+        SourceError: they differ, and the context is longer than the smaller window.
     """
     from transformers import AutoConfig
 

@@ -1,6 +1,6 @@
 """The `onnx` source: any ONNX file becomes a graph that runs; a decoder with a cache becomes one that generates.
 
-Tokenizer, chat template and generation defaults come from the files beside the model.
+Tokenizer, chat template and generation defaults are read from the files beside the model.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _BESIDE = ("*.json", "*.jinja", "tokenizer.model", "additional_chat_templates/*.
 
 
 class OnnxSource(Source):
-    """Loads `.onnx` files and the folders that Optimum, onnxruntime-genai and the hub put them in."""
+    """Loads `.onnx` files, and folders as Optimum, onnxruntime-genai and the Hugging Face hub lay them out."""
 
     kind = "onnx"
 
@@ -78,10 +78,10 @@ class OnnxSource(Source):
 
 
 def onnx_path(spec: Spec) -> Path:
-    """The ONNX file of a spec: itself, or the one in the folder.
+    """The ONNX file of a spec: the file itself, or the one in the folder.
 
     Raises:
-        SourceError: the folder holds several and none of the usual names, or the file is the data of a model.
+        SourceError: the folder has several files and none with a usual name, or the file has only a model's weights.
     """
     path = local_path(spec)
     if path is None:
@@ -112,7 +112,7 @@ def _models_in(folder: Path) -> list[Path]:
 
 
 def side_folder(path: Path) -> Path:
-    """Where the files beside a model are: its folder, or the one above where the model lies in `onnx/`."""
+    """The folder of the files that belong to a model: its own folder, or the one above when the model is in `onnx/`."""
     folder = path.parent
     if folder.name == "onnx" and not (folder / "config.json").exists() and (folder.parent / "config.json").exists():
         return folder.parent
@@ -120,7 +120,7 @@ def side_folder(path: Path) -> Path:
 
 
 def raise_if_decoder(graph: Graph, config: Mapping[str, Any], genai: Mapping[str, Any] | None = None) -> Graph:
-    """The graph as a neutral decoder where it is one whose form is recognised; else itself, with a note why not."""
+    """The graph as a neutral decoder if its form is recognized; otherwise the graph itself, with a note why not."""
     from transom.graph.raising import CannotRaise, DecoderHints, looks_like_decoder, raise_decoder
 
     if not looks_like_decoder(graph) and not _reads_ids_and_caches(graph):
@@ -144,7 +144,7 @@ def _family(config: Mapping[str, Any]) -> str:
 
 
 def _context(config: Mapping[str, Any], genai: Mapping[str, Any]) -> int:
-    """Tokens the model was made for, by the files beside it; 0 where none says."""
+    """The model's context in tokens, from the files beside it; 0: they have none."""
     text = config.get("text_config")
     inner = genai.get("model")
     for source, keys in (
@@ -165,7 +165,7 @@ def _context(config: Mapping[str, Any], genai: Mapping[str, Any]) -> int:
 def texts(
     folder: Path, genai: Mapping[str, Any] | None = None
 ) -> tuple[Tokenizer | None, ChatTemplate | None, GenerationDefaults]:
-    """Tokenizer, chat template and generation defaults out of the files in a folder, each None where there is none."""
+    """Tokenizer and chat template from the files in a folder, each None if there is none; and generation defaults."""
     from transom.text.from_hf import chat_template_from_hf, generation_from_hf, tokenizer_from_hf
 
     has_tokenizer = any((folder / name).exists() for name in _TOKENIZER_FILES)
@@ -179,7 +179,7 @@ def texts(
 def _with_genai(
     generation: GenerationDefaults, genai: Mapping[str, Any], tokenizer: Tokenizer | None
 ) -> GenerationDefaults:
-    """What onnxruntime-genai's file says, in the words of generation_config.json."""
+    """The settings of onnxruntime-genai's file, read with the keys of generation_config.json."""
     from transom.text.defaults import defaults_from_hf
 
     model, search = genai.get("model"), genai.get("search")

@@ -1,6 +1,6 @@
-"""Opening an ONNX file with care: damage is found before anything is computed, and nothing outside its folder is read.
+"""Opening an ONNX file safely: damage is found before anything is computed, and nothing outside its folder is read.
 
-Weights stay in the file: those in the file's own body as parsed, those beside it mapped when they are first read.
+Weights inside the file are kept as parsed. Weights in files beside it are mapped when they are first read.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ _AGAIN = "Get the file again from where it was published, or export the model ag
 
 
 def open_onnx(path: Path) -> tuple[ir.Model, list[Path]]:
-    """(the model with lazy weights, the file and the files its weights lie in).
+    """(the model with lazy weights, the file and the files with its weights).
 
     Raises:
-        SourceError: not ONNX, cut short, a weight's bytes missing or of the wrong number, a data file missing or
-            outside the model's folder.
+        SourceError: not an ONNX file, a truncated file, a weight with missing or too many bytes, a data file that is
+            missing or outside the model's folder.
     """
     import onnx
 
-    decode_error = importlib.import_module("google.protobuf.message").DecodeError  # it has no types
+    decode_error = importlib.import_module("google.protobuf.message").DecodeError  # protobuf has no type annotations
 
     try:
         data = path.read_bytes()
@@ -46,7 +46,7 @@ def open_onnx(path: Path) -> tuple[ir.Model, list[Path]]:
     if not proto.graph.output:
         raise SourceError(f"The graph in {path} has no outputs: the file is cut short or damaged", _AGAIN)
     if proto.ir_version < 3:
-        raise SourceError(f"{path} is ONNX of the IR version {proto.ir_version}; 3 is the oldest that is read", _AGAIN)
+        raise SourceError(f"{path} has the ONNX IR version {proto.ir_version}; Transom reads 3 and later", _AGAIN)
     files = _check_tensors(proto, path)
     _check_wiring(proto, path)
     try:
@@ -57,7 +57,7 @@ def open_onnx(path: Path) -> tuple[ir.Model, list[Path]]:
 
 
 def data_files(path: Path) -> list[Path]:
-    """The files that hold a model: itself, and those its weights lie in."""
+    """The files of a model: the file itself, and those with its weights."""
     return open_onnx(path)[1]
 
 
@@ -93,7 +93,7 @@ def _check_tensors(proto: Any, path: Path) -> list[Path]:
 
 
 def _expected_bytes(tensor: Any, path: Path) -> int | None:
-    """Bytes of a tensor's elements; None for strings."""
+    """Bytes that a tensor's type and shape need; None for strings."""
     try:
         dtype = ir.DataType(tensor.data_type)
     except ValueError as e:
@@ -128,8 +128,8 @@ def _check_external(tensor: Any, path: Path, files: dict[Path, int]) -> None:
     where = inside(location, path, str(tensor.name))
     for entry in tensor.external_data:
         if entry.key == "location":
-            # Checked here. onnx_ir would check again when it reads, and refuse the links of the hub's cache and files
-            # with two names; it leaves a tensor without a base folder alone.
+            # Checked here already. onnx_ir would check again on reading, and refuse the links of the hub's cache and
+            # hard-linked files. It does not check a tensor without a base folder.
             entry.value = str(where.resolve())
     if where not in files:
         try:
@@ -137,7 +137,7 @@ def _check_external(tensor: Any, path: Path, files: dict[Path, int]) -> None:
         except OSError as e:
             raise SourceError(
                 f"The weights of {path} lie in {where}, which is missing",
-                "Put that file beside the model, by that name",
+                "Put a file of that name beside the model",
             ) from e
     expected = _expected_bytes(tensor, path)
     try:
@@ -145,11 +145,11 @@ def _check_external(tensor: Any, path: Path, files: dict[Path, int]) -> None:
         length = int(entries["length"]) if "length" in entries else expected or 0
     except ValueError as e:
         raise SourceError(
-            f"The tensor {tensor.name} of {path} does not say where in {where.name} it lies", _AGAIN
+            f"The tensor {tensor.name} of {path} has no valid offset and length in {where.name}", _AGAIN
         ) from e
     if offset < 0 or length < 0 or offset + length > files[where]:
         raise SourceError(
-            f"The tensor {tensor.name} of {path} should lie at {offset} … {offset + length} of {where}, which has "
+            f"The tensor {tensor.name} of {path} should be at bytes {offset} … {offset + length} of {where}; it has "
             f"{files[where]} bytes: that file is cut short, or belongs to another model",
             _AGAIN,
         )
@@ -162,17 +162,17 @@ def _check_external(tensor: Any, path: Path, files: dict[Path, int]) -> None:
 
 
 def inside(location: str, path: Path, tensor: str) -> Path:
-    """The data file that a model names, which must lie in the model's folder.
+    """The data file that a model names. It must be in the model's folder.
 
-    A link that leads elsewhere is refused too, unless the model's own file is a link into the same folder, as in the
-    cache of the Hugging Face hub.
+    A link to another folder is refused too, unless the model's own file is a link into the same folder, as in the cache
+    of the Hugging Face hub.
 
     Raises:
-        SourceError: it lies outside.
+        SourceError: the file is outside the model's folder.
     """
     outside = SourceError(
-        f"The tensor {tensor} of {path} points outside the model's folder, to {location!r}; such a file could read any "
-        "file of yours",
+        f"The tensor {tensor} of {path} points outside the model's folder, to {location!r}; such a model could read "
+        "any file of yours",
         "Get the model from a source you trust, or put its data file beside it",
     )
     if not location or "\x00" in location:
@@ -188,7 +188,7 @@ def inside(location: str, path: Path, tensor: str) -> Path:
 
 
 def _check_wiring(proto: Any, path: Path) -> None:
-    """Everything a node of the main graph reads must have been made before."""
+    """Check that every input of a node in the main graph is produced before the node."""
     known = {v.name for v in proto.graph.input} | {t.name for t in proto.graph.initializer} | {""}
     known |= {t.values.name for t in proto.graph.sparse_initializer}
     for node in proto.graph.node:
@@ -196,9 +196,9 @@ def _check_wiring(proto: Any, path: Path) -> None:
         if missing:
             raise SourceError(
                 f"The node {node.name or node.op_type} ({node.op_type}) in {path} reads {summarise(missing)}, which "
-                "nothing before it makes: the file is damaged, or its nodes are out of order",
+                "no node before it produces: the file is damaged, or its nodes are out of order",
                 _AGAIN,
             )
         known.update(node.output)
     if missing := [v.name for v in proto.graph.output if v.name not in known]:
-        raise SourceError(f"Nothing in {path} makes its output {missing[0]}: the file is cut short", _AGAIN)
+        raise SourceError(f"No node in {path} produces its output {missing[0]}: the file is cut short", _AGAIN)

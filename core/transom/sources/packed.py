@@ -1,14 +1,14 @@
 """GPTQ, AWQ and compressed-tensors checkpoints: packed integers unpacked into `Blocked`, number for number.
 
-All three say w[n, k] = scale[n, g] * (q[n, k] - zero[n, g]) with g the group of column k; they differ in what is packed
-along which axis, in which order, and in quirks:
+In all three, w[n, k] = scale[n, g] * (q[n, k] - zero[n, g]), where g is the group of column k. They differ in what is
+packed along which axis and in which order:
 
-- GPTQ packs qweight [K / 8, N] along K and qzeros [K / g, N / 8] along N. Format "gptq" stores each zero point less
-  one ("gptq_v2" does not); a stored 15 means 0, for the packer let it wrap around. With activation order, `g_idx`
-  scatters the groups over the columns, which no block form can say: such matrices are dequantised, and noted.
+- GPTQ packs qweight [K / 8, N] along K and qzeros [K / g, N / 8] along N. Format "gptq" stores each zero point minus
+  one ("gptq_v2" does not); a stored 15 means 0, because the packer lets it wrap around. With activation order, `g_idx`
+  scatters the groups over the columns, which blocks cannot represent: such matrices are dequantized, with a note.
 - AWQ ("gemm") packs qweight [K, N / 8] and qzeros along N, in the order 0 2 4 6 1 3 5 7.
-- compressed-tensors ("pack-quantized") packs weight_packed [N, K / 8] along K with half of the range added, zero
-  points likewise along N; "int-quantized" keeps plain int8 [N, K].
+- compressed-tensors ("pack-quantized") packs weight_packed [N, K / 8] along K with half of the range added, and zero
+  points in the same way along N; "int-quantized" stores plain int8 [N, K].
 
 Sources: Frantar et al. 2022 (arXiv:2210.17323) and AutoGPTQ's `QuantLinear`; Lin et al. 2023 (arXiv:2306.00978) and
 AutoAWQ's `WQLinear_GEMM`; the compressed-tensors package's `pack_quantized`.
@@ -34,24 +34,24 @@ _DAMAGED = "The checkpoint is damaged or incomplete: download it again"
 
 
 class Packing(Protocol):
-    """How a checkpoint keeps its quantised modules."""
+    """How a checkpoint stores its quantized modules."""
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What the report should say about the whole checkpoint."""
+        """Notes for the report about the whole checkpoint."""
 
     def is_part(self, name: str) -> bool:
-        """Whether a tensor belongs to a quantised module."""
+        """Whether a tensor belongs to a quantized module."""
 
     def find(self, name: str) -> tuple[Weight, str] | None:
-        """The weight `<module>.weight` and a note, or None where the module is not quantised."""
+        """The weight `<module>.weight` and a note, or None if the module is not quantized."""
 
 
 def group_size(values: Values, columns: int, size: int, name: str) -> int:
-    """The block for a group size of -1 (a whole row) or more.
+    """The block size for a group size; -1 is a whole row.
 
     Raises:
-        SourceError: it does not divide the row.
+        SourceError: the block size does not divide the row.
     """
     block = columns if size == -1 else size
     if block < 1 or columns % block:
@@ -78,7 +78,7 @@ def unpack(words: Array, bits: int) -> Array:
 
 
 def scales_of(stored: StoredTensor, array: Array) -> Array:
-    """Scales as `Blocked` takes them: float16 as it is, bfloat16 and float32 in float32; checked for NaN."""
+    """Scales in the types of `Blocked`: float16 stays, bfloat16 becomes float32. Checked for NaN and infinity."""
     require_finite(array, stored.name, stored.path)
     return np.ascontiguousarray(array if array.dtype == np.float16 else array.astype(np.float32))
 
@@ -90,10 +90,10 @@ def scale_dtype(stored: StoredTensor) -> Literal["float16", "float32"]:
 
 
 def require_shape(stored: StoredTensor, dtype: str, *shape: int) -> StoredTensor:
-    """The tensor itself.
+    """Return the tensor.
 
     Raises:
-        SourceError: another type or shape.
+        SourceError: the tensor has another type or shape.
     """
     if stored.dtype != dtype or stored.shape != shape:
         raise SourceError(
@@ -105,14 +105,14 @@ def require_shape(stored: StoredTensor, dtype: str, *shape: int) -> StoredTensor
 
 
 def scattered(weight: Blocked, g_idx: StoredTensor) -> Dense:
-    """A matrix whose groups are scattered over its columns, dequantised: column k belongs to group g_idx[k]."""
+    """The dequantized form of a matrix with scattered groups: column k belongs to group g_idx[k]."""
     groups = weight.shape[1] // weight.block
 
     def dense() -> Array:
         quants, scales, _, zeros = weight.load()
         group = g_idx.array().astype(np.int64)
         if np.min(group) < 0 or np.max(group) >= groups:
-            raise SourceError(f"The tensor {g_idx.name} in {g_idx.path} names groups that are not there", _DAMAGED)
+            raise SourceError(f"The tensor {g_idx.name} in {g_idx.path} names groups that do not exist", _DAMAGED)
         centred = quants.astype(np.float32)
         if zeros is not None:
             centred -= zeros[:, group].astype(np.float32)
@@ -123,7 +123,7 @@ def scattered(weight: Blocked, g_idx: StoredTensor) -> Dense:
 
 @dataclass(frozen=True)
 class Module:
-    """The tensors of one quantised module."""
+    """The tensors of one quantized module."""
 
     name: str
     stored: Stored
@@ -138,7 +138,7 @@ class Module:
 
 @dataclass(frozen=True)
 class _Grouped:
-    """A packing whose modules are told by one of their tensors."""
+    """A packing whose modules are recognized by one of their tensors."""
 
     stored: Stored
     where: str
@@ -187,7 +187,7 @@ def gptq(values: Values, stored: Stored, where: str) -> Packing:
                 return BlockedArrays(quants, found, None, zero_points)
             if (zero_points != middle).any():
                 raise SourceError(
-                    f"{where} says that it is symmetric (sym), but {zeros.name} holds other zero points than {middle}",
+                    f"{where} is marked as symmetric (sym), but {zeros.name} has zero points other than {middle}",
                     'Set "sym" to false in quantization_config of config.json',
                 )
             return BlockedArrays((quants - np.uint8(middle)).view(np.int8), found)
@@ -208,13 +208,13 @@ def gptq(values: Values, stored: Stored, where: str) -> Packing:
         in_order = np.arange(columns, dtype=np.int64) // block
         if reordered and not np.array_equal(g_idx.array(), in_order):
             return scattered(weight, g_idx), (
-                "GPTQ with activation order (desc_act): dequantised to float32, for its groups are not blocks"
+                "GPTQ with activation order (desc_act): dequantized to float32, because its groups are not blocks"
             )
 
         def load_in_order() -> BlockedArrays:
             if not np.array_equal(g_idx.array(), in_order):
                 raise SourceError(
-                    f"{g_idx.name} in {where} scatters its groups, though desc_act of config.json says it does not",
+                    f"{g_idx.name} in {where} scatters its groups, but desc_act in config.json is false",
                     'Set "desc_act" to true in quantization_config of config.json',
                 )
             return load()
@@ -233,7 +233,7 @@ def awq(values: Values, stored: Stored, where: str) -> Packing:
     order = np.argsort(_AWQ_ORDER)
 
     def columns_of(words: Array) -> Array:
-        """int32 [r, n] -> uint8 [r, 8n], the columns in their true order."""
+        """int32 [r, n] -> uint8 [r, 8n] with the columns in order."""
         return unpack(words, 4).reshape(words.shape[0], -1, 8)[:, :, order].reshape(words.shape[0], -1)
 
     def read(module: Module) -> tuple[Weight, str]:

@@ -1,4 +1,4 @@
-"""Which packing the weights of a quantized checkpoint have, by the settings in its config.json."""
+"""The packing of a quantized checkpoint's weights, by the settings in its config.json."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _DAMAGED = "The checkpoint is damaged or incomplete: download it again"
 
 
 def packing_of(config: Mapping[str, Any], stored: Stored, where: str) -> Packing | None:
-    """The packing that config.json speaks of, or None for plain weights.
+    """The packing that config.json describes, or None for plain weights.
 
     Raises:
-        SourceError: a method or a setting that is not known, by name and value.
+        SourceError: an unknown method or setting; the message has its name and value.
     """
     settings = config.get("quantization_config") or config.get("compression_config")
     if not settings and isinstance(config.get("text_config"), Mapping):
@@ -35,7 +35,7 @@ def packing_of(config: Mapping[str, Any], stored: Stored, where: str) -> Packing
     if method == "compressed-tensors":
         return compressed_tensors(values, stored, where)
     raise SourceError(
-        f"The checkpoint in {where} is quantised by {method!r} (quantization_config.quant_method), which Transom does "
+        f"The checkpoint in {where} is quantized by {method!r} (quantization_config.quant_method), which Transom does "
         "not read",
-        "Transom reads gptq, awq and compressed-tensors; or load the model as it was before it was quantised",
+        "Transom reads gptq, awq and compressed-tensors; or load the model before quantization",
     )

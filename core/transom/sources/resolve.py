@@ -1,4 +1,4 @@
-"""Which source a spec belongs to, and clear words where it belongs to none: a bundle, for one, is compiled already."""
+"""Finding the source of a spec, and the error message when no source matches."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _SOURCES = (
     ("hf", "HfSource"),
     ("torch", "TorchModels"),
 )
-"""Asked in this order. A source that needs an extra imports it when it opens a model, not before."""
+"""The sources in the order of `resolve`. A source that needs an extra imports it only when it opens a model."""
 
 BUNDLE_MANIFEST = "manifest.json"
 BUNDLE_KEY = "transom_bundle"
-"""The first key of a bundle's manifest. By these two a bundle is known; what is in it only `transom.bundles` reads."""
+"""The first key of a bundle's manifest. File name and key identify a bundle; only `transom.bundles` reads the rest."""
 
 _WAYS = "Give the path of a .gguf file, of a Hugging Face directory (config.json, *.safetensors), or of an .onnx file"
 
@@ -33,7 +33,7 @@ def _source(module: str, name: str) -> Source:
 
 
 def sources() -> Iterator[Source]:
-    """The sources in the order they are asked, each imported when its turn comes."""
+    """The sources in order. Each is imported when the iteration reaches it."""
     return (_source(module, name) for module, name in _SOURCES)
 
 
@@ -41,32 +41,30 @@ def resolve(spec: Spec) -> Source:
     """The source of a spec.
 
     Raises:
-        SourceError: no such path, an empty directory, a bundle, a file of another kind, a pipe, socket or device, an
-            object that is no model.
+        SourceError: a missing path, an empty directory, a bundle, a file of another kind, a pipe, socket or device, an
+            object that is not a model.
     """
     path = local_path(spec)
     if path is not None:
         _require_readable(spec, path)
         if bundle_at(path) is not None:
-            raise SourceError(
-                f"{path} is a bundle, which is compiled already", "Give the model that it was made of in its place"
-            )
+            raise SourceError(f"{path} is a bundle, which is compiled already", "Give the model that it was made from")
     for source in sources():
         if source.matches(spec):
             return source
     if path is None:
         cause = (
-            "The model's path is empty" if spec == "" else f"An object of the type {type(spec).__name__} is no model"
+            "The model's path is empty" if spec == "" else f"An object of the type {type(spec).__name__} is not a model"
         )
         raise SourceError(cause, _WAYS)
     raise _no_model_inside(path) if path.is_dir() else _other_file(path)
 
 
 def bundle_at(spec: Spec) -> Path | None:
-    """The folder where the spec is a bundle, whole or damaged; None where it is something else."""
+    """The bundle's folder if the spec is a bundle, intact or damaged; otherwise None."""
     path = local_path(spec)
     try:
-        manifest = None if path is None else path / BUNDLE_MANIFEST  # of a pipe, reading would never end
+        manifest = None if path is None else path / BUNDLE_MANIFEST  # reading from a pipe would never end
         found = manifest is not None and manifest.is_file() and f'"{BUNDLE_KEY}"'.encode() in manifest.read_bytes()
     except (OSError, ValueError):
         return None
@@ -78,7 +76,7 @@ def _require_readable(spec: Spec, path: Path) -> None:
         exists = path.exists()
         if exists and path.is_dir():
             next(path.iterdir(), None)
-        elif exists and not path.is_file():  # opening a pipe would wait for somebody to write into it
+        elif exists and not path.is_file():  # opening a pipe would wait for a writer
             raise SourceError(f"{path} is a pipe, socket or device, not a regular file", _WAYS)
         elif exists:
             with path.open("rb"):

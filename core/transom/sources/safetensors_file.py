@@ -1,7 +1,7 @@
-"""Reading safetensors files: the header checked, the tensors memory-mapped, nothing copied.
+"""Reading safetensors files: the header is checked, the tensors are memory-mapped, nothing is copied.
 
-The `safetensors` package hands out copies and has no NumPy type for bfloat16. The format is small enough to read here,
-with messages that name the file, the tensor and the way out: eight bytes of length, a JSON header, the data.
+The `safetensors` package returns copies and has no NumPy type for bfloat16. The format is simple (eight bytes of
+length, a JSON header, the data), so it is read here, with messages that name the file, the tensor and the fix.
 
 The format: https://github.com/huggingface/safetensors#format
 """
@@ -48,14 +48,14 @@ class StoredTensor:
 
     name: str
     dtype: str
-    """As the file names it: `"BF16"`."""
+    """The type's name in the file: `"BF16"`."""
     shape: tuple[int, ...]
     path: Path
     data: Array
     """uint8 [bytes], a view of the memory map."""
 
     def array(self) -> Array:
-        """A view with the tensor's own type and shape."""
+        """A view with the tensor's type and shape."""
         return self.data.view(DTYPES[self.dtype]).reshape(self.shape)
 
 
@@ -63,7 +63,7 @@ def open_safetensors(path: Path) -> dict[str, StoredTensor]:
     """The tensors of one file by name.
 
     Raises:
-        SourceError: cut short, a header that is too long, no JSON, or tensors that do not fit the file.
+        SourceError: a truncated file, a header that is too long or not JSON, tensors that do not fit in the file.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -77,7 +77,7 @@ def open_safetensors(path: Path) -> dict[str, StoredTensor]:
             )
         if length > MOST_HEADER:
             raise SourceError(
-                f"{path} claims a header of {length} bytes; safetensors allows {MOST_HEADER}",
+                f"{path} declares a header of {length} bytes; safetensors allows {MOST_HEADER}",
                 "It is not a safetensors file, or it is damaged: download it again",
             )
         if length > size - 8:
@@ -130,7 +130,7 @@ def _entry(path: Path, name: str, entry: Any) -> tuple[str, tuple[int, ...], int
     numbers = [begin, end, *(shape if isinstance(shape, list) else [None])]
     if any(isinstance(n, bool) or not isinstance(n, int) or not 0 <= n < 1 << 48 for n in numbers) or begin > end:
         raise SourceError(
-            f"The tensor {name} in {path} has an impossible shape or place: {shape}, {begin} … {end}", _DAMAGED
+            f"The tensor {name} in {path} has an impossible shape or position: {shape}, {begin} … {end}", _DAMAGED
         )
     if dtype not in DTYPES:
         raise SourceError(

@@ -1,10 +1,10 @@
-"""The `torch` source: a module with example inputs by way of ONNX, a transformers model by way of our own families.
+"""The `torch` source: loads a module with example inputs through ONNX, and a transformers model through our families.
 
-A transformers model of a family that Transom builds itself shares its weights: the graph reads the module's own memory,
-nothing is copied. Any other module, a transformers model of another family too, is exported with
-`torch.onnx.export(dynamo=True)` at opset 23, where attention and normalisation keep their operators (at the exporter's
-default they are decomposed; at 26 it writes invalid files). torch is imported here, when a model is opened, and nowhere
-else but in the `mobius` source.
+A transformers model of a family that Transom builds itself shares its weights: the graph reads the module's memory and
+copies nothing. Every other module, including a transformers model of another family, is exported with
+`torch.onnx.export(dynamo=True)` at opset 23, where attention and normalization keep their operators (the exporter's
+default opset decomposes them; at 26 it writes invalid files). Only this source and the `mobius` source import torch,
+when they open a model.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ _NAMES = {"torch.float32": "float32", "torch.float16": "float16", "torch.bfloat1
 
 @dataclass(frozen=True)
 class TorchSource:
-    """A `torch.nn.Module` to load, with inputs to export it for: `transom.load(TorchSource(module, (x,)))`.
+    """A `torch.nn.Module` with example inputs for its export: `transom.load(TorchSource(module, (x,)))`.
 
     Args:
-        module: the module; exported in evaluation mode.
+        module: the module. It is exported in evaluation mode.
         args: example inputs by position. Their sizes are fixed in the graph unless `dynamic_shapes` frees them.
         kwargs: example inputs by name.
         dynamic_shapes: as `torch.export` takes it.
@@ -82,7 +82,7 @@ class TorchModels(Source):
 
 
 def _is_module(spec: Any) -> bool:
-    torch = sys.modules.get("torch")  # an object of torch means that torch is imported
+    torch = sys.modules.get("torch")  # an object of torch exists only if torch is imported
     return torch is not None and isinstance(spec, torch.nn.Module)
 
 
@@ -92,7 +92,7 @@ def _is_pretrained(spec: Any) -> bool:
 
 
 def _hash_of(state: Mapping[str, Any]) -> str:
-    """A hash of all weights: of the bytes in memory, read once."""
+    """A hash of the bytes of all weights in memory."""
     h = hashlib.blake2b(digest_size=20)
     for name in sorted(state):
         tensor = state[name].detach()
@@ -111,7 +111,7 @@ def _bytes(tensor: Any) -> Array:
 
 # a transformers model ------------------------------------------------------------------------------------------------
 class ModuleCheckpoint:
-    """The weights of a module by their names, as views of its memory."""
+    """The weights of a module by name, as views of its memory."""
 
     def __init__(self, state: Mapping[str, Any], where: str) -> None:
         self._state, self.where = state, where
@@ -131,13 +131,13 @@ class ModuleCheckpoint:
             raise SourceError(
                 f"The weight {name} of {self.where} is of the type {tensor.dtype} on {tensor.device}, which cannot "
                 "be read",
-                "Load the model in float32, bfloat16 or float16, on the CPU and without quantisation",
+                "Load the model in float32, bfloat16 or float16, on the CPU and without quantization",
             )
         return Dense(tuple(tensor.shape), dtype, lambda: _view(tensor))
 
 
 def _view(tensor: Any) -> Array:
-    """The tensor's own memory as an array."""
+    """The tensor's memory as an array."""
     import ml_dtypes
     import torch
 
@@ -249,7 +249,7 @@ def _program(torch: Any, spec: TorchSource) -> Any:
 
 
 def _with_texts(graph: Graph, name: str, folder: Any, model: Any, notes: list[str]) -> SourceModel:
-    """The model with the tokenizer of a folder, where one is named or the model remembers where it came from."""
+    """The model with the tokenizer of the named folder, or of the folder that the model was loaded from, if any."""
     from pathlib import Path
 
     from transom.sources.base import local_path

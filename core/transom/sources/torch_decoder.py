@@ -1,6 +1,7 @@
-"""Exporting a transformers decoder that no family of ours knows: torch writes its graph, with a cache in and out.
+"""Exporting a transformers decoder of a family that Transom does not build: torch writes its graph, with the cache as
+inputs and outputs.
 
-The wrapper gives the module the inputs and outputs that Optimum gives its decoders, which the raising pass reads.
+The wrapper gives the module the inputs and outputs of Optimum's decoders, which the raising pass recognizes.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ def as_decoder(model: Any) -> dict[str, Any]:
     """The arguments of a `TorchSource` for a transformers model: wrapper, example inputs, shapes and names.
 
     Raises:
-        SourceError: the model keeps something else than keys and values of each layer.
+        SourceError: the model's cache is not keys and values of each layer.
     """
     import torch
 
@@ -39,7 +40,7 @@ def as_decoder(model: Any) -> dict[str, Any]:
 
 
 def _example_cache(model: Any) -> list[Any]:
-    """Keys and values of a few tokens, [batch, heads, tokens, columns] for each layer."""
+    """Keys and values of a few tokens: [batch, heads, tokens, columns] for each layer."""
     import torch
 
     ids = torch.ones((_BATCH, _PAST), dtype=torch.long, device=next(model.parameters()).device)
@@ -55,7 +56,7 @@ def _example_cache(model: Any) -> list[Any]:
         if found:
             return found
     raise SourceError(
-        f"{type(model).__name__} keeps something else between tokens than keys and values of each layer",
+        f"The cache of {type(model).__name__} is not keys and values of each layer",
         "Transom runs decoders with a cache of keys and values",
     )
 
@@ -65,7 +66,7 @@ def _wrapped(model: Any) -> Any:
     from transformers import DynamicCache
 
     class Decoder(torch.nn.Module):
-        """ids, mask, positions and caches in; logits and caches out."""
+        """Takes ids, mask, positions and caches; returns logits and caches."""
 
         def __init__(self) -> None:
             super().__init__()
