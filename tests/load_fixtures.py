@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -28,7 +29,7 @@ from made_up import CPU
 
 import transom
 from transom import hardware
-from transom.artifacts import Cache
+from transom.artifacts import Cache, entries, files
 from transom.bundles import exported
 from transom.contract import Cancelled, Device
 from transom.graph import Graph
@@ -237,3 +238,19 @@ def packages(tiny_model: Path, tmp_path: Path) -> Packages:
     made = Packages(folder, environment, tiny_model)
     made.use()
     return made
+
+
+def fill_disk(monkeypatch: pytest.MonkeyPatch, root: Path, room: int) -> None:
+    """Let writes below the folder fail as on a full disk, once `room` bytes have been written."""
+    left = [room]
+    write = files.write_durably
+
+    def limited(path: Path, data: bytes) -> None:
+        if path.is_relative_to(root):
+            left[0] -= len(data)
+            if left[0] < 0:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        write(path, data)
+
+    monkeypatch.setattr(entries, "write_durably", limited)
+    monkeypatch.setattr(files, "write_durably", limited)

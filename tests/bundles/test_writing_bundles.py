@@ -235,7 +235,7 @@ def test_a_cache_without_room_costs_a_warning_and_no_bundle(here: Any, export: A
 def test_a_cache_that_gets_full_costs_a_warning_and_no_bundle(
     here: Any, export: Any, monkeypatch: pytest.MonkeyPatch, room: int, target: str
 ) -> None:
-    from test_artifacts_in_use import fill_disk
+    from load_fixtures import fill_disk
 
     here.use(Tools("tools"))
     with monkeypatch.context() as patch:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_probing import A100
+from cards import A100
 
 from transom.contract import Artifact, Cancelled, Device
 from transom.errors import EngineError, OptionError

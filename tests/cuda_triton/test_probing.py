@@ -9,15 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cards import A100
 
 from transom.contract import Artifact, Device, Offer, Refusal
 from transom.hardware.catalogue import catalogue
 from transom_cuda_triton import CudaTriton, probing
 from transom_cuda_triton.probing import Torch
 
-A100 = Device(
-    "cuda", "cuda:0", "sm_80", 80 << 30, identity="pci:0000:65:00.0 A100", name="A100", drivers={"cuda": "12.8"}
-)  # fmt: skip
 TORCH, TRITON = Torch("2.10.0", "12.8"), "3.6.0"
 
 

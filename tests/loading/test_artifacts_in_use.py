@@ -16,9 +16,9 @@ from typing import Any
 import byte_llama
 import numpy as np
 import pytest
+from load_fixtures import fill_disk
 from made_up import CPU, MadeUp
 
-from transom.artifacts import entries, files
 from transom.contract import Cancelled
 from transom.errors import CacheError, EngineError
 
@@ -282,24 +282,6 @@ def test_a_cache_folder_that_cannot_be_written_costs_one_warning_and_a_compile(
         assert warning in model.report.warnings
         assert model.generate("Hello", max_new_tokens=2).usage.completion_tokens == 2
     assert compiles(backend) == 1
-
-
-def fill_disk(monkeypatch: pytest.MonkeyPatch, root: Path, room: int) -> None:
-    """Let writes below the folder fail as on a full disk, once `room` bytes have been written."""
-    import errno
-
-    left = [room]
-    write = files.write_durably
-
-    def limited(path: Path, data: bytes) -> None:
-        if path.is_relative_to(root):
-            left[0] -= len(data)
-            if left[0] < 0:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-        write(path, data)
-
-    monkeypatch.setattr(entries, "write_durably", limited)
-    monkeypatch.setattr(files, "write_durably", limited)
 
 
 @pytest.mark.parametrize("room", [0, 10, 3000, 6000])

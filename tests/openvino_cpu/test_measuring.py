@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from transom.authoring import folders
 from transom.contract import Artifact, Device, Options
 from transom.errors import EngineError
 from transom.hardware.cpu import probe_cpu
@@ -27,7 +28,7 @@ pytestmark = pytest.mark.skipif(choosing.level_on(CPU) is None, reason="there is
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
     monkeypatch.setenv("TRANSOM_NATIVE", "measure")
-    monkeypatch.setattr(compiling, "SMALL_FILE", 0)
+    monkeypatch.setattr(folders, "SMALL_FILE", 0)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     return monkeypatch
 
