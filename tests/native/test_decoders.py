@@ -185,21 +185,21 @@ def test_what_the_library_cannot_run_is_refused_with_the_reason(rng: np.random.G
 
 
 def test_a_graph_that_is_refused_says_the_node(rng: np.random.Generator) -> None:
-    said = choosing.drafted(tiny_decoder(rng, value_dim=24), EXACT, DEVICE)
+    said = choosing.read_native(tiny_decoder(rng, value_dim=24), EXACT, DEVICE)
     assert isinstance(said, str)
     assert said.startswith("layers.0.attention: heads of 24 columns")
 
 
 def test_float16_is_refused(rng: np.random.Generator) -> None:
-    said = choosing.drafted(tiny_decoder(rng), CpuPrecision("f16", "f16", False), DEVICE)
+    said = choosing.read_native(tiny_decoder(rng), CpuPrecision("f16", "f16", False), DEVICE)
     assert isinstance(said, str)
     assert "float16" in said
 
 
 def test_the_variable_leaves_the_library_alone(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert isinstance(choosing.drafted(tiny_decoder(rng), EXACT, DEVICE), GraphReader)
+    assert isinstance(choosing.read_native(tiny_decoder(rng), EXACT, DEVICE), GraphReader)
     monkeypatch.setenv("TRANSOM_NATIVE", "0")
-    assert choosing.drafted(tiny_decoder(rng), EXACT, DEVICE) == "TRANSOM_NATIVE=0 is set"
+    assert choosing.read_native(tiny_decoder(rng), EXACT, DEVICE) == "TRANSOM_NATIVE=0 is set"
 
 
 def test_a_processor_without_any_feature_gets_the_scalar_code() -> None:

@@ -139,7 +139,7 @@ def test_what_sparse_attention_knew_is_checked(
         for _ in range(20):
             route = arrays["route"].copy()
             route[: 4 * 130].view(np.int32)[rng.integers(130, size=40)] = rng.integers(3000, 1 << 30, 40)
-            with pytest.raises(OptionError, match="what sparse attention knew of it is damaged"):
+            with pytest.raises(OptionError, match="the saved route of sparse attention is damaged"):
                 model._engine.restore(kept.tokens, kept.sparsity, {**arrays, "route": route})
         pages = model._engine._session.pages()
         assert pages[0] == pages[1]  # nothing was left behind

@@ -76,7 +76,7 @@ def test_where_openvino_fails_the_native_one_is_kept_and_says_so(
     else:
         measured.setattr(measuring, "times", lambda a, *rest: real(a, *rest) if "weights.bin" in a.files else fails())
     artifact = _compile(rng)
-    assert artifact.notes[-1] == "native kernels were taken unmeasured: OpenVINO cannot do this"
+    assert artifact.notes[-1] == "native kernels were chosen without measuring: OpenVINO cannot do this"
     paths = {content for content in artifact.files.values() if isinstance(content, Path)}
     assert {p.name for p in paths} == {"weights.bin"}
     assert {p for p in tmp_path.rglob("*") if p.is_file()} == paths
@@ -88,8 +88,8 @@ def test_without_memory_for_both_the_native_one_is_kept_unmeasured(
     measured.setattr(compiling, "_by_openvino", lambda *args: pytest.fail("there is no memory for it"))
     artifact = _compile(rng, replace(CPU, free_bytes=100_000))
     assert "weights.bin" in artifact.files
-    assert "taken unmeasured" in artifact.notes[-1]
-    assert artifact.notes[-1].endswith("and there are 0.0")
+    assert "chosen without measuring" in artifact.notes[-1]
+    assert artifact.notes[-1].endswith("and 0.0 GB are free")
 
 
 def test_one_engine_is_compiled_where_nobody_asks(rng: np.random.Generator, measured: pytest.MonkeyPatch) -> None:

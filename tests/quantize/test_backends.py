@@ -93,7 +93,7 @@ def test_the_cpu_refuses_activations_that_it_would_round_otherwise(rng: np.rando
     found = quantize(graph, Scheme("int8", activations="fp8"), calibrate(graph, [[1, 2, 3]])).graph
     refused = [c for c in OpenVinoCpu().claim(found, cpu(), EXACT) if not c.ok]
     assert {c.node for c in refused} == {str(n.name) for n in found.nodes() if n.op_type == "QuantizeLinear"}
-    assert all("rounds to FLOAT8E4M3FN otherwise than ONNX" in c.reason for c in refused)
+    assert all("rounds to FLOAT8E4M3FN differently from ONNX" in c.reason for c in refused)
     with Bench(OpenVinoCpu(), cpu(), seed=0, options=EXACT) as bench, pytest.raises(Refused, match="QuantizeLinear"):
         bench.lower(found)
 

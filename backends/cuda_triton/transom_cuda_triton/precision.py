@@ -5,8 +5,8 @@
 | `exact`, `f32` | float32 weights, activations, cache and products (IEEE, no TF32); for checking, not for speed |
 | `bf16` | bfloat16 activations and cache, products summed in float32; sm_80 and newer |
 | `f16` | float16 in their place |
-| `int8` | as `auto`, with matrices that are not quantised rounded to int8 in blocks |
-| `fp8` | as `auto`, with matrices that are not quantised rounded to float8, see below; sm_89 and newer |
+| `int8` | as `auto`, with matrices that are not quantized rounded to int8 in blocks |
+| `fp8` | as `auto`, with matrices that are not quantized rounded to float8, see below; sm_89 and newer |
 | `int4` | as `auto`, for a checkpoint that has 4-bit blocks; refused where it has none |
 | `auto`, `fast` | see below |
 
@@ -44,7 +44,7 @@ class TritonPrecision:
     number: Number
     """Of activations and the cache."""
     rounded: Rounded = ""
-    """What matrices that are not quantised are rounded to; empty: nothing."""
+    """What matrices that are not quantized are rounded to; empty: nothing."""
 
     def describe(self, matrices: Iterable[Weight]) -> str:
         """As a report has it."""
@@ -100,7 +100,7 @@ def resolve(options: Options, arch: int, matrices: Iterable[Weight], *, interpre
     if asked == "int4" and not any(isinstance(w, Blocked) and "int4" in w.dtype for w in known):
         raise OptionError(
             f"{option('precision', 'int4')} keeps 4-bit weights as they are, and this checkpoint has none",
-            f"Quantise it first, or use {option('precision', 'int8')}",
+            f"Quantize it first, or use {option('precision', 'int8')}",
         )
     rounded: Rounded = "int8" if asked == "int8" else "fp8" if asked == "fp8" else ""
     return TritonPrecision(_number(arch, known, interpreted), rounded)

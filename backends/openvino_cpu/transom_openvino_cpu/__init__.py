@@ -1,4 +1,4 @@
-"""Transom's backend for CPUs: decoders and other ONNX graphs through OpenVINO."""
+"""Transom's backend for CPUs: decoders by native kernels or OpenVINO, other ONNX graphs by OpenVINO."""
 
 from __future__ import annotations
 

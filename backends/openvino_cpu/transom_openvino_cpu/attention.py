@@ -1,7 +1,7 @@
-"""OpenVINO's own PagedAttention operator: written into a graph, and brought back from an exported one.
+"""OpenVINO's PagedAttention operator: how it is written into a graph, and restored from an exported one.
 
-The operator attends over pages that we own: `key_cache.i` and `value_cache.i` are inputs of the model, and the page
-numbers of each sequence come with every step. Its Python constructor is not documented; the 28 inputs are those of
+The operator attends over pages that the backend owns: `key_cache.i` and `value_cache.i` are inputs of the model, and
+every step passes the page numbers of each sequence. Its Python constructor is undocumented; the 28 inputs are those of
 OpenVINO 2026.4 (`src/core/include/openvino/op/paged_attention.hpp`).
 """
 
@@ -29,7 +29,7 @@ class Heads:
 
 
 class PageInputs:
-    """The inputs that all layers share, and two caches for each layer."""
+    """The inputs that all layers share, and two caches per layer."""
 
     def __init__(self) -> None:
         from openvino import opset13 as op
@@ -77,7 +77,7 @@ def paged_attention(
 
     Args:
         qkv: query, key and value, [tokens, heads * dim]; the keys and values are appended to the pages.
-        window: tokens a query sees, itself included; 0: all before it.
+        window: tokens that a query attends to, itself included; 0: all before it.
         sinks: float32 [q_heads], or None.
     """
     from openvino import opset13 as op
@@ -120,23 +120,23 @@ def _node(arguments: Sequence[Node], heads: Heads) -> Node:
 
     outputs = [a if isinstance(a, ov.Output) else a.output(0) for a in arguments]
     node = ov.op._PagedAttentionExtension(outputs)
-    told = {
+    sizes = {
         "num_k_heads": heads.kv_heads,
         "k_head_size": heads.head_dim,
         "num_v_heads": heads.kv_heads,
         "v_head_size": heads.value_dim,
     }
-    for key, value in told.items():
+    for key, value in sizes.items():
         node.get_rt_info()[key] = value
     return node
 
 
 def reader(layers: Sequence[Heads]) -> type[Any]:
-    """An extension for `Core.add_extension` with which exported models can be read back.
+    """An extension for `Core.add_extension` that makes exported models readable.
 
-    An exported PagedAttention loses the head sizes, which live in its run-time information, and the plug-in refuses to
-    compile it. The extension makes the nodes in the plug-in's stead, in the order in which the file lists them: each
-    layer's attention needs the layer before, so that is the order of the layers.
+    An exported PagedAttention loses its head sizes, which are runtime information, and the plug-in refuses to compile
+    it. The extension creates the nodes in place of the plug-in, in file order. Since the attention of each layer
+    depends on the layer before, file order is layer order.
     """
     import openvino as ov
     from openvino import opset13 as op
@@ -144,7 +144,7 @@ def reader(layers: Sequence[Heads]) -> type[Any]:
     made = iter(range(1 << 30))
 
     def blank(heads: Heads) -> Node:
-        """A node whose inputs the reader replaces."""
+        """A node whose inputs OpenVINO replaces."""
         wide = op.parameter([-1, heads.kv_heads * heads.head_dim], np.float32)
         cache = op.parameter([-1, -1, -1, -1], np.float32)
         tables = [op.parameter([-1], np.int32) for _ in range(4)]
@@ -161,11 +161,11 @@ def reader(layers: Sequence[Heads]) -> type[Any]:
         class_type_info = ov.DiscreteTypeInfo("PagedAttentionExtension", "extension")
 
         def __new__(cls, *arguments: object, **keywords: object) -> Any:
-            # `add_extension` makes one itself, to ask for its type; the layers come after it.
+            # `add_extension` creates one node itself, to query its type; the layers follow.
             return blank(layers[max(0, next(made) - 1) % len(layers)])
 
     return Reader
 
 
-def layers_from(told: Sequence[Mapping[str, int]]) -> list[Heads]:
-    return [Heads(**layer) for layer in told]
+def layers_from(raw: Sequence[Mapping[str, int]]) -> list[Heads]:
+    return [Heads(**layer) for layer in raw]

@@ -1,6 +1,6 @@
-"""The backend object: the five methods of the contract, each handed to the module that does it.
+"""The backend object: the five methods of the contract, each delegated to its module.
 
-Importing this module imports no OpenVINO: `probe` and `check` never do, `compile` and `load` do.
+This module does not import OpenVINO. Neither do `probe` and `check`; `compile` and `load` do.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 class OpenVinoCpu:
     """Runs on CPUs through OpenVINO. Options: `precision` (see `transom_openvino_cpu.precision`), `context`,
-    `threads`; the last two may change from load to load of one artifact."""
+    `threads`; an artifact may be loaded with other values of the last two."""
 
     name = "openvino_cpu"
     api = (1, 2)

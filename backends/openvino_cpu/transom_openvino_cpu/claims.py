@@ -1,4 +1,4 @@
-"""Which nodes the backend takes, and why not where it does not."""
+"""Which nodes the backend claims, and the reasons for refusing the others."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ if TYPE_CHECKING:
 
 
 def paged(graph: Graph) -> bool:
-    """Whether every layer runs by OpenVINO's PagedAttention over our pages."""
+    """Whether OpenVINO's PagedAttention runs every layer."""
     nodes = [n for n in graph.nodes() if is_attention(n)]
     return bool(nodes) and all(_no_paged_attention(graph, n) == "" for n in nodes)
 
 
 def claims(graph: Graph, precision: CpuPrecision, device: Device) -> Iterator[Claim]:
     """One claim for each node, in order."""
-    from transom_openvino_cpu.native.choosing import drafted
+    from transom_openvino_cpu.native.choosing import read_native
     from transom_openvino_cpu.precision import form_of
 
     heads = vocabulary_products(graph)
-    """Never requantised."""
-    if not isinstance(drafted(graph, precision, device), str):
+    """Never requantized."""
+    if not isinstance(read_native(graph, precision, device), str):
         for node in graph.nodes():
             inexact = precision.dynamic and linear_weight(node) is not None and str(node.name) not in heads
             yield Claim(str(node.name), True, exact=not inexact)
@@ -75,7 +75,7 @@ def _no_paged_attention(graph: Graph, node: ir.Node) -> str:
 
 
 def _refusal(node: ir.Node, whole: bool) -> str:
-    """Why a node that is no attention over a cache cannot run; empty if it can."""
+    """Why a node other than cached attention cannot run; empty if it can."""
     from transom_openvino_cpu.frontend import CONTROL_FLOW, OPERATORS
     from transom_openvino_cpu.operators import ELEMENT_TYPES, TABLE
 
@@ -83,9 +83,9 @@ def _refusal(node: ir.Node, whole: bool) -> str:
         return f"no OpenVINO form of {node.domain}::{node.op_type}"
     if node.op_type in CONTROL_FLOW:
         if not whole:
-            return "control flow beside operators that only run outside it"
+            return "control flow in a graph with operators that are not standard ONNX"
         stale = any(_may_collect_nothing(inner) for inner in _with_inner(node))
-        return "OpenVINO's Loop, where it turns no times, gives what it collected the time before" if stale else ""
+        return "OpenVINO's Loop returns the values of the run before if it runs zero iterations" if stale else ""
     if node.op_type not in TABLE and node.op_type not in OPERATORS:
         return f"no OpenVINO form of {node.op_type}"
     if node.op_type == "Cast":
@@ -93,21 +93,21 @@ def _refusal(node: ir.Node, whole: bool) -> str:
         if to != 16 and to not in ELEMENT_TYPES:
             return f"no OpenVINO form of a cast to ONNX type {to}"
     if node.op_type == "QuantizeLinear" and "FLOAT" in (kind := _code_type(node)):
-        return f"OpenVINO rounds to {kind} otherwise than ONNX, and makes numbers of what is none"
+        return f"OpenVINO rounds to {kind} differently from ONNX, and turns NaN into numbers"
     return ""
 
 
 def _code_type(node: ir.Node) -> str:
-    """ONNX's name of what a QuantizeLinear rounds to."""
+    """ONNX's name of the output type of a QuantizeLinear."""
     import onnx_ir as ir
 
     zero = node.inputs[2] if len(node.inputs) > 2 else None
-    told = ir.DataType(node.attributes.get_int("output_dtype", 0))
-    return (element_type(zero) or told or ir.DataType.UINT8).name
+    declared = ir.DataType(node.attributes.get_int("output_dtype", 0))
+    return (element_type(zero) or declared or ir.DataType.UINT8).name
 
 
 def _with_inner(node: ir.Node) -> Iterator[ir.Node]:
-    """The node and those of the graphs inside it."""
+    """The node and all nodes of its subgraphs."""
     from transom.graph.editing import all_nodes, subgraphs
 
     yield node
@@ -116,24 +116,23 @@ def _with_inner(node: ir.Node) -> Iterator[ir.Node]:
 
 
 def _may_collect_nothing(node: ir.Node) -> bool:
-    """Whether it is a Loop that collects values in every turn and is not sure to turn at all.
+    """Whether it is a Loop with scan outputs that may run zero iterations.
 
-    OpenVINO 2026.4 leaves the collected outputs of such a run as the last run left them; those carried from turn to
-    turn are right.
+    OpenVINO 2026.4 then returns the scan outputs of the run before; loop-carried values are correct.
     """
     from transom.graph.reading import constant_of
 
     carried = len(node.inputs) - 2
     if node.op_type != "Loop" or node.domain or len(node.outputs) <= carried:
         return False
-    for value in node.inputs[:2]:  # the count and the condition; absent ones stop nothing
+    for value in node.inputs[:2]:  # trip count and condition; an absent one does not end the loop
         if value is not None and not ((known := constant_of(value)) is not None and known.reshape(-1)[0] >= 1):
             return True
     return False
 
 
 def whole_through_frontend(graph: Graph) -> bool:
-    """Whether the graph has control flow and nothing but standard operators: then the frontend reads it as a whole."""
+    """Whether OpenVINO's frontend reads the whole graph: it has control flow, and standard operators only."""
     from transom_openvino_cpu.frontend import CONTROL_FLOW
 
     nodes: list[Any] = list(graph.nodes())

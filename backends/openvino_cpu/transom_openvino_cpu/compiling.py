@@ -1,4 +1,4 @@
-"""Compile: lower a graph, let OpenVINO compile each stage, export what it made."""
+"""Compile: write a native program, or lower the graph, compile each stage with OpenVINO and export the result."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from transom.graph.weights import Dense
 from transom_openvino_cpu import claims, names
 from transom_openvino_cpu.engine import openvino
 from transom_openvino_cpu.lowering import Stage, lower
-from transom_openvino_cpu.native.choosing import drafted, level_on, measures
+from transom_openvino_cpu.native.choosing import level_on, measures, read_native
 from transom_openvino_cpu.plan import EnginePlan, StagePlan
 from transom_openvino_cpu.precision import GROUP, CpuPrecision, ProductForm, dynamic_group, resolve
 from transom_openvino_cpu.probing import requirements
@@ -33,21 +33,21 @@ FRONTEND_FOLDER = "graph"
 
 
 def compile_graph(graph: Graph, device: Device, options: Options, progress: Progress) -> Artifact:
-    """The artifact of a graph all of whose nodes were claimed.
+    """Compile a graph whose nodes were all claimed.
 
-    Large files lie in a temporary folder, which the host empties.
+    Large files are in a temporary folder until the host moves them.
 
     Raises:
-        EngineError: OpenVINO cannot compile the graph; its own words are in the message.
-        OptionError: the precision cannot be had on this CPU or for this checkpoint.
+        EngineError: OpenVINO cannot compile the graph; the message quotes it.
+        OptionError: this CPU or checkpoint does not support the precision.
     """
     precision = resolve(options, device, matrices(graph), decoder=graph.decoder is not None)
-    reader = drafted(graph, precision, device)
+    reader = read_native(graph, precision, device)
     with artifact_folder("transom-openvino-") as folder:
         if isinstance(reader, str):
             artifact = _by_openvino(graph, precision, device, options, folder, progress)
             if graph.decoder is not None:
-                note = f"OpenVINO's own kernels run this model, not the native ones: {reader}"
+                note = f"OpenVINO's kernels run this model, not the native ones: {reader}"
                 artifact = replace(artifact, notes=[*artifact.notes, note])
         else:
             artifact = _native(graph, reader, precision, device, folder, progress)
@@ -65,7 +65,7 @@ def _faster(
     folder: Path,
     progress: Progress,
 ) -> Artifact:
-    """The native artifact or OpenVINO's of the same graph, with a note of why. What can be run is never lost for it."""
+    """The faster of the native artifact and OpenVINO's, with a note of why. The native one if the other fails."""
     from transom_openvino_cpu.measuring import faster, short_of_memory
 
     if note := short_of_memory(native, device):
@@ -75,8 +75,8 @@ def _faster(
         progress("measure", None)
         kept = faster(native, other, device, options)
     except EngineError as error:
-        kept = replace(native, notes=[*native.notes, f"native kernels were taken unmeasured: {error.cause}"])
-    for path in folder.iterdir():  # what was made of the other form
+        kept = replace(native, notes=[*native.notes, f"native kernels were chosen without measuring: {error.cause}"])
+    for path in folder.iterdir():  # files of the other artifact
         if path.is_file() and path not in kept.files.values():
             path.unlink()
     return kept
@@ -85,7 +85,7 @@ def _faster(
 def _by_openvino(
     graph: Graph, precision: CpuPrecision, device: Device, options: Options, folder: Path, progress: Progress
 ) -> Artifact:
-    """The graph as OpenVINO compiles it."""
+    """The graph compiled by OpenVINO."""
     progress("lower", 0.0)
     if claims.whole_through_frontend(graph):
         stages = [_through_frontend(graph, folder)]
@@ -93,7 +93,7 @@ def _by_openvino(
         stages = lower(graph, precision, lambda share: progress("lower", share), tables_apart=False)
     notes = _notes(precision, stages)
     plans = _compile_all(stages, precision, device, options, folder, progress)
-    if plans is None:  # the engine does not keep the rotary tables wide
+    if plans is None:  # the engine does not compute the rotary tables in float32
         stages = lower(graph, precision, lambda share: progress("lower", share), tables_apart=True)
         plans = _compile_all(stages, precision, device, options, folder, progress)
     assert plans is not None
@@ -128,7 +128,7 @@ def _native(
 
 
 def _native_notes(reader: GraphReader, precision: CpuPrecision) -> list[str]:
-    """As `_notes`, for a native program."""
+    """Notes for a native program."""
     products = [d for d in reader.ops if d.kind == "linear" and d.weight is not None]
     integers = [d for d in products if d.by == "int8"]
     if integers:
@@ -141,7 +141,7 @@ def _native_notes(reader: GraphReader, precision: CpuPrecision) -> list[str]:
     rounded = [d for d in integers if isinstance(d.weight, Dense)]
     if rounded:
         notes.append(
-            f"{len(rounded)} of {len(products)} matrices were rounded to int8 in groups of {GROUP}; "
+            f"{len(rounded)} of {len(products)} matrices were quantized to int8 in groups of {GROUP}; "
             "precision='exact' keeps them as stored"
         )
     return notes
@@ -150,7 +150,7 @@ def _native_notes(reader: GraphReader, precision: CpuPrecision) -> list[str]:
 def _compile_all(
     stages: list[Stage], precision: CpuPrecision, device: Device, options: Options, folder: Path, progress: Progress
 ) -> list[StagePlan] | None:
-    """Compile and export the stages, each let go when it is done; None when they must be cut in another way."""
+    """Compile and export the stages, freeing each when done. None if the rotary tables need a stage of their own."""
     plans = []
     apart = any(s.name == "tables" for s in stages)
     for index, stage in enumerate(stages):
@@ -170,7 +170,7 @@ def _compile_all(
 
 
 def _through_frontend(graph: Graph, folder: Path) -> Stage:
-    """A graph with control flow: OpenVINO reads it as the ONNX file that it is."""
+    """A graph with control flow, which OpenVINO reads as an ONNX file."""
     path = folder / FRONTEND_FOLDER / "graph.onnx"
     path.parent.mkdir()
     graph.save(path)
@@ -184,7 +184,7 @@ def _through_frontend(graph: Graph, folder: Path) -> Stage:
 
 
 def _compile(stage: Stage, precision: CpuPrecision, device: Device, options: Options) -> tuple[Any, dict[str, str]]:
-    """The compiled stage, and the properties that it was compiled with and must be opened with."""
+    """The compiled stage, and the properties that compiling and opening share."""
     group = dynamic_group(stage.forms) if precision.dynamic else 0
     config = {
         "INFERENCE_PRECISION_HINT": stage.hint,
@@ -193,7 +193,7 @@ def _compile(stage: Stage, precision: CpuPrecision, device: Device, options: Opt
         "PERFORMANCE_HINT": "LATENCY",
         "NUM_STREAMS": "1",
     }
-    threads = threads_of(options, device)  # 0 leaves it to the engine
+    threads = threads_of(options, device)  # 0: the engine chooses
     core: Any = openvino().Core()
     try:
         with signal_stack_kept():
@@ -221,7 +221,7 @@ def _last_line(error: RuntimeError) -> str:
 
 
 def _notes(precision: CpuPrecision, stages: Sequence[Stage]) -> list[str]:
-    """What the user should know: in what numbers this computes, and which weights were rounded again."""
+    """Notes for the user: compute precision, and which weights were requantized."""
     notes = [f"precision: {precision.describe()}"]
     forms: list[tuple[Weight, ProductForm]] = [f for s in stages for f in s.forms]
     rounded = [(w, f) for w, f in forms if f.kind == "int8"]
@@ -231,6 +231,6 @@ def _notes(precision: CpuPrecision, stages: Sequence[Stage]) -> list[str]:
         total = sum(w.shape[0] * w.shape[-1] for w, _ in forms)
         notes.append(
             f"{len(rounded)} of {len(forms)} matrices ({100 * elements // max(total, 1)} % of their weights) were "
-            f"rounded to int8 in groups of {' and '.join(map(str, groups))}; precision='exact' keeps them as stored"
+            f"quantized to int8 in groups of {' and '.join(map(str, groups))}; precision='exact' keeps them as stored"
         )
     return notes

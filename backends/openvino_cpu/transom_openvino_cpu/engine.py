@@ -1,4 +1,4 @@
-"""The compiled stages of an artifact, opened: arrays in, arrays out. The only module that runs OpenVINO."""
+"""Runs the compiled stages of an artifact, arrays in and arrays out. The only module that runs OpenVINO."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ HEAD_ROWS = 128
 
 
 def openvino() -> Any:
-    """The package, imported without the converter, which costs 55 ms of a cold start and is not used here."""
+    """The package, imported without its unused converter, which would add 55 ms to a cold start."""
     if (loaded := sys.modules.get("openvino")) is not None and hasattr(loaded, "Core"):
         return loaded
     with held():
@@ -35,13 +35,13 @@ def openvino() -> Any:
 
 
 class _Stage:
-    """One compiled stage and its request. Input tensors that did not change since the last run stay set."""
+    """One compiled stage and its request. Input tensors stay set until they change."""
 
     def __init__(self, core: Any, plan: StagePlan, path: Path, config: Mapping[str, str]) -> None:
         ov = openvino()
         self.plan = plan
         with path.open("rb") as f:
-            # A private mapping: the engine wants memory it may write to, and never writes to weights.
+            # A private mapping: the engine demands writable memory, and never writes to weights.
             self._map = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
         blob = np.frombuffer(self._map, np.uint8)
         try:
@@ -59,13 +59,13 @@ class _Stage:
         self._buffers: dict[str, Array] = {}
 
     def set(self, name: str, tensor: Any) -> None:
-        """Set an input that stays until it is set again; `tensor` is an `openvino.Tensor`."""
+        """Set an input for all runs until it is set again; `tensor` is an `openvino.Tensor`."""
         self.request.set_input_tensor(self.inputs[name], tensor)
         self._held[name] = tensor  # the request does not keep the memory alive
 
     def put(self, name: str, array: Array, *, keep: bool) -> None:
-        """Give an input for the next run. With `keep` the array becomes the input's own: later ones of its shape are
-        copied into it, which is several times faster than setting a tensor."""
+        """Set an input for the next run. With `keep` the array is kept: later arrays of its shape are copied into it,
+        which is several times faster than setting a tensor."""
         buffer = self._buffers.get(name)
         if buffer is not None and buffer.shape == array.shape:
             buffer[...] = array
@@ -78,7 +78,7 @@ class _Stage:
         return self.compiled.inputs[self.inputs[name]]
 
     def drop_read_pages(self) -> None:
-        """Give back the file's pages: what the engine needs of the weights often, it has repacked for itself."""
+        """Release the file's memory pages: the engine has repacked the weights that it reads often."""
         if hasattr(self._map, "madvise"):
             with contextlib.suppress(OSError):
                 self._map.madvise(mmap.MADV_DONTNEED)
@@ -87,7 +87,7 @@ class _Stage:
         self._held.clear()
         with signal_stack_kept():
             del self.request, self.compiled
-        # The mapping is unmapped with the last of the views into it.
+        # The file is unmapped with the last view of it.
 
 
 class OpenVinoEngine:
@@ -95,7 +95,7 @@ class OpenVinoEngine:
 
     Args:
         files: the artifact's files by name.
-        threads: processor threads to use; 0: the engine's choice.
+        threads: processor threads to use; 0: the engine chooses.
     """
 
     def __init__(self, plan: EnginePlan, files: Mapping[str, Path], threads: int) -> None:
@@ -115,18 +115,18 @@ class OpenVinoEngine:
             self._check_layers(plan.decoder)
 
     def _check_layers(self, decoder: Decoder) -> None:
-        """The caches must have the shapes that the layers told: a reader that got the order wrong is noticed here."""
+        """Check the caches against the shapes of the layers, in case the reader assigned layers in the wrong order."""
         for i, layer in enumerate(decoder.layers):
             for name, dim in zip(names.cache_inputs(i), (layer.head_dim, layer.value_dim), strict=True):
                 shape = [d.get_length() for d in list(self._body.port(name).get_partial_shape())[1:]]
                 if shape != [layer.kv_heads, names.PAGE_TOKENS, dim]:
                     raise EngineError(
-                        f"OpenVINO wants pages of {shape} for {name}, not {[layer.kv_heads, names.PAGE_TOKENS, dim]}",
-                        "Remove the compiled model with: transom cache clear",
+                        f"OpenVINO expects pages of {shape} for {name}, not {[layer.kv_heads, names.PAGE_TOKENS, dim]}",
+                        "Remove it with: transom cache clear",
                     )
 
     def cache_element_bytes(self) -> int:
-        """Bytes of one number in the cache."""
+        """Bytes of one element of the cache."""
         return int(self._body.port(names.cache_inputs(0)[0]).get_element_type().size)
 
     def bind_caches(self, caches: Mapping[str, Array]) -> None:
@@ -137,14 +137,14 @@ class OpenVinoEngine:
             self._body.set(name, ov.Tensor(array, ov.Shape(list(array.shape)), port.get_element_type()))
 
     def run(self, inputs: Mapping[str, Array], outputs: Sequence[str], *, keep: bool) -> dict[str, Array]:
-        """Run the stages one after another. The arrays returned belong to the caller.
+        """Run the stages in order. The returned arrays belong to the caller.
 
         Args:
-            outputs: the names wanted.
-            keep: the input arrays are given away: nobody else reads or writes them again.
+            outputs: names of the outputs to return.
+            keep: the engine may keep the input arrays; the caller does not use them again.
 
         Raises:
-            EngineError: the engine failed; its own words are in the message.
+            EngineError: the engine failed; the message quotes it.
         """
         values: dict[str, Any] = {}
         results: dict[str, Array] = {}
@@ -168,14 +168,14 @@ class OpenVinoEngine:
                     stage.set(name, values[name])
                 elif name in inputs:
                     stage.put(name, inputs[name], keep=keep)
-            stage.request.infer(share_outputs=True)  # else every output is copied to be thrown away
+            stage.request.infer(share_outputs=True)  # otherwise every output would be copied
         except RuntimeError as e:
             last = [line for line in str(e).splitlines() if line.strip()][-1]
             raise EngineError(f"OpenVINO failed while running the stage {stage.plan.name}: {last}") from e
 
     @staticmethod
     def _rows(stage: _Stage, values: Mapping[str, Any]) -> tuple[str, Array] | None:
-        """The one input of the head, where it has too many rows to go through at once."""
+        """The single input of the head, if it has too many rows for one run."""
         if len(stage.inputs) != 1 or len(stage.plan.outputs) != 1:
             return None
         (name,) = stage.inputs
@@ -184,7 +184,7 @@ class OpenVinoEngine:
         return name, values[name].data
 
     def _run_head(self, stage: _Stage, hidden: tuple[str, Array], outputs: Sequence[str]) -> dict[str, Array]:
-        """The head over some rows at a time, its results put together."""
+        """Run the head on `HEAD_ROWS` rows at a time, and join the results."""
         name, rows = hidden
         (output,) = stage.plan.outputs
         result: Array | None = None

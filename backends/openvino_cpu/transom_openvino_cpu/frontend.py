@@ -1,4 +1,4 @@
-"""OpenVINO's ONNX frontend: for the operators of ONNX that decoders do not need, and for graphs with control flow."""
+"""OpenVINO's ONNX frontend, for ONNX operators that decoders do not need and for graphs with control flow."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ OPERATORS = frozenset({
     "ReduceProd", "ReduceSum", "ReduceSumSquare", "Resize", "Round", "ScatterElements", "ScatterND", "Selu", "Shrink",
     "Sinh", "Size", "Softsign", "SpaceToDepth", "Sum", "Tan", "ThresholdedRelu", "Tile", "TopK", "Trilu",
 })  # fmt: skip
-"""What the frontend of OpenVINO 2026.4 reads at opset 24 and is sent there by this backend."""
+"""Operators that this backend converts with the frontend of OpenVINO 2026.4, at opset 24."""
 
 CONTROL_FLOW = frozenset({"If", "Loop", "Scan"})
-"""Taken only in graphs that go through the frontend as a whole."""
+"""Claimed only in graphs that the frontend reads as a whole."""
 
 SMALL = 4096
-"""Constants of up to this many bytes are told to the frontend, which wants axes and shapes to be known."""
+"""Constants of up to this many bytes are passed to the frontend by value, since it needs axes and shapes."""
 
 _ONNX_TYPES = {
     "f32": 1, "u8": 2, "i8": 3, "u16": 4, "i16": 5, "i32": 6, "i64": 7, "boolean": 9, "f16": 10, "f64": 11, "u32": 12,
@@ -42,10 +42,10 @@ _ONNX_TYPES = {
 
 
 def convert(node: ir.Node, inputs: Sequence[Node | None]) -> list[Node]:
-    """One standard node over inputs that are lowered already (`openvino.Output`, None where absent).
+    """Convert one standard node whose inputs are lowered (`openvino.Output`, None where absent).
 
     Raises:
-        EngineError: the frontend cannot read it; names the node.
+        EngineError: the frontend cannot read the node; the message names it.
     """
     import onnx
     import onnx_ir as ir

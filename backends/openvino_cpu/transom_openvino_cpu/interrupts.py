@@ -1,4 +1,4 @@
-"""Ctrl-C while OpenVINO is at work waits: it would make an error of its own of the exception, or be half imported."""
+"""Delays Ctrl-C while OpenVINO runs, which would turn the exception into its own error or stay half imported."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from types import FrameType
 
 @contextlib.contextmanager
 def held() -> Iterator[None]:
-    """The first Ctrl-C is acted upon when the block ends, however it ends; a second one at once.
+    """The first Ctrl-C takes effect when the block ends; a second one takes effect at once.
 
-    Only the main thread is interrupted, so elsewhere there is nothing to hold.
+    Only the main thread is interrupted, so other threads need nothing.
     """
     previous = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(previous):

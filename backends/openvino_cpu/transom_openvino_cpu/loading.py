@@ -1,4 +1,4 @@
-"""Load: open an artifact's stages and make the session that fits them."""
+"""Load: open an artifact and create its kind of session."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ if TYPE_CHECKING:
 Array = np.ndarray[Any, np.dtype[Any]]
 
 CACHE_SHARE = 0.5
-"""Share of the free memory that the page pool may grow to. It is reserved, not taken: unused pages cost nothing."""
+"""Share of the free memory that the page pool may grow to. Reserved pages that are unused cost nothing."""
 MOST_CONTEXTS = 64
-"""Full contexts that the pool holds at most, or a page for each sequence of the largest step."""
+"""Maximum size of the pool in full contexts; at least one page for each sequence of the largest step."""
 
 
 def load_artifact(artifact: Artifact, device: Device, options: Options) -> Session:
     """A session over the artifact.
 
     Raises:
-        EngineError: the files are not what this backend wrote, or OpenVINO cannot open them.
+        EngineError: the files are damaged, or OpenVINO cannot open them.
     """
     files = paths_of(artifact)
     with reading_artifact():
@@ -54,7 +54,7 @@ def load_artifact(artifact: Artifact, device: Device, options: Options) -> Sessi
 
 
 def _native(plan: EnginePlan, files: Mapping[str, Path], threads: int) -> NativeEngine:
-    """The program of an artifact, opened."""
+    """The engine of a native artifact."""
     from transom_openvino_cpu.native.engine import NativeEngine
     from transom_openvino_cpu.native.program import NativeProgram
 
@@ -65,7 +65,7 @@ def _native(plan: EnginePlan, files: Mapping[str, Path], threads: int) -> Native
 
 
 def _pool_pages(engine: PagedEngine, device: Device, context: int) -> int:
-    """Pages for many contexts, as memory allows, and for one in any case: the host has planned for that."""
+    """Pages for many contexts, as memory allows, but at least for one, which the host's memory plan includes."""
     from transom.sessions.paged import MAX_SEQUENCES
 
     one = -(-context // engine.page_tokens)
@@ -75,7 +75,7 @@ def _pool_pages(engine: PagedEngine, device: Device, context: int) -> int:
 
 
 def _plain(engine: OpenVinoEngine, plan: EnginePlan, options: Options) -> Session:
-    """A graph that is run as it is: none of ours keeps its cache, the host's helper does where there is one."""
+    """A session that runs the graph as a whole; `PackedSession` keeps the cache if it has one."""
     from transom.sessions import PackedSession
 
     known = set(plan.inputs)

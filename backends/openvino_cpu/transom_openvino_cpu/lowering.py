@@ -1,4 +1,4 @@
-"""From a neutral graph to OpenVINO models, one for each stage."""
+"""Lowers a neutral graph to OpenVINO models, one per stage."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 Node = Any
 Progress = Callable[[float], None]
 FUSE_ROWS = 3
-"""Products of one input are made one product while their rows stay below this many times their columns: query, key and
-value. The wide pair of a gated MLP is not, since a prefill then spends more on copying its output apart again."""
+"""Products of one input are fused if their rows are at most this many times their columns: query, key and value. The
+wide pair of a gated MLP is not, since prefill would spend more time on splitting its output."""
 FUSE_ELEMENTS = 2 << 20
-"""Except where it is so small that starting a product takes longer than a decode step spends in it."""
+"""Smaller products are always fused: starting one takes longer than a decode step spends in it."""
 
 
 @dataclass
@@ -40,13 +40,13 @@ class Stage:
     """`openvino.Model`; its results are in the order of `outputs`."""
     outputs: list[str]
     forms: list[tuple[Weight, ProductForm]] = field(default_factory=list)
-    """The matrices of its products and how each is kept."""
+    """The matrices of its products and how each is stored."""
     rotates: bool = False
-    """Sines and cosines of positions are computed in it."""
+    """Whether it computes sines and cosines of positions."""
 
 
 def lower(graph: Graph, precision: CpuPrecision, progress: Progress, *, tables_apart: bool) -> list[Stage]:
-    """The graph's stages, in the order in which they run."""
+    """The graph's stages, in execution order."""
     cuts = cut(graph, precision, tables_apart=tables_apart)
     in_pages = paged(graph)
     wanted = [v for v in graph.model.graph.outputs if not (in_pages and str(v.name).startswith("present_"))]
@@ -82,7 +82,7 @@ class Boundary:
 
 
 class StageWriter:
-    """Writes one stage: nodes in order; weights and constants where a node asks for them."""
+    """Writes one stage: nodes in order, weights and constants when a node needs them."""
 
     def __init__(
         self, graph: Graph, part: Cut, precision: CpuPrecision, known: Mapping[int, Boundary], in_pages: bool
@@ -106,7 +106,7 @@ class StageWriter:
         from transom_openvino_cpu.operators import initializer
 
         if value is None:
-            raise ValueError("an input that the operator needs is absent")
+            raise ValueError("a required input of the operator is absent")
         found = self._values.get(id(value))
         if found is not None:
             return found
@@ -145,7 +145,7 @@ class StageWriter:
         return parameter
 
     def _find_constant_nodes(self) -> set[int]:
-        """Nodes that depend on weights alone: lowered only where asked for, since most are seen through."""
+        """Nodes that depend on weights alone: lowered only on demand, since most are folded into their readers."""
         found: set[int] = set()
         for node in self.graph.nodes():
             inputs = [v for v in node.inputs if v is not None]
@@ -158,7 +158,7 @@ class StageWriter:
 
     # nodes ------------------------------------------------------------------------------------------------------------
     def lower(self, node: ir.Node) -> None:
-        """Lower a node of the stage, unless it is done with others or is a constant, lowered where it is asked for."""
+        """Lower a node of the stage, unless it was lowered with another node or is a constant, lowered on demand."""
         if id(node) not in self._constant_nodes and id(node) not in self._done:
             self._lower(node)
 
@@ -174,7 +174,7 @@ class StageWriter:
             self._set(value, result)
 
     def skip(self, node: ir.Node, result: Node) -> None:
-        """Take `result` as the one output of a node that need not be lowered any more."""
+        """Use `result` as the only output of a node, which is then not lowered."""
         self._set(node.outputs[0], result)
         self._done.add(id(node))
 
@@ -186,7 +186,7 @@ class StageWriter:
     def _attention(self, node: ir.Node) -> Node:
         decoder = self.graph.decoder
         if self._pages is None or decoder is None:
-            raise ValueError(f"{node.name} was claimed for a graph whose cache is not in pages")
+            raise ValueError(f"{node.name} was claimed for a graph whose cache is not paged")
         attributes = attributes_of(node)
         layer = int(attributes["layer"])
         cache = decoder.layers[layer]
@@ -204,7 +204,7 @@ class StageWriter:
 
     # matrix products --------------------------------------------------------------------------------------------------
     def _same_input(self) -> dict[int, list[ir.Node]]:
-        """For each product that is to be made together with others, all of them, in order."""
+        """For each product to be fused: all products of its group, in order."""
         by_input: dict[int, list[ir.Node]] = {}
         for node in self.part.nodes:
             if linear_weight(node) is not None:
@@ -220,7 +220,7 @@ class StageWriter:
         return groups
 
     def linear(self, node: ir.Node) -> Node | None:
-        """A product with a weight; None for any other product."""
+        """A product with a weight matrix; None for any other product."""
         from openvino import opset13 as op
 
         weight = linear_weight(node)
@@ -241,7 +241,7 @@ class StageWriter:
         return parts[group.index(node)]
 
     def _product(self, node: ir.Node, weight: Weight, key: int | None) -> Node:
-        """`key` names a matrix that several products may share."""
+        """`key` identifies a matrix that several products may share."""
         from openvino import opset13 as op
 
         from transom_openvino_cpu.weights import matrix
@@ -260,10 +260,10 @@ class StageWriter:
         return op.matmul(self.get(node.inputs[0]), found, False, True)
 
     def _anchored(self, output: Node) -> Node:
-        """The output of a narrow body, passed through a product with the unit matrix, which changes no bit.
+        """The output of a narrow body, multiplied by the identity matrix, which changes no bit.
 
-        The plug-in keeps all that follows the last matrix product in float32: without this, the whole residual stream
-        would be, with two conversions around each of its additions, 5 % of a decode step, and no more exact logits.
+        The plug-in computes everything behind the last matrix product in float32. Without this product that would be
+        the whole residual stream: two conversions around each addition, 5 % of a decode step, no more accurate logits.
         """
         from openvino import opset13 as op
 

@@ -1,6 +1,6 @@
-"""Which of two compiled forms of a decoder is faster here, the native one or OpenVINO's: each is opened and run.
+"""Measures which of two compiled forms of a decoder is faster here, the native one or OpenVINO's.
 
-For processors that nobody has measured, and for whoever asks for it: see `native.choosing.measures`.
+Used on unmeasured processors and on request: see `native.choosing.measures`.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from transom.contract import Artifact, Device, Options, Session, Work
 from transom_openvino_cpu.loading import load_artifact
 
 PROMPT, ANSWER = 1024, 32
-"""Tokens that are read and written; a context that is smaller has fewer to read."""
+"""Tokens to read and to generate; a smaller context has fewer to read."""
 ROUNDS = 3
 """The best one counts."""
 MARGIN = 0.9
-"""Share of the native time that OpenVINO's must be below: only natively is sparse attention fast."""
+"""OpenVINO must take less than this share of the native time: only the native kernels have fast sparse attention."""
 MEMORY = 4
-"""Times the size of the model that must be free: OpenVINO holds its weights, mostly in 8 bits, and what it exports."""
+"""Free memory needed, in sizes of the model: OpenVINO holds its weights, mostly in 8 bits, and the exported file."""
 
 
 class RunTimes(NamedTuple):
@@ -38,7 +38,7 @@ class RunTimes(NamedTuple):
 
 
 def short_of_memory(native: Artifact, device: Device) -> str:
-    """Why there is no room to compile the other form, as a note; empty where there is."""
+    """A note that memory is too small to compile the other form; empty if it is not."""
     size = sum(
         content.stat().st_size if isinstance(content, Path) else len(content) for content in native.files.values()
     )
@@ -46,13 +46,13 @@ def short_of_memory(native: Artifact, device: Device) -> str:
     if MEMORY * size <= free:
         return ""
     return (
-        f"native kernels were taken unmeasured: to compile by OpenVINO, too, needs {MEMORY * size / 1e9:.1f} GB of "
-        f"free memory, and there are {free / 1e9:.1f}"
+        f"native kernels were chosen without measuring: compiling with OpenVINO too needs {MEMORY * size / 1e9:.1f} GB "
+        f"of free memory, and {free / 1e9:.1f} GB are free"
     )
 
 
 def faster(native: Artifact, openvino: Artifact, device: Device, options: Options) -> Artifact:
-    """One of two artifacts of the same decoder, with a note of what was measured.
+    """The faster of two artifacts of the same decoder, with a note of both times.
 
     Raises:
         EngineError: one of them cannot be run.
@@ -60,12 +60,12 @@ def faster(native: Artifact, openvino: Artifact, device: Device, options: Option
     ours, theirs = times(native, device, options), times(openvino, device, options)
     keep = openvino if sum(theirs[:2]) < MARGIN * sum(ours[:2]) else native
     which = "OpenVINO's" if keep is openvino else "the native ones"
-    note = f"native kernels: {ours}; OpenVINO's own: {theirs}; measured here when this was compiled, {which} were kept"
+    note = f"native kernels: {ours}; OpenVINO's own: {theirs}; measured here at compile time, {which} were kept"
     return replace(keep, notes=[*keep.notes, note])
 
 
 def times(artifact: Artifact, device: Device, options: Options) -> RunTimes:
-    """How long an artifact takes."""
+    """The best of `ROUNDS` runs of an artifact."""
     with tempfile.TemporaryDirectory() as folder:
         files = {}
         for name, content in artifact.files.items():

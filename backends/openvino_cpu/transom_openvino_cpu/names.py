@@ -1,4 +1,4 @@
-"""The names of inputs and files that compile and load agree on."""
+"""Names of inputs and files, shared by compile and load."""
 
 from __future__ import annotations
 

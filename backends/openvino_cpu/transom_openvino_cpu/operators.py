@@ -1,6 +1,6 @@
-"""Lowering tables: one function for each ONNX operator, from a node and its lowered inputs to OpenVINO outputs.
+"""Lowering table: one function per ONNX operator, from a node and its lowered inputs to OpenVINO outputs.
 
-Operators of ONNX that have no function here go through OpenVINO's ONNX frontend one node at a time (`frontend`).
+ONNX operators without a function here are converted node by node by OpenVINO's ONNX frontend (`frontend`).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ ELEMENT_TYPES = {
     1: np.float32, 2: np.uint8, 3: np.int8, 5: np.int16, 6: np.int32, 7: np.int64, 9: np.bool_, 10: np.float16,
     11: np.float64, 12: np.uint32, 13: np.uint64,
 }  # fmt: skip
-"""ONNX element types that a cast may name."""
+"""ONNX element types that a cast may produce."""
 
 
 def lowers(*op_types: str) -> Callable[[Lower], Lower]:
@@ -80,7 +80,7 @@ def _binary(w: StageWriter, node: ir.Node, attributes: Attributes) -> list[Node]
 def _div(w: StageWriter, node: ir.Node, attributes: Attributes) -> list[Node]:
     a, b = w.get(node.inputs[0]), w.get(node.inputs[1])
     if not _floating(a):
-        return w.through_frontend(node)  # whole numbers round towards zero
+        return w.through_frontend(node)  # integer division truncates
     return [_op().divide(a, b)]
 
 
@@ -215,7 +215,7 @@ def _gather(w: StageWriter, node: ir.Node, attributes: Attributes) -> list[Node]
     return [_op().gather(w.get(node.inputs[0]), w.get(ids), ints(axis))]
 
 
-# what decoders are made of --------------------------------------------------------------------------------------------
+# operators of decoders -----------------------------------------------------------------------------------------------
 @lowers("MatMul")
 def _matmul(w: StageWriter, node: ir.Node, attributes: Attributes) -> list[Node]:
     fused = w.linear(node)
@@ -238,8 +238,8 @@ def _rms(w: StageWriter, node: ir.Node, attributes: Attributes) -> list[Node]:
 
 @lowers("RotaryEmbedding")
 def _rotary(w: StageWriter, node: ir.Node, attributes: Attributes) -> list[Node]:
-    """Written as `x * [cos, cos] + [-x2, x1] * [sin, sin]` over rank 4, to the letter: the form that the CPU plug-in
-    fuses into one operator with float32 tables (its pass RoPEFusionGPTNEOX), a tenth of a decode step faster."""
+    """Written exactly as `x * [cos, cos] + [-x2, x1] * [sin, sin]` with rank 4. The CPU plug-in fuses this form into
+    one operator with float32 tables (its pass RoPEFusionGPTNEOX), which makes a decode step 10 % faster."""
     op = _op()
     packed = _packed_tokens(node)
     if packed is not None and w.get(packed[0]).get_partial_shape().rank.get_length() != 2:
@@ -256,7 +256,7 @@ def _rotary(w: StageWriter, node: ir.Node, attributes: Attributes) -> list[Node]
         heads = int(attributes["num_heads"])
         width = shape[shape.rank.get_length() - 1].get_length()
         dim = width // heads
-        four = op.reshape(x, ints([-1, heads, 1, dim]), False)  # each token a batch of one position
+        four = op.reshape(x, ints([-1, heads, 1, dim]), False)  # each token is a batch of one position
     else:
         dim, four = shape[3].get_length(), x
     rotated = int(attributes.get("rotary_embedding_dim", 0)) or dim
@@ -269,7 +269,7 @@ def _rotary(w: StageWriter, node: ir.Node, attributes: Attributes) -> list[Node]
     rest = None
     if rotated != dim:
         four, rest = op.variadic_split(four, ints(3), ints([rotated, dim - rotated])).outputs()
-    order = np.arange(rotated).reshape(-1, 2).T.reshape(-1)  # neighbours apart: all firsts, then all seconds
+    order = np.arange(rotated).reshape(-1, 2).T.reshape(-1)  # deinterleave: first elements of all pairs, then second
     if interleaved:
         four = op.gather(four, ints(order), ints(3))
     a, b = op.variadic_split(four, ints(3), ints([rotated // 2, rotated // 2])).outputs()
@@ -292,20 +292,20 @@ def _rotary(w: StageWriter, node: ir.Node, attributes: Attributes) -> list[Node]
 
 
 def _packed_tokens(node: ir.Node) -> tuple[ir.Value, list[ir.Node]] | None:
-    """Where a rotation of packed tokens is only dressed as a batch of one: the tokens [tokens, width] before that, and
-    the nodes that undress it. None for any other rotation."""
-    dress = node.inputs[0].producer() if node.inputs[0] is not None else None
+    """For a rotation of packed tokens with a batch axis of one: the tokens [tokens, width] before the axis was added,
+    and the nodes that remove it. None for any other rotation."""
+    unsqueeze = node.inputs[0].producer() if node.inputs[0] is not None else None
     uses = [user for user, _ in node.outputs[0].uses()]
-    if dress is None or dress.op_type != "Unsqueeze" or node.outputs[0].is_graph_output():
+    if unsqueeze is None or unsqueeze.op_type != "Unsqueeze" or node.outputs[0].is_graph_output():
         return None
-    if any(n.domain or n.op_type != "Squeeze" for n in uses) or not _along_first([dress, *uses]):
+    if any(n.domain or n.op_type != "Squeeze" for n in uses) or not _along_first([unsqueeze, *uses]):
         return None
-    tokens = dress.inputs[0]
+    tokens = unsqueeze.inputs[0]
     return None if tokens is None else (tokens, uses)
 
 
 def _along_first(nodes: Sequence[ir.Node]) -> bool:
-    """Whether each node adds or drops the first axis alone."""
+    """Whether each node adds or removes only the first axis."""
     axes = [constant_of(n.inputs[1]) if len(n.inputs) > 1 else None for n in nodes]
     return all(a is not None and a.reshape(-1).tolist() == [0] for a in axes)
 
@@ -344,7 +344,7 @@ def _dequantize(w: StageWriter, node: ir.Node, attributes: Attributes) -> list[N
 
 
 def initializer(value: ir.Value) -> Node:
-    """A constant of the graph as it is."""
+    """A constant of the graph, unchanged."""
     weight = value.meta.get("transom.weight")
     if isinstance(weight, Dense) and weight.dtype == "float32":
         return dense(weight)

@@ -1,4 +1,4 @@
-"""Memory behind pages: the system gives it as pages are written to, and gets it back when they are dropped."""
+"""Memory of cache pages: committed as pages are written, released when they are dropped."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 
 class PageMemory:
-    """Pages of one size, one behind the other.
+    """Contiguous pages of one size.
 
     Args:
-        pages: how many.
-        size: bytes of a page.
+        pages: number of pages.
+        size: bytes per page.
     """
 
     def __init__(self, pages: int, size: int) -> None:
@@ -24,8 +24,8 @@ class PageMemory:
         self.bytes: Array = np.frombuffer(self._map, np.uint8).reshape(pages, size)
 
     def drop(self, pages: Sequence[int]) -> None:
-        """Give back what these pages alone lie in; they read as zeros then. Does nothing where the system takes
-        nothing back (all but Linux)."""
+        """Release the memory that only these pages occupy; they then read as zeros. Does nothing on systems other than
+        Linux, which cannot release it."""
         if not hasattr(mmap, "MADV_REMOVE"):
             return
         for first, end in runs(pages):
@@ -36,7 +36,7 @@ class PageMemory:
 
 
 def runs(pages: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Pages that follow each other, as (first, behind the last)."""
+    """Ranges of consecutive pages, as (first, end)."""
     first = end = -1
     for page in sorted(pages):
         if page != end:

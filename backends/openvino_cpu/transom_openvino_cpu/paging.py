@@ -1,4 +1,4 @@
-"""OpenVINO's PagedAttention as a paged engine: the arrays behind the pages, and the inputs of a step."""
+"""OpenVINO's PagedAttention as a paged engine: the arrays of the pages, and the inputs of a step."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _CONTAINERS: dict[int, Any] = {1: np.uint8, 2: np.uint16, 4: np.float32}
 
 
 class OpenVinoPages:
-    """Runs the stages of an artifact over pages that lie here."""
+    """Runs the stages of an artifact over pages in its own memory."""
 
     page_tokens = names.PAGE_TOKENS
 
@@ -36,8 +36,8 @@ class OpenVinoPages:
         return self._decoder.cache_bytes(names.PAGE_TOKENS, self._element_bytes)
 
     def bind_pages(self, pages: int) -> None:
-        """Reserve them all at once; the system gives memory as pages are written to. One page more is nobody's:
-        padding goes there."""
+        """Reserve all pages at once; the system commits memory as pages are written. One extra page belongs to no
+        sequence: padding is written there."""
         self._scratch = pages
         container = np.dtype(_CONTAINERS[self._element_bytes])
         for i, layer in enumerate(self._decoder.layers):
@@ -57,7 +57,7 @@ class OpenVinoPages:
             memory.drop(pages)
 
     def warm_up(self) -> None:
-        """One token that nobody sees: the engine repacks its weights."""
+        """Run one token of no sequence, so that the engine repacks its weights."""
         self._engine.run(self._arguments([np.zeros(1, np.int64)], [0], [[self._scratch]], [0]), (), keep=True)
         self._engine.drop_read_pages()
 
@@ -69,7 +69,7 @@ class OpenVinoPages:
     def _arguments(
         self, tokens: Sequence[Array], past: Sequence[int], pages: Sequence[Sequence[int]], rows: Sequence[int]
     ) -> dict[str, Array]:
-        """The inputs of a step, padded by a sequence of its own to one of few token counts: see `padded`."""
+        """The inputs of a step, padded by an extra sequence to one of a few token counts: see `padded`."""
         counts = [len(t) for t in tokens]
         total = sum(counts)
         if padding := padded(total) - total:
@@ -91,14 +91,14 @@ class OpenVinoPages:
 
 
 def _begins(counts: Sequence[int]) -> Array:
-    """Where each part starts, and where the last ends: int32 [parts + 1]."""
+    """The start of each part, and the end of the last: int32 [parts + 1]."""
     return np.array(list(accumulate(counts, initial=0)), np.int32)
 
 
 def padded(count: int) -> int:
-    """The size that `count` tokens (or rows of logits) are padded to: few enough sizes in all.
+    """The size that `count` tokens (or rows of logits) are padded to, one of a small number of sizes.
 
-    The engine keeps code and buffers for each size it meets, about 1 MB, and never gives them back.
+    The engine keeps code and buffers, about 1 MB, for each size that it has run, and never frees them.
     """
     step = 1 if count <= 16 else 8 if count <= 128 else names.PAGE_TOKENS
     return -(-count // step) * step

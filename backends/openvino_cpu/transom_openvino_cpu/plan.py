@@ -1,4 +1,4 @@
-"""What compile leaves for load beside the compiled stages: a small JSON file."""
+"""The plan that compile writes for load, a small JSON file beside the compiled stages."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class StagePlan:
     file: str
     outputs: tuple[str, ...]
     config: dict[str, str]
-    """Properties to compile with, and to pass again when the file is read: it forgets some of them."""
+    """Properties for compiling, which are passed again on import, since the file lacks some of them."""
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,12 @@ class EnginePlan:
 
     stages: tuple[StagePlan, ...]
     inputs: tuple[str, ...]
-    """Of the graph; `run` takes exactly these."""
+    """Inputs of the graph; `run` takes exactly these."""
     outputs: tuple[str, ...]
     decoder: Decoder | None
     paged: bool
     native: str = ""
-    """The instruction set of the native library that runs the decoder; empty: the stages do."""
+    """The instruction set of the native library that runs the decoder; empty if OpenVINO runs it."""
 
     def to_json(self) -> str:
         raw = asdict(self)

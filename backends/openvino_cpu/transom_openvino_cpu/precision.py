@@ -1,28 +1,28 @@
-"""In what numbers a model runs: what `precision=` means here, what `auto` takes on which CPU, and what it costs.
+"""Compute precision: the meaning of `precision=` in this backend, and the choice of `auto` on each CPU.
 
-A decoder runs by the native library, or where that cannot be had by OpenVINO. The names mean the same, with small
-differences inside:
+The native library runs a decoder if it can, else OpenVINO does. The values mean the same in both, with small
+differences:
 
 | value | weights | activations and cache |
 |---|---|---|
 | `exact`, `f32` | as stored, blocks unpacked on the fly without loss | float32 |
-| `bf16` | as stored | bfloat16 into matrix products and in the cache, float32 inside norms, rotary tables and the \
-vocabulary matrix; natively float32 between operators |
-| `f16` | as stored | float16; needs avx512_fp16, and OpenVINO |
-| `fast`, `int8` | natively the stored blocks, plain matrices rounded to int8 in groups of 64; through OpenVINO blocks \
-with minimums are rounded too | int8 into matrix products, rounded on the fly in groups of 64 or less; natively int8 \
-in the cache and in both products of attention, with a scale for each token and head; through OpenVINO a bfloat16 \
-cache (float32 without bf16 hardware) |
-| `int4` | the stored 4-bit blocks; refused where the checkpoint has none | as `bf16` |
+| `bf16` | as stored | bfloat16 inputs of matrix products and cache, float32 in norms, rotary tables and the \
+vocabulary matrix; native: float32 between operators |
+| `f16` | as stored | float16; needs avx512_fp16 and OpenVINO |
+| `fast`, `int8` | native: stored blocks, plain matrices quantized to int8 in groups of 64; OpenVINO: blocks with \
+minimums are requantized too | int8 inputs of matrix products, quantized on the fly in groups of 64 or less; native: \
+int8 in the cache and in both products of attention, with a scale per token and head; OpenVINO: bfloat16 cache \
+(float32 without bf16 hardware) |
+| `int4` | the stored 4-bit blocks; refused if the checkpoint has none | as `bf16` |
 | `auto` | see below | |
 
-`auto` runs a graph that is no decoder in float32. For a decoder it takes, by the CPU's features:
+`auto` runs a graph that is not a decoder in float32. For a decoder it depends on the CPU's features:
 
-- AVX-512 VNNI or AVX-VNNI, quantised checkpoint: as `fast`;
+- AVX-512 VNNI or AVX-VNNI, quantized checkpoint: as `fast`;
 - bf16 hardware (avx512_bf16, amx_bf16), checkpoint in float32, float16 or bfloat16: as `bf16`;
-- else: as `exact`.
+- otherwise: as `exact`.
 
-The vocabulary matrix is never requantised. What `auto` costs is measured by `benchmarks/cpu_fidelity.py`.
+The vocabulary matrix is never requantized. `benchmarks/cpu_fidelity.py` measures the loss of accuracy of `auto`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 Hint = Literal["f32", "bf16", "f16"]
 
 GROUP = 64
-"""Columns that share a scale when a matrix is requantised to int8."""
+"""Columns that share a scale when a matrix is quantized to int8."""
 NAMES = ("auto", "exact", "fast", "f32", "bf16", "f16", "int8", "int4")
 _BF16 = frozenset({"avx512_bf16", "amx_bf16"})
 _VNNI = frozenset({"avx512_vnni", "avx_vnni"})
@@ -54,23 +54,23 @@ class CpuPrecision:
     name: str
     """`"exact"`, `"bf16"`, `"f16"`, `"int8"` or `"int4"`."""
     hint: Hint
-    """Numbers between operators and in the cache."""
+    """Number format between operators and in the cache."""
     dynamic: bool
-    """Matrix products take int8 activations, quantised on the fly."""
+    """Matrix products take int8 activations, quantized on the fly."""
     dense_to_int8: bool = False
-    """Matrices that are not quantised are, too."""
+    """Matrices stored unquantized are quantized to int8, too."""
 
     @property
     def cache(self) -> str:
-        """In what numbers the native library keeps keys and values: one of `native.program.CACHES`."""
+        """Number format of the native library's cache: one of `native.program.CACHES`."""
         return "int8" if self.dynamic else self.hint
 
     def describe_cache(self) -> str:
-        """The native library's, as a report has it."""
+        """The number format of the native library's cache, for a report."""
         return {"f32": "float32", "bf16": "bfloat16", "int8": "int8"}[self.cache]
 
     def describe(self) -> str:
-        """What OpenVINO computes in, as a report has it."""
+        """OpenVINO's compute precision, for a report."""
         wide = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}[self.hint]
         if self.dynamic:
             return f"int8 matrix products, {wide} elsewhere, {wide} cache"
@@ -84,7 +84,7 @@ def resolve(options: Options, device: Device, matrices: Iterable[Weight], *, dec
         matrices: the weights of matrix products.
 
     Raises:
-        OptionError: the value is unknown, or this CPU or this checkpoint cannot have it.
+        OptionError: the value is unknown, or this CPU or checkpoint does not support it.
     """
     asked = str(options.get("precision") or "auto")
     if asked not in NAMES:
@@ -117,15 +117,15 @@ def resolve(options: Options, device: Device, matrices: Iterable[Weight], *, dec
         stored = _stored(matrices)
         if not stored["4-bit"]:
             raise OptionError(
-                f"{option('precision', 'int4')} keeps 4-bit weights as they are, and this checkpoint has none",
-                f"Quantise it first, or use {option('precision', 'int8')}",
+                f"{option('precision', 'int4')} uses the stored 4-bit weights, and this checkpoint has none",
+                f"Quantize it first, or use {option('precision', 'int8')}",
             )
         return CpuPrecision("int4", wide, False)
     return CpuPrecision("int8", wide, True, dense_to_int8=True)
 
 
 def _stored(matrices: Iterable[Weight]) -> Counter[str]:
-    """Elements by form: `dense`, `blocked`, and of these `4-bit`."""
+    """Number of elements by form: `dense`, `blocked`, and `4-bit` among the blocked ones."""
     count: Counter[str] = Counter()
     for weight in matrices:
         elements = weight.shape[0] * weight.shape[-1]
@@ -138,7 +138,7 @@ def _stored(matrices: Iterable[Weight]) -> Counter[str]:
 
 
 def _in_integers(weight: Weight) -> TypeGuard[Blocked]:
-    """Whether it is in blocks of integers. 8-bit floats are multiplied as wide ones, like a plain matrix."""
+    """Whether it is in blocks of integers. 8-bit floats are widened before products, like a plain matrix."""
     from transom.graph.weights import Blocked
 
     return isinstance(weight, Blocked) and "int" in weight.dtype
@@ -146,22 +146,22 @@ def _in_integers(weight: Weight) -> TypeGuard[Blocked]:
 
 @dataclass(frozen=True)
 class ProductForm:
-    """How one matrix is kept."""
+    """How one matrix is stored."""
 
     kind: Literal["stored", "int8"]
     group: int
-    """Columns that share a scale; 0: none do."""
+    """Columns that share a scale; 0: there are no scales."""
 
 
 def form_of(weight: Weight, precision: CpuPrecision) -> ProductForm:
-    """How the matrix of a product is kept, so that what the precision promises comes true without loss where it can."""
+    """How the matrix of a product is stored for a precision: without loss where possible."""
     from transom.graph.weights import Blocked
 
     stored = ProductForm("stored", weight.block if isinstance(weight, Blocked) else 0)
     if not precision.dynamic:
         return stored
     if _in_integers(weight):
-        # Integer blocks are multiplied as they are; minimums and small blocks cannot be.
+        # Integer blocks are multiplied as stored, unless they have minimums or are small.
         if not weight.has_minimums and weight.block >= 32:
             return stored
     elif not precision.dense_to_int8 or len(weight.shape) != 2:
@@ -171,9 +171,9 @@ def form_of(weight: Weight, precision: CpuPrecision) -> ProductForm:
 
 
 def dynamic_group(forms: Iterable[tuple[Weight, ProductForm]]) -> int:
-    """The group in which activations are quantised: one for the whole model, that of most of its numbers.
+    """The group size for quantizing activations: one for the whole model, the size that most of its weights have.
 
-    The engine silently leaves it out for matrices with smaller groups, so the smaller of two near-equals is taken.
+    The engine silently skips matrices with smaller groups, so of two nearly equally frequent sizes the smaller is used.
     """
     count: Counter[int] = Counter()
     for weight, form in forms:

@@ -1,4 +1,4 @@
-"""What the backend says of each device, from the host's records alone: no SDK is imported and nothing is detected."""
+"""The backend's answer for each device, from the host's records alone: imports no SDK and detects nothing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transom.errors import option
 from transom_openvino_cpu.native.choosing import SWITCH, level_on, measures
 
 OLDEST = (2026, 4)
-"""The first release whose PagedAttention has the form that `attention` writes."""
+"""The first release whose PagedAttention has the inputs that `attention` writes."""
 INSTALL = "pip install 'transom[openvino]'"
 
 
@@ -26,7 +26,7 @@ def installed() -> str | None:
 
 
 def isa(device: Device) -> str:
-    """The class of instructions that compiled code depends on: part of an artifact's requirements."""
+    """The instruction set that compiled code depends on: part of an artifact's requirements."""
     for name, needed in (
         ("amx", {"amx_bf16"}),
         ("avx512_bf16", {"avx512_bf16"}),
@@ -41,7 +41,7 @@ def isa(device: Device) -> str:
 
 
 def answer(device: Device) -> Offer | Refusal:
-    """Yes or no for one device."""
+    """An offer or a refusal for one device."""
     if device.kind != "cpu":
         what = "a device that is only compiled for" if device.kind == "remote" else f"a device of kind {device.kind}"
         return Refusal(
@@ -58,7 +58,7 @@ def answer(device: Device) -> Offer | Refusal:
     if device.arch not in ("x86_64", "aarch64", "arm64"):
         return Refusal(device.id, "missing_feature", f"openvino has no kernels for {device.arch}")
     if device.arch != "x86_64":
-        # Runs by OpenVINO's own account; nothing here has been measured on it.
+        # OpenVINO supports it; this backend has not been measured on it.
         return Offer(device.id, "generic", f"{device.arch}, OpenVINO {version}")
     if (asked := os.environ.get(SWITCH, "")) not in ("", "0", "measure", "require"):
         fix = f"Set {SWITCH} to 0 or to measure, or do not set it"
@@ -71,7 +71,7 @@ def answer(device: Device) -> Offer | Refusal:
 
 
 def requirements(device: Device) -> dict[str, str]:
-    """What an artifact compiled here needs: everything that `verdict` compares."""
+    """The requirements of an artifact compiled here: everything that `check` compares."""
     return {
         "format": FORMAT,
         "openvino": installed() or "none",
@@ -83,7 +83,7 @@ def requirements(device: Device) -> dict[str, str]:
 
 
 FORMAT = "3"
-"""Of the files that this backend writes."""
+"""Version of the files that this backend writes."""
 
 
 def _numbers(version: str) -> tuple[int, ...]:

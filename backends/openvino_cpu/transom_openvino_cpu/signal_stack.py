@@ -1,7 +1,7 @@
-"""OpenVINO gives the thread that opens a model a stack for signals, and frees it on whichever thread lets the model go.
+"""Keeps a thread's alternate signal stack while OpenVINO opens or closes a model.
 
-Python runs its signal handlers on that stack, so that after a model was closed on another thread Ctrl-C would end the
-process by a segmentation fault (OpenVINO 2026.4 on Linux). The thread's own stack is therefore put back at once.
+OpenVINO 2026.4 on Linux replaces the signal stack of the thread that opens a model, and frees the new one on the thread
+that closes it. After a close on another thread, Ctrl-C would end the process with a segmentation fault.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class _Stack(ctypes.Structure):
 
 @contextlib.contextmanager
 def signal_stack_kept() -> Iterator[None]:
-    """After the block this thread handles signals on the stack that it did before."""
+    """Restores the thread's signal stack at the end of the block."""
     if sys.platform != "linux":
         yield
         return

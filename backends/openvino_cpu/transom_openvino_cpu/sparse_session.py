@@ -1,4 +1,4 @@
-"""The paged session over the native engine: it also obeys sparsity policies, and counts the keys that are read."""
+"""The paged session over the native engine, with sparsity policies and counts of the keys read."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transom_openvino_cpu.native.engine import NativeEngine
 
 
 class SparseState(PagedState):
-    """A state with what sparse attention remembers of its sequence: made when it is first needed."""
+    """A state with the route that sparse attention keeps for a sequence, created when it is first needed."""
 
     def __init__(self, table: PageTable, page_bytes: int, engine: NativeEngine) -> None:
         super().__init__(table, page_bytes)
@@ -23,7 +23,7 @@ class SparseState(PagedState):
         self.route = 0
         self._counts: Array | None = None
         self._dense: list[tuple[int, int, bool]] = []
-        """Steps without a route: cached tokens, new tokens, whether these were a chunk."""
+        """Steps without a route: cached tokens, new tokens, whether the step was a chunk."""
 
     def need_route(self) -> int:
         if not self.route:
@@ -31,7 +31,7 @@ class SparseState(PagedState):
         return self.route
 
     def ran_dense(self, past: int, count: int) -> None:
-        """A step without a route has run. Decoding takes one entry, however long it is."""
+        """Record a step without a route. Consecutive decoding steps share one entry."""
         chunk = count >= CHUNK
         if self._dense and not chunk:
             before, tokens, was_chunk = self._dense[-1]
@@ -53,10 +53,10 @@ class SparseState(PagedState):
         return self._counts.copy()
 
     def fork(self, length: int) -> SparseState:
-        twin = SparseState(self.table.fork(length), self._page_bytes, self._engine)
+        forked = SparseState(self.table.fork(length), self._page_bytes, self._engine)
         if self.route:
-            twin.route = self._engine.copy_route(self.route)
-        return twin
+            forked.route = self._engine.copy_route(self.route)
+        return forked
 
     def free(self) -> None:
         super().free()
@@ -72,7 +72,7 @@ class SparseState(PagedState):
 
 
 class NativeSession(PagedSession):
-    """A `transom.contract.SparseSession`, and a `SavingSession`."""
+    """A `SparseSession` and `SavingSession` of `transom.contract_optional`."""
 
     def __init__(self, engine: NativeEngine, decoder: Decoder, *, context: int, pages: int) -> None:
         self._native = engine
@@ -83,14 +83,14 @@ class NativeSession(PagedSession):
         return SparseState(self._pool.new_table(), self._page_bytes, self._native)
 
     def keys_read(self, state: State) -> Tensor:
-        """float64 [2, layers, kv_heads]; see `transom.contract.SparseSession`."""
+        """float64 [2, layers, kv_heads]; see `transom.contract_optional.SparseSession`."""
         if not isinstance(state, SparseState) or state.table.pool is not self._pool:
             raise ValueError("this sequence state belongs to another session")
         state.table.pages  # noqa: B018  a freed state raises here
         return state.keys_read()
 
     def save(self, state: State) -> Mapping[str, Tensor]:
-        """Pages of each layer, uint8 [pages, bytes], and the route of sparse attention where there is one."""
+        """Pages of each layer, uint8 [pages, bytes], and the route of sparse attention if there is one."""
         if not isinstance(state, SparseState) or state.table.pool is not self._pool:
             raise ValueError("this sequence state belongs to another session")
         pages = state.table.pages
@@ -100,10 +100,10 @@ class NativeSession(PagedSession):
         return found
 
     def restore(self, length: int, arrays: Mapping[str, Tensor]) -> SparseState:
-        """A state out of what `save` gave.
+        """A state from the output of `save`.
 
         Raises:
-            ValueError: these are no arrays of a state of so many tokens.
+            ValueError: the arrays do not fit a state of `length` tokens.
             OutOfPages: the pool is too small.
         """
         self._need_open()
@@ -118,11 +118,11 @@ class NativeSession(PagedSession):
             memory = self._native.route_data(state.need_route())
             if np.asarray(route).dtype != np.uint8 or np.shape(route) != memory.shape:
                 state.free()
-                raise ValueError("what sparse attention knew of it is of another size")
+                raise ValueError("the saved route of sparse attention has the wrong size")
             memory[:] = route
             if not self._native.route_fits(state.route, length):
                 state.free()
-                raise ValueError("what sparse attention knew of it is damaged")
+                raise ValueError("the saved route of sparse attention is damaged")
             self._native.take_counts(state.route)
         reservation = self._pool.reserve([(state.table, length)])
         for i, data in enumerate(layers):
@@ -133,7 +133,7 @@ class NativeSession(PagedSession):
     def _check(self, work: Sequence[Work]) -> None:
         check_step(work, self._limits, self._decoder.vocabulary, sparsity=True)
         for w in work:
-            self._native.policy(self._text(w))  # ValueError for one that cannot be obeyed
+            self._native.policy(self._text(w))  # raises ValueError for an unsupported policy
 
     def _text(self, work: Work) -> str:
         return self._native.program.sparsity if work.sparsity is None else work.sparsity

@@ -1,12 +1,12 @@
-"""Cutting a decoder into stages that run one after another, each with its own precision.
+"""Splits a decoder into stages that run in order, each with its own precision.
 
-The vocabulary matrix is a stage of its own, so that the logits of a long text can be computed some rows at a time: all
-at once they would take hundreds of megabytes that the engine never gives back.
+The vocabulary matrix is a stage of its own, so that the logits of a long text can be computed some rows at a time.
+Computed at once they would take hundreds of megabytes that the engine never frees.
 
-bfloat16 between operators is fine for a decoder's layers and wrong at its two ends: a position times a frequency needs
-more than 8 bits (at position 300 the angle would be off by a radian), and logits near 30 would be rounded to eighths.
-So with a narrow hint the vocabulary matrix is computed in float32, and so are the rotary tables: by the engine itself,
-which knows them where it fuses every rotation, or else in a stage of their own.
+bfloat16 between operators suits a decoder's layers but not its two ends: a position times a frequency needs more than 8
+bits (at position 300 the angle would be off by a radian), and logits near 30 would be rounded to eighths. With a narrow
+hint the vocabulary matrix and the rotary tables are therefore computed in float32. The engine does so for the tables if
+it fuses every rotation; otherwise they get a stage of their own.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ class Cut:
 
 
 def cut(graph: Graph, precision: CpuPrecision, *, tables_apart: bool) -> list[Cut]:
-    """The stages of a graph; one where it is no decoder.
+    """The stages of a graph; a graph that is not a decoder has one.
 
     Args:
-        tables_apart: make the rotary tables a stage of their own under a narrow hint.
+        tables_apart: with a narrow hint, put the rotary tables into a stage of their own.
     """
     nodes = list(graph.nodes())
     if graph.decoder is None:
@@ -50,8 +50,8 @@ def cut(graph: Graph, precision: CpuPrecision, *, tables_apart: bool) -> list[Cu
     body = [n for n in nodes if id(n) not in tables and id(n) not in head]
     in_front = [n for n in nodes if id(n) in tables]
     behind = [n for n in nodes if id(n) in head]
-    # Plain matrices would be unpacked to float32 under a float32 hint; under a narrow one they give float32 all the
-    # same, since no rounding follows the product.
+    # A float32 hint would unpack plain matrices to float32. A narrow hint gives float32 results too, since nothing is
+    # rounded behind the product.
     matrices = [w for n in behind if (w := linear_weight(n)) is not None]
     wide = all(isinstance(w, Blocked) for w in matrices)
     stages = [Cut("tables", "f32", in_front), Cut("body", precision.hint, body)]
@@ -60,21 +60,21 @@ def cut(graph: Graph, precision: CpuPrecision, *, tables_apart: bool) -> list[Cu
 
 
 def has_wide_tables(compiled: Any) -> bool:
-    """Whether a compiled body computes its rotary tables in float32 all the way: no narrow value leads to a sine or a
-    cosine, nor from one to the rotation that reads it."""
+    """Whether a compiled body computes its rotary tables entirely in float32: no narrow value is on the way to a sine
+    or cosine, or from one to its rotation."""
 
-    def told(node: Any, key: str) -> str:
+    def info(node: Any, key: str) -> str:
         return str(node.get_rt_info()[key].astype(str))
 
     nodes = compiled.get_runtime_model().get_ordered_ops()
-    waves = [n for n in nodes if told(n, "layerType") == "Math"]
+    waves = [n for n in nodes if info(n, "layerType") == "Math"]
     before = [i.get_source_output().get_node() for n in waves for i in n.inputs()]
     after = [i.get_node() for n in waves for o in n.outputs() for i in o.get_target_inputs()]
     while before or after:
         node, forwards = (before.pop(), False) if before else (after.pop(), True)
-        if forwards and told(node, "layerType") == "RoPE":
+        if forwards and info(node, "layerType") == "RoPE":
             continue
-        if set(told(node, "outputPrecisions").split(",")) & {"bf16", "f16"}:
+        if set(info(node, "outputPrecisions").split(",")) & {"bf16", "f16"}:
             return False
         if forwards:
             after += [i.get_node() for o in node.outputs() for i in o.get_target_inputs()]
@@ -88,7 +88,7 @@ def _inputs(graph: Graph, *names: str) -> set[int]:
 
 
 def _tables(graph: Graph, nodes: Iterable[ir.Node]) -> set[int]:
-    """Sines and cosines of positions, what leads to them, and what only they lead to."""
+    """Sines and cosines of positions, their inputs, and the nodes that depend only on them."""
     positions = _inputs(graph, "positions")
     from_positions: dict[int, ir.Node] = {}
     values = set(positions)
@@ -114,7 +114,7 @@ def _tables(graph: Graph, nodes: Iterable[ir.Node]) -> set[int]:
 
 
 def _head(graph: Graph, nodes: Iterable[ir.Node]) -> set[int]:
-    """What follows the choice of the rows whose logits were asked for."""
+    """The nodes behind the selection of the rows that need logits."""
     rows = _inputs(graph, "logit_rows")
     after: set[int] = set()
     chosen: set[int] = set()
@@ -126,7 +126,7 @@ def _head(graph: Graph, nodes: Iterable[ir.Node]) -> set[int]:
             chosen.add(id(node))
             after |= {id(v) for v in node.outputs}
         elif any(id(v) in rows for v in read):
-            return set()  # rows are chosen in a way that is not known here
+            return set()  # rows are selected in an unsupported way
     return chosen
 
 

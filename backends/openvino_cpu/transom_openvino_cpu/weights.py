@@ -1,7 +1,7 @@
-"""Weights as OpenVINO constants: quantised blocks stay packed, and the engine unpacks them inside its matrix product.
+"""Weights as OpenVINO constants. Quantized blocks stay packed, and the engine unpacks them in its matrix product.
 
-The forms below are the ones that the CPU plug-in recognises as compressed weights; any other chain of operators would
-be folded into float32 at compile time, four to eight times as large.
+The CPU plug-in recognises the forms below as compressed weights. It would fold any other chain of operators into
+float32 at compile time, four to eight times as large.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Node = Any
 
 
 def constant(array: Array) -> Node:
-    """Any NumPy array, bfloat16, E4M3 and 4-bit types included."""
+    """A constant from a NumPy array of any type, including bfloat16, E4M3 and 4-bit types."""
     import openvino as ov
     from openvino import opset13 as op
 
@@ -35,7 +35,7 @@ def constant(array: Array) -> Node:
 
 
 def _packed(values: Array, *, signed: bool = False) -> Node:
-    """4-bit numbers, two in a byte, the first in the low half."""
+    """4-bit numbers, two per byte, the first in the low half."""
     import openvino as ov
     from openvino import opset13 as op
 
@@ -51,24 +51,24 @@ def matrix(weight: Weight, form: ProductForm, *, exact: bool) -> Node:
     """A weight [rows, columns] as a float32 node for `MatMul(x, ·, transpose_b=True)`.
 
     Args:
-        exact: scales and minimums in float32; else float16, where they came as float16, which is smaller.
+        exact: store scales and minimums in float32; otherwise those that came as float16 stay float16.
     """
     if isinstance(weight, Dense):
-        return _requantised(weight, form.group) if form.kind == "int8" else dense(weight)
+        return _requantized(weight, form.group) if form.kind == "int8" else dense(weight)
     if form.kind == "int8":
-        return _requantised(weight, form.group)
+        return _requantized(weight, form.group)
     return _blocks(weight, exact=exact)
 
 
 def dense(weight: Dense) -> Node:
-    """A plain tensor as a float32 node; narrower ones are stored as they are."""
+    """A plain tensor as a float32 node, stored in its own type."""
     from openvino import opset13 as op
 
     node = constant(weight.load())
     return node if weight.dtype == "float32" else op.convert(node, np.float32)
 
 
-def _requantised(weight: Weight, group: int) -> Node:
+def _requantized(weight: Weight, group: int) -> Node:
     """int8 in groups along the columns, symmetric."""
     from openvino import opset13 as op
 
@@ -86,7 +86,7 @@ def _flat(node: Node, rows: int, columns: int) -> Node:
 
 
 def _blocks(weight: Blocked, *, exact: bool) -> Node:
-    """Stored blocks as they are: (quants - zero point) * scale, a minimum written as a fractional zero point."""
+    """Stored blocks, unchanged: (quants - zero point) * scale, with a minimum as a fractional zero point."""
     from openvino import opset13 as op
 
     parts = without_flat_blocks(weight.load())
@@ -109,7 +109,7 @@ def _quants_and_zeros(weight: Blocked, parts: BlockedArrays, wide: Any) -> tuple
     four = weight.dtype in ("int4", "uint4")
     if parts.minimums is not None:
         offset = fractional_zero_points(parts)
-        if four:  # signed ones move up by 8, exactly, and their zero point with them
+        if four:  # signed values and their zero points are shifted by 8, without loss
             shift = 8 if weight.dtype == "int4" else 0
             return _packed((quants.astype(np.int16) + shift).astype(np.uint8)), op.constant(
                 (offset + shift).astype(wide)
@@ -130,7 +130,7 @@ def _quants_and_zeros(weight: Blocked, parts: BlockedArrays, wide: Any) -> tuple
 
 
 def without_flat_blocks(parts: BlockedArrays) -> BlockedArrays:
-    """The same numbers, with no scale of 0 beside a minimum: such a block is written as minimum * (0 - -1)."""
+    """The same numbers without scales of 0 in blocks with a minimum: such a block becomes minimum * (0 - -1)."""
     if parts.minimums is None:
         return parts
     flat = parts.scales == 0
@@ -157,7 +157,7 @@ def fractional_zero_points(parts: BlockedArrays) -> Array:
 
 
 def _large_zeros(parts: BlockedArrays) -> bool:
-    """Whether a fractional zero point lies beyond what float16 holds."""
+    """Whether a fractional zero point exceeds the range of float16."""
     return parts.minimums is not None and bool(np.abs(fractional_zero_points(parts)).max(initial=0) > 6e4)
 
 

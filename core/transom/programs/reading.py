@@ -42,7 +42,7 @@ class Kernels(Protocol):
     neighbours: bool
     """Whether RoPE on interleaved pairs is supported, in addition to pairs from a head's two halves."""
     float8: bool
-    """Whether inputs of products may be quantised to E4M3."""
+    """Whether inputs of products may be quantized to E4M3."""
 
     def matrix(self, weight: Weight) -> str:
         """Why it cannot multiply by such a matrix, for example `"blocks of 12 columns"`; empty if it can."""
@@ -338,14 +338,14 @@ class GraphReader:
         self._emit(node, Op("scale", Value(x.width), [x], scale=1.0 / by))
 
     def _round(self, node: ir.Node) -> None:
-        """A round trip through E4M3: quantised and dequantised with the same scale."""
+        """A round trip through E4M3: quantized and dequantized with the same scale."""
         back = self._only_use(node, "DequantizeLinear")
         x, scale = self._value(node, 0), self._scalar(node.inputs[1])
         if back is None or scale is None or not self.kernels.float8 or back.inputs[1] is not node.inputs[1]:
-            raise NoForm(node, "an 8-bit rounding of a value before a product")
+            raise NoForm(node, "a value that is rounded to 8 bits before a product")
         code = element_type(node.inputs[2]) if len(node.inputs) > 2 else None
         if code is not FLOAT8:
-            raise NoForm(node, "a rounding of a value to a type other than E4M3")
+            raise NoForm(node, "a value that is rounded to a type other than E4M3")
         self._skipped.add(id(back))
         self._emit(back, Op("round", Value(x.width), [x], scale=scale))
 

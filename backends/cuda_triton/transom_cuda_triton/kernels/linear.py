@@ -1,4 +1,4 @@
-"""Activations times quantised weights, which are never unpacked in memory: integers in blocks, and float8 (E4M3).
+"""Activations times quantized weights, which are never unpacked in memory: integers in blocks, and float8 (E4M3).
 
 X [rows, columns] and OUT [rows, outputs], float16, bfloat16 or float32; sums are float32. The grid is
 (ceil(rows / ROWS), ceil(outputs / OUTPUTS)), with one row in place of ROWS in the kernels for few.
@@ -26,7 +26,7 @@ activations of one token differ in size from those of another far more than with
 The tensor cores of sm_89 and sm_90 add products of float8 with fewer bits than float32 has, about 14, as the makers of
 DeepSeek-V3 and SageAttention2 found. So no more than WIDTH columns are summed there; these sums are added as float32.
 
-Sources: blocks of GGUF (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md); fused dequantisation, as in
+Sources: blocks of GGUF (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md); fused dequantization, as in
 Frantar and others 2024 (MARLIN, arXiv:2408.11743); E4M3: Micikevicius and others 2022 (FP8 Formats for Deep Learning,
 arXiv:2209.05433); sums: DeepSeek-AI 2024 (arXiv:2412.19437, 3.3.2), Zhang and others 2024 (arXiv:2411.10958).
 """

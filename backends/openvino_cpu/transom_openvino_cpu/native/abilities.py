@@ -1,4 +1,4 @@
-"""What the native library has kernels for: see `transom.programs.Kernels`."""
+"""What the native library's kernels support: see `transom.programs.reading.Kernels`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transom_openvino_cpu.precision import CpuPrecision
 
 
 class NativeKernels:
-    """In one precision."""
+    """The native kernels at one precision."""
 
     tile = packing.TILE
     largest_head = 256
@@ -25,7 +25,7 @@ class NativeKernels:
         return packing.packable(weight)
 
     def by(self, weight: Weight, *, head: bool) -> str:
-        """`"int8"`, `"bf16"` or `"f32"`. The vocabulary matrix always meets floats."""
+        """`"int8"`, `"bf16"` or `"f32"`. The vocabulary matrix is always multiplied in float32."""
         to_int8 = self._precision.dense_to_int8 and weight.shape[1] % packing.SMALLEST_BLOCK == 0
         if self._precision.dynamic and not head and (isinstance(weight, Blocked) or to_int8):
             return "int8"

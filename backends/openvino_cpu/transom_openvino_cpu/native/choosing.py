@@ -1,4 +1,4 @@
-"""Whether a graph runs as a native program here, and where not, why."""
+"""Decides whether a graph runs as a native program here, and gives the reason if not."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ if TYPE_CHECKING:
     from transom_openvino_cpu.precision import CpuPrecision
 
 SWITCH = "TRANSOM_NATIVE"
-"""Environment variable; `0`: leave the library alone, as if it had not been built. `measure`: see `measures`."""
+"""Environment variable. `0`: do not use the library, as if it had not been built. `measure`: see `measures`."""
 UNMEASURED = frozenset({"amx"})
-"""Instruction sets that none of the benchmarks' processors has. On all others the library is the faster one."""
+"""Instruction sets that no benchmarked processor has. On all others the library is faster than OpenVINO."""
 
 
 def level_on(device: Device) -> str | None:
-    """The instruction set of the library to use on the device; None where there is none."""
+    """The instruction set of the library to use on the device; None without one."""
     if os.environ.get(SWITCH) == "0":
         return None
     return library.level_for(device)
 
 
 def measures(device: Device) -> bool:
-    """Whether a decoder is compiled natively and by OpenVINO, and the faster one is kept."""
+    """Whether a decoder is compiled both natively and by OpenVINO, to keep the faster one."""
     level = level_on(device)
     return level is not None and (level in UNMEASURED or os.environ.get(SWITCH) == "measure")
 
 
-def drafted(graph: Graph, precision: CpuPrecision, device: Device) -> GraphReader | str:
-    """The graph as a native program in the making, or the reason why it cannot be one."""
+def read_native(graph: Graph, precision: CpuPrecision, device: Device) -> GraphReader | str:
+    """The graph read for the native library, or the reason why the library cannot run it."""
     if graph.decoder is None:
-        return "the graph is no decoder"
+        return "the graph is not a decoder"
     if level_on(device) is None:
         if os.environ.get(SWITCH) == "0":
             return f"{SWITCH}=0 is set"

@@ -1,4 +1,4 @@
-"""A program opened: weights mapped, threads started, steps run. The only module that calls the library."""
+"""Opens and runs a program: maps weights, starts threads, runs steps. The only module that calls the library."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ class NativeEngine:
     """Runs a program.
 
     Args:
-        weights: the file that the program's places are in.
+        weights: the file of weights that the program refers to.
         level: the instruction set, one of `library.LEVELS`.
         threads: processor threads, at least 1.
 
     Raises:
-        EngineError: the library is missing, or does not take the program.
+        EngineError: the library is missing, or rejects the program.
     """
 
     page_tokens = native.PAGE_TOKENS
@@ -49,7 +49,7 @@ class NativeEngine:
         if not native.permitted(level):
             raise EngineError(
                 f"This process may not use the instructions of {level}",
-                "Load the model again in a process of its own, which takes the best instruction set it may use",
+                "Load the model in a new process, which then selects an instruction set that it may use",
             )
         self._lib, self.program, self._process = lib, program, os.getpid()
         self._engine, self._pool = ctypes.c_void_p(), ctypes.c_void_p()
@@ -86,7 +86,7 @@ class NativeEngine:
             raise EngineError(f"Transom's native library cannot run this model: {native.ERRORS.get(status, status)}")
 
     def _place(self, at: int, size: int) -> int | None:
-        """The address of a place in the weights, which has so many bytes; -1 is none."""
+        """The address of `size` bytes at offset `at` of the weights; None for -1."""
         if at == -1:
             return None
         if at < 0 or at % packing.ALIGNMENT or at + size > self.program.weight_bytes:
@@ -149,35 +149,35 @@ class NativeEngine:
             matrices, ropes, layers, buffers,
         )  # fmt: skip
 
-    # routes: what sparse attention remembers of a sequence ------------------------------------------------------------
+    # routes: the state that sparse attention keeps for a sequence -----------------------------------------------------
     def new_route(self) -> int:
         route = ctypes.c_void_p()
         self._check(self._lib.tr_route_new(self._engine, ctypes.byref(route)))
         return int(route.value or 0)
 
     def copy_route(self, route: int) -> int:
-        """Without what the other has counted."""
+        """A copy of a route, with counts of zero."""
         copy = ctypes.c_void_p()
         self._check(self._lib.tr_route_copy(self._engine, route, ctypes.byref(copy)))
         return int(copy.value or 0)
 
     def free_route(self, route: int) -> None:
-        """Also after the engine was closed."""
+        """Free a route; allowed after the engine was closed."""
         self._lib.tr_route_free(route)
 
     def route_data(self, route: int) -> Array:
-        """A route's bytes, uint8, as they lie in its memory: reading and writing."""
+        """A writable view of a route's memory, uint8 [bytes]."""
         memory = ctypes.c_void_p()
         size = int(self._lib.tr_route_data(route, ctypes.byref(memory)))
         return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(memory.value or 0))
 
     def route_fits(self, route: int, tokens: int) -> bool:
-        """Whether what was written to `route_data` can be of a sequence of so many tokens."""
+        """Whether the content of `route_data` is valid for a sequence of `tokens` tokens."""
         return int(self._lib.tr_route_check(self._engine, route, tokens)) == 0
 
     def take_counts(self, route: int) -> Array:
-        """Keys that the sequence's queries have read, and that they could see, since this was asked last: float64
-        [2, layers, most kv_heads]."""
+        """Keys that the sequence's queries read, and that they could see, since the last call: float64
+        [2, layers, largest kv_heads]."""
         heads = [layer.kv_heads for layer in self.program.layers]
         flat = np.zeros((2, sum(heads)))
         self._lib.tr_route_counts(self._engine, route, flat[0].ctypes.data, flat[1].ctypes.data)
@@ -189,10 +189,10 @@ class NativeEngine:
         return counts
 
     def policy(self, text: str) -> NativePolicy | None:
-        """A canonical policy in the library's form; None: every key is read.
+        """A canonical policy in the library's format; None for a dense policy.
 
         Raises:
-            ValueError: it is none, or none that the library can read by.
+            ValueError: the text is not a policy, or the library cannot apply it.
         """
         if text not in self._policies:
             try:
@@ -212,8 +212,8 @@ class NativeEngine:
         return int(self._lib.tr_page_bytes(self._engine, layer))
 
     def bind_pages(self, pages: int) -> None:
-        """Reserve memory for so many pages; the system gives it as pages are written to. One page more is nobody's:
-        the warm-up goes there."""
+        """Reserve memory for `pages` pages; the system commits it as pages are written. One extra page is for the
+        warm-up."""
         self._spare = pages
         pages += 1
         for i in range(len(self.program.layers)):
@@ -226,7 +226,7 @@ class NativeEngine:
             memory.bytes[target] = memory.bytes[source]
 
     def drop_pages(self, pages: Sequence[int]) -> None:
-        """Nobody holds these: their memory goes back to the system. Does nothing once the engine is closed."""
+        """Release the memory of pages that no sequence holds. Does nothing once the engine is closed."""
         for memory in self._pages:
             memory.drop(pages)
 
@@ -235,11 +235,11 @@ class NativeEngine:
         return self._pages[layer].bytes[list(pages)]
 
     def set_page_data(self, layer: int, pages: Sequence[int], data: Array) -> None:
-        """Write what `page_data` gave."""
+        """Write the output of `page_data`."""
         self._pages[layer].bytes[list(pages)] = data
 
     def warm_up(self) -> None:
-        """One token that nobody sees reads every weight: from then on they are in memory."""
+        """Run one token of no sequence, which brings all weights into memory."""
         self.step([np.zeros(1, np.int64)], [0], [[self._spare]], [0])
 
     # steps ------------------------------------------------------------------------------------------------------------
@@ -252,18 +252,18 @@ class NativeEngine:
         policies: Sequence[NativePolicy | None] = (),
         routes: Sequence[int] = (),
     ) -> Array:
-        """Run the new tokens of some sequences; logits float32 [rows, vocabulary], which belong to the caller.
+        """Run the new tokens of some sequences; returns logits, float32 [rows, vocabulary], owned by the caller.
 
         Args:
-            tokens: int64 [new] of each sequence.
-            past: tokens that each sequence has cached before.
-            pages: of each sequence, those that the new tokens go to included.
-            rows: of the tokens put one behind the other, those whose logits are wanted.
-            policies, routes: of each sequence, where any has one; a sequence with a policy needs a route, 0 is none.
+            tokens: new token ids of each sequence, int64 [new].
+            past: cached tokens of each sequence.
+            pages: pages of each sequence, including those for the new tokens.
+            rows: indices of the tokens that need logits, among the new tokens of all sequences.
+            policies, routes: one per sequence, or empty; a sequence with a policy needs a route, 0 means no route.
 
         Raises:
-            EngineError: there is not enough memory, attention or the last layer gave numbers that are not finite, or
-                this is a fork of the process that opened the engine.
+            EngineError: there is not enough memory, attention or the last layer computed numbers that are not finite,
+                or this is a fork of the process that opened the engine.
         """
         self._need_own_process()
         flat = tokens[0] if len(tokens) == 1 else np.concatenate(tokens)
@@ -296,7 +296,7 @@ class NativeEngine:
         return logits
 
     def times(self) -> dict[str, float]:
-        """Thread seconds by what they went to since this was asked last; the first call starts the clocks.
+        """Thread seconds by activity since the last call; the first call starts the clocks.
 
         Raises:
             EngineError: there is not enough memory.
@@ -306,11 +306,11 @@ class NativeEngine:
         return dict(zip(native.TIMES, seconds.tolist(), strict=True))
 
     def _need_own_process(self) -> None:
-        """The threads of the pool stay behind when a process forks: a step would wait for them for ever."""
+        """A fork has no threads of the pool, so that a step would wait for them forever."""
         if os.getpid() != self._process:
             raise EngineError(
-                "The process was forked after this model was loaded, and its threads are not here",
-                "Load the model in the new process, or start that by multiprocessing's method 'spawn'",
+                "The process was forked after this model was loaded, and its threads were not copied",
+                "Load the model in the new process, or start that with multiprocessing's 'spawn' method",
             )
 
     def close(self) -> None:

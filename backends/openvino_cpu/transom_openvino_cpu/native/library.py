@@ -1,4 +1,4 @@
-"""The compiled library: its C interface, as `src/abi.h` has it, and which of its instruction sets a device can run."""
+"""The compiled library: its C interface (see `src/abi.h`), and the instruction sets that a device can run."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ TIMES = (
     "embedding and elementwise", "normalisation", "rotary", "rounding of activations", "matrix products",
     "activations and residuals", "vocabulary", "writing the cache", "columns", "routing", "attention",
 )  # fmt: skip
-"""What the threads' time goes to: TR_TIME_…"""
+"""Activities that the threads' time is counted for: TR_TIME_…"""
 
 ERRORS = {
     -1: "there is not enough memory",
@@ -133,7 +133,7 @@ def path() -> Path:
 
 
 def why_not_built() -> str:
-    """What the build left in place of the library, as the rest of a sentence: its first line."""
+    """Why the build made no library, in parentheses for the end of a sentence; empty if unknown."""
     try:
         first = Path(__file__).with_name(REASON).read_text(encoding="utf-8").splitlines()[0]
     except (OSError, IndexError):
@@ -143,10 +143,10 @@ def why_not_built() -> str:
 
 @functools.cache
 def library() -> Any:
-    """The library, opened; None where it was not built.
+    """The loaded library; None if it was not built.
 
     Raises:
-        OSError: the file is there and cannot be opened.
+        OSError: the file exists and cannot be loaded.
     """
     if not path().exists():
         return None
@@ -170,13 +170,13 @@ def library() -> Any:
 
 
 def built_levels() -> list[str]:
-    """The instruction sets in the library; none where there is no library."""
+    """The instruction sets in the library; empty without a library."""
     lib = library()
     return [] if lib is None else lib.tr_levels().decode().split()
 
 
 def level_for(device: Device) -> str | None:
-    """The best instruction set that the device has, this process may use and the library was built with."""
+    """The best instruction set that the device, the library and this process's permissions allow."""
     built = built_levels()
     fit = (name for name, needed in LEVELS.items() if name in built and needed <= device.features)
     return next((name for name in fit if permitted(name)), None)
@@ -184,13 +184,13 @@ def level_for(device: Device) -> str | None:
 
 @functools.cache
 def permitted(level: str) -> bool:
-    """Whether this process may use an instruction set: Linux gives it the registers of AMX only when it asks.
+    """Whether this process may use an instruction set: Linux enables the AMX registers only on request.
 
-    It refuses where a thread's stack for signals is too small to hold them (Linux documentation, x86/xstate).
+    It refuses if a thread's signal stack is too small to hold them (Linux documentation, x86/xstate).
     """
     if level != "amx":
         return True
-    ask, tile_data = 0x1023, 18  # ARCH_REQ_XCOMP_PERM, the number of the state
+    ask, tile_data = 0x1023, 18  # ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
     try:
         return bool(ctypes.CDLL(None).syscall(158, ask, tile_data) == 0)  # arch_prctl
     except (OSError, AttributeError):

@@ -1,4 +1,4 @@
-"""From a drafted decoder to a program: a buffer for each value, and the weights in one file."""
+"""Lowers a decoder to a native program: assigns buffers, and writes the weights into one file."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from transom_openvino_cpu.native.program import NativeOp, NativeProgram
 from transom_openvino_cpu.precision import CpuPrecision
 
 BARRIERS = ("attend", "rows")
-"""Operators that look at other tokens than their own."""
+"""Operators that read the rows of other tokens."""
 
 
 def fuse(reader: GraphReader) -> list[Op]:
-    """The same program in fewer operators: residuals and biases inside products, products of one input together,
-    gates and rotations without a copy."""
-    drafts = fusing.fuse_scales(list(reader.ops))
-    drafts = fusing.fuse_biases(drafts)
-    drafts = fusing.fuse_gates(drafts, TILE)
-    drafts = fusing.fuse_residuals(drafts)
-    drafts = fusing.fuse_same_input(drafts, TILE)
-    return fusing.in_place(drafts, reader.logits)
+    """Fuse operators: residuals and biases into products, products of one input together, gates and rotations in
+    place."""
+    ops = fusing.fuse_scales(list(reader.ops))
+    ops = fusing.fuse_biases(ops)
+    ops = fusing.fuse_gates(ops, TILE)
+    ops = fusing.fuse_residuals(ops)
+    ops = fusing.fuse_same_input(ops, TILE)
+    return fusing.in_place(ops, reader.logits)
 
 
 def write(
     reader: GraphReader, precision: CpuPrecision, file: BinaryIO, progress: Callable[[float], None]
 ) -> NativeProgram:
-    """The finished program, its weights in `file`."""
-    drafts = fuse(reader)
-    placing = BufferAllocator(drafts, reader.logits, BARRIERS)
+    """The program; its weights are written to `file`."""
+    fused = fuse(reader)
+    buffers = BufferAllocator(fused, reader.logits, BARRIERS)
     matrices: list[packing.NativeMatrix] = []
     known: dict[tuple[int, str], int] = {}
     vectors: dict[bytes, int] = {}
@@ -52,7 +52,7 @@ def write(
 
     def matrix(op: Op) -> int:
         assert op.weight is not None
-        # A table that is read both as an embedding and as the vocabulary matrix lies in the file once.
+        # A table that is both the embedding and the vocabulary matrix is stored once.
         key = (op.key or -id(op), op.by if op.by != "f32" else "")
         if key not in known:
             known[key] = len(matrices)
@@ -61,11 +61,11 @@ def write(
         return known[key]
 
     def view(value: Value) -> View:
-        return placing.place(value)
+        return buffers.place(value)
 
     ops: list[NativeOp] = []
-    for i, op in enumerate(drafts):
-        progress(i / len(drafts))
+    for i, op in enumerate(fused):
+        progress(i / len(fused))
         inputs = [view(v) for v in op.inputs] + [NOWHERE] * 3
         residual = NOWHERE if op.residual is None else view(op.residual)
         dst = view(op.dst)
@@ -77,7 +77,7 @@ def write(
                 op.groups, op.index, op.act, op.by, op.scale, vector(op.vector),
             )
         )  # fmt: skip
-        placing.done(i, op)
+        buffers.done(i, op)
     ropes = [RopeTable(vector(f), int(f.size), factor) for f, factor in reader.ropes]
     layers = []
     for i, cache in enumerate(reader.decoder.layers):
@@ -89,6 +89,6 @@ def write(
             )
         )  # fmt: skip
     return NativeProgram(
-        tuple(ops), tuple(matrices), tuple(ropes), tuple(layers), tuple(placing.buffers), precision.cache,
-        placing.output, packing.align(file), reader.sparsity.to_string(),
+        tuple(ops), tuple(matrices), tuple(ropes), tuple(layers), tuple(buffers.buffers), precision.cache,
+        buffers.output, packing.align(file), reader.sparsity.to_string(),
     )  # fmt: skip

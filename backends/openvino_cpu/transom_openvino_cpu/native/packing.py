@@ -1,7 +1,7 @@
-"""Weights in the form that the library reads in place: tiles of 16 rows, sixteen outputs side by side.
+"""Writes weights in the layout that the library reads in place: tiles of 16 rows, with 16 outputs interleaved.
 
-The layouts are those of `src/abi.h`. Blocks stay as they were stored, bit for bit; a zero point that differs from
-block to block becomes a minimum.
+`src/abi.h` defines the layouts. Blocks are kept bit for bit; a zero point that differs between blocks becomes a
+minimum.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ ALIGNMENT = 64
 """Bytes."""
 KINDS = {"float32": 0, "float16": 1, "bfloat16": 2, "uint4": 3, "uint8": 4}
 CENTRES = {"int4": 8, "int8": 128, "uint4": 0, "uint8": 0}
-"""What is added to a signed number to make it unsigned."""
+"""Added to a signed number to make it unsigned."""
 GROUP = 64
-"""Columns that share a scale where a plain matrix is rounded to int8."""
+"""Columns that share a scale when a plain matrix is quantized to int8."""
 SMALLEST_BLOCK = 8
-"""Columns; all blocks are multiples of it."""
+"""Columns; all block sizes are multiples of it."""
 
 
 @dataclass(frozen=True)
 class NativeMatrix:
-    """A matrix as `tr_matrix` describes it; `at` is its place in the file."""
+    """A matrix as in `tr_matrix`; `at` is its offset in the file."""
 
     kind: int
     rows: int
@@ -43,7 +43,7 @@ class NativeMatrix:
 
 
 def matrix_bytes(m: NativeMatrix) -> int:
-    """What a matrix takes in the file."""
+    """Size of a matrix in the file."""
     tiles = -(-m.rows // TILE)
     if m.kind in (KINDS["uint4"], KINDS["uint8"]):
         quants = TILE * m.block // (2 if m.kind == KINDS["uint4"] else 1)
@@ -66,13 +66,13 @@ def packable(weight: Weight) -> str:
 
 
 def align(file: BinaryIO) -> int:
-    """Fill the file up to the next multiple of `ALIGNMENT`; that place."""
+    """Pad the file to a multiple of `ALIGNMENT`, and return that offset."""
     file.write(bytes(-file.tell() % ALIGNMENT))
     return file.tell()
 
 
 def write_vector(file: BinaryIO, vector: Array) -> int:
-    """float32 numbers, padded to whole tiles; their place."""
+    """Append a float32 vector, padded to whole tiles, and return its offset."""
     at = align(file)
     file.write(np.asarray(vector, "<f4").tobytes())
     align(file)
@@ -80,7 +80,7 @@ def write_vector(file: BinaryIO, vector: Array) -> int:
 
 
 def group_of(columns: int) -> int:
-    """Columns that share a scale where a plain matrix is rounded to int8."""
+    """Columns that share a scale when a plain matrix of `columns` columns is quantized to int8."""
     return next(g for g in (GROUP, 32, 16, SMALLEST_BLOCK) if columns % g == 0)
 
 
@@ -88,8 +88,8 @@ def write_matrix(file: BinaryIO, weight: Weight, *, narrow: bool = False, to_int
     """Append a matrix to the file.
 
     Args:
-        narrow: plain numbers are rounded to bfloat16.
-        to_int8: plain numbers are rounded to int8 in groups of `GROUP`, or of the largest divisor below.
+        narrow: round plain numbers to bfloat16.
+        to_int8: quantize plain numbers to int8 in groups of `GROUP`, or of the next smaller divisor.
     """
     if isinstance(weight, Dense) and to_int8:
         return _write_blocks(file, rounding.to_int8(weight, group_of(weight.shape[1])))
@@ -99,7 +99,7 @@ def write_matrix(file: BinaryIO, weight: Weight, *, narrow: bool = False, to_int
 
 
 def _tiles(array: Array) -> Array:
-    """[rows, …] with rows padded to whole tiles: [tiles, 16, …]."""
+    """[rows, …] to [tiles, 16, …], with rows padded to whole tiles."""
     missing = -len(array) % TILE
     if missing:
         array = np.concatenate([array, np.zeros((missing, *array.shape[1:]), array.dtype)])
@@ -132,7 +132,7 @@ def _write_blocks(file: BinaryIO, weight: Blocked) -> NativeMatrix:
     quants = np.ascontiguousarray(parts.quants).view(np.uint8)
     if centre:
         quants = quants + np.uint8(centre)
-    words = _tiles(quants.view("<u4"))  # of four columns, which stay together
+    words = _tiles(quants.view("<u4"))  # of four columns, which stay adjacent
     tiles = len(words)
     scales, minimums, zero = affine(parts, centre)
     if four:

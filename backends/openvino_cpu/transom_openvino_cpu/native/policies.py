@@ -1,4 +1,4 @@
-"""Sparsity policies as the library takes them."""
+"""Sparsity policies in the library's format."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ MOST_ROWS = 16
 
 
 def unsupported(policy: Sparsity) -> str:
-    """Why the library cannot read by this policy; empty if it can."""
+    """Why the library cannot apply this policy; empty if it can."""
     if policy.dense:
         return ""
     if policy.score == "mean":
         if policy.columns:
-            return "the native attention has no columns by the score 'mean'"
+            return "the native attention has no columns with the score 'mean'"
         if policy.node % NODE:
-            return f"the native attention has nodes of {NODE} tokens or a multiple of it, not of {policy.node}"
+            return f"the native attention needs nodes of a multiple of {NODE} tokens, not of {policy.node}"
     elif policy.node != NODE:
-        return f"the native attention has nodes of {NODE} tokens by the score 'rms', not of {policy.node}"
+        return f"the native attention needs nodes of {NODE} tokens with the score 'rms', not of {policy.node}"
     if policy.unit < NODE:
-        return f"the native attention chooses units of at least {NODE} tokens, not of {policy.unit}"
+        return f"the native attention selects units of at least {NODE} tokens, not of {policy.unit}"
     if policy.columns > MOST_COLUMNS:
         return f"the native attention has at most {MOST_COLUMNS} columns, not {policy.columns}"
     if policy.rows > MOST_ROWS:
-        return f"the native attention looks at no more than {MOST_ROWS} rows of a block, not at {policy.rows}"
+        return f"the native attention samples at most {MOST_ROWS} rows of a block, not {policy.rows}"
     return ""
 
 
 class NativePolicy:
-    """A policy in the library's form; keeps alive what it points to.
+    """A policy in the library's format; keeps the memory alive that it points to.
 
     Raises:
-        ValueError: the library cannot read by it, or it has the heads of another model.
+        ValueError: the library cannot apply it, or its heads are those of another model.
     """
 
     def __init__(self, policy: Sparsity, layers: Sequence[LayerCache]) -> None:

@@ -1,4 +1,4 @@
-"""A program as it lies in an artifact: operators over buffers, matrices and vectors by their place in the weights."""
+"""A program as stored in an artifact: operators over buffers; matrices and vectors are offsets in the weights."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from transom_openvino_cpu.native.packing import NativeMatrix
 KINDS = (
     "embed", "norm", "linear", "add", "glu", "rope", "attend", "rows", "scale", "softcap", "bias",
 )  # fmt: skip
-"""In the order of TR_OP_ in `src/abi.h`."""
+"""In the order of TR_OP_… in `src/abi.h`."""
 ACTIVATIONS = ("", "silu", "gelu", "gelu_tanh")
 BY = ("f32", "int8", "bf16")
-"""In what numbers activations meet a matrix."""
+"""Number formats of the activations in a product: TR_BY_…"""
 CACHES = ("f32", "bf16", "int8")
-"""In what numbers keys and values are kept: TR_CACHE_…"""
+"""Number formats of keys and values in the cache: TR_CACHE_…"""
 
 
 @dataclass(frozen=True)
 class NativeOp:
-    """tr_op; `vector` is a place in the weights, or -1."""
+    """tr_op; `vector` is an offset in the weights, or -1."""
 
     kind: str
     width: int
@@ -52,16 +52,16 @@ class NativeProgram:
     output: int
     """The buffer of the logits."""
     weight_bytes: int
-    """Size of the file that all places are in."""
+    """Size of the file of weights."""
     sparsity: str
-    """The policy to read the cache by where a step names none, in canonical form."""
+    """The sparsity policy for steps that have none of their own, in canonical form."""
 
     def to_json(self) -> str:
         return to_json(self)
 
     @classmethod
     def from_json(cls, text: str) -> NativeProgram:
-        """Raises ValueError, KeyError or TypeError for a text that is no program."""
+        """Raises ValueError, KeyError or TypeError if the text is not a program."""
         parts: dict[str, Callable[[Any], Any]] = {
             "ops": lambda raw: operator(NativeOp, raw), "matrices": lambda raw: NativeMatrix(**raw),
             "ropes": lambda raw: RopeTable(**raw), "layers": lambda raw: AttentionLayer(**raw),
@@ -69,5 +69,5 @@ class NativeProgram:
         }  # fmt: skip
         program = from_json(cls, text, parts)
         if program.cache not in CACHES:
-            raise ValueError(f"no cache is of {program.cache!r}")
+            raise ValueError(f"the cache format {program.cache!r} is unknown")
         return program
