@@ -134,7 +134,7 @@ def test_float16_is_near(stored_as: Any, opened: Open, rng: np.random.Generator)
 def test_int8_rounds_what_is_plain_and_says_so(tmp_path: Path, rng: np.random.Generator) -> None:
     graph = tiny_decoder(rng)
     artifact = stored(graph, tmp_path, precision="int8")
-    assert any("rounded to int8" in note for note in artifact.notes)
+    assert any("quantized to int8" in note for note in artifact.notes)
     assert any(not c.exact for c in BACKEND.claim(graph, cpu(), {"precision": "int8"}))
     session = BACKEND.load(artifact, cpu(), {}, tmp_path)
     tokens = drawn(rng, 20)
@@ -154,7 +154,7 @@ def test_v100_unpacks_for_many_rows(stored_as: Any, opened: Open, rng: np.random
     monkeypatch.setattr(operators, "PIECE", 40)
     graph = tiny_decoder(rng, weights=stored_as)
     session, oracle, tokens = opened(graph, precision="f16"), ReferenceOracle(graph), drawn(rng, 60)
-    assert any(isinstance(op, operators.Unpacking) for op in session._triton.operators)
+    assert any(isinstance(op, operators.UnpackingProduct) for op in session._triton.operators)
     state = session.new_state()
     (got,) = session.step([Work(state, tokens[:-1], "all")])
     (last,) = session.step([Work(state, tokens[-1:])])
@@ -168,7 +168,7 @@ def test_float8_rounds_what_is_plain_and_says_so(count: int, tmp_path: Path, rng
     """The vocabulary matrix stays as it is; matrices in blocks, too."""
     graph = tiny_decoder(rng)
     artifact = stored(graph, tmp_path, precision="fp8")
-    assert any("rounded to fp8" in note for note in artifact.notes)
+    assert any("quantized to fp8" in note for note in artifact.notes)
     claims = BACKEND.claim(graph, cpu(), {"precision": "fp8"})
     assert any(not c.exact for c in claims)
     assert all(c.exact for c in BACKEND.claim(tiny_decoder(rng, weights="int8"), cpu(), {"precision": "fp8"}))
@@ -328,7 +328,7 @@ def test_slots_run_out_and_come_back(opened: Open, rng: np.random.Generator) -> 
     states = [session.new_state() for _ in range(slots + 1)]
     for state in states[:-1]:
         session.step([Work(state, [1], sparsity=text)])
-    with pytest.raises(OutOfPages, match="sparsely"):
+    with pytest.raises(OutOfPages, match="use sparse attention"):
         session.step([Work(states[-1], [1], sparsity=text)])
     assert states[-1].length == 0
     session.step([Work(states[-1], [1])])

@@ -96,7 +96,7 @@ def test_what_is_not_aligned_is_refused(wrong: dict[str, Any]) -> None:
 
 def test_a_variant_that_was_not_compiled_is_refused() -> None:
     other = KernelVariant.of("gate.gate", dict(VARIANT.types), {"WIDTH": 128})
-    with pytest.raises(EngineError, match=r"has no gate\.gate"):
+    with pytest.raises(EngineError, match=r"lacks a variant of gate\.gate"):
         driver(Library())(other, (1,), GIVEN)
 
 

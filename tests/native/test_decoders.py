@@ -267,7 +267,7 @@ def test_weights_that_are_not_numbers_are_an_error_that_names_the_layer(
     _spoil(graph, f"layers.{layer}.{weight}.weight")
     for count in (1, 3, 40):
         with Machine(built(graph, precision), level, pages=1) as machine:
-            with pytest.raises(EngineError, match=f"attention of layer {layer} gave numbers that are not finite"):
+            with pytest.raises(EngineError, match=f"attention of layer {layer} computed numbers that are not finite"):
                 machine.rows(count)
             with pytest.raises(EngineError):  # and it can be used again, without a hang
                 machine.rows(count)
@@ -281,7 +281,7 @@ def test_what_is_no_number_behind_the_last_attention_is_an_error(
 ) -> None:
     graph = tiny_decoder(rng, layers=2, vocabulary=int(rng.integers(50, 80)))
     _spoil(graph, f"layers.1.{rng.choice(['up', 'down', 'mlp_norm'])}.weight")
-    expected = pytest.raises(EngineError, match="The last layer gave numbers that are not finite")
+    expected = pytest.raises(EngineError, match="The last layer computed numbers that are not finite")
     with Machine(built(graph, precision), level, pages=1) as machine, expected:
         machine.rows(int(rng.choice([1, 3, 40])))
 

@@ -1,4 +1,4 @@
-"""Transom's backend for NVIDIA GPUs: decoders by Triton kernels, compiled ahead of time."""
+"""Transom's backend for NVIDIA GPUs: decoders by Triton kernels that are compiled ahead of time."""
 
 from __future__ import annotations
 

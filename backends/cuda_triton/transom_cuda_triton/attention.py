@@ -1,4 +1,4 @@
-"""The attention operator: new keys and values into the cache, what each query reads, and attention over it."""
+"""The attention operator: appends keys and values to the cache, routes queries to keys, and computes attention."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ if TYPE_CHECKING:
 LISTS = dict.fromkeys(("FAR", "FAR_COUNT", "COLUMNS", "NEAR"), "*i32")
 PLACES = dict.fromkeys(("k_page", "k_head", "v_page", "v_head", "most_pages"), "i32")
 SPLITS_PER_CORE = 2
-"""Programs of a decoding kernel that each multiprocessor should have, so that one loads while another computes."""
+"""Programs of a decoding kernel per multiprocessor, so that one loads while another computes."""
 LEAST_TILES = 4
-"""Tiles of keys that a split has at least, where there are that many."""
+"""Minimum tiles of keys in a split, if there are that many."""
 
 
 class Attend:
     """Attention of one layer.
 
     Args:
-        processors: multiprocessors of the card.
+        processors: number of multiprocessors of the card.
     """
 
     def __init__(self, op: TritonOp, program: TritonProgram, arch: int, processors: int) -> None:
@@ -159,14 +159,14 @@ class Attend:
         step.launch(self._merge, shape[:2], arguments)
 
     def splits(self, queries: int, most_keys: int) -> int:
-        """Among how many programs the keys of a query and KV head are divided."""
+        """Number of programs that share the keys of a query and KV head."""
         wanted = -(-SPLITS_PER_CORE * self._processors // max(1, queries * self._layer.kv_heads))
         tiles = -(-most_keys // self._keys)
         return max(1, min(wanted, -(-tiles // LEAST_TILES)))
 
 
 def _shape(layer: AttentionLayer, tile: Tile) -> tuple[dict[str, int], dict[str, int]]:
-    """A layer's sizes as the kernels take them: of heads, and of values with the group."""
+    """A layer's sizes as kernel constants: those of heads, and those of values with the group."""
     head, value = tile.head_parts(layer.head_dim), tile.value_parts(layer.value_dim)
     heads = dict(zip(("HEAD", "HEAD_REST"), head, strict=True))
     return heads, {"GROUP": layer.group, **dict(zip(("VALUE", "VALUE_REST"), value, strict=True))}

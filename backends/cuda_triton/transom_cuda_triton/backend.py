@@ -1,6 +1,6 @@
-"""The backend object: the five methods of the contract, each handed to the module that does it.
+"""The backend object: the five methods of the contract, each delegated to its module.
 
-Importing this module imports neither torch nor triton: `probe` and `check` never do, `compile` and `load` do.
+This module imports neither torch nor triton. Neither do `probe` and `check`; `compile` and `load` do.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 class CudaTriton:
     """Runs decoders on NVIDIA GPUs of sm_70, 80, 86, 89 and 90. Options: `precision` (see
-    `transom_cuda_triton.precision`) and `context`, which may change from load to load of one artifact."""
+    `transom_cuda_triton.precision`) and `context`; an artifact may be loaded with other values of `context`."""
 
     name = "cuda_triton"
     api = (1, 3)

@@ -15,14 +15,14 @@ from transom_cuda_triton.store import TORCH
 
 Array = np.ndarray[Any, np.dtype[Any]]
 PAGE = 64
-"""Positions in a page."""
+"""Positions per page."""
 NODES = 8
-"""Of 8 positions each, in a page."""
+"""Nodes per page, each of 8 positions."""
 
 
 @dataclass(frozen=True)
 class LayerPages:
-    """One layer's; see `transom_cuda_triton.kernels` and `transom_cuda_triton.kernels.routed`."""
+    """The pages of one layer; see `transom_cuda_triton.kernels` and `transom_cuda_triton.kernels.routed`."""
 
     k: torch.Tensor
     """[pages, kv_heads, 64, head_dim]."""
@@ -36,7 +36,7 @@ class LayerPages:
 
 
 def layer_page_bytes(layer: AttentionLayer, number: str) -> int:
-    """Bytes of one page of a layer, its nodes included."""
+    """Bytes of one page of a layer, including its nodes."""
     size = TORCH[number].itemsize
     return layer.kv_heads * (PAGE * (layer.head_dim + layer.value_dim) * size + node_bytes(layer, number))
 
@@ -52,10 +52,10 @@ def page_bytes(program: TritonProgram) -> int:
 
 
 def allocate(program: TritonProgram, pages: int, side_pages: int, device: torch.device) -> list[LayerPages]:
-    """The caches of all layers. Pages hold nothing yet.
+    """Allocate the caches of all layers.
 
     Args:
-        side_pages: pages behind them that hold nodes alone.
+        side_pages: number of further pages, for nodes alone.
     """
     found = []
     dtype = TORCH[program.number]
@@ -74,7 +74,7 @@ def allocate(program: TritonProgram, pages: int, side_pages: int, device: torch.
 
 
 def copy_page(caches: Sequence[LayerPages], source: int, target: int) -> None:
-    """All that a page holds, in every layer."""
+    """Copy a page in every layer."""
     for cache in caches:
         for tensor in (cache.k, cache.v, cache.means, cache.variances, cache.counts):
             tensor[target].copy_(tensor[source])
@@ -87,12 +87,12 @@ def _named(caches: Sequence[LayerPages]) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def page_sizes(caches: Sequence[LayerPages]) -> dict[str, int]:
-    """Bytes of a page in each tensor, by its name."""
+    """Bytes per page of each tensor, by name."""
     return {name: tensor[0].numel() * tensor.element_size() for name, tensor in _named(caches)}
 
 
 def read_pages(caches: Sequence[LayerPages], pages: Sequence[int]) -> dict[str, Array]:
-    """What some pages hold, in the host's memory: uint8 [pages, bytes] for each tensor."""
+    """A copy of some pages in host memory: uint8 [pages, bytes] for each tensor."""
     found = {}
     for name, tensor in _named(caches):
         index = torch.tensor(list(pages), dtype=torch.int64, device=tensor.device)
@@ -102,7 +102,7 @@ def read_pages(caches: Sequence[LayerPages], pages: Sequence[int]) -> dict[str, 
 
 
 def write_pages(caches: Sequence[LayerPages], pages: Sequence[int], arrays: Mapping[str, Array]) -> None:
-    """Write what `read_pages` gave."""
+    """Write the output of `read_pages`."""
     for name, tensor in _named(caches):
         index = torch.tensor(list(pages), dtype=torch.int64, device=tensor.device)
         rows = torch.from_numpy(np.array(arrays[name], copy=True)).view(tensor.dtype)

@@ -1,4 +1,4 @@
-"""Which nodes the backend takes, and why not where it does not. A decoder is taken whole, or not at all."""
+"""Which nodes the backend claims, and the reasons for refusal. It claims a decoder as a whole or not at all."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def precision_of(graph: Graph, device: Device, options: Options) -> TritonPrecision:
-    """Raises OptionError for one that this device or checkpoint cannot have."""
+    """Raises OptionError for a precision that this device or checkpoint does not support."""
     interpreted = probing.interpreting()
     return resolve(options, probing.architecture(device), matrices(graph), interpreted=interpreted)
 
@@ -30,7 +30,7 @@ def claims(graph: Graph, device: Device, options: Options) -> Iterator[Claim]:
     """One claim for each node, in order.
 
     Raises:
-        OptionError: an option has a value that this device or checkpoint cannot have.
+        OptionError: an option has a value that this device or checkpoint does not support.
     """
     precision = precision_of(graph, device, options)
     kernels = TritonKernels(precision)
@@ -46,13 +46,13 @@ def claims(graph: Graph, device: Device, options: Options) -> Iterator[Claim]:
 
 
 def _read(graph: Graph, kernels: TritonKernels, ranks: int) -> None:
-    """Raises NoForm or NoAttention for a decoder that the kernels cannot run, or not on so many cards."""
+    """Raises NoForm or NoAttention if the kernels cannot run the decoder, or not on `ranks` cards."""
     reader = GraphReader(graph, kernels)
     try:
         for layer in reader.decoder.layers:
             parts(layer.head_dim)
             parts(layer.value_dim)
-    except ValueError as e:  # no tile serves heads of that size
+    except ValueError as e:  # no tile fits heads of that size
         raise NoAttention(str(e).rstrip(".")) from e
     if not ranks:
         return

@@ -1,4 +1,4 @@
-"""Compile: a graph as a program, its weights in one file, and the machine code of every kernel that it may launch."""
+"""Compile: write a program, its weights in one file, and the machine code of every kernel that it may launch."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ ROUNDED = {
 }
 KEPT = "precision='auto' keeps them as stored"
 WEIGHTS_SHARE = 0.3
-"""Of the progress bar."""
+"""Share of the progress bar for weights."""
 
 
 def compile_graph(graph: Graph, device: Device, options: Options, progress: Progress) -> Artifact:
-    """The artifact of a decoder all of whose nodes were claimed. Large weights lie in a temporary folder, which the
-    host empties.
+    """Compile a decoder whose nodes were all claimed. Large weights are in a temporary folder until the host moves
+    them.
 
     Raises:
-        EngineError: Triton cannot compile a kernel; its own words are in the message.
-        OptionError: the precision cannot be had on this card or for this checkpoint.
+        EngineError: Triton cannot compile a kernel; the message quotes it.
+        OptionError: this card or checkpoint does not support the precision.
     """
     assert graph.decoder is not None
     precision = precision_of(graph, device, options)
@@ -83,7 +83,7 @@ def _kernels_share(progress: Progress, share: float) -> None:
 
 
 def variants_of(program: TritonProgram, arch: int) -> list[KernelVariant]:
-    """Every kernel that an engine may launch for a program."""
+    """All kernels that an engine may launch for a program."""
     from transom_cuda_triton.engine import engine_operators
     from transom_cuda_triton.operators import all_variants
     from transom_cuda_triton.routes import routing_variants
@@ -95,7 +95,7 @@ def variants_of(program: TritonProgram, arch: int) -> list[KernelVariant]:
 def compile_all(
     variants: Sequence[KernelVariant], arch: int, progress: Callable[[float], None]
 ) -> dict[KernelVariant, Code]:
-    """Machine code of each, compiled in processes beside each other.
+    """Compile all variants in parallel processes.
 
     Raises:
         EngineError: Triton cannot compile one of them.
@@ -111,20 +111,20 @@ def compile_all(
                 try:
                     codes[variant] = future.result()
                 except Exception as e:
-                    said = str(e).strip().splitlines() or [type(e).__name__]
+                    lines = str(e).strip().splitlines() or [type(e).__name__]
                     raise EngineError(
-                        f"Triton cannot compile {variant.kernel} for sm_{arch}: {said[-1]}",
+                        f"Triton cannot compile {variant.kernel} for sm_{arch}: {lines[-1]}",
                         "Report it, with the output of: transom doctor",
                     ) from e
                 progress((i + 1) / len(variants))
-        except BaseException:  # what is not begun is not begun any more
+        except BaseException:  # cancel what has not started
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     return codes
 
 
 def code_files(codes: dict[KernelVariant, Code]) -> dict[str, bytes | Path]:
-    """As they lie in an artifact: machine code one behind the other, and a list of where each is and what it needs."""
+    """Files of an artifact: concatenated machine code, and a list with offset and launch data of each kernel."""
     listed: list[dict[str, Any]] = []
     blob = bytearray()
     for variant, code in codes.items():
@@ -141,7 +141,7 @@ def _notes(graph: Graph, reader: GraphReader, precision: TritonPrecision, device
     notes = [f"precision: {precision.describe(matrices(graph))}"]
     rounded = sum(d.kind == "linear" and d.by == precision.rounded for d in reader.ops)
     if precision.rounded and rounded:
-        notes.append(f"{rounded} matrices were rounded to {ROUNDED[precision.rounded]}; {KEPT}")
+        notes.append(f"{rounded} matrices were quantized to {ROUNDED[precision.rounded]}; {KEPT}")
     if device.arch == "sm_70" and not probing.interpreting():
-        notes.append("Triton has no tensor cores for sm_70 since 3.2: our products run on plain cores there")
+        notes.append("Triton has not used the tensor cores of sm_70 since 3.2: its products run on CUDA cores")
     return notes

@@ -1,4 +1,4 @@
-"""A program opened on a device: weights, cache and kernels; runs steps, and knows nothing of who holds which page."""
+"""Runs a program on a device: weights, cache, kernels and steps. The session assigns pages to sequences."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 @dataclass(frozen=True)
 class Result:
-    """What a step gave."""
+    """The result of a step."""
 
     logits: torch.Tensor
-    """float32 [rows, vocabulary], on the device; the next step may write to it."""
+    """float32 [rows, vocabulary], on the device; the next step may overwrite it."""
     blocks: list[Array]
-    """The step's query blocks, BLOCKS int32 [blocks, 4], of prompts and then of single queries."""
+    """The step's query blocks, BLOCKS int32 [blocks, 4]: those of prompts, then single queries."""
     counts: list[Array] | None
-    """For each of these, int32 [layers, 2, blocks, kv_heads]: keys that the last query read, and keys that any of them
-    sees. None: everything was read."""
+    """For each of `blocks`, int32 [layers, 2, blocks, kv_heads]: keys that the last query read, and keys visible to any
+    query. None: every key was read."""
 
 
 def not_finite(where: str) -> EngineError:
     return EngineError(
-        f"{where} gave numbers that are not finite",
-        "The model's weights may be damaged, or its numbers leave float16's range: "
+        f"{where} computed numbers that are not finite",
+        "The model's weights may be damaged, or its activations exceed float16's range: "
         f"try {option('precision', 'bf16')} or 'exact'",
     )
 
@@ -50,16 +50,16 @@ class TritonEngine:
     """Runs a program.
 
     Args:
-        weights: the file that the program's places are in.
+        weights: the file of weights that the program refers to.
         arch: 80 for sm_80.
-        processors: multiprocessors of the card.
-        context: tokens that one sequence may have.
-        slots: states that are read sparsely, at most.
-        record: records decoding steps, see `CudaGraphs`; None: nothing is recorded.
-        reduce: puts the sum over all cards in place of a tensor, where the program is one card's share.
+        processors: number of multiprocessors of the card.
+        context: maximum tokens of one sequence.
+        slots: maximum number of sequences with sparse attention.
+        record: records decoding steps, see `CudaGraphs`; None: no recording.
+        reduce: replaces a tensor with its sum over all cards, if the program is one card's share.
 
     Raises:
-        EngineError: the files are not what this backend wrote, or the device has no room for the weights.
+        EngineError: the files are damaged, or the weights do not fit in the device's memory.
     """
 
     page_tokens = cache.PAGE
@@ -94,7 +94,7 @@ class TritonEngine:
         return cache.page_bytes(self.program)
 
     def bind_pages(self, pages: int) -> None:
-        """Allocate so many pages, and one more that is nobody's."""
+        """Allocate `pages` pages, and one more for padding."""
         self.spare = pages
         self.caches = cache.allocate(self.program, pages + 1, self.routes.side_pages, self.device)
         self.routes.bind()
@@ -103,15 +103,15 @@ class TritonEngine:
         cache.copy_page(self.caches, source, target)
 
     def drop_pages(self, pages: Sequence[int]) -> None:
-        """They stay with the pool."""
+        """Does nothing: the memory stays with the pool."""
 
     def warm_up(self) -> None:
-        """One token that nobody sees: cuBLAS sets itself up. There is nothing to warm in the interpreter."""
+        """Run one token of no sequence to initialise cuBLAS. The interpreter needs no warm-up."""
         if self.device.type == "cpu":
             return
         try:
             self.step([np.zeros(1, np.int64)], [0], [[self.spare]], [0])
-        except RuntimeError as e:  # torch's, of a card that does not work
+        except RuntimeError as e:  # from torch, if the card does not work
             raise EngineError(f"{self.device} cannot compute: {e}", "See whether nvidia-smi answers") from e
 
     # steps ------------------------------------------------------------------------------------------------------------
@@ -123,17 +123,17 @@ class TritonEngine:
         rows: Sequence[int],
         routed: RoutedStep | None = None,
     ) -> Result:
-        """Run the new tokens of some sequences, one behind the other.
+        """Run the new tokens of some sequences.
 
         Args:
-            tokens: int64 [new] of each sequence.
-            past: tokens that each sequence has cached before.
-            pages: of each sequence, those that the new tokens go to included.
-            rows: the tokens whose logits are wanted, counted over all sequences.
-            routed: what sequences read sparsely; None: all read everything.
+            tokens: new token ids of each sequence, int64 [new].
+            past: cached tokens of each sequence.
+            pages: pages of each sequence, including those for the new tokens.
+            rows: indices of the tokens that need logits, among the new tokens of all sequences.
+            routed: the sparse attention of the step; None: attention is dense.
 
         Raises:
-            EngineError: attention's scores are not finite.
+            EngineError: attention scores are not finite.
         """
         with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
             return self._step(plan(tokens, past, pages, rows, self.spare), routed)
@@ -159,7 +159,7 @@ class TritonEngine:
         return Result(logits, [b for b in (planned.chunks, planned.singles) if len(b)], counts)
 
     def compute(self, step: TritonStep) -> torch.Tensor:
-        """Launch all operators; the logits."""
+        """Launch all operators, and return the logits."""
         if step.routing is not None:
             step.routing.reset()
         for operator in self.operators:
@@ -168,7 +168,7 @@ class TritonEngine:
         return step.workspace.buffers[output][: len(step.wanted), : self.program.vocabulary]
 
     def laid_out(self, planned: Planned, workspace: Workspace) -> TritonStep:
-        """A planned step on the device."""
+        """Move a planned step to the device."""
 
         def on_device(array: Array) -> torch.Tensor:
             tensor = torch.from_numpy(np.ascontiguousarray(array))
@@ -186,10 +186,10 @@ class TritonEngine:
         )  # fmt: skip
 
     def _workspace(self, tokens: int, wanted: int) -> Workspace:
-        """One for at least so many rows; those of the same size class share one."""
+        """The workspace for the size class of these numbers of rows."""
         size = (_class(tokens), _class(wanted) if wanted else 0)
         if size not in self._workspaces:
-            self._workspaces.clear()  # the largest two would not both fit where memory is planned for one
+            self._workspaces.clear()  # memory is planned for one: the two largest would not fit
             self._workspaces[size] = Workspace(self.program, *size, self.device)
         return self._workspaces[size]
 
@@ -202,7 +202,7 @@ class TritonEngine:
 
 
 def engine_operators(program: TritonProgram, arch: int, processors: int) -> list[Operator]:
-    """The operators that an engine runs: the compiler asks them for their variants."""
+    """The operators of an engine, from which compilation takes the variants, too."""
 
     def attend(op: TritonOp) -> Operator:
         return Attend(op, program, arch, processors)
@@ -215,4 +215,4 @@ def _class(rows: int) -> int:
 
 
 def _alone(tensor: torch.Tensor) -> None:
-    """The sum over one card."""
+    """The sum over a single card: does nothing."""

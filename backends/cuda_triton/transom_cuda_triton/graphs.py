@@ -1,9 +1,8 @@
 """Decoding as one launch: steps of the same shape are recorded once, as a CUDA graph, and replayed.
 
-A step that decodes has one new token of each sequence. It is padded to the next of a few batch sizes by sequences that
-are nobody's, whose pages and tokens do not matter. All arrays that its kernels read lie at places that do not change:
-what the host brings is copied there before a replay. Steps in which some sequence chooses its columns anew, one in 64,
-are not replayed.
+A decoding step has one new token per sequence. It is padded to one of a few batch sizes with dummy sequences, whose
+pages and tokens do not matter. All arrays that its kernels read have fixed addresses; the inputs of a step are copied
+there before a replay. Steps in which a sequence selects its columns again, one in 64, are not replayed.
 """
 
 from __future__ import annotations
@@ -22,9 +21,9 @@ if TYPE_CHECKING:
     from transom_cuda_triton.routes import RoutedStep
 
 SIZES = (1, 2, 4, 8, 16, 32, 64)
-"""Sequences in a recorded step."""
+"""Numbers of sequences in recorded steps."""
 Record = Callable[[Callable[[], torch.Tensor]], tuple[Callable[[], None], torch.Tensor]]
-"""Runs a function for the record; what runs the same again, and what the function gave."""
+"""Runs and records a function. Returns a function that replays it, and the function's result."""
 
 
 @dataclass
@@ -38,17 +37,17 @@ class CudaGraphs:
     """The recorded steps of an engine.
 
     Args:
-        record: records what a function launches; None: nothing is recorded.
+        record: records the launches of a function; None: no recording.
     """
 
     def __init__(self, engine: TritonEngine, record: Record | None) -> None:
         self._engine, self._record = engine, record
         self._known: dict[tuple[int, str], _Recorded] = {}
         self.replays = 0
-        """Steps that were replayed so far."""
+        """Number of replayed steps so far."""
 
     def run(self, planned: Planned, routed: RoutedStep | None) -> tuple[TritonStep, torch.Tensor] | None:
-        """The step and its logits, by a recorded one; None where none can be had for it."""
+        """Replay the step, and return it with its logits; None if it cannot be recorded."""
         sequences = len(planned.counts)
         if self._record is None or sequences > SIZES[-1] or any(n != 1 for n in planned.counts):
             return None
@@ -88,14 +87,14 @@ class CudaGraphs:
         size = len(planned.counts)
         step = engine.laid_out(planned, Workspace(engine.program, size, size, engine.device))
         for part in step.parts:
-            part.most_keys = engine.context  # for any length that is to come
+            part.most_keys = engine.context  # for every later length
         if routed is not None:
             step.routing = engine.routes.of(step, planned, _filled_up(routed, size), remembered=size)
         replay, logits = self._record(lambda: engine.compute(step))
         return _Recorded(step, replay, logits)
 
     def _fill(self, step: TritonStep, planned: Planned, routed: RoutedStep | None) -> None:
-        """Bring a recorded step's arrays up to date."""
+        """Copy the inputs of a step into the arrays of a recorded one."""
         arrays = [
             (step.ids, planned.ids), (step.positions, planned.positions), (step.pages, planned.pages),
             (step.appended, planned.appended), *((part.blocks, planned.singles) for part in step.parts),
@@ -107,12 +106,12 @@ class CudaGraphs:
 
 
 def _filled_up(routed: RoutedStep, size: int) -> RoutedStep:
-    """With sequences that are nobody's."""
+    """Pad with dummy sequences."""
     return replace(routed, routes=(*routed.routes, *[None] * (size - len(routed.routes))))
 
 
 def cuda_record(compute: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
-    """Record on a card: run once beside the current stream, so that libraries set themselves up, and then capture."""
+    """Record on a card: run once on a side stream, to initialise libraries, and then capture."""
     stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

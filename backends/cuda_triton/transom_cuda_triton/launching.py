@@ -1,7 +1,7 @@
-"""Starting kernels: through Triton's interpreter, or machine code that was compiled ahead of time through the driver.
+"""Launches kernels: by Triton's interpreter, or machine code compiled ahead of time by the CUDA driver.
 
-The driver's own interface (CUDA Driver API, `cuLaunchKernel`) needs no compiler on the card's machine, no Triton, and
-none of the launcher that Triton would build there with a C compiler first.
+The CUDA Driver API (`cuLaunchKernel`) needs neither Triton on the card's machine nor the launcher that Triton would
+first build there with a C compiler.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from transom_cuda_triton.variants import ALIGNMENT, STRIDES, Code, KernelVariant
 
 
 def check_aligned(variant: KernelVariant, arguments: Mapping[str, Any]) -> None:
-    """Compiled code takes pointers and strides as multiples of 16 without looking: what is none would read elsewhere.
+    """Check the pointers and strides that compiled code assumes to be multiples of 16.
 
     Raises:
-        EngineError: one is not.
+        EngineError: one is not aligned; the kernel would access wrong addresses.
     """
     for name, kind in variant.types:
         value = arguments[name]
@@ -31,17 +31,17 @@ def check_aligned(variant: KernelVariant, arguments: Mapping[str, Any]) -> None:
         else:
             wrong = name.endswith(STRIDES) and value % ALIGNMENT
         if wrong:
-            raise EngineError(f"{variant.kernel} is given {name}, which is not aligned to {ALIGNMENT}", REPORT)
+            raise EngineError(f"The argument {name} of {variant.kernel} is not aligned to {ALIGNMENT}", REPORT)
 
 
 REPORT = "Report it, with the model's name and its sizes"
 
 
 class InterpretingLauncher:
-    """Runs kernels on the CPU by Triton's interpreter: slow, and for tests."""
+    """Runs kernels on the CPU by Triton's interpreter: slow, for tests."""
 
     lock = threading.Lock()
-    """The interpreter changes Triton's own modules while a kernel runs: one at a time, in the whole process."""
+    """The interpreter patches Triton's modules while a kernel runs, so a process runs one kernel at a time."""
 
     def __call__(self, variant: KernelVariant, grid: tuple[int, ...], arguments: Mapping[str, Any]) -> None:
         if not all(grid):
@@ -61,26 +61,26 @@ _KINDS: dict[str, Any] = {
 _MAX_DYNAMIC_SHARED = 8
 """CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES."""
 _PLAIN_SHARED = 48 << 10
-"""Bytes of shared memory that need no permission."""
+"""Bytes of shared memory that need not be enabled."""
 
 
 class DriverLauncher:
-    """Starts compiled variants on the CUDA context that is current when it is made, from any thread.
+    """Launches compiled variants, from any thread, in the CUDA context that is current at construction.
 
     Args:
         codes: by variant.
         library: the driver's library; None: the one of this system.
-        stream: gives the stream to launch on, at each launch.
+        stream: returns the stream for each launch.
 
     Raises:
-        EngineError: there is no driver, or it does not take the code.
+        EngineError: there is no driver, or it rejects the code.
     """
 
     def __init__(self, codes: Mapping[KernelVariant, Code], stream: Any, library: Any = None) -> None:
         self._library = library if library is not None else _driver()
         self._codes, self._stream = codes, stream
         self._context, self._ready = ctypes.c_void_p(), threading.local()
-        self._check(self._library.cuCtxGetCurrent(ctypes.byref(self._context)), "name its context")
+        self._check(self._library.cuCtxGetCurrent(ctypes.byref(self._context)), "name the current context")
         self._functions: dict[KernelVariant, ctypes.c_void_p] = {}
         self._modules: list[ctypes.c_void_p] = []
         for variant, code in codes.items():
@@ -98,13 +98,13 @@ class DriverLauncher:
         return function
 
     def __call__(self, variant: KernelVariant, grid: tuple[int, ...], arguments: Mapping[str, Any]) -> None:
-        if not all(grid):  # a step of which no logits are wanted; CUDA takes no empty grid
+        if not all(grid):  # a step without logits; CUDA rejects an empty grid
             return
         code = self._codes.get(variant)
         if code is None:
-            raise EngineError(f"This compiled model has no {variant.kernel} as it is wanted", "Load the model anew")
-        if not getattr(self._ready, "here", False):  # a thread that has not called CUDA's runtime yet has no context
-            self._check(self._library.cuCtxSetCurrent(self._context), "take its context")
+            raise EngineError(f"This compiled model lacks a variant of {variant.kernel}", "Load the model again")
+        if not getattr(self._ready, "here", False):  # a new thread has no CUDA context yet
+            self._check(self._library.cuCtxSetCurrent(self._context), "set its context")
             self._ready.here = True
         check_aligned(variant, arguments)
         values = packed(code, arguments)
@@ -121,8 +121,8 @@ class DriverLauncher:
             return
         text = ctypes.c_char_p()
         self._library.cuGetErrorString(status, ctypes.byref(text))
-        said = text.value.decode() if text.value else f"error {status}"
-        raise EngineError(f"The CUDA driver cannot {what}: {said}", "See whether nvidia-smi answers")
+        reason = text.value.decode() if text.value else f"error {status}"
+        raise EngineError(f"The CUDA driver cannot {what}: {reason}", "Check that nvidia-smi works")
 
     def close(self) -> None:
         for module in self._modules:
@@ -132,7 +132,7 @@ class DriverLauncher:
 
 
 def packed(code: Code, arguments: Mapping[str, Any]) -> list[Any]:
-    """The values of a launch as the function takes them, in the order of its parameters."""
+    """The arguments of a launch as C values, in parameter order."""
     values: list[Any] = []
     for name, kind in zip(code.arguments, code.parameters, strict=False):
         value = arguments[name]
@@ -142,13 +142,13 @@ def packed(code: Code, arguments: Mapping[str, Any]) -> list[Any]:
 
 
 def device_index(device: Device, library: Any = None) -> int:
-    """CUDA's number of a card, by the PCI address that its identity begins with: CUDA may count in another order.
+    """CUDA's index of a card, found by the PCI address in its identity, since CUDA may use another order.
 
     Args:
         library: the driver's library; None: the one of this system.
 
     Raises:
-        EngineError: there is no driver, or it does not show this process such a card.
+        EngineError: there is no driver, or the card is hidden from this process.
     """
     library = library if library is not None else _driver()
     address = device.identity.removeprefix("pci:").split(" ")[0]
@@ -168,4 +168,4 @@ def _driver() -> Any:
             return ctypes.CDLL(name)
         except OSError:
             continue
-    raise EngineError("The NVIDIA driver's library libcuda is not here", "Install the driver; try: nvidia-smi")
+    raise EngineError("The NVIDIA driver's library libcuda is missing", "Install the driver; then try: nvidia-smi")

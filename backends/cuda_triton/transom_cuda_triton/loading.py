@@ -1,4 +1,4 @@
-"""Load: open an artifact on its device and make its session."""
+"""Load: open an artifact on its device and create its session."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ if TYPE_CHECKING:
     from transom_cuda_triton.session import TritonSession
 
 CACHE_SHARE = 0.9
-"""Of the memory that is free once everything else is there: the rest is for what torch keeps back."""
+"""Share of the memory left for the cache; the rest is for torch's allocator."""
 INTERPRETED_PAGES = 256
-"""At most, in the interpreter."""
+"""Maximum pages in the interpreter."""
 SLOTS_SHARE = 0.05
-"""Of the card's memory that slots of sparse attention may take."""
+"""Share of the card's memory that slots of sparse attention may take."""
 MOST_SLOTS = 64
 
 
 @dataclass(frozen=True)
 class Place:
-    """A card, as torch has it, or the CPU in the interpreter."""
+    """A card as a torch device, or the CPU in the interpreter."""
 
     device: torch.device
     free: int
-    """Bytes."""
+    """Bytes of free memory."""
     processors: int
 
 
@@ -47,8 +47,8 @@ def load_artifact(artifact: Artifact, device: Device, options: Options) -> Trito
     """A session over the artifact.
 
     Raises:
-        EngineError: the files are not what this backend wrote, or a card is not there or does not take them.
-        DoesNotFit: a card has no memory for the cache of one sequence, or for the weights.
+        EngineError: the files are damaged, a card is missing, or it rejects them.
+        DoesNotFit: the weights or the cache of one sequence exceed the memory of a card.
     """
     from transom_cuda_triton.saving import SavingTritonSession
     from transom_cuda_triton.session import TritonSession
@@ -79,7 +79,7 @@ def _session(kind: Any, engine: Any, decoder: Decoder, context: int, pages: int)
 
 
 def open_share(seat: Seat, reduce: Callable[[torch.Tensor], None]) -> tuple[TritonEngine, int]:
-    """A card's share of a model that runs on several."""
+    """Open one card's share of a model that runs on several cards."""
     return _open(seat.files, seat.device, seat.memory, seat.context, seat.rank, reduce)
 
 
@@ -91,7 +91,7 @@ def _open(
     rank: int,
     reduce: Callable[[torch.Tensor], None] | None,
 ) -> tuple[TritonEngine, int]:
-    """The engine of a share, and the pages that its card has room for."""
+    """The engine of a share, and the number of pages that fit on its card."""
     from transom_cuda_triton.engine import TritonEngine
 
     with reading_artifact():
@@ -130,7 +130,7 @@ def _slot_bytes(program: TritonProgram, context: int) -> int:
 
 
 def _launcher(files: Mapping[str, Path], place: Place) -> tuple[Launcher, Record | None]:
-    """What starts kernels, and what records graphs."""
+    """The launcher of kernels, and the recorder of CUDA graphs."""
     from transom_cuda_triton.launching import DriverLauncher, InterpretingLauncher
 
     if probing.interpreting():
@@ -146,10 +146,10 @@ def _launcher(files: Mapping[str, Path], place: Place) -> tuple[Launcher, Record
 
 
 def read_codes(files: Mapping[str, Path]) -> dict[KernelVariant, Code]:
-    """What `compiling.code_files` wrote.
+    """Read the output of `compiling.code_files`.
 
     Raises:
-        EngineError: it is damaged.
+        EngineError: the files are damaged.
     """
     with reading_artifact():
         listed: list[dict[str, Any]] = json.loads(files[names.CODE_LIST].read_text())
@@ -158,7 +158,7 @@ def read_codes(files: Mapping[str, Path]) -> dict[KernelVariant, Code]:
         for raw in listed:
             at, size = int(raw["at"]), int(raw["size"])
             if at < 0 or at + size > len(blob):
-                raise ValueError("machine code is cut short")
+                raise ValueError("machine code is truncated")
             v = raw["variant"]
             types, constants = (tuple((str(n), x) for n, x in v[key]) for key in ("types", "constants"))
             variant = KernelVariant(str(v["kernel"]), types, constants, int(v["warps"]), int(v["stages"]))
@@ -170,10 +170,10 @@ def read_codes(files: Mapping[str, Path]) -> dict[KernelVariant, Code]:
 
 
 def _place(device: Device) -> Place:
-    """Where a device of the host's is in torch's numbering.
+    """The torch device of a device.
 
     Raises:
-        EngineError: torch has no such card.
+        EngineError: torch does not find the card.
     """
     import torch
 
@@ -184,8 +184,8 @@ def _place(device: Device) -> Place:
         return Place(torch.device("cpu"), free, 1)
     if not torch.cuda.is_available():
         raise EngineError(
-            f"torch {torch.__version__} finds no CUDA card, though {device.id} is there",
-            "See whether nvidia-smi answers, and whether the driver is as new as torch's CUDA",
+            f"torch {torch.__version__} finds no CUDA card, although {device.id} is present",
+            "Check that nvidia-smi works, and that the driver is as new as torch's CUDA",
         )
     index = device_index(device)
     torch.cuda.set_device(index)
@@ -195,10 +195,10 @@ def _place(device: Device) -> Place:
 
 
 def _pages(engine: TritonEngine, device: Device, place: Place) -> int:
-    """Pages that fit once weights, slots and the buffers of the largest step are there.
+    """Number of pages that fit beside weights, slots and the buffers of the largest step.
 
     Raises:
-        DoesNotFit: fewer than one sequence of the whole context needs.
+        DoesNotFit: fewer pages fit than one full context needs.
     """
     from transom_cuda_triton.session import MAX_SEQUENCES, MAX_TOKENS
     from transom_cuda_triton.step import Workspace
@@ -207,7 +207,7 @@ def _pages(engine: TritonEngine, device: Device, place: Place) -> int:
     if probing.interpreting():
         return max(one, min(INTERPRETED_PAGES, 4 * one))
     buffers = Workspace.nbytes(engine.program, MAX_TOKENS, MAX_SEQUENCES)
-    others = engine.store.nbytes + engine.routes.nbytes + buffers  # `free` is from before all of them
+    others = engine.store.nbytes + engine.routes.nbytes + buffers  # `free` was measured before all of them
     left = int((place.free - others) * CACHE_SHARE)
     pages = left // engine.page_bytes()
     if pages < one:

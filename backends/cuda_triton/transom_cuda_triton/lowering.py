@@ -1,4 +1,4 @@
-"""From a drafted decoder to a program of this backend's operators, and the weights in one file."""
+"""Lowers a decoder to a program of this backend's operators, and writes the weights into one file."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from transom_cuda_triton.precision import TritonPrecision
 from transom_cuda_triton.program import TritonOp, TritonProgram
 
 TILE = 16
-"""Columns: views of a buffer begin at a multiple of it, so that every load is aligned."""
+"""Columns; views of a buffer start at multiples of this, so that every load is aligned."""
 
 
 class TritonKernels:
-    """What this backend has kernels for: see `transom.programs.Kernels`."""
+    """What this backend's kernels support: see `transom.programs.reading.Kernels`."""
 
     tile = TILE
     largest_head = 256
@@ -38,7 +38,7 @@ class TritonKernels:
         return packing.packable(weight)
 
     def by(self, weight: Weight, *, head: bool) -> str:
-        """What a plain matrix is rounded to, `"int8"` or `"fp8"`, else `""`. The vocabulary matrix never is."""
+        """The type that a plain matrix is quantized to, `"int8"` or `"fp8"`, or `""`; never the vocabulary matrix."""
         rounded = self._precision.rounded
         return rounded if packing.roundable(weight, rounded) and not head else ""
 
@@ -47,66 +47,66 @@ class TritonKernels:
 
 
 def unsupported(policy: Sparsity) -> str:
-    """Why the routing kernels cannot choose by this policy; empty if they can."""
+    """Why the routing kernels cannot apply this policy; empty if they can."""
     if policy.dense:
         return ""
     if policy.score != "rms" or policy.node != 8:
-        asked = f"{policy.node} by {policy.score!r}"
-        return f"the routing kernels have nodes of 8 tokens by the score 'rms', not of {asked}"
+        given = f"{policy.node} with {policy.score!r}"
+        return f"the routing kernels need nodes of 8 tokens with the score 'rms', not of {given}"
     if policy.unit not in (16, 32, 64):
-        return f"the routing kernels choose units of 16, 32 or 64 tokens, not of {policy.unit}"
+        return f"the routing kernels select units of 16, 32 or 64 tokens, not of {policy.unit}"
     if policy.columns > 64:
         return f"the routing kernels have at most 64 columns, not {policy.columns}"
     if policy.rows > 16:
-        return f"the routing kernels look at no more than 16 rows of a block, not at {policy.rows}"
+        return f"the routing kernels sample at most 16 rows of a block, not {policy.rows}"
     return ""
 
 
 def fuse(reader: GraphReader) -> list[Op]:
-    """The same program in fewer operators: scales in the embedding, biases after products, products of one input
-    together, what can be written in place in place."""
+    """Fuse operators: scales into the embedding, biases into products, products of one input together; write in place
+    where possible."""
     ops = fusing.fuse_scales(list(reader.ops))
     ops = fusing.fuse_biases(ops)
     ops = fusing.fuse_same_input(ops, TILE)
     ops = fusing.in_place(_keys_unrotated(ops), reader.logits)
-    for draft in ops:
-        if draft.kind == "reduce":  # over the cards, in place
-            draft.dst.parent, draft.dst.offset = draft.inputs[0], 0
+    for op in ops:
+        if op.kind == "reduce":  # over the cards, in place
+            op.dst.parent, op.dst.offset = op.inputs[0], 0
     return _sums_before_norms(ops)
 
 
 def _keys_unrotated(ops: list[Op]) -> list[Op]:
-    """Rotations of keys are left to the kernel that writes them to the cache: `attend` has their rope as `rope`."""
+    """Move rotations of keys into the kernel that writes them to the cache: the rope becomes `rope` of `attend`."""
     makers, readers = fusing.makers_of(ops), fusing.readers_of(ops)
     done: set[int] = set()
-    for draft in ops:
-        if draft.kind != "attend":
+    for op in ops:
+        if op.kind != "attend":
             continue
-        rope = makers.get(id(draft.inputs[1]))
+        rope = makers.get(id(op.inputs[1]))
         if rope is not None and rope.kind == "rope" and len(readers[id(rope.dst)]) == 1:
-            draft.inputs[1] = rope.inputs[0]
-            draft.rope, draft.neighbours = rope.index, rope.neighbours
+            op.inputs[1] = rope.inputs[0]
+            op.rope, op.neighbours = rope.index, rope.neighbours
             done.add(id(rope))
     return [d for d in ops if id(d) not in done]
 
 
 def _sums_before_norms(ops: list[Op]) -> list[Op]:
-    """norm(a + b), where the sum is read later, too: one operator, which writes the sum over b."""
+    """Fuse norm(a + b), with a sum that is read later, into one operator that writes the sum over b."""
     readers = fusing.readers_of(ops)
     place = {id(d): i for i, d in enumerate(ops)}
     done: set[int] = set()
-    for i, draft in enumerate(ops):
+    for i, op in enumerate(ops):
         following = ops[i + 1] if i + 1 < len(ops) else None
-        if draft.kind != "add" or following is None or following.kind != "norm":
+        if op.kind != "add" or following is None or following.kind != "norm":
             continue
-        if following.inputs[0] is not draft.dst or following.dst.parent is not None or following.groups != 1:
+        if following.inputs[0] is not op.dst or following.dst.parent is not None or following.groups != 1:
             continue
-        for x, residual in (draft.inputs, draft.inputs[::-1]):
+        for x, residual in (op.inputs, op.inputs[::-1]):
             later = [d for d in readers[id(residual)] if place[id(d)] > i]
-            if not later and residual.parent is None and x.root()[0] is not residual and draft.dst.parent is None:
-                draft.dst.parent, draft.dst.offset = residual, 0
-                following.inputs, following.residual = [x], draft.dst
-                done.add(id(draft))
+            if not later and residual.parent is None and x.root()[0] is not residual and op.dst.parent is None:
+                op.dst.parent, op.dst.offset = residual, 0
+                following.inputs, following.residual = [x], op.dst
+                done.add(id(op))
                 break
     return [d for d in ops if id(d) not in done]
 
@@ -114,31 +114,31 @@ def _sums_before_norms(ops: list[Op]) -> list[Op]:
 def write(
     reader: GraphReader, precision: TritonPrecision, file: BinaryIO, progress: Callable[[float], None]
 ) -> TritonProgram:
-    """The finished program, its weights in `file`.
+    """The program; its weights are written to `file`.
 
     Raises:
         OptionError: a weight is too large for float16.
     """
-    return _Writing(reader, precision, file).program(progress)
+    return _ProgramWriter(reader, precision, file).program(progress)
 
 
-class _Writing:
+class _ProgramWriter:
     def __init__(self, reader: GraphReader, precision: TritonPrecision, file: BinaryIO) -> None:
-        self._drafting, self._number, self._rounded, self._file = reader, precision.number, precision.rounded, file
-        self._drafts = fuse(reader)
-        self._placing = BufferAllocator(self._drafts, reader.logits)
+        self._reader, self._number, self._rounded, self._file = reader, precision.number, precision.rounded, file
+        self._fused = fuse(reader)
+        self._buffers = BufferAllocator(self._fused, reader.logits)
         self._matrices: list[packing.TritonMatrix] = []
         self._known: dict[tuple[int, str], int] = {}
         self._vectors: dict[bytes, int] = {}
         self._ops: list[TritonOp] = []
 
     def program(self, progress: Callable[[float], None]) -> TritonProgram:
-        reader, late = self._drafting, False
-        for i, draft in enumerate(self._drafts):
-            progress(i / len(self._drafts))
-            late = late or draft.kind == "rows"
-            self._write(draft, late)
-            self._placing.done(i, draft)
+        reader, late = self._reader, False
+        for i, op in enumerate(self._fused):
+            progress(i / len(self._fused))
+            late = late or op.kind == "rows"
+            self._write(op, late)
+            self._buffers.done(i, op)
         ropes = tuple(RopeTable(self._vector(f), int(f.size), factor) for f, factor in reader.ropes)
         layers = []
         for i, cache in enumerate(reader.decoder.layers):
@@ -149,44 +149,42 @@ class _Writing:
                     softcap, self._vector(sinks),
                 )
             )  # fmt: skip
-        widths = tuple(b.width for b in self._placing.buffers)
+        widths = tuple(b.width for b in self._buffers.buffers)
         return TritonProgram(
-            self._number, tuple(self._ops), tuple(self._matrices), ropes, tuple(layers), widths, self._placing.output,
+            self._number, tuple(self._ops), tuple(self._matrices), ropes, tuple(layers), widths, self._buffers.output,
             reader.decoder.vocabulary, packing.align(self._file), reader.sparsity.to_string(),
         )  # fmt: skip
 
-    def _write(self, draft: Op, late: bool) -> None:
-        a, b, c = ([self._view(v) for v in draft.inputs] + [NOWHERE] * 3)[:3]
-        dst, width = self._view(draft.dst), draft.dst.width
-        kind = draft.kind
+    def _write(self, op: Op, late: bool) -> None:
+        a, b, c = ([self._view(v) for v in op.inputs] + [NOWHERE] * 3)[:3]
+        dst, width = self._view(op.dst), op.dst.width
+        kind = op.kind
         if kind == "embed":
-            op = TritonOp("embed", width, dst, matrix=self._matrix(draft), scale=draft.scale)
+            written = TritonOp("embed", width, dst, matrix=self._matrix(op), scale=op.scale)
         elif kind == "norm":
-            residual = NOWHERE if draft.residual is None else self._view(draft.residual)
-            gain = self._vector(draft.vector)
-            op = TritonOp("norm", width, dst, a, residual, vector=gain, groups=draft.groups, scale=draft.scale)
+            residual = NOWHERE if op.residual is None else self._view(op.residual)
+            gain = self._vector(op.vector)
+            written = TritonOp("norm", width, dst, a, residual, vector=gain, groups=op.groups, scale=op.scale)
         elif kind == "linear":
-            op = TritonOp("linear", width, dst, a, matrix=self._matrix(draft))
-            if draft.vector is not None:
-                self._ops.append(replace(op, late=late))
-                op = TritonOp("combine", width, dst, dst, vector=self._vector(draft.vector))
+            written = TritonOp("linear", width, dst, a, matrix=self._matrix(op))
+            if op.vector is not None:
+                self._ops.append(replace(written, late=late))
+                written = TritonOp("combine", width, dst, dst, vector=self._vector(op.vector))
         elif kind in ("add", "bias", "scale", "softcap"):
-            factor, cap = (draft.scale, 0.0) if kind == "scale" else (1.0, draft.scale if kind == "softcap" else 0.0)
-            op = TritonOp("combine", width, dst, a, b, vector=self._vector(draft.vector), scale=factor, cap=cap)
+            factor, cap = (op.scale, 0.0) if kind == "scale" else (1.0, op.scale if kind == "softcap" else 0.0)
+            written = TritonOp("combine", width, dst, a, b, vector=self._vector(op.vector), scale=factor, cap=cap)
         elif kind == "glu":
-            op = TritonOp("gate", width, dst, a, b, act=draft.act)
+            written = TritonOp("gate", width, dst, a, b, act=op.act)
         elif kind == "rope":
-            op = TritonOp("rotate", width, dst, a, groups=draft.groups, index=draft.index, neighbours=draft.neighbours)
+            written = TritonOp("rotate", width, dst, a, groups=op.groups, index=op.index, neighbours=op.neighbours)
         elif kind == "attend":
-            op = TritonOp(
-                "attend", width, dst, a, b, c, index=draft.index, rope=draft.rope, neighbours=draft.neighbours
-            )
+            written = TritonOp("attend", width, dst, a, b, c, index=op.index, rope=op.rope, neighbours=op.neighbours)
         else:
-            op = TritonOp("reduce" if kind == "reduce" else "rows", width, dst, a)
-        self._ops.append(replace(op, late=late))
+            written = TritonOp("reduce" if kind == "reduce" else "rows", width, dst, a)
+        self._ops.append(replace(written, late=late))
 
     def _view(self, value: Value) -> View:
-        return self._placing.place(value)
+        return self._buffers.place(value)
 
     def _vector(self, array: Array | None) -> int:
         if array is None:
@@ -196,14 +194,14 @@ class _Writing:
             self._vectors[flat.tobytes()] = packing.write_array(self._file, flat)
         return self._vectors[flat.tobytes()]
 
-    def _matrix(self, draft: Op) -> int:
-        assert draft.weight is not None
-        # A table that is read both as an embedding and as the vocabulary matrix lies in the file once.
-        key = (draft.key or -id(draft), draft.by)
+    def _matrix(self, op: Op) -> int:
+        assert op.weight is not None
+        # A table that is both the embedding and the vocabulary matrix is stored once.
+        key = (op.key or -id(op), op.by)
         if key not in self._known:
             self._known[key] = len(self._matrices)
-            name = f"the {draft.kind} matrix of {draft.weight.shape[0]} rows"
-            rounded = self._rounded if draft.by == self._rounded else ""
-            packed = packing.write_matrix(self._file, draft.weight, self._number, rounded=rounded, name=name)
+            name = f"the {op.kind} matrix of {op.weight.shape[0]} rows"
+            rounded = self._rounded if op.by == self._rounded else ""
+            packed = packing.write_matrix(self._file, op.weight, self._number, rounded=rounded, name=name)
             self._matrices.append(packed)
         return self._known[key]

@@ -1,4 +1,4 @@
-"""The names of files that compile and load agree on."""
+"""File names, shared by compile and load."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ CODE_FILE = "kernels.bin"
 
 
 def program_file(rank: int) -> str:
-    """Of one card's share; a single card has the share 0."""
+    """Program file of one card's share; a single card has share 0."""
     return f"program-{rank}.json"
 
 

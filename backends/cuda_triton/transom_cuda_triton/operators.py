@@ -1,7 +1,7 @@
-"""The operators of a program but attention: which kernel each is, and how it is launched on the rows of a step.
+"""The operators of a program except attention: their kernels, and how they are launched on the rows of a step.
 
-An operator knows before anything is loaded which variants of which kernels it may launch, so that all of them are
-compiled ahead of time; what it launches it takes from the same list. Plain matrices go through torch (cuBLAS).
+An operator lists the kernel variants that it may launch before anything is loaded, so that all of them are compiled
+ahead of time; it launches variants from the same list. Plain matrices are multiplied by torch (cuBLAS).
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ if TYPE_CHECKING:
 
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
 WIDTH = 1024
-"""Columns of a row that one program of an elementwise kernel takes, at most."""
+"""Maximum columns per program of an elementwise kernel."""
 NUMBERS = 2048
-"""That a program takes, where rows are short."""
+"""Numbers per program of an elementwise kernel, if rows are short."""
 
 
 class Operator(Protocol):
     """One operator of a program."""
 
     def variants(self) -> Iterator[KernelVariant]:
-        """All that `run` may launch."""
+        """All variants that `run` may launch."""
         ...
 
     def run(self, step: TritonStep) -> None: ...
@@ -40,7 +40,7 @@ def operators(program: TritonProgram, arch: int, attend: Callable[[TritonOp], Op
 
     Args:
         arch: 80 for sm_80.
-        attend: makes those of attention.
+        attend: creates the attention operators.
     """
     found: list[Operator] = []
     for op in program.ops:
@@ -54,12 +54,12 @@ def operators(program: TritonProgram, arch: int, attend: Callable[[TritonOp], Op
 
 
 def power_of_two(least: int) -> int:
-    """The smallest that is not below."""
+    """The smallest power of two that is at least `least`."""
     return 1 << (least - 1).bit_length()
 
 
 def tile_of(columns: int) -> tuple[int, int]:
-    """(rows, columns) that one program of an elementwise kernel takes."""
+    """(rows, columns) per program of an elementwise kernel."""
     width = min(WIDTH, power_of_two(columns))
     return max(1, NUMBERS // width), width
 
@@ -69,7 +69,7 @@ def pieces(columns: int, width: int) -> int:
 
 
 def number_of(program: TritonProgram, buffer: int) -> str:
-    """Triton's name of the numbers in a buffer: the logits are float32."""
+    """Triton's type of the numbers in a buffer; logits are float32."""
     return "fp32" if buffer == program.output else program.number
 
 
@@ -82,7 +82,7 @@ def _sizes(*names: str) -> dict[str, str]:
 
 
 class Norm:
-    """RMSNorm of the groups of a row, of its sum with the residual where there is one."""
+    """RMSNorm of the groups of a row, or of its sum with the residual if there is one."""
 
     def __init__(self, op: TritonOp, program: TritonProgram) -> None:
         self._op, self._columns = op, op.width // op.groups
@@ -198,7 +198,7 @@ class Rotate:
 
 
 class Rows:
-    """The rows whose logits are wanted."""
+    """Selects the rows that need logits."""
 
     def __init__(self, op: TritonOp, program: TritonProgram) -> None:
         self._op = op
@@ -213,7 +213,7 @@ class Rows:
 
 
 class Reduce:
-    """The sum of a value over all cards, in place."""
+    """Sums a value over all cards, in place."""
 
     def __init__(self, op: TritonOp, program: TritonProgram) -> None:
         self._op = op
@@ -269,7 +269,7 @@ class Embed:
 
 
 class LinearProduct:
-    """A product with a matrix: in blocks by our kernels, plain ones by cuBLAS."""
+    """A product with a matrix: blocks by Triton kernels, plain matrices by cuBLAS."""
 
     def __init__(self, op: TritonOp, program: TritonProgram, arch: int) -> None:
         self._op, self._matrix = op, program.matrices[op.matrix]
@@ -318,7 +318,7 @@ class LinearProduct:
 
 
 class LinearFloat8:
-    """A product with a matrix in float8; of several rows the activations are rounded to it first."""
+    """A product with a float8 matrix; the activations of several rows are quantized to float8 first."""
 
     def __init__(self, op: TritonOp, program: TritonProgram, arch: int) -> None:
         self._op, self._matrix = op, program.matrices[op.matrix]
@@ -365,16 +365,16 @@ class LinearFloat8:
 
 
 def _matrix_kind(op: TritonOp, program: TritonProgram, arch: int) -> Callable[[TritonOp, TritonProgram, int], Operator]:
-    """What makes the operator of a matrix."""
+    """The class of an operator with a matrix."""
     if op.kind == "embed":
         return Embed
     if program.matrices[op.matrix].float8:
         return LinearFloat8
-    return LinearProduct if arch in (INTERPRETER, *TENSOR_CORES) else Unpacking
+    return LinearProduct if arch in (INTERPRETER, *TENSOR_CORES) else UnpackingProduct
 
 
-class Unpacking(LinearProduct):
-    """The same where our kernels have no tensor cores and cuBLAS has (sm_70): for many rows, matrices in blocks are
+class UnpackingProduct(LinearProduct):
+    """A product on sm_70, where Triton does not use tensor cores but cuBLAS does: for many rows, matrices in blocks are
     unpacked piece by piece, which costs one pass over their numbers, and multiplied by cuBLAS."""
 
     def __init__(self, op: TritonOp, program: TritonProgram, arch: int) -> None:
@@ -416,13 +416,13 @@ class Unpacking(LinearProduct):
 
 
 UNPACKED_FROM = 16
-"""Rows up to which unpacking would cost more than plain cores' products."""
+"""Up to this many rows, products on CUDA cores cost less than unpacking."""
 PIECE = 4096
 """Rows of a matrix that are unpacked at once."""
 
 
 def all_variants(found: Sequence[Operator]) -> list[KernelVariant]:
-    """Each once, in the order in which operators first have them."""
+    """All variants of the operators, without duplicates, in order."""
     return list(dict.fromkeys(v for operator in found for v in operator.variants()))
 
 

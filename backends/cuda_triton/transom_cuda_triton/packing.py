@@ -1,7 +1,7 @@
-"""Weights as they lie in an artifact: the form in which the kernels read them, one file, each part aligned.
+"""Writes weights into one file of an artifact, aligned, in the layout that the kernels read.
 
-A plain matrix is [rows, columns] in the numbers of the activations. Blocks stay as they were stored, bit for bit, in
-the layout of `transom_cuda_triton.kernels.linear`; a plain matrix may be rounded to blocks, or to float8.
+A plain matrix is [rows, columns] in the number format of the activations. Blocks keep their stored values, bit for bit,
+in the layout of `transom_cuda_triton.kernels.linear`. A plain matrix may be quantized to blocks, or to float8.
 """
 
 from __future__ import annotations
@@ -18,38 +18,38 @@ from transom.quantize.rounding import to_float8, to_int8
 from transom_cuda_triton.precision import Rounded
 
 ALIGNMENT = 256
-"""Bytes: what CUDA's allocations begin at, and more than any load wants."""
+"""Bytes; the alignment of CUDA's allocations, and more than any load needs."""
 SMALLEST_BLOCK = 8
 CENTRES = {"int4": 8, "int8": 128, "uint4": 0, "uint8": 0}
-"""What is added to a signed number to make it unsigned."""
+"""Added to a signed number to make it unsigned."""
 NUMBERS: dict[str, Any] = {
     "fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16),
 }  # fmt: skip
 GROUPS = (128, 64, 32, 16, SMALLEST_BLOCK)
-"""Columns that share a scale where a plain matrix is rounded to int8, best first."""
+"""Columns that share a scale when a plain matrix is quantized to int8, best first."""
 FLOAT8_COLUMNS = 16
-"""What the columns of a matrix in float8 are a multiple of, so that its rows are aligned."""
+"""The columns of a float8 matrix are a multiple of this, so that its rows are aligned."""
 
 
 @dataclass(frozen=True)
 class TritonMatrix:
-    """A matrix; places are bytes in the file of weights, -1 where there is no such part."""
+    """A matrix; parts are byte offsets in the file of weights, -1 for a part that does not exist."""
 
     bits: int
     """4 or 8: quants in blocks, or float8; 0: plain."""
     rows: int
     columns: int
     at: int
-    """Of the plain numbers, or of the quants."""
+    """Offset of the plain numbers, or of the quants."""
     block: int = 0
     zero: int = 0
-    """Subtracted from quants that have no offsets."""
+    """Subtracted from quants without offsets."""
     scales: int = -1
     offsets: int = -1
     scale_number: str = "fp16"
     offset_number: str = "fp16"
     float8: bool = False
-    """8 bits that are E4M3, with a float32 scale for each row; `block` is `FLOAT8_COLUMNS`."""
+    """Whether the 8 bits are E4M3, with a float32 scale per row; `block` is then `FLOAT8_COLUMNS`."""
 
 
 def packable(weight: Weight) -> str:
@@ -67,13 +67,13 @@ def packable(weight: Weight) -> str:
 
 
 def align(file: BinaryIO) -> int:
-    """Fill the file up to the next multiple of `ALIGNMENT`; that place."""
+    """Pad the file to a multiple of `ALIGNMENT`, and return that offset."""
     file.write(bytes(-file.tell() % ALIGNMENT))
     return file.tell()
 
 
 def write_array(file: BinaryIO, array: Array) -> int:
-    """Its place."""
+    """Append an array, and return its offset."""
     at = align(file)
     file.write(np.ascontiguousarray(array).view(np.uint8).data)
     return at
@@ -85,9 +85,9 @@ def write_matrix(
     """Append a matrix to the file.
 
     Args:
-        number: of the activations.
-        rounded: what a plain matrix is rounded to, where its columns allow it: see `roundable`.
-        name: for the message.
+        number: number format of the activations.
+        rounded: type to quantize a plain matrix to, if its columns allow it: see `roundable`.
+        name: of the matrix, for the message.
 
     Raises:
         OptionError: a weight is too large for float16.
@@ -107,8 +107,8 @@ def write_matrix(
 
 
 def roundable(weight: Weight, rounded: Rounded) -> bool:
-    """Whether a matrix is rounded where that is asked for: it is plain, and its columns are a multiple of 8 (int8) or
-    16 (float8)."""
+    """Whether a matrix can be quantized to `rounded`: it is plain, and its columns are a multiple of 8 (int8) or 16
+    (float8)."""
     if not rounded or not isinstance(weight, Dense) or len(weight.shape) != 2:
         return False
     columns = weight.shape[1]
@@ -116,12 +116,12 @@ def roundable(weight: Weight, rounded: Rounded) -> bool:
 
 
 def _group(columns: int) -> int:
-    """Columns that share a scale in int8; 0: none do."""
+    """Columns that share a scale in int8; 0 if no group size divides `columns`."""
     return next((g for g in GROUPS if columns % g == 0), 0)
 
 
 def narrowed(weight: Dense, number: str, name: str) -> Array:
-    """A plain weight in the numbers asked for.
+    """A plain weight in the number format `number`.
 
     Raises:
         OptionError: a finite weight would become infinite.

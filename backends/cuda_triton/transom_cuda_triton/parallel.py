@@ -1,9 +1,9 @@
-"""Several cards run one model: the first one's process leads, each other card has a process of its own that follows.
+"""Runs one model on several cards: the first card's process leads, and each other card has a process that follows.
 
-Every process has its share of the weights and of the cache, runs the same steps on the same pages, and takes part in
-the sums (`torch.distributed`: NCCL between cards, gloo in Triton's interpreter). Who leads says what comes next over a
-pipe; what follows from it, such as what is recorded, is decided alike everywhere. A process that is lost takes the
-model with it: steps raise, and nothing hangs for longer than `PATIENCE`.
+Every process has its share of weights and cache, runs the same steps on the same pages, and takes part in the sums
+(`torch.distributed`: NCCL between cards, gloo in Triton's interpreter). The leader sends each call over a pipe. All
+processes derive the rest, such as what to record, in the same way. If a process is lost, so is the model: steps then
+raise, and nothing blocks for longer than `PATIENCE`.
 """
 
 from __future__ import annotations
@@ -31,37 +31,37 @@ from transom_cuda_triton.sharding import sparsity_of
 
 Array = np.ndarray[Any, np.dtype[Any]]
 PATIENCE = 60.0
-"""Seconds that a process waits for the others in a sum, or for an answer."""
+"""Seconds to wait for other processes in a sum, or for an answer."""
 BEGINNING = 600.0
-"""Seconds that a process has to bring its weights to its card."""
+"""Seconds that a process may take to load its weights onto its card."""
 LOST = "Load the model again"
 
 
 @dataclass(frozen=True)
 class Seat:
-    """What a process needs to know to open its share."""
+    """The settings with which a process opens its share."""
 
     rank: int
     ranks: int
     files: Mapping[str, Path]
     device: Device
-    """Its own."""
+    """The process's own card."""
     memory: int
-    """Bytes that each card has at least: what follows from it has to be alike everywhere."""
+    """Memory of the smallest card, in bytes: all processes must derive the same sizes."""
     context: int
     meeting: str
-    """A file in which the processes find each other."""
+    """A file by which the processes find each other."""
 
 
 Opening = Callable[[Seat, Callable[[torch.Tensor], None]], tuple[TritonEngine, int]]
-"""Opens a share: the engine, and pages that its card has room for. Given what puts sums in place of tensors."""
+"""Opens a share, given a function that sums tensors in place. Returns the engine and the pages that fit its card."""
 
 
 class Sums:
-    """Sums over the tensors of all processes."""
+    """Sums tensors over all processes."""
 
     def __init__(self, seat: Seat, *, cuda: bool) -> None:
-        distributed: Any = dist  # what is used of it has no types
+        distributed: Any = dist  # the parts used here are untyped
         store = distributed.FileStore(seat.meeting, seat.ranks)
         patience = timedelta(seconds=PATIENCE)
         if cuda:
@@ -72,15 +72,15 @@ class Sums:
             self._group = distributed.ProcessGroupGloo(store, seat.rank, seat.ranks, patience)
 
     def __call__(self, tensor: torch.Tensor) -> None:
-        """Put the sum over all processes in place of a tensor."""
-        whole = tensor.contiguous()  # a view of a buffer's columns is none
+        """Replace a tensor with its sum over all processes."""
+        whole = tensor.contiguous()  # a view of a buffer's columns is not contiguous
         self._group.allreduce([whole]).wait()
         if whole.data_ptr() != tensor.data_ptr():
             tensor.copy_(whole)
 
 
 class Follower:
-    """Another card's process, as the leader sees it."""
+    """The leader's handle on another card's process."""
 
     def __init__(self, seat: Seat, opening: Opening) -> None:
         spawn = get_context("spawn")
@@ -99,11 +99,11 @@ class Follower:
             raise self._lost() from e
 
     def answer(self, patience: float = PATIENCE) -> Any:
-        """What came of the last call.
+        """The result of the last call.
 
         Raises:
-            EngineError: it failed, its process is gone, or it does not answer.
-            OutOfPages: its card has no memory left.
+            EngineError: the call failed, or the process ended or does not answer.
+            OutOfPages: the card has no memory left.
         """
         try:
             if not self._pipe.poll(patience):
@@ -120,7 +120,7 @@ class Follower:
         return EngineError(f"The process of {self.name} ended (exit status {self._process.exitcode})", LOST)
 
     def end(self, *, gently: bool) -> None:
-        """Close the process: by word where it listens."""
+        """End the process: `gently` by a message, otherwise by a signal."""
         if gently:
             try:
                 self._pipe.send(("close", ()))
@@ -136,8 +136,8 @@ class Follower:
 
 
 def follow(pipe: Connection, seat: Seat, opening: Opening) -> None:
-    """The life of a process that follows: opens its share, and does what it is told until the pipe ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the leader's to hear
+    """Main function of a following process: opens its share, and runs the leader's calls until the pipe closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the leader handles Ctrl-C
     engine: TritonEngine | None = None
     try:
         engine, pages = opening(seat, Sums(seat, cuda=seat.device.kind == "cuda"))
@@ -148,8 +148,8 @@ def follow(pipe: Connection, seat: Seat, opening: Opening) -> None:
                 return
             pipe.send(_outcome(engine, what, arguments))
     except EOFError:
-        return  # the leader is gone
-    except Exception as e:  # noqa: BLE001  whatever it is, the leader has to say it
+        return  # the leader has ended
+    except Exception as e:  # noqa: BLE001  the leader reports any error
         pipe.send(("failed", _said(e)))
     finally:
         if engine is not None:
@@ -173,11 +173,11 @@ def _said(error: BaseException) -> str:
 
 
 class Team:
-    """The engine of the first card, with the others following.
+    """The engine of the first card, which the other cards follow.
 
     Args:
-        seats: of all cards, the leader's first.
-        opening: opens a share; must be importable by name, for the other processes.
+        seats: settings of all cards, the leader's first.
+        opening: opens a share; other processes must be able to import it by name.
 
     Raises:
         EngineError, DoesNotFit: a card cannot open its share.
@@ -193,7 +193,7 @@ class Team:
             lead = seats[0]
             self._engine, pages = opening(lead, Sums(lead, cuda=lead.device.kind == "cuda"))
             self.room = min(pages, *(f.answer(BEGINNING) for f in self.followers))
-            """Pages that every card has room for."""
+            """Pages that fit on every card."""
         except BaseException:
             self._end(gently=False)
             raise
@@ -201,7 +201,7 @@ class Team:
         self.context = self._engine.context
 
     def page_bytes(self) -> int:
-        """Over all cards."""
+        """Bytes of one page, summed over all cards."""
         return self._ranks * self._engine.page_bytes()
 
     def bind_pages(self, pages: int) -> None:
@@ -211,7 +211,7 @@ class Team:
         self._all("copy_page", source, target)
 
     def drop_pages(self, pages: Sequence[int]) -> None:
-        """They stay with the pool."""
+        """Does nothing: the memory stays with the pool."""
 
     def warm_up(self) -> None:
         self._all("warm_up")
@@ -220,7 +220,7 @@ class Team:
         self._together(what, [arguments] * self._ranks, lambda own: getattr(self._engine, what)(*own))
 
     def _together(self, what: str, arguments: Sequence[tuple[Any, ...]], own: Callable[[Any], Any]) -> list[Any]:
-        """The same call on all cards: what came of it, the leader's first."""
+        """Make the same call on all cards; the results, the leader's first."""
         if self._broken is not None:
             raise self._broken
         try:
@@ -229,9 +229,9 @@ class Team:
             mine = own(arguments[0])
             return [mine, *(follower.answer() for follower in self.followers)]
         except BaseException as e:
-            # Some process may be within a sum that never ends: none of them is at a place that the others know.
+            # Some process may be in a sum that never ends, and the state of the others is unknown.
             reason = e.cause if isinstance(e, EngineError) else _said(e)
-            self._broken = EngineError(f"A step over {self._ranks} cards broke off: {reason}", LOST)
+            self._broken = EngineError(f"A step over {self._ranks} cards failed: {reason}", LOST)
             self._end(gently=False)
             if isinstance(e, EngineError | OutOfPages | KeyboardInterrupt | SystemExit):
                 raise
@@ -245,7 +245,7 @@ class Team:
         rows: Sequence[int],
         routed: RoutedStep | None = None,
     ) -> Result:
-        """As `TritonEngine.step`; keys are counted over all cards."""
+        """As `TritonEngine.step`, with key counts of all cards."""
         arguments = [(list(tokens), list(past), list(pages), list(rows), self._share(routed, r)) for r in self._seats()]
         results = self._together("step", arguments, lambda own: self._engine.step(*own))
         result: Result = results[0]
@@ -263,7 +263,7 @@ class Team:
         return replace(routed, policy=sparsity_of(routed.policy, self._kv_heads, self._ranks, rank))
 
     def _joined(self, counts: Sequence[Array]) -> Array:
-        """The heads of all cards side by side: int32 [layers, 2, blocks, most kv_heads]."""
+        """Concatenate the heads of all cards: int32 [layers, 2, blocks, largest kv_heads]."""
         first = counts[0]
         whole = np.zeros((*first.shape[:3], max(self._kv_heads)), first.dtype)
         for i, heads in enumerate(self._kv_heads):
@@ -286,5 +286,5 @@ class Team:
 
 
 def meeting_place() -> str:
-    """The name of a file that is not there yet, in a folder of its own."""
+    """The path of a file that does not exist yet, in a new folder."""
     return str(Path(tempfile.mkdtemp(prefix="transom-team-")) / "store")

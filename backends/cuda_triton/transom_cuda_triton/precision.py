@@ -1,21 +1,21 @@
-"""In what numbers a model is computed, by what was asked for, the card and the checkpoint.
+"""Compute precision, from the `precision` option, the card and the checkpoint.
 
-| `precision` | What it means |
+| `precision` | Meaning |
 |---|---|
 | `exact`, `f32` | float32 weights, activations, cache and products (IEEE, no TF32); for checking, not for speed |
 | `bf16` | bfloat16 activations and cache, products summed in float32; sm_80 and newer |
-| `f16` | float16 in their place |
-| `int8` | as `auto`, with matrices that are not quantized rounded to int8 in blocks |
-| `fp8` | as `auto`, with matrices that are not quantized rounded to float8, see below; sm_89 and newer |
-| `int4` | as `auto`, for a checkpoint that has 4-bit blocks; refused where it has none |
+| `f16` | the same with float16 |
+| `int8` | as `auto`, with unquantized matrices quantized to int8 in blocks |
+| `fp8` | as `auto`, with unquantized matrices quantized to float8, see below; sm_89 and newer |
+| `int4` | as `auto`, for a checkpoint with 4-bit blocks; refused if it has none |
 | `auto`, `fast` | see below |
 
-4-bit and 8-bit blocks are always kept as stored and unpacked inside the products. `auto` takes float16 on sm_70, and
-for a checkpoint stored in float16; bfloat16 on everything newer, whose range no model exceeds; and float32 in Triton's
-interpreter, which computes bfloat16 wrongly.
+4-bit and 8-bit blocks are always kept as stored and unpacked inside the products. `auto` is float16 on sm_70 and for a
+checkpoint stored in float16; otherwise bfloat16, whose range no model exceeds; and float32 in Triton's interpreter,
+which computes bfloat16 wrongly.
 
-`fp8` is E4M3 with a scale for each row of a matrix. Where a step has several tokens their activations are rounded so,
-too, with a scale for each token, for the tensor cores; a single token is multiplied as it is.
+`fp8` is E4M3 with a scale per row of a matrix. If a step has several tokens, their activations are quantized the same
+way, with a scale per token, for the tensor cores; the activations of a single token are not.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 NAMES = ("auto", "exact", "fast", "f32", "bf16", "f16", "int8", "fp8", "int4")
 Number = Literal["fp32", "bf16", "fp16"]
-"""Triton's names."""
+"""Triton's name of a number format."""
 Rounded = Literal["", "int8", "fp8"]
 LONG: dict[str, str] = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
@@ -42,12 +42,12 @@ class TritonPrecision:
     """A resolved choice."""
 
     number: Number
-    """Of activations and the cache."""
+    """Number format of activations and cache."""
     rounded: Rounded = ""
-    """What matrices that are not quantized are rounded to; empty: nothing."""
+    """The type that unquantized matrices are quantized to; empty: they stay as stored."""
 
     def describe(self, matrices: Iterable[Weight]) -> str:
-        """As a report has it."""
+        """A description for a report."""
         from transom.graph.weights import Blocked
 
         forms = sorted({w.dtype.removeprefix("u") for w in matrices if isinstance(w, Blocked)})
@@ -66,10 +66,10 @@ def resolve(options: Options, arch: int, matrices: Iterable[Weight], *, interpre
     Args:
         arch: 80 for sm_80.
         matrices: the weights of matrix products.
-        interpreted: kernels run in Triton's interpreter.
+        interpreted: whether kernels run in Triton's interpreter.
 
     Raises:
-        OptionError: the value is unknown, or this card or this checkpoint cannot have it.
+        OptionError: the value is unknown, or this card or checkpoint does not support it.
     """
     from transom.graph.weights import Blocked
 
@@ -93,13 +93,13 @@ def resolve(options: Options, arch: int, matrices: Iterable[Weight], *, interpre
         return TritonPrecision("bf16")
     if asked == "fp8" and arch < 89 and not interpreted:
         raise OptionError(
-            f"{option('precision', 'fp8')} needs tensor cores for float8, of sm_89 or newer, and this is sm_{arch}",
+            f"{option('precision', 'fp8')} needs the float8 tensor cores of sm_89 or newer, and this is sm_{arch}",
             f"Use {option('precision', 'int8')}",
         )
     known = list(matrices)
     if asked == "int4" and not any(isinstance(w, Blocked) and "int4" in w.dtype for w in known):
         raise OptionError(
-            f"{option('precision', 'int4')} keeps 4-bit weights as they are, and this checkpoint has none",
+            f"{option('precision', 'int4')} uses the stored 4-bit weights, and this checkpoint has none",
             f"Quantize it first, or use {option('precision', 'int8')}",
         )
     rounded: Rounded = "int8" if asked == "int8" else "fp8" if asked == "fp8" else ""

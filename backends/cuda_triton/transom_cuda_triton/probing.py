@@ -1,4 +1,4 @@
-"""What the backend says of each device, from the host's records and installed files alone: no SDK is imported."""
+"""The backend's answer for each device, from the host's records and installed files alone: imports no SDK."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from transom.contract import Device, Offer, Refusal
 from transom.errors import option
 
 ARCHITECTURES = (70, 80, 86, 89, 90)
-"""With tiles and kernels of their own: 80 for sm_80."""
+"""Supported architectures: 80 for sm_80."""
 OLDEST_TRITON = (3, 6)
 OLDEST_TORCH = (2, 9)
 VOLTA_TORCH = (2, 10)
-"""The last release of torch whose packages have sm_70, and CUDA 12 is the last CUDA."""
+"""The last release of torch whose packages support sm_70, built with CUDA 12."""
 INSTALL = "pip install 'transom[cuda]'"
 INSTALL_VOLTA = "pip install 'transom[v100]'"
 FORMAT = "1"
-"""Of the files that this backend writes."""
+"""Version of the files that this backend writes."""
 INTERPRET = "TRITON_INTERPRET"
 
 
@@ -33,11 +33,11 @@ class Torch:
 
     version: str
     cuda: str
-    """Of CUDA, `"12.8"`; empty for a build without."""
+    """Its CUDA version, `"12.8"`; empty for a build without CUDA."""
 
 
 def interpreting() -> bool:
-    """Whether kernels run in Triton's interpreter, which is decided before triton is imported."""
+    """Whether kernels run in Triton's interpreter, which must be set before triton is imported."""
     return os.environ.get(INTERPRET) == "1"
 
 
@@ -66,23 +66,23 @@ def installed_torch() -> Torch | None:
 
 
 def architecture(device: Device) -> int:
-    """80 for sm_80; 0 for what is no NVIDIA GPU."""
+    """80 for sm_80; 0 for a device that is not an NVIDIA GPU."""
     found = re.fullmatch(r"sm_(\d+)", device.arch)
     return int(found.group(1)) if found else 0
 
 
 def tiles_architecture(device: Device) -> int:
-    """Whose tiles the kernels take: `tiles.INTERPRETER` for the interpreter."""
+    """The architecture that tiles are chosen for: `tiles.INTERPRETER` for the interpreter."""
     return 0 if interpreting() else architecture(device)
 
 
 def answer(
     device: Device, torch: Torch | str | None = "installed", triton: str | None = "installed"
 ) -> Offer | Refusal:
-    """Yes or no for one device.
+    """An offer or a refusal for one device.
 
     Args:
-        torch, triton: for tests; what is installed.
+        torch, triton: installed versions, passed by tests.
     """
     torch = installed_torch() if isinstance(torch, str) else torch
     triton = installed_triton() if triton == "installed" else triton
@@ -114,24 +114,24 @@ def answer(
 
 
 def _band(arch: int) -> Literal["tuned", "native"]:
-    """On RTX cards TensorRT comes first, where it is installed: its products in FP8 are what those cards are for."""
+    """RTX cards prefer TensorRT if it is installed, since its FP8 products suit them best."""
     return "native" if arch in (86, 89) else "tuned"
 
 
 def _together(answers: list[Offer | Refusal], device: Device) -> Offer | Refusal:
-    """For a group: what all of them say, or the first refusal."""
+    """For a group: a combined offer, or the first refusal."""
     refused = next((a for a in answers if isinstance(a, Refusal)), None)
     if refused is not None:
         return replace(refused, device_id=device.id, reason=f"{refused.device_id}: {refused.reason}")
     first = answers[0]
     assert isinstance(first, Offer)
     linked = all(other.id in d.peers for d in device.members for other in device.members if other is not d)
-    way = "NVLink" if linked else "no NVLink between all of them"
-    return replace(first, device_id=device.id, why=f"{first.why}, {len(answers)} devices together, {way}")
+    link = "NVLink" if linked else "no NVLink between all of them"
+    return replace(first, device_id=device.id, why=f"{first.why}, {len(answers)} devices together, {link}")
 
 
 def _products(arch: int) -> str:
-    """What a user should know of how products are computed."""
+    """A note for the user on how products are computed."""
     return ", without tensor cores, which Triton has not had for sm_70 since 3.2" if arch == 70 else ""
 
 
@@ -165,7 +165,7 @@ def _torch_refusal(device: Device, arch: int, torch: Torch | None, install: str)
 
 
 def _interpreted(device: Device, torch: Torch | None, triton: str | None) -> Offer | Refusal:
-    """In Triton's interpreter kernels run on the CPU, whatever cards there are."""
+    """The answer in Triton's interpreter, where kernels run on the CPU regardless of the cards."""
     if device.kind != "cpu":
         reason = f"{INTERPRET}=1 is set: kernels run in Triton's interpreter, on the CPU"
         return Refusal(device.id, "wrong_device", reason, f"Unset {INTERPRET}, or use {option('device', 'cpu')}")
@@ -177,7 +177,7 @@ def _interpreted(device: Device, torch: Torch | None, triton: str | None) -> Off
 
 @functools.cache
 def kernels_digest() -> str:
-    """Of what kernels are compiled from and of how they are cut up: code made from something else is rebuilt."""
+    """Digest of the kernels' sources and of the modules that choose variants; a change rebuilds artifacts."""
     here = Path(__file__).parent
     digest = hashlib.blake2b(digest_size=8)
     for path in [*sorted((here / "kernels").glob("*.py")), *(here / f"{n}.py" for n in COMPILED_FROM)]:
@@ -189,7 +189,7 @@ COMPILED_FROM = ("tiles", "operators", "attention", "routing", "routes", "loweri
 
 
 def requirements(device: Device) -> dict[str, str]:
-    """What an artifact compiled here needs: everything that `check` compares."""
+    """The requirements of an artifact compiled here: everything that `check` compares."""
     interpreted = interpreting()
     return {
         "format": FORMAT,

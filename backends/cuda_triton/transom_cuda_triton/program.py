@@ -1,4 +1,4 @@
-"""A program as it lies in an artifact: operators over buffers, matrices and vectors by their place in the weights."""
+"""A program as stored in an artifact: operators over buffers; matrices and vectors are offsets in the weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ KINDS = ("embed", "norm", "linear", "combine", "gate", "rotate", "attend", "rows
 
 @dataclass(frozen=True)
 class TritonOp:
-    """One operator. Rows are the step's tokens, and after `rows` those whose logits are wanted."""
+    """One operator. Rows are the step's tokens, and after `rows` the tokens that need logits."""
 
     kind: str
     width: int
@@ -23,52 +23,52 @@ class TritonOp:
     a: View = NOWHERE
     """`attend`: queries."""
     b: View = NOWHERE
-    """`norm`: the residual; `combine`: what is added; `gate`: the other factor; `attend`: keys."""
+    """`norm`: the residual; `combine`: the addend; `gate`: the other factor; `attend`: keys."""
     c: View = NOWHERE
     """`attend`: values."""
     matrix: int = -1
     vector: int = -1
-    """A place in the weights, float32: the gain of `norm`, the bias of `combine`."""
+    """Offset of a float32 vector in the weights: the gain of `norm`, the bias of `combine`."""
     groups: int = 1
-    """`norm`: rows within a row; `rotate`: heads."""
+    """`norm`: independent parts of a row; `rotate`: heads."""
     index: int = 0
     """`rotate`: the rope; `attend`: the layer."""
     rope: int = -1
     """`attend`: the rope of the keys; -1: they are not rotated."""
     neighbours: bool = False
-    """`rotate`, `attend`: pairs lie side by side."""
+    """`rotate`, `attend`: whether pairs are interleaved."""
     act: str = ""
     scale: float = 1.0
     """`embed`, `combine`: a factor; `norm`: epsilon."""
     cap: float = 0.0
     late: bool = False
-    """It runs over the rows whose logits are wanted."""
+    """Whether it runs on the rows that need logits."""
 
 
 @dataclass(frozen=True)
 class TritonProgram:
     number: str
-    """Of activations and cache: Triton's name."""
+    """Triton's name of the number format of activations and cache."""
     ops: tuple[TritonOp, ...]
     matrices: tuple[TritonMatrix, ...]
     ropes: tuple[RopeTable, ...]
     layers: tuple[AttentionLayer, ...]
     buffers: tuple[int, ...]
-    """Columns of each."""
+    """Columns of each buffer."""
     output: int
-    """The buffer of the logits, float32; no other buffer is."""
+    """The buffer of the logits, always float32; all others have the type `number`."""
     vocabulary: int
     weight_bytes: int
-    """Size of the file that all places are in."""
+    """Size of the file of weights."""
     sparsity: str
-    """The policy to read the cache by where a step names none, in canonical form."""
+    """The sparsity policy for steps that have none of their own, in canonical form."""
 
     def to_json(self) -> str:
         return to_json(self)
 
     @classmethod
     def from_json(cls, text: str) -> TritonProgram:
-        """Raises ValueError, KeyError or TypeError for a text that is no program."""
+        """Raises ValueError, KeyError or TypeError if the text is not a program."""
         parts: dict[str, Callable[[Any], Any]] = {
             "ops": _op, "matrices": lambda raw: TritonMatrix(**raw), "ropes": lambda raw: RopeTable(**raw),
             "layers": lambda raw: AttentionLayer(**raw), "buffers": int,
@@ -79,5 +79,5 @@ class TritonProgram:
 def _op(raw: dict[str, Any]) -> TritonOp:
     op = operator(TritonOp, raw)
     if op.kind not in KINDS:
-        raise ValueError(f"no operator is called {op.kind!r}")
+        raise ValueError(f"the operator {op.kind!r} is unknown")
     return op

@@ -1,8 +1,8 @@
-"""What sparse attention keeps of each sequence from step to step, and what a step asks of the routing kernels.
+"""The state that sparse attention keeps for each sequence between steps, and the routing of a step.
 
-A sequence that is read sparsely has a slot: a ring of queries to take columns from while decoding, its columns, and the
-nodes that hold them, for each layer. What is in the ring and when columns were chosen, the host knows without asking
-the device, since it follows from lengths alone.
+A sequence with sparse attention has a slot: for each layer a ring of queries from which decoding selects columns, its
+columns, and the nodes that contain them. The contents of the ring and the time of the last selection follow from
+lengths alone, so the host knows them without reading from the device.
 """
 
 from __future__ import annotations
@@ -30,44 +30,44 @@ if TYPE_CHECKING:
     from transom_cuda_triton.step import Planned, StepPart, TritonStep
 
 UNITS = (16,)
-"""Keys in a unit that the kernels are compiled for, beside that of the policy a model was loaded with."""
+"""Keys per unit that the kernels are always compiled for, in addition to that of the model's policy."""
 EVERY = 4
-"""One in so many queries is remembered."""
+"""One query in every `EVERY` is remembered."""
 _TYPES = {**TORCH, "i32": torch.int32, "i8": torch.int8}
 
 
 @dataclass
 class SequenceRoute:
-    """What the host knows of one sequence's slot."""
+    """The host's record of one sequence's slot."""
 
     slot: int
     ring: list[int] = field(default_factory=lambda: [-1] * COLUMN_ROWS)
-    """Positions of the queries at each place; -1: none."""
+    """Position of the query at each place of the ring; -1: none."""
     chosen_in: int = -1
-    """The block of 64 positions in which its columns were chosen; -1: never."""
+    """The block of 64 positions in which columns were last selected; -1: never."""
     chosen_by: str = ""
-    """The policy by which they were: `RoutedStep.name`."""
+    """The policy of that selection: `RoutedStep.name`."""
 
     def forget(self, length: int) -> None:
-        """All but the first tokens are gone."""
+        """Drop everything but the first `length` tokens."""
         self.ring = [p if p < length else -1 for p in self.ring]
         self.chosen_in = -1
 
 
 @dataclass(frozen=True)
 class RoutedStep:
-    """What the sequences of a step read by: one policy, for those of them that have a route."""
+    """The sparse attention of a step: one policy, for the sequences that have a route."""
 
     policy: Sparsity
-    """Of the heads that this card has."""
+    """The policy for this card's heads."""
     name: str
-    """Of the whole model's policy, in canonical form."""
+    """The whole model's policy, in canonical form."""
     routes: tuple[SequenceRoute | None, ...]
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What one part of a step asks of the routing kernels, of every layer alike."""
+    """Inputs of the routing kernels for one part of a step, the same for every layer."""
 
     choosers: torch.Tensor
     asked: torch.Tensor
@@ -76,7 +76,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Lists:
-    """What the query blocks of a part read, as the attention kernels take it."""
+    """The keys that the query blocks of a part read, in the format of the attention kernels."""
 
     arrays: dict[str, torch.Tensor]
 
@@ -89,7 +89,7 @@ class Lists:
 
 
 def routings(program: TritonProgram, unit: int, arch: int) -> list[Routing]:
-    """Of each layer."""
+    """The routing of each layer."""
     plain = arch not in (INTERPRETER, *TENSOR_CORES)
     return [
         Routing(
@@ -101,13 +101,13 @@ def routings(program: TritonProgram, unit: int, arch: int) -> list[Routing]:
 
 
 def units_of(program: TritonProgram) -> list[int]:
-    """The units that a program's kernels are compiled for."""
+    """The unit sizes that a program's kernels are compiled for."""
     own = Sparsity.from_string(program.sparsity)
     return sorted({*UNITS, *(() if own.dense else (own.unit,))})
 
 
 def routing_variants(program: TritonProgram, arch: int) -> list[KernelVariant]:
-    """All that routing may launch."""
+    """All kernel variants that routing may launch."""
     found = (v for unit in units_of(program) for routing in routings(program, unit, arch) for v in routing.variants())
     return list(dict.fromkeys(found))
 
@@ -116,8 +116,8 @@ class Routes:
     """The slots of an engine, and the routing of its steps.
 
     Args:
-        slots: sequences that are read sparsely, at most.
-        context: tokens of the longest.
+        slots: maximum number of sequences with sparse attention.
+        context: maximum tokens of a sequence.
     """
 
     def __init__(
@@ -132,17 +132,17 @@ class Routes:
 
     @property
     def side_pages(self) -> int:
-        """Pages of nodes that slots have behind those of the cache."""
+        """Pages of nodes that slots have, behind those of the cache."""
         return COLUMN_PAGES * self.slots
 
     def bind(self) -> None:
-        """Allocate what slots keep, and leave all of them free."""
+        """Allocate the arrays of all slots."""
         shapes = [r.kept(self.slots, self._most_pages) for r in next(iter(self._by_unit.values()))]
         self.kept = [{n: self._new(s, -1) for n, s in layer.items()} for layer in shapes]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of what slots keep beside the pages of the cache, and of the nodes behind them."""
+        """Bytes of the slots' arrays and of their pages of nodes."""
         nodes = sum(self.side_pages * x.kv_heads * node_bytes(x, self._program.number) for x in self._program.layers)
         shapes = (s for r in next(iter(self._by_unit.values())) for s in r.kept(self.slots, self._most_pages).values())
         return nodes + sum(math.prod(size) * _TYPES[number].itemsize for size, number in shapes)
@@ -155,16 +155,16 @@ class Routes:
 
     # slots ------------------------------------------------------------------------------------------------------------
     def take(self) -> SequenceRoute:
-        """Raises OutOfPages where all slots are taken."""
+        """Take a free slot. Raises OutOfPages if there is none."""
         if not self._free:
-            raise OutOfPages(f"{self.slots} sequences are read sparsely already, and there is room for no more")
+            raise OutOfPages(f"{self.slots} sequences already use sparse attention, which is the maximum")
         return SequenceRoute(self._free.pop(0))
 
     def give_back(self, route: SequenceRoute) -> None:
         self._free.append(route.slot)
 
     def unsupported(self, policy: Sparsity) -> str:
-        """Why a step cannot be read by such a policy; empty if it can."""
+        """Why a step cannot use such a policy; empty if it can."""
         from transom_cuda_triton.lowering import unsupported
 
         if policy.dense or (reason := unsupported(policy)):
@@ -176,17 +176,17 @@ class Routes:
 
     # steps ------------------------------------------------------------------------------------------------------------
     def of(self, step: TritonStep, planned: Planned, routed: RoutedStep, remembered: int = 0) -> RoutingStep:
-        """The routing of a step. Changes nothing that the host knows: `done` does, once the step has run.
+        """The routing of a step. Does not change the host's records; `done` does, once the step has run.
 
         Args:
-            remembered: entries of REMEMBERED, at least; those that are none say so.
+            remembered: minimum entries of REMEMBERED, padded with -1.
         """
         parts = [self._asked(planned, routed, not part.single, remembered) for part in step.parts]
         asked = [Asked(*(torch.from_numpy(a).to(self._device) for a in arrays)) for arrays in parts]
         return RoutingStep(self, routed.policy, torch.from_numpy(_slots(routed)).to(self._device), asked)
 
     def fresh(self, recorded: RoutingStep, planned: Planned, routed: RoutedStep) -> list[tuple[torch.Tensor, Array]]:
-        """The arrays of a recorded step, and what they should hold for another one that chooses no columns."""
+        """The arrays of a recorded step, with their values for another step that selects no columns."""
         found = [(recorded.slots, _slots(routed))]
         for asked in recorded.asked:
             array = self._asked(planned, routed, False, len(asked.remembered))[2]
@@ -194,7 +194,7 @@ class Routes:
         return found
 
     def chooses(self, planned: Planned, routed: RoutedStep) -> bool:
-        """Whether any sequence chooses columns anew in this step."""
+        """Whether any sequence selects columns in this step."""
         return any(self._chooses(planned, routed, s) for s in range(len(routed.routes)))
 
     def _chooses(self, planned: Planned, routed: RoutedStep, s: int) -> bool:
@@ -205,7 +205,7 @@ class Routes:
         return count >= CHUNK or stale
 
     def _asked(self, planned: Planned, routed: RoutedStep, chunk: bool, least: int) -> tuple[Array, Array, Array]:
-        """CHOOSERS, ASKED and REMEMBERED of the sequences that bring a chunk, or of those that bring less."""
+        """CHOOSERS, ASKED and REMEMBERED of the sequences with a chunk of new tokens, or of those with fewer."""
         choosers: list[int] = []
         asked: list[list[tuple[int, int, int]]] = []
         remembered: list[tuple[int, int, int]] = []
@@ -228,7 +228,7 @@ class Routes:
         )  # fmt: skip
 
     def begin(self, planned: Planned, routed: RoutedStep) -> None:
-        """A step is to run: until it has, nothing is known of what it may overwrite."""
+        """Called before a step runs: invalidate the records of everything that it may overwrite."""
         for s, (count, length) in enumerate(zip(planned.counts, planned.lengths, strict=True)):
             route = routed.routes[s]
             if route is None:
@@ -239,7 +239,7 @@ class Routes:
                 route.ring[p // EVERY % COLUMN_ROWS] = -1
 
     def done(self, planned: Planned, routed: RoutedStep, chose: Sequence[bool]) -> None:
-        """The step has run."""
+        """Called after a step has run: record what it wrote."""
         for s, (count, length) in enumerate(zip(planned.counts, planned.lengths, strict=True)):
             route = routed.routes[s]
             if route is None:
@@ -251,7 +251,7 @@ class Routes:
                 route.ring[p // EVERY % COLUMN_ROWS] = p
 
     def choosing(self, planned: Planned, routed: RoutedStep) -> list[bool]:
-        """Which sequences choose columns anew."""
+        """Whether each sequence selects columns in this step."""
         return [self._chooses(planned, routed, s) for s in range(len(routed.routes))]
 
     def routing(self, policy: Sparsity, layer: int) -> Routing:
@@ -270,7 +270,7 @@ class Routes:
 
 
 COLUMN_PAGES = 8
-"""Pages of nodes of a slot: one node for each column at most."""
+"""Pages of nodes per slot: at most one node per column."""
 
 
 def _slots(routed: RoutedStep) -> Array:
@@ -278,7 +278,7 @@ def _slots(routed: RoutedStep) -> Array:
 
 
 def _looked_at(route: SequenceRoute, row: int, count: int, length: int) -> list[tuple[int, int, int]]:
-    """ASKED: the step's own queries for a chunk, remembered ones while decoding, where there are any."""
+    """ASKED: the step's own queries for a chunk; while decoding, remembered queries if there are any."""
     past = length - count
     if count < CHUNK:
         known = sorted((p, place) for place, p in enumerate(route.ring) if p >= 0)
@@ -290,7 +290,7 @@ def _looked_at(route: SequenceRoute, row: int, count: int, length: int) -> list[
 
 
 def _kept(count: int, length: int) -> Iterator[int]:
-    """Positions of the new queries that are remembered: the last of every fourth."""
+    """Positions of the new queries to remember: every fourth, the last ones of these."""
     first = length - count
     found = range(first + (EVERY - 1 - first) % EVERY, length, EVERY)
     return iter(found[-COLUMN_ROWS:])
@@ -304,14 +304,14 @@ class RoutingStep:
         self._rule = Rule.of(policy)
         self._flag = routes.scratch({"FLAG": ((1,), "i32")})["FLAG"]
         self._counts: list[torch.Tensor | None] = [None] * len(asked)
-        """Of each part: int32 [layers, 2, blocks * most kv_heads], each layer's numbers from the beginning."""
+        """For each part, int32 [layers, 2, blocks * largest kv_heads], with the numbers of each layer at the start."""
 
     def reset(self) -> None:
-        """The step begins."""
+        """Called when the step begins."""
         self._flag.zero_()
 
     def lists(self, step: TritonStep, part: StepPart, layer: int, q: torch.Tensor) -> Lists:
-        """What a part's query blocks read in a layer, once its new keys are in the cache."""
+        """Select the keys that a part's query blocks read in a layer, once its new keys are in the cache."""
         routes, index = self._routes, next(i for i, p in enumerate(step.parts) if p is part)
         asked, cache = self.asked[index], step.caches[layer]
         routing, shape = routes.routing(self._policy, layer), step.program.layers[layer]
@@ -345,17 +345,17 @@ class RoutingStep:
         if found is None:
             layers = step.program.layers
             numbers = step.parts[index].count * max(x.kv_heads for x in layers)
-            # Rows that begin aligned, as pointers into them have to.
+            # Rows start aligned, as pointers to them must be.
             shape = len(layers), 2, -(-numbers // 4) * 4
             found = self._counts[index] = self._routes.scratch({"COUNTS": (shape, "i32")})["COUNTS"]
         return found
 
     def finite(self) -> bool:
-        """Whether all scores were numbers."""
+        """Whether all scores were finite."""
         return not bool(self._flag.item())
 
     def counts(self, step: TritonStep) -> list[Array]:
-        """For each part of the step, int32 [layers, 2, blocks, most kv_heads]: keys read and keys seen."""
+        """For each part of the step, int32 [layers, 2, blocks, largest kv_heads]: keys read and keys visible."""
         found = []
         layers = step.program.layers
         most = max(x.kv_heads for x in layers)

@@ -1,9 +1,9 @@
-"""Dynamic sparse attention's choice on the device: which kernels one layer's routing launches, in order.
+"""The routing of dynamic sparse attention on the device: the kernels that one layer's routing launches, in order.
 
-The choice is that of `transom.ops.sparse_routing`, for nodes of 8 keys and the score "rms". Nothing waits for the host:
-grids depend on the shapes of the arrays alone, so that a graph of launches holds for any lengths.
+It selects the same keys as `transom.ops.sparse_routing`, for nodes of 8 keys and the score "rms". Nothing waits for the
+host: grids depend on the shapes of arrays alone, so that a recorded CUDA graph is valid for all lengths.
 
-Imports no triton and no torch.
+Imports neither triton nor torch.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from transom_cuda_triton.variants import KernelVariant, Launcher
 NODE = 8
 MOST_COLUMNS = 64
 FINEST = 16
-"""Keys in a unit as attention reads it."""
+"""Keys per unit in the attention kernels."""
 SPLITS = 32
-"""Most parts that the keys of a block are split into."""
+"""Maximum number of splits of a block's keys."""
 UNIT_WIDTH, KEY_WIDTH = 1024, 4096
-"""Units and keys that a choice looks at together."""
+"""Units and keys that a selection kernel processes at once."""
 REMEMBER_PART = 1024
 
 Shape = tuple[tuple[int, ...], str]
-"""Of an array, and Triton's type of its elements."""
+"""Shape of an array, and Triton's type of its elements."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """A policy as the kernels take it: the same for everything in one launch."""
+    """A policy as kernel arguments, the same for all blocks of a launch."""
 
     stride: int
     local: int
@@ -43,12 +43,12 @@ class Rule:
     min_density: float
     max_density: float
     may_fall: int
-    """1 where a block that would read more than 0.6 of its keys reads all of them."""
+    """1 if a block that would read more than 0.6 of its keys reads all of them."""
 
     @classmethod
     def of(cls, policy: Sparsity) -> Rule:
         """Raises:
-        ValueError: the kernels have no such policy.
+        ValueError: the kernels do not support the policy.
         """
         if policy.node != NODE or policy.score != "rms" or policy.columns > MOST_COLUMNS or policy.unit < FINEST:
             raise ValueError(f"no kernels for the sparsity policy {policy}")
@@ -59,29 +59,29 @@ class Rule:
 
     @property
     def rows(self) -> int:
-        """Queries of a block that are looked at, at most."""
+        """Maximum number of sampled queries per block."""
         return BLOCK // self.stride
 
 
 def coverages(layer: LayerSparsity, kv_heads: int) -> list[float]:
-    """COVERAGE: -1 for a head that reads everything."""
+    """COVERAGE: -1 for a dense head."""
     return [-1.0 if layer.dense_head(head) else layer.coverage(head) for head in range(kv_heads)]
 
 
 def splits_of(blocks: int, kv_heads: int, most_keys: int, processors: int) -> int:
-    """Into how many parts to split the keys of each block, so that every multiprocessor has two programs or so."""
+    """Number of splits of each block's keys, for about two programs per multiprocessor."""
     wanted = -(-2 * processors // max(1, blocks * kv_heads))
     return max(1, min(SPLITS, wanted, -(-most_keys // (BLOCK * NODE)) + 2))
 
 
 def _tile(rows: int) -> int:
-    """Rows in a program: what a tensor core takes, at most 64."""
+    """Rows per program: a size for tensor cores, at most 64."""
     return min(64, max(16, 1 << (rows - 1).bit_length()))
 
 
 @dataclass(frozen=True)
 class Routing:
-    """The routing of the layers of one shape."""
+    """The routing of layers of one shape."""
 
     kv_heads: int
     group: int
@@ -94,20 +94,20 @@ class Routing:
     """Triton's type of queries, keys and nodes: "fp16", "bf16" or "fp32"."""
     unit: int
     plain: bool = False
-    """Products go through plain cores (sm_70), and tiles are as small as they can be: others have no room there."""
+    """Whether products run on CUDA cores (sm_70), with the smallest tiles: larger ones do not fit there."""
 
     # arrays -----------------------------------------------------------------------------------------------------------
     def nodes(self, pages: int, slots: int) -> dict[str, Shape]:
-        """Beside the cache of each layer."""
+        """Node arrays of each layer, beside its cache."""
         rows = (pages + MOST_COLUMNS // NODE * slots, self.kv_heads, BLOCK // NODE)
         vectors = (*rows, self.head_dim)
         return {"MEANS": (vectors, self.dtype), "VARIANCES": (vectors, self.dtype), "COUNTS": (rows, "i32")}
 
     def kept(self, slots: int, most_pages: int) -> dict[str, Shape]:
-        """What each layer keeps of the sequences that are read sparsely; all but RING are -1 at first.
+        """Arrays that each layer keeps for slots between steps; all but RING are initially -1.
 
         Args:
-            most_pages: of the longest sequence.
+            most_pages: pages of the longest sequence.
         """
         own = (slots, self.kv_heads, MOST_COLUMNS)
         return {
@@ -119,11 +119,11 @@ class Routing:
     def scratch(
         self, blocks: int, choosers: int, most_pages: int, rows: int, splits: int, *, decoding: bool
     ) -> dict[str, Shape]:
-        """What lies between the kernels of one step; layers may share it.
+        """Arrays between the kernels of one step; layers may share them.
 
         Args:
-            rows: most queries of a block that are looked at: `Rule.rows`, 1 where all blocks are single queries.
-            splits: the larger of those that `run` is given.
+            rows: maximum sampled queries per block: `Rule.rows`, or 1 if all blocks are single queries.
+            splits: the larger of `splits` and `column_splits` of `run`.
         """
         own, column_own = (blocks, self.kv_heads), (choosers, self.kv_heads)
         tile = self._rows(decoding)
@@ -140,7 +140,7 @@ class Routing:
         }  # fmt: skip
 
     def chosen(self, blocks: int, most_pages: int) -> dict[str, Shape]:
-        """What the choice is written to."""
+        """Output arrays of the selection."""
         own = (blocks, self.kv_heads)
         return {
             "FAR": ((*own, most_pages * (BLOCK // FINEST)), "i32"), "BLOCK_COLUMNS": ((*own, MOST_COLUMNS), "i32"),
@@ -149,7 +149,7 @@ class Routing:
 
     # kernels ----------------------------------------------------------------------------------------------------------
     def variants(self) -> list[KernelVariant]:
-        """All that `run` may launch."""
+        """All variants that `run` may launch."""
         steps = [step for decoding in (False, True) for step in self._scores(decoding).values()]
         return list(dict.fromkeys([*self._columns().values(), self._remember(), *steps, self._choose()]))
 
@@ -163,16 +163,16 @@ class Routing:
         splits: int,
         column_splits: int = SPLITS,
     ) -> None:
-        """Choose what the query blocks of a step read, once its keys are in the cache.
+        """Select the keys that the query blocks of a step read, once its keys are in the cache.
 
         Args:
             arrays: those of `nodes`, `kept`, `scratch` and `chosen`, and Q [tokens, kv_heads * group, head_dim] or
-                flat; K; PAGES, BLOCKS, SLOTS; COVERAGE; SINKS where there are; CHOOSERS, ASKED, REMEMBERED, any of
-                them without entries or with -1 in them.
-            rule: all sequences of the step have it.
-            decoding: every block is a single query.
-            splits: parts of the keys of each block, at most `SPLITS`.
-            column_splits: the same for the sequences that choose columns.
+                flat; K; PAGES, BLOCKS, SLOTS; COVERAGE; SINKS if there are any; CHOOSERS, ASKED, REMEMBERED, which may
+                be empty or contain -1.
+            rule: the rule of all sequences of the step.
+            decoding: whether every block is a single query.
+            splits: splits of each block's keys, at most `SPLITS`.
+            column_splits: the same for the sequences that select columns.
         """
         blocks, choosers = arrays["BLOCKS"].shape[0], arrays["CHOOSERS"].shape[0]
         remembered = arrays["REMEMBERED"].shape[0]
@@ -200,14 +200,14 @@ class Routing:
         start(scores["score_units"], blocks, self.kv_heads, splits)
         start(self._choose(), blocks, self.kv_heads)
 
-    # their parts ------------------------------------------------------------------------------------------------------
+    # variants ---------------------------------------------------------------------------------------------------------
     def _rows(self, decoding: bool) -> int:
         most = 16 if self.plain else 32 if self._wide else 64
         return min(most, _tile(self.group if decoding else 64))
 
     @property
     def _wide(self) -> bool:
-        """Whether nodes are so wide that shared memory has no room for two tiles of them."""
+        """Whether nodes are too wide for two tiles of them in shared memory."""
         return self.head_dim * (4 if self.dtype == "fp32" else 2) > 384
 
     @property
@@ -234,7 +234,7 @@ class Routing:
     def _variant(
         self, kernel: str, arguments: str, constants: Mapping[str, Any], warps: int = 4, stages: int = 2
     ) -> KernelVariant:
-        """A kernel with the names of its arguments that are no constants."""
+        """A variant of a kernel; `arguments` are the names of its non-constant arguments."""
         own, names = dict(constants), arguments.split()
         if "SINKS" in names and not self.with_sinks:
             names.remove("SINKS")
@@ -257,7 +257,7 @@ class Routing:
 
     @property
     def _halves(self) -> dict[str, Any]:
-        """Heads in two parts, whose products one after the other take fewer registers."""
+        """Heads in two parts, whose separate products need fewer registers."""
         half, rest = parts(self.head_dim, 64 if self.head_dim <= 128 else 128)
         return {"HEAD": half, "HEAD_REST": rest}
 
@@ -290,7 +290,7 @@ class Routing:
         head = {**self._head, **self._halves} if self.plain else self._head
         masses = {**head, **self._capped, **rows, "UNIT": self.unit, "KEPT": decoding}
         merged = {"GROUP": self.group, "SPLITS": SPLITS, "WITH_SINKS": self.with_sinks, **rows}
-        # Warps and stages: what spills nothing.
+        # Warps and stages that spill no registers.
         cut = (4, 3 if self.head_dim > 64 and not self._wide else 2) if decoding else (8, 1 if self._wide else 2)
         cut = (8, 1) if self.plain else cut
         return {

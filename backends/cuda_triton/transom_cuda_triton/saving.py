@@ -1,7 +1,7 @@
-"""States written down and made again: a session on one card offers it, several cards together do not.
+"""Saves and restores states. Sessions on one card support it; sessions on several cards do not.
 
-What is saved are the pages of each layer as they lie in memory, nodes included. What sparse attention remembers of
-queries is not: a state that is made again takes its columns from the first queries that come.
+The pages of each layer are saved as in memory, including nodes. The queries that sparse attention remembers are not: a
+restored state selects its columns from the next queries.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from transom_cuda_triton.session import TritonSession, TritonState
 
 
 class SavingTritonSession(TritonSession):
-    """A `TritonSession` that is a `transom.contract.SavingSession`, too."""
+    """A `TritonSession` that is also a `transom.contract_optional.SavingSession`."""
 
     def __init__(self, engine: TritonEngine, decoder: Decoder, *, context: int, pages: int) -> None:
         self._one = engine
@@ -32,10 +32,10 @@ class SavingTritonSession(TritonSession):
         return cache.read_pages(self._one.caches, state.table.pages)
 
     def restore(self, length: int, arrays: Mapping[str, Tensor]) -> TritonState:
-        """A state out of what `save` gave.
+        """A state from the output of `save`.
 
         Raises:
-            ValueError: these are no arrays of a state of so many tokens.
+            ValueError: the arrays do not fit a state of `length` tokens.
             OutOfPages: the pool is too small.
         """
         self._need_open()

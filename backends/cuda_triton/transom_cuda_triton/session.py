@@ -1,4 +1,4 @@
-"""The contract session over the engine: pages with copy on write, sparsity policies, and the keys that were read."""
+"""The contract session over the engine: pages with copy on write, sparsity policies, and counts of the keys read."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 MAX_SEQUENCES = 64
 MAX_TOKENS = 1024
-"""New tokens in one step: more would fill a card no better, and the buffers of activations grow with them."""
+"""New tokens in one step; more would not use a card better, but need larger buffers of activations."""
 
 
 class TritonState(PagedState):
-    """A state with its slot in what sparse attention remembers, taken when it is first needed."""
+    """A state with a slot of sparse attention, taken when it is first needed."""
 
     def __init__(
         self, table: PageTable, page_bytes: int, engine: TritonEngine | Team, layers: Sequence[LayerCache]
@@ -37,7 +37,7 @@ class TritonState(PagedState):
         self.counts = np.zeros((2, len(layers), max(x.kv_heads for x in layers)))
 
     def need_route(self) -> SequenceRoute:
-        """Raises OutOfPages where there is no slot left."""
+        """Raises OutOfPages if no slot is free."""
         if self.route is None:
             self.route = self._engine.routes.take()
         return self.route
@@ -64,7 +64,7 @@ class TritonState(PagedState):
 
 
 class TritonSession(PagedSession):
-    """A `transom.contract.SparseSession`."""
+    """A `transom.contract_optional.SparseSession`."""
 
     def __init__(self, engine: TritonEngine | Team, decoder: Decoder, *, context: int, pages: int) -> None:
         self._triton = engine
@@ -77,7 +77,7 @@ class TritonSession(PagedSession):
         return TritonState(self._pool.new_table(), self._page_bytes, self._triton, self._decoder.layers)
 
     def keys_read(self, state: State) -> Tensor:
-        """float64 [2, layers, kv_heads]; see `transom.contract.SparseSession`."""
+        """float64 [2, layers, kv_heads]; see `transom.contract_optional.SparseSession`."""
         if not isinstance(state, TritonState) or state.table.pool is not self._pool:
             raise ValueError("this sequence state belongs to another session")
         state.table.pages  # noqa: B018  a freed state raises here
@@ -86,7 +86,7 @@ class TritonSession(PagedSession):
     def _check(self, work: Sequence[Work]) -> None:
         check_step(work, self._limits, self._decoder.vocabulary, sparsity=True)
         for w in work:
-            self._policy(w)  # ValueError for one that cannot be obeyed
+            self._policy(w)  # raises ValueError for an unsupported policy
 
     def _policy(self, work: Work) -> Sparsity:
         text = self._triton.program.sparsity if work.sparsity is None else work.sparsity
@@ -106,7 +106,7 @@ class TritonSession(PagedSession):
         pages: Sequence[Sequence[int]],
         rows: Sequence[int],
     ) -> Sequence[Tensor | tuple[Tensor, Tensor] | None]:
-        """Works of different policies run one after the other; those that read everything go with the first of them."""
+        """Works with different policies run one after another; dense works run together with the first policy."""
         policies = [self._policy(w) for w in work]
         sparse = list(dict.fromkeys(p for p in policies if not p.dense))
         results: list[Any] = [None] * len(work)
@@ -120,7 +120,7 @@ class TritonSession(PagedSession):
                 for j, result in zip(places, found, strict=True):
                     results[j] = result
                 counted += zip((_own(w) for w in part), counts, strict=True)
-        except BaseException:  # what a part of the step has remembered of tokens that are not there
+        except BaseException:  # drop what the step remembered of tokens that are not kept
             for w in work:
                 if (route := _own(w).route) is not None:
                     route.forget(w.state.length)
@@ -155,7 +155,7 @@ class TritonSession(PagedSession):
         return results, read
 
     def _read(self, result: Result, past: Sequence[int], counts: Sequence[int]) -> list[Array]:
-        """Keys read and seen by each sequence in this step, float64 [2, layers, kv_heads]."""
+        """Keys read and visible in this step, for each sequence: float64 [2, layers, kv_heads]."""
         layers = self._decoder.layers
         found = [np.zeros((2, len(layers), max(x.kv_heads for x in layers))) for _ in counts]
         if result.counts is None:
@@ -175,7 +175,7 @@ def _own(work: Work) -> TritonState:
 
 
 def _on_host(logits: torch.Tensor, work: Sequence[Work], counts: Sequence[int]) -> list[Any]:
-    """What each work asked for, in the host's memory. Only the best logits go there where no more is wanted.
+    """The result of each work, in host memory. For `top_k`, only the best logits are copied there.
 
     Raises:
         EngineError: logits are not finite.

@@ -1,8 +1,8 @@
-"""One decoder over several cards: each has a share of the heads and of the gated columns, and sums are put together.
+"""Shards one decoder over several cards: each has a share of the heads and the gated columns.
 
-Tensor parallelism as Shoeybi and others 2019 have it (Megatron-LM, arXiv:1909.08053): matrices before attention and
-gates are cut by rows, those behind them by columns, so that a block needs two sums over all cards. Embedding, norms and
-the vocabulary matrix are on every card whole.
+Tensor parallelism as in Megatron-LM (Shoeybi and others 2019, arXiv:1909.08053): matrices before attention and gates
+are split by rows, those behind them by columns, so that a block needs two sums over all cards. Embedding, norms and the
+vocabulary matrix are replicated on every card.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from transom.programs.reading import GraphReader, Op, Value
 from transom.sparsity import Sparsity
 
 COLUMNS = 16
-"""What a share of columns is a multiple of, so that every load stays aligned."""
+"""A share of columns is a multiple of this, so that every load stays aligned."""
 
 
 class CannotShare(Exception):
-    """The decoder cannot be cut into so many parts; the message says why."""
+    """The decoder cannot be split over that many cards; the message says why."""
 
 
 def shard(reader: GraphReader, ranks: int, rank: int) -> None:
-    """Cut a drafted decoder down to one card's share, in place. Its sparsity policy stays that of the whole model.
+    """Reduce a decoder to one card's share, in place. Its sparsity policy stays that of the whole model.
 
     Raises:
-        CannotShare: heads, columns or blocks cannot be cut into so many parts.
+        CannotShare: heads, columns or blocks cannot be split evenly.
     """
     _Sharding(reader, ranks, rank).run()
 
 
 def sparsity_of(policy: Sparsity, heads: Sequence[int], ranks: int, rank: int) -> Sparsity:
-    """A policy's share: the KV heads that a card has. `heads` are the KV heads of each layer of the whole model."""
+    """The policy for one card's KV heads. `heads` are the KV heads of each layer of the whole model."""
     if policy.dense or policy.heads is None:
         return policy
     own = []
@@ -47,13 +47,13 @@ def sparsity_of(policy: Sparsity, heads: Sequence[int], ranks: int, rank: int) -
 
 class _Sharding:
     def __init__(self, reader: GraphReader, ranks: int, rank: int) -> None:
-        self._drafting, self._ranks, self._rank = reader, ranks, rank
+        self._reader, self._ranks, self._rank = reader, ranks, rank
         self._makers = makers_of(reader.ops)
         self._split: dict[int, Value] = {}
-        """Values of which each card has its share of columns."""
+        """Values whose columns are split over the cards."""
 
     def run(self) -> None:
-        reader = self._drafting
+        reader = self._reader
         for op in reader.ops:
             if op.kind == "attend":
                 self._check_heads(op.index)
@@ -73,7 +73,7 @@ class _Sharding:
         self._cut_layers()
 
     def _check_heads(self, layer: int) -> None:
-        cache = self._drafting.decoder.layers[layer]
+        cache = self._reader.decoder.layers[layer]
         if cache.q_heads % self._ranks or cache.kv_heads % self._ranks:
             raise CannotShare(
                 f"layer {layer} has {cache.q_heads} heads and {cache.kv_heads} KV heads, which {self._ranks} cards "
@@ -86,14 +86,14 @@ class _Sharding:
         return maker is not None and maker.kind in ("linear", "bias") and value.width % whole == 0
 
     def _need(self, value: Value) -> None:
-        """A value of which each card is to have its share: back to the product that makes it."""
+        """Split a value over the cards, and its inputs back to the product that makes it."""
         if id(value) in self._split:
             return
         self._split[id(value)] = value
         maker = self._makers.get(id(value))
         if maker is None or maker.kind in ("embed", "rows", "add", "softcap"):
             kind = "an input" if maker is None else f"the operator {maker.kind}"
-            raise CannotShare(f"{kind} lies between a product and the attention behind it")
+            raise CannotShare(f"{kind} is between a product and the attention that reads it")
         if maker.kind == "norm" and maker.groups % self._ranks:
             raise CannotShare("a normalisation over the columns of all heads together")
         if maker.kind not in ("linear", "attend", "glu"):
@@ -106,7 +106,7 @@ class _Sharding:
             assert op.weight is not None
             inside = id(op.inputs[0]) in self._split
             if out and inside:
-                raise CannotShare("a product between two values that are shared")
+                raise CannotShare("a product whose input and output are both split over the cards")
             if out:
                 rows = op.dst.width // ranks
                 op.weight = take_rows(op.weight, slice(self._rank * rows, (self._rank + 1) * rows))
@@ -122,7 +122,7 @@ class _Sharding:
             return [op]
         if not out:
             if op.kind != "rows" and any(id(v) in self._split for v in op.inputs):
-                raise CannotShare(f"the operator {op.kind} needs all columns of a value that is shared")
+                raise CannotShare(f"the operator {op.kind} needs all columns of a value that is split over the cards")
             return [op]
         if op.kind == "bias" and op.vector is not None:
             own = op.dst.width // ranks
@@ -133,7 +133,7 @@ class _Sharding:
         return [op]
 
     def _cut_layers(self) -> None:
-        reader, ranks = self._drafting, self._ranks
+        reader, ranks = self._reader, self._ranks
         decoder = reader.decoder
         for i, (scale, softcap, sinks) in reader.layers.items():
             if sinks is not None:
@@ -143,10 +143,10 @@ class _Sharding:
 
 
 def take_columns(weight: Weight, begin: int, end: int) -> Weight:
-    """Columns of a matrix, in the form in which it is stored.
+    """Columns of a matrix, in its stored form.
 
     Raises:
-        CannotShare: they do not begin and end where blocks do.
+        CannotShare: they do not begin and end at block boundaries.
     """
     shape = (weight.shape[0], end - begin)
     if isinstance(weight, Dense):
@@ -154,7 +154,7 @@ def take_columns(weight: Weight, begin: int, end: int) -> Weight:
         return replace(weight, shape=shape, load=lambda: whole()[:, begin:end])
     inner, block = weight.load, weight.block
     if begin % block or end % block:
-        raise CannotShare(f"blocks of {block} columns do not end where a card's {end - begin} columns do")
+        raise CannotShare(f"a card's {end - begin} columns are not whole blocks of {block} columns")
     return replace(weight, shape=shape, load=lambda: _columns(inner(), begin, end, block))
 
 

@@ -1,4 +1,4 @@
-"""One step on the device: what is computed, on which rows, and where its numbers lie."""
+"""One step on the device: its inputs, query blocks and buffers."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from transom_cuda_triton.routes import RoutingStep
 
 ALIGNED = 64
-"""Columns that rows of a buffer are padded to."""
+"""Rows of a buffer are padded to a multiple of this many columns."""
 
 
 class Workspace:
-    """Buffers of a program for so many rows."""
+    """Buffers of a program for a number of rows."""
 
     def __init__(self, program: TritonProgram, tokens: int, wanted: int, device: torch.device) -> None:
         self.tokens, self.wanted = tokens, wanted
@@ -39,7 +39,7 @@ class Workspace:
 
     @staticmethod
     def nbytes(program: TritonProgram, tokens: int, wanted: int) -> int:
-        """Bytes that it takes, at most."""
+        """Maximum size in bytes."""
         size = TORCH[program.number].itemsize
         wide = -(-program.buffers[program.output] // ALIGNED) * ALIGNED * 4 * wanted
         others = sum(-(-w // ALIGNED) * ALIGNED for i, w in enumerate(program.buffers) if i != program.output)
@@ -48,19 +48,19 @@ class Workspace:
 
 @dataclass
 class StepPart:
-    """Query blocks of a step that one attention kernel takes: those of prompts, or single queries."""
+    """Query blocks of a step for one attention kernel: those of prompts, or single queries."""
 
     blocks: torch.Tensor
     """BLOCKS, int32 [count, 4]."""
     count: int
     single: bool
     most_keys: int
-    """Of the longest sequence in it, the new ones included."""
+    """Keys of the longest sequence in it, including new ones."""
 
 
 @dataclass
 class TritonStep:
-    """What operators are launched with."""
+    """The inputs of all operators in a step."""
 
     program: TritonProgram
     store: Store
@@ -73,20 +73,20 @@ class TritonStep:
     positions: torch.Tensor
     """int32 [tokens]."""
     wanted: torch.Tensor
-    """int64: the rows whose logits are wanted."""
+    """int64: rows that need logits."""
     pages: torch.Tensor
     """PAGES, int32 [sequences, most_pages]."""
     appended: torch.Tensor
-    """BLOCKS of new tokens by the page that they go into, int32 [count, 4]."""
+    """BLOCKS of new tokens, grouped by the page that they are written to, int32 [count, 4]."""
     parts: list[StepPart]
     caches: Sequence[LayerPages]
     reduce: Callable[[torch.Tensor], None]
-    """Puts the sum over all cards in place of a tensor."""
+    """Replaces a tensor with its sum over all cards."""
     routing: RoutingStep | None = None
-    """What the sequences read sparsely by; None: everything."""
+    """The routing of sparse attention; None: attention is dense."""
 
     def zeros(self, count: int) -> torch.Tensor:
-        """int32 zeros, so many at least; not to be written to."""
+        """At least `count` int32 zeros, read-only."""
         if self._zeros is None or len(self._zeros) < count:
             self._zeros = torch.zeros(max(count, 1024), dtype=torch.int32, device=self.ids.device)
         return self._zeros
@@ -101,7 +101,7 @@ class TritonStep:
 
 @dataclass(frozen=True)
 class Planned:
-    """A step as the host lays it out, before anything is on the device. All of it follows from lengths alone."""
+    """A step as planned on the host, before anything is on the device. It follows from lengths alone."""
 
     ids: np.ndarray[Any, Any]
     positions: np.ndarray[Any, Any]
@@ -109,11 +109,11 @@ class Planned:
     pages: np.ndarray[Any, Any]
     appended: np.ndarray[Any, Any]
     chunks: np.ndarray[Any, Any]
-    """BLOCKS of queries that choose together."""
+    """BLOCKS of queries that select keys together."""
     singles: np.ndarray[Any, Any]
-    """BLOCKS of queries that choose alone."""
+    """BLOCKS of single queries."""
     lengths: tuple[int, ...]
-    """Tokens of each sequence, the new ones included."""
+    """Tokens of each sequence, including new ones."""
     counts: tuple[int, ...]
     """New tokens of each sequence."""
 
@@ -125,14 +125,14 @@ def plan(
     wanted: Sequence[int],
     spare: int,
 ) -> Planned:
-    """Lay a step out.
+    """Plan a step.
 
     Args:
-        tokens: int64 [new] of each sequence.
-        past: tokens that each has cached before.
-        pages: of each, those that the new tokens go to included.
-        wanted: rows whose logits are wanted, counted over all sequences.
-        spare: a page that is nobody's, for places of the table that have none.
+        tokens: new token ids of each sequence, int64 [new].
+        past: cached tokens of each sequence.
+        pages: pages of each sequence, including those for the new tokens.
+        wanted: indices of the tokens that need logits, among the new tokens of all sequences.
+        spare: a page of no sequence, which fills unused entries of the page table.
     """
     counts = tuple(len(t) for t in tokens)
     lengths = tuple(p + n for p, n in zip(past, counts, strict=True))

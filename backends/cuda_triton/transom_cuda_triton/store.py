@@ -1,4 +1,4 @@
-"""What stays on the device from load to close: the weights, and the tables of rotary embeddings."""
+"""Data that stays on the device from load to close: weights, and tables of rotary embeddings."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ TORCH: dict[str, torch.dtype] = {
     "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "u8": torch.uint8,
     "fp8e4nv": torch.float8_e4m3fn,
 }  # fmt: skip
-"""By Triton's names."""
+"""torch types by Triton's names."""
 
 
 class Store:
     """The weights of a program on a device.
 
     Args:
-        weights: the file that the program's places are in.
-        context: positions that the rotary tables have.
+        weights: the file of weights that the program refers to.
+        context: number of positions in the rotary tables.
 
     Raises:
-        EngineError: the file is not the program's, or the device has no room for it.
+        EngineError: the file does not fit the program, or exceeds the device's memory.
     """
 
     def __init__(self, program: TritonProgram, weights: Path, device: torch.device, context: int) -> None:
@@ -40,14 +40,14 @@ class Store:
         self._program, self.device = program, device
         self._bytes = _to_device(weights, size, device)
         self.nothing = torch.zeros(ALIGNMENT // 4, dtype=torch.float32, device=device)
-        """In place of a vector that is not there."""
+        """Stands in for a vector that is not used."""
         self._matrices = [self._tensors(m) for m in program.matrices]
         self._ropes = [self._tables(r.at, r.count, r.factor, context) for r in program.ropes]
         self._unrotated: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._context = context
 
     def _take(self, at: int, count: int, number: str) -> torch.Tensor:
-        """So many numbers at a place."""
+        """`count` numbers at offset `at`."""
         size = count * TORCH[number].itemsize
         if at < 0 or at % ALIGNMENT or at + size > self._program.weight_bytes:
             raise EngineError("This compiled model is damaged", "Remove it with: transom cache clear")
@@ -77,12 +77,11 @@ class Store:
         return cos, sin
 
     def vector(self, at: int, count: int) -> torch.Tensor:
-        """float32 [count] at a place."""
+        """float32 [count] at offset `at`."""
         return self._take(at, count, "fp32")
 
     def matrix(self, index: int) -> dict[str, torch.Tensor]:
-        """A matrix under the names that kernels have for its parts: TABLE, or QUANTS, SCALES and, in blocks,
-        OFFSETS."""
+        """The parts of a matrix, by kernel argument: TABLE, or QUANTS, SCALES and, for blocks, OFFSETS."""
         return self._matrices[index]
 
     def rope(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -90,18 +89,18 @@ class Store:
         return self._ropes[index]
 
     def no_rope(self, half: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tables that turn nothing, for keys that are stored as they are."""
+        """Tables of the identity rotation, for keys that are stored unrotated."""
         if half not in self._unrotated:
             shape = (self._context, half)
             self._unrotated[half] = torch.ones(shape, device=self.device), torch.zeros(shape, device=self.device)
         return self._unrotated[half]
 
     def empty(self, shape: tuple[int, ...], number: str) -> torch.Tensor:
-        """Room for numbers, by Triton's name, that one operator needs while it runs."""
+        """Uninitialised scratch memory for one operator; `number` is Triton's type name."""
         return torch.empty(shape, dtype=TORCH[number], device=self.device)
 
     def numbers(self, begin: int, count: int) -> torch.Tensor:
-        """int64 begin, begin + 1, …: so many."""
+        """int64 [count]: begin, begin + 1, …"""
         return torch.arange(begin, begin + count, device=self.device)
 
     @staticmethod
@@ -126,14 +125,14 @@ def _to_device(weights: Path, size: int, device: torch.device) -> torch.Tensor:
     try:
         on_device = torch.empty(size, dtype=torch.uint8, device=device)
         for begin in range(0, size, _PIECE):
-            part = np.array(mapped[begin : begin + _PIECE])  # a copy: torch wants memory that may be written to
+            part = np.array(mapped[begin : begin + _PIECE])  # a copy: torch needs writable memory
             on_device[begin : begin + len(part)].copy_(torch.from_numpy(part))
     except torch.OutOfMemoryError as e:
         raise EngineError(
-            f"The weights take {size / 2**30:.1f} GiB, and {device} has no room for them", "Close what else uses it"
+            f"The weights take {size / 2**30:.1f} GiB, more than {device} has free", "Close other programs that use it"
         ) from e
     return on_device
 
 
 _PIECE = 256 << 20
-"""Bytes that are copied to the device at once."""
+"""Bytes copied to the device at once."""

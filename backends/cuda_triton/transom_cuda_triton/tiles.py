@@ -1,10 +1,10 @@
-"""Which tiles the kernels take, by architecture, head size and type.
+"""Tile sizes of the kernels, by architecture, head size and type.
 
-Chosen by what the compiled code takes (docs/kernels.md): no register is spilled, the tensor cores are used where there
-are any, and then the tile whose main loop keeps them busiest in the model of `tools/kernel_efficiency.py`. No card
-has confirmed the choice.
+They were chosen from the compiled code (docs/kernels.md): no register is spilled, tensor cores are used if there are
+any, and of such tiles the one whose main loop keeps them busiest in the model of `tools/kernel_efficiency.py`. The
+choice has not been measured on a card.
 
-The tables know head sizes of 64 and more; a smaller or other one has the tile of the next larger size.
+The tables have head sizes from 64 on; any other size uses the tile of the next larger one.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ from typing import NamedTuple
 
 
 class Tile(NamedTuple):
-    """How an attention kernel is cut up."""
+    """Tile of an attention kernel."""
 
     rows: int
-    """Rows of queries in a program."""
+    """Rows of queries per program."""
     keys: int
-    """Keys in a tile."""
+    """Keys per tile."""
     warps: int
     stages: int = 2
-    """Of the software pipeline that loads tiles ahead."""
+    """Stages of the software pipeline that prefetches tiles."""
     head_part: int = 256
-    """Most columns of queries and keys in one product: HEAD is at most this."""
+    """Maximum columns of queries and keys in one product, the limit of HEAD."""
     value_part: int = 256
-    """Most columns of values in one product: VALUE is at most this.
+    """Maximum columns of values in one product, the limit of VALUE.
 
-    On sm_80, sm_86 and sm_89 a warp has rows of its own only where a tile has no fewer rows than VALUE; otherwise warps
-    share rows, and the softmax goes through shared memory.
+    On sm_80, sm_86 and sm_89 a warp has rows of its own only if a tile has at least VALUE rows. Otherwise warps share
+    rows, and the softmax goes through shared memory.
     """
 
     def head_parts(self, head_dim: int) -> tuple[int, int]:
@@ -41,10 +41,10 @@ class Tile(NamedTuple):
 
 
 class Product(NamedTuple):
-    """How a kernel of `kernels.linear` is cut up."""
+    """Tile of a kernel in `kernels.linear`."""
 
     rows: int
-    """Rows of activations in a program."""
+    """Rows of activations per program."""
     outputs: int
     width: int
     """Half the columns of a step; all of them for float8."""
@@ -54,15 +54,15 @@ class Product(NamedTuple):
 
 class LinearTiles(NamedTuple):
     many: tuple[Product, ...]
-    """Of `multiply_many`, fewest rows first: what fits is the first that has as many rows as there are, or the last."""
+    """Tiles of `multiply_many`, fewest rows first; the first with enough rows is used, or else the last."""
     few: Product
-    """Of `multiply_few`, for one row."""
+    """Tile of `multiply_few`, for one row."""
 
 
 HEAD_SIZES = (64, 80, 96, 128, 192, 256)
 ARCHITECTURES = (70, 80, 86, 89, 90)
 TENSOR_CORES = (80, 86, 89, 90)
-"""Architectures whose tensor cores Triton uses; for sm_70 it has none since 3.2."""
+"""Architectures whose tensor cores Triton uses; since 3.2 it does not use those of sm_70."""
 
 _AMPERE = {
     64: Tile(128, 64, 8),
@@ -107,12 +107,12 @@ _WIDE_VOLTA = {
 }
 
 PREFILL = {70: _VOLTA, 80: _AMPERE, 86: _AMPERE, 89: _AMPERE, 90: _HOPPER}
-"""Of `kernels.prefill` for 16-bit types, by architecture and head size."""
+"""Tiles of `kernels.prefill` for 16-bit types, by architecture and head size."""
 DECODE = {70: _DECODE_VOLTA, 80: _DECODE, 86: _DECODE, 89: _DECODE, 90: _DECODE_HOPPER}
-"""Of `kernels.decode` for 16-bit types, by architecture and head size. Where a group has more than 16 heads, ROWS is
-that rounded up to a power of two."""
+"""Tiles of `kernels.decode` for 16-bit types, by architecture and head size. For groups of more than 16 heads, ROWS is
+the number of heads, rounded up to a power of two."""
 PREFILL_EXACT = dict.fromkeys(ARCHITECTURES, _EXACT) | {70: _EXACT | {96: Tile(32, 32, 8)} | _WIDE_VOLTA}
-"""For float32 on plain cores, by architecture and head size."""
+"""Tiles of `kernels.prefill` for float32 on CUDA cores, by architecture and head size."""
 DECODE_EXACT = dict.fromkeys(ARCHITECTURES, _DECODE_EXACT) | {
     70: _DECODE_EXACT | _WIDE_VOLTA,
     86: _DECODE_EXACT | {192: Tile(16, 32, 4)},
@@ -121,43 +121,43 @@ DECODE_EXACT = dict.fromkeys(ARCHITECTURES, _DECODE_EXACT) | {
 
 _LINEAR = LinearTiles((Product(16, 64, 32, 4), Product(64, 64, 32, 4), Product(128, 128, 32, 8)), Product(1, 16, 64, 4))
 _LINEAR_PLAIN = LinearTiles((Product(16, 32, 16, 4), Product(32, 32, 16, 4)), Product(1, 16, 64, 4))
-"""Where products go through plain cores."""
+"""Tiles for products on CUDA cores."""
 
 
 _FLOAT8 = LinearTiles(
     (Product(16, 64, 128, 4, 3), Product(64, 64, 128, 4, 3), Product(128, 128, 128, 8, 3)), Product(1, 8, 512, 4)
 )
 FLOAT8 = dict.fromkeys((89, 90), _FLOAT8)
-"""Of the kernels for float8 in `kernels.linear`, by architecture; WIDTH are all columns of a step."""
+"""Tiles of the float8 kernels in `kernels.linear`, by architecture; WIDTH is all columns of a step."""
 
 
 INTERPRETER = 0
-"""In place of an architecture: Triton's interpreter, whose time goes by the number of programs and tiles."""
+"""Stands for Triton's interpreter, whose time depends on the number of programs and tiles."""
 _INTERPRETED = Tile(128, 64, 4), Tile(16, 64, 4)
 _LINEAR_INTERPRETED = LinearTiles((Product(128, 256, 64, 4),), Product(1, 256, 64, 4))
 _FLOAT8_INTERPRETED = LinearTiles((Product(128, 256, 128, 4),), Product(1, 256, 128, 4))
 
 
 def parts(size: int, most: int = 256) -> tuple[int, int]:
-    """A head size as the sum of two powers of two, the first as large as `most` lets it be.
+    """A head size as the sum of two powers of two, the first as large as `most` allows; the second may be 0.
 
     Raises:
-        ValueError: there are no two.
+        ValueError: there is no such sum.
     """
     first = min(1 << size.bit_length() - 1, most)
     rest = size - first
     if rest and (rest < 16 or rest & (rest - 1) or rest > first):
-        raise ValueError(f"A head of {size} is not one or two powers of two of 16 to {most}, which the kernels need.")
+        raise ValueError(f"A head of {size} columns is not the sum of at most two powers of two from 16 to {most}.")
     return first, rest
 
 
 def prefill_tile(arch: int, head_dim: int, dtype: str) -> Tile:
-    """Of `prefill.attend_blocks`.
+    """The tile of `prefill.attend_blocks`.
 
     Args:
         arch: 80 for sm_80.
-        head_dim: the larger one where keys and values differ.
-        dtype: of queries and cache, as Triton calls it: "fp16", "bf16" or "fp32".
+        head_dim: the larger size if keys and values differ.
+        dtype: Triton's type of queries and cache: "fp16", "bf16" or "fp32".
 
     Raises:
         ValueError: there is no table for these.
@@ -168,14 +168,14 @@ def prefill_tile(arch: int, head_dim: int, dtype: str) -> Tile:
 
 
 def decode_tile(arch: int, head_dim: int, dtype: str) -> Tile:
-    """Of `decode.attend_splits`, as `prefill_tile`."""
+    """The tile of `decode.attend_splits`; see `prefill_tile`."""
     if arch == INTERPRETER:
         return _INTERPRETED[1]
     return _of(DECODE_EXACT if _exact(arch, dtype) else DECODE, arch, head_dim)
 
 
 def linear_tiles(arch: int, dtype: str) -> LinearTiles:
-    """Of the kernels in `kernels.linear`, by the type of the activations.
+    """Tiles of the kernels in `kernels.linear`, by the type of the activations.
 
     Raises:
         ValueError: there is no table for these.
@@ -186,7 +186,7 @@ def linear_tiles(arch: int, dtype: str) -> LinearTiles:
 
 
 def float8_tiles(arch: int) -> LinearTiles:
-    """Of the kernels for float8 in `kernels.linear`.
+    """Tiles of the float8 kernels in `kernels.linear`.
 
     Raises:
         ValueError: the architecture has no float8.
@@ -194,24 +194,24 @@ def float8_tiles(arch: int) -> LinearTiles:
     if arch == INTERPRETER:
         return _FLOAT8_INTERPRETED
     if arch not in FLOAT8:
-        raise ValueError(f"sm_{arch} has no float8, which only {' and '.join(f'sm_{a}' for a in FLOAT8)} have here.")
+        raise ValueError(f"The kernels need {' or '.join(f'sm_{a}' for a in FLOAT8)} for float8, not sm_{arch}.")
     return FLOAT8[arch]
 
 
 def _exact(arch: int, dtype: str) -> bool:
-    """Whether a type is float32; checks both."""
+    """Whether a type is float32. Raises ValueError for an unsupported architecture or type."""
     if arch not in ARCHITECTURES:
         known = ", ".join(f"sm_{a}" for a in ARCHITECTURES)
         raise ValueError(f"The kernels have no tiles for sm_{arch}, only for {known}.")
     if dtype not in ("fp16", "bf16", "fp32"):
         raise ValueError(f"The kernels compute in fp16, bf16 or fp32, not {dtype}.")
     if arch == 70 and dtype == "bf16":
-        raise ValueError("sm_70 has no bfloat16; float16 is what it can compute in.")
+        raise ValueError("sm_70 has no bfloat16; use float16.")
     return dtype == "fp32"
 
 
 def _of(table: dict[int, dict[int, Tile]], arch: int, head_dim: int) -> Tile:
     size = next((s for s in HEAD_SIZES if s >= head_dim), None)
     if size is None:
-        raise ValueError(f"Heads of {head_dim} are larger than {HEAD_SIZES[-1]}, the largest that the kernels take.")
+        raise ValueError(f"Heads of {head_dim} columns exceed {HEAD_SIZES[-1]}, the maximum of the kernels.")
     return table[arch][size]

@@ -1,6 +1,6 @@
-"""A kernel with its constants: what is compiled ahead of time, and what a launch names.
+"""Kernel variants, each a kernel with its constants: the unit of ahead-of-time compilation and of launches.
 
-Imports no triton and no torch: a plan of launches is made, written down and compared without them.
+Imports neither triton nor torch: launches are planned, stored and compared without them.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from typing import Any, Protocol
 
 @dataclass(frozen=True)
 class KernelVariant:
-    """One kernel as it is compiled for one architecture."""
+    """One kernel as compiled for one architecture."""
 
     kernel: str
     """Module and function in `transom_cuda_triton.kernels`: `"prefill.attend_blocks"`."""
     types: tuple[tuple[str, str], ...]
-    """(argument, Triton's type) of every argument that is no constant: `("Q", "*fp16")`, `("window", "i32")`."""
+    """(argument, Triton's type) of every non-constant argument: `("Q", "*fp16")`, `("window", "i32")`."""
     constants: tuple[tuple[str, Any], ...]
-    """(argument, value) of the others; a value is a number, a truth value or None."""
+    """(argument, value) of constant arguments; a value is a number, a bool or None."""
     warps: int = 4
     stages: int = 2
 
@@ -31,14 +31,14 @@ class KernelVariant:
 
 
 ALIGNMENT = 16
-"""What pointers, in bytes, and strides, in numbers, are multiples of."""
+"""Pointers (in bytes) and strides (in elements) are multiples of this."""
 STRIDES = ("_token", "_page", "_head")
-"""Endings of the names of arguments that are strides."""
+"""Name endings of stride arguments."""
 
 
 @dataclass(frozen=True)
 class Code:
-    """Machine code of a variant, and what a launch of it needs."""
+    """Machine code of a variant, and the data for launching it."""
 
     entry: str
     """The function's name."""
@@ -49,15 +49,15 @@ class Code:
     arguments: tuple[str, ...]
     """Names of the variant's arguments in the order of the function's parameters."""
     parameters: tuple[str, ...]
-    """Their kinds: `"u64"` a pointer, `"u32"`, `"f32"`, …; those behind `arguments` are Triton's own, and null."""
+    """Parameter types: `"u64"` for a pointer, `"u32"`, `"f32"`, …; those behind `arguments` are Triton's, and null."""
 
 
 class Launcher(Protocol):
-    """Starts kernels: compiled ones on a card, or Triton's interpreter."""
+    """Launches kernels, compiled on a card or by Triton's interpreter."""
 
     def __call__(self, variant: KernelVariant, grid: tuple[int, ...], arguments: Mapping[str, Any]) -> None:
-        """Start a variant with every argument that is no constant, by name: tensors and numbers.
+        """Launch a variant with its non-constant arguments, by name: tensors and numbers.
 
         Args:
-            grid: programs along one to three axes; nothing is started where one is 0.
+            grid: programs along one to three axes; if one is 0, nothing is launched.
         """

@@ -289,7 +289,7 @@ class NativeEngine:
         if status == native.NOT_FINITE:
             where = f"The attention of layer {layer.value}" if layer.value >= 0 else "The last layer"
             raise EngineError(
-                f"{where} gave numbers that are not finite",
+                f"{where} computed numbers that are not finite",
                 f"The model's weights may be damaged, or need a wider precision: try {option('precision', 'exact')}",
             )
         self._check(status)
