@@ -1,4 +1,4 @@
-"""How busy a kernel's main loops keep a multiprocessor, modelled from the machine code.
+"""Models, from the machine code, how busy a kernel's main loops keep a multiprocessor.
 
 A loop is the code between a branch and the earlier address that it goes to. Of its instructions each takes one cycle of
 issue, and a number of cycles of the pipe that executes it; a multiprocessor has four parts, each with a scheduler that
@@ -63,12 +63,12 @@ _FMA = ("FFMA", "FADD", "FMUL")
 
 @dataclass(frozen=True)
 class Loop:
-    """A loop of a kernel's machine code that has matrix instructions and no such loop within."""
+    """An innermost loop with matrix instructions in a kernel's machine code."""
 
     arch: int
     instructions: tuple[str, ...]
     reads_once: bool = False
-    """Whether what it copies comes from the card's memory, and not from the cache of level 2."""
+    """Whether it copies from the card's memory, not from the level 2 cache."""
     cycles: dict[str, float] = field(init=False)
     """Cycles of a part for one warp and pass, by pipe."""
 
@@ -82,7 +82,7 @@ class Loop:
 
     @property
     def classes(self) -> dict[str, int]:
-        """How many instructions, by class."""
+        """Number of instructions by class."""
         counts = Counter(_CLASS.get(_name(text), "integer") for text in self.instructions)
         return {kind: counts[kind] for kind in CLASSES}
 
@@ -103,7 +103,7 @@ class Loop:
 
     @property
     def serialised(self) -> bool:
-        """Whether each `HGMMA` waits for the one before, as where the compiler could not let them run on."""
+        """Whether each `HGMMA` waits for the one before, because the compiler could not overlap them."""
         waits = sum("DEPBAR" in text for text in self.instructions if _name(text) == "WARPGROUP")
         products = sum(_name(text) == "HGMMA" for text in self.instructions)
         return products > 0 and waits >= products
@@ -118,7 +118,7 @@ def main_loops(sass: str, arch: int, reads_once: bool = False) -> list[Loop]:
         if to is None or int(to[1], 16) >= at:
             continue
         body = tuple(t for a, t in code if int(to[1], 16) <= a <= at)
-        # Code that is rarely run lies behind the end of the kernel, and branches back into it: no loop.
+        # Rarely run code behind the end of the kernel branches back into it: not a loop.
         if any(_CLASS.get(_name(t)) == "matrix" for t in body) and not any(re.match(r"(EXIT|RET)\b", t) for t in body):
             found.append((int(to[1], 16), at, body))
     inner = [a for a in found if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in found)]
@@ -127,7 +127,7 @@ def main_loops(sass: str, arch: int, reads_once: bool = False) -> list[Loop]:
 
 @dataclass(frozen=True)
 class Attention:
-    """The loops of an attention kernel that takes lists."""
+    """The loops of an attention kernel with lists."""
 
     listed: Loop
     """Whole tiles of far units."""
@@ -140,7 +140,7 @@ class Attention:
 
     @classmethod
     def of(cls, sass: str, arch: int, reads_once: bool = False) -> Attention:
-        """Of a kernel compiled with SPARSE and without a window."""
+        """The loops of a kernel compiled with SPARSE and without a window."""
         loops = main_loops(sass, arch, reads_once)
         if len(loops) != 4:
             raise ValueError(f"The machine code for sm_{arch} has {len(loops)} loops with matrix instructions, not 4.")
@@ -215,7 +215,7 @@ def _pipes(text: str, arch: int, reads_once: bool) -> dict[str, float]:
 
 
 def _bytes(text: str) -> int:
-    """What a warp's access of shared memory or copy moves."""
+    """Bytes moved by a warp's shared memory access or copy."""
     matrices = re.search(r"(?:LDSM|STSM)\S*?\.(?:M|MT)88(?:\.(\d))?", text)
     if matrices:
         return 128 * int(matrices[1] or 1)
