@@ -26,7 +26,7 @@ NEWER = "snapdragon-8-gen-3"
 
 
 class Phones(MadeUp):
-    """Compiles for phones, and runs what it compiled on an emulator here: for who asks for it by name."""
+    """Compiles for phones, and runs what it compiled on an emulator here: used only when it is named."""
 
     api = (1, 5)
 

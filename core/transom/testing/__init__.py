@@ -1,4 +1,4 @@
-"""The conformance kit: holds a backend to the contract and to the reference, on your machine, in one command.
+"""The conformance kit: checks a backend against the contract and the reference, on your machine, in one command.
 
 In a test file of your own repository (`pip install transom pytest`)::
 
@@ -7,7 +7,7 @@ In a test file of your own repository (`pip install transom pytest`)::
 
     class TestMyBackend(BackendConformance):
         backend = MyBackend()
-        may_refuse = ["operator.Attention"]     # what it does not do, said aloud; everything else must pass
+        may_refuse = ["operator.Attention"]     # what it does not support; everything else must pass
 
 or from a program::
 
@@ -16,11 +16,11 @@ or from a program::
     result = run(MyBackend(), only=["state.*"])
     print(result.text())                        # or result.to_json()
 
-What is checked: answers to probe, claim and check; compiling, cancelling, artifacts in another process; every
-registered operator on fresh random inputs; logits of small random decoders in prefill, decode and ragged batches;
-forking, truncating and freeing of states; failed steps; limits; random walks over all of it. Each check passes, fails,
-or is refused with the backend's own reason. `transom.testing.models.tiny_decoder` makes the decoders, for tests of
-your own.
+The kit checks the answers of probe, claim and check; compiling, cancelling, and artifacts in another process; every
+registered operator on fresh random inputs; the logits of small random decoders in prefill, decode and ragged batches;
+forking, truncating and freeing states; failed steps; limits; and random sequences of these operations. Each check
+passes, fails, or is refused with the backend's own reason. `transom.testing.models.tiny_decoder` makes the decoders,
+also for your own tests.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import on demand: only `BackendConformance` needs pytest, and the child processes need none of this."""
+    """Import on demand: only `BackendConformance` needs pytest, and the child processes need nothing from here."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module

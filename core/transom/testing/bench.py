@@ -1,4 +1,4 @@
-"""The bench a backend stands on while it is checked: its device, its lowered models, the oracle beside them."""
+"""The setup in which a backend is checked: its device, its lowered and compiled models, and the reference logits."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ from transom.testing.result import Failed, Refused
 Array = np.ndarray[Any, np.dtype[Any]]
 
 UNASKED: Mapping[str, object] = {"precision": "auto", "context": None, "threads": None, "calibration": ()}
-"""The options of a load where the user named none: the host always gives these keys."""
+"""The options of a load without user options. The host always passes these keys."""
 
 
 class ReferenceOracle:
-    """Logits of a decoder graph for whole token sequences, each computed from nothing: it has no cache to be wrong."""
+    """Reference logits of a decoder graph for whole token sequences, computed without a cache that could be wrong."""
 
     def __init__(self, graph: Graph) -> None:
         decoder = graph.decoder
         if decoder is None:
-            raise ValueError("the graph is no decoder")
+            raise ValueError("the graph is not a decoder")
         self.decoder = decoder
         self._executor = Executor(graph, keep_weights=True)
         self._known: dict[tuple[int, ...], Array] = {}
@@ -52,7 +52,7 @@ class ReferenceOracle:
 
 @dataclass(frozen=True)
 class TinyModel:
-    """A tiny decoder, compiled, with its oracle."""
+    """A tiny decoder, compiled, with its reference logits."""
 
     name: str
     graph: Graph
@@ -60,15 +60,15 @@ class TinyModel:
     artifact: Artifact
     oracle: ReferenceOracle
     limit: float
-    """Allowed normalised error of a row of logits."""
+    """The largest allowed normalized error of a row of logits."""
 
 
 class Bench:
-    """One backend on one device. Use it in a `with`: it owns a temporary folder.
+    """One backend on one device. Use it in a `with` statement: it owns a temporary folder.
 
     Args:
-        precision: the arithmetic behind exact claims on this device; sets the tolerances (`compare.PRECISIONS`).
-        options: passed to `claim`, `compile` and `load`, over what a user gives who asks for nothing.
+        precision: the compute precision behind exact claims on this device; sets the tolerances (`compare.PRECISIONS`).
+        options: options for `claim`, `compile` and `load` that replace the defaults.
     """
 
     def __init__(
@@ -94,15 +94,15 @@ class Bench:
         self._temporary.cleanup()
 
     def rng(self, name: str) -> np.random.Generator:
-        """Random numbers that depend on the seed and the name alone, whatever ran before."""
+        """A generator that depends on the seed and the name alone, not on what ran before."""
         return np.random.default_rng([self.seed, zlib.crc32(name.encode())])
 
     def tolerance(self, exact: bool) -> Tolerance:
         return tolerance(self.precision, exact)
 
-    # the road from graph to session -----------------------------------------------------------------------------------
+    # from graph to session --------------------------------------------------------------------------------------------
     def offer(self) -> Offer:
-        """The backend's offer for the device. Raises Refused with the backend's own words."""
+        """The backend's offer for the device. Raises Refused with the backend's own reason."""
         for answer in self.backend.probe([self.device]):
             if answer.device_id == self.device.id:
                 if isinstance(answer, Refusal):
@@ -127,7 +127,7 @@ class Bench:
             raise Failed(str(e)) from e
 
     def compile(self, graph: Graph) -> Artifact:
-        """Compile and store as the host does: every file a path below one folder."""
+        """Compile and store the artifact as the host does: every file is a path below one folder."""
         with temporary_files_in(self.folder / "temporary") as folder:
             stored = self.store(self.backend.compile(graph, self.device, self.options, lambda stage, share: None))
         shutil.rmtree(folder, ignore_errors=True)
@@ -140,7 +140,7 @@ class Bench:
         for name, content in artifact.files.items():
             path = (folder / name).resolve()
             if not path.is_relative_to(folder.resolve()):
-                raise Failed(f"the artifact's file name {name!r} leads out of its folder")
+                raise Failed(f"the artifact's file name {name!r} points outside its folder")
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content.read_bytes() if isinstance(content, Path) else content)
             files[name] = path
@@ -153,12 +153,12 @@ class Bench:
 
     @contextlib.contextmanager
     def session(self, artifact: Artifact, **others: object) -> Iterator[Session]:
-        """The artifact, loaded with other options where some are named.
+        """The loaded artifact; `others` replace options.
 
-        Raises Refused where the offer says that nothing runs here.
+        Raises Refused if the backend only compiles for the device.
         """
         if not self.offer().runs_here:
-            raise Refused(f"{self.backend.name} compiles for {self.device.id} and runs nothing here")
+            raise Refused(f"{self.backend.name} only compiles for {self.device.id} and cannot run here")
         session = self.backend.load(artifact, self.device, {**self.options, **others}, self.scratch())
         try:
             yield session
@@ -170,11 +170,11 @@ class Bench:
         return tiny_decoder(self.rng(f"model {variant}"), **VARIANTS[variant])
 
     def model(self, variant: str) -> TinyModel:
-        """The variant, lowered and compiled once; what stood in the way is raised again at each call."""
+        """The variant, lowered and compiled once. An error of the first call is raised again at each call."""
         if variant not in self._models:
             try:
                 self._models[variant] = self._build(variant)
-            except Exception as e:  # noqa: BLE001  kept and raised below, at this call and at every later one
+            except Exception as e:  # noqa: BLE001  kept, and raised below at this and every later call
                 self._models[variant] = e
         found = self._models[variant]
         if isinstance(found, Exception):

@@ -1,7 +1,7 @@
-"""Work that must happen in a fresh process: what a probe imports, and whether an artifact opens elsewhere.
+"""Checks that need a fresh process: what a probe imports, and whether an artifact opens in another process.
 
-The backend travels as a pickle, so its class must be importable by name; `python -m transom.testing.child` is the other
-end. Files are the kit's own, in its temporary folder.
+The backend is passed as a pickle, so its class must be importable by name. `python -m transom.testing.child` is the
+child process. All files are in the kit's temporary folder.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ def in_child(bench: Bench, task: str, request: Mapping[str, Any]) -> dict[str, A
     """Run `task` ("probe" or "load") for the bench's backend in a fresh process and return what it found.
 
     Raises:
-        Failed: the backend cannot be pickled, the child died (its signal or last line is named), or it took too long.
+        Failed: the backend cannot be pickled, the child process failed (with its signal or last line of output), or
+            it took too long.
     """
     from transom.testing.result import Failed
 
@@ -34,7 +35,7 @@ def in_child(bench: Bench, task: str, request: Mapping[str, Any]) -> dict[str, A
     try:
         backend = pickle.dumps(bench.backend)
     except (pickle.PicklingError, AttributeError, TypeError) as e:
-        raise Failed(f"the backend cannot be handed to another process: {e}. Make its class importable") from e
+        raise Failed(f"the backend cannot be passed to another process: {e}. Make its class importable") from e
     asked.write_bytes(pickle.dumps({"task": task, "backend": backend, "answer": answered, **request}))
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     command = [sys.executable, "-m", "transom.testing.child", str(asked)]

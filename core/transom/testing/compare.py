@@ -1,7 +1,7 @@
-"""How far a backend may be from the reference, and how far it is.
+"""Comparing a backend's outputs with the reference: the error and its limits.
 
-The measure is the norm of the difference over the norm of the reference (root mean square over root mean square), so
-it does not depend on the size of the numbers. Integers and booleans must be equal.
+The error is the norm of the difference divided by the norm of the reference, so it does not depend on the magnitude of
+the numbers. Integers and booleans must be equal.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 @dataclass(frozen=True)
 class Tolerance:
-    """Largest normalised errors."""
+    """The largest allowed normalized errors."""
 
     operator: float
-    """Of one operator."""
+    """The limit for one operator."""
     logits: float
-    """Of each row of logits of a small decoder."""
+    """The limit for each row of logits of a small decoder."""
 
 
 PRECISIONS = {
@@ -31,15 +31,15 @@ PRECISIONS = {
     "float16": Tolerance(4e-3, 1.5e-2),
     "bfloat16": Tolerance(2e-2, 8e-2),
 }
-"""What an exact claim promises, by the arithmetic that the backend says it uses on this device."""
+"""What an exact claim promises, by the compute precision that the backend reports for this device."""
 
 INEXACT = Tolerance(1e-1, 2.5e-1)
-"""For claims with `exact=False`: only garbage is caught here, the measured error stands in the result, and the host's
-accuracy gate does the rest on the real model."""
+"""For claims with `exact=False`. This limit catches only garbage; the result has the measured error, and the host's
+accuracy gate checks the real model."""
 
 
 def tolerance(precision: str, exact: bool) -> Tolerance:
-    """Raises ValueError for an unknown precision."""
+    """The limits for a precision. Raises ValueError for an unknown precision."""
     if precision not in PRECISIONS:
         raise ValueError(f"precision is one of {', '.join(PRECISIONS)}, not {precision!r}")
     return PRECISIONS[precision] if exact else INEXACT
@@ -57,10 +57,10 @@ def normalised_error(got: Array, wanted: Array) -> float:
 
 
 def compare(got: Any, wanted: Array, limit: float, what: str) -> float:
-    """The normalised error of one output.
+    """The normalized error of one output.
 
     Raises:
-        Failed: shape or element type differ, or the error is above `limit`.
+        Failed: the shape or element type differs, or the error is above `limit`.
     """
     array = np.asarray(got)
     if array.shape != wanted.shape:
@@ -73,18 +73,18 @@ def compare(got: Any, wanted: Array, limit: float, what: str) -> float:
         return 0.0
     error = normalised_error(array, wanted)
     if not error <= limit:
-        raise Failed(f"{what}: normalised error {error:.2g}, allowed {limit:.2g}")
+        raise Failed(f"{what}: normalized error {error:.2g}, allowed {limit:.2g}")
     return error
 
 
 def compare_rows(got: Any, wanted: Array, limit: float, what: str) -> float:
-    """Like `compare`, row by row, so that one wrong row is not lost among right ones. float32 [..., vocabulary]."""
+    """Like `compare`, but row by row, so that many right rows do not hide a wrong one. float32 [..., vocabulary]."""
     array = np.asarray(got)
     if array.shape != wanted.shape or array.dtype != np.float32:
-        raise Failed(f"{what}: {array.dtype} {array.shape}, but float32 {wanted.shape} was asked for")
+        raise Failed(f"{what}: {array.dtype} {array.shape}, not float32 {wanted.shape}")
     rows = zip(array.reshape(-1, wanted.shape[-1]), wanted.reshape(-1, wanted.shape[-1]), strict=True)
     errors = [normalised_error(a, b) for a, b in rows]
     worst = int(np.argmax(errors))
     if not errors[worst] <= limit:
-        raise Failed(f"{what}, row {worst} of {len(errors)}: normalised error {errors[worst]:.2g}, allowed {limit:.2g}")
+        raise Failed(f"{what}, row {worst} of {len(errors)}: normalized error {errors[worst]:.2g}, allowed {limit:.2g}")
     return errors[worst]

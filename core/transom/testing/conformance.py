@@ -20,7 +20,7 @@ _CHECKS = {check.name: check for check in all_checks()}
 
 
 class BackendConformance:
-    """Inherit from this, say which backend, and pytest holds it to the contract and to the reference::
+    """Inherit from this class and set the backend; pytest then checks it against the contract and the reference::
 
         from transom.testing import BackendConformance
         from my_plugin import MyBackend
@@ -29,17 +29,18 @@ class BackendConformance:
             backend = MyBackend()
             may_refuse = ["operator.Attention", "logits.sinks"]
 
-    Every check is a test of its own, `test_conforms[state.copy_on_write]`; run one with `-k`. A check passes, fails, or
-    is refused because the backend says no with a reason. A refusal fails the test unless `may_refuse` names it, and a
-    name there that is no longer refused fails too: the list is your plugin's true list of gaps.
+    Every check is a test of its own, such as `test_conforms[state.copy_on_write]`; run one with `-k`. A check passes,
+    fails, or is refused by the backend with a reason. A refusal fails the test unless `may_refuse` names the check. A
+    check in `may_refuse` that is no longer refused fails too, so the list is exactly what the plugin does not support.
 
     Attributes:
-        backend: the backend. Its class must be importable by name: two checks hand it to a fresh process.
-        device: where to run; None: the first device of the machine that the backend offers to use.
-        options: passed to `claim`, `compile` and `load`, over those of a user who asks for nothing.
-        precision: arithmetic behind exact claims, `"float32"`, `"float16"` or `"bfloat16"`; sets the tolerances.
+        backend: the backend. Its class must be importable by name, because two checks pass it to a fresh process.
+        device: the device to run on; None: the first device of the machine that the backend offers to use.
+        options: options for `claim`, `compile` and `load` that replace the defaults.
+        precision: the compute precision behind exact claims, `"float32"`, `"float16"` or `"bfloat16"`; sets the
+            tolerances.
         may_refuse: names or patterns of checks that may be refused.
-        seed: of all random inputs; None: a fresh one, printed when a test fails. Set it to repeat a failure.
+        seed: the seed of all random inputs; None: a fresh one, printed when a test fails. Set it to repeat a failure.
     """
 
     backend: ClassVar[Backend]
@@ -64,7 +65,7 @@ class BackendConformance:
 
     @classmethod
     def _shared_bench(cls) -> Bench:
-        """The bench that the checks share; another one once `seed` was set to another number."""
+        """The bench that the checks share. A new one is made after `seed` has changed."""
         if cls._bench is None or cls.seed not in (None, cls._bench.seed):
             cls.teardown_class()
             seed = secrets.randbits(32) if cls.seed is None else cls.seed
@@ -74,7 +75,7 @@ class BackendConformance:
 
     @pytest.mark.parametrize("name", list(_CHECKS))
     def test_conforms(self, name: str, record_property: Any) -> None:
-        """One demand of the contract; the failure's message ends with the demand and the seed."""
+        """One requirement of the contract. The message of a failure ends with the requirement and the seed."""
         bench = self._shared_bench()
         result = run_check(_CHECKS[name], bench)
         self._results[name] = result
@@ -87,18 +88,18 @@ class BackendConformance:
         if result.outcome == "refused":
             record_property("refused", result.reason)
             if not self._expected(name):
-                hint = f"If that is how it is meant, add {name!r} to may_refuse."
+                hint = f"If this is intended, add {name!r} to may_refuse."
                 pytest.fail(f"refused: {result.reason}{lines}\n{hint}\nThe contract: {demand}", pytrace=False)
 
     def test_list_of_refusals_is_true(self) -> None:
-        """Every entry of may_refuse is the name of a check that is refused. Says so only when all of them were run."""
+        """Every entry of may_refuse names a check that is refused. Only entries whose checks all ran are tested."""
         for pattern in self.may_refuse:
             named = [n for n in _CHECKS if fnmatch.fnmatchcase(n, pattern)]
             if not named:
-                pytest.fail(f"may_refuse names {pattern!r}, and no check is called that", pytrace=False)
+                pytest.fail(f"may_refuse names {pattern!r}, but there is no such check", pytrace=False)
             run = [self._results[n] for n in named if n in self._results]
             if len(run) == len(named) and not any(r.outcome == "refused" for r in run):
-                pytest.fail(f"may_refuse names {pattern!r}, which is no longer refused: take it out", pytrace=False)
+                pytest.fail(f"may_refuse names {pattern!r}, which is no longer refused: remove it", pytrace=False)
 
     def _expected(self, name: str) -> bool:
         return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.may_refuse)

@@ -1,8 +1,8 @@
-"""Writes `docs/operators.md` from the registry, with what each backend answers when asked about each operator.
+"""Writes `docs/operators.md` from the registry, with each backend's claims for each operator.
 
-`python -m transom.testing.documentation docs/operators.md` (or `make docs`); `--check` says whether the file is stale;
-`--installed` asks every installed backend and not the first-party ones alone. Backends are asked about a made-up
-machine, so that the file does not depend on the one it was written on.
+Run `python -m transom.testing.documentation docs/operators.md` or `make docs`. `--check` reports whether the file is
+stale; `--installed` asks every installed backend, not only the first-party ones. Backends are asked about a made-up
+machine, so that the file does not depend on the machine that it was written on.
 """
 
 from __future__ import annotations
@@ -43,19 +43,19 @@ Key = tuple[str, str]
 
 @dataclass(frozen=True)
 class Coverage:
-    """What one backend says of one operator, over the operator's samples."""
+    """One backend's claims for the samples of one operator."""
 
     whole: int
-    """Samples that it takes as they are."""
+    """Samples that the backend claims."""
     by_body: int
-    """Samples that it takes as the operator's body in simpler operators."""
+    """Samples for which it claims the operator's body in simpler operators."""
     samples: int
     reasons: tuple[str, ...]
-    """Why it does not take the others as they are, each reason once."""
+    """Why it refuses the other samples, each reason once."""
     forms: int = 0
-    """Forms of small decoders that hold this operator."""
+    """Forms of small decoders that have this operator."""
     taken_forms: int = 0
-    """Those in which it takes every node of it."""
+    """Forms in which the backend claims every node with this operator."""
 
     def cell(self) -> str:
         if self.whole == self.samples:
@@ -70,7 +70,7 @@ class Coverage:
 
 
 def coverage(backend: Backend, schema: OpSchema, device: Device = MACHINE) -> Coverage:
-    """Ask the backend about a one-node graph of each of the operator's samples; nothing is compiled."""
+    """Ask the backend about a one-node graph of each of the operator's samples. Nothing is compiled."""
     whole = by_body = count = 0
     reasons: dict[str, None] = {}
     assert schema.samples is not None
@@ -86,13 +86,13 @@ def coverage(backend: Backend, schema: OpSchema, device: Device = MACHINE) -> Co
             try:
                 lower(decompose(graph, [NODE]), backend, device, {})
             except TransomError:
-                continue  # its reasons are about other operators, which have entries of their own
+                continue  # its reasons are about other operators, which have their own entries
             by_body += 1
     return Coverage(whole, by_body, count, tuple(reasons))
 
 
 def with_decoders(backend: Backend, found: Mapping[Key, Coverage], device: Device = MACHINE) -> dict[Key, Coverage]:
-    """The same coverage, with what the backend says of the operator's nodes in small decoders of all forms."""
+    """The same coverage, with the backend's claims for the operators' nodes in small decoders of all forms."""
     result = dict(found)
     for form in VARIANTS.values():
         graph = tiny_decoder(np.random.default_rng(SEED), **form)
@@ -111,7 +111,7 @@ def with_decoders(backend: Backend, found: Mapping[Key, Coverage], device: Devic
 
 
 def machine_for(backend: Backend) -> Device:
-    """`MACHINE`, or `CARD` for a backend that is not for processors."""
+    """`MACHINE`, or `CARD` for a backend that is not for CPUs."""
     for device, answer in zip((MACHINE, CARD), backend.probe([MACHINE, CARD]), strict=True):
         if isinstance(answer, Offer) or answer.code != "wrong_device":
             return device
@@ -119,7 +119,7 @@ def machine_for(backend: Backend) -> Device:
 
 
 def document(backends: Mapping[str, Backend]) -> str:
-    """The whole file, for these backends by name."""
+    """The text of the whole file for these backends by name."""
     schemas = [s for s in operators() if s.samples is not None]
     each = {}
     for name, backend in backends.items():
@@ -183,7 +183,7 @@ def _table(heads: Sequence[str], rows: Iterator[list[str]]) -> list[str]:
 
 
 def _reasons(schemas: Sequence[OpSchema], found: Mapping[Key, Mapping[str, Coverage]]) -> list[str]:
-    """Why not, backend by backend, operators with one reason together."""
+    """The reasons of refusals by backend; operators with the same reason are in one line."""
     lines: list[str] = []
     names = list(next(iter(found.values()))) if found else []
     for backend in names:
@@ -224,7 +224,7 @@ def _of_onnx(schema: OpSchema) -> list[str]:
 
 
 def first_party(installed: bool = False) -> dict[str, Backend]:
-    """The backends that come in Transom's own distribution, by name; with `installed`, all that load.
+    """The backends of Transom's own distribution by name; with `installed`, all backends that load.
 
     Raises:
         TransomError: a first-party backend does not load, so the file would lack its column.
@@ -238,10 +238,10 @@ def first_party(installed: bool = False) -> dict[str, Backend]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 1 when `--check` finds the file stale."""
+    """Returns the exit status: 1 if `--check` finds the file stale."""
     parser = argparse.ArgumentParser(prog="python -m transom.testing.documentation", description=__doc__)
     parser.add_argument("path", type=Path)
-    parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 when the file is stale")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if the file is stale")
     parser.add_argument("--installed", action="store_true", help="ask every installed backend")
     given = parser.parse_args(arguments)
     text = document(first_party(given.installed))

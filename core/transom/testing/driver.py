@@ -1,4 +1,4 @@
-"""Drives a session and holds every step to the oracle, so that a check only has to say what it does."""
+"""Drives a session and compares every step with the reference, so that a check only lists its operations."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Want = Literal["none", "last", "all"]
 
 @dataclass
 class Track:
-    """A sequence state, and the tokens that it must hold."""
+    """A sequence state and the tokens that it must hold."""
 
     state: State
     tokens: list[int] = field(default_factory=list)
@@ -27,7 +27,7 @@ class Track:
 
 @dataclass(frozen=True)
 class Move:
-    """One sequence's part of a step."""
+    """The part of one sequence in a step."""
 
     track: Track
     tokens: Sequence[int]
@@ -37,7 +37,7 @@ class Move:
 
 
 class SessionDriver:
-    """A session with its model. `error` is the largest normalised error seen so far."""
+    """A session with its model. `error` is the largest normalized error so far."""
 
     def __init__(self, session: Session, model: TinyModel, rng: np.random.Generator) -> None:
         self.session, self.model, self.rng = session, model, rng
@@ -54,21 +54,21 @@ class SessionDriver:
         return [int(t) for t in self.rng.integers(0, self.vocabulary, count)]
 
     def chunk(self, wanted: int) -> int:
-        """The length nearest to `wanted` that one step takes."""
+        """The length nearest to `wanted` that one step accepts."""
         wanted = max(1, min(wanted, self.limits.max_tokens))
         return min(self.limits.token_classes or (wanted,), key=lambda c: abs(c - wanted))
 
     def several(self, wanted: int) -> int:
-        """How many sequences to put into one step. Raises Refused where the session runs one at a time."""
+        """The number of sequences for one step, at most `wanted`. Raises Refused if the session runs one at a time."""
         if self.limits.max_sequences < 2:
-            raise Refused("the session runs one sequence at a time (max_sequences is 1); the host loops")
+            raise Refused("the session runs one sequence at a time (max_sequences is 1)")
         return min(wanted, self.limits.max_sequences)
 
     def step(self, moves: Sequence[Move]) -> Sequence[Any]:
-        """Run the step and compare all of it; the tracks then hold the new tokens.
+        """Run the step, compare its outputs, and add the new tokens to the tracks.
 
         Raises:
-            Failed: logits, their form, or a state's length is not what the oracle says.
+            Failed: the logits, their shape and type, or a state's length differ from the reference.
         """
         outputs = self.session.step([Work(m.track.state, m.tokens, m.logits, m.top_k, m.sparsity) for m in moves])
         if len(outputs) != len(moves):
@@ -81,7 +81,7 @@ class SessionDriver:
 
     def expect_length(self, track: Track) -> None:
         if track.state.length != len(track.tokens):
-            raise Failed(f"a state says it holds {track.state.length} tokens; it was given {len(track.tokens)}")
+            raise Failed(f"the length of a state is {track.state.length}, but {len(track.tokens)} tokens were appended")
 
     def compare(self, move: Move, output: Any, what: str) -> None:
         if move.logits == "none":
@@ -109,7 +109,7 @@ class SessionDriver:
             left = left[count:]
 
     def grown(self, count: int) -> Track:
-        """A new track that holds about `count` random tokens."""
+        """A new track with about `count` random tokens."""
         track = self.new()
         target = min(count, self.context - 1)
         while len(track.tokens) < target:
@@ -120,15 +120,15 @@ class SessionDriver:
         return track
 
     def probe(self, *tracks: Track) -> None:
-        """One decode on each track: proves that its cache still holds what it should."""
+        """One decode on each track, to check that its cache is intact."""
         for track in tracks:
             self.step([Move(track, self.draw(self.chunk(1)))])
 
 
 def compare_best(output: Any, logits: Any, k: int, limit: float, what: str) -> float:
-    """Check a `top_k` answer against full logits [..., vocabulary]: form, order, values, and that they are the best.
+    """Compare a `top_k` output with full logits [..., vocabulary]: shape, type, order, values, and the choice of ids.
 
-    Ids may differ from the oracle's only where the oracle's logits are within the tolerance of each other.
+    Ids may differ from the reference only where its logits are within the tolerance of each other.
     """
     if not isinstance(output, tuple) or len(output) != 2:
         raise Failed(f"{what}: top_k must return a pair (ids, values), not {type(output).__name__}")

@@ -1,7 +1,7 @@
-"""Small random decoders: everything a real one has, in a few thousand weights.
+"""Small random decoders with the features of real ones, in a few thousand weights.
 
-Every form that the families use is a keyword here: grouped queries, sliding windows, soft caps, sinks, biases, and
-weights in each of the stored forms.
+Each feature that the families use is a keyword: grouped queries, sliding windows, soft caps, sinks, biases, and each
+stored form of weights.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
         "weights": "uint4_minimums",
     },
 }  # fmt: skip
-"""The forms that the conformance kit tries, by name: keywords of `tiny_decoder`."""
+"""The decoders of the conformance kit by name, as keywords of `tiny_decoder`."""
 
 
 class _Weights:
-    """Random weights in the stored form asked for, and a hash of all that were made."""
+    """Random weights in one stored form, and a hash of all weights made."""
 
     def __init__(self, rng: np.random.Generator, stored: Stored, block: int) -> None:
         self._rng, self._stored, self._block = rng, stored, block
@@ -118,12 +118,12 @@ def tiny_decoder(
     """A decoder with random weights: embedding, `layers` blocks of attention and gated MLP, norm, tied head.
 
     Args:
-        value_dim: columns of a value head; 0: as `head_dim`.
-        window: sliding window of every second layer, the first one included; 0: none.
+        value_dim: columns of a value head; 0: `head_dim`.
+        window: sliding window of every second layer, starting with the first; 0: none.
         attention_bias: a distance-dependent bias for each head (ALiBi, arXiv:2108.12409), computed in the graph.
         rotated: columns of each head that are rotated; 0: all.
-        weights: how matrices are stored; norms, biases and sinks are float32, the embedding as the matrices are.
-        block: block size of quantised weights; divides every input width.
+        weights: how matrices and the embedding are stored; norms, biases and sinks are float32.
+        block: block size of quantized weights; it must divide every input width.
         hidden, inner: width of the model and of its gated MLP.
     """
     value_dim = value_dim or head_dim

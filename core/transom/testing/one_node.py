@@ -1,4 +1,4 @@
-"""A graph of one node out of an operator's sample: what a backend is asked about, operator by operator."""
+"""A graph of one node from an operator's sample, for asking a backend about one operator."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def one_node(schema: OpSchema, sample: Sample, *, dynamic: bool = True) -> tuple
     """The graph and its inputs by name (`x0`, `x1` …; outputs `y0` …).
 
     Args:
-        dynamic: leave the first dimension of every activation open, as decoder graphs do; else all sizes are fixed.
+        dynamic: leave the first dimension of every activation open, as in decoder graphs; False: all sizes are fixed.
     """
     b = GraphBuilder(schema.name)
     hasher = hashlib.blake2b(digest_size=16)
@@ -51,7 +51,7 @@ def one_node(schema: OpSchema, sample: Sample, *, dynamic: bool = True) -> tuple
 
 
 def _shape(array: Array, dynamic: bool) -> list[int | str]:
-    """Equal sizes share a symbol; sizes of one stay, since they may be there to broadcast."""
+    """Equal sizes share a symbol. Sizes of one stay fixed, because they may be for broadcasting."""
     shape: list[int | str] = [int(d) for d in array.shape]
     packed = array.ndim >= 2 or (array.ndim == 1 and array.dtype == np.int64)
     if dynamic and packed and array.shape[0] != 1:
@@ -60,5 +60,5 @@ def _shape(array: Array, dynamic: bool) -> list[int | str]:
 
 
 def _with_output_types(graph: Graph) -> Graph:
-    """ONNX demands the element types of a graph's outputs; shape inference tells them."""
+    """The graph with the element types of its outputs, which ONNX requires; shape inference finds them."""
     return infer_types(graph) if any(v.dtype is None for v in graph.model.graph.outputs) else graph

@@ -1,4 +1,4 @@
-"""What a conformance run found, as data that JSON can hold. Nothing is left out: passed, failed or refused."""
+"""The result of a conformance run as data for JSON. Every check is in it: passed, failed or refused."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ Outcome = Literal["passed", "failed", "refused"]
 
 
 class Failed(AssertionError):
-    """The backend breaks the contract or computes something else than the reference."""
+    """The backend breaks the contract, or its outputs differ from the reference."""
 
 
 class Refused(Exception):
-    """The backend said that it does not do this, and why. Not a failure, but never counted as a pass."""
+    """The backend reported that it does not support this, with a reason. Neither a failure nor a pass."""
 
     def __init__(self, reason: str) -> None:
         self.reason = reason
@@ -30,27 +30,27 @@ class CaseResult:
     label: str
     outcome: Outcome
     reason: str = ""
-    """Why it failed or was refused; for a pass, how: `"by its body, since: …"`."""
+    """Why the case failed or was refused. For a pass, how the operator ran: `"by its body, since: …"`."""
     error: float | None = None
-    """Normalised error against the reference, where numbers were compared."""
+    """The normalized error against the reference, if numbers were compared."""
 
 
 @dataclass(frozen=True)
 class CheckResult:
-    """One check. It failed when a part failed, and is refused when a part is."""
+    """The result of one check. It failed if a part failed; otherwise it is refused if a part is."""
 
     name: str
     outcome: Outcome
     reason: str = ""
     error: float | None = None
-    """The largest normalised error among its parts."""
+    """The largest normalized error of its parts."""
     seconds: float = 0.0
     parts: tuple[CaseResult, ...] = ()
 
 
 @dataclass(frozen=True)
 class ConformanceResult:
-    """A whole run. `ok` when nothing failed; look at `refused` for what the backend does not do."""
+    """The result of a whole run. `ok` if nothing failed; `refused` lists what the backend does not support."""
 
     backend: str
     api: tuple[int, int]
@@ -58,7 +58,7 @@ class ConformanceResult:
     precision: str
     options: Mapping[str, Any]
     seed: int
-    """Give it to `run` again to repeat the same random inputs."""
+    """Pass it to `run` to repeat the same random inputs."""
     checks: tuple[CheckResult, ...]
     versions: Mapping[str, str] = field(default_factory=dict)
 
@@ -92,7 +92,7 @@ class ConformanceResult:
         return json.dumps(self.to_dict(), indent=1)
 
     def text(self) -> str:
-        """For people: what failed and what is refused, each with its reason, then the counts."""
+        """The human-readable result: failures and refusals with their reasons, then the counts."""
         lines = []
         for label, checks in (("FAILED", self.failed), ("refused", self.refused)):
             for check in checks:

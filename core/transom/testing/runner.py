@@ -32,20 +32,21 @@ def run(
     only: Sequence[str] = (),
     report: Report | None = None,
 ) -> ConformanceResult:
-    """Hold a backend to the contract and to the reference, on one device.
+    """Check a backend against the contract and the reference on one device.
 
     Args:
-        backend: the backend itself, installed or not. Its class must be importable by name, since two checks hand it to
-            a fresh process.
-        device: where; None: the first device of this machine for which the backend makes an offer.
-        seed: of all random inputs; None: a fresh one, which the result tells.
-        precision: the arithmetic behind exact claims: `"float32"`, `"float16"` or `"bfloat16"`. It sets the tolerances.
-        options: passed to the backend, over those of a user who asks for nothing.
+        backend: the backend object, installed or not. Its class must be importable by name, because two checks pass it
+            to a fresh process.
+        device: the device to run on; None: the first device of this machine for which the backend makes an offer.
+        seed: the seed of all random inputs; None: a fresh one, which is in the result.
+        precision: the compute precision behind exact claims: `"float32"`, `"float16"` or `"bfloat16"`. It sets the
+            tolerances.
+        options: options for the backend that replace the defaults.
         only: names or patterns of checks, `["state.*", "operator.MatMul"]`; empty: all.
         report: called after each check.
 
     Returns:
-        Every check with its outcome; see `ConformanceResult.ok` and `.refused`.
+        Every check with its outcome. See `ConformanceResult.ok` and `.refused`.
 
     Raises:
         OptionError: an unknown precision, a pattern that matches no check, or no device that the backend offers to use.
@@ -74,7 +75,7 @@ def run(
 
 
 def choose(only: Sequence[str]) -> tuple[Check, ...]:
-    """The checks whose names match a pattern; all for no patterns. Raises OptionError for one that matches nothing."""
+    """The checks whose names match a pattern; without patterns, all. Raises OptionError if a pattern has no match."""
     known = all_checks()
     for pattern in only:
         if not any(fnmatch.fnmatchcase(c.name, pattern) for c in known):

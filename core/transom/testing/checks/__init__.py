@@ -1,4 +1,4 @@
-"""The checks of the conformance kit: what the contract says, one function each."""
+"""The checks of the conformance kit: one function for each requirement of the contract."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from transom.testing.checks.check import Check
 
 
 def all_checks() -> tuple[Check, ...]:
-    """Every check, those for the registered operators included, in the order in which they are worth reading."""
+    """Every check, including those of the registered operators, in the order of a report."""
     rooms = (answers, artifacts, operators, logits, states, optional, failures, walk)
     return tuple(check for room in rooms for check in room.checks())
 

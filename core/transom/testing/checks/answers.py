@@ -1,4 +1,4 @@
-"""What a backend answers before anything is compiled: its name, its probe, its claims."""
+"""Checks of a backend's answers before anything is compiled: its name, probe, claim and check."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ MACHINES = (
     Device("npu", "npu:0", "npu4", 0, name="Intel AI Boost"),
     Device("remote", "remote:snapdragon-8-gen-2", "hexagon_v73", 0, name="Snapdragon 8 Gen 2"),
 )
-"""Made-up devices: a probe judges records, so it must have an answer for any."""
+"""Made-up devices. A probe judges device records, so it must answer for any device."""
 
 
 def backend_keeps_its_form(bench: Bench) -> None:
-    """The backend has the five methods, a plain name, and an API version that this host takes."""
+    """The backend has the five methods, a valid name, and an API version that this host supports."""
     backend = bench.backend
     if not isinstance(backend, Backend):
         missing = [m for m in ("name", "api", "probe", "claim", "compile", "check", "load") if not hasattr(backend, m)]
@@ -51,14 +51,14 @@ def backend_keeps_its_form(bench: Bench) -> None:
 
 
 def probe_answers_for_every_device(bench: Bench) -> None:
-    """probe gives exactly one offer or refusal for each device, with words in it, and none for no devices."""
+    """probe returns exactly one offer or refusal for each device, with a text, and nothing for no devices."""
     if list(bench.backend.probe([])):
         raise Failed("probe([]) must return no answers")
     for devices in ([bench.device], *([d] for d in MACHINES), list(MACHINES[1:])):
         answers = list(bench.backend.probe(devices))
         told = sorted(a.device_id for a in answers)
         if told != sorted(d.id for d in devices):
-            raise Failed(f"probe was asked about {', '.join(d.id for d in devices)} and answered for {told}")
+            raise Failed(f"probe was called with {', '.join(d.id for d in devices)} and answered for {told}")
         for answer in answers:
             _check_answer(answer)
     bench.offer()
@@ -70,7 +70,7 @@ def _check_answer(answer: object) -> None:
         if answer.band not in bands:
             raise Failed(f"the offer for {answer.device_id} has the band {answer.band!r}; known: {', '.join(bands)}")
         if not answer.why.strip():
-            raise Failed(f"the offer for {answer.device_id} does not say why")
+            raise Failed(f"the offer for {answer.device_id} has an empty why")
     elif isinstance(answer, Refusal):
         codes = get_args(get_type_hints(Refusal)["code"])
         if answer.code not in codes:
@@ -87,12 +87,12 @@ def probe_is_cheap(bench: Bench) -> None:
     heavy = sorted(SDKS & set(told["modules"]))
     if heavy:
         raise Failed(f"importing the plugin and probing imported {', '.join(heavy)}; import it in compile and load")
-    if told["milliseconds"] > PROBE_BUDGET_MS:  # the best of several, so that a busy machine does not count
+    if told["milliseconds"] > PROBE_BUDGET_MS:  # the fastest of several, so that a busy machine does not matter
         raise Failed(f"probe took {told['milliseconds']:.0f} ms at best; the contract allows {PROBE_BUDGET_MS:.0f}")
 
 
 def claim_answers_for_every_node(bench: Bench) -> list[CaseResult]:
-    """claim returns one claim for each node of any graph, with a reason for each no; and it changes nothing."""
+    """claim returns one claim for each node of any graph, with a reason for each refusal, and changes nothing."""
     bench.offer()
 
     def ask(graph: Graph) -> None:
@@ -113,7 +113,7 @@ def claim_answers_for_every_node(bench: Bench) -> list[CaseResult]:
 
 
 def claim_refuses_what_nobody_knows(bench: Bench) -> None:
-    """An operator of an unknown domain is refused with a reason: a claim is a promise to compute it."""
+    """An operator of an unknown domain is refused with a reason, because a claim is a promise to compute."""
     bench.offer()
     b = GraphBuilder("unknown")
     x = b.input("x", "float32", ["n", 4])
@@ -124,11 +124,11 @@ def claim_refuses_what_nobody_knows(bench: Bench) -> None:
     b.graph.outputs.append(node.outputs[0])
     graph = b.finish(weights_hash="none")
     if bench.claim(graph)[0].ok:
-        raise Failed("the operator nobody.knows::Riddle is claimed, though nobody knows it")
+        raise Failed("the unknown operator nobody.knows::Riddle is claimed")
 
 
 def check_survives_any_device(bench: Bench) -> None:
-    """check gives a verdict for any device, in the words of the contract, and never raises."""
+    """check returns a valid verdict for any device and never raises."""
     artifact = bench.model("gqa").artifact
     for device in (*MACHINES, replace(bench.device, drivers={}, features=frozenset())):
         verdict = bench.backend.check(artifact, device)

@@ -1,4 +1,4 @@
-"""Compiling, and what comes of it: progress, cancelling, verdicts, opening in another process, closing."""
+"""Checks of compiling and of artifacts: progress, cancelling, verdicts, opening in another process, closing."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from transom.testing.one_node import one_node
 from transom.testing.result import Failed, Refused
 
 BASE = "gqa"
-"""The model that checks use when any will do."""
+"""The model of checks that need no particular one."""
 OF_LOAD = ("context", "threads")
-"""Options that may differ from load to load; in `requires` they are the host's to compare."""
+"""Options that may differ between loads. The host compares them with `requires`."""
 
 
 def compile_reports_progress(bench: Bench) -> None:
-    """compile calls progress with a stage's name and a share between 0 and 1, or None."""
+    """compile calls progress with the name of a stage and a share between 0 and 1, or None."""
     calls: list[tuple[object, object]] = []
     model = bench.model(BASE)
     with temporary_files_in(bench.folder / "progress"):
@@ -41,7 +41,7 @@ def compile_reports_progress(bench: Bench) -> None:
 
 
 def compile_can_be_cancelled(bench: Bench) -> None:
-    """Cancelled raised by progress passes through compile, at the first call and at the last, and nothing is left."""
+    """When progress raises Cancelled, at its first or last call, compile lets it pass and leaves no file behind."""
     model = bench.model(BASE)
     count = 0
 
@@ -71,55 +71,55 @@ def compile_can_be_cancelled(bench: Bench) -> None:
 
 
 def artifact_says_what_it_requires(bench: Bench) -> None:
-    """An artifact has files, requirements and notes, all of them text; a note says how it computes."""
+    """An artifact has files and requirements, and its requirements and notes are text."""
     artifact = bench.model(BASE).artifact
     if not artifact.files:
         raise Failed("the artifact has no files")
     if not artifact.requires:
-        raise Failed("artifact.requires is empty, so no change of version can ever be noticed")
+        raise Failed("artifact.requires is empty, so check cannot notice another version")
     for key, value in artifact.requires.items():
         if not isinstance(key, str) or not isinstance(value, str) or not value:
             raise Failed(f"artifact.requires holds {key!r}: {value!r}; both must be text")
     if any(not isinstance(note, str) or not note.strip() for note in artifact.notes):
-        raise Failed(f"artifact.notes holds something that is no text: {artifact.notes!r:.80}")
+        raise Failed(f"artifact.notes has an entry that is empty or not text: {artifact.notes!r:.80}")
 
 
 def wrong_artifacts_are_told(bench: Bench) -> None:
-    """check says ok for the artifact as made, and something else, with a reason, once any requirement differs."""
+    """check returns ok for a new artifact, and another state with a reason when any requirement differs."""
     artifact, device, check = bench.model(BASE).artifact, bench.device, bench.backend.check
     verdict = check(artifact, device)
     if verdict.state != "ok":
-        raise Failed(f"check says {verdict.state} ({verdict.reason}) of an artifact made here a moment ago")
+        raise Failed(f"check returned {verdict.state} ({verdict.reason}) for an artifact that was just made here")
 
     def expect_no(what: str, requires: Mapping[str, str]) -> None:
         told = check(replace(artifact, requires=requires), device)
         if told.state not in ("slower", "rebuild", "never"):
-            raise Failed(f"check says {told.state} though {what}")
+            raise Failed(f"check returned {told.state} though {what}")
         if not told.reason.strip():
-            raise Failed(f"check says {told.state} without a reason when {what}")
+            raise Failed(f"check returned {told.state} without a reason when {what}")
 
     for key, value in artifact.requires.items():
-        if key in OF_LOAD:  # check is not told what is wanted: the host compares these
+        if key in OF_LOAD:  # check gets no options: the host compares these
             continue
         rest = {k: v for k, v in artifact.requires.items() if k != key}
         expect_no(f"{key} is {value!r} here and '0.0.wrong' in the artifact", {**rest, key: "0.0.wrong"})
-        expect_no(f"the artifact does not say its {key}", rest)
-    expect_no("the artifact requires nothing that this backend wrote", {"something else": "1"})
+        expect_no(f"the artifact's requires has no {key}", rest)
+    expect_no("the artifact has no requirement of this backend", {"something else": "1"})
 
 
 def check_opens_nothing(bench: Bench) -> None:
-    """check decides by the requirements alone: the files need not be there."""
+    """check decides by the requirements alone. The files need not exist."""
     artifact = bench.model(BASE).artifact
     gone: Mapping[str, bytes | Path] = {name: bench.folder / "gone" / name for name in artifact.files}
     verdict = bench.backend.check(Artifact(gone, artifact.requires, artifact.notes), bench.device)
     if verdict.state != "ok":
-        raise Failed(f"check says {verdict.state} ({verdict.reason}) because the files are away; it must open none")
+        raise Failed(f"check returned {verdict.state} ({verdict.reason}) without the files; it must open none")
 
 
 def opens_in_another_process(bench: Bench) -> float:
     """An artifact loaded from its files in a fresh process gives the same logits."""
     if not bench.offer().runs_here:
-        raise Refused(f"{bench.backend.name} compiles for {bench.device.id} and runs nothing here")
+        raise Refused(f"{bench.backend.name} only compiles for {bench.device.id} and cannot run here")
     model = bench.model(BASE)
     with bench.session(model.artifact) as session:
         driver = SessionDriver(session, model, bench.rng("another process"))
@@ -128,13 +128,13 @@ def opens_in_another_process(bench: Bench) -> float:
     request |= {"scratch": bench.scratch(), "chunks": chunks}
     told = in_child(bench, "load", request)
     if told["verdict"] != "ok":
-        raise Failed(f"check says {told['verdict']} of the artifact in another process")
+        raise Failed(f"check returned {told['verdict']} for the artifact in another process")
     wanted = model.oracle.logits([t for chunk in chunks for t in chunk])
     return compare_rows(told["logits"], wanted, model.limit, "logits in another process")
 
 
 def sessions_are_independent(bench: Bench) -> float:
-    """Two sessions of one artifact have states of their own; closing one leaves the other."""
+    """Two sessions of one artifact have independent states; closing one does not affect the other."""
     model = bench.model(BASE)
     with bench.session(model.artifact) as first, bench.session(model.artifact) as second:
         one, two = (SessionDriver(s, model, bench.rng(name)) for s, name in ((first, "first"), (second, "second")))
@@ -147,7 +147,7 @@ def sessions_are_independent(bench: Bench) -> float:
 
 
 def closes_twice(bench: Bench) -> None:
-    """close releases everything; calling it again, with states alive or freed afterwards, does nothing."""
+    """close releases everything. Closing again and freeing a state afterwards do nothing."""
     model = bench.model(BASE)
     with bench.session(model.artifact) as session:
         driver = SessionDriver(session, model, bench.rng("close"))
@@ -158,7 +158,7 @@ def closes_twice(bench: Bench) -> None:
 
 
 def runs_need_their_inputs(bench: Bench) -> None:
-    """run raises when an input is missing or unknown, rather than computing something."""
+    """run raises when an input is missing or unknown."""
     bench.offer()
     schema = find("", "Add")
     assert schema is not None
@@ -174,21 +174,21 @@ def runs_need_their_inputs(bench: Bench) -> None:
 
 
 def load_decides_the_context(bench: Bench) -> None:
-    """A session holds the context that load was given, whatever compile was given, or `requires` names its context."""
+    """A session has the context that load got, whatever compile got, unless `requires` has a context."""
     model = bench.model(BASE)
     if "context" in model.artifact.requires:
-        return  # the host compiles anew for another one
+        return  # the host compiles again for another context
     for context in (model.oracle.decoder.context // 2, model.oracle.decoder.context // 4):
         with bench.session(model.artifact, context=context) as session:
             if session.limits.context != context:
                 raise Failed(
-                    f"loaded with context={context}, and limits.context is {session.limits.context}; an artifact that "
-                    "is bound to its context names it in requires"
+                    f"loaded with context={context}, but limits.context is {session.limits.context}; an artifact that "
+                    "is bound to its context has to name it in requires"
                 )
 
 
 def limits_are_sound(bench: Bench) -> None:
-    """limits and pages are numbers that mean something, and do not change from one session to the next."""
+    """limits and pages are valid and consistent with each other."""
     model = bench.model(BASE)
     with bench.session(model.artifact) as session:
         limits = session.limits
@@ -198,7 +198,7 @@ def limits_are_sound(bench: Bench) -> None:
         if limits.page_tokens < 0:
             raise Failed(f"limits.page_tokens is {limits.page_tokens}")
         if any(not 0 < c <= limits.max_tokens for c in limits.token_classes):
-            raise Failed(f"limits.token_classes {limits.token_classes} reach beyond max_tokens {limits.max_tokens}")
+            raise Failed(f"limits.token_classes {limits.token_classes} exceed max_tokens {limits.max_tokens}")
         total, free = session.pages()
         if not 0 <= free <= total or (total > 0) != (limits.page_tokens > 0):
             raise Failed(f"pages() is {(total, free)} with page_tokens {limits.page_tokens}")

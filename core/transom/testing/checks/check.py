@@ -1,4 +1,4 @@
-"""What a check is, and how one is run: whatever happens inside becomes a result."""
+"""The class of a check, and running one: every outcome, including an exception, becomes a result."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ Found = Sequence[CaseResult] | float | None
 
 @dataclass(frozen=True)
 class Check:
-    """A named demand on a backend.
+    """A named requirement for backends.
 
-    `run` returns None, the largest normalised error it saw, or its parts; it raises Failed or Refused.
+    `run` returns None, the largest normalized error, or the results of its parts. It raises Failed or Refused.
     """
 
     name: str
@@ -26,12 +26,12 @@ class Check:
 
     @property
     def doc(self) -> str:
-        """What is demanded."""
+        """The requirement in words."""
         return " ".join((self.run.__doc__ or "").split())
 
 
 def run_check(check: Check, bench: Bench) -> CheckResult:
-    """Run one check. Never raises what the backend raises: an exception of its own is a failure with its last line."""
+    """Run one check. An exception of the backend is not raised: it becomes a failure with the exception's message."""
     started = time.perf_counter()
     part = attempt(check.name, lambda: check.run(bench))
     seconds = round(time.perf_counter() - started, 4)
@@ -48,7 +48,7 @@ def run_check(check: Check, bench: Bench) -> CheckResult:
 
 
 def attempt(label: str, run: Callable[[], Found]) -> CaseResult | Sequence[CaseResult]:
-    """Run something of the backend's and say how it went."""
+    """Run a part of a check, and turn an exception into a result."""
     try:
         found = run()
     except Refused as e:
@@ -59,7 +59,7 @@ def attempt(label: str, run: Callable[[], Found]) -> CaseResult | Sequence[CaseR
         return CaseResult(
             label, "refused", f"the pool is too small for this check ({e}); give options that make it larger"
         )
-    except Exception as e:  # noqa: BLE001  the code under test may raise anything, and all of it is a finding
+    except Exception as e:  # noqa: BLE001  the code under test may raise anything, and each exception is a failure
         where = traceback.extract_tb(e.__traceback__)[-1]
         place = f"{where.filename.rsplit('/', 1)[-1]}:{where.lineno}"
         return CaseResult(label, "failed", f"{type(e).__name__}: {e} ({place})")
@@ -71,7 +71,7 @@ def attempt(label: str, run: Callable[[], Found]) -> CaseResult | Sequence[CaseR
 def must_raise(
     wanted: type[BaseException] | tuple[type[BaseException], ...], what: str, run: Callable[[], object]
 ) -> None:
-    """Raises Failed unless `run` raises `wanted`."""
+    """Raise Failed unless `run` raises `wanted`."""
     names = " or ".join(w.__name__ for w in (wanted if isinstance(wanted, tuple) else (wanted,)))
     try:
         run()

@@ -12,13 +12,13 @@ from transom.testing.driver import Move, SessionDriver, Track
 from transom.testing.result import Failed, Refused
 
 MOST = 65_536
-"""Tokens that a check may spend on reaching a limit."""
+"""The most tokens that a check uses to reach a limit."""
 
 
 def failed_steps_change_nothing(bench: Bench) -> float:
-    """After each kind of wrong step every state has its length, and the next step's logits are right.
+    """After each kind of invalid step, every state has its old length and the next step's logits are right.
 
-    The fault is in the last work, so a session that appends before it looks has changed the first ones.
+    The error is in the last work, so a session that appends before it checks has already changed the first states.
     """
     model = bench.model(BASE)
     with bench.session(model.artifact) as session:
@@ -55,11 +55,11 @@ def _faults(driver: SessionDriver, tracks: list[Track]) -> Iterator[tuple[str, t
         yield "more tokens than max_tokens", ValueError, lambda: Work(last, many)
     if classes := driver.limits.token_classes:
         odd = driver.draw(next(n for n in range(1, max(classes) + 2) if n not in classes))
-        yield "a chunk of a length that is no class", ValueError, lambda: Work(last, odd)
+        yield "a chunk whose length is not in token_classes", ValueError, lambda: Work(last, odd)
 
 
 def context_is_respected(bench: Bench) -> float:
-    """A state takes `limits.context` tokens and no more: one too many raises ValueError and changes nothing."""
+    """A state accepts `limits.context` tokens. One more raises ValueError and changes nothing."""
     model = bench.model(BASE)
     with bench.session(model.artifact) as session:
         driver = SessionDriver(session, model, bench.rng("context"))
@@ -80,13 +80,13 @@ def context_is_respected(bench: Bench) -> float:
 
 
 def sequence_limit_is_respected(bench: Bench) -> float:
-    """A step takes `max_sequences` works and no more."""
+    """A step accepts `max_sequences` works and no more."""
     model = bench.model(BASE)
     with bench.session(model.artifact) as session:
         driver = SessionDriver(session, model, bench.rng("sequences"))
         most, one = driver.limits.max_sequences, driver.chunk(1)
         if (most + 1) * one > MOST:
-            raise Refused(f"max_sequences {most} is too large to try")
+            raise Refused(f"max_sequences {most} is too large for this check")
         try:
             tracks = [driver.new() for _ in range(most + 1)]
         except OutOfPages as e:
@@ -102,16 +102,16 @@ def sequence_limit_is_respected(bench: Bench) -> float:
 
 
 def out_of_pages_changes_nothing(bench: Bench) -> float:
-    """When the pool is full, step raises OutOfPages, every state is as it was, and freeing one lets it go on."""
+    """When the pool is full, step raises OutOfPages and changes no state, and works again after a state is freed."""
     model = bench.model(BASE)
     with bench.session(model.artifact) as session:
         driver = SessionDriver(session, model, bench.rng("out of pages"))
         total, _ = session.pages()
         if not total:
-            return 0.0  # contiguous: there is no pool to run out of
+            return 0.0  # a contiguous cache has no pool
         if total * driver.limits.page_tokens > MOST:
             tokens = total * driver.limits.page_tokens
-            raise Refused(f"a pool of {tokens} tokens is too large to fill; give options that make it small")
+            raise Refused(f"a pool of {tokens} tokens is too large to fill; give options that make it smaller")
         full: list[Track] = []
         while True:
             track = driver.new()
@@ -126,7 +126,8 @@ def out_of_pages_changes_nothing(bench: Bench) -> float:
                 break
             held_tokens = sum(len(t.tokens) for t in full)
             if held_tokens > total * driver.limits.page_tokens:
-                raise Failed(f"pages() says {total} pages of {driver.limits.page_tokens}, but {held_tokens} tokens fit")
+                pages = f"{total} pages of {driver.limits.page_tokens} tokens"
+                raise Failed(f"pages() returns {pages}, but {held_tokens} tokens fit")
         for track in full:
             driver.expect_length(track)
         if len(full) < 2:

@@ -1,4 +1,4 @@
-"""Logits of small decoders against the oracle: prefill, chunks, decodes, ragged batches, and the forms of an answer."""
+"""Checks of logits of small decoders against the reference: prefill, chunks, decoding, ragged batches, output forms."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _decodes(variant: str) -> Callable[[Bench], float]:
         with bench.session(model.artifact) as session:
             driver = SessionDriver(session, model, bench.rng(f"decode {variant}"))
             track = driver.new()
-            for wanted in (11, 1, 1, 1, 6, 1, 1):  # prefill, decodes, another chunk on top of a cache, decodes
+            for wanted in (11, 1, 1, 1, 6, 1, 1):  # prefill, decoding, a chunk after a filled cache, decoding
                 size = driver.chunk(wanted)
                 if len(track.tokens) + size <= driver.context:
                     driver.step([Move(track, driver.draw(size))])
@@ -30,12 +30,12 @@ def _decodes(variant: str) -> Callable[[Bench], float]:
             driver.feed(whole, track.tokens)  # the same tokens at once
             return driver.error
 
-    run.__doc__ = f"A decoder with {variant}: prefill, chunks and decodes give the logits of the whole sequence."
+    run.__doc__ = f"A decoder with {variant}: prefill, chunks and decoding give the logits of the whole sequence."
     return run
 
 
 def one_token_prompts_work(bench: Bench) -> float:
-    """A sequence may start with a single token (or the shortest chunk that the session takes)."""
+    """A sequence can start with a single token (or the shortest chunk that the session accepts)."""
     model = bench.model(BASE)
     with bench.session(model.artifact) as session:
         driver = SessionDriver(session, model, bench.rng("one token"))
@@ -46,7 +46,7 @@ def one_token_prompts_work(bench: Bench) -> float:
 
 
 def long_sequences_work(bench: Bench) -> float:
-    """A sequence that fills the whole context gives right logits at its end."""
+    """A sequence that fills the whole context has right logits at its end."""
     model = bench.model(BASE)
     with bench.session(model.artifact) as session:
         driver = SessionDriver(session, model, bench.rng("long"))
@@ -57,20 +57,20 @@ def long_sequences_work(bench: Bench) -> float:
 
 
 def ragged_batches_work(bench: Bench) -> float:
-    """One step mixes prefills and decodes of different lengths; each gives what it gives alone."""
+    """One step with prefill and decoding of different lengths gives each sequence the same logits as alone."""
     model = bench.model(BASE)
     with bench.session(model.artifact) as session:
         driver = SessionDriver(session, model, bench.rng("ragged"))
         count = driver.several(5)
         tracks = [driver.grown(n) for n in (9, 0, 3, 17, 0)[:count]]
         for lengths in ((1, 7, 1, 4, 1), (1, 1, 5, 1, 2), (1, 1, 1, 1, 1)):
-            order = driver.rng.permutation(count)  # the order of the works is the host's business
+            order = driver.rng.permutation(count)  # the host chooses the order of the works
             driver.step([Move(tracks[i], driver.draw(driver.chunk(lengths[i]))) for i in order])
         return driver.error
 
 
 def ragged_batches_work_with_windows(bench: Bench) -> float:
-    """The same with sliding windows, soft caps, sinks and biases at once, or as many of them as the backend takes."""
+    """The same for a decoder with sliding windows, soft caps, sinks and biases at once."""
     model = bench.model("everything")
     with bench.session(model.artifact) as session:
         driver = SessionDriver(session, model, bench.rng("ragged windows"))
@@ -81,7 +81,7 @@ def ragged_batches_work_with_windows(bench: Bench) -> float:
 
 
 def logits_come_in_the_form_asked_for(bench: Bench) -> float:
-    """none gives None, last one row, all every row; float32, in the order of the works."""
+    """`"none"` gives None, `"last"` one row, `"all"` every row; float32, in the order of the works."""
     model = bench.model(BASE)
     with bench.session(model.artifact) as session:
         driver = SessionDriver(session, model, bench.rng("forms"))
@@ -100,7 +100,7 @@ def logits_come_in_the_form_asked_for(bench: Bench) -> float:
 
 
 def top_k_is_best_first(bench: Bench) -> float:
-    """top_k gives (int64 ids, float32 logits) of the k best, best first, for one row and for all."""
+    """top_k gives (int64 ids, float32 logits) of the k highest logits, best first, for one row and for all rows."""
     model = bench.model(BASE)
     with bench.session(model.artifact) as session:
         driver = SessionDriver(session, model, bench.rng("top_k"))
@@ -116,7 +116,7 @@ def top_k_is_best_first(bench: Bench) -> float:
 
 
 def outputs_belong_to_the_caller(bench: Bench) -> None:
-    """No later call writes into an array that was returned; and writing into one harms no later step."""
+    """No later call writes into a returned array, and writing into one does not affect later steps."""
     model = bench.model(BASE)
     with bench.session(model.artifact) as session:
         driver = SessionDriver(session, model, bench.rng("aliasing"))
@@ -146,7 +146,7 @@ def outputs_belong_to_the_caller(bench: Bench) -> None:
 
 
 def wrong_tokens_are_refused(bench: Bench) -> None:
-    """A token id outside the vocabulary raises ValueError, at either end."""
+    """A token id below or above the vocabulary raises ValueError."""
     model = bench.model(BASE)
     with bench.session(model.artifact) as session:
         driver = SessionDriver(session, model, bench.rng("tokens"))

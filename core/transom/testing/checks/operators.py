@@ -1,4 +1,4 @@
-"""Every registered operator on its random samples, one node at a time, against the registry's reference."""
+"""Checks of every registered operator: its random samples, one node at a time, against the registry's reference."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def expected(schema: OpSchema, sample: Sample) -> tuple[Array, ...]:
 
 
 def _as_stored(array: Array | None, dtype: str | None) -> Array | None:
-    """4-bit numbers in the element type that NumPy has through `ml_dtypes`."""
+    """The array with 4-bit integers in the element types of `ml_dtypes`."""
     if array is None or dtype not in ("int4", "uint4"):
         return array
     import ml_dtypes
@@ -42,7 +42,7 @@ def _as_stored(array: Array | None, dtype: str | None) -> Array | None:
 
 
 def check_sample(bench: Bench, schema: OpSchema, sample: Sample) -> CaseResult:
-    """One sample: with an open first dimension, else with fixed sizes, else as the operator's body; else refused."""
+    """Check one sample: with an open first dimension, or else with fixed sizes, or else as the operator's body."""
     reason = ""
     for dynamic, how in ((True, ""), (False, "with fixed sizes only")):
         graph, inputs = one_node(schema, sample, dynamic=dynamic)
@@ -83,7 +83,7 @@ def _run(
 
 
 def _other(array: Array) -> Array:
-    """Other floats of the same shape; indices stay, so that they remain valid."""
+    """Other floats of the same shape. Integers stay, so that indices remain valid."""
     return (array + array.dtype.type(1)).astype(array.dtype) if array.dtype.kind == "f" else array
 
 
@@ -97,10 +97,10 @@ def _check_of(schema: OpSchema) -> Callable[[Bench], list[CaseResult]]:
             parts += [part] if isinstance(part, CaseResult) else part
         return parts
 
-    run.__doc__ = f"{operator_name(schema)} computes what the registry's reference does, on every sample."
+    run.__doc__ = f"{operator_name(schema)} computes the same as the registry's reference on every sample."
     return run
 
 
 def checks() -> list[Check]:
-    """One check for each operator that has samples; an operator of ONNX found on demand has none."""
+    """One check for each operator with samples. ONNX operators that are found on demand have none."""
     return [Check(f"operator.{operator_name(s)}", _check_of(s)) for s in operators() if s.samples is not None]

@@ -1,4 +1,4 @@
-"""What a session may offer beside: reading by a sparsity policy, and states that can be written down."""
+"""Checks of the optional protocols of a session: reading by a sparsity policy, and saving states."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ FEW, FEW_WIDE = (
     Sparsity(coverage=0.2, local_window=1, columns=4, unit=unit, dense_below=0, max_density=0.5).to_string()
     for unit in (8, 16)
 )
-"""The second is for a session that refuses units of 8."""
+"""Sparse policies. The second is for a session that refuses units of 8."""
 LENGTH = 150
-"""Tokens: in the third block of 64 queries a policy has something to leave out."""
+"""Tokens of a sequence: a policy can leave out keys from the third block of 64 queries on."""
 
 
 def policies_are_obeyed_or_refused(bench: Bench) -> float:
-    """A work may name a sparsity policy. A session that cannot read by one raises ValueError and changes nothing. One
-    that can reads everything where the policy leaves nothing out, less where it does, and counts what it reads."""
+    """A work may name a sparsity policy. A session without sparsity raises ValueError and changes nothing. A session
+    with sparsity reads all keys if the policy leaves none out, fewer if it does, and counts the keys that it reads."""
     model = bench.model(BASE)
     with bench.session(model.artifact) as session:
         driver = SessionDriver(session, model, bench.rng("sparsity"))
@@ -68,23 +68,22 @@ def _reads_by_policies(session: SparseSession, driver: SessionDriver, length: in
 
     track, (read, seen) = fed(EVERYTHING)
     if not np.array_equal(read, seen):
-        raise Failed(f"under a policy that leaves nothing out {read.sum():g} of {seen.sum():g} keys were read")
+        raise Failed(f"under a policy that leaves nothing out, {read.sum():g} of {seen.sum():g} keys were read")
     least = sum(layer.kv_heads for layer in layers) * length * (length + 1) / 2
     if seen.sum() < least:
-        raise Failed(f"{length} tokens see at least {least:g} keys; keys_read says {seen.sum():g}")
-    twin = track.state.fork(length)
-    if np.asarray(session.keys_read(twin)).any():
-        raise Failed("a fork must begin to count at 0")
-    twin.free()
-    must_raise(RuntimeError, "keys_read of a freed state", lambda: session.keys_read(twin))
+        raise Failed(f"{length} tokens see at least {least:g} keys; keys_read returned {seen.sum():g}")
+    forked = track.state.fork(length)
+    if np.asarray(session.keys_read(forked)).any():
+        raise Failed("a fork must start to count at 0")
+    forked.free()
+    must_raise(RuntimeError, "keys_read of a freed state", lambda: session.keys_read(forked))
     _, (read, seen) = fed(_obeyed(session, driver))
     if not 0 < read.sum() < seen.sum():
-        raise Failed(f"under a policy that leaves much out {read.sum():g} of {seen.sum():g} keys were read")
+        raise Failed(f"under a policy that leaves much out, {read.sum():g} of {seen.sum():g} keys were read")
 
 
 def _obeyed(session: SparseSession, driver: SessionDriver) -> str:
-    """A policy that leaves much out and that the session does not refuse; where it refuses all, the last one's error
-    goes on."""
+    """A policy that leaves much out and that the session accepts: the one with units of 8, or else the wider one."""
     track = driver.new()
     work = [Work(track.state, driver.draw(driver.chunk(1)), "none", sparsity=FEW)]
     try:
@@ -97,14 +96,14 @@ def _obeyed(session: SparseSession, driver: SessionDriver) -> str:
 
 
 def saved_states_go_on(bench: Bench) -> float:
-    """A session that can write its states down makes them again, after the first one was freed and in another session
-    of the same artifact too; what is not the whole of such a state raises ValueError."""
+    """A session that can save states restores them, after the original was freed and also in another session of the
+    same artifact. Arrays that are not a complete state raise ValueError."""
     model = bench.model(BASE)
     with bench.session(model.artifact) as session, bench.session(model.artifact) as other:
         if not isinstance(session, SavingSession):
             if half := [name for name in ("save", "restore") if hasattr(session, name)]:
-                raise Failed(f"the session has {half[0]} alone; the host asks for both save and restore")
-            return 0.0  # it offers nothing to check
+                raise Failed(f"the session has only {half[0]}; the protocol needs both save and restore")
+            return 0.0  # the session does not save states
         driver = SessionDriver(session, model, bench.rng("saving"))
         track = driver.grown(min(LENGTH, driver.context - 24))
         tokens, saved = track.tokens, _copied(session.save(track.state))

@@ -1,4 +1,4 @@
-"""Sequence states: forks that share and never leak, truncation, freeing, and what a state says of itself."""
+"""Checks of sequence states: forks, copy on write, truncating, freeing, lengths, bytes and pages."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from transom.testing.result import Failed
 
 
 def _cuts(driver: SessionDriver, length: int) -> list[int]:
-    """Places to fork or cut a state of `length` tokens: the ends, mid-page, and around every page's edge."""
+    """Lengths for forking or truncating a state of `length` tokens: the ends, the middle, around page boundaries."""
     page = driver.limits.page_tokens or 4
     edges = {page * n + d for n in range(1, length // page + 1) for d in (-1, 0, 1)}
     return sorted(n for n in {0, 1, length // 2, length - 1, length, *sorted(edges)[:6]} if 0 <= n <= length)
 
 
 def _length(driver: SessionDriver) -> int:
-    """Long enough for two pages and a half, where pages are small enough for that."""
+    """A length of two and a half pages, or less if pages are large."""
     page = driver.limits.page_tokens or 4
     return max(6, min(2 * page + page // 2, driver.context - 8))
 
@@ -33,7 +33,7 @@ def truncate(track: Track, length: int) -> None:
 
 
 def forks_continue_from_where_they_share(bench: Bench) -> float:
-    """A fork at any length, mid-page too, goes on as if it had been prefilled alone; so does the state it came from."""
+    """A fork at any length, also inside a page, continues as if it had been prefilled alone; so does its parent."""
     model = bench.model(BASE)
     with bench.session(model.artifact) as session:
         driver = SessionDriver(session, model, bench.rng("fork"))
@@ -49,7 +49,7 @@ def forks_continue_from_where_they_share(bench: Bench) -> float:
 
 
 def forks_do_not_see_each_others_writes(bench: Bench) -> float:
-    """Copy on write: siblings and the parent write after the same shared token, in turns, and none sees another's."""
+    """Copy on write: parent and siblings append in turns after the same shared token, and do not affect each other."""
     model = bench.model(BASE)
     with bench.session(model.artifact) as session:
         driver = SessionDriver(session, model, bench.rng("copy on write"))
@@ -66,7 +66,7 @@ def forks_do_not_see_each_others_writes(bench: Bench) -> float:
 
 
 def forks_outlive_their_parent(bench: Bench) -> float:
-    """Freeing or truncating the parent leaves the fork whole, and the other way round."""
+    """Freeing or truncating the parent does not affect the fork, and the other way round."""
     model = bench.model(BASE)
     with bench.session(model.artifact) as session:
         driver = SessionDriver(session, model, bench.rng("parents"))
@@ -78,13 +78,13 @@ def forks_outlive_their_parent(bench: Bench) -> float:
         driver.step([Move(parent, driver.draw(driver.chunk(4)))])
         driver.probe(kept)
         parent.state.free()
-        strangers = [driver.grown(5) for _ in range(3)]  # would take over pages that were given back too early
+        strangers = [driver.grown(5) for _ in range(3)]  # these would get pages that were released too early
         driver.probe(kept, *strangers)
         return driver.error
 
 
 def truncated_states_go_on(bench: Bench) -> float:
-    """After truncate, at any length, the state goes on with other tokens as if the old ones had never been."""
+    """After truncate at any length, the state continues with other tokens as if the removed ones had never existed."""
     model = bench.model(BASE)
     with bench.session(model.artifact) as session:
         driver = SessionDriver(session, model, bench.rng("truncate"))
@@ -99,7 +99,7 @@ def truncated_states_go_on(bench: Bench) -> float:
 
 
 def truncated_windows_go_on(bench: Bench) -> float:
-    """The same with a sliding window: what the window had passed must be there again after truncate."""
+    """The same with a sliding window: after truncate, keys that had left the window must be available again."""
     model = bench.model("window")
     with bench.session(model.artifact) as session:
         driver = SessionDriver(session, model, bench.rng("truncate window"))
@@ -115,7 +115,7 @@ def truncated_windows_go_on(bench: Bench) -> float:
 
 
 def truncating_a_fork_leaves_its_family(bench: Bench) -> float:
-    """truncate and new writes on a fork do not touch pages that others share."""
+    """truncate and later writes on a fork do not change pages that others share."""
     model = bench.model(BASE)
     with bench.session(model.artifact) as session:
         driver = SessionDriver(session, model, bench.rng("truncate fork"))
@@ -141,7 +141,7 @@ def bounds_are_checked(bench: Bench) -> None:
 
 
 def freed_states_are_gone(bench: Bench) -> None:
-    """free may be called twice; step, fork and truncate on a freed state raise RuntimeError, and others go on."""
+    """Freeing twice does nothing. step, fork and truncate raise RuntimeError on a freed state; others still work."""
     model = bench.model(BASE)
     with bench.session(model.artifact) as session:
         driver = SessionDriver(session, model, bench.rng("free"))
@@ -157,7 +157,7 @@ def freed_states_are_gone(bench: Bench) -> None:
 
 
 def states_say_what_they_hold(bench: Bench) -> None:
-    """length counts tokens; nbytes is positive once it holds some, and forks do not count shared pages again."""
+    """length counts tokens. nbytes is positive for a state with tokens, and forks do not count shared pages again."""
     model = bench.model(BASE)
     with bench.session(model.artifact) as session:
         driver = SessionDriver(session, model, bench.rng("bytes"))
@@ -167,24 +167,24 @@ def states_say_what_they_hold(bench: Bench) -> None:
         track = driver.grown(_length(driver))
         held = track.state.nbytes
         if not isinstance(held, int) or held <= 0:
-            raise Failed(f"a state of {len(track.tokens)} tokens says it holds {held!r} bytes")
+            raise Failed(f"nbytes of a state of {len(track.tokens)} tokens is {held!r}")
         if not isinstance(empty.state.nbytes, int) or not 0 <= empty.state.nbytes <= held:
-            raise Failed(f"an empty state says it holds {empty.state.nbytes!r} bytes")
+            raise Failed(f"nbytes of an empty state is {empty.state.nbytes!r}")
         child = fork(track, len(track.tokens))
         if child.state.nbytes > held:
-            raise Failed(f"a fork says it holds {child.state.nbytes} bytes, its parent {held}")
+            raise Failed(f"nbytes of a fork is {child.state.nbytes}, of its parent {held}")
         if track.state.nbytes < held // 2 and child.state.nbytes == 0:
-            raise Failed("after a fork nobody counts the shared pages")
+            raise Failed("after a fork, no state counts the shared pages")
 
 
 def pages_come_back(bench: Bench) -> None:
-    """With a paged cache, states take pages and give them all back; a fork takes fewer than a copy would."""
+    """With a paged cache, states take pages and release all of them; a fork takes fewer pages than a copy."""
     model = bench.model(BASE)
     with bench.session(model.artifact) as session:
         driver = SessionDriver(session, model, bench.rng("pages"))
         total, free = session.pages()
         if not total:
-            return  # a contiguous cache says (0, 0), and that is checked under session.limits
+            return  # a contiguous cache has (0, 0) pages, which session.limits checks
         track = driver.grown(_length(driver))
         taken = free - session.pages()[1]
         if taken <= 0:

@@ -1,4 +1,4 @@
-"""Random walks: many states, every operation in random order, each step held to the oracle."""
+"""Random walks: many states, operations in random order, each step compared with the reference."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _walk(variant: str) -> Callable[[Bench], float]:
                     case "fork" if len(tracks) < MOST_STATES:
                         tracks.append(fork(track, _cut(driver, track)))
                         if rng.random() < 0.5:
-                            _step(driver, [track, tracks[-1]])  # both write at once, right after they parted
+                            _step(driver, [track, tracks[-1]])  # both append in one step, right after the fork
                     case "truncate":
                         truncate(track, _cut(driver, track))
                         _step(driver, [track])
@@ -50,12 +50,12 @@ def _walk(variant: str) -> Callable[[Bench], float]:
 
 
 def _longest(driver: SessionDriver) -> int:
-    """Long enough for two pages and more, short enough to be quick."""
+    """The longest sequence of a walk: more than two pages, but short enough to be quick."""
     return min(driver.context, max(48, 2 * driver.limits.page_tokens + 8))
 
 
 def _cut(driver: SessionDriver, track: Track) -> int:
-    """Half of the time the whole length: a prompt that is answered twice is shared to its end."""
+    """A random length. Half of the time the whole length, like a prompt that is completed twice."""
     length = len(track.tokens)
     whole = length < _longest(driver) and driver.rng.random() < 0.5
     return length if whole else int(driver.rng.integers(length + 1))
@@ -76,7 +76,7 @@ def _step(driver: SessionDriver, tracks: list[Track]) -> None:
         return
     try:
         driver.step(moves)
-    except OutOfPages:  # a small pool: nothing may have changed, and room is made as a host would
+    except OutOfPages:  # a small pool: nothing may have changed, and pages are freed as a host would do
         for track in tracks:
             driver.expect_length(track)
         truncate(max(tracks, key=lambda t: len(t.tokens)), 0)
