@@ -16,12 +16,9 @@ PAGES = (
     ROOT / "README.md",
     ROOT / "CHANGELOG.md",
     ROOT / "CONTRIBUTING.md",
-    *(ROOT / "docs" / f"{name}.md" for name in (
-        "adding-a-model-family", "architecture", "environment", "native-kernels", "python-api", "sparsity",
-        "writing-a-backend",
-    )),
-)  # fmt: skip
-"""What people wrote. `docs/operators.md` is generated and has tests of its own."""
+    *sorted((ROOT / "docs").glob("*.md")),
+)
+"""Every page, the generated ones included."""
 
 _FENCE = re.compile(r"^```(\S*) ?(.*?)\n(.*?)^```\s*$", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
