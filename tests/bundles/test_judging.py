@@ -1,4 +1,4 @@
-"""What a manifest alone says about a device.
+"""Which devices can run a variant, decided from the manifest alone.
 
 Draws: the numbers are only carried along; what is checked does not depend on them.
 """
@@ -97,7 +97,7 @@ def test_memory_decides_and_the_longest_context_that_fits_is_named(rng: np.rando
         assert "Needs 1.4 GB with its context of 4096 tokens" in said.reason
 
 
-def test_memory_that_nobody_knows_refuses_nothing() -> None:
+def test_unknown_memory_refuses_nothing() -> None:
     assert judge(bundle(QNN), PHONE)[0].reason == "Is made for Snapdragon 8 Gen 2 (hexagon_v73)"
     assert judge(bundle(QNN), PHONE)[0].fits
     assert judge(bundle(ONNX), replace(CPU, free_bytes=None, memory_bytes=0))[0].fits
@@ -107,7 +107,7 @@ def test_memory_that_nobody_knows_refuses_nothing() -> None:
     assert judge(bundle(graph), replace(CPU, free_bytes=1))[0].fits
 
 
-def test_it_is_told_from_json_alone_and_keys_may_be_added() -> None:
+def test_the_verdict_uses_json_alone_and_ignores_new_keys() -> None:
     whole = bundle({**QNN, "added": 1}, ONNX) | {"added": {}}
     device = to_json([PHONE])["devices"]
     assert json.loads(json.dumps(device))[0]["drivers"]["soc_model"] == QNN["requires"]["soc_model"]

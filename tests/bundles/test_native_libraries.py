@@ -1,4 +1,4 @@
-"""Libraries compiled for phones are told apart, and what Android would not load is said.
+"""Libraries compiled for phones are recognized, and those that Android would not load are reported.
 
 Draws: what is compared must be equal, whatever the numbers are.
 """
@@ -116,7 +116,7 @@ def test_backends_say_which_libraries_are_for_another_processor() -> None:
     assert machines(NEEDED, Plugins([], [], [])) == {}
 
 
-def test_each_problem_of_a_package_is_said(compiled: Compile, tmp_path: Path) -> None:
+def test_each_problem_of_a_package_is_reported(compiled: Compile, tmp_path: Path) -> None:
     small, other = compiled(page=4096).read_bytes(), compiled("x86_64-linux-gnu").read_bytes()
     found = inspect(
         pack(
@@ -146,7 +146,7 @@ def test_each_problem_of_a_package_is_said(compiled: Compile, tmp_path: Path) ->
     assert judge(found, ["libQnnHtp.so"], abi="x86_64") == []
 
 
-def test_a_library_that_begins_between_pages_of_the_package_is_said(compiled: Compile, tmp_path: Path) -> None:
+def test_a_library_that_is_not_page_aligned_in_the_package_is_reported(compiled: Compile, tmp_path: Path) -> None:
     files = {"lib/arm64-v8a/libonnxruntime.so": compiled().read_bytes()}
     (problem,) = judge(inspect(pack(tmp_path / "app.apk", files, aligned=False)), NEEDED[:1])
     assert "zipalign -P 16" in problem
@@ -154,7 +154,7 @@ def test_a_library_that_begins_between_pages_of_the_package_is_said(compiled: Co
     assert judge(inspect(pack(tmp_path / "packed.apk", files, stored=False)), NEEDED[:1]) == []
 
 
-def test_an_arm_library_in_place_of_the_skeleton_is_said(compiled: Compile, tmp_path: Path) -> None:
+def test_an_arm_library_in_place_of_the_skeleton_is_reported(compiled: Compile, tmp_path: Path) -> None:
     found = inspect(pack(tmp_path / "app.apk", {"lib/arm64-v8a/libQnnHtpV73Skel.so": compiled().read_bytes()}))
     said = judge(found, NEEDED[2:], elsewhere=ELSEWHERE)
     assert any("compiled for arm64-v8a, and hexagon is needed" in sentence for sentence in said), said
@@ -194,7 +194,7 @@ def test_an_alignment_that_was_only_written_into_the_header_does_not_count(compi
     assert inspect(path)[0].page == 4096
 
 
-def test_what_is_only_zeros_may_begin_behind_the_end_of_a_stripped_library(compiled: Compile, tmp_path: Path) -> None:
+def test_a_segment_of_zeros_may_begin_beyond_the_end_of_a_stripped_library(compiled: Compile, tmp_path: Path) -> None:
     content = compiled().read_bytes()
     sections = int.from_bytes(content[40:48], "little")
     content = content[:40] + bytes(8) + content[48:60] + bytes(2) + content[62:sections]
@@ -229,7 +229,7 @@ def test_a_folder_s_name_says_the_abi_too(compiled: Compile, tmp_path: Path) -> 
     assert "compiled for arm64-v8a, and x86_64 is needed" in wrong
 
 
-def test_an_abi_that_there_is_not_is_refused() -> None:
+def test_an_unknown_abi_is_refused() -> None:
     with pytest.raises(OptionError, match="There is no ABI 'arm64-v8'") as caught:
         judge([], [], abi="arm64-v8")
     assert 'Did you mean "arm64-v8a"?' in caught.value.fix

@@ -1,4 +1,4 @@
-"""What a bundle would weigh and how fast it could be: by hand, from shapes alone, and beside real binaries.
+"""The planned size and speed of a bundle: computed by hand, from shapes alone, and compared with real binaries.
 
 Draws: sizes follow from shapes; the numbers only fill the files.
 """
@@ -302,7 +302,7 @@ def test_what_programs_get_is_json(rng: np.random.Generator) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------ refusals
-def test_an_unknown_bandwidth_is_said_and_gives_no_bound(rng: np.random.Generator) -> None:
+def test_an_unknown_bandwidth_is_reported_and_gives_no_bound(rng: np.random.Generator) -> None:
     plan = planned(models.tiny_decoder(rng), ("onnx", "int4"), HERE)
     assert plan.memory is None
     assert only(plan).at[-1].bound is None

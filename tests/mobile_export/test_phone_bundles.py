@@ -1,4 +1,4 @@
-"""Bundles for phones as a user makes them: exported, proved on the emulator, judged, run here, and opened by GenAI.
+"""Bundles for phones as a user makes them: exported, verified on the emulator, judged, run here, opened by GenAI.
 
 Draws: 4 bits cost a tiny model 0.1 nats or so; one nat and a cosine of 0.9 tell it from a wrong one. Two engines
 agree to 1e-3, a hundred times the rounding of float32.
@@ -162,7 +162,7 @@ def test_a_gate_that_is_too_narrow_names_the_worst_products(model: Path, cache: 
         ({"target": PHONE, "format": "qnn", "sparsity": "balanced"}, TransomError, "top_k"),
     ],
 )
-def test_what_cannot_be_is_one_sentence(
+def test_impossible_exports_give_one_sentence(
     model: Path, cache: Cache, tmp_path: Path, options: dict[str, Any], kind: type[TransomError], said: str
 ) -> None:
     with pytest.raises(kind) as error:

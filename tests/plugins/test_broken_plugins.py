@@ -1,4 +1,4 @@
-"""Each way a plugin can be broken is one record, and the rest goes on."""
+"""Each way that a plugin can be broken gives one record, and the other plugins work."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Loading plugins is cheap: no engine, no torch and no ONNX comes along."""
+"""Loading plugins is cheap: it imports no engine, no torch and no ONNX."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A stranger's backend takes part in plans, in judging bundles and in checking an app's libraries, as ours do."""
+"""A third-party backend takes part in plans, in judging bundles and in checking an app's libraries, as ours do."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ print(json.dumps({
 
 @pytest.fixture
 def asked(environment: Any, sound_source: str, tmp_path: Path) -> Any:
-    """What comes out with a backend that has the protocols, and beside it one that has none."""
+    """The results with a backend that has the protocols and one that has none."""
     named = sound_source.replace('name = "sound"', 'name = "boards"')
     environment.install("boards-dist", named.replace("\n@hookimpl", f"{BOARDS}\n@hookimpl"))
     environment.install_sound("plain-dist", "plain")

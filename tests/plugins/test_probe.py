@@ -1,4 +1,4 @@
-"""A backend that answers wrongly, raises or hangs in its probe is one record; the others are asked all the same."""
+"""A backend that answers wrongly, raises or hangs in its probe gives one record; the others are still asked."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_answers_come_in_the_order_of_the_devices(environment: Any, sound_source
 
 
 @pytest.mark.parametrize("value", ["soon", "0", "-1", "nan", "inf"])
-def test_a_budget_that_is_no_positive_number_is_refused(value: str, environment: Any) -> None:
+def test_a_budget_that_is_not_a_positive_number_is_refused(value: str, environment: Any) -> None:
     message = environment.run(
         """
         from transom.errors import OptionError

@@ -1,4 +1,4 @@
-"""A damaged GGUF file is one clear sentence: what is wrong, with which file and tensor, and the way out.
+"""A damaged GGUF file gives one clear error: what is wrong, in which file and tensor, and the fix.
 
 Draws: the numbers are only carried along; what is checked does not depend on them.
 """
@@ -236,7 +236,7 @@ def test_impossible_sizes_are_refused_by_name(tmp_path: Path, rng: np.random.Gen
     assert f"llama{key}" in failure(with_metadata(tmp_path, rng, {key: value}))
 
 
-def test_an_unknown_architecture_lists_what_is_known_and_the_ways_out(tmp_path: Path) -> None:
+def test_an_unknown_architecture_lists_the_known_ones_and_fixes(tmp_path: Path) -> None:
     writer = gguf.GGUFWriter(tmp_path / "x.gguf", "mamba")
     writer.add_tensor("token_embd.weight", np.zeros((4, 32), np.float32))
     writer.write_header_to_file()

@@ -1,4 +1,4 @@
-"""A damaged or foreign Hugging Face directory is one clear sentence: what is wrong, where, and the way out.
+"""A damaged or foreign Hugging Face directory gives one clear error: what is wrong, where, and the fix.
 
 Draws: what is damaged must be seen whatever the weights are; sound ones agree to 1e-4, a hundred times float32's
 rounding.
@@ -194,7 +194,7 @@ def test_weights_that_are_not_finite(folder: Path, dtype: Any, value: float) -> 
         [weight.load() for weight in weights]
 
 
-def test_tensors_that_nothing_uses_are_said(folder: Path) -> None:
+def test_unused_tensors_are_reported(folder: Path) -> None:
     change(folder, lambda stored: stored.update({"model.layers.0.self_attn.q_norm.weight": np.zeros(16, np.float32)}))
     assert any("1 tensors of the checkpoint are not used" in note for note in resolve(folder).open(folder).notes)
 
@@ -321,7 +321,7 @@ def test_a_missing_size_is_named(folder: Path, key: str) -> None:
     assert f"does not contain {key}" in failure(folder)
 
 
-def test_an_unknown_architecture_lists_what_is_known_and_the_ways_out(folder: Path) -> None:
+def test_an_unknown_architecture_lists_the_known_ones_and_fixes(folder: Path) -> None:
     set_config(folder, architectures=["HyenaForCausalLM"], model_type="hyena")
     with pytest.raises(SourceError) as caught:
         HfSource().open(folder)

@@ -1,4 +1,4 @@
-"""Architectures that our own families do not know, by way of mobius-onnx, agree with transformers.
+"""Architectures outside our own families, built by mobius-onnx, agree with transformers.
 
 Draws: float32 sums in another order differ by about 1e-6 of their size; the tolerances are ten times that or more.
 """
@@ -145,7 +145,7 @@ def test_a_config_that_names_no_architecture_goes_by_its_model_type(tmp_path: Pa
     assert_agrees(resolve(tmp_path).open(tmp_path).graph, model, rng)
 
 
-def test_an_architecture_that_no_one_knows_says_so(tmp_path: Path) -> None:
+def test_an_unknown_architecture_is_reported(tmp_path: Path) -> None:
     folder = config_only(tmp_path, model_type="granito")
     (folder / "model.safetensors").write_bytes(b"\x02" + bytes(7) + b"{}")
     with pytest.raises(SourceError, match=r'"granito" is known neither .* mobius-onnx, which knows \d+') as caught:

@@ -1,4 +1,4 @@
-"""Bad ONNX files: each gives one clear sentence and a way out, and none is read outside its folder.
+"""Invalid ONNX files: each gives one clear error with a fix, and nothing outside the model's folder is read.
 
 Draws: float32 sums in another order differ by about 1e-6 of their size; the tolerances are ten times that or more.
 """

@@ -1,4 +1,4 @@
-"""Decoders that came as ONNX generate: every form is raised, and computes what the file computed.
+"""ONNX decoders generate: every form is raised to a neutral decoder and computes the same as the file.
 
 Draws: float32 agrees to 2e-5 of the largest logit; a file in float16 to 2e-2, tens of times its rounding.
 """

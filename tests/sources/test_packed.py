@@ -1,4 +1,4 @@
-"""GPTQ, AWQ and compressed-tensors checkpoints load as blocks and compute what the formats' formulas say.
+"""GPTQ, AWQ and compressed-tensors checkpoints load as blocks and compute the formulas of the formats.
 
 The packers here are written from the formats, number by number, and share nothing with the code they test.
 

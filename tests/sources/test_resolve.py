@@ -1,4 +1,4 @@
-"""Finding the source of a spec, and clear words where there is none.
+"""Finding the source of a spec, and clear errors if there is none.
 
 Draws: the numbers are only carried along; what is checked does not depend on them.
 """
@@ -143,7 +143,7 @@ def test_other_files_are_recognised(tmp_path: Path, name: str, content: bytes, w
 
 
 @pytest.mark.parametrize("spec", [None, 3, {"a": 1}, b"\xff\xfe"])
-def test_objects_that_are_no_models(spec: Any) -> None:
+def test_objects_that_are_not_models(spec: Any) -> None:
     assert "is not a model" in failure(spec)
 
 

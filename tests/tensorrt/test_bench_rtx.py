@@ -146,7 +146,7 @@ def test_without_a_card_one_sentence_is_said(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_time_that_is_up_is_said(tmp_path: Path) -> None:
+def test_a_time_limit_is_reported(tmp_path: Path) -> None:
     path = tmp_path / "out.json"
     done = started("--dry-run", "--limit", "0", "--out", str(path))
     assert done.returncode == 3
@@ -227,7 +227,7 @@ def test_a_build_that_fails_leaves_the_others(parts: Any, tmp_path: Path, monkey
     assert parts.running.status_of(bench.document) == parts.running.WRONG
 
 
-def test_a_disk_that_is_too_small_is_said(parts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_is_too_small_is_reported(parts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bench = bench_for(parts, tmp_path)
     monkeypatch.setattr(parts.building.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     parts.building.run(bench)
@@ -248,7 +248,7 @@ def child(parts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return write
 
 
-def test_a_child_is_told_and_tells(parts: Any, tmp_path: Path, child: Any) -> None:
+def test_a_child_process_gets_a_request_and_returns_a_result(parts: Any, tmp_path: Path, child: Any) -> None:
     child("import sys; print('words'); print('RESULT ' + sys.argv[3])")
     found = parts.children.ask(bench_for(parts, tmp_path), "build", folder=tmp_path / "a")
     assert found == {"dry": True, "folder": str(tmp_path / "a")}
@@ -415,7 +415,7 @@ def test_the_bandwidth_is_that_of_copies_on_the_card(parts: Any, tmp_path: Path,
     assert not cuda.blocks, "the memory is given back"
 
 
-def test_a_card_that_cuda_hides_is_none(parts: Any, cuda: rtx_made_up.Cuda) -> None:
+def test_a_card_that_cuda_hides_is_not_used(parts: Any, cuda: rtx_made_up.Cuda) -> None:
     assert parts.card.here(False).device == rtx_made_up.CARD
     cuda.failing["cudaDeviceGetByPCIBusId"] = rtx_made_up.Status.LAUNCH_FAILED
     with pytest.raises(parts.card.NoCard, match="CUDA does not show cuda:0"):

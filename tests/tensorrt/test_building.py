@@ -1,4 +1,4 @@
-"""What is refused while an engine is built, and what the builder says of one."""
+"""Errors while an engine is built, and the builder's information about an engine."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def test_layers_are_summed_up() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "Layers:", "Layers:\nno layer", "Layers:\nName: x, LayerType: gemm, Inputs: ["])
-def test_what_says_nothing_is_nothing(text: str) -> None:
+def test_text_without_layers_gives_no_inputs(text: str) -> None:
     assert all(not x.inputs for x in inspecting.parse([text]))
 
 

@@ -1,4 +1,4 @@
-"""The whole way, by commands: exported without a card, refused where there is none, run in onnxruntime.
+"""From export to a run by commands: exported without a card, refused without one, run in onnxruntime.
 
 Draws: what rounding costs is bounded by `SMALL`, and `model` draws again where an answer hangs on float16.
 """

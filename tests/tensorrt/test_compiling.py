@@ -1,4 +1,4 @@
-"""Engines for cards that are not here: what they are made of, what is refused, and what a build leaves behind.
+"""Engines for cards that are not installed: their layers, what is refused, and the files of a build.
 
 Draws: sizes and layers follow from shapes; the weights only fill them.
 """

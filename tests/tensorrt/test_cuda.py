@@ -1,4 +1,4 @@
-"""One card through CUDA's runtime, which is made up here: what it is asked for, and what is said where it fails.
+"""One card through a made-up CUDA runtime: the calls, and the errors when a call fails.
 
 Draws: the numbers are only carried along; what is checked does not depend on them.
 """

@@ -1,4 +1,4 @@
-"""Which slots run together, and that nobody's tokens ever change.
+"""Which slots run together, and that the tokens of other sequences never change.
 
 Draws: what is compared must be equal, whatever the numbers are.
 """

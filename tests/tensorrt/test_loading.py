@@ -1,4 +1,4 @@
-"""Opening artifacts: what is damaged, where it runs, and how much context a session has.
+"""Opening artifacts: damaged files, where an artifact runs, and the context of a session.
 
 Draws: float16 agrees to 3e-2, tens of times its rounding.
 """

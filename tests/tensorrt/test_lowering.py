@@ -1,4 +1,4 @@
-"""The network that TensorRT is given computes what the NumPy reference computes: onnxruntime runs it as it stands.
+"""The network for TensorRT computes the same as the NumPy reference: onnxruntime runs it unchanged.
 
 Draws: float32 agrees to 1e-4, a hundred times its rounding; the divergences that are allowed are several times what
 16 or 8 bits cost; one code in a thousand may fall otherwise on an edge.

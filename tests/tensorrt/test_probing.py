@@ -1,4 +1,4 @@
-"""What the backend says of devices and artifacts, by records and installed packages alone."""
+"""The backend's answers about devices and artifacts, from records and installed packages alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The network on a card, with a card and a TensorRT that are made up: what is bound, copied and kept.
+"""The network on a made-up card with a made-up TensorRT: what is bound, copied and kept.
 
 Draws: the numbers are only carried along; what is checked does not depend on them.
 """

@@ -1,4 +1,4 @@
-"""Sessions over the emulated network, held to the NumPy reference.
+"""Sessions over the emulated network, compared with the NumPy reference.
 
 Draws: float16 agrees to 3e-2, and float32 to 1e-3, tens of times their rounding.
 """

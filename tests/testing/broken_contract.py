@@ -41,7 +41,7 @@ Results = list[Any]
 
 # states ---------------------------------------------------------------------------------------------------------------
 class ForkSharesWrites(ChangedStates):
-    """A fork is the same cache: whoever writes next writes for all."""
+    """A fork is the same cache: a write to one is a write to all."""
 
     caught_by = ("state.copy_on_write", "state.fork")
 

@@ -1,4 +1,4 @@
-"""Backends that offer what is optional, sparse reading and saved states, and break the contract in it."""
+"""Backends with optional protocols, sparse reading and saved states, that break the contract in them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Results = Sequence[Any]
 
 
 class IgnoresPolicies(Changed):
-    """A session that cannot read by a policy, and does not say so."""
+    """A session that cannot read by a policy, but raises no error for one."""
 
     caught_by = ("sparsity.policies",)
 

@@ -1,4 +1,4 @@
-"""The reference backend with hooks: what the deliberately broken backends are made of."""
+"""The reference backend with hooks, for making deliberately broken backends."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The kit can fail: each backend that is wrong in one way is caught, by the checks that are about that.
+"""The kit can fail: each backend that is wrong in one way is caught by the checks for it.
 
 Draws: each backend is wrong by far more than the kit's tolerances, whatever the model.
 """

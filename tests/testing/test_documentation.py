@@ -1,4 +1,4 @@
-"""`docs/operators.md` is what the registry and the first-party backends say today."""
+"""`docs/operators.md` agrees with the registry and the first-party backends."""
 
 from __future__ import annotations
 

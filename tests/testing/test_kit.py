@@ -1,4 +1,4 @@
-"""The kit itself: outcomes are told apart, nothing is skipped in silence, results are data, runs can be repeated.
+"""The kit itself: outcomes are distinct, nothing is skipped silently, results are data, runs can be repeated.
 
 Draws: what is changed is off by far more than the tolerances, and what is not by far less.
 """
@@ -51,7 +51,7 @@ def test_paged_session_passes(seed: int) -> None:
     assert not result.refused, result.text()
 
 
-def test_session_that_runs_one_sequence_passes_and_says_what_it_does_not(seed: int) -> None:
+def test_session_that_runs_one_sequence_passes_and_reports_refusals(seed: int) -> None:
     result = run(OneSequence(), CPU, only=SESSIONS, seed=seed)
     assert result.ok, result.text()
     assert refused(result) == {"step.ragged", "step.ragged_windows"}
@@ -70,7 +70,7 @@ def test_wrong_pools_are_caught(backend: type[Paged], seed: int) -> None:
     assert [c.outcome for c in result.checks] == ["failed"], result.text()
 
 
-def test_pool_too_large_to_fill_is_told_and_not_passed(seed: int) -> None:
+def test_pool_too_large_to_fill_is_reported_and_not_passed(seed: int) -> None:
     result = run(HugePool(), CPU, only=["limits.out_of_pages"], seed=seed)
     assert refused(result) == {"limits.out_of_pages"}
     assert "give options that make it small" in result.refused[0].reason

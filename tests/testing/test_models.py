@@ -1,4 +1,4 @@
-"""The tiny decoders are worth checking with: what makes each variant special moves its logits.
+"""The tiny decoders are useful for checks: the feature of each variant changes its logits.
 
 Draws: a feature that is left out changes logits by a tenth or so, and hundreds of tolerances less are asked for.
 """
