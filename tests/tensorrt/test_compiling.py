@@ -47,7 +47,7 @@ def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def wide(rng: np.random.Generator, **form: Any) -> Graph:
-    """Of the widths at which TensorRT's kernels are those of a real model."""
+    """The widths at which TensorRT uses the kernels of a real model."""
     sizes: dict[str, Any] = {
         "hidden": 256,
         "inner": 512,
@@ -191,7 +191,7 @@ def test_without_texts_inputs_are_left_alone(rng: np.random.Generator) -> None:
     artifact = built(wide(rng), precision="fp8")
     prefill, _ = summaries(artifact)
     assert set(prefill.products) == {"float16 x fp8", "float16 x int8"}
-    assert any("no texts to see them on" in note for note in artifact.notes)
+    assert any("no calibration texts" in note for note in artifact.notes)
 
 
 @pytest.mark.parametrize("stored", ["int4", "uint4_minimums", "uint4_zero_points", "int8"])
@@ -199,7 +199,7 @@ def test_quantised_checkpoints_stay_as_they_are_where_that_can_be(stored: Any, r
     artifact = built(wide(rng, weights=stored))
     _, decode = summaries(artifact)
     if stored == "int8":
-        assert any("15 matrices (15 in int8 in blocks of 32) were rounded anew" in note for note in artifact.notes)
+        assert any("15 matrices (15 in int8 in blocks of 32) were requantized" in note for note in artifact.notes)
         assert set(decode.products) == {"float16 x int8"}
         return
     assert not any("rounded" in note for note in artifact.notes)
@@ -211,7 +211,7 @@ def test_quantised_checkpoints_stay_as_they_are_where_that_can_be(stored: Any, r
 def test_rounding_that_finds_nothing_to_round_says_so(precision: str, rng: np.random.Generator) -> None:
     artifact = built(wide(rng, weights="int4"), precision=precision, calibration=TEXT)
     assert artifact.notes[0] == "precision: int4 weights, float16 products and cache, float32 between them"
-    said = f"precision {precision!r} rounds plain matrices, and all of these are quantised in the checkpoint"
+    said = f"precision {precision!r} quantizes plain matrices, and all of the checkpoint's are quantized"
     assert said in artifact.notes
     assert compiling.ROUNDING_FILE not in artifact.files
     assert not any("tokenizer" in note for note in artifact.notes)
@@ -373,7 +373,7 @@ def test_an_unknown_precision_is_refused(rng: np.random.Generator) -> None:
 
 
 def test_int4_needs_columns_in_blocks(rng: np.random.Generator) -> None:
-    with pytest.raises(OptionError, match="rounds blocks of 32 columns, and a matrix has 100"):
+    with pytest.raises(OptionError, match="quantizes blocks of 32 columns, and a matrix has 100"):
         BACKEND.claim(wide(rng, inner=100), target("rtx-4090"), {"precision": "int4"})
 
 

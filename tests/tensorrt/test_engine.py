@@ -321,5 +321,5 @@ def test_logits_belong_to_the_caller(rng: np.random.Generator) -> None:
 def test_an_engine_has_no_more_pages_than_slots() -> None:
     network = counting_network()
     engine = SlotEngine(network, CountingExecutor(network), 2)
-    with pytest.raises(ValueError, match="3 slots, of 2"):
+    with pytest.raises(ValueError, match="3 pages, but only 2 slots"):
         engine.bind_pages(3)

@@ -217,7 +217,7 @@ def test_the_engines_file_is_read_in_parts(made: Compiled, tmp_path: Path, monke
         (Diagnostics.VERSION_MISMATCH, "another version of TensorRT", "cache clear"),
         (Diagnostics.OLD_CUDA_DRIVER, "the driver is too old", "newer driver"),
         (Diagnostics.MALFORMED_ENGINE, "the file is damaged", "cache clear"),
-        (None, "does not say why", "cache clear"),
+        (None, "gives no reason", "cache clear"),
     ],
 )
 def test_an_engine_that_tensorrt_would_not_take_is_not_opened(
@@ -352,7 +352,7 @@ def test_slots_that_would_not_begin_at_aligned_addresses_are_refused(rng: np.ran
     made = compiled(rng, tmp_path)
     first, *others = made.network.kept
     odd = replace(made.network, kept=(replace(first, shape=(1, 3, 17)), *others))
-    with pytest.raises(EngineError, match="do not lie where TensorRT takes them"):
+    with pytest.raises(EngineError, match="are not aligned as TensorRT requires"):
         opened(replace(made, network=odd), Trt(Cuda()), tmp_path)
 
 
@@ -411,7 +411,7 @@ def test_the_real_tensorrt_says_of_nonsense_that_it_is_damaged(tmp_path: Path) -
     plan = tmp_path / "engine.plan"
     plan.write_bytes(bytes(range(200)))
     runtime = tensorrt_rtx.Runtime(Words(tensorrt_rtx).logger)
-    with pytest.raises(EngineError, match=r"TensorRT [0-9.]+ does not take the engine.*: the file is damaged"):
+    with pytest.raises(EngineError, match=r"TensorRT [0-9.]+ does not open the engine.*: the file is damaged"):
         _check_header(runtime, tensorrt_rtx, plan)
 
 

@@ -1,4 +1,4 @@
-"""Transom's backend for NVIDIA's RTX cards: decoders as TensorRT engines, built where no card is."""
+"""Transom's backend for NVIDIA's RTX cards: decoders as TensorRT engines, built with or without the card."""
 
 from __future__ import annotations
 

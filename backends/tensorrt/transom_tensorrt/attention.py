@@ -1,7 +1,7 @@
 """Attention over a cache of fixed size, [batch, heads, positions, columns], in the operators that TensorRT fuses.
 
-New keys and values go to the cache in place, which is TensorRT's `KVCacheUpdate` and ONNX's `TensorScatter`; then all
-queries look at the whole cache through a mask. TensorRT's fused kernels have no soft cap, no sinks and no float32:
+New keys and values are written to the cache in place (TensorRT's `KVCacheUpdate`, ONNX's `TensorScatter`). All queries
+then attend to the whole cache through a mask. TensorRT's fused kernels support no soft cap, no sinks and no float32:
 such attention is written as two products and a softmax.
 """
 
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from transom.signature import LayerCache
 
 LEAST = -1e30
-"""Stands for minus infinity where a softmax subtracts: no key with it has any mass, and no difference is NaN."""
+"""Stands in for minus infinity in a softmax: such a key gets no mass, and no difference is NaN."""
 
 
 @dataclass(frozen=True)
 class LayerAttention:
-    """What attention is in one layer."""
+    """The parameters of one layer's attention."""
 
     cache: LayerCache
     scale: float
@@ -35,31 +35,31 @@ class LayerAttention:
     sinks: Array | None
 
     def window(self, positions: int) -> int:
-        """Positions that a query sees, of so many; 0: all."""
+        """How many of `positions` a query sees; 0: all."""
         return self.cache.sliding_window if self.cache.sliding_window < positions else 0
 
     def of(self, heads: Sequence[int]) -> LayerAttention:
-        """The same with some of the KV heads."""
+        """The same attention with only these KV heads."""
         group = self.cache.q_heads // self.cache.kv_heads
         sinks = None if self.sinks is None else np.asarray(self.sinks).reshape(-1, group)[list(heads)].reshape(-1)
         return replace(self, cache=replace(self.cache, q_heads=group * len(heads), kv_heads=len(heads)), sinks=sinks)
 
     def fused(self, number: ir.DataType) -> bool:
-        """Whether TensorRT has a kernel for it."""
+        """Whether TensorRT has a fused kernel for it."""
         plain = not self.softcap and self.sinks is None and self.cache.head_dim == self.cache.value_dim
         return plain and number != FLOAT
 
 
 @dataclass
 class Places:
-    """Where the tokens of a step are: what every layer's masks are made of.
+    """Positions of the tokens of a step, from which every layer's masks are made.
 
     Shapes: B sequences, each with S new tokens; C positions in the cache.
     """
 
     write: OnnxWriter
     past: ir.Value
-    """int64 [B]: tokens of each sequence that were there before."""
+    """int64 [B]: tokens of each sequence that are already cached."""
     positions: ir.Value
     """int64 [B, S]."""
     context: int
@@ -69,7 +69,7 @@ class Places:
         self._masks: dict[int, ir.Value] = {}
 
     def visible(self, window: int) -> ir.Value:
-        """bool [B, 1, S, C]: the positions that each new token sees; `window` 0: all up to its own."""
+        """bool [B, 1, S, C]: the positions that each new token sees. With a `window` of 0 it sees all up to its own."""
         if window not in self._masks:
             w = self.write
             at = w.constant(np.arange(self.context, dtype=np.int64))
@@ -84,17 +84,17 @@ class Places:
 
 @dataclass(frozen=True)
 class Fused:
-    """An attention of the ONNX model that TensorRT has a kernel for, by the names of what goes in; see `building`."""
+    """An attention node of the ONNX model that TensorRT can fuse, with the names of its inputs; see `building`."""
 
     name: str
-    """Of the node."""
+    """Name of the node."""
     query: str
     keys: str
     values: str
     mask: str
-    """Empty: its tokens see all that came before."""
+    """Empty: each token sees all tokens before it."""
     float8: bool = False
-    """Whether queries, keys and values went through E4M3, and the softmax is to."""
+    """Whether queries, keys and values are quantized to E4M3, so that the softmax must be too."""
 
 
 def attend(
@@ -111,11 +111,11 @@ def attend(
     """[B, query heads, S, value columns].
 
     Args:
-        q: [B, query heads, S, columns], scaled, in the type of the keys.
+        q: [B, query heads, S, columns], scaled, with the dtype of the keys.
         keys, values: [B, KV heads, C, columns].
         mask: bool [B, 1, S, C].
         sinks: float32 [1 or B, KV heads, G, 1, 1].
-        scales: of queries, keys and values, which are rounded to E4M3 by them; None: they are not rounded.
+        scales: E4M3 scales of queries, keys and values; None: they are not quantized.
     """
     number = keys.dtype
     assert number is not None
@@ -142,11 +142,11 @@ def attend(
 
 
 def heads(w: OnnxWriter, rows: ir.Value, places: Places, count: int, columns: int) -> ir.Value:
-    """Rows of a step, [B * S, count * columns], as [B, count, S, columns]."""
+    """Reshape rows of a step, [B * S, count * columns], to [B, count, S, columns]."""
     sizes = w("Concat", w("Shape", places.positions, dtype=INT64), w.ints([count, columns]), axis=0)
     return w("Transpose", w("Reshape", rows, sizes), perm=[0, 2, 1, 3])
 
 
 def rows_of(w: OnnxWriter, x: ir.Value, width: int) -> ir.Value:
-    """The other way round: [B, count, S, columns] as [B * S, width]."""
+    """The inverse of `heads`: [B, count, S, columns] to [B * S, width]."""
     return w("Reshape", w("Transpose", x, perm=[0, 2, 1, 3]), w.ints([-1, width]))

@@ -1,4 +1,4 @@
-"""The backend object: the five methods of the contract, each handed to the module that does it.
+"""The backend object: the five methods of the contract, each delegated to its module.
 
 Importing this module imports no TensorRT: `probe` and `check` never do, `compile` and `load` do.
 """
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 class TensorRt:
     """Runs decoders on NVIDIA GPUs as TensorRT engines. Options: `precision` (see `transom_tensorrt.precision`),
-    `context`, which is built into an engine, and `calibration`, for activations in float8."""
+    `context`, which is built into an engine, and `calibration`, for float8 activations."""
 
     name = "tensorrt"
     api = (1, 4)

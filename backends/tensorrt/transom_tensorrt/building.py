@@ -1,8 +1,8 @@
-"""Building an engine out of an ONNX file, with progress, for a card that need not be here.
+"""Builds an engine from an ONNX file, with progress, for a card that need not be present.
 
-TensorRT's parser takes what it knows; what ONNX cannot say is set on the parsed network: how far each sequence's cache
-is filled, so that attention reads no further, and the numbers of a softmax. A warning that an input is not used is an
-error here: TensorRT gives no other sign that it does not understand what the input is for.
+What ONNX cannot express is set on the parsed network: how far each sequence's cache is filled, so that attention reads
+no further, and the dtype of a softmax. A warning about an unused input is treated as an error: TensorRT gives no other
+sign that it did not understand the input.
 """
 
 from __future__ import annotations
@@ -28,34 +28,34 @@ if TYPE_CHECKING:
     from transom.contract import Progress
 
 LAST_WORDS = 8
-"""Messages of TensorRT's that an error shows."""
+"""Messages from TensorRT that an error quotes."""
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is built, beside the ONNX file."""
+    """What to build, beside the ONNX file."""
 
     network: Network
     inputs: Mapping[str, Shape]
     arch: int
     """89 for sm_89."""
     fused: tuple[Fused, ...] = ()
-    """Attention that TensorRT has kernels for."""
+    """Attention nodes that TensorRT can fuse."""
 
 
 @dataclass(frozen=True)
 class Built:
-    """What came of it."""
+    """The result of a build."""
 
     layers: tuple[inspecting.EngineLayer, ...]
     memory: Mapping[str, int]
-    """`activations` and `weights` on the card, as TensorRT says; `build`: the most that this process has held."""
+    """Bytes: `activations` and `weights` on the card as TensorRT reports them; `build`: peak memory of this process."""
     seconds: float
 
 
 @dataclass
 class _Heard:
-    """What TensorRT has said."""
+    """Messages logged by TensorRT."""
 
     messages: list[str] = field(default_factory=list)
     complaints: list[str] = field(default_factory=list)
@@ -65,8 +65,8 @@ def build(model: Path, plan: Path, wanted: Wanted, sdk: Sdk, progress: Progress)
     """Build the engine of an ONNX file and write it to `plan`.
 
     Raises:
-        EngineError: TensorRT refuses the network, with its own words.
-        Cancelled: as `progress` raised it.
+        EngineError: TensorRT refuses the network; its own messages are included.
+        Cancelled: raised by `progress`.
     """
     trt = library(sdk.name)
     heard = _Heard()
@@ -74,14 +74,14 @@ def build(model: Path, plan: Path, wanted: Wanted, sdk: Sdk, progress: Progress)
     start = time.perf_counter()
     try:
         builder = trt.Builder(logger)
-    except TypeError as e:  # pybind11's, for a factory that returned nothing
+    except TypeError as e:  # raised by pybind11 when a factory returns nothing
         raise _refused(sdk, "it cannot be started", heard) from e
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
     progress("parse", None)
     if not parser.parse_from_file(str(model)):
         said = [str(parser.get_error(i)) for i in range(parser.num_errors)]
-        raise _refused(sdk, f"it cannot read the network: {said[0] if said else 'without a reason'}", heard)
+        raise _refused(sdk, f"it cannot read the network: {said[0] if said else 'no reason given'}", heard)
     held = _attend(trt, network, wanted)
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
@@ -118,7 +118,7 @@ def _refused(sdk: Sdk, what: str, heard: _Heard) -> EngineError:
 
 
 def _peak() -> int:
-    """Bytes: the most that this process has held so far; 0 on Windows, where Python cannot tell."""
+    """Peak memory of this process in bytes; 0 on Windows, where Python does not report it."""
     try:
         import resource
     except ImportError:
@@ -134,7 +134,7 @@ def _logger(trt: Any, heard: _Heard) -> Any:
 
         def log(self, severity: Any, message: str) -> None:
             bad = severity in (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR)
-            if bad:  # should it abort the process next, the host finds its last words there
+            if bad:  # if TensorRT aborts the process next, the host finds the message on stderr
                 print(f"TensorRT: {message}", file=sys.stderr, flush=True)
             if bad or severity == trt.ILogger.WARNING:
                 heard.complaints.append(message)
@@ -145,7 +145,8 @@ def _logger(trt: Any, heard: _Heard) -> Any:
 
 
 def _monitor(trt: Any, progress: Progress) -> Any:
-    """Tells `progress` of the outermost phase. What that raises, a Ctrl-C too, stops the build and is raised after."""
+    """Reports the outermost phase to `progress`. An exception raised there, Ctrl-C included, stops the build; `build`
+    raises it again."""
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -171,11 +172,11 @@ def _monitor(trt: Any, progress: Progress) -> Any:
             return self.raised is None
 
         def _tell(self, share: float | None) -> None:
-            self._share = min(1.0, max(self._share, share or 0.0))  # there is an outermost phase after the other
+            self._share = min(1.0, max(self._share, share or 0.0))  # outermost phases follow one another
             if self.raised is None:
                 try:
                     progress("build", self._share or None)
-                except BaseException as e:  # noqa: BLE001  raised again by `build`: nothing may leave through C++
+                except BaseException as e:  # noqa: BLE001  raised again by `build`: no exception may pass through C++
                     self.raised = e
 
     return Monitor()
@@ -204,11 +205,11 @@ def _profile(builder: Any, profile: ShapeProfile, inputs: Mapping[str, Shape]) -
 
 
 def _attend(trt: Any, network: Any, wanted: Wanted) -> list[Any]:
-    """Put attention in the parser's place, with what ONNX cannot say. Returns the arrays that must live as long as the
-    network.
+    """Replace the parser's attention by one with the settings that ONNX cannot express. Returns the arrays that must
+    live as long as the network.
 
-    The parser multiplies queries and keys by the root of the scale, and the keys are the whole cache. And with a mask
-    a kernel reads all of the cache, where lengths tell it how far to go.
+    The parser multiplies queries and keys by the square root of the scale, and the keys are the whole cache. Also, with
+    a mask a kernel reads the whole cache; with lengths it reads only the filled part.
     """
     held: list[Any] = []
     layers = [network.get_layer(i) for i in range(network.num_layers)]
@@ -225,7 +226,7 @@ def _attend(trt: Any, network: Any, wanted: Wanted) -> list[Any]:
         kind = trt.CausalMaskKind.NONE if form.mask else trt.CausalMaskKind.LOWER_RIGHT
         attention = network.add_attention_v2(q, k, v, trt.AttentionNormalizationOp.SOFTMAX, kind)
         attention.name = f"{form.name}.fused"
-        attention.decomposable = True  # where no kernel fits, which the summary of the layers shows
+        attention.decomposable = True  # used if no kernel fits; the summary of the layers shows it
         if form.mask:
             attention.mask = _tensor(layers, form.mask)
         else:

@@ -1,4 +1,4 @@
-"""Which nodes the backend takes, and why not where it does not. A decoder is taken whole, or not at all."""
+"""Which nodes the backend claims, and why it refuses the others. A decoder is claimed whole or not at all."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def precision_of(graph: Graph, device: Device, options: Options) -> RtxPrecision:
-    """Raises OptionError for one that this device or checkpoint cannot have."""
+    """The resolved precision. Raises OptionError if this device or checkpoint does not support it."""
     return resolve(options, probing.architecture(device), matrices(graph), emulated=probing.emulating())
 
 
@@ -30,7 +30,7 @@ def claims(graph: Graph, device: Device, options: Options) -> Iterator[Claim]:
     """One claim for each node, in order.
 
     Raises:
-        OptionError: an option has a value that this device or checkpoint cannot have.
+        OptionError: this device or checkpoint does not support the value of an option.
     """
     precision = precision_of(graph, device, options)
     refused = refusals(graph, lambda: GraphReader(graph, RtxKernels()))
@@ -39,7 +39,7 @@ def claims(graph: Graph, device: Device, options: Options) -> Iterator[Claim]:
             yield Claim(str(node.name), False, refused[str(node.name)])
             continue
         if is_attention(node):
-            assert graph.decoder is not None  # or it was refused
+            assert graph.decoder is not None  # otherwise it was refused
             policy = Sparsity.parse(node.attributes.get_string("sparsity", "dense"))
             layer = graph.decoder.layers[node.attributes.get_int("layer", 0)]
             if reason := sparse.unaligned(policy, layer.head_dim):

@@ -1,4 +1,4 @@
-"""Compile: a graph, rounded as asked for, as an ONNX model; and the engine that TensorRT builds from it."""
+"""Compile: quantize a graph as requested, write it as an ONNX model and build TensorRT's engine from it."""
 
 from __future__ import annotations
 
@@ -33,39 +33,38 @@ if TYPE_CHECKING:
     from transom.quantize.passes import QuantizedGraph
 
 SMALL = 1024
-"""Bytes of an initializer that stays in the ONNX file itself."""
+"""Largest initializer, in bytes, that is stored in the ONNX file itself."""
 ROUNDING_FILE = "rounding.txt"
-"""What rounding did to each product, for people."""
+"""Quantization error of each product, human-readable."""
 SHARES = {
     "observe": (0.0, 0.3), "round": (0.3, 0.36), "requantize": (0.36, 0.4), "write": (0.4, 0.5),
     "parse": (0.5, 0.55), "build": (0.55, 1.0),
 }  # fmt: skip
-"""Of the progress bar, from where to where."""
+"""Start and end of each stage on the progress bar."""
 NEAR_THE_END = 65504 / 4
-"""A magnitude in attention from which on bfloat16 is taken: other texts may have larger ones than those seen."""
+"""Magnitude in attention from which bfloat16 is used: other texts may reach larger ones than the calibration texts."""
 
 
 def compile_graph(graph: Graph, device: Device, options: Options, progress: Progress) -> Artifact:
-    """The artifact of a decoder all of whose nodes were claimed. Large files lie in a temporary folder, which the host
-    empties.
+    """Compile a decoder whose nodes were all claimed. Large files are in a temporary folder, which the host empties.
 
     Raises:
-        EngineError: TensorRT cannot build it; its own words are in the message.
+        EngineError: TensorRT cannot build it; its own messages are included.
         DoesNotFit: building takes more memory than this machine has.
-        OptionError: the precision cannot be had on this card or for this checkpoint.
+        OptionError: this card or this checkpoint does not support the precision.
     """
     decoder = graph.decoder
     assert decoder is not None
     context = context_of(options, decoder.context)
     sdk = None if probing.emulating() else probing.sdk_for(device, installed())
-    if sdk is not None:  # before anything that takes long
+    if sdk is not None:  # checked before anything slow
         precision = precision_of(graph, device, options)
         smallest = planned_bytes(graph, replace(precision, rounded="int4"))
         require_memory(planned_bytes(graph, precision), _available(), smallest)
     prepared = _prepare(graph, device, options, progress)
     reader = GraphReader(prepared.graph, RtxKernels())
     anew: list[str] = []
-    if prepared.precision.number != "float32":  # that is for checking, and keeps every weight as it is
+    if prepared.precision.number != "float32":  # float32 is for checking and keeps every weight unchanged
         anew = round_anew(reader.ops, lambda share: _tell(progress, "requantize", share))
     lowered = lower(reader, prepared.precision, context, prepared.activations)
     made = _network(lowered, reader, prepared.precision, context)
@@ -97,17 +96,17 @@ def compile_graph(graph: Graph, device: Device, options: Options, progress: Prog
         return Artifact(files, requires, notes)
 
 
-# what is computed in what ---------------------------------------------------------------------------------------------
+# precision ------------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class PreparedGraph:
-    """A graph in the numbers that were asked for."""
+    """A graph in the requested precision."""
 
     graph: Graph
     precision: RtxPrecision
     activations: Activations | None
     notes: Sequence[str]
     rounding: str = ""
-    """The table of errors, for people."""
+    """The table of errors, human-readable."""
 
 
 def _prepare(graph: Graph, device: Device, options: Options, progress: Progress) -> PreparedGraph:
@@ -125,23 +124,23 @@ def _prepare(graph: Graph, device: Device, options: Options, progress: Progress)
         notes += said
     elif precision.rounded == "fp8":
         notes.append(
-            "inputs of products are not rounded: the model has no tokenizer, so there are no texts to see them on"
+            "inputs of products are not quantized: the model has no tokenizer, so there are no calibration texts"
         )
     if not precision.rounded:
         asked = str(options.get("precision"))
         if asked in ROUNDING:
-            notes.append(f"precision {asked!r} rounds plain matrices, and all of these are quantised in the checkpoint")
+            notes.append(f"precision {asked!r} quantizes plain matrices, and all of the checkpoint's are quantized")
         return PreparedGraph(graph, precision, seen, notes)
     scheme = Scheme(precision.rounded, activations="fp8" if precision.activations else "")
     if precision.rounded != "int8":
         scheme = replace(scheme, keep=vocabulary_products(graph))
     rounded = quantize(graph, scheme, seen, lambda share: _tell(progress, "round", share))
     notes, table = [*notes, *_rounding_notes(rounded)], rounded.table()
-    if precision.rounded != "int8":  # and the vocabulary matrix to int8: its errors show in the logits at once
+    if precision.rounded != "int8":  # the vocabulary matrix becomes int8: its errors go straight to the logits
         rounded = quantize(rounded.graph, Scheme("int8"), seen)
         if rounded.layers:
             notes.append(
-                f"the vocabulary matrix was rounded to int8 by rows, off by {rounded.layers[0].weight_error:.2%}"
+                f"the vocabulary matrix was quantized to int8 by rows, off by {rounded.layers[0].weight_error:.2%}"
             )
             table = f"{table}\n\n{rounded.table()}"
     return PreparedGraph(rounded.graph, precision, seen, notes, table)
@@ -154,7 +153,7 @@ def _rounding_notes(rounded: QuantizedGraph) -> list[str]:
 
 
 def wide_enough(precision: RtxPrecision, seen: Activations, arch: int) -> tuple[RtxPrecision, list[str]]:
-    """bfloat16 in place of float16, where what was seen comes near float16's end and nobody asked for float16."""
+    """Use bfloat16 in place of float16 if observed values come near float16's limit and float16 was not requested."""
     from transom_tensorrt.precision import BFLOAT16_SINCE
 
     largest = max((v.largest for (_, i), v in seen.inputs.items() if i > 0), default=0.0)
@@ -168,7 +167,7 @@ def wide_enough(precision: RtxPrecision, seen: Activations, arch: int) -> tuple[
 
 
 def round_anew(drafts: Sequence[Op], progress: Callable[[float], None]) -> list[str]:
-    """Give matrices whose stored form TensorRT has no fast product for another one, and say so.
+    """Requantize matrices whose stored form has no fast product in TensorRT. Returns notes about it.
 
     Raises:
         SourceError: a weight is not finite.
@@ -192,18 +191,18 @@ def round_anew(drafts: Sequence[Op], progress: Callable[[float], None]) -> list[
         return []
     stored = ", ".join(f"{count} in {name}" for name, count in forms_of.items())
     return [
-        f"{len(off)} matrices ({stored}) were rounded anew to int8 by rows, which TensorRT multiplies without "
+        f"{len(off)} matrices ({stored}) were requantized to int8 by rows, which TensorRT multiplies without "
         f"unpacking them first: off by {sum(off) / len(off):.2%} (mean), at most {max(off):.2%}"
     ]
 
 
 # the engine -----------------------------------------------------------------------------------------------------------
 def _network(lowered: LoweredNetwork, reader: GraphReader, precision: RtxPrecision, context: int) -> Network:
-    assert all(k.nbytes % network.ALIGNMENT == 0 for k in lowered.kept)  # `claims` refuses what would not be
+    assert all(k.nbytes % network.ALIGNMENT == 0 for k in lowered.kept)  # `claims` refuses others
     most = min(network.CHUNK, context)
-    # Fewer new tokens than that choose each by itself, which the engine has them do one after the other.
+    # With fewer new tokens than that each chooses for itself, so the engine runs them one by one.
     least = 1 if reader.sparsity.dense else min(COLUMN_ROWS, most)
-    # Logits of all tokens are rare, and room for them is kept on the card. A step that is cut would choose otherwise.
+    # Logits of all tokens are rare, and they take memory on the card. But cutting a step would change the choice.
     rows = min(network.ROWS, most) if reader.sparsity.dense else most
     return Network(
         number=precision.number, context=context, vocabulary=reader.decoder.vocabulary, kept=lowered.kept,
@@ -220,14 +219,14 @@ def _build(
     wanted = Wanted(made, lowered.inputs, arch, lowered.fused)
     built = build(model, plan, wanted, sdk, lambda stage, share: _tell(progress, stage, share))
     if not built.layers:
-        raise EngineError(f"{sdk.name} {sdk.version} built an engine and said nothing of its layers",
+        raise EngineError(f"{sdk.name} {sdk.version} built an engine but did not list its layers",
                           "Report it, with the output of: transom doctor")  # fmt: skip
     return built
 
 
 def build_facts(built: Built, made: Network) -> dict[str, float]:
-    """In bytes, but for `seconds` and counts. With `sequences` of up to `context` tokens an engine needs `weights`,
-    `activations` and so many times `cache_per_sequence` on its card."""
+    """What building took, and what the engine needs; in bytes, except `seconds` and counts. On its card an engine needs
+    `weights`, `activations` and, for each of up to `sequences` sequences, `cache_per_sequence`."""
     return {
         "seconds": round(built.seconds, 1), "build_memory": built.memory["build"], "engine": built.memory["engine"],
         "weights": built.memory.get("weights", 0), "activations": built.memory.get("activations", 0),
@@ -236,7 +235,7 @@ def build_facts(built: Built, made: Network) -> dict[str, float]:
 
 
 def engine_notes(built: Built, made: Network) -> list[str]:
-    """What the builder said of an engine, for the report."""
+    """What the builder reported about an engine, as notes for the report."""
     caches = [name for k in made.kept for name in (k.input, k.output)]
     sizes = built.memory
     cache = made.slot_bytes
@@ -245,7 +244,7 @@ def engine_notes(built: Built, made: Network) -> list[str]:
         f"engine of {_size(sizes['engine'])}, built in {built.seconds:.0f} s{memory}",
         f"on the card: {_size(sizes.get('weights', 0))} of weights, {_size(sizes.get('activations', 0))} for a step, "
         f"and {_size(cache)} for each sequence of {made.context} tokens",
-        f"prompts go through one by one, {made.prefill.tokens[2]} tokens at a time; up to {made.decode.batch[2]} "
+        f"prompts are processed one by one, {made.prefill.tokens[2]} tokens at a time; up to {made.decode.batch[2]} "
         "sequences decode together",
     ]
     for name, profile in (("prefill", 0), ("decode", 1)):
@@ -255,13 +254,13 @@ def engine_notes(built: Built, made: Network) -> list[str]:
 
 # memory ---------------------------------------------------------------------------------------------------------------
 BUILD_BASE = 700 << 20
-"""Bytes that a build takes whatever is built: libraries, the compiler, code for one model."""
+"""Bytes that any build takes: libraries, the compiler, code for one model."""
 BUILD_FACTOR = 3.0
-"""Bytes for each byte of weights. `benchmarks/rtx_build.py` measures 2.1 (fp8) to 2.8 (int4)."""
+"""Bytes that a build takes for each byte of weights. `benchmarks/rtx_build.py` measures 2.1 (fp8) to 2.8 (int4)."""
 
 
 def planned_bytes(graph: Graph, precision: RtxPrecision) -> int:
-    """What the weights of a network will take, from the shapes of a decoder's matrices alone."""
+    """Bytes that the weights of a network will take, from the shapes of a decoder's matrices alone."""
     from transom.graph.reading import vocabulary_products
 
     assert graph.decoder is not None
@@ -284,11 +283,11 @@ def planned_bytes(graph: Graph, precision: RtxPrecision) -> int:
 
 
 def require_memory(weights: int, available: int | None, smallest: int) -> None:
-    """Raises DoesNotFit for a build that this machine has not enough memory for.
+    """Raises DoesNotFit for a build that takes more memory than this machine has.
 
     Args:
-        weights: bytes of them.
-        smallest: the same, if plain matrices were rounded to int4.
+        weights: bytes of the weights.
+        smallest: bytes of the weights if plain matrices were quantized to int4.
     """
     needed = BUILD_BASE + int(BUILD_FACTOR * weights)
     if available is not None and needed > available:
@@ -301,7 +300,7 @@ def require_memory(weights: int, available: int | None, smallest: int) -> None:
 
 
 def _available() -> int | None:
-    """Bytes that this process may still take; None where that is not known."""
+    """Bytes that this process may still allocate; None if unknown."""
     from transom.hardware.cpu import probe_cpu
 
     return probe_cpu().free_bytes

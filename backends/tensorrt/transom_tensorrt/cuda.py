@@ -1,8 +1,8 @@
 """Memory, copies and a stream of one card, through CUDA's runtime (the package `cuda-bindings`).
 
-Pointers are integers. What is asked of the card is done in order, on one stream, and the host does not wait for it but
-in `wait`. CUDA's current card is a thread's own, and whoever else runs in that thread may take another: each call
-sets it, which costs next to nothing where it is set already.
+Pointers are integers. Work runs in order on one stream; the host waits for it only in `wait`. CUDA's current device
+belongs to the thread, and other code in that thread may change it. Each call therefore sets it, which costs next to
+nothing if it is already set.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from transom_tensorrt.executing import Array
 from transom_tensorrt.network import ALIGNMENT
 
 _NON_BLOCKING = 1
-"""cudaStreamNonBlocking: the stream does not wait for the default one, on which nothing can be recorded."""
+"""cudaStreamNonBlocking: the stream does not wait for the default stream, on which no graph can be captured."""
 _OUT_OF_MEMORY = 2
 """cudaErrorMemoryAllocation."""
 
 
 class OutOfMemory(Exception):
-    """The card has no such memory left."""
+    """The card has not enough free memory."""
 
 
 class Pinned:
-    """An array in host memory that the card copies from or to by itself."""
+    """An array in pinned host memory, which the card copies from and to directly."""
 
     def __init__(self, pointer: int, shape: Sequence[int], dtype: Any) -> None:
         self.pointer, kind = pointer, np.dtype(dtype)
@@ -39,15 +39,15 @@ class Pinned:
 
 
 class CudaCard:
-    """One card, until `close`.
+    """One card, in use until `close`.
 
     Args:
-        device: the host's record of it.
-        runtime: `cuda.bindings.runtime`; None: it is imported.
+        device: the host's record of the card.
+        runtime: `cuda.bindings.runtime`; None: import it.
 
     Raises:
         MissingExtra: the package `cuda-bindings` is not installed.
-        EngineError: CUDA does not show the card to this process, or it does not answer.
+        EngineError: CUDA does not show the card to this process, or the card does not respond.
     """
 
     def __init__(self, device: Device, runtime: Any = None) -> None:
@@ -75,7 +75,7 @@ class CudaCard:
         return int(self._stream)
 
     def use(self) -> None:
-        """Make this card the calling thread's."""
+        """Make this card the calling thread's current device."""
         self._check("use the card", self._cuda.cudaSetDevice(self._number)[0])
 
     # memory -----------------------------------------------------------------------------------------------------------
@@ -84,11 +84,11 @@ class CudaCard:
         return int(free)
 
     def allocate(self, size: int) -> int:
-        """Bytes on the card, aligned to `ALIGNMENT`, all zero. Raises OutOfMemory."""
+        """Allocate bytes on the card, aligned to `ALIGNMENT` and zeroed. Raises OutOfMemory."""
         self.use()
         status, pointer = self._cuda.cudaMalloc(size)
         if int(status) == _OUT_OF_MEMORY:
-            self._cuda.cudaGetLastError()  # or TensorRT would find it there and take it for its own
+            self._cuda.cudaGetLastError()  # otherwise TensorRT would find the error and take it for its own
             raise OutOfMemory
         self._check(f"give {size} bytes", status)
         self._memory.append(int(pointer))
@@ -103,25 +103,25 @@ class CudaCard:
 
     # work -------------------------------------------------------------------------------------------------------------
     def upload(self, target: int, source: int, size: int) -> None:
-        """Bytes from pinned host memory."""
+        """Copy bytes from pinned host memory to the card."""
         self._ask("copy to the card", "cudaMemcpyAsync", target, source, size, self._up, self._stream)
 
     def download(self, target: int, source: int, size: int) -> None:
-        """Bytes to pinned host memory."""
+        """Copy bytes from the card to pinned host memory."""
         self._ask("copy from the card", "cudaMemcpyAsync", target, source, size, self._down, self._stream)
 
     def copy_rows(self, target: int, source: int, pitch: int, width: int, rows: int) -> None:
-        """The first `width` bytes of each row of `pitch` bytes, within the card."""
+        """Copy the first `width` bytes of each row of `pitch` bytes within the card."""
         self._rows(self._across, target, pitch, source, pitch, width, rows)
 
     def upload_rows(self, target: int, pitch: int, source: Array) -> None:
-        """A contiguous array [rows, …] to the beginnings of rows of `pitch` bytes; the host waits for it."""
+        """Copy a contiguous array [rows, …] to the starts of rows of `pitch` bytes, and wait for it."""
         width = source.nbytes // len(source)
         self._rows(self._up, target, pitch, source.ctypes.data, width, width, len(source))
         self.wait()
 
     def download_rows(self, target: Array, source: int, pitch: int) -> None:
-        """The other way round."""
+        """The inverse of `upload_rows`."""
         width = target.nbytes // len(target)
         self._rows(self._down, target.ctypes.data, width, source, pitch, width, len(target))
         self.wait()
@@ -134,19 +134,19 @@ class CudaCard:
                       self._stream)  # fmt: skip
 
     def clear_rows(self, target: int, pitch: int, width: int, rows: int) -> None:
-        """Zeros to the first `width` bytes of each row of `pitch` bytes."""
+        """Zero the first `width` bytes of each row of `pitch` bytes."""
         if width:
             self._ask("clear memory", "cudaMemset2DAsync", target, pitch, 0, width, rows, self._stream)
 
     def wait(self) -> None:
-        """Until all that was asked for is done. Raises EngineError where some of it has failed."""
+        """Wait until all queued work is done. Raises EngineError if any of it failed."""
         self._ask("finish its work", "cudaStreamSynchronize", self._stream)
 
     def close(self) -> None:
-        """Give all memory and the stream back; doing it twice does nothing."""
+        """Release all memory and the stream. Closing twice does nothing."""
         if self._stream is None:
             return
-        self._cuda.cudaSetDevice(self._number)  # not `use`: an error here would hide the one before
+        self._cuda.cudaSetDevice(self._number)  # not `use`: an error here would hide the earlier one
         for pointer in self._memory:
             self._cuda.cudaFree(pointer)
         for pointer in self._host:
@@ -154,9 +154,9 @@ class CudaCard:
         self._cuda.cudaStreamDestroy(self._stream)
         self._memory, self._host, self._stream = [], [], None
 
-    # answers ----------------------------------------------------------------------------------------------------------
+    # calls ------------------------------------------------------------------------------------------------------------
     def _ask(self, what: str, function: str, *arguments: Any) -> Any:
-        """What a function of CUDA's gives, without its status."""
+        """Call a CUDA function; returns its results without the status."""
         self.use()
         status, *values = getattr(self._cuda, function)(*arguments)
         self._check(what, status)

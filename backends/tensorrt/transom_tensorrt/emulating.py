@@ -1,5 +1,5 @@
-"""The network in ONNX Runtime on the CPU: the very model that the engine is built from, for tests and for machines
-without a card. Nothing is optimised, so that each operator computes what it says."""
+"""Runs the network in ONNX Runtime on the CPU: the same ONNX model that the engine is built from, for tests and for
+machines without a card. Graph optimization is off, so that each operator computes exactly what it specifies."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from transom_tensorrt.executing import Array, Way, rows_of, stored
 from transom_tensorrt.network import Network
 
 SLOTS = 8
-"""Sequences that fit: this is for tests, and the conformance kit asks for some."""
+"""Sequences that fit: enough for tests and the conformance kit."""
 _ELEMENTS = {"float32": 1, "float16": 10}
-"""ONNX's numbers of element types."""
+"""ONNX's codes for element types."""
 _INT64 = 7
 
 
 class OnnxExecutor:
-    """An `Executor` on the CPU.
+    """A `NetworkExecutor` on the CPU.
 
     Args:
-        model: the ONNX file; the file of its weights lies beside it.
-        threads: processor threads to use; 0: as many as ONNX Runtime likes.
-        slots: how many there are, at most.
+        model: the ONNX file; its weights are in a file beside it.
+        threads: processor threads to use; 0: ONNX Runtime's default.
+        slots: largest number of slots.
 
     Raises:
-        EngineError: ONNX Runtime does not take the model.
+        EngineError: ONNX Runtime does not open the model.
     """
 
     def __init__(self, network: Network, model: Path, threads: int = 0, slots: int = SLOTS) -> None:
@@ -44,7 +44,7 @@ class OnnxExecutor:
             self._session: Any = onnxruntime.InferenceSession(str(model), settings, providers=["CPUExecutionProvider"])
         except Exception as e:  # ONNX Runtime's exceptions have no common base
             raise EngineError(
-                f"ONNX Runtime does not take {model.name}: {_first_line(e)}", "Remove it with: transom cache clear"
+                f"ONNX Runtime cannot open {model.name}: {_first_line(e)}", "Remove it with: transom cache clear"
             ) from e
         self.weight_bytes = sum(path.stat().st_size for path in model.parent.glob(f"{model.stem}.*"))
         self._caches: dict[str, Array] = {}
@@ -70,7 +70,7 @@ class OnnxExecutor:
         try:
             self._session.run_with_iobinding(binding)
         except Exception as e:  # as above
-            raise EngineError(f"ONNX Runtime cannot run the network: {_first_line(e)}", "Load the model anew") from e
+            raise EngineError(f"ONNX Runtime cannot run the network: {_first_line(e)}", "Load the model again") from e
         return logits
 
     def copy_slot(self, source: int, target: int, positions: int) -> None:
@@ -90,11 +90,11 @@ class OnnxExecutor:
             cache[slot, :, : arrays[name].shape[1]] = arrays[name]
 
     def _rows(self, positions: int) -> list[tuple[Array, int]]:
-        """Each kept tensor, and how many rows its first positions need."""
+        """Each kept tensor with the number of rows that its first positions take."""
         return [(self._caches[kept.input], rows_of(self._network, kept, positions)) for kept in self._network.kept]
 
     def warm_up(self) -> None:
-        """There is nothing to warm."""
+        """Nothing to do on the CPU."""
 
     def close(self) -> None:
         self._session, self._caches = None, {}

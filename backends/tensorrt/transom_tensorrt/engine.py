@@ -1,10 +1,10 @@
-"""Steps of many sequences as runs of a network over slots.
+"""Executes steps of many sequences as runs of a network over slots.
 
-A sequence with several new tokens is run by itself. Sequences with one are run together, where their slots are
-neighbours; so are those with fewer than a run by itself takes, token by token. What a run costs is the reading of its
-weights and of its caches, so a run may take in slots that are not in the step, if reading their caches costs less than
-reading the weights once more. Such an idle slot gets a token that nobody asked for, written behind its own tokens,
-where the next one will overwrite it. A full slot has no such place: no run of others includes it.
+A sequence with several new tokens runs alone. Sequences with one new token run together if their slots are adjacent;
+so do, token by token, sequences with fewer tokens than a prefill takes. The cost of a run is reading its weights and
+caches. A run may therefore include slots that are not in the step, if reading their caches costs less than reading the
+weights again. Such an idle slot gets a dummy token, written after its own tokens, where the next real token overwrites
+it. A full slot has no such position, so no run of others includes it.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from transom_tensorrt.network import Network, ShapeProfile
 
 @dataclass(frozen=True)
 class Run:
-    """Neighbouring slots."""
+    """Adjacent slots that run together."""
 
     first: int
     count: int
 
 
 def runs(wanted: Sequence[int], most: int, idle_bytes: Callable[[int], int | None], weight_bytes: int) -> list[Run]:
-    """Slots in runs of at most `most`.
+    """Group slots into runs of at most `most`.
 
     Args:
         wanted: slots, in ascending order.
-        idle_bytes: what a run reads for a slot that is not wanted; None: it must not be in one.
-        weight_bytes: what every run reads.
+        idle_bytes: bytes that a run reads for a slot that is not wanted; None: no run may include that slot.
+        weight_bytes: bytes of weights that every run reads.
     """
     found: list[Run] = []
     for slot in wanted:
@@ -58,10 +58,10 @@ def _bridged(run: Run, slot: int, most: int, idle_bytes: Callable[[int], int | N
 
 
 def pieces(tokens: int, rows: Sequence[int], profile: ShapeProfile) -> Iterator[tuple[int, int]]:
-    """New tokens of one sequence, cut so that each piece is within a profile: (start, end).
+    """Cut the new tokens of one sequence into pieces (start, end) that fit a profile.
 
     Args:
-        rows: those whose logits are wanted, in ascending order.
+        rows: tokens whose logits are wanted, in ascending order.
     """
     start, most_rows = 0, profile.rows[2]
     while start < tokens:
@@ -75,18 +75,18 @@ def pieces(tokens: int, rows: Sequence[int], profile: ShapeProfile) -> Iterator[
 
 @dataclass(frozen=True)
 class _Part:
-    """What one sequence does in a step."""
+    """One sequence's share of a step."""
 
     slot: int
     tokens: Array
     past: int
     rows: tuple[int, ...]
-    """Among its tokens."""
+    """Indices among its tokens."""
     at: int
-    """Of its first row among those of the step."""
+    """Index of its first row among those of the step."""
 
     def one(self, index: int) -> _Part:
-        """A token of it."""
+        """One of its tokens as a part of its own."""
         rows = (0,) if index in self.rows else ()
         before = sum(row < index for row in self.rows)
         return _Part(self.slot, self.tokens[index : index + 1], self.past + index, rows, self.at + before)
@@ -95,10 +95,10 @@ class _Part:
 class SlotEngine:
     """A `transom.sessions.PagedEngine` whose page is a whole slot: every sequence holds one.
 
-    It remembers how far each slot is filled, which may be further than a sequence that was truncated says.
+    It records how far each slot is filled, which may be further than the length of a truncated sequence.
 
     Args:
-        slots: what `executor.allocate` gave.
+        slots: the result of `executor.allocate`.
     """
 
     def __init__(self, network: Network, executor: NetworkExecutor, slots: int) -> None:
@@ -111,20 +111,20 @@ class SlotEngine:
         return self.network.slot_bytes
 
     def bind_pages(self, pages: int) -> None:
-        """They are there already.
+        """The slots are already allocated.
 
         Raises:
-            ValueError: there are not so many.
+            ValueError: there are fewer slots than pages.
         """
         if pages > self.slots:
-            raise ValueError(f"{pages} slots, of {self.slots}")
+            raise ValueError(f"{pages} pages, but only {self.slots} slots")
 
     def copy_page(self, source: int, target: int) -> None:
         self._begin(target, self._filled[source])
         self.executor.copy_slot(source, target, self._filled[source])
 
     def drop_pages(self, pages: Sequence[int]) -> None:
-        """Nobody holds these; their memory stays."""
+        """Mark slots as free; their memory stays allocated."""
         for slot in pages:
             self._filled[slot] = 0
 
@@ -138,10 +138,10 @@ class SlotEngine:
         self.executor.write_slot(slot, arrays)
 
     def _begin(self, slot: int, positions: int) -> None:
-        """A sequence takes a slot, and will fill so many positions at once.
+        """Prepare a slot for a sequence that fills `positions` at once.
 
-        The rest is cleared: a NaN that another one left there would spoil it, although no token sees that position,
-        since attention multiplies it by nought.
+        The rest is cleared: attention multiplies masked positions by zero, and zero times a NaN left there by another
+        sequence is NaN.
         """
         self.executor.clear_slot(slot, positions)
         self._filled[slot] = positions
@@ -173,12 +173,12 @@ class SlotEngine:
             if not np.isfinite(logits).all():
                 raise EngineError(
                     "The last layer gave numbers that are not finite",
-                    "The model's weights may be damaged, or its numbers leave float16's range: "
+                    "The model's weights may be damaged, or its values may exceed float16's range: "
                     f"try {option('precision', 'bf16')}",
                 )
         except BaseException:
-            for part in parts:  # what may not be finite must not stay behind the tokens: see `_begin`
-                with contextlib.suppress(EngineError):  # a card that cannot clear cannot run: the first error says why
+            for part in parts:  # values that may not be finite must not stay after the tokens: see `_begin`
+                with contextlib.suppress(EngineError):  # a card that cannot clear cannot run: the first error tells why
                     self.executor.clear_slot(part.slot, part.past)
             raise
         return logits
@@ -191,7 +191,7 @@ class SlotEngine:
                 continue
             rows = [row - start for row in part.rows if start <= row < end]
             self._filled[part.slot] = part.past + end
-            given = np.asarray(rows or [0], np.int64)  # no profile has none
+            given = np.asarray(rows or [0], np.int64)  # no profile allows zero rows
             found = self._run("prefill", part.tokens[None, start:end], [part.past + start], given, part.slot)
             at = part.at + sum(row < start for row in part.rows)
             logits[at : at + len(rows)] = found[: len(rows)]
@@ -210,7 +210,7 @@ class SlotEngine:
                     self._filled[slot] = by_slot[slot].past + 1
                 else:
                     past.append(self._filled[slot])
-            # All rows, though some may not be wanted: with fewer shapes there are fewer kernels and graphs.
+            # All rows, even unwanted ones: fewer shapes mean fewer kernels and graphs.
             found = self._run("decode", ids, past, np.arange(run.count), run.first)
             for i, slot in enumerate(here):
                 if slot in by_slot and by_slot[slot].rows:
@@ -230,7 +230,7 @@ class SlotEngine:
 def _parts(
     tokens: Sequence[Array], past: Sequence[int], pages: Sequence[Sequence[int]], rows: Sequence[int]
 ) -> list[_Part]:
-    """The step by sequences; `rows` ascend."""
+    """Split a step by sequence; `rows` are in ascending order."""
     starts = np.cumsum([0, *map(len, tokens)])
     cuts = np.searchsorted(np.asarray(rows, np.int64), starts)
     found = []

@@ -1,19 +1,20 @@
-"""Matrix products in the forms that TensorRT fuses: how a weight lies in the network, and what its input goes through.
+"""Matrix products in the forms that TensorRT fuses: how a weight is stored in the network, and how its input is
+quantized.
 
-A matrix is written as [columns, rows], as `MatMul` wants it: TensorRT keeps one copy of it for all profiles then, where
-a transposed one is kept once for each (tensorrt-rtx 1.7). What TensorRT refuses is written otherwise where that is
-exact: blocks with minimums or zero points become symmetric ones and a second, small product.
+A matrix is written as [columns, rows], the order of `MatMul`: TensorRT then keeps one copy of it for all profiles,
+instead of one transposed copy for each (tensorrt-rtx 1.7). Forms that TensorRT refuses are rewritten where that is
+exact: blocks with minimums or zero points become symmetric blocks and a second, small product.
 
-| Form | Weights | Its input | The product |
+| Form | Weights | Input | Product |
 |---|---|---|---|
-| `plain` | the network's number | the same | the same |
-| `int4` | 4 bits in blocks of 16, 32, 64 or 128 columns | the network's number | the same |
-| `int8` | 8 bits, a scale for each row | the network's number | the same |
-| `float8` | E4M3, a scale for each row | the network's number | the same |
+| `plain` | the network's dtype | the same | the same |
+| `int4` | 4 bits in blocks of 16, 32, 64 or 128 columns | the network's dtype | the same |
+| `int8` | 8 bits, a scale for each row | the network's dtype | the same |
+| `float8` | E4M3, a scale for each row | the network's dtype | the same |
 | `float8 x float8` | E4M3, a scale for each row | E4M3, one scale | float32 |
 
-The last one has float32 scales: with float16 scales TensorRT writes the product of the bare codes in float16, which
-ends at 65504, and multiplies by the scales afterwards.
+The last one has float32 scales: with float16 scales TensorRT writes the product of the unscaled codes in float16, whose
+limit is 65504, and applies the scales afterwards.
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ from transom.programs.onnx_writing import FLOAT, FLOAT8, OnnxWriter
 
 INT4_BLOCKS = (16, 32, 64, 128)
 CENTRES = {"int4": 0, "uint4": -8}
-"""What is added to a stored quant to make it one of -8 … 7."""
+"""Offset from a stored code to its value in -8 … 7."""
 
 
 def refusal(weight: Weight) -> str:
-    """Why there is no product with such a matrix; empty if there is."""
+    """Why there is no product with such a matrix; empty if there is one."""
     if len(weight.shape) != 2:
         return f"a matrix with {len(weight.shape)} axes"
     if isinstance(weight, Blocked) and weight.shape[1] % weight.block:
@@ -45,8 +46,8 @@ def refusal(weight: Weight) -> str:
 
 
 def kept(weight: Weight) -> bool:
-    """Whether a matrix that is quantised already is used as it is stored. One that is not is rounded anew, or unpacked
-    in a float32 network, which is for checking."""
+    """Whether a quantized matrix is used as stored. Others are requantized, or unpacked in a float32 network, which is
+    for checking."""
     if not isinstance(weight, Blocked):
         return False
     if weight.dtype in CENTRES:
@@ -55,8 +56,8 @@ def kept(weight: Weight) -> bool:
 
 
 class LastRead:
-    """Keeps the parts of the matrix that was read last: they are written one after the other, and a matrix that is
-    rounded on the way takes long to read."""
+    """Caches the parts of the matrix that was read last: they are written one after the other, and a matrix that is
+    quantized while it is read is slow to read."""
 
     def __init__(self) -> None:
         self._weight: Blocked | None = None
@@ -70,20 +71,20 @@ class LastRead:
 
 @dataclass
 class LinearForm:
-    """One product; rows of numbers go in and come out."""
+    """One product: rows in, rows out."""
 
     write: OnnxWriter
     number: ir.DataType
-    """The network's."""
+    """The network's dtype."""
     weight: Weight
     name: str
     read: Callable[[Blocked], BlockedArrays]
     """One `LastRead` for all products of a network."""
     rounded: bool = False
-    """Whether its input went through E4M3."""
+    """Whether the input is quantized to E4M3."""
 
     def __call__(self, x: ir.Value) -> ir.Value:
-        """x @ weightᵀ; x [tokens, columns] in any floating type."""
+        """x @ weightᵀ; x [tokens, columns] in any floating-point dtype."""
         if isinstance(self.weight, Dense) or (self.number == FLOAT and not kept(self.weight)):
             return self._plain(x, self.weight)
         if self.weight.dtype == "float8e4m3fn" and self.rounded:
@@ -105,7 +106,7 @@ class LinearForm:
 
     def _by_rows(self, x: ir.Value, weight: Blocked) -> ir.Value:
         if not kept(weight):
-            raise ValueError(f"{self.name} is {weight.dtype} in blocks of {weight.block}, which was to be rounded anew")
+            raise ValueError(f"{self.name} is {weight.dtype} in blocks of {weight.block}, and was not requantized")
         w, (rows, columns) = self.write, weight.shape
         dtype = FLOAT8 if weight.dtype == "float8e4m3fn" else ir.DataType.INT8
         quants = w.weight(self.name, dtype, (columns, rows), lambda: self.read(weight).quants.T)
@@ -123,10 +124,10 @@ class LinearForm:
         return lambda: narrowed(self.read(weight).scales.reshape(-1), number, f"{self.name}'s scales")
 
     def _int4(self, x: ir.Value, weight: Blocked) -> ir.Value:
-        """Blocks along the columns; minimums and zero points by a second product, of the sums of each block's inputs.
+        """Blocks along the columns; minimums and zero points become a second product, with sums of each block's inputs.
 
-        sum_k x_k (s (q_k - z) + m) = sum_k x_k s (q_k - 8) + (sum_k x_k) (m + s (8 - z)), and as many numbers as there
-        are blocks are read besides.
+        sum_k x_k (s (q_k - z) + m) = sum_k x_k s (q_k - 8) + (sum_k x_k) (m + s (8 - z)), which reads one more number
+        for each block.
         """
         w, (rows, columns), block = self.write, weight.shape, weight.block
         centre = CENTRES[weight.dtype]
@@ -160,12 +161,12 @@ class LinearForm:
 
 
 def _shifted(weight: Blocked) -> bool:
-    """Whether a quant of -8 … 7 times its scale is not yet the weight."""
+    """Whether a code of -8 … 7 times its scale differs from the weight by a shift."""
     return weight.has_minimums or weight.has_zero_points or weight.dtype == "uint4"
 
 
 def rounded_to_float8(w: OnnxWriter, x: ir.Value, scale: float) -> ir.Value:
-    """x through E4M3 times a scale, and what is beyond 448 of it is cut off; of x's type."""
+    """Quantize x to E4M3 with a scale and dequantize it to x's dtype; beyond 448 scales it saturates."""
     assert x.dtype is not None
     by = w.number(max(scale, float(np.finfo(np.float16).tiny)), x.dtype)
     zero = w.constant(np.zeros((), ml_dtypes.float8_e4m3fn))
@@ -174,7 +175,7 @@ def rounded_to_float8(w: OnnxWriter, x: ir.Value, scale: float) -> ir.Value:
 
 
 def narrowed(array: Array, number: ir.DataType, name: str) -> Array:
-    """An array in another number.
+    """An array converted to another dtype.
 
     Raises:
         OptionError: a finite number would become infinite.

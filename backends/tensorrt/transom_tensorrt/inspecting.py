@@ -1,7 +1,7 @@
-"""What an engine is made of, as TensorRT's builder says at the end of a build: kernels, their tensors, their memory.
+"""The contents of an engine as TensorRT's builder lists them at the end of a build: kernels, their tensors and memory.
 
-An engine is only opened where its card is, and so is TensorRT's inspector. But a builder that is asked for details
-tells its logger the same of each layer, in lines that `parse` reads. Nothing here imports TensorRT.
+TensorRT's inspector needs the engine opened on its card. But a builder with detailed profiling logs the same facts
+about each layer, in lines that `parse` reads. Nothing here imports TensorRT.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 HEADING = "Layers:"
-"""How the message begins that has a line for each layer."""
+"""Start of the log message that has a line for each layer."""
 BITS = {"Float": 32, "Half": 16, "BFloat16": 16, "FP8": 8, "Int8": 8, "UInt8": 8, "Bool": 8, "Int4": 4, "FP4": 4,
         "Int32": 32, "Int64": 64}  # fmt: skip
 WORDS = {"Float": "float32", "Half": "float16", "BFloat16": "bfloat16", "FP8": "fp8", "Int8": "int8", "Int4": "int4"}
@@ -33,13 +33,13 @@ _MEMORY = {
 
 @dataclass(frozen=True)
 class Tensor:
-    """What a layer reads or writes."""
+    """A tensor that a layer reads or writes."""
 
     name: str
     shape: tuple[int, ...]
-    """-1 where it is dynamic."""
+    """-1 for a dynamic dimension."""
     dtype: str
-    """In TensorRT's words: `"Half"`, `"FP8"`."""
+    """TensorRT's name: `"Half"`, `"FP8"`."""
 
     @property
     def nbytes(self) -> int:
@@ -47,17 +47,17 @@ class Tensor:
 
     @property
     def constant(self) -> bool:
-        """Whether it is weights: they have names of the compiler's own."""
+        """Whether it holds weights, which the compiler names itself."""
         return "dconst" in self.name or "_constant" in self.name
 
 
 @dataclass(frozen=True)
 class EngineLayer:
-    """One thing that is launched."""
+    """One kernel launch."""
 
     name: str
     kind: str
-    """In the compiler's words: `"gemm"`, `"kgen"`, `"runtime_fusion"`."""
+    """The compiler's name: `"gemm"`, `"kgen"`, `"runtime_fusion"`."""
     profile: int
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
@@ -68,7 +68,7 @@ class EngineLayer:
 
     @property
     def matrix(self) -> Tensor | None:
-        """The weights of a product, the largest constant with two axes; scales of blocks have two axes, too."""
+        """The weights of a product: the largest constant with two axes, since scales of blocks have two axes, too."""
         wide = [t for t in self.inputs if t.constant and sum(abs(d) > 1 for d in t.shape) >= 2]
         return max(wide, key=lambda t: math.prod(t.shape), default=None)
 
@@ -85,19 +85,18 @@ class EngineLayer:
 
 
 def parse(messages: Iterable[str]) -> tuple[EngineLayer, ...]:
-    """The layers that a builder's messages tell of. Other messages are skipped; none tell of any where it was not asked
-    for details."""
+    """The layers listed in a builder's messages; empty without detailed profiling. Other messages are skipped."""
     lines = [line for m in messages if m.startswith(HEADING) for line in m.splitlines()[1:] if _LAYER.match(line)]
     profiles: dict[str, int] = {}
-    """Each profile is compiled by itself, and numbered anew. Only the names of inputs tell which number is whose."""
+    """Each profile is compiled separately under a number of its own. Only names of inputs show which number it has."""
     for line in lines:
-        if (told := _PROFILE.search(line)) is not None:
-            profiles[_compiled(line)] = int(told.group(1))
+        if (tagged := _PROFILE.search(line)) is not None:
+            profiles[_compiled(line)] = int(tagged.group(1))
     return tuple(_layer(line, profiles.get(_compiled(line), 0)) for line in lines)
 
 
 def _compiled(line: str) -> str:
-    """The number of the compiled part that a layer belongs to; its name where it has none."""
+    """The number of the compiled part that a layer belongs to; the layer's name if it has none."""
     start = _LAYER.match(line)
     name = start.group(1) if start else line
     found = _COMPILED.search(name)
@@ -130,32 +129,32 @@ def _tensors_of(line: str, label: str) -> tuple[Tensor, ...]:
 
 
 def memory(messages: Iterable[str]) -> dict[str, int]:
-    """Bytes that an engine needs on its card, as its builder says: `activations`, which it says for each profile, and
-    which never are in use at once, and `weights`."""
+    """Bytes that an engine needs on its card, as its builder reports them: `weights`, and `activations` of the largest
+    profile, since profiles never run at once."""
     found: dict[str, int] = {}
     for message in messages:
         for name, pattern in _MEMORY.items():
-            if said := pattern.search(message):
-                found[name] = max(found.get(name, 0), int(said.group(1)))
+            if match := pattern.search(message):
+                found[name] = max(found.get(name, 0), int(match.group(1)))
     return found
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What one profile's layers amount to."""
+    """Totals over one profile's layers."""
 
     launches: int
-    """Kernels that are launched in a step."""
+    """Kernel launches in a step."""
     products: dict[str, int]
-    """Products with weight matrices, by what they multiply: `"fp8 x fp8"`, `"float16 x int4"`."""
+    """Products with weight matrices, by dtypes: `"fp8 x fp8"`, `"float16 x int4"`."""
     attention: dict[str, int]
-    """Fused attention, by the type of its keys."""
+    """Fused attentions, by the dtype of their keys."""
     moves: int
     """Kernels that only move or convert numbers."""
     cache_copies: int
-    """Kernels that write as many numbers as a whole cache has, without being its update."""
+    """Kernels that write as many numbers as a whole cache has, but are not its update."""
     weight_bytes: dict[str, int]
-    """Of all weight matrices, by type."""
+    """Bytes of all weight matrices, by dtype."""
 
     def __str__(self) -> str:
         products = ", ".join(f"{count} products {kind}" for kind, count in sorted(self.products.items()))
@@ -166,7 +165,7 @@ class Summary:
 
 def summary(layers: Sequence[EngineLayer], profile: int, caches: Sequence[str] = ()) -> Summary:
     """Args:
-    profile: whose layers.
+    profile: index of the profile whose layers are counted.
     caches: names of the tensors that hold a cache; an update writes to one of them.
     """
     own = [x for x in layers if x.profile == profile and x.kind in _WORK]
@@ -188,13 +187,13 @@ def summary(layers: Sequence[EngineLayer], profile: int, caches: Sequence[str] =
 
 
 def _activation(layer: EngineLayer) -> str:
-    """The type of what a product multiplies its matrix by; a sum that is fused into it has a wider one."""
+    """The dtype that a product multiplies its matrix by; an addend fused into the product has a wider one."""
     given = [t.dtype for t in layer.inputs if not t.constant and len(t.shape) >= 2]
     return min(given, key=lambda dtype: BITS.get(dtype, 64), default="?")
 
 
 def _copies(layer: EngineLayer, caches: Sequence[str]) -> bool:
-    """Whether it reads a cache and writes as many numbers somewhere else, or writes one that it does not update."""
+    """Whether a layer reads a cache and writes as many numbers elsewhere, or writes one that it does not update."""
     if layer.attention:
         return False
     read = [_numbers(t) for t in layer.inputs if _is_cache(t, caches)]
@@ -204,7 +203,7 @@ def _copies(layer: EngineLayer, caches: Sequence[str]) -> bool:
 
 
 def _numbers(tensor: Tensor) -> int:
-    """In one sequence."""
+    """How many numbers a tensor has for one sequence."""
     return math.prod(d for d in tensor.shape if d > 0)
 
 
@@ -222,7 +221,7 @@ def to_json(layers: Sequence[EngineLayer]) -> str:
 
 
 def from_json(text: str) -> tuple[EngineLayer, ...]:
-    """Raises ValueError, KeyError or TypeError for what `to_json` did not write."""
+    """Raises ValueError, KeyError or TypeError for text that `to_json` did not write."""
     raw: list[dict[str, Any]] = json.loads(text)
     return tuple(
         EngineLayer(x["name"], x["kind"], x["profile"], _tensors(x["inputs"]), _tensors(x["outputs"])) for x in raw

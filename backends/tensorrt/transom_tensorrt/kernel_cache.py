@@ -1,8 +1,8 @@
-"""TensorRT-RTX compiles kernels for the card when it first needs them; what it compiled is kept in the scratch folder.
+"""TensorRT-RTX compiles kernels for the card when it first needs them; this module keeps them in the scratch folder.
 
-TensorRT checks itself that a cache fits, and says nothing where it does not. So that one version's cache does not take
-the place of another's for nothing, the file's name tells the kind of card, the driver and the version of TensorRT.
-Cards of one kind share a file, and those of another kind, which may run the same engine, keep theirs.
+TensorRT itself checks whether a cache fits, and silently ignores one that does not. The file's name contains the kind
+of card, the driver and the version of TensorRT, so that no version overwrites the cache of another. Cards of one kind
+share a file; cards of another kind, which may run the same engine, have their own.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ _log = logging.getLogger("transom.tensorrt")
 
 
 class KernelCache:
-    """A file of compiled kernels, and TensorRT's `IRuntimeCache` that it becomes.
+    """A file of compiled kernels, and the `IRuntimeCache` of TensorRT that it is loaded into.
 
     Args:
-        scratch: a folder that lasts.
-        version: of TensorRT.
+        scratch: a persistent folder.
+        version: version of TensorRT.
     """
 
     def __init__(self, scratch: Path, version: str, device: Device) -> None:
@@ -35,7 +35,7 @@ class KernelCache:
         self._known = b""
 
     def attach(self, config: Any) -> None:
-        """Give the kernels that were kept to an `IRuntimeConfig`, and keep those that are compiled for it."""
+        """Give the cached kernels to an `IRuntimeConfig`, and collect those that are compiled for it."""
         if self._cache is None:
             self._cache = config.create_runtime_cache()
             self._read()
@@ -44,13 +44,13 @@ class KernelCache:
     def _read(self) -> None:
         try:
             data = self.path.read_bytes()
-        except OSError:  # there is none yet; without one, kernels are compiled
+        except OSError:  # no cache yet: kernels are compiled
             return
         if self._cache.deserialize(data):
             self._known = data
 
     def save(self) -> None:
-        """Write the kernels down if there are new ones. A disk that does not take them costs time, next time."""
+        """Write the file if there are new kernels. If that fails, the next load has to compile them again."""
         if self._cache is None:
             return
         made = self._cache.serialize()
@@ -64,12 +64,12 @@ class KernelCache:
                 if other != self.path:
                     other.unlink(missing_ok=True)
         except OSError as e:
-            _log.warning("TensorRT's kernels are not kept: %s cannot be written: %s", self.path, e)
+            _log.warning("TensorRT's compiled kernels are not cached: %s cannot be written: %s", self.path, e)
             return
         self._known = data
 
     def close(self) -> None:
-        """Let go of TensorRT's cache; after this, nothing is saved."""
+        """Release TensorRT's cache; after this, nothing is saved."""
         self._cache = None
 
 

@@ -1,4 +1,4 @@
-"""Load: open an artifact on its device and make its session."""
+"""Load: open an artifact on its device and create its session."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     from transom_tensorrt.session import SlotSession
 
 MOST_SLOTS = 4 * SEQUENCES
-"""Sequences that have caches, at most; more of them decode in more runs."""
+"""Largest number of sequences with caches; above `SEQUENCES`, decoding takes several runs."""
 
 
 def load_artifact(artifact: Artifact, device: Device, options: Options, scratch: Path) -> SlotSession:
-    """A session over the artifact: on the card, or emulated where the artifact holds a model in place of an engine.
+    """A session over the artifact: on the card, or emulated if the artifact holds a model in place of an engine.
 
     Raises:
-        EngineError: the files are not what this backend wrote, or the card does not take them.
+        EngineError: this backend did not write the files, or TensorRT does not open them.
         MissingExtra: a library is not installed.
         DoesNotFit: the card has no memory for the weights, or for the cache of one sequence.
     """
@@ -60,7 +60,7 @@ def _on_card(
     from transom_tensorrt.kernel_cache import KernelCache
     from transom_tensorrt.rtx import RtxExecutor
 
-    sdk, _, _ = artifact.requires.get("sdk", "").partition(" ")  # and a version, which `probing.judge` has compared
+    sdk, _, _ = artifact.requires.get("sdk", "").partition(" ")  # the version after it was compared by `probing.judge`
     if sdk not in MODULES or ENGINE_FILE not in files:
         raise EngineError("This compiled model is damaged: it has no engine", REMOVE)
     trt = library(sdk)

@@ -1,14 +1,14 @@
-"""From a drafted decoder to one strongly typed ONNX model, which TensorRT's parser and onnxruntime both take.
+"""Lowers a decoder to one strongly typed ONNX model, which both TensorRT's parser and onnxruntime accept.
 
-Its inputs: `input_ids` int64 [batch, tokens], `past` int64 [batch], the tokens each sequence had before, `rows` int64
-[rows], the tokens whose logits are wanted, counted over the whole step, and the caches `past_key.N`, `past_value.N`
-[batch, KV heads, context, columns]. Its outputs: `logits` float32 [rows, vocabulary], the caches as `present_key.N` and
-`present_value.N`, which an engine binds to the same memory, and `query.N`, which nobody reads: TensorRT's fused
-attention has a kernel for grouped queries only where they are an output (tensorrt-rtx 1.7), and copies the whole cache
-for each query head otherwise.
+Inputs: `input_ids` int64 [batch, tokens]; `past` int64 [batch], the cached tokens of each sequence; `rows` int64
+[rows], the tokens whose logits are wanted, counted over the whole step; and the caches `past_key.N`, `past_value.N`
+[batch, KV heads, context, columns]. Outputs: `logits` float32 [rows, vocabulary]; the caches as `present_key.N` and
+`present_value.N`, which an engine binds to the same memory; and `query.N`, which is never read: TensorRT's fused
+attention has a kernel for grouped queries only if they are an output (tensorrt-rtx 1.7), and otherwise copies the whole
+cache for each query head.
 
-What lies between matrix products is computed in float32, the sum that runs through all layers too: float16 ends at
-65504, which several models exceed there. Products and the cache are in the network's number.
+Everything between matrix products, the residual stream included, is computed in float32: several models exceed
+float16's limit of 65504 there. Products and the cache are in the network's dtype.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ if TYPE_CHECKING:
     from transom_tensorrt.precision import RtxPrecision
 
 POSITIONS = 2 * BLOCK
-"""Caches have a multiple of so many: whole blocks, and the cache of each sequence begins where TensorRT takes it,
-whatever heads and columns there are."""
+"""Positions of a cache are a multiple of this: it then holds whole blocks, and each sequence's cache starts at an
+address that TensorRT accepts, for any number of heads and columns."""
 assert POSITIONS * 2 % ALIGNMENT == 0
 NUMBERS = {"float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16, "float32": FLOAT}
 
 
 class RtxKernels:
-    """What can be written: see `transom.programs.Kernels`."""
+    """The operators that this backend can write; see `transom.programs.Kernels`."""
 
     tile = 1
     largest_head = 256
-    """Of TensorRT's fused attention."""
+    """Limit of TensorRT's fused attention."""
     largest_group = 1 << 30
     neighbours = True
     float8 = True
@@ -66,11 +66,11 @@ class RtxKernels:
 
 @dataclass
 class LoweredNetwork:
-    """A network that is written down as soon as it is saved."""
+    """A network whose weights are read when it is saved."""
 
     model: ir.Model
     inputs: Mapping[str, tuple[str | int, ...]]
-    """Shape of each, in numbers and the symbols `batch`, `tokens` and `rows`."""
+    """Shape of each input, in numbers and the symbols `batch`, `tokens` and `rows`."""
     kept: tuple[KeptTensor, ...]
     fused: tuple[attention.Fused, ...]
     queries: tuple[int, ...]
@@ -80,21 +80,20 @@ class LoweredNetwork:
 def lower(
     reader: GraphReader, precision: RtxPrecision, context: int, activations: Activations | None = None
 ) -> LoweredNetwork:
-    """Write a network down.
+    """Build the network of a decoder.
 
     Args:
         context: positions in the cache.
-        activations: what was seen of them; needed for attention in float8.
+        activations: observed ranges; needed for float8 attention.
 
     Raises:
-        OptionError: when it is saved, for a weight that is too large for the network's number.
+        OptionError: raised when it is saved, if a weight is too large for the network's dtype.
     """
     return _Lowering(reader, precision, context, activations).lower()
 
 
 def fuse(reader: GraphReader) -> list[Op]:
-    """The same program in fewer operators: scales in the embedding, biases after products, products of one input
-    together."""
+    """Fuse operators: scales into the embedding, biases into products, products of the same input into one."""
     drafts = fusing.fuse_scales(list(reader.ops))
     drafts = fusing.fuse_biases(drafts)
     return fusing.fuse_same_input(drafts, 1)
@@ -107,16 +106,16 @@ class _Lowering:
         self.activations = activations
         self.reader, self.decoder, self.precision, self.context = reader, reader.decoder, precision, context
         self.positions = -(-context // POSITIONS) * POSITIONS
-        """Of the caches."""
+        """Positions of the caches."""
         self.number = NUMBERS[precision.number]
         self.write = OnnxWriter("decoder")
         self._operators = RowOperators(self.write, self._wide)
         self._values: dict[int, ir.Value] = {}
-        """Rows of numbers, [batch * tokens, width]."""
+        """Values as rows, [batch * tokens, width]."""
         self._heads: dict[int, ir.Value] = {}
-        """The same as heads, [batch, heads, tokens, columns]."""
+        """Values as heads, [batch, heads, tokens, columns]."""
         self._rounded: set[int] = set()
-        """Those that went through E4M3."""
+        """Values that were quantized to E4M3."""
         self._shapes: dict[str, tuple[str | int, ...]] = {}
         self._matrices = 0
         self._tables: dict[int, tuple[ir.Value, ir.Value]] = {}
@@ -166,7 +165,7 @@ class _Lowering:
 
     # values -----------------------------------------------------------------------------------------------------------
     def _of(self, value: Value) -> ir.Value:
-        """As rows."""
+        """A value as rows."""
         if id(value) in self._values:
             return self._values[id(value)]
         w = self.write
@@ -196,7 +195,7 @@ class _Lowering:
         self._values[id(op.dst)] = writers[op.kind](op)
 
     def _wide(self, value: Value) -> ir.Value:
-        """In float32."""
+        """A value in float32."""
         return self.write.cast(self._of(value), FLOAT)
 
     def _embed(self, op: Op) -> ir.Value:
@@ -247,7 +246,7 @@ class _Lowering:
         return w("RotaryEmbedding", x, cos, sin, self.places.positions, interleaved=int(op.neighbours), **partial)
 
     def _rotations(self, rope: int) -> tuple[ir.Value, ir.Value]:
-        """Cosines and sines of a rope, float32 [context, pairs], made once for all layers."""
+        """Cosines and sines of a rope, float32 [context, pairs], shared by all layers."""
         if rope not in self._tables:
             tables = self.reader.rotations(rope, self.context)
             cos, sin = (self.write.constant(table.astype(np.float32)) for table in tables)
@@ -297,7 +296,7 @@ class _Lowering:
         return w("Reshape", some, w.ints([-1, layer.of(heads).cache.q_heads * layer.cache.head_dim]))
 
     def _keep(self, name: str, output: str, new: ir.Value) -> ir.Value:
-        """A cache with the step's keys or values, [batch, heads, tokens, columns]."""
+        """Update a cache with the step's keys or values, [batch, heads, tokens, columns]."""
         assert new.dtype is not None
         heads, columns = self._sizes_of[name]
         before = self._input(name, new.dtype, "batch", heads, self.positions, columns)
@@ -308,7 +307,7 @@ class _Lowering:
     def _dense(
         self, node: str, layer: attention.LayerAttention, q: ir.Value, keys: ir.Value, values: ir.Value
     ) -> ir.Value:
-        """Attention of queries [batch, heads, tokens, columns] over all keys that they see; rows come out."""
+        """Attention of queries [batch, heads, tokens, columns] over all keys that they see; returns rows."""
         w, cache = self.write, layer.cache
         window = layer.window(self.positions)
         mask = self.places.visible(window)
@@ -322,7 +321,7 @@ class _Lowering:
         return attention.rows_of(w, out, cache.q_heads * cache.value_dim)
 
     def _sparse(self, index: int, part: sparse.SparseHeads, q: ir.Value, keys: ir.Value, values: ir.Value) -> ir.Value:
-        """Attention over what its blocks choose; rows in, rows out."""
+        """Attention over the keys that its blocks choose; rows in, rows out."""
         w, layer, blocks = self.write, part.layer, self._blocks()
         shape = (len(part.heads), blocks.sizes.nodes, layer.cache.head_dim)
         names = [(f"past_{what}.{index}", f"present_{what}.{index}") for what in ("mean", "variance")]
@@ -353,7 +352,7 @@ class _Lowering:
         float8: bool,
         width: int = 0,
     ) -> None:
-        """Attention that TensorRT has a kernel for is put there by name, and its queries are an output."""
+        """Record an attention node that TensorRT can fuse, and make its queries an output."""
         if not layer.fused(self.number):
             return
         node = out.producer()
@@ -370,7 +369,7 @@ class _Lowering:
         return self._grid
 
     def _attention_scales(self, node: str, layer: attention.LayerAttention) -> tuple[float, float, float] | None:
-        """What queries, keys and values are rounded to E4M3 by; None: they are not."""
+        """E4M3 scales of queries, keys and values; None: they are not quantized."""
         if not self.precision.attention or self.activations is None or not layer.fused(self.number):
             return None
         q, k, v = (self.activations.input(node, i).bound / LARGEST_FLOAT8 for i in range(3))

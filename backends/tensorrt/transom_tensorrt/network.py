@@ -1,7 +1,7 @@
-"""What a compiled network is, beside its engine: its inputs and outputs, the caches it keeps, the shapes it takes.
+"""The description of a compiled network beside its engine: inputs and outputs, caches, and shapes.
 
-The engine lies in an artifact as `ENGINE_FILE`; emulated, the ONNX model that the engine would be built from does, as
-`MODEL_FILE` with its weights in `WEIGHTS_FILE`. Imports nothing heavy.
+An artifact holds the engine as `ENGINE_FILE`. For emulation it holds the ONNX model that the engine would be built from
+instead, as `MODEL_FILE` with its weights in `WEIGHTS_FILE`. Imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -16,47 +16,47 @@ ENGINE_FILE = "engine.plan"
 MODEL_FILE = "model.onnx"
 WEIGHTS_FILE = "model.weights"
 BUILD_FILE = "build.json"
-"""What building took, and what the engine takes on its card: see `transom_tensorrt.compiling.build_facts`."""
+"""The cost of building, and the engine's memory on its card: see `transom_tensorrt.compiling.build_facts`."""
 LAYERS_FILE = "layers.json"
-"""What the builder says of the engine's layers: `transom_tensorrt.inspecting`."""
+"""The engine's layers as the builder lists them: see `transom_tensorrt.inspecting`."""
 
 LENGTHS = "lengths"
-"""In the ONNX model, int32 [batch]: positions of each sequence's cache that are filled after the step. Nothing in the
-model reads it; the builder gives it to attention."""
+"""In the ONNX model, int32 [batch]: filled positions of each sequence's cache after the step. No node reads it; the
+builder connects it to attention."""
 
 QUERY = "query"
-"""How the outputs are named that hold a layer's queries. They are written one after the other, and read by the layer's
-own attention alone: all of them may lie in the same memory."""
+"""Prefix of the outputs that hold a layer's queries. They are written one after the other and read only by the layer's
+own attention, so they may all share the same memory."""
 
 ALIGNMENT = 256
-"""Bytes: at multiples of it `cudaMalloc` begins, and TensorRT wants every tensor to."""
+"""Bytes: `cudaMalloc` returns multiples of it, and TensorRT requires every tensor to start at one."""
 CHUNK = 1024
 """Tokens of the longest step of one sequence."""
 ROWS = 256
-"""Tokens of one run whose logits are computed. More are wanted when texts are scored, which takes several runs then."""
+"""Largest number of tokens of one run whose logits are computed. Scoring a text needs more, and takes several runs."""
 SEQUENCES = 16
-"""Sequences that decode together."""
+"""Largest number of sequences that decode together."""
 
 Shape = tuple[int | str, ...]
 """Numbers, and the symbols `batch`, `tokens` and `rows`."""
 Range = tuple[int, int, int]
-"""Least, usual and most."""
+"""Minimum, optimum and maximum."""
 
 
 @dataclass(frozen=True)
 class KeptTensor:
-    """A tensor that lasts from step to step: the network reads it as `input` and writes it, in place, as `output`."""
+    """A tensor that persists from step to step: the network reads it as `input` and updates it in place as `output`."""
 
     input: str
     output: str
     shape: tuple[int, ...]
-    """Of one sequence: [heads, positions, columns]. The network has the batch before it."""
+    """Shape for one sequence: [heads, positions, columns]. The network adds the batch axis before it."""
     number: str
     """`"float16"`, `"bfloat16"`, `"float32"`."""
 
     @property
     def nbytes(self) -> int:
-        """Of one sequence."""
+        """Bytes for one sequence."""
         size = 4 if self.number == "float32" else 2
         for count in self.shape:
             size *= count
@@ -65,14 +65,14 @@ class KeptTensor:
 
 @dataclass(frozen=True)
 class ShapeProfile:
-    """Shapes that one way of running takes: an optimisation profile of TensorRT's."""
+    """Shapes accepted by one way of running: an optimization profile of TensorRT."""
 
     batch: Range
     tokens: Range
     rows: Range
 
     def shapes(self, shape: Shape) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-        """A shape at its least, usual and most."""
+        """A shape at its minimum, optimum and maximum."""
         sizes: dict[str, Range] = {"batch": self.batch, "tokens": self.tokens, "rows": self.rows}
         least, usual, most = (tuple(sizes[n][k] if isinstance(n, str) else n for n in shape) for k in range(3))
         return least, usual, most
@@ -86,22 +86,22 @@ class Network:
 
     number: str
     context: int
-    """Tokens that a sequence may have; the caches may hold a few positions more."""
+    """Largest number of tokens of a sequence; the caches may have a few more positions."""
     vocabulary: int
     kept: tuple[KeptTensor, ...]
     prefill: ShapeProfile
-    """One sequence with up to `CHUNK` tokens. Steps that are shorter than its least are decoded token by token."""
+    """One sequence with up to `CHUNK` tokens. Steps shorter than its minimum are decoded token by token."""
     decode: ShapeProfile
     """Up to `SEQUENCES` sequences with one token each."""
     queries: tuple[int, ...] = ()
-    """Of each output `query.N`, [batch, heads, tokens, columns]: heads times columns. Where blocks choose what they
-    read it is [blocks, heads, places, columns], with up to 126 places more than tokens. It has the network's number."""
+    """Heads times columns of each output `query.N`, which is [batch, heads, tokens, columns] in the network's dtype. In
+    sparse attention it is [blocks, heads, places, columns], with up to 126 more places than tokens."""
     sparsity: str = "dense"
-    """The policy that is built in."""
+    """The sparsity policy that is built in."""
 
     @property
     def slot_bytes(self) -> int:
-        """What the caches of one sequence take."""
+        """Bytes of the caches of one sequence."""
         return sum(k.nbytes for k in self.kept)
 
     def to_json(self) -> str:
@@ -109,7 +109,7 @@ class Network:
 
     @classmethod
     def from_json(cls, text: str) -> Network:
-        """Raises ValueError, KeyError or TypeError for what is none."""
+        """Raises ValueError, KeyError or TypeError for text that `to_json` did not write."""
         raw: dict[str, Any] = json.loads(text)
         raw["kept"] = tuple(KeptTensor(k["input"], k["output"], tuple(k["shape"]), k["number"]) for k in raw["kept"])
         raw["queries"] = tuple(raw["queries"])

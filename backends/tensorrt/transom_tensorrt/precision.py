@@ -1,27 +1,27 @@
-"""In what numbers a network computes, by what was asked for, the card and the checkpoint.
+"""The compute precision of a network, from the option `precision`, the card and the checkpoint.
 
-| `precision` | What it means |
+| `precision` | Meaning |
 |---|---|
 | `exact`, `f32` | float32 throughout, without TF32 and without fused attention; for checking, not for speed |
 | `f16`, `bf16` | float16 or bfloat16 products and cache; `bf16` needs sm_80 |
-| `fp8` | plain matrices in float8 (E4M3, a scale for each row), their inputs too (one scale each); sm_89 and newer |
+| `fp8` | plain matrices in float8 (E4M3, a scale for each row), and their inputs (one scale each); sm_89 and newer |
 | `fast` | as `fp8`, and attention in float8: for long prompts, see below |
-| `int8` | plain matrices in int8, a scale for each row; their inputs are as they are |
-| `int4` | plain matrices in int4, blocks of 32 columns; their inputs are as they are |
-| `auto` | `fp8` where the card has it and the checkpoint has plain matrices; else as stored |
+| `int8` | plain matrices in int8, a scale for each row; inputs unchanged |
+| `int4` | plain matrices in int4, blocks of 32 columns; inputs unchanged |
+| `auto` | `fp8` if the card supports it and the checkpoint has plain matrices; otherwise as stored |
 
-The vocabulary matrix is in int8 by rows wherever matrices are rounded: it is read once for each token, and on
-SmolLM2-135M half of the divergence of `fp8` came from it.
+The vocabulary matrix becomes int8 by rows whenever matrices are quantized: it is read once for each token, and on
+SmolLM2-135M it caused half of the divergence of `fp8`.
 
-4-bit blocks of a checkpoint are kept as they are stored, those with zero points or minimums too. 8-bit blocks are
-rounded anew to int8 by rows: TensorRT unpacks a whole matrix in blocks before each product (tensorrt-rtx 1.7).
+4-bit blocks of a checkpoint are kept as stored, including those with zero points or minimums. 8-bit blocks are
+requantized to int8 by rows: TensorRT unpacks a whole block-quantized matrix before each product (tensorrt-rtx 1.7).
 
-Scales for inputs come from the texts that the host gives; without any, `fp8` keeps the inputs as they are. What is not
-rounded is float16, or bfloat16 for a checkpoint of bfloat16 on sm_80 and newer, and where the texts show numbers in
-attention that come near the end of float16.
+Scales for inputs come from the host's calibration texts; without any, `fp8` leaves inputs unchanged. Everything that is
+not quantized is float16. It is bfloat16 for a bfloat16 checkpoint on sm_80 and newer, and if the calibration texts
+show values in attention close to float16's limit.
 
-`fast` rounds the cache to float8 before each attention, since TensorRT keeps none in float8: a long prompt's products
-gain by it, while each decoded token reads the cache and writes it once more.
+`fast` quantizes the cache to float8 before each attention, since TensorRT cannot store it in float8: long prompts get
+faster products, but each decoded token reads and writes the cache once more.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from transom.graph.weights import Weight
 
 ROUNDING = ("fast", "int8", "fp8", "int4")
-"""Those that say what plain matrices are rounded to."""
+"""Values of `precision` that name what plain matrices are quantized to."""
 NAMES = ("auto", "exact", "fast", "f32", "bf16", "f16", "int8", "fp8", "int4")
 Number = Literal["float32", "bfloat16", "float16"]
 Rounded = Literal["", "int8", "fp8", "int4"]
@@ -48,21 +48,21 @@ BFLOAT16_SINCE = 80
 
 @dataclass(frozen=True)
 class RtxPrecision:
-    """A resolved choice."""
+    """A resolved `precision`."""
 
     number: Number
-    """Of products, activations between them and the cache."""
+    """Dtype of products, their activations and the cache."""
     rounded: Rounded = ""
-    """What plain matrices are rounded to; empty: nothing."""
+    """What plain matrices are quantized to; empty: they are not."""
     activations: bool = False
-    """Whether inputs of rounded products are rounded, too."""
+    """Whether inputs of quantized products are quantized, too."""
     attention: bool = False
     """Whether attention is in float8."""
     free: bool = False
-    """Whether `number` was nobody's wish, so that it may become bfloat16 where float16 is too short."""
+    """Whether `number` was not requested, so that it may become bfloat16 if float16's range is too small."""
 
     def describe(self, matrices: Iterable[Weight]) -> str:
-        """As a report has it."""
+        """The text for a report."""
         stored = {"int4": "int4", "uint4": "int4", "float8e4m3fn": "fp8"}
         forms = {stored.get(w.dtype, "int8") for w in matrices if isinstance(w, Blocked)}
         if self.rounded:
@@ -79,17 +79,17 @@ def resolve(options: Options, arch: int, matrices: Iterable[Weight], *, emulated
     Args:
         arch: 89 for sm_89.
         matrices: the weights of matrix products.
-        emulated: in onnxruntime, which has float8 and lacks bfloat16.
+        emulated: whether it runs in onnxruntime, which has float8 and lacks bfloat16.
 
     Raises:
-        OptionError: the value is unknown, or this card or this checkpoint cannot have it.
+        OptionError: the value is unknown, or this card or this checkpoint does not support it.
     """
     asked = str(options.get("precision") or "auto")
     if asked not in NAMES:
         raise OptionError(f"{option('precision', asked)} is unknown", f"It is one of {', '.join(NAMES)}")
     known = list(matrices)
     plain = [w for w in known if isinstance(w, Dense)]
-    """What is rounded, where anything is."""
+    """The matrices to quantize, if any are."""
     if asked in ("exact", "f32"):
         return RtxPrecision("float32")
     if asked == "bf16":
@@ -121,10 +121,10 @@ def resolve(options: Options, arch: int, matrices: Iterable[Weight], *, emulated
         uneven = next((w for w in plain if w.shape[-1] % 32), None)
         if uneven is not None:
             raise OptionError(
-                f"{option('precision', 'int4')} rounds blocks of 32 columns, and a matrix has {uneven.shape[-1]}",
+                f"{option('precision', 'int4')} quantizes blocks of 32 columns, and a matrix has {uneven.shape[-1]}",
                 f"Use {option('precision', 'int8')}",
             )
     inputs = rounded == "fp8" and bool(options.get("calibration"))
     if inputs:
-        number = "float16"  # what is rounded to float8 goes through float32, and the texts show what attention needs
+        number = "float16"  # results of float8 products are float32, and the texts show what attention needs
     return RtxPrecision(number, rounded, inputs, attention=asked == "fast" and inputs, free=True)

@@ -1,4 +1,4 @@
-"""What the backend says of each device and of each artifact, from the host's records and installed packages alone."""
+"""Offers, refusals and verdicts, decided from the host's device records and installed packages alone."""
 
 from __future__ import annotations
 
@@ -16,34 +16,34 @@ from transom_tensorrt.sdk import CLASSIC, OLDEST, RTX, SERVED, Sdk, installed, n
 
 INSTALL = "pip install 'transom[tensorrt]'"
 FORMAT = "1"
-"""Of the files that this backend writes."""
+"""Version of the files that this backend writes."""
 EMULATE = "TRANSOM_TENSORRT_EMULATE"
 EMULATED = "emulated"
 FLOAT8_SINCE = 89
 DATA_CENTRES = (80, 90, 100, 103)
 """Architectures that TensorRT-RTX is not made for, though it has code for sm_80."""
 OUR_KERNELS = (70, 80, 86, 89, 90)
-"""Architectures that the backend `cuda_triton` takes, and others are not sent to."""
+"""Architectures that the backend `cuda_triton` supports; a fix recommends it for these only."""
 RUN_ONLY = frozenset({
     "__init__", "backend", "cuda", "emulating", "engine", "executing", "kernel_cache", "loading", "rtx", "session",
 })  # fmt: skip
-"""Modules of this package that no network is written and no engine built by."""
+"""Modules of this package that take no part in writing networks or building engines."""
 
 
 def emulating() -> bool:
-    """Whether networks run in onnxruntime, on the CPU, in place of engines."""
+    """Whether networks run in onnxruntime on the CPU instead of engines."""
     return os.environ.get(EMULATE) == "1"
 
 
 def architecture(device: Device) -> int:
-    """89 for sm_89; 0 for what is no NVIDIA GPU."""
+    """89 for sm_89; 0 if the device is not an NVIDIA GPU."""
     found = re.fullmatch(r"sm_(\d+)", device.arch)
     return int(found.group(1)) if found else 0
 
 
 def sdk_for(device: Device, sdks: Sequence[Sdk]) -> Sdk | None:
-    """What serves a device: tensorrt-rtx, or classic TensorRT, which builds where the card is. Cards of data centres
-    take the latter where both would do."""
+    """The SDK for a device: tensorrt-rtx, or classic TensorRT, which builds only on a machine with the card. If both
+    are possible, data-center cards use classic TensorRT."""
     arch = architecture(device)
     fit = [s for s in sdks if arch in SERVED[s.name] and not s.old and (s.crosses or device.kind == "cuda")]
     preferred = CLASSIC if arch in DATA_CENTRES else RTX
@@ -53,10 +53,10 @@ def sdk_for(device: Device, sdks: Sequence[Sdk]) -> Sdk | None:
 def answer(
     device: Device, sdks: Sequence[Sdk] | None = None, packages: Mapping[str, str] | None = None
 ) -> Offer | Refusal:
-    """Yes or no for one device.
+    """An offer or a refusal for one device.
 
     Args:
-        sdks, packages: for tests; what is installed, packages as `_packages` gives them.
+        sdks, packages: installed SDKs and the result of `_packages`; given by tests.
     """
     sdks = installed() if sdks is None else sdks
     packages = _packages() if packages is None else packages
@@ -85,7 +85,7 @@ def answer(
 
 
 def _old_driver(device: Device, sdk: Sdk, bindings: str) -> Refusal | None:
-    """Where an engine could be built, which takes minutes, and never loaded."""
+    """A refusal if the driver could not load an engine, which would take minutes to build."""
     needed = {f"{sdk.name} {sdk.version}": sdk.cuda, f"cuda-bindings {bindings}": _major(bindings)}
     by = max(needed, key=lambda name: needed[name])
     here, driver = _major(device.drivers.get("cuda", "")), device.drivers.get("nvidia", "that is here")
@@ -96,13 +96,13 @@ def _old_driver(device: Device, sdk: Sdk, bindings: str) -> Refusal | None:
 
 
 def _major(version: str) -> int:
-    """0 where it is not known."""
+    """The major version; 0 if unknown."""
     return next(iter(numbers(version)), 0)
 
 
 def _band(arch: int) -> Literal["tuned", "native"]:
-    """FP8 and engines for the very card are what it was made for; elsewhere our own kernels come first, which need no
-    rounding to be fast."""
+    """Tuned where FP8 and engines for the exact card pay off. Elsewhere Transom's own kernels come first: they are fast
+    without quantization."""
     return "tuned" if arch in (89, 120, 121) else "native"
 
 
@@ -140,20 +140,19 @@ def _emulated(device: Device, packages: Mapping[str, str]) -> Offer | Refusal:
 
 @functools.cache
 def _packages() -> Mapping[str, str]:
-    """Versions of those that are installed."""
+    """Versions of the installed packages that this backend needs."""
     names = {"cuda": "cuda-bindings", "onnxruntime": "onnxruntime"}
     return {name: version for name, package in names.items() if (version := version_of(package)) is not None}
 
 
 @functools.cache
 def code_digest() -> str:
-    """Of what networks are written by: engines that other code has made are built anew."""
+    """Digest of the modules that write networks: engines made by other code are rebuilt."""
     return digest_of(Path(__file__).parent)
 
 
 def digest_of(package: Path) -> str:
-    """Of all modules but those of `RUN_ONLY`: an engine that is built anew for nothing costs minutes, and one that
-    should have been and was not gives wrong answers."""
+    """Digest of all modules except `RUN_ONLY`: a needless rebuild costs minutes, a missing one gives wrong results."""
     digest = hashlib.blake2b(digest_size=8)
     for path in sorted(package.rglob("*.py")):
         name = path.relative_to(package).with_suffix("").as_posix()
@@ -163,7 +162,7 @@ def digest_of(package: Path) -> str:
 
 
 def requirements(device: Device) -> dict[str, str]:
-    """What an engine built for a device needs: everything that `judge` compares, but for the context."""
+    """Requirements of an engine built for a device: everything that `judge` compares, except the context."""
     if emulating():
         return {"format": FORMAT, "code": code_digest(), "arch": EMULATED, "sdk": "onnxruntime"}
     sdk = sdk_for(device, installed())
@@ -172,8 +171,8 @@ def requirements(device: Device) -> dict[str, str]:
 
 
 def judge(requires: Mapping[str, str], device: Device) -> Verdict:
-    """May an engine be opened on this device? An engine runs on the architecture it was built for, by the version that
-    built it; nothing of it is opened to see that."""
+    """Whether an engine can be opened on this device. An engine runs only on the architecture it was built for, with
+    the version that built it; this is decided without opening it."""
     here = requirements(device)
     if requires.get("arch") != here["arch"]:
         return Verdict("rebuild", f"built for {requires.get('arch', 'an unknown card')}, and this is {here['arch']}")

@@ -1,8 +1,8 @@
-"""The network on a card, by TensorRT: an engine, one execution context for each way of running, and the caches.
+"""Runs the network on a card with TensorRT: an engine, one execution context for each way of running, and the caches.
 
-Nothing but token ids goes to the card in a step, and nothing but logits comes back. A context reads a cache and writes
-it at the same address, that of the first slot of the run. Both contexts share the memory of activations, since they
-never run at once.
+In a step only token ids go to the card and only logits come back. A context reads and writes a cache at the same
+address, that of the first slot of the run. Both contexts share one block of activation memory, since they never run at
+the same time.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from transom_tensorrt.kernel_cache import KernelCache
 from transom_tensorrt.network import ALIGNMENT, QUERY, KeptTensor, Network
 
 SHARE = 0.9
-"""Of the memory that is free once everything else is there, what slots may take: the rest is for kernels that are yet
-to be compiled, for recorded graphs and for other programs."""
+"""Share of the memory still free after loading that slots may take. The rest is for kernels that are compiled later,
+for captured graphs and for other programs."""
 READ_BYTES = 64 << 20
-"""Of an engine's file in host memory at once."""
+"""Largest part of an engine's file that is in host memory at once."""
 LAST_WORDS = 8
-"""Messages of TensorRT's that an error shows."""
+"""Messages from TensorRT that an error quotes."""
 WARM_RUNS = 3
-"""The first sets things up, the second is recorded, the third is the first replay."""
+"""The first run sets things up, the second is captured, the third is the first replay."""
 MORE_PLACES = 126
-"""For queries, than there are tokens: see `Network.queries`."""
+"""Places for queries beyond the number of tokens: see `Network.queries`."""
 DAMAGED = "Remove it with: transom cache clear"
 _WRONG = {
     "VERSION_MISMATCH": ("it was built by another version of TensorRT", DAMAGED),
@@ -41,13 +41,13 @@ _WRONG = {
     "OLD_CUDA_RUNTIME": ("the CUDA runtime is too old", "pip install -U 'transom[tensorrt]'"),
     "INSUFFICIENT_GPU_MEMORY": ("the card has too little memory", "Use a card with more memory, or smaller weights"),
     "MALFORMED_ENGINE": ("the file is damaged", DAMAGED),
-    "CUDA_ERROR": ("CUDA does not work", "See whether nvidia-smi answers"),
+    "CUDA_ERROR": ("CUDA does not work", "Check that nvidia-smi works"),
 }
-"""What `get_engine_validity` may find, by TensorRT's names: reason and fix."""
+"""Reason and fix for each diagnostic of `get_engine_validity`, by TensorRT's names."""
 
 
 class Words:
-    """The last that TensorRT said of errors. Its threads may speak at any time."""
+    """The last error messages from TensorRT, whose threads may log at any time."""
 
     def __init__(self, trt: Any) -> None:
         last: deque[str] = deque(maxlen=LAST_WORDS)
@@ -65,22 +65,22 @@ class Words:
         self.logger = Logger()
 
     def error(self, what: str, fix: str) -> EngineError:
-        """An error with the words since the one before it."""
-        said = tuple(self._last)
+        """An error with the messages logged since the previous one."""
+        logged = tuple(self._last)
         self._last.clear()
-        return EngineError(f"TensorRT cannot {what}" + (f": {said[-1]}" if said else ""), fix, said[:-1])
+        return EngineError(f"TensorRT cannot {what}" + (f": {logged[-1]}" if logged else ""), fix, logged[:-1])
 
 
 class RtxExecutor:
-    """An `Executor` on a card.
+    """A `NetworkExecutor` on a card.
 
     Args:
         trt: the module `tensorrt_rtx`, or `tensorrt`.
-        plan: the file of the engine.
-        kernels: where compiled kernels are kept.
+        plan: the engine's file.
+        kernels: the cache of compiled kernels.
 
     Raises:
-        EngineError: TensorRT does not take the engine, or it is not that of the network.
+        EngineError: TensorRT does not open the engine, or the engine does not match the network.
         DoesNotFit: the card has no memory for weights or activations.
     """
 
@@ -100,12 +100,12 @@ class RtxExecutor:
             raise self._too_large(self.weight_bytes, "Its weights take")
         try:
             self._runtime = trt.Runtime(self._words.logger)
-        except TypeError as e:  # all that its bindings say where there is no runtime
-            raise self._words.error(f"start on {card.name}", "See whether nvidia-smi answers") from e
+        except TypeError as e:  # raised by its bindings when no runtime can be created
+            raise self._words.error(f"start on {card.name}", "Check that nvidia-smi works") from e
         try:
             self._open(plan)
         except BaseException as e:
-            # Whoever keeps the error keeps its frames, and this executor and contexts in them, with all their memory.
+            # A stored error keeps its frames alive, and through them this executor and its contexts with their memory.
             traceback.clear_frames(e.__traceback__)
             self._release()
             raise
@@ -121,7 +121,7 @@ class RtxExecutor:
             self._buffers()
         except OutOfMemory as e:
             size = self._activation_bytes() + 4 * self._most_rows() * self._network.vocabulary
-            raise self._too_large(size, "Beside its weights, activations and logits take") from e
+            raise self._too_large(size, "In addition to its weights, activations and logits take") from e
         for index, way in enumerate(WAYS):
             self._contexts[way] = self._context(index)
 
@@ -132,15 +132,15 @@ class RtxExecutor:
         )
 
     def _check_names(self) -> None:
-        """Whether the engine is that of the network."""
+        """Raises EngineError if the engine does not match the network."""
         names = {self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)}
         kept = {name for k in self._network.kept for name in (k.input, k.output)}
         if names != {"input_ids", "past", "rows", "logits", *kept, *self._queries()}:
             raise EngineError("The engine of this compiled model has other inputs than its network", DAMAGED)
         if self._engine.num_optimization_profiles != len(WAYS):
             raise EngineError("The engine of this compiled model takes other shapes than its network", DAMAGED)
-        if any(k.nbytes % ALIGNMENT for k in self._network.kept):  # `compiling` has refused that
-            raise EngineError("The caches of this compiled model do not lie where TensorRT takes them", DAMAGED)
+        if any(k.nbytes % ALIGNMENT for k in self._network.kept):  # `compiling` refuses such networks
+            raise EngineError("The caches of this compiled model are not aligned as TensorRT requires", DAMAGED)
 
     def _queries(self) -> list[str]:
         return [f"{QUERY}.{i}" for i in range(len(self._network.queries))]
@@ -152,7 +152,7 @@ class RtxExecutor:
         return max(profile_of(self._network, way).rows[2] for way in WAYS)
 
     def _buffers(self) -> None:
-        """Places that never change, so that what TensorRT has recorded stays right."""
+        """Allocate buffers at fixed addresses, so that TensorRT's captured graphs stay valid."""
         profiles = [profile_of(self._network, way) for way in WAYS]
         sizes = {
             "input_ids": max(p.batch[2] * p.tokens[2] for p in profiles),
@@ -182,7 +182,7 @@ class RtxExecutor:
         if hasattr(config, "create_runtime_cache"):  # TensorRT-RTX, which compiles for the card and its shapes here
             self._kernels.attach(config)
             config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
-            # A prompt of a new length must not wait until its kernels are compiled: it runs with those for any length.
+            # A prompt of a new length must not wait for its kernels: until they are compiled it uses generic ones.
             config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.LAZY
         context = self._engine.create_execution_context(config)
         if context is None:
@@ -205,7 +205,7 @@ class RtxExecutor:
         while slots:
             try:
                 base = self._card.allocate(sum(aligned(slots * kept.nbytes) for kept in self._network.kept))
-            except OutOfMemory:  # somebody else took it, or it is in pieces
+            except OutOfMemory:  # another program took it, or it is fragmented
                 slots = slots * 3 // 4
                 continue
             for kept in self._network.kept:
@@ -216,13 +216,13 @@ class RtxExecutor:
         fitting = min(network.context * left // network.slot_bytes, network.context // 2)
         raise DoesNotFit(
             f"A cache of {network.context} tokens takes {_size(network.slot_bytes)} on {self._card.name}, and "
-            f"{_size(left)} are left beside weights and activations",
+            f"{_size(left)} are left after weights and activations",
             f"Load it with {option('context', fitting)} or less" if fitting else "Use a card with more memory",
         )
 
     def _place(self, kept: KeptTensor, slot: int, positions: int = 0) -> tuple[int, int, int]:
-        """Where a slot's part of a kept tensor is: its address, the bytes of a head, and how many of those the first
-        positions need."""
+        """A slot's part of a kept tensor: its address, the bytes of a head, and how many of these the first `positions`
+        take."""
         heads, rows, _ = kept.shape
         head = kept.nbytes // heads
         needed = rows_of(self._network, kept, positions) * (head // rows)
@@ -262,19 +262,19 @@ class RtxExecutor:
         self._bind(way, context, (*ids.shape, len(rows), first))
         card.upload(self._inputs, self._given.pointer, self._given.array.nbytes)
         if not context.execute_async_v3(card.stream):
-            raise self._words.error("run a step", "See whether nvidia-smi answers, and load the model anew")
+            raise self._words.error("run a step", "Check that nvidia-smi works, and load the model again")
         card.download(self._logits.pointer, self._outputs, 4 * len(rows) * self._network.vocabulary)
         card.wait()
         return self._logits.array[: len(rows)]
 
     def _bind(self, way: Way, context: Any, shape: tuple[int, int, int, int]) -> None:
-        """Shapes and addresses, those that are others than the last time: a deep model has hundreds.
+        """Set the shapes and addresses that changed since the last run: a deep model has hundreds.
 
         Args:
             shape: slots, tokens of each, rows, and the first slot.
         """
         count, tokens, rows, first = shape
-        before = self._bound.pop(way, (-1, -1, -1, -1))  # put back once all is bound
+        before = self._bound.pop(way, (-1, -1, -1, -1))  # stored again once everything is bound
         done = True
         if shape[:3] != before[:3]:
             for name, size in (("input_ids", (count, tokens)), ("past", (count,)), ("rows", (rows,))):
@@ -290,7 +290,7 @@ class RtxExecutor:
         self._bound[way] = shape
 
     def warm_up(self) -> None:
-        """Compile what is not in the cache of kernels, and record a step of one token."""
+        """Compile kernels that are not cached, and capture a step of one token."""
         zero = np.zeros(1, np.int64)
         tokens = profile_of(self._network, "prefill").tokens[1]
         self.run("prefill", np.zeros((1, tokens), np.int64), zero, zero, 0)
@@ -303,7 +303,7 @@ class RtxExecutor:
         if self._closed:
             return
         self._closed = True
-        with contextlib.suppress(EngineError):  # a card that does not answer is let go all the same
+        with contextlib.suppress(EngineError):  # a card that does not respond is released anyway
             self._card.use()
         try:
             self._kernels.save()
@@ -312,18 +312,18 @@ class RtxExecutor:
             self._card.close()
 
     def _release(self) -> None:
-        """Let go of what is TensorRT's: a context before its engine, its kernels, and the memory and stream
-        that `CudaCard` gave it; an engine before its runtime."""
+        """Release TensorRT's objects: contexts before the engine, the kernels, and the memory and stream from
+        `CudaCard`; the engine before the runtime."""
         self._contexts.clear()
         self._kernels.close()
         self._engine = self._runtime = None
 
 
 def _check_header(runtime: Any, trt: Any, plan: Path) -> None:
-    """What TensorRT can say of an engine before it opens it.
+    """Check an engine's header before it is opened.
 
     Raises:
-        EngineError: it would not take it, and why.
+        EngineError: TensorRT would not open it; the reason is included.
     """
     if not hasattr(runtime, "get_engine_validity"):  # classic TensorRT
         return
@@ -334,12 +334,12 @@ def _check_header(runtime: Any, trt: Any, plan: Path) -> None:
         return
     kinds = trt.EngineInvalidityDiagnostics.__members__
     wrong = [_WRONG[name] for name, kind in kinds.items() if name in _WRONG and int(found) & int(kind.value)]
-    reason, fix = wrong[0] if wrong else ("it does not say why", DAMAGED)
-    raise EngineError(f"TensorRT {trt.__version__} does not take the engine of this model: {reason}", fix)
+    reason, fix = wrong[0] if wrong else ("it gives no reason", DAMAGED)
+    raise EngineError(f"TensorRT {trt.__version__} does not open the engine of this model: {reason}", fix)
 
 
 def _reader(trt: Any, file: Any) -> Any:
-    """The file as TensorRT reads it: in parts, so that it is never in host memory as a whole."""
+    """Gives TensorRT the file in parts, so that it is never in host memory as a whole."""
 
     class Reader(trt.IStreamReaderV2):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -351,7 +351,7 @@ def _reader(trt: Any, file: Any) -> Any:
 
         def seek(self, offset: int, where: Any) -> bool:
             from_end = where == trt.SeekPosition.END
-            # Some of TensorRT's documents count backwards from the end with a positive offset, some with a negative.
+            # TensorRT's documentation disagrees with itself on the sign of an offset from the end.
             file.seek(-abs(offset) if from_end else offset, 2 if from_end else int(where == trt.SeekPosition.CUR))
             return True
 

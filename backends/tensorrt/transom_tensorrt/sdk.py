@@ -1,7 +1,7 @@
-"""Which TensorRT is meant: `tensorrt-rtx`, which builds for cards that are not here, or classic `tensorrt`.
+"""The two SDKs: `tensorrt-rtx`, which builds for cards that are not present, and classic `tensorrt`.
 
-Both have the same Python API as far as this backend goes. Versions are read from installed packages; the libraries
-themselves are imported by `library` alone, when something is built or loaded.
+Both have the same Python API as far as this backend uses it. Versions are read from installed packages; only `library`
+imports the libraries themselves, when something is built or loaded.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ PACKAGES = {
     RTX: ("tensorrt-rtx", "tensorrt_rtx", "tensorrt_rtx_cu13", "tensorrt_rtx_cu12"),
     CLASSIC: ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"),
 }
-"""Names of distributions, by SDK."""
+"""Distribution names, by SDK."""
 MODULES = {RTX: "tensorrt_rtx", CLASSIC: "tensorrt"}
 OLDEST = {RTX: (1, 7), CLASSIC: (10, 15)}
-"""With attention, lengths and an updated cache as layers of their own."""
+"""The oldest versions that have layers for attention, lengths and cache updates."""
 SERVED = {RTX: (75, 80, 86, 89, 120, 121), CLASSIC: (80, 86, 89, 90, 100, 103, 120, 121)}
-"""Architectures, 89 for sm_89. Classic TensorRT serves sm_75, too, without its fused attention."""
+"""Supported architectures; 89 for sm_89. Classic TensorRT also runs on sm_75, but without fused attention."""
 
 
 @dataclass(frozen=True)
 class Sdk:
-    """An installed one."""
+    """An installed SDK."""
 
     name: str
     version: str
     cuda: int = 12
-    """The major version of CUDA that it is made for."""
+    """The major version of CUDA that it needs."""
 
     @property
     def crosses(self) -> bool:
-        """Whether it builds for cards that are not here."""
+        """Whether it builds for cards that are not present."""
         return self.name == RTX
 
     @property
@@ -47,7 +47,7 @@ class Sdk:
 
 @functools.cache
 def installed() -> tuple[Sdk, ...]:
-    """Those that are installed. The package `tensorrt` of PyPI that only downloads another one does not count."""
+    """The installed SDKs. PyPI's package `tensorrt`, which only downloads another one, does not count."""
     found = []
     for name, packages in PACKAGES.items():
         versions = {package: v for package in packages if (v := version_of(package)) is not None}
@@ -65,7 +65,7 @@ def version_of(package: str) -> str | None:
 
 
 def _has_module(packages: tuple[str, ...], module: str) -> bool:
-    """Whether one of the packages brings the module; asking for it by `find_spec` might find something of ours."""
+    """Whether one of the packages contains the module; `find_spec` might find an unrelated module of that name."""
     for package in packages:
         try:
             files = importlib.metadata.distribution(package).files or ()

@@ -1,4 +1,4 @@
-"""The contract session over slots: a sequence holds one, and can be written down and made again."""
+"""The contract session over slots: a sequence holds one slot, and can be saved and restored."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from transom_tensorrt.network import CHUNK
 
 
 class SlotSession(PagedSession):
-    """A `transom.contract.SavingSession`.
+    """A `transom.contract_optional.SavingSession`.
 
     Args:
-        context: tokens that one state may hold; at most the network's.
+        context: tokens that one state may hold; at most the network's context.
     """
 
     def __init__(self, engine: SlotEngine, decoder: Decoder, *, context: int) -> None:
@@ -28,7 +28,7 @@ class SlotSession(PagedSession):
         )
 
     def save(self, state: State) -> Mapping[str, Tensor]:
-        """What is kept of the state by the input's name, [heads, rows, columns]: float32, or bits of 16-bit numbers."""
+        """The kept tensors of a state by input name, [heads, rows, columns]: float32, or raw bits of 16-bit floats."""
         self._need_open()
         if not isinstance(state, PagedState) or state.table.pool is not self._pool:
             raise ValueError("this sequence state belongs to another session")
@@ -37,10 +37,10 @@ class SlotSession(PagedSession):
         return self._slots.read(pages[0] if pages else 0, state.length)
 
     def restore(self, length: int, arrays: Mapping[str, Tensor]) -> PagedState:
-        """A state out of what `save` gave.
+        """A state made from the result of `save`.
 
         Raises:
-            ValueError: these are no arrays of a state of so many tokens.
+            ValueError: the arrays are not those of a state of `length` tokens.
             OutOfPages: no slot is free.
         """
         self._need_open()
@@ -52,7 +52,7 @@ class SlotSession(PagedSession):
             heads, _, columns = kept.shape
             array = given[kept.input] = np.asarray(arrays.get(kept.input, ()))
             if array.dtype != stored(kept) or array.shape != (heads, rows_of(network, kept, length), columns):
-                raise ValueError(f"{kept.input} is not that of {length} tokens")
+                raise ValueError(f"{kept.input} does not match a state of {length} tokens")
         state = self.new_state()
         if not length:
             return state

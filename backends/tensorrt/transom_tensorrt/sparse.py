@@ -1,16 +1,16 @@
 """Sparse attention in static shapes: the same choice as `transom.ops.sparse_routing`, with a fixed number of units.
 
-What a block of queries reads is gathered out of the cache, a fixed number of units for each KV head, and attention runs
-over that. Every step is a standard operator whose shapes follow from those of the inputs, so TensorRT needs no plug-in.
-The means and variances of nodes are kept beside the cache, and those that new tokens belong to are made anew.
+For each block of queries a fixed number of units per KV head is gathered from the cache, and attention runs over them.
+Every step is a standard operator whose shapes follow from those of the inputs, so TensorRT needs no plug-in. Means and
+variances of nodes are kept beside the cache, and recomputed for nodes that get new tokens.
 
-Only policies that choose a number of units (`top_k`) have such shapes, and without columns, which would need queries
-that are gone. Blocks that read everything, because they have few keys or would read most of them, find room in the same
-units: see `SparseSizes`.
+Only policies that choose a fixed number of units (`top_k`) have such shapes, and only without columns, which would need
+queries of past steps. Blocks that read everything, because they have few keys or would read most of them, fit into the
+same number of units: see `SparseSizes`.
 
-Shapes in the comments: B sequences with S new tokens each; K KV heads with G query heads; NB blocks of W query places;
-R queries that are looked at of a block; C positions in the cache, N nodes, U units; F units before the local window
-that are read; L keys of the local window and the block itself; D columns of a key head.
+Shapes in the comments: B sequences with S new tokens each; K KV heads with G query heads each; NB blocks of W query
+places; R sampled queries of a block; C positions in the cache, N nodes, U units; F units before the local window that
+are read; L keys of the local window and the block itself; D columns of a key head.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ if TYPE_CHECKING:
     from transom_tensorrt.attention import LayerAttention
 
 FORCED = 2.0
-"""A score above any that a unit can have: of the first block."""
+"""Score of the first block, above any that a unit can have."""
 
 
 def unaligned(policy: Sparsity, columns: int) -> str:
-    """Why means of heads with so many columns lie where TensorRT takes no tensor; empty if they do not. Each block
-    has some nodes, and their float32 numbers have to fill a whole number of steps."""
+    """Why the means of heads with `columns` columns are not aligned for TensorRT; empty if they are. The float32 means
+    of a block's nodes must fill a multiple of `ALIGNMENT`."""
     if policy.dense or BLOCK // policy.node * columns * 4 % ALIGNMENT == 0:
         return ""
     least = ALIGNMENT // 4 // math.gcd(ALIGNMENT // 4, BLOCK // policy.node)
@@ -46,7 +46,7 @@ def unaligned(policy: Sparsity, columns: int) -> str:
 
 @dataclass(frozen=True)
 class SparseSizes:
-    """Fixed numbers of a policy over a cache."""
+    """The fixed sizes of a policy over a cache."""
 
     rule: Sparsity
     positions: int
@@ -64,7 +64,7 @@ class SparseSizes:
 
     @property
     def nodes(self) -> int:
-        """N: a block more than there are positions, into which the update of the last nodes may reach."""
+        """N, for one block more than the cache has: the update of the last nodes may reach into it."""
         return (self.positions + BLOCK) // self.rule.node
 
     @property
@@ -74,7 +74,7 @@ class SparseSizes:
 
     @property
     def far(self) -> int:
-        """F: those that are chosen and those of the first block, or all of a block that reads everything."""
+        """F: the chosen units and those of the first block, or all units of a block that reads everything."""
         rule = self.rule
         chosen = rule.top_k + BLOCK // rule.unit
         everything = rule.dense_below
@@ -92,18 +92,18 @@ class SparseSizes:
 
 @dataclass(frozen=True)
 class SparseHeads:
-    """KV heads of a layer that choose, of all that its cache has."""
+    """The sparse KV heads of a layer, among all heads of its cache."""
 
     layer: LayerAttention
-    """With the chosen heads alone."""
+    """The layer with the sparse heads only."""
     heads: tuple[int, ...]
     total: int
 
 
 class Blocks:
-    """Where the queries of a step are: which block each belongs to, and which of them are looked at.
+    """The positions of a step's queries: the block of each, and which queries are sampled.
 
-    With one token to a sequence, as in decoding, a block has one place, else 64.
+    With one token per sequence, as in decoding, a block has one place, otherwise 64.
     """
 
     def __init__(self, write: OnnxWriter, past: ir.Value, ids: ir.Value, sizes: SparseSizes) -> None:
@@ -122,7 +122,7 @@ class Blocks:
         first = w("Unsqueeze", past, w.ints([1]))  # [B, 1], as are the next two
         self.last = w("Add", first, more)
         self.skipped = w("Sub", first, w("Mul", w("Div", first, self.places), self.places))
-        """Places of the first block that are earlier tokens'."""
+        """Places of the first block that belong to earlier tokens."""
         number = self.range(self.blocks)
         starts = w("Add", w("Sub", first, self.skipped), w("Mul", number, self.places))  # [B, NB], as are the next
         self.begin = w("Min", w("Max", starts, first), self.last)
@@ -133,9 +133,9 @@ class Blocks:
         grid = w("Add", w("Unsqueeze", starts, w.ints([2])), self.range(self.places))  # [B, NB, W]
         inside = w("Min", w("Max", grid, w("Unsqueeze", first, w.ints([2]))), w("Unsqueeze", self.last, w.ints([2])))
         self.position = inside
-        """int64 [B, NB, W]: of the query in each place; a place that is nobody's repeats its neighbour."""
+        """int64 [B, NB, W]: position of the query in each place; an empty place repeats its neighbour."""
         self.rows = self._row(inside)
-        """int64 [B * NB * W]: its row of the step."""
+        """int64 [B * NB * W]: the query's row in the step."""
         stride = BLOCK // rule.rows
         steps = w("Mul", w("Add", self.range(self.looked), one), w.ints(stride))
         at = w("Sub", w("Add", w("Unsqueeze", self.begin, w.ints([2])), steps), one)  # [B, NB, R]
@@ -145,11 +145,11 @@ class Blocks:
         zeroth = w("Equal", self.range(self.looked), w.ints(0), dtype=BOOL)
         at = w("Where", w("And", alone, zeroth), end, at, dtype=INT64)
         self.is_looked = w("LessOrEqual", at, end, dtype=BOOL)
-        """bool [B, NB, R]: whether there is such a query; there are fewer in a short block."""
+        """bool [B, NB, R]: whether that sampled query exists; a short block has fewer."""
         self.look = w("Min", at, end)
-        """int64 [B, NB, R]: positions."""
+        """int64 [B, NB, R]: positions of the sampled queries."""
         self.look_rows = self._row(self.look)
-        """int64 [B * NB * R]."""
+        """int64 [B * NB * R]: their rows in the step."""
         whole = w("Mul", self.blocks, self.places)
         sequence = w("Mul", self.range(self.batch), whole)
         back = w("Add", w("Unsqueeze", w("Add", sequence, w("Squeeze", self.skipped, w.ints([1]))), w.ints([1])),
@@ -158,19 +158,19 @@ class Blocks:
         """int64 [B * S]: the place of each token among all places."""
 
     def range(self, count: ir.Value) -> ir.Value:
-        """int64 [count] of a count [1]."""
+        """int64 [count]: 0, 1, … below a count [1]."""
         w = self.write
         return w("Range", w.ints(0), w("Squeeze", count, w.ints([0])), w.ints(1))
 
     def _row(self, position: ir.Value) -> ir.Value:
-        """The rows of the step that positions [B, …, …] are in, flat."""
+        """The step's rows of positions [B, …, …], flattened."""
         w = self.write
         base = w("Mul", self.range(self.batch), self.tokens)
         inner = w("Sub", position, w("Unsqueeze", self.past, w.ints([1, 2])))
         return w("Reshape", w("Add", inner, w("Unsqueeze", base, w.ints([1, 2]))), w.ints([-1]))
 
     def shape(self, *dims: int | ir.Value) -> ir.Value:
-        """A shape of numbers and of counts [1]."""
+        """A shape made of numbers and counts [1]."""
         w = self.write
         parts = [w.ints([d]) if isinstance(d, int) else d for d in dims]
         return w("Concat", *parts, axis=0)
@@ -193,7 +193,7 @@ class Blocks:
 def updated_nodes(
     b: Blocks, part: SparseHeads, keys: ir.Value, means: ir.Value, variances: ir.Value
 ) -> tuple[ir.Value, ir.Value]:
-    """Means and variances, float32 [B, K, N, D], with the nodes of the step's tokens made anew.
+    """Means and variances, float32 [B, K, N, D], recomputed for the nodes of the step's tokens.
 
     Args:
         keys: the cache with the step's tokens and all heads, [B, all heads, C, D].
@@ -220,7 +220,7 @@ def updated_nodes(
 
 @dataclass(frozen=True)
 class ReadBlocks:
-    """What the blocks of a step read: keys, values and which of them each place sees."""
+    """The keys and values that the blocks of a step read, and which of them each place sees."""
 
     keys: ir.Value
     """[B * K * NB, 1, F * unit + L, D]."""
@@ -232,7 +232,7 @@ class ReadBlocks:
 def read(
     b: Blocks, part: SparseHeads, q: ir.Value, keys: ir.Value, values: ir.Value, means: ir.Value, variances: ir.Value
 ) -> ReadBlocks:
-    """Choose, and gather what is chosen.
+    """Choose units, and gather them.
 
     Args:
         q: float32 [B * S, K * G * D], rotated, not scaled.
@@ -248,7 +248,7 @@ def read(
     near_rows = b.rows_of_cache(inside, part, sizes.positions // BLOCK)
 
     def gathered(cache: ir.Value, rows: ir.Value, together: int, dims: int, most: int) -> ir.Value:
-        """[B, K, NB, most, dims] of rows of so many positions each."""
+        """Rows of `together` positions each, as [B, K, NB, most, dims]."""
         flat = w("Gather", w("Reshape", cache, w.ints([-1, together * dims])), rows, axis=0)
         return w("Reshape", flat, b.shape(b.batch, heads, b.blocks, most, dims))
 
@@ -310,7 +310,7 @@ def _choice(
     variances: ir.Value,
     window: int,
 ) -> tuple[ir.Value, ir.Value]:
-    """The units before the local window that are read, int64 [B, K, NB, F], and whether each is, bool."""
+    """Units before the local window, int64 [B, K, NB, F], and whether each is read, bool."""
     w, sizes, rule = b.write, b.sizes, b.sizes.rule
     scores = _scores(b, layer, q, near_keys, means, variances, window)  # [B, K, NB, U]
     unit = np.arange(sizes.units, dtype=np.int64) * rule.unit
@@ -351,7 +351,7 @@ def _scores(
     variances: ir.Value,
     window: int,
 ) -> ir.Value:
-    """float32 [B, K, NB, U]: the root mean square of each unit's share of the mass; 0 from the local window on."""
+    """float32 [B, K, NB, U]: root mean square of each unit's share of the mass; 0 from the local window on."""
     w, sizes, rule = b.write, b.sizes, b.sizes.rule
     cache = layer.cache
     heads, group, columns = cache.kv_heads, cache.q_heads // cache.kv_heads, cache.head_dim
@@ -362,7 +362,7 @@ def _scores(
     together = w("Reshape", asked, b.shape(b.batch, heads, -1, columns))  # [B, K, NB * R * G, D]
 
     def by_node(x: ir.Value, nodes: ir.Value) -> ir.Value:
-        # The nodes come first: TensorRT would copy all of them to turn them round.
+        # The nodes are the left operand: TensorRT would copy all of them to transpose them.
         product = w("Transpose", w("MatMul", nodes, w("Transpose", x, perm=[0, 1, 3, 2])), perm=[0, 1, 3, 2])
         return w("Reshape", product, b.shape(b.batch, heads, b.blocks, b.looked, group, sizes.nodes))
 
@@ -396,7 +396,7 @@ def _scores(
     by_unit = b.shape(b.batch, heads, b.blocks, b.looked, group, sizes.units, rule.unit // rule.node)
     mass = w("Reshape", mass, by_unit)
     mass = w("ReduceSum", mass, w.ints([-1]), keepdims=0)  # [B, K, NB, R, G, U]
-    # One sum over both: TensorRT's compiler gives up at the sum of two sums (tensorrt-rtx 1.7).
+    # One sum over both: TensorRT's compiler fails on the sum of two sums (tensorrt-rtx 1.7).
     total = w("ReduceSum", w("Concat", mass, w("Exp", w("Sub", near, top)), axis=5), w.ints([-1]), keepdims=1)
     if sink is not None:
         total = w("Add", total, w("Exp", w("Sub", sink, top)))
@@ -418,7 +418,7 @@ def grid(b: Blocks, part: SparseHeads, q: ir.Value) -> ir.Value:
 
 
 def ungrid(b: Blocks, part: SparseHeads, out: ir.Value) -> ir.Value:
-    """The other way round, for values: [B * S, K * G * value columns]."""
+    """The inverse of `grid`, for values: [B * S, K * G * value columns]."""
     w, cache = b.write, part.layer.cache
     group = cache.q_heads // cache.kv_heads
     split = w("Reshape", out, b.shape(b.batch, cache.kv_heads, b.blocks, group, b.places, cache.value_dim))
