@@ -65,8 +65,8 @@ def test_a_phone_takes_what_was_made_for_its_chip_and_what_runs_on_its_processor
         assert onnx.reason.startswith("Runs on the processor of " if onnx.fits else "Runs on a processor, and "), name
     gen3 = judge(bundle(QNN), TARGETS["snapdragon-8-gen-3"])[0]
     assert "soc_model 43 and htp_arch 73; Snapdragon 8 Gen 3 (hexagon_v75) has 57 and 75" in gen3.reason
-    assert "does not say which Snapdragon" in judge(bundle(QNN), CPU)[0].reason
-    assert "is none" in judge(bundle(ONNX), TARGETS["rtx-4090"])[0].reason
+    assert "does not state which Snapdragon" in judge(bundle(QNN), CPU)[0].reason
+    assert "is not one" in judge(bundle(ONNX), TARGETS["rtx-4090"])[0].reason
 
 
 def test_one_number_of_the_pair_is_not_enough() -> None:

@@ -1,6 +1,6 @@
-"""Speeds of decoders on phones that others have published, by the shape of the model. None of them was measured by us.
+"""Decoder speeds on phones that others have published, by the shape of the model. Transom's authors measured none.
 
-They stand beside a planned bound so that it can be seen what part of one real engines have reached.
+They are printed beside a planned bound, to show what share of it real engines have reached.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ _AI_HUB_2024 = (
 )
 _GEN1, _GEN2, _GEN3 = "snapdragon-8-gen-1", "snapdragon-8-gen-2", "snapdragon-8-gen-3"
 _ELITE, _GEN5, _X = "snapdragon-8-elite", "snapdragon-8-elite-gen-5", "snapdragon-x-elite"
-_S22 = "Samsung Galaxy S22 (Snapdragon 8 Gen 1, or Exynos 2200: not told)"
+_S22 = "Samsung Galaxy S22 (Snapdragon 8 Gen 1, or Exynos 2200: not stated)"
 _S23, _S24, _ONEPLUS = "Samsung Galaxy S23 Ultra", "Samsung Galaxy S24", "OnePlus 12"
 _ELITE_QRD, _GEN5_QRD, _X_CRD = "Snapdragon 8 Elite QRD", "Snapdragon 8 Elite Gen 5 QRD", "Snapdragon X Elite CRD"
 
 Shape = tuple[int, int, int]
-"""Layers, hidden size, KV heads of a layer."""
+"""Layers, hidden size, KV heads per layer."""
 
 FIGURES: dict[Shape, tuple[Published, ...]] = {
     (32, 4096, 32): (
@@ -66,7 +66,7 @@ FIGURES: dict[Shape, tuple[Published, ...]] = {
 
 
 def published(decoder: Decoder) -> tuple[Published, ...]:
-    """What is known of models of a decoder's shape, their vocabularies about as large."""
+    """Published speeds of models with a decoder's shape and a vocabulary of about the same size."""
     heads = {layer.kv_heads for layer in decoder.layers}
     shape = (len(decoder.layers), decoder.hidden, max(heads, default=0))
     found = FIGURES.get(shape, ()) if len(heads) == 1 else ()

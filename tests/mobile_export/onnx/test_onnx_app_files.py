@@ -63,10 +63,10 @@ def test_the_readme_says_what_is_missing(rng: np.random.Generator, tmp_path: Pat
     text = files["README.md"].decode()
     assert "without a tokenizer" in text
     assert "'END'" in text
-    assert "never to be chosen, which GenAI cannot: 7." in text
-    assert "want `min_p` 0.05, which GenAI has no option for" in text
+    assert "exclude some tokens from sampling, which GenAI cannot do: 7." in text
+    assert "recommend `min_p` 0.05, for which GenAI has no option" in text
     assert "at most 160 tokens" in text
-    assert "0.256 kB each, 0.041 MB for 160" in text  # 2 layers of 2 KV heads, 32 columns of keys and values, 2 bytes
+    assert "0.256 kB per token, 0.041 MB for 160" in text  # 2 layers of 2 KV heads, 32 columns of keys and values, 2 bytes
 
 
 def test_the_readme_has_the_lines_for_the_models_own_tokenizer(rng: np.random.Generator, tmp_path: Path) -> None:
@@ -104,5 +104,5 @@ def test_a_long_context_takes_no_memory_before_it_is_asked_for(rng: np.random.Ge
 
 
 def test_what_is_no_decoder_is_an_error() -> None:
-    with pytest.raises(OptionError, match="this model is none"):
+    with pytest.raises(OptionError, match="this model is not one"):
         BACKEND.app_files({"decoder": None}, {"name": "onnx"}, {})

@@ -75,7 +75,7 @@ def test_stored_integers_stay_as_they_are(weights: str, kl: float, rng: np.rando
     near = compare(reference(graph, parts), logits(it.session, parts))
     assert near.kl_mean < kl, near
     assert {"MatMulNBits", "GatherBlockQuantized"} <= operators(tmp_path)
-    assert any("were rounded to int4" in note for note in it.artifact.notes) == (weights == "float32")
+    assert any("were quantized to int4" in note for note in it.artifact.notes) == (weights == "float32")
 
 
 def test_blocks_without_a_form_are_unpacked_where_they_cannot_be_rounded(
@@ -144,7 +144,7 @@ def test_what_cannot_be_written_is_refused(form: str, rng: np.random.Generator) 
 def test_heads_that_attention_does_not_take_are_refused(rng: np.random.Generator) -> None:
     claims = BACKEND.claim(tiny_decoder(rng, head_dim=20), CPU, options())
     reasons = {claim.reason for claim in claims if not claim.ok}
-    assert reasons == {"heads of 20 columns, no multiple of 8"}
+    assert reasons == {"heads of 20 columns, not a multiple of 8"}
 
 
 def test_a_sparse_policy_is_refused(rng: np.random.Generator) -> None:
@@ -167,7 +167,7 @@ def test_claims_say_what_is_rounded(rng: np.random.Generator) -> None:
 
 
 def test_an_unknown_precision_is_an_error(rng: np.random.Generator) -> None:
-    with pytest.raises(OptionError, match="precision='fp8' is none of a portable"):
+    with pytest.raises(OptionError, match="precision='fp8' is unknown to portable"):
         BACKEND.claim(tiny_decoder(rng), CPU, options(precision="fp8"))
 
 

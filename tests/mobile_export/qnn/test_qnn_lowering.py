@@ -94,7 +94,7 @@ def test_a_soft_cap_that_would_come_out_wrong_without_a_word_is_refused(rng: np.
 
     static, off = Sparsity(columns=0, top_k=3, max_density=0.6), Sparsity.parse("off")
     for policy, heads, chunk in ((static, 16, 128), (off, 1, 16)):
-        with pytest.raises(UnsupportedError, match="16 rows, which layer 0 has") as refused:
+        with pytest.raises(UnsupportedError, match="Layer 0 has soft-capped scores of 16 rows") as refused:
             require_capped(model(policy, q_heads=heads, kv_heads=1), chunk)
         assert "f16" in refused.value.fix
     require_capped(model(static, q_heads=32, kv_heads=1), 128)

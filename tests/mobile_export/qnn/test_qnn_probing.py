@@ -151,6 +151,6 @@ def test_before_v73_nothing_is_rounded_since_attention_would_be_wrong_without_a_
     for htp_arch, weights in ((69, "float16"), (73, "int8"), (81, "int8")):
         assert resolve({"precision": "auto"}, htp_arch).weights == weights
     for asked in ("int8", "int4"):
-        with pytest.raises(OptionError, match="Hexagon v69 computes that wrong"):
+        with pytest.raises(OptionError, match="Hexagon v69 silently computes wrongly"):
             resolve({"precision": asked}, 69)
         assert resolve({"precision": asked}, 75).weights == asked

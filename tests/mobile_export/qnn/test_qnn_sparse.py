@@ -351,7 +351,7 @@ def test_the_emulated_htp_reads_by_the_policy(rng: np.random.Generator, tmp_path
     asked = options(rng, graph, precision, context=CONTEXT)
     artifact = Qnn(chunk=128).compile(graph, CPU, asked, lambda stage, share: None)
     (said,) = (note for note in artifact.notes if note.startswith("sparse attention"))
-    assert f"{(3 + 4) * 16 + 128} keys of the cache are read for a token, of {CONTEXT}" in said
+    assert f"a token reads {(3 + 4) * 16 + 128} of {CONTEXT} keys in the cache" in said
     session = opened(artifact, tmp_path, asked)
     chunks, expected = clearly_wanted(rng, graph, close=CLOSE_HALF)
     found = divergence(expected, rows(session, session.new_state(), chunks))

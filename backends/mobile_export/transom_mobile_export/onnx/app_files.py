@@ -1,4 +1,4 @@
-"""What a bundle has at its root for apps that open it with ONNX Runtime GenAI: the configuration, and how to."""
+"""Files at a bundle's root for apps that open it with ONNX Runtime GenAI: the configuration and a README."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ CONFIG_FILE = "genai_config.json"
 def app_files(
     manifest: Mapping[str, Any], variant: Mapping[str, Any], texts: Mapping[str, bytes]
 ) -> Mapping[str, bytes]:
-    """`genai_config.json` and this backend's part of `README.md`: see `transom.contract.AppBackend`.
+    """`genai_config.json` and this backend's part of `README.md`: see `transom.contract_optional.AppBackend`.
 
     Raises:
-        OptionError: the model is no decoder, so that GenAI has nothing to drive.
+        OptionError: the model is not a decoder, and GenAI runs only decoders.
     """
     decoder = manifest.get("decoder")
     if decoder is None:
-        raise OptionError("ONNX Runtime GenAI drives decoders, and this model is none", "Export it as another variant")
+        raise OptionError("ONNX Runtime GenAI runs decoders, and this model is not one", "Export it as another variant")
     generation = GenerationDefaults.from_json(json.loads(texts.get("generation.json", b"{}")))
     config = genai_config(decoder, variant, generation)
     part = readme(decoder, variant, generation, texts)

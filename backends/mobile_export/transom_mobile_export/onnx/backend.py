@@ -1,7 +1,6 @@
-"""The backend object: the methods of the contract, and the optional ones for bundles, each handed to the module that
-does it.
+"""The backend object: the methods of the contract and the optional ones for bundles, each delegated to its module.
 
-Importing this module imports no ONNX Runtime: `load` does, and nothing else needs it.
+Importing this module does not import ONNX Runtime; only `load` does.
 """
 
 from __future__ import annotations
@@ -20,8 +19,8 @@ if TYPE_CHECKING:
 
 
 class OnnxDecoder:
-    """Writes decoders that ONNX Runtime GenAI loads as they are, for phones and boards, and runs them in ONNX Runtime
-    on the CPU. Options: `precision` (see `transom_mobile_export.onnx.precision`), `context` and `threads`."""
+    """Writes decoders for phones and boards that ONNX Runtime GenAI loads directly, and runs them in ONNX Runtime on
+    the CPU. Options: `precision` (see `transom_mobile_export.onnx.precision`), `context` and `threads`."""
 
     name = "onnx"
     api = (1, 6)

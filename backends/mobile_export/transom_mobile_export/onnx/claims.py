@@ -1,4 +1,4 @@
-"""Which nodes the backend takes, and why not where it does not. A decoder is taken whole, or not at all."""
+"""Which nodes the backend claims, and why it refuses the others. A decoder is claimed whole or not at all."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def claims(graph: Graph, options: Options) -> Iterator[Claim]:
     """One claim for each node, in order.
 
     Raises:
-        OptionError: a precision that there is not.
+        OptionError: the precision is unknown.
     """
     precision = resolve(options)
     refused = refusals(graph, lambda: require_heads(GraphReader(graph, GenAiKernels())))
@@ -38,7 +38,7 @@ def claims(graph: Graph, options: Options) -> Iterator[Claim]:
 
 
 def _exact(node: ir.Node, precision: OnnxPrecision) -> bool:
-    """Whether the node is computed as the graph has it. Products with integers round their inputs."""
+    """Whether the node is computed exactly as in the graph. Products with integer matrices quantize their inputs."""
     weight = linear_weight(node)
     if weight is not None:
         return precision.exact or not block_of(form_of(weight, precision, vocabulary=False))

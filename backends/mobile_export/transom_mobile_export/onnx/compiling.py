@@ -1,4 +1,4 @@
-"""Compile: a graph as an ONNX model with a file of weights."""
+"""Compile: write a graph as an ONNX model with a file of weights."""
 
 from __future__ import annotations
 
@@ -23,23 +23,22 @@ if TYPE_CHECKING:
 MODEL_FILE, DATA_FILE, DECODER_FILE = "model.onnx", "model.onnx.data", "decoder.json"
 MEMORY_FILE, LIBRARIES_FILE = "memory.json", "libraries.json"
 LIBRARIES = ("libonnxruntime.so", "libonnxruntime-genai.so")
-"""What an Android app needs, by file name; the runner needs the first alone."""
+"""Libraries that an Android app needs, by file name; the runner needs only the first."""
 CHUNK = 512
-"""Tokens of a prompt that run at once: the logits of all of them would be a large part of a phone's memory."""
+"""Tokens of a prompt that run at once: the logits of a whole prompt would take a large part of a phone's memory."""
 ROWS = 40
-"""Numbers that running takes for each of them besides its logits, for each number of the hidden state: 39 were seen."""
+"""Numbers that a run takes per token and hidden column, besides the logits: 39 were measured."""
 
 
 def compile_graph(graph: Graph, options: Options, progress: Progress) -> Artifact:
-    """The artifact of a decoder all of whose nodes were claimed. Its files lie in a temporary folder, which the host
-    empties.
+    """Compile a decoder whose nodes were all claimed. Its files are in a temporary folder, which the host empties.
 
-    A context that is shorter than the model's own is built in: tables of rotations have a row for each position, and
-    those of a long context would be a large part of a small model.
+    A context shorter than the model's own is built in: rotation tables have a row for each position, and those of a
+    long context would be a large part of a small model.
 
     Raises:
-        OptionError: a weight is too large for the precision that was asked for.
-        SourceError: a weight that is to be rounded is not finite.
+        OptionError: a weight is too large for the requested precision.
+        SourceError: a weight to quantize is not finite.
     """
     import onnx_ir as ir
 
@@ -65,8 +64,8 @@ def compile_graph(graph: Graph, options: Options, progress: Progress) -> Artifac
 
 
 def _memory(decoder: Decoder, context: int, size: int, *, half: bool) -> dict[str, int]:
-    """Bytes: the file of weights, the cache of one token, and what running takes besides: ONNX Runtime packs integer
-    matrices anew, into about 1.25 times as much as the file has, and a chunk has activations and logits, in float32."""
+    """Bytes: the file of weights, the cache of one token, and the working memory. ONNX Runtime repacks integer matrices
+    into about 1.25 times their size in the file, and a chunk has activations and logits in float32."""
     width = sum(layer.kv_heads * (layer.head_dim + layer.value_dim) for layer in decoder.layers)
     rows = min(CHUNK, context) * (ROWS * decoder.hidden + decoder.vocabulary) * 4
     return {"weights": size, "cache_per_token": width * (2 if half else 4), "workspace": size // 4 + rows}

@@ -1,4 +1,4 @@
-"""`genai_config.json`: by it ONNX Runtime GenAI knows the model, its caches, its special tokens and how it samples."""
+"""`genai_config.json`, which describes the model, its caches, special tokens and sampling to ONNX Runtime GenAI."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from transom.text.defaults import GenerationDefaults
 from transom_mobile_export.onnx.compiling import CHUNK, MODEL_FILE
 
 LENGTH = 2048
-"""Tokens of a sequence unless an app says otherwise by `max_length`: GenAI makes and fills the cache for all of them
-before the first one."""
+"""Default `max_length` of a sequence in tokens: GenAI allocates and fills the whole cache before the first one."""
 _NAMES = "{}.%d.{}"
 
 
@@ -21,8 +20,8 @@ def genai_config(
 
     Args:
         decoder: the object of that name in the manifest.
-        variant: the variant's object in the manifest; its `name` is the folder that the model lies in, and its
-            `context` the longest sequence.
+        variant: the variant's object in the manifest; its `name` is the model's folder, its `context` the longest
+            sequence.
     """
     layers, first = decoder["layers"], decoder["layers"][0]
     model: dict[str, Any] = {
@@ -58,13 +57,13 @@ def genai_config(
 
 
 def padding(generation: GenerationDefaults) -> int:
-    """The token that shorter prompts of a batch are filled up with: GenAI wants one of every model."""
+    """The token that pads shorter prompts of a batch: GenAI requires one for every model."""
     return generation.pad_id if generation.pad_id is not None else next(iter(generation.eos_ids), 0)
 
 
 def _search(context: int, vocabulary: int, generation: GenerationDefaults) -> dict[str, Any]:
-    """How tokens are chosen unless an app says otherwise: as the model's authors want it, else the likeliest. The rules
-    are those of `transom.generation.params`."""
+    """Default sampling: as the model's authors recommend, otherwise greedy. The rules are those of
+    `transom.generation.params`."""
     implied = 1.0 if generation.sample else 0.0
     temperature = implied if generation.temperature is None else generation.temperature
     return {

@@ -1,4 +1,4 @@
-"""Load: open an artifact and make its session."""
+"""Load: open an artifact and create its session."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from transom_mobile_export.onnx.compiling import DATA_FILE, DECODER_FILE, MODEL_
 from transom_mobile_export.onnx.running import DAMAGED, Runner
 
 SEQUENCES, TOKENS = 64, 4096
-"""Of one step, at most."""
+"""Limits of one step."""
 
 
 def load_artifact(artifact: Artifact, device: Device, options: Options) -> BufferedSession:
     """A session over the artifact.
 
     Raises:
-        EngineError: the files are not what this backend wrote.
+        EngineError: this backend did not write the files.
         MissingExtra: ONNX Runtime is not installed.
     """
     files = paths_of(artifact)

@@ -1,12 +1,12 @@
-"""From a drafted decoder to one ONNX model in the layout that ONNX Runtime GenAI drives.
+"""Lowers a decoder to one ONNX model in the layout that ONNX Runtime GenAI runs.
 
-Its inputs: `input_ids` int64 [batch, tokens], `attention_mask` int64 [batch, total], ones where there is a token, and
-the caches `past_key_values.N.key` and `.value` [batch, KV heads, past, columns]. Its outputs: `logits` float32
-[batch, tokens, vocabulary] and the caches as `present.N.key` and `.value` [batch, KV heads, total, columns]. Where a
-caller gives one buffer as past and present, longer than the total, ONNX Runtime writes new tokens into it.
+Inputs: `input_ids` int64 [batch, tokens]; `attention_mask` int64 [batch, total], 1 for each token; and the caches
+`past_key_values.N.key` and `.value` [batch, KV heads, past, columns]. Outputs: `logits` float32
+[batch, tokens, vocabulary] and the caches as `present.N.key` and `.value` [batch, KV heads, total, columns]. If a
+caller passes one buffer, longer than the total, as past and present, ONNX Runtime writes new tokens into it.
 
-The operators are those of ONNX Runtime's own builders: `GroupQueryAttention` with the rotation, the window, the soft
-cap and the sinks inside, `MatMulNBits`, `GatherBlockQuantized`, `SimplifiedLayerNormalization` and its form with a sum.
+The operators are those of ONNX Runtime's own builders: `GroupQueryAttention` including rotation, window, soft cap and
+sinks, `MatMulNBits`, `GatherBlockQuantized`, `SimplifiedLayerNormalization` and its variant with a skip connection.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ if TYPE_CHECKING:
 
 NUMBERS = {"float32": FLOAT, "float16": ir.DataType.FLOAT16}
 HEAD_TILE = 8
-"""ONNX Runtime's attention takes heads that are a multiple of so many columns."""
+"""ONNX Runtime's attention needs heads whose columns are a multiple of this."""
 ROTATED_TILE = 16
-"""And rotates heads that are a multiple of so many, by a multiple of so many columns."""
+"""To rotate inside attention, both the columns of a head and the rotated columns must be a multiple of this."""
 ACCURACY = 4
-"""Of `MatMulNBits`: inputs are rounded to int8, block by block."""
+"""`accuracy_level` of `MatMulNBits`: inputs are quantized to int8, block by block."""
 PAST, PRESENT = "past_key_values.{}.{}", "present.{}.{}"
 
 
 class GenAiKernels:
-    """What can be written: see `transom.programs.Kernels`."""
+    """The operators that this backend can write; see `transom.programs.Kernels`."""
 
     tile = 1
     largest_head = 1 << 30
@@ -67,7 +67,7 @@ class GenAiKernels:
 
 
 def require_heads(reader: GraphReader) -> None:
-    """Raises NoForm for attention whose heads ONNX Runtime's operators cannot have."""
+    """Raises NoForm for attention whose heads ONNX Runtime's operators do not support."""
     for op in reader.ops:
         if op.kind == "attend":
             cache = reader.decoder.layers[op.index]
@@ -75,17 +75,17 @@ def require_heads(reader: GraphReader) -> None:
                 wrong = f"heads of {cache.head_dim} columns for keys and {cache.value_dim} for values"
                 raise NoForm(reader.node(op), wrong)
             if cache.head_dim % HEAD_TILE:
-                raise NoForm(reader.node(op), f"heads of {cache.head_dim} columns, no multiple of {HEAD_TILE}")
+                raise NoForm(reader.node(op), f"heads of {cache.head_dim} columns, not a multiple of {HEAD_TILE}")
 
 
 @dataclass
 class LoweredDecoder:
-    """A model whose weights are written already."""
+    """A model whose weights are already written."""
 
     model: ir.Model
     rounded: tuple[RoundedWeight, ...]
     forms: tuple[str, ...]
-    """Element types of the products' matrices as they are written."""
+    """Element types of the products' matrices as written."""
 
 
 def lower(
@@ -98,12 +98,12 @@ def lower(
     """Write a model's weights to the writer's file, and its graph.
 
     Args:
-        context: positions that tables of rotations have.
+        context: positions in the rotation tables.
         progress: called with the share that is done; may raise.
 
     Raises:
         OptionError: a weight is too large for float16.
-        SourceError: a weight that is to be rounded is not finite.
+        SourceError: a weight to quantize is not finite.
     """
     return _Lowering(reader, precision, context, write).lower(progress or (lambda share: None))
 
@@ -114,17 +114,17 @@ class _Lowering:
         self.write, self.number = write, NUMBERS[precision.number]
         self._operators = RowOperators(write, self._of)
         self._values: dict[int, ir.Value] = {}
-        """Rows of numbers, float32 [batch, tokens, width]."""
+        """Values as rows, float32 [batch, tokens, width]."""
         self._normed: dict[int, Op] = {}
-        """Normalisations by the sum that they read."""
+        """Normalizations by the sum that they read."""
         self._parts: dict[int, list[Value]] = {}
-        """Values that are columns of another one, by that one."""
+        """Values that are columns of another value, by that value."""
         self._unrotated: dict[int, Op] = {}
-        """Rotations that are left to attention, by their result."""
+        """Rotations that are fused into attention, by their result."""
         self._tables: dict[tuple[int, ir.DataType], tuple[ir.Value, ir.Value]] = {}
         self._sums: dict[tuple[int, int], ir.Value] = {}
         self._shared: dict[int, tuple[PackedBlocks, tuple[ir.Value, ir.Value, ir.Value | None]] | ir.Value] = {}
-        """What is written of the table of embeddings, by its key: the vocabulary matrix may be the same."""
+        """The written table of embeddings, by its key: the vocabulary matrix may be the same."""
         self._positions: ir.Value | None = None
         self._rounded: list[RoundedWeight] = []
         self._forms: list[str] = []
@@ -151,13 +151,13 @@ class _Lowering:
         return LoweredDecoder(w.model(), tuple(self._rounded), tuple(self._forms))
 
     def _past(self, layer: int) -> list[ir.Value]:
-        """The cache that a layer is given, keys and values."""
+        """The inputs for a layer's cache, keys and values."""
         cache = self.decoder.layers[layer]
         shape = ("batch_size", cache.kv_heads, "past_sequence_length", cache.head_dim)
         return [self.write.input(PAST.format(layer, part), self.number, shape) for part in ("key", "value")]
 
     def _plan(self) -> list[Op]:
-        """The program in fewer operators, and what the operators of ONNX Runtime do together."""
+        """Fuse the program into fewer operators, and plan what ONNX Runtime's fused operators compute together."""
         ops = self._without_rows()
         ops = fusing.fuse_same_input(fusing.fuse_biases(fusing.fuse_scales(ops)), 1)
         readers = fusing.readers_of(ops)
@@ -177,7 +177,7 @@ class _Lowering:
         return ops
 
     def _without_rows(self) -> list[Op]:
-        """Nobody chooses rows here: there are logits of all tokens."""
+        """The program without the choice of rows: it gives the logits of all tokens."""
         chosen = {id(d.dst): d.inputs[0] for d in self.reader.ops if d.kind == "rows"}
         for op in self.reader.ops:
             op.inputs = [chosen.get(id(v), v) for v in op.inputs]
@@ -186,7 +186,7 @@ class _Lowering:
     def _rotations_inside(
         self, op: Op, makers: Mapping[int, Op], readers: Mapping[int, list[Op]]
     ) -> tuple[Op, Op] | None:
-        """The rotations of queries and keys, where attention can do both; None where it cannot, or there are none."""
+        """The rotations of queries and keys if attention can do both; None if it cannot or there are none."""
         q, k = (makers.get(id(v)) for v in op.inputs[:2])
         if q is None or k is None or q.kind != "rope" or k.kind != "rope":
             return None
@@ -204,7 +204,7 @@ class _Lowering:
         return self._values[id(value)]
 
     def _split(self, parent: Value) -> None:
-        """All parts of a value, which lie side by side."""
+        """Split a value into its parts, which are adjacent columns."""
         w, parts = self.write, sorted(self._parts[id(parent)], key=lambda part: part.offset)
         whole, sizes = self._of(parent), w.ints([part.width for part in parts])
         found = w.several("Split", whole, sizes, dtypes=[FLOAT] * len(parts), axis=-1)
@@ -246,7 +246,7 @@ class _Lowering:
 
     # matrices ---------------------------------------------------------------------------------------------------------
     def _formed(self, op: Op, *, vocabulary: bool) -> Weight:
-        """The draft's matrix as it is written, in memory; what rounding does to it is noted."""
+        """The operator's matrix in the form that is written, in memory; the quantization error is noted."""
         assert op.weight is not None
         source = preloaded(op.weight)
         form = form_of(source, self.precision, vocabulary=vocabulary)
@@ -275,8 +275,8 @@ class _Lowering:
     ) -> ir.Value:
         """The rows of the step's tokens, float32 [batch, tokens, width].
 
-        Codes keep their axis of blocks, so that a product can have the same ones. What zero points take away is added
-        again afterwards: ONNX Runtime 1.24 reads 4-bit ones wrong where codes have an axis of blocks.
+        Codes keep their axis of blocks, so that a product can share them. The effect of zero points is added later:
+        ONNX Runtime 1.24 reads 4-bit zero points wrongly if codes have an axis of blocks.
         """
         w, (codes, scales, _) = self.write, matrix
         each = w("Reshape", scales, w.ints([-1, packed.scales.shape[1], 1]))
@@ -346,7 +346,7 @@ class _Lowering:
         return w("Add", product, w("MatMul", self._sums[key], shifts))
 
     def _narrowed(self, array: Array, name: str) -> Array:
-        """A plain matrix in the model's number."""
+        """A plain matrix in the model's dtype."""
         wide: Array = array
         with np.errstate(over="ignore"):
             narrow: Array = wide.astype(self.number.numpy())
@@ -359,7 +359,7 @@ class _Lowering:
 
     # attention --------------------------------------------------------------------------------------------------------
     def _rotations(self, rope: int, number: ir.DataType) -> tuple[ir.Value, ir.Value]:
-        """Cosines and sines of a rope, [context, pairs], made once for all layers."""
+        """Cosines and sines of a rope, [context, pairs], shared by all layers."""
         if (rope, number) not in self._tables:
             tables = self.reader.rotations(rope, self.context)
             cos, sin = (
@@ -370,7 +370,7 @@ class _Lowering:
         return self._tables[rope, number]
 
     def _rope(self, op: Op) -> ir.Value:
-        """A rotation before attention, where that has no form for it."""
+        """A rotation before attention, for those that attention cannot do itself."""
         w, width = self.write, op.dst.width // op.groups
         turned = 2 * self.reader.ropes[op.index][0].size
         cos, sin = self._rotations(op.index, FLOAT)
@@ -382,8 +382,8 @@ class _Lowering:
         return found
 
     def _places(self) -> ir.Value:
-        """Positions of the step's tokens, int64 [batch, tokens], counted as attention does: a first prompt is filled
-        up behind, and later tokens follow what there is."""
+        """Positions of the step's tokens, int64 [batch, tokens], counted as attention does: a first prompt is padded at
+        its end, and later tokens follow the cached ones."""
         if self._positions is None:
             w = self.write
             size = w("Gather", w("Shape", self.ids), w.ints(1), axis=0)
@@ -420,8 +420,8 @@ class _Lowering:
         return w.cast(out, FLOAT)
 
     def _whole(self, sources: list[Value]) -> ir.Value | None:
-        """The product that queries, keys and values are one behind the other in, which attention takes as it is; None
-        where there is none."""
+        """The product that holds queries, keys and values one after another, which attention accepts packed; None if
+        there is none."""
         parent, at = sources[0].parent, 0
         for value in sources:
             if value.parent is not parent or value.offset != at:

@@ -1,14 +1,14 @@
-"""Quantised matrices in the layout of ONNX Runtime's `MatMulNBits` and `GatherBlockQuantized`.
+"""Quantized matrices in the layout of ONNX Runtime's `MatMulNBits` and `GatherBlockQuantized`.
 
     w[n, k] = scale[n, b] * (code[n, k] - zero_point[n, b]),  b = k // block
 
-with codes of 4 or 8 bits that are never negative, and blocks of 16, 32, 64, 128 or 256 columns. Every integer form of a
-checkpoint is written so without loss: larger blocks are cut, signed codes get 8 or 128 added, and minimums, which the
-layout lacks, become a small matrix of their own that the sums of each block's inputs are multiplied by,
+with unsigned codes of 4 or 8 bits, and blocks of 16, 32, 64, 128 or 256 columns. Every integer form of a checkpoint is
+written in it without loss: larger blocks are split, 8 or 128 is added to signed codes, and minimums, which the layout
+lacks, become a small matrix that multiplies the sums of each block's inputs,
 
     sum_k x_k (s (q_k - z) + m) = sum_k x_k s (q_k - c) + (sum_k x_k) (m + s (c - z)).
 
-c, 8 or 128, is the zero point that both operators take where none is given.
+c, 8 or 128, is the default zero point of both operators.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ SMALLEST_BLOCK, LARGEST_BLOCK = 16, 256
 
 
 def block_of(weight: Weight) -> int:
-    """Columns of a block in this layout; 0 where the matrix has no form in it: it is plain, of floats, or in blocks
-    that no 16 columns divide."""
+    """Columns of a block in this layout; 0 if the layout cannot hold the matrix: it is plain, of floats, or in blocks
+    that are not a multiple of 16 columns."""
     if not isinstance(weight, Blocked) or weight.dtype == "float8e4m3fn" or weight.shape[1] % weight.block:
         return 0
     block = math.gcd(weight.block, LARGEST_BLOCK)
@@ -39,16 +39,16 @@ class PackedBlocks:
     bits: int
     block: int
     codes: Array
-    """uint8 [rows, blocks, block * bits / 8]; of two codes of 4 bits in a byte the first one is in the lower half."""
+    """uint8 [rows, blocks, block * bits / 8]; of two 4-bit codes in a byte the first is in the lower half."""
     scales: Array
     """float32 [rows, blocks]."""
     zero_points: Array | None
     """uint8 [rows, blocks of 8 bits or pairs of 4 bits]; None: 8 or 128 everywhere."""
     shifts: Array | None
-    """float32 [rows, blocks], added to every number of a block; None: nothing is."""
+    """float32 [rows, blocks], added to every number of a block; None: nothing is added."""
 
     def zero_shifts(self) -> Array | None:
-        """What zero points add to every number of a block, float32 [rows, blocks]; None where there are none."""
+        """What zero points add to every number of a block, float32 [rows, blocks]; None if there are none."""
         if self.zero_points is None:
             return None
         zeros = self.zero_points
@@ -59,7 +59,7 @@ class PackedBlocks:
 
 
 def pack(weight: Blocked) -> PackedBlocks:
-    """Reads a matrix that `block_of` knows, and packs it."""
+    """Read a matrix for which `block_of` is not 0, and pack it."""
     block, bits = block_of(weight), BITS[weight.dtype]
     centre = 1 << (bits - 1)
     signed = weight.dtype in ("int4", "int8")
@@ -68,7 +68,7 @@ def pack(weight: Blocked) -> PackedBlocks:
     cut = weight.block // block
 
     def each(part: Array) -> Array:
-        """For each block what the larger one before it was cut has."""
+        """Repeat the entry of each stored block for the smaller blocks that it is split into."""
         return part if cut == 1 else np.repeat(part, cut, axis=1)
 
     scales = each(parts.scales.astype(np.float32))
@@ -84,19 +84,19 @@ def pack(weight: Blocked) -> PackedBlocks:
 
 
 def _unsigned(codes: Array, added: int) -> Array:
-    """int8 or uint8 codes plus what makes them uint8, without a wider copy: sums wrap around as they should."""
+    """int8 or uint8 codes plus the offset that makes them uint8, without a wider copy: sums wrap around as intended."""
     return codes.view(np.uint8) + np.uint8(added)
 
 
 def _shifts(parts: BlockedArrays, added: int, centre: int) -> Array:
-    """What is missing when codes are taken for distances from the centre: float32, for each stored block."""
+    """What is missing if codes are read as distances from the centre: float32, for each stored block."""
     scales, minimums, zero = affine(parts, added)
     shift: Array = np.float32(centre - zero) * scales.astype(np.float32)
     return shift if minimums is None else shift + minimums.astype(np.float32)
 
 
 def _in_bytes(codes: Array, bits: int) -> Array:
-    """uint8 codes [rows, count], two in a byte where they have 4 bits; an odd last one has 0 beside it."""
+    """uint8 codes [rows, count], packed two to a byte if they have 4 bits; an odd last one is padded with 0."""
     if bits == 8:
         return np.ascontiguousarray(codes)
     if codes.shape[1] % 2:

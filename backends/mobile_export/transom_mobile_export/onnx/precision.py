@@ -1,16 +1,16 @@
-"""In what numbers a portable decoder computes, by what was asked for.
+"""The compute precision of a portable decoder, from the option `precision`.
 
-| `precision` | What it means |
+| `precision` | Meaning |
 |---|---|
-| `exact`, `f32` | float32 throughout, quantised matrices unpacked; for checking, not for phones |
+| `exact`, `f32` | float32 throughout, quantized matrices unpacked; for checking, not for phones |
 | `f16` | plain matrices, their products and the cache in float16 |
 | `int8` | plain matrices in int8, a scale for each 32 columns |
 | `int4` | plain matrices in int4, a scale for each 32 columns; the vocabulary matrix and the embeddings in int8 |
 | `auto` | `int4` |
 
-What the checkpoint has quantised stays as it is stored, whatever is asked for but `exact`. Activations between products
-are float32. Where a matrix is of integers, ONNX Runtime rounds what it multiplies to int8, a scale for each block
-(`accuracy_level` 4 of its `MatMulNBits`): that is what makes such products fast.
+Except with `exact`, matrices that the checkpoint has quantized stay as stored. Activations between products are
+float32. ONNX Runtime quantizes the inputs of integer matrices to int8, with a scale for each block (`accuracy_level` 4
+of its `MatMulNBits`), which makes these products fast.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ NAMES = ("auto", "exact", "f32", "f16", "int8", "int4")
 
 @dataclass(frozen=True)
 class OnnxPrecision:
-    """A resolved choice."""
+    """A resolved `precision`."""
 
     number: Literal["float32", "float16"] = "float32"
-    """Of plain matrices, their products and the cache."""
+    """Dtype of plain matrices, their products and the cache."""
     rounded: Literal["", "int8", "int4"] = ""
-    """What plain matrices are rounded to; empty: nothing."""
+    """What plain matrices are quantized to; empty: they are not."""
     exact: bool = False
-    """Whether quantised matrices are unpacked."""
+    """Whether quantized matrices are unpacked."""
 
     def describe(self, forms: Sequence[str]) -> str:
-        """As a report has it.
+        """The text for a report.
 
         Args:
-            forms: element types of the matrices as they are written.
+            forms: element types of the matrices as written.
         """
         names = " and ".join(sorted(set(forms), key=lambda form: (-forms.count(form), form)))
         inputs = ", int8 inputs of integer products" if any(form.startswith("int") for form in forms) else ""
@@ -53,12 +53,12 @@ def resolve(options: Options) -> OnnxPrecision:
     """The precision for these options.
 
     Raises:
-        OptionError: there is none of this name here.
+        OptionError: the precision is unknown.
     """
     asked = str(options.get("precision") or "auto")
     if asked not in NAMES:
         raise OptionError(
-            f"{option('precision', asked)} is none of a portable ONNX decoder's", f"It is one of {', '.join(NAMES)}"
+            f"{option('precision', asked)} is unknown to portable ONNX decoders", f"It is one of {', '.join(NAMES)}"
         )
     if asked in ("exact", "f32"):
         return OnnxPrecision(exact=True)

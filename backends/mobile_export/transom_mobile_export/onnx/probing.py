@@ -1,4 +1,4 @@
-"""What the backend says of each device and of each artifact, from the host's records and installed packages alone."""
+"""Offers, refusals and verdicts, decided from the host's device records and installed packages alone."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from transom.contract import Device, Offer, Refusal, Verdict
 
 INSTALL = "pip install 'transom[onnx]'"
 FORMAT = "1"
-"""Of the files that this backend writes."""
+"""Version of the files that this backend writes."""
 NEEDED = "onnx_decoder"
-"""The one thing that such a model needs: a runtime that knows this format."""
+"""The only requirement of such a model: a runtime that supports this format."""
 OLDEST = (1, 24)
-"""The oldest ONNX Runtime that all of these models were tried with."""
+"""The oldest ONNX Runtime that all of these models were tested with."""
 NAMED = "ONNX Runtime {} or newer, with GenAI"
 
 
 def serves(device: Device) -> bool:
-    """Whether models are written for such a device, which is not here: a phone's or a board's processor."""
+    """Whether models are written for this device, which is not present: the processor of a phone or board."""
     return device.kind == "remote" and (device.arch == "aarch64" or device.arch.startswith("hexagon_"))
 
 
 def answer(device: Device) -> Offer | Refusal:
-    """Yes or no for one device."""
+    """An offer or a refusal for one device."""
     if serves(device):
         return Offer(device.id, "generic", NAMED.format(".".join(map(str, OLDEST))), runs_here=False)
     if device.kind != "cpu" or device.members:
-        reason = f"writes models for the processors of phones and boards, and runs them on the CPU; {device.id} is none"
+        reason = f"writes models for processors of phones and boards, and runs them on the CPU; {device.id} is neither"
         return Refusal(device.id, "wrong_device", reason)
     found = installed()
     if found is None:
@@ -42,25 +42,25 @@ def answer(device: Device) -> Offer | Refusal:
 
 
 def fits(variant: Mapping[str, Any], device: Device) -> Verdict:
-    """Whether a variant in a manifest is for a device: one with a processor, which a system on a chip has, too."""
+    """Whether a variant in a manifest is for a device: one with a processor, which every system on a chip has."""
     named = f"{device.name or device.id} ({device.arch})"
     if device.kind == "cpu" or device.arch in ("aarch64", "x86_64") or device.arch.startswith("hexagon_"):
         return Verdict("ok", f"Runs on the processor of {named}")
-    return Verdict("never", f"Runs on a processor, and {device.id} is none")
+    return Verdict("never", f"Runs on a processor, and {device.id} is not one")
 
 
 def judge(requires: Mapping[str, str], device: Device) -> Verdict:
-    """May a model be opened on this device?"""
+    """Whether a model can be opened on this device."""
     if requires.get(NEEDED) != FORMAT:
         return Verdict("rebuild", "written by another version of Transom's backend onnx")
     if device.kind == "cpu" or serves(device):
         return Verdict("ok")
-    return Verdict("never", f"a portable ONNX decoder runs on CPUs, and {device.id} is none")
+    return Verdict("never", f"a portable ONNX decoder runs on CPUs, and {device.id} is not one")
 
 
 @functools.cache
 def installed() -> str | None:
-    """The version of ONNX Runtime that is installed here."""
+    """The installed version of ONNX Runtime; None if there is none."""
     try:
         return metadata.version("onnxruntime")
     except metadata.PackageNotFoundError:

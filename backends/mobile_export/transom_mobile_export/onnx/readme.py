@@ -1,4 +1,4 @@
-"""This backend's part of a bundle's README.md: the lines that run the model in an app."""
+"""This backend's part of a bundle's README.md: the code that runs the model in an app."""
 
 from __future__ import annotations
 
@@ -13,34 +13,34 @@ from transom_mobile_export.onnx.genai_config import LENGTH, padding
 _HEAD = """\
 ## The portable decoder: ONNX Runtime GenAI
 
-This folder is a model as ONNX Runtime GenAI takes it: give it the path of the folder with `genai_config.json`. Needs
-ONNX Runtime 1.24 or newer and GenAI 0.14 or newer: older ones split some spaces and digits otherwise than the model's
+ONNX Runtime GenAI opens this folder: give it the path of the folder with `genai_config.json`. The model needs ONNX
+Runtime 1.24 or newer and GenAI 0.14 or newer: older versions split some spaces and digits differently from the model's
 tokenizer. It runs on any processor; no accelerator is used.
 
 - A sequence is at most $context tokens long, prompt and answer together, and $usual unless you set `max_length`. GenAI
-  makes the cache for so many tokens before the first one: $per_token kB each, $cache MB for $usual.
-- A token is chosen as `search` in `genai_config.json` says$chosen. `do_sample`, `temperature`, `top_k`, `top_p` and
-  `repetition_penalty` can be set for each generator.
-- Token $padding at the end of a prompt is taken for filling: GenAI goes on after the token before it.
+  allocates the cache for that length before the first token: $per_token kB per token, $cache MB for $usual.
+- Tokens are chosen as set under `search` in `genai_config.json`$chosen. You can set `do_sample`, `temperature`,
+  `top_k`, `top_p` and `repetition_penalty` for each generator.
+- GenAI treats token $padding at the end of a prompt as padding and continues after the token before it.
 $limits\
 - GenAI's official packages may send usage data to their maker. The environment variable `ORT_DISABLE_TELEMETRY=1`, set
-  before the library is loaded, turns that off; GenAI's page on privacy tells more.
+  before the library is loaded, turns that off; see GenAI's page on privacy.
 
 """
 _TOKENS_ONLY = """\
-The model came without a tokenizer, so this folder has none: feed token ids with `append_tokens` (`AppendTokens`,
-`appendTokens`, `OgaGenerator_AppendTokens`), and read them back in place of text.
+The model came without a tokenizer, so this folder has none: pass token ids to `append_tokens` (`AppendTokens`,
+`appendTokens`, `OgaGenerator_AppendTokens`), and read token ids back instead of text.
 """
 _CODE = """\
-chat|In each language the same happens: the messages become a prompt by the model's chat template, the prompt becomes
-chat|tokens, and each new token becomes text. An empty template means the model's own; Java and C# take no null there.
-text|In each language the same happens: the prompt becomes tokens, and each new token becomes text. The model has no
-text|chat template: it goes on with a text.
+chat|The steps are the same in each language: the model's chat template turns the messages into a prompt, the prompt is
+chat|tokenized, and each new token is decoded. An empty template means the model's own; Java and C# accept no null.
+text|The steps are the same in each language: the prompt is tokenized, and each new token is decoded. The model has no
+text|chat template: it continues a text.
 
 ### Kotlin and Java (Android)
 
 The file `onnxruntime-genai-android-….aar` of a release of GenAI, in the app's folder `libs`, and the package
-`com.microsoft.onnxruntime:onnxruntime-android`. Assets of an app are no files: copy the folder to `filesDir` first, or
+`com.microsoft.onnxruntime:onnxruntime-android`. An app's assets are not files: copy the folder to `filesDir` first, or
 download it there.
 
 ```kotlin
@@ -73,8 +73,8 @@ text|answer(folder, "The sky is blue because") { print(it) }
 chat|answer(folder, "[{\\"role\\": \\"user\\", \\"content\\": \\"Why is the sky blue?\\"}]") { print(it) }
 ```
 
-Keep the `Model` and the `Tokenizer` for the life of the app: loading takes longer than answering. Call from a worker
-thread.
+Keep the `Model` and the `Tokenizer` for the lifetime of the app: loading takes longer than answering. Call from a
+worker thread.
 
 ### Swift (iOS, macOS)
 
@@ -200,7 +200,7 @@ text|  tokenizer->Encode("The sky is blue because", *sequences);
 """
 """Lines that begin with `chat|` are for models with a chat template, those with `text|` for models without one."""
 _LENGTH = 1024
-"""Tokens, in the examples."""
+"""`max_length` in the examples."""
 
 
 def readme(
@@ -209,10 +209,10 @@ def readme(
     generation: GenerationDefaults,
     texts: Mapping[str, bytes],
 ) -> str:
-    """The part, in Markdown; the same for variants of the same files.
+    """The section, in Markdown; the same for variants of the same files.
 
     Args:
-        decoder, variant: of the manifest.
+        decoder, variant: objects from the manifest.
         texts: the bundle's text files, by name.
     """
     per_token = variant["memory"]["cache_per_token"]
@@ -225,37 +225,37 @@ def readme(
     return text.substitute(
         context=context, usual=usual, per_token=f"{per_token / 1e3:.3g}",
         cache=f"{per_token * usual / 1e6:.3g}", padding=padding(generation),
-        chosen=", which is what the model's authors recommend" if generation.temperature else "",
+        chosen=", as the model's authors recommend" if generation.temperature else "",
         limits=limits, length=min(_LENGTH, context),
     )  # fmt: skip
 
 
 def _told(*, chat: bool) -> str:
-    """The lines of `_CODE` that are for such a model."""
+    """The lines of `_CODE` for a model with or without a chat template."""
     own, other = ("chat|", "text|") if chat else ("text|", "chat|")
     return "".join(x.removeprefix(own) for x in _CODE.splitlines(keepends=True) if not x.startswith(other))
 
 
 def _limits(decoder: Mapping[str, Any], generation: GenerationDefaults, tokenizer: Mapping[str, Any]) -> list[str]:
-    """What the model wants and GenAI, or an older one, does not do unless it is told to.
+    """What the model needs, but GenAI does not do by default, or not in older versions.
 
     Args:
-        tokenizer: what `tokenizer_config.json` has.
+        tokenizer: the contents of `tokenizer_config.json`.
     """
     found = []
     if tokenizer.get("add_bos_token"):
         found.append(
             f"The model's tokenizer puts `{tokenizer.get('bos_token')}` before a text, and GenAI's does so "
-            "only if its option `add_special_tokens` is true. Chat templates have it where it belongs."
+            "only if its option `add_special_tokens` is true. Chat templates already contain it."
         )
     if len({(layer["kv_heads"], layer["head_dim"]) for layer in decoder["layers"]}) > 1:
-        found.append("The caches of its layers differ in shape, which GenAI 0.14 refuses and 0.18 takes.")
+        found.append("The caches of its layers differ in shape, which GenAI 0.14 refuses and 0.18 supports.")
     for name in ("min_p", "presence_penalty", "frequency_penalty"):
         if value := getattr(generation, name):
-            found.append(f"The model's authors want `{name}` {value:g}, which GenAI has no option for.")
+            found.append(f"The model's authors recommend `{name}` {value:g}, for which GenAI has no option.")
     if generation.stop:
-        found.append(f"GenAI ends at tokens only. End an answer yourself at: {', '.join(map(repr, generation.stop))}.")
+        found.append(f"GenAI stops only at tokens. End an answer yourself at: {', '.join(map(repr, generation.stop))}.")
     if generation.suppress_ids:
-        found.append("The model's authors want some tokens never to be chosen, which GenAI cannot: "
+        found.append("The model's authors exclude some tokens from sampling, which GenAI cannot do: "
                      f"{', '.join(map(str, generation.suppress_ids))}.")  # fmt: skip
     return found

@@ -1,4 +1,4 @@
-"""What becomes of each matrix: it stays as it is stored, or it is rounded; and how much that is off."""
+"""Chooses the form of each matrix, stored or quantized, and records the quantization error."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from transom_mobile_export.onnx.packing import block_of
 from transom_mobile_export.onnx.precision import OnnxPrecision
 
 BLOCK = 32
-"""Columns that share a scale in matrices that are rounded here."""
+"""Columns that share a scale in matrices that are quantized here."""
 
 
 def form_of(weight: Weight, precision: OnnxPrecision, *, vocabulary: bool) -> Weight:
-    """The matrix as it is written: itself, or rounded or unpacked when it is read.
+    """The matrix as it is written: unchanged, or quantized or unpacked when it is read.
 
     Args:
-        vocabulary: it is the vocabulary matrix, or the table of embeddings, whose errors show at once.
+        vocabulary: whether it is the vocabulary matrix or the table of embeddings, whose errors show at once.
     """
     if precision.exact or block_of(weight):
         return weight
     fits = weight.shape[1] % BLOCK == 0
-    if isinstance(weight, Blocked):  # of floats, or in blocks that the layout lacks
+    if isinstance(weight, Blocked):  # of floats, or in blocks that the layout does not support
         return to_int8(weight, BLOCK) if fits else Dense(weight.shape, "float32", lambda: dequantize(weight))
     if not precision.rounded or not fits:
         return weight
@@ -32,10 +32,10 @@ def form_of(weight: Weight, precision: OnnxPrecision, *, vocabulary: bool) -> We
 
 @dataclass(frozen=True)
 class RoundedWeight:
-    """What rounding did to one matrix."""
+    """The quantization error of one matrix."""
 
     name: str
-    """Of the product in the graph, or `embedding`."""
+    """Name of the product in the graph, or `embedding`."""
     before: str
     after: str
     error: float
@@ -43,18 +43,18 @@ class RoundedWeight:
 
 
 def named(weight: Weight) -> str:
-    """A matrix's form for people: `"int4 in blocks of 32"`."""
+    """A matrix's form, human-readable: `"int4 in blocks of 32"`."""
     return weight.dtype if isinstance(weight, Dense) else f"{weight.dtype} in blocks of {weight.block}"
 
 
 def notes(rounded: Sequence[RoundedWeight]) -> list[str]:
-    """One line for each form that matrices were rounded to."""
+    """One line for each form that matrices were quantized to."""
     found = []
     for before, after in sorted({(r.before, r.after) for r in rounded}):
         errors = [r.error for r in rounded if (r.before, r.after) == (before, after)]
         worst = max((r for r in rounded if (r.before, r.after) == (before, after)), key=lambda r: r.error)
         found.append(
-            f"{len(errors)} matrices in {before} were rounded to {after}: off by {sum(errors) / len(errors):.2%} "
+            f"{len(errors)} matrices in {before} were quantized to {after}: off by {sum(errors) / len(errors):.2%} "
             f"(mean), worst {worst.name} by {worst.error:.2%}"
         )
     return found

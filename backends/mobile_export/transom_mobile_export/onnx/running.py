@@ -1,6 +1,6 @@
-"""A decoder in ONNX Runtime on the CPU: one sequence at a time, over a cache that is read and written in place.
+"""Runs a decoder in ONNX Runtime on the CPU: one sequence at a time, with a cache that is updated in place.
 
-The engine of a `transom.sessions.BufferedSession`.
+This is the engine of a `transom.sessions.BufferedSession`.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ ELEMENTS: dict[str, tuple[int, np.dtype[Any]]] = {
     "tensor(float)": (1, np.dtype(np.float32)),
     "tensor(float16)": (10, np.dtype(np.float16)),
 }
-"""ONNX's numbers of element types, and NumPy's types, by what ONNX Runtime calls them."""
+"""ONNX's codes for element types and NumPy's dtypes, by ONNX Runtime's names."""
 _FLOAT, _INT64 = 1, 7
 CHUNK = 512
-"""Tokens that run at once where not all logits are wanted: those of a long prompt would fill the memory."""
+"""Tokens that run at once unless all logits are wanted: the logits of a long prompt would fill the memory."""
 GRAIN = 256
-"""A cache holds a multiple of so many tokens."""
-DAMAGED = "Remove it with: transom cache clear; or export the bundle anew"
+"""The capacity of a cache is a multiple of this many tokens."""
+DAMAGED = "Remove it with: transom cache clear; or export the bundle again"
 
 
 class Runner:
     """Runs a model.
 
     Args:
-        model: the ONNX file; the file of its weights lies beside it.
-        threads: processor threads to use; 0: as many as ONNX Runtime likes.
+        model: the ONNX file; its weights are in a file beside it.
+        threads: processor threads to use; 0: ONNX Runtime's default.
 
     Raises:
-        EngineError: ONNX Runtime does not take the model.
-        MissingExtra: it is not installed.
+        EngineError: ONNX Runtime does not open the model.
+        MissingExtra: ONNX Runtime is not installed.
     """
 
     def __init__(self, model: Path, decoder: Decoder, threads: int) -> None:
@@ -48,16 +48,16 @@ class Runner:
             raise MissingExtra("This model needs the package onnxruntime, which is not installed", "onnx") from e
         self._decoder = decoder
         settings = onnxruntime.SessionOptions()
-        settings.log_severity_level = 4  # what it has to say comes as an exception, too
+        settings.log_severity_level = 4  # errors are raised as exceptions anyway
         settings.intra_op_num_threads = threads
         try:
             self._session: Any = onnxruntime.InferenceSession(str(model), settings, providers=["CPUExecutionProvider"])
             inputs = {value.name: value.type for value in self._session.get_inputs()}
             self._element, self.dtype = ELEMENTS[inputs[PAST.format(0, "key")]]
         except KeyError as e:
-            raise EngineError(f"{model.name} is no decoder that this backend wrote: it lacks {e}", DAMAGED) from e
+            raise EngineError(f"{model.name} was not written by this backend: it lacks {e}", DAMAGED) from e
         except Exception as e:  # ONNX Runtime's exceptions have no common base
-            raise EngineError(f"ONNX Runtime does not take {model.name}: {_first_line(e)}", DAMAGED) from e
+            raise EngineError(f"ONNX Runtime cannot open {model.name}: {_first_line(e)}", DAMAGED) from e
 
     def capacity(self, tokens: int) -> int:
         return -(-tokens // GRAIN) * GRAIN
@@ -102,7 +102,7 @@ class Runner:
         try:
             self._session.run_with_iobinding(binding)
         except Exception as e:  # as above
-            raise EngineError(f"ONNX Runtime cannot run the decoder: {_first_line(e)}", "Load the model anew") from e
+            raise EngineError(f"ONNX Runtime cannot run the decoder: {_first_line(e)}", "Load the model again") from e
         found: Array = logits[0]
         return found
 

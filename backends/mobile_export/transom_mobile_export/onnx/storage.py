@@ -1,8 +1,8 @@
 """How a portable decoder is stored, for the plan of an export.
 
-Matrices are those of ONNX Runtime's `MatMulNBits`, whose scales are as wide as what is multiplied: float32. What it
-packs anew when it opens a model was measured on x86-64 with ONNX Runtime 1.3x, of models of 0.1 and 0.6 billion, and
-what a step takes on SmolLM2-135M: 39 numbers for each of the hidden state and token, and logits of every token.
+Matrices are those of ONNX Runtime's `MatMulNBits`, whose scales have the dtype of the inputs: float32. Memory for
+repacking at load was measured on x86-64 with ONNX Runtime 1.3x, for models of 0.1 and 0.6 billion parameters. The
+memory of a step was measured on SmolLM2-135M: 39 numbers per token and hidden column, and logits of every token.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from transom.signature import Decoder
 
 SCALE = 4
-"""Bytes of a scale, and of what stands for a minimum: float32."""
+"""Bytes of a scale and of a minimum: float32."""
 _PACKED = {4: 1.25, 8: 1.2}
 """Bytes in memory for each byte of a matrix in the file, by its bits."""
 F16, F32 = MatrixForm(16), MatrixForm(32)
@@ -31,7 +31,7 @@ INT8, INT4 = (MatrixForm(bits, block=32, scale=SCALE, packed=_PACKED[bits]) for 
 
 
 def kept(stored: Blocked) -> MatrixForm | None:
-    """The form in which `MatMulNBits` has a matrix as it is stored; None where it has none."""
+    """The form in which `MatMulNBits` holds a matrix as stored; None if it cannot."""
     if not (block := block_of(stored)):
         return None
     bits = BITS[stored.dtype]
@@ -53,11 +53,11 @@ FORMS: Mapping[str, StorageForm] = {
     "f32": _EXACT,
     "exact": _EXACT,
 }
-"""By `precision`."""
+"""Storage forms by `precision`."""
 
 
 def form_of(decoder: Decoder, precision: str) -> StorageForm:
-    """How a decoder is stored. Raises OptionError where there is no such precision."""
+    """How a decoder is stored. Raises OptionError if the precision is unknown."""
     if precision not in FORMS:
         raise OptionError(f"onnx has no {option('precision', precision)}", f"It has {', '.join(FORMS)}")
     return replace(FORMS[precision], published=published(decoder))

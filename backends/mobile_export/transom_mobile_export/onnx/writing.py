@@ -1,4 +1,4 @@
-"""Writing an ONNX model for ONNX Runtime: its own operators, and weights that go to their file at once."""
+"""Writes an ONNX model for ONNX Runtime: its own operators, and weights that go to their file at once."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from transom.programs.onnx_writing import OnnxWriter
 
 OPSET = 21
 IR_VERSION = 10
-"""What the models of ONNX Runtime GenAI's own builder have: older runtimes on phones take them, too."""
+"""The version that ONNX Runtime GenAI's own builder writes, which older runtimes on phones accept, too."""
 DOMAIN = "com.microsoft"
 PAGE = 4096
-"""Bytes that the place of a weight in the file is a multiple of, so that it can be mapped."""
+"""Alignment of weights in the file, in bytes, so that they can be memory-mapped."""
 
 
 class RuntimeWriter(OnnxWriter):
     """An `OnnxWriter` that opens a file of weights beside the model; a context manager, which closes it.
 
-    Only one matrix is in memory at a time: `stored` writes it and keeps where it is.
+    Only one matrix is in memory at a time: `stored` writes it and keeps only its location.
 
     Args:
-        data: the file, which is made.
+        data: the file to create.
     """
 
     def __init__(self, name: str, data: Path) -> None:
@@ -44,11 +44,11 @@ class RuntimeWriter(OnnxWriter):
     def contrib(
         self, op_type: str, *inputs: ir.Value | None, dtypes: Sequence[ir.DataType], **attributes: Any
     ) -> tuple[ir.Value, ...]:
-        """Append an operator of ONNX Runtime's own domain, with as many outputs as there are types."""
+        """Append an operator of ONNX Runtime's own domain, with one output per dtype."""
         return self.several(op_type, *inputs, dtypes=dtypes, domain=DOMAIN, **attributes)
 
     def stored(self, name: str, array: Array) -> ir.Value:
-        """An initializer whose numbers are written to the file of weights, now."""
+        """An initializer whose numbers are written to the file of weights immediately."""
         self._file.write(b"\0" * (-self._file.tell() % PAGE))
         offset = self._file.tell()
         self._file.write(np.ascontiguousarray(array).data)

@@ -1,4 +1,4 @@
-"""What a bundle tells the developer of an app about its HTP variant."""
+"""The section of a bundle's README that tells app developers how to use its HTP variant."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from transom_mobile_export.qnn.probing import libraries
 
 
 def app_files(variant: Mapping[str, Any]) -> Mapping[str, bytes]:
-    """The part of a bundle's README; see `transom.contract.AppBackend`."""
+    """The section of a bundle's README; see `transom.contract_optional.AppBackend`."""
     requires, folder = variant["requires"], variant["name"]
     shared = requires["weights"] == "shared"
     names = {
@@ -26,28 +26,28 @@ KOTLIN_SHARE = 'options.addConfigEntry("ep.share_ep_contexts", "1") // both grap
 CPP_SHARE = 'options.AddConfigEntry("ep.share_ep_contexts", "1");\n'
 README = """## The HTP of {chip}
 
-`{folder}/` holds the decoder compiled for Hexagon v{htp} (soc_model {soc}), {context} tokens of context. It opens on
-that chip alone. `{folder}/qnn.json` describes its parts, inputs and caches.
+`{folder}/` holds the decoder compiled for Hexagon v{htp} (soc_model {soc}), with a context of {context} tokens. It
+opens only on that chip. `{folder}/qnn.json` describes its parts, inputs and caches.
 
 ### Libraries
 
-Version {sdk} of Qualcomm's QNN compiled it (onnxruntime-qnn {qnn}), and libraries of QNN {sdk} or newer open it. Name
-in the Gradle file `com.microsoft.onnxruntime:onnxruntime-android` (1.24.1 or newer), Qualcomm's provider for it,
-`com.qualcomm.qti:onnxruntime-android-qnn:{qnn}`, and `com.qualcomm.qti:qnn-runtime:{sdk}`. Qualcomm's may be passed on
-as a part of your app only. (Microsoft's `onnxruntime-android-qnn` has an older provider built in.) The app's folder of
-native libraries needs:
+It was compiled by Qualcomm's QNN {sdk} (onnxruntime-qnn {qnn}); libraries of QNN {sdk} or newer open it. Add to the
+Gradle file `com.microsoft.onnxruntime:onnxruntime-android` (1.24.1 or newer), Qualcomm's provider for it,
+`com.qualcomm.qti:onnxruntime-android-qnn:{qnn}`, and `com.qualcomm.qti:qnn-runtime:{sdk}`. Qualcomm's packages may only
+be redistributed as part of your app. (Microsoft's `onnxruntime-android-qnn` contains an older provider.) The app's
+folder of native libraries needs:
 
 {libraries}
 
 The last one runs on the DSP, which reads it from a file: set `android:extractNativeLibs="true"` (Gradle:
-`packaging.jniLibs.useLegacyPackaging = true`), name `libcdsprpc.so` in `<uses-native-library>`, and say where it lies
-before the first session is made:
+`packaging.jniLibs.useLegacyPackaging = true`), name `libcdsprpc.so` in `<uses-native-library>`, and set the library's
+folder before you create the first session:
 
 ```kotlin
 android.system.Os.setenv("ADSP_LIBRARY_PATH", applicationInfo.nativeLibraryDir, true)
 ```
 
-`ADSP_LIBRARY_PATH` is read once in a process, and several folders are put side by side with `;`.
+`ADSP_LIBRARY_PATH` is read once per process; separate several folders with `;`.
 
 ### Opening a part
 
@@ -81,20 +81,20 @@ Ort::Session decode(environment, (bundle + "/{folder}/part0_decode.onnx").c_str(
 
 ### A step
 
-1. Look up the rows of `{folder}/qnn.json`'s `embedding.file` (float16, path from the bundle's root), multiply by
-   `embedding.scale`, and hand them over as float32 `hidden` [1, S, H]. `S` is `chunk` for `prefill`, 1 for `decode`.
-   A short chunk is padded at its end.
-2. `positions` [1, S] count from the number of tokens in the cache on, and stay below `context`.
+1. Look up the tokens' rows in the file `embedding.file` of `{folder}/qnn.json` (float16, path from the bundle's root),
+   multiply them by `embedding.scale`, and pass them as float32 `hidden` [1, S, H]. `S` is `chunk` for `prefill`
+   and 1 for `decode`. Pad a short chunk at its end.
+2. `positions` [1, S] count up from the number of tokens in the cache, and stay below `context`.
 3. `mask` [1, 1, S, C + S] is 0 where a token sees a column and `mask_low` elsewhere: columns 0 to C - 1 are the cache,
-   filled from its beginning, and column C + i is token i of this step, which itself and later ones see. `mask_window`
+   filled from its beginning, and column C + i is token i of this step, seen by itself and later tokens. `mask_window`
    is the same for layers with a window, whose tokens see the last `window` positions, themselves included.
-4. Parts run one after the other: `hidden_out` of one is `hidden` of the next. `row` [1] is the token whose `logits` the
-   last one gives.
-5. Copy `new_key.N` and `new_value.N` of the tokens, not of the padding, behind the tokens of `past_key.N` and
-   `past_value.N`. They are in the cache's own type: never convert them.
+4. Run the parts in order: `hidden_out` of one is `hidden` of the next. `row` [1] is the token whose `logits` the last
+   part returns.
+5. Copy `new_key.N` and `new_value.N` of the tokens, not of the padding, after the tokens in `past_key.N` and
+   `past_value.N`. They have the cache's dtype: never convert them.
 
-Where `qnn_variant` is 2 attention is sparse: a chunk begins at a multiple of 64 positions, and the graphs have more
-inputs, which are made with the numbers under `sparse` and listed in Transom's page on bundles for phones. Copy
+If `qnn_variant` is 2, attention is sparse: a chunk begins at a multiple of 64 positions, and the graphs have more
+inputs, which are computed from the numbers under `sparse` and listed in Transom's page on bundles for phones. Copy
 `new_mean.N` and `new_variance.N` to the rows of `past_mean.N` and `past_variance.N` that begin with the node of the
 chunk's first position.
 """

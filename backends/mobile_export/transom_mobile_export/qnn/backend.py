@@ -1,7 +1,6 @@
-"""The backend object: the five methods of the contract, and the optional ones for bundles, each handed to the module
-that does it.
+"""The backend object: the methods of the contract and the optional ones for bundles, each delegated to its module.
 
-Importing this module imports no SDK: `probe` and `check` never do, `compile` and `load` do.
+Importing this module imports no SDK: only `compile` and `load` do.
 """
 
 from __future__ import annotations
@@ -22,12 +21,12 @@ if TYPE_CHECKING:
 
 class Qnn:
     """Compiles decoders for the HTP of Snapdragon chips, and runs them on Qualcomm's emulator. Options: `precision`
-    (see `transom_mobile_export.qnn.precision`), `context`, which is built in, and `calibration`, the texts that
-    activations are seen on.
+    (see `transom_mobile_export.qnn.precision`), `context`, which is built in, and `calibration`, the texts on which
+    activation ranges are observed.
 
     Args:
-        chunk: new tokens of a prefill, at most.
-        largest: bytes of weights that one context may have; a larger model is cut into parts.
+        chunk: largest number of new tokens of a prefill.
+        largest: largest number of bytes of weights in one context; a larger model is cut into parts.
     """
 
     name = "qnn"

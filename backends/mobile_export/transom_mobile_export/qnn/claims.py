@@ -1,4 +1,4 @@
-"""Which nodes the backend takes, and why not where it does not. A decoder is taken whole, or not at all."""
+"""Which nodes the backend claims, and why it refuses the others. A decoder is claimed whole or not at all."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Drafted:
     reader: GraphReader
     embed: Op
     layers: tuple[GraphPart, ...]
-    """Each as a part of its own."""
+    """Each layer as a part of its own."""
 
 
 def drafted(graph: Graph, precision: QnnPrecision) -> Drafted:
@@ -39,7 +39,7 @@ def drafted(graph: Graph, precision: QnnPrecision) -> Drafted:
 
     Raises:
         NoForm: there is no operator for a node.
-        UnsupportedError: it cannot be cut between layers.
+        UnsupportedError: the decoder cannot be cut between layers.
     """
     reader = GraphReader(graph, HtpKernels())
     ops = fusing.fuse_biases(fusing.fuse_scales(list(reader.ops)))
@@ -52,7 +52,7 @@ def drafted(graph: Graph, precision: QnnPrecision) -> Drafted:
         raise NoForm(next(n for n in graph.nodes() if is_attention(n)), "attention layers that are out of order")
     windows = {layer.sliding_window for layer in reader.decoder.layers} - {0}
     if len(windows) > 1:
-        reason = f"sliding windows of {' and '.join(map(str, sorted(windows)))} tokens: all layers have the same one"
+        reason = f"sliding windows of {' and '.join(map(str, sorted(windows)))} tokens: all layers need the same one"
         raise NoForm(next(n for n in graph.nodes() if is_attention(n)), reason)
     if windows and not reader.sparsity.dense:
         off = option("sparsity", "off")
@@ -62,7 +62,7 @@ def drafted(graph: Graph, precision: QnnPrecision) -> Drafted:
 
 
 def _mark_small(ops: Sequence[Op], layers: int) -> None:
-    """Tell `QnnPrecision.weights_of` which products are small: keys and values where query heads share them."""
+    """Mark small products for `QnnPrecision.weights_of`: keys and values that several query heads share."""
     products = [d for d in ops if d.kind == "linear" and d.by != HEAD and d.weight is not None]
     sizes = {id(d): math.prod(d.weight.shape) for d in products if d.weight is not None}
     for op in products:
@@ -74,7 +74,7 @@ def claims(graph: Graph, device: Device, options: Options) -> Iterator[Claim]:
     """One claim for each node, in order.
 
     Raises:
-        OptionError: the precision is none that the HTP has.
+        OptionError: the HTP does not support the precision.
     """
     precision = resolve(options, probing.target(device).htp_arch)
     refused = refusals(graph, lambda: drafted(graph, precision))

@@ -1,6 +1,6 @@
-"""Compile: a decoder, rounded as asked for, as static graphs, and what QNN makes of them.
+"""Compile: quantize a decoder as requested, write it as static graphs and have QNN compile them.
 
-The ONNX models that QNN compiles are written into a temporary folder and removed: an app needs the contexts alone.
+The ONNX models that QNN compiles are written to a temporary folder and removed: an app needs only the contexts.
 """
 
 from __future__ import annotations
@@ -52,30 +52,29 @@ if TYPE_CHECKING:
     from transom.programs.reading import Op
 
 RANDOM_TEXTS = (4, 64)
-"""Texts of random tokens and their length, for a model without a tokenizer."""
+"""Number and length of the random token sequences for a model without a tokenizer."""
 CAPPED_WRONG = 16
-"""Rows of scores over which a rounded soft cap comes out wrong."""
+"""Number of rows of scores for which the HTP computes a quantized soft cap wrongly."""
 ROWS_AT_ONCE = 4096
 """Rows of the embedding that are written at a time."""
 SHARES = {"observe": (0.0, 0.3), "measure": (0.3, 0.4), "embed": (0.4, 0.45), "compile": (0.45, 1.0)}
-"""Of the progress bar, from where to where."""
+"""Start and end of each stage on the progress bar."""
 
 
 def compile_graph(
     graph: Graph, device: Device, options: Options, progress: Progress, *, chunk: int = CHUNK, largest: int = LARGEST
 ) -> Artifact:
-    """The artifact of a decoder all of whose nodes were claimed. Large files lie in a temporary folder, which the host
-    empties.
+    """Compile a decoder whose nodes were all claimed. Large files are in a temporary folder, which the host empties.
 
     Args:
-        chunk: new tokens of a prefill, at most.
-        largest: bytes of weights that one part may have.
+        chunk: largest number of new tokens of a prefill.
+        largest: largest number of bytes of weights in one part.
 
     Raises:
-        UnsupportedError: the HTP does not have an operator, or the model cannot be cut where it has to be.
+        UnsupportedError: the HTP lacks an operator, or the model cannot be cut into the necessary parts.
         DoesNotFit: a single layer is too large for a context.
-        OptionError: the precision cannot be had for this checkpoint.
-        EngineError: QNN cannot compile it; its own words are in the message.
+        OptionError: this checkpoint does not support the precision.
+        EngineError: QNN cannot compile it; its own messages are included.
     """
     chip = probing.target(device)
     precision = resolve(options, chip.htp_arch)
@@ -136,7 +135,7 @@ def compile_graph(
 
 @dataclass(frozen=True)
 class PreparedModel:
-    """All that graphs are written from."""
+    """Everything that graphs are written from."""
 
     model: Drafted
     precision: QnnPrecision
@@ -151,14 +150,14 @@ def _rounded(
     folder: Path,
     progress: Progress,
 ) -> tuple[PreparedModel, bytes, list[str]]:
-    """What rounded graphs are written from, what rounding does as JSON, and notes of it."""
+    """The data for quantized graphs, the quantization errors as JSON, and notes about them."""
     seen = observe(model, texts[0], _told(progress, "observe"))
     matrices = RoundedMatrices(precision, seen.squares, folder)
     worst = measure(model, precision, seen, matrices, texts[0][0], _told(progress, "measure"))
     notes = [texts[1], error_note(worst)]
     if seen.widest > LARGEST_WIDE:
         notes.append(
-            f"the hidden state has magnitudes up to {seen.widest:.4g}, too near the end of float16: it is rounded to "
+            f"the hidden state has magnitudes up to {seen.widest:.4g}, too near the end of float16: it is quantized to "
             "uint16"
         )
     errors = json.dumps([asdict(deviation) for deviation in worst], indent=1).encode()
@@ -166,18 +165,18 @@ def _rounded(
 
 
 def require_forms(model: Drafted, precision: QnnPrecision) -> None:
-    """Raises OptionError for a matrix that the precision has no form for, before anything that takes long."""
+    """Raises OptionError for a matrix that has no form in the precision, before anything slow."""
     for part in model.layers:
         for drafts in part.layers:
             for op in drafts:
                 if op.weight is not None:
-                    rounded(op.weight, precision.weights_of(op))  # reads and rounds nothing yet
+                    rounded(op.weight, precision.weights_of(op))  # reads and quantizes nothing yet
 
 
 def require_capped(model: Drafted, chunk: int) -> None:
-    """Raises UnsupportedError for a soft cap over scores [KV heads, 1, 16, keys] or [1, 16, keys], as sparse attention
-    has them for 16 query heads to a KV head: rounded, it comes out wrong of the HTP, which says nothing (QNN 2.51). In
-    dense attention the query heads have an axis of their own, and there has to be more than one of them."""
+    """Raises UnsupportedError for a soft cap over scores [KV heads, 1, 16, keys] or [1, 16, keys], which sparse
+    attention has with 16 query heads per KV head: if quantized, the HTP silently computes it wrongly (QNN 2.51). In
+    dense attention the query heads have an axis of their own, of which there has to be more than one."""
     reader = model.reader
     for index, layer in enumerate(reader.decoder.layers):
         _, softcap, _ = reader.layers[index]
@@ -185,14 +184,14 @@ def require_capped(model: Drafted, chunk: int) -> None:
         rows = {group, group * chunk} if not reader.sparsity.dense else {chunk} if layer.q_heads == 1 else set()
         if softcap and CAPPED_WRONG in rows:
             raise UnsupportedError(
-                f"Soft-capped scores of {CAPPED_WRONG} rows, which layer {index} has, are computed wrong by the HTP in "
-                "rounded numbers",
+                f"Layer {index} has soft-capped scores of {CAPPED_WRONG} rows, which the HTP computes wrongly if they "
+                "are quantized",
                 f"Use {option('precision', 'f16')}",
             )
 
 
 def plan_notes(parts: Sequence[GraphPart]) -> list[str]:
-    """The plan for people; one part needs none."""
+    """The plan, human-readable; empty for a single part."""
     if len(parts) == 1:
         return []
     sizes = "; ".join(f"{part.name}: {part.bytes / 1e6:.1f} MB" for part in parts)
@@ -200,7 +199,7 @@ def plan_notes(parts: Sequence[GraphPart]) -> list[str]:
 
 
 def sparse_notes(variant: QnnVariant) -> list[str]:
-    """What sparse attention reads, for people; nothing is said of dense attention."""
+    """What sparse attention reads, human-readable; empty for dense attention."""
     sizes = variant.sizes(1)
     if sizes is None:
         return []
@@ -210,22 +209,22 @@ def sparse_notes(variant: QnnVariant) -> list[str]:
     read = sparse_sizes.reads(sizes, layers, CACHE_BYTES[variant.cache])
     choosing, every = sum(c[0] for c in layers), sum(c[1] for c in layers)
     return [
-        f"sparse attention in {choosing} of {every} KV heads: {sizes.far * sizes.rule.unit + sizes.near} keys of the "
-        f"cache are read for a token, of {variant.context}",
-        f"bytes of cache that are read for a token: {read.sparse / 1e6:.2f} MB, of them {read.nodes / 1e6:.2f} MB of "
+        f"sparse attention in {choosing} of {every} KV heads: a token reads "
+        f"{sizes.far * sizes.rule.unit + sizes.near} of {variant.context} keys in the cache",
+        f"bytes of cache that a token reads: {read.sparse / 1e6:.2f} MB, of them {read.nodes / 1e6:.2f} MB of "
         f"nodes; dense attention reads {read.dense / 1e6:.2f} MB",
     ]
 
 
 def texts_of(options: Options, vocabulary: int) -> tuple[Sequence[Sequence[int]], str]:
-    """What activations are seen on, and a note of it."""
+    """The texts on which activation ranges are observed, and a note about them."""
     given: Any = options.get("calibration") or ()
     texts = [text for text in given if len(text)]
     if texts:
-        return texts, f"activations are rounded by what {sum(map(len, texts))} tokens of text showed"
+        return texts, f"activations are quantized by the ranges of {sum(map(len, texts))} tokens of text"
     rng = np.random.default_rng(0)
     return rng.integers(0, vocabulary, RANDOM_TEXTS).tolist(), (
-        "activations are rounded by what random tokens showed, since there are no texts: the model has no tokenizer"
+        "activations are quantized by the ranges of random tokens, since the model has no tokenizer for texts"
     )
 
 
@@ -233,7 +232,7 @@ def error_note(worst: Sequence[Deviation]) -> str:
     products = [d.error for d in worst if d.what == "product"]
     first = next(d for d in worst if d.what == "product")
     return (
-        f"rounding: products are off by {sum(products) / len(products):.2%} (mean), at most {first.error:.2%} "
+        f"quantization: products are off by {sum(products) / len(products):.2%} (mean), at most {first.error:.2%} "
         f"({first.node}); all of them are in {ERRORS_FILE}"
     )
 
@@ -242,7 +241,7 @@ def write_embedding(embed: Op, path: Path, progress: Callable[[float], None]) ->
     """The table as float16 rows, [vocabulary, hidden], not scaled.
 
     Raises:
-        OptionError: a number is too large for float16.
+        OptionError: a value is too large for float16.
     """
     weight = embed.weight
     assert weight is not None
@@ -265,7 +264,7 @@ def write_embedding(embed: Op, path: Path, progress: Callable[[float], None]) ->
 def _compile_part(
     prepared: PreparedModel, part: GraphPart, names: PartFiles, variant: QnnVariant, folder: Path, share: bool
 ) -> dict[str, Path]:
-    """Both graphs of a part; the files of their contexts by name."""
+    """Compile both graphs of a part; returns the files of their contexts by name."""
     chip = probing.Chip(variant.soc_model, variant.htp_arch)
     sessions = []
     for tokens, name in ((variant.chunk, names.prefill), (1, names.decode)):
@@ -280,7 +279,7 @@ def _compile_part(
 
 
 def write_graph(prepared: PreparedModel, part: GraphPart, path: Path, tokens: int, context: int) -> None:
-    """One graph of a part as QNN is given it."""
+    """Write one graph of a part as the ONNX model that QNN compiles."""
     reader, precision = prepared.model.reader, prepared.precision
     lowered = lower(
         reader, part, tokens=tokens, cached=context, context=context, matrices=prepared.matrices,
@@ -305,7 +304,7 @@ def _told(progress: Progress, stage: str) -> Callable[[float], None]:
 
 
 def _memory(variant: QnnVariant, size: int) -> dict[str, int]:
-    """Bytes on the chip and in the app: the contexts, the cache of one token, and what a prefill takes in and gives."""
+    """Bytes on the chip and in the app: contexts, cache of one token, and the inputs and outputs of a prefill."""
     number = CACHE_BYTES[variant.cache]
     sizes, nodes = variant.sizes(1), 0
     if sizes is not None:

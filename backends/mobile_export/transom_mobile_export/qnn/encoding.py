@@ -1,15 +1,15 @@
-"""From the float graph of a part to the rounded one: every value goes through QuantizeLinear and DequantizeLinear.
+"""Turns the float graph of a part into a quantized one: QuantizeLinear and DequantizeLinear follow every value.
 
-What a value is rounded by depends on what was seen of it, and on nothing that differs between the graphs of a part: the
+The encoding of a value depends on its observed range, and on nothing that differs between the graphs of a part: the
 cache that one writes is read by the other. Operators that only move numbers (Reshape, Transpose, Concat, …) have one
-encoding for what goes in and what comes out, so that nothing is rounded twice.
+encoding for input and output, so that nothing is quantized twice.
 
-The hidden state is not rounded: a few of its numbers are a thousand times as large as all others (Sun et al. 2024,
-Massive activations in large language models, arXiv:2402.17762), and 65536 steps up to the largest would leave few to
-the rest. Where it comes near the end of float16 it is rounded all the same.
+The hidden state is not quantized: a few of its numbers are a thousand times as large as all others (Sun et al. 2024,
+Massive activations in large language models, arXiv:2402.17762), and 65536 steps up to the largest would leave few for
+the rest. It is quantized only if it comes close to float16's limit.
 
-A score that is masked need not be far below the others, only far enough for a softmax: its encoding ends `MARGIN` below
-the smallest score, since a range down to -10000 would leave few of the 65536 codes to the scores that count.
+A masked score need not be far below the others, only far enough for a softmax. Its encoding therefore ends `MARGIN`
+below the smallest score: a range down to -10000 would leave few of the 65536 codes to the scores that count.
 """
 
 from __future__ import annotations
@@ -35,21 +35,21 @@ if TYPE_CHECKING:
     from transom_mobile_export.qnn.observing import Range, Seen
 
 MARGIN = 20.0
-"""A masked score is so far below the smallest score that there is; e**-20 is below half a code of a softmax."""
+"""Distance of masked scores below the smallest score; e**-20 is below half a code of a softmax."""
 HEADROOM = 1.25
-"""How much wider an encoding of 16 bits is than what was seen: other texts have larger numbers, and what is beyond is
-cut off. Of 8 bits there are too few for that."""
+"""Factor of a 16-bit encoding's range over the observed range: other texts have larger numbers, and those beyond the
+range saturate. 8 bits have too few codes for headroom."""
 SMALLEST = 1e-6
-"""A scale of what is always 0."""
+"""The scale of values that are always 0."""
 LARGEST_WIDE = 50000.0
-"""A magnitude of the hidden state beyond which it is rounded, too: float16 ends at 65504."""
+"""Magnitude of the hidden state beyond which it is quantized, too: float16 ends at 65504."""
 MOVING = {
     "Reshape": (0,), "Transpose": (0,), "Unsqueeze": (0,), "Slice": (0,), "Gather": (0,), "Expand": (0,),
     "Concat": None,
 }  # fmt: skip
-"""Operators that only move numbers -> the inputs that hold these; None: all."""
+"""Operators that only move numbers -> the inputs that hold these numbers; None: all."""
 CACHE = "past_"
-"""Names of inputs that are the cache begin so."""
+"""Prefix of the cache's inputs."""
 UINT8, UINT16 = ir.DataType.UINT8, ir.DataType.UINT16
 
 
@@ -63,7 +63,7 @@ class Encoding:
 
     @classmethod
     def of(cls, seen: Range, dtype: ir.DataType) -> Encoding:
-        """The finest one that holds a range and 0."""
+        """The finest encoding that covers a range and 0."""
         low, high = min(seen[0], 0.0), max(seen[1], 0.0)
         most = 255 if dtype == UINT8 else 65535
         scale = float(np.float32(max((high - low) / most, SMALLEST)))
@@ -76,13 +76,13 @@ class Encoding:
 
 
 class RoundedMatrices:
-    """Writes matrices of products in the precision's form. Each is rounded once: several graphs have it.
+    """Writes matrices of products in the precision's form. Each is quantized once, since several graphs contain it.
 
     Args:
         squares: mean square of each column's input, by the name of the matrix; see `rounding.rounded`.
-        folder: where the rounded ones are kept.
+        folder: where the quantized matrices are stored.
 
-    Raises, when called, OptionError for 4 bits in rows that are no multiple of a block.
+    Raises, when called, OptionError for 4 bits in rows that are not a multiple of a block.
     """
 
     def __init__(self, precision: QnnPrecision, squares: Mapping[str, Array], folder: Path) -> None:
@@ -109,7 +109,7 @@ class RoundedMatrices:
         return write("DequantizeLinear", codes, by_block, dtype=FLOAT, axis=0, block_size=weight.block)
 
     def _part(self, weight: Blocked, name: str, what: str) -> Array:
-        """One of the parts, from its file."""
+        """One array of a matrix, from its file."""
         paths = {part: self._folder / f"{name}.{part}.npy" for part in ("quants", "scales")}
         if not paths["scales"].exists():
             parts = weight.load()
@@ -120,19 +120,19 @@ class RoundedMatrices:
 
 
 def add_rounding(lowered: LoweredPart, seen: Seen, cache: ir.DataType) -> None:
-    """Put QuantizeLinear and DequantizeLinear behind every value of a graph but the hidden state, in place.
+    """Insert QuantizeLinear and DequantizeLinear after every value of a graph except the hidden state, in place.
 
     Caches become inputs and outputs of codes, or float16; all other inputs and outputs stay float32.
 
     Args:
-        cache: uint8 or uint16.
+        cache: dtype of the codes, uint8 or uint16.
     """
     _Rounding(lowered.graph, Encodings(lowered, seen, cache)).run()
     add_half_cache(lowered)
 
 
 class Encodings:
-    """What each value of a float graph is rounded by; see `add_rounding`."""
+    """The encoding of each value of a float graph; see `add_rounding`."""
 
     def __init__(self, lowered: LoweredPart, seen: Seen, cache: ir.DataType) -> None:
         self.cache = cache
@@ -169,7 +169,7 @@ class Encodings:
         return self._of[self._root(value)]
 
     def is_cached(self, value: ir.Value) -> bool:
-        """Whether a value is in the numbers of the cache."""
+        """Whether a value has the cache's dtype."""
         return self._root(value) in self._caches
 
     def _root(self, value: ir.Value) -> int:
@@ -186,7 +186,7 @@ class Encodings:
         return [v for i, v in enumerate(node.inputs) if v is not None and (which is None or i in which)]
 
     def _extent(self, value: ir.Value, room: float) -> Range | None:
-        """None: of a value that is only moved, and nobody has seen."""
+        """The range of a value; None if it is only moved and was not observed."""
         name, masked = self._lowered.like.get(_name(value), _name(value)), self._lowered.masked
         if name in (MASK, MASK_WINDOW, NEAR_MASK):
             return self._seen.mask_low, 0.0
@@ -210,7 +210,7 @@ def _name(value: ir.Value | None) -> str:
 
 
 def _values(graph: ir.Graph) -> Iterator[ir.Value]:
-    """All that nodes read and give, but for the parts of matrices."""
+    """All inputs and outputs of nodes, except the arrays of matrices."""
     for node in graph:
         if node.op_type != "DequantizeLinear":
             yield from (v for v in node.inputs if v is not None and not _is_matrix(v))
@@ -226,7 +226,7 @@ class _Rounding:
     def __init__(self, graph: ir.Graph, encodings: Encodings) -> None:
         self.graph, self.encodings = graph, encodings
         self._instead: dict[int, ir.Value] = {}
-        """What is read in place of a value."""
+        """Replacements of values, by the value."""
         self._parameters: dict[Encoding, tuple[ir.Value, ir.Value]] = {}
 
     def run(self) -> None:
@@ -251,7 +251,7 @@ class _Rounding:
             out = node.outputs[0]
             if id(out) not in encodings:
                 continue
-            if node.op_type == "Identity":  # into the numbers of the cache: rounding is all that is done
+            if node.op_type == "Identity":  # conversion to the cache's dtype: quantizing is all it does
                 source = node.inputs[0]
                 assert source is not None
                 after = source.producer()
@@ -269,7 +269,7 @@ class _Rounding:
                 self.graph.remove(node)
 
     def _through(self, value: ir.Value, by: Encoding, after: ir.Node, name: str) -> tuple[ir.Value, ir.Value]:
-        """Codes of a value, and the numbers that they stand for; both behind a node."""
+        """Codes of a value and the dequantized numbers, both inserted after a node."""
         scale, zero = self._parameter(by)
         codes = self._node("QuantizeLinear", [value, scale, zero], f"{name}.codes", by.dtype)
         back = self._node("DequantizeLinear", [codes.outputs[0], scale, zero], f"{name}.rounded", FLOAT)
@@ -320,7 +320,7 @@ class _Rounding:
 
 
 def add_half_cache(lowered: LoweredPart) -> None:
-    """Make the caches of a graph that are float32 float16, in place; all other inputs and outputs stay float32."""
+    """Change the float32 caches of a graph to float16, in place; all other inputs and outputs stay float32."""
     graph = lowered.graph
     first = next(iter(graph))
     for value in graph.inputs:

@@ -1,9 +1,9 @@
-"""The files of a variant, and `qnn.json`, by which an app without Transom runs them.
+"""The files of a variant, and `qnn.json`, with which an app runs them without Transom.
 
 Every part has two graphs, `prefill` for `chunk` new tokens and `decode` for one, whose inputs and outputs are described
-in `transom_mobile_export.qnn.lowering`. The host looks up the embedding, writes masks, and keeps the caches as they
-come out: columns 0 to C - 1 of a mask are the cache, columns C and on the new tokens. With sparse attention the host
-also keeps the nodes, and makes the inputs of `transom_mobile_export.qnn.sparse_inputs` by the numbers under `sparse`.
+in `transom_mobile_export.qnn.lowering`. The host looks up the embedding, writes masks and stores the caches unchanged.
+Columns 0 to C - 1 of a mask are the cache, columns from C on the new tokens. With sparse attention the host also stores
+the nodes, and computes the inputs of `transom_mobile_export.qnn.sparse_inputs` from the numbers under `sparse`.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ VARIANT_FILE = "qnn.json"
 EMBEDDING_FILE = "shared/embedding.bin"
 ERRORS_FILE = "errors.json"
 VERSION, SPARSE_VERSION = 1, 2
-"""Of `qnn.json`. A host that knows dense attention alone refuses the second one."""
+"""Versions of `qnn.json`. A host that supports only dense attention refuses the second one."""
 LIBRARIES_FILE = "libraries.json"
 MEMORY_FILE = "memory.json"
 CHUNK = 128
 """New tokens of a prefill."""
 LARGEST = 3_200_000_000
-"""Bytes of weights in one part. A context ends at 4 GB; activations, code, and what two graphs do not share are in it,
-too."""
+"""Largest number of bytes of weights in one part. A context is limited to 4 GB, and also holds activations, code, and
+what two graphs do not share."""
 CACHE_BYTES = {"uint8": 1, "uint16": 2, "float16": 2, "float32": 4}
-"""Of a number in a cache."""
+"""Bytes of a number in a cache."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,10 @@ class PartFiles:
     """One part of the decoder."""
 
     prefill: str
-    """Name of its ONNX file, which holds one node `EPContext` and names the binary beside it."""
+    """Name of its ONNX file, which has one node `EPContext` that names the binary beside it."""
     decode: str
     layers: tuple[int, int]
-    """The first, and the first that is no longer in it."""
+    """The first layer, and one past the last."""
 
 
 @dataclass(frozen=True)
@@ -52,19 +52,19 @@ class CacheLayer:
     head_dim: int
     value_dim: int
     window: int
-    """Tokens that a query sees, itself included; 0: all."""
+    """How many tokens a query sees, itself included; 0: all."""
 
 
 @dataclass(frozen=True)
 class QnnVariant:
-    """What `qnn.json` says."""
+    """The contents of `qnn.json`."""
 
     context: int
     chunk: int
     vocabulary: int
     hidden: int
     scale: float
-    """What rows of the embedding are multiplied by."""
+    """Factor of the embedding's rows."""
     layers: tuple[CacheLayer, ...]
     cache: str
     """`"uint8"`, `"uint16"` or `"float16"`."""
@@ -73,19 +73,19 @@ class QnnVariant:
     soc_model: int
     htp_arch: int
     sparsity: str = "dense"
-    """The policy that is built in, in its canonical form."""
+    """The built-in sparsity policy in its canonical form."""
 
     def sizes(self, tokens: int) -> ChoiceSizes | None:
-        """Of sparse attention in a step of one token or of a chunk; None: every key is read."""
+        """Sizes of sparse attention in a step of one token or a chunk; None: every key is read."""
         policy = Sparsity.from_string(self.sparsity)
         return None if policy.dense else ChoiceSizes(policy, self.context, tokens)
 
     def choosing(self, layer: int) -> tuple[int, ...]:
-        """The KV heads of a layer that choose what they read, ascending; nodes are kept for them."""
+        """The sparse KV heads of a layer, in ascending order; the host stores nodes for them."""
         return sparse_heads(Sparsity.from_string(self.sparsity).layer(layer), self.layers[layer].kv_heads)
 
     def _sparse(self) -> dict[str, Any]:
-        """The numbers by which a host makes the inputs of sparse attention."""
+        """The numbers from which a host computes the inputs of sparse attention."""
         sizes = self.sizes(1)
         if sizes is None:
             return {}
@@ -117,10 +117,10 @@ class QnnVariant:
 
     @classmethod
     def from_json(cls, text: str) -> QnnVariant:
-        """Raises ValueError, KeyError or TypeError for what `to_json` did not write."""
+        """Raises ValueError, KeyError or TypeError for text that `to_json` did not write."""
         raw: Mapping[str, Any] = json.loads(text)
         if raw["qnn_variant"] not in (VERSION, SPARSE_VERSION):
-            raise ValueError(f"qnn_variant is {raw['qnn_variant']}, and up to {SPARSE_VERSION} are known")
+            raise ValueError(f"qnn_variant is {raw['qnn_variant']}, and the newest known version is {SPARSE_VERSION}")
         return cls(
             raw["context"], raw["chunk"], raw["vocabulary"], raw["hidden"], raw["embedding"]["scale"],
             tuple(CacheLayer(**layer) for layer in raw["layers"]), raw["cache"]["dtype"], raw["mask_low"],

@@ -1,4 +1,4 @@
-"""Load: open the contexts of an artifact and make its session."""
+"""Load: open the contexts of an artifact and create its session."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from transom_mobile_export.qnn.layout import EMBEDDING_FILE, VARIANT_FILE, QnnVa
 from transom_mobile_export.qnn.probing import Chip
 from transom_mobile_export.qnn.running import PartGraphs, QnnEngine
 
-DAMAGED = "Remove it with: transom cache clear; or export the bundle anew"
+DAMAGED = "Remove it with: transom cache clear; or export the bundle again"
 
 
 def load_artifact(artifact: Artifact, options: Options) -> BufferedSession:
     """A session over the artifact, which runs one sequence in a step.
 
     Raises:
-        EngineError: the files are not what this backend wrote, or QNN does not open them.
+        EngineError: this backend did not write the files, or QNN does not open them.
     """
     files = paths_of(artifact)
     with reading_artifact(DAMAGED):
@@ -34,6 +34,6 @@ def load_artifact(artifact: Artifact, options: Options) -> BufferedSession:
 
 
 def session_over(engine: QnnEngine, context: int) -> BufferedSession:
-    """A session whose states hold so many tokens, at most as many as the graphs do."""
+    """A session whose states hold up to `context` tokens, at most as many as the graphs do."""
     variant = engine.variant
     return BufferedSession(engine, variant.vocabulary, Limits(1, min(variant.chunk, context), context, page_tokens=0))

@@ -1,13 +1,13 @@
-"""From drafted operators to the float graph of one part, with every shape fixed: S new tokens, C tokens in the cache.
+"""Lowers operators to the float graph of one part with fixed shapes: S new tokens, C tokens in the cache.
 
 Inputs: `hidden` float32 [1, S, H]; `positions` int32 [1, S]; `mask` float32 [1, 1, S, C + S], which is added to scores,
-and `mask_window` where a layer has a sliding window; `past_key.N` and `past_value.N` [1, KV heads, C, columns]; and
-`row` int32 [1] in the last part. Outputs: `new_key.N` and `new_value.N` [1, KV heads, S, columns]; `hidden_out`, or
-`logits` float32 [1, 1, V] of the row that was asked for. With a sparsity policy there are more of both, see
+and `mask_window` if a layer has a sliding window; `past_key.N` and `past_value.N` [1, KV heads, C, columns]; and `row`
+int32 [1] in the last part. Outputs: `new_key.N` and `new_value.N` [1, KV heads, S, columns]; `hidden_out`, or `logits`
+float32 [1, 1, V] of the requested row. A sparsity policy adds inputs and outputs, see
 `transom_mobile_export.qnn.sparse`.
 
-S and C may be symbols: the same graph then runs texts of any length in onnxruntime, which is how its numbers are
-observed; it reads every key. Names do not depend on S and C, so that what was seen in one graph is known in the others.
+S and C may be symbols: the graph then runs texts of any length in onnxruntime and reads every key, which is how ranges
+are observed. Names do not depend on S and C, so that ranges observed in one graph apply to the others.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ if TYPE_CHECKING:
 Dim = int | str
 MASK, MASK_WINDOW = "mask", "mask_window"
 UNSEEN = -1e4
-"""What scores are lowered by where a key is not seen, in float32."""
+"""Mask value for keys that are not seen, in float32."""
 LAST = np.iinfo(np.int32).max
-"""An end of a Slice: whatever there is."""
+"""The end of a Slice that takes everything from its start."""
 
 
 class HtpKernels:
-    """What can be written: see `transom.programs.Kernels`."""
+    """The operators that this backend can write; see `transom.programs.Kernels`."""
 
     tile = 1
     largest_head = 1 << 16
@@ -65,7 +65,7 @@ class Matrices(Protocol):
 
 
 def plain(write: OnnxWriter, op: Op, name: str) -> ir.Value:
-    """The matrix as it is."""
+    """The matrix, not quantized."""
     weight = op.weight
     assert weight is not None
     rows, columns = weight.shape
@@ -73,7 +73,7 @@ def plain(write: OnnxWriter, op: Op, name: str) -> ir.Value:
 
 
 class ScopedWriter(OnnxWriter):
-    """Names nodes by their place in their scope, whatever else is in the graph."""
+    """Names nodes by their position in their scope, independent of the rest of the graph."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
@@ -95,34 +95,34 @@ class ScopedWriter(OnnxWriter):
 
 @dataclass
 class LoweredPart:
-    """The graph of one part, and what its values are."""
+    """The graph of one part, and the roles of its values."""
 
     graph: ir.Graph
     masked: Mapping[str, str] = field(default_factory=dict)
-    """Scores with the mask added -> scores, by names of values."""
+    """Names of masked scores -> names of the scores."""
     shares: tuple[str, ...] = ()
     """Outputs of softmax."""
     wide: frozenset[str] = frozenset()
-    """The hidden state, from sum to sum: it stays float16 where other values are rounded."""
+    """Values of the hidden state, which stay float16 when other values are quantized."""
     inputs: Mapping[str, str] = field(default_factory=dict)
     """Name of each matrix -> the value that it multiplies."""
     watched: tuple[Watched, ...] = ()
-    """Products with a matrix, and the hidden state behind each layer but the model's last."""
+    """Products with a matrix, and the hidden state after each layer except the model's last."""
     half: frozenset[str] = frozenset()
-    """What chooses units of keys: float16 in any precision."""
+    """Values that choose units of keys: float16 in any precision."""
     like: Mapping[str, str] = field(default_factory=dict)
-    """Values -> those of dense attention that have their range."""
+    """Values -> values of dense attention with the same range."""
     cached: Mapping[str, str] = field(default_factory=dict)
-    """Values that are numbers of a cache -> the input that is this cache: keys, values and means of the step."""
+    """New keys, values and means -> the cache input whose encoding they share."""
 
 
 @dataclass(frozen=True)
 class Watched:
-    """A value by which the rounded graph is compared with the float one."""
+    """A value on which the quantized graph is compared with the float graph."""
 
     name: str
     node: str
-    """Of the neutral graph, the one that gives it."""
+    """The node of the neutral graph that computes it."""
     layer: int
     what: Literal["product", "residual"]
 
@@ -131,19 +131,19 @@ def lower(
     reader: GraphReader, part: GraphPart, *, tokens: Dim, cached: Dim, context: int, matrices: Matrices = plain,
     mask_low: float = UNSEEN,
 ) -> LoweredPart:  # fmt: skip
-    """Write a part down in float32. With S and C as symbols it reads every key, whatever the policy says.
+    """Write a part in float32. If S and C are symbols it reads every key, independent of the policy.
 
     Args:
-        tokens, cached: S and C; numbers, or symbols of dimensions that are open.
-        context: positions that there are; the tables of rotations have so many rows.
-        mask_low: what is added to scores where a key is not seen.
+        tokens, cached: S and C; numbers, or symbols of dynamic dimensions.
+        context: number of positions, which is the number of rows of the rotation tables.
+        mask_low: mask value for keys that are not seen.
     """
     return _Lowering(reader, part, tokens, cached, context, matrices, mask_low).lower()
 
 
 @dataclass(frozen=True)
 class _Heads:
-    """Heads of one layer that attend in one way."""
+    """Heads of one layer that attend in the same way."""
 
     q_heads: int
     kv_heads: int
@@ -151,7 +151,7 @@ class _Heads:
     sinks: Array | None
     window: int
     columns: tuple[int, int]
-    """Of keys and values."""
+    """Columns of keys and of values."""
 
     def of(self, chosen: tuple[int, ...]) -> _Heads:
         """Some of the KV heads, with their query heads."""
@@ -161,7 +161,7 @@ class _Heads:
 
 
 def named(value: ir.Value, name: str) -> ir.Value:
-    """A value by a name that other graphs have, too, whatever else is in them."""
+    """Give a value a name that is the same in all graphs of the part."""
     value.name = name
     return value
 
@@ -184,9 +184,9 @@ class _Lowering:
         self.write = ScopedWriter("part")
         self._operators = RowOperators(self.write, self._of)
         self._values: dict[int, ir.Value] = {}
-        """Rows of numbers, [1, S, width]."""
+        """Values as rows, [1, S, width]."""
         self._heads: dict[int, ir.Value] = {}
-        """The same as heads, [1, heads, S, columns]."""
+        """Values as heads, [1, heads, S, columns]."""
         self._waves: dict[int, tuple[ir.Value, ir.Value]] = {}
         self._masks: dict[str, ir.Value] = {}
         self._masked: dict[str, str] = {}
@@ -239,7 +239,7 @@ class _Lowering:
 
     # values -----------------------------------------------------------------------------------------------------------
     def _of(self, value: Value) -> ir.Value:
-        """As rows, [1, S, width]."""
+        """A value as rows, [1, S, width]."""
         if id(value) in self._values:
             return self._values[id(value)]
         w = self.write
@@ -309,7 +309,7 @@ class _Lowering:
         return w("Slice", x, w.ints([begin]), w.ints([end]), w.ints([3]))
 
     def _rotations(self, rope: int) -> tuple[ir.Value, ir.Value]:
-        """Cosines and sines of the step's positions, [1, 1, S, pairs], made once for all layers."""
+        """Cosines and sines of the step's positions, [1, 1, S, pairs], shared by all layers."""
         if rope not in self._waves:
             w = self.write
             scope, w.scope = w.scope, f"rope.{rope}."
@@ -360,16 +360,16 @@ class _Lowering:
         return w("Reshape", w("Transpose", out, perm=[0, 2, 1, 3]), w.ints([1, -1, op.dst.width]))
 
     def _dense(self, heads: _Heads, q: ir.Value, new: tuple[ir.Value, ...], past: tuple[ir.Value, ...]) -> ir.Value:
-        """Attention over all of the cache: [1, heads, S, Dv]."""
+        """Attention over the whole cache: [1, heads, S, Dv]."""
         w, group = self.write, heads.q_heads // heads.kv_heads
         keys, values = (w("Concat", before, x, axis=2) for before, x in zip(past, new, strict=True))
-        # A 0 in a shape is the input's own: neither S nor C has to be known.
+        # A 0 in a shape keeps the input's dimension: neither S nor C has to be known.
         if group > 1:
             q = w("Reshape", q, w.ints([1, heads.kv_heads, -1, heads.columns[0]]))
         scores = named(w("MatMul", q, w("Transpose", keys, perm=[0, 1, 3, 2])), f"{w.scope}scores")
         if group > 1:  # [1, KV, G * S, C + S]
             scores = w("Reshape", scores, w.ints([1, heads.q_heads, -1, 0]))
-        if heads.softcap:  # of heads one by one: 16 rows of one head are capped wrong, see `compiling.require_capped`
+        if heads.softcap:  # head by head: 16 rows of one head are capped wrongly, see `compiling.require_capped`
             by = w.number(heads.softcap, FLOAT)
             ratio = named(w("Div", scores, by), f"{w.scope}ratio")
             scores = named(w("Mul", named(w("Tanh", ratio), f"{w.scope}tanh"), by), f"{w.scope}capped")
@@ -387,7 +387,7 @@ class _Lowering:
     def _sparse(
         self, index: int, heads: _Heads, choosing: tuple[int, ...], q: ir.Value, new: tuple[ir.Value, ...]
     ) -> ir.Value:
-        """Attention of the heads that choose what they read: [1, heads, S, Dv]."""
+        """Attention of the sparse heads: [1, heads, S, Dv]."""
         w, cache, sizes = self.write, self.decoder.layers[index], self._sizes
         assert sizes is not None
         scope, w.scope = w.scope, f"{w.scope}sparse."
@@ -419,7 +419,7 @@ class _Lowering:
         return self.write("Gather", x, self.write.constant(np.asarray(every, np.int32)), axis=1)
 
     def _put(self, name: str, new: ir.Value, shape: tuple[Dim, ...]) -> ir.Value:
-        """A step's keys or values in the numbers of the cache, which also are an output."""
+        """A step's keys or values in the cache's dtype, which are also made an output."""
         put = self.write("Identity", new)
         self._new.append((put, f"new_{name}", shape))
         self._cached.append((put, f"past_{name}"))
@@ -428,7 +428,7 @@ class _Lowering:
     def _sinks(self, scores: ir.Value, sinks: Array) -> ir.Value:
         """A column of sinks behind scores [1, heads, S, T].
 
-        It is added to zeros: a constant in a Concat comes out wrong of the HTP for some values (QNN 2.51).
+        It is added to zeros: the HTP computes a constant in a Concat wrongly for some values (QNN 2.51).
         """
         w = self.write
         last = w("Slice", scores, w.ints([-1]), w.ints([LAST]), w.ints([3]))

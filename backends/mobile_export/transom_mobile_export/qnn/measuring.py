@@ -1,7 +1,7 @@
-"""What rounding does to a decoder: its float graphs and its rounded ones on one text, product by product.
+"""Measures the quantization error of a decoder: float and quantized graphs on one text, product by product.
 
-Both run in onnxruntime on the CPU, each fed by its own layers before, so that an error shows what has come together so
-far. The rounded graphs compute there what the HTP computes, but for the last bit of a code.
+Both run in onnxruntime on the CPU. Each gets the results of its own earlier layers, so that errors are cumulative. The
+quantized graphs compute there what the HTP computes, except for the last bit of a code.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ if TYPE_CHECKING:
     from transom_mobile_export.qnn.precision import QnnPrecision
 
 LONGEST = 64
-"""Tokens of the text, at most."""
+"""Largest number of tokens of the text."""
 
 
 @dataclass(frozen=True)
 class Deviation:
-    """One value of the rounded decoder against the same of the float one."""
+    """The deviation of one value of the quantized decoder from the float decoder."""
 
     node: str
-    """Of the neutral graph."""
+    """The node of the neutral graph."""
     layer: int
     what: str
-    """`"product"`, or `"residual"`: the hidden state behind a layer."""
+    """`"product"`, or `"residual"`: the hidden state after a layer."""
     error: float
-    """Norm of the difference, over the norm of the float one."""
+    """Norm of the difference, divided by the norm of the float value."""
 
 
 def measure(
@@ -49,7 +49,7 @@ def measure(
     text: Sequence[int],
     progress: Callable[[float], None],
 ) -> list[Deviation]:
-    """The error of every product and of the hidden state behind every layer, worst first."""
+    """The error of every product and of the hidden state after every layer, worst first."""
     text = text[:LONGEST]
     positions = np.arange(len(text))
     exact = rounded = embedded(model.embed, text)
@@ -73,7 +73,7 @@ def measure(
 
 
 def _showing(lowered: LoweredPart) -> LoweredPart:
-    """The same with all that is watched among its outputs."""
+    """The graph with all watched values among its outputs."""
     given = {v.name for v in lowered.graph.outputs}
     values = {v.name: v for node in lowered.graph for v in node.outputs}
     lowered.graph.outputs.extend(values[w.name] for w in lowered.watched if w.name not in given)
@@ -81,6 +81,6 @@ def _showing(lowered: LoweredPart) -> LoweredPart:
 
 
 def relative(wanted: Array, got: Array) -> float:
-    """Norm of the difference over the norm of what was wanted."""
+    """Norm of the difference, divided by the norm of `wanted`."""
     norm = float(np.linalg.norm(wanted))
     return float(np.linalg.norm(got - wanted)) / norm if norm else 0.0

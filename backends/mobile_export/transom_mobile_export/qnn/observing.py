@@ -1,8 +1,8 @@
-"""What the values of a decoder are like on some texts: its float graphs in onnxruntime, on the CPU.
+"""Observes the ranges of a decoder's values on some texts, by running its float graphs in onnxruntime on the CPU.
 
-Some layers at a time are written and run, so that no more than these are held in float32; the hidden state of all texts
-is handed on. Of each value only the smallest and the largest number leave the graph, and of what
-matrices multiply the squares of its columns.
+A few layers at a time are written and run, so that only these are in memory in float32; the hidden state of all texts
+is passed on. For each value the graph returns only the smallest and the largest number, and for each input of a matrix
+the sums of squares of its columns.
 """
 
 from __future__ import annotations
@@ -31,24 +31,24 @@ if TYPE_CHECKING:
 
 Range = tuple[float, float]
 AT_ONCE = 2 << 30
-"""Bytes of weights in float32 that are held, unless a single layer has more."""
+"""Bytes of float32 weights that are in memory at once, unless a single layer has more."""
 LEAST, MOST, SQUARES = ".least", ".most", ".squares"
 SMALL = 1024
-"""Bytes of an initializer that stays in the ONNX file itself."""
+"""Largest initializer, in bytes, that is stored in the ONNX file itself."""
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What texts have shown."""
+    """The values observed on texts."""
 
     ranges: Mapping[str, Range]
     """The smallest and the largest number of each input and each value of the graphs, by name."""
     mask_low: float
-    """What masks of the rounded graphs have where a key is not seen."""
+    """Mask value of the quantized graphs for keys that are not seen."""
     widest: float = 0.0
     """The largest magnitude in the hidden state."""
     squares: Mapping[str, Array] = field(default_factory=dict)
-    """By name of a matrix, sum of squares of each column of its input."""
+    """Sum of squares of each column of a matrix's input, by the name of the matrix."""
 
 
 def observe(model: Drafted, texts: Sequence[Sequence[int]], progress: Callable[[float], None]) -> Seen:
@@ -70,7 +70,7 @@ def observe(model: Drafted, texts: Sequence[Sequence[int]], progress: Callable[[
     def note(name: str, least: float, most: float) -> None:
         if not np.isfinite([least, most]).all():
             raise SourceError(
-                f"The model computes values that are not numbers, first seen at {name}",
+                f"The model computes values that are not finite, first seen at {name}",
                 "Download or convert the checkpoint again",
             )
         low, high = seen.get(name, (least, most))
@@ -99,7 +99,7 @@ def observe(model: Drafted, texts: Sequence[Sequence[int]], progress: Callable[[
 
 
 def embedded(embed: Op, ids: Sequence[int]) -> Array:
-    """What the first layer is given, float32 [1, tokens, hidden]."""
+    """The input of the first layer, float32 [1, tokens, hidden]."""
     assert embed.weight is not None
     hidden: Array = (rows_of(embed.weight, ids) * np.float32(embed.scale))[None]
     return hidden
@@ -126,7 +126,7 @@ def _float_bytes(part: GraphPart) -> int:
 
 
 def _with_extremes(lowered: LoweredPart) -> list[str]:
-    """Have a graph give the smallest and the largest number of each value; their names."""
+    """Add the smallest and the largest number of each value to a graph's outputs; returns the values' names."""
     graph = lowered.graph
     names = []
     for node in list(graph):
@@ -146,7 +146,7 @@ def _with_extremes(lowered: LoweredPart) -> list[str]:
 
 
 def _with_squares(lowered: LoweredPart) -> None:
-    """Have a graph give the sum of squares of each column of what matrices multiply."""
+    """Add the sum of squares of each column of each matrix's input to a graph's outputs."""
     graph = lowered.graph
     values = {v.name: v for node in graph for v in node.outputs}
     axes = ir.Value(name="axes_of_squares", const_value=ir.tensor(np.array([0, 1]), name="axes_of_squares"))
@@ -162,9 +162,9 @@ def _with_squares(lowered: LoweredPart) -> None:
 
 
 class RunningPart:
-    """The graph of a part in onnxruntime as it stands, while it is entered.
+    """The unchanged graph of a part in onnxruntime; a context manager.
 
-    Optimisations are off: onnxruntime would multiply int8 matrices in a way of its own (1.32).
+    Optimizations are off: onnxruntime would multiply int8 matrices with kernels of its own (1.32).
     """
 
     def __init__(self, lowered: LoweredPart) -> None:
@@ -201,7 +201,7 @@ class RunningPart:
 def prefill(
     decoder: Decoder, part: GraphPart, hidden: Array, positions: Array, cache: Any = np.float32
 ) -> dict[str, Array]:
-    """Inputs of a graph with open dimensions for a text of its own; more than some graphs take."""
+    """Inputs of a graph with dynamic dimensions for a text with an empty cache; some graphs do not need all of them."""
     tokens = len(positions)
     inputs: dict[str, Array] = {
         "hidden": hidden, "positions": positions[None].astype(np.int32), "row": np.arange(tokens, dtype=np.int32),
@@ -218,7 +218,7 @@ def prefill(
 
 
 def mask(positions: Array, window: int) -> Array:
-    """float32 [1, 1, S, S]: what is added to the scores of a text for its own tokens."""
+    """float32 [1, 1, S, S]: the mask for a text's own tokens."""
     behind = positions[:, None] - positions[None]
     seen = (behind >= 0) & ((behind < window) | (not window))
     return np.where(seen, 0.0, UNSEEN).astype(np.float32)[None, None]

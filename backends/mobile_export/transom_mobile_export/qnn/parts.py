@@ -1,8 +1,8 @@
-"""Which layers of a decoder make one part: a context binary that is no larger than the HTP can map.
+"""Groups the layers of a decoder into parts: context binaries no larger than the HTP can map.
 
-A decoder is cut only where nothing but the rows of its hidden state goes from one operator to a later one, so that a
-part takes `hidden` and gives `hidden_out`. A part that is planned here is not compiled yet: its bytes are those of its
-weights, which are nearly all of a context binary.
+A decoder is cut only where later operators read nothing but the hidden state, so that a part takes `hidden` and returns
+`hidden_out`. A planned part is not compiled yet: its size is that of its weights, which are nearly all of a context
+binary.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ _FORMS = {"float16": F16, "int8": INT8, "int4": INT4}
 
 @dataclass(frozen=True)
 class GraphPart:
-    """Some layers, one after the other."""
+    """Consecutive layers."""
 
     first: int
     layers: tuple[tuple[Op, ...], ...]
-    """The operators of each; those behind the last layer of the model are with it."""
+    """The operators of each layer; those after the model's last layer belong to it."""
     source: Value
-    """The hidden state that goes in."""
+    """The hidden state that is the input."""
     result: Value
-    """What comes out: the hidden state, or the logits of the last part."""
+    """The output: the hidden state, or the logits of the last part."""
     last: bool
     bytes: int
-    """Of its weights."""
+    """Bytes of its weights."""
 
     @property
     def end(self) -> int:
-        """The first layer that is no longer in it."""
+        """One past its last layer."""
         return self.first + len(self.layers)
 
     @property
@@ -50,14 +50,14 @@ class GraphPart:
 
 
 def plan_parts(layers: Sequence[GraphPart], *, largest: int = LARGEST) -> tuple[GraphPart, ...]:
-    """The parts of a decoder, each as large as fits; nothing is read or compiled.
+    """The parts of a decoder, each as large as allowed; nothing is read or compiled.
 
     Args:
-        layers: what `layers_of` gave.
-        largest: bytes of weights that a part may have.
+        layers: the result of `layers_of`.
+        largest: largest number of bytes of weights in a part.
 
     Raises:
-        DoesNotFit: a single layer is larger than a part may be.
+        DoesNotFit: a single layer exceeds `largest`.
     """
     parts: list[GraphPart] = []
     for unit in layers:
@@ -75,19 +75,19 @@ def plan_parts(layers: Sequence[GraphPart], *, largest: int = LARGEST) -> tuple[
 
 
 def joined(a: GraphPart, b: GraphPart) -> GraphPart:
-    """Two neighbours as one."""
+    """Two adjacent parts as one."""
     return GraphPart(a.first, a.layers + b.layers, a.source, b.result, b.last, a.bytes + b.bytes)
 
 
 def layers_of(ops: Sequence[Op], logits: Value, precision: QnnPrecision) -> tuple[GraphPart, ...]:
-    """Every layer as a part of its own; what comes after the last layer is with it.
+    """Every layer as a part of its own; operators after the last layer belong to it.
 
     Args:
-        drafts: of the whole decoder; the first one is its embedding.
-        logits: what it gives.
+        ops: operators of the whole decoder; the first is its embedding.
+        logits: the decoder's output.
 
     Raises:
-        UnsupportedError: more goes from layer to layer than the rows of the hidden state.
+        UnsupportedError: later layers read more than the hidden state.
     """
     attends = [i for i, op in enumerate(ops) if op.kind == "attend"]
     begins = [1, *(cut(ops, a, b, logits) for a, b in pairwise(attends))]
@@ -102,10 +102,10 @@ def layers_of(ops: Sequence[Op], logits: Value, precision: QnnPrecision) -> tupl
 
 
 def cut(ops: Sequence[Op], after: int, before: int, result: Value) -> int:
-    """The last place between two attentions behind which only what the operator before it gave is read.
+    """The last index between two attentions after which only the result of the operator before it is read.
 
     Raises:
-        UnsupportedError: there is none.
+        UnsupportedError: there is no such index.
     """
     for place in range(before, after, -1):
         made = {id(d.dst.root()[0]) for d in ops[place:]}
@@ -114,7 +114,7 @@ def cut(ops: Sequence[Op], after: int, before: int, result: Value) -> int:
             return place
     raise UnsupportedError(
         f"Between the attention layers at {ops[after].node} and {ops[before].node} more than one value is "
-        "carried on, and parts of a model hand on one",
+        "passed on, and parts of a model pass on only one",
         "Use another backend",
     )
 

@@ -1,4 +1,4 @@
-"""In what numbers the HTP computes, by what was asked for.
+"""The compute precision on the HTP, from the option `precision`.
 
 | `precision` | Weights | Activations | Cache |
 |---|---|---|---|
@@ -8,11 +8,11 @@
 
 The hidden state that runs through all layers, and its sums, are float16 in all of them; see `encoding`.
 
-All weights are symmetric: for 4-bit weights with a zero point the HTP computes wrong numbers and says nothing.
+All weights are symmetric: with a zero point in 4-bit weights the HTP silently computes wrong results.
 
-Before v73 the HTP has no products of two 16-bit activations, which attention is made of: its compiler takes them, and
-the logits are wrong in all positions but the first (onnxruntime-qnn 2.7). There `auto` is `f16`, and the others are
-refused.
+Before v73 the HTP has no products of two 16-bit activations, which attention consists of. Its compiler accepts them,
+but the logits are wrong in all positions except the first (onnxruntime-qnn 2.7). There `auto` is `f16`, and the other
+values are refused.
 """
 
 from __future__ import annotations
@@ -35,22 +35,22 @@ CacheNumber = Literal["uint8", "uint16", "float16", "float32"]
 
 @dataclass(frozen=True)
 class QnnPrecision:
-    """A resolved choice."""
+    """A resolved `precision`."""
 
     weights: Form
     cache: CacheNumber
 
     @property
     def rounded(self) -> bool:
-        """Whether activations are rounded, which takes texts to see them on."""
+        """Whether activations are quantized, which needs texts to observe their ranges."""
         return self.weights != "float16"
 
     def weights_of(self, op: Op) -> Form:
-        """Of one product: the vocabulary matrix and small ones are in int8 where others are in int4."""
+        """The form of one product's matrix: with `int4`, the vocabulary matrix and small matrices are int8."""
         return "int8" if self.weights == "int4" and op.by in (HEAD, SMALL) else self.weights
 
     def describe(self) -> str:
-        """As a report has it."""
+        """The text for a report."""
         if not self.rounded:
             return "float16 weights, activations and cache"
         weights = "int8 weights"
@@ -62,14 +62,14 @@ class QnnPrecision:
 HEAD = "head"
 """`Op.by` of the product with the vocabulary matrix."""
 SMALL = "small"
-"""`Op.by` of a product whose matrix is small beside the others."""
+"""`Op.by` of a product whose matrix is small compared with the others."""
 SMALL_SHARE = 1 / 16
-"""Of the weights of a layer, that a small matrix has at most. On SmolLM2-135M the divergence of `int4` falls by a third
+"""Largest share of a layer's weights that a small matrix has. On SmolLM2-135M the divergence of `int4` falls by a third
 with keys and values in int8, which are 6 % of the weights."""
 
 
 ROUNDED_SINCE = 73
-"""The Hexagon version from which on attention is right with rounded activations."""
+"""The first Hexagon version that computes attention correctly with quantized activations."""
 
 
 def resolve(options: Options, htp_arch: int) -> QnnPrecision:
@@ -79,18 +79,18 @@ def resolve(options: Options, htp_arch: int) -> QnnPrecision:
         htp_arch: 73 for Hexagon v73.
 
     Raises:
-        OptionError: the value is unknown, or the HTP does not have it.
+        OptionError: the value is unknown, or the HTP does not support it.
     """
     asked = str(options.get("precision") or "auto")
     if asked not in NAMES:
         raise OptionError(
-            f"{option('precision', asked)} is none that the HTP computes in", f"It is one of {', '.join(NAMES)}"
+            f"{option('precision', asked)} is not a precision of the HTP", f"It is one of {', '.join(NAMES)}"
         )
     rounded = htp_arch >= ROUNDED_SINCE
     if asked in ("int8", "int4") and not rounded:
         raise OptionError(
-            f"{option('precision', asked)} has attention in 16-bit activations, and Hexagon v{htp_arch} computes that "
-            "wrong without a word",
+            f"{option('precision', asked)} has attention in 16-bit activations, which Hexagon v{htp_arch} silently "
+            "computes wrongly",
             f"Use {option('precision', 'f16')}, or a target with Hexagon v73 or newer",
         )
     if asked == "f16" or not rounded:

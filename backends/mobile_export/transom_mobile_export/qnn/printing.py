@@ -12,11 +12,11 @@ _turn = threading.Lock()
 
 @contextlib.contextmanager
 def to_standard_error() -> Iterator[None]:
-    """While it is entered, by one thread at a time, all that is written to the standard output goes to the error."""
+    """Redirects the standard output to the standard error; a context manager for one thread at a time."""
     with _turn:
         try:
             kept = os.dup(1)
-        except OSError:  # there is none to keep clean
+        except OSError:  # no standard output to keep clean
             yield
             return
         os.dup2(2, 1)

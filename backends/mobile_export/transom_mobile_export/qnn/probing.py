@@ -1,4 +1,4 @@
-"""What the backend says of each device and of each artifact, from the host's records and installed packages alone."""
+"""Offers, refusals and verdicts, decided from the host's device records and installed packages alone."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from transom.contract import Device, Offer, Refusal, Verdict
 INSTALL = "pip install 'transom[qnn]'"
 QNN, ORT = "onnxruntime-qnn", "onnxruntime"
 OLDEST = (2, 7)
-"""Of onnxruntime-qnn: what this backend was tried with."""
+"""The oldest onnxruntime-qnn that this backend was tested with."""
 FORMAT = "1"
-"""Of the files that this backend writes."""
+"""Version of the files that this backend writes."""
 SHARING_SINCE = 73
-"""The Hexagon version from which on the graphs of a context share their weights."""
+"""The first Hexagon version on which the graphs of a context share their weights."""
 SOC_MODELS: Mapping[int, tuple[str, int]] = {
     36: ("SM8450", 69), 42: ("SM8475", 69), 43: ("SM8550", 73), 57: ("SM8650", 75), 60: ("SC8380XP", 73),
     69: ("SM8750", 79), 87: ("SM8850", 81),
 }  # fmt: skip
-"""`QNN_SOC_MODEL_*` -> chip, Hexagon version: QNN's QnnTypes.h and its table of supported devices. QNN's compiler takes
-any pair of the two and says nothing; a binary of a wrong pair does not open on the phone."""
+"""`QNN_SOC_MODEL_*` -> chip, Hexagon version: QNN's QnnTypes.h and its table of supported devices. QNN's compiler
+silently accepts any pair of the two; a binary for a wrong pair does not open on the phone."""
 
 
 CHIP_KEYS = ("soc_model", "htp_arch")
@@ -33,7 +33,7 @@ CHIP_KEYS = ("soc_model", "htp_arch")
 
 @dataclass(frozen=True)
 class Chip:
-    """What is compiled for."""
+    """A chip to compile for."""
 
     soc_model: int
     htp_arch: int
@@ -41,14 +41,14 @@ class Chip:
 
 
 EMULATED = Chip(43, 73)
-"""What is compiled for where the emulator is to run it."""
+"""The chip to compile for if the emulator will run the model."""
 
 
 def answer(device: Device, packages: Mapping[str, str] | None = None) -> Offer | Refusal:
-    """Yes or no for one device.
+    """An offer or a refusal for one device.
 
     Args:
-        packages: for tests; versions of installed packages, as `installed` gives them.
+        packages: the result of `installed`; given by tests.
     """
     if device.kind == "cpu":
         return _emulator(device, installed() if packages is None else packages)
@@ -66,11 +66,11 @@ def answer(device: Device, packages: Mapping[str, str] | None = None) -> Offer |
 
 
 def chip_of(device: Device) -> Chip | str:
-    """The chip of a device that is only compiled for; or why nothing is compiled for it."""
+    """The chip of a device that is only compiled for, or the reason why this backend cannot compile for it."""
     found = re.fullmatch(r"hexagon_v(\d{1,9})", device.arch)
     numbers = [device.drivers.get(key, "") for key in CHIP_KEYS]
     if found is None or not all(re.fullmatch(r"[0-9]{1,9}", n) for n in numbers):
-        return f"{device.id} does not say which chip it is: `drivers` has no numbers soc_model and htp_arch"
+        return f"{device.id} does not identify its chip: `drivers` has no numbers soc_model and htp_arch"
     version, (soc_model, htp_arch) = int(found.group(1)), map(int, numbers)
     if version < 69:
         return f"Hexagon v{version} has neither float16 nor 4-bit blocks; v69 and newer are served"
@@ -80,22 +80,22 @@ def chip_of(device: Device) -> Chip | str:
     name, right = SOC_MODELS[soc_model]
     if right != htp_arch or right != version:
         return (
-            f"soc_model {soc_model} is {name}, whose HTP is v{right}, and {device.id} says v{htp_arch} ({device.arch})"
+            f"soc_model {soc_model} is {name}, whose HTP is v{right}, but {device.id} has v{htp_arch} ({device.arch})"
         )
     return Chip(soc_model, htp_arch)
 
 
 def target(device: Device) -> Chip:
-    """What a device that was offered is compiled for."""
+    """The chip of an offered device."""
     chip = EMULATED if device.kind == "cpu" else chip_of(device)
     assert isinstance(chip, Chip)
     return chip
 
 
 def shares(device: Device) -> bool:
-    """Whether prefill and decode are put into one context, with one copy of the weights.
+    """Whether prefill and decode share one context with one copy of the weights.
 
-    The emulator dies of a context with shared weights (onnxruntime-qnn 2.7): it gets one context for each.
+    The emulator crashes on a context with shared weights (onnxruntime-qnn 2.7): it gets one context for each graph.
     """
     return device.kind == "remote" and target(device).htp_arch >= SHARING_SINCE
 
@@ -103,7 +103,7 @@ def shares(device: Device) -> bool:
 def _missing(device: Device, packages: Mapping[str, str]) -> Refusal | None:
     machine = packages.get("machine", "")
     if machine not in ("x86_64", "amd64"):
-        reason = f"QNN's compiler runs on x86-64, and this machine is {machine or 'not known'}"
+        reason = f"QNN's compiler runs on x86-64, and this machine is {machine or 'unknown'}"
         return Refusal(device.id, "missing_feature", reason, "Compile on a machine with an x86-64 processor")
     for package in (ORT, QNN):
         if package not in packages:
@@ -124,7 +124,7 @@ def _emulator(device: Device, packages: Mapping[str, str]) -> Offer | Refusal:
 
 @functools.cache
 def installed() -> Mapping[str, str]:
-    """Versions by package, of those that are installed; and `machine`, the processor as Python names it."""
+    """Versions of the installed packages by name, and `machine`, Python's name of the processor."""
     import platform
 
     found = {"machine": platform.machine().lower()}
@@ -142,10 +142,10 @@ def numbers(version: str) -> tuple[int, ...]:
 
 
 def requirements(device: Device, context: int, sdk_version: str) -> dict[str, str]:
-    """What a model compiled for a device needs.
+    """Requirements of a model compiled for a device.
 
     Args:
-        sdk_version: of the QNN SDK that compiled it, `2.51.0` say; `qnn` is the version of the Python package with it.
+        sdk_version: version of the QNN SDK that compiled it, such as `2.51.0`; `qnn` is that of its Python package.
     """
     chip = target(device)
     return {
@@ -155,8 +155,8 @@ def requirements(device: Device, context: int, sdk_version: str) -> dict[str, st
 
 
 def judge(requires: Mapping[str, str], device: Device, packages: Mapping[str, str] | None = None) -> Verdict:
-    """May an artifact be opened on this device? A context opens on the chip that it was compiled for, with the QNN that
-    made it or a newer one; the emulator opens those for any chip, unless graphs share weights."""
+    """Whether an artifact can be opened on this device. A context opens on the chip that it was compiled for, with the
+    QNN version that compiled it or a newer one; the emulator opens those for any chip, unless graphs share weights."""
     packages = installed() if packages is None else packages
     if requires.get("format") != FORMAT:
         return Verdict("rebuild", "its files are those of another version of Transom's backend qnn")
@@ -174,7 +174,7 @@ def judge(requires: Mapping[str, str], device: Device, packages: Mapping[str, st
     if isinstance(chip, str):
         return Verdict("never", chip)
     if requires.get("weights") not in ("apart", "shared"):
-        return Verdict("rebuild", "it does not say how its graphs hold their weights")
+        return Verdict("rebuild", "it does not state how its graphs store their weights")
     wanted = requires.get("soc_model", ""), requires.get("htp_arch", "")
     if wanted != (str(chip.soc_model), str(chip.htp_arch)):
         made_for = f"soc_model {wanted[0]}, htp_arch {wanted[1]}"
@@ -183,26 +183,26 @@ def judge(requires: Mapping[str, str], device: Device, packages: Mapping[str, st
 
 
 def fits(variant: Mapping[str, Any], device: Device) -> Verdict:
-    """Whether a variant in a manifest is for a device: for its chip, by two numbers that are compared as text."""
+    """Whether a variant in a manifest is for a device's chip; its two numbers are compared as text."""
     wanted, found = ([str(of.get(key, "")) for key in CHIP_KEYS] for of in (variant["requires"], device.drivers))
     if wanted == found:
         return Verdict("ok")
     target, named = variant["target"], f"{device.name or device.id} ({device.arch})"
     made_for = f"Is made for {target['name'] or target['id']} ({target['arch']})"
     if not any(found):
-        return Verdict("never", f"{made_for}, and {named} does not say which Snapdragon it is")
+        return Verdict("never", f"{made_for}, and {named} does not state which Snapdragon it is")
     pair = " and ".join(f"{key} {text or 'none'}" for key, text in zip(CHIP_KEYS, wanted, strict=True))
     own = " and ".join(text or "none" for text in found)
     return Verdict("never", f"{made_for}: {pair}; {named} has {own}")
 
 
 def _known_pair(requires: Mapping[str, str]) -> Verdict | None:
-    """What is wrong with the chip that an artifact was compiled for; None: nothing."""
+    """A verdict if the chip that an artifact was compiled for is not a known one; None if it is."""
     soc_model, htp_arch = requires.get("soc_model", ""), requires.get("htp_arch", "")
     if (soc_model, htp_arch) in {(str(number), str(version)) for number, (_, version) in SOC_MODELS.items()}:
         return None
     return Verdict("rebuild", f"compiled for soc_model {soc_model or '(none)'} with htp_arch {htp_arch or '(none)'}, "
-                   "which is no chip")  # fmt: skip
+                   "which is not a chip")  # fmt: skip
 
 
 def _new_enough(requires: Mapping[str, str], packages: Mapping[str, str]) -> Verdict:
@@ -210,14 +210,14 @@ def _new_enough(requires: Mapping[str, str], packages: Mapping[str, str]) -> Ver
     if numbers(made_by) < OLDEST:
         return Verdict("rebuild", f"compiled with {QNN} {made_by or '(no version)'}, older than this backend knows")
     if re.fullmatch(r"\d+\.\d+\.\d+", requires.get("qnn_sdk", "")) is None:
-        return Verdict("rebuild", "it does not say which version of QNN's SDK compiled it")
+        return Verdict("rebuild", "it does not state which version of QNN's SDK compiled it")
     if here and numbers(here) < numbers(made_by):
         return Verdict("rebuild", f"compiled with {QNN} {made_by}, and here is {here}")
     return Verdict("ok")
 
 
 def libraries(htp_arch: int) -> tuple[str, ...]:
-    """The shared libraries that an Android app needs in order to open a context, by file name. The compiler,
+    """File names of the shared libraries that an Android app needs to open a context. The compiler,
     `libQnnHtpPrepare.so`, is not among them."""
     stub, skel = (f"libQnnHtpV{htp_arch}{what}.so" for what in ("Stub", "Skel"))
     provider = "libonnxruntime_providers_qnn.so"
@@ -225,5 +225,5 @@ def libraries(htp_arch: int) -> tuple[str, ...]:
 
 
 def machine_of(library: str) -> str:
-    """What a shared library is compiled for: the skeletons (`libQnnHtpV73Skel.so`) run on the DSP."""
+    """The processor that a shared library is compiled for: the skeletons (`libQnnHtpV73Skel.so`) run on the DSP."""
     return "hexagon" if "Skel" in library else ""

@@ -1,8 +1,8 @@
-"""Matrices in the two forms that the HTP multiplies: int8 by rows, and int4 in blocks; both symmetric.
+"""Quantizes matrices to the two forms that the HTP multiplies: int8 by rows and int4 in blocks, both symmetric.
 
-Of a 4-bit block the scale is searched: the one with the smallest squared error of its numbers, each weighed by the mean
-square of the input that it meets, which is the diagonal of the Hessian of Frantar et al. 2023 (GPTQ, arXiv:2210.17323).
-On SmolLM2-135M the divergence of `int4` falls by two fifths against scales that just hold the largest number.
+The scale of a 4-bit block is the candidate with the smallest squared error of its numbers, each weighted by the mean
+square of its input, which is the diagonal of the Hessian of Frantar et al. 2023 (GPTQ, arXiv:2210.17323). On
+SmolLM2-135M the divergence of `int4` is two fifths lower than with scales that just cover the largest number.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from transom.quantize.rounding import to_int4, to_int8
 from transom_mobile_export.qnn.precision import BLOCK, Form
 
 CANDIDATES = np.linspace(0.6, 1.1, 18, dtype=np.float32)
-"""Of a block's scale, in units of the one that just holds its largest number."""
+"""Candidates for a block's scale, in units of the scale that just covers its largest number."""
 LOW, HIGH = -8, 7
 AT_ONCE = 1 << 21
-"""Numbers that are rounded at a time."""
+"""Numbers that are quantized at a time."""
 
 
 def rounded(weight: Weight, form: Form, squares: Array | None = None) -> Blocked:
-    """A matrix in symmetric int8 by rows or int4 in blocks. What is stored so already is kept, but for int8 with
-    negative scales.
+    """A matrix in symmetric int8 by rows or int4 in blocks. A matrix already stored in this form is kept, except int8
+    with negative scales.
 
     Args:
-        squares: mean square of each column's input, in any unit; None: all alike.
+        squares: mean square of each column's input, in any unit; None: all equal.
 
     Raises:
-        OptionError: its rows are no multiple of a block.
+        OptionError: its rows are not a multiple of a block.
     """
     block = weight.shape[1] if form == "int8" else BLOCK
     if isinstance(weight, Blocked) and _is_symmetric(weight, form, block):
@@ -40,7 +40,7 @@ def rounded(weight: Weight, form: Form, squares: Array | None = None) -> Blocked
         return to_int8(weight)
     if weight.shape[1] % BLOCK:
         raise OptionError(
-            f"{option('precision', 'int4')} rounds blocks of {BLOCK} columns, and a matrix has {weight.shape[1]}",
+            f"{option('precision', 'int4')} quantizes blocks of {BLOCK} columns, and a matrix has {weight.shape[1]}",
             f"Use {option('precision', 'int8')}",
         )
     widest = to_int4(weight, BLOCK)
@@ -52,7 +52,7 @@ def _is_symmetric(weight: Blocked, form: Form, block: int) -> bool:
 
 
 def _with_positive_scales(weight: Blocked) -> BlockedArrays:
-    """The HTP computes rows of int8 with a negative scale wrong and says nothing; int4 it computes right (QNN 2.51)."""
+    """The HTP silently computes int8 rows with a negative scale wrongly; int4 is right (QNN 2.51)."""
     parts = weight.load()
     return parts if (parts.scales >= 0).all() else to_int8(weight).load()
 

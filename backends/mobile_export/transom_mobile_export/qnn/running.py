@@ -1,11 +1,11 @@
-"""Compiled parts that run, one sequence at a time: the engine of a `transom.sessions.BufferedSession`.
+"""Runs compiled parts, one sequence at a time: the engine of a `transom.sessions.BufferedSession`.
 
-A prompt goes through `prefill` in chunks, padded at the end where a chunk is short: no token sees what comes behind it,
-and keys and values of the padding are thrown away. `prefill` gives the logits of one row, the chunk's last; where all
-rows are asked for, the others go through `decode` once more, with what `prefill` has put into the cache before them.
+A prompt runs through `prefill` in chunks. A short chunk is padded at its end: no token sees later ones, and keys and
+values of the padding are discarded. `prefill` returns the logits of one row, the chunk's last. If all rows are needed,
+the others run through `decode` as well, with the cache that `prefill` has filled before them.
 
-With sparse attention a chunk begins at a multiple of 64 positions: rows of tokens that are in the cache are padding,
-too. Steps of fewer than 16 tokens go through `decode` one by one, since each of their queries chooses for itself.
+With sparse attention a chunk begins at a multiple of 64 positions: rows of tokens that are already cached are padding,
+too. Steps of fewer than 16 tokens run through `decode` one by one, since each of their queries chooses for itself.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from transom_mobile_export.qnn.lowering import MASK, MASK_WINDOW
 from transom_mobile_export.qnn.sparse_inputs import base_of, first_node, step_inputs
 
 NODES = ("new_mean.", "new_variance.")
-"""Outputs that are of nodes, not of tokens."""
+"""Prefixes of outputs for nodes instead of tokens."""
 NEVER = 1 << 30
-"""The position of what no query sees."""
+"""A position that no query sees."""
 
 
 @dataclass(frozen=True)
 class PartGraphs:
-    """The two of a part, as onnxruntime's sessions."""
+    """The two graphs of a part, as onnxruntime sessions."""
 
     prefill: Any
     decode: Any
@@ -41,8 +41,8 @@ class QnnEngine:
     """Runs a variant.
 
     Args:
-        table: float16 [vocabulary, hidden].
-        graphs: of each part.
+        table: the embedding, float16 [vocabulary, hidden].
+        graphs: the graphs of each part.
     """
 
     def __init__(self, variant: QnnVariant, table: Array, graphs: Sequence[PartGraphs]) -> None:
@@ -55,7 +55,7 @@ class QnnEngine:
         return self.variant.context
 
     def new_buffers(self, capacity: int) -> dict[str, Array]:
-        """Codes or float16, zeros: what a mask hides is multiplied by zero, and has to be a number."""
+        """Zeros, as codes or float16: masked entries are multiplied by zero, so they must be finite."""
         variant, sizes = self.variant, self._sizes[1]
         found: dict[str, Array] = {}
         for i, layer in enumerate(variant.layers):
@@ -86,7 +86,7 @@ class QnnEngine:
         return np.concatenate(rows) if every else last
 
     def _pieces(self, past: int, count: int) -> list[int]:
-        """Tokens of each run of a step."""
+        """Number of tokens of each run of a step."""
         if self._sizes[1] is None:
             return [count]
         if count < COLUMN_ROWS:
@@ -98,7 +98,7 @@ class QnnEngine:
         """The logits of the last token, float32 [1, vocabulary].
 
         Args:
-            keep: write keys and values into the cache.
+            keep: whether to write keys and values to the cache.
         """
         variant, count = self.variant, len(ids)
         size = 1 if count == 1 else variant.chunk
@@ -137,7 +137,7 @@ class QnnEngine:
         return np.asarray(outputs["logits"], np.float32).reshape(1, -1)
 
     def _mask(self, positions: Array, past: int, window: int) -> Array:
-        """float32 [1, 1, S, C + S]: 0 for what each new token sees, the cache first and the new tokens behind it."""
+        """float32 [1, 1, S, C + S]: 0 for each token that a new token sees; the cache first, then the new tokens."""
         context, low = self.variant.context, self.variant.mask_low
         own = np.where(positions < past, NEVER, positions)
         at = np.concatenate([np.where(np.arange(context) < past, np.arange(context), NEVER), own])

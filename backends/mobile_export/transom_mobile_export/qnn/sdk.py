@@ -1,6 +1,6 @@
-"""Qualcomm's QNN through onnxruntime's plug-in `onnxruntime-qnn`: context binaries are made and opened here.
+"""Compiles and opens context binaries with Qualcomm's QNN, through onnxruntime's plug-in `onnxruntime-qnn`.
 
-On x86-64 the same library emulates the HTP. Nothing here is imported, and no library opened, before it is needed.
+On x86-64 the same library emulates the HTP. Packages and libraries are loaded only when needed.
 """
 
 from __future__ import annotations
@@ -18,34 +18,33 @@ from transom_mobile_export.qnn.probing import Chip
 
 PROVIDER = "QNNExecutionProvider"
 NO_FALLBACK = "session.disable_cpu_ep_fallback"
-"""With it a session fails where a node would run on the CPU; without it, that happens silently."""
+"""With this setting a session fails if a node would run on the CPU; without it, the node silently does."""
 EFFORT = "1"
-"""How hard QNN's compiler tries: the least. At more, it makes wrong graphs and says nothing (QNN 2.51). At 2 the logits
-of int8 prefills of 64 tokens and more are off by up to a sixth with most numbers of heads, and 4-bit products of
-SmolLM2-135M took more memory than there was. At 3, in a prefill of 128 tokens the rotated keys were wrong from the 65th
-token on."""
+"""QNN's lowest optimization level. At higher levels it silently compiles wrong graphs (QNN 2.51). At 2 the logits of
+int8 prefills of 64 tokens and more are off by up to a sixth with most numbers of heads, and 4-bit products of
+SmolLM2-135M ran out of memory. At 3, in a prefill of 128 tokens the rotated keys were wrong from the 65th token on."""
 ROOM = 1 << 20
-"""Bytes that are left where a failure to write had another reason than a full disk."""
+"""Bytes; if at least as many are free, a failed write is not explained by a full disk."""
 EDGES = ("QuantizeLinear", "DequantizeLinear")
 _registering = threading.Lock()
 _registered: list[str] = []
 
 
 def compile_context(model: Path, out: Path, chip: Chip, *, share: bool = False, last: bool = True) -> Any:
-    """Compile an ONNX model to an ONNX file with one `EPContext` node and, beside it, the binary that it names. Values
-    of the model that are float32 are float16 on the HTP.
+    """Compile an ONNX model to an ONNX file with one `EPContext` node and, beside it, the binary that it names. Float32
+    values of the model are float16 on the HTP.
 
     Args:
-        share: put it into one context with the models that were compiled before, since the last one that was `last`.
-            Then the binary is written with the last of them, and named after the first.
+        share: put it into one context with the models compiled before it, back to the previous one with `last`. The
+            binary is then written with the last of them and named after the first.
 
     Returns:
-        The session, which has to live until the last one is compiled.
+        The session, which must stay alive until the last model is compiled.
 
     Raises:
-        UnsupportedError: the HTP does not have an operator; it is named.
-        OSError: there is no room for the binary.
-        EngineError: QNN cannot compile it, in its own words.
+        UnsupportedError: the HTP lacks an operator, which is named.
+        OSError: there is no disk space for the binary.
+        EngineError: QNN cannot compile it; its own message is included.
     """
     settings = {"ep.context_enable": "1", "ep.context_file_path": str(out), "ep.context_embed_mode": "0"}
     if share:
@@ -59,17 +58,17 @@ def compile_context(model: Path, out: Path, chip: Chip, *, share: bool = False, 
         _need_room(out.parent)
         if left := _on_cpu(model, chip, provider):
             raise UnsupportedError(
-                f"QNN compiles {', '.join(left)} of {model.name} for no HTP v{chip.htp_arch}, in the numbers asked for",
+                f"QNN cannot compile {', '.join(left)} of {model.name} for HTP v{chip.htp_arch} in this precision",
                 "Try another precision, or another backend",
             ) from e
         raise EngineError(f"QNN cannot compile {model.name}: {e}", "Try another precision, or another backend") from e
     if not out.exists():
-        raise EngineError(f"QNN compiled {model.name} and wrote no context", "Report it, with: transom doctor")
+        raise EngineError(f"QNN compiled {model.name} but wrote no context", "Report it, with: transom doctor")
     return made
 
 
 def open_context(model: Path, chip: Chip) -> Any:
-    """An `onnxruntime.InferenceSession` over what `compile_context` wrote.
+    """An `onnxruntime.InferenceSession` over the result of `compile_context`.
 
     Raises:
         EngineError: QNN does not open it.
@@ -77,14 +76,14 @@ def open_context(model: Path, chip: Chip) -> Any:
     try:
         return session(model, chip, {}, {})
     except _errors() as e:
-        raise EngineError(f"QNN cannot open {model.name}: {e}", "Compile the model anew") from e
+        raise EngineError(f"QNN cannot open {model.name}: {e}", "Compile the model again") from e
 
 
 def sdk_version(context: Path) -> str:
-    """Version of the QNN SDK that compiled a context, such as `2.51.0`, as its `EPContext` node says it.
+    """Version of the QNN SDK that compiled a context, such as `2.51.0`, from its `EPContext` node.
 
     Raises:
-        EngineError: it does not say.
+        EngineError: the node does not state it.
     """
     import onnx_ir as ir
 
@@ -92,7 +91,7 @@ def sdk_version(context: Path) -> str:
     said = node.attributes.get_string("ep_sdk_version", "")
     found = re.match(r"v?(\d+\.\d+\.\d+)", said)
     if found is None:
-        cause = f"QNN compiled {context.name} and does not say which version of its SDK did ({said!r})"
+        cause = f"QNN compiled {context.name} without stating the version of its SDK ({said!r})"
         raise EngineError(cause, "Report it, with: transom doctor")
     return found[1]
 
@@ -123,28 +122,28 @@ def session(model: Path, chip: Chip, settings: Mapping[str, str], provider: Mapp
 
 
 def _need_room(folder: Path) -> None:
-    """Raises OSError where nothing can be written: QNN says that it could not write, and not why."""
+    """Raises OSError if nothing can be written: QNN reports that it could not write, but not why."""
     with tempfile.TemporaryFile(dir=folder) as file:
         file.write(bytes(ROOM))
 
 
 def _on_cpu(model: Path, chip: Chip, provider: Mapping[str, str]) -> list[str]:
-    """The nodes that QNN leaves to the CPU, with their operators; none where it fails for another reason.
+    """The nodes that QNN leaves to the CPU, with their operators; empty if it fails for another reason.
 
-    Rounding of a graph's inputs and outputs goes to the CPU wherever that is allowed, and is not what is missing.
+    Quantization of a graph's inputs and outputs always goes to the CPU if that is allowed, so it is not counted.
     """
     settings = {NO_FALLBACK: "0", "session.record_ep_graph_assignment_info": "1"}
     try:
         found = session(model, chip, settings, provider)
     except _errors():
-        return []  # the first error says what is wrong
+        return []  # the first error is the one to report
     parts = found.get_provider_graph_assignment_info()
     left = [node for part in parts if part.ep_name != PROVIDER for node in part.get_nodes()]
     return [f"{node.name} ({node.op_type})" for node in left if node.op_type not in EDGES]
 
 
 def _errors() -> tuple[type[Exception], ...]:
-    """What onnxruntime raises; its classes have no base of their own."""
+    """The exceptions of onnxruntime, which have no common base class."""
     from onnxruntime.capi import onnxruntime_pybind11_state as state
 
     return (

@@ -1,19 +1,18 @@
 """Sparse attention in static shapes: the choice of `transom.ops.sparse_routing`, with a fixed number of units.
 
 A graph never reads the whole cache of a sparse head. It reads the nodes (mean and variance of `node` keys each), which
-the host keeps beside the cache, scores units by them, gathers the best ones whole, and attends to these, to the blocks
-of the local window, and to the step's own keys. All steps are standard operators that the HTP has.
+the host stores beside the cache, scores units with them, gathers the best units, and attends to these, to the blocks of
+the local window, and to the step's own keys. All steps are standard operators that the HTP supports.
 
-What depends on the position alone is the host's: masks, which blocks are near, what is read in any case. See
-`transom_mobile_export.qnn.sparse_inputs`, and for the numbers that are fixed `sparse_sizes`.
+The host computes everything that depends only on the position: masks, which blocks are near, and what is always read.
+See `transom_mobile_export.qnn.sparse_inputs`, and `sparse_sizes` for the fixed sizes.
 
 A step of one token is a block by itself. Longer steps begin at a multiple of 64 positions: row r of the step is the
-token at that multiple plus r, and rows of tokens that are in the cache already are padding. So the step's blocks of
-queries are rows 0 to 63, 64 to 127, …, and what is chosen for any of them lies in the cache.
+token at that multiple plus r, and rows of tokens that are already cached are padding. So the step's blocks of queries
+are rows 0 to 63, 64 to 127, …, and everything chosen for any of them is in the cache.
 
-Shapes in the comments: S new tokens in B blocks of W rows, of which R are looked at; C tokens in the cache, N nodes, U
-units, F units that are gathered; L keys of the near blocks of the cache; K KV heads that choose with G query heads; D
-columns.
+Shapes in the comments: S new tokens in B blocks of W rows, R of which are sampled; C tokens in the cache, N nodes, U
+units, F gathered units; L keys of the near blocks of the cache; K sparse KV heads with G query heads each; D columns.
 """
 
 from __future__ import annotations
@@ -36,10 +35,10 @@ LOOK, LOOK_WEIGHTS = "look", "look_weights"
 
 @dataclass(frozen=True)
 class Head:
-    """What the KV heads of one layer that choose have in common."""
+    """The common parameters of one layer's sparse KV heads."""
 
     heads: tuple[int, ...]
-    """K of them, of all that the cache has."""
+    """Indices of the K sparse heads among all heads of the cache."""
     total: int
     group: int
     head_dim: int
@@ -51,19 +50,19 @@ class Head:
 
 @dataclass
 class Marks:
-    """What the values of sparse attention are: for rounding."""
+    """Roles of the values of sparse attention, which quantization needs."""
 
     wide: list[ir.Value] = field(default_factory=list)
-    """They stay float16."""
+    """Values that stay float16."""
     like: list[tuple[ir.Value, str]] = field(default_factory=list)
-    """Values, and the name of the value of dense attention whose range each has."""
+    """Values, each with the name of a value of dense attention that has the same range."""
 
 
 class StepInputs:
-    """The inputs that all layers share, and what is made of them once.
+    """The inputs that all layers share, and values computed from them once.
 
     Args:
-        mask_low: what the host's masks have where a key is not seen.
+        mask_low: value of the host's masks for keys that are not seen.
     """
 
     def __init__(self, write: OnnxWriter, sizes: ChoiceSizes, mask_low: float, marks: Marks) -> None:
@@ -119,11 +118,11 @@ class StepInputs:
 
 
 class SparseAttention:
-    """Writes the attention of one layer's heads that choose.
+    """Writes the attention of one layer's sparse heads.
 
     Args:
         step: the shared inputs.
-        scope: in front of the names of dense attention's values, whose ranges are known.
+        scope: prefix of the names of dense attention's values, whose ranges are known.
         head: the heads.
         past: keys and values, [1, total, C, columns].
         nodes: means and variances, [1, K, N, D].
@@ -142,16 +141,16 @@ class SparseAttention:
         return value
 
     def _like(self, value: ir.Value, what: str) -> ir.Value:
-        """Has the range of one of dense attention's values: `scores`, `masked`, `shares`, `out`."""
+        """Mark a value as having the range of dense attention's `scores`, `masked`, `shares` or `out`."""
         self.marks.like.append((value, f"{self.scope}{what}"))
         return value
 
     def attend(self, q: ir.Value, new: tuple[ir.Value, ir.Value]) -> ir.Value:
-        """What the heads give, [1, K * G, S, Dv].
+        """The output of the heads, [1, K * G, S, Dv].
 
         Args:
             q: [1, K * G, S, D], rotated and scaled.
-            new: the step's keys and values as they go into the cache, [1, K, S, columns].
+            new: the step's keys and values as written to the cache, [1, K, S, columns].
         """
         w, s, head, count, group = self.write, self.sizes, self.head, self.count, self.head.group
         grid = self._grid(q)  # [K, B, G * W, D]
@@ -184,7 +183,7 @@ class SparseAttention:
         """Mean and variance of the nodes that the step's tokens belong to, [1, K, nodes, D].
 
         Args:
-            keys: the step's, as they go into the cache, [1, K, S, D].
+            keys: the step's keys as written to the cache, [1, K, S, D].
         """
         w, s, head = self.write, self.sizes, self.head
         node, columns = s.rule.node, head.head_dim
@@ -225,7 +224,7 @@ class SparseAttention:
         return self.write("Reshape", found, self.write.ints([self.count, self.sizes.blocks, self.sizes.near, columns]))
 
     def _gathered(self, cache: ir.Value, index: ir.Value, together: int, columns: int) -> ir.Value:
-        """Pieces of so many positions each, [K * pieces, together * columns], by an index int32 [1, pieces]."""
+        """Pieces of `together` positions each, [K * pieces, together * columns], by an index int32 [1, pieces]."""
         w = self.write
         pieces = self.sizes.context // together
         starts = np.asarray(self.head.heads, np.int32)[:, None] * pieces
@@ -256,8 +255,8 @@ class SparseAttention:
         return self._like(w("Mul", self._like(w("Tanh", ratio), "tanh"), by), "capped")
 
     def _sinks(self, scores: ir.Value, sinks: Array, rows: int) -> tuple[ir.Value, ir.Value]:
-        """A column of sinks behind scores [K, B, G * rows, T]; and the zeros that it is added to, since a constant in a
-        Concat comes out wrong of the HTP for some values (QNN 2.51)."""
+        """A column of sinks behind scores [K, B, G * rows, T], and the zeros that it is added to: the HTP computes a
+        constant in a Concat wrongly for some values (QNN 2.51)."""
         w = self.write
         column = np.repeat(np.asarray(sinks, np.float32).reshape(self.count, 1, -1, 1), rows, axis=2)
         last = self.sizes.near + self.sizes.tokens
@@ -265,8 +264,8 @@ class SparseAttention:
         return zeros, w("Add", zeros, w.constant(column))
 
     def _choice(self, grid: ir.Value, near: ir.Value) -> tuple[ir.Value, ir.Value]:
-        """The best units, with their scores: float [K, B, 1, F], int64. Below 0 is what lies in the local window or
-        behind it.
+        """Scores, float [K, B, 1, F], and indices, int64, of the best units. Units in or after the local window score
+        below 0.
 
         Args:
             near: scores of the near keys, masked, [K, B, G * W, L + S].
@@ -313,7 +312,7 @@ class SparseAttention:
         return wide(values), places
 
     def _far_mask(self, values: ir.Value) -> ir.Value:
-        """[K, B, 1, F * unit]: lowers what is gathered and not read."""
+        """[K, B, 1, F * unit]: the mask for units that are gathered but not read."""
         w, s = self.write, self.sizes
         below = self._wide(w("Min", values, w.number(0.0, FLOAT)))
         mask = self._wide(w("Mul", below, w.number(-self.step.mask_low, FLOAT)))

@@ -1,6 +1,6 @@
-"""What the host hands to a graph with sparse attention beside tokens and caches: all of it follows from the position.
+"""The inputs of a graph with sparse attention besides tokens and caches; all of them follow from the position.
 
-See `transom_mobile_export.qnn.sparse` for how the graph uses it, and for the letters in the shapes.
+See `transom_mobile_export.qnn.sparse` for how the graph uses them, and for the letters in the shapes.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def step_inputs(sizes: ChoiceSizes, past: int, count: int, mask_low: float) -> d
     Args:
         past: tokens in the cache.
         count: new tokens; with those from `base_of` to `past`, at most S.
-        mask_low: what a mask has where a key is not seen.
+        mask_low: mask value for keys that are not seen.
     """
     s, rule, base = sizes, sizes.rule, base_of(sizes, past)
     last = past + count - 1
@@ -51,7 +51,7 @@ def step_inputs(sizes: ChoiceSizes, past: int, count: int, mask_low: float) -> d
     for b in range(s.blocks):
         begin, end = max(base + b * BLOCK, past), min(base + b * BLOCK + s.places - 1, last)
         if begin > end:
-            continue  # padding alone: it reads nothing
+            continue  # only padding: it reads nothing
         far_end = s.far_end(begin)
         far = far_end // rule.unit
         bonus[0, b, 0, :far] = 0
@@ -88,5 +88,5 @@ def step_inputs(sizes: ChoiceSizes, past: int, count: int, mask_low: float) -> d
 
 
 def first_node(sizes: ChoiceSizes, past: int) -> int:
-    """Where the step's new means and variances go among the nodes."""
+    """Index of the first node that the step's new means and variances replace."""
     return past // sizes.piece * sizes.piece // sizes.rule.node

@@ -1,6 +1,6 @@
-"""What follows from a sparsity policy and a context before a graph is written: fixed numbers, and bytes that are read.
+"""What follows from a sparsity policy and a context before a graph is written: fixed sizes, and bytes that are read.
 
-Which policies have fixed numbers at all: see `transom.sparsity.static`.
+See `transom.sparsity.static` for the policies that have fixed sizes.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ if TYPE_CHECKING:
     from transom.sparsity import LayerSparsity, Sparsity
 
 SPREAD = 128.0
-"""Shares of the mass are multiplied by it, so that their squares stay far from the smallest numbers of float16."""
+"""Factor of shares of the mass that keeps their squares far from float16's smallest numbers."""
 FORCED = 2 * SPREAD**2
-"""What is added to the score of a unit that is read in any case: above any score, which is at most `SPREAD` squared."""
+"""Added to the score of a unit that is always read: above any score, which is at most `SPREAD` squared."""
 NODE_VARIANCE = 2
 """Bytes of one number of a variance."""
 
 
 @dataclass(frozen=True)
 class ChoiceSizes:
-    """Fixed numbers of a policy over a cache, for steps of one size."""
+    """The fixed sizes of a policy over a cache, for steps of one length."""
 
     rule: Sparsity
     context: int
     """C, a multiple of 64."""
     tokens: int
-    """S: 1, or a multiple of 64 of at most one block more than the local window has."""
+    """S: 1, or a multiple of 64, at most one block more than the local window."""
 
     @property
     def local(self) -> int:
@@ -65,7 +65,7 @@ class ChoiceSizes:
 
     @property
     def near_blocks(self) -> int:
-        """Blocks of the cache that are near a block of queries, at most."""
+        """Largest number of blocks of the cache near a block of queries."""
         return min(self.local + 1, self.context // BLOCK)
 
     @property
@@ -75,12 +75,12 @@ class ChoiceSizes:
 
     @property
     def chosen(self) -> int:
-        """Units before the local window that are read at most, unless all are: `top_k` and the first block."""
+        """Largest number of units before the local window that are read unless all are: `top_k` and the first block."""
         return self.rule.top_k + BLOCK // self.rule.unit
 
     @cached_property
     def far(self) -> int:
-        """F: as many as are chosen, or as a block that reads everything has."""
+        """F: the number of chosen units, or of all units of a block that reads everything."""
         return max(1, *(self.far_read(end) for end in range(self.context)))
 
     @property
@@ -90,17 +90,17 @@ class ChoiceSizes:
 
     @property
     def renewed(self) -> int:
-        """Keys whose nodes are made anew in a step."""
+        """Keys whose nodes are recomputed in a step."""
         return self.rule.node if self.tokens == 1 else self.tokens
 
     @property
     def piece(self) -> int:
-        """Of these keys, so many are read from the cache together."""
+        """How many of these keys are read from the cache together."""
         return min(self.renewed, BLOCK)
 
     @property
     def renewed_nodes(self) -> int:
-        """Nodes that are made anew in a step."""
+        """Nodes that are recomputed in a step."""
         return self.renewed // self.rule.node
 
     def far_end(self, position: int) -> int:
@@ -115,7 +115,7 @@ class ChoiceSizes:
     @property
     def dense_by_density(self) -> bool:
         """Whether a block that would read most of its keys reads all of them."""
-        from transom.ops.sparse_routing import DENSE_ABOVE  # its package imports onnx_ir, and probing comes by here
+        from transom.ops.sparse_routing import DENSE_ABOVE  # its package imports onnx_ir, which probing avoids
 
         return self.rule.max_density * DENSE_ABOVE[1] > DENSE_ABOVE[0]
 
@@ -131,19 +131,19 @@ class ChoiceSizes:
 
 
 def unfit(policy: Sparsity, context: int, chunk: int) -> str:
-    """What is wrong with the sizes of a context and of a prefill for a policy; empty if nothing is."""
+    """Why a policy does not support the sizes of a context and a prefill; empty if it does."""
     if policy.dense:
         return ""
     if context % BLOCK:
-        return f"Sparse attention needs a context of a multiple of {BLOCK} tokens, and {context} is none"
+        return f"Sparse attention needs a context of a multiple of {BLOCK} tokens, and {context} is not one"
     most = (ChoiceSizes(policy, context, 1).local + 1) * BLOCK
     if chunk % BLOCK or chunk > most:
-        return f"Sparse attention needs a prefill of a multiple of {BLOCK} tokens up to {most}, and {chunk} is none"
+        return f"Sparse attention needs a prefill of a multiple of {BLOCK} tokens up to {most}, not {chunk}"
     return ""
 
 
 def sparse_heads(policy: LayerSparsity, kv_heads: int) -> tuple[int, ...]:
-    """The KV heads of a layer that choose; the others read everything."""
+    """The sparse KV heads of a layer; the others read everything."""
     if policy.dense:
         return ()
     one_for_all = policy.heads is not None and len(policy.heads) == 1
@@ -152,22 +152,22 @@ def sparse_heads(policy: LayerSparsity, kv_heads: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Reads:
-    """What attention reads of the cache for one new token, in bytes, of all layers."""
+    """Bytes of the cache that attention reads for one new token, over all layers."""
 
     dense: int
-    """With every key read, as far as the context reaches."""
+    """If every key of a full context is read."""
     sparse: int
     nodes: int
-    """Of the sparse ones, means and variances."""
+    """The share of `sparse` that is means and variances."""
 
 
 def reads(sizes: ChoiceSizes, heads: Sequence[tuple[int, int, int, int]], bytes_of: int) -> Reads:
     """Sum over layers.
 
     Args:
-        sizes: of a step of one token.
-        heads: of each layer, heads that choose, all KV heads, and columns of keys and values.
-        bytes_of: of one number in the cache.
+        sizes: sizes of a step of one token.
+        heads: for each layer, sparse heads, all KV heads, and columns of keys and values.
+        bytes_of: bytes of one number in the cache.
     """
     dense = sparse = nodes = 0
     for choosing, total, head_dim, value_dim in heads:

@@ -1,10 +1,10 @@
 """How context binaries store a decoder, for the plan of an export and for cutting a model into parts.
 
-The bytes are measured: single products of 1024 to 11008 rows and columns, compiled by onnxruntime-qnn 2.7 for v73 and
-v69, take their codes, 2 bytes for the scale of each block (whatever the type of the scale that was given), and 6 to 20
-bytes for each row. (4-bit matrices by rows take 8 bits a number where zero points of 0 are not written down.) Where
-prefill and decoding share a context, int8 matrices of queries or outputs, and of keys or values, are in it twice. The
-code of a layer's two graphs is what SmolLM2-135M has besides, for 1024 tokens.
+The sizes are measured: single products of 1024 to 11008 rows and columns, compiled by onnxruntime-qnn 2.7 for v73 and
+v69, take their codes, 2 bytes for the scale of each block (for any dtype of the given scale), and 6 to 20 bytes for
+each row. (4-bit matrices by rows take 8 bits per number unless zero points of 0 are written.) If prefill and decoding
+share a context, it contains int8 matrices of queries or outputs, and of keys or values, twice. The code of a layer's
+two graphs is the remainder for SmolLM2-135M with 1024 tokens.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transom.signature import Decoder
 
 ROW = 16
-"""Bytes that each row of an integer matrix takes besides."""
+"""Additional bytes for each row of an integer matrix."""
 F16, INT8, INT4 = MatrixForm(16), MatrixForm(8, row=ROW), MatrixForm(4, block=BLOCK, scale=2, row=ROW)
 
 _INT8 = StorageForm(
@@ -42,14 +42,14 @@ FORMS: Mapping[str, StorageForm] = {
         _INT8, precision="f16", products=F16, vocabulary=F16, cache=2, layer=490_000, attention_twice="up to half"
     ),
 }  # fmt: skip
-"""By `precision`, on a chip whose graphs share their weights."""
+"""Storage forms by `precision`, on a chip whose graphs share their weights."""
 
 
 def form_on(decoder: Decoder, device: Device, precision: str) -> StorageForm:
     """How a decoder is stored for a chip.
 
     Raises:
-        OptionError: there is no such precision, or not on this chip.
+        OptionError: the precision is unknown, or this chip does not support it.
     """
     rounded = "a16_attention" in device.features or not device.arch.startswith("hexagon_")  # the emulator has it
     able = [name for name, form in FORMS.items() if rounded or form.products is F16]
@@ -61,5 +61,5 @@ def form_on(decoder: Decoder, device: Device, precision: str) -> StorageForm:
 
 
 def on_chip(form: StorageForm, device: Device) -> StorageForm:
-    """A form on a chip: where the graphs for prefill and for decoding cannot share, each has its own weights."""
+    """A form on a chip: if the graphs for prefill and decoding cannot share weights, each has its own."""
     return form if "weight_sharing" in device.features else replace(form, copies=2, attention_twice="no")
