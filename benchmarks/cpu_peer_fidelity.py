@@ -31,7 +31,7 @@ ANSWERS = "hidden facts"
 
 
 def transom_log_probabilities(model: Any, ids: list[int], sparsity: str) -> Array:
-    """Of each token but the first, given those before it; float64 [tokens - 1]."""
+    """Log-probability of each token but the first, given those before it; float64 [tokens - 1]."""
     logits = model.logits(ids, sparsity=sparsity)
     found = np.empty(len(ids) - 1)
     for start in range(0, len(found), 256):
@@ -41,7 +41,7 @@ def transom_log_probabilities(model: Any, ids: list[int], sparsity: str) -> Arra
 
 
 class GenaiTexts:
-    """openvino-genai reading texts by one setting; "" is dense."""
+    """openvino-genai, reading texts with one setting; "" is dense."""
 
     def __init__(self, model: str, sparsity: str) -> None:
         import openvino_genai
@@ -63,7 +63,7 @@ class GenaiTexts:
         (output,) = handle.read_all()
         found = np.asarray(output.generated_log_probs, np.float64)
         if list(output.generated_ids[: len(ids)]) != list(ids):
-            raise RuntimeError("openvino-genai did not give the prompt back")
+            raise RuntimeError("openvino-genai did not return the prompt")
         return found[1 : len(ids)]
 
 
@@ -86,7 +86,7 @@ def main() -> None:
         print(f"{setting}, {domain}: retention {math.exp(-nats):.4f}, {nats:.4f} nats a token", flush=True)
 
     passages: dict[str, list[list[int]]] = {}
-    places: dict[str, list[Any]] = {}  # whose log-probabilities count
+    places: dict[str, list[Any]] = {}  # positions whose log-probabilities count
     with transom.load(path, device="cpu", context=options.tokens) as model:
         tokenize = partial(model.tokenize, add_special=False)
         for domain, text in texts():

@@ -29,7 +29,7 @@ NEW = 32
 
 
 def peaks(threads: int) -> dict[str, float]:
-    """Operations or bytes per second by kind; empty where nothing compiles."""
+    """Operations or bytes per second by kind; empty if nothing compiles."""
     sys.path.insert(0, str(Path(__file__).parents[1]))
     import hatch_build
 
@@ -55,7 +55,7 @@ class StepProfile:
         self.sparsity = self.model._loaded.sparsity.to_string()
 
     def run(self, ids: list[int]) -> tuple[dict[str, float], dict[str, float], Any, Any]:
-        """Thread seconds of the prefill and of decoding, and keys read [layers, kv_heads] by each."""
+        """Thread seconds of prefill and decoding, and the keys that each read, [layers, kv_heads]."""
         from transom.contract import Work
 
         with self.model._engine.exclusive() as session:
@@ -77,7 +77,7 @@ class StepProfile:
         return prefill, decode, read, later
 
     def product_operations(self) -> float:
-        """Of one token: multiplications and additions with all matrices but the vocabulary's."""
+        """Multiplications and additions of one token with all matrices but the vocabulary's."""
         program = self.model._engine._session._native.program  # type: ignore[attr-defined]
         used = {o.matrix for o in program.ops if o.kind == "linear" and o.dst.buffer != program.output}
         return float(sum(2 * program.matrices[m].rows * program.matrices[m].columns for m in used))
@@ -90,7 +90,7 @@ class StepProfile:
         ))  # fmt: skip
 
     def decode_bytes(self, later: Any) -> float:
-        """Of one token: weights, and keys and values that were read."""
+        """Bytes that one token reads: weights, keys and values."""
         program = self.model._engine._session._native.program  # type: ignore[attr-defined]
         number = {"f32": 4, "bf16": 2, "int8": 1}[program.cache]
         layers = self.model._loaded.decoder.layers

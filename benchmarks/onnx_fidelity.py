@@ -55,7 +55,7 @@ class FidelityRow:
 
 
 def session_of(graph: Graph, precision: str, folder: Path) -> tuple[Session, float]:
-    """A session, and the megabytes of its files."""
+    """A session, and the size of its files in megabytes."""
     device = probe_cpu()
     options = {"precision": precision, "context": None, "threads": None, "calibration": ()}
     artifact = stored(BACKEND.compile(graph, device, options, lambda stage, share: None), folder)
@@ -64,7 +64,7 @@ def session_of(graph: Graph, precision: str, folder: Path) -> tuple[Session, flo
 
 
 def logits(session: Session, ids: Sequence[int], steps: int) -> tuple[Any, float, float]:
-    """float32 [tokens, vocabulary], and tokens per second of the prompt and of some decoded tokens."""
+    """float32 [tokens, vocabulary], and tokens per second of the prompt and of decoding."""
     state = session.new_state()
     began = time.perf_counter()
     (found,) = session.step([Work(state, ids, "all")])
@@ -79,7 +79,7 @@ def logits(session: Session, ids: Sequence[int], steps: int) -> tuple[Any, float
 
 
 def forms(graph: Graph) -> Iterator[tuple[str, Graph, Sequence[str]]]:
-    """The model as it is stored, where that is in blocks, and with plain matrices."""
+    """The model as stored, if that is in blocks, and with plain matrices."""
     if any(isinstance(weight, Blocked) for weight in matrices(graph)):
         yield "as stored", graph, ("auto",)
         yield "plain", changed(graph, plain, "plain"), PRECISIONS
@@ -109,7 +109,7 @@ def measured(graph: Graph, passages: Sequence[Any], steps: int) -> Iterator[Fide
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default=None)
-    parser.add_argument("--tokens", type=int, default=1024, help="of each passage")
+    parser.add_argument("--tokens", type=int, default=1024, help="tokens of each passage")
     parser.add_argument("--steps", type=int, default=64, help="decoded tokens that are timed")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()

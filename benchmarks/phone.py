@@ -48,10 +48,10 @@ from transom_mobile_export.qnn.probing import EMULATED
 Array = np.ndarray[Any, np.dtype[Any]]
 CPU = Device("cpu", "cpu", "x86_64", 1 << 33)
 SEEN, LENGTH = 4, 256
-"""Texts that activations are seen on, and their tokens."""
+"""Number and length of the calibration texts."""
 DECODES = 3
 CHUNK = 32
-"""Of prefills on the emulator, which are slow."""
+"""Chunk of prefills on the emulator, which are slow."""
 
 
 @dataclass(frozen=True)
@@ -63,14 +63,14 @@ class CompiledTarget:
     context: int
     bytes: int
     apart: int
-    """Without sharing; 0 where it was not compiled so."""
+    """Bytes without sharing; 0 if it was not compiled without."""
     seconds: float
     weight_bits: float
     """Bits of the contexts for each weight of a product."""
 
 
 def rounded_logits(model: Any, seen: Any, matrices: Any, precision: Any, ids: list[int]) -> Array:
-    """What the graphs that QNN is given compute in onnxruntime, [tokens, vocabulary]."""
+    """Logits of the graphs for QNN, computed in onnxruntime, [tokens, vocabulary]."""
     hidden, cache = embedded(model.embed, ids), ir.DataType[precision.cache.upper()]
     found: dict[str, Array] = {}
     for part in grouped(model.layers):
@@ -85,7 +85,7 @@ def rounded_logits(model: Any, seen: Any, matrices: Any, precision: Any, ids: li
 
 @contextmanager
 def compiled(graph: Any, device: Device, options: dict[str, Any], chunk: int) -> Iterator[tuple[Artifact, float]]:
-    """An artifact with every file as a path, and how long it took; its files are removed afterwards."""
+    """An artifact with every file as a path, and the seconds of its compile; its files are removed afterwards."""
     start = time.perf_counter()
     made = Qnn(chunk=chunk).compile(graph, device, options, lambda stage, share: None)
     seconds = time.perf_counter() - start
@@ -111,9 +111,9 @@ def main() -> None:
     parser.add_argument("--model", default=None, help="a GGUF file or a folder; the sample model")
     parser.add_argument("--target", default="snapdragon-8-gen-2")
     parser.add_argument("--precisions", nargs="+", default=["f16", "int8", "int4"])
-    parser.add_argument("--tokens", type=int, default=256, help="of each text, in the table `rounded`")
+    parser.add_argument("--tokens", type=int, default=256, help="tokens of each text, in the table `rounded`")
     parser.add_argument("--emulate", type=int, default=16, help="tokens on the emulator, at most 35; 0: none")
-    parser.add_argument("--context", type=int, default=1024, help="of the contexts for the target; 0: none is compiled")
+    parser.add_argument("--context", type=int, default=1024, help="context for the target; 0: compile none")
     parser.add_argument("--json", type=Path, default=None)
     asked = parser.parse_args()
     _, graph, tokenizer = opened(asked.model)

@@ -39,14 +39,14 @@ NAMES = {
 }  # fmt: skip
 
 TIED = ("1B", "3B")
-"""Whose head is the table of embeddings, as it is in all of `shaped.py`."""
+"""Models with tied embeddings, as all models of `shaped.py` have."""
 
 
 def forms(tied: bool, device: Device) -> dict[str, StorageForm]:
-    """By what they are called in the table.
+    """Storage forms by their names in the table.
 
     Args:
-        tied: the vocabulary matrix is the table of embeddings.
+        tied: whether the vocabulary matrix is the table of embeddings.
     """
     int4, int8 = (qnn.on_chip(qnn.FORMS[name], device) for name in ("int4", "int8"))
     row = int8.products.row
@@ -78,7 +78,7 @@ class PlanRow:
     weights: int
     cache: int
     bound: float
-    """Tokens a second."""
+    """Tokens per second."""
 
     @property
     def total(self) -> int:
@@ -109,7 +109,7 @@ def rows(shape: str, graph: Graph, device: Device, context: int) -> Iterator[Pla
 
 
 def verdict(found: list[PlanRow], graph: Graph, goal: float, context: int) -> Iterator[str]:
-    """Which forms meet the goal, by unit, and why none can."""
+    """Which forms meet the goal, by unit, or why none can."""
     held = inventory(graph)
     numbers = sum(m.numbers for m in held.products)
     least = min(found, key=lambda row: row.total)
@@ -128,7 +128,7 @@ def verdict(found: list[PlanRow], graph: Graph, goal: float, context: int) -> It
 
 
 def figures(graph: Graph, devices: dict[str, Device]) -> Iterator[str]:
-    """What others published for a shape, beside the bound of `int4` at its context; 2048 where none is told."""
+    """Published figures for a shape, as shares of the bound of `int4` at their context; 2048 if none is stated."""
     assert graph.decoder is not None
     for figure in published(graph.decoder):
         context = min(figure.context or 2048, graph.decoder.context)
@@ -155,10 +155,10 @@ def main() -> None:
     parser.add_argument("--target", choices=sorted(phones), default="snapdragon-8-gen-2")
     parser.add_argument("--shapes", nargs="+", choices=list(NAMES), default=list(NAMES))
     parser.add_argument("--context", type=int, default=2048, help="tokens")
-    parser.add_argument("--goal", type=float, default=3.2, help="of weights and cache, in GB and in GiB")
-    parser.add_argument("--least", type=float, default=4.5, help="tokens/s that the bound has to be above")
-    parser.add_argument("--explain", action="store_true", help="the whole arithmetic of each shape's int4 form")
-    parser.add_argument("--json", type=Path, help="write the rows there, too")
+    parser.add_argument("--goal", type=float, default=3.2, help="limit for weights and cache, in GB and in GiB")
+    parser.add_argument("--least", type=float, default=4.5, help="tokens/s that the bound must exceed")
+    parser.add_argument("--explain", action="store_true", help="show the arithmetic of each shape's int4 form")
+    parser.add_argument("--json", type=Path, help="also write the rows to this file")
     options = parser.parse_args()
     device = phones[options.target]
     told: list[PlanRow] = []

@@ -57,7 +57,7 @@ from transom_mobile_export.qnn.sparse_sizes import ChoiceSizes, reads, sparse_he
 Array = np.ndarray[Any, np.dtype[Any]]
 CHUNK = 128
 SEEN, LENGTH = 4, 256
-"""Texts that activations are seen on, and their tokens."""
+"""Number and length of the calibration texts."""
 
 
 @dataclass(frozen=True)
@@ -68,15 +68,15 @@ class Cost:
     attention: str
     operators: int
     keys: int
-    """Of the cache, that are read by a head that chooses."""
+    """Keys of the cache that a sparse head reads."""
     megabytes: float
-    """Of the cache, that are read for one token."""
+    """Megabytes of the cache that are read for one token."""
     nodes: float
-    """Of them, megabytes of nodes."""
+    """Megabytes of nodes among them."""
 
 
 def cost(graph: Graph, policy: Sparsity, context: int, precision: QnnPrecision) -> Iterator[Cost]:
-    """Dense attention, and the policy."""
+    """The cost of dense attention and of the policy."""
     for each in (Sparsity.parse("off"), policy):
         model = drafted(with_sparsity(graph, each), QnnPrecision("float16", "float16"))
         lowered = [lower(model.reader, p, tokens=1, cached=context, context=context) for p in model.layers]
@@ -95,7 +95,7 @@ def cost(graph: Graph, policy: Sparsity, context: int, precision: QnnPrecision) 
 
 
 class RoundedGraph:
-    """A graph that QNN is given, in onnxruntime as it stands."""
+    """An unchanged graph for QNN, in onnxruntime."""
 
     def __init__(self, path: Path) -> None:
         import onnxruntime
@@ -112,7 +112,7 @@ class RoundedGraph:
 def rounded_session(
     graph: Graph, precision: QnnPrecision, shown: Sequence[Sequence[int]], context: int, folder: Path
 ) -> BufferedSession:
-    """The backend's session over rounded graphs on the CPU."""
+    """The backend's session over quantized graphs on the CPU."""
     model = drafted(graph, precision)
     decoder = model.reader.decoder
     seen = observe(model, shown, lambda share: None)
@@ -142,7 +142,7 @@ def reference_rows(graph: Graph, steps: Sequence[Sequence[int]], decodes: int) -
 
 
 def last_rows(session: Any, state: Any, steps: Sequence[Sequence[int]], decodes: int) -> Array:
-    """Logits of the last so many steps, float32 [decodes, vocabulary]."""
+    """Logits of the last `decodes` steps, float32 [decodes, vocabulary]."""
     rows = [
         session.step([Work(state, step, "last" if i >= len(steps) - decodes else "none")])[0]
         for i, step in enumerate(steps)
@@ -156,10 +156,10 @@ def main() -> None:
     parser.add_argument("--precision", default="int8")
     parser.add_argument("--top-k", type=int, default=32)
     parser.add_argument("--node", type=int, default=8)
-    parser.add_argument("--contexts", type=int, nargs="+", default=[2048, 4096, 8192], help="of the table `cost`")
-    parser.add_argument("--context", type=int, default=4096, help="of the graphs that run")
-    parser.add_argument("--tokens", type=int, default=2048, help="of the prompt; 0: nothing runs")
-    parser.add_argument("--decodes", type=int, default=32, help="tokens by themselves that are compared")
+    parser.add_argument("--contexts", type=int, nargs="+", default=[2048, 4096, 8192], help="rows of the table `cost`")
+    parser.add_argument("--context", type=int, default=4096, help="context of the graphs that run")
+    parser.add_argument("--tokens", type=int, default=2048, help="tokens of the prompt; 0: run nothing")
+    parser.add_argument("--decodes", type=int, default=32, help="single tokens that are compared")
     parser.add_argument("--emulate", type=int, default=2, help="tokens on the emulator; 0: none")
     parser.add_argument("--json", type=Path, default=None)
     asked = parser.parse_args()

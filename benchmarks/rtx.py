@@ -12,7 +12,7 @@ First the card's bandwidth, and the logits of SmolLM2-135M in every precision ag
 rest; the figures of all 32 layers are computed from these, with the arithmetic beside them.
 
 Exit status: 0, everything is done and right; 1, a result is wrong or a part failed; 2, no card; 3, the time was up
-before everything was measured, and the result has what was.
+before everything was measured, and the result is partial.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ PARTS: dict[str, tuple[str, float]] = {
     "sparse": ("rtx_parts.decoding:sparse_and_batches", 60),
     "cold": ("rtx_parts.cold:run", 70),
 }
-"""In order: what runs them, and seconds that each may take, together with what those before it left."""
+"""The parts in order: their functions and time limits in seconds; a part may also use time left by earlier ones."""
 ALWAYS = ("card", "build")
-"""Whatever was asked for: the bound of what is measured, and what is measured."""
+"""Parts that always run: the card's bound, and building the measured engines."""
 CHILDREN = {name: f"rtx_parts.{module}:child" for name, module in
             (("build", "building"), ("fidelity", "fidelity"), ("cold", "cold"))}  # fmt: skip
 
@@ -79,7 +79,7 @@ def measure(arguments: argparse.Namespace, command: Sequence[str]) -> int:
 
 
 def child(what: str, given: str) -> int:
-    """A process that `rtx_parts.children.ask` started; its last line says what went wrong."""
+    """A process that `rtx_parts.children.ask` started; its last line states the error."""
     from transom.errors import TransomError
 
     try:
@@ -94,9 +94,9 @@ def main(command: Sequence[str] | None = None) -> int:
     command = list(sys.argv[1:] if command is None else command)
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     options(parser)
-    parser.add_argument("--only", nargs="+", choices=[p for p in PARTS if p not in ALWAYS], help="these parts alone")
+    parser.add_argument("--only", nargs="+", choices=[p for p in PARTS if p not in ALWAYS], help="only these parts")
     parser.add_argument("--layers", nargs="+", type=int, help="depths of the models that are built; two or more")
-    parser.add_argument("--full", action="store_true", help="build and measure all layers; takes long, and much memory")
+    parser.add_argument("--full", action="store_true", help="build and measure all layers; slow, and needs much memory")
     parser.add_argument(
         "--limit", type=float, help=f"seconds of the whole run; {LIMIT:.0f}, or {FULL_LIMIT:.0f} in full"
     )

@@ -1,4 +1,4 @@
-"""Decoders with the sizes of real models and random weights in no memory: each matrix is created when it is read.
+"""Decoders with the sizes of real models and random weights, each created only when it is read.
 
 All matrices are slices of one table of normally distributed numbers, at different offsets. Reading one costs little
 more than copying it, and a model of eight billion parameters takes a few megabytes until it is written.
@@ -49,27 +49,27 @@ SHAPES: dict[str, dict[str, int]] = {
         "vocabulary": 152064,
     },
 }  # fmt: skip
-"""Of Llama 3.2 1B and 3B, Llama 3.1 8B and Llama 2 7B (Meta's model cards), of Yi-6B (01.AI's), Mistral 7B v0.1
-(Mistral AI's) and Qwen2.5 7B (the Qwen team's), and one to try things with. The head is tied, as in 1B and 3B."""
+"""Sizes of Llama 3.2 1B and 3B, Llama 3.1 8B and Llama 2 7B (Meta's model cards), of Yi-6B (01.AI's), Mistral 7B v0.1
+(Mistral AI's) and Qwen2.5 7B (the Qwen team's), and one for trials. The head is tied, as in 1B and 3B."""
 TABLE = 1 << 22
 STRIDE = 7919
-"""Numbers of the table between the beginnings of one matrix and the next."""
+"""Distance between the starts of successive matrices in the table."""
 
 
 @cache
 def table() -> Any:
-    """The numbers that all matrices are cut out of."""
+    """The numbers that all matrices are slices of."""
     return np.random.default_rng(0).standard_normal(TABLE).astype(np.float32)
 
 
 def scaled(stored: str, columns: int) -> Any:
-    """The table for a matrix of so many columns: scaled in float32, since processors multiply 16-bit numbers slowly."""
+    """The table for a matrix of `columns`, scaled in float32, since processors multiply 16-bit numbers slowly."""
     kept: Any = ml_dtypes.bfloat16 if stored == "bfloat16" else np.dtype(stored)
     return (table() * np.float32(columns**-0.5)).astype(kept)
 
 
 class DrawnWeights:
-    """Stands for the weights of `transom.testing.models`."""
+    """Replaces the weights of `transom.testing.models`."""
 
     def __init__(self, rng: np.random.Generator, stored: Any, block: int) -> None:
         self._stored, self._made = stored, 0
@@ -100,7 +100,7 @@ def decoder(shape: str, context: int, stored: str = "bfloat16", layers: int | No
     """A decoder of one of `SHAPES`, its matrices in `stored`: `"bfloat16"`, `"float16"` or `"float32"`.
 
     Args:
-        layers: None: as many as the shape has.
+        layers: number of layers; None: that of the shape.
     """
     sizes = SHAPES[shape] if layers is None else {**SHAPES[shape], "layers": layers}
     return made_of(DrawnWeights, context, stored, **sizes)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 Encode = Callable[[str], list[int]]
-WORDS = (  # noqa: SIM905  a list that is read as one
+WORDS = (  # noqa: SIM905  easier to read as one string
     "anchor barrel candle dragon engine falcon garden hammer island jacket kettle ladder magnet needle orange pencil "
     "quartz ribbon saddle tunnel umbrella velvet window yellow zipper"
 ).split()
@@ -21,20 +21,20 @@ WORDS = (  # noqa: SIM905  a list that is read as one
 
 @dataclass(frozen=True)
 class Task:
-    """A prompt whose answers are in it."""
+    """A prompt that includes its answers."""
 
     name: str
     ids: list[int]
     places: list[int]
-    """Of the answers' tokens in `ids`."""
+    """Positions of the answers' tokens in `ids`."""
 
 
 def tasks(encode: Encode, text: str, tokens: int, seed: int) -> Iterator[Task]:
-    """One of each kind, of so many tokens.
+    """One task of each kind, of `tokens` tokens.
 
     Args:
         encode: text to ids, without special tokens.
-        text: what the facts are hidden in.
+        text: the text that the facts are hidden in.
     """
     rng = np.random.default_rng(seed)
     words = encode(text)
@@ -75,7 +75,7 @@ def _needles(name: str, encode: Encode, words: list[int], tokens: int, rng: np.r
 
 
 def _variables(encode: Encode, words: list[int], tokens: int, rng: np.random.Generator) -> Task:
-    """Chains of assignments; the value of each variable is asked for."""
+    """Chains of assignments; the questions ask for the value of each variable."""
     names = [f"{a.upper()}_{n}" for a, n in zip(rng.permutation(WORDS)[:6], rng.integers(10, 100, 6), strict=True)]
     values = rng.integers(10_000, 100_000, 2)
     facts, of = [], {}
@@ -91,7 +91,7 @@ def _variables(encode: Encode, words: list[int], tokens: int, rng: np.random.Gen
 
 
 def _counting(encode: Encode, words: list[int], tokens: int, rng: np.random.Generator) -> Task:
-    """Words called out again and again; the one that came most often is asked for, twice."""
+    """Repeated words; both questions ask for the most frequent one."""
     called = rng.permutation(WORDS)[:8]
     counts = [24, *([6] * 7)]
     order = rng.permutation(np.repeat(np.arange(8), counts))

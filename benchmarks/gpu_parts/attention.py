@@ -32,10 +32,10 @@ from transom_cuda_triton.store import TORCH
 
 PAGE = 64
 ABOUT = (
-    "Median milliseconds of one layer, {heads} heads of {dim} over {kv}, {number}; K and V lie in pages for ours and "
-    "side by side for the others. {bound}. Density is keys read / keys seen. Efficiency: dense time x density / sparse "
-    "time of our own kernel. Fine lists are units of 16 keys and 64 single ones, coarse ones blocks of 128 x 128, "
-    "which `flex_attention` is given as its block mask. {near} keys before each query block are always read."
+    "Median milliseconds of one layer, {heads} heads of {dim} over {kv}, {number}; K and V are paged for ours and "
+    "contiguous for the others. {bound}. Density is keys read / keys seen. Efficiency: dense time x density / sparse "
+    "time of our own kernel. Fine lists are units of 16 keys and 64 single keys, coarse ones blocks of 128 x 128, "
+    "which are the block mask for `flex_attention`. {near} keys before each query block are always read."
 )
 Operations = Callable[[int, float], float]
 
@@ -44,8 +44,8 @@ class Layered:
     """One attention layer over a cache of random keys, with the engine around it.
 
     Args:
-        tokens: that the cache holds.
-        rows: new tokens of a step, at most.
+        tokens: number of tokens in the cache.
+        rows: largest number of new tokens of a step.
     """
 
     def __init__(self, bench: GpuBench, tokens: int, rows: int) -> None:
@@ -82,7 +82,7 @@ class Layered:
         self.operator = operator
 
     def step(self, past: int, new: int, first_page: int = 0) -> TritonStep:
-        """Of one sequence whose pages begin there; nothing is written to the cache."""
+        """A step of one sequence whose pages begin at `first_page`; it writes nothing to the cache."""
         pages = list(range(first_page, first_page + -(-(past + new) // PAGE)))
         planned = plan([np.zeros(new, np.int64)], [past], [pages], [], self.engine.spare)
         return self.engine.laid_out(planned, self.workspace)
@@ -94,11 +94,11 @@ class Layered:
         return lambda: self.operator._attend(step, part, self.cache, q, out, listed)
 
     def choose(self, past: int, new: int, policy: Sparsity, *, columns: bool = True) -> tuple[Run, Callable[[], float]]:
-        """The choice of a policy and attention over it, as the engine does; and the density that came of it.
+        """A policy's choice and the attention over it, as in the engine; and a function for the resulting density.
 
         Args:
-            columns: the step chooses columns, which it does at a page's beginning; otherwise those of the last such
-                step are read.
+            columns: whether the step chooses columns, as at a page's beginning; otherwise it reads those of the last
+                such step.
         """
         pages = list(range(-(-(past + new) // PAGE)))
         planned = plan([np.zeros(new, np.int64)], [past], [pages], [], self.engine.spare)
@@ -107,7 +107,7 @@ class Layered:
         routes.kept[0]["RING"].normal_()
         route = routes.take()
         routed = RoutedStep(policy=policy, name=policy.to_string(), routes=(route,))
-        if not columns:  # as after a step that has chosen them
+        if not columns:  # the state after a step that has chosen them
             routes.done(planned, routed, [True])
         step.routing = routing = routes.of(step, planned, routed)
         routes.give_back(route)
@@ -182,7 +182,7 @@ def prefill(bench: GpuBench) -> None:
 
 
 def _prompt(bench: GpuBench, table: Table, layered: Layered, length: int) -> float:
-    """All of one length; seconds of dense attention."""
+    """Measure one length; returns the seconds of dense attention."""
     sizes = bench.sizes
     step = layered.step(0, length)
     begin = torch.arange(length // PAGE, device=bench.card.device) * PAGE
@@ -228,7 +228,7 @@ def _prompt(bench: GpuBench, table: Table, layered: Layered, length: int) -> flo
 
 
 def _ours(times: dict[str, float], what: dict[str, tuple[str, float]], said: str, density: float) -> float:
-    """Our time for what a peer computes: dense, or the coarse lists of the same density."""
+    """Our time for the same work as a peer's: dense, or coarse lists of the same density."""
     same = [
         t for name, t in times.items() if name != "dense" and name.startswith("coarse") and what[name][1] == density
     ]
@@ -236,7 +236,7 @@ def _ours(times: dict[str, float], what: dict[str, tuple[str, float]], said: str
 
 
 def _timed(bench: GpuBench, make: Callable[[], Run]) -> tuple[float | None, str]:
-    """Median seconds, or None and why there is none."""
+    """Median seconds, or None and the reason."""
     try:
         run = make()
         run()
@@ -246,19 +246,19 @@ def _timed(bench: GpuBench, make: Callable[[], Run]) -> tuple[float | None, str]
         return None, "the card's memory does not hold it"
     except ModuleNotFoundError as e:
         return None, f"{e.name} is not installed"
-    except Exception as e:  # noqa: BLE001  other engines may fail in any way, and the row says how
+    except Exception as e:  # noqa: BLE001  other engines may fail in any way; the row has the reason
         return None, first_line(e)[:160]
 
 
 # decoding -------------------------------------------------------------------------------------------------------------
 def decode(bench: GpuBench) -> None:
-    """Attention of one new token of one sequence: what counts is how fast keys and values are read."""
+    """Attention of one new token of one sequence, which is bound by reading keys and values."""
     sizes = bench.sizes
     size = TORCH[bench.card.number].itemsize
     table = bench.table(
         "Attention while decoding",
-        _about(bench, "One sequence; calls follow each other as one CUDA graph, each over another cache, so that none "
-               "finds its keys in the cache of level 2. The bound is the speed of copying"),
+        _about(bench, "One sequence; calls run in one CUDA graph, each over another cache, so that no keys "
+               "are in the L2 cache. The bound is the speed of copying"),
     )  # fmt: skip
     per_token = 2 * sizes.kv_heads * sizes.head_dim * size
 

@@ -14,7 +14,7 @@ from gpu_parts.timing import FakeTimer, Timer
 
 @dataclass(frozen=True)
 class GpuSizes:
-    """Of what is measured."""
+    """Sizes of what is measured."""
 
     heads: int = 32
     kv_heads: int = 8
@@ -26,25 +26,25 @@ class GpuSizes:
     block: int = 32
     """Columns that share a scale."""
     lengths: tuple[int, ...] = (4096, 16384, 65536, 131072)
-    """Tokens, of attention."""
+    """Lengths for attention, in tokens."""
     densities: tuple[float, ...] = (0.1, 0.2)
     near: int = 512
-    """Keys before a query block that it reads all of, in the lists that attention is measured with."""
+    """Keys before a query block that it always reads, in the lists that attention is measured with."""
     end_to_end: int = 16384
-    """Tokens, of the whole model."""
+    """Prompt length of the whole model, in tokens."""
     chunk: int = 1024
     """Tokens of a step of a prompt."""
     decodes: int = 64
-    """Tokens that are decoded for one figure: columns are chosen anew once in so many."""
+    """Tokens that are decoded for one figure; columns are chosen once in this many."""
     batch: int = 8
-    """Sequences that decode together, beside one alone."""
+    """Sequences that decode together, in addition to one alone."""
     product_rows: tuple[int, ...] = (1, 16, 1024)
     peak: int = 8192
     """Rows and columns of the product that is taken as the card's peak."""
     copied: int = 1 << 30
     """Bytes that are copied to measure the memory."""
     scratch: int = 512 << 20
-    """Bytes of weights or cache that calls in turn read, at most, so that none finds them in the cache of level 2."""
+    """Limit on the bytes of weights or cache that successive calls cycle through, so that none hits the L2 cache."""
 
     @property
     def group(self) -> int:
@@ -67,4 +67,4 @@ class GpuBench(PartContext[GpuCard]):
     sizes: GpuSizes
     quick: bool
     folder: Path = field(default_factory=lambda: Path(tempfile.gettempdir()))
-    """For artifacts."""
+    """Folder for artifacts."""

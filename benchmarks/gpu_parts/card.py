@@ -27,28 +27,28 @@ DRY_PROCESSORS = 4
 
 @dataclass
 class GpuCard:
-    """A card as the backend has it."""
+    """A card as the backend sees it."""
 
     host: Device
-    """With the processor cores of this process: kernels are compiled by so many processes."""
+    """The host's record, with the processor cores of this process: as many processes compile kernels."""
     device: Any
-    """torch's."""
+    """torch's device."""
     arch: int
     processors: int
     """Multiprocessors."""
     l2: int
-    """Bytes."""
+    """Bytes of the L2 cache."""
     memory: int
-    """Bytes."""
+    """Bytes of memory."""
     dry: bool
     number: str
-    """In which attention and products are measured: Triton's name."""
+    """Dtype of the measured attention and products, by Triton's name."""
     known: dict[KernelVariant, Code | str] = field(default_factory=dict)
-    """What was compiled, or why it was not."""
+    """Compiled code, or the reason why there is none."""
 
     @property
     def free(self) -> int:
-        """Bytes."""
+        """Bytes of free memory."""
         if self.dry:
             return 64 << 30
         import torch
@@ -57,7 +57,7 @@ class GpuCard:
         return int(torch.cuda.mem_get_info(self.device)[0])
 
     def compile(self, variants: Sequence[KernelVariant], seconds: float) -> dict[str, str]:
-        """Compile those that are not yet; what could not be in that time or at all, and why, by the kernel's name."""
+        """Compile missing variants; returns those that could not be compiled in that time, with reasons, by kernel."""
         missing = [v for v in dict.fromkeys(variants) if v not in self.known]
         if not self.dry and missing:
             self._compile(missing, seconds)
@@ -75,8 +75,8 @@ class GpuCard:
                 try:
                     self.known[variant] = future.result(timeout=max(0.0, end - time.monotonic()))
                 except NotReady:
-                    continue  # another part may have the time for it
-                except Exception as e:  # noqa: BLE001  the compiler may raise anything, and all of it is a finding
+                    continue  # another part may have time for it
+                except Exception as e:  # noqa: BLE001  any exception of the compiler is a finding
                     said = str(e).strip().splitlines() or [type(e).__name__]
                     self.known[variant] = f"Triton cannot compile it: {said[-1]}"
         finally:
@@ -126,7 +126,7 @@ class GpuCard:
         return found
 
     def state(self) -> dict[str, Any]:
-        """Clocks (MHz), temperature (°C), power (W) and what slows the card, by NVML; empty in a dry run."""
+        """Clocks (MHz), temperature (°C), power (W) and reasons for throttling, from NVML; empty in a dry run."""
         if self.dry:
             return {}
         return clocks.state(self.host)
@@ -142,7 +142,7 @@ def here(dry: bool) -> GpuCard:
     """The first card that the backend offers to use, or the CPU.
 
     Raises:
-        NoCard: there is none.
+        NoCard: there is no usable card.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     devices = list(hardware.probe_devices())

@@ -21,17 +21,17 @@ from transom.testing.models import tiny_decoder
 from transom_cuda_triton import CudaTriton
 
 RESERVE = 25.0
-"""Seconds of the part that are kept for generations."""
+"""Seconds of the part that are reserved for generations."""
 QUICK = (
     ("logits.gqa", "step.top_k", "step.forms", "state.copy_on_write", "state.truncate"),
     ("logits.int4", "logits.everything", "step.ragged", "sparsity.*"),
 )
-"""Checks that find most, first: each model costs seconds to compile. The others follow as long as there is time."""
+"""Checks that find most run first: each model takes seconds to compile. The others follow while there is time."""
 TOY = ("logits.gqa",)
 HANGS = 0.02
-"""Share of the keys that may be others where a choice hangs on rounding."""
+"""Largest share of keys that may differ because a choice depends on rounding."""
 SPARSE = Sparsity(0.5, columns=0, dense_below=64, local_window=64)
-"""Without columns decoding is the reference's, which remembers no queries."""
+"""Without columns, since the reference keeps no queries for decoding."""
 
 
 class _Enough(Exception):
@@ -49,7 +49,7 @@ def run(bench: GpuBench) -> None:
 
 
 def _conformance(bench: GpuBench, precision: str, option: str, seconds: float) -> None:
-    """As many checks as there is time for: the ones in QUICK first."""
+    """As many checks as time allows: those in QUICK first."""
     name = f"conformance, {precision}"
     ends = bench.clock.now + seconds
     done: set[str] = set()
@@ -93,7 +93,7 @@ def _generation(bench: GpuBench, weights: Any) -> None:
                 ours, our_logits, our_keys = _greedy(session, prompts, count, text)
                 theirs, their_logits, their_keys = _greedy(_reference(graph), prompts, count, text)
                 others = float(np.abs(our_keys - their_keys).sum() / their_keys.sum())
-                if others and text != "dense":  # where a choice hangs on rounding, what follows is another text
+                if others and text != "dense":  # if a choice depends on rounding, the texts diverge from there
                     outcome = "failed" if others > HANGS else "left out"
                     bench.check(name, outcome, f"{others:.2%} of the keys that were read are others", others)
                     continue
@@ -107,7 +107,7 @@ def _generation(bench: GpuBench, weights: Any) -> None:
                 replays = session._triton.graphs.replays
                 why = "" if replays else "no decoding step was replayed as a CUDA graph"
                 bench.check(f"generation, {weights}, recorded steps", "passed" if replays else "failed", why)
-        except Exception as e:  # noqa: BLE001  whatever it is, nothing was generated
+        except Exception as e:  # noqa: BLE001  on any error, nothing was generated
             bench.check(f"generation, {weights}", "failed", first_line(e))
         finally:
             if session is not None:
@@ -115,7 +115,7 @@ def _generation(bench: GpuBench, weights: Any) -> None:
 
 
 def _opened(bench: GpuBench, graph: Graph, folder: Path) -> Any:
-    """Compiled, kept as the host keeps it, and loaded."""
+    """Compile a graph, store it as the host does, and load it."""
     backend, host = CudaTriton(), bench.card.host
     options = {"precision": "exact"}
     artifact = backend.compile(graph, host, options, lambda stage, share: None)
@@ -133,7 +133,7 @@ def _reference(graph: Graph) -> ReferenceSession:
 
 
 def _greedy(session: Any, prompts: list[list[int]], count: int, policy: str) -> tuple[list[list[int]], list[Any], Any]:
-    """What a batch of prompts is continued with, the logits of each step, and the keys that were read."""
+    """The continuations of a batch of prompts, the logits of each step, and the keys that were read."""
     states = [session.new_state() for _ in prompts]
     texts: list[list[int]] = [[] for _ in prompts]
     steps, logits = prompts, []

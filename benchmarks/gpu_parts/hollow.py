@@ -28,11 +28,11 @@ from transom_cuda_triton.program import TritonProgram
 from transom_cuda_triton.store import Store
 
 HOLE = 64 << 10
-"""Bytes from which on an array is left out of the file."""
+"""Arrays of at least this many bytes are left out of the file."""
 
 
 class HollowFile:
-    """A file to write to in which large arrays become holes."""
+    """A file for writing, in which large arrays become holes."""
 
     def __init__(self, path: Path) -> None:
         self._file, self._end = path.open("w+b"), 0
@@ -54,7 +54,7 @@ class HollowFile:
 
 
 class Zeros:
-    """Stands for the weights of `transom.testing.models`: matrices of zeros that take no memory, gains of one."""
+    """Replaces the weights of `transom.testing.models`: matrices of zeros that take no memory, gains of one."""
 
     def __init__(self, rng: np.random.Generator, stored: str, block: int) -> None:
         self._stored, self._block, self._made = stored, block, 0
@@ -77,7 +77,7 @@ class Zeros:
 
 
 def decoder(bench: GpuBench, weights: str) -> Graph:
-    """A decoder of the sizes of the bench, its matrices in `float16` or `int4`."""
+    """A decoder with the benchmark's sizes and matrices in `float16` or `int4`."""
     s = bench.sizes
     context = -(-(s.end_to_end + 16 * s.decodes) // 64) * 64
     return made_of(
@@ -95,11 +95,11 @@ class Hollow:
     decoder: Decoder
     artifact: Artifact
     seconds: float
-    """That compiling took."""
+    """Compile time."""
 
 
 def compiled(bench: GpuBench, weights: str, folder: Path) -> Hollow:
-    """As `transom_cuda_triton.compiling.compile_graph` does it."""
+    """Compile like `transom_cuda_triton.compiling.compile_graph`."""
     began = time.perf_counter()
     graph, card = decoder(bench, weights), bench.card
     assert graph.decoder is not None
@@ -127,7 +127,7 @@ def compiled(bench: GpuBench, weights: str, folder: Path) -> Hollow:
 
 
 def fill(store: Store, program: TritonProgram) -> None:
-    """Random numbers into all matrices, of a variance that keeps activations where they are."""
+    """Fill all matrices with random numbers whose variance preserves that of activations."""
     for i, matrix in enumerate(program.matrices):
         parts, spread = store.matrix(i), matrix.columns**-0.5
         if not matrix.bits:
@@ -135,4 +135,4 @@ def fill(store: Store, program: TritonProgram) -> None:
                 piece.copy_(torch.randn(piece.shape, dtype=piece.dtype, device=piece.device) * spread)
             continue
         parts["QUANTS"].random_(0, 256)
-        parts["SCALES"].fill_(spread / 4.6)  # the deviation of whole numbers from -8 to 7
+        parts["SCALES"].fill_(spread / 4.6)  # 4.6: standard deviation of the integers -8 … 7

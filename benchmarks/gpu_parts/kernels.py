@@ -62,7 +62,7 @@ def tests(name: str) -> ModuleType:
 
 # launching ------------------------------------------------------------------------------------------------------------
 class Noted:
-    """A launcher that starts nothing and notes the variants."""
+    """A launcher that starts nothing and records the variants."""
 
     def __init__(self) -> None:
         self.variants: dict[KernelVariant, None] = {}
@@ -72,9 +72,9 @@ class Noted:
 
 
 class Carried:
-    """Starts kernels on the card for tensors that lie in the host's memory: they go there and come back.
+    """Starts kernels on the card for tensors in host memory, which are copied there and back.
 
-    Tensors that share memory share it there.
+    Tensors that share memory also share it on the card.
     """
 
     def __init__(self, launch: Launcher, device: torch.device) -> None:
@@ -100,8 +100,8 @@ class Carried:
 
 
 def variant_of(kernel: str, given: Mapping[str, Any], warps: int = 4, stages: int = 2) -> KernelVariant:
-    """The variant that a call of a kernel by its arguments' names means: what is written in capitals and is no tensor
-    is a constant."""
+    """The kernel variant of a call, by its arguments' names: arguments in capitals that are not tensors are
+    constants."""
     types: dict[str, str] = {}
     constants: dict[str, Any] = {}
     for name, value in given.items():
@@ -115,7 +115,7 @@ def variant_of(kernel: str, given: Mapping[str, Any], warps: int = 4, stages: in
 
 
 class Jit:
-    """Stands for a kernel in a module of the tests: `kernel[grid](…)` goes through a launcher."""
+    """Replaces a kernel in a module of the tests: `kernel[grid](…)` goes through a launcher."""
 
     def __init__(self, kernel: str, launch: Launcher) -> None:
         module, _, name = kernel.partition(".")
@@ -135,12 +135,12 @@ class Jit:
 class Case:
     name: str
     run: Callable[[Launcher, np.random.Generator], float | None]
-    """Gives the normalised error where it is the measure. Raises AssertionError where the card is wrong."""
+    """Returns the normalized error if it is the measure. Raises AssertionError if the card is wrong."""
 
 
 @dataclass(frozen=True)
 class Kit:
-    """Makes the cases of one architecture in one type of numbers."""
+    """Makes the cases of one architecture in one dtype."""
 
     arch: int
     number: str
@@ -155,14 +155,14 @@ class Kit:
         array = got.float().numpy()
         error = normalised_error(array, np.asarray(wanted).reshape(array.shape))
         limit = tolerance(LONG[self.number], True).operator
-        assert error <= limit, f"the normalised error is {error:.2g}, and at most {limit:g} is right"
+        assert error <= limit, f"the normalized error is {error:.2g}, and the limit is {limit:g}"
         return error
 
     def tensor(self, array: Any) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array, np.float32)).to(TORCH[self.number])
 
     def random(self, rng: np.random.Generator, *shape: int) -> tuple[torch.Tensor, Array]:
-        """A tensor, and what it holds in float64."""
+        """A tensor, and its values in float64."""
         tensor = self.tensor(rng.standard_normal(shape))
         return tensor, tensor.double().numpy()
 
@@ -302,7 +302,7 @@ class Kit:
         return self.near(out, is_ @ weights.T)
 
     def product_float8(self, launch: Launcher, rng: np.random.Generator, rows: int) -> float:
-        """Of several rows the activations are rounded, too: what they should be is rounded by ml_dtypes."""
+        """With several rows the activations are quantized, too; ml_dtypes quantizes the expected ones."""
         outputs, columns, tiles = 272, 16 * int(rng.integers(8, 40)), float8_tiles(self.arch)
         parts = to_float8(dense(rng.standard_normal((outputs, columns)).astype(np.float32))).load()
         codes, scales = parts.quants, parts.scales[:, 0]
@@ -351,7 +351,7 @@ class Kit:
 
     # tokens -----------------------------------------------------------------------------------------------------------
     def sample(self, launch: Launcher, rng: np.random.Generator) -> None:
-        """Greedy, and of the two best ones by a number that was drawn."""
+        """Greedy, and a choice among the two best by a random number."""
         rows, vocabulary = 6, 1008
         logits = (3 * rng.standard_normal((rows, vocabulary))).astype(np.float32)
         drawn, tokens = rng.random(rows).astype(np.float32), torch.full((rows,), -1, dtype=torch.int64)
@@ -368,7 +368,7 @@ class Kit:
             mass = np.exp((row[best] - row.max()) / t) if t else (row[best] == row.max()).astype(np.float32)
             edge = float(mass[0] / mass.sum())
             wanted = int(best[0] if share < edge else best[1])
-            assert token == wanted or abs(share - edge) < 1e-4, f"{token} was taken, and {wanted} is right"
+            assert token == wanted or abs(share - edge) < 1e-4, f"{token} was sampled, and {wanted} is right"
 
 
 def _parts(call: Any, tile: Any) -> dict[str, int]:
@@ -377,14 +377,14 @@ def _parts(call: Any, tile: Any) -> dict[str, int]:
 
 
 def append(launch: Launcher, rng: np.random.Generator, head: int, rotated: int, interleaved: bool, number: str) -> None:
-    """Rotation, pages and nodes, as tests/cuda_triton/test_append.py has them."""
+    """Rotation, pages and nodes, as in tests/cuda_triton/test_append.py."""
     module = tests("test_append")
     module.append = Jit("append.append", launch)  # type: ignore[attr-defined]
     module.test_keys_are_rotated_and_nodes_follow(head, rotated, interleaved, TORCH[number], rng)
 
 
 def routing(launch: Launcher, rng: np.random.Generator, kind: str, noting: bool) -> None:
-    """The choice of dynamic sparse attention, as tests/cuda_triton/test_routing.py has it."""
+    """The choice of dynamic sparse attention, as in tests/cuda_triton/test_routing.py."""
     import pytest
 
     module = tests("test_routing")
@@ -396,7 +396,7 @@ def routing(launch: Launcher, rng: np.random.Generator, kind: str, noting: bool)
 
 
 def cases(arch: int, dry: bool, quick: bool) -> Iterator[Case]:
-    """All of them; in a dry run one of each kind."""
+    """All cases; in a dry run one of each kind."""
     kinds: dict[str, dict[str, Any]] = tests("calls").KINDS
     rule = tests("calls").RULE
     numbers = ["fp32"] if dry else ["fp16", "fp32"] if arch < 80 else ["fp16", "bf16", "fp32"]
@@ -408,7 +408,7 @@ def cases(arch: int, dry: bool, quick: bool) -> Iterator[Case]:
             for head in HEADS if number == "fp16" and not quick else ():
                 how = {"head_dim": head, "value_dim": head, "kv_heads": 1, "group": 3, "policy": rule}
                 yield Case(f"{what}, heads of {head}, {number}", partial(_keyed, run, how))
-            if not dry:  # what real models have most
+            if not dry:  # the most common in real models
                 how = {"head_dim": 128, "value_dim": 128, "group": 4, "policy": rule}
                 yield Case(f"{what}, heads of 128 in fours, {number}", partial(_keyed, run, how))
         yield from _row_cases(kit, dry)
@@ -451,7 +451,7 @@ def _keyed(run: Callable[..., float | None], how: dict[str, Any], launch: Launch
 
 
 def run(bench: GpuBench) -> None:
-    """Compile all that the cases need, and run them."""
+    """Compile all kernels that the cases need, and run the cases."""
     found = list(cases(bench.card.arch, bench.dry, bench.quick))
     own: dict[str, list[KernelVariant]] = {}
     for i, case in enumerate(found):
@@ -459,9 +459,9 @@ def run(bench: GpuBench) -> None:
         if not bench.dry:
             try:
                 case.run(noted, np.random.default_rng([bench.seed, i]))
-            except Exception as e:  # noqa: BLE001  nothing was computed; a case that is broken fails again below
+            except Exception as e:  # noqa: BLE001  nothing was computed; a broken case fails again below
                 if not noted.variants:
-                    bench.say(f"{case.name} asks for no kernel: {first_line(e)}")
+                    bench.say(f"{case.name} requests no kernel: {first_line(e)}")
         own[case.name] = list(noted.variants)
     variants = [v for of in own.values() for v in of]
     bench.say(f"{len(found)} cases, {len(set(variants))} kernels to compile")
@@ -483,7 +483,7 @@ def run(bench: GpuBench) -> None:
                 starting.close()  # type: ignore[attr-defined]
         except ModuleNotFoundError as e:
             bench.check(case.name, "left out", f"{e.name} is not installed")
-        except Exception as e:  # noqa: BLE001  whatever it is, the card did not compute what it should
+        except Exception as e:  # noqa: BLE001  on any error, the card did not compute the right result
             bench.check(case.name, "failed", first_line(e))
     counts = {o: sum(c["outcome"] == o for c in bench.document.checks) for o in ("passed", "failed", "left out")}
     bench.say(", ".join(f"{n} {o}" for o, n in counts.items()))

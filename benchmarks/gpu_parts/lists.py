@@ -2,7 +2,7 @@
 
 The positions of the keys are random for each KV head and query block, evenly spread over the sequence. Two forms:
 
-- *fine*, as a policy selects: units of 16 keys and 64 single ones, near keys from a multiple of 64 on;
+- *fine*, as a policy selects: units of 16 keys and 64 single keys, near keys from a multiple of 64 on;
 - *coarse*: blocks of 128 x 128, which other engines also support: two query blocks of 64 read the same keys.
 """
 
@@ -18,18 +18,18 @@ BLOCK, UNIT, COARSE, COLUMNS = 64, 16, 128, 64
 
 @dataclass(frozen=True)
 class DrawnLists:
-    """What query blocks read."""
+    """The keys that query blocks read."""
 
     arrays: dict[str, torch.Tensor]
     """FAR, FAR_COUNT, BLOCK_COLUMNS and NEAR, as `transom_cuda_triton.routes.Lists` has them."""
     density: float
-    """Keys read over keys seen, of all queries and heads."""
+    """Keys read over keys seen, for all queries and heads."""
     coarse: torch.Tensor | None = None
-    """Of the coarse form: far blocks of 128, int32 [query blocks of 128, kv_heads, most], -1 behind them."""
+    """Only for the coarse form: far blocks of 128, int32 [query blocks of 128, kv_heads, most], padded with -1."""
 
 
 def spread(available: torch.Tensor, count: torch.Tensor, heads: int, seed: int) -> torch.Tensor:
-    """So many of 0 … available - 1 for each row, ascending, int64 [rows, heads, most]; -1 behind them."""
+    """`count` numbers of 0 … available - 1 for each row, ascending, int64 [rows, heads, most]; padded with -1."""
     device = available.device
     generator = torch.Generator(device).manual_seed(seed)
     most = max(1, int(count.max()))
@@ -41,11 +41,11 @@ def spread(available: torch.Tensor, count: torch.Tensor, heads: int, seed: int) 
 
 
 def fine(begin: torch.Tensor, queries: torch.Tensor, heads: int, density: float, near: int, seed: int) -> DrawnLists:
-    """Of query blocks that begin at these positions.
+    """Fine lists for query blocks.
 
     Args:
-        begin, queries: int64 [blocks]: the position of the first query and their number.
-        near: keys before a block that it reads all of.
+        begin, queries: int64 [blocks]: the position of a block's first query and the number of queries.
+        near: keys before a block that it always reads.
     """
     first = (begin // BLOCK * BLOCK - near).clamp(min=0)
     end = begin + queries
@@ -55,7 +55,7 @@ def fine(begin: torch.Tensor, queries: torch.Tensor, heads: int, density: float,
     dense = count * UNIT + COLUMNS >= first
     count, first = count.masked_fill(dense, 0), first.masked_fill(dense, 0)
     far = spread(available.clamp(min=1), count, heads, seed)
-    # A single key in the unit behind a far one, where that is none of them.
+    # A single key in the unit after a far one, unless that is a far unit itself.
     places = torch.arange(COLUMNS, device=begin.device) * count[:, None] // COLUMNS
     after = far.gather(2, places[:, None].expand(-1, heads, -1).clamp(max=far.shape[2] - 1)) + 1
     free = (
@@ -67,7 +67,7 @@ def fine(begin: torch.Tensor, queries: torch.Tensor, heads: int, density: float,
 
 
 def coarse(length: int, heads: int, density: float, near: int, seed: int, device: Any) -> DrawnLists:
-    """Of a whole prompt whose length is a multiple of 128."""
+    """Coarse lists for a whole prompt whose length is a multiple of 128."""
     row = torch.arange(length // COARSE, device=device)
     first = (row - near // COARSE).clamp(min=0)
     wanted = (density * (row + 0.5) - (row + 0.5 - first)).round().long()
@@ -102,7 +102,7 @@ def _arrays(
 
 def _density(begin: torch.Tensor, queries: torch.Tensor, near: torch.Tensor, listed: torch.Tensor) -> float:
     """Args:
-    listed: keys of the list, [blocks, heads].
+    listed: number of keys in the list, [blocks, heads].
     """
     n = queries.double()
     seen = n * begin + n * (n + 1) / 2
@@ -111,7 +111,7 @@ def _density(begin: torch.Tensor, queries: torch.Tensor, near: torch.Tensor, lis
 
 
 def block_mask(drawn: DrawnLists, length: int, group: int) -> Any:
-    """The same as `torch.nn.attention.flex_attention.BlockMask`, of the coarse form."""
+    """The coarse form as a `torch.nn.attention.flex_attention.BlockMask`."""
     from torch.nn.attention.flex_attention import BlockMask
 
     assert drawn.coarse is not None

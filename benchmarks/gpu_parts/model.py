@@ -33,19 +33,19 @@ from transom_cuda_triton.step import Workspace
 
 PAGE = 64
 MARGIN = 2 << 30
-"""Bytes that are left free beside weights, cache and buffers."""
+"""Bytes that stay free in addition to weights, cache and buffers."""
 COLD_STARTS = 3
 RESERVE = 35.0
-"""Seconds of the part that are kept for cold starts."""
+"""Seconds of the part that are reserved for cold starts."""
 SLOWER = 1.5
-"""How much longer a later step of a prompt takes than the first, in the mean."""
+"""Mean time of a prompt's later steps, relative to the first."""
 COMPARED = ("float16, dense", "int4, sparse")
 FORMS = ("float16", "int4")
 
 
 @dataclass
 class Open:
-    """A model on the card, and its sequences."""
+    """A model on the card with its sequences."""
 
     hollow: Hollow
     session: TritonSession
@@ -60,7 +60,7 @@ class Open:
 
 
 def _need(bench: GpuBench, hollow: Hollow, batch: int) -> int:
-    """Bytes of a model with so many sequences, and one more."""
+    """Bytes of a model with `batch` sequences and one more."""
     from transom_cuda_triton.cache import page_bytes
 
     pages = (batch + 1) * -(-hollow.decoder.context // PAGE) + 1
@@ -88,7 +88,7 @@ def _open(bench: GpuBench, hollow: Hollow, batch: int) -> Open:
 # prompts and decoding -------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class DecodeWay:
-    """What one row is about: a model and a policy."""
+    """The model and the policy of a row."""
 
     name: str
     model: Open
@@ -104,7 +104,7 @@ def _ways(models: Sequence[Open], sparse: str) -> list[DecodeWay]:
 
 
 def _prompt(bench: GpuBench, way: DecodeWay, tokens: list[int]) -> tuple[Any, float]:
-    """A sequence with these tokens, and the seconds that reading them took."""
+    """A sequence with these tokens, and the seconds of its prefill."""
     session = way.model.session
     state = session.new_state()
     card, chunk = bench.card, bench.sizes.chunk
@@ -119,12 +119,12 @@ def _prompt(bench: GpuBench, way: DecodeWay, tokens: list[int]) -> tuple[Any, fl
 
 
 def _keys(way: DecodeWay, states: Sequence[Any]) -> Any:
-    """Keys that were read so far, and keys that were seen, over all layers and heads."""
+    """Keys read so far, and keys seen, over all layers and heads."""
     return sum(np.asarray(way.model.session.keys_read(s)).sum((1, 2)) for s in states)
 
 
 def _decode(bench: GpuBench, way: DecodeWay, states: Sequence[Any]) -> tuple[float, float]:
-    """Seconds of one token of each state, and the density: means of all, since one step in 64 chooses columns."""
+    """Seconds of a step of one token per state, and the density; means, since one step in 64 chooses columns."""
     session, rng = way.model.session, np.random.default_rng(1)
     tokens = rng.integers(0, bench.sizes.vocabulary, (bench.sizes.decodes, len(states)))
     lengths, before = [state.length for state in states], _keys(way, states)
@@ -141,7 +141,7 @@ def _decode(bench: GpuBench, way: DecodeWay, states: Sequence[Any]) -> tuple[flo
 
 
 def run(bench: GpuBench) -> None:
-    """Both models beside each other where the card's memory holds them, else one after the other."""
+    """Both models together if the card's memory holds them, otherwise one after the other."""
     sizes = bench.sizes
     folder = Path(tempfile.mkdtemp(prefix="transom-gpu-", dir=bench.folder))
     try:
@@ -180,9 +180,9 @@ def run(bench: GpuBench) -> None:
 def _affordable(
     bench: GpuBench, table: Table, ways: list[DecodeWay], prompt: list[int], seconds: float
 ) -> tuple[list[DecodeWay], list[int]]:
-    """The ways and the prompt that there is time for; on a slow card the two that are compared, and a shorter prompt.
+    """The ways and the prompt that time allows; on a slow card only the two compared ways, and a shorter prompt.
 
-    The first step of a way is not counted, in which libraries set themselves up.
+    The first step of a way is not counted, because libraries initialize in it.
     """
     chunk, steps = bench.sizes.chunk, -(-len(prompt) // bench.sizes.chunk)
     expected: dict[str, float] = {}
@@ -205,10 +205,10 @@ def _affordable(
 def _group(
     bench: GpuBench, table: Table, hollows: Sequence[Hollow], found: dict[str, dict[str, float]], share: float
 ) -> None:
-    """Models that are on the card together.
+    """Measure models that are on the card together.
 
     Args:
-        share: of the time that is left.
+        share: share of the remaining time.
     """
     sizes = bench.sizes
     spare = bench.card.free - sum(_need(bench, h, 1) for h in hollows) - MARGIN
@@ -241,7 +241,7 @@ def _group(
                 "prefill s": statistics.median(prompts[way.key]), "density": float(read / seen),
                 "tokens": float(len(prompt)),
             }  # fmt: skip
-        # One sequence of each model is kept: what its cache holds does not matter for the time of decoding.
+        # One sequence of each model is kept: the contents of its cache do not affect the time of decoding.
         holders = {w.model.hollow.name: w for w in ways}
         for way in ways:
             if way not in holders.values():
@@ -266,7 +266,7 @@ def _decoding(
     bench: GpuBench, table: Table, ways: Sequence[DecodeWay], states: dict[str, list[Any]],
     found: dict[str, dict[str, float]], batch: int,
 ) -> None:  # fmt: skip
-    """Rounds in which every way decodes on its model's sequences; the first is not counted: steps are recorded."""
+    """Rounds in which every way decodes on its model's sequences. The first, which captures graphs, is not counted."""
     times: dict[str, list[float]] = {w.key: [] for w in ways}
     densities: dict[str, float] = {}
     for number in range(2 if bench.dry or bench.quick else 4):
@@ -321,8 +321,8 @@ def _memory(bench: GpuBench, hollows: Sequence[Hollow]) -> None:
 def _cold(bench: GpuBench, hollows: Sequence[Hollow], folder: Path) -> None:
     table = bench.table(
         "Cold start",
-        "Seconds from the start of a process to its first token, the compiled model on disk and in the system's cache "
-        "of files, nothing compiled in the process: median of a few processes. Imports: up to torch and the backend; "
+        "Seconds from the start of a process to its first token, the compiled model on disk and in the page cache, "
+        "and nothing compiled in the process: median of a few processes. Imports: up to torch and the backend; "
         "load: weights to the card, machine code to the driver, memory for the cache; first token: one step.",
     )
     if not hollows:
@@ -333,7 +333,7 @@ def _cold(bench: GpuBench, hollows: Sequence[Hollow], folder: Path) -> None:
             for _ in range(1 if bench.dry or bench.quick else COLD_STARTS):
                 bench.clock.need(10 if not bench.dry else 0)
                 runs.append(_cold_once(bench, hollow, folder))
-        except Exception as e:  # noqa: BLE001  also a failed child, whose words are in the row
+        except Exception as e:  # noqa: BLE001  also a failed child process, whose message is in the row
             bench.row(table, weights=hollow.name, note=first_line(e)[:300])
             if not runs:
                 continue
@@ -352,7 +352,7 @@ def _cold_once(bench: GpuBench, hollow: Hollow, folder: Path) -> dict[str, float
 
 
 def child(folder: Path, began: float) -> None:
-    """The process of a cold start: what the host does with an artifact that it has."""
+    """The process of a cold start: what the host does with a stored artifact."""
     from transom import hardware
     from transom.contract import Artifact, Offer
     from transom_cuda_triton import CudaTriton

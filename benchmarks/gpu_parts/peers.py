@@ -30,7 +30,7 @@ def drawn(bench: GpuBench, queries: int, keys: int) -> Arrays:
 def prompts(
     bench: GpuBench, length: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, coarse: Mapping[float, DrawnLists]
 ) -> Iterator[tuple[str, float, Callable[[], Run]]]:
-    """(what, density, what makes the call) of each engine."""
+    """(name, density, function that makes the call) of each engine."""
     yield "torch SDPA, FlashAttention", 1.0, partial(_sdpa, q, k, v, causal=True, flash=not bench.dry)
     yield "torch SDPA, as it chooses", 1.0, partial(_sdpa, q, k, v, causal=True, flash=False)
     yield "FlashInfer", 1.0, partial(_flashinfer_prompt, q, k, v)
@@ -42,7 +42,7 @@ def prompts(
 
 
 def tokens(caches: list[Arrays]) -> Iterator[tuple[str, Callable[[], list[Run]]]]:
-    """(what, what makes the calls, one for each cache)."""
+    """(name, function that makes the calls, one for each cache)."""
     flash = caches[0][0].is_cuda
     yield (
         "torch SDPA, FlashAttention",

@@ -22,8 +22,8 @@ from transom_cuda_triton.step import Workspace, plan
 from transom_cuda_triton.store import TORCH
 
 ABOUT = (
-    "Calls follow each other as one CUDA graph, each with other weights, so that none finds them in the cache of level "
-    "2. One row is held against the speed of copying, by the bytes of weights and scales; more rows against the card's "
+    "Calls run in one CUDA graph, each with other weights, so that none are in the L2 cache. One row is compared with "
+    "the speed of copying, by the bytes of weights and scales; more rows with the card's "
     "product of matrices. cuBLAS has the same matrix in {number}; torch's int4 is `_weight_int4pack_mm`, in bfloat16."
 )
 TORCH_BLOCKS = (32, 64, 128, 256)
@@ -40,7 +40,7 @@ def shapes(bench: GpuBench) -> dict[str, tuple[int, int]]:
 
 
 class Products:
-    """Some equal products, each with weights of its own.
+    """Several equal products, each with its own weights.
 
     Args:
         block: columns that share a scale.
@@ -137,7 +137,7 @@ def torch_int4(bench: GpuBench, outputs: int, columns: int, block: int, rows: in
     """torch's own product with 4-bit weights in groups, with a scale and a zero point for each.
 
     Raises:
-        LookupError: torch has none for this card or these sizes.
+        LookupError: torch has no such product for this card or these sizes.
     """
     if block not in TORCH_BLOCKS:
         raise LookupError(f"torch has groups of {', '.join(map(str, TORCH_BLOCKS))}, not of {block}")

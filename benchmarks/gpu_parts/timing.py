@@ -10,15 +10,15 @@ from parts.timing import Clock
 
 Run = Callable[[], Any]
 FLUSH_BYTES = 64 << 20
-"""Written between two runs, at least: twice the cache of level 2 where that is more."""
+"""Least number of bytes written between two runs; twice the L2 cache if that is more."""
 
 
 class Timer:
-    """Medians by CUDA events. What is compared takes turns, and before each run other memory is written: nothing is
-    found in the cache of level 2, and the host is ahead of the device when the first event comes.
+    """Medians from CUDA events. Compared calls take turns, and other memory is written before each run, so that nothing
+    is in the L2 cache, and the host is ahead of the device at the first event.
 
     Args:
-        l2: bytes of the cache of level 2.
+        l2: bytes of the L2 cache.
     """
 
     def __init__(self, device: Any, l2: int, clock: Clock) -> None:
@@ -30,12 +30,12 @@ class Timer:
     def interleaved(
         self, runs: Mapping[str, Run], seconds: float = 1.0, least: int = 3, most: int = 50
     ) -> dict[str, float]:
-        """Median seconds of each.
+        """Median seconds of each run.
 
         Args:
-            seconds: for all rounds together, where `least` rounds fit into them.
+            seconds: limit for all rounds together, if `least` rounds fit into it.
         """
-        took = sum(self._once(run) for run in runs.values())  # libraries set themselves up, clocks rise
+        took = sum(self._once(run) for run in runs.values())  # libraries initialize, clocks rise
         took = min(took, sum(self._once(run) for run in runs.values()))
         rounds = max(least, min(most, int(seconds / max(took, 1e-6))))
         found: dict[str, list[float]] = {name: [] for name in runs}
@@ -51,7 +51,7 @@ class Timer:
         return self.interleaved({"": run}, seconds)[""]
 
     def recorded(self, calls: Sequence[Run]) -> Run:
-        """All of them as one CUDA graph, so that the host's time to start kernels does not count."""
+        """All calls as one CUDA graph, so that the host's launch time does not count."""
         from transom_cuda_triton.graphs import cuda_record
 
         def run() -> Any:
@@ -75,7 +75,7 @@ class Timer:
 
 
 class FakeTimer:
-    """Runs everything once and gives a millisecond."""
+    """Runs everything once and reports one millisecond."""
 
     def interleaved(
         self, runs: Mapping[str, Run], seconds: float = 1.0, least: int = 3, most: int = 50

@@ -1,1 +1,1 @@
-"""What benchmarks share, one idea a file. None of it needs torch."""
+"""Shared modules of the benchmarks, one idea a file. None of them needs torch."""

@@ -27,7 +27,7 @@ class TextAgreement:
     same_best: float
     """Share of the positions with the same best token."""
     cosine: float
-    """Mean of the positions."""
+    """Mean over the positions."""
     cosine_least: float
 
     def __str__(self) -> str:

@@ -12,7 +12,7 @@ from transom.contract import Device
 
 
 def state(device: Device) -> dict[str, Any]:
-    """Clocks (MHz), temperature (°C), power (W) and what slows the card, by NVML."""
+    """Clocks (MHz), temperature (°C), power (W) and reasons for throttling, from NVML."""
     try:
         import pynvml
 
@@ -32,7 +32,7 @@ def state(device: Device) -> dict[str, Any]:
                 with contextlib.suppress(pynvml.NVMLError, AttributeError):
                     found[name] = question()
             return found
-    except Exception as e:  # noqa: BLE001  figures stand without it, and it says why it is missing
+    except Exception as e:  # noqa: BLE001  results are valid without it, and the reason is reported
         return {"missing": str(e)}
 
 
@@ -46,7 +46,7 @@ def _nvml(pynvml: Any) -> Iterator[None]:
 
 
 def versions(packages: Sequence[str], device: Device) -> dict[str, Any]:
-    """Of Python, of those packages that are installed, and of the device's drivers."""
+    """Versions of Python, of the packages that are installed, and of the device's drivers."""
     found: dict[str, Any] = {"python": platform.python_version(), "platform": platform.platform()}
     for name in packages:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

@@ -30,10 +30,10 @@ SPARE = 10.0
 
 
 class NoCard(Exception):
-    """There is none that a backend can use.
+    """There is no card that a backend can use.
 
     Args:
-        refused: each card that is here, and why the backend does not take it.
+        refused: each card that is present, and why the backend refuses it.
     """
 
     def __init__(self, backend: str, refused: Sequence[str]) -> None:
@@ -46,11 +46,11 @@ class Measured(Protocol):
 
     @property
     def dry(self) -> bool:
-        """The CPU stands for one, and no time means anything."""
+        """Whether the CPU replaces the card, so that times are meaningless."""
         ...
 
     def state(self) -> dict[str, Any]:
-        """Clocks, temperature and power now."""
+        """Current clocks, temperature and power."""
         ...
 
 
@@ -59,13 +59,13 @@ C = TypeVar("C", bound=Measured)
 
 @dataclass
 class PartContext(Generic[C]):
-    """What every part is handed."""
+    """What every part receives."""
 
     card: C
     clock: Clock
     document: Document
     seed: int
-    """Of all that is random."""
+    """Seed of everything random."""
 
     @property
     def dry(self) -> bool:
@@ -84,7 +84,7 @@ class PartContext(Generic[C]):
         return self.part.tables[-1]
 
     def row(self, table: Table, **cells: Cell) -> None:
-        """Add a row and show it, and note the card's clocks. Underscores of names are blanks."""
+        """Add a row, print it and record the card's clocks. Underscores in names become spaces."""
         found = {name.replace("_", " "): value for name, value in cells.items()}
         table.rows.append(found)
         if not self.dry:
@@ -94,7 +94,7 @@ class PartContext(Generic[C]):
     def check(
         self, name: str, outcome: str, reason: str = "", error: float | None = None, *, loud: bool = True
     ) -> None:
-        """passed, failed or left out; said aloud unless it passed."""
+        """Record a check as passed, failed or left out; it is printed unless it passed."""
         self.document.checks.append({"name": name, "outcome": outcome, "reason": reason, "error": error})
         if loud and outcome != "passed":
             self.say(f"{outcome.upper()}  {name}: {reason}")
@@ -103,28 +103,28 @@ class PartContext(Generic[C]):
         return self.document.bounds.get(name)
 
     def share(self, amount: float, seconds: float | None, bound: str) -> float | None:
-        """What share of a bound is reached, by an amount of it in so many seconds."""
+        """The share of a bound that `amount` in `seconds` reaches."""
         most = self.bound(bound)
         return None if seconds is None or not most else amount / seconds / most
 
     def abandon(self) -> None:
-        """End the processes that this one has started."""
+        """Terminate the processes that this one has started."""
         for process in multiprocessing.active_children():
             process.kill()
 
 
 def options(parser: argparse.ArgumentParser) -> None:
-    """Add what both scripts take."""
+    """Add the options of both scripts."""
     parser.add_argument("--out", help="the JSON file to write; {card} in it becomes the card's name")
-    parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU: all but the card")
-    parser.add_argument("--seed", type=int, default=secrets.randbits(32), help="a fresh one by default")
+    parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU, without a card")
+    parser.add_argument("--seed", type=int, default=secrets.randbits(32), help="default: a new one")
     parser.add_argument(
         "--docs", nargs="*", type=Path, metavar="FILE", help="write the section of docs/performance.md from these"
     )
 
 
 def begin(run: PartContext[Any], path: str | None) -> threading.Timer:
-    """Say what is measured and with what; the watch over the run, see `watched`."""
+    """Print what is measured and with what; returns the watchdog, see `watched`."""
     about = run.document
     run.say(f"{about.card['name']} ({about.card['arch']}), seed {run.seed}")
     run.say(", ".join(f"{name} {value}" for name, value in about.versions.items() if value))
@@ -137,7 +137,7 @@ def first_line(error: BaseException) -> str:
 
 
 def function(name: str) -> Callable[[Any], None]:
-    """`"module:function"`. Imported when it is needed: a dry run sets the environment first."""
+    """Import `"module:function"`. Done when needed: a dry run sets the environment first."""
     from importlib import import_module
 
     module, _, of = name.partition(":")
@@ -146,11 +146,11 @@ def function(name: str) -> Callable[[Any], None]:
 
 
 def perform(run: PartContext[Any], name: str, where: str, seconds: float) -> None:
-    """One part: whatever happens within stands in its state.
+    """Run one part; its state records any failure.
 
     Args:
         where: the function that runs it, `"module:function"`.
-        seconds: that it may take.
+        seconds: its time limit.
     """
     part = PartReport(name)
     run.document.parts.append(part)
@@ -203,7 +203,7 @@ def watched(run: PartContext[Any], path: str | None) -> threading.Timer:
 
 
 def _stop(run: PartContext[Any], path: str | None) -> None:
-    """The time is up while something still runs: write what there is, and end this process and those it started."""
+    """The time is up while something still runs: write the results so far, and end this process and its children."""
     for part in run.document.parts:
         if part.state == "running":
             part.state, part.reason = "cut", "the time of the whole run was up"
@@ -215,7 +215,7 @@ def _stop(run: PartContext[Any], path: str | None) -> None:
 
 
 def finish(run: PartContext[Any], path: str | None) -> int:
-    """Say what went wrong or was left out, write the result, and give the exit status."""
+    """Print failures and what was left out, write the result, and return the exit status."""
     about = run.document
     about.status = status_of(about)
     for check in about.checks:
@@ -234,13 +234,13 @@ def document(paths: Sequence[Path], script: str) -> int:
     """Write a section of docs/performance.md from result files; the exit status.
 
     Args:
-        script: whose results they are, `"gpu"` or `"rtx"`.
+        script: the script that wrote them, `"gpu"` or `"rtx"`.
     """
     try:
         found = [json.loads(path.read_text()) for path in sorted(paths)]
         for path, result in zip(sorted(paths), found, strict=True):
             if not isinstance(result, dict) or result.get("script") != script:
-                raise ValueError(f"{path} is no result of benchmarks/{script}.py")
+                raise ValueError(f"{path} is not a result of benchmarks/{script}.py")
             if result["dry"]:
                 raise ValueError(f"{path} is of a dry run: it has no times")
         DOCUMENT.write_text(replaced(DOCUMENT.read_text(encoding="utf-8"), found, script), encoding="utf-8")

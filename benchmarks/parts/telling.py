@@ -9,18 +9,18 @@ MARK = "RESULT "
 
 
 def tell(found: dict[str, Any]) -> None:
-    """In a child: what it has found."""
+    """Report results from a child process."""
     print(MARK + json.dumps(found), flush=True)
 
 
 def told(status: int, out: str, errors: str) -> dict[str, Any]:
-    """What a child has told, which has ended.
+    """The report of a child process that has ended.
 
     Args:
-        status: that it ended with.
+        status: its exit status.
 
     Raises:
-        RuntimeError: it told nothing; its last words.
+        RuntimeError: it reported nothing; its last message is included.
     """
     for line in reversed(out.splitlines()):
         if line.startswith(MARK):

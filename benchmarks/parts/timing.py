@@ -6,11 +6,11 @@ import time
 
 
 class OutOfTime(Exception):
-    """The time of a part is up; what it has measured stands."""
+    """The time of a part is up; its results so far are kept."""
 
 
 class Clock:
-    """Seconds since the start, and how many are left.
+    """Seconds since the start, and seconds left.
 
     Args:
         limit: seconds of the whole run.
@@ -25,16 +25,16 @@ class Clock:
         return time.monotonic() - self.began
 
     def part(self, seconds: float) -> float:
-        """A part begins and may take so long, but no longer than the whole run has. What it may take."""
+        """Start a part with this limit, or with the time left of the whole run if that is less; returns the limit."""
         self._part = min(self.now + seconds, self.limit)
         return self._part - self.now
 
     @property
     def left(self) -> float:
-        """Of the part."""
+        """Seconds left of the part."""
         return self._part - self.now
 
     def need(self, seconds: float = 0.0) -> None:
-        """Raises OutOfTime where the part has less than that."""
+        """Raises OutOfTime if the part has less time left."""
         if self.left <= seconds:
             raise OutOfTime("there was no time")

@@ -17,31 +17,31 @@ from transom.sparsity import Sparsity
 
 @dataclass(frozen=True)
 class RtxSizes:
-    """Of what is measured."""
+    """Sizes of what is measured."""
 
     shape: str = "8B"
-    """Of `shaped.SHAPES`."""
+    """A key of `shaped.SHAPES`."""
     depths: tuple[int, ...] = (2, 6)
     """Layers of the models that are built."""
     whole: int = 32
-    """Layers of the model that figures are about."""
+    """Layers of the model that the figures describe."""
     tokens: int = 16384
-    """Of a prompt, behind which tokens are decoded."""
+    """Tokens of a prompt, after which tokens are decoded."""
     decodes: int = 32
-    """Tokens of one measurement. What they and the prompt take, in whole blocks of 64, is the context."""
+    """Tokens of one measurement. Together with the prompt, in whole blocks of 64, they are the context."""
     rounds: int = 4
-    """Measurements of each kind; one more comes first and does not count."""
+    """Measurements of each kind, after a first one that does not count."""
     batch: int = 8
-    """Sequences that decode together, beside one alone."""
+    """Sequences that decode together, in addition to one alone."""
     copied: int = 1 << 30
     """Bytes that are copied to measure the memory."""
     checked: int = 256
-    """Tokens of text whose logits are held against the reference's."""
+    """Tokens of text whose logits are compared with the reference's."""
     starts: int = 3
     """Processes of each kind whose cold start is measured."""
     policy: Sparsity = field(default_factory=lambda: Sparsity(1.0, top_k=64, columns=0, max_density=0.6))
     precisions: tuple[str, ...] = ("f16", "fp8", "int8", "int4", "auto")
-    """Of SmolLM2, whose logits are held against the reference's."""
+    """Precisions of SmolLM2 whose logits are compared with the reference's."""
 
     @property
     def context(self) -> int:
@@ -56,7 +56,7 @@ TOY = RtxSizes(
 
 @dataclass(frozen=True)
 class BenchModel:
-    """One that is built."""
+    """A model that is built."""
 
     form: str
     """One of `decoders.FORMS`."""
@@ -69,7 +69,7 @@ class BenchModel:
 
 
 def models(sizes: RtxSizes, parts: Sequence[str]) -> list[BenchModel]:
-    """What these parts need, what matters most first."""
+    """The models that these parts need, the most important first."""
     depths = sorted(sizes.depths)
     found = [BenchModel("fp8", n) for n in (depths if {"dense", "sparse"} & set(parts) else depths[-1:])]
     if "dense" in parts:
@@ -85,16 +85,16 @@ class RtxBench(PartContext[RtxCard]):
 
     sizes: RtxSizes
     parts: Sequence[str]
-    """Those that run."""
+    """The parts that run."""
     folder: Path
-    """Of this run, which goes with it."""
+    """The folder of this run, removed at its end."""
     built: dict[BenchModel, Path] = field(default_factory=dict)
     """Folders with artifacts, see `stored`."""
     child: Popen[str] | None = None
-    """The process that builds or computes for this one now."""
+    """The current child process, which builds or computes."""
 
     def abandon(self) -> None:
-        """End what this run has started, and remove its folder."""
+        """Terminate what this run has started, and remove its folder."""
         super().abandon()
         if self.child is not None:
             self.child.kill()

@@ -22,7 +22,7 @@ from transom.graph.sparse import with_sparsity
 from transom.sparsity import Sparsity
 
 ON_DISK = 2.5
-"""Bytes on the disk for each byte of weights, while an engine is written beside the network that it is built from."""
+"""Disk bytes for each byte of weights while an engine is written beside the network that it is built from."""
 
 
 def graph_of(model: BenchModel, shape: str, context: int, policy: Sparsity) -> Graph:
@@ -31,13 +31,13 @@ def graph_of(model: BenchModel, shape: str, context: int, policy: Sparsity) -> G
 
 
 def run(bench: RtxBench) -> None:
-    """The part: builds what the other parts need, and says what there was no time for."""
+    """The part: builds what the other parts need, and reports what there was no time for."""
     sizes = bench.sizes
     table = bench.table(
         "Builds",
-        f"Of random {sizes.shape}-shaped decoders for {sizes.context} tokens: codes, their scales and those of inputs "
-        "are drawn, not rounded, which does not show in times. The vocabulary matrix of fp8 is in int8, as everywhere. "
-        "Seconds of the whole compile; memory: the most that the process held.",
+        f"Random {sizes.shape}-shaped decoders for {sizes.context} tokens: codes, their scales and those of inputs "
+        "are random, not quantized, which does not affect times. The vocabulary matrix of fp8 is in int8, as always. "
+        "Seconds of the whole compile; memory: peak of the process.",
     )
     wanted = models(sizes, bench.parts)
     for number, model in enumerate(wanted):
@@ -69,7 +69,7 @@ def _build(bench: RtxBench, table: Any, model: BenchModel) -> None:
 
 
 def peak() -> int:
-    """The most bytes that this process has held."""
+    """Peak memory of this process in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

@@ -22,22 +22,22 @@ if TYPE_CHECKING:
 PACKAGES = ("transom", "tensorrt-rtx", "tensorrt", "cuda-bindings", "onnxruntime", "numpy", "onnx-ir")
 BACKEND = TensorRt()
 COPIES = 16
-"""One after the other, before the host waits."""
+"""Copies in a row before the host waits."""
 ROUNDS = 5
 DRY_BYTES = 64 << 30
 
 
 @dataclass(frozen=True)
 class RtxCard:
-    """A card as the backend has it."""
+    """A card as the backend sees it."""
 
     device: Device
     dry: bool
-    """The CPU stands for it."""
+    """Whether the CPU replaces the card."""
 
     @property
     def free(self) -> int:
-        """Bytes."""
+        """Bytes of free memory."""
         if self.dry:
             return DRY_BYTES
         from transom_tensorrt.cuda import CudaCard as Memory
@@ -68,7 +68,7 @@ def here(dry: bool) -> RtxCard:
     """The first card that the backend offers to use, or the CPU.
 
     Raises:
-        NoCard: there is none.
+        NoCard: there is no usable card.
     """
     devices = [d for d in hardware.probe_devices() if d.kind == ("cpu" if dry else "cuda")]
     answers = {a.device_id: a for a in BACKEND.probe(devices)}
@@ -89,7 +89,7 @@ def here(dry: bool) -> RtxCard:
 
 
 def run(bench: RtxBench) -> None:
-    """The part: how fast the card copies its own memory, which other figures are held against."""
+    """The part: how fast the card copies its own memory, which bounds other figures."""
     table = bench.table(
         "The card's memory",
         "Copying from the card's memory to itself reads and writes every byte: twice the size by the median time. It "
@@ -102,7 +102,7 @@ def run(bench: RtxBench) -> None:
 
 
 def _copying(bench: RtxBench, size: int) -> float:
-    """Seconds of a copy of so many bytes."""
+    """Seconds of a copy of `size` bytes."""
     if bench.dry:
         return 1e-3
     from transom_tensorrt.cuda import CudaCard as Memory

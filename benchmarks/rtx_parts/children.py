@@ -18,14 +18,14 @@ SCRIPT = Path(__file__).resolve().parents[1] / "rtx.py"
 
 
 def ask(bench: RtxBench, what: str, **arguments: Any) -> dict[str, Any]:
-    """Run the script's child `what`, and what it tells.
+    """Run the script's child `what`; returns its report.
 
     Args:
         arguments: JSON types, and paths.
 
     Raises:
-        OutOfTime: the part's time was up before it told anything; it is ended.
-        RuntimeError: it failed; its last words.
+        OutOfTime: the part's time was up before the report; the child is terminated.
+        RuntimeError: the child failed; its last message is included.
     """
     bench.clock.need()
     given = json.dumps({"dry": bench.dry, **arguments}, default=str)

@@ -19,12 +19,12 @@ FIRST = [1, 2, 3]
 
 
 def run(bench: RtxBench) -> None:
-    """The part: the deepest fp8 model, without and with the kernels that the runtime kept."""
+    """The part: the deepest fp8 model, without and with the runtime's cached kernels."""
     model = BenchModel("fp8", max(bench.sizes.depths))
     table = bench.table(
         "Cold start",
-        "Seconds from the start of a process to its first token, the engine on disk and in the system's cache of "
-        "files: medians of processes. Imports: up to the probe; load: the engine to the card, contexts, memory for one "
+        "Seconds from the start of a process to its first token, with the engine on disk and in the page cache: "
+        "medians of processes. Imports: up to the probe; load: the engine to the card, contexts, memory for one "
         "cache; first token: the warm-up, in which kernels are compiled, and one step. TensorRT-RTX compiles kernels "
         "for the card when it first needs them, and the backend keeps them.",
     )
@@ -48,7 +48,7 @@ def run(bench: RtxBench) -> None:
 
 
 def child(given: dict[str, Any]) -> None:
-    """The process of a cold start: what the host does with an artifact that it has."""
+    """The process of a cold start: what the host does with a stored artifact."""
     from rtx_parts.card import here
     from rtx_parts.stored import load
     from transom.contract import Work

@@ -1,8 +1,7 @@
 """Decoders with replaced matrices: random float8 codes, or plain numbers.
 
-Quantizing a model of eight billion numbers takes longer than the whole run may. An engine's speed does not depend on
-the values, so the codes, their scales and those of the inputs are random; the graph has the same nodes as a quantized
-one.
+Quantizing a model of eight billion parameters takes longer than the whole run. An engine's speed does not depend on the
+values, so codes, their scales and those of the inputs are random; the graph has the same nodes as a quantized one.
 """
 
 from __future__ import annotations
@@ -23,9 +22,9 @@ from transom.graph.weights import FLOAT8, Blocked, BlockedArrays, Dense, Weight,
 
 FORMS = ("f16", "fp8")
 SPREAD, INT8_SPREAD = 96.0, 28.0
-"""Standard deviations of drawn codes, whose largest are near 448 and 127: as if rows had been rounded."""
+"""Standard deviations of random codes, whose largest are near 448 and 127, as in quantized rows."""
 LARGEST_INPUT = 8.0
-"""What the scale of every product's input is made from: the inputs of a random model are about normally distributed."""
+"""Assumed largest input of every product, for its scale: a random model's inputs are about normally distributed."""
 LARGEST_CODE = 448.0
 
 
@@ -33,7 +32,7 @@ def shaped(shape: str, layers: int, context: int, form: str) -> Graph:
     """A random decoder of one of `shaped.SHAPES`, with another number of layers.
 
     Args:
-        form: `"f16"`, or `"fp8"`, as the backend rounds to it: matrices and inputs of products in E4M3, the vocabulary
+        form: `"f16"`, or `"fp8"` as the backend quantizes: matrices and inputs of products in E4M3, the vocabulary
             matrix in int8 by rows.
     """
     graph = decoder(shape, context, "float16", layers)
@@ -49,12 +48,12 @@ def shaped(shape: str, layers: int, context: int, form: str) -> Graph:
 
 
 def changed(graph: Graph, change: Callable[[Weight, int], Weight], name: str) -> Graph:
-    """The graph with other matrices in its products; tables of embeddings stay. Inputs of products with matrices in
-    float8 go through float8, too.
+    """The graph with other matrices in its products; embedding tables stay. Inputs of products with float8 matrices are
+    quantized to float8, too.
 
     Args:
-        change: the matrix to use in place of the one given, and its number: the first has 0.
-        name: of the change, for the hash of the weights.
+        change: returns the replacement of a matrix, given its index.
+        name: name of the change, for the hash of the weights.
     """
     model = graph.model.clone()
     editor = Editor(model)
@@ -104,12 +103,12 @@ def _whole_numbers() -> Any:
 
 
 def _spread(numbers: Any, rows: int, columns: int, number: int) -> Any:
-    """[rows, columns] of a table, column after column as networks have matrices: nobody has to transpose it."""
+    """[rows, columns] of a table, in column order as in networks, so that nothing has to be transposed."""
     return np.resize(np.roll(numbers, number * STRIDE), (columns, rows)).T
 
 
 def drawn_float8(weight: Weight, number: int) -> Blocked:
-    """A matrix of random codes in E4M3 with a scale for each row, in the shape of another one."""
+    """A matrix of random E4M3 codes with a scale for each row, in the shape of another one."""
     rows, columns = weight.shape
 
     def load() -> BlockedArrays:
@@ -120,7 +119,7 @@ def drawn_float8(weight: Weight, number: int) -> Blocked:
 
 
 def drawn_int8(weight: Weight, number: int) -> Blocked:
-    """The same in int8."""
+    """A matrix of random int8 codes with a scale for each row, in the shape of another one."""
     rows, columns = weight.shape
 
     def load() -> BlockedArrays:
@@ -138,10 +137,10 @@ def drawn_float16(weight: Weight, number: int) -> Dense:
 
 
 def plain(weight: Weight, number: int) -> Dense:
-    """The same matrix in float16, whatever blocks it is stored in."""
+    """The same matrix unpacked to float16."""
     return Dense(weight.shape, "float16", lambda: dequantize(weight).astype(np.float16))
 
 
 def matrix_bytes(graph: Graph) -> int:
-    """Of the matrices of all products, each of which a decoded token reads once."""
+    """Bytes of the matrices of all products, each of which a decoded token reads once."""
     return sum(w.nbytes for node in graph.nodes() if (w := linear_weight(node)) is not None)

@@ -29,32 +29,32 @@ from transom_tensorrt import sparse
 from transom_tensorrt.network import NETWORK_FILE, Network
 
 TO_MATCH, AIM = 28.0, 84.0
-"""Tokens a second of one sequence behind 16384 tokens of an 8B model, on an RTX 4090: what is to be matched, and three
+"""Tokens per second of one sequence of an 8B model after 16384 tokens, on an RTX 4090: the figure to match, and three
 times that."""
 MARGIN = 512 << 20
-"""Bytes on the card beside an engine's file and its caches: activations, logits, compiled kernels."""
+"""Bytes on the card in addition to an engine's file and caches: activations, logits, compiled kernels."""
 
 
 Kind = tuple[str, bool, int]
-"""Form, whether it is sparse, and sequences."""
+"""Form, whether it is sparse, and number of sequences."""
 
 
 @dataclass(frozen=True)
 class TimedWay:
-    """What is timed: a model with so many sequences."""
+    """A model with a number of sequences, which is timed."""
 
     model: BenchModel
     sequences: int = 1
 
     @property
     def kind(self) -> Kind:
-        """What ways with other depths have in common."""
+        """The same for ways that differ only in depth."""
         return self.model.form, self.model.sparse, self.sequences
 
 
 @dataclass
 class StepTimes:
-    """Seconds, as they were measured."""
+    """Measured seconds."""
 
     prompts: list[float] = field(default_factory=list)
     steps: list[float] = field(default_factory=list)
@@ -73,7 +73,7 @@ Found = dict[TimedWay, StepTimes]
 
 # measuring ------------------------------------------------------------------------------------------------------------
 def slots(sequences: int) -> int:
-    """Caches that so many sequences need: forks of one prompt are copied while the prompt's own is still there."""
+    """Caches that `sequences` need: forks of a prompt are copied while the prompt's own cache still exists."""
     return sequences + (sequences > 1)
 
 
@@ -81,7 +81,7 @@ def groups(needs: Mapping[BenchModel, int], free: int) -> list[list[BenchModel]]
     """Models that are on the card together: all of them, or those of one depth, or each alone.
 
     Args:
-        needs: bytes of each.
+        needs: bytes of each model.
     """
     if sum(needs.values()) <= free:
         return [list(needs)] if needs else []
@@ -163,7 +163,7 @@ def _take_turns(
 
 
 def _rounds(bench: RtxBench) -> Iterator[int]:
-    """The first does not count; one at least comes after it, and more while there is time."""
+    """The first round does not count; at least one follows, and more while there is time."""
     for number in range(bench.sizes.rounds + 1):
         if number > 1 and bench.clock.left <= 0:
             return
@@ -176,7 +176,7 @@ def _turned(things: Sequence[Any], number: int) -> Sequence[Any]:
 
 
 def _prompt(session: Session, tokens: Sequence[int]) -> tuple[Any, float]:
-    """A sequence with these tokens, and the seconds that reading them took."""
+    """A sequence with these tokens, and the seconds of its prefill."""
     state, most = session.new_state(), session.limits.max_tokens
     began = time.perf_counter()
     for at in range(0, len(tokens), most):
@@ -186,7 +186,7 @@ def _prompt(session: Session, tokens: Sequence[int]) -> tuple[Any, float]:
 
 
 def _decode(session: Session, states: Sequence[Any], count: int) -> list[float]:
-    """Seconds of each step of one token of all states, the choice of the best one included. They end as they began."""
+    """Seconds of each step of one token per state, greedy sampling included. The states end as they began."""
     lengths = [state.length for state in states]
     tokens, times = [1] * len(states), []
     for _ in range(count):
@@ -199,9 +199,9 @@ def _decode(session: Session, states: Sequence[Any], count: int) -> list[float]:
     return times
 
 
-# what came of it ------------------------------------------------------------------------------------------------------
+# results --------------------------------------------------------------------------------------------------------------
 def read_by(bench: RtxBench, way: TimedWay) -> BytesRead:
-    """What a step of one token of each sequence reads at least."""
+    """The minimum that a step of one token per sequence reads."""
     sizes, model = bench.sizes, way.model
     graph = graph_of(model, sizes.shape, sizes.context, sizes.policy)
     assert graph.decoder is not None
@@ -216,7 +216,7 @@ def read_by(bench: RtxBench, way: TimedWay) -> BytesRead:
 
 
 def _kinds(found: Found) -> list[list[TimedWay]]:
-    """Ways that differ in their depth alone."""
+    """Groups of ways that differ only in depth."""
     kinds: dict[Kind, list[TimedWay]] = {}
     for way in found:
         kinds.setdefault(way.kind, []).append(way)
@@ -248,10 +248,10 @@ def _step_row(bench: RtxBench, table: Table, way: TimedWay, seconds: float, note
 
 
 def report(bench: RtxBench, prompts: Table, steps: Table, found: Found) -> dict[Kind, tuple[float, float]]:
-    """Rows of what was measured and, where two depths were, of the whole model by that.
+    """Add rows for the measurements and, if there are two depths, for the whole model computed from them.
 
     Returns:
-        Of the whole model by kind: seconds of the prompt and of a step.
+        For the whole model, by kind: seconds of the prompt and of a step.
     """
     whole: dict[Kind, tuple[float, float]] = {}
     for ways in _kinds(found):
@@ -280,7 +280,7 @@ def _tables(bench: RtxBench, what: str) -> tuple[Table, Table]:
     computed = (
         "" if sizes.whole in sizes.depths else
         f" Models of {' and '.join(map(str, sizes.depths))} layers were measured; the line of {sizes.whole} layers is "
-        "computed from what a layer takes and the rest does."
+        "computed from the cost of a layer and the cost of the rest."
     )  # fmt: skip
     prompts = bench.table(
         f"Prompts of {sizes.tokens} tokens, {what}",
@@ -288,9 +288,9 @@ def _tables(bench: RtxBench, what: str) -> tuple[Table, Table]:
     )
     steps = bench.table(
         f"Decoding behind {sizes.tokens} tokens, {what}",
-        "Milliseconds of a step, one token of each sequence: median of all steps, logits on the host and the best of "
-        f"them found.{computed} Bound: bytes of matrices and cache that a step reads at least, over the bandwidth. "
-        f"Marks for one sequence: {TO_MATCH:.0f} tokens/s is to be matched, {AIM:.0f} aimed at.",
+        "Milliseconds of a step, one token of each sequence: median of all steps, logits on the host and greedy "
+        f"sampling included.{computed} Bound: the least bytes of matrices and cache that a step reads, over the "
+        f"bandwidth. Marks for one sequence: {TO_MATCH:.0f} tokens/s is to be matched, {AIM:.0f} is the aim.",
     )
     return prompts, steps
 

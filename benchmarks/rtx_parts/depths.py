@@ -24,7 +24,7 @@ class Separated:
 
 
 def separate(found: Mapping[int, float]) -> Separated:
-    """From figures by the number of layers; of more than two, the line that is nearest to all.
+    """Separate figures by number of layers; for more than two, a least-squares line.
 
     Raises:
         ValueError: there are fewer than two.
@@ -37,16 +37,16 @@ def separate(found: Mapping[int, float]) -> Separated:
 
 @dataclass(frozen=True)
 class BytesRead:
-    """Bytes that a decoded token reads at least."""
+    """The minimum number of bytes that a decoded token reads."""
 
     matrices: int
-    """Of all products, once."""
+    """Bytes of the matrices of all products."""
     keys: int
     """Positions of the cache that each sequence reads in each layer."""
     position: int
     """Bytes of a position over all layers, keys and values."""
     nodes: int = 0
-    """What a policy looks at to choose: means and variances, over all layers, of each sequence."""
+    """Bytes of means and variances that a policy reads to choose, over all layers, for each sequence."""
     sequences: int = 1
 
     @property
@@ -54,7 +54,7 @@ class BytesRead:
         return self.matrices + self.sequences * (self.keys * self.position + self.nodes)
 
     def arithmetic(self) -> str:
-        """In words, for people."""
+        """The calculation, human-readable."""
         cache = f"{self.keys} x {self.position} bytes of keys and values"
         if self.nodes:
             cache = f"({cache} + {self.nodes / 1e6:.1f} MB of means and variances)"

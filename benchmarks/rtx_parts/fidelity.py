@@ -1,4 +1,4 @@
-"""How far engines' logits are from the reference's, on real text: SmolLM2-135M with plain matrices, a tiny model.
+"""How far engines' logits are from the reference's on real text, for SmolLM2-135M with plain matrices and a tiny model.
 
 The packaged checkpoint has 4-bit blocks, which every precision would keep. They are unpacked into float16 first; that
 model, computed by the NumPy reference, is the baseline.
@@ -33,15 +33,15 @@ from transom_tensorrt.claims import precision_of
 from transom_tensorrt.precision import RtxPrecision
 
 PRECISIONS = ("f16", "fp8", "int8", "int4", "auto")
-"""Of the tiny model."""
+"""Precisions of the tiny model."""
 WRONG = (1.0, 0.5)
-"""Mean divergence in nats and correlation of the worst position beyond which rounding is no excuse: a wrong layer or a
-garbled cache are beyond them. Without rounding, the limits of a first load hold."""
+"""Mean divergence in nats and correlation of the worst position beyond which quantization is no explanation: a wrong
+layer or a garbled cache exceeds them. Without quantization, the limits of a first load apply."""
 SMOLLM2, TINY = "SmolLM2-135M", "tiny"
 CALIBRATED = 2
-"""Texts for the scales of inputs, as long as the text that is checked."""
+"""Calibration texts for the scales of inputs, as long as the checked text."""
 TINY_VOCABULARY = 256
-"""Bytes."""
+"""One token for each byte."""
 
 
 def run(bench: RtxBench) -> None:
@@ -117,7 +117,7 @@ def _judge(bench: RtxBench, what: str, agreement: dict[str, Any], *, exact: bool
 
 
 def _options(precision: str, context: int, passages: Any) -> dict[str, Any]:
-    """Those of a load; the first passage is what is checked, the others are calibrated on."""
+    """The options of a load; the first passage is checked, the others are for calibration."""
     texts = [[int(t) for t in p] for p in passages[1:]]
     return {"precision": precision, "context": context, "threads": None, "calibration": texts}
 
@@ -126,7 +126,7 @@ def _model(name: str, tokens: int) -> tuple[Graph, list[list[int]]]:
     """A model with plain matrices, and passages of real text in its tokens.
 
     Raises:
-        SystemExit: the package that carries it is not installed.
+        SystemExit: the package that contains it is not installed.
     """
     _, text = next(texts())
     count = 1 + CALIBRATED
@@ -147,7 +147,7 @@ def _model(name: str, tokens: int) -> tuple[Graph, list[list[int]]]:
 
 
 def child(given: dict[str, Any]) -> None:
-    """The process of one precision: build, load, and hold against the reference."""
+    """The process of one precision: build, load, and compare with the reference."""
     with np.load(given["data"]) as kept:
         golden, passages = kept["golden"], kept["passages"]
     tokens = len(passages[0])

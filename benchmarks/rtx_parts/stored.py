@@ -15,7 +15,7 @@ REQUIRES, SCRATCH = "requires.json", "scratch"
 
 
 def store(artifact: Artifact, folder: Path) -> int:
-    """Write an artifact down; the bytes of its files."""
+    """Write an artifact to a folder; returns the bytes of its files."""
     folder.mkdir(parents=True)
     total = 0
     for name, content in artifact.files.items():
@@ -33,9 +33,9 @@ def load(folder: Path, device: Device, slots: int, scratch: Path | None = None) 
     """A session over an artifact that `store` wrote.
 
     Args:
-        slots: sequences that get caches. The backend would give them all of the card's memory, and here several models
+        slots: sequences with caches. The backend would give them all of the card's memory, but here several models
             share it.
-        scratch: where the runtime keeps its kernels; None: beside the artifact.
+        scratch: the folder for the runtime's kernels; None: beside the artifact.
 
     Raises:
         RuntimeError: the artifact is not for this device.

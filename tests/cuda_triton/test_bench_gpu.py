@@ -253,7 +253,7 @@ def test_results_of_another_script_are_refused_in_a_sentence(
     monkeypatch.setattr("parts.running.DOCUMENT", page)
     path.write_text(json.dumps([] if changed is None else MADE_UP | changed))
     assert script.main(["--docs", str(path)]) == 1
-    assert capsys.readouterr().err == f"{path} is no result of benchmarks/gpu.py\n"
+    assert capsys.readouterr().err == f"{path} is not a result of benchmarks/gpu.py\n"
     assert page.read_text() == before
     path.write_text(json.dumps(MADE_UP))
     assert script.main(["--docs", str(path)]) == 0
