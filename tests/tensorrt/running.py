@@ -15,7 +15,7 @@ from transom.graph import Graph
 from transom.programs.reading import GraphReader
 from transom.reference.executor import Executor
 from transom.sessions import PackedSession
-from transom_tensorrt.compiling import round_anew
+from transom_tensorrt.compiling import requantize
 from transom_tensorrt.lowering import LoweredNetwork, RtxKernels, lower
 from transom_tensorrt.precision import RtxPrecision
 
@@ -39,7 +39,7 @@ class Running:
     def __init__(self, graph: Graph, precision: RtxPrecision, context: int, folder: Path, **more: Any) -> None:
         reader = GraphReader(graph, RtxKernels())
         if precision.number != "float32":
-            round_anew(reader.ops, lambda share: None)
+            requantize(reader.ops, lambda share: None)
         self.lowered: LoweredNetwork = lower(reader, precision, context, **more)
         self._session = session(self.lowered.model, folder)
 

@@ -15,7 +15,7 @@ import pytest
 from transom.errors import EngineError
 from transom.programs.onnx_writing import FLOAT, INT64, OnnxWriter
 from transom_tensorrt import building, inspecting
-from transom_tensorrt.building import Wanted, build
+from transom_tensorrt.building import BuildSpec, build
 from transom_tensorrt.network import Network, ShapeProfile
 from transom_tensorrt.sdk import installed
 
@@ -38,7 +38,7 @@ def test_an_input_that_the_parser_does_not_use_is_an_error(tmp_path: Path) -> No
     w.output(out, "y", ("batch", 2, 16, 64))
     inputs = dict.fromkeys("qkv", ("batch", 2, 16, 64)) | {"lengths": ("batch",)}
     with pytest.raises(EngineError, match="does not understand what an input is for: Unused Input: lengths"):
-        build(saved(w, tmp_path), tmp_path / "plan", Wanted(NETWORK, inputs, 89), installed()[0], lambda s, x: None)
+        build(saved(w, tmp_path), tmp_path / "plan", BuildSpec(NETWORK, inputs, 89), installed()[0], lambda s, x: None)
     assert not (tmp_path / "plan").exists()
 
 
@@ -71,7 +71,7 @@ def test_what_is_known_to_fail_still_fails(case: str, tmp_path: Path) -> None:
         w.output(w("MatMul", x, w("DequantizeLinear", *given, dtype=F16, axis=0, block_size=32)), "y", (1, 64))
         inputs = {"x": (1, 64)}
     with pytest.raises(EngineError, match="it cannot read the network"):
-        build(saved(w, tmp_path), tmp_path / "plan", Wanted(NETWORK, inputs, 89), installed()[0], lambda s, x: None)
+        build(saved(w, tmp_path), tmp_path / "plan", BuildSpec(NETWORK, inputs, 89), installed()[0], lambda s, x: None)
 
 
 def test_a_builder_that_cannot_be_made_is_an_error_with_tensorrts_words(
@@ -85,7 +85,7 @@ def test_a_builder_that_cannot_be_made_is_an_error_with_tensorrts_words(
 
     monkeypatch.setattr(trt, "Builder", broken)
     with pytest.raises(EngineError, match="it cannot be started") as caught:
-        build(tmp_path / "model.onnx", tmp_path / "plan", Wanted(NETWORK, {}, 89), installed()[0], lambda s, x: None)
+        build(tmp_path / "model.onnx", tmp_path / "plan", BuildSpec(NETWORK, {}, 89), installed()[0], lambda s, x: None)
     assert caught.value.details == ("no driver to speak of",)
 
 
@@ -94,10 +94,10 @@ def test_a_builder_that_dies_is_an_error_with_its_last_words(tmp_path: Path) -> 
     child process of its own."""
     (tmp_path / "dying_builder.py").write_text(
         "import faulthandler, os, tensorrt_rtx as trt\n"
-        "from transom_tensorrt.building import _Heard, _logger\n"
+        "from transom_tensorrt.building import _BuildLog, _logger\n"
         "def build(payload, progress):\n"
         "    faulthandler.disable()\n"
-        "    logger = _logger(trt, _Heard())\n"
+        "    logger = _logger(trt, _BuildLog())\n"
         "    trt.Builder(logger)\n"
         "    logger.log(trt.ILogger.ERROR, 'what it said last')\n"
         "    os.abort()\n"

@@ -483,13 +483,13 @@ def test_a_full_disk_is_an_oserror_and_leaves_nothing(
 
 
 def test_tensorrts_own_words_are_in_the_error(rng: np.random.Generator, tmp_path: Path) -> None:
-    from transom_tensorrt.building import Wanted, build
+    from transom_tensorrt.building import BuildSpec, build
     from transom_tensorrt.network import ShapeProfile
     from transom_tensorrt.sdk import installed
 
     wrong = tmp_path / "wrong.onnx"
     wrong.write_bytes(b"no model")
     profile = ShapeProfile((1, 1, 1), (1, 1, 1), (1, 1, 1))
-    wanted = Wanted(Network("float16", 1, 1, (), profile, profile), {}, 89)
+    wanted = BuildSpec(Network("float16", 1, 1, (), profile, profile), {}, 89)
     with pytest.raises(EngineError, match=r"TensorRT \(tensorrt-rtx .*\): it cannot read the network"):
         build(wrong, tmp_path / "plan", wanted, installed()[0], lambda s, x: None)

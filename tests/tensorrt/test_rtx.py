@@ -24,7 +24,7 @@ from transom_tensorrt.cuda import CudaCard, aligned
 from transom_tensorrt.emulating import OnnxExecutor
 from transom_tensorrt.executing import Array, stored
 from transom_tensorrt.kernel_cache import KernelCache
-from transom_tensorrt.rtx import SHARE, WARM_RUNS, RtxExecutor, Words, _check_header
+from transom_tensorrt.rtx import SHARE, WARM_RUNS, ErrorLog, RtxExecutor, _check_header
 
 
 @pytest.fixture
@@ -410,7 +410,7 @@ def test_the_real_tensorrt_says_of_nonsense_that_it_is_damaged(tmp_path: Path) -
 
     plan = tmp_path / "engine.plan"
     plan.write_bytes(bytes(range(200)))
-    runtime = tensorrt_rtx.Runtime(Words(tensorrt_rtx).logger)
+    runtime = tensorrt_rtx.Runtime(ErrorLog(tensorrt_rtx).logger)
     with pytest.raises(EngineError, match=r"TensorRT [0-9.]+ does not open the engine.*: the file is damaged"):
         _check_header(runtime, tensorrt_rtx, plan)
 

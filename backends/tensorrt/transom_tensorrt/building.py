@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 
     from transom.contract import Progress
 
-LAST_WORDS = 8
+LAST_MESSAGES = 8
 """Messages from TensorRT that an error quotes."""
 
 
 @dataclass(frozen=True)
-class Wanted:
+class BuildSpec:
     """What to build, beside the ONNX file."""
 
     network: Network
@@ -44,7 +44,7 @@ class Wanted:
 
 
 @dataclass(frozen=True)
-class Built:
+class BuildResult:
     """The result of a build."""
 
     layers: tuple[inspecting.EngineLayer, ...]
@@ -54,14 +54,14 @@ class Built:
 
 
 @dataclass
-class _Heard:
+class _BuildLog:
     """Messages logged by TensorRT."""
 
     messages: list[str] = field(default_factory=list)
     complaints: list[str] = field(default_factory=list)
 
 
-def build(model: Path, plan: Path, wanted: Wanted, sdk: Sdk, progress: Progress) -> Built:
+def build(model: Path, plan: Path, spec: BuildSpec, sdk: Sdk, progress: Progress) -> BuildResult:
     """Build the engine of an ONNX file and write it to `plan`.
 
     Raises:
@@ -69,28 +69,28 @@ def build(model: Path, plan: Path, wanted: Wanted, sdk: Sdk, progress: Progress)
         Cancelled: raised by `progress`.
     """
     trt = library(sdk.name)
-    heard = _Heard()
-    logger = _logger(trt, heard)
+    logged = _BuildLog()
+    logger = _logger(trt, logged)
     start = time.perf_counter()
     try:
         builder = trt.Builder(logger)
     except TypeError as e:  # raised by pybind11 when a factory returns nothing
-        raise _refused(sdk, "it cannot be started", heard) from e
+        raise _refused(sdk, "it cannot be started", logged) from e
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
     progress("parse", None)
     if not parser.parse_from_file(str(model)):
         said = [str(parser.get_error(i)) for i in range(parser.num_errors)]
-        raise _refused(sdk, f"it cannot read the network: {said[0] if said else 'no reason given'}", heard)
-    held = _attend(trt, network, wanted)
+        raise _refused(sdk, f"it cannot read the network: {said[0] if said else 'no reason given'}", logged)
+    kept_arrays = _attend(trt, network, spec)
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     config.clear_flag(trt.BuilderFlag.TF32)
     if sdk.crosses:
         config.num_compute_capabilities = 1
-        config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{wanted.arch}"), 0)
-    for profile in (wanted.network.prefill, wanted.network.decode):
-        config.add_optimization_profile(_profile(builder, profile, wanted.inputs))
+        config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{spec.arch}"), 0)
+    for profile in (spec.network.prefill, spec.network.decode):
+        config.add_optimization_profile(_profile(builder, profile, spec.inputs))
     monitor = _monitor(trt, progress)
     config.progress_monitor = monitor
     with plan.open("wb") as file:
@@ -98,22 +98,22 @@ def build(model: Path, plan: Path, wanted: Wanted, sdk: Sdk, progress: Progress)
     if monitor.raised is not None:
         raise monitor.raised
     if not done:
-        raise _refused(sdk, "it cannot build the engine", heard)
-    if unused := [m for m in heard.complaints if "Unused Input" in m]:
+        raise _refused(sdk, "it cannot build the engine", logged)
+    if unused := [m for m in logged.complaints if "Unused Input" in m]:
         plan.unlink()
-        raise _refused(sdk, f"it does not understand what an input is for: {unused[0]}", heard)
-    del held
+        raise _refused(sdk, f"it does not understand what an input is for: {unused[0]}", logged)
+    del kept_arrays
     seconds = time.perf_counter() - start
-    sizes = {**inspecting.memory(heard.messages), "engine": plan.stat().st_size, "build": _peak()}
-    return Built(inspecting.parse(heard.messages), sizes, seconds)
+    sizes = {**inspecting.memory(logged.messages), "engine": plan.stat().st_size, "build": _peak()}
+    return BuildResult(inspecting.parse(logged.messages), sizes, seconds)
 
 
-def _refused(sdk: Sdk, what: str, heard: _Heard) -> EngineError:
-    words = [m.strip().splitlines()[0][:300] for m in heard.complaints if m.strip()][-LAST_WORDS:]
+def _refused(sdk: Sdk, what: str, logged: _BuildLog) -> EngineError:
+    messages = [m.strip().splitlines()[0][:300] for m in logged.complaints if m.strip()][-LAST_MESSAGES:]
     return EngineError(
         f"TensorRT ({sdk.name} {sdk.version}): {what}",
         "Report it, with the output of: transom doctor; another backend may run the model",
-        words,
+        messages,
     )
 
 
@@ -127,7 +127,7 @@ def _peak() -> int:
     return most if sys.platform == "darwin" else most * 1024
 
 
-def _logger(trt: Any, heard: _Heard) -> Any:
+def _logger(trt: Any, logged: _BuildLog) -> Any:
     class Logger(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
@@ -137,9 +137,9 @@ def _logger(trt: Any, heard: _Heard) -> Any:
             if bad:  # if TensorRT aborts the process next, the host finds the message on stderr
                 print(f"TensorRT: {message}", file=sys.stderr, flush=True)
             if bad or severity == trt.ILogger.WARNING:
-                heard.complaints.append(message)
+                logged.complaints.append(message)
             elif severity == trt.ILogger.INFO or message.startswith(inspecting.HEADING):
-                heard.messages.append(message)
+                logged.messages.append(message)
 
     return Logger()
 
@@ -204,16 +204,16 @@ def _profile(builder: Any, profile: ShapeProfile, inputs: Mapping[str, Shape]) -
     return made
 
 
-def _attend(trt: Any, network: Any, wanted: Wanted) -> list[Any]:
+def _attend(trt: Any, network: Any, spec: BuildSpec) -> list[Any]:
     """Replace the parser's attention by one with the settings that ONNX cannot express. Returns the arrays that must
     live as long as the network.
 
     The parser multiplies queries and keys by the square root of the scale, and the keys are the whole cache. Also, with
     a mask a kernel reads the whole cache; with lengths it reads only the filled part.
     """
-    held: list[Any] = []
+    kept_arrays: list[Any] = []
     layers = [network.get_layer(i) for i in range(network.num_layers)]
-    fused = {f.name: f for f in wanted.fused}
+    fused = {f.name: f for f in spec.fused}
     for layer in layers:
         if layer.type != trt.LayerType.ATTENTION_INPUT:
             continue
@@ -232,16 +232,16 @@ def _attend(trt: Any, network: Any, wanted: Wanted) -> list[Any]:
         else:
             attention.key_value_lengths = _tensor(layers, LENGTHS)
         if form.float8:
-            dtype = np.float16 if wanted.network.number == "float16" else np.float32
+            dtype = np.float16 if spec.network.number == "float16" else np.float32
             scale = np.asarray(1 / LARGEST_FLOAT8, dtype)
-            held.append(scale)
+            kept_arrays.append(scale)
             attention.normalization_quantize_to_type = trt.fp8
             attention.normalization_quantize_scale = network.add_constant((), trt.Weights(scale)).get_output(0)
         _replace(layers, parsed.get_output(0), attention.get_output(0))
     if fused:
         raise EngineError(f"TensorRT's parser has left out {next(iter(fused))}",
                           "Report it, with the output of: transom doctor")  # fmt: skip
-    return held
+    return kept_arrays
 
 
 def _replace(layers: list[Any], old: Any, new: Any) -> None:

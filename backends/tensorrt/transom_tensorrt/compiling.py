@@ -20,7 +20,7 @@ from transom.graph.weights import Blocked, preloaded
 from transom.ops.sparse_routing import COLUMN_ROWS
 from transom.programs.reading import GraphReader, Op
 from transom_tensorrt import forms, inspecting, network, probing
-from transom_tensorrt.building import Built, Wanted, build
+from transom_tensorrt.building import BuildResult, BuildSpec, build
 from transom_tensorrt.claims import precision_of
 from transom_tensorrt.lowering import LoweredNetwork, RtxKernels, lower
 from transom_tensorrt.network import Network, ShapeProfile
@@ -65,7 +65,7 @@ def compile_graph(graph: Graph, device: Device, options: Options, progress: Prog
     reader = GraphReader(prepared.graph, RtxKernels())
     anew: list[str] = []
     if prepared.precision.number != "float32":  # float32 is for checking and keeps every weight unchanged
-        anew = round_anew(reader.ops, lambda share: _tell(progress, "requantize", share))
+        anew = requantize(reader.ops, lambda share: _tell(progress, "requantize", share))
     lowered = lower(reader, prepared.precision, context, prepared.activations)
     made = _network(lowered, reader, prepared.precision, context)
     with artifact_folder("transom-tensorrt-") as folder:
@@ -166,7 +166,7 @@ def wide_enough(precision: RtxPrecision, seen: Activations, arch: int) -> tuple[
     ]
 
 
-def round_anew(drafts: Sequence[Op], progress: Callable[[float], None]) -> list[str]:
+def requantize(drafts: Sequence[Op], progress: Callable[[float], None]) -> list[str]:
     """Requantize matrices whose stored form has no fast product in TensorRT. Returns notes about it.
 
     Raises:
@@ -214,17 +214,17 @@ def _network(lowered: LoweredNetwork, reader: GraphReader, precision: RtxPrecisi
 
 def _build(
     model: Path, plan: Path, lowered: LoweredNetwork, made: Network, device: Device, sdk: Sdk, progress: Progress
-) -> Built:
+) -> BuildResult:
     arch = probing.architecture(device)
-    wanted = Wanted(made, lowered.inputs, arch, lowered.fused)
-    built = build(model, plan, wanted, sdk, lambda stage, share: _tell(progress, stage, share))
+    spec = BuildSpec(made, lowered.inputs, arch, lowered.fused)
+    built = build(model, plan, spec, sdk, lambda stage, share: _tell(progress, stage, share))
     if not built.layers:
         raise EngineError(f"{sdk.name} {sdk.version} built an engine but did not list its layers",
                           "Report it, with the output of: transom doctor")  # fmt: skip
     return built
 
 
-def build_facts(built: Built, made: Network) -> dict[str, float]:
+def build_facts(built: BuildResult, made: Network) -> dict[str, float]:
     """What building took, and what the engine needs; in bytes, except `seconds` and counts. On its card an engine needs
     `weights`, `activations` and, for each of up to `sequences` sequences, `cache_per_sequence`."""
     return {
@@ -234,7 +234,7 @@ def build_facts(built: Built, made: Network) -> dict[str, float]:
     }  # fmt: skip
 
 
-def engine_notes(built: Built, made: Network) -> list[str]:
+def engine_notes(built: BuildResult, made: Network) -> list[str]:
     """What the builder reported about an engine, as notes for the report."""
     caches = [name for k in made.kept for name in (k.input, k.output)]
     sizes = built.memory

@@ -58,8 +58,8 @@ class CudaCard:
         if int(status):
             self._cuda.cudaGetLastError()
             raise EngineError(
-                f"CUDA does not show {device.id} ({device.identity}) to this process: {self._said(status)}",
-                "Unset CUDA_VISIBLE_DEVICES or set it to that card, and see whether nvidia-smi answers",
+                f"CUDA does not show {device.id} ({device.identity}) to this process: {self._describe(status)}",
+                "Unset CUDA_VISIBLE_DEVICES or set it to that card, and check that nvidia-smi works",
             )
         self._number = int(number)
         self._memory: list[int] = []
@@ -165,10 +165,10 @@ class CudaCard:
     def _check(self, what: str, status: Any) -> None:
         if int(status):
             raise EngineError(
-                f"{self.name} cannot {what}: {self._said(status)}", "See whether nvidia-smi answers, and load it anew"
+                f"{self.name} cannot {what}: {self._describe(status)}", "Check that nvidia-smi works, and load it again"
             )
 
-    def _said(self, status: Any) -> str:
+    def _describe(self, status: Any) -> str:
         _, text = self._cuda.cudaGetErrorString(status)
         return f"{text.decode() if text else 'an error'} (CUDA {int(status)})"
 

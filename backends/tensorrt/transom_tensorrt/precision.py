@@ -84,15 +84,15 @@ def resolve(options: Options, arch: int, matrices: Iterable[Weight], *, emulated
     Raises:
         OptionError: the value is unknown, or this card or this checkpoint does not support it.
     """
-    asked = str(options.get("precision") or "auto")
-    if asked not in NAMES:
-        raise OptionError(f"{option('precision', asked)} is unknown", f"It is one of {', '.join(NAMES)}")
+    requested = str(options.get("precision") or "auto")
+    if requested not in NAMES:
+        raise OptionError(f"{option('precision', requested)} is unknown", f"It is one of {', '.join(NAMES)}")
     known = list(matrices)
     plain = [w for w in known if isinstance(w, Dense)]
     """The matrices to quantize, if any are."""
-    if asked in ("exact", "f32"):
+    if requested in ("exact", "f32"):
         return RtxPrecision("float32")
-    if asked == "bf16":
+    if requested == "bf16":
         if emulated:
             raise OptionError(
                 "onnxruntime does not compute in bfloat16", f"Use {option('precision', 'f16')} or 'exact'"
@@ -103,20 +103,20 @@ def resolve(options: Options, arch: int, matrices: Iterable[Weight], *, emulated
                 f"Use {option('precision', 'f16')}",
             )
         return RtxPrecision("bfloat16")
-    if asked == "f16":
+    if requested == "f16":
         return RtxPrecision("float16")
     float8 = emulated or arch >= FLOAT8_SINCE
-    if asked in ("fp8", "fast") and not float8:
+    if requested in ("fp8", "fast") and not float8:
         raise OptionError(
-            f"{option('precision', asked)} needs tensor cores for float8, of sm_89 or newer, and this is sm_{arch}",
+            f"{option('precision', requested)} needs tensor cores for float8, of sm_89 or newer, and this is sm_{arch}",
             f"Use {option('precision', 'int8')} or 'int4', whose weights are as small or smaller",
         )
     wide = any(w.dtype == "bfloat16" for w in plain) and arch >= BFLOAT16_SINCE and not emulated
     number: Number = "bfloat16" if wide else "float16"
-    if asked == "auto":
-        asked = "fp8" if plain and float8 else ""
+    if requested == "auto":
+        requested = "fp8" if plain and float8 else ""
     wanted: Mapping[str, Rounded] = {"fp8": "fp8", "fast": "fp8", "int8": "int8", "int4": "int4"}
-    rounded = wanted.get(asked, "") if plain else ""
+    rounded = wanted.get(requested, "") if plain else ""
     if rounded == "int4":
         uneven = next((w for w in plain if w.shape[-1] % 32), None)
         if uneven is not None:
@@ -127,4 +127,4 @@ def resolve(options: Options, arch: int, matrices: Iterable[Weight], *, emulated
     inputs = rounded == "fp8" and bool(options.get("calibration"))
     if inputs:
         number = "float16"  # results of float8 products are float32, and the texts show what attention needs
-    return RtxPrecision(number, rounded, inputs, attention=asked == "fast" and inputs, free=True)
+    return RtxPrecision(number, rounded, inputs, attention=requested == "fast" and inputs, free=True)

@@ -27,7 +27,7 @@ SHARE = 0.9
 for captured graphs and for other programs."""
 READ_BYTES = 64 << 20
 """Largest part of an engine's file that is in host memory at once."""
-LAST_WORDS = 8
+LAST_MESSAGES = 8
 """Messages from TensorRT that an error quotes."""
 WARM_RUNS = 3
 """The first run sets things up, the second is captured, the third is the first replay."""
@@ -46,11 +46,11 @@ _WRONG = {
 """Reason and fix for each diagnostic of `get_engine_validity`, by TensorRT's names."""
 
 
-class Words:
+class ErrorLog:
     """The last error messages from TensorRT, whose threads may log at any time."""
 
     def __init__(self, trt: Any) -> None:
-        last: deque[str] = deque(maxlen=LAST_WORDS)
+        last: deque[str] = deque(maxlen=LAST_MESSAGES)
         bad = (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR)
 
         class Logger(trt.ILogger):  # type: ignore[misc]
@@ -86,7 +86,7 @@ class RtxExecutor:
 
     def __init__(self, network: Network, plan: Path, trt: Any, card: CudaCard, kernels: KernelCache) -> None:
         self._network, self._trt, self._card, self._kernels = network, trt, card, kernels
-        self._words = Words(trt)
+        self._errors = ErrorLog(trt)
         self._contexts: dict[Way, Any] = {}
         self._bound: dict[Way, tuple[int, ...]] = {}
         self._caches: dict[str, int] = {}
@@ -99,9 +99,9 @@ class RtxExecutor:
         if self.weight_bytes > card.free_bytes():
             raise self._too_large(self.weight_bytes, "Its weights take")
         try:
-            self._runtime = trt.Runtime(self._words.logger)
+            self._runtime = trt.Runtime(self._errors.logger)
         except TypeError as e:  # raised by its bindings when no runtime can be created
-            raise self._words.error(f"start on {card.name}", "Check that nvidia-smi works") from e
+            raise self._errors.error(f"start on {card.name}", "Check that nvidia-smi works") from e
         try:
             self._open(plan)
         except BaseException as e:
@@ -115,7 +115,7 @@ class RtxExecutor:
         with plan.open("rb") as file:
             self._engine = self._runtime.deserialize_cuda_engine(_reader(self._trt, file))
         if self._engine is None:
-            raise self._words.error(f"open the engine of this model on {self._card.name}", DAMAGED)
+            raise self._errors.error(f"open the engine of this model on {self._card.name}", DAMAGED)
         self._check_names()
         try:
             self._buffers()
@@ -186,9 +186,9 @@ class RtxExecutor:
             config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.LAZY
         context = self._engine.create_execution_context(config)
         if context is None:
-            raise self._words.error(f"prepare the engine of this model on {self._card.name}", DAMAGED)
+            raise self._errors.error(f"prepare the engine of this model on {self._card.name}", DAMAGED)
         if not context.set_optimization_profile_async(profile, self._card.stream):
-            raise self._words.error("use the shapes that the engine was built for", DAMAGED)
+            raise self._errors.error("use the shapes that the engine was built for", DAMAGED)
         self._card.wait()
         context.set_device_memory(self._scratch, self._activations)
         for name, start in self._starts.items():
@@ -262,7 +262,7 @@ class RtxExecutor:
         self._bind(way, context, (*ids.shape, len(rows), first))
         card.upload(self._inputs, self._given.pointer, self._given.array.nbytes)
         if not context.execute_async_v3(card.stream):
-            raise self._words.error("run a step", "Check that nvidia-smi works, and load the model again")
+            raise self._errors.error("run a step", "Check that nvidia-smi works, and load it again")
         card.download(self._logits.pointer, self._outputs, 4 * len(rows) * self._network.vocabulary)
         card.wait()
         return self._logits.array[: len(rows)]
@@ -286,7 +286,7 @@ class RtxExecutor:
                 at = self._place(kept, first)[0]
                 done &= context.set_tensor_address(kept.input, at) and context.set_tensor_address(kept.output, at)
         if not done:
-            raise self._words.error(f"take a step of {count} x {tokens} tokens", DAMAGED)
+            raise self._errors.error(f"take a step of {count} x {tokens} tokens", DAMAGED)
         self._bound[way] = shape
 
     def warm_up(self) -> None:

@@ -355,11 +355,11 @@ def _scores(
     w, sizes, rule = b.write, b.sizes, b.sizes.rule
     cache = layer.cache
     heads, group, columns = cache.kv_heads, cache.q_heads // cache.kv_heads, cache.head_dim
-    asked = w("Gather", q, b.look_rows, axis=0)
-    asked = w("Mul", asked, w.number(layer.scale, FLOAT))
-    asked = w("Reshape", asked, b.shape(b.batch, b.blocks, b.looked, heads, group, columns))
-    asked = w("Transpose", asked, perm=[0, 3, 1, 2, 4, 5])  # [B, K, NB, R, G, D]
-    together = w("Reshape", asked, b.shape(b.batch, heads, -1, columns))  # [B, K, NB * R * G, D]
+    queries = w("Gather", q, b.look_rows, axis=0)
+    queries = w("Mul", queries, w.number(layer.scale, FLOAT))
+    queries = w("Reshape", queries, b.shape(b.batch, b.blocks, b.looked, heads, group, columns))
+    queries = w("Transpose", queries, perm=[0, 3, 1, 2, 4, 5])  # [B, K, NB, R, G, D]
+    together = w("Reshape", queries, b.shape(b.batch, heads, -1, columns))  # [B, K, NB * R * G, D]
 
     def by_node(x: ir.Value, nodes: ir.Value) -> ir.Value:
         # The nodes are the left operand: TensorRT would copy all of them to transpose them.
@@ -379,7 +379,7 @@ def _scores(
     least = w.number(LEAST, FLOAT)
     logits = w("Where", visible, logits, least, dtype=FLOAT)
 
-    flat = w("Reshape", asked, b.shape(b.batch, heads, b.blocks, -1, columns))
+    flat = w("Reshape", queries, b.shape(b.batch, heads, b.blocks, -1, columns))
     near = w("MatMul", flat, w("Transpose", w.cast(near_keys, FLOAT), perm=[0, 1, 2, 4, 3]))
     near = w("Reshape", near, b.shape(b.batch, heads, b.blocks, b.looked, group, sizes.near))
     near = w.softcapped(near, layer.softcap)

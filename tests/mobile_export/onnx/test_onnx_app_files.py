@@ -66,7 +66,7 @@ def test_the_readme_says_what_is_missing(rng: np.random.Generator, tmp_path: Pat
     assert "exclude some tokens from sampling, which GenAI cannot do: 7." in text
     assert "recommend `min_p` 0.05, for which GenAI has no option" in text
     assert "at most 160 tokens" in text
-    assert "0.256 kB per token, 0.041 MB for 160" in text  # 2 layers of 2 KV heads, 32 columns of keys and values, 2 bytes
+    assert "0.256 kB per token, 0.041 MB for 160" in text  # 2 layers, 2 KV heads, 32 columns of K and V, 2 bytes
 
 
 def test_the_readme_has_the_lines_for_the_models_own_tokenizer(rng: np.random.Generator, tmp_path: Path) -> None:
