@@ -50,7 +50,7 @@ def seen_of(rng: np.random.Generator, graph: Graph, precision: QnnPrecision) -> 
 def lowered_of(graph: Graph, precision: QnnPrecision, seen: Seen, tokens: int, context: int = CONTEXT) -> LoweredPart:
     model = drafted(graph, precision)
     (part,) = plan_parts(model.layers)
-    lowered = lower(model.drafting, part, tokens=tokens, cached=context, context=context, matrices=scaled(precision))
+    lowered = lower(model.reader, part, tokens=tokens, cached=context, context=context, matrices=scaled(precision))
     add_rounding(lowered, seen, ir.DataType[precision.cache.upper()])
     return lowered
 
@@ -101,7 +101,7 @@ def test_no_zero_point_ever_reaches_a_weight(
     (part,) = plan_parts(model.layers)
     matrices = RoundedMatrices(precision, {}, tmp_path)
     forms = set()
-    for node in lower(model.drafting, part, tokens=1, cached=8, context=8, matrices=matrices).graph:
+    for node in lower(model.reader, part, tokens=1, cached=8, context=8, matrices=matrices).graph:
         if node.op_type == "DequantizeLinear":
             codes, scales, *zero_points = node.inputs
             assert codes is not None
