@@ -81,4 +81,4 @@ def dice(seed: int) -> random.Random:
 def shared_rng(pytestconfig: pytest.Config) -> Callable[[str], np.random.Generator]:
     """For fixtures that several tests share: the generator that belongs to a name, the same whoever asks first."""
     draws: Draws = pytestconfig.pluginmanager.getplugin("draws")  # type: ignore[assignment]
-    return lambda name: np.random.default_rng(draws.number(name))
+    return lambda name: np.random.default_rng(draws.shared(name))

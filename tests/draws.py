@@ -71,10 +71,15 @@ class Draws:
         self.tallies: dict[str, Tally] = {}
 
     def number(self, name: str) -> int:
-        """The seed for the test or the shared fixture of this name."""
+        """The seed for the test of this name."""
         number = self.forced or named(name)
         print(f"{name}: seed = {number}; repeat with TRANSOM_TEST_SEED={number}")
         return number
+
+    def shared(self, name: str) -> int:
+        """The seed for the shared fixture of this name: never that of the test that uses it, which might draw the same
+        model twice where it needs two."""
+        return named(name) if self.forced is None else named(f"{name} {self.forced}")
 
     # --- each test with its seed --------------------------------------------------------------------------------------
     def _force(self, item: pytest.Item, number: int | None) -> None:
