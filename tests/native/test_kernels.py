@@ -170,6 +170,7 @@ def test_a_product_with_bfloat16_rounds_its_input_and_nothing_else(level: str, r
 
 
 @each_level
+@pytest.mark.seeds(399790107)
 @pytest.mark.parametrize("form", [form for form in FORMS if "int" in form])
 def test_a_product_of_blocks_with_bfloat16_rounds_both(form: str, level: str, rng: np.random.Generator) -> None:
     """Of few rows neither is rounded: then memory is what takes the time."""
@@ -183,8 +184,10 @@ def test_a_product_of_blocks_with_bfloat16_rounds_both(form: str, level: str, rn
         if count <= 4:
             assert _close(got, table, wide), (count, weight.shape, block)
             continue
-        # A number that lies between two of bfloat16 may go either way, by how float32 came to it.
-        either = np.abs(narrowed(table)).max() * np.abs(wide).max() * ROUNDING
+        # A weight near the middle of two bfloat16 values may become either. Its three float32 operations have terms of
+        # at most about three times the largest weight, so together they err by at most 9 * 2^-24 of that.
+        error = 2.0**-20 * np.abs(wide).max()
+        either = np.abs(narrowed(table)) @ (narrowed(wide + error) - narrowed(wide - error)).T
         assert _close(got, narrowed(table), narrowed(wide), either), (count, weight.shape, block)
 
 

@@ -13,7 +13,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from transom.ops import find
+from transom.ops import find, quantize_linear
 
 Array = np.ndarray[Any, np.dtype[Any]]
 FLOAT8 = {
@@ -108,3 +108,11 @@ def test_division_is_in_the_type_of_the_scale_or_in_the_one_that_is_named() -> N
     assert reference(x, scale, np.int16(0)).tolist() == [1024]
     assert reference(np.float32([2049]), scale, np.int16(0)).tolist() == [2048], "float16 has no 2049"
     assert reference(np.float32([2049]), scale, np.int16(0), precision=1).tolist() == [2049]
+
+
+@pytest.mark.seeds(1953625005)
+def test_no_quotient_of_a_sample_is_the_middle_of_two_codes(rng: np.random.Generator) -> None:
+    """There an engine may give either code."""
+    for sample in quantize_linear.samples(rng):
+        x, scale = (np.asarray(array, np.float64) for array in sample.inputs[:2])
+        assert np.abs(x / scale % 1 - 0.5).min() > 0.009, sample.name

@@ -53,9 +53,19 @@ def reference(inputs: Sequence[Array | None], attributes: Attributes) -> tuple[A
 
 
 def samples(rng: np.random.Generator) -> Iterator[Sample]:
-    x = (rng.standard_normal((6, 64)) * 3).astype(np.float32)
     scale, channel = np.array(0.03, np.float32), (rng.random(64).astype(np.float32) + np.float32(0.5)) / 20
+    x, y = _between_ties(rng, (6, 64), scale), _between_ties(rng, (6, 64), channel)
     zero = np.array(rng.integers(100, 156), np.uint8)
     yield Sample("int8 per tensor", (x, scale, np.array(0, np.int8)), {}, 1, (1, 2))
     yield Sample("uint8 per tensor, zero point", (x, scale, zero), {}, 1, (1, 2))
-    yield Sample("int8 per channel", (x, channel), {"axis": 1, "output_dtype": 3}, 1, (1,))
+    yield Sample("int8 per channel", (y, channel), {"axis": 1, "output_dtype": 3}, 1, (1,))
+
+
+def _between_ties(rng: np.random.Generator, shape: tuple[int, ...], scale: Array) -> Array:
+    """Normal values, float32, of which each is at least a hundredth of `scale` away from the middle of two codes.
+
+    Engines may multiply by 1 / scale in place of dividing. Both are right, and give different codes at a middle.
+    """
+    quotient = rng.standard_normal(shape) * 3 / scale
+    code = np.rint(quotient)
+    return ((code + np.clip(quotient - code, -0.49, 0.49)) * scale).astype(np.float32)
