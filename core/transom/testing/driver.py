@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -10,8 +11,9 @@ import numpy as np
 
 from transom.contract import Limits, Session, State, Work
 from transom.sessions import best
-from transom.testing.bench import TinyModel
+from transom.testing.bench import Bench, TinyModel
 from transom.testing.compare import compare_rows, normalised_error
+from transom.testing.models import BASE
 from transom.testing.result import Failed, Refused
 
 Want = Literal["none", "last", "all"]
@@ -123,6 +125,14 @@ class SessionDriver:
         """One decode on each track, to check that its cache is intact."""
         for track in tracks:
             self.step([Move(track, self.draw(self.chunk(1)))])
+
+
+@contextlib.contextmanager
+def session_driver(bench: Bench, name: str, variant: str = BASE) -> Iterator[SessionDriver]:
+    """A driver of a new session on a model; its random numbers depend on the bench's seed and on `name`."""
+    model = bench.model(variant)
+    with bench.session(model.artifact) as session:
+        yield SessionDriver(session, model, bench.rng(name))
 
 
 def compare_best(output: Any, logits: Any, k: int, limit: float, what: str) -> float:

@@ -21,6 +21,8 @@ from transom.signature import Decoder, LayerCache
 Stored = Literal["float32", "float16", "bfloat16", "int4", "uint4_minimums", "uint4_zero_points", "int8"]
 Array = np.ndarray[Any, np.dtype[Any]]
 
+BASE = "gqa"
+"""The variant for checks that need no particular one."""
 VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "gqa": {"q_heads": 6, "kv_heads": 2},
     "multi_head": {"q_heads": 4, "kv_heads": 4},

@@ -13,12 +13,11 @@ from transom.testing.bench import Bench
 from transom.testing.checks.check import Check, must_raise
 from transom.testing.child import in_child
 from transom.testing.compare import compare_rows
-from transom.testing.driver import Move, SessionDriver
+from transom.testing.driver import Move, SessionDriver, session_driver
+from transom.testing.models import BASE
 from transom.testing.one_node import one_node
 from transom.testing.result import Failed, Refused
 
-BASE = "gqa"
-"""The model of checks that need no particular one."""
 OF_LOAD = ("context", "threads")
 """Options that may differ between loads. The host compares them with `requires`."""
 
@@ -120,17 +119,15 @@ def opens_in_another_process(bench: Bench) -> float:
     """An artifact loaded from its files in a fresh process gives the same logits."""
     if not bench.offer().runs_here:
         raise Refused(f"{bench.backend.name} only compiles for {bench.device.id} and cannot run here")
-    model = bench.model(BASE)
-    with bench.session(model.artifact) as session:
-        driver = SessionDriver(session, model, bench.rng("another process"))
+    with session_driver(bench, "another process") as driver:
         chunks = [driver.draw(driver.chunk(n)) for n in (9, 1, 1)]
-    request = {"artifact": model.artifact, "device": bench.device, "options": bench.options}
+    request = {"artifact": driver.model.artifact, "device": bench.device, "options": bench.options}
     request |= {"scratch": bench.scratch(), "chunks": chunks}
     told = in_child(bench, "load", request)
     if told["verdict"] != "ok":
         raise Failed(f"check returned {told['verdict']} for the artifact in another process")
-    wanted = model.oracle.logits([t for chunk in chunks for t in chunk])
-    return compare_rows(told["logits"], wanted, model.limit, "logits in another process")
+    wanted = driver.model.oracle.logits([t for chunk in chunks for t in chunk])
+    return compare_rows(told["logits"], wanted, driver.model.limit, "logits in another process")
 
 
 def sessions_are_independent(bench: Bench) -> float:
@@ -148,12 +145,10 @@ def sessions_are_independent(bench: Bench) -> float:
 
 def closes_twice(bench: Bench) -> None:
     """close releases everything. Closing again and freeing a state afterwards do nothing."""
-    model = bench.model(BASE)
-    with bench.session(model.artifact) as session:
-        driver = SessionDriver(session, model, bench.rng("close"))
+    with session_driver(bench, "close") as driver:
         track = driver.grown(3)
-        session.close()
-        session.close()
+        driver.session.close()
+        driver.session.close()
         track.state.free()
 
 

@@ -6,9 +6,8 @@ from collections.abc import Callable, Iterator
 
 from transom.contract import OutOfPages, Work
 from transom.testing.bench import Bench
-from transom.testing.checks.artifacts import BASE
 from transom.testing.checks.check import Check, must_raise
-from transom.testing.driver import Move, SessionDriver, Track
+from transom.testing.driver import Move, SessionDriver, Track, session_driver
 from transom.testing.result import Failed, Refused
 
 MOST = 65_536
@@ -20,14 +19,12 @@ def failed_steps_change_nothing(bench: Bench) -> float:
 
     The error is in the last work, so a session that appends before it checks has already changed the first states.
     """
-    model = bench.model(BASE)
-    with bench.session(model.artifact) as session:
-        driver = SessionDriver(session, model, bench.rng("failed steps"))
+    with session_driver(bench, "failed steps") as driver:
         batch = min(3, driver.limits.max_sequences)
         tracks = [driver.grown(n) for n in (6, 3, 9)[:batch]]
         for what, error, last in _faults(driver, tracks):
             good = [Work(t.state, driver.draw(driver.chunk(2)), "last") for t in tracks[:-1]]
-            must_raise(error, f"a step with {what}", lambda g=good, w=last: session.step([*g, w()]))  # type: ignore[misc]
+            must_raise(error, f"a step with {what}", lambda g=good, w=last: driver.session.step([*g, w()]))  # type: ignore[misc]
             for track in tracks:
                 driver.expect_length(track)
             if batch > 1:
@@ -60,9 +57,7 @@ def _faults(driver: SessionDriver, tracks: list[Track]) -> Iterator[tuple[str, t
 
 def context_is_respected(bench: Bench) -> float:
     """A state accepts `limits.context` tokens. One more raises ValueError and changes nothing."""
-    model = bench.model(BASE)
-    with bench.session(model.artifact) as session:
-        driver = SessionDriver(session, model, bench.rng("context"))
+    with session_driver(bench, "context") as driver:
         if driver.limits.context > driver.context:
             made = driver.context
             raise Failed(f"limits.context is {driver.limits.context}, but the model was made for {made} tokens")
@@ -71,7 +66,7 @@ def context_is_respected(bench: Bench) -> float:
         while len(track.tokens) + one <= driver.context:
             driver.probe(track)
         tokens = driver.draw(one)
-        must_raise(ValueError, "a step beyond the context", lambda: session.step([Work(track.state, tokens)]))
+        must_raise(ValueError, "a step beyond the context", lambda: driver.session.step([Work(track.state, tokens)]))
         driver.expect_length(track)
         track.state.truncate(len(track.tokens) - one)
         del track.tokens[-one:]
@@ -81,9 +76,7 @@ def context_is_respected(bench: Bench) -> float:
 
 def sequence_limit_is_respected(bench: Bench) -> float:
     """A step accepts `max_sequences` works and no more."""
-    model = bench.model(BASE)
-    with bench.session(model.artifact) as session:
-        driver = SessionDriver(session, model, bench.rng("sequences"))
+    with session_driver(bench, "sequences") as driver:
         most, one = driver.limits.max_sequences, driver.chunk(1)
         if (most + 1) * one > MOST:
             raise Refused(f"max_sequences {most} is too large for this check")
@@ -94,7 +87,7 @@ def sequence_limit_is_respected(bench: Bench) -> float:
         if most * one <= driver.limits.max_tokens:
             driver.step([Move(t, driver.draw(one), "last") for t in tracks[:most]])
         work = [Work(t.state, driver.draw(one), "none") for t in tracks]
-        must_raise(ValueError, f"a step of {most + 1} sequences", lambda: session.step(work))
+        must_raise(ValueError, f"a step of {most + 1} sequences", lambda: driver.session.step(work))
         for track in tracks:
             driver.expect_length(track)
         driver.probe(tracks[0])
@@ -103,10 +96,8 @@ def sequence_limit_is_respected(bench: Bench) -> float:
 
 def out_of_pages_changes_nothing(bench: Bench) -> float:
     """When the pool is full, step raises OutOfPages and changes no state, and works again after a state is freed."""
-    model = bench.model(BASE)
-    with bench.session(model.artifact) as session:
-        driver = SessionDriver(session, model, bench.rng("out of pages"))
-        total, _ = session.pages()
+    with session_driver(bench, "out of pages") as driver:
+        total, _ = driver.session.pages()
         if not total:
             return 0.0  # a contiguous cache has no pool
         if total * driver.limits.page_tokens > MOST:
@@ -120,7 +111,7 @@ def out_of_pages_changes_nothing(bench: Bench) -> float:
                 for _ in range(driver.context // driver.chunk(driver.context)):
                     size = driver.chunk(driver.context - len(track.tokens))
                     tokens_now = driver.draw(size)
-                    session.step([Work(track.state, tokens_now, "none")])
+                    driver.session.step([Work(track.state, tokens_now, "none")])
                     track.tokens += tokens_now
             except OutOfPages:
                 break

@@ -9,18 +9,15 @@ import numpy as np
 
 from transom.contract import Work
 from transom.testing.bench import Bench
-from transom.testing.checks.artifacts import BASE
 from transom.testing.checks.check import Check, must_raise
-from transom.testing.driver import Move, SessionDriver
+from transom.testing.driver import Move, session_driver
 from transom.testing.models import VARIANTS
 from transom.testing.result import Failed
 
 
 def _decodes(variant: str) -> Callable[[Bench], float]:
     def run(bench: Bench) -> float:
-        model = bench.model(variant)
-        with bench.session(model.artifact) as session:
-            driver = SessionDriver(session, model, bench.rng(f"decode {variant}"))
+        with session_driver(bench, f"decode {variant}", variant) as driver:
             track = driver.new()
             for wanted in (11, 1, 1, 1, 6, 1, 1):  # prefill, decoding, a chunk after a filled cache, decoding
                 size = driver.chunk(wanted)
@@ -36,9 +33,7 @@ def _decodes(variant: str) -> Callable[[Bench], float]:
 
 def one_token_prompts_work(bench: Bench) -> float:
     """A sequence can start with a single token (or the shortest chunk that the session accepts)."""
-    model = bench.model(BASE)
-    with bench.session(model.artifact) as session:
-        driver = SessionDriver(session, model, bench.rng("one token"))
+    with session_driver(bench, "one token") as driver:
         track = driver.new()
         driver.step([Move(track, driver.draw(driver.chunk(1)), "last")])
         driver.probe(track)
@@ -47,9 +42,7 @@ def one_token_prompts_work(bench: Bench) -> float:
 
 def long_sequences_work(bench: Bench) -> float:
     """A sequence that fills the whole context has right logits at its end."""
-    model = bench.model(BASE)
-    with bench.session(model.artifact) as session:
-        driver = SessionDriver(session, model, bench.rng("long"))
+    with session_driver(bench, "long") as driver:
         track = driver.grown(driver.context - driver.chunk(1))
         while len(track.tokens) + driver.chunk(1) <= driver.context:
             driver.probe(track)
@@ -58,9 +51,7 @@ def long_sequences_work(bench: Bench) -> float:
 
 def ragged_batches_work(bench: Bench) -> float:
     """One step with prefill and decoding of different lengths gives each sequence the same logits as alone."""
-    model = bench.model(BASE)
-    with bench.session(model.artifact) as session:
-        driver = SessionDriver(session, model, bench.rng("ragged"))
+    with session_driver(bench, "ragged") as driver:
         count = driver.several(5)
         tracks = [driver.grown(n) for n in (9, 0, 3, 17, 0)[:count]]
         for lengths in ((1, 7, 1, 4, 1), (1, 1, 5, 1, 2), (1, 1, 1, 1, 1)):
@@ -71,9 +62,7 @@ def ragged_batches_work(bench: Bench) -> float:
 
 def ragged_batches_work_with_windows(bench: Bench) -> float:
     """The same for a decoder with sliding windows, soft caps, sinks and biases at once."""
-    model = bench.model("everything")
-    with bench.session(model.artifact) as session:
-        driver = SessionDriver(session, model, bench.rng("ragged windows"))
+    with session_driver(bench, "ragged windows", "everything") as driver:
         tracks = [driver.grown(n) for n in (12, 0, 5)[: driver.several(3)]]
         for lengths in ((1, 8, 1), (3, 1, 1), (1, 1, 6)):
             driver.step([Move(t, driver.draw(driver.chunk(n))) for t, n in zip(tracks, lengths, strict=False)])
@@ -82,9 +71,7 @@ def ragged_batches_work_with_windows(bench: Bench) -> float:
 
 def logits_come_in_the_form_asked_for(bench: Bench) -> float:
     """`"none"` gives None, `"last"` one row, `"all"` every row; float32, in the order of the works."""
-    model = bench.model(BASE)
-    with bench.session(model.artifact) as session:
-        driver = SessionDriver(session, model, bench.rng("forms"))
+    with session_driver(bench, "forms") as driver:
         for form in ("none", "last", "all"):
             track = driver.new()
             driver.step([Move(track, driver.draw(driver.chunk(5)), form)])
@@ -101,9 +88,7 @@ def logits_come_in_the_form_asked_for(bench: Bench) -> float:
 
 def top_k_is_best_first(bench: Bench) -> float:
     """top_k gives (int64 ids, float32 logits) of the k highest logits, best first, for one row and for all rows."""
-    model = bench.model(BASE)
-    with bench.session(model.artifact) as session:
-        driver = SessionDriver(session, model, bench.rng("top_k"))
+    with session_driver(bench, "top_k") as driver:
         track = driver.new()
         for k, form in ((1, "last"), (5, "last"), (5, "all"), (driver.vocabulary, "last")):
             driver.step([Move(track, driver.draw(driver.chunk(4)), form, k)])  # type: ignore[arg-type]
@@ -117,9 +102,7 @@ def top_k_is_best_first(bench: Bench) -> float:
 
 def outputs_belong_to_the_caller(bench: Bench) -> None:
     """No later call writes into a returned array, and writing into one does not affect later steps."""
-    model = bench.model(BASE)
-    with bench.session(model.artifact) as session:
-        driver = SessionDriver(session, model, bench.rng("aliasing"))
+    with session_driver(bench, "aliasing") as driver:
         track = driver.grown(4)
         kept: list[tuple[Any, Any]] = []
 
@@ -139,7 +122,7 @@ def outputs_belong_to_the_caller(bench: Bench) -> None:
             scribbled[...] = np.nan
         driver.probe(other, track)
         other.state.free()
-        session.close()
+        driver.session.close()
         for array, copy in kept:
             if not np.array_equal(np.asarray(array), copy):
                 raise Failed("a later call wrote into logits that had been returned")
@@ -147,13 +130,11 @@ def outputs_belong_to_the_caller(bench: Bench) -> None:
 
 def wrong_tokens_are_refused(bench: Bench) -> None:
     """A token id below or above the vocabulary raises ValueError."""
-    model = bench.model(BASE)
-    with bench.session(model.artifact) as session:
-        driver = SessionDriver(session, model, bench.rng("tokens"))
+    with session_driver(bench, "tokens") as driver:
         for token in (-1, driver.vocabulary, 1 << 31, 1 << 40):
             tokens = [*driver.draw(driver.chunk(3) - 1), token]
-            state = session.new_state()
-            must_raise(ValueError, f"the token id {token}", lambda s=state, t=tokens: session.step([Work(s, t)]))  # type: ignore[misc]
+            state = driver.session.new_state()
+            must_raise(ValueError, f"the token id {token}", lambda s=state, t=tokens: driver.session.step([Work(s, t)]))  # type: ignore[misc]
 
 
 def checks() -> list[Check]:

@@ -11,9 +11,9 @@ from transom.contract import Work
 from transom.contract_optional import SavingSession, SparseSession
 from transom.sparsity import Sparsity
 from transom.testing.bench import Bench
-from transom.testing.checks.artifacts import BASE
 from transom.testing.checks.check import Check, must_raise
-from transom.testing.driver import Move, SessionDriver, Track
+from transom.testing.driver import Move, SessionDriver, Track, session_driver
+from transom.testing.models import BASE
 from transom.testing.result import Failed
 
 EVERYTHING = Sparsity(coverage=1.0, local_window=64, min_density=1.0, dense_below=0).to_string()
@@ -29,9 +29,8 @@ LENGTH = 150
 def policies_are_obeyed_or_refused(bench: Bench) -> float:
     """A work may name a sparsity policy. A session without sparsity raises ValueError and changes nothing. A session
     with sparsity reads all keys if the policy leaves none out, fewer if it does, and counts the keys that it reads."""
-    model = bench.model(BASE)
-    with bench.session(model.artifact) as session:
-        driver = SessionDriver(session, model, bench.rng("sparsity"))
+    with session_driver(bench, "sparsity") as driver:
+        session = driver.session
         track = driver.grown(min(LENGTH, driver.context - 24))
         if isinstance(session, SparseSession):
             _reads_by_policies(session, driver, len(track.tokens))

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from transom.contract import Session, State, Work
 from transom.testing.bench import Bench
-from transom.testing.checks.artifacts import BASE
 from transom.testing.checks.check import Check, must_raise
-from transom.testing.driver import Move, SessionDriver, Track
+from transom.testing.driver import Move, SessionDriver, Track, session_driver
 from transom.testing.result import Failed
 
 
@@ -34,9 +33,7 @@ def truncate(track: Track, length: int) -> None:
 
 def forks_continue_from_where_they_share(bench: Bench) -> float:
     """A fork at any length, also inside a page, continues as if it had been prefilled alone; so does its parent."""
-    model = bench.model(BASE)
-    with bench.session(model.artifact) as session:
-        driver = SessionDriver(session, model, bench.rng("fork"))
+    with session_driver(bench, "fork") as driver:
         parent = driver.grown(_length(driver))
         for cut in _cuts(driver, len(parent.tokens)):
             child = fork(parent, cut)
@@ -50,9 +47,7 @@ def forks_continue_from_where_they_share(bench: Bench) -> float:
 
 def forks_do_not_see_each_others_writes(bench: Bench) -> float:
     """Copy on write: parent and siblings append in turns after the same shared token, and do not affect each other."""
-    model = bench.model(BASE)
-    with bench.session(model.artifact) as session:
-        driver = SessionDriver(session, model, bench.rng("copy on write"))
+    with session_driver(bench, "copy on write") as driver:
         page = driver.limits.page_tokens or 4
         parent = driver.grown(min(page + max(1, page // 2), driver.context - 8))
         family = [parent, fork(parent, len(parent.tokens)), fork(parent, len(parent.tokens)), fork(parent, 1)]
@@ -67,9 +62,7 @@ def forks_do_not_see_each_others_writes(bench: Bench) -> float:
 
 def forks_outlive_their_parent(bench: Bench) -> float:
     """Freeing or truncating the parent does not affect the fork, and the other way round."""
-    model = bench.model(BASE)
-    with bench.session(model.artifact) as session:
-        driver = SessionDriver(session, model, bench.rng("parents"))
+    with session_driver(bench, "parents") as driver:
         parent = driver.grown(_length(driver))
         kept, lost = fork(parent, len(parent.tokens) - 1), fork(parent, len(parent.tokens))
         lost.state.free()
@@ -85,9 +78,7 @@ def forks_outlive_their_parent(bench: Bench) -> float:
 
 def truncated_states_go_on(bench: Bench) -> float:
     """After truncate at any length, the state continues with other tokens as if the removed ones had never existed."""
-    model = bench.model(BASE)
-    with bench.session(model.artifact) as session:
-        driver = SessionDriver(session, model, bench.rng("truncate"))
+    with session_driver(bench, "truncate") as driver:
         for cut in _cuts(driver, _length(driver)):
             track = driver.grown(_length(driver))
             truncate(track, min(cut, len(track.tokens)))
@@ -100,9 +91,7 @@ def truncated_states_go_on(bench: Bench) -> float:
 
 def truncated_windows_go_on(bench: Bench) -> float:
     """The same with a sliding window: after truncate, keys that had left the window must be available again."""
-    model = bench.model("window")
-    with bench.session(model.artifact) as session:
-        driver = SessionDriver(session, model, bench.rng("truncate window"))
+    with session_driver(bench, "truncate window", "window") as driver:
         track = driver.grown(24)
         for cut in (20, 9, 3):
             child = fork(track, cut)
@@ -116,9 +105,7 @@ def truncated_windows_go_on(bench: Bench) -> float:
 
 def truncating_a_fork_leaves_its_family(bench: Bench) -> float:
     """truncate and later writes on a fork do not change pages that others share."""
-    model = bench.model(BASE)
-    with bench.session(model.artifact) as session:
-        driver = SessionDriver(session, model, bench.rng("truncate fork"))
+    with session_driver(bench, "truncate fork") as driver:
         parent = driver.grown(_length(driver))
         child = fork(parent, len(parent.tokens))
         truncate(child, len(parent.tokens) // 2)
@@ -129,9 +116,7 @@ def truncating_a_fork_leaves_its_family(bench: Bench) -> float:
 
 def bounds_are_checked(bench: Bench) -> None:
     """fork and truncate beyond the length, or below zero, raise ValueError and change nothing."""
-    model = bench.model(BASE)
-    with bench.session(model.artifact) as session:
-        driver = SessionDriver(session, model, bench.rng("bounds"))
+    with session_driver(bench, "bounds") as driver:
         track = driver.grown(6)
         for length in (len(track.tokens) + 1, 10_000, -1):
             must_raise(ValueError, f"fork({length})", lambda n=length: track.state.fork(n))  # type: ignore[misc]
@@ -142,15 +127,13 @@ def bounds_are_checked(bench: Bench) -> None:
 
 def freed_states_are_gone(bench: Bench) -> None:
     """Freeing twice does nothing. step, fork and truncate raise RuntimeError on a freed state; others still work."""
-    model = bench.model(BASE)
-    with bench.session(model.artifact) as session:
-        driver = SessionDriver(session, model, bench.rng("free"))
+    with session_driver(bench, "free") as driver:
         other, track = driver.grown(5), driver.grown(7)
         state: State = track.state
         state.free()
         state.free()
         tokens = driver.draw(driver.chunk(1))
-        must_raise(RuntimeError, "step on a freed state", lambda: session.step([Work(state, tokens)]))
+        must_raise(RuntimeError, "step on a freed state", lambda: driver.session.step([Work(state, tokens)]))
         must_raise(RuntimeError, "fork of a freed state", lambda: state.fork(0))
         must_raise(RuntimeError, "truncate of a freed state", lambda: state.truncate(0))
         driver.probe(other)
@@ -158,9 +141,7 @@ def freed_states_are_gone(bench: Bench) -> None:
 
 def states_say_what_they_hold(bench: Bench) -> None:
     """length counts tokens. nbytes is positive for a state with tokens, and forks do not count shared pages again."""
-    model = bench.model(BASE)
-    with bench.session(model.artifact) as session:
-        driver = SessionDriver(session, model, bench.rng("bytes"))
+    with session_driver(bench, "bytes") as driver:
         empty = driver.new()
         if empty.state.length != 0:
             raise Failed(f"a new state has length {empty.state.length}")
@@ -179,24 +160,22 @@ def states_say_what_they_hold(bench: Bench) -> None:
 
 def pages_come_back(bench: Bench) -> None:
     """With a paged cache, states take pages and release all of them; a fork takes fewer pages than a copy."""
-    model = bench.model(BASE)
-    with bench.session(model.artifact) as session:
-        driver = SessionDriver(session, model, bench.rng("pages"))
-        total, free = session.pages()
+    with session_driver(bench, "pages") as driver:
+        total, free = driver.session.pages()
         if not total:
             return  # a contiguous cache has (0, 0) pages, which session.limits checks
         track = driver.grown(_length(driver))
-        taken = free - session.pages()[1]
+        taken = free - driver.session.pages()[1]
         if taken <= 0:
             raise Failed(f"{len(track.tokens)} tokens took no pages")
         children = [fork(track, len(track.tokens)) for _ in range(3)]
-        if free - session.pages()[1] >= 4 * taken:
+        if free - driver.session.pages()[1] >= 4 * taken:
             raise Failed("forks take as many pages as copies would")
         for child in children:
             driver.probe(child)
         for member in (track, *children):
             member.state.free()
-        _expect_free(session, free)
+        _expect_free(driver.session, free)
 
 
 def _expect_free(session: Session, wanted: int) -> None:

@@ -9,7 +9,7 @@ from transom.contract import OutOfPages, Work
 from transom.testing.bench import Bench
 from transom.testing.checks.check import Check, must_raise
 from transom.testing.checks.states import fork, truncate
-from transom.testing.driver import Move, SessionDriver, Track
+from transom.testing.driver import Move, SessionDriver, Track, session_driver
 
 STEPS = 120
 MOST_STATES = 6
@@ -17,9 +17,7 @@ MOST_STATES = 6
 
 def _walk(variant: str) -> Callable[[Bench], float]:
     def run(bench: Bench) -> float:
-        model = bench.model(variant)
-        with bench.session(model.artifact) as session:
-            driver = SessionDriver(session, model, bench.rng(f"walk {variant}"))
+        with session_driver(bench, f"walk {variant}", variant) as driver:
             rng, tracks = driver.rng, [driver.new()]
             for _ in range(STEPS):
                 track: Track = tracks[rng.integers(len(tracks))]
@@ -40,7 +38,7 @@ def _walk(variant: str) -> Callable[[Bench], float]:
                         tracks.append(driver.new())
                     case "fail":
                         bad = [*driver.draw(driver.chunk(2) - 1), driver.vocabulary + 5]
-                        must_raise(ValueError, "a wrong token", lambda: session.step([Work(track.state, bad)]))  # noqa: B023
+                        must_raise(ValueError, "a wrong token", lambda: driver.session.step([Work(track.state, bad)]))  # noqa: B023
                 for each in tracks:
                     driver.expect_length(each)
             return driver.error
