@@ -164,7 +164,6 @@ def export(
         "export",
         context=context,
         precision=precision,
-        threads=None,
         sparsity=sparsity,
         calibration=calibration,
         verify=verify,
@@ -207,16 +206,7 @@ def plan_export(
     """
     from transom.bundles.planning import plan_model
 
-    options = checked_options(
-        "export",
-        context=context,
-        precision=precision,
-        threads=None,
-        sparsity=sparsity,
-        calibration=(),
-        verify="auto",
-        unknown={},
-    )
+    options = checked_options("export", context=context, precision=precision, sparsity=sparsity)
     return plan_model(model, options, target=target, format=format, probe_file=probe_file)
 
 

@@ -130,6 +130,11 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"{hint}Known: {', '.join(names) or 'none'}."
 
 
+def message_lines(error: BaseException) -> list[str]:
+    """The lines of an error's message that are not blank, stripped; the name of its type if there are none."""
+    return [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+
+
 def _misspelt(word: str, name: str) -> bool:
     """Whether nearly all of the shorter name is in the other: a long common ending does not make two names similar."""
     shorter = min(len(word), len(name))

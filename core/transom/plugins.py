@@ -147,6 +147,13 @@ def _shield(call: Callable[..., T], *arguments: Any) -> _Result[T]:
         return _Result(raised=_Raised(line, missing, "".join(traceback.format_exception(error))))
 
 
+def _failure(
+    owner: _EntryPoint | _Plugin | LoadedBackend, stage: Stage, error: str, fix: str = "", traceback: str = ""
+) -> PluginFailure:
+    fix = fix or _repair(owner.distribution)
+    return PluginFailure(owner.entry_point, owner.distribution, stage, error, fix, traceback)
+
+
 def _repair(distribution: str) -> str:
     """The fix for a broken plugin when nothing more is known."""
     if distribution == _OWN_DISTRIBUTION:
@@ -229,8 +236,7 @@ class Plugins:
         ]
 
     def _fail(self, plugin: _Plugin, stage: Stage, error: str, fix: str = "", traceback: str = "") -> PluginFailure:
-        fix = fix or _repair(plugin.distribution)
-        return self._record(PluginFailure(plugin.entry_point, plugin.distribution, stage, error, fix, traceback))
+        return self._record(_failure(plugin, stage, error, fix, traceback))
 
     def choose(self, offers: Sequence[tuple[str, Offer]]) -> tuple[str, str] | None:
         """Call the `transom_choose` hooks, one plugin at a time, and return (backend, plugin that chose it).
@@ -293,8 +299,7 @@ class Plugins:
         self, loaded: LoadedBackend, devices: tuple[Device, ...], budget: float
     ) -> list[Offer | Refusal] | PluginFailure:
         def failed(error: str, trace: str = "") -> PluginFailure:
-            fix = _repair(loaded.distribution)
-            return self._record(PluginFailure(loaded.entry_point, loaded.distribution, "probe", error, fix, trace))
+            return self._record(_failure(loaded, "probe", error, traceback=trace))
 
         result = _within(budget, lambda: _listed([loaded.backend.probe(devices)], "answers"))
         if result is None:
@@ -389,7 +394,7 @@ def _listed(results: Any, what: str) -> list[Any]:
 def _collision(what: str, owners: Sequence[_Plugin], stage: Stage) -> PluginFailure:
     points = list(dict.fromkeys(owner.entry_point for owner in owners))
     distributions = list(dict.fromkeys(owner.distribution for owner in owners))
-    where = " and ".join(f"{o.entry_point} ({o.distribution} {o.version})" for o in owners)
+    where = " and ".join(owner.label for owner in owners)
     others = [d for d in distributions if d != _OWN_DISTRIBUTION]
     if len(distributions) > 1:
         fix = f"Uninstall all but one, for example: pip uninstall {others[-1]}"
@@ -411,6 +416,10 @@ class _EntryPoint:
     point: importlib.metadata.EntryPoint
     distribution: str
     version: str
+
+    @property
+    def entry_point(self) -> str:
+        return self.point.name
 
 
 def _entry_points() -> Iterator[_EntryPoint | PluginFailure]:
@@ -448,25 +457,21 @@ def _read(distribution: importlib.metadata.Distribution) -> list[_EntryPoint]:
 
 def _import(found: _EntryPoint) -> _Plugin | PluginFailure:
     point, distribution = found.point, found.distribution
-
-    def failed(stage: Stage, error: str, fix: str = "", trace: str = "") -> PluginFailure:
-        return PluginFailure(point.name, distribution, stage, error, fix or _repair(distribution), trace)
-
     result: _Result[Any] = _shield(point.load)
     if result.raised:
         missing = result.raised.missing_module
         fix = ""
         if missing and missing.split(".")[0] != point.value.split(".")[0].split(":")[0]:
             fix = f"Install the module {missing}, or remove the plugin with: pip uninstall {distribution}"
-        return failed("import", result.raised.line, fix, result.raised.traceback)
+        return _failure(found, "import", result.raised.line, fix, result.raised.traceback)
     if isinstance(result.value, type):
-        return failed("contract", f"{point.value} is a class; an entry point names a module or an instance")
+        return _failure(found, "contract", f"{point.value} is a class; an entry point names a module or an instance")
     manager = pluggy.PluginManager("transom")
     manager.add_hookspecs(Specs)
     registered = _shield(manager.register, result.value, point.name)
     if registered.raised:
-        last = registered.raised.traceback.strip().splitlines()[-1]
-        return failed("hook", f"a hook does not fit the contract: {last}", trace=registered.raised.traceback)
+        trace = registered.raised.traceback
+        return _failure(found, "hook", f"a hook does not fit the contract: {trace.strip().splitlines()[-1]}", "", trace)
     return _Plugin(point.name, distribution, found.version, manager)
 
 
@@ -488,26 +493,21 @@ def _hook_complaints(plugin: _Plugin) -> Iterator[str]:
 
 
 def _backends_of(plugin: _Plugin) -> Iterator[LoadedBackend | PluginFailure]:
-    def failed(stage: Stage, error: str, fix: str = "", trace: str = "") -> PluginFailure:
-        return PluginFailure(
-            plugin.entry_point, plugin.distribution, stage, error, fix or _repair(plugin.distribution), trace
-        )
-
     for complaint in _hook_complaints(plugin):
-        yield failed("hook", complaint)
+        yield _failure(plugin, "hook", complaint)
     if not plugin.implements("transom_backends"):
         return
     result = _shield(plugin.list, "transom_backends", "backends")
     if result.raised:
-        yield failed("hook", f"transom_backends: {result.raised.line}", trace=result.raised.traceback)
+        yield _failure(plugin, "hook", f"transom_backends: {result.raised.line}", "", result.raised.traceback)
         return
     for backend in result.value or ():
         judged = _shield(_judge, backend)
         if judged.raised:
-            yield failed("contract", f"{_kind(backend)}: {judged.raised.line}", trace=judged.raised.traceback)
+            yield _failure(plugin, "contract", f"{_kind(backend)}: {judged.raised.line}", "", judged.raised.traceback)
         elif judged.value is not None:
             stage, error, fix = judged.value
-            yield failed(stage, f"{_kind(backend)}: {error}", fix.format(distribution=plugin.distribution))
+            yield _failure(plugin, stage, f"{_kind(backend)}: {error}", fix.format(distribution=plugin.distribution))
         else:
             yield LoadedBackend(backend, backend.name, plugin.distribution, plugin.version, plugin.entry_point)
 

@@ -252,10 +252,10 @@ class Cache:
 
         One object per process for the same settings. Raises OptionError if the size cannot be parsed.
         """
-        limit = DEFAULT_LIMIT
-        if size := os.environ.get("TRANSOM_CACHE_SIZE", "").strip():
-            return _opened(_default_root(), parse_size(size, "TRANSOM_CACHE_SIZE"))
-        return _opened(_default_root(), limit)
+        size = os.environ.get("TRANSOM_CACHE_SIZE", "").strip()
+        limit = parse_size(size, "TRANSOM_CACHE_SIZE") if size else DEFAULT_LIMIT
+        root = _default_root()
+        return _OPENED.setdefault((root, limit), Cache(root, limit=limit))
 
     # --- artifacts ---
 
@@ -532,10 +532,6 @@ def _sweep_temporary(parent: Path) -> None:
 
 _OPENED: dict[tuple[Path, int | None], Cache] = {}
 _FIX = "Free space there, or set TRANSOM_CACHE to a folder that can be written"
-
-
-def _opened(root: Path, limit: int | None) -> Cache:
-    return _OPENED.setdefault((root, limit), Cache(root, limit=limit))
 
 
 def _default_root() -> Path:

@@ -22,6 +22,7 @@ import numpy as np
 from transom.contract import State, Work
 from transom.contract_optional import SparseSession
 from transom.errors import OptionError
+from transom.preparation.agreement import log_softmax
 from transom.sparsity import DENSE, PRESETS, Sparsity
 
 if TYPE_CHECKING:
@@ -189,13 +190,13 @@ class _Measure:
             for at in range(0, len(before), most):
                 session.step([Work(state, before[at : at + most], "none", sparsity=DENSE)])
         exact, _ = self._run(DENSE)
-        self._exact = [_log_softmax(rows) for rows in exact]
+        self._exact = [log_softmax(rows) for rows in exact]
 
     def __call__(self, heads: Heads, only: tuple[int, int] | None = None) -> Effect:
         """The effect of `balanced` with these heads; the density is that of all heads, or of `only` (layer, head)."""
         policy = Sparsity.from_dict({**PRESETS["balanced"].to_dict(), "heads": [list(layer) for layer in heads]})
         rows, (read, seen) = self._run(policy.to_string())
-        found = [_divergence(exact, _log_softmax(r)) for exact, r in zip(self._exact, rows, strict=True)]
+        found = [_divergence(exact, log_softmax(r)) for exact, r in zip(self._exact, rows, strict=True)]
         if only is not None:
             read, seen = read[only], seen[only]
         return Effect(tuple(max(0.0, d) for d in found), float(read.sum() / seen.sum()))
@@ -212,17 +213,11 @@ class _Measure:
             fork = state.fork(state.length)
             try:
                 (rows,) = self._session.step([Work(fork, ids, "all", sparsity=policy)])
-                found.append(np.asarray(rows))
+                found.append(np.asarray(rows, np.float32))
                 total = total + np.asarray(self._session.keys_read(fork))
             finally:
                 fork.free()
         return found, total
-
-
-def _log_softmax(rows: Array) -> Array:
-    shifted = rows.astype(np.float32) - rows.max(-1, keepdims=True)
-    result: Array = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
-    return result
 
 
 def _divergence(exact: Array, other: Array) -> float:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 
 from transom.contract import Progress, Session, State, Work
-from transom.errors import MissingExtra, SourceError, UnsupportedError
+from transom.errors import MissingExtra, SourceError, UnsupportedError, message_lines
 from transom.plugins import load_plugins
 from transom.preparation.agreement import Agreement, compare
 from transom.preparation.plugin_operators import register_operators
@@ -346,7 +346,7 @@ class TransformersOracle:
         except Exception as e:  # any exception means that transformers cannot read it
             if "accelerate" in str(e):  # transformers needs it for some kinds of files alone
                 raise MissingExtra(f"Comparing {original.kind} with transformers needs accelerate", "verify") from e
-            lines = [line.strip() for line in str(e).splitlines() if line.strip()] or [type(e).__name__]
+            lines = message_lines(e)
             raise SourceError(
                 f"transformers {transformers.__version__} cannot read {original.path}, so there is nothing to compare "
                 f"with: {lines[0]}",
@@ -366,9 +366,8 @@ class TransformersOracle:
             with torch.no_grad():
                 rows: Array = self._model(torch.tensor([list(ids)])).logits[0].float().cpu().numpy()
         except Exception as e:
-            first = next(iter(str(e).strip().splitlines()), "") or type(e).__name__
             raise SourceError(
-                f"{self.name} fails to run the model, so there is nothing to compare with: {first}",
+                f"{self.name} fails to run the model, so there is nothing to compare with: {message_lines(e)[0]}",
                 "Update transformers, or verify on shorter prompts: --longest 16",
             ) from e
         finally:

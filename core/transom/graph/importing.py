@@ -20,7 +20,7 @@ from onnx_ir.passes.common import (
     TopologicalSortPass,
 )
 
-from transom.errors import SourceError, UnsupportedError
+from transom.errors import SourceError, UnsupportedError, message_lines
 from transom.graph.builder import IR_VERSION
 from transom.graph.contrib import DOMAIN as CONTRIB
 from transom.graph.contrib import expand_contrib, has_expansion, is_contrib
@@ -218,7 +218,7 @@ def _convert(model: ir.Model, version: int) -> ir.Model:
         converted = version_converter.convert_version(structure, OPSET)
     except (RuntimeError, onnx.version_converter.ConvertError, onnx.checker.ValidationError) as e:
         raise UnsupportedError(
-            f"the model is opset {version} and cannot be converted to {OPSET}: {str(e).strip().splitlines()[-1]}",
+            f"the model is opset {version} and cannot be converted to {OPSET}: {message_lines(e)[-1]}",
             "Export the model again with opset 18 or later",
         ) from e
     try:

@@ -7,7 +7,7 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
-from transom.errors import SourceError
+from transom.errors import SourceError, message_lines
 from transom.graph.digest import SMALL
 from transom.graph.graph import Graph
 from transom.ops.functions import OPSET
@@ -29,7 +29,7 @@ def infer_shapes(graph: Graph) -> None:
         inferred = _inferred(graph.structure())
     except _ERRORS as e:
         raise SourceError(
-            f"{graph.name} is not valid ONNX: {_last_line(e)}", "Export the model again, or get the file again"
+            f"{graph.name} is not valid ONNX: {message_lines(e)[-1]}", "Export the model again, or get the file again"
         ) from e
     found: dict[str, Any] = {v.name: v for v in (*inferred.graph.value_info, *inferred.graph.output)}
     for node in graph.model.graph:
@@ -77,8 +77,3 @@ def infer_node(node: ir.Node) -> None:
         if inferred is not None and inferred.WhichOneof("value") is not None:
             value.type = ir.serde.deserialize_type_proto_for_type(inferred)
             value.shape = ir.serde.deserialize_type_proto_for_shape(inferred)
-
-
-def _last_line(error: Exception) -> str:
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return lines[-1].strip() if lines else type(error).__name__

@@ -51,23 +51,23 @@ def checked_options(
     *,
     context: int | None,
     precision: str,
-    threads: int | None,
     sparsity: Any,
-    calibration: Sequence[str | Path],
-    verify: str,
-    unknown: Mapping[str, Any],
+    threads: int | None = None,
+    calibration: Sequence[str | Path] = (),
+    verify: str = "auto",
+    unknown: Mapping[str, Any] | None = None,
 ) -> LoadOptions:
     """Check the options of a call.
 
     Args:
         function: `"load"` or `"export"`.
-        unknown: arguments that the function does not have.
+        unknown: further arguments, which the function does not have.
 
     Raises:
         OptionError: an option does not exist, or its value is not allowed.
         SourceError: a file of texts cannot be read.
     """
-    for name in unknown:
+    for name in unknown or ():
         raise OptionError(f"{function}() has no option {name!r}", nearest(name, NAMES[function]))
     _require_known("precision", precision, PRECISIONS)
     _require_known("verify", verify, VERIFY)

@@ -58,7 +58,7 @@ def compare(expected: Array, got: Array) -> Agreement:
     top1 = float(np.mean(a.argmax(-1) == b.argmax(-1)))
     if not np.isfinite(b).all():
         return Agreement(len(a), float("inf"), float("inf"), -1.0, top1, float("inf"))
-    log_p, log_q = _log_softmax(a), _log_softmax(b)
+    log_p, log_q = log_softmax(a), log_softmax(b)
     kl = np.maximum((np.exp(log_p) * (log_p - log_q)).sum(-1), 0.0)
     correlation = _correlation(a, b)
     return Agreement(
@@ -94,7 +94,8 @@ def _correlation(a: Array, b: Array) -> Array:
     return result
 
 
-def _log_softmax(x: Array) -> Array:
+def log_softmax(x: Array) -> Array:
+    """Logarithms of the softmax over the last axis, in the dtype of `x`."""
     x = x - x.max(-1, keepdims=True)
     result: Array = x - np.log(np.exp(x).sum(-1, keepdims=True))
     return result

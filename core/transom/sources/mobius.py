@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from transom.contract import Progress
-from transom.errors import MissingExtra, SourceError, nearest
+from transom.errors import MissingExtra, SourceError, message_lines, nearest
 from transom.sources.base import Pretrained, Source, SourceModel, Spec, content_hash, local_path, summarise
 
 if TYPE_CHECKING:
@@ -191,8 +191,7 @@ def _built(mobius: Any, folder: Path, kind: str, **options: Any) -> ir.Model:
     try:
         package = mobius.build(str(folder), **options)
     except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, NotImplementedError, OSError) as e:
-        reason = next((line.strip() for line in str(e).splitlines() if line.strip()), type(e).__name__)
-        raise SourceError(f'mobius-onnx cannot build "{kind}" from {folder}: {reason}', _EXPORT) from e
+        raise SourceError(f'mobius-onnx cannot build "{kind}" from {folder}: {message_lines(e)[0]}', _EXPORT) from e
     if list(package) != ["model"]:
         raise SourceError(
             f'mobius-onnx builds "{kind}" in several parts ({summarise(map(str, package))}), not one text decoder',

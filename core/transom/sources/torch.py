@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 from transom.contract import Progress
-from transom.errors import MissingExtra, SourceError
+from transom.errors import MissingExtra, SourceError, message_lines
 from transom.sources.base import InMemory, Source, SourceModel, Spec, summarise
 
 if TYPE_CHECKING:
@@ -237,9 +237,8 @@ def _program(torch: Any, spec: TorchSource) -> Any:
     except ModuleNotFoundError as e:
         raise MissingExtra(f"Exporting a torch module needs {e.name}", "torch") from e
     except (RuntimeError, TypeError, ValueError, KeyError, NotImplementedError, AssertionError) as e:
-        reason = next((line.strip() for line in str(e).splitlines() if line.strip()), type(e).__name__)
         raise SourceError(
-            f"torch cannot export {type(spec.module).__name__} to ONNX: {reason}",
+            f"torch cannot export {type(spec.module).__name__} to ONNX: {message_lines(e)[0]}",
             "Make the module exportable (torch.export's messages say where it is not), or export it to ONNX yourself",
             [line for line in str(e).splitlines() if line.strip()][1:12],
         ) from e
