@@ -11,7 +11,7 @@ baseline over perplexity, so above 1 is better than the baseline), mean Kullback
 positions with the same best token, mean cosine of the logits, and the share of keys that is read. Retention is also
 given over the positions that sparse attention may change (beyond `dense_below`).
 
-Texts: Python's documentation (`pydoc_data.topics`), the standard library's sources, and licences from packages. Tasks:
+Texts: Python's documentation (`pydoc_data.topics`), the standard library's sources, and licenses from packages. Tasks:
 those of `tasks.py`, hidden in documentation. The right answer is read token by token, and two shares of its tokens are
 counted: most likely and right, and most likely as in the baseline. The tables are Markdown, as in the documentation.
 """

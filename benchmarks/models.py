@@ -41,11 +41,11 @@ def texts() -> Iterator[tuple[str, str]]:
     yield "documentation", "\n\n".join(topics[name] for name in sorted(topics))
     library = Path(sysconfig.get_paths()["stdlib"])
     yield "code", "\n\n".join(p.read_text(encoding="utf-8") for p in sorted(library.glob("[c-t]*.py"))[:60])
-    yield "licences", "\n\n".join(licences())
+    yield "licenses", "\n\n".join(licenses())
 
 
-def licences() -> list[str]:
-    """Distinct licence texts of installed distributions, the longest first."""
+def licenses() -> list[str]:
+    """Distinct license texts of installed distributions, the longest first."""
     found: dict[str, str] = {}
     for distribution in importlib.metadata.distributions():
         for file in distribution.files or ():

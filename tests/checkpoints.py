@@ -95,13 +95,13 @@ def tiny(family: str, folder: Path, rng: np.random.Generator, **settings: Any) -
     config = config_class(**{**SIZES, **FAMILIES[family], **settings}, attn_implementation="eager")
     with torch.device("cpu"):
         model = model_class(config).to(torch.float32).eval()
-    randomise(model, rng)
+    randomize(model, rng)
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
     return Checkpoint(family, model, folder)
 
 
-def randomise(model: Any, rng: np.random.Generator) -> None:
+def randomize(model: Any, rng: np.random.Generator) -> None:
     """Weights large enough that every part of the model shows in the logits."""
     import torch
 
@@ -196,13 +196,13 @@ def write_gguf(
 ) -> None:
     """Write a tiny model as GGUF.
 
-    Matrices are quantised where `quantization` is not F32, and the transformers model then gets the values they stand
+    Matrices are quantized where `quantization` is not F32, and the transformers model then gets the values they stand
     for, so that both compute the same function.
 
     Args:
         checkpoint: what `tiny` made.
         path: the file to write.
-        quantization: a type that the gguf package can quantise to.
+        quantization: a type that the gguf package can quantize to.
         extra: more metadata; keys are completed with the architecture where they begin with a dot.
         tensors: more tensors, such as rotary factors.
     """

@@ -1,4 +1,4 @@
-"""ONNX models written by hand for these tests, and onnxruntime (optimisations off) as what is right."""
+"""ONNX models written by hand for these tests, and onnxruntime (optimizations off) as what is right."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def save(model: Any, path: Path) -> Path:
 
 
 def runtime(model: Any | Path) -> Any:
-    """An onnxruntime session without optimisations, which would round int8 and int4 weights anew."""
+    """An onnxruntime session without optimizations, which would round int8 and int4 weights anew."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()

@@ -1,7 +1,7 @@
 """Which tests a usual run leaves out: sweeps, emulators, fuzzing, sanitizers, whole benchmarks and real models.
 
 `@pytest.mark.sweep` leaves out a test; `@pytest.mark.sweep(but=("a", "b"))` leaves out its cases but those with these
-names in brackets, which hold the behaviour in a usual run; `@pytest.mark.sweep(only=("a",))` leaves out these cases.
+names in brackets, which hold the behavior in a usual run; `@pytest.mark.sweep(only=("a",))` leaves out these cases.
 `--sweeps with` runs everything, `--sweeps only` runs what a usual run leaves out. A test that is named with `::` on the
 command line always runs.
 """
@@ -65,7 +65,7 @@ class Sweeps:
 
 
 def _check_names(items: Collection[pytest.Item]) -> None:
-    """A name in a marker that is no case any more would leave out a behaviour without a word."""
+    """A name in a marker that is no case any more would leave out a behavior without a word."""
     cases: dict[int, set[str]] = {}
     marks: dict[int, tuple[str, pytest.Mark]] = {}
     for item in items:

@@ -25,7 +25,7 @@ from gpu_parts.bench import GpuBench
 from transom.graph.weights import dense
 from transom.ops import rms_normalization, rotary_embedding
 from transom.quantize.rounding import to_float8
-from transom.testing.compare import normalised_error, tolerance
+from transom.testing.compare import normalized_error, tolerance
 from transom_cuda_triton.operators import WIDTH, pieces, power_of_two, tile_of
 from transom_cuda_triton.precision import LONG
 from transom_cuda_triton.store import TORCH
@@ -153,7 +153,7 @@ class Kit:
 
     def near(self, got: torch.Tensor, wanted: Any) -> float:
         array = got.float().numpy()
-        error = normalised_error(array, np.asarray(wanted).reshape(array.shape))
+        error = normalized_error(array, np.asarray(wanted).reshape(array.shape))
         limit = tolerance(LONG[self.number], True).operator
         assert error <= limit, f"the normalized error is {error:.2g}, and the limit is {limit:g}"
         return error

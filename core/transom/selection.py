@@ -139,10 +139,10 @@ def select(
         raise _nothing_runs(devices, answers, scope, target, named_by, backend, refusals, failures, purpose, notes)
 
     warnings: list[str] = []
-    favoured = [c for c in pool if hook and backend == "auto" and c.backend == hook[0]]
-    if hook and backend == "auto" and not favoured:
+    favored = [c for c in pool if hook and backend == "auto" and c.backend == hook[0]]
+    if hook and backend == "auto" and not favored:
         warnings.append(f'The plugin {hook[1]} chose "{hook[0]}", which has no offer here; its choice was set aside')
-    first = favoured or pool
+    first = favored or pool
     speeds = dict(measured or {})
     ranking = _Ranking(scope, first, speeds, between_kinds=target is None)
     ranked = ranking.sort(first) + ranking.sort([c for c in pool if c not in first])
@@ -151,7 +151,7 @@ def select(
         decided_by = named_by
     elif backend != "auto":
         decided_by = "argument"
-    elif favoured:
+    elif favored:
         decided_by = "hook"
     elif ranking.decided_by_measurement:
         decided_by = "measurement"
@@ -171,7 +171,7 @@ def select(
     return Selection(
         ranked=tuple(ranked),
         refusals=tuple(refusals),
-        why=_why(ranked, ranking, device, backend, environment_device, named_by, hook if favoured else None),
+        why=_why(ranked, ranking, device, backend, environment_device, named_by, hook if favored else None),
         warnings=tuple(dict.fromkeys(warnings)),
         decided_by=decided_by,
         kinds_to_measure=ranking.unmeasured,

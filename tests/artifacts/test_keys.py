@@ -108,7 +108,7 @@ def test_a_file_that_changed_is_hashed_again(tmp_path: Path) -> None:
     assert cache.content_hash(path) == first
 
 
-def test_a_file_written_just_now_is_not_memoised_since_its_time_may_not_show_the_next_change(tmp_path: Path) -> None:
+def test_a_file_written_just_now_is_not_memoized_since_its_time_may_not_show_the_next_change(tmp_path: Path) -> None:
     cache = Cache(tmp_path / "cache")
     path = tmp_path / "model.gguf"
     path.write_bytes(b"weights")

@@ -10,7 +10,7 @@ import numpy as np
 from transom.authoring.refusing import NoAttention, refusals
 from transom.errors import UnsupportedError
 from transom.graph.sparse import is_attention
-from transom.programs.reading import NoForm
+from transom.programs.reading import UnsupportedNode
 from transom.testing.models import tiny_decoder
 
 
@@ -20,7 +20,7 @@ def test_every_reason_has_its_node(rng: np.random.Generator) -> None:
     wrong = nodes[int(rng.integers(1, len(nodes)))]
 
     def no_form() -> None:
-        raise NoForm(wrong, "no kernel")
+        raise UnsupportedNode(wrong, "no kernel")
 
     def unsupported() -> None:
         raise UnsupportedError("two values are carried on", "Use another backend")

@@ -130,7 +130,7 @@ def test_the_manifest_says_what_is_needed_to_judge_it(
         assert golden["logits"].argmax(-1).tolist() == manifest["expected"]["best"]
 
 
-def test_the_file_of_a_directory_s_licence_is_named(here: Any, export: Any, rng: Any, tmp_path: Path) -> None:
+def test_the_file_of_a_directory_s_license_is_named(here: Any, export: Any, rng: Any, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
     byte_llama.write_gguf(folder / "model.gguf", rng)

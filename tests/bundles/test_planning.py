@@ -405,7 +405,7 @@ class Unreadable:
     def hash(self) -> str:
         return "unreadable"
 
-    def vector(self, size: int, centre: float = 0.0, spread: float = 0.2) -> Dense:
+    def vector(self, size: int, center: float = 0.0, spread: float = 0.2) -> Dense:
         return Dense((size,), "float32", self._refuse)
 
     def matrix(self, rows: int, columns: int) -> Dense:

@@ -291,7 +291,7 @@ def test_apps_find_their_files_in_the_root_and_a_page_that_explains_them(here: A
     made = export(target=HEXAGON, format="phones,portable")
     page = (made.folder / "README.md").read_text()
     assert page.startswith("# Tiny\n")
-    for said in ("| `phones` |", "| `portable` |", "## For phones", "## For portable", "Licence of the model"):
+    for said in ("| `phones` |", "| `portable` |", "## For phones", "## For portable", "License of the model"):
         assert said in page
     assert json.loads((made.folder / "app.json").read_text())["arch"] == "portable/arch"
     manifest = read_manifest(made.folder)
@@ -326,7 +326,7 @@ def test_the_tokenizer_is_hugging_face_s_own_file(here: Any, export: Any, elsewh
         assert model.tokenizer.special_ids == special
 
 
-def test_every_licence_file_comes_along(here: Any, export: Any, rng: Any, tmp_path: Path) -> None:
+def test_every_license_file_comes_along(here: Any, export: Any, rng: Any, tmp_path: Path) -> None:
     import byte_llama
 
     folder = tmp_path / "model"

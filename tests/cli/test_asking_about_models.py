@@ -45,7 +45,7 @@ def plain_onnx(tmp_path_factory: pytest.TempPathFactory, shared_rng: Any) -> Pat
     return path
 
 
-def test_inspect_shows_sizes_quantisation_text_and_memory(bare: Any, model: Path) -> None:
+def test_inspect_shows_sizes_quantization_text_and_memory(bare: Any, model: Path) -> None:
     status, out, _ = bare("inspect", model)
     assert status == 0
     for part in (

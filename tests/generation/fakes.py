@@ -68,7 +68,7 @@ class FakeState:
         return 8 * len(self.tokens)
 
     def fork(self, length: int) -> FakeState:
-        with self.session.serialised():
+        with self.session.serialized():
             self._use()
             if length > len(self.tokens):
                 raise ValueError("longer than the state")
@@ -87,7 +87,7 @@ class FakeState:
             return other
 
     def truncate(self, length: int) -> None:
-        with self.session.serialised():
+        with self.session.serialized():
             self._use()
             if length > len(self.tokens):
                 raise ValueError("longer than the state")
@@ -96,7 +96,7 @@ class FakeState:
                 self._drop(math.ceil(length / self.session.limits.page_tokens))
 
     def free(self) -> None:
-        with self.session.serialised():
+        with self.session.serialized():
             if not self.freed:
                 self._drop(0)
             self.freed = True
@@ -155,20 +155,20 @@ class FakeSession:
     def broken(self, what: str) -> None:
         self.violations.append(what)
 
-    def serialised(self) -> _Serialised:
-        return _Serialised(self)
+    def serialized(self) -> _Serialized:
+        return _Serialized(self)
 
     def pages(self) -> tuple[int, int]:
-        with self.serialised():
+        with self.serialized():
             return (self.total_pages, self.free_pages) if self.limits.page_tokens else (0, 0)
 
     def new_state(self) -> FakeState:
-        with self.serialised():
+        with self.serialized():
             self._open()
             return FakeState(self)
 
     def step(self, work: Sequence[Work]) -> list[Any]:
-        with self.serialised():
+        with self.serialized():
             self._open()
             self._check(work)
             if self.before is not None:
@@ -183,12 +183,12 @@ class FakeSession:
             return outputs
 
     def run(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        with self.serialised():
+        with self.serialized():
             self._open()
             return {"sum": sum(np.asarray(v).astype(np.float64).sum() for v in inputs.values())}
 
     def close(self) -> None:
-        with self.serialised():
+        with self.serialized():
             self.closed += 1
 
     def _open(self) -> None:
@@ -259,7 +259,7 @@ class FakeSession:
         return ids, np.take_along_axis(full, ids, axis=-1)
 
 
-class _Serialised:
+class _Serialized:
     """Detects concurrent calls from two threads."""
 
     def __init__(self, session: FakeSession) -> None:

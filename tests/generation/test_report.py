@@ -22,7 +22,7 @@ REPORT = Report(
     model_context=8192,
     warnings=("an NVIDIA GPU is there, its backend is not",),
     refusals=(("cuda_triton", Refusal("cuda:0", "missing_dep", "needs triton", "pip install triton")),),
-    notes=("12 tensors dequantised",),
+    notes=("12 tensors dequantized",),
     memory={"weights": 90 * 2**20, "cache": 2**30, "workspace": 0, "available": 8 * 2**30},
     check="agrees with the reference",
     cache_hit=True,
@@ -40,7 +40,7 @@ def test_everything_a_person_asks_is_in_the_text() -> None:
         "from the cache",
         "0.42 s (probe 0.02, load 0.40)",
         "warning:    an NVIDIA GPU is there",
-        "note:       12 tensors dequantised",
+        "note:       12 tensors dequantized",
         "cuda_triton on cuda:0: needs triton (pip install triton)",
     ):
         assert said in text

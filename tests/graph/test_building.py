@@ -114,7 +114,7 @@ def test_graph_uses_one_opset_and_an_ir_version_that_everyone_reads(rng: np.rand
     assert all(f.opset_imports == {"": 24} for f in model.functions.values())
 
 
-def test_each_part_of_a_quantised_weight_reads_the_file_once(rng: np.random.Generator) -> None:
+def test_each_part_of_a_quantized_weight_reads_the_file_once(rng: np.random.Generator) -> None:
     reads = 0
     parts = BlockedArrays(
         rng.integers(0, 16, (4, 64)).astype(np.uint8), np.ones((4, 2), np.float16), np.ones((4, 2), np.float16)

@@ -71,7 +71,7 @@ def _matrix(graph: ir.Graph) -> ir.Value:
 
 
 @pytest.mark.parametrize(("dtype", "scale", "minimums", "zeros"), FORMS)
-def test_quantised_weight_is_read_back_in_its_form(
+def test_quantized_weight_is_read_back_in_its_form(
     dtype: str, scale: str, minimums: bool, zeros: bool, rng: np.random.Generator, tmp_path: Path
 ) -> None:
     assert_read_back(blocked(rng, dtype, scale, minimums, zeros), tmp_path)
@@ -164,7 +164,7 @@ def test_values_that_are_computed_or_changed_are_no_weights(rng: np.random.Gener
     assert weight_of(b.op("Reshape", wrong, b.constant([6, 96]))) is None
 
 
-def test_dequantised_activations_and_computed_parts_are_no_weights() -> None:
+def test_dequantized_activations_and_computed_parts_are_no_weights() -> None:
     b = GraphBuilder("activations")
     q, scale, zero = b.input("q", "int8", [6, 96]), b.input("s", "float32", [6, 3]), b.input("z", "int8", [6, 3])
     fixed_q = b._initializer(ir.tensor(np.zeros((6, 96), np.int8), name="quants"))
@@ -209,7 +209,7 @@ def test_attributes_come_with_defaults_for_our_operators_and_as_given_for_onnx(r
     assert set(norm) == {"axis", "epsilon"}
 
 
-def test_element_type_is_known_through_casts_and_dequantisation(rng: np.random.Generator, tmp_path: Path) -> None:
+def test_element_type_is_known_through_casts_and_dequantization(rng: np.random.Generator, tmp_path: Path) -> None:
     for weight, wanted in (
         (blocked(rng, "uint4", minimums=True), ir.DataType.FLOAT),
         (dense(np.ones((4, 96), np.float16)), ir.DataType.FLOAT),

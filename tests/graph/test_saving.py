@@ -61,7 +61,7 @@ def test_saved_graph_runs_in_onnx_runtime_without_transom(
     compare_rows(logits, ReferenceOracle(graph).logits(tokens.tolist()), 1e-5, "logits in ONNX Runtime")
 
 
-def test_quantised_weights_stay_quantised_in_the_file(rng: np.random.Generator, tmp_path: Path) -> None:
+def test_quantized_weights_stay_quantized_in_the_file(rng: np.random.Generator, tmp_path: Path) -> None:
     sizes = {}
     for stored in ("float32", "int4"):
         graph = tiny_decoder(rng, weights=stored)  # type: ignore[arg-type]

@@ -31,7 +31,7 @@ def in_float8(rng: np.random.Generator, rows: int = 8) -> Blocked:
     return Blocked((rows, 64), 64, "float8e4m3fn", "float32", lambda: parts)
 
 
-def test_dequantising_follows_the_formula(rng: np.random.Generator) -> None:
+def test_dequantizing_follows_the_formula(rng: np.random.Generator) -> None:
     weight = blocked(rng)
     q, s, m, z = weight.load()
     out = dequantize(weight)

@@ -50,7 +50,7 @@ def test_a_backend_sees_passages_when_it_compiles_and_none_when_it_loads(here: A
     assert seen["load"] == ()
 
 
-def test_a_warm_start_tokenises_nothing(here: Any, watching: Watching, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_warm_start_tokenizes_nothing(here: Any, watching: Watching, monkeypatch: pytest.MonkeyPatch) -> None:
     here.load(calibration=["my text"]).close()
 
     def never(*arguments: Any) -> None:

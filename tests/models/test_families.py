@@ -169,7 +169,7 @@ def test_longrope_uses_its_long_factors_when_more_context_is_asked_for(
     np.testing.assert_allclose(got, expected_logits(checkpoint.model, prompt), atol=1e-4)
 
 
-def test_gguf_factor_tensors_are_honoured(tmp_path: Path, rng: np.random.Generator) -> None:
+def test_gguf_factor_tensors_are_honored(tmp_path: Path, rng: np.random.Generator) -> None:
     long = resolve_gguf_with_factors(tmp_path, rng, context=64)
     short = resolve_gguf_with_factors(tmp_path, rng, context=None)
     assert (long, short) == (64, 16)
@@ -192,7 +192,7 @@ def resolve_gguf_with_factors(folder: Path, rng: np.random.Generator, context: i
     return graph.decoder.context
 
 
-def test_llama3_factors_of_a_gguf_file_are_honoured(tmp_path: Path, rng: np.random.Generator) -> None:
+def test_llama3_factors_of_a_gguf_file_are_honored(tmp_path: Path, rng: np.random.Generator) -> None:
     rope = next(settings["rope_parameters"] for _, name, settings in VARIANTS if name == "llama3")
     checkpoint = tiny("llama", tmp_path / "hf", rng, rope_parameters=rope)
     plain = 5e5 ** (-np.arange(0, 16, 2) / 16)

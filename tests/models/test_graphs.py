@@ -101,7 +101,7 @@ def test_tied_embeddings_are_one_weight(tmp_path: Path, rng: np.random.Generator
     assert not [name for name in names if name.startswith("lm_head")]
 
 
-def test_quantised_weights_stay_quantised_in_the_graph(tmp_path: Path, rng: np.random.Generator) -> None:
+def test_quantized_weights_stay_quantized_in_the_graph(tmp_path: Path, rng: np.random.Generator) -> None:
     checkpoint = tiny("llama", tmp_path / "hf", rng)
     write_gguf(checkpoint, tmp_path / "q.gguf", "Q4_0")
     graph = resolve(tmp_path / "q.gguf").open(tmp_path / "q.gguf").graph
@@ -113,7 +113,7 @@ def test_quantised_weights_stay_quantised_in_the_graph(tmp_path: Path, rng: np.r
 def test_a_model_that_also_reads_images_loads_as_a_text_model(tmp_path: Path, rng: np.random.Generator) -> None:
     import transformers
     from checkpoints import FAMILIES as SETTINGS
-    from checkpoints import SIZES, assert_agrees, randomise
+    from checkpoints import SIZES, assert_agrees, randomize
 
     text = {**SIZES, **SETTINGS["gemma3"]}
     vision = {
@@ -127,7 +127,7 @@ def test_a_model_that_also_reads_images_loads_as_a_text_model(tmp_path: Path, rn
     config = transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
     config._attn_implementation = "eager"
     model = transformers.Gemma3ForConditionalGeneration(config).eval()
-    randomise(model, rng)
+    randomize(model, rng)
     model.save_pretrained(tmp_path)
     loaded = HfSource().open(tmp_path)
     assert any("images" in note for note in loaded.notes)

@@ -136,7 +136,7 @@ def test_rotary_scalings_equal_those_of_transformers(scaling: dict[str, Any], pa
         ({"rope_type": "mrope"}, ("mrope",)),
     ],
 )
-def test_scalings_that_cannot_be_honoured_are_refused(scaling: dict[str, Any], words: tuple[str, ...]) -> None:
+def test_scalings_that_cannot_be_honored_are_refused(scaling: dict[str, Any], words: tuple[str, ...]) -> None:
     settings = {"max_position_embeddings": 2048, "rope_scaling": scaling}
     with pytest.raises(SourceError) as caught:
         rope_from_hf(Values(settings, "config.json"), 32, None)

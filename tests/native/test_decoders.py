@@ -24,7 +24,7 @@ from transom.errors import EngineError
 from transom.graph import Graph
 from transom.graph.builder import WEIGHT_META
 from transom.graph.weights import dense
-from transom.programs.reading import GraphReader, NoForm
+from transom.programs.reading import GraphReader, UnsupportedNode
 from transom.sources import resolve
 from transom.testing.bench import ReferenceOracle
 from transom.testing.models import VARIANTS, tiny_decoder
@@ -167,7 +167,7 @@ def test_every_family_is_lowered_and_agrees_with_the_reference(
 
 # ------------------------------------------------------------------------------------------------------------- refusals
 def _reason(graph: Graph, precision: CpuPrecision = EXACT) -> str:
-    with pytest.raises(NoForm) as caught:
+    with pytest.raises(UnsupportedNode) as caught:
         GraphReader(graph, NativeKernels(precision))
     return caught.value.reason
 

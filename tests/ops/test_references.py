@@ -16,7 +16,7 @@ from onnx.reference import ReferenceEvaluator
 
 from transom.ops import OpSchema, operators
 from transom.testing.checks.operators import expected
-from transom.testing.compare import normalised_error
+from transom.testing.compare import normalized_error
 from transom.testing.one_node import one_node
 
 SCHEMAS = {f"{s.domain}.{s.name}": s for s in operators()}
@@ -30,7 +30,7 @@ def agree(ours: Any, theirs: Any, what: str) -> None:
     if ours.dtype.kind in "iub":
         np.testing.assert_array_equal(ours, theirs, what)
     else:
-        assert normalised_error(ours, theirs) < 2e-6, what
+        assert normalized_error(ours, theirs) < 2e-6, what
 
 
 @pytest.mark.parametrize("name", SCHEMAS)

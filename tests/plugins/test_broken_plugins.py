@@ -56,7 +56,7 @@ CASES: dict[str, tuple[str, str, str, str, str]] = {
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case.replace(" ", "-") for case in CASES])
-def test_a_broken_plugin_is_one_record_and_its_neighbour_is_loaded(
+def test_a_broken_plugin_is_one_record_and_its_neighbor_is_loaded(
     case: str, environment: Any, sound_source: str
 ) -> None:
     old, new, stage, error, fix = CASES[case]

@@ -100,8 +100,8 @@ def test_weights_by_precision_are_never_more_than_the_checkpoint_s() -> None:
     assert weight_bytes(LLAMA, "auto") == weight_bytes(LLAMA, "f32") == 16 * GB
     assert weight_bytes(LLAMA, "int4") < weight_bytes(LLAMA, "int8") < weight_bytes(LLAMA, "bf16") == 16 * GB
     assert weight_bytes(LLAMA, "auto", exact_float32=True) == 32 * GB
-    quantised = replace(LLAMA, weight_bytes=5 * GB)
-    assert weight_bytes(quantised, "bf16") == 5 * GB
+    quantized = replace(LLAMA, weight_bytes=5 * GB)
+    assert weight_bytes(quantized, "bf16") == 5 * GB
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from transom.testing.models import tiny_decoder
 
 class Anything:
     tile, largest_head, largest_group = 1, 1 << 30, 1 << 30
-    neighbours = float8 = True
+    interleaved = float8 = True
 
     def matrix(self, weight: Weight) -> str:
         return ""

@@ -19,7 +19,7 @@ from transom.quantize.calibration import calibrate
 from transom.quantize.passes import Scheme, quantize
 from transom.quantize.rounding import to_float8
 from transom.testing.bench import Bench, ReferenceOracle
-from transom.testing.compare import normalised_error
+from transom.testing.compare import normalized_error
 from transom.testing.models import tiny_decoder
 from transom.testing.result import Refused
 from transom_cuda_triton import CudaTriton
@@ -59,7 +59,7 @@ def test_the_cpu_computes_rounded_weights_as_they_are(name: str, rng: np.random.
             (many,) = session.step([Work(state, tokens[:-1], "all")])
             (one,) = session.step([Work(state, tokens[-1:])])
             got = np.concatenate([np.asarray(many), np.asarray(one).reshape(1, -1)])
-    assert normalised_error(got, ReferenceOracle(graph).logits(tokens)) < 1e-5
+    assert normalized_error(got, ReferenceOracle(graph).logits(tokens)) < 1e-5
 
 
 @pytest.mark.usefixtures("engine")
@@ -71,7 +71,7 @@ def test_the_cpu_rounds_8_bit_floats_again_where_int8_is_asked_for_and_says_so(r
         assert not lowered.exact
         with bench.session(bench.compile(lowered.graph)) as session:
             (got,) = session.step([Work(session.new_state(), tokens, "all")])
-            assert 1e-5 < normalised_error(np.asarray(got), ReferenceOracle(graph).logits(tokens)) < 0.1
+            assert 1e-5 < normalized_error(np.asarray(got), ReferenceOracle(graph).logits(tokens)) < 0.1
 
 
 def test_openvino_gathers_rows_of_a_table_of_8_bit_floats(rng: np.random.Generator) -> None:

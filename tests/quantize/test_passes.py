@@ -30,7 +30,7 @@ from transom.reference.executor import Executor
 from transom.signature import Decoder, LayerCache
 from transom.sources import resolve
 from transom.testing.bench import ReferenceOracle
-from transom.testing.compare import normalised_error
+from transom.testing.compare import normalized_error
 from transom.testing.models import VARIANTS, tiny_decoder
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -131,7 +131,7 @@ def test_onnx_runtime_computes_the_same(name: str, tmp_path: Path, rng: np.rando
     found = quantize(graph, SCHEMES[name], calibrate(graph, texts_of(rng)))
     session, oracle = onnx_runtime(found.graph, tmp_path), ReferenceOracle(found.graph)
     prompts = [rng.integers(0, 61, 6).tolist() for _ in range(9)]
-    off = sorted(normalised_error(logits_of(session, graph, p), oracle.logits(p)) for p in prompts)
+    off = sorted(normalized_error(logits_of(session, graph, p), oracle.logits(p)) for p in prompts)
     assert off[5] < 1e-5
     assert off[-1] < (0.1 if SCHEMES[name].activations else 1e-5)
 

@@ -156,7 +156,7 @@ def test_zeros_stay_zeros_and_what_is_almost_zero_is_off_by_no_more_than_itself(
 
 @pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("name", FORMS)
-def test_a_block_with_what_is_no_number_is_none_and_its_neighbours_are_as_ever(
+def test_a_block_with_what_is_no_number_is_none_and_its_neighbors_are_as_ever(
     name: str, wrong: float, rng: np.random.Generator
 ) -> None:
     wide = rng.standard_normal((3, 256)).astype(np.float32)

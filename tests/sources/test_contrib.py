@@ -95,7 +95,7 @@ def multi_head(causal: int, bias: bool) -> Callable[[Writer], None]:
 
 
 CASES: dict[str, Callable[[Writer], None]] = {
-    "normalisation": norm,
+    "normalization": norm,
     "activations": activations,
     "fused matmul": fused,
     "4 bits, symmetric": nbits(4, "none", 16),

@@ -221,7 +221,7 @@ def with_metadata(tmp_path: Path, rng: np.random.Generator, extra: dict[str, Any
         (".attention.value_length", 32),
     ],
 )
-def test_settings_that_no_family_honours_are_refused_by_name(
+def test_settings_that_no_family_honors_are_refused_by_name(
     tmp_path: Path, rng: np.random.Generator, key: str, value: Any
 ) -> None:
     text = failure(with_metadata(tmp_path, rng, {key: value}))

@@ -65,7 +65,7 @@ def test_blocks_stay_blocks_and_equal_the_package_bit_for_bit(kind: str, rng: np
 
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "MXFP4"])
-def test_what_the_package_quantises_is_read_back(kind: str, rng: np.random.Generator) -> None:
+def test_what_the_package_quantizes_is_read_back(kind: str, rng: np.random.Generator) -> None:
     values = rng.standard_normal((ROWS, 512)).astype(np.float32)
     raw = gguf.quants.quantize(values, GGMLQuantizationType[kind])
     weight, _ = weight_of(tensor(kind, raw), "file")
@@ -84,7 +84,7 @@ def test_floats_stay_floats(kind: str, rng: np.random.Generator) -> None:
 
 
 @pytest.mark.parametrize("kind", ["TQ1_0", "TQ2_0", "IQ2_XXS", "IQ3_S", "IQ1_S"])
-def test_other_types_are_dequantised_and_noted(kind: str, rng: np.random.Generator) -> None:
+def test_other_types_are_dequantized_and_noted(kind: str, rng: np.random.Generator) -> None:
     _, size = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
     raw = np.zeros((ROWS, 2, size), np.uint8)
     raw[..., : size // 2] = rng.integers(0, 3, (ROWS, 2, size // 2))
@@ -96,7 +96,7 @@ def test_other_types_are_dequantised_and_noted(kind: str, rng: np.random.Generat
     np.testing.assert_array_equal(dequantize(weight), gguf.quants.dequantize(raw, GGMLQuantizationType[kind]))
 
 
-def test_a_quantised_vector_is_dequantised(rng: np.random.Generator) -> None:
+def test_a_quantized_vector_is_dequantized(rng: np.random.Generator) -> None:
     raw = gguf.quants.quantize(rng.standard_normal((1, 512)).astype(np.float32), GGMLQuantizationType.Q8_0)
     weight, note = weight_of(GgufTensor("t", "Q8_0", (512,), raw.reshape(-1)), "file")
     assert weight.shape == (512,)

@@ -281,7 +281,7 @@ def test_a_damaged_config(folder: Path, text: str) -> None:
         ("layer_types", None),
     ],
 )
-def test_settings_that_the_family_does_not_honour_are_refused_by_name_and_value(
+def test_settings_that_the_family_does_not_honor_are_refused_by_name_and_value(
     folder: Path, key: str, value: Any
 ) -> None:
     if key == "layer_types":

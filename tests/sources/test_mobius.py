@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpoints import SIZES, add_tokenizer, assert_agrees, randomise
+from checkpoints import SIZES, add_tokenizer, assert_agrees, randomize
 
 from transom.errors import MissingExtra, SourceError
 from transom.evaluation.verify import oracle_for, verify_session
@@ -42,7 +42,7 @@ def checkpoint(kind: str, folder: Path, rng: np.random.Generator, dtype: Any = t
 
     config = AutoConfig.for_model(kind, **{**SIZES, **settings}, attn_implementation="eager")
     model = AutoModelForCausalLM.from_config(config).to(torch.float32).eval()
-    randomise(model, rng)
+    randomize(model, rng)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(parameter.to(dtype))

@@ -244,14 +244,14 @@ def test_attention_written_out_as_optimum_exports_it_becomes_cached_attention(
     assert not structural  # the arithmetic on lengths is gone
 
 
-def test_alibi_is_recognised_and_computed_from_positions(tmp_path: Path, rng: np.random.Generator) -> None:
+def test_alibi_is_recognized_and_computed_from_positions(tmp_path: Path, rng: np.random.Generator) -> None:
     import torch
-    from checkpoints import randomise
+    from checkpoints import randomize
     from transformers import BloomConfig, BloomForCausalLM
 
     config = BloomConfig(vocab_size=VOCABULARY, hidden_size=48, n_layer=2, n_head=6, attn_implementation="eager")
     bloom = BloomForCausalLM(config).to(torch.float32).eval()
-    randomise(bloom, rng)
+    randomize(bloom, rng)
     path = optimum_export(bloom, tmp_path / "model.onnx")
     model = opened(path)
     assert model.graph.decoder is not None, model.notes

@@ -208,7 +208,7 @@ def test_weights_listed_as_inputs_stay_weights(tmp_path: Path, rng: np.random.Ge
     opened.graph.check()
 
 
-def test_quantised_models_run_exactly(tmp_path: Path, rng: np.random.Generator) -> None:
+def test_quantized_models_run_exactly(tmp_path: Path, rng: np.random.Generator) -> None:
     w = Writer(rng)
     scale, zero = w.constant(np.float32(0.05)), w.constant(np.uint8(120))
     x = w.op("DequantizeLinear", w.op("QuantizeLinear", "x", scale, zero), scale, zero)

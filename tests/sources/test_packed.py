@@ -149,8 +149,8 @@ def ct_config(bits: int, *, symmetric: bool = True, strategy: str = "group", **m
     }
 
 
-def quantised(folder: Path, rng: np.random.Generator, make: Maker, settings: dict[str, Any]) -> Any:
-    """A tiny llama whose projections are quantised by `make`; returns the transformers model with the same values."""
+def quantized(folder: Path, rng: np.random.Generator, make: Maker, settings: dict[str, Any]) -> Any:
+    """A tiny llama whose projections are quantized by `make`; returns the transformers model with the same values."""
     import torch
 
     checkpoint = tiny("llama", folder, rng)
@@ -231,10 +231,10 @@ CASES: list[tuple[str, Maker, dict[str, Any], tuple[str, bool]]] = [
 
 
 @pytest.mark.parametrize(("name", "make", "settings", "form"), CASES, ids=[case[0] for case in CASES])
-def test_a_quantised_checkpoint_stays_in_blocks_and_computes_its_formula(
+def test_a_quantized_checkpoint_stays_in_blocks_and_computes_its_formula(
     name: str, make: Maker, settings: dict[str, Any], form: tuple[str, bool], tmp_path: Path, rng: np.random.Generator
 ) -> None:
-    model = quantised(tmp_path, rng, make, settings)
+    model = quantized(tmp_path, rng, make, settings)
     loaded = resolve(tmp_path).open(tmp_path)
     loaded.graph.check()
     blocked = [w for w in weights_of(tmp_path) if isinstance(w, Blocked)]
@@ -256,10 +256,10 @@ def test_a_quantised_checkpoint_stays_in_blocks_and_computes_its_formula(
     ],
     ids=["gptq", "gptq asymmetric", "compressed-tensors"],
 )
-def test_activation_order_is_dequantised_and_said(
+def test_activation_order_is_dequantized_and_said(
     make: Maker, settings: dict[str, Any], tmp_path: Path, rng: np.random.Generator
 ) -> None:
-    model = quantised(tmp_path, rng, make, settings)
+    model = quantized(tmp_path, rng, make, settings)
     loaded = resolve(tmp_path).open(tmp_path)
     assert all(isinstance(w, Dense) for w in weights_of(tmp_path))
     assert any("activation order" in note and note.startswith("14 ") for note in loaded.notes)
@@ -286,23 +286,23 @@ def failure(folder: Path, *, read: bool = False) -> str:
         (ct_config(3), ("num_bits", "3")),
     ],
 )
-def test_what_cannot_be_honoured_is_refused_by_name_and_value(
+def test_what_cannot_be_honored_is_refused_by_name_and_value(
     settings: dict[str, Any], words: tuple[str, ...], tmp_path: Path, rng: np.random.Generator
 ) -> None:
-    quantised(tmp_path, rng, gptq(4, symmetric=True), settings)
+    quantized(tmp_path, rng, gptq(4, symmetric=True), settings)
     text = failure(tmp_path)
     assert all(word in text for word in words)
 
 
 def test_zero_points_that_belie_the_settings_are_found(tmp_path: Path, rng: np.random.Generator) -> None:
-    quantised(tmp_path, rng, gptq(4, symmetric=False), GPTQ)
+    quantized(tmp_path, rng, gptq(4, symmetric=False), GPTQ)
     text = failure(tmp_path, read=True)
     assert "symmetric" in text
     assert "qzeros" in text
 
 
 def test_groups_that_belie_the_settings_are_found(tmp_path: Path, rng: np.random.Generator) -> None:
-    quantised(tmp_path, rng, gptq(4, symmetric=True, scattered=True), GPTQ)
+    quantized(tmp_path, rng, gptq(4, symmetric=True, scattered=True), GPTQ)
     text = failure(tmp_path, read=True)
     assert "g_idx" in text
     assert "desc_act" in text
@@ -319,21 +319,21 @@ MODULE = "model.layers.1.mlp.up_proj"
 
 @pytest.mark.parametrize("part", ["qzeros", "scales"])
 def test_a_missing_part_is_named(part: str, tmp_path: Path, rng: np.random.Generator) -> None:
-    quantised(tmp_path, rng, gptq(4, symmetric=True), GPTQ)
+    quantized(tmp_path, rng, gptq(4, symmetric=True), GPTQ)
     change(tmp_path, lambda stored: stored.pop(f"{MODULE}.{part}"))
     assert f"{MODULE}.{part} is missing" in failure(tmp_path)
 
 
 @pytest.mark.parametrize("part", ["qweight", "qzeros", "scales", "g_idx"])
 def test_a_part_of_the_wrong_shape_is_named(part: str, tmp_path: Path, rng: np.random.Generator) -> None:
-    quantised(tmp_path, rng, gptq(4, symmetric=True), GPTQ)
+    quantized(tmp_path, rng, gptq(4, symmetric=True), GPTQ)
     name = f"{MODULE}.{part}"
     change(tmp_path, lambda stored: stored.update({name: np.ascontiguousarray(stored[name][:-1])}))
     assert MODULE in failure(tmp_path)
 
 
 def test_nan_among_the_scales_is_found(tmp_path: Path, rng: np.random.Generator) -> None:
-    quantised(tmp_path, rng, awq, {"quant_method": "awq", "bits": 4, "group_size": GROUP})
+    quantized(tmp_path, rng, awq, {"quant_method": "awq", "bits": 4, "group_size": GROUP})
 
     def edit(stored: Arrays) -> None:
         stored[f"{MODULE}.scales"][0, 3] = np.nan

@@ -137,7 +137,7 @@ def test_a_directory_without_a_model(tmp_path: Path) -> None:
         ("model.safetensors", b"\x08\0\0\0\0\0\0\0{}      ", "directory"),
     ],
 )
-def test_other_files_are_recognised(tmp_path: Path, name: str, content: bytes, words: str) -> None:
+def test_other_files_are_recognized(tmp_path: Path, name: str, content: bytes, words: str) -> None:
     (tmp_path / name).write_bytes(content)
     assert words in failure(tmp_path / name)
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpoints import add_tokenizer, assert_agrees, randomise, tiny
+from checkpoints import add_tokenizer, assert_agrees, randomize, tiny
 
 from transom.errors import SourceError
 from transom.graph.builder import WEIGHT_META
@@ -90,7 +90,7 @@ def test_another_transformers_decoder_is_exported_and_generates(rng: np.random.G
 
     config = GPT2Config(vocab_size=288, n_positions=64, n_embd=48, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2)
     gpt2 = GPT2LMHeadModel(config).to(torch.float32).eval()
-    randomise(gpt2, rng)
+    randomize(gpt2, rng)
     model = TorchModels().open(gpt2)
     assert model.graph.decoder is not None
     assert (model.graph.decoder.family, model.graph.decoder.context) == ("gpt2", 64)

@@ -18,7 +18,7 @@ from checkpoints import tiny
 from running import Running, parted, reference
 
 from transom.preparation.agreement import compare
-from transom.programs.reading import GraphReader, NoForm
+from transom.programs.reading import GraphReader, UnsupportedNode
 from transom.quantize.calibration import calibrate
 from transom.quantize.passes import Scheme, quantize
 from transom.reference.executor import Executor
@@ -48,7 +48,7 @@ def test_every_form_of_decoder_is_the_references(form: str, rng: np.random.Gener
 
 @pytest.mark.parametrize("form", sorted(REFUSED))
 def test_what_cannot_be_written_is_refused(form: str, rng: np.random.Generator) -> None:
-    with pytest.raises(NoForm, match=REFUSED[form]):
+    with pytest.raises(UnsupportedNode, match=REFUSED[form]):
         GraphReader(tiny_decoder(rng, **VARIANTS[form]), RtxKernels())
 
 

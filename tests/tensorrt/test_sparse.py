@@ -23,7 +23,7 @@ from transom.ops import Array, sparse_attention
 from transom.ops.sparse_routing import ScoreParams, route
 from transom.preparation.agreement import compare
 from transom.programs.onnx_writing import BOOL, FLOAT, INT64, OnnxWriter
-from transom.programs.reading import GraphReader, NoForm
+from transom.programs.reading import GraphReader, UnsupportedNode
 from transom.signature import LayerCache
 from transom.sparsity import Sparsity
 from transom.testing.models import tiny_decoder
@@ -191,7 +191,7 @@ def test_the_choice_is_the_references(
     ],
 )  # fmt: skip
 def test_policies_without_static_shapes_are_refused(asked: Sparsity, reason: str, rng: np.random.Generator) -> None:
-    with pytest.raises(NoForm, match=reason):
+    with pytest.raises(UnsupportedNode, match=reason):
         GraphReader(with_sparsity(tiny_decoder(rng, context=CONTEXT), asked), RtxKernels())
 
 

@@ -150,7 +150,7 @@ class SwishIsSigmoid(Changed):
         return graph
 
 
-class RotatesNeighbours(Changed):
+class RotatesNeighbors(Changed):
     caught_by = ("operator.RotaryEmbedding", "logits.gqa", "logits.partial_rotary")
 
     def edit(self, graph: Graph) -> Graph:

@@ -32,7 +32,7 @@ from transom.graph import Graph
 from transom.reference import ReferenceBackend
 from transom.testing import ConformanceResult, run
 from transom.testing.checks import all_checks
-from transom.testing.compare import compare, compare_rows, normalised_error
+from transom.testing.compare import compare, compare_rows, normalized_error
 from transom.testing.driver import compare_best
 from transom.testing.result import Failed
 
@@ -279,13 +279,13 @@ def test_names_of_checks_are_unique_and_each_says_what_it_demands() -> None:
 def test_error_does_not_depend_on_the_size_of_the_numbers(rng: np.random.Generator) -> None:
     a = rng.standard_normal(100).astype(np.float32)
     b = a * np.float32(1.001)
-    assert normalised_error(b, a) == pytest.approx(1e-3, rel=1e-2)
-    assert normalised_error(b * 1e6, a * 1e6) == pytest.approx(normalised_error(b, a), rel=1e-3)
-    assert normalised_error(a, a) == 0
-    assert normalised_error(np.zeros(3), np.zeros(3)) == 0
-    assert normalised_error(np.float32([1, np.nan]), np.float32([1, 2])) == float("inf")
-    assert normalised_error(np.float32([1, np.inf]), np.float32([1, np.inf])) == 0
-    assert normalised_error(np.float32([1, -np.inf]), np.float32([1, np.inf])) == float("inf")
+    assert normalized_error(b, a) == pytest.approx(1e-3, rel=1e-2)
+    assert normalized_error(b * 1e6, a * 1e6) == pytest.approx(normalized_error(b, a), rel=1e-3)
+    assert normalized_error(a, a) == 0
+    assert normalized_error(np.zeros(3), np.zeros(3)) == 0
+    assert normalized_error(np.float32([1, np.nan]), np.float32([1, 2])) == float("inf")
+    assert normalized_error(np.float32([1, np.inf]), np.float32([1, np.inf])) == 0
+    assert normalized_error(np.float32([1, -np.inf]), np.float32([1, np.inf])) == float("inf")
 
 
 def test_shape_type_and_integers_must_be_equal() -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from transom.signature import Decoder
 from transom.testing.bench import ReferenceOracle
-from transom.testing.compare import PRECISIONS, normalised_error
+from transom.testing.compare import PRECISIONS, normalized_error
 from transom.testing.models import VARIANTS, tiny_decoder
 
 NEUTRAL: dict[str, dict[str, Any]] = {
@@ -33,7 +33,7 @@ def test_variant_without_its_feature_is_far_from_it(variant: str, seed: int) -> 
     tokens = np.random.default_rng(seed).integers(0, 61, 20).tolist()
     with_it = last_rows(seed, tokens, **VARIANTS[variant])
     without = last_rows(seed, tokens, **{**VARIANTS[variant], **NEUTRAL[variant]})
-    assert normalised_error(without, with_it) > 10 * PRECISIONS["float32"].logits
+    assert normalized_error(without, with_it) > 10 * PRECISIONS["float32"].logits
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -46,7 +46,7 @@ def test_logits_are_of_common_size_and_depend_on_the_past(variant: str, rng: np.
     assert 0.1 < logits.std() < 20
     other = [(tokens[0] + 7) % 61, *tokens[1:]]
     # the first token reaches the last row, through two layers, even where one of them has a short window
-    assert normalised_error(oracle.logits(other)[-1], logits[-1]) > 1e-3
+    assert normalized_error(oracle.logits(other)[-1], logits[-1]) > 1e-3
 
 
 def test_one_seed_makes_one_model_and_two_make_two(seed: int) -> None:

@@ -228,7 +228,7 @@ BOMBS = {
     "wide field": "{{ '%99999999999d' % 1 }}",
     "wide field of a filter": "{{ '%99999999999d' | format(1) }}",
     "wide field of a method": "{{ '{:99999999999}'.format(1) }}",
-    "wide centre": "{{ 'x' | center(99999999999) }}{{ 'x'.center(99999999999) }}",
+    "wide center": "{{ 'x' | center(99999999999) }}{{ 'x'.center(99999999999) }}",
     "wide replacement": "{{ ('x' * 10**6).replace('x', 'y' * 10**6) }}",
     "wide replacement of a filter": "{{ ('x' * 10**6) | replace('x', 'y' * 10**6) }}",
     "wide join": "{{ range(99999) | list | join('y' * 10**6) }}",

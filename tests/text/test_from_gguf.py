@@ -70,7 +70,7 @@ def test_byte_level_agrees_with_the_tokenizer_it_was_trained_as(
         assert ours.decode(ours.encode(text), skip_special=False) == text
 
 
-def test_qwen2_normalises_to_nfc_as_its_own_tokenizer_does(train_byte_level: Make, gguf_metadata: Make) -> None:
+def test_qwen2_normalizes_to_nfc_as_its_own_tokenizer_does(train_byte_level: Make, gguf_metadata: Make) -> None:
     ours = tokenizer_from_gguf(gguf_metadata(train_byte_level(LLAMA3), "qwen2"))
     assert ours.encode("e\u0301") == ours.encode("é")
 

@@ -127,7 +127,7 @@ def test_control_tokens_spelled_out_beside_user_defined_ones_stay_text(
     assert ours.encode("<s><think>", add_special=False) == [1, 3]
 
 
-def test_a_unigram_model_with_normalisation_is_read(train_sentencepiece: Make, tmp_path: Path) -> None:
+def test_a_unigram_model_with_normalization_is_read(train_sentencepiece: Make, tmp_path: Path) -> None:
     options = {"normalization_rule_name": "nmt_nfkc", "remove_extra_whitespaces": True, "character_coverage": 1.0}
     path = train_sentencepiece("unigram", **options)
     shutil.copy(path, tmp_path / "tokenizer.model")

@@ -73,7 +73,7 @@ def cut_otherwise(whole: dict[str, Any]) -> None:
     whole["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = r"\s+|\S+"
 
 
-def normalise(whole: dict[str, Any]) -> None:
+def normalize(whole: dict[str, Any]) -> None:
     whole["normalizer"] = {"type": "NFC"}
 
 
@@ -92,7 +92,7 @@ def begin_with_a_token(whole: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [swap, forget_the_last_merges, cut_otherwise, normalise, not_special, begin_with_a_token]
+    "change", [swap, forget_the_last_merges, cut_otherwise, normalize, not_special, begin_with_a_token]
 )
 def test_other_tokens_are_found_and_named(
     change: Change, ours: Tokenizer, template: ChatTemplate, files: dict[str, bytes]

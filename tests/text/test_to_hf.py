@@ -111,7 +111,7 @@ def test_byte_level_vocabularies_are_cut_alike_by_genai(
     files = hf_files(ours, None, NONE)
     verify_texts(ours, None, files)
     phone = genai(files, tmp_path)
-    for difference in compare(ours, phone.encode):  # it normalises nothing
+    for difference in compare(ours, phone.encode):  # it normalizes nothing
         assert pre == "qwen2", difference
         assert not unicodedata.is_normalized("NFC", difference.text), difference
     for text in spoken:

@@ -48,7 +48,7 @@ class Attend:
             },
             {
                 "HEAD": layer.head_dim, "VALUE": layer.value_dim, "ROTATED": self._rotated,
-                "INTERLEAVED": op.neighbours, "HALF_WIDTH": power_of_two(self._rotated // 2),
+                "INTERLEAVED": op.interleaved, "HALF_WIDTH": power_of_two(self._rotated // 2),
                 "REST_WIDTH": power_of_two(rest) if rest else 0, "VALUE_WIDTH": power_of_two(layer.value_dim),
             },
             warps=8,

@@ -46,7 +46,7 @@ def claims(graph: Graph, device: Device, options: Options) -> Iterator[Claim]:
 
 
 def _read(graph: Graph, kernels: TritonKernels, ranks: int) -> None:
-    """Raises NoForm or NoAttention if the kernels cannot run the decoder, or not on `ranks` cards."""
+    """Raises UnsupportedNode or NoAttention if the kernels cannot run the decoder, or not on `ranks` cards."""
     reader = GraphReader(graph, kernels)
     try:
         for layer in reader.decoder.layers:

@@ -28,7 +28,7 @@ class TritonKernels:
     tile = TILE
     largest_head = 256
     largest_group = 64
-    neighbours = True
+    interleaved = True
     float8 = False
 
     def __init__(self, precision: TritonPrecision) -> None:
@@ -85,7 +85,7 @@ def _keys_unrotated(ops: list[Op]) -> list[Op]:
         rope = makers.get(id(op.inputs[1]))
         if rope is not None and rope.kind == "rope" and len(readers[id(rope.dst)]) == 1:
             op.inputs[1] = rope.inputs[0]
-            op.rope, op.neighbours = rope.index, rope.neighbours
+            op.rope, op.interleaved = rope.index, rope.interleaved
             done.add(id(rope))
     return [d for d in ops if id(d) not in done]
 
@@ -176,9 +176,9 @@ class _ProgramWriter:
         elif kind == "glu":
             written = TritonOp("gate", width, dst, a, b, act=op.act)
         elif kind == "rope":
-            written = TritonOp("rotate", width, dst, a, groups=op.groups, index=op.index, neighbours=op.neighbours)
+            written = TritonOp("rotate", width, dst, a, groups=op.groups, index=op.index, interleaved=op.interleaved)
         elif kind == "attend":
-            written = TritonOp("attend", width, dst, a, b, c, index=op.index, rope=op.rope, neighbours=op.neighbours)
+            written = TritonOp("attend", width, dst, a, b, c, index=op.index, rope=op.rope, interleaved=op.interleaved)
         else:
             written = TritonOp("reduce" if kind == "reduce" else "rows", width, dst, a)
         self._ops.append(replace(written, late=late))

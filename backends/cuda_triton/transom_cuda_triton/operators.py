@@ -178,7 +178,7 @@ class Rotate:
         width = power_of_two(rotated // 2)
         self._rows = max(1, NUMBERS // width)
         constants = {
-            "HEAD": op.width // op.groups, "ROTATED": rotated, "INTERLEAVED": op.neighbours, "ROWS": self._rows,
+            "HEAD": op.width // op.groups, "ROTATED": rotated, "INTERLEAVED": op.interleaved, "ROWS": self._rows,
             "WIDTH": width,
         }  # fmt: skip
         self._variant = KernelVariant.of("rotary.rotate", types, constants)

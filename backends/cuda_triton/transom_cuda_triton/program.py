@@ -35,7 +35,7 @@ class TritonOp:
     """`rotate`: the rope; `attend`: the layer."""
     rope: int = -1
     """`attend`: the rope of the keys; -1: they are not rotated."""
-    neighbours: bool = False
+    interleaved: bool = False
     """`rotate`, `attend`: whether pairs are interleaved."""
     act: str = ""
     scale: float = 1.0

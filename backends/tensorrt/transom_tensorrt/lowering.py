@@ -51,7 +51,7 @@ class RtxKernels:
     largest_head = 256
     """Limit of TensorRT's fused attention."""
     largest_group = 1 << 30
-    neighbours = True
+    interleaved = True
     float8 = True
 
     def matrix(self, weight: Weight) -> str:
@@ -243,7 +243,7 @@ class _Lowering:
         cos, sin = self._rotations(op.index)
         turned = 2 * self.reader.ropes[op.index][0].size
         partial: dict[str, Any] = {} if turned == op.dst.width // op.groups else {"rotary_embedding_dim": turned}
-        return w("RotaryEmbedding", x, cos, sin, self.places.positions, interleaved=int(op.neighbours), **partial)
+        return w("RotaryEmbedding", x, cos, sin, self.places.positions, interleaved=int(op.interleaved), **partial)
 
     def _rotations(self, rope: int) -> tuple[ir.Value, ir.Value]:
         """Cosines and sines of a rope, float32 [context, pairs], shared by all layers."""

@@ -6,7 +6,7 @@ One `Cache` is one folder on disk:
     sources/<key>/       a prepared source: tokenizer, chat template, generation defaults
     golden/<key>/        the reference logits that the self-check compares with
     scratch/<key>/       the persistent folder that a backend gets in `load`
-    remembered/*.json    measured choices and verdicts; remembered/hashes.json memoises content hashes
+    remembered/*.json    measured choices and verdicts; remembered/hashes.json memoizes content hashes
     building/ trash/     entries that are being written or removed; what killed processes left here is swept
     locks/               one lock file per key that is being built
 

@@ -286,7 +286,7 @@ class Cache:
     # --- hashes and facts ---
 
     def content_hash(self, path: Path, progress: Progress | None = None) -> str:
-        """The hash of a file's content, memoised by path, size, modification time and inode. Raises SourceError."""
+        """The hash of a file's content, memoized by path, size, modification time and inode. Raises SourceError."""
         return content_hash(path, self._json_store(self.root / "remembered" / "hashes.json"), progress)
 
     def recall(self, name: str, key: str) -> object:

@@ -22,7 +22,7 @@ from transom.bundles.fidelity import fidelity_text, measured_fidelity, selfcheck
 from transom.bundles.manifest import LICENSES, REFERENCE_FILE, BundleManifest, Variant
 from transom.bundles.native_libraries import require_libraries
 from transom.bundles.targets import backends_for, pairs_of
-from transom.bundles.texts import app_files, licence_of, licences_of, texts_of
+from transom.bundles.texts import app_files, license_of, licenses_of, texts_of
 from transom.bundles.writing import VariantFiles, now, require_free, write_bundle
 from transom.errors import OptionError, option
 from transom.hardware.catalogue import PREFIX
@@ -161,7 +161,7 @@ def _write(
     if decoder is not None:
         policy, _ = heads.with_shipped_heads(policy, decoder, source.name)
     texts, _ = texts_of(source)
-    licences = licences_of(model)
+    licenses = licenses_of(model)
     options = state.options.for_backend
     manifest = BundleManifest(
         transom=version(),
@@ -171,7 +171,7 @@ def _write(
         fingerprint=identity.fingerprint,
         graph=source.graph_digest,
         uses_plugin_operators=source.uses_plugin_operators,
-        license=licence_of(model, licences),
+        license=license_of(model, licenses),
         model_notes=source.notes,
         options={"precision": options["precision"], "context": options["context"], "sparsity": policy.to_string()},
         decoder=decoder,
@@ -181,7 +181,7 @@ def _write(
     )
     pieces = [_variant_files(name, one) for name, one in zip(_names(made), made, strict=True)]
     files: dict[str, bytes | Path] = {**texts, REFERENCE_FILE: to_npz(reference)}
-    files |= {f"{LICENSES}/{_FOREIGN.sub('_', path.name)}": path for path in licences}
+    files |= {f"{LICENSES}/{_FOREIGN.sub('_', path.name)}": path for path in licenses}
     backends = {one.attempt.candidate.backend: one.attempt.plugin.backend for one in made}
 
     def finish(found: BundleManifest) -> dict[str, bytes]:

@@ -1,4 +1,4 @@
-"""The files of a bundle besides compiled models: tokenizer, chat template, licences, README, files for apps."""
+"""The files of a bundle besides compiled models: tokenizer, chat template, licenses, README, files for apps."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from transom.text.proving import TextComparison
 
 README = "README.md"
-_LICENCE = re.compile(r"((un)?licen[cs]e|copying)(?![a-z]).*|notice(\.\w+)?", re.IGNORECASE)
-"""Names of licence files."""
-_LONGEST_LICENCE = 1 << 20
-"""Bytes. A longer file with such a name is not a licence."""
+_LICENSE = re.compile(r"((un)?licen[cs]e|copying)(?![a-z]).*|notice(\.\w+)?", re.IGNORECASE)
+"""Names of license files."""
+_LONGEST_LICENSE = 1 << 20
+"""Bytes. A longer file with such a name is not a license."""
 
 
 def texts_of(source: CachedSource) -> tuple[dict[str, bytes], TextComparison | None]:
@@ -49,26 +49,26 @@ def texts_of(source: CachedSource) -> tuple[dict[str, bytes], TextComparison | N
     return files, verify_texts(tokenizer, template, files)
 
 
-def licences_of(model: Any) -> list[Path]:
-    """The licence files beside a model."""
+def licenses_of(model: Any) -> list[Path]:
+    """The license files beside a model."""
     path = local_path(model)
     if path is None:
         return []
     folder = path if path.is_dir() else path.parent
-    found = [p for p in folder.iterdir() if _LICENCE.fullmatch(p.name) and p.is_file()]
-    return sorted(p for p in found if p != path and p.stat().st_size <= _LONGEST_LICENCE)
+    found = [p for p in folder.iterdir() if _LICENSE.fullmatch(p.name) and p.is_file()]
+    return sorted(p for p in found if p != path and p.stat().st_size <= _LONGEST_LICENSE)
 
 
-def licence_of(model: Any, licences: list[Path]) -> str | None:
-    """The licence that the model names, or the name of a licence file beside it; None: neither exists."""
+def license_of(model: Any, licenses: list[Path]) -> str | None:
+    """The license that the model names, or the name of a license file beside it; None: neither exists."""
     path = local_path(model)
     if path is None:
         return None
     try:
-        named = resolve(path).licence(path)
+        named = resolve(path).license(path)
     except TransomError:  # loading the model reports the error
         return None
-    return named or (licences[0].name if licences else None)
+    return named or (licenses[0].name if licenses else None)
 
 
 def app_files(
@@ -106,7 +106,7 @@ def _readme(manifest: BundleManifest) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     lines += [_row(variant) for variant in manifest.variants]
-    lines += ["", f"Licence of the model: {manifest.license or 'not stated; ask the author of the model'}."]
+    lines += ["", f"License of the model: {manifest.license or 'not stated; ask the author of the model'}."]
     if decoder is not None:
         expected = json.dumps(list(manifest.tokens[:8]))
         lines += [

@@ -67,10 +67,10 @@ def _print(found: Diagnosis) -> None:
     heading("\nBackends")
     width = max([len(f"{t.backend} on {t.device}") for t in found.trials], default=0)
     for trial in found.trials:
-        mark, colour = _MARKS[trial.outcome]
+        mark, color = _MARKS[trial.outcome]
         who = f"{trial.backend} on {trial.device}"
         took = f" ({trial.seconds:.1f} s)" if trial.seconds else ""
-        click.echo(f"  {click.style(f'{mark:<5}', fg=colour)} {who:<{width}}  {trial.says}{took}")
+        click.echo(f"  {click.style(f'{mark:<5}', fg=color)} {who:<{width}}  {trial.says}{took}")
         for line in [line for line in trial.details if line.strip()][:4]:  # all of them are in the JSON
             click.secho(f"        {line}", dim=True)
     if not found.trials:

@@ -29,7 +29,7 @@ _PAGE = """<!doctype html>
 {%- for row in rows %}
 <tr><th>{{ loop.index0 }}</th>
 {%- for cell in row %}
-  <td title="{{ cell.where }}: {{ cell.share }}" style="background:{{ cell.colour }}"></td>
+  <td title="{{ cell.where }}: {{ cell.share }}" style="background:{{ cell.color }}"></td>
 {%- endfor %}
 </tr>
 {%- endfor %}
@@ -92,7 +92,7 @@ def _page(found: Densities, title: str, about: str) -> str:
     starts = (0, *found.ends[:-1])
     rows = [
         [
-            {"share": f"{share:.3f}", "colour": _colour(share), "where": f"layer {layer}, tokens {start} to {end}"}
+            {"share": f"{share:.3f}", "color": _color(share), "where": f"layer {layer}, tokens {start} to {end}"}
             for share, start, end in zip(shares, starts, found.ends, strict=True)
         ]
         for layer, shares in enumerate(found.by_layer)
@@ -100,6 +100,6 @@ def _page(found: Densities, title: str, about: str) -> str:
     return Environment(autoescape=True).from_string(_PAGE).render(title=title, about=about, rows=rows) + "\n"
 
 
-def _colour(share: float) -> str:
+def _color(share: float) -> str:
     """A color from white (0) to dark blue (1)."""
     return f"hsl(222 70% {97 - 67 * min(max(share, 0.0), 1.0):.0f}%)"

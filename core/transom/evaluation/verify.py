@@ -55,7 +55,7 @@ BOUNDS: Mapping[Precision, Bounds] = {
 `exact`: both compute in float32 from the same numbers; what is left is the order of additions, below 1e-5 of the
 largest logit on all families tried, while a forgotten norm, a wrong rotary base or a window one token off is above
 1e-2. `bf16`: activations or weights were rounded to 8 bits of mantissa (2⁻⁹ each, growing with the root of the depth).
-`int8`, `int4`: weights were rounded again, so only gross errors show; the fidelity itself is the quantiser's to report.
+`int8`, `int4`: weights were rounded again, so only gross errors show; the fidelity itself is the quantizer's to report.
 """
 
 

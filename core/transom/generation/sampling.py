@@ -82,7 +82,7 @@ class Sampler:
         self._logprobs = params.logprobs
         self._uniform = _random_numbers(params.seed, index).random
         self._bias = _Bias(params.logit_bias, vocabulary) if params.logit_bias else None
-        self._penalties = _Penalties(params, prompt, vocabulary) if _penalised(params) else None
+        self._penalties = _Penalties(params, prompt, vocabulary) if _penalized(params) else None
         self._plain = guide is None and self._bias is None and self._penalties is None
         self.top_k = 0
         """The value for `Work.top_k`: only the k largest logits are needed; 0: the whole row."""
@@ -165,10 +165,10 @@ class Sampler:
 def log_probabilities(row: Floats, token: int, top: int) -> TokenLogprobs:
     """Natural log-probabilities of a token and of the `top` most likely ones; `row` is float32 logits [vocabulary]."""
     best = float(np.max(row))
-    normaliser = best + math.log(float(np.exp(row - np.float32(best)).sum()))
+    normalizer = best + math.log(float(np.exp(row - np.float32(best)).sum()))
     ids = top_k(row, min(top, row.size)) if top else ()
-    alternatives = tuple(TokenAlternative(int(i), float(row[i]) - normaliser) for i in ids)
-    return TokenLogprobs(token, float(row[token]) - normaliser, alternatives)
+    alternatives = tuple(TokenAlternative(int(i), float(row[i]) - normalizer) for i in ids)
+    return TokenLogprobs(token, float(row[token]) - normalizer, alternatives)
 
 
 class _Bias:
@@ -213,7 +213,7 @@ class _Penalties:
         scores[ids] = values
 
 
-def _penalised(params: SamplingParams) -> bool:
+def _penalized(params: SamplingParams) -> bool:
     return params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
 
 

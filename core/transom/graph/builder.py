@@ -231,7 +231,7 @@ class GraphBuilder:
         return y if bias is None else self.op("Add", y, self.weight(bias, f"{name}.bias"), name=f"{name}.biased")
 
     def rms_norm(self, x: ir.Value, scale: Weight, epsilon: float, name: str, *, offset: float = 0.0) -> ir.Value:
-        """RMS normalisation over the last axis; `offset` is added to the scale (1 for Gemma checkpoints)."""
+        """RMS normalization over the last axis; `offset` is added to the scale (1 for Gemma checkpoints)."""
         value = self.weight(scale, f"{name}.weight")
         if offset:
             value = self.op("Add", value, self.constant(float(offset)), name=f"{name}.scale")

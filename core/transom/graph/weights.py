@@ -168,20 +168,20 @@ def concat_rows(weights: Sequence[Weight]) -> Weight | None:
     return replace(first, shape=(rows, first.shape[1]), load=load)
 
 
-def affine(parts: BlockedArrays, centre: int) -> tuple[Array, Array | None, int]:
+def affine(parts: BlockedArrays, center: int) -> tuple[Array, Array | None, int]:
     """Scales, minimums and one common zero point: scale * (quant - zero) + minimum, for quants stored unsigned.
 
     Zero points that differ between blocks are folded into the minimums, in float32.
 
     Args:
-        centre: the number that was added to the quants to make them unsigned.
+        center: the number that was added to the quants to make them unsigned.
     """
     scales, minimums, zeros = parts.scales, parts.minimums, parts.zero_points
     if zeros is not None:
         first = zeros.flat[0] if zeros.size else 0
         if (zeros == first).all():
-            return scales, minimums, centre + int(first)
+            return scales, minimums, center + int(first)
         wide: Any = scales.astype(np.float32)
         shift = -wide * zeros.astype(np.float32)
-        return wide, shift if minimums is None else shift + minimums.astype(np.float32), centre
-    return scales, minimums, centre
+        return wide, shift if minimums is None else shift + minimums.astype(np.float32), center
+    return scales, minimums, center

@@ -20,7 +20,7 @@ _SINCE: dict[str, tuple[int, int]] = {
 def cuda_features(major: int, minor: int, name: str = "") -> frozenset[str]:
     """Features of a compute capability, from the tables of NVIDIA's CUDA programming guide and PTX manual.
 
-    `wgmma` is Hopper's alone and `tcgen05` data-centre Blackwell's. The GTX 16 cards are sm_75 without tensor cores;
+    `wgmma` is Hopper's alone and `tcgen05` data-center Blackwell's. The GTX 16 cards are sm_75 without tensor cores;
     only the name tells.
     """
     capability = (major, minor)

@@ -1,6 +1,6 @@
 """NVIDIA GPUs, through NVML (`nvidia-ml-py`). Opens no CUDA context, and imports nothing if there is no driver.
 
-Ids follow the PCI bus and honour `CUDA_VISIBLE_DEVICES`. CUDA itself may order unlike GPUs otherwise (fastest first),
+Ids follow the PCI bus and honor `CUDA_VISIBLE_DEVICES`. CUDA itself may order unlike GPUs otherwise (fastest first),
 so a backend finds its GPU by the PCI address that `identity` begins with, never by the number in the id.
 """
 

@@ -34,12 +34,12 @@ class Kernels(Protocol):
     """What an engine's kernels support."""
 
     tile: int
-    """The widths of heads, rotated heads and normalised rows are multiples of this."""
+    """The widths of heads, rotated heads and normalized rows are multiples of this."""
     largest_head: int
     """Maximum columns of a head."""
     largest_group: int
     """Maximum query heads per KV head."""
-    neighbours: bool
+    interleaved: bool
     """Whether RoPE on interleaved pairs is supported, in addition to pairs from a head's two halves."""
     float8: bool
     """Whether inputs of products may be quantized to E4M3."""
@@ -61,7 +61,7 @@ class Kernels(Protocol):
         ...
 
 
-class NoForm(Exception):
+class UnsupportedNode(Exception):
     """The engine has no operator for a node; the message says why."""
 
     def __init__(self, node: ir.Node, reason: str) -> None:
@@ -101,7 +101,7 @@ class Op:
     act: str = ""
     by: str = "f32"
     scale: float = 1.0
-    neighbours: bool = False
+    interleaved: bool = False
     """Whether a rotation works on interleaved pairs."""
     rope: int = -1
     """Rope that attention applies to the keys as it writes them to the cache; -1: they are rotated already."""
@@ -123,7 +123,7 @@ class GraphReader:
         graph: must be a decoder.
 
     Raises:
-        NoForm: the engine has no operator for a node; the first such node is reported.
+        UnsupportedNode: the engine has no operator for a node; the first such node is reported.
     """
 
     def __init__(self, graph: Graph, kernels: Kernels) -> None:
@@ -148,10 +148,10 @@ class GraphReader:
             self._read(node)
         (logits,) = (v for v in graph.model.graph.outputs if v.name == "logits")
         if id(logits) not in self._values:
-            raise NoForm(next(iter(graph.nodes())), "the logits are computed in an unsupported way")
+            raise UnsupportedNode(next(iter(graph.nodes())), "the logits are computed in an unsupported way")
         self.logits = self._values[id(logits)]
         if not any(op.kind == "rows" for op in self.ops):
-            raise NoForm(next(iter(graph.nodes())), "the graph never selects the rows that need logits")
+            raise UnsupportedNode(next(iter(graph.nodes())), "the graph never selects the rows that need logits")
         self.sparsity = self._policy()
 
     def _policy(self) -> Sparsity:
@@ -160,7 +160,7 @@ class GraphReader:
         policy = joined([self._sparsity[i] for i in range(len(self.decoder.layers))])
         reason = policy if isinstance(policy, str) else self.kernels.policy(policy)
         if isinstance(policy, str) or reason:
-            raise NoForm(node, reason)
+            raise UnsupportedNode(node, reason)
         return policy
 
     def node(self, op: Op) -> ir.Node:
@@ -171,7 +171,7 @@ class GraphReader:
     def _value(self, node: ir.Node, index: int) -> Value:
         value = node.inputs[index]
         if value is None or id(value) not in self._values:
-            raise NoForm(node, f"input {index} of {node.op_type} is not a row of numbers for each token")
+            raise UnsupportedNode(node, f"input {index} of {node.op_type} is not a row of numbers for each token")
         return self._values[id(value)]
 
     def _set(self, node: ir.Node, value: Value) -> None:
@@ -226,7 +226,7 @@ class GraphReader:
             return
         reader = None if node.domain not in ("", "ai.onnx") else _READERS.get(node.op_type)
         if reader is None:
-            raise NoForm(node, f"no kernel for {node.domain + '::' if node.domain else ''}{node.op_type}")
+            raise UnsupportedNode(node, f"no kernel for {node.domain + '::' if node.domain else ''}{node.op_type}")
         reader(self, node)
 
     def _gather(self, node: ir.Node) -> None:
@@ -240,19 +240,20 @@ class GraphReader:
             x = self._value(node, 0)
             self._emit(node, Op("rows", Value(x.width), [x]))
         else:
-            raise NoForm(node, "a Gather that selects neither token embeddings nor rows of logits")
+            raise UnsupportedNode(node, "a Gather that selects neither token embeddings nor rows of logits")
 
     def _need_packable(self, node: ir.Node, weight: Weight) -> None:
         if reason := self.kernels.matrix(weight):
-            raise NoForm(node, f"no kernel for {reason}")
+            raise UnsupportedNode(node, f"no kernel for {reason}")
 
     def _norm(self, node: ir.Node) -> None:
         x, attributes = self._value(node, 0), attributes_of(node)
         gain = self._vector(node.inputs[1])
         if gain is None or gain.ndim != 1 or int(attributes.get("axis", -1)) != -1 or x.width % gain.size:
-            raise NoForm(node, "a normalisation whose scale is not a constant vector over the last axis")
+            raise UnsupportedNode(node, "a normalization whose scale is not a constant vector over the last axis")
         if gain.size % self.kernels.tile:
-            raise NoForm(node, f"a normalisation over {gain.size} numbers, not a multiple of {self.kernels.tile}")
+            reason = f"a normalization over {gain.size} numbers, not a multiple of {self.kernels.tile}"
+            raise UnsupportedNode(node, reason)
         epsilon = float(attributes.get("epsilon", 1e-5))
         op = Op("norm", Value(x.width), [x], vector=gain, groups=x.width // gain.size, scale=epsilon)
         self._emit(node, op)
@@ -260,11 +261,11 @@ class GraphReader:
     def _matmul(self, node: ir.Node) -> None:
         weight = linear_weight(node)
         if weight is None:
-            raise NoForm(node, "a product of two computed values")
+            raise UnsupportedNode(node, "a product of two computed values")
         self._need_packable(node, weight)
         x = self._value(node, 0)
         if x.width != weight.shape[1]:
-            raise NoForm(node, f"a product of {weight.shape[1]} columns with rows of {x.width}")
+            raise UnsupportedNode(node, f"a product of {weight.shape[1]} columns with rows of {x.width}")
         transpose = node.inputs[1].producer() if node.inputs[1] is not None else None
         key = id(transpose.inputs[0]) if transpose is not None else 0
         by = self.kernels.by(weight, head=str(node.name) in self._heads)
@@ -277,12 +278,12 @@ class GraphReader:
             if vector is not None:
                 x = self._value(node, one)
                 if vector.size != x.width:
-                    raise NoForm(node, f"an addition of {vector.size} constants to rows of {x.width}")
+                    raise UnsupportedNode(node, f"an addition of {vector.size} constants to rows of {x.width}")
                 self._emit(node, Op("bias", Value(x.width), [x], vector=vector.reshape(-1)))
                 return
         a, b = self._value(node, 0), self._value(node, 1)
         if a.width != b.width:
-            raise NoForm(node, f"an addition of rows of {a.width} and of {b.width}")
+            raise UnsupportedNode(node, f"an addition of rows of {a.width} and of {b.width}")
         self._emit(node, Op("add", Value(a.width), [a, b]))
 
     def _multiply(self, node: ir.Node) -> None:
@@ -303,21 +304,21 @@ class GraphReader:
                 a, b = self._value(gate, 0), self._value(node, other)
                 self._emit(node, Op("glu", Value(a.width), [a, b], act=self._activation(gate)))
                 return
-        raise NoForm(node, "a product of two values that is not a gated activation")
+        raise UnsupportedNode(node, "a product of two values that is not a gated activation")
 
     def _activate(self, node: ir.Node) -> None:
         self._value(node, 0)
         self._activation(node)
         uses = [use.node for use in node.outputs[0].uses()]
         if len(uses) != 1 or uses[0].op_type != "Mul" or self._uses(node.outputs[0]) != 1:
-            raise NoForm(node, "an activation that gates nothing")
+            raise UnsupportedNode(node, "an activation that gates nothing")
 
     @staticmethod
     def _activation(node: ir.Node) -> str:
         attributes = attributes_of(node)
         if node.op_type == "Swish":
             if float(attributes.get("alpha", 1.0)) != 1.0:
-                raise NoForm(node, "a Swish with a factor inside")
+                raise UnsupportedNode(node, "a Swish with a factor inside")
             return "silu"
         return "gelu_tanh" if attributes.get("approximate", "none") == "tanh" else "gelu"
 
@@ -325,7 +326,7 @@ class GraphReader:
         """The first third of cap * tanh(x / cap), or a division by a constant."""
         by = self._scalar(node.inputs[1])
         if by is None or by == 0:
-            raise NoForm(node, "a division by a value that is not constant")
+            raise UnsupportedNode(node, "a division by a value that is not constant")
         x = self._value(node, 0)
         tanh = self._only_use(node, "Tanh")
         product = self._only_use(tanh, "Mul") if tanh is not None else None
@@ -342,10 +343,10 @@ class GraphReader:
         back = self._only_use(node, "DequantizeLinear")
         x, scale = self._value(node, 0), self._scalar(node.inputs[1])
         if back is None or scale is None or not self.kernels.float8 or back.inputs[1] is not node.inputs[1]:
-            raise NoForm(node, "a value that is rounded to 8 bits before a product")
+            raise UnsupportedNode(node, "a value that is rounded to 8 bits before a product")
         code = element_type(node.inputs[2]) if len(node.inputs) > 2 else None
         if code is not FLOAT8:
-            raise NoForm(node, "a value that is rounded to a type other than E4M3")
+            raise UnsupportedNode(node, "a value that is rounded to a type other than E4M3")
         self._skipped.add(id(back))
         self._emit(back, Op("round", Value(x.width), [x], scale=scale))
 
@@ -358,7 +359,7 @@ class GraphReader:
         """Another shape of the same rows: heads in an axis of their own, or concatenated."""
         shape = constant_of(node.inputs[1])
         if shape is None or shape.reshape(-1)[0] != 0 or int(attributes_of(node).get("allowzero", 0)):
-            raise NoForm(node, "a Reshape that may move numbers from token to token")
+            raise UnsupportedNode(node, "a Reshape that may move numbers from token to token")
         self._set(node, self._value(node, 0))
 
     def _unsqueeze(self, node: ir.Node) -> None:
@@ -370,27 +371,27 @@ class GraphReader:
         self._need_first_axis(node)
         x = self._batches.get(id(node.inputs[0]))
         if x is None:
-            raise NoForm(node, "a Squeeze of a value that is not a batch of one")
+            raise UnsupportedNode(node, "a Squeeze of a value that is not a batch of one")
         self._set(node, x)
 
     @staticmethod
     def _need_first_axis(node: ir.Node) -> None:
         axes = constant_of(node.inputs[1]) if len(node.inputs) > 1 else None
         if axes is None or axes.reshape(-1).tolist() != [0]:
-            raise NoForm(node, f"a {node.op_type} of axes other than the first")
+            raise UnsupportedNode(node, f"a {node.op_type} of axes other than the first")
 
     def _cast(self, node: ir.Node) -> None:
         """positions → Cast → Unsqueeze → Mul by frequencies → Cos and Sin: the tables of one or several ropes."""
         if id(node.inputs[0]) != self._positions or int(attributes_of(node).get("to", 0)) != FLOAT:
-            raise NoForm(node, "a cast of values other than positions, or not to float32")
+            raise UnsupportedNode(node, "a cast of values other than positions, or not to float32")
         for column in self._only_users(node, "Unsqueeze"):
             axes = constant_of(column.inputs[1])
             if axes is None or axes.reshape(-1).tolist() != [0, 2]:
-                raise NoForm(column, "positions that are not a column of a table")
+                raise UnsupportedNode(column, "positions that are not a column of a table")
             for product in self._only_users(column, "Mul"):
                 frequencies = next((f for v in product.inputs if (f := self._vector(v)) is not None), None)
                 if frequencies is None or frequencies.shape != (1, 1, frequencies.size):
-                    raise NoForm(product, "positions that are not multiplied by a row of frequencies")
+                    raise UnsupportedNode(product, "positions that are not multiplied by a row of frequencies")
                 rope = self._rope(frequencies.reshape(-1), 1.0)
                 for wave in self._only_users(product, "Cos", "Sin"):
                     self._tables[id(wave.outputs[0])] = rope, wave.op_type
@@ -400,7 +401,7 @@ class GraphReader:
         users = list(dict.fromkeys(use.node for use in node.outputs[0].uses()))
         other = next((user for user in users if user.op_type not in op_types), None)
         if other is not None or node.outputs[0].is_graph_output():
-            raise NoForm(other or node, "positions used for something other than a rotary table")
+            raise UnsupportedNode(other or node, "positions used for something other than a rotary table")
         self._skipped |= {id(user) for user in users}
         return users
 
@@ -420,19 +421,20 @@ class GraphReader:
     def _rotate(self, node: ir.Node) -> None:
         x, attributes = self._batches.get(id(node.inputs[0])), attributes_of(node)
         if x is None:
-            raise NoForm(node, "a rotation of a value that is not a batch of one")
+            raise UnsupportedNode(node, "a rotation of a value that is not a batch of one")
         cos, sin = (None if v is None else self._tables.get(id(v)) for v in node.inputs[1:3])
         if len(node.inputs) > 3 or cos is None or sin is None or (*cos, *sin) != (cos[0], "Cos", cos[0], "Sin"):
-            raise NoForm(node, "a rotation by tables other than cosines and sines of positions")
+            raise UnsupportedNode(node, "a rotation by tables other than cosines and sines of positions")
         heads = int(attributes.get("num_heads", 0))
-        neighbours = bool(attributes.get("interleaved", 0))
-        if (neighbours and not self.kernels.neighbours) or not heads or x.width // heads % self.kernels.tile:
+        interleaved = bool(attributes.get("interleaved", 0))
+        if (interleaved and not self.kernels.interleaved) or not heads or x.width // heads % self.kernels.tile:
             tile = self.kernels.tile
-            raise NoForm(node, f"a rotation of interleaved pairs, or of heads whose width is not a multiple of {tile}")
+            reason = f"a rotation of interleaved pairs, or of heads whose width is not a multiple of {tile}"
+            raise UnsupportedNode(node, reason)
         turned = int(attributes.get("rotary_embedding_dim", 0)) or x.width // heads
         if turned != 2 * self.ropes[cos[0]][0].size:
-            raise NoForm(node, f"a rotation of {turned} columns by {self.ropes[cos[0]][0].size} frequencies")
-        op = Op("rope", Value(x.width), [x], groups=heads, index=cos[0], neighbours=neighbours)
+            raise UnsupportedNode(node, f"a rotation of {turned} columns by {self.ropes[cos[0]][0].size} frequencies")
+        op = Op("rope", Value(x.width), [x], groups=heads, index=cos[0], interleaved=interleaved)
         op.width = x.width
         self.ops.append(op)
         self._batches[id(node.outputs[0])] = op.dst
@@ -441,19 +443,19 @@ class GraphReader:
         attributes = attributes_of(node)
         layer = int(attributes["layer"])
         if reason := unpageable_reason(self.graph, node):
-            raise NoForm(node, reason)
+            raise UnsupportedNode(node, reason)
         if len(node.inputs) > 9 and node.inputs[9] is not None:
-            raise NoForm(node, "the attention kernels take no additive bias")
+            raise UnsupportedNode(node, "the attention kernels take no additive bias")
         if not int(attributes["is_causal"]):
-            raise NoForm(node, "the attention kernels are causal")
+            raise UnsupportedNode(node, "the attention kernels are causal")
         cache = self.decoder.layers[layer]
         for dim in (cache.head_dim, cache.value_dim):
             tile, most = self.kernels.tile, self.kernels.largest_head
             if dim % tile or not 0 < dim <= most:
-                raise NoForm(node, f"heads of {dim} columns; kernels need a multiple of {tile} up to {most}")
+                raise UnsupportedNode(node, f"heads of {dim} columns; kernels need a multiple of {tile} up to {most}")
         if cache.q_heads > self.kernels.largest_group * cache.kv_heads:
-            group = cache.q_heads // cache.kv_heads
-            raise NoForm(node, f"{group} query heads per KV head; kernels support up to {self.kernels.largest_group}")
+            group, largest = cache.q_heads // cache.kv_heads, self.kernels.largest_group
+            raise UnsupportedNode(node, f"{group} query heads per KV head; kernels support up to {largest}")
         sinks = self._vector(node.inputs[10]) if len(node.inputs) > 10 else None
         scale = float(attributes["scale"]) or cache.head_dim**-0.5
         self.layers[layer] = (scale, float(attributes["softcap"]), sinks)

@@ -126,8 +126,8 @@ class Source(Protocol):
         """
         return None
 
-    def licence(self, spec: Spec) -> str | None:
-        """The licence that the model itself names; None: it names none."""
+    def license(self, spec: Spec) -> str | None:
+        """The license that the model itself names; None: it names none."""
         return None
 
     def contents(self, spec: Spec) -> Contents:
@@ -166,7 +166,7 @@ def content_hash(paths: Sequence[Path], progress: Progress | None = None) -> str
     return hashlib.blake2b(" ".join(hashes).encode(), digest_size=20).hexdigest()
 
 
-def summarise(items: Iterable[str], most: int = 3) -> str:
+def summarize(items: Iterable[str], most: int = 3) -> str:
     """`a, b, c and 12 more`."""
     names = list(items)
     shown = ", ".join(names[:most])

@@ -24,7 +24,7 @@ from transom.sources.base import (
     begins_with,
     content_hash,
     local_path,
-    summarise,
+    summarize,
 )
 from transom.sources.gguf_blocks import weight_of
 from transom.sources.gguf_file import MAGIC, GgufFile, is_first_part, open_gguf, parts_of
@@ -69,7 +69,7 @@ class GgufSource(Source):
         graph = family.build(family.from_gguf(settings, tensors, context), tensors)
         notes = [*graph.notes, *checkpoint.notes()]
         if left := tensors.unused():
-            notes.append(f"{len(left)} tensors of the file are not used: {summarise(left)}")
+            notes.append(f"{len(left)} tensors of the file are not used: {summarize(left)}")
         graph.notes = tuple(notes)
         tokenizer, template, generation = _text(file)
         name = file.metadata.get("general.name")
@@ -93,7 +93,7 @@ class GgufSource(Source):
 
         return chat_template_from_gguf(open_gguf(gguf_path(spec)).metadata, None)
 
-    def licence(self, spec: Spec) -> str | None:
+    def license(self, spec: Spec) -> str | None:
         found = open_gguf(gguf_path(spec)).metadata.get("general.license")
         return found if isinstance(found, str) and found else None
 
@@ -157,7 +157,7 @@ def gguf_path(spec: Spec) -> Path:
     models = _models_in(path)
     if len(models) != 1:
         raise SourceError(
-            f"The directory {path} holds {len(models)} GGUF models: {summarise(p.name for p in models)}",
+            f"The directory {path} holds {len(models)} GGUF models: {summarize(p.name for p in models)}",
             f"Give the path of one of them, for example {path / models[0].name}" if models else "",
         )
     return models[0]

@@ -15,7 +15,7 @@ from transom.graph.weights import Array, Dense, Weight
 from transom.models import family_for_hf
 from transom.models.tensors import Checkpoint, Tensors
 from transom.models.values import Values
-from transom.sources.base import Contents, Pretrained, Source, SourceModel, Spec, content_hash, local_path, summarise
+from transom.sources.base import Contents, Pretrained, Source, SourceModel, Spec, content_hash, local_path, summarize
 from transom.sources.finite import require_finite
 from transom.sources.packed import Packing
 from transom.sources.quantized import packing_of
@@ -70,7 +70,7 @@ class HfSource(Source):
         if vision := [name for name in left if any(part in name for part in _VISION)]:
             notes.append(f"the parts for images or audio are not loaded ({len(vision)} tensors)")
         if left := [name for name in left if name not in vision]:
-            notes.append(f"{len(left)} tensors of the checkpoint are not used: {summarise(left)}")
+            notes.append(f"{len(left)} tensors of the checkpoint are not used: {summarize(left)}")
         graph.notes = tuple(notes)
         tokenizer, template, generation = _text(folder)
         name = config.get("_name_or_path")
@@ -233,7 +233,7 @@ def weight_files(folder: Path) -> list[Path]:
             )
         if missing := [n for n in names if not (folder / n).is_file()]:
             raise SourceError(
-                f"{folder} lacks {len(missing)} of {len(names)} weight files: {summarise(missing)}",
+                f"{folder} lacks {len(missing)} of {len(names)} weight files: {summarize(missing)}",
                 "Download the missing files into the directory",
             )
         return [folder / n for n in names]
@@ -242,13 +242,13 @@ def weight_files(folder: Path) -> list[Path]:
         return others
     if others:
         raise SourceError(
-            f"{folder} holds {len(others)} safetensors files ({summarise(p.name for p in others)}) and no {_INDEX} "
+            f"{folder} holds {len(others)} safetensors files ({summarize(p.name for p in others)}) and no {_INDEX} "
             "that lists their tensors",
             f"Download {_INDEX} of the model into the directory",
         )
     if pickles := _pickles(folder):
         raise SourceError(
-            f"{folder} holds its weights only as pickled PyTorch files ({summarise(pickles)}); loading a pickle can "
+            f"{folder} holds its weights only as pickled PyTorch files ({summarize(pickles)}); loading a pickle can "
             "run any program, so Transom does not",
             "Convert them once with the transformers package, if you trust the files: "
             "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)",

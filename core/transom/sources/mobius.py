@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from transom.contract import Progress
 from transom.errors import MissingExtra, SourceError, message_lines, nearest
-from transom.sources.base import Pretrained, Source, SourceModel, Spec, content_hash, local_path, summarise
+from transom.sources.base import Pretrained, Source, SourceModel, Spec, content_hash, local_path, summarize
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -194,13 +194,13 @@ def _built(mobius: Any, folder: Path, kind: str, **options: Any) -> ir.Model:
         raise SourceError(f'mobius-onnx cannot build "{kind}" from {folder}: {message_lines(e)[0]}', _EXPORT) from e
     if list(package) != ["model"]:
         raise SourceError(
-            f'mobius-onnx builds "{kind}" in several parts ({summarise(map(str, package))}), not one text decoder',
+            f'mobius-onnx builds "{kind}" in several parts ({summarize(map(str, package))}), not one text decoder',
             _EXPORT,
         )
     model: ir.Model = package["model"]
     if missing := [str(n) for n, v in model.graph.initializers.items() if v.const_value is None]:
         raise SourceError(
-            f'{folder} lacks weights that mobius-onnx expects of "{kind}": {summarise(missing)}',
+            f'{folder} lacks weights that mobius-onnx expects of "{kind}": {summarize(missing)}',
             f"Get the checkpoint again; if it is complete, mobius-onnx builds this architecture wrongly. {_EXPORT}",
         )
     return model
@@ -227,7 +227,7 @@ def check_architecture(config: Mapping[str, Any], folder: Path, kind: str) -> No
     if not names or not known or set(names) & set(known):
         return
     raise SourceError(
-        f'{folder / "config.json"} names the architecture {summarise(names)} and the model_type "{kind}", which is '
+        f'{folder / "config.json"} names the architecture {summarize(names)} and the model_type "{kind}", which is '
         f"that of {known[0]}; mobius-onnx would build the latter",
         f"If the model is a {known[0]}, write that name into architectures; if not, correct model_type, or export the "
         "model to ONNX and load that file",  # not _EXPORT: AutoModelForCausalLM of transformers uses the type too

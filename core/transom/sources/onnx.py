@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from transom.contract import Progress
 from transom.errors import SourceError
-from transom.sources.base import OriginalGraph, Source, SourceModel, Spec, content_hash, local_path, summarise
+from transom.sources.base import OriginalGraph, Source, SourceModel, Spec, content_hash, local_path, summarize
 
 if TYPE_CHECKING:
     from transom.graph import Graph
@@ -103,7 +103,7 @@ def onnx_path(spec: Spec) -> Path:
     if len(models) == 1:
         return models[0]
     raise SourceError(
-        f"{path} holds {len(models)} ONNX files ({summarise(m.name for m in models)})", "Give the path of one of them"
+        f"{path} holds {len(models)} ONNX files ({summarize(m.name for m in models)})", "Give the path of one of them"
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import onnx_ir as ir
 
 from transom.errors import SourceError
-from transom.sources.base import summarise
+from transom.sources.base import summarize
 
 _AGAIN = "Get the file again from where it was published, or export the model again"
 
@@ -195,7 +195,7 @@ def _check_wiring(proto: Any, path: Path) -> None:
         missing = [name for name in node.input if name not in known]
         if missing:
             raise SourceError(
-                f"The node {node.name or node.op_type} ({node.op_type}) in {path} reads {summarise(missing)}, which "
+                f"The node {node.name or node.op_type} ({node.op_type}) in {path} reads {summarize(missing)}, which "
                 "no node before it produces: the file is damaged, or its nodes are out of order",
                 _AGAIN,
             )

@@ -113,10 +113,10 @@ def scattered(weight: Blocked, g_idx: StoredTensor) -> Dense:
         group = g_idx.array().astype(np.int64)
         if np.min(group) < 0 or np.max(group) >= groups:
             raise SourceError(f"The tensor {g_idx.name} in {g_idx.path} names groups that do not exist", _DAMAGED)
-        centred = quants.astype(np.float32)
+        centerd = quants.astype(np.float32)
         if zeros is not None:
-            centred -= zeros[:, group].astype(np.float32)
-        return np.asarray(centred * scales[:, group].astype(np.float32), np.float32)
+            centerd -= zeros[:, group].astype(np.float32)
+        return np.asarray(centerd * scales[:, group].astype(np.float32), np.float32)
 
     return Dense(weight.shape, "float32", dense)
 

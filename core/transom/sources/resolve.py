@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from transom.errors import SourceError, nearest
-from transom.sources.base import Source, Spec, begins_with, local_path, summarise
+from transom.sources.base import Source, Spec, begins_with, local_path, summarize
 
 _SOURCES = (
     ("gguf", "GgufSource"),
@@ -108,7 +108,7 @@ def _no_model_inside(path: Path) -> SourceError:
     names = sorted(p.name for p in path.iterdir())
     if not names:
         return SourceError(f"The directory {path} is empty", _WAYS)
-    return SourceError(f"The directory {path} holds no model, only {summarise(names)}", _WAYS)
+    return SourceError(f"The directory {path} holds no model, only {summarize(names)}", _WAYS)
 
 
 _KNOWN = (

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from transom.contract import Progress
 from transom.errors import MissingExtra, SourceError, message_lines
-from transom.sources.base import InMemory, Source, SourceModel, Spec, summarise
+from transom.sources.base import InMemory, Source, SourceModel, Spec, summarize
 
 if TYPE_CHECKING:
     from transom.graph import Graph
@@ -166,7 +166,7 @@ def _pretrained(model: Any, context: int | None) -> SourceModel:
     graph = family.build(family.from_hf(text_settings(config, where), tensors, context), tensors)
     notes = list(graph.notes)
     if left := tensors.unused():
-        notes.append(f"{len(left)} weights of the model are not used: {summarise(left)}")
+        notes.append(f"{len(left)} weights of the model are not used: {summarize(left)}")
     graph.notes = tuple(notes)
     return _with_texts(graph, getattr(model, "name_or_path", "") or type(model).__name__, None, model, notes)
 

@@ -45,7 +45,7 @@ def tolerance(precision: str, exact: bool) -> Tolerance:
     return PRECISIONS[precision] if exact else INEXACT
 
 
-def normalised_error(got: Array, wanted: Array) -> float:
+def normalized_error(got: Array, wanted: Array) -> float:
     """‖got - wanted‖ / ‖wanted‖; the plain norm where `wanted` is zero; infinite where finiteness differs."""
     got, wanted = np.asarray(got, np.float64), np.asarray(wanted, np.float64)
     finite = np.isfinite(wanted)
@@ -71,7 +71,7 @@ def compare(got: Any, wanted: Array, limit: float, what: str) -> float:
         if not np.array_equal(array, wanted):
             raise Failed(f"{what}: {int((array != wanted).sum())} of {wanted.size} values differ")
         return 0.0
-    error = normalised_error(array, wanted)
+    error = normalized_error(array, wanted)
     if not error <= limit:
         raise Failed(f"{what}: normalized error {error:.2g}, allowed {limit:.2g}")
     return error
@@ -83,7 +83,7 @@ def compare_rows(got: Any, wanted: Array, limit: float, what: str) -> float:
     if array.shape != wanted.shape or array.dtype != np.float32:
         raise Failed(f"{what}: {array.dtype} {array.shape}, not float32 {wanted.shape}")
     rows = zip(array.reshape(-1, wanted.shape[-1]), wanted.reshape(-1, wanted.shape[-1]), strict=True)
-    errors = [normalised_error(a, b) for a, b in rows]
+    errors = [normalized_error(a, b) for a, b in rows]
     worst = int(np.argmax(errors))
     if not errors[worst] <= limit:
         raise Failed(f"{what}, row {worst} of {len(errors)}: normalized error {errors[worst]:.2g}, allowed {limit:.2g}")

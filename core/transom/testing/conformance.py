@@ -80,7 +80,7 @@ class BackendConformance:
         result = run_check(_CHECKS[name], bench)
         self._results[name] = result
         if result.error is not None:
-            record_property("normalised_error", result.error)
+            record_property("normalized_error", result.error)
         demand = f"{_CHECKS[name].doc}\n(seed = {bench.seed})"
         lines = "".join(f"\n  {p.label}: {p.reason}" for p in result.parts if p.outcome == result.outcome)
         if result.outcome == "failed":

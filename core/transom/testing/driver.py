@@ -12,7 +12,7 @@ import numpy as np
 from transom.contract import Limits, Session, State, Work
 from transom.sessions import best
 from transom.testing.bench import Bench, TinyModel
-from transom.testing.compare import compare_rows, normalised_error
+from transom.testing.compare import compare_rows, normalized_error
 from transom.testing.models import BASE
 from transom.testing.result import Failed, Refused
 
@@ -162,4 +162,4 @@ def compare_best(output: Any, logits: Any, k: int, limit: float, what: str) -> f
     top = best(logits, k)[1]
     if np.abs(np.sort(own, -1)[..., ::-1] - top).max(initial=0.0) > slack:
         raise Failed(f"{what}: top_k did not return the {k} best")
-    return normalised_error(values, top)
+    return normalized_error(values, top)

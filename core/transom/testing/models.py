@@ -63,8 +63,8 @@ class _Weights:
         self._hash.update(array.tobytes())
         return array
 
-    def vector(self, size: int, centre: float = 0.0, spread: float = 0.2) -> Dense:
-        return dense(self._note((centre + spread * self._rng.standard_normal(size)).astype(np.float32)))
+    def vector(self, size: int, center: float = 0.0, spread: float = 0.2) -> Dense:
+        return dense(self._note((center + spread * self._rng.standard_normal(size)).astype(np.float32)))
 
     def matrix(self, rows: int, columns: int) -> Weight:
         """[rows, columns] with entries of variance 1 / columns."""

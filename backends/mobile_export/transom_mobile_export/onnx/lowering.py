@@ -23,7 +23,7 @@ from transom.graph.weights import Array, Blocked, Weight, dequantize, preloaded
 from transom.programs import fusing
 from transom.programs.onnx_rows import RowOperators
 from transom.programs.onnx_writing import FLOAT, INT32, INT64
-from transom.programs.reading import GraphReader, NoForm, Op, Value
+from transom.programs.reading import GraphReader, Op, UnsupportedNode, Value
 from transom.quantize.passes import weight_error
 from transom_mobile_export.onnx.packing import PackedBlocks, pack
 from transom_mobile_export.onnx.precision import OnnxPrecision
@@ -49,7 +49,7 @@ class GenAiKernels:
     tile = 1
     largest_head = 1 << 30
     largest_group = 1 << 30
-    neighbours = True
+    interleaved = True
     float8 = False
 
     def matrix(self, weight: Weight) -> str:
@@ -67,15 +67,16 @@ class GenAiKernels:
 
 
 def require_heads(reader: GraphReader) -> None:
-    """Raises NoForm for attention whose heads ONNX Runtime's operators do not support."""
+    """Raises UnsupportedNode for attention whose heads ONNX Runtime's operators do not support."""
     for op in reader.ops:
         if op.kind == "attend":
             cache = reader.decoder.layers[op.index]
             if cache.value_dim != cache.head_dim:
                 wrong = f"heads of {cache.head_dim} columns for keys and {cache.value_dim} for values"
-                raise NoForm(reader.node(op), wrong)
+                raise UnsupportedNode(reader.node(op), wrong)
             if cache.head_dim % HEAD_TILE:
-                raise NoForm(reader.node(op), f"heads of {cache.head_dim} columns, not a multiple of {HEAD_TILE}")
+                reason = f"heads of {cache.head_dim} columns, not a multiple of {HEAD_TILE}"
+                raise UnsupportedNode(reader.node(op), reason)
 
 
 @dataclass
@@ -194,7 +195,7 @@ class _Lowering:
         turned = 2 * self.reader.ropes[q.index][0].size
         width = self.decoder.layers[op.index].head_dim
         fits = width % ROTATED_TILE == 0 and turned % ROTATED_TILE == 0
-        return (q, k) if alone and fits and (q.index, q.neighbours) == (k.index, k.neighbours) else None
+        return (q, k) if alone and fits and (q.index, q.interleaved) == (k.index, k.interleaved) else None
 
     # values -----------------------------------------------------------------------------------------------------------
     def _of(self, value: Value) -> ir.Value:
@@ -377,7 +378,7 @@ class _Lowering:
         partial = {} if turned == width else {"rotary_embedding_dim": turned}
         (found,) = w.contrib(
             "RotaryEmbedding", self._of(op.inputs[0]), self._places(), cos, sin, dtypes=[FLOAT],
-            interleaved=int(op.neighbours), num_heads=op.groups, **partial,
+            interleaved=int(op.interleaved), num_heads=op.groups, **partial,
         )  # fmt: skip
         return found
 
@@ -414,7 +415,7 @@ class _Lowering:
         out, key, value = w.contrib(
             "GroupQueryAttention", *given, dtypes=[number] * 3, num_heads=cache.q_heads, kv_num_heads=cache.kv_heads,
             scale=float(scale), softcap=float(cap), local_window_size=cache.sliding_window or -1,
-            do_rotary=int(turn is not None), rotary_interleaved=int(turn is not None and turn.neighbours),
+            do_rotary=int(turn is not None), rotary_interleaved=int(turn is not None and turn.interleaved),
         )  # fmt: skip
         self._presents[op.index] = key, value
         return w.cast(out, FLOAT)

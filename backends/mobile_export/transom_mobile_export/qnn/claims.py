@@ -13,7 +13,7 @@ from transom.errors import option
 from transom.graph.reading import linear_weight
 from transom.graph.sparse import is_attention
 from transom.programs import fusing
-from transom.programs.reading import GraphReader, NoForm, Op
+from transom.programs.reading import GraphReader, Op, UnsupportedNode
 from transom_mobile_export.qnn import probing
 from transom_mobile_export.qnn.lowering import HtpKernels
 from transom_mobile_export.qnn.parts import GraphPart, layers_of
@@ -38,26 +38,27 @@ def drafted(graph: Graph, precision: QnnPrecision) -> Drafted:
     """Read a decoder.
 
     Raises:
-        NoForm: there is no operator for a node.
+        UnsupportedNode: there is no operator for a node.
         UnsupportedError: the decoder cannot be cut between layers.
     """
     reader = GraphReader(graph, HtpKernels())
     ops = fusing.fuse_biases(fusing.fuse_scales(list(reader.ops)))
     embeds = [op for op in ops if op.kind == "embed"]
     if len(embeds) != 1 or ops[0] is not embeds[0]:
-        raise NoForm(reader.node(embeds[-1]), "the host looks up one embedding, which comes before all layers")
+        raise UnsupportedNode(reader.node(embeds[-1]), "the host looks up one embedding, which comes before all layers")
     _mark_small(ops, len(reader.decoder.layers))
     order = [op.index for op in ops if op.kind == "attend"]
     if order != list(range(len(reader.decoder.layers))):
-        raise NoForm(next(n for n in graph.nodes() if is_attention(n)), "attention layers that are out of order")
+        first = next(n for n in graph.nodes() if is_attention(n))
+        raise UnsupportedNode(first, "attention layers that are out of order")
     windows = {layer.sliding_window for layer in reader.decoder.layers} - {0}
     if len(windows) > 1:
         reason = f"sliding windows of {' and '.join(map(str, sorted(windows)))} tokens: all layers need the same one"
-        raise NoForm(next(n for n in graph.nodes() if is_attention(n)), reason)
+        raise UnsupportedNode(next(n for n in graph.nodes() if is_attention(n)), reason)
     if windows and not reader.sparsity.dense:
         off = option("sparsity", "off")
         reason = f"sparse attention together with a sliding window is not written for the HTP: use {off}"
-        raise NoForm(next(n for n in graph.nodes() if is_attention(n)), reason)
+        raise UnsupportedNode(next(n for n in graph.nodes() if is_attention(n)), reason)
     return Drafted(reader, embeds[0], layers_of(ops, reader.logits, precision))
 
 

@@ -23,7 +23,7 @@ from transom.errors import OptionError, UnsupportedError, option
 from transom.graph.weights import preloaded
 from transom.ops.sparse_routing import BLOCK
 from transom.programs.onnx_writing import IR_VERSION
-from transom.programs.reading import NoForm
+from transom.programs.reading import UnsupportedNode
 from transom_mobile_export.qnn import probing, sdk, sparse_sizes
 from transom_mobile_export.qnn.claims import Drafted, drafted
 from transom_mobile_export.qnn.encoding import LARGEST_WIDE, RoundedMatrices, add_half_cache, add_rounding
@@ -80,7 +80,7 @@ def compile_graph(
     precision = resolve(options, chip.htp_arch)
     try:
         model = drafted(graph, precision)
-    except NoForm as e:
+    except UnsupportedNode as e:
         raise UnsupportedError(f"The node {e.node.name} cannot be run: {e.reason}", "Use another backend") from e
     decoder = model.reader.decoder
     context = context_of(options, decoder.context)

@@ -45,7 +45,7 @@ class HtpKernels:
     tile = 1
     largest_head = 1 << 16
     largest_group = 1 << 30
-    neighbours = False
+    interleaved = False
     float8 = False
 
     def matrix(self, weight: Weight) -> str:

@@ -15,7 +15,7 @@ class NativeKernels:
     tile = packing.TILE
     largest_head = 256
     largest_group = 64
-    neighbours = False
+    interleaved = False
     float8 = False
 
     def __init__(self, precision: CpuPrecision) -> None:

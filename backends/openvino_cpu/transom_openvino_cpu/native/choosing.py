@@ -44,10 +44,10 @@ def read_native(graph: Graph, precision: CpuPrecision, device: Device) -> GraphR
         return "the native library has no code for this processor"
     if precision.hint == "f16":
         return "the native library computes in float32, bfloat16 and int8, not in float16"
-    from transom.programs.reading import GraphReader, NoForm
+    from transom.programs.reading import GraphReader, UnsupportedNode
     from transom_openvino_cpu.native.abilities import NativeKernels
 
     try:
         return GraphReader(graph, NativeKernels(precision))
-    except NoForm as e:
+    except UnsupportedNode as e:
         return f"{e.node.name}: {e.reason}"
