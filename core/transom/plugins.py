@@ -284,8 +284,8 @@ class Plugins:
             failure = self._given_up.get(name)
             if failure is None:
                 started = time.perf_counter()
-                asked, groups = _known_to(loaded, devices)
-                judged = self._probe_one(loaded, asked, budget)
+                known, groups = _known_to(loaded, devices)
+                judged = self._probe_one(loaded, known, budget)
                 seconds[name] = time.perf_counter() - started
                 if not isinstance(judged, PluginFailure):
                     answers += [(name, answer) for answer in (*judged, *groups)]

@@ -107,11 +107,11 @@ def test_a_limit_of_none_keeps_everything(tmp_path: Path, build: Build) -> None:
 
 def test_sources_and_golden_logits_are_evicted_by_the_same_rule(tmp_path: Path, build: Build) -> None:
     cache = Cache(tmp_path / "cache", limit=50_000)
-    cache.golden.write("graph", {"logits": bytes(30_000)}).release()
+    cache.reference_outputs.write("graph", {"logits": bytes(30_000)}).release()
     age(cache, "golden", "graph", 1000)
     build(cache, "key", 20_000)
     assert keys(cache) == ["key"]
-    assert cache.golden.lookup("graph") is None
+    assert cache.reference_outputs.lookup("graph") is None
 
 
 def test_pruning_takes_a_size_or_an_age(cache: Cache, build: Build) -> None:
@@ -152,7 +152,7 @@ def test_the_statistics_add_up(cache: Cache, build: Build) -> None:
     assert (empty.exists, empty.bytes) == (False, 0)
     assert empty.free_bytes
     build(cache, "a")
-    cache.golden.write("graph", {"logits": bytes(100)})
+    cache.reference_outputs.write("graph", {"logits": bytes(100)})
     stats = cache.stats()
     assert stats.exists
     assert stats.kinds["artifacts"].entries == 1

@@ -201,7 +201,7 @@ def test_discarding_says_why_in_one_line(cache: Cache, build: Build, caplog: pyt
 
 def test_sources_and_golden_logits_are_named_blobs(cache: Cache) -> None:
     cache.sources.write("print", {"tokenizer.json": "{}", "template": "é", "raw": b"\xff"}, {"context": 2048})
-    cache.golden.write("graph", {"logits.npy": b"123"})
+    cache.reference_outputs.write("graph", {"logits.npy": b"123"})
     source = cache.sources.lookup("print")
     assert source is not None
     assert source.read("template") == "é".encode()
@@ -209,10 +209,10 @@ def test_sources_and_golden_logits_are_named_blobs(cache: Cache) -> None:
     assert source.manifest.facts == {"context": 2048}
     with pytest.raises(KeyError):
         source.read("other")
-    golden = cache.golden.lookup("graph")
+    golden = cache.reference_outputs.lookup("graph")
     assert golden is not None
     assert golden.read("logits.npy") == b"123"
-    assert cache.golden.lookup("print") is None
+    assert cache.reference_outputs.lookup("print") is None
 
 
 def test_writing_equal_blobs_again_keeps_the_entry_that_others_have_open(cache: Cache) -> None:

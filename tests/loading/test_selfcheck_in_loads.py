@@ -121,7 +121,7 @@ def test_verify_always_computes_evicted_reference_outputs_again(here: Any) -> No
     here.use(MadeUp("sound"))
     here.load().close()
     for entry in (here.cache.root / "golden").iterdir():
-        here.cache.golden.lookup(entry.name).discard("evicted")
+        here.cache.reference_outputs.lookup(entry.name).discard("evicted")
     with here.load(verify="always") as model:
         assert model.report.check.startswith("passed")
     assert here.jobs == ["prepare", "reference_outputs"]

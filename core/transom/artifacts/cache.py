@@ -242,7 +242,7 @@ class Cache:
         self.warnings: list[str] = []
         """For the report: at most one sentence, why this run cannot write to the cache."""
         self.sources = BlobStore(self, "sources")
-        self.golden = BlobStore(self, "golden")
+        self.reference_outputs = BlobStore(self, "golden")
         self._json_stores: dict[Path, JsonStore] = {}
         self._temporary: TemporaryCache | None = None
 

@@ -34,9 +34,9 @@ def explain_bundle(folder: Path, machine: Machine, *, device: str = "auto") -> E
             if isinstance(answer, Refusal):
                 answers.append(BackendAnswer(name, answer.device_id, answer))
                 continue
-            asked = wanted[answer.device_id]
-            verdict = check_artifact(machine.plugins.backends[name].backend, artifact, asked)
-            answers.append(BackendAnswer(name, asked.id, answer, verdict=verdict))
+            target = wanted[answer.device_id]
+            verdict = check_artifact(machine.plugins.backends[name].backend, artifact, target)
+            answers.append(BackendAnswer(name, target.id, answer, verdict=verdict))
     notes = [
         f"{variant.name}: {note}" if len(manifest.variants) > 1 else note
         for variant in manifest.variants

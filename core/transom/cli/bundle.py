@@ -79,10 +79,10 @@ def judge(folder: Path, device: str, probe_file: str | None, as_json: bool) -> N
     read_manifest(place)  # raises an error with a fix if the manifest is damaged
     manifest = json.loads((place / "manifest.json").read_bytes())
     machine = survey(probe_file, target=device)
-    asked = [d for d in machine.devices if d.kind != "remote"]
+    devices = [d for d in machine.devices if d.kind != "remote"]
     if device != "auto":
-        asked = [hardware.find(machine.devices, device)]
-    rows = [(d, verdict) for d in asked for verdict in judged(manifest, d, machine.plugins)]
+        devices = [hardware.find(machine.devices, device)]
+    rows = [(d, verdict) for d in devices for verdict in judged(manifest, d, machine.plugins)]
     if as_json:
         print_json({"bundle": str(folder), "verdicts": [{"device": d.id, **vars(v)} for d, v in rows]})
         return

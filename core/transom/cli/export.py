@@ -128,8 +128,8 @@ def export(
 def _plan(model: str, target: str, probe_file: str | None, as_json: bool, options: dict[str, Any]) -> None:
     import transom
 
-    asked = {name: options[name] for name in ("format", "context", "precision", "sparsity")}
-    plans = transom.plan_export(model, target=target, probe_file=probe_file, **asked)
+    chosen = {name: options[name] for name in ("format", "context", "precision", "sparsity")}
+    plans = transom.plan_export(model, target=target, probe_file=probe_file, **chosen)
     if as_json:
         print_json({"plans": [plan.to_dict() for plan in plans]})
         return

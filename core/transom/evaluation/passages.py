@@ -48,17 +48,17 @@ def passages(tokenizer: Tokenizer, texts: Mapping[str, str], tokens: int) -> dic
 def _recall(tokenizer: Tokenizer, text: str, tokens: int) -> list[int]:
     rng = np.random.default_rng(0)
     numbers = rng.integers(100_000, 1_000_000, NEEDLES)
-    told = [_ids(tokenizer, f"\nThe secret number of box {i} is {n}.\n") for i, n in enumerate(numbers)]
-    asked: list[int] = []
+    facts = [_ids(tokenizer, f"\nThe secret number of box {i} is {n}.\n") for i, n in enumerate(numbers)]
+    recalled: list[int] = []
     for i in rng.permutation(NEEDLES):
-        asked += _ids(tokenizer, f"\nThe secret number of box {i} is {numbers[i]}.")
+        recalled += _ids(tokenizer, f"\nThe secret number of box {i} is {numbers[i]}.")
     words = _ids(tokenizer, text[: tokens * CHARACTERS_PER_TOKEN])
-    step = (tokens - len(asked) - sum(map(len, told))) // NEEDLES
+    step = (tokens - len(recalled) - sum(map(len, facts))) // NEEDLES
     ids: list[int] = []
-    for i, line in enumerate(told):
+    for i, line in enumerate(facts):
         ids += words[i * step : (i + 1) * step] + line
-    rest = tokens - len(asked) - len(ids)
-    return ids + words[NEEDLES * step : NEEDLES * step + rest] + asked
+    rest = tokens - len(recalled) - len(ids)
+    return ids + words[NEEDLES * step : NEEDLES * step + rest] + recalled
 
 
 def _ids(tokenizer: Tokenizer, text: str) -> list[int]:

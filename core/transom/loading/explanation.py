@@ -124,9 +124,8 @@ def explain_graph(graph: Graph, name: str, machine: Machine, *, device: str = "a
         if isinstance(answer, Refusal):
             answers.append(BackendAnswer(backend, answer.device_id, answer))
             continue
-        asked = machine.plugins.backends[backend].backend
         try:
-            nodes = _ask(graph, asked, wanted[answer.device_id])
+            nodes = _ask(graph, machine.plugins.backends[backend].backend, wanted[answer.device_id])
             answers.append(BackendAnswer(backend, answer.device_id, answer, nodes))
         except TransomError as error:
             answers.append(BackendAnswer(backend, answer.device_id, answer, error=str(error)))

@@ -66,9 +66,9 @@ def plan(
     """
     require_context(decoder, context)
     sizes = _Sizes(decoder, device, precision, exact_float32)
-    asked = context if context is not None else decoder.context
-    whole = sizes.plan(asked)
-    if sizes.longest >= asked:
+    requested = context if context is not None else decoder.context
+    whole = sizes.plan(requested)
+    if sizes.longest >= requested:
         return whole
     longest = sizes.longest if sizes.longest < STEP else sizes.longest // STEP * STEP
     if context is None and longest >= min(MIN_CONTEXT, decoder.context):
@@ -79,8 +79,8 @@ def plan(
         )
     raise DoesNotFit(
         f"The model needs {size(whole.total)} on {device.id} ({size(whole.weights)} for weights, {size(whole.cache)} "
-        f"for a cache of {asked} tokens, {size(whole.workspace)} of working space), and {size(whole.available)} are "
-        "free",
+        f"for a cache of {requested} tokens, {size(whole.workspace)} of working space), and {size(whole.available)} "
+        "are free",
         _fix(sizes, longest, context),
     )
 

@@ -95,12 +95,12 @@ def to_npz(outputs: Mapping[str, Array]) -> bytes:
 
 def keep(cache: Cache, source: CachedSource, outputs: Mapping[str, Array]) -> None:
     """Keep the reference outputs of a source."""
-    cache.golden.write(_key(source), {_FILE: to_npz(outputs)})
+    cache.reference_outputs.write(_key(source), {_FILE: to_npz(outputs)})
 
 
 def recall(cache: Cache, source: CachedSource) -> dict[str, Array] | None:
     """The outputs that `keep` stored, or None."""
-    entry = cache.golden.lookup(_key(source))
+    entry = cache.reference_outputs.lookup(_key(source))
     if entry is None:
         return None
     with np.load(io.BytesIO(entry.read(_FILE)), allow_pickle=False) as stored:

@@ -66,8 +66,8 @@ class ReferenceBackend:
         executor = Executor(Graph.open(path), keep_weights=True)
         decoder = executor.graph.decoder
         made_for = decoder.context if decoder else 0
-        asked = options.get("context")
-        context = min(made_for, asked) if isinstance(asked, int) and asked > 0 else made_for
+        requested = options.get("context")
+        context = min(made_for, requested) if isinstance(requested, int) and requested > 0 else made_for
         limits = Limits(64, 4096, context, page_tokens=0)
         return ReferenceSession(executor, decoder, limits)
 

@@ -183,10 +183,10 @@ def _with_genai(
     from transom.text.defaults import defaults_from_hf
 
     model, search = genai.get("model"), genai.get("search")
-    told = {**(search if isinstance(search, Mapping) else {}), **(model if isinstance(model, Mapping) else {})}
+    settings = {**(search if isinstance(search, Mapping) else {}), **(model if isinstance(model, Mapping) else {})}
     sampling, tokens = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty"), ("eos", "bos", "pad")
     keys = [*sampling, *(f"{t}_token_id" for t in tokens)]
-    found = defaults_from_hf({k: told[k] for k in keys if told.get(k) is not None}, {}, tokenizer)
+    found = defaults_from_hf({k: settings[k] for k in keys if settings.get(k) is not None}, {}, tokenizer)
     return replace(found, eos_ids=tuple(sorted({*found.eos_ids, *generation.eos_ids})))
 
 

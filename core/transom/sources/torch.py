@@ -263,9 +263,6 @@ def _with_texts(graph: Graph, name: str, folder: Any, model: Any, notes: list[st
         raise SourceError(f"There is no folder {folder} to read the tokenizer from", "Give the model's folder")
     elif hasattr(model, "generation_config") and model.generation_config is not None:
         config = model.config.to_dict() if hasattr(model, "config") else {}
-        generation = defaults_from_hf(_told(model.generation_config.to_dict()), config, None)
+        stated = {key: value for key, value in model.generation_config.to_dict().items() if value is not None}
+        generation = defaults_from_hf(stated, config, None)
     return SourceModel(graph, tokenizer, template, generation, name=Path(name).name, kind=TorchModels.kind, notes=notes)
-
-
-def _told(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in config.items() if value is not None}

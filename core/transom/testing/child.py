@@ -30,26 +30,26 @@ def in_child(bench: Bench, task: str, request: Mapping[str, Any]) -> dict[str, A
     """
     from transom.testing.result import Failed
 
-    asked, answered = bench.folder / f"{task}.request", bench.folder / f"{task}.answer"
-    answered.unlink(missing_ok=True)
+    request_file, answer_file = bench.folder / f"{task}.request", bench.folder / f"{task}.answer"
+    answer_file.unlink(missing_ok=True)
     try:
         backend = pickle.dumps(bench.backend)
     except (pickle.PicklingError, AttributeError, TypeError) as e:
         raise Failed(f"the backend cannot be passed to another process: {e}. Make its class importable") from e
-    asked.write_bytes(pickle.dumps({"task": task, "backend": backend, "answer": answered, **request}))
+    request_file.write_bytes(pickle.dumps({"task": task, "backend": backend, "answer": answer_file, **request}))
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    command = [sys.executable, "-m", "transom.testing.child", str(asked)]
+    command = [sys.executable, "-m", "transom.testing.child", str(request_file)]
     try:
         done = subprocess.run(
             command, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S, stdin=subprocess.DEVNULL
         )
     except subprocess.TimeoutExpired as e:
         raise Failed(f"the process that should {task} did not end within {TIMEOUT_S} s") from e
-    if done.returncode or not answered.exists():
+    if done.returncode or not answer_file.exists():
         how = f"signal {-done.returncode}" if done.returncode < 0 else f"exit status {done.returncode}"
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise Failed(f"the process that should {task} ended with {how}: {last}")
-    answer: dict[str, Any] = pickle.loads(answered.read_bytes())
+    answer: dict[str, Any] = pickle.loads(answer_file.read_bytes())
     return answer
 
 

@@ -56,9 +56,9 @@ def probe_answers_for_every_device(bench: Bench) -> None:
         raise Failed("probe([]) must return no answers")
     for devices in ([bench.device], *([d] for d in MACHINES), list(MACHINES[1:])):
         answers = list(bench.backend.probe(devices))
-        told = sorted(a.device_id for a in answers)
-        if told != sorted(d.id for d in devices):
-            raise Failed(f"probe was called with {', '.join(d.id for d in devices)} and answered for {told}")
+        judged = sorted(a.device_id for a in answers)
+        if judged != sorted(d.id for d in devices):
+            raise Failed(f"probe was called with {', '.join(d.id for d in devices)} and answered for {judged}")
         for answer in answers:
             _check_answer(answer)
     bench.offer()
@@ -83,12 +83,12 @@ def _check_answer(answer: object) -> None:
 
 def probe_is_cheap(bench: Bench) -> None:
     """In a fresh process, importing the plugin and probing loads no vendor SDK, and a probe takes under 50 ms."""
-    told = in_child(bench, "probe", {"devices": [bench.device, *MACHINES]})
-    heavy = sorted(SDKS & set(told["modules"]))
+    answer = in_child(bench, "probe", {"devices": [bench.device, *MACHINES]})
+    heavy = sorted(SDKS & set(answer["modules"]))
     if heavy:
         raise Failed(f"importing the plugin and probing imported {', '.join(heavy)}; import it in compile and load")
-    if told["milliseconds"] > PROBE_BUDGET_MS:  # the fastest of several, so that a busy machine does not matter
-        raise Failed(f"probe took {told['milliseconds']:.0f} ms at best; the contract allows {PROBE_BUDGET_MS:.0f}")
+    if answer["milliseconds"] > PROBE_BUDGET_MS:  # the fastest of several, so that a busy machine does not matter
+        raise Failed(f"probe took {answer['milliseconds']:.0f} ms at best; the contract allows {PROBE_BUDGET_MS:.0f}")
 
 
 def claim_answers_for_every_node(bench: Bench) -> list[CaseResult]:

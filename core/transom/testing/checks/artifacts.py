@@ -83,7 +83,7 @@ def artifact_says_what_it_requires(bench: Bench) -> None:
         raise Failed(f"artifact.notes has an entry that is empty or not text: {artifact.notes!r:.80}")
 
 
-def wrong_artifacts_are_told(bench: Bench) -> None:
+def wrong_artifacts_are_recognized(bench: Bench) -> None:
     """check returns ok for a new artifact, and another state with a reason when any requirement differs."""
     artifact, device, check = bench.model(BASE).artifact, bench.device, bench.backend.check
     verdict = check(artifact, device)
@@ -91,11 +91,11 @@ def wrong_artifacts_are_told(bench: Bench) -> None:
         raise Failed(f"check returned {verdict.state} ({verdict.reason}) for an artifact that was just made here")
 
     def expect_no(what: str, requires: Mapping[str, str]) -> None:
-        told = check(replace(artifact, requires=requires), device)
-        if told.state not in ("slower", "rebuild", "never"):
-            raise Failed(f"check returned {told.state} though {what}")
-        if not told.reason.strip():
-            raise Failed(f"check returned {told.state} without a reason when {what}")
+        found = check(replace(artifact, requires=requires), device)
+        if found.state not in ("slower", "rebuild", "never"):
+            raise Failed(f"check returned {found.state} though {what}")
+        if not found.reason.strip():
+            raise Failed(f"check returned {found.state} without a reason when {what}")
 
     for key, value in artifact.requires.items():
         if key in OF_LOAD:  # check gets no options: the host compares these
@@ -123,11 +123,11 @@ def opens_in_another_process(bench: Bench) -> float:
         chunks = [driver.draw(driver.chunk(n)) for n in (9, 1, 1)]
     request = {"artifact": driver.model.artifact, "device": bench.device, "options": bench.options}
     request |= {"scratch": bench.scratch(), "chunks": chunks}
-    told = in_child(bench, "load", request)
-    if told["verdict"] != "ok":
-        raise Failed(f"check returned {told['verdict']} for the artifact in another process")
+    answer = in_child(bench, "load", request)
+    if answer["verdict"] != "ok":
+        raise Failed(f"check returned {answer['verdict']} for the artifact in another process")
     wanted = driver.model.oracle.logits([t for chunk in chunks for t in chunk])
-    return compare_rows(told["logits"], wanted, driver.model.limit, "logits in another process")
+    return compare_rows(answer["logits"], wanted, driver.model.limit, "logits in another process")
 
 
 def sessions_are_independent(bench: Bench) -> float:
@@ -206,7 +206,7 @@ def checks() -> list[Check]:
         Check("compile.progress", compile_reports_progress),
         Check("compile.cancel", compile_can_be_cancelled),
         Check("artifact.requires", artifact_says_what_it_requires),
-        Check("artifact.verdicts", wrong_artifacts_are_told),
+        Check("artifact.verdicts", wrong_artifacts_are_recognized),
         Check("artifact.check_opens_nothing", check_opens_nothing),
         Check("artifact.another_process", opens_in_another_process),
         Check("load.context", load_decides_the_context),
