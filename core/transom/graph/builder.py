@@ -9,7 +9,7 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx_ir as ir
@@ -18,7 +18,7 @@ from transom.graph.graph import PRODUCER, Graph
 from transom.graph.weights import Array, Blocked, BlockedArrays, Dense, Weight
 from transom.ops import TensorSpec, find
 from transom.ops.functions import OPSET, overload
-from transom.signature import METADATA_KEY, Decoder, cache_input_names, cache_output_names
+from transom.signature import METADATA_KEY, Decoder, LayerCache, cache_input_names, cache_output_names
 
 IR_VERSION = 12
 WEIGHT_META = "transom.weight"
@@ -55,6 +55,18 @@ def _lazy(name: str, dtype: ir.DataType, shape: Sequence[int], load: Callable[[]
         return ir.Tensor(np.ascontiguousarray(array), dtype=dtype, name=name)
 
     return ir.LazyTensor(tensor, dtype, ir.Shape(shape), name=name)
+
+
+class StepInputs(NamedTuple):
+    """The inputs of a decoder graph that describe a step. int64 vectors: [tokens], [past] or [rows]."""
+
+    input_ids: ir.Value
+    positions: ir.Value
+    sequences: ir.Value
+    past_positions: ir.Value
+    past_sequences: ir.Value
+    logit_rows: ir.Value
+    """Indices of the new tokens that need logits."""
 
 
 class GraphBuilder:
@@ -268,6 +280,26 @@ class GraphBuilder:
         result = self.op("RotaryEmbedding", batch, *tables, name=name, **attributes)
         return self.op("Squeeze", result, self.constant([0]), name=f"{name}.flat")
 
+    def step_inputs(self) -> StepInputs:
+        """Add the inputs of a decoder graph that describe a step."""
+        dims = ("tokens", "tokens", "tokens", "past", "past", "rows")
+        inputs = zip(StepInputs._fields, dims, strict=True)
+        return StepInputs(*(self.input(name, "int64", [dim]) for name, dim in inputs))
+
+    def cache_inputs(self, layer: int, cache: LayerCache) -> tuple[ir.Value, ir.Value]:
+        """Add the inputs for a layer's cached keys and values, [past, kv_heads * dim]."""
+        key, value = cache_input_names(layer)
+        return (
+            self.input(key, "float32", ["past", cache.kv_heads * cache.head_dim]),
+            self.input(value, "float32", ["past", cache.kv_heads * cache.value_dim]),
+        )
+
+    def cache_outputs(self, layer: int, cache: LayerCache, present: tuple[ir.Value, ir.Value]) -> None:
+        """Make a layer's cache, with the new tokens, outputs of the graph."""
+        dims = (cache.head_dim, cache.value_dim)
+        for value, name, dim in zip(present, cache_output_names(layer), dims, strict=True):
+            self.output(value, name, ["present", cache.kv_heads * dim])
+
     def finish(self, *, weights_hash: str, decoder: Decoder | None = None, notes: Sequence[str] = ()) -> Graph:
         """The finished graph. `weights_hash` identifies the content of the weights (a hash of their file)."""
         metadata = {METADATA_KEY: decoder.to_json()} if decoder else {}
@@ -284,34 +316,20 @@ class GraphBuilder:
 class DecoderBuilder(GraphBuilder):
     """A `GraphBuilder` with the standard inputs and outputs of a decoder graph.
 
-    Inputs: `input_ids`, `positions`, `sequences` int64 [tokens]; `past_positions`, `past_sequences` int64 [past];
-    `logit_rows` int64 [rows]; `past_key.i`, `past_value.i` float32 [past, heads * dim] per layer.
+    Inputs: those of `StepInputs`, int64; `past_key.i`, `past_value.i` float32 [past, heads * dim] per layer.
     Outputs: `logits` float32 [rows, vocabulary]; `present_key.i`, `present_value.i` [present, heads * dim].
     """
 
     def __init__(self, name: str, decoder: Decoder) -> None:
         super().__init__(name)
         self.decoder = decoder
-        self.input_ids = self.input("input_ids", "int64", ["tokens"])
-        self.positions = self.input("positions", "int64", ["tokens"])
-        self.sequences = self.input("sequences", "int64", ["tokens"])
-        self.past_positions = self.input("past_positions", "int64", ["past"])
-        self.past_sequences = self.input("past_sequences", "int64", ["past"])
-        self.logit_rows = self.input("logit_rows", "int64", ["rows"])
-        self._past = []
-        for i, cache in enumerate(decoder.layers):
-            key, value = cache_input_names(i)
-            self._past.append(
-                (
-                    self.input(key, "float32", ["past", cache.kv_heads * cache.head_dim]),
-                    self.input(value, "float32", ["past", cache.kv_heads * cache.value_dim]),
-                )
-            )
+        self.step = self.step_inputs()
+        self._past = [self.cache_inputs(i, cache) for i, cache in enumerate(decoder.layers)]
         self._present: dict[int, tuple[ir.Value, ir.Value]] = {}
 
     def embedding(self, weight: Weight, name: str = "embedding") -> ir.Value:
         """Rows of the embedding table for `input_ids`: [tokens, hidden]."""
-        return self.op("Gather", self.weight(weight, f"{name}.weight"), self.input_ids, axis=0, name=name)
+        return self.op("Gather", self.weight(weight, f"{name}.weight"), self.step.input_ids, axis=0, name=name)
 
     def attention(
         self,
@@ -327,9 +345,9 @@ class DecoderBuilder(GraphBuilder):
         name: str = "attention",
     ) -> ir.Value:
         """`transom::CachedAttention` over the layer's cache: [tokens, q_heads * value_dim]."""
-        cache = self.decoder.layers[layer]
-        inputs: list[ir.Value | None] = [q, k, v, *self._past[layer], self.sequences, self.positions]
-        inputs += [self.past_sequences, self.past_positions]
+        cache, step = self.decoder.layers[layer], self.step
+        inputs: list[ir.Value | None] = [q, k, v, *self._past[layer], step.sequences, step.positions]
+        inputs += [step.past_sequences, step.past_positions]
         if bias is not None or sinks is not None:
             inputs.append(bias)
         if sinks is not None:
@@ -352,7 +370,7 @@ class DecoderBuilder(GraphBuilder):
 
     def rows_for_logits(self, hidden: ir.Value) -> ir.Value:
         """The rows of the hidden state whose logits are needed: only these are multiplied by the vocabulary matrix."""
-        return self.op("Gather", hidden, self.logit_rows, axis=0, name="logit_rows.hidden")
+        return self.op("Gather", hidden, self.step.logit_rows, axis=0, name="logit_rows.hidden")
 
     def finish_decoder(self, logits: ir.Value, *, weights_hash: str, notes: Sequence[str] = ()) -> Graph:
         """Set the outputs and finish. Raises ValueError when a layer has no attention."""
@@ -361,10 +379,7 @@ class DecoderBuilder(GraphBuilder):
         logits.type = ir.TensorType(ir.DataType.FLOAT)
         self.output(logits, "logits", ["rows", self.decoder.vocabulary])
         for i, cache in enumerate(self.decoder.layers):
-            for value, name, dim in zip(
-                self._present[i], cache_output_names(i), (cache.head_dim, cache.value_dim), strict=True
-            ):
-                self.output(value, name, ["present", cache.kv_heads * dim])
+            self.cache_outputs(i, cache, self._present[i])
         decoder = replace(self.decoder, parameters=self.parameters, weight_bytes=self.weight_bytes)
         return self.finish(weights_hash=weights_hash, decoder=decoder, notes=notes)
 

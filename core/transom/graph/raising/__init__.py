@@ -23,7 +23,7 @@ from transom.graph.raising.tidying import fold, inline_known_branches, leftovers
 from transom.graph.raising.verifying import AttentionSpec, AttentionVerifier, Layout, layout_of
 from transom.graph.raising.widening import widen
 from transom.graph.shapes import infer_shapes
-from transom.signature import METADATA_KEY, Decoder, LayerCache
+from transom.signature import METADATA_KEY, Decoder
 
 __all__ = ["CannotRaise", "DecoderHints", "looks_like_decoder", "raise_decoder"]
 
@@ -145,7 +145,6 @@ def _logits_layout(logits: ir.Value, facts: dict[Lengths, Facts]) -> Layout:
 def _finish(
     graph: Graph, model: ir.Model, specs: list[AttentionSpec], hints: DecoderHints, vocabulary: int, notes: list[str]
 ) -> Graph:
-    layers = tuple(LayerCache(s.q_heads, s.kv_heads, s.head_dim, s.value_dim, s.window) for s in specs)
     weights = [v.const_value for v in model.graph.initializers.values() if v.const_value is not None]
     context = hints.context
     if not context:
@@ -158,7 +157,7 @@ def _finish(
         vocabulary=vocabulary,
         hidden=_hidden(model.graph),
         context=context,
-        layers=layers,
+        layers=tuple(spec.cache for spec in specs),
         parameters=sum(int(w.size) for w in weights if w.dtype.is_floating_point() or w.size > 1024),
         weight_bytes=sum(int(w.nbytes) for w in weights),
     )

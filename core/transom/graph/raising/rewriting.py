@@ -6,11 +6,11 @@ Every hidden value keeps its shape for a batch of one: [1, tokens, …]. Only th
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
+from transom.graph.builder import StepInputs
 from transom.graph.editing import Editor
 from transom.graph.raising.abstract import Facts
 from transom.graph.raising.lengths import Lengths
@@ -18,7 +18,6 @@ from transom.graph.raising.reasons import CannotRaise
 from transom.graph.raising.sites import AttentionSite
 from transom.graph.raising.verifying import AttentionSpec, Layout, Layouts
 from transom.graph.weights import Array
-from transom.signature import cache_input_names, cache_output_names
 
 _ELEMENTWISE = ("Cast", "Mul", "Div", "Add", "Sub", "Tanh", "Neg", "Identity", "Clip")
 
@@ -32,20 +31,14 @@ class Rewriter:
         for value in old:  # their names may clash with the standard inputs
             value.name = e._name(f"{value.name}.before")
         self._free_names()
-        self.input_ids = e.input("input_ids", "int64", ["tokens"])
-        self.positions = e.input("positions", "int64", ["tokens"])
-        self.sequences = e.input("sequences", "int64", ["tokens"])
-        self.past_positions = e.input("past_positions", "int64", ["past"])
-        self.past_sequences = e.input("past_sequences", "int64", ["past"])
-        self.logit_rows = e.input("logit_rows", "int64", ["rows"])
-        self.past: list[tuple[ir.Value, ir.Value]] = []
+        self.step = e.step_inputs()
         self.present: list[tuple[ir.Value, ir.Value]] = []
         self._distances: ir.Value | None = None
 
     def _free_names(self) -> None:
         """Rename values whose names the standard inputs and outputs need."""
         e = self.editor
-        standard = {"input_ids", "positions", "sequences", "past_positions", "past_sequences", "logit_rows", "logits"}
+        standard = {*StepInputs._fields, "logits"}
 
         def reserved(name: str) -> bool:
             return name in standard or name.startswith(("past_key.", "past_value.", "present_key.", "present_value."))
@@ -57,7 +50,7 @@ class Rewriter:
 
     def ids(self, old: ir.Value) -> None:
         """Replace the token ids [1, tokens] by `input_ids` [tokens]."""
-        new = self.editor.op("Unsqueeze", self.input_ids, self.editor.constant([0]), name="input_ids.batch")
+        new = self.editor.op("Unsqueeze", self.step.input_ids, self.editor.constant([0]), name="input_ids.batch")
         if old.dtype is not None and old.dtype != ir.DataType.INT64:
             new = self.editor.op("Cast", new, to=int(old.dtype), name="input_ids.cast")
         old.replace_all_uses_with(new)
@@ -81,9 +74,9 @@ class Rewriter:
             return
         offset, axis, shape = found
         e = self.editor
-        new = (
-            self.positions if not offset else e.op("Add", self.positions, e.constant(offset), name="positions.shifted")
-        )
+        new = self.step.positions
+        if offset:
+            new = e.op("Add", new, e.constant(offset), name="positions.shifted")
         axes = [a for a in range(len(shape)) if a != axis]
         if axes:
             new = e.op("Unsqueeze", new, e.constant(axes), name="positions.batch")
@@ -97,38 +90,22 @@ class Rewriter:
     # attention -------------------------------------------------------------------------------------------------------
     def attention(self, site: AttentionSite, spec: AttentionSpec, layouts: Layouts) -> None:
         """Replace the site's nodes by `transom::CachedAttention`."""
-        e, layer = self.editor, site.layer
-        key_name, value_name = cache_input_names(layer)
-        past = (
-            e.input(key_name, "float32", ["past", spec.kv_heads * spec.head_dim]),
-            e.input(value_name, "float32", ["past", spec.kv_heads * spec.value_dim]),
-        )
-        self.past.append(past)
+        e, step, layer = self.editor, self.step, site.layer
+        past = e.cache_inputs(layer, spec.cache)
         with e.scope(f"layers.{layer}.attention"):
             inputs: list[ir.Value | None] = [
                 self._flat(site.query, layouts.query, "query"),
                 self._flat(site.new_key, layouts.key, "key"),
                 self._flat(site.new_value, layouts.value, "value"),
                 *past,
-                self.sequences,
-                self.positions,
-                self.past_sequences,
-                self.past_positions,
+                *(step.sequences, step.positions, step.past_sequences, step.past_positions),
             ]
             if spec.slopes or spec.sinks:
                 inputs.append(self._bias(spec) if spec.slopes else None)
             if spec.sinks:
                 inputs.append(e.constant(np.asarray(spec.sinks, np.float32), "sinks"))
-            attributes: dict[str, Any] = {
-                "q_num_heads": spec.q_heads,
-                "kv_num_heads": spec.kv_heads,
-                "scale": spec.scale,
-                "softcap": spec.softcap,
-                "sliding_window": spec.window,
-                "layer": layer,
-            }
             output, present_key, present_value = e.nodes(
-                "CachedAttention", *inputs, domain="transom", outputs=3, name="cached", **attributes
+                "CachedAttention", *inputs, domain="transom", outputs=3, name="cached", **spec.attributes, layer=layer
             )
             self.present.append((present_key, present_value))
             back = self._unflat(output, layouts.output)
@@ -157,10 +134,10 @@ class Rewriter:
         """The ALiBi bias, slope × (position of the key - position of the query): [heads, tokens, past + tokens]."""
         e = self.editor
         if self._distances is None:
-            every = e.op("Concat", self.past_positions, self.positions, axis=0, name="alibi.positions")
-            distance = e.op(
-                "Sub", e.op("Unsqueeze", every, e.constant([0])), e.op("Unsqueeze", self.positions, e.constant([1]))
-            )
+            positions = self.step.positions
+            every = e.op("Concat", self.step.past_positions, positions, axis=0, name="alibi.positions")
+            keys, queries = e.op("Unsqueeze", every, e.constant([0])), e.op("Unsqueeze", positions, e.constant([1]))
+            distance = e.op("Sub", keys, queries)
             self._distances = e.op("Cast", distance, to=int(ir.DataType.FLOAT), name="alibi.distance")
         slopes = e.constant(np.asarray(spec.slopes, np.float32).reshape(-1, 1, 1), "slopes")
         return e.op("Mul", slopes, self._distances, name="alibi.bias")
@@ -180,15 +157,16 @@ class Rewriter:
         if not chain or chain[-1].op_type != "MatMul":
             chain, at = [], old
         axis = layout.axis
-        new = e.op("Gather", at, self.logit_rows, axis=axis, name="logit_rows.hidden" if chain else "logit_rows.logits")
+        name = "logit_rows.hidden" if chain else "logit_rows.logits"
+        new = e.op("Gather", at, self.step.logit_rows, axis=axis, name=name)
         new.type = ir.TensorType(ir.DataType.FLOAT)
         for node in reversed(chain):
             inputs = [new if v is self._data(node) else v for v in node.inputs]
             attributes = {name: a.value for name, a in node.attributes.items()}
             new = e.op(node.op_type, *inputs, name=f"{node.name}.rows", **attributes)
         new = e.op("Reshape", new, e.constant([-1, vocabulary]), name="logits")
-        new.name, new.type, new.shape = "logits", ir.TensorType(ir.DataType.FLOAT), ir.Shape(["rows", vocabulary])
-        e.graph.outputs.append(new)
+        new.type = ir.TensorType(ir.DataType.FLOAT)
+        e.output(new, "logits", ["rows", vocabulary])
 
     def _data(self, node: ir.Node) -> ir.Value:
         """The only input that depends on tokens."""
@@ -219,13 +197,8 @@ class Rewriter:
 
     def caches(self, specs: Sequence[AttentionSpec]) -> None:
         """Make the caches outputs, in layer order."""
-        graph = self.editor.graph
-        for layer, (spec, pair) in enumerate(zip(specs, self.present, strict=True)):
-            widths = (spec.kv_heads * spec.head_dim, spec.kv_heads * spec.value_dim)
-            for value, name, width in zip(pair, cache_output_names(layer), widths, strict=True):
-                value.name = name
-                value.shape = ir.Shape(["present", width])
-                graph.outputs.append(value)
+        for layer, (spec, present) in enumerate(zip(specs, self.present, strict=True)):
+            self.editor.cache_outputs(layer, spec.cache, present)
 
     def rotations(self) -> None:
         """Normalize every `RotaryEmbedding`: input [1, tokens, heads * columns], cos and sin one row per token."""

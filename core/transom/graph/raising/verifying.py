@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -18,6 +19,7 @@ from transom.graph.raising.reasons import CannotRaise
 from transom.graph.raising.sites import AttentionSite
 from transom.graph.weights import Array
 from transom.ops import cached_attention
+from transom.signature import LayerCache
 
 TOLERANCE = 2e-4
 """Largest allowed difference between the nodes and the operator, in float32, for values of about 1."""
@@ -27,16 +29,23 @@ TOLERANCE = 2e-4
 class AttentionSpec:
     """The parameters of `transom::CachedAttention` for one layer."""
 
-    q_heads: int
-    kv_heads: int
-    head_dim: int
-    value_dim: int
+    cache: LayerCache
     scale: float
     softcap: float
-    window: int
     sinks: tuple[float, ...] = ()
     slopes: tuple[float, ...] = ()
     """ALiBi: slope[head] * (position of the key - position of the query) is added to the scores."""
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """Attributes of the operator."""
+        return {
+            "q_num_heads": self.cache.q_heads,
+            "kv_num_heads": self.cache.kv_heads,
+            "scale": self.scale,
+            "softcap": self.softcap,
+            "sliding_window": self.cache.sliding_window,
+        }
 
 
 @dataclass(frozen=True)
@@ -156,9 +165,8 @@ class AttentionVerifier:
         window, slopes = self._mask()
         softcap = self._softcap()
         scale = self._scale(softcap, slopes)
-        spec = AttentionSpec(
-            self.q_heads, self.kv_heads, self.head_dim, self.value_dim, scale, softcap, window, self._sinks(), slopes
-        )
+        cache = LayerCache(self.q_heads, self.kv_heads, self.head_dim, self.value_dim, window)
+        spec = AttentionSpec(cache, scale, softcap, self._sinks(), slopes)
         rng = np.random.default_rng(site_seed(self.site))
         for lengths, facts in self.facts.items():
             if lengths != self.far[0]:
@@ -314,15 +322,7 @@ def _expected(
         distance = np.arange(lengths.total)[None, :] - new[:, None]
         bias = np.asarray(spec.slopes, np.float32)[:, None, None] * distance.astype(np.float32)
     sinks = np.asarray(spec.sinks, np.float32) if spec.sinks else None
-    attributes = cached_attention.SCHEMA.attributes_with_defaults(
-        {
-            "q_num_heads": spec.q_heads,
-            "kv_num_heads": spec.kv_heads,
-            "scale": spec.scale,
-            "softcap": spec.softcap,
-            "sliding_window": spec.window,
-        }
-    )
+    attributes = cached_attention.SCHEMA.attributes_with_defaults(spec.attributes)
     zeros = [np.zeros_like(new), new, np.zeros_like(past), past]
     return cached_attention.reference([q, k, v, past_k, past_v, *zeros, bias, sinks], attributes)[0]
 
