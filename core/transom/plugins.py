@@ -88,10 +88,6 @@ class ProbeAnswers:
     seconds: Mapping[str, float]
     """How long each backend's `probe` took."""
 
-    @property
-    def offers(self) -> tuple[tuple[str, Offer], ...]:
-        return tuple((name, answer) for name, answer in self.answers if isinstance(answer, Offer))
-
 
 @dataclass(frozen=True)
 class _Plugin:

@@ -58,7 +58,7 @@ def test_no_weight_is_read_before_it_is_needed() -> None:
     h = b.rms_norm(x, Dense((32,), "float32", never), 1e-5, "norm", offset=1.0)
     q = b.linear(h, Blocked((32, 32), 32, "int4", "float16", never), "q", bias=Dense((32,), "float16", never))
     y = b.attention(q, q, q, 0, sinks=Dense((2,), "float32", never))
-    b.rotary_tables(b.step.positions, np.ones(8, np.float32))
+    b.rotary_tables(b.inputs.positions, np.ones(8, np.float32))
     graph = b.finish_decoder(b.linear(y, Dense((10, 32), "float32", never), "head"), weights_hash="w")
     assert graph.decoder is not None
     graph.structure()
@@ -72,10 +72,10 @@ def test_weights_constants_and_tables_are_shared() -> None:
     assert first.producer().inputs[1] is second.producer().inputs[1]  # type: ignore[union-attr]
     assert b.constant([1, 2]) is b.constant(np.array([1, 2], np.int64))
     assert b.constant(1) is not b.constant(1.0)
-    tables = b.rotary_tables(b.step.positions, np.array([1.0, 0.5]))
-    assert b.rotary_tables(b.step.positions, np.array([1.0, 0.5])) == tables
-    assert b.rotary_tables(b.step.positions, np.array([1.0, 0.25])) != tables
-    assert b.rotary_tables(b.step.positions, np.array([1.0, 0.5]), factor=2.0) != tables
+    tables = b.rotary_tables(b.inputs.positions, np.array([1.0, 0.5]))
+    assert b.rotary_tables(b.inputs.positions, np.array([1.0, 0.5])) == tables
+    assert b.rotary_tables(b.inputs.positions, np.array([1.0, 0.25])) != tables
+    assert b.rotary_tables(b.inputs.positions, np.array([1.0, 0.5]), factor=2.0) != tables
     assert b.parameters == 16 * 16 + 8 * 16
 
 

@@ -13,8 +13,7 @@ import pytest
 
 from transom.graph import Graph, GraphBuilder
 from transom.graph.bodies import body_of, has_body
-from transom.graph.passes import decompose, infer_types, inline_functions, remove_unused
-from transom.graph.weights import dense
+from transom.graph.passes import decompose, infer_types, inline_functions
 from transom.ops import operators
 from transom.reference.executor import Executor
 from transom.testing.bench import ReferenceOracle
@@ -143,27 +142,6 @@ def test_one_call_of_a_local_function_is_decomposed_and_the_other_kept(tmp_path:
     np.testing.assert_array_equal(Executor(part).run({"x": np.float32([3])})["y"], np.float32([-12]))
     part.save(tmp_path / "part.onnx")
     assert Graph.open(tmp_path / "part.onnx").digest() == part.digest()
-
-
-def test_unused_nodes_weights_and_opsets_are_dropped(rng: np.random.Generator) -> None:
-    b = GraphBuilder("unused")
-    x = b.input("x", "float32", ["n", 8])
-    b.linear(x, dense(rng.standard_normal((4, 8)).astype(np.float32)), "nobody.reads")
-    b.graph.opset_imports["com.example"] = 1
-    b.output(b.op("Neg", x), "y")
-    graph = b.finish(weights_hash="w")
-    clean = remove_unused(graph)
-    assert [n.op_type for n in clean.nodes()] == ["Neg"]
-    assert not clean.model.graph.initializers
-    assert set(clean.model.graph.opset_imports) == {""}
-    assert len(list(graph.nodes())) == 3, "the pass changed its input"
-
-
-def test_nothing_that_an_output_needs_is_dropped(rng: np.random.Generator) -> None:
-    graph = tiny_decoder(rng, **VARIANTS["everything"])
-    clean = remove_unused(graph)
-    assert [n.name for n in clean.nodes()] == [n.name for n in graph.nodes()]
-    assert clean.decoder == graph.decoder
 
 
 def test_types_are_told_for_graphs_that_were_opened(rng: np.random.Generator, tmp_path: Path) -> None:

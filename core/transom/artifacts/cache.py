@@ -96,11 +96,6 @@ class StoredArtifact:
         return self._entry.path
 
     @property
-    def created(self) -> float:
-        """Seconds since 1970."""
-        return self._entry.manifest.created
-
-    @property
     def bytes(self) -> int:
         return self._entry.manifest.bytes
 
@@ -131,10 +126,6 @@ class StoredArtifact:
     @property
     def _verdicts(self) -> JsonStore:
         return self._cache._json_store(self.path / VERDICTS)
-
-    def touch(self) -> None:
-        """Set the time of last use to now; `lookup` has done so already."""
-        self._entry.touch()
 
     def discard(self, reason: str) -> None:
         """Remove it and its scratch folder, as after the verdict "rebuild", and log the reason."""
@@ -287,15 +278,15 @@ class Cache:
 
     def content_hash(self, path: Path, progress: Progress | None = None) -> str:
         """The hash of a file's content, memoized by path, size, modification time and inode. Raises SourceError."""
-        return content_hash(path, self._json_store(self.root / "remembered" / "hashes.json"), progress)
+        return content_hash(path, self._remembered("hashes"), progress)
 
     def recall(self, name: str, key: str) -> object:
         """The value remembered in the store `name`, or None."""
-        return self._json_store(self.root / "remembered" / f"{check_key(name)}.json").recall(key)
+        return self._remembered(name).recall(key)
 
     def remember(self, name: str, key: str, value: object) -> None:
         """Remember a value (JSON types) for later processes, or only for this one when the cache cannot be written."""
-        self._remember(self._json_store(self.root / "remembered" / f"{check_key(name)}.json"), key, value)
+        self._remember(self._remembered(name), key, value)
 
     # --- housekeeping ---
 
@@ -453,6 +444,9 @@ class Cache:
 
     def _json_store(self, path: Path) -> JsonStore:
         return self._json_stores.setdefault(path, JsonStore(path))
+
+    def _remembered(self, name: str) -> JsonStore:
+        return self._json_store(self.root / "remembered" / f"{check_key(name)}.json")
 
     def _remember(self, store: JsonStore, key: str, value: object) -> None:
         store.remember(key, value)

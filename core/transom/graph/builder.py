@@ -57,8 +57,8 @@ def _lazy(name: str, dtype: ir.DataType, shape: Sequence[int], load: Callable[[]
     return ir.LazyTensor(tensor, dtype, ir.Shape(shape), name=name)
 
 
-class StepInputs(NamedTuple):
-    """The inputs of a decoder graph that describe a step. int64 vectors: [tokens], [past] or [rows]."""
+class DecoderInputs(NamedTuple):
+    """The inputs of a decoder graph besides its cache. int64 vectors: [tokens], [past] or [rows]."""
 
     input_ids: ir.Value
     positions: ir.Value
@@ -280,11 +280,11 @@ class GraphBuilder:
         result = self.op("RotaryEmbedding", batch, *tables, name=name, **attributes)
         return self.op("Squeeze", result, self.constant([0]), name=f"{name}.flat")
 
-    def step_inputs(self) -> StepInputs:
-        """Add the inputs of a decoder graph that describe a step."""
+    def decoder_inputs(self) -> DecoderInputs:
+        """Add the inputs of a decoder graph besides its cache."""
         dims = ("tokens", "tokens", "tokens", "past", "past", "rows")
-        inputs = zip(StepInputs._fields, dims, strict=True)
-        return StepInputs(*(self.input(name, "int64", [dim]) for name, dim in inputs))
+        inputs = zip(DecoderInputs._fields, dims, strict=True)
+        return DecoderInputs(*(self.input(name, "int64", [dim]) for name, dim in inputs))
 
     def cache_inputs(self, layer: int, cache: LayerCache) -> tuple[ir.Value, ir.Value]:
         """Add the inputs for a layer's cached keys and values, [past, kv_heads * dim]."""
@@ -316,20 +316,20 @@ class GraphBuilder:
 class DecoderBuilder(GraphBuilder):
     """A `GraphBuilder` with the standard inputs and outputs of a decoder graph.
 
-    Inputs: those of `StepInputs`, int64; `past_key.i`, `past_value.i` float32 [past, heads * dim] per layer.
+    Inputs: those of `DecoderInputs`; `past_key.i`, `past_value.i` float32 [past, heads * dim] per layer.
     Outputs: `logits` float32 [rows, vocabulary]; `present_key.i`, `present_value.i` [present, heads * dim].
     """
 
     def __init__(self, name: str, decoder: Decoder) -> None:
         super().__init__(name)
         self.decoder = decoder
-        self.step = self.step_inputs()
+        self.inputs = self.decoder_inputs()
         self._past = [self.cache_inputs(i, cache) for i, cache in enumerate(decoder.layers)]
         self._present: dict[int, tuple[ir.Value, ir.Value]] = {}
 
     def embedding(self, weight: Weight, name: str = "embedding") -> ir.Value:
         """Rows of the embedding table for `input_ids`: [tokens, hidden]."""
-        return self.op("Gather", self.weight(weight, f"{name}.weight"), self.step.input_ids, axis=0, name=name)
+        return self.op("Gather", self.weight(weight, f"{name}.weight"), self.inputs.input_ids, axis=0, name=name)
 
     def attention(
         self,
@@ -345,7 +345,7 @@ class DecoderBuilder(GraphBuilder):
         name: str = "attention",
     ) -> ir.Value:
         """`transom::CachedAttention` over the layer's cache: [tokens, q_heads * value_dim]."""
-        cache, step = self.decoder.layers[layer], self.step
+        cache, step = self.decoder.layers[layer], self.inputs
         inputs: list[ir.Value | None] = [q, k, v, *self._past[layer], step.sequences, step.positions]
         inputs += [step.past_sequences, step.past_positions]
         if bias is not None or sinks is not None:
@@ -370,7 +370,7 @@ class DecoderBuilder(GraphBuilder):
 
     def rows_for_logits(self, hidden: ir.Value) -> ir.Value:
         """The rows of the hidden state whose logits are needed: only these are multiplied by the vocabulary matrix."""
-        return self.op("Gather", hidden, self.step.logit_rows, axis=0, name="logit_rows.hidden")
+        return self.op("Gather", hidden, self.inputs.logit_rows, axis=0, name="logit_rows.hidden")
 
     def finish_decoder(self, logits: ir.Value, *, weights_hash: str, notes: Sequence[str] = ()) -> Graph:
         """Set the outputs and finish. Raises ValueError when a layer has no attention."""

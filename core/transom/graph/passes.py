@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 
 import onnx_ir as ir
-from onnx_ir.passes.common import InlinePass, RemoveUnusedNodesPass, RemoveUnusedOpsetsPass
+from onnx_ir.passes.common import InlinePass
 
 from transom.graph.bodies import body_of
 from transom.graph.graph import Graph
@@ -115,14 +115,6 @@ def inline_functions(graph: Graph) -> Graph:
 
     model = graph.model.clone()
     InlinePass(criteria=lambda f: find(f.domain, f.name) is None)(model)
-    return _rebuilt(graph, model)
-
-
-def remove_unused(graph: Graph) -> Graph:
-    """Remove nodes, weights and opset imports that no output depends on."""
-    model = graph.model.clone()
-    RemoveUnusedNodesPass()(model)
-    RemoveUnusedOpsetsPass()(model)
     return _rebuilt(graph, model)
 
 

@@ -45,7 +45,7 @@ def cgroup_limits(root: Path = Path("/")) -> CgroupLimits:
 def _folders(root: Path, controller: str) -> Iterator[Path]:
     """The folders of this process's group for a controller, from the group itself up to the mount."""
     own: dict[str, str] = {}
-    for line in _text(root / "proc/self/cgroup").splitlines():
+    for line in text_of(root / "proc/self/cgroup").splitlines():
         number, controllers, path = [*line.split(":", 2), "", ""][:3]
         for name in controllers.split(",") if controllers else ["unified"] if number == "0" else []:
             own[name] = path
@@ -53,7 +53,7 @@ def _folders(root: Path, controller: str) -> Iterator[Path]:
     hierarchy = controller if controller in own else "unified"
     if hierarchy not in own:
         return
-    for line in _text(root / "proc/self/mountinfo").splitlines():
+    for line in text_of(root / "proc/self/mountinfo").splitlines():
         fields = line.split()
         if "-" not in fields or len(fields) < fields.index("-") + 4:
             continue
@@ -83,9 +83,9 @@ def _below(group: str, mount_root: str) -> list[str]:
 
 
 def _quota(folder: Path) -> float | None:
-    quota, _, period = _text(folder / "cpu.max").strip().partition(" ")
+    quota, _, period = text_of(folder / "cpu.max").strip().partition(" ")
     if not quota:
-        quota, period = _text(folder / "cpu.cfs_quota_us").strip(), _text(folder / "cpu.cfs_period_us").strip()
+        quota, period = text_of(folder / "cpu.cfs_quota_us").strip(), text_of(folder / "cpu.cfs_period_us").strip()
     if not quota.isdigit() or not (period or "100000").isdigit() or int(quota) == 0:
         return None  # "max", "-1", or nothing to read
     return int(quota) / max(1, int(period or "100000"))
@@ -93,17 +93,18 @@ def _quota(folder: Path) -> float | None:
 
 def _droppable(folder: Path) -> int:
     """Bytes of inactive page cache, which the kernel drops before an allocation fails."""
-    stat = dict(line.split(" ", 1) for line in _text(folder / "memory.stat").splitlines() if " " in line)
+    stat = dict(line.split(" ", 1) for line in text_of(folder / "memory.stat").splitlines() if " " in line)
     value = stat.get("total_inactive_file") or stat.get("inactive_file") or "0"
     return int(value) if value.strip().isdigit() else 0
 
 
 def _number(path: Path) -> int | None:
-    text = _text(path).strip()
+    text = text_of(path).strip()
     return int(text) if text.isdigit() else None
 
 
-def _text(path: Path) -> str:
+def text_of(path: Path) -> str:
+    """The text of a file of the system; empty if it cannot be read."""
     try:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from transom.contract import Device
-from transom.hardware.cgroup import cgroup_limits
+from transom.hardware.cgroup import cgroup_limits, text_of
 
 _X86_RELEVANT = re.compile(
     r"(sse|ssse|avx|amx)\w*|fma|f16c|bmi[12]|movbe|popcnt|lzcnt|gfni|aes|vaes|pclmulqdq|vpclmulqdq"
@@ -201,7 +201,7 @@ def _identity(host: Host, info: Mapping[str, str], name: str) -> str:
 def _memory(host: Host) -> tuple[int, int | None]:
     """(total, available) bytes of the machine."""
     if host.platform == "linux":
-        found = re.findall(r"^(MemTotal|MemAvailable):\s*(\d+) kB", _text(host.root / "proc/meminfo"), re.MULTILINE)
+        found = re.findall(r"^(MemTotal|MemAvailable):\s*(\d+) kB", text_of(host.root / "proc/meminfo"), re.MULTILINE)
         sizes = {key: int(kib) * 1024 for key, kib in found}
         return sizes.get("MemTotal", 0), sizes.get("MemAvailable")
     if sys.platform == "win32":
@@ -232,13 +232,13 @@ def _windows_memory() -> tuple[int, int | None]:
 def _physical_cores(host: Host) -> int:
     """Cores, not hardware threads, that the affinity mask reaches."""
     folder = host.root / "sys/devices/system/cpu"
-    if host.platform != "linux" or _text(folder / "smt/active").strip() == "0":
+    if host.platform != "linux" or text_of(folder / "smt/active").strip() == "0":
         return len(host.affinity)
     left = set(host.affinity)
     cores = 0
     while left:
         cpu = min(left)
-        siblings = cpu_list(_text(folder / f"cpu{cpu}/topology/thread_siblings_list"))
+        siblings = cpu_list(text_of(folder / f"cpu{cpu}/topology/thread_siblings_list"))
         left -= siblings | {cpu}
         cores += 1
     return cores
@@ -250,8 +250,8 @@ def _caches(host: Host) -> dict[str, int]:
     caches: dict[str, int] = {}
     suffix = {"Data": "d", "Instruction": "i", "Unified": ""}
     for folder in sorted((host.root / f"sys/devices/system/cpu/cpu{min(host.affinity)}/cache").glob("index*")):
-        level, kind = _text(folder / "level").strip(), _text(folder / "type").strip()
-        size = re.fullmatch(r"(\d+)([KM]?)", _text(folder / "size").strip())
+        level, kind = text_of(folder / "level").strip(), text_of(folder / "type").strip()
+        size = re.fullmatch(r"(\d+)([KM]?)", text_of(folder / "size").strip())
         if level.isdigit() and kind in suffix and size:
             caches[f"l{level}{suffix[kind]}"] = int(size[1]) * {"": 1, "K": 1024, "M": 1 << 20}[size[2]]
     return caches
@@ -262,7 +262,7 @@ def _numa(host: Host) -> tuple[tuple[int, ...], ...]:
         return ()
     folders = (host.root / "sys/devices/system/node").glob("node[0-9]*")
     nodes = [
-        tuple(sorted(cpu_list(_text(folder / "cpulist")) & host.affinity))
+        tuple(sorted(cpu_list(text_of(folder / "cpulist")) & host.affinity))
         for folder in sorted(folders, key=lambda folder: int(folder.name.removeprefix("node")))
     ]
     return tuple(node for node in nodes if node)
@@ -274,10 +274,3 @@ def cpu_list(text: str) -> set[int]:
     for first, last in re.findall(r"(\d+)(?:-(\d+))?", text):
         numbers.update(range(int(first), int(last or first) + 1))
     return numbers
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""

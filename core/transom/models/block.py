@@ -77,7 +77,7 @@ def head_norm(
 
 def rotate(b: DecoderBuilder, x: ir.Value, heads: int, config: Config, rope: RotaryConfig, name: str) -> ir.Value:
     """Rotary embedding of x by the tokens' positions."""
-    tables = b.rotary_tables(b.step.positions, rope.frequencies, factor=rope.factor)
+    tables = b.rotary_tables(b.inputs.positions, rope.frequencies, factor=rope.factor)
     partial = rope.rotated if rope.rotated != config.head_dim else 0
     return b.rotate(x, tables, heads, name, rotated=partial)
 

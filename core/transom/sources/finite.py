@@ -5,7 +5,6 @@ The check compares exponent bits, so it costs one pass at memory speed for every
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -45,14 +44,18 @@ def require_finite(array: Array, name: str, where: object, what: str = "") -> Ar
         SourceError: it has NaN or infinity; the message names the tensor and the count.
     """
     if not is_finite(array):
-        bad = np.asarray(array, np.float32)
-        count = int(np.count_nonzero(~np.isfinite(bad)))
-        kind = "NaN" if np.isnan(bad).any() else "infinite"
-        raise SourceError(
-            f"The tensor {name} in {where} has {kind} values{what} ({count} of {math.prod(array.shape)})",
-            "The model was damaged in training, conversion or download: get it again or convert it again",
-        )
+        raise _damaged(array, f"{name} in {where}", "convert", what)
     return array
+
+
+def _damaged(array: Array, tensor: str, made_by: str, what: str = "") -> SourceError:
+    numbers = np.asarray(array, np.float64)
+    count = int(np.count_nonzero(~np.isfinite(numbers)))
+    kind = "NaN" if np.isnan(numbers).any() else "infinite"
+    return SourceError(
+        f"The tensor {tensor} has {kind} values{what} ({count} of {numbers.size})",
+        f"The model was damaged in training, conversion or download: get it again or {made_by} it again",
+    )
 
 
 def require_finite_graph(graph: Graph, where: object) -> None:
@@ -75,13 +78,7 @@ def require_finite_graph(graph: Graph, where: object) -> None:
         elif np.isfinite(array).all():
             continue
         if np.isnan(array).any() or _is_multiplied(value):
-            numbers = np.asarray(array, np.float64)
-            count = int(np.count_nonzero(~np.isfinite(numbers)))
-            kind = "NaN" if np.isnan(numbers).any() else "infinite"
-            raise SourceError(
-                f"The tensor {name} in {where} has {kind} values ({count} of {numbers.size})",
-                "The model was damaged in training, conversion or download: get it again or export it again",
-            )
+            raise _damaged(array, f"{name} in {where}", "export")
 
 
 def _is_multiplied(value: ir.Value) -> bool:

@@ -136,7 +136,7 @@ def tiny_decoder(
     make = _Weights(rng, weights, block)
     embedding = make.matrix(vocabulary, hidden)
     x = b.op("Mul", b.embedding(embedding), b.constant(float(hidden**0.5)), name="embedding.scaled")
-    tables = b.rotary_tables(b.step.positions, 1e4 ** (-np.arange(0, rotated or head_dim, 2) / (rotated or head_dim)))
+    tables = b.rotary_tables(b.inputs.positions, 1e4 ** (-np.arange(0, rotated or head_dim, 2) / (rotated or head_dim)))
     bias = _distances(b, q_heads) if attention_bias else None
 
     def linear(x: ir.Value, rows: int, columns: int, name: str) -> ir.Value:
@@ -167,8 +167,8 @@ def tiny_decoder(
 
 def _distances(b: DecoderBuilder, heads: int) -> ir.Value:
     """-slope * (query position - key position), [heads, tokens, past + tokens]."""
-    keys = b.op("Concat", b.step.past_positions, b.step.positions, axis=0, name="bias.keys")
-    rows = b.op("Unsqueeze", b.step.positions, b.constant([1]), name="bias.rows")
+    keys = b.op("Concat", b.inputs.past_positions, b.inputs.positions, axis=0, name="bias.keys")
+    rows = b.op("Unsqueeze", b.inputs.positions, b.constant([1]), name="bias.rows")
     columns = b.op("Unsqueeze", keys, b.constant([0]), name="bias.columns")
     distance = b.op("Cast", b.op("Sub", columns, rows, name="bias.distance"), to=1, name="bias.float")
     slopes = (2.0 ** -np.arange(1, heads + 1)).astype(np.float32).reshape(heads, 1, 1)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from transom.graph.builder import StepInputs
+from transom.graph.builder import DecoderInputs
 from transom.graph.editing import Editor
 from transom.graph.raising.abstract import Facts
 from transom.graph.raising.lengths import Lengths
@@ -31,14 +31,14 @@ class Rewriter:
         for value in old:  # their names may clash with the standard inputs
             value.name = e._name(f"{value.name}.before")
         self._free_names()
-        self.step = e.step_inputs()
+        self.inputs = e.decoder_inputs()
         self.present: list[tuple[ir.Value, ir.Value]] = []
         self._distances: ir.Value | None = None
 
     def _free_names(self) -> None:
         """Rename values whose names the standard inputs and outputs need."""
         e = self.editor
-        standard = {*StepInputs._fields, "logits"}
+        standard = {*DecoderInputs._fields, "logits"}
 
         def reserved(name: str) -> bool:
             return name in standard or name.startswith(("past_key.", "past_value.", "present_key.", "present_value."))
@@ -50,7 +50,7 @@ class Rewriter:
 
     def ids(self, old: ir.Value) -> None:
         """Replace the token ids [1, tokens] by `input_ids` [tokens]."""
-        new = self.editor.op("Unsqueeze", self.step.input_ids, self.editor.constant([0]), name="input_ids.batch")
+        new = self.editor.op("Unsqueeze", self.inputs.input_ids, self.editor.constant([0]), name="input_ids.batch")
         if old.dtype is not None and old.dtype != ir.DataType.INT64:
             new = self.editor.op("Cast", new, to=int(old.dtype), name="input_ids.cast")
         old.replace_all_uses_with(new)
@@ -74,7 +74,7 @@ class Rewriter:
             return
         offset, axis, shape = found
         e = self.editor
-        new = self.step.positions
+        new = self.inputs.positions
         if offset:
             new = e.op("Add", new, e.constant(offset), name="positions.shifted")
         axes = [a for a in range(len(shape)) if a != axis]
@@ -90,7 +90,7 @@ class Rewriter:
     # attention -------------------------------------------------------------------------------------------------------
     def attention(self, site: AttentionSite, spec: AttentionSpec, layouts: Layouts) -> None:
         """Replace the site's nodes by `transom::CachedAttention`."""
-        e, step, layer = self.editor, self.step, site.layer
+        e, step, layer = self.editor, self.inputs, site.layer
         past = e.cache_inputs(layer, spec.cache)
         with e.scope(f"layers.{layer}.attention"):
             inputs: list[ir.Value | None] = [
@@ -134,8 +134,8 @@ class Rewriter:
         """The ALiBi bias, slope × (position of the key - position of the query): [heads, tokens, past + tokens]."""
         e = self.editor
         if self._distances is None:
-            positions = self.step.positions
-            every = e.op("Concat", self.step.past_positions, positions, axis=0, name="alibi.positions")
+            positions = self.inputs.positions
+            every = e.op("Concat", self.inputs.past_positions, positions, axis=0, name="alibi.positions")
             keys, queries = e.op("Unsqueeze", every, e.constant([0])), e.op("Unsqueeze", positions, e.constant([1]))
             distance = e.op("Sub", keys, queries)
             self._distances = e.op("Cast", distance, to=int(ir.DataType.FLOAT), name="alibi.distance")
@@ -158,7 +158,7 @@ class Rewriter:
             chain, at = [], old
         axis = layout.axis
         name = "logit_rows.hidden" if chain else "logit_rows.logits"
-        new = e.op("Gather", at, self.step.logit_rows, axis=axis, name=name)
+        new = e.op("Gather", at, self.inputs.logit_rows, axis=axis, name=name)
         new.type = ir.TensorType(ir.DataType.FLOAT)
         for node in reversed(chain):
             inputs = [new if v is self._data(node) else v for v in node.inputs]
