@@ -348,13 +348,10 @@ def _choose(
     found = QueryBlock(begin, end, False, units, columns[columns < far_end], 0, 0, a)
     start = scores.first_seen(begin)
     read, seen = int(found.reads(unit)[start:].sum()), end + 1 - start
+    margin = _margin(take, falling, before, coverage, total, rule)
     if rule.max_density * DENSE_ABOVE[1] > DENSE_ABOVE[0] and read * DENSE_ABOVE[1] > seen * DENSE_ABOVE[0]:
-        return replace(
-            _dense(begin, end, unit, start),
-            scores=a,
-            margin=_margin(take, falling, before, coverage, total, rule),
-        )
-    return replace(found, read=read, seen=seen, margin=_margin(take, falling, before, coverage, total, rule))
+        return replace(_dense(begin, end, unit, start), scores=a, margin=margin)
+    return replace(found, read=read, seen=seen, margin=margin)
 
 
 def _bounds(begin: int, end: int, far_end: int, rule: Sparsity, scores: ScoreParams) -> tuple[int, int]:

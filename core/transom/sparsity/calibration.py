@@ -1,6 +1,6 @@
-"""Calibrations of a model's heads, where they are found: beside the model, in the cache, or shipped with Transom.
+"""Finds the calibration of a model's heads: in a file beside the model, or among those shipped with Transom.
 
-A calibration is a policy file of which the `heads` count.
+A calibration is a policy file of which only the `heads` are used.
 """
 
 from __future__ import annotations

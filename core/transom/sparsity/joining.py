@@ -8,7 +8,7 @@ from transom.sparsity.policy import DENSE, LayerSparsity, Sparsity
 
 
 def joined(layers: Sequence[str]) -> Sparsity | str:
-    """The policy that gives these views of its layers, or the reason why there is none.
+    """The policy whose layers have these views, or the reason why there is none.
 
     Args:
         layers: the attribute `sparsity` of each layer's attention, in order.

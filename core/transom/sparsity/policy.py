@@ -1,10 +1,11 @@
-"""`Sparsity`: what attention reads, as numbers, and `LayerSparsity`: what one layer of a model reads by it.
+"""Sparsity policies: `Sparsity` says which keys attention reads, and `LayerSparsity` is its view of one layer.
 
-A policy is checked on creation, named by presets, written as JSON. A layer's canonical string is the attribute
-`sparsity` of `transom::CachedAttention`.
+A policy is checked when it is created. Presets have names, and every policy can be written as JSON. The canonical
+string of a layer is the attribute `sparsity` of `transom::CachedAttention`.
 
-The policy says how units of keys are scored and how many of them are read; what it means to the last key is defined by
-its NumPy reference, `transom.ops.sparse_routing`. Source of the method: node routing, described in `docs/sparsity.md`.
+A policy says how units of keys are scored and how many of them are read. The NumPy reference,
+`transom.ops.sparse_routing`, defines exactly which keys these are. The method is called node routing and is described
+in `docs/sparsity.md`.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class Sparsity:
     local_window: int = 64
     """Tokens before a block of queries that all of its queries read, at least 1; rounded up to whole blocks of 64."""
     columns: int = 64
-    """Keys of most mass over all queries, read by every query; 0: none, and the first block of keys in their place."""
+    """Number of keys with the most mass over all queries, read by every query. 0: the first block of keys instead."""
     node: int = 8
     """Tokens that one node (mean, variance, count) stands for. Divides `unit`."""
     unit: int = 16
@@ -57,18 +58,18 @@ class Sparsity:
     min_density: float = 0.0
     """Minimum share of the units that is read, regardless of the coverage."""
     max_density: float = 1.0
-    """Largest share of the units that is read, but for those that always are. Above 0.6, a block that would read more
-    than 0.6 of its keys reads all of them: whole tiles in order are then faster than gathered ones."""
+    """Maximum share of the units that is read, apart from those that are always read. Above 0.6, a block that would
+    read more than 0.6 of its keys reads all of them: whole tiles in order are then faster than gathered ones."""
     dense_below: int = 1024
     """A block of queries that has this many keys or fewer reads all of them."""
     top_k: int = 0
     """Above 0: read this many units besides those that are always read, instead of a coverage (static shapes)."""
     heads: Heads | None = None
-    """Calibration of one model, layer × KV head: 1 - coverage is multiplied by it, 0 is a dense head. None: not
-    calibrated, every head follows the coverage."""
+    """The calibration of one model: a multiplier of 1 - coverage for each layer and KV head; 0 is a dense head. None:
+    not calibrated; every head has the same coverage."""
     score: str = field(default="rms", kw_only=True)
-    """`"rms"`: masses from mean and variance, the nearby keys exact, root mean square over the rows. `"mean"`: the
-    textbook form: masses from the mean key alone, the nearby ones too, mean over the rows."""
+    """`"rms"`: masses from mean and variance, exact for nearby keys; root mean square over the rows. `"mean"`, the
+    textbook form: masses from the mean key alone, also for nearby keys; mean over the rows."""
 
     def __post_init__(self) -> None:
         for name, low, open_low in (("coverage", 0.0, True), ("min_density", 0.0, False), ("max_density", 0.0, True)):
