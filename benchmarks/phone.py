@@ -38,8 +38,8 @@ from transom.contract import Artifact, Device, Work
 from transom.hardware.catalogue import PREFIX, catalogue
 from transom.preparation.reference_outputs import reference_logits
 from transom_mobile_export.qnn.backend import Qnn
-from transom_mobile_export.qnn.claims import drafted
-from transom_mobile_export.qnn.encoding import RoundedMatrices, add_rounding
+from transom_mobile_export.qnn.claims import read_decoder
+from transom_mobile_export.qnn.encoding import QuantizedMatrices, add_quantization
 from transom_mobile_export.qnn.lowering import lower
 from transom_mobile_export.qnn.observing import RunningPart, embedded, grouped, observe, prefill
 from transom_mobile_export.qnn.precision import resolve as resolve_precision
@@ -75,7 +75,7 @@ def rounded_logits(model: Any, seen: Any, matrices: Any, precision: Any, ids: li
     found: dict[str, Array] = {}
     for part in grouped(model.layers):
         lowered = lower(model.reader, part, tokens="tokens", cached="cached", context=len(ids), matrices=matrices)
-        add_rounding(lowered, seen, cache)
+        add_quantization(lowered, seen, cache)
         with RunningPart(lowered) as running:
             found = running(prefill(model.reader.decoder, part, hidden, np.arange(len(ids)), cache.numpy()))
         hidden = found.get("hidden_out", hidden)
@@ -135,11 +135,11 @@ def main() -> None:
     for name in asked.precisions:
         precision = resolve_precision({"precision": name}, EMULATED.htp_arch)
         options = {"precision": name, "context": 64, "calibration": shown, "threads": None}
-        if precision.rounded:
-            model = drafted(graph, precision)
+        if precision.quantized:
+            model = read_decoder(graph, precision)
             seen = observe(model, shown, lambda share: None)
             with tempfile.TemporaryDirectory() as folder:
-                matrices = RoundedMatrices(precision, seen.squares, Path(folder))
+                matrices = QuantizedMatrices(precision, seen.squares, Path(folder))
                 for domain, ids in held.items():
                     got = rounded_logits(model, seen, matrices, precision, ids)
                     add(agreement("rounded", name, domain, expected[domain], got))
@@ -169,7 +169,7 @@ def main() -> None:
 
 def products(graph: Any) -> int:
     """Weights of all products with a matrix, the vocabulary's included."""
-    model = drafted(graph, resolve_precision({"precision": "f16"}, EMULATED.htp_arch))
+    model = read_decoder(graph, resolve_precision({"precision": "f16"}, EMULATED.htp_arch))
     ops = [d for layer in model.layers for own in layer.layers for d in own if d.weight is not None]
     return sum(d.weight.shape[0] * d.weight.shape[1] for d in ops if d.weight is not None)
 

@@ -39,9 +39,9 @@ from transom.reference.executor import Executor
 from transom.sessions import BufferedSession, PackedSession
 from transom.sparsity import Sparsity
 from transom_mobile_export.qnn.backend import Qnn
-from transom_mobile_export.qnn.claims import drafted
+from transom_mobile_export.qnn.claims import read_decoder
 from transom_mobile_export.qnn.compiling import PreparedModel, write_graph
-from transom_mobile_export.qnn.encoding import RoundedMatrices
+from transom_mobile_export.qnn.encoding import QuantizedMatrices
 from transom_mobile_export.qnn.layout import PartFiles, QnnVariant, cache_layers
 from transom_mobile_export.qnn.loading import session_over
 from transom_mobile_export.qnn.lowering import lower
@@ -78,7 +78,7 @@ class Cost:
 def cost(graph: Graph, policy: Sparsity, context: int, precision: QnnPrecision) -> Iterator[Cost]:
     """The cost of dense attention and of the policy."""
     for each in (Sparsity.parse("off"), policy):
-        model = drafted(with_sparsity(graph, each), QnnPrecision("float16", "float16"))
+        model = read_decoder(with_sparsity(graph, each), QnnPrecision("float16", "float16"))
         lowered = [lower(model.reader, p, tokens=1, cached=context, context=context) for p in model.layers]
         count = sum(sum(operators(part.graph).values()) for part in lowered)
         layers = [
@@ -113,10 +113,10 @@ def rounded_session(
     graph: Graph, precision: QnnPrecision, shown: Sequence[Sequence[int]], context: int, folder: Path
 ) -> BufferedSession:
     """The backend's session over quantized graphs on the CPU."""
-    model = drafted(graph, precision)
+    model = read_decoder(graph, precision)
     decoder = model.reader.decoder
     seen = observe(model, shown, lambda share: None)
-    prepared = PreparedModel(model, precision, seen, RoundedMatrices(precision, seen.squares, folder))
+    prepared = PreparedModel(model, precision, seen, QuantizedMatrices(precision, seen.squares, folder))
     (part,) = plan_parts(model.layers)
     paths = {tokens: folder / f"graph{tokens}.onnx" for tokens in (CHUNK, 1)}
     for tokens, path in paths.items():

@@ -1,33 +1,35 @@
-"""Models, from the machine code, how busy a kernel's main loops keep a multiprocessor.
+"""Models how busy a kernel's main loops keep a multiprocessor, from the machine code.
 
-A loop is the code between a branch and the earlier address that it goes to. Of its instructions each takes one cycle of
-issue, and a number of cycles of the pipe that executes it; a multiprocessor has four parts, each with a scheduler that
-issues one instruction a cycle and with its own tensor core, and a warp stays in one part. All warps run the same loop,
-so one warp's cycles on one part suffice. **The bound of a loop is the largest sum over its pipes**: other warps are
-taken to cover latencies, and the pipes to overlap. What binds says which pipe that is; the share of another pipe is
-its sum over the bound.
+A loop is the code between a branch and the earlier address that it jumps to. Each instruction takes one issue cycle,
+and a number of cycles of the pipe that executes it. A multiprocessor has four parts, each with a scheduler that issues
+one instruction per cycle, and with its own tensor core; a warp stays in one part. All warps run the same loop, so it is
+enough to model one warp on one part. **The bound of a loop is the largest sum over its pipes.** The model assumes that
+other warps hide latencies, and that pipes overlap. The pipe with the largest sum is the one that binds; the utilization
+of any other pipe is its sum divided by the bound.
 
 Cycles of a part for one instruction of a warp, from NVIDIA's figures for a whole multiprocessor:
 
-- *matrix*: dense multiplications and additions of 16-bit numbers a cycle: 1024 on sm_80 (A100 whitepaper: 312 TFLOPS of
-  108 multiprocessors at 1.41 GHz), 512 on sm_86 and sm_89 (A40: 150 of 84 at 1.74 GHz; L40S: 362 of 142 at 2.52 GHz),
-  2048 on sm_90 (H100: 989 of 132 at 1.83 GHz). A part has a quarter. `HMMA.16816` has 16 * 8 * 16 = 2048 of them: 8
-  cycles on sm_80, 16 on sm_86 and sm_89. `HGMMA.64xNx16` is shared by four warps, one of each part: N / 2 cycles on
-  sm_90. `HMMA` on sm_90 is taken at sm_80's rate: it does not reach that of `HGMMA` (Luo and others 2024,
-  arXiv:2402.13499).
-- *special* (`MUFU`): 16 a cycle: 8 cycles for 32 threads.
-- *float* (`FFMA`, `FADD`, `FMUL`, and `IMAD`): 64 a cycle on sm_80, 2 cycles; 128 otherwise, 1 cycle; `IMAD` always 64.
-- *integer* (the other arithmetic, comparisons, selections, conversions): 64 a cycle, 2 cycles. *uniform*, what is one
-  for a whole warp, has a unit of its own, taken at 2 cycles.
-- *shared*: 128 bytes a cycle, over all parts: a warp's 512 bytes take 16 cycles of a part's share. Copies into shared
-  memory count, and so do the operands that `HGMMA` reads there, once for its four warps.
-- *level 2*: copies from global memory at 5120 bytes a cycle over all multiprocessors of sm_80 (A100 whitepaper: 47 for
-  each); the same total is taken for sm_90 (39 for each). Not modelled for sm_86 and sm_89: no figure is published.
-- *memory*: the same bytes at the bandwidth of the card's memory, only where they are read once, as in decoding: for
-  each multiprocessor and cycle 13.4 bytes on sm_80 (A100: 2039 GB/s), 4.8 on sm_86 (A40: 696 GB/s), 2.4 on sm_89
+- *matrix*: a multiprocessor does this number of dense 16-bit multiply-adds per cycle: 1024 on sm_80 (A100 whitepaper:
+  312 TFLOPS with 108 multiprocessors at 1.41 GHz), 512 on sm_86 and sm_89 (A40: 150 with 84 at 1.74 GHz; L40S: 362 with
+  142 at 2.52 GHz), 2048 on sm_90 (H100: 989 with 132 at 1.83 GHz). A part does a quarter. `HMMA.16816` is
+  16 * 8 * 16 = 2048 multiply-adds: 8 cycles on sm_80, 16 on sm_86 and sm_89. `HGMMA.64xNx16` is shared by four warps,
+  one of each part: N / 2 cycles on sm_90. For `HMMA` on sm_90 the model uses the rate of sm_80, because it does not
+  reach the rate of `HGMMA` (Luo and others 2024, arXiv:2402.13499).
+- *special* (`MUFU`): 16 results per cycle, so 8 cycles for 32 threads.
+- *float* (`FFMA`, `FADD`, `FMUL`, and `IMAD`): 64 results per cycle on sm_80, so 2 cycles; otherwise 128, so 1 cycle;
+  always 64 for `IMAD`.
+- *integer* (other arithmetic, comparisons, selections, conversions): 64 results per cycle, so 2 cycles. *uniform*
+  instructions, which compute one result for a whole warp, have a unit of their own; the model assumes 2 cycles.
+- *shared*: 128 bytes per cycle for all parts together, so 512 bytes of a warp take 16 cycles of a part's share. This
+  includes copies to shared memory, and the operands that `HGMMA` reads there, once for its four warps.
+- *level 2*: copies from global memory, at 5120 bytes per cycle for all multiprocessors of sm_80 together (A100
+  whitepaper; 47 for each); the model assumes the same total for sm_90 (39 for each). It has no such bound for sm_86 and
+  sm_89, for which no figure is published.
+- *memory*: the same bytes at the bandwidth of the card's memory, only where they are read once, as in decoding. Per
+  multiprocessor and cycle: 13.4 bytes on sm_80 (A100: 2039 GB/s), 4.8 on sm_86 (A40: 696 GB/s), 2.4 on sm_89
   (L40S: 864 GB/s), 13.9 on sm_90 (H100: 3352 GB/s).
 
-Sources: CUDA C++ Programming Guide, "Arithmetic Instructions", for results of a multiprocessor in a cycle; the
+Sources: CUDA C++ Programming Guide, "Arithmetic Instructions", for results per multiprocessor and cycle; the
 whitepapers and data sheets of A100, GA102, A40, L40S and H100.
 """
 
@@ -38,11 +40,11 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
 MATRIX_RATE = {80: 1024, 86: 512, 89: 512, 90: 2048}
-"""16-bit multiplications and additions of a multiprocessor in a cycle."""
+"""16-bit multiply-adds per multiprocessor and cycle."""
 LEVEL_2 = {80: 5120 / 108, 90: 5120 / 132}
-"""Bytes of a multiprocessor in a cycle."""
+"""Bytes per multiprocessor and cycle."""
 MEMORY = {80: 2039e9 / 108 / 1.41e9, 86: 696e9 / 84 / 1.74e9, 89: 864e9 / 142 / 2.52e9, 90: 3352e9 / 132 / 1.83e9}
-"""Bytes of a multiprocessor in a cycle."""
+"""Bytes per multiprocessor and cycle."""
 PARTS = 4
 
 _CLASSES = {
@@ -56,7 +58,7 @@ _CLASSES = {
     ),
 }  # fmt: skip
 CLASSES = (*_CLASSES, "integer")
-"""Classes of instructions; integer has addresses, predicates and moves."""
+"""Classes of instructions; `integer` includes addresses, predicates and moves."""
 _CLASS = {name: kind for kind, names in _CLASSES.items() for name in names}
 _FMA = ("FFMA", "FADD", "FMUL")
 
@@ -70,7 +72,7 @@ class Loop:
     reads_once: bool = False
     """Whether it copies from the card's memory, not from the level 2 cache."""
     cycles: dict[str, float] = field(init=False)
-    """Cycles of a part for one warp and pass, by pipe."""
+    """Cycles of a part per warp and iteration, by pipe."""
 
     def __post_init__(self) -> None:
         sums: defaultdict[str, float] = defaultdict(float)
@@ -102,7 +104,7 @@ class Loop:
         return (counts["matrix"] + counts["copy"]) / len(self.instructions)
 
     @property
-    def serialised(self) -> bool:
+    def serialized(self) -> bool:
         """Whether each `HGMMA` waits for the one before, because the compiler could not overlap them."""
         waits = sum("DEPBAR" in text for text in self.instructions if _name(text) == "WARPGROUP")
         products = sum(_name(text) == "HGMMA" for text in self.instructions)
@@ -110,7 +112,7 @@ class Loop:
 
 
 def main_loops(sass: str, arch: int, reads_once: bool = False) -> list[Loop]:
-    """The loops of a kernel that have matrix instructions, in the order of the code."""
+    """The innermost loops with matrix instructions, in the order of the code."""
     code = [(int(a, 16), t) for a, t in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^\n]*?)\s*;", sass)]
     found: list[tuple[int, int, tuple[str, ...]]] = []
     for at, text in code:
@@ -132,11 +134,11 @@ class Attention:
     listed: Loop
     """Whole tiles of far units."""
     loose: Loop
-    """What fills no tile: single keys, and the last units of a list."""
+    """Incomplete tiles: single keys, and the last units of a list."""
     dense: Loop
-    """Near keys, and all keys of dense attention, that every query sees."""
+    """Near keys, and all keys of dense attention, that are visible to every query."""
     diagonal: Loop
-    """Near keys that not every query sees."""
+    """Near keys that are not visible to every query."""
 
     @classmethod
     def of(cls, sass: str, arch: int, reads_once: bool = False) -> Attention:
@@ -153,18 +155,20 @@ class Attention:
 
     @property
     def issue_efficiency(self) -> float:
-        """The same if nothing bound but issue: what is left where no other pipe hides the list's instructions."""
+        """The same ratio if issue were the only bound, so that no other pipe hides the list's instructions."""
         return self.dense.cycles["issue"] / self.listed.cycles["issue"]
 
     def of_block(
         self, keys: int, total: int = 16384, density: float = 0.2, near: int = 512, columns: int = 64
     ) -> float:
-        """Dense time times density over sparse time, of one block of queries.
+        """Dense time times density, divided by sparse time, for one block of queries.
 
         Args:
-            keys: of a tile.
+            keys: keys per tile.
             total: keys that a dense block reads.
-            density: the share of them that a sparse block reads: `near` ones, single `columns`, the others listed.
+            density: share of them that a sparse block reads.
+            near: near keys among these.
+            columns: single keys among these; the rest are in the list.
         """
         read = density * total
         diagonal = -(-64 // keys) * self.diagonal.bound
@@ -179,7 +183,7 @@ def _name(text: str) -> str:
 
 
 def _pipes(text: str, arch: int, reads_once: bool) -> dict[str, float]:
-    """Cycles of a part that one instruction of a warp takes, by pipe."""
+    """Cycles of a part for one instruction of a warp, by pipe."""
     name = _name(text)
     if name == "HMMA":
         m, n, k = {"16816": (16, 8, 16), "1688": (16, 8, 8)}[re.search(r"HMMA\.(\d+)", text)[1]]  # type: ignore[index]
@@ -187,7 +191,7 @@ def _pipes(text: str, arch: int, reads_once: bool) -> dict[str, float]:
     if name == "HGMMA":
         m, n, k = map(int, re.search(r"HGMMA\.(\d+)x(\d+)x(\d+)", text).groups())  # type: ignore[union-attr]
         operands = re.findall(r"(gdesc\[|\bR\d+)", text.split(",", 1)[1])
-        # One descriptor names both operands in shared memory, or the second where the first is in registers.
+        # One descriptor names both operands in shared memory, or only the second if the first is in registers.
         read = n * k * 2 + (0 if operands and operands[0].startswith("R") else m * k * 2)
         return {"matrix": m * n * k / MATRIX_RATE[arch], "shared": read / 128}
     if name == "MUFU":
@@ -215,7 +219,7 @@ def _pipes(text: str, arch: int, reads_once: bool) -> dict[str, float]:
 
 
 def _bytes(text: str) -> int:
-    """Bytes moved by a warp's shared memory access or copy."""
+    """Bytes moved by a shared memory access or copy of one warp."""
     matrices = re.search(r"(?:LDSM|STSM)\S*?\.(?:M|MT)88(?:\.(\d))?", text)
     if matrices:
         return 128 * int(matrices[1] or 1)

@@ -322,7 +322,7 @@ class Kit:
             "codes_token": columns,
         }  # fmt: skip
         first = {name: given[name] for name in ("X", "x_token", "blocks")} | rounded | {"WIDTH": WIDTH}
-        self.start(launch, "linear.round_rows", (rows,), first)
+        self.start(launch, "linear.quantize_rows", (rows,), first)
         tile = next((t for t in tiles.many if t.rows >= rows), tiles.many[-1])
         second = {name: value for name, value in given.items() if name not in ("X", "x_token")} | rounded
         second |= {"rows": rows, "ROWS": tile.rows, "OUTPUTS": tile.outputs, "WIDTH": tile.width}

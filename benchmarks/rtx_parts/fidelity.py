@@ -98,7 +98,7 @@ def _in_precisions(
             raise
         known[precision] = asked, found
         _row(bench, table, name, asked, found, "")
-        _judge(bench, what, found["agreement"], exact=not precision.rounded)
+        _judge(bench, what, found["agreement"], exact=not precision.quantized)
 
 
 def _row(bench: RtxBench, table: Table, name: str, asked: str, found: dict[str, Any], note: str) -> None:

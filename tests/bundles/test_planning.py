@@ -40,7 +40,7 @@ from transom_mobile_export.onnx.packing import block_of, pack
 from transom_mobile_export.onnx.storage import FORMS as ONNX_FORMS
 from transom_mobile_export.onnx.storage import kept
 from transom_mobile_export.published import FIGURES, published
-from transom_mobile_export.qnn.claims import drafted
+from transom_mobile_export.qnn.claims import read_decoder
 from transom_mobile_export.qnn.layout import LARGEST
 from transom_mobile_export.qnn.parts import plan_parts
 from transom_mobile_export.qnn.precision import resolve
@@ -227,11 +227,11 @@ def test_every_product_has_the_form_that_the_backend_gives_it(shaped: ModuleType
         graph = shaped.decoder(shape, 4096, layers=2)
         for precision in ("f16", "int8", "int4"):
             resolved = resolve({"precision": precision}, 73)
-            ops = [d for part in drafted(graph, resolved).layers for own in part.layers for d in own]
+            ops = [d for part in read_decoder(graph, resolved).layers for own in part.layers for d in own]
             expected = sum(forms[resolved.weights_of(d)].bytes(*d.weight.shape) for d in ops if d.weight is not None)
             plan = planned(graph, ("qnn", precision))
             assert sum(weighed(plan).get(use, 0) for use in ("products", "small products", "vocabulary")) == expected
-            parts = plan_parts(drafted(graph, resolved).layers)
+            parts = plan_parts(read_decoder(graph, resolved).layers)
             assert [(p.first, p.end, p.bytes) for p in parts] == [(p.first, p.end, p.bytes) for p in only(plan).parts]
     grouped, wide = (str(planned(shaped.decoder(s, 4096), ("qnn", "int4"))) for s in ("7B-grouped", "7B-wide"))
     assert "small products: 32 layers × (2 × 1024×4096) = 268.435 million at 8.03 bits" in grouped

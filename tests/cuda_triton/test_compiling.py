@@ -138,7 +138,7 @@ def test_float8_goes_through_the_tensor_cores(
     codes = loading.read_codes(in_files(artifact, tmp_path))
     float8 = [v for v in codes if ("QUANTS", "*fp8e4nv") in v.types or ("CODES", "*fp8e4nv") in v.types]
     many = [v for v in float8 if v.kernel == "linear.multiply_many_float8"]
-    assert {v.kernel.split(".")[1] for v in float8} == {"multiply_few_float8", "multiply_many_float8", "round_rows"}
+    assert {v.kernel.split(".")[1] for v in float8} == {"multiply_few_float8", "multiply_many_float8", "quantize_rows"}
     assert all(compile_variant(v, int(arch[3:])).spilled == 0 for v in float8)
     for variant, name in zip(many, instructions, strict=True):
         assert compile_variant(variant, int(arch[3:])).matrix_instructions()[name] > 0, variant

@@ -75,7 +75,7 @@ def test_a_list_costs_little_in_the_main_loop(kernel: str, size: int, arch: int)
     assert found.efficiency >= LEAST_EFFICIENCY
     assert found.issue_efficiency >= LEAST_BY_ISSUE
     for loop in (found.listed, found.dense):
-        assert not loop.serialised, "products wait for each other"
+        assert not loop.serialized, "products wait for each other"
     assert found.listed.classes["matrix"] == found.dense.classes["matrix"]
     assert found.listed.classes["special"] == found.dense.classes["special"]
 
@@ -140,4 +140,4 @@ def test_operands_of_wgmma_are_read_from_shared_memory() -> None:
     assert (both.cycles["matrix"], both.cycles["shared"]) == (64, (64 + 128) * 16 * 2 / 128)
     one = Loop(90, ("HGMMA.64x128x16.F32 R24, R88, gdesc[UR8].tnspB, R24, gsb0",))
     assert one.cycles["shared"] == 128 * 16 * 2 / 128
-    assert Loop(90, (*one.instructions, "WARPGROUP.DEPBAR.LE gsb0, 0x0")).serialised
+    assert Loop(90, (*one.instructions, "WARPGROUP.DEPBAR.LE gsb0, 0x0")).serialized

@@ -20,7 +20,7 @@ from transom_cuda_triton.kernels.linear import (
     multiply_few_float8,
     multiply_many,
     multiply_many_float8,
-    round_rows,
+    quantize_rows,
 )
 
 
@@ -88,7 +88,7 @@ FLOAT8 = ml_dtypes.float8_e4m3fn
 
 
 def rounded(x: Array) -> tuple[Array, Array]:
-    """Rows as `round_rows` has them: codes in E4M3, and scales."""
+    """Rows as `quantize_rows` has them: codes in E4M3, and scales."""
     most = np.maximum(np.abs(x).max(1), np.float32(1e-30))
     return (x * (np.float32(448) / most)[:, None]).astype(FLOAT8), most / np.float32(448)
 
@@ -123,7 +123,7 @@ def test_activations_are_rounded_as_ml_dtypes_rounds(rng: np.random.Generator) -
     x[3] = 1e30 * rng.standard_normal(1040)
     x[4, 7] = 1e-38
     out, scales = as_tensor(np.full(x.shape, 99, np.uint8)), torch.empty(len(x))
-    round_rows[(len(x),)](torch.from_numpy(x), out, scales, 1040 // 16, 1040, 1040, WIDTH=1024)
+    quantize_rows[(len(x),)](torch.from_numpy(x), out, scales, 1040 // 16, 1040, 1040, WIDTH=1024)
     wanted, wanted_scales = rounded(x)
     got = out.view(torch.uint8).numpy().view(FLOAT8)
     np.testing.assert_array_equal(got.astype(np.float32), wanted.astype(np.float32))
@@ -135,7 +135,7 @@ def test_what_is_no_number_is_none_in_the_end(wrong: float, rng: np.random.Gener
     x = rng.standard_normal((3, 64)).astype(np.float32)
     x[1, 5] = wrong
     codes, scales = as_tensor(np.zeros(x.shape, np.uint8)), torch.empty(3)
-    round_rows[(3,)](torch.from_numpy(x), codes, scales, 4, 64, 64, WIDTH=32)
+    quantize_rows[(3,)](torch.from_numpy(x), codes, scales, 4, 64, 64, WIDTH=32)
     assert np.isnan(scales.numpy()).tolist() == [False, True, False]
     assert not (codes.view(torch.uint8).numpy()[1] & 127).any()
     quants, row_scales, *_ = to_float8(dense(x)).load()
@@ -163,7 +163,7 @@ def test_products_in_float8(rows: int, columns: int, number: type, rng: np.rando
     grid = rows, -(-outputs // 32)
     multiply_few_float8[grid](given, *matrix, few, outputs, blocks, columns, outputs, OUTPUTS=32, WIDTH=128)
     codes, row_scales = as_tensor(np.zeros(x.shape, np.uint8)), torch.empty(rows)
-    round_rows[(rows,)](given, codes, row_scales, blocks, columns, columns, WIDTH=256)
+    quantize_rows[(rows,)](given, codes, row_scales, blocks, columns, columns, WIDTH=256)
     multiply_many_float8[-(-rows // 16), grid[1]](
         codes, row_scales, *matrix, many, rows, outputs, blocks, columns, outputs, ROWS=16, OUTPUTS=32, WIDTH=64
     )

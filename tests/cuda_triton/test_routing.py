@@ -54,7 +54,7 @@ NODES = sparse_routing._nodes
 
 
 @dataclass
-class Asked:
+class SampledQueries:
     """The queries that a sequence's columns were taken from."""
 
     positions: list[int]
@@ -100,7 +100,7 @@ class Layer:
             self.kept[name].fill_(-1)
         self.nodes = made(self.routing.nodes(self.cache_pages, slots), rng)
         self.remembered: list[dict[int, int]] = [{} for _ in lengths]
-        self.asked: list[Asked | None] = [None] * len(lengths)
+        self.sampled: list[SampledQueries | None] = [None] * len(lengths)
         self.compared = self.all = self.sparse = 0
 
     def rounded(self, nodes: Any) -> Any:
@@ -127,14 +127,14 @@ class Layer:
         self.lengths[s] = past
 
     def column_rows(self, s: int, new: int, row: int) -> tuple[list[int], list[list[int]]] | None:
-        """(positions, entries of ASKED) where a sequence chooses its columns in this step."""
+        """(positions, entries of SAMPLED) where a sequence chooses its columns in this step."""
         past = self.lengths[s]
         if past + new <= self.rule.dense_below or not self.rule.most_columns:
             return None
         if new >= 16:
             at = [(j + 1) * new // 16 - 1 for j in range(16)]
             return [past + i for i in at], [[row + i, -1, past + i] for i in at]
-        known = self.asked[s]
+        known = self.sampled[s]
         if known is not None and known.block == past // BLOCK:
             return None
         last = range(max(0, past - BLOCK), past)
@@ -148,7 +148,7 @@ class Layer:
         rng, r = self.rng, self.routing
         blocks: list[tuple[int, int, int, int]] = []
         choosers: list[int] = []
-        asked: list[list[list[int]]] = []
+        sampled: list[list[list[int]]] = []
         remember: list[list[int]] = []
         queries: list[Array] = []
         row = 0
@@ -164,8 +164,8 @@ class Layer:
             if chosen is not None:
                 positions, entries = chosen
                 choosers.append(s)
-                asked.append(entries + [[-1, -1, -1]] * (16 - len(entries)))
-                self.asked[s] = Asked(positions, self.q[s][positions], (past + new - 1) // BLOCK)
+                sampled.append(entries + [[-1, -1, -1]] * (16 - len(entries)))
+                self.sampled[s] = SampledQueries(positions, self.q[s][positions], (past + new - 1) // BLOCK)
             for p in range(max(past, past + new - BLOCK), past + new):
                 if p % 4 == 3:
                     remember.append([row + p - past, int(self.slots[s]), p // 4 % 16])
@@ -176,7 +176,7 @@ class Layer:
         decoding = all(new < 16 for _, new in parts)
         blocks += [(0, 0, 0, 0)] * padding
         choosers += [-1] * padding
-        asked += [[[-1, -1, -1]] * 16] * padding
+        sampled += [[[-1, -1, -1]] * 16] * padding
         remember += [[-1, -1, -1]] * padding
         splits, column_splits = int(rng.choice([1, 1, 2, 3])), int(rng.choice([1, 2, 3]))
         rows = 1 if decoding else self.rule.rows
@@ -195,7 +195,7 @@ class Layer:
             "K": torch.from_numpy(self.k_pages).to(TYPES[self.dtype]), "PAGES": torch.from_numpy(self.table),
             "BLOCKS": numbers(blocks, -1, 4), "SLOTS": torch.from_numpy(self.slots),
             "COVERAGE": torch.tensor(coverages(self.layer, r.kv_heads)), "CHOOSERS": numbers(choosers, -1),
-            "ASKED": numbers(asked, -1, 16, 3), "REMEMBERED": numbers(remember, -1, 3),
+            "SAMPLED": numbers(sampled, -1, 16, 3), "REMEMBERED": numbers(remember, -1, 3),
         }  # fmt: skip
         if self.sinks is not None:
             arrays["SINKS"] = torch.from_numpy(self.sinks.reshape(-1))
@@ -210,7 +210,7 @@ class Layer:
         for s, new in parts:
             self.in_order(s)
             n = self.lengths[s]
-            known = self.asked[s]
+            known = self.sampled[s]
             for h in range(self.routing.kv_heads):
                 sinks = None if self.sinks is None else self.sinks[h]
                 scores = ScoreParams(self.routing.scale, self.routing.softcap, self.window, sinks)

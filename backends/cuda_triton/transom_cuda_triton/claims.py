@@ -41,8 +41,8 @@ def claims(graph: Graph, device: Device, options: Options) -> Iterator[Claim]:
             yield Claim(str(node.name), False, refused[str(node.name)])
             continue
         weight = linear_weight(node)
-        rounded = weight is not None and kernels.by(weight, head=str(node.name) in heads)
-        yield Claim(str(node.name), True, exact=not rounded)
+        quantized = weight is not None and kernels.by(weight, head=str(node.name) in heads)
+        yield Claim(str(node.name), True, exact=not quantized)
 
 
 def _read(graph: Graph, kernels: TritonKernels, ranks: int) -> None:

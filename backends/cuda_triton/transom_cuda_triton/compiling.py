@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 MOST_PROCESSES = 8
 """Compiling one kernel takes a second and 300 MB."""
-ROUNDED = {
+QUANTIZED_TO = {
     "int8": "int8 in blocks",
     "fp8": "fp8 (E4M3) by rows, and activations by tokens where a step has several",
 }
@@ -139,9 +139,9 @@ def code_files(codes: dict[KernelVariant, Code]) -> dict[str, bytes | Path]:
 
 def _notes(graph: Graph, reader: GraphReader, precision: TritonPrecision, device: Device) -> list[str]:
     notes = [f"precision: {precision.describe(matrices(graph))}"]
-    rounded = sum(d.kind == "linear" and d.by == precision.rounded for d in reader.ops)
-    if precision.rounded and rounded:
-        notes.append(f"{rounded} matrices were quantized to {ROUNDED[precision.rounded]}; {KEPT}")
+    quantized = sum(d.kind == "linear" and d.by == precision.quantized for d in reader.ops)
+    if precision.quantized and quantized:
+        notes.append(f"{quantized} matrices were quantized to {QUANTIZED_TO[precision.quantized]}; {KEPT}")
     if device.arch == "sm_70" and not probing.interpreting():
         notes.append("Triton has not used the tensor cores of sm_70 since 3.2: its products run on CUDA cores")
     return notes

@@ -39,8 +39,8 @@ class TritonKernels:
 
     def by(self, weight: Weight, *, head: bool) -> str:
         """The type that a plain matrix is quantized to, `"int8"` or `"fp8"`, or `""`; never the vocabulary matrix."""
-        rounded = self._precision.rounded
-        return rounded if packing.roundable(weight, rounded) and not head else ""
+        quantized = self._precision.quantized
+        return quantized if packing.quantizable(weight, quantized) and not head else ""
 
     def policy(self, policy: Sparsity) -> str:
         return unsupported(policy)
@@ -124,7 +124,7 @@ def write(
 
 class _ProgramWriter:
     def __init__(self, reader: GraphReader, precision: TritonPrecision, file: BinaryIO) -> None:
-        self._reader, self._number, self._rounded, self._file = reader, precision.number, precision.rounded, file
+        self._reader, self._number, self._quantized, self._file = reader, precision.number, precision.quantized, file
         self._fused = fuse(reader)
         self._buffers = BufferAllocator(self._fused, reader.logits)
         self._matrices: list[packing.TritonMatrix] = []
@@ -201,7 +201,7 @@ class _ProgramWriter:
         if key not in self._known:
             self._known[key] = len(self._matrices)
             name = f"the {op.kind} matrix of {op.weight.shape[0]} rows"
-            rounded = self._rounded if op.by == self._rounded else ""
-            packed = packing.write_matrix(self._file, op.weight, self._number, rounded=rounded, name=name)
+            quantized = self._quantized if op.by == self._quantized else ""
+            packed = packing.write_matrix(self._file, op.weight, self._number, quantized=quantized, name=name)
             self._matrices.append(packed)
         return self._known[key]

@@ -324,23 +324,25 @@ class LinearFloat8:
         self._op, self._matrix = op, program.matrices[op.matrix]
         x, out = (f"*{number_of(program, view.buffer)}" for view in (op.a, op.dst))
         types = {"QUANTS": "*fp8e4nv", "SCALES": "*fp32", "OUT": out, **_sizes("outputs", "blocks", "out_token")}
-        rounded = {"CODES": "*fp8e4nv", "ROW_SCALES": "*fp32", **_sizes("codes_token")}
+        quantized = {"CODES": "*fp8e4nv", "ROW_SCALES": "*fp32", **_sizes("codes_token")}
         self._many: list[tuple[int, KernelVariant]] = []
         """(most rows, kernel), fewest first."""
         tiles = float8_tiles(arch)
         for tile in tiles.many:
             constants = {"ROWS": tile.rows, "OUTPUTS": tile.outputs, "WIDTH": tile.width}
-            many = {**types, **rounded, **_sizes("rows")}
+            many = {**types, **quantized, **_sizes("rows")}
             variant = KernelVariant.of("linear.multiply_many_float8", many, constants, tile.warps, tile.stages)
             self._many.append((tile.rows, variant))
         given = {"X": x, **_sizes("x_token")}
         few = tiles.few
         constants = {"OUTPUTS": few.outputs, "WIDTH": few.width}
         self._few = KernelVariant.of("linear.multiply_few_float8", {**types, **given}, constants, few.warps, few.stages)
-        self._round = KernelVariant.of("linear.round_rows", {**given, **rounded, **_sizes("blocks")}, {"WIDTH": WIDTH})
+        self._quantize = KernelVariant.of(
+            "linear.quantize_rows", {**given, **quantized, **_sizes("blocks")}, {"WIDTH": WIDTH}
+        )
 
     def variants(self) -> Iterator[KernelVariant]:
-        yield from (self._few, self._round)
+        yield from (self._few, self._quantize)
         yield from (variant for _, variant in self._many)
 
     def run(self, step: TritonStep) -> None:
@@ -357,11 +359,11 @@ class LinearFloat8:
             step.launch(self._few, (1, pieces(matrix.rows, outputs)), {**arguments, **given})
             return
         codes = store.empty((rows, matrix.columns), "fp8e4nv")
-        rounded = {"CODES": codes, "ROW_SCALES": store.empty((rows,), "fp32"), "codes_token": matrix.columns}
-        step.launch(self._round, (rows,), {**given, **rounded, "blocks": blocks})
+        quantized = {"CODES": codes, "ROW_SCALES": store.empty((rows,), "fp32"), "codes_token": matrix.columns}
+        step.launch(self._quantize, (rows,), {**given, **quantized, "blocks": blocks})
         size, variant = next(((n, v) for n, v in self._many if n >= rows), self._many[-1])
         grid = pieces(rows, size), pieces(matrix.rows, dict(variant.constants)["OUTPUTS"])
-        step.launch(variant, grid, {**arguments, **rounded, "rows": rows})
+        step.launch(variant, grid, {**arguments, **quantized, "rows": rows})
 
 
 def _matrix_kind(op: TritonOp, program: TritonProgram, arch: int) -> Callable[[TritonOp, TritonProgram, int], Operator]:

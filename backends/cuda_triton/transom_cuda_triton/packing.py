@@ -15,7 +15,7 @@ import numpy as np
 from transom.errors import OptionError, option
 from transom.graph.weights import Array, Blocked, Dense, Weight, affine, dequantize
 from transom.quantize.rounding import to_float8, to_int8
-from transom_cuda_triton.precision import Rounded
+from transom_cuda_triton.precision import QuantizedType
 
 ALIGNMENT = 256
 """Bytes; the alignment of CUDA's allocations, and more than any load needs."""
@@ -80,13 +80,13 @@ def write_array(file: BinaryIO, array: Array) -> int:
 
 
 def write_matrix(
-    file: BinaryIO, weight: Weight, number: str, *, rounded: Rounded = "", name: str = "a matrix"
+    file: BinaryIO, weight: Weight, number: str, *, quantized: QuantizedType = "", name: str = "a matrix"
 ) -> TritonMatrix:
     """Append a matrix to the file.
 
     Args:
         number: number format of the activations.
-        rounded: type to quantize a plain matrix to, if its columns allow it: see `roundable`.
+        quantized: type to quantize a plain matrix to, if its columns allow it: see `quantizable`.
         name: of the matrix, for the message.
 
     Raises:
@@ -94,9 +94,9 @@ def write_matrix(
     """
     if isinstance(weight, Dense):
         rows, columns = weight.shape
-        if rounded == "int8" and roundable(weight, rounded):
+        if quantized == "int8" and quantizable(weight, quantized):
             return _write_blocks(file, to_int8(weight, _group(columns)))
-        if rounded == "fp8" and roundable(weight, rounded):
+        if quantized == "fp8" and quantizable(weight, quantized):
             codes, scales, *_ = to_float8(weight).load()
             return TritonMatrix(
                 8, rows, columns, write_array(file, codes), FLOAT8_COLUMNS, scales=write_array(file, scales),
@@ -106,13 +106,13 @@ def write_matrix(
     return _write_blocks(file, weight)
 
 
-def roundable(weight: Weight, rounded: Rounded) -> bool:
-    """Whether a matrix can be quantized to `rounded`: it is plain, and its columns are a multiple of 8 (int8) or 16
+def quantizable(weight: Weight, quantized: QuantizedType) -> bool:
+    """Whether a matrix can be quantized to `quantized`: it is plain, and its columns are a multiple of 8 (int8) or 16
     (float8)."""
-    if not rounded or not isinstance(weight, Dense) or len(weight.shape) != 2:
+    if not quantized or not isinstance(weight, Dense) or len(weight.shape) != 2:
         return False
     columns = weight.shape[1]
-    return columns % FLOAT8_COLUMNS == 0 if rounded == "fp8" else _group(columns) > 0
+    return columns % FLOAT8_COLUMNS == 0 if quantized == "fp8" else _group(columns) > 0
 
 
 def _group(columns: int) -> int:

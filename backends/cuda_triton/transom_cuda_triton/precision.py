@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 NAMES = ("auto", "exact", "fast", "f32", "bf16", "f16", "int8", "fp8", "int4")
 Number = Literal["fp32", "bf16", "fp16"]
 """Triton's name of a number format."""
-Rounded = Literal["", "int8", "fp8"]
+QuantizedType = Literal["", "int8", "fp8"]
 LONG: dict[str, str] = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -43,7 +43,7 @@ class TritonPrecision:
 
     number: Number
     """Number format of activations and cache."""
-    rounded: Rounded = ""
+    quantized: QuantizedType = ""
     """The type that unquantized matrices are quantized to; empty: they stay as stored."""
 
     def describe(self, matrices: Iterable[Weight]) -> str:
@@ -51,11 +51,11 @@ class TritonPrecision:
         from transom.graph.weights import Blocked
 
         forms = sorted({w.dtype.removeprefix("u") for w in matrices if isinstance(w, Blocked)})
-        if self.rounded:
-            forms = sorted({*forms, self.rounded})
+        if self.quantized:
+            forms = sorted({*forms, self.quantized})
         name = LONG[self.number]
         weights = f"{' and '.join(forms)} weights, " if forms else ""
-        if self.rounded == "fp8":
+        if self.quantized == "fp8":
             weights += "fp8 activations in products of several rows, other "
         return f"{weights}{name} activations and cache, float32 sums"
 
@@ -73,14 +73,14 @@ def resolve(options: Options, arch: int, matrices: Iterable[Weight], *, interpre
     """
     from transom.graph.weights import Blocked
 
-    asked = str(options.get("precision") or "auto")
-    if asked not in NAMES:
-        raise OptionError(f"{option('precision', asked)} is unknown", f"It is one of {', '.join(NAMES)}")
-    if asked in ("exact", "f32"):
+    requested = str(options.get("precision") or "auto")
+    if requested not in NAMES:
+        raise OptionError(f"{option('precision', requested)} is unknown", f"It is one of {', '.join(NAMES)}")
+    if requested in ("exact", "f32"):
         return TritonPrecision("fp32")
-    if asked == "f16":
+    if requested == "f16":
         return TritonPrecision("fp16")
-    if asked == "bf16":
+    if requested == "bf16":
         if interpreted:
             raise OptionError(
                 "Triton's interpreter computes bfloat16 wrongly", f"Use {option('precision', 'exact')} or 'f16'"
@@ -91,19 +91,19 @@ def resolve(options: Options, arch: int, matrices: Iterable[Weight], *, interpre
                 f"Use {option('precision', 'f16')}",
             )
         return TritonPrecision("bf16")
-    if asked == "fp8" and arch < 89 and not interpreted:
+    if requested == "fp8" and arch < 89 and not interpreted:
         raise OptionError(
             f"{option('precision', 'fp8')} needs the float8 tensor cores of sm_89 or newer, and this is sm_{arch}",
             f"Use {option('precision', 'int8')}",
         )
     known = list(matrices)
-    if asked == "int4" and not any(isinstance(w, Blocked) and "int4" in w.dtype for w in known):
+    if requested == "int4" and not any(isinstance(w, Blocked) and "int4" in w.dtype for w in known):
         raise OptionError(
             f"{option('precision', 'int4')} uses the stored 4-bit weights, and this checkpoint has none",
             f"Quantize it first, or use {option('precision', 'int8')}",
         )
-    rounded: Rounded = "int8" if asked == "int8" else "fp8" if asked == "fp8" else ""
-    return TritonPrecision(_number(arch, known, interpreted), rounded)
+    quantized: QuantizedType = "int8" if requested == "int8" else "fp8" if requested == "fp8" else ""
+    return TritonPrecision(_number(arch, known, interpreted), quantized)
 
 
 def _number(arch: int, matrices: list[Weight], interpreted: bool) -> Number:

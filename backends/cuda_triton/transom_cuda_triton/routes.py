@@ -66,11 +66,11 @@ class RoutedStep:
 
 
 @dataclass(frozen=True)
-class Asked:
+class SampledQueries:
     """Inputs of the routing kernels for one part of a step, the same for every layer."""
 
     choosers: torch.Tensor
-    asked: torch.Tensor
+    queries: torch.Tensor
     remembered: torch.Tensor
 
 
@@ -181,16 +181,16 @@ class Routes:
         Args:
             remembered: minimum entries of REMEMBERED, padded with -1.
         """
-        parts = [self._asked(planned, routed, not part.single, remembered) for part in step.parts]
-        asked = [Asked(*(torch.from_numpy(a).to(self._device) for a in arrays)) for arrays in parts]
-        return RoutingStep(self, routed.policy, torch.from_numpy(_slots(routed)).to(self._device), asked)
+        parts = [self._sampled(planned, routed, not part.single, remembered) for part in step.parts]
+        sampled = [SampledQueries(*(torch.from_numpy(a).to(self._device) for a in arrays)) for arrays in parts]
+        return RoutingStep(self, routed.policy, torch.from_numpy(_slots(routed)).to(self._device), sampled)
 
     def fresh(self, recorded: RoutingStep, planned: Planned, routed: RoutedStep) -> list[tuple[torch.Tensor, Array]]:
         """The arrays of a recorded step, with their values for another step that selects no columns."""
         found = [(recorded.slots, _slots(routed))]
-        for asked in recorded.asked:
-            array = self._asked(planned, routed, False, len(asked.remembered))[2]
-            found.append((asked.remembered, array))
+        for sampled in recorded.sampled:
+            array = self._sampled(planned, routed, False, len(sampled.remembered))[2]
+            found.append((sampled.remembered, array))
         return found
 
     def chooses(self, planned: Planned, routed: RoutedStep) -> bool:
@@ -204,10 +204,10 @@ class Routes:
         stale = route.chosen_in != (length - count) // BLOCK or route.chosen_by != routed.name
         return count >= CHUNK or stale
 
-    def _asked(self, planned: Planned, routed: RoutedStep, chunk: bool, least: int) -> tuple[Array, Array, Array]:
-        """CHOOSERS, ASKED and REMEMBERED of the sequences with a chunk of new tokens, or of those with fewer."""
+    def _sampled(self, planned: Planned, routed: RoutedStep, chunk: bool, least: int) -> tuple[Array, Array, Array]:
+        """CHOOSERS, SAMPLED and REMEMBERED of the sequences with a chunk of new tokens, or of those with fewer."""
         choosers: list[int] = []
-        asked: list[list[tuple[int, int, int]]] = []
+        sampled: list[list[tuple[int, int, int]]] = []
         remembered: list[tuple[int, int, int]] = []
         row = 0
         for s, (count, length) in enumerate(zip(planned.counts, planned.lengths, strict=True)):
@@ -215,15 +215,15 @@ class Routes:
             if route is not None and chunk == (count >= CHUNK):
                 if self._chooses(planned, routed, s):
                     choosers.append(s)
-                    rows = _looked_at(route, row, count, length)
-                    asked.append(rows + [(-1, -1, -1)] * (COLUMN_ROWS - len(rows)))
+                    rows = _sampled_rows(route, row, count, length)
+                    sampled.append(rows + [(-1, -1, -1)] * (COLUMN_ROWS - len(rows)))
                 remembered += [
                     (row + p - (length - count), route.slot, p // EVERY % COLUMN_ROWS) for p in _kept(count, length)
                 ]
             row += count
         remembered += [(-1, 0, 0)] * (least - len(remembered))
         return (
-            np.array(choosers, np.int32), np.array(asked, np.int32).reshape(-1, COLUMN_ROWS, 3),
+            np.array(choosers, np.int32), np.array(sampled, np.int32).reshape(-1, COLUMN_ROWS, 3),
             np.array(remembered, np.int32).reshape(-1, 3),
         )  # fmt: skip
 
@@ -277,8 +277,8 @@ def _slots(routed: RoutedStep) -> Array:
     return np.array([-1 if r is None else r.slot for r in routed.routes], np.int32)
 
 
-def _looked_at(route: SequenceRoute, row: int, count: int, length: int) -> list[tuple[int, int, int]]:
-    """ASKED: the step's own queries for a chunk; while decoding, remembered queries if there are any."""
+def _sampled_rows(route: SequenceRoute, row: int, count: int, length: int) -> list[tuple[int, int, int]]:
+    """SAMPLED: the step's own queries for a chunk; while decoding, remembered queries if there are any."""
     past = length - count
     if count < CHUNK:
         known = sorted((p, place) for place, p in enumerate(route.ring) if p >= 0)
@@ -299,11 +299,13 @@ def _kept(count: int, length: int) -> Iterator[int]:
 class RoutingStep:
     """The routing of one step, layer by layer."""
 
-    def __init__(self, routes: Routes, policy: Sparsity, slots: torch.Tensor, asked: Sequence[Asked]) -> None:
-        self._routes, self._policy, self.slots, self.asked = routes, policy, slots, asked
+    def __init__(
+        self, routes: Routes, policy: Sparsity, slots: torch.Tensor, sampled: Sequence[SampledQueries]
+    ) -> None:
+        self._routes, self._policy, self.slots, self.sampled = routes, policy, slots, sampled
         self._rule = Rule.of(policy)
         self._flag = routes.scratch({"FLAG": ((1,), "i32")})["FLAG"]
-        self._counts: list[torch.Tensor | None] = [None] * len(asked)
+        self._counts: list[torch.Tensor | None] = [None] * len(sampled)
         """For each part, int32 [layers, 2, blocks * largest kv_heads], with the numbers of each layer at the start."""
 
     def reset(self) -> None:
@@ -313,14 +315,14 @@ class RoutingStep:
     def lists(self, step: TritonStep, part: StepPart, layer: int, q: torch.Tensor) -> Lists:
         """Select the keys that a part's query blocks read in a layer, once its new keys are in the cache."""
         routes, index = self._routes, next(i for i, p in enumerate(step.parts) if p is part)
-        asked, cache = self.asked[index], step.caches[layer]
+        sampled, cache = self.sampled[index], step.caches[layer]
         routing, shape = routes.routing(self._policy, layer), step.program.layers[layer]
         pages = step.pages.shape[1]
         splits = splits_of(part.count, shape.kv_heads, part.most_keys, routes.processors)
-        column_splits = splits_of(len(asked.choosers), shape.kv_heads, part.most_keys, routes.processors)
+        column_splits = splits_of(len(sampled.choosers), shape.kv_heads, part.most_keys, routes.processors)
         scratch = routes.scratch(
             routing.scratch(
-                part.count, max(1, len(asked.choosers)), pages, 1 if part.single else self._rule.rows,
+                part.count, max(1, len(sampled.choosers)), pages, 1 if part.single else self._rule.rows,
                 max(splits, column_splits), decoding=part.single,
             )
         )  # fmt: skip
@@ -331,7 +333,8 @@ class RoutingStep:
             **scratch, **chosen, **routes.kept[layer], "READ": read, "SEEN": seen, "FLAG": self._flag, "Q": q,
             "K": cache.k, "PAGES": step.pages, "BLOCKS": part.blocks, "SLOTS": self.slots,
             "COVERAGE": routes.coverage(self._policy, layer), "MEANS": cache.means, "VARIANCES": cache.variances,
-            "COUNTS": cache.counts, "CHOOSERS": asked.choosers, "ASKED": asked.asked, "REMEMBERED": asked.remembered,
+            "COUNTS": cache.counts, "CHOOSERS": sampled.choosers, "SAMPLED": sampled.queries,
+            "REMEMBERED": sampled.remembered,
         }  # fmt: skip
         if shape.sinks >= 0:
             arrays["SINKS"] = step.store.vector(shape.sinks, shape.heads)

@@ -167,8 +167,8 @@ class Routing:
 
         Args:
             arrays: those of `nodes`, `kept`, `scratch` and `chosen`, and Q [tokens, kv_heads * group, head_dim] or
-                flat; K; PAGES, BLOCKS, SLOTS; COVERAGE; SINKS if there are any; CHOOSERS, ASKED, REMEMBERED, which may
-                be empty or contain -1.
+                flat; K; PAGES, BLOCKS, SLOTS; COVERAGE; SINKS if there are any; CHOOSERS, SAMPLED, REMEMBERED, which
+                may be empty or contain -1.
             rule: the rule of all sequences of the step.
             decoding: whether every block is a single query.
             splits: splits of each block's keys, at most `SPLITS`.
@@ -309,12 +309,12 @@ _FLOATS = frozenset(("factor", "cap", "min_density", "max_density"))
 _FLOAT_ARRAYS = frozenset(
     ("COVERAGE", "SINKS", "COLUMN_STATS", "COLUMN_NORMS", "MASS", "STATS", "MASSES", "NORMS", "SHARES", "SCORES")
 )
-_WEIGH_ROWS = """Q K RING PAGES SLOTS COVERAGE CHOOSERS ASKED COLUMN_STATS factor cap window local q_token k_page k_head
-most_pages column_splits"""
-_MERGE_COLUMNS = "ASKED CHOOSERS COVERAGE SINKS COLUMN_STATS COLUMN_NORMS local window column_splits"
-_SUM_MASS = """Q K RING PAGES SLOTS COVERAGE CHOOSERS ASKED COLUMN_NORMS MASS factor cap window local q_token k_page
+_WEIGH_ROWS = """Q K RING PAGES SLOTS COVERAGE CHOOSERS SAMPLED COLUMN_STATS factor cap window local q_token k_page
+k_head most_pages column_splits"""
+_MERGE_COLUMNS = "SAMPLED CHOOSERS COVERAGE SINKS COLUMN_STATS COLUMN_NORMS local window column_splits"
+_SUM_MASS = """Q K RING PAGES SLOTS COVERAGE CHOOSERS SAMPLED COLUMN_NORMS MASS factor cap window local q_token k_page
 k_head most_pages most_keys"""
-_CHOOSE_COLUMNS = """SLOTS COVERAGE CHOOSERS ASKED MASS COLUMNS PATCHES SIDES FLAG local window most_columns most_keys
+_CHOOSE_COLUMNS = """SLOTS COVERAGE CHOOSERS SAMPLED MASS COLUMNS PATCHES SIDES FLAG local window most_columns most_keys
 most_nodes"""
 _PATCH_NODES = """K MEANS VARIANCES COUNTS PAGES SLOTS CHOOSERS COVERAGE COLUMNS PATCHES SIDES k_page k_head most_pages
 most_nodes cache_pages"""

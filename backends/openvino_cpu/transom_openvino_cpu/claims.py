@@ -50,8 +50,8 @@ def claims(graph: Graph, precision: CpuPrecision, device: Device) -> Iterator[Cl
             yield Claim(name, False, reason)
             continue
         weight = linear_weight(node) if precision.dynamic else None
-        rounded = weight is not None and form_of(weight, precision).group >= 32 and str(node.name) not in heads
-        yield Claim(name, True, exact=not rounded)
+        quantized = weight is not None and form_of(weight, precision).group >= 32 and str(node.name) not in heads
+        yield Claim(name, True, exact=not quantized)
 
 
 def _layer(node: ir.Node) -> int:

@@ -138,10 +138,10 @@ def _native_notes(reader: GraphReader, precision: CpuPrecision) -> list[str]:
     else:
         inside = "float32 matrix products"
     notes = [f"precision: {inside}, float32 elsewhere, {precision.describe_cache()} cache"]
-    rounded = [d for d in integers if isinstance(d.weight, Dense)]
-    if rounded:
+    quantized = [d for d in integers if isinstance(d.weight, Dense)]
+    if quantized:
         notes.append(
-            f"{len(rounded)} of {len(products)} matrices were quantized to int8 in groups of {GROUP}; "
+            f"{len(quantized)} of {len(products)} matrices were quantized to int8 in groups of {GROUP}; "
             "precision='exact' keeps them as stored"
         )
     return notes
@@ -224,13 +224,13 @@ def _notes(precision: CpuPrecision, stages: Sequence[Stage]) -> list[str]:
     """Notes for the user: compute precision, and which weights were requantized."""
     notes = [f"precision: {precision.describe()}"]
     forms: list[tuple[Weight, ProductForm]] = [f for s in stages for f in s.forms]
-    rounded = [(w, f) for w, f in forms if f.kind == "int8"]
-    if rounded:
-        elements = sum(w.shape[0] * w.shape[-1] for w, _ in rounded)
-        groups = sorted({f.group for _, f in rounded})
+    quantized = [(w, f) for w, f in forms if f.kind == "int8"]
+    if quantized:
+        elements = sum(w.shape[0] * w.shape[-1] for w, _ in quantized)
+        groups = sorted({f.group for _, f in quantized})
         total = sum(w.shape[0] * w.shape[-1] for w, _ in forms)
         notes.append(
-            f"{len(rounded)} of {len(forms)} matrices ({100 * elements // max(total, 1)} % of their weights) were "
+            f"{len(quantized)} of {len(forms)} matrices ({100 * elements // max(total, 1)} % of their weights) were "
             f"quantized to int8 in groups of {' and '.join(map(str, groups))}; precision='exact' keeps them as stored"
         )
     return notes

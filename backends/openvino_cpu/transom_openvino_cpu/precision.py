@@ -86,34 +86,34 @@ def resolve(options: Options, device: Device, matrices: Iterable[Weight], *, dec
     Raises:
         OptionError: the value is unknown, or this CPU or checkpoint does not support it.
     """
-    asked = str(options.get("precision") or "auto")
-    if asked not in NAMES:
-        raise OptionError(f"{option('precision', asked)} is unknown", f"It is one of {', '.join(NAMES)}")
+    requested = str(options.get("precision") or "auto")
+    if requested not in NAMES:
+        raise OptionError(f"{option('precision', requested)} is unknown", f"It is one of {', '.join(NAMES)}")
     wide: Hint = "bf16" if device.features & _BF16 else "f32"
-    if asked == "auto":
+    if requested == "auto":
         if not decoder:
             return CpuPrecision("exact", "f32", False)
         stored = _stored(matrices)
         if stored["blocked"] > stored["dense"]:
             return CpuPrecision("int8", wide, True) if device.features & _VNNI else CpuPrecision("exact", "f32", False)
         return CpuPrecision("bf16", "bf16", False) if wide == "bf16" else CpuPrecision("exact", "f32", False)
-    if asked in ("exact", "f32"):
+    if requested in ("exact", "f32"):
         return CpuPrecision("exact", "f32", False)
-    if asked == "bf16":
+    if requested == "bf16":
         if wide != "bf16":
             raise OptionError(
                 f"{option('precision', 'bf16')} needs a CPU with avx512_bf16 or amx_bf16, which this one lacks",
                 f"Use {option('precision', 'exact')} or 'fast'",
             )
         return CpuPrecision("bf16", "bf16", False)
-    if asked == "f16":
+    if requested == "f16":
         if "avx512_fp16" not in device.features:
             raise OptionError(
                 f"{option('precision', 'f16')} needs a CPU with avx512_fp16, which this one lacks",
                 f"Use {option('precision', 'auto')}",
             )
         return CpuPrecision("f16", "f16", False)
-    if asked == "int4":
+    if requested == "int4":
         stored = _stored(matrices)
         if not stored["4-bit"]:
             raise OptionError(

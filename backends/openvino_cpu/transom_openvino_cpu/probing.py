@@ -60,9 +60,9 @@ def answer(device: Device) -> Offer | Refusal:
     if device.arch != "x86_64":
         # OpenVINO supports it; this backend has not been measured on it.
         return Offer(device.id, "generic", f"{device.arch}, OpenVINO {version}")
-    if (asked := os.environ.get(SWITCH, "")) not in ("", "0", "measure", "require"):
+    if (setting := os.environ.get(SWITCH, "")) not in ("", "0", "measure", "require"):
         fix = f"Set {SWITCH} to 0 or to measure, or do not set it"
-        return Refusal(device.id, "failed", f"the environment variable {SWITCH} is {asked!r}", fix)
+        return Refusal(device.id, "failed", f"the environment variable {SWITCH} is {setting!r}", fix)
     kind = isa(device)
     if kind == "generic":
         return Offer(device.id, "generic", f"x86-64 without AVX2 (slow), OpenVINO {version}")

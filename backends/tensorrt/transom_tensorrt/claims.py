@@ -49,7 +49,7 @@ def claims(graph: Graph, device: Device, options: Options) -> Iterator[Claim]:
             continue
         weight = linear_weight(node)
         if isinstance(weight, Blocked):
-            rounded = precision.number != "float32" and not forms.kept(weight)
+            inexact = precision.number != "float32" and not forms.kept(weight)
         else:
-            rounded = weight is not None and bool(precision.rounded)
-        yield Claim(str(node.name), True, exact=not rounded)
+            inexact = weight is not None and bool(precision.quantized)
+        yield Claim(str(node.name), True, exact=not inexact)

@@ -24,7 +24,7 @@ from transom_tensorrt.building import BuildResult, BuildSpec, build
 from transom_tensorrt.claims import precision_of
 from transom_tensorrt.lowering import LoweredNetwork, RtxKernels, lower
 from transom_tensorrt.network import Network, ShapeProfile
-from transom_tensorrt.precision import ROUNDING, RtxPrecision
+from transom_tensorrt.precision import QUANTIZING, RtxPrecision
 from transom_tensorrt.sdk import Sdk, installed
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def compile_graph(graph: Graph, device: Device, options: Options, progress: Prog
     sdk = None if probing.emulating() else probing.sdk_for(device, installed())
     if sdk is not None:  # checked before anything slow
         precision = precision_of(graph, device, options)
-        smallest = planned_bytes(graph, replace(precision, rounded="int4"))
+        smallest = planned_bytes(graph, replace(precision, quantized="int4"))
         require_memory(planned_bytes(graph, precision), _available(), smallest)
     prepared = _prepare(graph, device, options, progress)
     reader = GraphReader(prepared.graph, RtxKernels())
@@ -73,8 +73,8 @@ def compile_graph(graph: Graph, device: Device, options: Options, progress: Prog
             network.NETWORK_FILE: made.to_json().encode(), network.DECODER_FILE: decoder.to_json().encode(),
         }  # fmt: skip
         notes = [f"precision: {prepared.precision.describe(matrices(prepared.graph))}", *prepared.notes, *anew]
-        if prepared.rounding:
-            files[ROUNDING_FILE] = prepared.rounding.encode()
+        if prepared.quantization:
+            files[ROUNDING_FILE] = prepared.quantization.encode()
         model = folder / network.MODEL_FILE
         _tell(progress, "write", 0.0)
         ir.save(lowered.model, model, external_data=network.WEIGHTS_FILE, size_threshold_bytes=SMALL)
@@ -105,7 +105,7 @@ class PreparedGraph:
     precision: RtxPrecision
     activations: Activations | None
     notes: Sequence[str]
-    rounding: str = ""
+    quantization: str = ""
     """The table of errors, human-readable."""
 
 
@@ -122,34 +122,34 @@ def _prepare(graph: Graph, device: Device, options: Options, progress: Progress)
         seen = calibrate(graph, texts, progress=lambda share: _tell(progress, "observe", share))
         precision, said = wide_enough(precision, seen, probing.architecture(device))
         notes += said
-    elif precision.rounded == "fp8":
+    elif precision.quantized == "fp8":
         notes.append(
             "inputs of products are not quantized: the model has no tokenizer, so there are no calibration texts"
         )
-    if not precision.rounded:
-        asked = str(options.get("precision"))
-        if asked in ROUNDING:
-            notes.append(f"precision {asked!r} quantizes plain matrices, and all of the checkpoint's are quantized")
+    if not precision.quantized:
+        requested = str(options.get("precision"))
+        if requested in QUANTIZING:
+            notes.append(f"precision {requested!r} quantizes plain matrices, and all of the checkpoint's are quantized")
         return PreparedGraph(graph, precision, seen, notes)
-    scheme = Scheme(precision.rounded, activations="fp8" if precision.activations else "")
-    if precision.rounded != "int8":
+    scheme = Scheme(precision.quantized, activations="fp8" if precision.activations else "")
+    if precision.quantized != "int8":
         scheme = replace(scheme, keep=vocabulary_products(graph))
-    rounded = quantize(graph, scheme, seen, lambda share: _tell(progress, "round", share))
-    notes, table = [*notes, *_rounding_notes(rounded)], rounded.table()
-    if precision.rounded != "int8":  # the vocabulary matrix becomes int8: its errors go straight to the logits
-        rounded = quantize(rounded.graph, Scheme("int8"), seen)
-        if rounded.layers:
+    quantized = quantize(graph, scheme, seen, lambda share: _tell(progress, "round", share))
+    notes, table = [*notes, *_quantization_notes(quantized)], quantized.table()
+    if precision.quantized != "int8":  # the vocabulary matrix becomes int8: its errors go straight to the logits
+        quantized = quantize(quantized.graph, Scheme("int8"), seen)
+        if quantized.layers:
             notes.append(
-                f"the vocabulary matrix was quantized to int8 by rows, off by {rounded.layers[0].weight_error:.2%}"
+                f"the vocabulary matrix was quantized to int8 by rows, off by {quantized.layers[0].weight_error:.2%}"
             )
-            table = f"{table}\n\n{rounded.table()}"
-    return PreparedGraph(rounded.graph, precision, seen, notes, table)
+            table = f"{table}\n\n{quantized.table()}"
+    return PreparedGraph(quantized.graph, precision, seen, notes, table)
 
 
-def _rounding_notes(rounded: QuantizedGraph) -> list[str]:
-    if not rounded.layers:
+def _quantization_notes(quantized: QuantizedGraph) -> list[str]:
+    if not quantized.layers:
         return []
-    return [rounded.summary, f"the error of each product is in the artifact's {ROUNDING_FILE}"]
+    return [quantized.summary, f"the error of each product is in the artifact's {ROUNDING_FILE}"]
 
 
 def wide_enough(precision: RtxPrecision, seen: Activations, arch: int) -> tuple[RtxPrecision, list[str]]:
@@ -166,7 +166,7 @@ def wide_enough(precision: RtxPrecision, seen: Activations, arch: int) -> tuple[
     ]
 
 
-def requantize(drafts: Sequence[Op], progress: Callable[[float], None]) -> list[str]:
+def requantize(ops: Sequence[Op], progress: Callable[[float], None]) -> list[str]:
     """Requantize matrices whose stored form has no fast product in TensorRT. Returns notes about it.
 
     Raises:
@@ -177,11 +177,11 @@ def requantize(drafts: Sequence[Op], progress: Callable[[float], None]) -> list[
 
     forms_of: dict[str, int] = {}
     off: list[float] = []
-    for done, op in enumerate(drafts):
+    for done, op in enumerate(ops):
         weight = op.weight
         if op.kind != "linear" or not isinstance(weight, Blocked) or forms.kept(weight):
             continue
-        progress(done / len(drafts))
+        progress(done / len(ops))
         named = f"{weight.dtype} in blocks of {weight.block}"
         forms_of[named] = forms_of.get(named, 0) + 1
         op.weight = to_int8(weight)
@@ -265,7 +265,7 @@ def planned_bytes(graph: Graph, precision: RtxPrecision) -> int:
 
     assert graph.decoder is not None
     number = 4 if precision.number == "float32" else 2
-    rounded = {"int4": 0.5 + 2 / 32, "int8": 1, "fp8": 1}.get(precision.rounded, number)
+    quantized = {"int4": 0.5 + 2 / 32, "int8": 1, "fp8": 1}.get(precision.quantized, number)
     total = float(number * graph.decoder.vocabulary * graph.decoder.hidden)  # the table of embeddings
     heads = vocabulary_products(graph)
     for node in graph.nodes():
@@ -275,8 +275,8 @@ def planned_bytes(graph: Graph, precision: RtxPrecision) -> int:
         if isinstance(weight, Blocked) and forms.kept(weight):
             total += weight.nbytes
             continue
-        each = (4 if precision.number == "float32" else 1) if isinstance(weight, Blocked) else rounded
-        if precision.rounded and node.name in heads:
+        each = (4 if precision.number == "float32" else 1) if isinstance(weight, Blocked) else quantized
+        if precision.quantized and node.name in heads:
             each = 1
         total += each * math.prod(weight.shape)
     return int(total)

@@ -94,9 +94,9 @@ def lower(
 
 def fuse(reader: GraphReader) -> list[Op]:
     """Fuse operators: scales into the embedding, biases into products, products of the same input into one."""
-    drafts = fusing.fuse_scales(list(reader.ops))
-    drafts = fusing.fuse_biases(drafts)
-    return fusing.fuse_same_input(drafts, 1)
+    ops = fusing.fuse_scales(list(reader.ops))
+    ops = fusing.fuse_biases(ops)
+    return fusing.fuse_same_input(ops, 1)
 
 
 class _Lowering:

@@ -38,11 +38,11 @@ if TYPE_CHECKING:
     from transom.contract import Options
     from transom.graph.weights import Weight
 
-ROUNDING = ("fast", "int8", "fp8", "int4")
+QUANTIZING = ("fast", "int8", "fp8", "int4")
 """Values of `precision` that name what plain matrices are quantized to."""
 NAMES = ("auto", "exact", "fast", "f32", "bf16", "f16", "int8", "fp8", "int4")
 Number = Literal["float32", "bfloat16", "float16"]
-Rounded = Literal["", "int8", "fp8", "int4"]
+QuantizedType = Literal["", "int8", "fp8", "int4"]
 BFLOAT16_SINCE = 80
 
 
@@ -52,7 +52,7 @@ class RtxPrecision:
 
     number: Number
     """Dtype of products, their activations and the cache."""
-    rounded: Rounded = ""
+    quantized: QuantizedType = ""
     """What plain matrices are quantized to; empty: they are not."""
     activations: bool = False
     """Whether inputs of quantized products are quantized, too."""
@@ -65,8 +65,8 @@ class RtxPrecision:
         """The text for a report."""
         stored = {"int4": "int4", "uint4": "int4", "float8e4m3fn": "fp8"}
         forms = {stored.get(w.dtype, "int8") for w in matrices if isinstance(w, Blocked)}
-        if self.rounded:
-            forms.add(self.rounded)
+        if self.quantized:
+            forms.add(self.quantized)
         weights = f"{' and '.join(sorted(forms))} weights, " if forms else ""
         inputs = "fp8 inputs of products, " if self.activations else ""
         attention = "fp8 attention, " if self.attention else ""
@@ -115,16 +115,16 @@ def resolve(options: Options, arch: int, matrices: Iterable[Weight], *, emulated
     number: Number = "bfloat16" if wide else "float16"
     if requested == "auto":
         requested = "fp8" if plain and float8 else ""
-    wanted: Mapping[str, Rounded] = {"fp8": "fp8", "fast": "fp8", "int8": "int8", "int4": "int4"}
-    rounded = wanted.get(requested, "") if plain else ""
-    if rounded == "int4":
+    wanted: Mapping[str, QuantizedType] = {"fp8": "fp8", "fast": "fp8", "int8": "int8", "int4": "int4"}
+    quantized = wanted.get(requested, "") if plain else ""
+    if quantized == "int4":
         uneven = next((w for w in plain if w.shape[-1] % 32), None)
         if uneven is not None:
             raise OptionError(
                 f"{option('precision', 'int4')} quantizes blocks of 32 columns, and a matrix has {uneven.shape[-1]}",
                 f"Use {option('precision', 'int8')}",
             )
-    inputs = rounded == "fp8" and bool(options.get("calibration"))
+    inputs = quantized == "fp8" and bool(options.get("calibration"))
     if inputs:
         number = "float16"  # results of float8 products are float32, and the texts show what attention needs
-    return RtxPrecision(number, rounded, inputs, attention=requested == "fast" and inputs, free=True)
+    return RtxPrecision(number, quantized, inputs, attention=requested == "fast" and inputs, free=True)

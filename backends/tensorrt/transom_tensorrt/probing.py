@@ -60,9 +60,9 @@ def answer(
     """
     sdks = installed() if sdks is None else sdks
     packages = _packages() if packages is None else packages
-    if (asked := os.environ.get(EMULATE, "")) not in ("", "1"):
+    if (setting := os.environ.get(EMULATE, "")) not in ("", "1"):
         fix = f"Set {EMULATE} to 1, or do not set it"
-        return Refusal(device.id, "failed", f"the environment variable {EMULATE} is {asked!r}", fix)
+        return Refusal(device.id, "failed", f"the environment variable {EMULATE} is {setting!r}", fix)
     if device.members:
         ours = all(architecture(member) in OUR_KERNELS for member in device.members)
         fix = f"Use {option('backend', 'cuda_triton')} for several cards" if ours else "Name one of the cards"

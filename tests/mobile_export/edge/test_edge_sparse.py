@@ -24,7 +24,7 @@ from transom.graph.sparse import with_sparsity
 from transom.programs.onnx_writing import IR_VERSION
 from transom.sparsity import Sparsity
 from transom.testing.models import tiny_decoder
-from transom_mobile_export.qnn.claims import drafted
+from transom_mobile_export.qnn.claims import read_decoder
 from transom_mobile_export.qnn.layout import (
     EMBEDDING_FILE,
     VARIANT_FILE,
@@ -149,7 +149,7 @@ def test_logits_and_tokens_are_transoms(
     """The same graphs on the CPU, with Transom's host around them: logits step by step, and a whole answer."""
     policy = Sparsity(columns=0, top_k=3, dense_below=dense_below, max_density=0.6, heads=heads)
     graph = with_sparsity(tiny_decoder(rng, vocabulary=96, context=CONTEXT), policy)
-    model = drafted(graph, QnnPrecision("float16", "float16"))
+    model = read_decoder(graph, QnnPrecision("float16", "float16"))
     decoder = model.reader.decoder
     files: dict[str, bytes] = {}
     parts, graphs = [], []

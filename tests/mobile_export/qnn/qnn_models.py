@@ -15,7 +15,7 @@ from transom.graph import Graph
 from transom.sessions import BufferedSession
 from transom_mobile_export.qnn import probing
 from transom_mobile_export.qnn.backend import Qnn
-from transom_mobile_export.qnn.claims import drafted
+from transom_mobile_export.qnn.claims import read_decoder
 from transom_mobile_export.qnn.observing import RunningPart, embedded, grouped, prefill
 from transom_mobile_export.qnn.precision import QnnPrecision
 
@@ -78,7 +78,7 @@ def float_logits(graph: Graph, ids: Sequence[int]) -> Array:
     """What the float graphs give in onnxruntime, part for part of a layer each; float32 [tokens, vocabulary]."""
     from transom_mobile_export.qnn.lowering import lower
 
-    model = drafted(graph, QnnPrecision("float16", "float16"))
+    model = read_decoder(graph, QnnPrecision("float16", "float16"))
     hidden = embedded(model.embed, ids)
     for layer in model.layers:
         lowered = lower(model.reader, layer, tokens="tokens", cached="cached", context=len(ids))

@@ -30,8 +30,8 @@ from transom.programs.reading import Op, Value
 from transom.testing.models import tiny_decoder
 from transom_mobile_export.qnn import sdk
 from transom_mobile_export.qnn.backend import Qnn
-from transom_mobile_export.qnn.claims import drafted
-from transom_mobile_export.qnn.encoding import RoundedMatrices, add_rounding
+from transom_mobile_export.qnn.claims import read_decoder
+from transom_mobile_export.qnn.encoding import QuantizedMatrices, add_quantization
 from transom_mobile_export.qnn.layout import LARGEST, VARIANT_FILE, QnnVariant
 from transom_mobile_export.qnn.lowering import LoweredPart, lower
 from transom_mobile_export.qnn.observing import RunningPart, Seen, embedded, observe
@@ -97,7 +97,7 @@ def test_two_parts_give_what_one_gives(rng: np.random.Generator, tmp_path: Path)
     asked = options(rng, graph, "int8")
     ids = draw(rng, graph, 12)
     found, variants = [], []
-    layers = drafted(graph, QnnPrecision("int8", "uint8")).layers
+    layers = read_decoder(graph, QnnPrecision("int8", "uint8")).layers
     for name, largest in (("one", LARGEST), ("two", layers[0].bytes + layers[1].bytes)):
         artifact = compiled(graph, asked, largest=largest)
         session = opened(artifact, tmp_path / name, asked)
@@ -259,11 +259,11 @@ def test_stored_codes_come_out_right_whatever_their_scales_and_zero_points(
         precision = QnnPrecision("int8" if dtype == "int8" else "int4", "uint8")
         name = f"{dtype}.{zero_points}"
         op = Op("linear", Value(rows), weight=weight)
-        matrix = RoundedMatrices(precision, {}, tmp_path)(write, op, f"{name}.weight")
+        matrix = QuantizedMatrices(precision, {}, tmp_path)(write, op, f"{name}.weight")
         write.output(write("MatMul", given, matrix, dtype=FLOAT), name, (1, 8, rows))
         wanted[name] = x @ dequantize(weight).T
         ranges[name] = float(wanted[name].min()), float(wanted[name].max())
-    add_rounding(LoweredPart(write.graph), Seen(ranges, -1.0), ir.DataType.UINT8)
+    add_quantization(LoweredPart(write.graph), Seen(ranges, -1.0), ir.DataType.UINT8)
     ir.save(write.model(), tmp_path / "model.onnx")
     made = sdk.compile_context(tmp_path / "model.onnx", tmp_path / "out.onnx", EMULATED)
     del made
@@ -323,12 +323,12 @@ def test_a_long_prefill_is_what_its_rounded_graph_says(rng: np.random.Generator,
     tokens, cached = 128, 64
     graph = tiny_decoder(rng, layers=1, q_heads=4, kv_heads=1, head_dim=32)
     precision = QnnPrecision("int8", "uint8")
-    model = drafted(graph, precision)
+    model = read_decoder(graph, precision)
     seen = observe(model, [draw(rng, graph, 100) for _ in range(2)], lambda share: None)
     (part,) = model.layers
-    matrices = RoundedMatrices(precision, seen.squares, tmp_path)
+    matrices = QuantizedMatrices(precision, seen.squares, tmp_path)
     lowered = lower(model.reader, part, tokens=tokens, cached=cached, context=tokens + cached, matrices=matrices)
-    add_rounding(lowered, seen, ir.DataType.UINT8)
+    add_quantization(lowered, seen, ir.DataType.UINT8)
     own = np.arange(tokens)
     unseen = np.concatenate([np.ones((tokens, cached), bool), own[:, None] < own], axis=1)
     past = np.zeros((1, 1, cached, 32), np.uint8)

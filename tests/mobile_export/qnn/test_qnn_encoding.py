@@ -20,7 +20,7 @@ from transom.graph.weights import Blocked, BlockedArrays, dense, dequantize
 from transom.quantize.rounding import to_int4
 from transom.sparsity import Sparsity
 from transom.testing.models import VARIANTS, tiny_decoder
-from transom_mobile_export.qnn.claims import drafted
+from transom_mobile_export.qnn.claims import read_decoder
 from transom_mobile_export.qnn.compiling import write_embedding
 from transom_mobile_export.qnn.encoding import (
     HEADROOM,
@@ -29,35 +29,35 @@ from transom_mobile_export.qnn.encoding import (
     UINT8,
     UINT16,
     Encoding,
-    RoundedMatrices,
-    add_rounding,
+    QuantizedMatrices,
+    add_quantization,
 )
 from transom_mobile_export.qnn.lowering import LoweredPart, Matrices, lower
 from transom_mobile_export.qnn.measuring import measure
 from transom_mobile_export.qnn.observing import Seen, observe
 from transom_mobile_export.qnn.parts import plan_parts
 from transom_mobile_export.qnn.precision import Form, QnnPrecision
-from transom_mobile_export.qnn.rounding import rounded
+from transom_mobile_export.qnn.quantizing import quantized
 
 Array = np.ndarray[Any, np.dtype[Any]]
 INT8 = QnnPrecision("int8", "uint8")
 
 
 def seen_of(rng: np.random.Generator, graph: Graph, precision: QnnPrecision) -> Seen:
-    return observe(drafted(graph, precision), [draw(rng, graph, 30) for _ in range(2)], lambda share: None)
+    return observe(read_decoder(graph, precision), [draw(rng, graph, 30) for _ in range(2)], lambda share: None)
 
 
 def lowered_of(graph: Graph, precision: QnnPrecision, seen: Seen, tokens: int, context: int = CONTEXT) -> LoweredPart:
-    model = drafted(graph, precision)
+    model = read_decoder(graph, precision)
     (part,) = plan_parts(model.layers)
     lowered = lower(model.reader, part, tokens=tokens, cached=context, context=context, matrices=scaled(precision))
-    add_rounding(lowered, seen, ir.DataType[precision.cache.upper()])
+    add_quantization(lowered, seen, ir.DataType[precision.cache.upper()])
     return lowered
 
 
 def scaled(precision: QnnPrecision) -> Matrices:
     """Matrices whose codes nobody reads."""
-    return RoundedMatrices(precision, {}, Path("nowhere"))
+    return QuantizedMatrices(precision, {}, Path("nowhere"))
 
 
 def constant(value: ir.Value | None) -> Array:
@@ -97,9 +97,9 @@ def test_no_zero_point_ever_reaches_a_weight(
     """4-bit weights with one come out wrong of the HTP, and nothing is said."""
     graph = tiny_decoder(rng, weights=stored)
     precision = QnnPrecision(weights, "uint8")
-    model = drafted(graph, precision)
+    model = read_decoder(graph, precision)
     (part,) = plan_parts(model.layers)
-    matrices = RoundedMatrices(precision, {}, tmp_path)
+    matrices = QuantizedMatrices(precision, {}, tmp_path)
     forms = set()
     for node in lower(model.reader, part, tokens=1, cached=8, context=8, matrices=matrices).graph:
         if node.op_type == "DequantizeLinear":
@@ -114,19 +114,19 @@ def test_no_zero_point_ever_reaches_a_weight(
 @pytest.mark.parametrize("stored", ["float32", "uint4_minimums", "int4", "int8"])
 def test_a_weight_is_near_what_it_was(rng: np.random.Generator, stored: Any) -> None:
     graph = tiny_decoder(rng, weights=stored)
-    model = drafted(graph, QnnPrecision("int8", "uint8"))
+    model = read_decoder(graph, QnnPrecision("int8", "uint8"))
     weight = next(d.weight for own in model.layers[0].layers for d in own if d.weight)
     plain = dequantize(weight)
     bounds: dict[Form, float] = {"int8": 0.02, "int4": 0.12}
     for form, bound in bounds.items():
-        found = rounded(weight, form)
+        found = quantized(weight, form)
         parts = found.load()
         assert parts.zero_points is None
         assert parts.minimums is None
         assert parts.quants.dtype == np.int8
         assert np.abs(parts.quants).max() <= (127 if form == "int8" else 8)
         assert np.linalg.norm(dequantize(found) - plain) < bound * np.linalg.norm(plain)
-    assert (rounded(weight, "int4") is weight) == (stored == "int4")
+    assert (quantized(weight, "int4") is weight) == (stored == "int4")
 
 
 @pytest.mark.parametrize("flaw", ["zero_points", "minimums", "negative"])
@@ -146,13 +146,13 @@ def test_what_is_stored_in_a_form_is_kept_unless_the_htp_would_compute_it_wrong(
         has = {f"has_{name}": True for name in more}
         return Blocked((rows, columns), block, form, "float16", lambda: parts, **has)
 
-    np.testing.assert_array_equal(rounded(stored(), form).load().quants, quants)
+    np.testing.assert_array_equal(quantized(stored(), form).load().quants, quants)
     weight = {
         "zero_points": lambda: stored(zero_points=rng.integers(1, 4, blocks).astype(np.int8)),
         "minimums": lambda: stored(minimums=-scales),
         "negative": lambda: stored(scales=scales * np.where(np.arange(rows) % 2, 1, -1).astype(np.float16)[:, None]),
     }[flaw]()
-    found = rounded(weight, form)
+    found = quantized(weight, form)
     parts = found.load()
     assert (parts.zero_points, parts.minimums) == (None, None)
     assert (parts.scales > 0).all() or (form, flaw) == ("int4", "negative")
@@ -161,7 +161,7 @@ def test_what_is_stored_in_a_form_is_kept_unless_the_htp_would_compute_it_wrong(
 
 
 def test_numbers_that_float16_does_not_have_are_refused(rng: np.random.Generator, tmp_path: Path) -> None:
-    model = drafted(tiny_decoder(rng), QnnPrecision("int8", "uint8"))
+    model = read_decoder(tiny_decoder(rng), QnnPrecision("int8", "uint8"))
     gain = next(d for own in model.layers[1].layers for d in own if d.kind == "norm")
     gain.vector = np.asarray(gain.vector) * np.float32(np.nan)
     with pytest.raises(SourceError, match=r"not finite, first seen at 1\..*RMSNormalization"):
@@ -181,11 +181,11 @@ def test_a_scale_is_searched_for_the_inputs_that_it_meets(rng: np.random.Generat
     def error(found: Blocked) -> float:
         return float(np.linalg.norm(inputs @ (dequantize(found) - matrix).T))
 
-    widest, plain, weighed = to_int4(weight, 32), rounded(weight, "int4"), rounded(weight, "int4", squares)
+    widest, plain, weighed = to_int4(weight, 32), quantized(weight, "int4"), quantized(weight, "int4", squares)
     assert np.linalg.norm(dequantize(plain) - matrix) < np.linalg.norm(dequantize(widest) - matrix)
     assert error(weighed) < error(plain)
     assert error(weighed) < 0.95 * error(widest)
-    nothing = rounded(dense(np.zeros((2, 32), np.float32)), "int4").load()
+    nothing = quantized(dense(np.zeros((2, 32), np.float32)), "int4").load()
     assert not nothing.quants.any()
     assert (nothing.scales > 0).all()
 
@@ -284,11 +284,11 @@ def test_errors_are_listed_worst_first(rng: np.random.Generator, tmp_path: Path)
     errors = {}
     for weights in ("int8", "int4"):
         precision = QnnPrecision(weights, "uint8")
-        model = drafted(graph, precision)
+        model = read_decoder(graph, precision)
         seen = observe(model, [text], lambda share: None)
         folder = tmp_path / weights
         folder.mkdir()
-        matrices = RoundedMatrices(precision, seen.squares, folder)
+        matrices = QuantizedMatrices(precision, seen.squares, folder)
         found = measure(model, precision, seen, matrices, text, lambda share: None)
         assert [d.error for d in found] == sorted((d.error for d in found), reverse=True)
         assert sum(d.what == "residual" for d in found) == 2

@@ -17,7 +17,7 @@ from transom.preparation.reference_outputs import reference_logits
 from transom.sparsity import Sparsity
 from transom.testing.models import VARIANTS, tiny_decoder
 from transom_mobile_export.qnn.backend import Qnn
-from transom_mobile_export.qnn.claims import Drafted, drafted
+from transom_mobile_export.qnn.claims import HtpDecoder, read_decoder
 from transom_mobile_export.qnn.compiling import plan_notes, require_capped
 from transom_mobile_export.qnn.parts import matrix_bytes, plan_parts
 from transom_mobile_export.qnn.precision import QnnPrecision, resolve
@@ -35,7 +35,7 @@ def test_float_graphs_are_the_reference(rng: np.random.Generator, form: str) -> 
 def test_a_model_is_cut_into_parts_that_fit(rng: np.random.Generator) -> None:
     graph = tiny_decoder(rng, layers=5)
     for precision in (resolve({"precision": "int8"}, 73), resolve({"precision": "int4"}, 73), FLOAT16):
-        layers = drafted(graph, precision).layers
+        layers = read_decoder(graph, precision).layers
         assert [(layer.first, layer.end) for layer in layers] == [(i, i + 1) for i in range(5)]
         assert len({layer.bytes for layer in layers[:-1]}) == 1
         assert layers[-1].bytes > layers[0].bytes  # the vocabulary matrix is with the last one
@@ -52,7 +52,7 @@ def test_a_model_is_cut_into_parts_that_fit(rng: np.random.Generator) -> None:
 
 
 def test_bytes_of_a_matrix_are_those_of_its_codes_and_scales(rng: np.random.Generator) -> None:
-    (weight,) = {d.weight for layer in drafted(tiny_decoder(rng, layers=1), FLOAT16).layers for own in layer.layers
+    (weight,) = {d.weight for layer in read_decoder(tiny_decoder(rng, layers=1), FLOAT16).layers for own in layer.layers
                  for d in own if d.weight is not None and d.weight.shape == (64, 96)}  # fmt: skip
     assert matrix_bytes(weight, "int8") == 64 * 96 + 64 * 16
     assert matrix_bytes(weight, "int4") == 64 * 96 // 2 + 64 * 3 * 2 + 64 * 16
@@ -61,7 +61,7 @@ def test_bytes_of_a_matrix_are_those_of_its_codes_and_scales(rng: np.random.Gene
 
 def test_no_weight_is_read_for_a_plan(rng: np.random.Generator) -> None:
     graph = tiny_decoder(rng)
-    model = drafted(graph, FLOAT16)
+    model = read_decoder(graph, FLOAT16)
     for layer in model.layers:
         for own in layer.layers:
             for draft in own:
@@ -88,9 +88,9 @@ def test_rows_that_no_block_divides_are_refused_before_anything_is_observed(rng:
 
 
 def test_a_soft_cap_that_would_come_out_wrong_without_a_word_is_refused(rng: np.random.Generator) -> None:
-    def model(policy: Sparsity, **form: Any) -> Drafted:
+    def model(policy: Sparsity, **form: Any) -> HtpDecoder:
         graph = with_sparsity(tiny_decoder(rng, layers=1, softcap=8.0, **form), policy)
-        return drafted(graph, QnnPrecision("int8", "uint8"))
+        return read_decoder(graph, QnnPrecision("int8", "uint8"))
 
     static, off = Sparsity(columns=0, top_k=3, max_density=0.6), Sparsity.parse("off")
     for policy, heads, chunk in ((static, 16, 128), (off, 1, 16)):

@@ -21,8 +21,8 @@ from transom.preparation.agreement import compare
 from transom.preparation.calibration_texts import pieces
 from transom.preparation.reference_outputs import reference_logits
 from transom.sources import resolve
-from transom_mobile_export.qnn.claims import drafted
-from transom_mobile_export.qnn.encoding import RoundedMatrices, add_rounding
+from transom_mobile_export.qnn.claims import read_decoder
+from transom_mobile_export.qnn.encoding import QuantizedMatrices, add_quantization
 from transom_mobile_export.qnn.lowering import lower
 from transom_mobile_export.qnn.observing import RunningPart, embedded, observe, prefill
 from transom_mobile_export.qnn.parts import plan_parts
@@ -42,13 +42,13 @@ def test_its_rounded_graphs_agree_with_the_reference(tmp_path: Path) -> None:
     texts = pieces(source.tokenizer, source.graph.decoder.vocabulary, 128, ())[:3]
     held = list(texts[2][:TOKENS])
     precision = QnnPrecision("int8", "uint8")
-    model = drafted(source.graph, precision)
+    model = read_decoder(source.graph, precision)
     seen = observe(model, [text[:64] for text in texts[:2]], lambda share: None)
     assert seen.widest > 1000
     (part,) = plan_parts(model.layers)
-    matrices = RoundedMatrices(precision, seen.squares, tmp_path)
+    matrices = QuantizedMatrices(precision, seen.squares, tmp_path)
     lowered = lower(model.reader, part, tokens="tokens", cached="cached", context=TOKENS, matrices=matrices)
-    add_rounding(lowered, seen, ir.DataType.UINT8)
+    add_quantization(lowered, seen, ir.DataType.UINT8)
     with RunningPart(lowered) as running:
         inputs = prefill(model.reader.decoder, part, embedded(model.embed, held), np.arange(TOKENS), np.uint8)
         found = compare(reference_logits(source.graph, held), running(inputs)["logits"][0])

@@ -32,7 +32,7 @@ from transom.sparsity import Sparsity
 from transom.sparsity.static import static_refusal
 from transom.testing.models import tiny_decoder
 from transom_mobile_export.qnn.backend import Qnn
-from transom_mobile_export.qnn.claims import Drafted, drafted
+from transom_mobile_export.qnn.claims import HtpDecoder, read_decoder
 from transom_mobile_export.qnn.layout import PartFiles, QnnVariant, cache_layers
 from transom_mobile_export.qnn.loading import session_over
 from transom_mobile_export.qnn.lowering import lower
@@ -248,7 +248,7 @@ def test_it_chooses_and_gives_what_the_reference_does(rng: np.random.Generator, 
 class Wide:
     """A float graph in onnxruntime, with caches of the session's types."""
 
-    def __init__(self, model: Drafted, tokens: int) -> None:
+    def __init__(self, model: HtpDecoder, tokens: int) -> None:
         import onnxruntime
 
         (part,) = plan_parts(model.layers)
@@ -315,7 +315,7 @@ def cut(ids: Sequence[int]) -> list[Sequence[int]]:
 def test_float_graphs_of_a_decoder_are_the_reference(rng: np.random.Generator, form: dict[str, Any]) -> None:
     """The session's own part included: chunks, nodes, and what is kept of a state."""
     dense, graph = sparse_decoder(rng, **form)
-    model = drafted(graph, QnnPrecision("float16", "float16"))
+    model = read_decoder(graph, QnnPrecision("float16", "float16"))
     decoder = model.reader.decoder
     variant = QnnVariant(
         CONTEXT, 128, 128, decoder.hidden, float(model.embed.scale), cache_layers(decoder), "float32", LOW,
@@ -390,7 +390,7 @@ def test_far_units_are_those_that_any_block_needs() -> None:
 
 def test_a_dense_context_has_no_word_of_sparse_attention(rng: np.random.Generator) -> None:
     """Apps that know dense attention alone read the first version, and refuse the second."""
-    decoder = drafted(tiny_decoder(rng), QnnPrecision("float16", "float16")).reader.decoder
+    decoder = read_decoder(tiny_decoder(rng), QnnPrecision("float16", "float16")).reader.decoder
     known = CONTEXT, 64, 61, decoder.hidden, 1.0, cache_layers(decoder), "float16", LOW, (), 43, 73
     plain, chosen = QnnVariant(*known), QnnVariant(*known, Sparsity(**SMALL).to_string())
     raw = [json.loads(v.to_json()) for v in (plain, chosen)]

@@ -1,15 +1,15 @@
-"""New keys and values into the pages of the cache: keys are rotated on the way, and routing nodes brought up to date.
+"""Appends new keys and values to the pages of the cache: rotates the keys, and updates the routing nodes.
 
 NEW_K [tokens, kv_heads, head_dim], not rotated; NEW_V [tokens, kv_heads, value_dim]; COS and SIN float32
-[positions, rotated / 2]; K, V, BLOCKS and PAGES as in `transom_cuda_triton.kernels`: a query block's tokens are those
-that go into one page. MEANS and VARIANCES [pages, kv_heads, 8, head_dim], of the keys of every 8 positions as they lie
-in the cache, of as many as there are; COUNTS int32 [pages, kv_heads, 8], of how many.
+[positions, rotated / 2]; K, V, BLOCKS and PAGES as in `transom_cuda_triton.kernels`, except that a block here is the
+tokens that go to one page. MEANS and VARIANCES [pages, kv_heads, 8, head_dim] are those of the stored keys of every 8
+positions; COUNTS int32 [pages, kv_heads, 8] is the number of keys in each node.
 
-Grid (blocks, kv_heads). A program rotates the new keys of its page, rounds them to the cache's form, and sums all keys
-of the page by eights: those that were there are read again, which a page that is filled token by token costs 64 rows a
-token, and a prompt nothing.
+Grid (blocks, kv_heads). A program rotates the new keys of its page, rounds them to the cache's type, and computes the
+nodes of the whole page. To do so it rereads the older keys of the page: up to 64 rows per token while decoding, and
+none for a prompt that fills whole pages.
 
-Sources: rotary embedding, Su and others 2021 (arXiv:2104.09864), as ONNX `RotaryEmbedding` has it; nodes,
+Sources: rotary embedding, Su and others 2021 (arXiv:2104.09864), as in ONNX `RotaryEmbedding`; nodes,
 `transom.ops.sparse_routing`.
 """
 
@@ -21,14 +21,14 @@ import triton.language as tl
 PAGE = tl.constexpr(64)
 NODE = tl.constexpr(8)
 NODES = tl.constexpr(8)
-"""In a page."""
+"""Nodes per page."""
 
 
 @triton.jit
 def keep_nodes(keys, there, counts, at, columns, inside, MEANS, VARIANCES, WIDTH: tl.constexpr):
-    """Means and variances of columns of the keys [64, WIDTH] of eight nodes to `at` [8] + column.
+    """Store means and variances of the keys [64, WIDTH] of eight nodes at `at` [8] + column.
 
-    Of the keys that are `there`, `counts` int32 [8] of each node; a node without any has zeros.
+    Only keys that are `there` count: `counts` int32 [8] for each node. A node without keys gets zeros.
     """
     x = tl.where(there[:, None], keys, 0.0)
     share = 1.0 / tl.maximum(counts, 1).to(tl.float32)[:, None]
@@ -47,7 +47,7 @@ def append(
     HEAD: tl.constexpr, VALUE: tl.constexpr, ROTATED: tl.constexpr, INTERLEAVED: tl.constexpr,
     HALF_WIDTH: tl.constexpr, REST_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """See the module. The widths are powers of two that hold ROTATED / 2, HEAD - ROTATED (or 0) and VALUE columns."""
+    """See the module. The widths are powers of two, at least ROTATED / 2, HEAD - ROTATED (or 0) and VALUE."""
     block, head = tl.program_id(0), tl.program_id(1)
     kv_heads = tl.num_programs(1)
     half: tl.constexpr = ROTATED // 2

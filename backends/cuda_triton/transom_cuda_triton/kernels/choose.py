@@ -1,14 +1,16 @@
-"""The choice: which far units and columns a query block reads, as the attention kernels take it.
+"""Selects the far units and columns that each query block reads, in the format of the attention kernels.
 
-SCORES float32 [blocks, kv_heads, most_units], of units of UNIT keys; SHARES float32 [blocks, kv_heads, 2], as `.scores`
-makes them. BLOCKS, SLOTS, COVERAGE, COLUMNS and FLAG as in `transom_cuda_triton.kernels.routed`. Written are what
-attention reads, FAR int32 [blocks, kv_heads, most_far] in units of 16 keys, FAR_COUNT, NEAR int32 [blocks, kv_heads]
-and BLOCK_COLUMNS int32 [blocks, kv_heads, 64] (COLUMNS of `transom_cuda_triton.kernels`), and what is said of it, READ
-and SEEN int32 [blocks, kv_heads], keys that the last query reads, of those that any of them sees.
+Inputs are SCORES float32 [blocks, kv_heads, most_units], for units of UNIT keys, and SHARES float32
+[blocks, kv_heads, 2], both from `.scores`; BLOCKS, SLOTS, COVERAGE, COLUMNS and FLAG as in
+`transom_cuda_triton.kernels.routed`. Outputs for attention are FAR int32 [blocks, kv_heads, most_far] in units of 16
+keys, FAR_COUNT and NEAR int32 [blocks, kv_heads], and BLOCK_COLUMNS int32 [blocks, kv_heads, 64], which is COLUMNS in
+`transom_cuda_triton.kernels`. Outputs for reports are READ and SEEN int32 [blocks, kv_heads]: the number of keys that
+the last query reads, and of keys visible to any query of the block.
 
-Grid (blocks, kv_heads). `top_k` above 0 is a number of units, else it is `coverage` of the total, held between
-`min_density` and `max_density` of all units; `may_fall` says whether a block that would read more than 0.6 of its keys
-reads them all. Scores that are not finite set FLAG, and the block reads everything.
+Grid (blocks, kv_heads). If `top_k` is above 0, that many units are selected. Otherwise the units with the highest
+scores are selected until they cover `coverage` of the total, but no fewer than `min_density` and no more than
+`max_density` of all units. If `may_fall` is 1, a block that would read more than 0.6 of its keys reads all of them. If
+scores are not finite, FLAG is set and the block reads everything.
 
 Source: `transom.ops.sparse_routing`, steps 6 and 7.
 """
@@ -39,7 +41,7 @@ def choose_units(
     window, local, most_columns, dense_below, top_k, min_density, max_density, may_fall, most_units, most_far,
     UNIT: tl.constexpr, WIDTH: tl.constexpr, WINDOWED: tl.constexpr,
 ):  # fmt: skip
-    """See the module. WIDTH units are looked at together."""
+    """See the module. WIDTH units are processed at once."""
     block, head = tl.program_id(0), tl.program_id(1)
     kv_heads = tl.num_programs(1)
     own = (block * kv_heads + head).to(tl.int64)
@@ -92,7 +94,7 @@ def choose_units(
             alone = before & (beyond(x, unit, low, high, last) == 0)
             columns = tl.where(alone, column, -1)
             read += tl.sum((alone & (column >= start)).to(tl.int32), 0)
-            # 3 / 5 in whole numbers, as the reference has it
+            # 3 / 5 in integers, as in the reference
             if (may_fall > 0) & (read * 5 > seen * 3):
                 near_end = far * 0
         else:

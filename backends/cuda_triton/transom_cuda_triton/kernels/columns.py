@@ -1,23 +1,25 @@
-"""Columns: the keys of most mass over some queries of a sequence, one KV head at a time.
+"""Selects columns: for each KV head, the keys with the largest attention mass over some queries of a sequence.
 
 Q [tokens, kv_heads * group, head_dim], rotated; K, PAGES, SLOTS, COVERAGE, RING, COLUMNS, PATCHES, SIDES and FLAG as in
-`transom_cuda_triton.kernels` and `.routed`. CHOOSERS int32 [choosers] has the sequences whose columns are chosen, each
-once, or -1. ASKED int32 [choosers, 16, 3] says which queries of each are looked at: the row among the step's
-tokens or -1, the place in the ring or -1, and the position, -1 where there is none.
+`transom_cuda_triton.kernels` and `.routed`. CHOOSERS int32 [choosers] has the sequences whose columns are selected,
+each once, or -1. SAMPLED int32 [choosers, 16, 3] has the sampled queries of each: the row among the step's tokens or
+-1, the place in the ring or -1, and the position, which is -1 in unused entries.
 
-Three kernels, each split over the keys, and a fourth that chooses:
+Four kernels, the first and the third split over the keys:
 
-1. `weigh_rows`, grid (choosers, kv_heads, splits * tiles), tiles = ceil(16 * group / ROWS): of each row of queries and
-   split the largest logit and the sum, COLUMN_STATS float32 [choosers, kv_heads, splits, 2, tiles * ROWS].
-2. `merge_columns`, grid (choosers, kv_heads): COLUMN_NORMS float32 [choosers, kv_heads, tiles * ROWS], the logarithm of
-   each row's whole sum, the sink's part in it.
-3. `sum_mass`, grid (choosers, kv_heads, splits): MASS float32 [choosers, kv_heads, most_keys], what each key draws from
-   all rows, each row's own block and local window left out. Only keys that some row may look at are written.
-4. `choose_columns`, grid (choosers, kv_heads): COLUMNS and PATCHES; takes the nodes of earlier columns out of SIDES.
+1. `weigh_rows`, grid (choosers, kv_heads, splits * tiles), tiles = ceil(16 * group / ROWS), computes the largest logit
+   and the sum for each row of queries and split: COLUMN_STATS float32 [choosers, kv_heads, splits, 2, tiles * ROWS].
+2. `merge_columns`, grid (choosers, kv_heads), computes the logarithm of each row's total sum, including the sink:
+   COLUMN_NORMS float32 [choosers, kv_heads, tiles * ROWS].
+3. `sum_mass`, grid (choosers, kv_heads, splits), sums the mass of each key over all rows, except over rows whose own
+   block or local window has the key: MASS float32 [choosers, kv_heads, most_keys]. Only keys that are visible to some
+   row are written.
+4. `choose_columns`, grid (choosers, kv_heads), writes COLUMNS and PATCHES, and removes the nodes of earlier columns
+   from SIDES.
 
-Logits are made twice in place of being kept: they are 16 * group numbers for each key, which has 2 * head_dim bytes.
+Logits are computed twice, not stored: each key would need 16 * group floats, and itself has only 2 * head_dim bytes.
 
-Source: SnapKV, Li and others 2024 (arXiv:2404.14469), for keys chosen by the mass that a few queries give them.
+Source: SnapKV, Li and others 2024 (arXiv:2404.14469), for selecting keys by the mass that a few queries give them.
 """
 
 from __future__ import annotations
@@ -37,13 +39,13 @@ from transom_cuda_triton.kernels.routed import (
 )
 from transom_cuda_triton.kernels.softmax import LOG2E, NEVER, PAGE, load_rows
 
-ASKED_ROWS = tl.constexpr(16)
+SAMPLED_ROWS = tl.constexpr(16)
 
 
 @triton.jit
-def _span(ASKED, chooser, local, window, WINDOWED: tl.constexpr):
-    """(first tile of keys that any row sees, last position of a row or -1, end of the keys that may be columns)."""
-    position = tl.load(ASKED + (chooser * ASKED_ROWS + tl.arange(0, ASKED_ROWS)) * 3 + 2)
+def _span(SAMPLED, chooser, local, window, WINDOWED: tl.constexpr):
+    """(first tile with keys visible to any row, last position of a row or -1, end of the keys that may be columns)."""
+    position = tl.load(SAMPLED + (chooser * SAMPLED_ROWS + tl.arange(0, SAMPLED_ROWS)) * 3 + 2)
     last = tl.max(position, 0)
     first = tl.min(tl.where(position >= 0, position, last), 0)
     return first_seen(first, window, WINDOWED) // PAGE, last, far_end(last, local)
@@ -51,13 +53,13 @@ def _span(ASKED, chooser, local, window, WINDOWED: tl.constexpr):
 
 @triton.jit
 def _rows(
-    Q, RING, ASKED, chooser, head, slot, row, q_token,
+    Q, RING, SAMPLED, chooser, head, slot, row, q_token,
     GROUP: tl.constexpr, HEAD: tl.constexpr, HEAD_REST: tl.constexpr,
 ):  # fmt: skip
-    """(queries [ROWS, HEAD], [ROWS, HEAD_REST], positions [ROWS] or -1) of the rows: asked query, head of the group."""
+    """(queries [ROWS, HEAD], [ROWS, HEAD_REST], positions [ROWS] or -1) of rows, each a sampled query with one head."""
     head_dim: tl.constexpr = HEAD + HEAD_REST
-    entry = ASKED + (chooser * ASKED_ROWS + row // GROUP) * 3
-    real = row < ASKED_ROWS * GROUP
+    entry = SAMPLED + (chooser * SAMPLED_ROWS + row // GROUP) * 3
+    real = row < SAMPLED_ROWS * GROUP
     source = tl.load(entry, mask=real, other=-1).to(tl.int64)
     place = tl.load(entry + 1, mask=real, other=-1).to(tl.int64)
     position = tl.load(entry + 2, mask=real, other=-1)
@@ -65,14 +67,14 @@ def _rows(
     new, old = (position >= 0) & (source >= 0), (position >= 0) & (source < 0)
     qa, qb = load_rows(Q, source * q_token + member * head_dim, new, HEAD, HEAD_REST, True)
     width = tl.num_programs(1) * GROUP * head_dim
-    at = (slot * ASKED_ROWS + place) * width + member * head_dim
+    at = (slot * SAMPLED_ROWS + place) * width + member * head_dim
     ra, rb = load_rows(RING, at, old, HEAD, HEAD_REST, True)
     return tl.where(new[:, None], qa, ra), tl.where(new[:, None], qb, rb), position
 
 
 @triton.jit
 def weigh_rows(
-    Q, K, RING, PAGES, SLOTS, COVERAGE, CHOOSERS, ASKED, COLUMN_STATS,
+    Q, K, RING, PAGES, SLOTS, COVERAGE, CHOOSERS, SAMPLED, COLUMN_STATS,
     factor, cap, window, local, q_token, k_page, k_head, most_pages, column_splits,
     GROUP: tl.constexpr, HEAD: tl.constexpr, HEAD_REST: tl.constexpr, ROWS: tl.constexpr,
     CAPPED: tl.constexpr, WINDOWED: tl.constexpr,
@@ -83,12 +85,12 @@ def weigh_rows(
     tiles = tl.num_programs(2) // column_splits
     kv_heads = tl.num_programs(1)
     sequence = tl.load(CHOOSERS + chooser)
-    first_tile, last, limit = _span(ASKED, chooser, local, window, WINDOWED)
+    first_tile, last, limit = _span(SAMPLED, chooser, local, window, WINDOWED)
     if (sequence < 0) | (limit <= 0) | (tl.load(COVERAGE + head) < 0.0):
         return
     slot = tl.load(SLOTS + sequence)
     row = tile * ROWS + tl.arange(0, ROWS)
-    qa, qb, position = _rows(Q, RING, ASKED, chooser, head, slot, row, q_token, GROUP, HEAD, HEAD_REST)
+    qa, qb, position = _rows(Q, RING, SAMPLED, chooser, head, slot, row, q_token, GROUP, HEAD, HEAD_REST)
     pages, keys = PAGES + sequence * most_pages, K + head.to(tl.int64) * k_head
     top, total = tl.full([ROWS], NEVER, tl.float32), tl.zeros([ROWS], tl.float32)
     key_tiles = last // PAGE + 1 - first_tile
@@ -110,16 +112,16 @@ def weigh_rows(
 
 @triton.jit
 def merge_columns(
-    ASKED, CHOOSERS, COVERAGE, SINKS, COLUMN_STATS, COLUMN_NORMS, local, window, column_splits,
+    SAMPLED, CHOOSERS, COVERAGE, SINKS, COLUMN_STATS, COLUMN_NORMS, local, window, column_splits,
     GROUP: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr, WINDOWED: tl.constexpr, WITH_SINKS: tl.constexpr,
 ):  # fmt: skip
-    """See the module. SPLITS is a power of two that is column_splits or more."""
+    """See the module. SPLITS is a power of two, at least column_splits."""
     chooser, head = tl.program_id(0), tl.program_id(1)
     kv_heads = tl.num_programs(1)
-    _, _, limit = _span(ASKED, chooser, local, window, WINDOWED)
+    _, _, limit = _span(SAMPLED, chooser, local, window, WINDOWED)
     if (tl.load(CHOOSERS + chooser) < 0) | (limit <= 0) | (tl.load(COVERAGE + head) < 0.0):
         return
-    tiles: tl.constexpr = (ASKED_ROWS * GROUP + ROWS - 1) // ROWS
+    tiles: tl.constexpr = (SAMPLED_ROWS * GROUP + ROWS - 1) // ROWS
     width: tl.constexpr = tiles * ROWS
     own = (chooser * kv_heads + head).to(tl.int64)
     split = tl.arange(0, SPLITS)
@@ -140,26 +142,26 @@ def merge_columns(
 
 @triton.jit
 def sum_mass(
-    Q, K, RING, PAGES, SLOTS, COVERAGE, CHOOSERS, ASKED, COLUMN_NORMS, MASS,
+    Q, K, RING, PAGES, SLOTS, COVERAGE, CHOOSERS, SAMPLED, COLUMN_NORMS, MASS,
     factor, cap, window, local, q_token, k_page, k_head, most_pages, most_keys,
     GROUP: tl.constexpr, HEAD: tl.constexpr, HEAD_REST: tl.constexpr, ROWS: tl.constexpr,
     CAPPED: tl.constexpr, WINDOWED: tl.constexpr,
 ):  # fmt: skip
-    """See the module. A program goes over its keys once for each tile of rows, and adds to what it has written."""
+    """See the module. A program passes over its keys once per tile of rows, and accumulates in MASS."""
     chooser, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     kv_heads, splits = tl.num_programs(1), tl.num_programs(2)
     sequence = tl.load(CHOOSERS + chooser)
-    first_tile, _, limit = _span(ASKED, chooser, local, window, WINDOWED)
+    first_tile, _, limit = _span(SAMPLED, chooser, local, window, WINDOWED)
     if (sequence < 0) | (limit <= 0) | (tl.load(COVERAGE + head) < 0.0):
         return
     slot = tl.load(SLOTS + sequence)
     pages, keys = PAGES + sequence * most_pages, K + head.to(tl.int64) * k_head
-    tiles: tl.constexpr = (ASKED_ROWS * GROUP + ROWS - 1) // ROWS
+    tiles: tl.constexpr = (SAMPLED_ROWS * GROUP + ROWS - 1) // ROWS
     own = (chooser * kv_heads + head).to(tl.int64)
     key_tiles = tl.maximum(limit // PAGE - first_tile, 0)
     for tile in range(tiles):
         row = tile * ROWS + tl.arange(0, ROWS)
-        qa, qb, position = _rows(Q, RING, ASKED, chooser, head, slot, row, q_token, GROUP, HEAD, HEAD_REST)
+        qa, qb, position = _rows(Q, RING, SAMPLED, chooser, head, slot, row, q_token, GROUP, HEAD, HEAD_REST)
         norm = tl.load(COLUMN_NORMS + own * (tiles * ROWS) + row)
         ends = tl.where(position >= 0, far_end(position, local), 0)
         for number in range(first_tile + key_tiles * split // splits, first_tile + key_tiles * (split + 1) // splits):
@@ -177,23 +179,23 @@ def sum_mass(
 
 @triton.jit
 def choose_columns(
-    SLOTS, COVERAGE, CHOOSERS, ASKED, MASS, COLUMNS, PATCHES, SIDES, FLAG,
+    SLOTS, COVERAGE, CHOOSERS, SAMPLED, MASS, COLUMNS, PATCHES, SIDES, FLAG,
     local, window, most_columns, most_keys, most_nodes,
     WIDTH: tl.constexpr, WINDOWED: tl.constexpr,
 ):  # fmt: skip
-    """See the module. WIDTH keys are looked at together, a multiple of 8 of them."""
+    """See the module. WIDTH keys, a multiple of 8, are processed at once."""
     chooser, head = tl.program_id(0), tl.program_id(1)
     kv_heads = tl.num_programs(1)
     sequence = tl.load(CHOOSERS + chooser)
     if (sequence < 0) | (tl.load(COVERAGE + head) < 0.0):
         return
-    first_tile, _, limit = _span(ASKED, chooser, local, window, WINDOWED)
+    first_tile, _, limit = _span(SAMPLED, chooser, local, window, WINDOWED)
     own = tl.load(SLOTS + sequence) * kv_heads + head
     lane = tl.arange(0, MOST_COLUMNS)
     earlier = tl.load(PATCHES + own * MOST_COLUMNS + lane)
     nothing = tl.full([MOST_COLUMNS], -1, tl.int8)
     tl.store(SIDES + own.to(tl.int64) * most_nodes + earlier, nothing, mask=earlier >= 0)
-    tl.debug_barrier()  # PATCHES is written anew below
+    tl.debug_barrier()  # PATCHES is overwritten below
 
     mass = MASS + (chooser * kv_heads + head).to(tl.int64) * most_keys
     first = first_tile * PAGE

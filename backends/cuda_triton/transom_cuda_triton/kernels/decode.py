@@ -1,13 +1,13 @@
-"""Block-sparse attention of single queries over a paged cache: the keys are split among programs, then put together.
+"""Block-sparse attention of single queries over a paged cache: the keys are split among programs, then merged.
 
 Q [tokens, kv_heads * group, head_dim], rotated; OUT [tokens, kv_heads * group, value_dim]; K, V, BLOCKS, PAGES, FAR,
-FAR_COUNT, COLUMNS, NEAR, SINKS as in `transom_cuda_triton.kernels`, each query block with one query. Between the two
-kernels lie PARTS float32 [blocks, kv_heads, splits, ROWS, value_dim], and SHARES float32
-[blocks, kv_heads, splits, 2, ROWS]: the largest logit of each split, in powers of two, and its sum.
+FAR_COUNT, COLUMNS, NEAR, SINKS as in `transom_cuda_triton.kernels.prefill`, with one query per block. `attend_splits`
+passes to `merge_splits` the partial outputs, PARTS float32 [blocks, kv_heads, splits, ROWS, value_dim], and SHARES
+float32 [blocks, kv_heads, splits, 2, ROWS]: the largest logit of each split, base 2, and its sum.
 
-Grids (blocks, kv_heads, splits) and (blocks, kv_heads). ROWS is `group` rounded up to what a tensor core takes, 16 or
-more: the heads of a group share what is loaded. A split has its share of the tiles of far units, columns and near keys,
-which come one behind the other; one that gets none says so with a largest logit that weighs nothing.
+Grids (blocks, kv_heads, splits) and (blocks, kv_heads). ROWS is `group` rounded up to the rows of a tensor core, 16 or
+more, so the heads of a group share loads. The tiles of far units, columns and near keys, in this order, are divided
+evenly among the splits; a split without tiles has a largest logit of `NEVER`, which gives it weight 0.
 
 Source: flash decoding, Dao and others 2023 (https://crfm.stanford.edu/2023/10/12/flashdecoding.html).
 """

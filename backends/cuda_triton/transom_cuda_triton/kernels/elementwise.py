@@ -1,4 +1,4 @@
-"""What is left between products: scale, bias, sum with another row, soft cap.
+"""Elementwise operators between products: scale, bias, sum with another row, soft cap.
 
 X, OTHER and OUT [rows, columns], float16, bfloat16 or float32, each with its own stride; BIAS float32 [columns].
 OUT = cap(X * factor + BIAS + OTHER), cap(x) = cap * tanh(x / cap); computed in float32. OUT may be X or OTHER.

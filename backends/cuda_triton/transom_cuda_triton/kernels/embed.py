@@ -1,4 +1,4 @@
-"""Rows of a table by token id: the embedding, dense or in the blocks of `linear`.
+"""The embedding: rows of a table by token id. The table is dense, or quantized in the blocks of `linear`.
 
 IDS int64 [tokens]; OUT [tokens, columns], float16, bfloat16 or float32; OUT = factor * row. A dense TABLE is
 [vocabulary, columns]; QUANTS, SCALES and OFFSETS are as in `transom_cuda_triton.kernels.linear`. Grid

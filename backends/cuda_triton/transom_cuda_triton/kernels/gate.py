@@ -3,7 +3,7 @@
 GATE, UP and OUT [rows, columns], float16, bfloat16 or float32, each with its own stride; computed in float32.
 OUT = act(GATE) * UP. Grid (ceil(rows / ROWS), ceil(columns / WIDTH)).
 
-Source: Shazeer 2020 (arXiv:2002.05202); GELU as ONNX `Gelu` has it, exact or by tanh.
+Source: Shazeer 2020 (arXiv:2002.05202); GELU as in ONNX `Gelu`, exact or by tanh.
 """
 
 from __future__ import annotations

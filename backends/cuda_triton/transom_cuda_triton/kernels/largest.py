@@ -1,8 +1,8 @@
-"""The largest of many numbers, by how many they are or by what their sum reaches, without sorting.
+"""Selects the largest of many numbers without sorting, until a count or a sum is reached.
 
-The numbers are float32, finite and not negative, so that they order like their bits: the least of those taken is found
-by halving the range of bits, one pass over the numbers for each halving. It ends as soon as a single number is left
-between the bounds; only numbers that are equal to the last bit take all 31 passes.
+The numbers are float32, finite and not negative, so they have the same order as their bits as integers. The smallest
+selected number is found by bisection over the bits, with one pass over the numbers per step. The search ends once a
+single number is between the bounds; only numbers that are equal bit for bit need all 31 passes.
 
 Source: the search without sorting, FlashInfer's sampling (https://flashinfer.ai/2025/03/10/sampling.html).
 """
@@ -13,18 +13,18 @@ import triton
 import triton.language as tl
 
 INFINITE = tl.constexpr(0x7F800000)
-"""Bits of infinity, above those of all that is finite."""
+"""Bits of infinity, above those of every finite number."""
 
 
 @triton.jit
 def bits_of(x):
-    """int32, in the order of the numbers where none is negative."""
+    """The bits as int32, which order like the numbers if none is negative."""
     return x.to(tl.int32, bitcast=True)
 
 
 @triton.jit
 def reaching(base, first, stop, bits, WIDTH: tl.constexpr):
-    """(how many, their sum) of the numbers at first … stop - 1 whose bits are at least `bits`."""
+    """(count, sum) of the numbers at first … stop - 1 whose bits are at least `bits`."""
     at = tl.arange(0, WIDTH)
     count, total = tl.zeros([WIDTH], tl.int32), tl.zeros([WIDTH], tl.float32)
     for start in range(first, stop, WIDTH):
@@ -37,16 +37,16 @@ def reaching(base, first, stop, bits, WIDTH: tl.constexpr):
 
 @triton.jit
 def enough(count, total, least, most, need):
-    """Whether no more are to be taken."""
+    """Whether the selection is complete."""
     return (count >= least) & ((count >= most) | (total >= need))
 
 
 @triton.jit
 def edge(base, first, stop, least, most, need, WIDTH: tl.constexpr):
-    """(low, high, last): of the numbers at first … stop - 1 those to take are the ones that `beyond` says.
+    """(low, high, last), with which `beyond` selects among the numbers at first … stop - 1.
 
-    They are the largest, lower places first among equals: as many as have a sum of `need`, but no fewer than `least`
-    and, unless that is more, no more than `most`; never a zero.
+    It selects the largest ones, of equal ones those at lower places, until their sum reaches `need`; but at least
+    `least`, and otherwise at most `most` (`least` takes precedence). Zeros are never selected.
     """
     low = tl.full([], 1, tl.int32)
     high = tl.full([], INFINITE, tl.int32)
@@ -77,7 +77,7 @@ def edge(base, first, stop, least, most, need, WIDTH: tl.constexpr):
 
 @triton.jit
 def _place(base, first, stop, low, high, number, WIDTH: tl.constexpr):
-    """Where the number-th one with low <= bits < high lies."""
+    """The place of the `number`-th one with low <= bits < high."""
     at = tl.arange(0, WIDTH)
     before = number * 0
     found = stop + 0 * number
@@ -92,6 +92,6 @@ def _place(base, first, stop, low, high, number, WIDTH: tl.constexpr):
 
 @triton.jit
 def beyond(x, at, low, high, last):
-    """Which of the numbers x at the places `at` are taken."""
+    """Which of the numbers x at the places `at` are selected."""
     bits = bits_of(x)
     return (bits >= high) | ((bits >= low) & (at <= last))

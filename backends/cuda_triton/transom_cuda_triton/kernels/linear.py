@@ -1,30 +1,30 @@
-"""Activations times quantized weights, which are never unpacked in memory: integers in blocks, and float8 (E4M3).
+"""Products of activations with quantized weights, integers in blocks or float8 (E4M3), which are unpacked in registers.
 
 X [rows, columns] and OUT [rows, outputs], float16, bfloat16 or float32; sums are float32. The grid is
-(ceil(rows / ROWS), ceil(outputs / OUTPUTS)), with one row in place of ROWS in the kernels for few.
+(ceil(rows / ROWS), ceil(outputs / OUTPUTS)); in the `multiply_few` kernels a program has one row.
 
-**Integers** of 4 and 8 bits with a scale for each block. SCALES [outputs, blocks] and, where OFFSET says so, OFFSETS
-[outputs, blocks]; columns = blocks * BLOCK, so that the compiler knows how rows are aligned. A weight is
-(quant - ZERO) * scale, or quant * scale + offset. QUANTS uint8: of 8 bits [outputs, columns]; of 4 bits
-[outputs, columns / 2], where byte i of a block of BLOCK columns has the weight of column i below and that of column
-i + BLOCK / 2 above. So both halves of the bytes meet contiguous activations, and nothing is interleaved.
+**Integers** of 4 or 8 bits, with a scale for each block of BLOCK columns: SCALES [outputs, blocks], and OFFSETS
+[outputs, blocks] if OFFSET is set. A weight is (quant - ZERO) * scale, or quant * scale + offset. The kernels take
+blocks and compute columns = blocks * BLOCK, so the compiler knows the alignment of rows. QUANTS is uint8
+[outputs, columns] for 8 bits and [outputs, columns / 2] for 4 bits. In the latter, byte i of a block has column i in
+its low half and column i + BLOCK / 2 in its high half, so both halves are multiplied by contiguous activations.
 
-`multiply_many` (prefill): products on the tensor cores. `multiply_few` (decode): one row of activations, products and
-sums on plain cores: what counts is that every byte of the weights is read once, in long runs.
+`multiply_many` (prefill) computes on the tensor cores. `multiply_few` (decode) multiplies one row of activations on
+CUDA cores; it is bound by memory, and reads every byte of the weights once, in long runs.
 
-**float8**, one float32 scale for each row of weights: QUANTS float8 [outputs, columns], SCALES [outputs]; a weight is
+**float8**, with one float32 scale per row of weights: QUANTS float8 [outputs, columns], SCALES [outputs]; a weight is
 quant * scale; columns = blocks * 16. For sm_89 and newer.
 
-`multiply_few_float8` rounds weights only: they are widened to float32 in registers. `multiply_many_float8` multiplies
-float8 by float8 on the tensor cores, twice as fast as float16: CODES float8 [rows, columns] are the activations,
-ROW_SCALES float32 [rows] their scales, both made by `round_rows`, grid (rows,). That pass is a kernel of its own, not
-the first of the product: there it would be repeated by each of the ceil(outputs / OUTPUTS) programs of a row, and the
-product could not copy activations into shared memory as they are; alone it reads each number once (a second time from
-cache), and what it writes is half of what the product would otherwise read. A row has one scale, of its largest number:
-activations of one token differ in size from those of another far more than within the token.
+`multiply_few_float8` widens the weights to float32 in registers and does not quantize activations.
+`multiply_many_float8` multiplies float8 by float8 on the tensor cores, twice as fast as float16. Its activations are
+CODES float8 [rows, columns] with ROW_SCALES float32 [rows], both from `quantize_rows`, grid (rows,). Quantization is a
+kernel of its own: inside the product, each of the ceil(outputs / OUTPUTS) programs of a row would repeat it, and
+activations could not be copied to shared memory directly. As a kernel it reads each number once from memory (and once
+from cache), and halves the bytes that the product reads. Each row has one scale, from its largest number, because the
+magnitudes of activations differ far more between tokens than within one.
 
-The tensor cores of sm_89 and sm_90 add products of float8 with fewer bits than float32 has, about 14, as the makers of
-DeepSeek-V3 and SageAttention2 found. So no more than WIDTH columns are summed there; these sums are added as float32.
+The tensor cores of sm_89 and sm_90 accumulate products of float8 with only about 14 bits, as the authors of DeepSeek-V3
+and SageAttention2 found. So at most WIDTH columns are summed there; these partial sums are added in float32.
 
 Sources: blocks of GGUF (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md); fused dequantization, as in
 Frantar and others 2024 (MARLIN, arXiv:2408.11743); E4M3: Micikevicius and others 2022 (FP8 Formats for Deep Learning,
@@ -42,8 +42,9 @@ def _weights(
     QUANTS, SCALES, OFFSETS, output, real, start, columns,
     BITS: tl.constexpr, BLOCK: tl.constexpr, OFFSET: tl.constexpr, ZERO: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Weights of WIDTH columns of first halves of blocks, float32 [outputs, WIDTH], those of their partners in the
-    second halves, and which columns these are. `start` is twice the number of first halves before them.
+    """(low, high, low_at, high_at): weights of WIDTH columns in the first halves of blocks and of the corresponding
+    columns in the second halves, float32 [outputs, WIDTH], and the column indices of both. `start` is the number of
+    columns before these.
     """
     i = start // 2 + tl.arange(0, WIDTH)
     blocks = columns // BLOCK
@@ -115,12 +116,13 @@ def multiply_few(
 
 
 @triton.jit
-def _rounded(x):
-    """float32 of at most 448 rounded to nearest, ties to even, to what E4M3 has: three bits of mantissa, and steps of
+def _round_to_e4m3(x):
+    """float32 of at most 448, rounded to the nearest E4M3 number, ties to even: three bits of mantissa, and steps of
     2^-9 below 2^-6.
 
-    By adding and subtracting a number whose last bit is worth such a step, so that the conversion that follows rounds
-    nothing more: that of Triton's interpreter rounds wrongly, and on a card what is added here is hidden by memory.
+    It adds and subtracts a number whose last bit has the value of one step. The following conversion to float8 is then
+    exact, which is needed because that of Triton's interpreter rounds wrongly. On a card the kernel is bound by memory,
+    so these operations cost no time.
     """
     power = (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
     shift = tl.maximum(power, 0.015625) * 1572864.0  # 1.5 * 2^20 times the power of two below |x|
@@ -128,8 +130,8 @@ def _rounded(x):
 
 
 @triton.jit
-def round_rows(X, CODES, ROW_SCALES, blocks, x_token, codes_token, WIDTH: tl.constexpr):
-    """Rows of X as CODES * ROW_SCALES, see the module. A row with what is no number has no number for a scale."""
+def quantize_rows(X, CODES, ROW_SCALES, blocks, x_token, codes_token, WIDTH: tl.constexpr):
+    """Quantize rows of X to CODES * ROW_SCALES, see the module. A row with NaN or infinity gets the scale NaN."""
     columns = blocks * 16
     row = tl.program_id(0).to(tl.int64)
     c = tl.arange(0, WIDTH)
@@ -145,7 +147,7 @@ def round_rows(X, CODES, ROW_SCALES, blocks, x_token, codes_token, WIDTH: tl.con
     for start in range(0, columns, WIDTH):
         y = tl.load(x + start + c, mask=start + c < columns, other=0.0).to(tl.float32)
         y = tl.where(finite, y, 0.0) * inverse
-        codes = _rounded(y).to(CODES.dtype.element_ty)
+        codes = _round_to_e4m3(y).to(CODES.dtype.element_ty)
         tl.store(CODES + row * codes_token + start + c, codes, mask=start + c < columns)
     tl.store(ROW_SCALES + row, tl.where(finite, most / 448.0, float("nan")))
 
@@ -155,7 +157,7 @@ def multiply_many_float8(
     CODES, ROW_SCALES, QUANTS, SCALES, OUT, rows, outputs, blocks, codes_token, out_token,
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """See the module. A step takes WIDTH columns, 32 or more, a power of two."""
+    """See the module. A step takes WIDTH columns, a power of two, 32 or more."""
     columns = blocks * 16
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     output = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)

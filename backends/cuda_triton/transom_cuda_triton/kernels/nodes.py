@@ -1,8 +1,8 @@
-"""Side nodes: the nodes that hold columns a second time, without them.
+"""Computes side nodes: copies of the nodes that contain columns, without those columns.
 
 K, PAGES, SLOTS, CHOOSERS and COVERAGE as in `transom_cuda_triton.kernels.columns`; MEANS, VARIANCES, COUNTS, COLUMNS,
-PATCHES and SIDES as in `.routed`. Grid (choosers, kv_heads, 8): a program makes 8 of the 64 side nodes out of 64 keys.
-Columns lie before a local window, so that all keys of their nodes are there.
+PATCHES and SIDES as in `.routed`. Grid (choosers, kv_heads, 8): a program computes 8 of the 64 side nodes from 64 keys.
+Columns are before the local window, so their nodes are complete.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""RMSNorm of rows, and of rows after a residual was added to them.
+"""RMSNorm of rows, with an optional addition of a residual before it.
 
 X, RESIDUAL, OUT [tokens, groups * columns], float16, bfloat16 or float32, each with its own stride; each group, such as
-an attention head, is a row that is normalised by itself: `rows` = tokens * groups. WEIGHT float32 [columns]. With
-RESIDUAL, the sum x + residual is rounded to the form of RESIDUAL and stored there first, and it is what is normalised:
-the next layer's residual. Squares and their sum are float32. Grid (ceil(rows / ROWS)). A row is read once: WIDTH, a
-power of two, holds its columns.
+an attention head, is normalized by itself, so `rows` = tokens * groups. WEIGHT float32 [columns]. With RESIDUAL, the
+sum x + residual is first rounded to RESIDUAL's type and stored there as the next layer's residual; this sum is then
+normalized. Squares and their sum are float32. Grid (ceil(rows / ROWS)). A row is read once: WIDTH, a power of two, is
+at least columns.
 
-Source: Zhang and Sennrich 2019 (arXiv:1910.07467), as ONNX `RMSNormalization` has it.
+Source: Zhang and Sennrich 2019 (arXiv:1910.07467), as in ONNX `RMSNormalization`.
 """
 
 from __future__ import annotations

@@ -1,18 +1,18 @@
 """Block-sparse attention of query blocks over a paged cache; dense attention is the same kernel without far units.
 
 Q [tokens, kv_heads * group, head_dim], rotated; OUT [tokens, kv_heads * group, value_dim]; K, V, BLOCKS, PAGES, FAR,
-FAR_COUNT, COLUMNS, NEAR as in `transom_cuda_triton.kernels`; SINKS float32 [kv_heads * group], a logit that brings no
-value. Q, K, V and OUT are float16, bfloat16 or float32; sums are float32.
+FAR_COUNT, COLUMNS, NEAR as in `transom_cuda_triton.kernels`; SINKS float32 [kv_heads * group], a logit without a value.
+Q, K, V and OUT are float16, bfloat16 or float32; sums are float32.
 
 Grid (blocks * tiles, kv_heads), tiles = ceil(64 * group / ROWS): a program has ROWS rows of queries of one block and KV
-head. Grouped queries are packed: row r of a block is query r // group, head r % group, so that the rows of a KV head
-fill a tensor core's tile and share what is loaded for them.
+head. Grouped queries are packed: row r of a block is query r // group, head r % group, so the rows of a KV head fill a
+tensor core's tile and share loads.
 
-Far units are put together to tiles of KEYS keys, and the loop over whole tiles is that of dense attention but for where
-its pages come from; what fills no tile, and single keys, have a loop of their own. So has what lies on the diagonal:
-dense attention compares no positions before it, unless there is a window. Units of 16 keys are as fine as the tensor
-cores' K of 16 for the product with the values lets them be; rows of keys are contiguous, so that gathering by sixteens
-loads no byte more than gathering by pages.
+Far units are gathered to tiles of KEYS keys. The loop over whole tiles is the loop of dense attention with a different
+source of pages. Incomplete tiles and single keys have a loop of their own, and so do the keys on the diagonal, because
+before it dense attention compares no positions unless there is a window. Units cannot be smaller than 16 keys, the K of
+the tensor cores' product with the values. Rows of keys are contiguous, so gathering units of 16 keys loads no more
+bytes than gathering pages.
 """
 
 from __future__ import annotations
@@ -84,9 +84,9 @@ def attend_blocks(
         )  # fmt: skip
 
     near, end = tl.load(NEAR + block * kv_heads + head), first + count
-    if WINDOWED:  # what no query of the block sees is not read
+    if WINDOWED:  # keys that no query of the block sees are not read
         near = tl.maximum(near, (first - window + 1) // PAGE * PAGE)
-    else:  # what every query of the block sees is not masked
+    else:  # keys that every query of the block sees are not masked
         diagonal = near + (first + 1 - near) // KEYS * KEYS
         top, total, acca, accb = attend_run(
             qa, qb, keys, values, pages, near, diagonal, end, position,

@@ -1,10 +1,10 @@
-"""Queries of a step into the ring from which decoding takes its columns.
+"""Stores queries of a step in the ring from which decoding selects columns.
 
-Q [tokens, WIDTH], WIDTH = kv_heads * group * head_dim, rotated; RING [slots, 16, WIDTH] of the same form; REMEMBERED
-int32 [n, 3]: the row of a query among the step's tokens, or -1; the slot of its sequence; its place in the ring,
-position / 4 % 16 of a position with position % 4 = 3. No place stands there twice.
+Q [tokens, WIDTH], WIDTH = kv_heads * group * head_dim, rotated; RING [slots, 16, WIDTH] of the same type; REMEMBERED
+int32 [n, 3]: the row of a query among the step's tokens, or -1; the slot of its sequence; its place in the ring, which
+is position / 4 % 16, for positions with position % 4 = 3. No place occurs twice.
 
-Grid (n, ceil(WIDTH / 1024)). Runs after the columns of the step are chosen: they are taken from earlier queries.
+Grid (n, ceil(WIDTH / 1024)). Runs after the step's columns are selected, since that reads the earlier queries.
 """
 
 from __future__ import annotations

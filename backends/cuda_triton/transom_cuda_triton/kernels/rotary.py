@@ -1,11 +1,11 @@
-"""Rotary embedding of queries, in place. New keys are rotated where they are written to the cache: `append`.
+"""Rotary embedding of queries, in place. `append` rotates new keys as it writes them to the cache.
 
 X [tokens, heads * head_dim], float16, bfloat16 or float32; POSITIONS int32 [tokens]; COS and SIN float32
 [positions, rotated / 2]. A row is a head of a token: `rows` = tokens * heads. Grid (ceil(rows / ROWS)). The first
-ROTATED columns of a head are turned, in pairs of a column of the first and one of the second half of them, or,
-INTERLEAVED, of neighbours.
+ROTATED columns of a head are rotated in pairs: column i with column i + ROTATED / 2 or, if INTERLEAVED, column 2 i with
+column 2 i + 1.
 
-Source: Su and others 2021 (arXiv:2104.09864), as ONNX `RotaryEmbedding` has it.
+Source: Su and others 2021 (arXiv:2104.09864), as in ONNX `RotaryEmbedding`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def rotate(
     X, POSITIONS, COS, SIN, rows, heads, x_token,
     HEAD: tl.constexpr, ROTATED: tl.constexpr, INTERLEAVED: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """See the module. WIDTH, a power of two, holds ROTATED / 2 columns."""
+    """See the module. WIDTH is a power of two, at least ROTATED / 2."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     half: tl.constexpr = ROTATED // 2
     token, head = row // heads, row % heads

@@ -1,13 +1,13 @@
-"""Choosing a token from each row of logits: greedy, or by temperature, top-k, top-p and a number that was drawn.
+"""Samples a token from each row of logits: greedy, or by temperature, top-k, top-p and a random number.
 
 LOGITS [rows, vocabulary], float32. TEMPERATURE float32 [rows], 0: greedy; TOP_K int32 [rows], 0: all; TOP_P float32
 [rows], 1: all; DRAWN float32 [rows], uniform in [0, 1), from the host's own generator, so that a seed gives the same
 tokens on every backend; TOKENS int64 [rows]. Grid (rows).
 
-Nothing is sorted. The k-th largest logit, and the least logit whose predecessors have less than `top_p` of the mass,
-are found by halving the range of values: BISECTIONS passes over the row, after which no two float32 are left to choose
-between. Tokens with logits equal to the edge are all kept. Then the first token in the order of the vocabulary whose
-running sum exceeds the drawn share is taken.
+Nothing is sorted. The k-th largest logit, and then the smallest logit of top-p, are found by bisection over the values:
+after BISECTIONS passes over the row the bounds are adjacent float32 numbers. All tokens with a logit equal to the
+threshold are kept. The sampled token is the first, in vocabulary order, at which the running sum of probabilities
+exceeds the random number.
 
 Source: Holtzman and others 2020 (arXiv:1904.09751) for top-p; for the search without sorting, FlashInfer's sampling
 (https://flashinfer.ai/2025/03/10/sampling.html).
@@ -23,7 +23,7 @@ BISECTIONS = tl.constexpr(40)
 
 @triton.jit
 def sample(LOGITS, TEMPERATURE, TOP_K, TOP_P, DRAWN, TOKENS, vocabulary, row_stride, WIDTH: tl.constexpr):
-    """See the module. WIDTH logits are looked at together."""
+    """See the module. WIDTH logits are processed at once."""
     row = tl.program_id(0).to(tl.int64)
     logits = LOGITS + row * row_stride
     at = tl.arange(0, WIDTH)
@@ -38,7 +38,7 @@ def sample(LOGITS, TEMPERATURE, TOP_K, TOP_P, DRAWN, TOKENS, vocabulary, row_str
     temperature = tl.load(TEMPERATURE + row)
     edge = most
     if temperature > 0:
-        # The largest edge that at least k logits reach.
+        # The largest threshold that at least k logits reach.
         edge = least
         k = tl.load(TOP_K + row)
         if (k > 0) & (k < vocabulary):
@@ -56,7 +56,7 @@ def sample(LOGITS, TEMPERATURE, TOP_K, TOP_P, DRAWN, TOKENS, vocabulary, row_str
             edge = below
         p = tl.load(TOP_P + row)
         if p < 1:
-            # The largest edge whose tokens, of those that top-k leaves, have at least top_p of the mass.
+            # The largest threshold at which the remaining tokens have top_p of the mass that top-k leaves.
             whole = _mass(logits, at, vocabulary, most, edge, temperature, WIDTH)
             below, above = edge, most
             for _ in range(BISECTIONS):
@@ -79,13 +79,13 @@ def sample(LOGITS, TEMPERATURE, TOP_K, TOP_P, DRAWN, TOKENS, vocabulary, row_str
         found = tl.minimum(found, tl.min(tl.where(reached, start + at, vocabulary), 0))
         last = tl.maximum(last, tl.max(tl.where(kept, start + at, 0), 0))
         before += tl.sum(mass, 0)
-    # Rounding may leave the whole sum below the share: the last token that is kept, then.
+    # Through rounding the total may stay below the share; then the last kept token is sampled.
     tl.store(TOKENS + row, tl.where(found < vocabulary, found, last))
 
 
 @triton.jit
 def _mass(logits, at, vocabulary, most, edge, temperature, WIDTH: tl.constexpr):
-    """The sum of exp((x - most) / temperature) over the logits that reach an edge."""
+    """The sum of exp((x - most) / temperature) over the logits that reach a threshold."""
     mass = tl.zeros([WIDTH], tl.float32)
     for start in range(0, vocabulary, WIDTH):
         x = tl.load(logits + start + at, mask=start + at < vocabulary, other=float("-inf"))

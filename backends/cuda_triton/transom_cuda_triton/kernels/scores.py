@@ -1,21 +1,22 @@
-"""Scores of the far units of query blocks: what share of its mass each is estimated to draw.
+"""Scores the far units of query blocks: the estimated share of attention mass that each unit receives.
 
 Q [tokens, kv_heads * group, head_dim], rotated; K, BLOCKS, PAGES, SLOTS, COVERAGE, MEANS, VARIANCES, COUNTS, COLUMNS
-and SIDES as in `transom_cuda_triton.kernels` and `.routed`. Rows of queries are those looked at, times the heads of the
-group: query r // group, head r % group.
+and SIDES as in `transom_cuda_triton.kernels` and `.routed`. A row is a sampled query with one head of the group: query
+r // group, head r % group.
 
-1. `measure_rows`, grid (blocks, kv_heads, splits * tiles), tiles = ceil(looked-at queries * group / ROWS): of each row
-   and split the largest logit, and the masses of far nodes, near keys and columns, relative to it, STATS float32
-   [blocks, kv_heads, splits, 4, row_width]. The tiles of far nodes, of near keys and of columns come one behind the
-   other; a split has its share of them. With KEPT, where every block is a single query, the masses of units stay, as
-   logarithms: MASSES float32 [blocks, kv_heads, group, most_units].
-2. `merge_rows`, grid (blocks, kv_heads): NORMS float32 [blocks, kv_heads, row_width], the logarithm of each row's whole
-   mass, the sink's in it; SHARES float32 [blocks, kv_heads, 2], the nearby keys' score and the columns' share.
-3. `score_units`, grid (blocks, kv_heads, splits): SCORES float32 [blocks, kv_heads, most_units], units of UNIT keys.
+1. `measure_rows`, grid (blocks, kv_heads, splits * tiles), tiles = ceil(sampled queries * group / ROWS), computes for
+   each row and split the largest logit and, relative to it, the masses of far nodes, near keys and columns: STATS
+   float32 [blocks, kv_heads, splits, 4, row_width]. The tiles of far nodes, near keys and columns, in this order, are
+   divided evenly among the splits. With KEPT, which requires blocks of a single query, it also stores the masses of
+   units, as logarithms: MASSES float32 [blocks, kv_heads, group, most_units].
+2. `merge_rows`, grid (blocks, kv_heads), computes NORMS float32 [blocks, kv_heads, row_width], the logarithm of each
+   row's total mass including the sink, and SHARES float32 [blocks, kv_heads, 2], the score of the near keys and the
+   share of the columns.
+3. `score_units`, grid (blocks, kv_heads, splits), computes SCORES float32 [blocks, kv_heads, most_units], for units of
+   UNIT keys.
 
-For a block of 64 queries estimates are made twice, since keeping them costs more than the two products: 64 rows make
-32 floats of each key, whose part in the nodes is head_dim / 4 numbers. For a query that is decoded the nodes are what
-costs, and KEPT reads them once.
+For a block of 64 queries the masses are computed twice, because storing them costs more than the second product. For a
+single query the cost is in reading the nodes, and KEPT reads them only once.
 
 Source: `transom.ops.sparse_routing`, steps 4 and 5.
 """
@@ -33,10 +34,10 @@ from transom_cuda_triton.kernels.routed import (
     VARIANCE_WEIGHT,
     extent,
     key_logits,
-    looked_at,
     powers,
     products,
     rescale,
+    sampled_queries,
     weights,
 )
 from transom_cuda_triton.kernels.softmax import LOG2E, NEVER, PAGE, load_rows
@@ -47,8 +48,8 @@ def _rows(
     Q, head, first_row, first, count, stride, row, q_token,
     GROUP: tl.constexpr, HEAD: tl.constexpr, HEAD_REST: tl.constexpr,
 ):  # fmt: skip
-    """(queries [ROWS, HEAD], [ROWS, HEAD_REST], positions [ROWS], which of them there are) of rows of a block."""
-    real = row < looked_at(count, stride) * GROUP
+    """(queries [ROWS, HEAD], [ROWS, HEAD_REST], positions [ROWS], whether each row exists) of rows of a block."""
+    real = row < sampled_queries(count, stride) * GROUP
     query = tl.minimum((row // GROUP + 1) * stride, count) - 1
     at = (first_row + query).to(tl.int64) * q_token + (head * GROUP + row % GROUP) * (HEAD + HEAD_REST)
     qa, qb = load_rows(Q, at, real, HEAD, HEAD_REST, True)
@@ -67,7 +68,7 @@ def node_logits(
     most_columns, factor, cap, window,
     HEAD: tl.constexpr, HEAD_REST: tl.constexpr, CAPPED: tl.constexpr, WINDOWED: tl.constexpr,
 ):  # fmt: skip
-    """(estimates [ROWS, NODES], keys of each node [NODES], which of them count [ROWS, NODES]).
+    """(estimated logits [ROWS, NODES], number of keys of each node [NODES], visible nodes [ROWS, NODES]).
 
     `spare` is the first page of the slot's side nodes.
     """
@@ -82,7 +83,7 @@ def node_logits(
     more = products(sa, sb, va, vb, HEAD_REST) * (0.5 * VARIANCE_WEIGHT)
     ma, mb = load_rows(MEANS, row * (HEAD + HEAD_REST), there, HEAD, HEAD_REST, True)
     s = products(qa, qb, ma, mb, HEAD_REST) * factor
-    # What is no number stays none: minimum would hide it.
+    # A NaN must stay NaN; tl.minimum would hide it.
     s = powers(s + tl.where(more > VARIANCE_CAP, VARIANCE_CAP, more), cap, CAPPED)
     seen = real[:, None] & (count > 0)[None, :]
     if WINDOWED:
@@ -92,7 +93,7 @@ def node_logits(
 
 @triton.jit
 def _unit_sums(p, ROWS: tl.constexpr, UNIT: tl.constexpr):
-    """[ROWS, units] of masses of nodes [ROWS, NODES]."""
+    """Masses of units [ROWS, units] from masses of nodes [ROWS, NODES]."""
     per: tl.constexpr = UNIT // NODE
     units: tl.constexpr = NODES // per
     return tl.sum(tl.reshape(p, [ROWS, units, per]), 2)
@@ -113,7 +114,7 @@ def measure_rows(
     sequence, slot, first_row, first, count, start, far = extent(
         BLOCKS, SLOTS, COVERAGE, block, head, window, local, dense_below, WINDOWED
     )
-    if (far == 0) | (row_tile * ROWS >= looked_at(count, stride) * GROUP):
+    if (far == 0) | (row_tile * ROWS >= sampled_queries(count, stride) * GROUP):
         return
     row = row_tile * ROWS + tl.arange(0, ROWS)
     qa, qb, position, real = _rows(Q, head, first_row, first, count, stride, row, q_token, GROUP, HEAD, HEAD_REST)
@@ -179,13 +180,13 @@ def merge_rows(
     window, stride, local, dense_below, row_width, splits,
     GROUP: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr, WINDOWED: tl.constexpr, WITH_SINKS: tl.constexpr,
 ):  # fmt: skip
-    """See the module. SPLITS is a power of two that is splits or more."""
+    """See the module. SPLITS is a power of two, at least splits."""
     block, head = tl.program_id(0), tl.program_id(1)
     kv_heads = tl.num_programs(1)
     _, _, _, _, count, _, far = extent(BLOCKS, SLOTS, COVERAGE, block, head, window, local, dense_below, WINDOWED)
     if far == 0:
         return
-    rows = looked_at(count, stride) * GROUP
+    rows = sampled_queries(count, stride) * GROUP
     own = (block * kv_heads + head).to(tl.int64)
     split = tl.arange(0, SPLITS)
     near_squares, column_sum = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
@@ -221,7 +222,7 @@ def score_units(
     GROUP: tl.constexpr, HEAD: tl.constexpr, HEAD_REST: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr,
     KEPT: tl.constexpr, CAPPED: tl.constexpr, WINDOWED: tl.constexpr,
 ):  # fmt: skip
-    """See the module. A program goes over its units once for each tile of rows, and adds to what it has written."""
+    """See the module. A program passes over its units once per tile of rows, and accumulates in SCORES."""
     block, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     kv_heads, splits = tl.num_programs(1), tl.num_programs(2)
     sequence, slot, first_row, first, count, start, far = extent(
@@ -230,7 +231,7 @@ def score_units(
     if far == 0:
         return
     units: tl.constexpr = NODES * NODE // UNIT
-    rows = looked_at(count, stride) * GROUP
+    rows = sampled_queries(count, stride) * GROUP
     pages = PAGES + sequence * most_pages
     sides = SIDES + (slot * kv_heads + head).to(tl.int64) * most_nodes
     spare = cache_pages + slot * (MOST_COLUMNS // (PAGE // NODE))

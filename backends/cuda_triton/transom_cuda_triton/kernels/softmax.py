@@ -1,6 +1,6 @@
-"""Online softmax over tiles of keys: what the attention kernels share.
+"""Online softmax over tiles of keys, shared by the attention kernels. Logits are base 2.
 
-Source: Milakov and Gimelshein 2018 (arXiv:1805.02867); Dao 2023 (arXiv:2307.08691). Logits are in powers of two.
+Source: Milakov and Gimelshein 2018 (arXiv:1805.02867); Dao 2023 (arXiv:2307.08691).
 """
 
 from __future__ import annotations
@@ -11,19 +11,20 @@ import triton.language as tl
 PAGE = tl.constexpr(64)
 UNIT = tl.constexpr(16)
 CHUNK = tl.constexpr(16)
-"""Every row of keys or values is a whole number of these."""
+"""The columns of a key or value are a multiple of this."""
 LOG2E = tl.constexpr(1.4426950408889634)
 NEVER = tl.constexpr(-1.0e30)
-"""In place of minus infinity, whose difference with itself is no number: rows that see nothing stay near it."""
+"""Used in place of minus infinity, whose difference from itself is NaN. Rows that see no key stay near it."""
 NOTHING = tl.constexpr(-1.0e20)
-"""Between `NEVER` times any scale and every logit there is."""
+"""Above `NEVER` times any scale, and below every possible logit."""
 
 
 @triton.jit
 def load_rows(base, at, seen, columns: tl.constexpr, rest: tl.constexpr, MASKED: tl.constexpr):
-    """Rows [N, columns] and [N, rest] at `base + at`, zero where MASKED and not `seen`; `rest` 0: the second is empty.
+    """Load rows [N, columns] and [N, rest] at `base + at`, with zeros where MASKED and not `seen`.
 
-    A head size that is no power of two is the sum of two of them, so nothing is padded: 80 = 64 + 16.
+    A head size that is not a power of two is the sum of two of them, 80 = 64 + 16, so nothing is padded. If `rest` is
+    0, the second result is unused.
     """
     c = tl.arange(0, columns)
     if MASKED:
@@ -43,7 +44,7 @@ def load_rows(base, at, seen, columns: tl.constexpr, rest: tl.constexpr, MASKED:
 
 @triton.jit
 def exponent(factor, CAPPED: tl.constexpr):
-    """What makes powers of two of what `logits` returns; above 0, as `factor` is."""
+    """The factor that converts the result of `logits` to base 2; positive, like `factor`."""
     if CAPPED:
         scale = factor * 0.0 + 1.0
     else:
@@ -53,7 +54,7 @@ def exponent(factor, CAPPED: tl.constexpr):
 
 @triton.jit
 def logits(qa, qb, ka, kb, factor, cap, rest: tl.constexpr, CAPPED: tl.constexpr):
-    """float32 [M, N]. Those without a cap are scaled in `gather`, where it costs no instruction."""
+    """Logits, float32 [M, N]. Without a cap they are scaled in `gather`, where that needs no extra instruction."""
     s = tl.dot(qa, tl.trans(ka), input_precision="ieee")
     if rest > 0:
         s = tl.dot(qb, tl.trans(kb), s, input_precision="ieee")
@@ -64,12 +65,12 @@ def logits(qa, qb, ka, kb, factor, cap, rest: tl.constexpr, CAPPED: tl.constexpr
 
 @triton.jit
 def gather(s, scale, va, vb, top, total, acca, accb, rest: tl.constexpr):
-    """Takes a tile of logits [M, N], `NEVER` where nothing is seen, and its values into the sums.
+    """Add a tile of logits [M, N], `NEVER` where masked, and its values to the sums.
 
-    `s * scale` is in powers of two, as `top` is; the product and the difference are one instruction.
+    `s * scale` is base 2, like `top`; the product and the difference are one instruction.
     """
     now = tl.maximum(top, tl.max(s, 1) * scale)
-    # A row that has seen nothing yet must not take its own maximum for a logit: exp2(NEVER - NEVER) is 1.
+    # A row that has seen no key yet must not subtract its own maximum: exp2(NEVER - NEVER) is 1.
     p = tl.exp2(s * scale - tl.maximum(now, NOTHING)[:, None])
     keep = tl.exp2(top - now)
     total = total * keep + tl.sum(p, 1)
@@ -81,7 +82,7 @@ def gather(s, scale, va, vb, top, total, acca, accb, rest: tl.constexpr):
 
 @triton.jit
 def begin(SINKS, at, real, ROWS: tl.constexpr, VALUE: tl.constexpr, VALUE_REST: tl.constexpr, WITH_SINKS: tl.constexpr):
-    """(largest logit, sum, values, rest of the values) of rows that have seen nothing but the sinks of their heads."""
+    """The initial state (largest logit, sum, values, rest of the values), with only the sinks of the heads."""
     if WITH_SINKS:
         top = tl.load(SINKS + at, mask=real, other=0.0) * LOG2E
         total = tl.full([ROWS], 1.0, tl.float32)
@@ -98,7 +99,7 @@ def begin(SINKS, at, real, ROWS: tl.constexpr, VALUE: tl.constexpr, VALUE_REST: 
 
 @triton.jit
 def spread(of_units, KEYS: tl.constexpr):
-    """[KEYS // UNIT] -> [KEYS]: what holds for a unit, for each of its keys."""
+    """Repeat the value of each unit for its keys: [KEYS // UNIT] -> [KEYS]."""
     return tl.reshape(tl.broadcast_to(of_units[:, None], [KEYS // UNIT, UNIT]), [KEYS])
 
 
@@ -109,12 +110,12 @@ def attend_list(
     HEAD: tl.constexpr, HEAD_REST: tl.constexpr, VALUE: tl.constexpr, VALUE_REST: tl.constexpr, KEYS: tl.constexpr,
     CAPPED: tl.constexpr, WINDOWED: tl.constexpr,
 ):  # fmt: skip
-    """Takes the units `far[start:stop]`, whole tiles of them, into the sums; what counts of them is up to the window.
+    """Add the units `far[start:stop]`, in whole tiles, to the sums; keys outside the window are masked.
 
-    What follows from the list is loaded ahead: pages a tile, entries of the list two tiles. So no tile waits for an
-    address, and what the loop has beyond that of dense attention is one load of an entry and of a page for each unit.
-    Places are counted in CHUNKs of numbers, of which 2^31 are more than a card holds: so products have 32 bits.
-    `k_page` and `v_page` are multiples of CHUNK.
+    List entries are prefetched two tiles ahead and pages one tile ahead, so no tile waits for an address. Compared with
+    dense attention, the loop has two more loads per unit: a list entry and a page. Offsets are in CHUNKs of elements,
+    so that 32-bit products are enough: 2^31 CHUNKs exceed any card's memory. `k_page` and `v_page` are multiples of
+    CHUNK.
     """
     UNITS: tl.constexpr = KEYS // UNIT
     PER_PAGE: tl.constexpr = PAGE // UNIT
@@ -139,14 +140,16 @@ def attend_list(
         if WINDOWED:
             s = tl.where(position[:, None] - (spread(key.to(tl.int32), KEYS) + inside)[None, :] < window, s, NEVER)
         top, total, acca, accb = gather(s, scale, va, vb, top, total, acca, accb, VALUE_REST)
-        # Triton pipelines no loop that hands on a value of the iteration before as it is.
+        # Triton does not pipeline a loop that passes on a value of the previous iteration unchanged.
         key, page, after = after * UNIT, next_page, next_after
     return top, total, acca, accb
 
 
 @triton.jit
 def loose_tiles(columns, left, KEYS: tl.constexpr):
-    """What fills no tile: tile 0 are the `left` last units of a list, tiles 1 and on the columns. (first, last + 1)."""
+    """The range (first, last + 1) of the tiles of `attend_loose`: tile 0 is the last `left` units of a list, if there
+    are any, and tiles from 1 on are the columns.
+    """
     index = tl.arange(0, PAGE)
     listed = tl.max(tl.where(tl.load(columns + index) >= 0, index + 1, 0), 0)
     return 1 - tl.minimum(left, 1), 1 + (listed + KEYS - 1) // KEYS
@@ -159,8 +162,8 @@ def attend_loose(
     HEAD: tl.constexpr, HEAD_REST: tl.constexpr, VALUE: tl.constexpr, VALUE_REST: tl.constexpr, KEYS: tl.constexpr,
     CAPPED: tl.constexpr, WINDOWED: tl.constexpr,
 ):  # fmt: skip
-    """Takes what fills no tile into the sums, tiles `start` to `stop` of those that `loose_tiles` tells:
-    tile 0 are the units `rest[:left]`.
+    """Add incomplete tiles and columns to the sums: tiles `start` to `stop`, numbered as in `loose_tiles`. Tile 0 has
+    the units `rest[:left]`.
     """
     scale = exponent(factor, CAPPED)
     slot = tl.arange(0, KEYS)
@@ -192,8 +195,10 @@ def attend_run(
     HEAD: tl.constexpr, HEAD_REST: tl.constexpr, VALUE: tl.constexpr, VALUE_REST: tl.constexpr, KEYS: tl.constexpr,
     CAPPED: tl.constexpr, WINDOWED: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Takes the tiles of keys from `start` up to `stop` into the sums, of a sequence with `end` keys: all of them, or
-    where MASKED those that are there and not behind a query. `start` is a multiple of KEYS; pages are loaded ahead.
+    """Add consecutive tiles of keys from `start` to `stop` to the sums, of a sequence with `end` keys.
+
+    With MASKED, keys from `end` on and keys after a query are masked. `start` is a multiple of KEYS. Pages are
+    prefetched.
     """
     scale = exponent(factor, CAPPED)
     slot = tl.arange(0, KEYS)
@@ -201,7 +206,7 @@ def attend_run(
     last = (end - 1) // PAGE
     page = tl.load(pages + tl.minimum(start // PAGE, last))
     for step in range(start, stop, KEYS):
-        key = start + (step - start)  # a number of Triton's also where it is interpreted
+        key = start + (step - start)  # a Triton value, in the interpreter too, where `step` is an int of Python
         at = key + slot
         next_page = tl.load(pages + tl.minimum((key + KEYS) // PAGE, last))
         row = key % PAGE
@@ -223,7 +228,7 @@ def attend_run(
 
 @triton.jit
 def store_rows(base, acca, accb, total, real, VALUE: tl.constexpr, VALUE_REST: tl.constexpr):
-    """The values [M, VALUE + VALUE_REST] over their sums, to `base` [M]."""
+    """Divide the values [M, VALUE + VALUE_REST] by their sums, and store them at `base` [M]."""
     share = 1.0 / total
     out = base[:, None] + tl.arange(0, VALUE)[None, :]
     tl.store(out, (acca * share[:, None]).to(base.dtype.element_ty), mask=real[:, None])

@@ -12,7 +12,7 @@ from transom.programs.reading import GraphReader
 from transom_mobile_export.onnx.lowering import GenAiKernels, require_heads
 from transom_mobile_export.onnx.packing import block_of
 from transom_mobile_export.onnx.precision import OnnxPrecision, resolve
-from transom_mobile_export.onnx.rounding import form_of
+from transom_mobile_export.onnx.quantizing import form_of
 
 if TYPE_CHECKING:
     import onnx_ir as ir

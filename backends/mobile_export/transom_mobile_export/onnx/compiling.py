@@ -10,7 +10,7 @@ from transom.authoring.folders import artifact_folder
 from transom.authoring.opening import context_of
 from transom.contract import Artifact, Options, Progress
 from transom.programs.reading import GraphReader
-from transom_mobile_export.onnx import rounding
+from transom_mobile_export.onnx import quantizing
 from transom_mobile_export.onnx.lowering import GenAiKernels, lower
 from transom_mobile_export.onnx.precision import resolve
 from transom_mobile_export.onnx.probing import FORMAT, NEEDED
@@ -59,7 +59,7 @@ def compile_graph(graph: Graph, options: Options, progress: Progress) -> Artifac
         MODEL_FILE: folder / MODEL_FILE, DATA_FILE: folder / DATA_FILE, DECODER_FILE: decoder.to_json().encode(),
     }  # fmt: skip
     requires = {NEEDED: FORMAT} | ({"context": str(context)} if context < decoder.context else {})
-    notes = [f"precision: {precision.describe(lowered.forms)}", *rounding.notes(lowered.rounded)]
+    notes = [f"precision: {precision.describe(lowered.forms)}", *quantizing.notes(lowered.quantized)]
     return Artifact(files, requires, notes)
 
 

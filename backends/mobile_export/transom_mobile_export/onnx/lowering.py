@@ -27,7 +27,7 @@ from transom.programs.reading import GraphReader, Op, UnsupportedNode, Value
 from transom.quantize.passes import weight_error
 from transom_mobile_export.onnx.packing import PackedBlocks, pack
 from transom_mobile_export.onnx.precision import OnnxPrecision
-from transom_mobile_export.onnx.rounding import RoundedWeight, form_of, named
+from transom_mobile_export.onnx.quantizing import QuantizedWeight, form_of, named
 from transom_mobile_export.onnx.writing import RuntimeWriter
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class LoweredDecoder:
     """A model whose weights are already written."""
 
     model: ir.Model
-    rounded: tuple[RoundedWeight, ...]
+    quantized: tuple[QuantizedWeight, ...]
     forms: tuple[str, ...]
     """Element types of the products' matrices as written."""
 
@@ -127,7 +127,7 @@ class _Lowering:
         self._shared: dict[int, tuple[PackedBlocks, tuple[ir.Value, ir.Value, ir.Value | None]] | ir.Value] = {}
         """The written table of embeddings, by its key: the vocabulary matrix may be the same."""
         self._positions: ir.Value | None = None
-        self._rounded: list[RoundedWeight] = []
+        self._quantized: list[QuantizedWeight] = []
         self._forms: list[str] = []
 
     def lower(self, progress: Callable[[float], None]) -> LoweredDecoder:
@@ -149,7 +149,7 @@ class _Lowering:
             shape = ("batch_size", c.kv_heads, "total_sequence_length", c.head_dim)
             for part, value in zip(("key", "value"), self._presents[i], strict=True):
                 w.output(value, PRESENT.format(i, part), shape)
-        return LoweredDecoder(w.model(), tuple(self._rounded), tuple(self._forms))
+        return LoweredDecoder(w.model(), tuple(self._quantized), tuple(self._forms))
 
     def _past(self, layer: int) -> list[ir.Value]:
         """The inputs for a layer's cache, keys and values."""
@@ -255,7 +255,7 @@ class _Lowering:
             return source
         form = preloaded(form)
         name = "embedding" if op.kind == "embed" else op.node or "products of one input"
-        self._rounded.append(RoundedWeight(name, named(source), named(form), weight_error(name, source, form)))
+        self._quantized.append(QuantizedWeight(name, named(source), named(form), weight_error(name, source, form)))
         return form
 
     def _embed(self, op: Op) -> ir.Value:

@@ -33,7 +33,7 @@ class OnnxPrecision:
 
     number: Literal["float32", "float16"] = "float32"
     """Dtype of plain matrices, their products and the cache."""
-    rounded: Literal["", "int8", "int4"] = ""
+    quantized: Literal["", "int8", "int4"] = ""
     """What plain matrices are quantized to; empty: they are not."""
     exact: bool = False
     """Whether quantized matrices are unpacked."""
@@ -55,13 +55,13 @@ def resolve(options: Options) -> OnnxPrecision:
     Raises:
         OptionError: the precision is unknown.
     """
-    asked = str(options.get("precision") or "auto")
-    if asked not in NAMES:
+    requested = str(options.get("precision") or "auto")
+    if requested not in NAMES:
         raise OptionError(
-            f"{option('precision', asked)} is unknown to portable ONNX decoders", f"It is one of {', '.join(NAMES)}"
+            f"{option('precision', requested)} is unknown to portable ONNX decoders", f"It is one of {', '.join(NAMES)}"
         )
-    if asked in ("exact", "f32"):
+    if requested in ("exact", "f32"):
         return OnnxPrecision(exact=True)
-    if asked == "f16":
+    if requested == "f16":
         return OnnxPrecision("float16")
-    return OnnxPrecision(rounded="int8" if asked == "int8" else "int4")
+    return OnnxPrecision(quantized="int8" if requested == "int8" else "int4")

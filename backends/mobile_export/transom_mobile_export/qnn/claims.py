@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Drafted:
+class HtpDecoder:
     """A decoder as this backend writes it."""
 
     reader: GraphReader
@@ -34,7 +34,7 @@ class Drafted:
     """Each layer as a part of its own."""
 
 
-def drafted(graph: Graph, precision: QnnPrecision) -> Drafted:
+def read_decoder(graph: Graph, precision: QnnPrecision) -> HtpDecoder:
     """Read a decoder.
 
     Raises:
@@ -59,7 +59,7 @@ def drafted(graph: Graph, precision: QnnPrecision) -> Drafted:
         off = option("sparsity", "off")
         reason = f"sparse attention together with a sliding window is not written for the HTP: use {off}"
         raise UnsupportedNode(next(n for n in graph.nodes() if is_attention(n)), reason)
-    return Drafted(reader, embeds[0], layers_of(ops, reader.logits, precision))
+    return HtpDecoder(reader, embeds[0], layers_of(ops, reader.logits, precision))
 
 
 def _mark_small(ops: Sequence[Op], layers: int) -> None:
@@ -78,11 +78,11 @@ def claims(graph: Graph, device: Device, options: Options) -> Iterator[Claim]:
         OptionError: the HTP does not support the precision.
     """
     precision = resolve(options, probing.target(device).htp_arch)
-    refused = refusals(graph, lambda: drafted(graph, precision))
+    refused = refusals(graph, lambda: read_decoder(graph, precision))
     for node in graph.nodes():
         name = str(node.name)
         if name in refused:
             yield Claim(name, False, refused[name])
         else:
-            rounded = linear_weight(node) is not None or is_attention(node)
-            yield Claim(name, True, exact=not (precision.rounded and rounded))
+            quantized = linear_weight(node) is not None or is_attention(node)
+            yield Claim(name, True, exact=not (precision.quantized and quantized))

@@ -25,8 +25,8 @@ from transom.ops.sparse_routing import BLOCK
 from transom.programs.onnx_writing import IR_VERSION
 from transom.programs.reading import UnsupportedNode
 from transom_mobile_export.qnn import probing, sdk, sparse_sizes
-from transom_mobile_export.qnn.claims import Drafted, drafted
-from transom_mobile_export.qnn.encoding import LARGEST_WIDE, RoundedMatrices, add_half_cache, add_rounding
+from transom_mobile_export.qnn.claims import HtpDecoder, read_decoder
+from transom_mobile_export.qnn.encoding import LARGEST_WIDE, QuantizedMatrices, add_half_cache, add_quantization
 from transom_mobile_export.qnn.layout import (
     CACHE_BYTES,
     CHUNK,
@@ -45,7 +45,7 @@ from transom_mobile_export.qnn.measuring import Deviation, measure
 from transom_mobile_export.qnn.observing import SMALL, Seen, observe, rows_of
 from transom_mobile_export.qnn.parts import GraphPart, plan_parts
 from transom_mobile_export.qnn.precision import QnnPrecision, resolve
-from transom_mobile_export.qnn.rounding import rounded
+from transom_mobile_export.qnn.quantizing import quantized
 
 if TYPE_CHECKING:
     from transom.graph import Graph
@@ -79,7 +79,7 @@ def compile_graph(
     chip = probing.target(device)
     precision = resolve(options, chip.htp_arch)
     try:
-        model = drafted(graph, precision)
+        model = read_decoder(graph, precision)
     except UnsupportedNode as e:
         raise UnsupportedError(f"The node {e.node.name} cannot be run: {e.reason}", "Use another backend") from e
     decoder = model.reader.decoder
@@ -90,7 +90,7 @@ def compile_graph(
         raise OptionError(
             wrong, f"Use {option('context', max(1, context // BLOCK) * BLOCK)}, or {option('sparsity', 'off')}"
         )
-    if precision.rounded:
+    if precision.quantized:
         require_forms(model, precision)
         require_capped(model, chunk)
     parts = plan_parts(model.layers, largest=largest)
@@ -100,8 +100,8 @@ def compile_graph(
         files: dict[str, bytes | Path] = {}
         matrices = folder / "matrices"
         matrices.mkdir()
-        if precision.rounded:
-            prepared, errors, said = _rounded(
+        if precision.quantized:
+            prepared, errors, said = _quantized(
                 model, precision, texts_of(options, decoder.vocabulary), matrices, progress
             )
             files[ERRORS_FILE] = errors
@@ -137,14 +137,14 @@ def compile_graph(
 class PreparedModel:
     """Everything that graphs are written from."""
 
-    model: Drafted
+    model: HtpDecoder
     precision: QnnPrecision
     seen: Seen
     matrices: Matrices
 
 
-def _rounded(
-    model: Drafted,
+def _quantized(
+    model: HtpDecoder,
     precision: QnnPrecision,
     texts: tuple[Sequence[Sequence[int]], str],
     folder: Path,
@@ -152,7 +152,7 @@ def _rounded(
 ) -> tuple[PreparedModel, bytes, list[str]]:
     """The data for quantized graphs, the quantization errors as JSON, and notes about them."""
     seen = observe(model, texts[0], _told(progress, "observe"))
-    matrices = RoundedMatrices(precision, seen.squares, folder)
+    matrices = QuantizedMatrices(precision, seen.squares, folder)
     worst = measure(model, precision, seen, matrices, texts[0][0], _told(progress, "measure"))
     notes = [texts[1], error_note(worst)]
     if seen.widest > LARGEST_WIDE:
@@ -164,16 +164,16 @@ def _rounded(
     return PreparedModel(model, precision, seen, matrices), errors, notes
 
 
-def require_forms(model: Drafted, precision: QnnPrecision) -> None:
+def require_forms(model: HtpDecoder, precision: QnnPrecision) -> None:
     """Raises OptionError for a matrix that has no form in the precision, before anything slow."""
     for part in model.layers:
-        for drafts in part.layers:
-            for op in drafts:
+        for ops in part.layers:
+            for op in ops:
                 if op.weight is not None:
-                    rounded(op.weight, precision.weights_of(op))  # reads and quantizes nothing yet
+                    quantized(op.weight, precision.weights_of(op))  # reads and quantizes nothing yet
 
 
-def require_capped(model: Drafted, chunk: int) -> None:
+def require_capped(model: HtpDecoder, chunk: int) -> None:
     """Raises UnsupportedError for a soft cap over scores [KV heads, 1, 16, keys] or [1, 16, keys], which sparse
     attention has with 16 query heads per KV head: if quantized, the HTP silently computes it wrongly (QNN 2.51). In
     dense attention the query heads have an axis of their own, of which there has to be more than one."""
@@ -285,8 +285,8 @@ def write_graph(prepared: PreparedModel, part: GraphPart, path: Path, tokens: in
         reader, part, tokens=tokens, cached=context, context=context, matrices=prepared.matrices,
         mask_low=prepared.seen.mask_low,
     )  # fmt: skip
-    if precision.rounded:
-        add_rounding(lowered, prepared.seen, ir.DataType[precision.cache.upper()])
+    if precision.quantized:
+        add_quantization(lowered, prepared.seen, ir.DataType[precision.cache.upper()])
     else:
         add_half_cache(lowered)
     written = ir.Model(lowered.graph, ir_version=IR_VERSION, producer_name="transom")

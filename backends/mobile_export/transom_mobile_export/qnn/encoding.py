@@ -27,7 +27,7 @@ from transom.graph.weights import Array, Blocked
 from transom.programs.onnx_writing import FLOAT, OnnxWriter
 from transom_mobile_export.qnn.lowering import MASK, MASK_WINDOW, LoweredPart
 from transom_mobile_export.qnn.precision import QnnPrecision
-from transom_mobile_export.qnn.rounding import rounded
+from transom_mobile_export.qnn.quantizing import quantized
 from transom_mobile_export.qnn.sparse import NEAR_MASK
 
 if TYPE_CHECKING:
@@ -75,11 +75,11 @@ class Encoding:
         return found.astype(self.dtype.numpy())
 
 
-class RoundedMatrices:
+class QuantizedMatrices:
     """Writes matrices of products in the precision's form. Each is quantized once, since several graphs contain it.
 
     Args:
-        squares: mean square of each column's input, by the name of the matrix; see `rounding.rounded`.
+        squares: mean square of each column's input, by the name of the matrix; see `quantizing.quantized`.
         folder: where the quantized matrices are stored.
 
     Raises, when called, OptionError for 4 bits in rows that are not a multiple of a block.
@@ -90,7 +90,7 @@ class RoundedMatrices:
 
     def __call__(self, write: OnnxWriter, op: Op, name: str) -> ir.Value:
         assert op.weight is not None
-        weight = rounded(op.weight, self._precision.weights_of(op), self._squares.get(name))
+        weight = quantized(op.weight, self._precision.weights_of(op), self._squares.get(name))
         rows, columns = weight.shape
 
         def quants() -> Array:
@@ -119,7 +119,7 @@ class RoundedMatrices:
         return found
 
 
-def add_rounding(lowered: LoweredPart, seen: Seen, cache: ir.DataType) -> None:
+def add_quantization(lowered: LoweredPart, seen: Seen, cache: ir.DataType) -> None:
     """Insert QuantizeLinear and DequantizeLinear after every value of a graph except the hidden state, in place.
 
     Caches become inputs and outputs of codes, or float16; all other inputs and outputs stay float32.
@@ -132,7 +132,7 @@ def add_rounding(lowered: LoweredPart, seen: Seen, cache: ir.DataType) -> None:
 
 
 class Encodings:
-    """The encoding of each value of a float graph; see `add_rounding`."""
+    """The encoding of each value of a float graph; see `add_quantization`."""
 
     def __init__(self, lowered: LoweredPart, seen: Seen, cache: ir.DataType) -> None:
         self.cache = cache

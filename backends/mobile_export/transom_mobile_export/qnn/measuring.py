@@ -14,12 +14,12 @@ import numpy as np
 import onnx_ir as ir
 
 from transom.graph.weights import Array
-from transom_mobile_export.qnn.encoding import add_rounding
+from transom_mobile_export.qnn.encoding import add_quantization
 from transom_mobile_export.qnn.lowering import LoweredPart, lower
 from transom_mobile_export.qnn.observing import RunningPart, embedded, grouped, prefill
 
 if TYPE_CHECKING:
-    from transom_mobile_export.qnn.claims import Drafted
+    from transom_mobile_export.qnn.claims import HtpDecoder
     from transom_mobile_export.qnn.lowering import Matrices
     from transom_mobile_export.qnn.observing import Seen
     from transom_mobile_export.qnn.precision import QnnPrecision
@@ -42,7 +42,7 @@ class Deviation:
 
 
 def measure(
-    model: Drafted,
+    model: HtpDecoder,
     precision: QnnPrecision,
     seen: Seen,
     matrices: Matrices,
@@ -52,7 +52,7 @@ def measure(
     """The error of every product and of the hidden state after every layer, worst first."""
     text = text[:LONGEST]
     positions = np.arange(len(text))
-    exact = rounded = embedded(model.embed, text)
+    exact = quantized = embedded(model.embed, text)
     found: list[Deviation] = []
     groups = grouped(model.layers)
     cache = ir.DataType[precision.cache.upper()]
@@ -62,12 +62,12 @@ def measure(
         with RunningPart(_showing(plain)) as running:
             wanted = running(prefill(model.reader.decoder, part, exact, positions))
         graph = _showing(lower(model.reader, part, **sizes, matrices=matrices))
-        add_rounding(graph, seen, cache)
+        add_quantization(graph, seen, cache)
         with RunningPart(graph) as running:
-            got = running(prefill(model.reader.decoder, part, rounded, positions, cache.numpy()))
+            got = running(prefill(model.reader.decoder, part, quantized, positions, cache.numpy()))
         found += [Deviation(w.node, w.layer, w.what, relative(wanted[w.name], got[w.name])) for w in plain.watched]
         if not part.last:
-            exact, rounded = wanted["hidden_out"], got["hidden_out"]
+            exact, quantized = wanted["hidden_out"], got["hidden_out"]
         progress((done + 1) / len(groups))
     return sorted(found, key=lambda d: -d.error)
 

@@ -26,7 +26,7 @@ from transom_mobile_export.qnn.parts import joined
 if TYPE_CHECKING:
     from transom.programs.reading import Op
     from transom.signature import Decoder
-    from transom_mobile_export.qnn.claims import Drafted
+    from transom_mobile_export.qnn.claims import HtpDecoder
     from transom_mobile_export.qnn.parts import GraphPart
 
 Range = tuple[float, float]
@@ -51,7 +51,7 @@ class Seen:
     """Sum of squares of each column of a matrix's input, by the name of the matrix."""
 
 
-def observe(model: Drafted, texts: Sequence[Sequence[int]], progress: Callable[[float], None]) -> Seen:
+def observe(model: HtpDecoder, texts: Sequence[Sequence[int]], progress: Callable[[float], None]) -> Seen:
     """Run texts through the float graphs.
 
     Args:

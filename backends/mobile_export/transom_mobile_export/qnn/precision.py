@@ -41,7 +41,7 @@ class QnnPrecision:
     cache: CacheNumber
 
     @property
-    def rounded(self) -> bool:
+    def quantized(self) -> bool:
         """Whether activations are quantized, which needs texts to observe their ranges."""
         return self.weights != "float16"
 
@@ -51,7 +51,7 @@ class QnnPrecision:
 
     def describe(self) -> str:
         """The text for a report."""
-        if not self.rounded:
+        if not self.quantized:
             return "float16 weights, activations and cache"
         weights = "int8 weights"
         if self.weights == "int4":
@@ -68,7 +68,7 @@ SMALL_SHARE = 1 / 16
 with keys and values in int8, which are 6 % of the weights."""
 
 
-ROUNDED_SINCE = 73
+QUANTIZED_SINCE = 73
 """The first Hexagon version that computes attention correctly with quantized activations."""
 
 
@@ -81,18 +81,18 @@ def resolve(options: Options, htp_arch: int) -> QnnPrecision:
     Raises:
         OptionError: the value is unknown, or the HTP does not support it.
     """
-    asked = str(options.get("precision") or "auto")
-    if asked not in NAMES:
+    requested = str(options.get("precision") or "auto")
+    if requested not in NAMES:
         raise OptionError(
-            f"{option('precision', asked)} is not a precision of the HTP", f"It is one of {', '.join(NAMES)}"
+            f"{option('precision', requested)} is not a precision of the HTP", f"It is one of {', '.join(NAMES)}"
         )
-    rounded = htp_arch >= ROUNDED_SINCE
-    if asked in ("int8", "int4") and not rounded:
+    quantized = htp_arch >= QUANTIZED_SINCE
+    if requested in ("int8", "int4") and not quantized:
         raise OptionError(
-            f"{option('precision', asked)} has attention in 16-bit activations, which Hexagon v{htp_arch} silently "
+            f"{option('precision', requested)} has attention in 16-bit activations, which Hexagon v{htp_arch} silently "
             "computes wrongly",
             f"Use {option('precision', 'f16')}, or a target with Hexagon v73 or newer",
         )
-    if asked == "f16" or not rounded:
+    if requested == "f16" or not quantized:
         return QnnPrecision("float16", "float16")
-    return QnnPrecision("int4" if asked == "int4" else "int8", "uint8")
+    return QnnPrecision("int4" if requested == "int4" else "int8", "uint8")

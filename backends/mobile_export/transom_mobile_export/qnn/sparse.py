@@ -279,11 +279,11 @@ class SparseAttention:
                 for x, width in ((grid, head.head_dim), (near, s.near + s.tokens))
             )
             near = w("Reshape", near, w.ints([count, s.blocks, rows, s.near + s.tokens]))
-        asked = w("Reshape", grid, w.ints([1, count, s.blocks * rows, head.head_dim]))
+        sampled = w("Reshape", grid, w.ints([1, count, s.blocks * rows, head.head_dim]))
         means, variances = (w("Transpose", x, perm=[0, 1, 3, 2]) for x in self.nodes)
         wide(variances)
-        logits = self._like(w("MatMul", asked, means), "scores")  # [1, K, B * G * R, N]
-        more = wide(w("MatMul", wide(w("Mul", asked, asked)), variances))
+        logits = self._like(w("MatMul", sampled, means), "scores")  # [1, K, B * G * R, N]
+        more = wide(w("MatMul", wide(w("Mul", sampled, sampled)), variances))
         more = wide(w("Mul", more, w.number(0.5 * VARIANCE_WEIGHT, FLOAT)))
         logits = wide(w("Add", logits, wide(w("Min", more, w.number(VARIANCE_CAP, FLOAT)))))
         if head.softcap:

@@ -51,8 +51,8 @@ def form_on(decoder: Decoder, device: Device, precision: str) -> StorageForm:
     Raises:
         OptionError: the precision is unknown, or this chip does not support it.
     """
-    rounded = "a16_attention" in device.features or not device.arch.startswith("hexagon_")  # the emulator has it
-    able = [name for name, form in FORMS.items() if rounded or form.products is F16]
+    quantized = "a16_attention" in device.features or not device.arch.startswith("hexagon_")  # the emulator has it
+    able = [name for name, form in FORMS.items() if quantized or form.products is F16]
     if precision not in able and precision != "auto":
         where = f" on {device.id}" if precision in FORMS else ""
         raise OptionError(f"qnn has no {option('precision', precision)}{where}", f"It has {', '.join(able)}")

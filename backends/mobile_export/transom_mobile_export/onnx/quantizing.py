@@ -25,13 +25,13 @@ def form_of(weight: Weight, precision: OnnxPrecision, *, vocabulary: bool) -> We
     fits = weight.shape[1] % BLOCK == 0
     if isinstance(weight, Blocked):  # of floats, or in blocks that the layout does not support
         return to_int8(weight, BLOCK) if fits else Dense(weight.shape, "float32", lambda: dequantize(weight))
-    if not precision.rounded or not fits:
+    if not precision.quantized or not fits:
         return weight
-    return to_int4(weight, BLOCK) if precision.rounded == "int4" and not vocabulary else to_int8(weight, BLOCK)
+    return to_int4(weight, BLOCK) if precision.quantized == "int4" and not vocabulary else to_int8(weight, BLOCK)
 
 
 @dataclass(frozen=True)
-class RoundedWeight:
+class QuantizedWeight:
     """The quantization error of one matrix."""
 
     name: str
@@ -47,12 +47,12 @@ def named(weight: Weight) -> str:
     return weight.dtype if isinstance(weight, Dense) else f"{weight.dtype} in blocks of {weight.block}"
 
 
-def notes(rounded: Sequence[RoundedWeight]) -> list[str]:
+def notes(quantized: Sequence[QuantizedWeight]) -> list[str]:
     """One line for each form that matrices were quantized to."""
     found = []
-    for before, after in sorted({(r.before, r.after) for r in rounded}):
-        errors = [r.error for r in rounded if (r.before, r.after) == (before, after)]
-        worst = max((r for r in rounded if (r.before, r.after) == (before, after)), key=lambda r: r.error)
+    for before, after in sorted({(r.before, r.after) for r in quantized}):
+        errors = [r.error for r in quantized if (r.before, r.after) == (before, after)]
+        worst = max((r for r in quantized if (r.before, r.after) == (before, after)), key=lambda r: r.error)
         found.append(
             f"{len(errors)} matrices in {before} were quantized to {after}: off by {sum(errors) / len(errors):.2%} "
             f"(mean), worst {worst.name} by {worst.error:.2%}"

@@ -23,7 +23,7 @@ AT_ONCE = 1 << 21
 """Numbers that are quantized at a time."""
 
 
-def rounded(weight: Weight, form: Form, squares: Array | None = None) -> Blocked:
+def quantized(weight: Weight, form: Form, squares: Array | None = None) -> Blocked:
     """A matrix in symmetric int8 by rows or int4 in blocks. A matrix already stored in this form is kept, except int8
     with negative scales.
 
