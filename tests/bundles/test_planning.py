@@ -345,7 +345,7 @@ def test_what_an_export_refuses_is_not_planned(saved: Path, asked: dict[str, Any
 def test_packages_of_the_compiler_are_not_needed(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     here = transom.plan_export(saved, target="snapdragon-8-gen-2", format="qnn,onnx")
     monkeypatch.setattr("transom_mobile_export.qnn.probing.installed", dict)
-    monkeypatch.setattr("transom_mobile_export.onnx.probing.installed", lambda: None)
+    monkeypatch.setattr("transom_mobile_export.onnx.probing.installed_version", lambda package: None)
     with pytest.raises(SelectionError, match="cannot compile"):
         transom.export(saved, target="snapdragon-8-gen-2", format="qnn", out=tmp_path / "bundle")
     (plan,) = transom.plan_export(saved, target="snapdragon-8-gen-2", format="qnn,onnx")

@@ -17,7 +17,7 @@ CPU = Device("cpu", "cpu", "x86_64", 16 * GIB, features=frozenset({"avx2", "avx5
 
 @pytest.fixture
 def version(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    monkeypatch.setattr(probing, "installed", lambda: "2026.4.1")
+    monkeypatch.setattr(probing, "installed_version", lambda package: "2026.4.1")
     return monkeypatch
 
 
@@ -53,14 +53,14 @@ def test_any_other_device_is_the_wrong_one(kind: str, version: pytest.MonkeyPatc
 
 
 def test_a_missing_package_is_refused_with_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probing, "installed", lambda: None)
+    monkeypatch.setattr(probing, "installed_version", lambda package: None)
     (answer,) = OpenVinoCpu().probe([CPU])
     assert isinstance(answer, Refusal)
     assert (answer.code, answer.fix) == ("missing_dep", "pip install 'transom[openvino]'")
 
 
 def test_an_old_package_is_refused_with_both_versions(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probing, "installed", lambda: "2025.1.0")
+    monkeypatch.setattr(probing, "installed_version", lambda package: "2025.1.0")
     (answer,) = OpenVinoCpu().probe([CPU])
     assert isinstance(answer, Refusal)
     assert answer.code == "too_old"
@@ -78,7 +78,7 @@ def test_an_artifact_for_other_instructions_or_another_release_is_rebuilt(versio
     assert OpenVinoCpu().check(made, CPU).state == "ok"
     newer = replace(CPU, features=CPU.features | {"avx512_bf16"})
     assert OpenVinoCpu().check(made, newer).state == "rebuild"
-    version.setattr(probing, "installed", lambda: "2026.5.0")
+    version.setattr(probing, "installed_version", lambda package: "2026.5.0")
     verdict = OpenVinoCpu().check(made, CPU)
     assert verdict.state == "rebuild"
     assert "2026.5.0" in verdict.reason

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from transom.authoring.packages import installed_version, package_refusal, version_numbers
 from transom.contract import Device, Offer, Refusal
 from transom.errors import option
 
@@ -39,15 +40,6 @@ class Torch:
 def interpreting() -> bool:
     """Whether kernels run in Triton's interpreter, which must be set before triton is imported."""
     return os.environ.get(INTERPRET) == "1"
-
-
-@functools.cache
-def installed_triton() -> str | None:
-    """The version of the installed triton package, or None."""
-    try:
-        return importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 @functools.cache
@@ -85,7 +77,7 @@ def answer(
         torch, triton: installed versions, passed by tests.
     """
     torch = installed_torch() if isinstance(torch, str) else torch
-    triton = installed_triton() if triton == "installed" else triton
+    triton = installed_version("triton") if triton == "installed" else triton
     if device.members:
         return _together([answer(member, torch, triton) for member in device.members], device)
     if interpreting():
@@ -98,13 +90,8 @@ def answer(
         known = ", ".join(f"sm_{a}" for a in ARCHITECTURES)
         return Refusal(device.id, "missing_feature", f"has kernels for {known}, and this is {device.arch}")
     install = INSTALL_VOLTA if arch == 70 else INSTALL
-    if triton is None:
-        return Refusal(device.id, "missing_dep", "the package triton is not installed", install)
-    if _numbers(triton) < OLDEST_TRITON:
-        wanted = ".".join(map(str, OLDEST_TRITON))
-        return Refusal(
-            device.id, "too_old", f"triton {triton} is installed and {wanted} or newer is needed", f"{install} -U"
-        )
+    if refusal := package_refusal(device, "triton", triton, OLDEST_TRITON, install):
+        return refusal
     if device.kind == "remote":
         return Offer(device.id, _band(arch), f"{device.arch}, Triton {triton}{_products(arch)}", runs_here=False)
     if refusal := _torch_refusal(device, arch, torch, install):
@@ -136,30 +123,26 @@ def _products(arch: int) -> str:
 
 
 def _torch_refusal(device: Device, arch: int, torch: Torch | None, install: str) -> Refusal | None:
-    if torch is None:
-        return Refusal(device.id, "missing_dep", "the package torch is not installed", install)
-    if _numbers(torch.version) < OLDEST_TORCH:
-        wanted = ".".join(map(str, OLDEST_TORCH))
-        return Refusal(
-            device.id, "too_old", f"torch {torch.version} is installed and {wanted} or newer is needed", f"{install} -U"
-        )
+    if refusal := package_refusal(device, "torch", torch.version if torch else None, OLDEST_TORCH, install):
+        return refusal
+    assert torch is not None
     if not torch.cuda:
         return Refusal(
             device.id, "missing_dep", f"the installed torch {torch.version} is a build without CUDA",
             "pip uninstall torch, and then " + install,
         )  # fmt: skip
-    if arch == 70 and (_numbers(torch.version) > VOLTA_TORCH or _numbers(torch.cuda) >= (13,)):
+    if arch == 70 and (version_numbers(torch.version) > VOLTA_TORCH or version_numbers(torch.cuda) >= (13,)):
         return Refusal(
             device.id, "missing_dep",
             f"the installed torch {torch.version} (CUDA {torch.cuda}) has no code for sm_70; 2.10 with CUDA 12 has",
             install,
         )  # fmt: skip
     driver = device.drivers.get("cuda", "")
-    if driver and _numbers(driver)[:1] < _numbers(torch.cuda)[:1]:
+    if driver and version_numbers(driver)[:1] < version_numbers(torch.cuda)[:1]:
         return Refusal(
             device.id, "too_old",
             f"torch {torch.version} needs a driver for CUDA {torch.cuda}, and this one has {driver}",
-            f"Update NVIDIA's driver, or install a torch for CUDA {_numbers(driver)[0]}",
+            f"Update NVIDIA's driver, or install a torch for CUDA {version_numbers(driver)[0]}",
         )  # fmt: skip
     return None
 
@@ -195,11 +178,6 @@ def requirements(device: Device) -> dict[str, str]:
         "format": FORMAT,
         "arch": "interpreted" if interpreted else device.arch,
         "devices": str(max(1, len(device.members))),
-        "triton": installed_triton() or "none",
+        "triton": installed_version("triton") or "none",
         "kernels": kernels_digest(),
     }
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    parts = re.split(r"[.+]", version)[:2]
-    return tuple(int(m.group()) for p in parts if (m := re.match(r"\d+", p)))

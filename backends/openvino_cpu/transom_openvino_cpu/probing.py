@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.metadata
 import os
 import platform
 
+from transom.authoring.packages import installed_version, package_refusal
 from transom.contract import Device, Offer, Refusal
 from transom.errors import option
 from transom_openvino_cpu.native.choosing import SWITCH, level_on, measures
@@ -14,15 +13,6 @@ from transom_openvino_cpu.native.choosing import SWITCH, level_on, measures
 OLDEST = (2026, 4)
 """The first release whose PagedAttention has the inputs that `attention` writes."""
 INSTALL = "pip install 'transom[openvino]'"
-
-
-@functools.cache
-def installed() -> str | None:
-    """The version of the installed openvino package, `"2026.4.1"`, or None."""
-    try:
-        return importlib.metadata.version("openvino")
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def isa(device: Device) -> str:
@@ -47,14 +37,9 @@ def answer(device: Device) -> Offer | Refusal:
         return Refusal(
             device.id, "wrong_device", f"runs on the CPU only; {device.id} is {what}", f"Use {option('device', 'cpu')}"
         )
-    version = installed()
-    if version is None:
-        return Refusal(device.id, "missing_dep", "the package openvino is not installed", INSTALL)
-    if _numbers(version) < OLDEST:
-        wanted = ".".join(map(str, OLDEST))
-        return Refusal(
-            device.id, "too_old", f"openvino {version} is installed and {wanted} or newer is needed", f"{INSTALL} -U"
-        )
+    version = installed_version("openvino")
+    if refusal := package_refusal(device, "openvino", version, OLDEST, INSTALL):
+        return refusal
     if device.arch not in ("x86_64", "aarch64", "arm64"):
         return Refusal(device.id, "missing_feature", f"openvino has no kernels for {device.arch}")
     if device.arch != "x86_64":
@@ -74,7 +59,7 @@ def requirements(device: Device) -> dict[str, str]:
     """The requirements of an artifact compiled here: everything that `check` compares."""
     return {
         "format": FORMAT,
-        "openvino": installed() or "none",
+        "openvino": installed_version("openvino") or "none",
         "arch": device.arch,
         "isa": isa(device),
         "system": platform.system(),
@@ -84,8 +69,3 @@ def requirements(device: Device) -> dict[str, str]:
 
 FORMAT = "3"
 """Version of the files that this backend writes."""
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    parts = version.split(".")[:2]
-    return tuple(int(p) if p.isdigit() else 0 for p in parts)

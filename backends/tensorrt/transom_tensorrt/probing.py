@@ -10,9 +10,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
+from transom.authoring.packages import installed_version, version_numbers
 from transom.contract import Device, Offer, Refusal, Verdict
 from transom.errors import option
-from transom_tensorrt.sdk import CLASSIC, OLDEST, RTX, SERVED, Sdk, installed, numbers, version_of
+from transom_tensorrt.sdk import CLASSIC, OLDEST, RTX, SERVED, Sdk, installed
 
 INSTALL = "pip install 'transom[tensorrt]'"
 FORMAT = "1"
@@ -97,7 +98,7 @@ def _old_driver(device: Device, sdk: Sdk, bindings: str) -> Refusal | None:
 
 def _major(version: str) -> int:
     """The major version; 0 if unknown."""
-    return next(iter(numbers(version)), 0)
+    return next(iter(version_numbers(version)), 0)
 
 
 def _band(arch: int) -> Literal["tuned", "native"]:
@@ -142,7 +143,7 @@ def _emulated(device: Device, packages: Mapping[str, str]) -> Offer | Refusal:
 def _packages() -> Mapping[str, str]:
     """Versions of the installed packages that this backend needs."""
     names = {"cuda": "cuda-bindings", "onnxruntime": "onnxruntime"}
-    return {name: version for name, package in names.items() if (version := version_of(package)) is not None}
+    return {name: version for name, package in names.items() if (version := installed_version(package)) is not None}
 
 
 @functools.cache

@@ -9,9 +9,10 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.metadata
-import re
 from dataclasses import dataclass
 from typing import Any
+
+from transom.authoring.packages import installed_version, version_numbers
 
 RTX, CLASSIC = "tensorrt-rtx", "tensorrt"
 PACKAGES = {
@@ -42,7 +43,7 @@ class Sdk:
 
     @property
     def old(self) -> bool:
-        return numbers(self.version) < OLDEST[self.name]
+        return version_numbers(self.version) < OLDEST[self.name]
 
 
 @functools.cache
@@ -50,18 +51,11 @@ def installed() -> tuple[Sdk, ...]:
     """The installed SDKs. PyPI's package `tensorrt`, which only downloads another one, does not count."""
     found = []
     for name, packages in PACKAGES.items():
-        versions = {package: v for package in packages if (v := version_of(package)) is not None}
+        versions = {package: v for package in packages if (v := installed_version(package)) is not None}
         if versions and _has_module(packages, MODULES[name]):
             cuda = 13 if any(package.endswith("cu13") for package in versions) else 12
             found.append(Sdk(name, next(iter(versions.values())), cuda))
     return tuple(found)
-
-
-def version_of(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _has_module(packages: tuple[str, ...], module: str) -> bool:
@@ -74,12 +68,6 @@ def _has_module(packages: tuple[str, ...], module: str) -> bool:
         if any(str(f).startswith(f"{module}/") for f in files):
             return True
     return False
-
-
-def numbers(version: str) -> tuple[int, ...]:
-    """(1, 7) of "1.7.1.116"."""
-    parts = re.split(r"[.+]", version)[:2]
-    return tuple(int(m.group()) for p in parts if (m := re.match(r"\d+", p)))
 
 
 def library(name: str) -> Any:

@@ -40,7 +40,7 @@ def test_phones_and_boards_are_compiled_for_and_the_cpu_runs_for_who_asks() -> N
 def test_the_cpu_needs_onnx_runtime_and_phones_need_nothing_here(
     version: str | None, code: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(probing, "installed", lambda: version)
+    monkeypatch.setattr(probing, "installed_version", lambda package: version)
     phone, cpu = BACKEND.probe([PHONE, CPU])
     assert isinstance(phone, Offer)
     if not code:

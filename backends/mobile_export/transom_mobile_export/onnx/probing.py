@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
-from importlib import metadata
 from typing import Any
 
+from transom.authoring.packages import installed_version, package_refusal
 from transom.contract import Device, Offer, Refusal, Verdict
 
 INSTALL = "pip install 'transom[onnx]'"
@@ -31,13 +30,9 @@ def answer(device: Device) -> Offer | Refusal:
     if device.kind != "cpu" or device.members:
         reason = f"writes models for processors of phones and boards, and runs them on the CPU; {device.id} is neither"
         return Refusal(device.id, "wrong_device", reason)
-    found = installed()
-    if found is None:
-        return Refusal(device.id, "missing_dep", "the package onnxruntime is not installed", INSTALL)
-    if numbers(found) < OLDEST:
-        oldest = ".".join(map(str, OLDEST))
-        reason = f"onnxruntime {found} is installed, and {oldest} or newer is needed"
-        return Refusal(device.id, "too_old", reason, f"{INSTALL} -U")
+    found = installed_version("onnxruntime")
+    if refusal := package_refusal(device, "onnxruntime", found, OLDEST, INSTALL):
+        return refusal
     return Offer(device.id, "generic", f"ONNX Runtime {found}", by_name=True)
 
 
@@ -56,17 +51,3 @@ def judge(requires: Mapping[str, str], device: Device) -> Verdict:
     if device.kind == "cpu" or serves(device):
         return Verdict("ok")
     return Verdict("never", f"a portable ONNX decoder runs on CPUs, and {device.id} is not one")
-
-
-@functools.cache
-def installed() -> str | None:
-    """The installed version of ONNX Runtime; None if there is none."""
-    try:
-        return metadata.version("onnxruntime")
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def numbers(version: str) -> tuple[int, ...]:
-    """`(1, 24)` of `"1.24.1"`."""
-    return tuple(int(part) for part in version.split(".")[:2] if part.isdigit())

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from transom.authoring.packages import installed_version, package_refusal, version_numbers
 from transom.contract import Device, Offer, Refusal, Verdict
 
 INSTALL = "pip install 'transom[qnn]'"
@@ -105,14 +105,8 @@ def _missing(device: Device, packages: Mapping[str, str]) -> Refusal | None:
     if machine not in ("x86_64", "amd64"):
         reason = f"QNN's compiler runs on x86-64, and this machine is {machine or 'unknown'}"
         return Refusal(device.id, "missing_feature", reason, "Compile on a machine with an x86-64 processor")
-    for package in (ORT, QNN):
-        if package not in packages:
-            return Refusal(device.id, "missing_dep", f"the package {package} is not installed", INSTALL)
-    if numbers(packages[QNN]) < OLDEST:
-        least = ".".join(map(str, OLDEST))
-        reason = f"{QNN} {packages[QNN]} is installed and {least} or newer is needed"
-        return Refusal(device.id, "too_old", reason, f"{INSTALL} -U")
-    return None
+    missing = package_refusal(device, ORT, packages.get(ORT), (), INSTALL)
+    return missing or package_refusal(device, QNN, packages.get(QNN), OLDEST, INSTALL)
 
 
 def _emulator(device: Device, packages: Mapping[str, str]) -> Offer | Refusal:
@@ -128,17 +122,7 @@ def installed() -> Mapping[str, str]:
     import platform
 
     found = {"machine": platform.machine().lower()}
-    for package in (QNN, ORT):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def numbers(version: str) -> tuple[int, ...]:
-    """(2, 7) of "2.7.0"."""
-    return tuple(int(part) for part in re.findall(r"\d{1,9}", version)[:2])
+    return found | {package: version for package in (QNN, ORT) if (version := installed_version(package))}
 
 
 def requirements(device: Device, context: int, sdk_version: str) -> dict[str, str]:
@@ -207,11 +191,11 @@ def _known_pair(requires: Mapping[str, str]) -> Verdict | None:
 
 def _new_enough(requires: Mapping[str, str], packages: Mapping[str, str]) -> Verdict:
     made_by, here = requires.get("qnn", ""), packages.get(QNN, "")
-    if numbers(made_by) < OLDEST:
+    if version_numbers(made_by) < OLDEST:
         return Verdict("rebuild", f"compiled with {QNN} {made_by or '(no version)'}, older than this backend knows")
     if re.fullmatch(r"\d+\.\d+\.\d+", requires.get("qnn_sdk", "")) is None:
         return Verdict("rebuild", "it does not state which version of QNN's SDK compiled it")
-    if here and numbers(here) < numbers(made_by):
+    if here and version_numbers(here) < version_numbers(made_by):
         return Verdict("rebuild", f"compiled with {QNN} {made_by}, and here is {here}")
     return Verdict("ok")
 
