@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
-from transom.programs.written import NOWHERE, AttentionLayer, RopeTable, View, from_json, operator, to_json
+from transom.programs.written import NOWHERE, AttentionLayer, RopeTable, View, from_json, to_json
 from transom_cuda_triton.packing import TritonMatrix
 
 KINDS = ("embed", "norm", "linear", "combine", "gate", "rotate", "attend", "rows", "reduce")
@@ -69,15 +67,7 @@ class TritonProgram:
     @classmethod
     def from_json(cls, text: str) -> TritonProgram:
         """Raises ValueError, KeyError or TypeError if the text is not a program."""
-        parts: dict[str, Callable[[Any], Any]] = {
-            "ops": _op, "matrices": lambda raw: TritonMatrix(**raw), "ropes": lambda raw: RopeTable(**raw),
-            "layers": lambda raw: AttentionLayer(**raw), "buffers": int,
-        }  # fmt: skip
-        return from_json(cls, text, parts)
-
-
-def _op(raw: dict[str, Any]) -> TritonOp:
-    op = operator(TritonOp, raw)
-    if op.kind not in KINDS:
-        raise ValueError(f"the operator {op.kind!r} is unknown")
-    return op
+        program = from_json(cls, text)
+        if unknown := {op.kind for op in program.ops} - {*KINDS}:
+            raise ValueError(f"the operator {min(unknown)!r} is unknown")
+        return program

@@ -7,10 +7,9 @@ whose fields are buffer views, numbers and strings; all but the first ones have 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
 
@@ -56,32 +55,30 @@ class AttentionLayer:
 def to_json(program: Any) -> str:
     """A program as JSON."""
     raw = asdict(program)
-    raw["ops"] = [lean(op) for op in program.ops]
+    raw["ops"] = [_lean(op) for op in program.ops]
     return json.dumps(raw, separators=(",", ":"))
 
 
-def from_json(kind: type[T], text: str, parts: Mapping[str, Callable[[Any], Any]]) -> T:
+def from_json(kind: type[T], text: str) -> T:
     """Parse the output of `to_json` into a program of class `kind`.
 
-    Args:
-        parts: parses one member of a tuple field, by field name.
+    Its fields are annotated as `int`, `str`, or tuples of integers or dataclasses, as in `tuple[RopeTable, ...]`.
 
     Raises:
         ValueError, KeyError, TypeError: the text is not such a program.
     """
     raw: dict[str, Any] = json.loads(text)
-    own: Any = kind
     known: dict[str, Any] = {}
-    for field in fields(own):
-        value = raw[field.name]
-        if part := parts.get(field.name):
-            known[field.name] = tuple(part(member) for member in value)
+    for name, hint in get_type_hints(kind).items():
+        if get_origin(hint) is tuple:
+            member = get_args(hint)[0]
+            known[name] = tuple(int(value) if member is int else _record(member, value) for value in raw[name])
         else:
-            known[field.name] = int(value) if field.type in ("int", int) else str(value)
+            known[name] = hint(raw[name])
     return kind(**known)
 
 
-def lean(op: Any) -> dict[str, Any]:
+def _lean(op: Any) -> dict[str, Any]:
     """An operator as JSON types, without fields that have their default value."""
     found: dict[str, Any] = {}
     for field in fields(op):
@@ -91,10 +88,11 @@ def lean(op: Any) -> dict[str, Any]:
     return found
 
 
-def operator(kind: type[T], raw: Mapping[str, Any]) -> T:
-    """Parse the output of `lean` into an operator of class `kind`. Raises TypeError if it does not fit."""
-    own: Any = kind
-    views = _views(own)
+def _record(kind: Any, raw: Any) -> Any:
+    """A dataclass from its fields, which may be the output of `_lean`. Raises TypeError if they do not fit."""
+    if not isinstance(raw, dict):
+        raise TypeError(f"{kind.__name__} is not an object")
+    views = _views(kind)
     return kind(**{name: View(*value) if name in views else value for name, value in raw.items()})
 
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from transom.programs.buffers import Buffer
-from transom.programs.written import NOWHERE, AttentionLayer, RopeTable, View, from_json, operator, to_json
+from transom.programs.written import NOWHERE, AttentionLayer, RopeTable, View, from_json, to_json
 from transom_openvino_cpu.native.packing import NativeMatrix
 
 KINDS = (
@@ -62,12 +60,7 @@ class NativeProgram:
     @classmethod
     def from_json(cls, text: str) -> NativeProgram:
         """Raises ValueError, KeyError or TypeError if the text is not a program."""
-        parts: dict[str, Callable[[Any], Any]] = {
-            "ops": lambda raw: operator(NativeOp, raw), "matrices": lambda raw: NativeMatrix(**raw),
-            "ropes": lambda raw: RopeTable(**raw), "layers": lambda raw: AttentionLayer(**raw),
-            "buffers": lambda raw: Buffer(**raw),
-        }  # fmt: skip
-        program = from_json(cls, text, parts)
+        program = from_json(cls, text)
         if program.cache not in CACHES:
             raise ValueError(f"the cache format {program.cache!r} is unknown")
         return program
