@@ -81,7 +81,26 @@ def _sizes(*names: str) -> dict[str, str]:
     return dict.fromkeys(names, "i32")
 
 
-class Norm:
+class _KernelOperator:
+    """An operator that always launches the same variant."""
+
+    _variant: KernelVariant
+
+    def variants(self) -> Iterator[KernelVariant]:
+        yield self._variant
+
+
+class _TorchOperator:
+    """An operator that torch computes, without a kernel of its own."""
+
+    def __init__(self, op: TritonOp, program: TritonProgram) -> None:
+        self._op = op
+
+    def variants(self) -> Iterator[KernelVariant]:
+        return iter(())
+
+
+class Norm(_KernelOperator):
     """RMSNorm of the groups of a row, or of its sum with the residual if there is one."""
 
     def __init__(self, op: TritonOp, program: TritonProgram) -> None:
@@ -95,9 +114,6 @@ class Norm:
         constants = {"ROWS": self._rows, "WIDTH": width, "ADD": op.b.buffer >= 0}
         self._variant = KernelVariant.of("norm.rms_norm", types, constants, 8 if width > 4096 else 4)
 
-    def variants(self) -> Iterator[KernelVariant]:
-        yield self._variant
-
     def run(self, step: TritonStep) -> None:
         op = self._op
         x, out = step.view(op.a, op.width, op.late), step.view(op.dst, op.width, op.late)
@@ -110,7 +126,7 @@ class Norm:
         step.launch(self._variant, (pieces(len(x) * op.groups, self._rows),), arguments)
 
 
-class Combine:
+class Combine(_KernelOperator):
     """Scale, bias, sum and soft cap of rows."""
 
     def __init__(self, op: TritonOp, program: TritonProgram) -> None:
@@ -124,9 +140,6 @@ class Combine:
         constants = {"ROWS": self._rows, "WIDTH": self._width, **flags}
         self._variant = KernelVariant.of("elementwise.combine", types, constants)
 
-    def variants(self) -> Iterator[KernelVariant]:
-        yield self._variant
-
     def run(self, step: TritonStep) -> None:
         op = self._op
         x, out = step.view(op.a, op.width, op.late), step.view(op.dst, op.width, op.late)
@@ -139,7 +152,7 @@ class Combine:
         step.launch(self._variant, (pieces(len(x), self._rows), pieces(op.width, self._width)), arguments)
 
 
-class Gate:
+class Gate(_KernelOperator):
     """A gated activation."""
 
     def __init__(self, op: TritonOp, program: TritonProgram) -> None:
@@ -152,9 +165,6 @@ class Gate:
         constants = {"ROWS": self._rows, "WIDTH": self._width, "ACT": ACTIVATIONS[op.act]}
         self._variant = KernelVariant.of("gate.gate", types, constants)
 
-    def variants(self) -> Iterator[KernelVariant]:
-        yield self._variant
-
     def run(self, step: TritonStep) -> None:
         op = self._op
         gate, up, out = (step.view(v, op.width, op.late) for v in (op.a, op.b, op.dst))
@@ -165,7 +175,7 @@ class Gate:
         step.launch(self._variant, (pieces(len(gate), self._rows), pieces(op.width, self._width)), arguments)
 
 
-class Rotate:
+class Rotate(_KernelOperator):
     """Rotary embedding of queries, in place."""
 
     def __init__(self, op: TritonOp, program: TritonProgram) -> None:
@@ -183,9 +193,6 @@ class Rotate:
         }  # fmt: skip
         self._variant = KernelVariant.of("rotary.rotate", types, constants)
 
-    def variants(self) -> Iterator[KernelVariant]:
-        yield self._variant
-
     def run(self, step: TritonStep) -> None:
         op = self._op
         x = step.view(op.dst, op.width, op.late)
@@ -197,14 +204,8 @@ class Rotate:
         step.launch(self._variant, (pieces(len(x) * op.groups, self._rows),), arguments)
 
 
-class Rows:
+class Rows(_TorchOperator):
     """Selects the rows that need logits."""
-
-    def __init__(self, op: TritonOp, program: TritonProgram) -> None:
-        self._op = op
-
-    def variants(self) -> Iterator[KernelVariant]:
-        return iter(())
 
     def run(self, step: TritonStep) -> None:
         op = self._op
@@ -212,14 +213,8 @@ class Rows:
         out.copy_(step.view(op.a, op.width, False).index_select(0, step.wanted))
 
 
-class Reduce:
+class Reduce(_TorchOperator):
     """Sums a value over all cards, in place."""
-
-    def __init__(self, op: TritonOp, program: TritonProgram) -> None:
-        self._op = op
-
-    def variants(self) -> Iterator[KernelVariant]:
-        return iter(())
 
     def run(self, step: TritonStep) -> None:
         step.reduce(step.view(self._op.dst, self._op.width, self._op.late))
@@ -238,7 +233,7 @@ def _block_types(matrix: TritonMatrix) -> dict[str, str]:
     return {"QUANTS": "*u8", "SCALES": f"*{matrix.scale_number}", "OFFSETS": f"*{matrix.offset_number}"}
 
 
-class Embed:
+class Embed(_KernelOperator):
     """Rows of the embedding."""
 
     def __init__(self, op: TritonOp, program: TritonProgram, arch: int) -> None:
@@ -255,9 +250,6 @@ class Embed:
         else:
             types["TABLE"] = f"*{program.number}"
             self._variant = KernelVariant.of("embed.embed", types, tile)
-
-    def variants(self) -> Iterator[KernelVariant]:
-        yield self._variant
 
     def run(self, step: TritonStep) -> None:
         op, out = self._op, step.view(self._op.dst, self._op.width, False)
