@@ -361,7 +361,7 @@ def test_a_saved_state_goes_on_where_it_was(opened: Open, rng: np.random.Generat
         rows = [session.step([Work(s.fork(150), [7], sparsity=text)]) for session, s in ((one, state), (other, again))]
         np.testing.assert_array_equal(rows[0][0], rows[1][0])
     for length, arrays in ((149 + 64, saved), (150, {**saved, "layer.0.k": np.zeros((1, 1), np.uint8)}), (150, {})):
-        with pytest.raises(ValueError, match="no pages for"):
+        with pytest.raises(ValueError, match="does not fit a state"):
             other.restore(length, arrays)
 
 

@@ -6,16 +6,16 @@ restored state selects its columns from the next queries.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from transom.contract import State, Tensor
-from transom.sessions.steps import Array
+from transom.sessions import PagedState, saved_array
 from transom.signature import Decoder
 from transom_cuda_triton import cache
 from transom_cuda_triton.engine import TritonEngine
-from transom_cuda_triton.session import TritonSession, TritonState
+from transom_cuda_triton.session import TritonSession
 
 
 class SavingTritonSession(TritonSession):
@@ -27,32 +27,19 @@ class SavingTritonSession(TritonSession):
 
     def save(self, state: State) -> Mapping[str, Tensor]:
         """uint8 [pages, bytes] for each tensor of each layer: `layer.0.k`, …"""
-        if not isinstance(state, TritonState) or state.table.pool is not self._pool:
-            raise ValueError("this sequence state belongs to another session")
-        return cache.read_pages(self._one.caches, state.table.pages)
+        return cache.read_pages(self._one.caches, self._own(state).table.pages)
 
-    def restore(self, length: int, arrays: Mapping[str, Tensor]) -> TritonState:
+    def restore(self, length: int, arrays: Mapping[str, Tensor]) -> PagedState:
         """A state from the output of `save`.
 
         Raises:
             ValueError: the arrays do not fit a state of `length` tokens.
             OutOfPages: the pool is too small.
         """
-        self._need_open()
-        count = -(-length // self._one.page_tokens)
-        sizes = cache.page_sizes(self._one.caches)
-        given: dict[str, Array] = {name: np.asarray(arrays.get(name, ())) for name in sizes}
-        for name, size in sizes.items():
-            if given[name].dtype != np.uint8 or given[name].shape != (count, size):
-                raise ValueError(f"{name} has no pages for {length} tokens")
-        if not 0 <= length <= self._limits.context:
-            raise ValueError(f"{length} tokens exceed the context of {self._limits.context} tokens")
-        state = self.new_state()
-        reservation = self._pool.reserve([(state.table, length)])
-        try:
-            cache.write_pages(self._one.caches, reservation.pages[0], given)
-        except BaseException:
-            reservation.rollback()
-            raise
-        reservation.commit()
-        return state
+
+        def write(state: PagedState, pages: Sequence[int]) -> None:
+            sizes = cache.page_sizes(self._one.caches)
+            given = {name: saved_array(arrays, name, np.uint8, (len(pages), size)) for name, size in sizes.items()}
+            cache.write_pages(self._one.caches, pages, given)
+
+        return self._restored(length, write)

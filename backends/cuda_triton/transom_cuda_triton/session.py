@@ -10,7 +10,7 @@ import torch
 
 from transom.contract import OutOfPages, State, Tensor, Work
 from transom.errors import OptionError
-from transom.sessions import PagedSession, PagedState, PageTable, check_step
+from transom.sessions import PagedSession, PagedState, PageTable, check_step, logit_rows, split_rows
 from transom.sessions.steps import CHUNK, Array, dense_keys
 from transom.signature import Decoder, LayerCache
 from transom.sparsity import Sparsity
@@ -78,10 +78,9 @@ class TritonSession(PagedSession):
 
     def keys_read(self, state: State) -> Tensor:
         """float64 [2, layers, kv_heads]; see `transom.contract_optional.SparseSession`."""
-        if not isinstance(state, TritonState) or state.table.pool is not self._pool:
-            raise ValueError("this sequence state belongs to another session")
-        state.table.pages  # noqa: B018  a freed state raises here
-        return state.counts.copy()
+        own = self._own(state)
+        assert isinstance(own, TritonState)
+        return own.counts.copy()
 
     def _check(self, work: Sequence[Work]) -> None:
         check_step(work, self._limits, self._decoder.vocabulary, sparsity=True)
@@ -137,8 +136,6 @@ class TritonSession(PagedSession):
         past: Sequence[int],
         pages: Sequence[Sequence[int]],
     ) -> tuple[list[Any], list[Array]]:
-        from transom.sessions import logit_rows
-
         counts = [len(t) for t in tokens]
         rows = logit_rows(work, counts)
         routed = None
@@ -182,23 +179,15 @@ def _on_host(logits: torch.Tensor, work: Sequence[Work], counts: Sequence[int]) 
     """
     if len(logits) and not bool(torch.isfinite(logits).all()):
         raise not_finite("The last layer")
-    results: list[Any] = []
-    at = 0
-    for w, count in zip(work, counts, strict=True):
-        rows = {"none": 0, "last": 1, "all": count}[w.logits]
-        part = logits[at : at + rows]
-        at += rows
-        if w.logits == "none":
-            results.append(None)
-            continue
-        part = part[0] if w.logits == "last" else part
-        if w.top_k:
-            values, ids = torch.sort(part, dim=-1, descending=True, stable=True)  # ties by lower id
-            best = ids[..., : w.top_k].to(torch.int64), values[..., : w.top_k]
-            results.append(tuple(t.cpu().numpy().copy() for t in best))
-        else:
-            results.append(part.cpu().numpy().copy())
-    return results
+
+    def result(part: torch.Tensor, top_k: int) -> Any:
+        if not top_k:
+            return part.cpu().numpy().copy()
+        values, ids = torch.sort(part, dim=-1, descending=True, stable=True)  # ties by lower id
+        best = ids[..., :top_k].to(torch.int64), values[..., :top_k]
+        return tuple(t.cpu().numpy().copy() for t in best)
+
+    return split_rows(logits, work, counts, result)
 
 
 def _first_line(error: BaseException) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from transom.contract import State, Tensor, Work
-from transom.sessions import PagedSession, PagedState, check_step
+from transom.sessions import PagedSession, PagedState, check_step, saved_array
 from transom.sessions.pages import PageTable
 from transom.sessions.steps import CHUNK, Array, dense_keys
 from transom.signature import Decoder
@@ -84,51 +84,47 @@ class NativeSession(PagedSession):
 
     def keys_read(self, state: State) -> Tensor:
         """float64 [2, layers, kv_heads]; see `transom.contract_optional.SparseSession`."""
-        if not isinstance(state, SparseState) or state.table.pool is not self._pool:
-            raise ValueError("this sequence state belongs to another session")
-        state.table.pages  # noqa: B018  a freed state raises here
-        return state.keys_read()
+        return self._sparse(state).keys_read()
 
     def save(self, state: State) -> Mapping[str, Tensor]:
         """Pages of each layer, uint8 [pages, bytes], and the route of sparse attention if there is one."""
-        if not isinstance(state, SparseState) or state.table.pool is not self._pool:
-            raise ValueError("this sequence state belongs to another session")
-        pages = state.table.pages
+        own = self._sparse(state)
+        pages = own.table.pages
         found = {f"layer.{i}": self._native.page_data(i, pages) for i in range(len(self._native.program.layers))}
-        if state.route:
-            found["route"] = self._native.route_data(state.route).copy()
+        if own.route:
+            found["route"] = self._native.route_data(own.route).copy()
         return found
 
-    def restore(self, length: int, arrays: Mapping[str, Tensor]) -> SparseState:
+    def restore(self, length: int, arrays: Mapping[str, Tensor]) -> PagedState:
         """A state from the output of `save`.
 
         Raises:
             ValueError: the arrays do not fit a state of `length` tokens.
             OutOfPages: the pool is too small.
         """
-        self._need_open()
-        count = -(-length // self._native.page_tokens)
-        layers = [np.asarray(arrays.get(f"layer.{i}", ())) for i in range(len(self._native.program.layers))]
-        for i, data in enumerate(layers):
-            if data.dtype != np.uint8 or data.shape != (count, self._native.layer_page_bytes(i)):
-                raise ValueError(f"layer {i} has no pages for {length} tokens")
-        state = self.new_state()
-        route = arrays.get("route")
-        if route is not None:
-            memory = self._native.route_data(state.need_route())
-            if np.asarray(route).dtype != np.uint8 or np.shape(route) != memory.shape:
-                state.free()
-                raise ValueError("the saved route of sparse attention has the wrong size")
-            memory[:] = route
-            if not self._native.route_fits(state.route, length):
-                state.free()
-                raise ValueError("the saved route of sparse attention is damaged")
-            self._native.take_counts(state.route)
-        reservation = self._pool.reserve([(state.table, length)])
-        for i, data in enumerate(layers):
-            self._native.set_page_data(i, reservation.pages[0], data)
-        reservation.commit()
-        return state
+        native = self._native
+
+        def write(state: PagedState, pages: Sequence[int]) -> None:
+            layers = [
+                saved_array(arrays, f"layer.{i}", np.uint8, (len(pages), native.layer_page_bytes(i)))
+                for i in range(len(native.program.layers))
+            ]
+            if "route" in arrays:
+                route = self._sparse(state).need_route()
+                memory = native.route_data(route)
+                memory[:] = saved_array(arrays, "route", np.uint8, memory.shape)
+                if not native.route_fits(route, length):
+                    raise ValueError("the saved route of sparse attention is damaged")
+                native.take_counts(route)
+            for i, data in enumerate(layers):
+                native.set_page_data(i, pages, data)
+
+        return self._restored(length, write)
+
+    def _sparse(self, state: State) -> SparseState:
+        own = self._own(state)
+        assert isinstance(own, SparseState)
+        return own
 
     def _check(self, work: Sequence[Work]) -> None:
         check_step(work, self._limits, self._decoder.vocabulary, sparsity=True)

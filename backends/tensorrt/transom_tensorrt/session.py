@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-import numpy as np
+from collections.abc import Mapping, Sequence
 
 from transom.contract import State, Tensor
-from transom.sessions import PagedSession, PagedState
+from transom.sessions import PagedSession, PagedState, saved_array
 from transom.signature import Decoder
 from transom_tensorrt.engine import SlotEngine
 from transom_tensorrt.executing import Array, rows_of, stored
@@ -30,9 +28,7 @@ class SlotSession(PagedSession):
     def save(self, state: State) -> Mapping[str, Tensor]:
         """The kept tensors of a state by input name, [heads, rows, columns]: float32, or raw bits of 16-bit floats."""
         self._need_open()
-        if not isinstance(state, PagedState) or state.table.pool is not self._pool:
-            raise ValueError("this sequence state belongs to another session")
-        pages = state.table.pages
+        pages = self._own(state).table.pages
         self._warming.join()
         return self._slots.read(pages[0] if pages else 0, state.length)
 
@@ -43,25 +39,16 @@ class SlotSession(PagedSession):
             ValueError: the arrays are not those of a state of `length` tokens.
             OutOfPages: no slot is free.
         """
-        self._need_open()
-        if not 0 <= length <= self._limits.context:
-            raise ValueError(f"{length} tokens exceed the context of {self._limits.context} tokens")
-        given: dict[str, Array] = {}
-        network = self._slots.network
-        for kept in network.kept:
-            heads, _, columns = kept.shape
-            array = given[kept.input] = np.asarray(arrays.get(kept.input, ()))
-            if array.dtype != stored(kept) or array.shape != (heads, rows_of(network, kept, length), columns):
-                raise ValueError(f"{kept.input} does not match a state of {length} tokens")
-        state = self.new_state()
-        if not length:
-            return state
-        self._warming.join()
-        reservation = self._pool.reserve([(state.table, length)])
-        try:
-            self._slots.write(reservation.pages[0][0], length, given)
-        except BaseException:
-            reservation.rollback()
-            raise
-        reservation.commit()
-        return state
+
+        def write(state: PagedState, pages: Sequence[int]) -> None:
+            given: dict[str, Array] = {}
+            network = self._slots.network
+            for kept in network.kept:
+                heads, _, columns = kept.shape
+                shape = (heads, rows_of(network, kept, length), columns)
+                given[kept.input] = saved_array(arrays, kept.input, stored(kept), shape)
+            if length:
+                self._warming.join()
+                self._slots.write(pages[0], length, given)
+
+        return self._restored(length, write)

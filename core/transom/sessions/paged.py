@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
-from transom.contract import Limits, Tensor, Work
+from transom.contract import Limits, State, Tensor, Work
 from transom.errors import EngineError
 from transom.sessions.pages import PagePool, PageTable
 from transom.sessions.steps import Array, check_step, logit_rows, split_logits
@@ -85,6 +85,9 @@ class PagedState:
 class PagedSession:
     """Ragged steps over a paged cache.
 
+    A session that is also a `transom.contract_optional.SavingSession` implements `save` with `_own`, and `restore` with
+    `saved_array` and `_restored`.
+
     Args:
         context: maximum tokens of one state.
         pages: pages in the pool, for all sequences together.
@@ -130,7 +133,7 @@ class PagedSession:
 
     def step(self, work: Sequence[Work]) -> Sequence[Tensor | tuple[Tensor, Tensor] | None]:
         self._need_open()
-        states = [self._own(w) for w in work]
+        states = [self._own(w.state) for w in work]
         self._check(work)
         if not work:
             return []
@@ -178,11 +181,36 @@ class PagedSession:
         logits: Array = self._engine.step(tokens, past, pages, rows)
         return logits
 
-    def _own(self, work: Work) -> PagedState:
-        state = work.state
+    def _own(self, state: State) -> PagedState:
+        """A state of this session. Raises ValueError for one of another session, RuntimeError for a freed one."""
         if not isinstance(state, PagedState) or state.table.pool is not self._pool:
             raise ValueError("this sequence state belongs to another session")
         state.table.pages  # noqa: B018  a freed state raises here, before anything runs
+        return state
+
+    def _restored(self, length: int, write: Callable[[PagedState, Sequence[int]], None]) -> PagedState:
+        """A new state of `length` tokens; `write(state, pages)` fills its pages. If `write` raises, nothing stays
+        reserved.
+
+        Raises:
+            ValueError: the state would exceed the context.
+            OutOfPages: the pool is too small.
+        """
+        self._need_open()
+        if not 0 <= length <= self._limits.context:
+            raise ValueError(f"{length} tokens exceed the context of {self._limits.context} tokens")
+        state = self.new_state()
+        try:
+            reservation = self._pool.reserve([(state.table, length)])
+            try:
+                write(state, reservation.pages[0])
+            except BaseException:
+                reservation.rollback()
+                raise
+        except BaseException:
+            state.free()
+            raise
+        reservation.commit()
         return state
 
     def run(self, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -198,3 +226,11 @@ class PagedSession:
     def _need_open(self) -> None:
         if self._closed:
             raise RuntimeError("this session is closed")
+
+
+def saved_array(arrays: Mapping[str, Tensor], name: str, dtype: Any, shape: Sequence[int]) -> Array:
+    """One of the arrays that `restore` received. Raises ValueError if it is missing, or has another dtype or shape."""
+    array = np.asarray(arrays.get(name, ()))
+    if array.dtype != dtype or array.shape != tuple(shape):
+        raise ValueError(f"{name} does not fit a state of this length: {array.dtype} {list(array.shape)}")
+    return array

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 
 from transom.contract import Limits, Tensor, Work
 
 Array = np.ndarray[Any, np.dtype[Any]]
+T = TypeVar("T")
 
 BLOCK = 64
 """Queries that select keys together in a chunk."""
@@ -104,20 +105,32 @@ def split_logits(
     Args:
         copy: False if the caller does not use the array again: the results are then views of it, no row in two.
     """
-    results: list[Tensor | tuple[Tensor, Tensor] | None] = []
+
+    def result(part: Array, top_k: int) -> Tensor | tuple[Tensor, Tensor]:
+        if top_k:
+            return best(part, top_k)
+        return np.array(part, np.float32) if copy else part
+
+    return split_rows(logits, work, counts, result)
+
+
+def split_rows(
+    logits: Any, work: Sequence[Work], counts: Sequence[int], result: Callable[[Any, int], T]
+) -> list[T | None]:
+    """Splits the step's logits among the works, for arrays of any library: `split_logits` is for NumPy's.
+
+    Args:
+        logits: [rows, vocabulary], for example a tensor in device memory.
+        result: makes the result of a work from its rows, [count, vocabulary] or for `"last"` [vocabulary], and from
+            its `top_k`.
+    """
+    results: list[T | None] = []
     at = 0
     for w, count in zip(work, counts, strict=True):
         rows = {"none": 0, "last": 1, "all": count}[w.logits]
         part = logits[at : at + rows]
         at += rows
-        if w.logits == "none":
-            results.append(None)
-            continue
-        part = part[0] if w.logits == "last" else part
-        if w.top_k:
-            results.append(best(part, w.top_k))
-        else:
-            results.append(np.array(part, np.float32) if copy else part)
+        results.append(None if w.logits == "none" else result(part[0] if w.logits == "last" else part, w.top_k))
     return results
 
 
