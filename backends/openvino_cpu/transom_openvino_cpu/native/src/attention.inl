@@ -4,7 +4,7 @@
 
 namespace {
 const float NEVER = -1e30f;
-const float SLACK = 8; // probabilities stay below 2 ** 8 before they are divided by their sum
+const float SLACK = 8; // unnormalized probabilities stay below 2 ** 8
 
 // One layer of one step.
 template <class C> struct Heads {
@@ -18,24 +18,24 @@ template <class C> struct Heads {
   size_t out_stride;
   char *place(int32_t p, int h) const { return cache + p * page + h * head; }
   Kept<C> tile(int32_t p, int h) const { return kept_at<C>(place(p, h), layer->head_dim, layer->value_dim); }
-  // The nodes that a sparsity policy needs lie behind the values of a page that has them: means, then variances.
+  // Pages for sparse attention have routing nodes behind the values: means, then variances.
   typename C::Node::T *nodes(int32_t p, int h) const {
     return (typename C::Node::T *)(place(p, h) + tile_bytes<C>(layer->head_dim, layer->value_dim));
   }
 };
 
-// A tile to attend to. `mask` has a bit for each key that a row may see: one word for each row, or one for all
-// (`step` 0), or null where all see all.
+// A tile of keys and values. `mask` has a bit for each key that is visible to a row: one word per row, or one word for
+// all rows (`step` 0), or null if every row sees every key.
 template <class C> struct Tile {
   Kept<C> kept;
   const uint64_t *mask;
   int step;
 };
 
-// Rows of queries and what has been gathered for them: output [rows][value_dim], sums by lane, and the exponent that
-// both are relative to: near the running maximum, and moved only where that has grown past it by `SLACK` powers of two.
+// Rows of queries with their running results: output [rows][value_dim], sums by lane, and the reference exponent of
+// both. The reference is near the running maximum, and is moved only if the maximum exceeds it by `SLACK`.
 template <class C> struct Gathered {
-  const typename C::Q *q; // [rows][query_width], times scale (and log2 e where there is no soft cap)
+  const typename C::Q *q; // [rows][query_width], times scale (and log2 e if there is no soft cap)
   float *out, *most, *sums;
 };
 
@@ -96,15 +96,15 @@ template <class C> static void attend_tile(const tr_layer &l, const Tile<C> &t, 
 
 template <class C> // routing.inl
 static void make_nodes(const Kept<C> &tile, int dim, typename C::Node::T *nodes, char *memory);
-INLINE size_t make_nodes_bytes(int dim) { return (size_t)dim * PAGE * 4; } // of its memory
+INLINE size_t make_nodes_bytes(int dim) { return (size_t)dim * PAGE * 4; } // size of `memory`
 
-// The new keys and values of one KV head that go to one page: tokens p0 ... p1 - 1 of a part whose row 0 has position
-// `past`. False: not finite.
+// Writes the new keys and values of one KV head to one page: positions p0 ... p1 - 1 of a part whose row 0 has position
+// `past`. Returns false if a number is not finite.
 template <class C>
 static bool append(const Heads<C> &s, const tr_part &part, int h, int p0, int p1, bool routed, char *memory) {
   const int D = s.layer->head_dim, DV = s.layer->value_dim, page = part.page[p0 / PAGE];
   const Kept<C> tile = s.tile(page, h);
-  if (p0 % PAGE == 0) // a page that somebody held before may hold anything, and 0 times that must be 0
+  if (p0 % PAGE == 0) // a reused page may contain NaN, and 0 times its contents must be 0
     __builtin_memset(s.place(page, h), 0, tile_bytes<C>(D, DV));
   const size_t row = part.begin + p0 - part.past;
   const float *k = s.k + row * s.k_stride + (size_t)h * D, *v = s.v + row * s.v_stride + (size_t)h * DV;
@@ -124,7 +124,7 @@ static bool append(const Heads<C> &s, const tr_part &part, int h, int p0, int p1
   return fine;
 }
 
-// Rows of queries of one KV head, tokens first to last, times `factor`.
+// Loads the query rows of one KV head, times `factor`.
 template <class F, class C>
 static void load_queries(const Heads<C> &s, size_t row, int tokens, int h, float factor, typename F::Q *q) {
   const int D = s.layer->head_dim;
@@ -147,14 +147,14 @@ template <class C> INLINE void begin_rows(const Heads<C> &s, const Gathered<C> &
   }
 }
 
-// Bits of the keys of page j that a query at position p sees.
+// A bit for each key of page j that is visible to a query at position p.
 INLINE uint64_t seen(int j, int p, int window) {
   int last = p - j * PAGE, first = window ? p - window + 1 - j * PAGE : 0;
   uint64_t m = last >= 63 ? ~0ull : last < 0 ? 0 : (2ull << last) - 1;
   return first <= 0 ? m : first > 63 ? 0 : m & ~0ull << first;
 }
 
-INLINE int queries_at_once(int group) { // tokens: their rows should stay in the second-level cache
+INLINE int queries_at_once(int group) { // in tokens; their rows should fit in the L2 cache
   int t = 192 / group;
   return t < 8 ? 8 : t > PAGE ? PAGE : t;
 }
@@ -176,7 +176,8 @@ template <class C> static Gathered<C> gathered_in(char *&memory, const tr_layer 
   return g;
 }
 
-// Queries p0 ... p1 - 1 of a part, all in one block of 64, over all pages that they see. False: a sum is not finite.
+// Dense attention of the queries at positions p0 ... p1 - 1 of a part, all in one block of 64. Returns false if a sum
+// is not finite.
 template <class C> static bool attend_dense(const Heads<C> &s, const tr_part &part, int h, int p0, int p1, char *memory) {
   const tr_layer &l = *s.layer;
   const int DV = l.value_dim, at_once = queries_at_once(s.group);
@@ -212,14 +213,14 @@ template <class C> static bool attend_dense(const Heads<C> &s, const tr_part &pa
   return fine;
 }
 
-// Asks memory for a tile, before it is needed.
+// Prefetches a tile.
 template <class C> INLINE void ask_for_tile(const Heads<C> &s, int page, int h) {
   const char *tile = s.place(page, h);
   for (size_t b = 0; b < tile_bytes<C>(s.layer->head_dim, s.layer->value_dim); b += 64)
     __builtin_prefetch(tile + b, 0, 2);
 }
 
-// One query, the share `split` of `splits` of the pages that it sees; merged by `merge_splits`.
+// Attention of one query over part `split` of `splits` of its visible pages. `merge_splits` merges the parts.
 template <class C>
 static void attend_split(const Heads<C> &s, const tr_part &part, int h, int split, int splits, const Gathered<C> &g) {
   const tr_layer &l = *s.layer;
@@ -238,7 +239,7 @@ static void attend_split(const Heads<C> &s, const tr_part &part, int h, int spli
   }
 }
 
-// Puts the shares of a query together: g[0 ... splits - 1].
+// Merges the parts g[0 ... splits - 1] of a query.
 template <class C>
 static bool merge_splits(const Heads<C> &s, const tr_part &part, int h, const Gathered<C> *g, int splits) {
   const int DV = s.layer->value_dim;

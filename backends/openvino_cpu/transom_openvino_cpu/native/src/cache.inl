@@ -1,18 +1,18 @@
-// In what numbers keys, values and queries are kept, and the two products of attention in them: float, bfloat16 or int8.
+// The number formats of the cache (float, bfloat16 or int8), and the two products of attention in each of them.
 //
-// A page holds for each KV head a tile of keys and values. Its words are of four bytes: P numbers that meet in one
-// product. Keys lie as [dim / P][64] words, values as [64 / P][dim] words, so that sixteen keys, or sixteen columns of
-// values, fill a register, and one word of a query or of a probability is spread over it.
+// A page has one tile of keys and values per KV head. A tile consists of 4-byte words of P numbers, which are
+// multiplied together. Keys are stored as [dim / P][64] words and values as [64 / P][dim] words. A register then holds
+// sixteen keys, or sixteen columns of values, and one word of a query or of probabilities is broadcast to all lanes.
 //
-// int8: every key, value and query of a head has one scale. Keys and queries are multiplied by a Hadamard matrix first,
-// which changes no product and spreads what single channels stand out with (QuaRot, Ashkboos and others 2024,
-// arXiv:2404.00456); probabilities are rounded to 8 bits in each tile of 64 (SageAttention, Zhang and others 2024,
-// arXiv:2410.02367). All products are then of bytes, and nothing is ever unpacked.
+// int8: every key, value and query of a head has one scale. Keys and queries are first multiplied by a Hadamard matrix,
+// which leaves their products unchanged and distributes outlier channels over all channels (QuaRot, Ashkboos and others
+// 2024, arXiv:2404.00456). Probabilities are quantized to 8 bits in each tile of 64 (SageAttention, Zhang and others
+// 2024, arXiv:2410.02367). All products are then products of bytes, and nothing is unpacked.
 
 namespace {
 const int PAGE = TR_PAGE;
 
-// A tile as it lies in memory; the scales are of int8 only: 64 of keys, 64 of values.
+// A tile in memory. Only int8 has scales: 64 for keys, 64 for values.
 template <class C> struct Kept {
   typename C::T *k, *v;
   float *scales;
@@ -38,17 +38,17 @@ INLINE void narrow(float *p, float x) { *p = x; }
 INLINE float widen(uint16_t x) { return bf16_to_float(x); }
 INLINE float widen(float x) { return x; }
 
-// What float and bfloat16 have in common; F is one of the two. Nodes are in the cache's own form, so that a query that
-// meets keys meets nodes, too.
+// Shared by float and bfloat16; F is one of the two. Nodes have the format of the cache, so the same queries are
+// multiplied by keys and by nodes.
 template <class F, class Number, int Pair> struct Plain {
   typedef Number T;
-  typedef Number Q; // of queries
-  typedef F Node;   // the form of routing nodes and of the queries that meet them
+  typedef Number Q; // number of a query
+  typedef F Node;   // format of routing nodes, and of the queries multiplied by them
   enum { P = Pair, SCALED = 0 };
 
   static int query_width(int dim) { return dim; }
 
-  // Products of R rows with 64 keys.
+  // Logits of R rows with 64 keys.
   template <int R> INLINE void products(const T *q, int dim, const T *k, VF (&a)[R][4]) {
     for (int r = 0; r < R; r++)
       for (int c = 0; c < 4; c++)
@@ -71,7 +71,7 @@ template <class F, class Number, int Pair> struct Plain {
       products<R>(q, dim, t.k, a);
   }
 
-  // out [R][dim] += probabilities a times values; `a` is used up.
+  // out [R][dim] += probabilities a times values; overwrites `a`.
   template <int R> INLINE void weigh(VF (&a)[R][4], const Kept<F> &t, float *out, int dim) {
     alignas(64) T p[R * 64];
     for (int r = 0; r < R; r++)
@@ -131,20 +131,20 @@ template <class F, class Number, int Pair> struct Plain {
     }
   }
 
-  // Token t's key and value into a tile. False: not finite, where that would not show later.
+  // Stores the key and value of token t in a tile. Returns false if they are not finite and this would not show later.
   static bool put(const Kept<F> &tile, int t, const float *k, int dim, const float *v, int value_dim) {
     F::put_key(tile.k + (size_t)t * P, k, dim);
     for (int d = 0; d < value_dim; d++)
       narrow(tile.v + ((size_t)t / P * value_dim + d) * P + t % P, v[d]);
     return true;
   }
-  // All keys of a tile as floats [dim][64].
+  // Unpacks all keys of a tile to floats [dim][64].
   static void spread(const Kept<F> &tile, int dim, float *x) {
     for (int d = 0; d < dim; d++)
       for (int c = 0; c < 4; c++)
         store(x + (size_t)d * PAGE + 16 * c, F::column_of(tile.k + ((size_t)(d / P) * PAGE + 16 * c) * P, d % P));
   }
-  // One key as floats [dim].
+  // Unpacks one key to floats [dim].
   static void key(const Kept<F> &tile, int t, int dim, float *x) {
     for (int d = 0; d < dim; d++)
       x[d] = widen(tile.k[((size_t)(d / P) * PAGE + t) * P + d % P]);
@@ -163,7 +163,7 @@ struct BFloat16 : Plain<BFloat16, uint16_t, 2> {
     istore(p, to_bf16x32(x[0], x[1]));
     istore(p + 32, to_bf16x32(x[2], x[3]));
   }
-  // Column x of a pair, of 16 keys that lie one behind the other.
+  // Column x of a pair, for 16 consecutive keys.
   INLINE VF column_of(const T *tile, int x) {
     const VI words = iload(tile);
     return as_float(x ? iand(words, iset1((int)0xffff0000)) : left<16>(words));
@@ -183,7 +183,7 @@ struct BFloat16 : Plain<BFloat16, uint16_t, 2> {
     for (int d = 0; d < n; d += 2)
       __builtin_memcpy(to + (size_t)d * PAGE, row + d, 4);
   }
-  // Tokens t ... t + TOKENS - 1, t a multiple of TOKENS.
+  // Stores tokens t ... t + TOKENS - 1, where t is a multiple of TOKENS.
   enum { TOKENS = 2 };
   static bool put_some(const Kept<BFloat16> &tile, int t, const float *k, size_t k_apart, int dim, const float *v,
                        size_t v_apart, int value_dim) {
@@ -223,7 +223,7 @@ struct Float32 : Plain<Float32, float, 1> {
 };
 
 // --- int8 -----------------------------------------------------------------------------------------------------------
-INLINE int turned_together(int dim) { return dim & -dim; } // the largest power of two in it: at least 16
+INLINE int turned_together(int dim) { return dim & -dim; } // its largest power-of-two divisor, at least 16
 
 template <int H> INLINE VF butterfly(VF x) {
   alignas(64) static const float signs[16] = {
@@ -232,7 +232,7 @@ template <int H> INLINE VF butterfly(VF x) {
       H & 11 ? -1.f : 1, H & 12 ? -1.f : 1, H & 13 ? -1.f : 1, H & 14 ? -1.f : 1, H & 15 ? -1.f : 1};
   return fma(x, load(signs), swapped<H>(x));
 }
-// x [dim] times Hadamard matrices of `turned_together`, which are not scaled: their square is that number.
+// x [dim] times unscaled Hadamard matrices of size `turned_together`; their square is that number times the identity.
 INLINE void turn(const float *x, int dim, float *y) {
   for (int d = 0; d < dim; d += 16)
     store(y + d, butterfly<8>(butterfly<4>(butterfly<2>(butterfly<1>(load(x + d))))));
@@ -255,12 +255,12 @@ INLINE float to_bytes(float most) { return most > 1e-30f ? 127.f / most : 0.f; }
 INLINE float from_bytes(float most) { return most > 1e-30f ? most / 127.f : 0.f; }
 
 struct Int8 {
-  typedef uint8_t T; // keys: 128 more than the number; values: the number as it is
+  typedef uint8_t T; // keys: the number plus 128; values: the number
   typedef int8_t Q;
   typedef BFloat16 Node;
   enum { P = 4, SCALED = 1, TOKENS = 4 };
 
-  // A query: dim numbers, then a scale, then 128 times their sum, then nothing.
+  // A query: dim numbers, a scale, 128 times the sum of the numbers, padding.
   static int query_width(int dim) { return dim + 16; }
   static void query(Q *to, const float *x, float factor, int dim) {
     float y[256];
@@ -273,7 +273,7 @@ struct Int8 {
       sums = add(sums, n);
       store_bytes(to + d, to_int(n));
     }
-    // What is no number must stay none: the scale tells of it, for whole numbers cannot.
+    // Integers cannot be NaN, so the scale carries it.
     const bool numbers = finite(y, dim);
     const float scale = numbers ? from_bytes(most) * (factor / (float)turned_together(dim)) : __builtin_nanf("");
     const int32_t offset = numbers ? 128 * (int32_t)sum(sums) : 0;
@@ -285,7 +285,7 @@ struct Int8 {
   template <int R> INLINE void scores(const Q *q, int dim, const Kept<Int8> &t, VF (&a)[R][4]) {
     VI s[R][4];
     const int width = query_width(dim);
-    auto start = [&](int r) { // minus 128 times the sum of a query: what is too much in the keys
+    auto start = [&](int r) { // minus 128 times the sum of a query, to compensate for the offset of keys
       int32_t offset;
       __builtin_memcpy(&offset, q + (size_t)r * width + dim + 4, 4);
       return iset1(-offset);
@@ -322,7 +322,7 @@ struct Int8 {
   }
 
   template <int R> INLINE void weigh(VF (&a)[R][4], const Kept<Int8> &t, float *out, int dim) {
-    alignas(64) int8_t p[R * 64]; // of 0 to 255
+    alignas(64) int8_t p[R * 64]; // from 0 to 255
     VF back[R];
     for (int r = 0; r < R; r++) {
       for (int c = 0; c < 4; c++)
@@ -438,7 +438,7 @@ struct Int8 {
     return fine;
   }
 
-  // Keys as they were before they were turned.
+  // Undoes the Hadamard transform of keys.
   static void spread(const Kept<Int8> &tile, int dim, float *x) {
     const int together = turned_together(dim);
     const VF share = set1(1.f / (float)together);
@@ -472,7 +472,7 @@ struct Int8 {
   }
 };
 
-// Key and value of one token, from one tile to another.
+// Copies the key and value of one token from one tile to another.
 template <class C> static void copy_token(const Kept<C> &from, int t, const Kept<C> &to, int x, int dim, int value_dim) {
   const int P = C::P;
   for (int d = 0; d < dim / P; d++)
@@ -482,7 +482,7 @@ template <class C> static void copy_token(const Kept<C> &from, int t, const Kept
   if (C::SCALED)
     to.scales[x] = from.scales[t], to.scales[PAGE + x] = from.scales[PAGE + t];
 }
-// The same of n tokens; t, x and n are multiples of 8.
+// The same for n tokens; t, x and n are multiples of 8.
 template <class C>
 static void copy_tokens(const Kept<C> &from, int t, const Kept<C> &to, int x, int n, int dim, int value_dim) {
   const int P = C::P;
@@ -495,7 +495,7 @@ static void copy_tokens(const Kept<C> &from, int t, const Kept<C> &to, int x, in
     __builtin_memcpy(to.scales + PAGE + x, from.scales + PAGE + t, 4 * (size_t)n);
   }
 }
-// Tokens t to 63 become zeros (t a multiple of 8): 0 times what lay there must be 0.
+// Sets tokens t to 63 to zero (t is a multiple of 8), because 0 times the old contents must be 0.
 template <class C> static void clear_tokens(const Kept<C> &tile, int t, int dim, int value_dim) {
   const int P = C::P;
   for (int d = 0; d < dim / P; d++)

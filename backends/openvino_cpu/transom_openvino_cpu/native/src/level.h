@@ -1,10 +1,10 @@
-// What library.cpp knows of an instruction set: the functions of its translation unit.
+// The functions of the translation unit of one instruction set, called by library.cpp.
 #pragma once
 #include "abi.h"
 
 struct Pool;
 
-// What sparse attention remembers of a sequence: of each layer and KV head a RouteHead and what lies behind it. It may
+// The state of sparse attention for a sequence: for each layer and KV head a RouteHead and the arrays behind it. It may
 // outlive its engine.
 struct Route {
   size_t bytes;

@@ -1,12 +1,12 @@
-// Everything that is compiled once for each instruction set. The including file has chosen a simd_*.h and defines
-// LEVEL, the name of its `Level`.
+// The code that is compiled once per instruction set. The including file has included a simd_*.h and defines LEVEL, the
+// name of its `Level`.
 #include "abi.h"
 #include "level.h"
 #include "pool.h"
 #include <cmath>
 #include <cstdlib>
 #include <ctime>
-// In this order: each uses those before it.
+// The order matters: each uses those before it.
 #include "math.inl"
 #include "tiles.inl"
 #include "linear.inl"
@@ -17,7 +17,7 @@
 #include "program.inl"
 
 namespace {
-// A copy of an array behind those before it; the arrays of a program need not outlive tr_open.
+// Copies an array to `at` and advances `at`. The arrays of a program need not outlive tr_open.
 template <class X> const X *keep(char *&at, const X *from, int n) {
   X *copy = (X *)at;
   if (n)
@@ -49,13 +49,13 @@ bool view_fits(const tr_program &p, tr_view v, int width) {
   return v.buffer >= 0 && v.buffer < p.buffers && v.offset >= 0 && width > 0 &&
          (int64_t)v.offset + width <= p.buffer[v.buffer].width;
 }
-// Local buffers hold the rows of one block: what looks at other rows cannot use them.
+// Local buffers have the rows of one block, so operators that read other rows cannot use them.
 bool shared_view(const tr_program &p, tr_view v, int width) { return view_fits(p, v, width) && !p.buffer[v.buffer].local; }
 
-const int MOST_GROUP = 64; // query heads of a KV head: arrays of routing.inl and of Attention
-const int MOST_WIDTH = 1 << 24; // of a buffer: wider ones are damage, and no memory to ask for
+const int MOST_GROUP = 64; // query heads per KV head; the size of arrays in routing.inl and in Attention
+const int MOST_WIDTH = 1 << 24; // of a buffer; a wider one means a damaged program
 
-// A program that is wrong would write where it must not: better refused than trusted.
+// A wrong program would write outside its buffers, so it is checked.
 bool program_fits(const tr_program &p) {
   if (p.output < 0 || p.output >= p.buffers || p.buffer[p.output].local)
     return false;
@@ -81,7 +81,7 @@ bool program_fits(const tr_program &p) {
         (blocks && (m.block < 8 || m.block % 8 || m.columns % m.block || m.zero < 0 || m.zero > 255)))
       return false;
   }
-  int choice = -1; // of the rows whose logits are wanted: from then on there are as many rows as the output has
+  int choice = -1; // the operator after which only the rows that need logits remain
   for (int x = 0; x < p.ops; x++)
     choice = p.op[x].kind == TR_OP_ROWS ? x : choice;
   if (choice < 0 || p.op[choice].a.buffer == p.output)
@@ -279,7 +279,7 @@ int32_t copy_route(void *engine, const void *from, void **route) {
   return status;
 }
 
-// Numbers `n` of them, ascending, from 0 to below `end`.
+// Whether n numbers are ascending and in 0 ... end - 1.
 bool ascending(const int32_t *x, int n, int most, int64_t end) {
   if (n < 0 || n > most)
     return false;

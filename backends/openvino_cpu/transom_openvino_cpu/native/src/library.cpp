@@ -1,4 +1,4 @@
-// The C interface: finds the instruction set that was asked for and hands over to its code.
+// The C interface: calls the code of the requested instruction set.
 #include "abi.h"
 #include "level.h"
 #include "pool.h"
@@ -7,7 +7,7 @@
 
 #define TR_EXPORT extern "C" __attribute__((visibility("default")))
 
-// Null where the build left the unit out.
+// Null if the build omitted the unit.
 extern const Level level_scalar __attribute__((weak)), level_avx2 __attribute__((weak)),
     level_avx_vnni __attribute__((weak)), level_avx512 __attribute__((weak)), level_avx512_bf16 __attribute__((weak)),
     level_amx __attribute__((weak));
@@ -15,7 +15,7 @@ extern const Level level_scalar __attribute__((weak)), level_avx2 __attribute__(
 namespace {
 const Level *const LEVELS[] = {&level_scalar, &level_avx2, &level_avx_vnni, &level_avx512, &level_avx512_bf16,
                                &level_amx};
-char names[128]; // of those that are there
+char names[128]; // of the available levels
 
 __attribute__((constructor)) void name_levels() {
   for (const Level *l : LEVELS)

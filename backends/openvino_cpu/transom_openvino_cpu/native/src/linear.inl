@@ -1,43 +1,43 @@
-// Products of rows of activations with a matrix in any of its forms.
+// Products of rows of activations with a matrix in any format.
 //
-// Two ways. Few rows: the packed matrix is read once, as it lies, and unpacked in registers; the speed is that of
-// memory. Many rows: tiles are unpacked into a panel that stays in the nearest caches and meets all rows there.
-// Activations are float, or rounded to int8 in groups with a scale each (the products are exact integers within a
-// group), or bfloat16.
+// There are two algorithms. Few rows: the packed matrix is read once and unpacked in registers, at the speed of memory.
+// Many rows: tiles are unpacked to a panel that stays in the L1 or L2 cache and is multiplied by all rows. Activations
+// are float, bfloat16, or int8 in groups with one scale each, whose products are exact integers within a group.
 
 namespace {
-const int WIDE = 6;  // tiles of 16 outputs made together: the columns of `Tile`
-const int FEW = 4;   // rows up to which the matrix is read as it lies
-const int MOST = 256; // rows in one call: what the sums of `many` divide
+const int WIDE = 6;  // tiles of 16 outputs that are computed together
+const int FEW = 4;   // up to this many rows the algorithm for few rows is used
+const int MOST = 256; // rows in one call
 const int CUT = 512; // columns in one panel of floats, or of bfloat16
 
-// Rows of activations in the form that a product takes.
+// Rows of activations in the format of a product.
 struct Acts {
   const float *wide; // [rows][stride]
   size_t stride;
   int by, columns;
-  // By int8: columns that share a scale, and the columns of them (a block, or less) that are summed as integers.
+  // int8: columns that share a scale, and the columns among them (at most a block) that are summed as integers.
   int group, unit, groups, units;
   int8_t *bytes;   // [rows][columns up to a multiple of 64]
   float *scales;   // [rows][groups]
-  float *sums;     // [rows][units]: of the numbers as rounded; by float: of the floats, over blocks
-  int32_t *starts; // [rows][units]: -centre times the sum of bytes
-  uint32_t *pairs; // by bfloat16: [rows][columns / 2]; by int8: the sums of two units
+  float *sums;     // [rows][units]: of the quantized numbers; for float: of the floats, over blocks
+  int32_t *starts; // [rows][units]: -center times the sum of bytes
+  uint32_t *pairs; // bfloat16: [rows][columns / 2]; int8: the sums of two units
   size_t pair_stride;
 };
 
 INLINE bool in_blocks(const tr_matrix &m) { return m.kind == TR_U4 || m.kind == TR_U8; }
-// Activations that share a scale. Wider groups are faster and rounder; 64 keeps what 32 does, see the benchmarks.
+// Activations that share a scale. Wider groups are faster and less accurate; 64 is as accurate as 32, see the
+// benchmarks.
 INLINE int group_of(const tr_matrix &m) {
   if (m.block >= 64)
     return m.block % 64 == 0 ? 64 : m.block % 32 == 0 ? 32 : 8;
   return 64 % m.block == 0 && m.columns % 64 == 0 ? 64 : m.block;
 }
 INLINE int unit_of(const tr_matrix &m) { return m.block < group_of(m) ? m.block : group_of(m); }
-// What quants are taken from as integers: where there are minimums, the middle, so that what is left to add is small.
-INLINE int centre_of(const tr_matrix &m) { return m.has_minimums ? (m.kind == TR_U4 ? 8 : 128) : m.zero; }
+// Subtracted from quants to make integers. With minimums it is the middle, so that the remaining term is small.
+INLINE int center_of(const tr_matrix &m) { return m.has_minimums ? (m.kind == TR_U4 ? 8 : 128) : m.zero; }
 
-// Bytes that `prepare` needs for so many rows.
+// Bytes that `prepare` needs.
 INLINE size_t acts_bytes(const tr_matrix &m, int by, int rows) {
   if (by == TR_BY_INT8) {
     const size_t units = m.columns / unit_of(m), groups = m.columns / group_of(m);
@@ -48,7 +48,7 @@ INLINE size_t acts_bytes(const tr_matrix &m, int by, int rows) {
   return pairs + (in_blocks(m) ? align64((size_t)rows * (m.columns / m.block) * 4) : 0) + 64;
 }
 
-static void quantise_row(const float *x, const Acts &a, int row, int centre) {
+static void quantize_row(const float *x, const Acts &a, int row, int center) {
   int8_t *q = a.bytes + row * align64(a.columns);
   float *sums = a.sums + (size_t)row * a.units;
   int32_t *starts = a.starts + (size_t)row * a.units;
@@ -66,7 +66,7 @@ static void quantise_row(const float *x, const Acts &a, int row, int centre) {
     for (; j < a.group; j++)
       most = __builtin_fmaxf(most, __builtin_fabsf(x[j]));
     float scale = most / 127.f;
-    const float inverse = most > 1e-30f ? 127.f / most : 0.f; // of less it would be infinite
+    const float inverse = most > 1e-30f ? 127.f / most : 0.f; // avoids infinity
     for (int u = 0; u < a.group; u += a.unit) {
       float total = 0;
       j = u;
@@ -81,12 +81,12 @@ static void quantise_row(const float *x, const Acts &a, int row, int centre) {
       }
       for (; j < u + a.unit; j++) {
         const float v = __builtin_rintf(x[j] * inverse);
-        // Beside what is no number, `most` need not be the largest: whatever is kept then, the scale says so below.
+        // With NaN among them `most` may not be the largest; the scale becomes NaN below.
         q[j] = (int8_t)__builtin_fmaxf(-127.f, __builtin_fminf(127.f, v)), total += v;
       }
-      if (!(total > -1e9f)) // NaN and infinity have become the lowest whole number: the scale tells of them
+      if (!(total > -1e9f)) // NaN and infinity became the lowest integer; the scale carries them
         scale = NAN, total = 0;
-      *sums++ = scale * total, *starts++ = -centre * (int32_t)total;
+      *sums++ = scale * total, *starts++ = -center * (int32_t)total;
     }
     a.scales[(size_t)row * a.groups + g] = scale;
   }
@@ -107,7 +107,7 @@ INLINE void pack_pairs(const float *s, int n, uint32_t *d) { // n floats to (n +
   }
 }
 
-// `x` [rows][stride] made ready in `memory`, which has acts_bytes.
+// Converts x [rows][stride] to the format of a product, in `memory` of acts_bytes.
 static Acts prepare(const tr_matrix &m, int by, const float *x, size_t stride, int rows, void *memory) {
   Acts a = {};
   a.wide = x, a.stride = stride, a.by = by, a.columns = m.columns;
@@ -120,7 +120,7 @@ static Acts prepare(const tr_matrix &m, int by, const float *x, size_t stride, i
     a.starts = (int32_t *)p, p += align64((size_t)rows * a.units * 4);
     a.pairs = (uint32_t *)p, a.pair_stride = (a.units + 1) / 2;
     for (int r = 0; r < rows; r++) {
-      quantise_row(x + r * stride, a, r, centre_of(m));
+      quantize_row(x + r * stride, a, r, center_of(m));
       if (m.has_minimums)
         pack_pairs(a.sums + (size_t)r * a.units, a.units, a.pairs + r * a.pair_stride);
     }
@@ -147,7 +147,7 @@ static Acts prepare(const tr_matrix &m, int by, const float *x, size_t stride, i
   return a;
 }
 
-INLINE size_t block_bytes(const tr_matrix &m) { // of 16 rows
+INLINE size_t block_bytes(const tr_matrix &m) { // for 16 rows
   size_t quants = (size_t)16 * m.block / (m.kind == TR_U4 ? 2 : 1), scale = m.wide_scales ? 64 : 32;
   return quants + scale * (m.has_minimums ? 2 : 1);
 }
@@ -165,9 +165,9 @@ INLINE size_t tile_bytes(const tr_matrix &m) {
 INLINE const char *tile_at(const tr_matrix &m, int t) { return (const char *)m.data + tile_bytes(m) * t; }
 
 // --- few rows -------------------------------------------------------------------------------------------------------
-// The minimums of 16 rows of a block, for quants taken from the centre.
+// The minimums of 16 rows of a block, relative to the center.
 INLINE VF least_of(const tr_matrix &m, const char *scales, size_t scale, VF d) {
-  return fma(d, set1((float)(centre_of(m) - m.zero)), load_scales(scales + scale, m.wide_scales));
+  return fma(d, set1((float)(center_of(m) - m.zero)), load_scales(scales + scale, m.wide_scales));
 }
 
 template <int R, bool NIBBLES> INLINE void few_bytes(const tr_matrix &m, int t, const Acts &a, VF *y) {
@@ -298,11 +298,11 @@ template <int R> INLINE void few_pairs(const tr_matrix &m, int t, const Acts &a,
     y[r] = add(y[r], z[r]);
 }
 
-// One tile of outputs for R rows.
+// Computes one tile of outputs for R rows.
 template <int R> static void few(const tr_matrix &m, int t, const Acts &a, VF *y) {
   if (a.by == TR_BY_INT8)
     m.kind == TR_U4 ? few_bytes<R, true>(m, t, a, y) : few_bytes<R, false>(m, t, a, y);
-  else if (in_blocks(m)) // by bfloat16 too: rounding what memory gives too slowly saves nothing
+  else if (in_blocks(m)) // for bfloat16 too: memory is the limit, so rounding activations saves nothing
     few_wide_blocks<R>(m, t, a, y);
   else if (a.by == TR_BY_BF16)
     few_pairs<R>(m, t, a, y);
@@ -311,11 +311,11 @@ template <int R> static void few(const tr_matrix &m, int t, const Acts &a, VF *y
 }
 
 // --- many rows ------------------------------------------------------------------------------------------------------
-// A panel of NV tiles for int8 activations: some units, each of them quants [unit / 4][NV][64] and scales [NV][16]. It
-// is cut so that it stays in the first-level cache while all rows meet it.
+// A panel of NV tiles for int8 activations. Each of its units has quants [unit / 4][NV][64] and scales [NV][16]. It is
+// small enough to stay in the L1 cache while all rows are multiplied by it.
 const int BYTE_PANEL = 24 << 10;
 
-INLINE int panel_units(const tr_matrix &m, int tiles) { // whole groups, and an even number of units
+INLINE int panel_units(const tr_matrix &m, int tiles) { // whole groups, an even number of units
   const int unit = unit_of(m), step = group_of(m) == unit ? 2 : group_of(m) / unit;
   const int n = BYTE_PANEL / (tiles * (16 * unit + 64)) / step * step;
   return n < step ? step : n;
@@ -347,7 +347,7 @@ template <int NV> static void unpack_bytes(const tr_matrix &m, int t, int u0, in
   }
 }
 
-// Minimums of units u0 ... u1 - 1 in bfloat16, two units side by side: [units / 2][NV][16][2]; u0 is even.
+// Minimums of units u0 ... u1 - 1 in bfloat16, interleaved by two units: [units / 2][NV][16][2]; u0 is even.
 template <int NV> static void unpack_minimums(const tr_matrix &m, int t, int u0, int u1, char *out) {
   const int per = m.block / unit_of(m);
   const size_t quants = (size_t)16 * m.block / (m.kind == TR_U4 ? 2 : 1), scale = m.wide_scales ? 64 : 32;
@@ -362,8 +362,8 @@ template <int NV> static void unpack_minimums(const tr_matrix &m, int t, int u0,
     }
 }
 
-// R rows from `row` on meet a panel of units u0 ... u1 - 1; the result is added to y where `more`. `minimums` may be
-// null. UNIT and PER are the columns of a unit and the units of a group; 0: as the activations say.
+// Multiplies R rows from `row` on by a panel of units u0 ... u1 - 1; adds to y if `more`. `minimums` may be null. UNIT
+// and PER are the columns of a unit and the units of a group; 0: those of the activations.
 template <int R, int NV, bool NIBBLES, int UNIT, int PER>
 static void many_bytes(const char *panel, const char *minimums, int u0, int u1, const Acts &a, int row, float *y,
                        bool more) {
@@ -386,7 +386,7 @@ static void many_bytes(const char *panel, const char *minimums, int u0, int u1, 
       }
   }
   for (int u = u0; u < u1; u += per_group, scales++) {
-    VF part[R][NV]; // of a group
+    VF part[R][NV]; // sums of a group
     for (int r = 0; r < R; r++)
       for (int v = 0; v < NV; v++)
         part[r][v] = zero();
@@ -422,7 +422,7 @@ static void many_bytes(const char *panel, const char *minimums, int u0, int u1, 
       store(y + (size_t)r * WIDE * 16 + 16 * v, acc[r][v]);
 }
 
-// Sixteen rows by tiles, with the same sums in the same order as `many_bytes`. A product of tiles is a unit's.
+// Sixteen rows by AMX tiles, with the same sums in the same order as `many_bytes`. One tile product is one unit.
 INLINE bool tiles_take_units(const Acts &a) { return a.unit >= 16 && a.unit <= 64 && a.group <= 4 * a.unit; }
 template <int NV>
 static void tiled_bytes(const char *panel, const char *minimums, int u0, int u1, const Acts &a, int row, float *y,
@@ -462,8 +462,8 @@ static void tiled_bytes(const char *panel, const char *minimums, int u0, int u1,
   }
 }
 
-// Calls put(column, four) with the floats of 16 rows in four columns, for columns c0 ... c1 - 1 of a tile in blocks; c0
-// and c1 are multiples of the block.
+// Calls put(column, four) with the floats of 16 rows and four columns, for columns c0 ... c1 - 1 of a tile in blocks;
+// c0 and c1 are multiples of the block.
 template <class F> INLINE void unpack_blocks(const tr_matrix &m, int t, int c0, int c1, const F &put) {
   const bool nibbles = m.kind == TR_U4;
   const VI byte = iset1(0xff), low = iset1(0x0f0f0f0f);
@@ -485,7 +485,7 @@ template <class F> INLINE void unpack_blocks(const tr_matrix &m, int t, int c0, 
   }
 }
 
-// Columns c0 ... c1 - 1 of NV tiles as floats: [column][NV][16]; of blocks whole ones.
+// Unpacks columns c0 ... c1 - 1 of NV tiles, in whole blocks, to floats [column][NV][16].
 template <int NV> static void unpack_wide(const tr_matrix &m, int t, int c0, int c1, float *panel) {
   for (int v = 0; v < NV; v++) {
     float *out = panel + 16 * v;
@@ -509,7 +509,7 @@ template <int NV> static void unpack_wide(const tr_matrix &m, int t, int c0, int
   }
 }
 
-// Blocks of columns c0 ... c1 - 1 of NV tiles as bfloat16: [column / 2][NV][16][2].
+// Unpacks columns c0 ... c1 - 1 of NV tiles in blocks to bfloat16 [column / 2][NV][16][2].
 template <int NV> static void unpack_pairs(const tr_matrix &m, int t, int c0, int c1, char *panel) {
   for (int v = 0; v < NV; v++)
     unpack_blocks(m, t + v, c0, c1, [&](int c, const VF *x) {
@@ -536,7 +536,7 @@ static void many_wide(const float *panel, int columns, const float *x, size_t st
       store(y + (size_t)r * WIDE * 16 + 16 * v, acc[r][v]);
 }
 
-// Pairs of columns j0 ... j1 - 1 of NV tiles, which lie at p, `apart` bytes from pair to pair.
+// Multiplies pairs of columns j0 ... j1 - 1 of NV tiles at p, where `apart` is the stride of pairs in bytes.
 template <int R, int NV>
 static void many_pairs(const char *const *p, size_t apart, int j0, int j1, const Acts &a, int row, float *y) {
   const uint32_t *x = a.pairs + row * a.pair_stride;
@@ -559,7 +559,7 @@ static void many_pairs(const char *const *p, size_t apart, int j0, int j1, const
       store(y + (size_t)r * WIDE * 16 + 16 * v, acc[r][v]);
 }
 
-// Sixteen rows by tiles; j1 - j0 is a multiple of 16.
+// Sixteen rows by AMX tiles; j1 - j0 is a multiple of 16.
 template <int NV>
 static void tiled_pairs(const char *const *p, size_t apart, int j0, int j1, const Acts &a, int row, float *y) {
   const size_t from_row = a.pair_stride * 4, to_row = WIDE * 64;
@@ -580,7 +580,7 @@ static void tiled_pairs(const char *const *p, size_t apart, int j0, int j1, cons
     tile_store<1>(y + 16, to_row);
 }
 
-// Bytes for the panel of one call of `tiles_of`.
+// Bytes of the panel of one call of `tiles_of`.
 INLINE size_t panel_bytes(const tr_matrix &m, int by) {
   if (by == TR_BY_INT8)
     return align64((size_t)2 * panel_units(m, 2) * (16 * unit_of(m) + 64)) + (size_t)panel_units(m, 2) * 64 + 64;
@@ -605,7 +605,7 @@ static void all_rows(const char *panel, const char *minimums, int u0, int u1, co
   for (; r < rows; r++)
     many_bytes<1, NV, NIBBLES, 0, 0>(panel, minimums, u0, u1, a, r, y + (size_t)r * WIDE * 16, u0 > 0);
 }
-// The forms that most files have get code of their own: unrolled, their sums stay in registers.
+// The most common formats have specialized code: unrolled, their sums stay in registers.
 template <int NV, bool NIBBLES>
 static void all_rows(const char *panel, const char *minimums, int u0, int u1, const Acts &a, int rows, float *y) {
   if (a.unit == 32 && a.group == 64)
@@ -633,7 +633,7 @@ static void all_pairs(const char *const *p, size_t apart, int j0, int j1, const 
     many_pairs<1, NV>(p, apart, j0, j1, a, r, y + (size_t)r * WIDE * 16);
 }
 
-// Columns that a panel of floats or of bfloat16 holds: whole blocks.
+// Columns of a panel of floats or bfloat16, in whole blocks.
 INLINE int columns_at_once(const tr_matrix &m) {
   const int whole = in_blocks(m) ? m.block : 1;
   return whole > CUT ? whole : CUT / whole * whole;
@@ -701,7 +701,7 @@ INLINE Acts from_row(Acts a, int row) {
   return a;
 }
 
-// Tiles t ... t + count - 1 (count <= WIDE) for up to MOST rows, into y [rows][WIDE * 16].
+// Computes tiles t ... t + count - 1 (count <= WIDE) for up to MOST rows, to y [rows][WIDE * 16].
 static void tiles_of(const tr_matrix &m, int t, int count, const Acts &a, int rows, float *y, char *panel) {
   if (rows <= FEW) {
     for (int x = 0; x < count; x++) {

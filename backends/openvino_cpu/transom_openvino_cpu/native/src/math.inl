@@ -1,4 +1,4 @@
-// Functions of sixteen lanes, in the instructions of the simd_*.h that was included before.
+// Functions on sixteen lanes, on top of the simd_*.h that was included before.
 
 namespace {
 const float LOG2E = 1.44269504088896340736f;
@@ -15,7 +15,7 @@ INLINE VF exp2v(VF x) {
   p = fma(p, f, set1(1.f));
   return scale2(p, n);
 }
-// The same with an error below 8e-5 (minimax of degree 3), for what is rounded to bfloat16 afterwards
+// The same with an error below 8e-5 (minimax of degree 3), for results that are then rounded to bfloat16
 INLINE VF near_exp2v(VF x) {
   VF n = round_even(x), f = sub(x, n);
   VF p = set1(5.517166907e-2f);
@@ -25,7 +25,7 @@ INLINE VF near_exp2v(VF x) {
   return scale2(p, n);
 }
 INLINE VF expv(VF x) { return exp2v(mul(x, set1(LOG2E))); }
-// tanh(x) = 1 - 2 / (1 + e ** 2x), with x limited to where float still tells it from 1
+// tanh(x) = 1 - 2 / (1 + e ** 2x), with x clamped to the range in which float can distinguish it from 1
 INLINE VF tanhv(VF x) {
   x = max(set1(-10.f), min(set1(10.f), x));
   return sub(set1(1.f), div(set1(2.f), add(set1(1.f), expv(add(x, x)))));
@@ -66,7 +66,7 @@ INLINE float half_to_float(uint16_t h) {
     bits = 0x7f800000 | (rest & 0x3ff) << 13;
   else if (rest >= 0x400)
     bits = (rest << 13) + 0x38000000;
-  else { // 0 and subnormal numbers: exact as a product
+  else { // 0 and subnormal numbers: the product is exact
     float f = (float)rest * 5.9604644775390625e-8f;
     __builtin_memcpy(&bits, &f, 4);
   }
@@ -85,7 +85,7 @@ INLINE VF load_scales(const void *p, int wide) { return wide ? load((const float
 INLINE size_t align64(size_t n) { return (n + 63) & ~(size_t)63; }
 
 static bool finite(const float *x, int n) {
-  VF differences = zero(); // of each number with itself: 0, or no number
+  VF differences = zero(); // x - x: 0, or NaN
   float rest = 0;
   int j = 0;
   for (; j + 16 <= n; j += 16)

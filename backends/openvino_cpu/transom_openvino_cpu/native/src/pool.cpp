@@ -40,8 +40,8 @@ void wake_all(std::atomic<uint32_t> *word) {
 struct Pool {
   int32_t count, started;
   Worker *workers;
-  alignas(64) std::atomic<uint32_t> generation; // one more for each loop: what sleepers wait for
-  alignas(64) std::atomic<uint64_t> left;       // the loop's generation, and below it the tasks that nobody has taken
+  alignas(64) std::atomic<uint32_t> generation; // incremented for each loop; sleeping threads wait for it
+  alignas(64) std::atomic<uint64_t> left;       // the loop's generation, and in the low bits the tasks not yet taken
   alignas(64) std::atomic<int32_t> done;        // tasks
   alignas(64) std::atomic<int32_t> asleep;
   std::atomic<bool> stop;
@@ -51,10 +51,10 @@ struct Pool {
 };
 
 namespace {
-// A loop ends when its tasks are done, not when every worker has looked at it: a worker that the system has taken off its
-// core delays nobody unless it holds a task. Such a worker may look late, and then at a later loop. So the tasks that are
-// left are counted in one word with the generation: who takes one has it of the loop that the word spoke of, and that loop
-// stays until the task is done.
+// A loop ends when its tasks are done, not when every worker has seen it, so a worker that the system has preempted
+// delays the loop only if it holds a task. Such a worker may wake up during a later loop. Therefore the remaining tasks
+// and the generation are in one word: a task that is taken belongs to the loop of that generation, and this loop does
+// not end before the task is done.
 void take(Pool *p, int32_t thread) {
   uint64_t left = p->left.load(std::memory_order_acquire);
   while ((uint32_t)left) {
@@ -136,7 +136,7 @@ void pool_run(Pool *p, int32_t n, tr_task task, void *context) {
   p->done.store(0, std::memory_order_relaxed);
   const uint64_t generation = p->generation.load(std::memory_order_relaxed) + 1;
   p->left.store(generation << 32 | (uint32_t)n, std::memory_order_release);
-  p->generation.fetch_add(1); // sequentially consistent, as are the reads of a worker about to sleep
+  p->generation.fetch_add(1); // sequentially consistent, like the reads of a worker before it sleeps
   if (p->asleep.load() > 0)
     wake_all(&p->generation);
   take(p, 0);

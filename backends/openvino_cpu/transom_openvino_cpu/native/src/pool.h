@@ -1,7 +1,7 @@
-// Threads that wait for work, and the loop over tasks that they share.
+// A pool of threads, and parallel loops over tasks.
 //
-// A step of a decoder is some hundred short parallel loops with a few microseconds between them, so the threads spin
-// for a while before they sleep: waking one costs as much as a loop takes.
+// A step of a decoder is some hundred short parallel loops with a few microseconds between them. Waking a thread takes
+// as long as a loop, so threads spin for a while before they sleep.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -12,9 +12,9 @@ struct Pool;
 Pool *pool_new(int32_t count);
 void pool_free(Pool *pool);
 int32_t pool_threads(const Pool *pool);
-// Calls task(context, i, thread) for every i below n, each once, on all threads; returns when all are done.
+// Calls task(context, i, thread) once for every i below n, on all threads. Returns when all are done.
 void pool_run(Pool *pool, int32_t n, tr_task task, void *context);
-// Memory of one thread, at least `bytes`, 64-byte aligned; what it held is lost. Null when there is none.
+// Memory of one thread, at least `bytes`, 64-byte aligned; its contents are lost. Null if there is no memory.
 void *pool_scratch(Pool *pool, int32_t thread, size_t bytes);
 
 // pool_run with a lambda f(index, thread).

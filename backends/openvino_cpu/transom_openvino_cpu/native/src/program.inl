@@ -1,36 +1,36 @@
 // Runs a program: an arena of buffers, and the operators over them.
 //
-// Between two attentions every operator works on each token by itself. Many tokens are therefore cut into blocks that
-// go through all these operators at once, each on one thread, so that what lies between the operators stays in its
-// cache. Few tokens go through one operator after another, each of them spread over the threads.
+// Between two attention operators, every operator processes each token by itself. Many tokens are therefore divided
+// into blocks; a thread runs all these operators on one block, so intermediate results stay in its cache. With few
+// tokens, operators run one after another, each on all threads.
 
 namespace {
 const int BLOCK = MOST;      // rows of a block
-const int MANY_ROWS = 32;    // from here on rows are cut into blocks
-const int MOST_SPLITS = 16;  // of one query's attention
+const int MANY_ROWS = 32;    // from this many rows on, rows are divided into blocks
+const int MOST_SPLITS = 16;  // in the attention of one query
 
 struct Engine {
   tr_program program;
   Pool *pool;
-  char *copies;        // everything that tr_program points to, but vectors and matrices
-  void **cache;        // of each layer
+  char *copies;        // everything that tr_program points to, except vectors and matrices
+  void **cache;        // per layer
   size_t local_bytes, acts_bytes, panel_bytes, scratch_bytes;
-  size_t *local_at;    // of each local buffer in the scratch memory
-  float **global;      // of each buffer, [global_rows][width]
+  size_t *local_at;    // offset of each local buffer in the scratch memory
+  float **global;      // per buffer, [global_rows][width]
   int global_rows;
-  float *tables;       // of all ropes: cosines and sines, [rope][tokens][2 count]
-  size_t *table_at;    // of each rope: columns before it
+  float *tables;       // cosines and sines of all ropes, [rope][tokens][2 count]
+  size_t *table_at;    // per rope: columns before it
   size_t table_width;
   int table_rows;
-  char *shared;        // activations that all threads read
+  char *shared;        // activations, read by all threads
   size_t shared_bytes;
   char *splits, *queries;
   size_t splits_bytes, queries_bytes;
-  double *times; // [threads][TIMES_APART] of TR_TIMES, or null: nobody has asked
+  double *times; // [threads][TIMES_APART] with TR_TIMES entries, or null: not measured
 };
-const int TIMES_APART = 16; // whole cache lines: each thread writes to its own
+const int TIMES_APART = 16; // whole cache lines, so that each thread writes to its own
 
-// The time that a block of code takes, where somebody asks for it.
+// Measures the time of a block of code, if times are measured.
 struct Clock {
   double *slot, start;
   static double now() {
@@ -47,7 +47,7 @@ struct Clock {
   }
 };
 
-struct Rows { // where an operator works: rows r0 ... r1 - 1 of the step
+struct Rows { // the rows that an operator processes: r0 ... r1 - 1 of the step
   Engine *e;
   const tr_step *step;
   int r0, r1, thread;
@@ -98,7 +98,7 @@ static void embed(const Rows &w, const tr_op &o) {
   }
 }
 
-// Widths are multiples of 16 but for vocabularies, which only TR_OP_SCALE and TR_OP_SOFTCAP meet.
+// Widths are multiples of 16, except for the vocabulary, which only TR_OP_SCALE and TR_OP_SOFTCAP process.
 static void norm(const Rows &w, const tr_op &o) {
   const int n = o.width / o.groups;
   for (int r = w.r0; r < w.r1; r++)
@@ -180,7 +180,7 @@ static void rotate(const Rows &w, const tr_op &o) {
   }
 }
 
-// What a product gives, from y [rows][WIDE * 16] to where it belongs.
+// Writes the result of a product, y [rows][WIDE * 16], to its destination.
 static void finish_linear(const Rows &w, const tr_op &o, int t0, int count, const float *y) {
   const tr_matrix &m = w.e->program.matrix[o.matrix];
   for (int r = w.r0; r < w.r1; r++, y += WIDE * 16) {
@@ -256,13 +256,13 @@ static Rows rows_of(Engine *e, const tr_step *step, int r0, int r1, int thread, 
   return w;
 }
 
-// Operators first ... last - 1, none of which looks at another token, over rows of the step.
+// Runs operators first ... last - 1 on rows of the step; none of them reads another token.
 static void run_rows(Engine *e, const tr_step *step, int first, int last, int rows) {
   const int threads = pool_threads(e->pool);
   if (rows >= MANY_ROWS) {
     int blocks = (rows + BLOCK - 1) / BLOCK;
-    blocks = (blocks + threads - 1) / threads * threads; // all threads finish together
-    const int each = ((rows + blocks - 1) / blocks + 3) / 4 * 4; // what `many` takes at once
+    blocks = (blocks + threads - 1) / threads * threads; // so that all threads finish together
+    const int each = ((rows + blocks - 1) / blocks + 3) / 4 * 4; // rows that `many` processes at once
     parallel(e->pool, (rows + each - 1) / each, [=](int i, int thread) {
       int r0 = i * each, r1 = r0 + each < rows ? r0 + each : rows;
       Rows w = rows_of(e, step, r0, r1, thread, true);
@@ -282,7 +282,7 @@ static void run_rows(Engine *e, const tr_step *step, int first, int last, int ro
     const int n = tiles(m);
     Acts acts = ready(here, o, e->shared);
     int each = (n + threads * 4 - 1) / (threads * 4);
-    each = each > WIDE ? (each + WIDE - 1) / WIDE * WIDE : each + (each & 1); // even: a gate and what it multiplies
+    each = each > WIDE ? (each + WIDE - 1) / WIDE * WIDE : each + (each & 1); // even: a gate and its factor
     parallel(e->pool, (n + each - 1) / each, [=, &o, &acts](int i, int thread) {
       Rows w = rows_of(e, step, 0, rows, thread, false);
       linear_tiles(w, o, acts, i * each, (i + 1) * each < n ? (i + 1) * each : n);
@@ -290,7 +290,7 @@ static void run_rows(Engine *e, const tr_step *step, int first, int last, int ro
   }
 }
 
-// f of the form that the program's cache has.
+// Calls f with the format of the program's cache.
 template <class F> static auto by_cache(const tr_program &p, F f) {
   return p.cache == TR_CACHE_INT8 ? f(Int8()) : p.cache == TR_CACHE_BF16 ? f(BFloat16()) : f(Float32());
 }
@@ -311,7 +311,7 @@ template <class C> static RouteView<C> route_of(const Engine *e, const tr_part &
     p += route_head_bytes<C>(e->program.layer[i]) * e->program.layer[i].kv_heads;
   return route_view<C>(p + route_head_bytes<C>(e->program.layer[layer]) * h, e->program.layer[layer]);
 }
-// The route must have no columns and no queries that lie behind what is cached: they are of another continuation.
+// Removes the route's columns and queries behind the cached tokens, which belong to another continuation.
 template <class C> static void forget_later(Engine *e, const tr_part &part) {
   for (int i = 0; i < e->program.layers; i++)
     for (int h = 0; h < e->program.layer[i].kv_heads; h++) {
@@ -332,7 +332,7 @@ INLINE float loose_of(const Engine *e, const tr_sparsity &rule, int layer, int h
   return rule.heads[at];
 }
 
-// A query that is alone in its step, or one of a few: its attention is split over the pages, for all threads.
+// One of a few single queries in a step: all threads share its pages.
 struct Single {
   tr_part part; // of one token
   int keys;     // cached behind the step
@@ -362,12 +362,12 @@ template <class C> struct Attention {
 
   void fail(int error) { __atomic_store_n(&failed, error, __ATOMIC_RELAXED); }
   char *memory(int thread) { return (char *)pool_scratch(e->pool, thread, e->scratch_bytes); }
-  // Whether a policy may leave something out in this part.
+  // Whether a policy may skip keys in this part.
   bool sparse(const tr_part &part) const {
     return part.sparsity && part.route && part.past + part.count > part.sparsity->dense_below;
   }
   static int pages_of(const tr_part &p) { return (p.past + p.count - 1) / PAGE - p.past / PAGE + 1; }
-  // Chunks are read by blocks of 64 queries; the rest one by one.
+  // Chunks are processed in blocks of 64 queries, other queries one by one.
   bool chunk(const tr_part &p) const { return p.count >= COLUMN_ROWS || (p.count > 1 && !sparse(p)); }
 
   int run() {
@@ -387,7 +387,7 @@ template <class C> struct Attention {
     return failed;
   }
 
-  // The keys and values of all parts go to their pages first: each task one page of one head.
+  // First writes the keys and values of all parts to their pages; a task is one page of one head.
   void append_all() {
     int tasks = 0;
     for (int x = 0; x < step->parts; x++)
@@ -415,7 +415,7 @@ template <class C> struct Attention {
       parallel(e->pool, tasks, task);
   }
 
-  // Columns out of `count` queries [kv_heads][count][group][head_dim] at ascending positions.
+  // Selects columns by `count` queries [kv_heads][count][group][head_dim] at ascending positions.
   void choose_columns_from(const tr_part &part, const Q *queries, const int32_t *position, int count) {
     const tr_sparsity &rule = *part.sparsity;
     const int n = (position[count - 1] / PAGE + 1) * PAGE, shares = count < 4 ? 1 : 4;
@@ -468,7 +468,7 @@ template <class C> struct Attention {
     choose_columns_from(part, queries, position, COLUMN_ROWS);
   }
 
-  // Every fourth query of the last 64, for the columns of decoding.
+  // Remembers every fourth of the last 64 queries, for selecting columns while decoding.
   void remember(const tr_part &part, int h, int position) {
     RouteView<C> v = route_of<C>(e, part, index, h);
     const int slot = position / 4 % COLUMN_ROWS;
@@ -484,7 +484,7 @@ template <class C> struct Attention {
           remember(part, h, p);
   }
 
-  // The columns of a query that is decoded: anew in each block of 64, from the latest queries remembered.
+  // The columns of a single query: selected again in each block of 64, by the remembered queries.
   void refresh_columns(const tr_part &part) {
     bool stale = false;
     for (int h = 0; h < l.kv_heads; h++)
@@ -514,7 +514,7 @@ template <class C> struct Attention {
     choose_columns_from(part, queries, position, count);
   }
 
-  // Memory of the whole step, of two sizes: it may be asked for once each at a time.
+  // Memory of the whole step, in two sizes, each in use at most once at a time.
   char *few(size_t bytes) { return grown(e->queries, e->queries_bytes, bytes); }
   char *big(size_t bytes) { return grown(e->splits, e->splits_bytes, bytes); }
   char *grown(char *&p, size_t &has, size_t bytes) {
@@ -558,7 +558,7 @@ template <class C> struct Attention {
         any |= one.part.route != nullptr;
       }
     }
-    // Queries of one sequence come one after another: each may look at what the one before it left.
+    // Queries of one sequence run one after another, since each may read the state that the previous one left.
     if (!any)
       attend_singles(singles, count, longest);
     else
@@ -666,7 +666,7 @@ template <class C> struct Attention {
     for (int x = 0; x < step->parts; x++)
       if (chunk(step->part[x]))
         blocks += pages_of(step->part[x]);
-    double *counts = nullptr; // read and seen of each task: heads are counted by many threads
+    double *counts = nullptr; // read and seen per task, since several threads count for a head
     if (e->program.routed && blocks) {
       counts = (double *)big((size_t)blocks * l.kv_heads * 16);
       if (!counts)
@@ -727,7 +727,7 @@ template <class C> struct Attention {
     for (int i = 0; i < blocks * l.kv_heads; i++) {
       int p0, p1;
       const tr_part &part = find(i / l.kv_heads, p0, p1);
-      if (part.route) { // the queries of a block count alike
+      if (part.route) { // all queries of a block have the same counts
         RouteHead &r = *route_of<C>(e, part, index, i % l.kv_heads).head;
         r.read += counts[2 * i] * (p1 - p0), r.seen += counts[2 * i + 1] * (p1 - p0);
       }
@@ -735,7 +735,7 @@ template <class C> struct Attention {
   }
 };
 
-// Memory that one thread needs for attention in this step.
+// Bytes that one thread needs for attention in this step.
 template <class C> static size_t attention_bytes(const Engine *e, const tr_step *step) {
   size_t most = 0;
   for (int i = 0; i < e->program.layers; i++) {
@@ -769,7 +769,7 @@ static bool grow(Engine *e, int rows, int tokens) {
       if (b == e->program.output)
         continue;
       const tr_buffer &buffer = e->program.buffer[b];
-      // Local buffers are global where there are too few rows to make blocks of.
+      // Local buffers are global if there are too few rows for blocks.
       size_t n = buffer.local ? (MANY_ROWS < rows ? MANY_ROWS : rows) : rows;
       if (posix_memalign((void **)&e->global[b], 64, align64(n * buffer.width * 4 + 64))) {
         e->global[b] = nullptr;
@@ -802,7 +802,7 @@ static void make_tables(Engine *e, const tr_step *step) {
           const tr_rope &rope = e->program.rope[y];
           float *table = e->tables + e->table_at[y] * e->table_rows + (size_t)row * 2 * rope.count;
           for (int j = 0; j < rope.count; j++) {
-            const float angle = (float)(part.past + row - part.begin) * rope.frequencies[j]; // in float, as in the graph
+            const float angle = (float)(part.past + row - part.begin) * rope.frequencies[j]; // float, as in the graph
             table[j] = (float)cos((double)angle) * rope.factor;
             table[rope.count + j] = (float)sin((double)angle) * rope.factor;
           }
@@ -848,7 +848,7 @@ static int32_t run(Engine *e, const tr_step *step, int32_t *layer) {
       rows = step->rows;
     }
   }
-  // What is no number behind the last attention shows nowhere else.
+  // A NaN after the last attention would not show anywhere else.
   int damaged = 0;
   parallel(e->pool, step->rows, [&](int r, int) {
     if (!finite(step->logits + (size_t)r * p.buffer[p.output].width, p.buffer[p.output].width))

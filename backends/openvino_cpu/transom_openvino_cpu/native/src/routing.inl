@@ -1,34 +1,34 @@
-// Node routing: which keys a block of queries reads. The definition is the NumPy reference, transom.ops.sparse_routing;
-// the numbers of the steps below are its.
+// Node routing: selects the keys that a block of queries reads. The NumPy reference transom.ops.sparse_routing defines
+// the selection; the steps below have its numbers.
 //
-// Nodes of 8 keys lie in their page, behind the values of a KV head: means [dim / P][8][P], then variances, P numbers of
-// the form that nodes have side by side. They are those of all 8 keys, whoever reads them; keys that a sequence has
-// chosen as columns are taken out when it looks: its `Route` has the nodes that hold columns a second time, without them.
+// Nodes of 8 keys are stored in their page, behind the values of a KV head: means [dim / P][8][P], then variances, with
+// P numbers in a word. They include all 8 keys. A sequence must not count its columns twice, so its `Route` has
+// patches: copies of the nodes that contain columns, without those columns.
 
 namespace {
 const int NODE = 8, PER_PAGE = PAGE / NODE;
 const int MOST_COLUMNS = 64, COLUMN_ROWS = 16;
 const float VARIANCE_WEIGHT = .7f, VARIANCE_CAP = 8.3f;
 
-// What one layer and KV head of a sequence keeps from step to step.
+// The state of one layer and KV head of a sequence between steps.
 struct RouteHead {
   int32_t columns;
   int32_t column[MOST_COLUMNS]; // ascending positions
-  int32_t patches;              // nodes that hold columns
-  int32_t patch[MOST_COLUMNS];  // their numbers, ascending
+  int32_t patches;              // number of nodes that contain columns
+  int32_t patch[MOST_COLUMNS];  // their indices, ascending
   float patch_count[MOST_COLUMNS];
-  int32_t remembered[COLUMN_ROWS]; // positions of the queries in `ring`, -1: none
-  int32_t block;                   // of 64 positions, in which the columns were chosen; -1: never
+  int32_t remembered[COLUMN_ROWS]; // positions of the queries in `ring`; -1: none
+  int32_t block;                   // block of 64 positions in which the columns were selected; -1: never
   double read, seen;
 };
 
-INLINE size_t node_numbers(const tr_layer &l) { return (size_t)2 * l.head_dim * PER_PAGE; } // in a page and KV head
+INLINE size_t node_numbers(const tr_layer &l) { return (size_t)2 * l.head_dim * PER_PAGE; } // per page and KV head
 
-// A head's state with what lies behind it: the tile of columns, patches in the form of pages, remembered queries.
+// A head's state and the arrays behind it: the tile of columns, patches in the layout of pages, remembered queries.
 template <class C> struct RouteView {
   RouteHead *head;
   char *columns;
-  Kept<C> kept;                 // of the columns
+  Kept<C> kept;                 // tile of the columns
   typename C::Node::T *patches; // [8] pages of nodes
   typename C::Q *ring;          // [16][group][query_width]
 };
@@ -48,12 +48,12 @@ template <class C> INLINE RouteView<C> route_view(char *p, const tr_layer &l) {
   return v;
 }
 
-// Where number d of node `lane` lies among those of a page.
+// The index of number d of node `lane` in a page.
 template <class N> INLINE size_t node_at(int d, int lane) {
   return ((size_t)(d / N::P) * NODE + lane) * N::P + d % N::P;
 }
 
-// Mean and variance of some keys of a tile: those of `keys` (bits of the page).
+// Mean and variance of the keys of a tile whose bits are set in `keys`.
 template <class C>
 static void make_node(const Kept<C> &tile, int dim, uint64_t keys, typename C::Node::T *means,
                       typename C::Node::T *variances, int lane) {
@@ -74,10 +74,10 @@ static void make_node(const Kept<C> &tile, int dim, uint64_t keys, typename C::N
   }
 }
 
-// All nodes of a full page; `memory` has room for its keys as floats.
+// Computes all nodes of a full page; `memory` has room for its keys as floats.
 template <class C> static void make_nodes(const Kept<C> &tile, int dim, typename C::Node::T *nodes, char *memory) {
   typename C::Node::T *variances = nodes + (size_t)dim * PER_PAGE;
-  auto node_sums = [](const VF *x) { // in the lower half
+  auto node_sums = [](const VF *x) { // result in the lower half
     const VF pairs = pair_sums(pair_sums(x[0], x[1]), pair_sums(x[2], x[3]));
     return pair_sums(pairs, pairs);
   };
@@ -101,7 +101,7 @@ template <class C> static void make_nodes(const Kept<C> &tile, int dim, typename
   }
 }
 
-INLINE int far_end(int position, int local) { // where the local window of a position's block begins
+INLINE int far_end(int position, int local) { // start of the local window of a position's block
   const int block = position / PAGE - local;
   return block > 0 ? block * PAGE : 0;
 }
@@ -109,8 +109,8 @@ INLINE int far_end(int position, int local) { // where the local window of a pos
 INLINE VF capped(const tr_layer &l, VF x) { return l.softcap > 0 ? mul(set1(l.softcap * LOG2E), tanhv(x)) : x; }
 
 // --- 1. columns -----------------------------------------------------------------------------------------------------
-// Adds to mass[n] the probabilities that R rows from `row` on (of one query: its group) at `position` give to keys before
-// `limit`. `x` has room for R * (pages of position) * 64 floats.
+// Adds to mass[n] the probabilities of the keys before `limit`, for R rows from `row` on, which belong to one query at
+// `position`. `x` has room for R * (pages of position) * 64 floats.
 template <class C, int R>
 static void column_mass_of(const Heads<C> &s, const tr_part &part, int h, const typename C::Q *q, int row, int position,
                            int limit, float *x, float *mass) {
@@ -157,9 +157,9 @@ static void column_mass(const Heads<C> &s, const tr_part &part, int h, const typ
     column_mass_of<C, 1>(s, part, h, q, r, position, limit, x, mass);
 }
 
-// The columns out of mass[n] (n whole pages): the `most` keys of most mass, ascending.
+// Selects columns: the `most` keys with the largest mass[n] (n is in whole pages), ascending.
 static int choose_columns(float *mass, int n, int most, int32_t *column) {
-  // The value of the last one taken, found on the bits of its float: sums of what is above need no order.
+  // Finds the smallest selected value by bisection over the bits of its float, without sorting.
   union Bits {
     float f;
     uint32_t i;
@@ -179,7 +179,7 @@ static int choose_columns(float *mass, int n, int most, int32_t *column) {
       (above(mid.f) >= most ? low : high) = mid;
     }
   }
-  // Everything at least low.f: `most` keys, or more where the last ones are equal; the first of those are taken.
+  // All keys of at least low.f: `most` keys, or more if the smallest are equal; of those the first are selected.
   int equal = most - above(high.f), found = 0;
   const bool all = above(low.f) <= most;
   for (int j = 0; j < n && found < most; j++) {
@@ -192,7 +192,7 @@ static int choose_columns(float *mass, int n, int most, int32_t *column) {
   return found;
 }
 
-// The tile of the columns, and the nodes without them.
+// Writes the tile of the columns, and the patches.
 template <class C> static void gather_columns(const Heads<C> &s, const tr_part &part, int h, const RouteView<C> &v) {
   const tr_layer &l = *s.layer;
   const int D = l.head_dim, DV = l.value_dim;
@@ -216,20 +216,20 @@ template <class C> static void gather_columns(const Heads<C> &s, const tr_part &
 }
 
 // --- 4. masses ------------------------------------------------------------------------------------------------------
-// The rows of a query block that are looked at.
-template <class C> struct Asked {
-  typename C::Q *q;            // [rows][query_width], times scale: what meets keys
-  typename C::Node::T *n, *n2; // [rows][head_dim]: what meets means, and, squared, what meets variances
+// The sampled rows of a query block.
+template <class C> struct Sampled {
+  typename C::Q *q;            // [rows][query_width], times scale: for keys
+  typename C::Node::T *n, *n2; // [rows][head_dim]: for means and, squared, for variances
   int32_t *position;           // [rows]
-  float *most, *near, *column, *total; // [rows]: reference of the exponents (log 2), masses relative to it
+  float *most, *near, *column, *total; // [rows]: reference exponent (log 2); masses relative to it
   int rows, group;
 };
-template <class C> INLINE size_t asked_bytes(const tr_layer &l, int rows) {
+template <class C> INLINE size_t sampled_bytes(const tr_layer &l, int rows) {
   return align64((size_t)rows * C::query_width(l.head_dim) * sizeof(typename C::Q)) +
          2 * align64((size_t)rows * l.head_dim * sizeof(typename C::Node::T)) + 5 * align64((size_t)rows * 4);
 }
-template <class C> static Asked<C> asked_in(char *&p, const tr_layer &l, int rows) {
-  Asked<C> a;
+template <class C> static Sampled<C> sampled_in(char *&p, const tr_layer &l, int rows) {
+  Sampled<C> a;
   a.q = (typename C::Q *)p, p += align64((size_t)rows * C::query_width(l.head_dim) * sizeof(typename C::Q));
   const size_t bytes = align64((size_t)rows * l.head_dim * sizeof(typename C::Node::T));
   a.n = C::SCALED ? (typename C::Node::T *)p : (typename C::Node::T *)a.q, p += C::SCALED ? bytes : 0;
@@ -242,7 +242,7 @@ template <class C> static Asked<C> asked_in(char *&p, const tr_layer &l, int row
   return a;
 }
 
-template <class C> static void ask(const Heads<C> &s, const tr_part &part, int h, int position, Asked<C> &a) {
+template <class C> static void sample(const Heads<C> &s, const tr_part &part, int h, int position, Sampled<C> &a) {
   typedef typename C::Node N;
   const tr_layer &l = *s.layer;
   const size_t at = (size_t)a.rows * l.head_dim, row = part.begin + position - part.past;
@@ -258,11 +258,11 @@ template <class C> static void ask(const Heads<C> &s, const tr_part &part, int h
     a.position[a.rows++] = position;
 }
 
-// The nearby keys (pages far / 64 ... last) and the columns before them, exactly: R rows from `row` on. `x` has room for
-// R * (nearby pages + 1) * 64 floats.
+// Exact masses of the near keys (pages far / 64 ... last) and of the columns before them, for R rows from `row` on. `x`
+// has room for R * (near pages + 1) * 64 floats.
 template <class C, int R>
 static void exact_masses_of(const Heads<C> &s, const tr_part &part, int h, int far, int last, const RouteView<C> &v,
-                            int columns, Asked<C> &a, int row, float *x) {
+                            int columns, Sampled<C> &a, int row, float *x) {
   const tr_layer &l = *s.layer;
   const int near = last / PAGE - far / PAGE + 1, tiles = near + (columns > 0);
   VF most[R];
@@ -302,7 +302,7 @@ static void exact_masses_of(const Heads<C> &s, const tr_part &part, int h, int f
 }
 template <class C>
 static void exact_masses(const Heads<C> &s, const tr_part &part, int h, int far, int last, const RouteView<C> &v,
-                         int all_columns, Asked<C> &a, float *x) {
+                         int all_columns, Sampled<C> &a, float *x) {
   int columns = 0, r = 0;
   while (columns < all_columns && v.head->column[columns] < far)
     columns++;
@@ -312,10 +312,10 @@ static void exact_masses(const Heads<C> &s, const tr_part &part, int h, int far,
     exact_masses_of<C, 1>(s, part, h, far, last, v, columns, a, r, x);
 }
 
-// Masses of 64 nodes for R rows: count * 2 ** (estimate - most). `halves` are the means of 8 nodes each, variances
-// behind them.
+// Masses of 64 nodes for R rows: count * 2 ** (estimate - most). `halves` points to the means of 8 nodes each, followed
+// by their variances.
 template <class C, int R>
-INLINE void node_tile(const tr_layer &l, const typename C::Node::T *const *halves, const Asked<C> &a, int row,
+INLINE void node_tile(const tr_layer &l, const typename C::Node::T *const *halves, const Sampled<C> &a, int row,
                       VF (&e)[R][4]) {
   typedef typename C::Node N;
   const int D = l.head_dim, P = N::P;
@@ -350,23 +350,24 @@ INLINE void node_tile(const tr_layer &l, const typename C::Node::T *const *halve
   }
   for (int r = 0; r < R; r++) {
     VF m = set1(a.most[row + r]);
-    for (int c = 0; c < 4; c++) // far above the exact keys an estimate is beyond belief, and must not overflow
+    for (int c = 0; c < 4; c++) // an estimate far above the exact keys is not credible, and must not overflow
       e[r][c] = C::exp2(min(set1(100.f), sub(capped(l, e[r][c]), m)));
   }
 }
 
-// Unit masses U[row][width] of the units before `far`, from pages first ... last - 1 (8 at a time, first is a multiple),
-// and their sums by row, added to totals. `units` keys each.
+// Masses U[row][width] of the units before `far`, from pages first ... last - 1 (8 at a time; `first` is a multiple of
+// 8). Adds their sums to the totals of the rows. `units` is the number of keys per unit.
 template <class C, int R>
 static void unit_masses_of(const Heads<C> &s, const tr_part &part, int h, int far, int first, int last, int unit,
-                           const uint64_t *patched, const Asked<C> &a, int row, float *U, size_t width, float *totals) {
+                           const uint64_t *patched, const Sampled<C> &a, int row, float *U, size_t width,
+                           float *totals) {
   const tr_layer &l = *s.layer;
   const int per = unit / NODE, pages = far / PAGE;
   for (int p = first; p < last; p += 8) {
     const typename C::Node::T *halves[8];
     for (int x = 0; x < 8; x++)
       halves[x] = s.nodes(part.page[p + x < pages ? p + x : pages - 1], h);
-    if (row == 0) // asks memory for the next ones, before they are needed
+    if (row == 0) // prefetches the next pages
       for (int x = p + 8; x < p + 16 && x < last; x++) {
         const char *next = (const char *)s.nodes(part.page[x], h);
         for (size_t b = 0; b < node_numbers(l) * sizeof(typename C::Node::T); b += 64)
@@ -374,14 +375,14 @@ static void unit_masses_of(const Heads<C> &s, const tr_part &part, int h, int fa
       }
     VF e[R][4];
     node_tile<C, R>(l, halves, a, row, e);
-    // One bit for each node: of those before `far`, what is no patch.
+    // A bit for each node before `far` that has no patch.
     uint64_t mask = ~patched[p / 8];
     if (pages - p < 8)
       mask &= (1ull << (pages - p) * 8) - 1;
     for (int r = 0; r < R; r++) {
       uint64_t m = mask;
       if (l.window) {
-        const int start = a.position[row + r] - l.window + 1, n = start / NODE - p * 8; // its first node, from here
+        const int start = a.position[row + r] - l.window + 1, n = start / NODE - p * 8; // its first node
         if (start > 0 && n > 0)
           m = n > 63 ? 0 : m & ~0ull << n;
       }
@@ -410,7 +411,7 @@ static void unit_masses_of(const Heads<C> &s, const tr_part &part, int h, int fa
 
 template <class C>
 static void unit_masses(const Heads<C> &s, const tr_part &part, int h, int far, int first, int last, int unit,
-                        const uint64_t *patched, const Asked<C> &a, float *U, size_t width, float *totals) {
+                        const uint64_t *patched, const Sampled<C> &a, float *U, size_t width, float *totals) {
   int r = 0;
   for (; r + ROWS <= a.rows; r += ROWS)
     unit_masses_of<C, ROWS>(s, part, h, far, first, last, unit, patched, a, r, U, width, totals);
@@ -421,9 +422,9 @@ static void unit_masses(const Heads<C> &s, const tr_part &part, int h, int far, 
     unit_masses_of<C, 1>(s, part, h, far, first, last, unit, patched, a, r, U, width, totals);
 }
 
-// Adds the nodes that hold columns, without them.
+// Adds the masses of patches.
 template <class C>
-static void patch_masses(const tr_layer &l, const RouteView<C> &v, int far, int unit, Asked<C> &a, float *U,
+static void patch_masses(const tr_layer &l, const RouteView<C> &v, int far, int unit, Sampled<C> &a, float *U,
                          size_t width) {
   const RouteHead &h = *v.head;
   if (!h.patches)
@@ -457,10 +458,10 @@ static void patch_masses(const tr_layer &l, const RouteView<C> &v, int far, int 
   }
 }
 
-// --- the mean score: all masses from mean keys alone ----------------------------------------------------------------
+// --- the mean score: all masses from mean keys only -----------------------------------------------------------------
 INLINE int mean_tiles(int node, int keys) { return ((keys + node - 1) / node + 63) / 64; }
 
-// The mean keys of all nodes of a sequence of n keys, laid out as tiles of 64 keys.
+// The mean keys of all nodes of a sequence of n keys, in tiles of 64 keys.
 template <class C>
 static void mean_keys(const Heads<C> &s, const tr_part &part, int h, int node, int n, typename C::Node::T *tiles) {
   typedef typename C::Node N;
@@ -469,7 +470,7 @@ static void mean_keys(const Heads<C> &s, const tr_part &part, int h, int node, i
   __builtin_memset(tiles, 0, (size_t)mean_tiles(node, n) * D * 64 * sizeof(*tiles));
   for (int g = 0; g < nodes; g++) {
     const int begin = g * node, page = begin / PAGE, count = n - begin < node ? n - begin : node;
-    const bool full = (page + 1) * PAGE <= n; // only then it has nodes
+    const bool full = (page + 1) * PAGE <= n; // only full pages have nodes
     float sums[256] = {}, key[256];
     int terms = 0;
     if (full) {
@@ -489,10 +490,10 @@ static void mean_keys(const Heads<C> &s, const tr_part &part, int h, int node, i
   }
 }
 
-// Unit masses and totals of the rows asked, from n keys; `x` has room for a row of tiles. There are no columns.
+// Unit masses and totals of the sampled rows over n keys; `x` has room for a row of tiles. There are no columns.
 template <class C>
 static void mean_masses(const tr_layer &l, const typename C::Node::T *tiles, int h, int node, int unit, int n, int far,
-                        int last, Asked<C> &a, float *U, size_t width, float *x) {
+                        int last, Sampled<C> &a, float *U, size_t width, float *x) {
   const int seen_nodes = last / node + 1, far_nodes = far / node, per = unit / node;
   for (int r = 0; r < a.rows; r++) {
     const int start = l.window && a.position[r] - l.window + 1 > 0 ? a.position[r] - l.window + 1 : 0;
@@ -528,9 +529,9 @@ INLINE void mark_patches(const int32_t *patch, int patches, int far, uint64_t *p
 }
 
 // --- 5 and 6. score and choice --------------------------------------------------------------------------------------
-// Marks the units that are read (a bit each); U is overwritten. Returns 1, 0 where everything is read, -1 where a score
-// is not finite.
-// By the mean score A is the mean of the shares in place of their root mean square.
+// Sets a bit for each unit that is read; overwrites U. Returns 1, or 0 if everything is read, or -1 if a score is not
+// finite.
+// For the mean score, A is the mean of the shares, not their root mean square.
 static int choose_units(const tr_sparsity &rule, float coverage, int begin, int end, int window, int far, int rows,
                         float *U, size_t width, const float *total, const float *near, const float *column,
                         const int32_t *columns, int column_count, uint64_t *bits, int *read, int *seen_keys) {
@@ -555,7 +556,7 @@ static int choose_units(const tr_sparsity &rule, float coverage, int begin, int 
     s = rule.mean_score ? s : vsqrt(s);
     if (units - j < 16)
       s = pick((1u << (units - j)) - 1, s, zero());
-    store(U + j, s); // row 0 has been read up to here
+    store(U + j, s); // row 0 is no longer needed up to here
   }
   for (int j = 0; j < first; j++)
     covered += U[j], sum_all += U[j], U[j] = 0;
@@ -587,10 +588,10 @@ static int choose_units(const tr_sparsity &rule, float coverage, int begin, int 
     }
     return sum(n);
   };
-  // The largest threshold at which enough is read: exact, by halving the interval of the bits of a float.
+  // The largest threshold at which enough is read, exactly, by bisection over the bits of a float.
   auto threshold = [&](auto enough) {
     Bits low, high, mid;
-    low.i = 1, high.i = 0x7f800000; // everything with mass, and nothing
+    low.i = 1, high.i = 0x7f800000; // selects everything with mass, and nothing
     if (enough(high.f))
       return high.f;
     if (!enough(low.f))
@@ -628,7 +629,7 @@ static int choose_units(const tr_sparsity &rule, float coverage, int begin, int 
     bits[j / 64] |= 1ull << (j % 64);
   for (int j = units; j < every; j++)
     bits[j / 64] |= 1ull << (j % 64);
-  // Keys that the last query reads, of those that any of them sees.
+  // Keys that the last query reads, and keys that are visible to any query.
   int keys = 0;
   for (int j = 0; j < every; j++)
     if (bits[j / 64] >> (j % 64) & 1) {

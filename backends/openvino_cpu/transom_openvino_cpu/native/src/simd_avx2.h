@@ -25,8 +25,8 @@ INLINE VF sub(VF x, VF y) { return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, 
 INLINE VF mul(VF x, VF y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
 INLINE VF div(VF x, VF y) { return {_mm256_div_ps(x.a, y.a), _mm256_div_ps(x.b, y.b)}; }
 INLINE VF fma(VF x, VF y, VF z) { return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)}; }
-INLINE VF max(VF x, VF y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; } // y where one is NaN
-INLINE VF min(VF x, VF y) { return {_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)}; } // y where one is NaN
+INLINE VF max(VF x, VF y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; } // y if one is NaN
+INLINE VF min(VF x, VF y) { return {_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)}; } // y if one is NaN
 INLINE VF vsqrt(VF x) { return {_mm256_sqrt_ps(x.a), _mm256_sqrt_ps(x.b)}; }
 INLINE float sum(VF x) {
   __m256 h = _mm256_add_ps(x.a, x.b);
@@ -52,7 +52,7 @@ INLINE unsigned at_least(VF x, VF y) {
   return low | (unsigned)_mm256_movemask_ps(_mm256_cmp_ps(x.b, y.b, _CMP_GE_OQ)) << 8;
 }
 INLINE VF round_even(VF x) { return {_mm256_round_ps(x.a, 8), _mm256_round_ps(x.b, 8)}; }
-// The exponent alone is made, so below the smallest normal number there is 0 here, and infinity from 2 ** 128 on.
+// Only the exponent is computed, so subnormal results are 0, and results from 2 ** 128 on are infinite.
 INLINE __m256 power_of(__m256 n) {
   n = _mm256_max_ps(_mm256_set1_ps(-127), _mm256_min_ps(_mm256_set1_ps(128), n));
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
@@ -104,7 +104,7 @@ INLINE VI as_int(VF x) { return {_mm256_castps_si256(x.a), _mm256_castps_si256(x
 INLINE VF load_half(const uint16_t *p) {
   return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)), _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p + 1))};
 }
-INLINE __m256i low_words(VI x) { // of lanes that are below 2 ** 16
+INLINE __m256i low_words(VI x) { // of lanes below 2 ** 16
   return _mm256_permute4x64_epi64(_mm256_packus_epi32(x.a, x.b), 0xd8);
 }
 INLINE void store_bytes(int8_t *p, VI x) {
@@ -115,15 +115,15 @@ INLINE void store_bytes(int8_t *p, VI x) {
 #ifdef TRANSOM_AVX_VNNI
 #ifdef __AVXVNNI__
 #define TR_DPBUSD _mm256_dpbusd_avx_epi32
-#else // the same instruction as AVX-512 encodes it
+#else // the same instruction in its AVX-512 encoding
 #define TR_DPBUSD _mm256_dpbusd_epi32
 #endif
 INLINE VI dot_bytes(VI acc, VI w, VI x) { return {TR_DPBUSD(acc.a, w.a, x.a), TR_DPBUSD(acc.b, w.b, x.b)}; }
 INLINE VI dot_nibbles(VI acc, VI w, VI x) { return dot_bytes(acc, w, x); }
 #undef TR_DPBUSD
 #else
-// Two products of 255 * 127 leave the 16 bits that vpmaddubsw adds in, so bytes become words first: those with even
-// places and those with odd ones. In a loop the compiler does that once for each of w and x.
+// Two products of 255 * 127 overflow the 16-bit sums of vpmaddubsw, so bytes are first widened to words, separately
+// those at even and odd places. In a loop the compiler does this once for each of w and x.
 INLINE __m256i dot_words(__m256i acc, __m256i w, __m256i x) {
   const __m256i even = _mm256_set1_epi16(0xff);
   __m256i e = _mm256_madd_epi16(_mm256_and_si256(w, even), _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8));

@@ -1,4 +1,4 @@
-// Sixteen lanes in one AVX-512 register. The other simd_*.h say the same in other instructions.
+// Sixteen lanes in one AVX-512 register. The other simd_*.h implement the same functions in other instructions.
 #pragma once
 #include <cstdint>
 #include <immintrin.h>
@@ -8,7 +8,7 @@ typedef __m512 VF;
 typedef __m512i VI;
 #define INLINE static inline __attribute__((always_inline))
 enum {
-  ROWS = 6,        // rows that meet four registers, or two tiles, at once: their sums fill the 32 registers
+  ROWS = 6,        // rows multiplied at once by four registers, or two tiles: their sums fill the 32 registers
   NIBBLES_APART = 0 // 1: dot_nibbles is faster than dot_bytes
 };
 
@@ -21,8 +21,8 @@ INLINE VF sub(VF a, VF b) { return _mm512_sub_ps(a, b); }
 INLINE VF mul(VF a, VF b) { return _mm512_mul_ps(a, b); }
 INLINE VF div(VF a, VF b) { return _mm512_div_ps(a, b); }
 INLINE VF fma(VF a, VF b, VF c) { return _mm512_fmadd_ps(a, b, c); }
-INLINE VF max(VF a, VF b) { return _mm512_max_ps(a, b); } // b where one is NaN
-INLINE VF min(VF a, VF b) { return _mm512_min_ps(a, b); } // b where one is NaN
+INLINE VF max(VF a, VF b) { return _mm512_max_ps(a, b); } // b if one is NaN
+INLINE VF min(VF a, VF b) { return _mm512_min_ps(a, b); } // b if one is NaN
 INLINE VF vsqrt(VF a) { return _mm512_sqrt_ps(a); }
 INLINE float sum(VF a) { return _mm512_reduce_add_ps(a); }
 INLINE float top(VF a) { return _mm512_reduce_max_ps(a); }
@@ -30,9 +30,9 @@ INLINE float top(VF a) { return _mm512_reduce_max_ps(a); }
 INLINE VF pick(unsigned mask, VF x, VF y) { return _mm512_mask_blend_ps((__mmask16)mask, y, x); }
 INLINE unsigned at_least(VF a, VF b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
 INLINE VF round_even(VF a) { return _mm512_roundscale_ps(a, 8); }
-INLINE VF scale2(VF a, VF n) { return _mm512_scalef_ps(a, n); } // a * 2 ** n, n whole
+INLINE VF scale2(VF a, VF n) { return _mm512_scalef_ps(a, n); } // a * 2 ** n, n is an integer
 
-// Eight lanes from each of two places.
+// Loads eight lanes from each of two addresses.
 INLINE VF load_two(const float *low, const float *high) {
   return _mm512_castpd_ps(_mm512_insertf64x4(_mm512_castpd256_pd512(_mm256_loadu_pd((const double *)low)),
                                              _mm256_loadu_pd((const double *)high), 1));
@@ -43,7 +43,7 @@ INLINE VF pair_sums(VF a, VF b) {
   return add(_mm512_permutex2var_ps(a, even, b), _mm512_permutex2var_ps(a, _mm512_add_epi32(even, _mm512_set1_epi32(1)), b));
 }
 
-// Lane i has what lane i ^ H had.
+// Moves lane i ^ H to lane i.
 template <int H> INLINE VF swapped(VF a) {
   return H == 1   ? _mm512_permute_ps(a, 0xb1)
          : H == 2 ? _mm512_permute_ps(a, 0x4e)

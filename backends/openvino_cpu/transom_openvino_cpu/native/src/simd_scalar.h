@@ -1,7 +1,7 @@
 // Sixteen lanes in plain C++, for every processor. See simd_avx512.h for what each function means.
 //
-// No intrinsics: the lanes lie in vectors of four, which GCC and Clang put into the registers of x86-64 and AArch64
-// and take apart elsewhere.
+// No intrinsics: the lanes are vectors of four, which GCC and Clang keep in the registers of x86-64 and AArch64, and
+// split on other processors.
 #pragma once
 #include <cstdint>
 
@@ -18,7 +18,7 @@ struct VI { // unsigned, so that shifts and sums are defined for every number
 };
 #define INLINE static inline __attribute__((always_inline))
 enum { ROWS = 2, NIBBLES_APART = 0 };
-// The four quarters i, one by one.
+// Evaluates an expression for each of the four quarters i.
 #define TR_QUARTERS(V, EXPRESSION)                                                                                     \
   V r;                                                                                                                 \
   for (int i = 0; i < 4; i++)                                                                                          \
@@ -44,8 +44,8 @@ INLINE VF sub(VF x, VF y) { TR_QUARTERS(VF, x.v[i] - y.v[i]); }
 INLINE VF mul(VF x, VF y) { TR_QUARTERS(VF, x.v[i] * y.v[i]); }
 INLINE VF div(VF x, VF y) { TR_QUARTERS(VF, x.v[i] / y.v[i]); }
 INLINE VF fma(VF x, VF y, VF z) { TR_QUARTERS(VF, x.v[i] * y.v[i] + z.v[i]); } // rounded once or twice
-INLINE VF max(VF x, VF y) { TR_QUARTERS(VF, larger(x.v[i], y.v[i])); }         // y where one is NaN
-INLINE VF min(VF x, VF y) { TR_QUARTERS(VF, smaller(x.v[i], y.v[i])); }        // y where one is NaN
+INLINE VF max(VF x, VF y) { TR_QUARTERS(VF, larger(x.v[i], y.v[i])); }         // y if one is NaN
+INLINE VF min(VF x, VF y) { TR_QUARTERS(VF, smaller(x.v[i], y.v[i])); }        // y if one is NaN
 INLINE VF vsqrt(VF x) {
   for (int i = 0; i < 16; i++)
     x.v[i / 4][i % 4] = __builtin_sqrtf(x.v[i / 4][i % 4]);
@@ -71,14 +71,14 @@ INLINE unsigned at_least(VF x, VF y) {
     mask |= (unsigned)(x.v[i / 4][i % 4] >= y.v[i / 4][i % 4]) << i;
   return mask;
 }
-// Whole numbers are all that a float has from 2 ** 23 on; below, adding so much leaves no room for a fraction.
+// From 2 ** 23 on every float is an integer; adding 2 ** 23 to a smaller number removes its fraction.
 INLINE F4 rounded(F4 x) {
   const U4 sign = (U4)x & all(0x80000000u);
   const F4 size = (F4)((U4)x ^ sign), far = (F4)((U4)all(8388608.f) | sign);
   return choose(size < all(8388608.f), x + far - far, x);
 }
 INLINE VF round_even(VF x) { TR_QUARTERS(VF, rounded(x.v[i])); }
-// The exponent alone is made, so below the smallest normal number there is 0 here, and infinity from 2 ** 128 on.
+// Only the exponent is computed, so subnormal results are 0, and results from 2 ** 128 on are infinite.
 INLINE F4 power_of(F4 n) {
   n = larger(smaller(n, all(128.f)), all(-127.f)); // 128 for NaN
   return (F4)(((U4)__builtin_convertvector(n, I4) + all(127u)) << 23);
@@ -132,7 +132,7 @@ INLINE VI ior(VI x, VI y) { TR_QUARTERS(VI, x.v[i] | y.v[i]); }
 template <int N> INLINE VI right(VI x) { TR_QUARTERS(VI, x.v[i] >> N); }
 template <int N> INLINE VI left(VI x) { TR_QUARTERS(VI, x.v[i] << N); }
 INLINE VF to_float(VI x) { TR_QUARTERS(VF, __builtin_convertvector((I4)x.v[i], F4)); }
-INLINE U4 whole(F4 x) { // the lowest number for NaN and for what does not fit, as the instructions have it
+INLINE U4 whole(F4 x) { // the lowest number for NaN and out-of-range values, like the instructions
   x = rounded(x);
   const F4 low = all(-2147483648.f);
   return (U4)__builtin_convertvector(choose((x >= low) & (x < -low), x, low), I4);

@@ -1,12 +1,12 @@
-// Sparse attention: the choice of routing.inl, read. Whole blocks run as they lie, loose units are gathered until they
-// fill a tile, the columns are a tile of their own.
+// Sparse attention over the keys that routing.inl selected. Whole blocks are read in place, loose units are gathered
+// into tiles, and the columns are a tile of their own.
 
 namespace {
-// What a block of queries reads.
+// The keys that a block of queries reads.
 struct Plan {
   int32_t *blocks, *loose; // pages; units
   int block_count, loose_count;
-  uint64_t columns; // those of the tile of columns that lie in no chosen unit
+  uint64_t columns; // a bit for each column outside the selected units
 };
 INLINE size_t plan_bytes(int pages, int unit) {
   return align64((size_t)pages * 4) + align64((size_t)pages * (PAGE / unit) * 4);
@@ -29,10 +29,10 @@ INLINE void plan_all(Plan &p, int first, int last) {
 INLINE void plan_chosen(Plan &p, int last, int unit, const uint64_t *bits, const int32_t *column, int columns, int far) {
   const int per = PAGE / unit;
   const uint64_t whole = per == 64 ? ~0ull : (1ull << per) - 1;
-  for (int j = last; j >= 0; j--) { // the blocks with a mask first
+  for (int j = last; j >= 0; j--) { // blocks with a mask first
     const int at = j * per;
     const uint64_t u = bits[at / 64] >> (at % 64) & whole;
-    // Units of the last block that lie beyond its last key are not marked: it is read whole in any case.
+    // Units behind the last key of the last block are not marked, but the block is always read as a whole.
     if (u == whole || j == last)
       p.blocks[p.block_count++] = j;
     else
@@ -47,7 +47,7 @@ INLINE void plan_chosen(Plan &p, int last, int unit, const uint64_t *bits, const
   }
 }
 
-// Item x of a plan as a tile for rows at the positions `position` [rows]; `buffer` has room for a tile, `mask` for rows.
+// Item x of a plan as a tile, for rows at `position` [rows]; `buffer` has room for a tile, `mask` for all rows.
 template <class C>
 static Tile<C> plan_tile(const Heads<C> &s, const tr_part &part, int h, const Plan &p, int unit, const RouteView<C> *v,
                          int x, const int32_t *position, int rows, char *buffer, uint64_t *mask) {
@@ -105,15 +105,15 @@ INLINE float coverage_of(const tr_sparsity &rule, float loose) {
   return c > 0 ? c : 0;
 }
 
-INLINE size_t choice_bytes(const tr_layer &l, const tr_sparsity &rule, int pages, int asked) {
+INLINE size_t choice_bytes(const tr_layer &l, const tr_sparsity &rule, int pages, int sampled) {
   const size_t width = (size_t)pages * PAGE / rule.unit + 64;
-  return align64((size_t)asked * width * 4) + align64((size_t)(pages * PAGE / rule.unit / 64 + 2) * 8) +
+  return align64((size_t)sampled * width * 4) + align64((size_t)(pages * PAGE / rule.unit / 64 + 2) * 8) +
          align64((size_t)(pages / 8 + 2) * 8) + align64((size_t)(rule.local + 3) * 64 * 4 * TOGETHER) +
-         align64((size_t)asked * 4) + plan_bytes(pages + 1, rule.unit) + 256 + (size_t)l.heads * 0;
+         align64((size_t)sampled * 4) + plan_bytes(pages + 1, rule.unit) + 256 + (size_t)l.heads * 0;
 }
 
-// Scores the units of a query block of positions p0 ... p1 - 1 and plans what it reads; n keys are cached, those behind
-// the block included. False: not finite.
+// Scores the units for the query block at positions p0 ... p1 - 1, and plans which keys it reads. n keys are cached,
+// including those of the block and after it. Returns false if a score is not finite.
 template <class C>
 static bool plan_block(const Heads<C> &s, const tr_part &part, int h, int p0, int p1, int n, const tr_sparsity &rule,
                        float loose, const RouteView<C> &v, Plan &plan, char *memory, double *read, double *seen_keys) {
@@ -127,13 +127,13 @@ static bool plan_block(const Heads<C> &s, const tr_part &part, int h, int p0, in
     return true;
   }
   const int step = PAGE / rule.rows, tokens = p1 - p0, most = (tokens >= step ? tokens / step : 1) * s.group;
-  Asked<C> a = asked_in<C>(memory, l, most);
+  Sampled<C> a = sampled_in<C>(memory, l, most);
   a.group = s.group;
   if (tokens >= step)
     for (int p = p0 + step - 1; p < p1; p += step)
-      ask(s, part, h, p, a);
+      sample(s, part, h, p, a);
   else
-    ask(s, part, h, last, a);
+    sample(s, part, h, last, a);
   float *x = (float *)memory;
   memory += align64((size_t)(rule.local + 3) * 64 * 4 * TOGETHER);
   uint64_t *patched = (uint64_t *)memory;
@@ -142,7 +142,7 @@ static bool plan_block(const Heads<C> &s, const tr_part &part, int h, int p0, in
   memory += align64((size_t)(pages * PAGE / rule.unit / 64 + 2) * 8);
   float *U = (float *)memory;
   const size_t width = (size_t)pages * PAGE / rule.unit + 64;
-  const int columns = rule.columns ? v.head->columns : 0; // of this rule: the sequence may have some of another
+  const int columns = rule.columns ? v.head->columns : 0; // by this rule; the sequence may have columns by another rule
   if (rule.mean_score) {
     typename C::Node::T *tiles = (typename C::Node::T *)(memory + align64((size_t)most * width * 4));
     float *row = (float *)((char *)tiles + align64((size_t)mean_tiles(rule.node, n) * 64 * l.head_dim * sizeof(*tiles)));
@@ -168,7 +168,7 @@ static bool plan_block(const Heads<C> &s, const tr_part &part, int h, int p0, in
   return true;
 }
 
-// Memory for plan_block.
+// Bytes of memory for plan_block.
 template <class C>
 INLINE size_t plan_block_bytes(const tr_layer &l, const tr_sparsity &rule, int pages, int tokens) {
   const int group = l.heads / l.kv_heads, step = PAGE / rule.rows;
@@ -178,10 +178,10 @@ INLINE size_t plan_block_bytes(const tr_layer &l, const tr_sparsity &rule, int p
     const size_t nodes = (size_t)mean_tiles(rule.node, pages * PAGE) * 64;
     means = align64(nodes * l.head_dim * sizeof(typename C::Node::T)) + align64(nodes * 4) + 64;
   }
-  return asked_bytes<C>(l, rows) + choice_bytes(l, rule, pages, rows + 1) + means;
+  return sampled_bytes<C>(l, rows) + choice_bytes(l, rule, pages, rows + 1) + means;
 }
 
-// Asks memory for item x of a plan, before it is needed.
+// Prefetches item x of a plan.
 template <class C>
 static void ask_ahead(const Heads<C> &s, const tr_part &part, int h, const Plan &p, int unit, int x) {
   const tr_layer &l = *s.layer;

@@ -1,17 +1,17 @@
-// AMX: registers of sixteen rows of up to 64 bytes, called tiles, and products of two of them. A tile of words as the
-// cache and the panels have them, [words of a row][16], is the right factor of a product as it lies.
+// AMX: registers of sixteen rows of up to 64 bytes, called tiles, and products of two of them. The words of the cache
+// and of panels, [words of a row][16], are the right factor of a product without conversion.
 //
-// Intel 64 and IA-32 Architectures Software Developer's Manual, volume 1, chapter 18, and volume 2. No processor that has
-// them has run this yet: the tests have the instructions trapped and done by tests/native/tiles.cpp.
+// Intel 64 and IA-32 Architectures Software Developer's Manual, volume 1, chapter 18, and volume 2. This code has not
+// yet run on a processor with AMX; the tests trap the instructions and emulate them in tests/native/tiles.cpp.
 
 namespace {
-const int TILE = 16; // rows that a product takes at once
+const int TILE = 16; // rows in one product
 
 #ifdef TRANSOM_AMX
 const bool TILED = true;
 
-// Their shapes, for as long as this lives: 0 to 3 sums; 4 times 5 has rows of `bytes`, a multiple of 4; 6 times 7 has
-// rows of 64.
+// Configures the shapes of tiles while it exists: 0 to 3 are sums; 4 and 5 are factors with rows of `bytes`, a multiple
+// of 4; 6 and 7 are factors with rows of 64.
 struct Tiles {
   explicit Tiles(int bytes) {
     struct alignas(64) {
@@ -28,7 +28,7 @@ struct Tiles {
   ~Tiles() { __asm__ volatile("tilerelease"); }
 };
 
-// `apart` bytes from row to row
+// `apart` is the stride of rows in bytes.
 template <int T> INLINE void tile_load(const void *p, size_t apart) {
   __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(apart), "i"(T) : "memory");
 }
@@ -37,7 +37,7 @@ template <int T> INLINE void tile_store(void *p, size_t apart) {
 }
 template <int T> INLINE void tile_zero() { __asm__ volatile("tilezero %%tmm%c0" ::"i"(T)); }
 
-// sums += a times b: of a's signed and b's unsigned bytes, the other way round, and of bfloat16
+// sums += a times b: signed bytes times unsigned bytes, unsigned times signed, and bfloat16
 struct SignedUnsigned {
   template <int SUMS, int A, int B> INLINE void product() {
     __asm__ volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(SUMS), "i"(A), "i"(B));
@@ -53,7 +53,7 @@ struct Pairs {
     __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(SUMS), "i"(A), "i"(B));
   }
 };
-#else // what follows is never made
+#else // never instantiated
 const bool TILED = false;
 struct Tiles {
   explicit Tiles(int bytes);
@@ -67,10 +67,10 @@ struct SignedUnsigned {
 typedef SignedUnsigned UnsignedSigned, Pairs;
 #endif
 
-// Bytes of a row that one product takes, of `bytes` in all: a multiple of 16.
+// Bytes of a row in one product, out of `bytes` in all; a multiple of 16.
 INLINE int tile_step(int bytes) { return bytes % 64 ? bytes & -bytes : 64; }
 
-// Sums 0 to 3 += what tiles A and 64 columns of words at p give, `apart` bytes from one row of words to the next.
+// Sums 0 to 3 += tile A times 64 columns of words at p, where `apart` is the stride of rows in bytes.
 template <class D, int A, int B> INLINE void tile_products(const char *p, size_t apart) {
   tile_load<B>(p, apart), D::template product<0, A, B>();
   tile_load<B>(p + 64, apart), D::template product<1, A, B>();
@@ -82,7 +82,7 @@ INLINE void four_tiles_to(char *p, size_t apart) {
   tile_store<0>(p, apart), tile_store<1>(p + 64, apart), tile_store<2>(p + 128, apart), tile_store<3>(p + 192, apart);
 }
 
-// x [16][64 words] = rows of `bytes` at q, `apart` from one to the next, times the 64 keys at k.
+// x [16][64 words] = rows of `bytes` at q, with stride `apart`, times the 64 keys at k.
 template <class D> INLINE void tile_scores(const void *q, size_t apart, int bytes, const void *k, void *x) {
   const int step = tile_step(bytes);
   tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
