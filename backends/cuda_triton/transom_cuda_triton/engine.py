@@ -106,7 +106,7 @@ class TritonEngine:
         """Does nothing: the memory stays with the pool."""
 
     def warm_up(self) -> None:
-        """Run one token of no sequence to initialise cuBLAS. The interpreter needs no warm-up."""
+        """Run one token of no sequence to initialize cuBLAS. The interpreter needs no warm-up."""
         if self.device.type == "cpu":
             return
         try:

@@ -111,7 +111,7 @@ def _filled_up(routed: RoutedStep, size: int) -> RoutedStep:
 
 
 def cuda_record(compute: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
-    """Record on a card: run once on a side stream, to initialise libraries, and then capture."""
+    """Record on a card: run once on a side stream, to initialize libraries, and then capture."""
     stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

@@ -20,7 +20,7 @@ from transom_cuda_triton.precision import QuantizedType
 ALIGNMENT = 256
 """Bytes; the alignment of CUDA's allocations, and more than any load needs."""
 SMALLEST_BLOCK = 8
-CENTRES = {"int4": 8, "int8": 128, "uint4": 0, "uint8": 0}
+CENTERS = {"int4": 8, "int8": 128, "uint4": 0, "uint8": 0}
 """Added to a signed number to make it unsigned."""
 NUMBERS: dict[str, Any] = {
     "fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16),
@@ -57,7 +57,7 @@ def packable(weight: Weight) -> str:
     if len(weight.shape) != 2:
         return f"a matrix with {len(weight.shape)} axes"
     if isinstance(weight, Blocked):
-        if weight.dtype not in CENTRES:
+        if weight.dtype not in CENTERS:
             return f"a matrix of {weight.dtype}"
         if weight.block % SMALLEST_BLOCK or weight.block & (weight.block - 1):
             return f"blocks of {weight.block} columns"
@@ -144,15 +144,15 @@ def narrowed(weight: Dense, number: str, name: str) -> Array:
 def _write_blocks(file: BinaryIO, weight: Blocked) -> TritonMatrix:
     parts = weight.load()
     rows, columns = weight.shape
-    centre = CENTRES[weight.dtype]
+    center = CENTERS[weight.dtype]
     four = weight.dtype in ("int4", "uint4")
     quants: Array = np.ascontiguousarray(parts.quants).view(np.uint8)
-    if centre:
-        quants = quants + np.uint8(centre)
+    if center:
+        quants = quants + np.uint8(center)
     if four:
         halves = quants.reshape(rows, -1, 2, weight.block // 2)
         quants = (halves[:, :, 0] | halves[:, :, 1] << 4).reshape(rows, -1)
-    scales, minimums, zero = affine(parts, centre)
+    scales, minimums, zero = affine(parts, center)
     if minimums is not None and zero:
         minimums = minimums.astype(np.float32) - zero * scales.astype(np.float32)
     at = write_array(file, quants)

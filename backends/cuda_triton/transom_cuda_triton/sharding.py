@@ -95,7 +95,7 @@ class _Sharding:
             kind = "an input" if maker is None else f"the operator {maker.kind}"
             raise CannotShare(f"{kind} is between a product and the attention that reads it")
         if maker.kind == "norm" and maker.groups % self._ranks:
-            raise CannotShare("a normalisation over the columns of all heads together")
+            raise CannotShare("a normalization over the columns of all heads together")
         if maker.kind not in ("linear", "attend", "glu"):
             for source in maker.inputs:
                 self._need(source)

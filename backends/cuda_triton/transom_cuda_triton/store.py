@@ -96,7 +96,7 @@ class Store:
         return self._unrotated[half]
 
     def empty(self, shape: tuple[int, ...], number: str) -> torch.Tensor:
-        """Uninitialised scratch memory for one operator; `number` is Triton's type name."""
+        """Uninitialized scratch memory for one operator; `number` is Triton's type name."""
         return torch.empty(shape, dtype=TORCH[number], device=self.device)
 
     def numbers(self, begin: int, count: int) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """Weights as OpenVINO constants. Quantized blocks stay packed, and the engine unpacks them in its matrix product.
 
-The CPU plug-in recognises the forms below as compressed weights. It would fold any other chain of operators into
+The CPU plug-in recognizes the forms below as compressed weights. It would fold any other chain of operators into
 float32 at compile time, four to eight times as large.
 """
 

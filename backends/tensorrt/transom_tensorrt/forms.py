@@ -32,7 +32,7 @@ from transom.graph.weights import Array, Blocked, BlockedArrays, Dense, Weight, 
 from transom.programs.onnx_writing import FLOAT, FLOAT8, OnnxWriter
 
 INT4_BLOCKS = (16, 32, 64, 128)
-CENTRES = {"int4": 0, "uint4": -8}
+CENTERS = {"int4": 0, "uint4": -8}
 """Offset from a stored code to its value in -8 … 7."""
 
 
@@ -50,7 +50,7 @@ def kept(weight: Weight) -> bool:
     for checking."""
     if not isinstance(weight, Blocked):
         return False
-    if weight.dtype in CENTRES:
+    if weight.dtype in CENTERS:
         return weight.block in INT4_BLOCKS
     return weight.block == weight.shape[1] and not weight.has_minimums and not weight.has_zero_points
 
@@ -89,7 +89,7 @@ class LinearForm:
             return self._plain(x, self.weight)
         if self.weight.dtype == "float8e4m3fn" and self.rounded:
             return self._float8_twice(x, self.weight)
-        if self.weight.dtype in CENTRES:
+        if self.weight.dtype in CENTERS:
             return self._int4(x, self.weight)
         return self._by_rows(x, self.weight)
 
@@ -130,14 +130,14 @@ class LinearForm:
         for each block.
         """
         w, (rows, columns), block = self.write, weight.shape, weight.block
-        centre = CENTRES[weight.dtype]
+        center = CENTERS[weight.dtype]
 
         def quants() -> Array:
-            codes = self.read(weight).quants.astype(np.int8) + np.int8(centre)
+            codes = self.read(weight).quants.astype(np.int8) + np.int8(center)
             return codes.T.astype(ml_dtypes.int4)
 
         def scales() -> Array:
-            return narrowed(affine(self.read(weight), centre)[0].T, self.number, f"{self.name}'s scales")
+            return narrowed(affine(self.read(weight), center)[0].T, self.number, f"{self.name}'s scales")
 
         matrix = w("DequantizeLinear",
                    w.weight(self.name, ir.DataType.INT4, (columns, rows), quants),
@@ -149,7 +149,7 @@ class LinearForm:
             return product
 
         def shifts() -> Array:
-            stored, minimums, zero = affine(self.read(weight), centre)
+            stored, minimums, zero = affine(self.read(weight), center)
             shift = -np.float32(zero) * stored.astype(np.float32)
             return narrowed((shift if minimums is None else shift + minimums.astype(np.float32)).T, self.number,
                             f"{self.name}'s minimums")  # fmt: skip

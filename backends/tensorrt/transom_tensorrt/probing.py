@@ -21,7 +21,7 @@ FORMAT = "1"
 EMULATE = "TRANSOM_TENSORRT_EMULATE"
 EMULATED = "emulated"
 FLOAT8_SINCE = 89
-DATA_CENTRES = (80, 90, 100, 103)
+DATA_CENTERS = (80, 90, 100, 103)
 """Architectures that TensorRT-RTX is not made for, though it has code for sm_80."""
 OUR_KERNELS = (70, 80, 86, 89, 90)
 """Architectures that the backend `cuda_triton` supports; a fix recommends it for these only."""
@@ -47,7 +47,7 @@ def sdk_for(device: Device, sdks: Sequence[Sdk]) -> Sdk | None:
     are possible, data-center cards use classic TensorRT."""
     arch = architecture(device)
     fit = [s for s in sdks if arch in SERVED[s.name] and not s.old and (s.crosses or device.kind == "cuda")]
-    preferred = CLASSIC if arch in DATA_CENTRES else RTX
+    preferred = CLASSIC if arch in DATA_CENTERS else RTX
     return min(fit, key=lambda s: s.name != preferred, default=None)
 
 

@@ -133,7 +133,7 @@ class Blocks:
         grid = w("Add", w("Unsqueeze", starts, w.ints([2])), self.range(self.places))  # [B, NB, W]
         inside = w("Min", w("Max", grid, w("Unsqueeze", first, w.ints([2]))), w("Unsqueeze", self.last, w.ints([2])))
         self.position = inside
-        """int64 [B, NB, W]: position of the query in each place; an empty place repeats its neighbour."""
+        """int64 [B, NB, W]: position of the query in each place; an empty place repeats its neighbor."""
         self.rows = self._row(inside)
         """int64 [B * NB * W]: the query's row in the step."""
         stride = BLOCK // rule.rows

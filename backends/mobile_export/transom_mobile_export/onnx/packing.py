@@ -61,7 +61,7 @@ class PackedBlocks:
 def pack(weight: Blocked) -> PackedBlocks:
     """Read a matrix for which `block_of` is not 0, and pack it."""
     block, bits = block_of(weight), BITS[weight.dtype]
-    centre = 1 << (bits - 1)
+    center = 1 << (bits - 1)
     signed = weight.dtype in ("int4", "int8")
     rows, columns = weight.shape
     parts = weight.load()
@@ -74,11 +74,11 @@ def pack(weight: Blocked) -> PackedBlocks:
     scales = each(parts.scales.astype(np.float32))
     zeros = shifts = None
     if weight.has_minimums:
-        shifts = each(_shifts(parts, centre if signed else 0, centre))
+        shifts = each(_shifts(parts, center if signed else 0, center))
     elif parts.zero_points is not None or not signed:
         stored = np.zeros(parts.scales.shape, np.uint8) if parts.zero_points is None else parts.zero_points
-        zeros = _in_bytes(each(_unsigned(stored, centre if signed else 0)), bits)
-    codes = _in_bytes(_unsigned(parts.quants, centre if signed else 0), bits)
+        zeros = _in_bytes(each(_unsigned(stored, center if signed else 0)), bits)
+    codes = _in_bytes(_unsigned(parts.quants, center if signed else 0), bits)
     codes = codes.reshape(rows, columns // block, block * bits // 8)
     return PackedBlocks(bits, block, codes, np.ascontiguousarray(scales), zeros, shifts)
 
@@ -88,10 +88,10 @@ def _unsigned(codes: Array, added: int) -> Array:
     return codes.view(np.uint8) + np.uint8(added)
 
 
-def _shifts(parts: BlockedArrays, added: int, centre: int) -> Array:
-    """What is missing if codes are read as distances from the centre: float32, for each stored block."""
+def _shifts(parts: BlockedArrays, added: int, center: int) -> Array:
+    """What is missing if codes are read as distances from the center: float32, for each stored block."""
     scales, minimums, zero = affine(parts, added)
-    shift: Array = np.float32(centre - zero) * scales.astype(np.float32)
+    shift: Array = np.float32(center - zero) * scales.astype(np.float32)
     return shift if minimums is None else shift + minimums.astype(np.float32)
 
 

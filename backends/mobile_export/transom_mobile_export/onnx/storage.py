@@ -35,8 +35,8 @@ def kept(stored: Blocked) -> MatrixForm | None:
     if not (block := block_of(stored)):
         return None
     bits = BITS[stored.dtype]
-    centred = stored.dtype.startswith("int") and not stored.has_zero_points
-    besides = SCALE if stored.has_minimums else 0 if centred else bits / 8
+    centered = stored.dtype.startswith("int") and not stored.has_zero_points
+    besides = SCALE if stored.has_minimums else 0 if centered else bits / 8
     return MatrixForm(bits, block, SCALE + besides, packed=_PACKED[bits])
 
 

@@ -114,7 +114,7 @@ class CStep(Structure):
 
 
 TIMES = (
-    "embedding and elementwise", "normalisation", "rotary", "rounding of activations", "matrix products",
+    "embedding and elementwise", "normalization", "rotary", "rounding of activations", "matrix products",
     "activations and residuals", "vocabulary", "writing the cache", "columns", "routing", "attention",
 )  # fmt: skip
 """Activities that the threads' time is counted for: TR_TIME_…"""

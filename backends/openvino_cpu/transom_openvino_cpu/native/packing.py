@@ -20,7 +20,7 @@ TILE = 16
 ALIGNMENT = 64
 """Bytes."""
 KINDS = {"float32": 0, "float16": 1, "bfloat16": 2, "uint4": 3, "uint8": 4}
-CENTRES = {"int4": 8, "int8": 128, "uint4": 0, "uint8": 0}
+CENTERS = {"int4": 8, "int8": 128, "uint4": 0, "uint8": 0}
 """Added to a signed number to make it unsigned."""
 GROUP = 64
 """Columns that share a scale when a plain matrix is quantized to int8."""
@@ -58,7 +58,7 @@ def packable(weight: Weight) -> str:
     """Why the library cannot read such a matrix; empty if it can."""
     if len(weight.shape) != 2:
         return f"a matrix with {len(weight.shape)} axes"
-    if isinstance(weight, Blocked) and weight.dtype not in CENTRES:
+    if isinstance(weight, Blocked) and weight.dtype not in CENTERS:
         return f"a matrix of {weight.dtype}"
     if isinstance(weight, Blocked) and (weight.block % SMALLEST_BLOCK or weight.shape[1] % weight.block):
         return f"blocks of {weight.block} columns"
@@ -127,14 +127,14 @@ def _write_dense(file: BinaryIO, weight: Dense, *, narrow: bool) -> NativeMatrix
 def _write_blocks(file: BinaryIO, weight: Blocked) -> NativeMatrix:
     parts = weight.load()
     rows, columns = weight.shape
-    block, centre = weight.block, CENTRES[weight.dtype]
+    block, center = weight.block, CENTERS[weight.dtype]
     four = weight.dtype in ("int4", "uint4")
     quants = np.ascontiguousarray(parts.quants).view(np.uint8)
-    if centre:
-        quants = quants + np.uint8(centre)
+    if center:
+        quants = quants + np.uint8(center)
     words = _tiles(quants.view("<u4"))  # of four columns, which stay adjacent
     tiles = len(words)
-    scales, minimums, zero = affine(parts, centre)
+    scales, minimums, zero = affine(parts, center)
     if four:
         pairs = words.reshape(tiles, TILE, columns // 8, 2).transpose(0, 2, 3, 1)
         packed = np.left_shift(pairs[:, :, 1], np.uint32(4), order="C")
