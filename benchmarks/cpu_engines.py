@@ -232,7 +232,7 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def summarise(results: dict[str, list[dict[str, Any]]], pick: Callable[[list[float]], float]) -> dict[str, Measured]:
+def summarize(results: dict[str, list[dict[str, Any]]], pick: Callable[[list[float]], float]) -> dict[str, Measured]:
     """One number over the rounds for each engine and measurement."""
     return {
         engine: {name: pick([r["measured"][name] for r in runs]) for name in runs[0]["measured"]}
@@ -335,7 +335,7 @@ def main() -> None:
         results[engine].append(measured)
         shown = ", ".join(f"{name} {value:.4g}" for name, value in measured["measured"].items())
         print(f"round {number + 1} {engine}: {shown}", file=sys.stderr, flush=True)
-    medians, best = summarise(results, statistics.median), summarise(results, min)
+    medians, best = summarize(results, statistics.median), summarize(results, min)
     print("\n".join(table(medians, best, threads, prompts)) + "\n")
     versions = {e: f"{runs[0]['version']}, {runs[0]['about']}" for e, runs in results.items()}
     print("\n".join(f"{engine} {about}" for engine, about in versions.items()))

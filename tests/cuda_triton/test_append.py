@@ -56,7 +56,7 @@ class Cache:
         return found
 
 
-@pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "neighbours"])
+@pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "neighbors"])
 @pytest.mark.parametrize(("head", "rotated"), [(16, 16), (64, 32), (80, 80), (96, 48)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
 def test_keys_are_rotated_and_nodes_follow(

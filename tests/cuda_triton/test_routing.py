@@ -82,7 +82,7 @@ class Layer:
 
         self.q = [random(n, kv_heads, group, head_dim) * np.float32(2) for n in lengths]
         self.k = [random(n, kv_heads, head_dim) for n in lengths]
-        for k in self.k:  # neighbours are alike, and some keys draw mass from everywhere
+        for k in self.k:  # neighbors are alike, and some keys draw mass from everywhere
             k[1:] = (0.5 * k[:-1] + k[1:]).astype(number).astype(np.float32)
             k[rng.permutation(len(k))[: len(k) // 24]] *= np.float32(2)
         self.sinks = rng.standard_normal((kv_heads, group)).astype(np.float32) if with_sinks else None

@@ -1,4 +1,4 @@
-"""Kernels that go row by row, in Triton's interpreter: normalisation, gates, and choosing a token.
+"""Kernels that go row by row, in Triton's interpreter: normalization, gates, and choosing a token.
 
 Draws: float32 sums in another order differ by about 1e-6 of their size; the tolerances are ten times that or more.
 """
@@ -27,7 +27,7 @@ SILU, GELU, GELU_TANH = 0, 1, 2
 
 @pytest.mark.parametrize("add", [False, True], ids=["plain", "residual"])
 @pytest.mark.parametrize(("columns", "groups"), [(1, 1), (64, 3), (100, 2)])
-def test_rows_are_normalised(add: bool, columns: int, groups: int, rng: np.random.Generator) -> None:
+def test_rows_are_normalized(add: bool, columns: int, groups: int, rng: np.random.Generator) -> None:
     width = columns * groups
     x, before = (rng.standard_normal((5, width)).astype(np.float32) for _ in range(2))
     weight = rng.standard_normal(columns).astype(np.float32)
@@ -78,7 +78,7 @@ def test_scales_biases_and_sums(cap: float, parts: str, rng: np.random.Generator
     np.testing.assert_allclose(out.numpy(), wanted, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "neighbours"])
+@pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "neighbors"])
 @pytest.mark.parametrize(("head", "rotated", "heads"), [(16, 16, 3), (80, 32, 5), (96, 96, 1)])
 def test_queries_are_rotated(head: int, rotated: int, heads: int, interleaved: bool, rng: np.random.Generator) -> None:
     x = rng.standard_normal((7, heads * head)).astype(np.float32)

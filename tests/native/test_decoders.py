@@ -43,7 +43,7 @@ INT8_ALL = CpuPrecision("int8", "f32", True, dense_to_int8=True)
 INT8_NARROW = CpuPrecision("int8", "bf16", True)
 
 GARBAGE = {"exact": 5e-5, "bf16": 0.1, "int8": 0.3}
-"""Normalised error of a row of logits that no rounding explains."""
+"""Normalized error of a row of logits that no rounding explains."""
 
 each_level = pytest.mark.parametrize("level", LEVELS)
 
@@ -115,7 +115,7 @@ class Steps:
 
 
 def _errors(made: tuple[NativeProgram, bytes], level: str, steps: Steps, threads: int) -> tuple[float, float]:
-    """Normalised error of all logits together, and of the worst row."""
+    """Normalized error of all logits together, and of the worst row."""
     with Machine(made, level, threads=threads, pages=steps.count) as machine:
         got, wanted = (np.concatenate(rows) for rows in zip(*steps.run(machine), strict=True))
     return float(np.linalg.norm(got - wanted) / np.linalg.norm(wanted)), error(got, wanted)

@@ -1,4 +1,4 @@
-"""The native library under the sanitizers for addresses and for undefined behaviour.
+"""The native library under the sanitizers for addresses and for undefined behavior.
 
 The tests of this folder run at random in a process of their own, over a library that is built for it. Of the
 instruction sets there are at most two each time: plain C++, whose every shift and sum is checked, and one at random.

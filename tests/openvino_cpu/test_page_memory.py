@@ -31,7 +31,7 @@ def test_runs_of_pages() -> None:
 
 @needs_linux
 @pytest.mark.parametrize("size", [100, 4096, 32256, 100_000])
-def test_dropped_pages_are_zeros_and_their_neighbours_stay(size: int, rng: np.random.Generator) -> None:
+def test_dropped_pages_are_zeros_and_their_neighbors_stay(size: int, rng: np.random.Generator) -> None:
     memory = PageMemory(50, size)
     memory.bytes[:] = rng.integers(1, 256, (50, size), np.uint8)
     before = memory.bytes.copy()

@@ -33,7 +33,7 @@ def free(slot: int) -> int:
         ([1, 2, 4, 5, 6], [(1, 4), (5, 2)]),
     ],
 )
-def test_neighbours_run_together_and_gaps_are_bridged(wanted: list[int], expected: list[tuple[int, int]]) -> None:
+def test_neighbors_run_together_and_gaps_are_bridged(wanted: list[int], expected: list[tuple[int, int]]) -> None:
     assert runs(wanted, 4, free, 100) == [Run(*r) for r in expected]
 
 
@@ -42,7 +42,7 @@ def test_a_gap_is_bridged_only_where_that_reads_less_than_the_weights() -> None:
     assert runs([0, 3], 8, lambda slot: 51, 100) == [Run(0, 1), Run(3, 1)]
 
 
-def test_a_slot_that_must_not_be_touched_parts_its_neighbours() -> None:
+def test_a_slot_that_must_not_be_touched_parts_its_neighbors() -> None:
     assert runs([0, 2, 4], 8, lambda slot: None if slot == 1 else 0, 100) == [Run(0, 1), Run(2, 3)]
 
 

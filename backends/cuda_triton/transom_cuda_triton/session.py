@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from transom.contract import OutOfPages, State, Tensor, Work
-from transom.errors import OptionError
+from transom.errors import OptionError, message_lines
 from transom.sessions import PagedSession, PagedState, PageTable, check_step, logit_rows, split_rows
 from transom.sessions.steps import CHUNK, Array, dense_keys
 from transom.signature import Decoder, LayerCache
@@ -148,7 +148,7 @@ class TritonSession(PagedSession):
             results = _on_host(result.logits, work, counts)
             read = self._read(result, past, counts)
         except torch.OutOfMemoryError as e:
-            raise OutOfPages(f"{self._triton.device} has no memory left for this step: {_first_line(e)}") from e
+            raise OutOfPages(f"{self._triton.device} has no memory left for this step: {message_lines(e)[0]}") from e
         return results, read
 
     def _read(self, result: Result, past: Sequence[int], counts: Sequence[int]) -> list[Array]:
@@ -188,7 +188,3 @@ def _on_host(logits: torch.Tensor, work: Sequence[Work], counts: Sequence[int]) 
         return tuple(t.cpu().numpy().copy() for t in best)
 
     return split_rows(logits, work, counts, result)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

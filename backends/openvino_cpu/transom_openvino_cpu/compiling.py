@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from transom.authoring.folders import artifact_folder, small_as_bytes
 from transom.authoring.opening import threads_of
 from transom.contract import Artifact, Device, Options, Progress
-from transom.errors import EngineError
+from transom.errors import EngineError, message_lines
 from transom.graph.reading import matrices
 from transom.graph.weights import Dense
 from transom_openvino_cpu import claims, names
@@ -177,7 +177,7 @@ def _through_frontend(graph: Graph, folder: Path) -> Stage:
     try:
         model = openvino().Core().read_model(path)
     except RuntimeError as e:
-        raise EngineError(f"OpenVINO cannot read the graph {graph.name}: {_last_line(e)}") from e
+        raise EngineError(f"OpenVINO cannot read the graph {graph.name}: {message_lines(e)[-1]}") from e
     for parameter in model.get_parameters():
         parameter.set_friendly_name(parameter.output(0).get_any_name())
     return Stage("body", "f32", model, graph.output_names)
@@ -201,7 +201,9 @@ def _compile(stage: Stage, precision: CpuPrecision, device: Device, options: Opt
                 stage.model, "CPU", config | ({"INFERENCE_NUM_THREADS": str(threads)} if threads else {})
             )
     except RuntimeError as e:
-        raise EngineError(f"OpenVINO cannot compile the stage {stage.name} of this model: {_last_line(e)}") from e
+        raise EngineError(
+            f"OpenVINO cannot compile the stage {stage.name} of this model: {message_lines(e)[-1]}"
+        ) from e
     return compiled, config
 
 
@@ -209,15 +211,10 @@ def _export(stage: Stage, compiled: Any, config: dict[str, str], folder: Path) -
     try:
         blob = compiled.export_model()
     except RuntimeError as e:
-        raise EngineError(f"OpenVINO cannot export the stage {stage.name} of this model: {_last_line(e)}") from e
+        raise EngineError(f"OpenVINO cannot export the stage {stage.name} of this model: {message_lines(e)[-1]}") from e
     file = f"{stage.name}.blob"
     (folder / file).write_bytes(blob if isinstance(blob, bytes) else blob.getbuffer())
     return StagePlan(stage.name, file, tuple(stage.outputs), config)
-
-
-def _last_line(error: RuntimeError) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
 
 
 def _notes(precision: CpuPrecision, stages: Sequence[Stage]) -> list[str]:

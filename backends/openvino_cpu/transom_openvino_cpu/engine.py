@@ -5,18 +5,20 @@ from __future__ import annotations
 import contextlib
 import mmap
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from transom.errors import EngineError
+from transom.errors import EngineError, message_lines
 from transom.signature import Decoder
 from transom_openvino_cpu import names
 from transom_openvino_cpu.interrupts import held
 from transom_openvino_cpu.plan import EnginePlan, StagePlan
 from transom_openvino_cpu.signal_stack import signal_stack_kept
+from transom_openvino_cpu.thread_exits import wait_for_exits
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -48,9 +50,8 @@ class _Stage:
             with held(), signal_stack_kept():
                 self.compiled = core.import_model(ov.Tensor(blob, shared_memory=True), "CPU", {**plan.config, **config})
         except RuntimeError as e:
-            last = str(e).strip().splitlines()[-1]
             raise EngineError(
-                f"OpenVINO cannot open {path.name} of this compiled model: {last}",
+                f"OpenVINO cannot open {path.name} of this compiled model: {message_lines(e)[-1]}",
                 "Remove it with: transom cache clear",
             ) from e
         self.request = self.compiled.create_infer_request()
@@ -109,6 +110,7 @@ class OpenVinoEngine:
             core.add_extension(reader(layers))
         config = {"INFERENCE_NUM_THREADS": str(threads)} if threads else {}
         self._core = core
+        self._threads: set[int] = set()
         self._stages = [_Stage(core, stage, files[stage.file], config) for stage in plan.stages]
         self._body = next(s for s in self._stages if s.plan.name == "body")
         if plan.paged and plan.decoder is not None:
@@ -148,6 +150,7 @@ class OpenVinoEngine:
         """
         values: dict[str, Any] = {}
         results: dict[str, Array] = {}
+        self._threads.add(threading.get_native_id())
         for stage in self._stages:
             if stage.plan.name == "head":
                 hidden = self._rows(stage, values)
@@ -170,8 +173,9 @@ class OpenVinoEngine:
                     stage.put(name, inputs[name], keep=keep)
             stage.request.infer(share_outputs=True)  # otherwise every output would be copied
         except RuntimeError as e:
-            last = [line for line in str(e).splitlines() if line.strip()][-1]
-            raise EngineError(f"OpenVINO failed while running the stage {stage.plan.name}: {last}") from e
+            raise EngineError(
+                f"OpenVINO failed while running the stage {stage.plan.name}: {message_lines(e)[-1]}"
+            ) from e
 
     @staticmethod
     def _rows(stage: _Stage, values: Mapping[str, Any]) -> tuple[str, Array] | None:
@@ -201,6 +205,7 @@ class OpenVinoEngine:
             stage.drop_read_pages()
 
     def close(self) -> None:
+        wait_for_exits(self._threads)
         for stage in self._stages:
             stage.close()
         self._stages = []

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from transom.errors import EngineError
+from transom.errors import EngineError, message_lines
 from transom.graph.reading import constant_of
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def convert(node: ir.Node, inputs: Sequence[Node | None]) -> list[Node]:
     try:
         read = ov.Core().read_model(model.SerializeToString())
     except RuntimeError as e:
-        last = str(e).strip().splitlines()[-1]
+        last = message_lines(e)[-1]
         raise EngineError(f"OpenVINO cannot read the node {node.name} ({node.op_type}): {last}") from e
     for parameter, lowered in zip(read.get_parameters(), given, strict=True):
         parameter.output(0).replace(lowered)

@@ -23,23 +23,23 @@ AddedTokens::AddedTokens(const nlohmann::json& data, const Normalizer& normalize
             throw Error("The tokenizer matches the token " + token.content +
                             " only as a whole word, which this program does not know",
                         "Tokenize with another library and give the program --ids");
-        const bool normalised = one.at("normalized").get<bool>();
-        std::string text = normalised ? normalizer(token.content) : token.content;
+        const bool normalized = one.at("normalized").get<bool>();
+        std::string text = normalized ? normalizer(token.content) : token.content;
         if (!text.empty()) {
-            Index& index = normalised ? normalised_ : raw_;
+            Index& index = normalized ? normalized_ : raw_;
             const char first = text[0];
             index[first].push_back({std::move(text), id});
         }
         tokens_[id] = std::move(token);
     }
-    for (Index* index : {&raw_, &normalised_})
+    for (Index* index : {&raw_, &normalized_})
         for (auto& [first, entries] : *index)
             std::stable_sort(entries.begin(), entries.end(),
                              [](const Entry& a, const Entry& b) { return a.text.size() > b.text.size(); });
 }
 
-std::vector<Piece> AddedTokens::cut(std::string_view text, bool normalised, bool parse_special) const {
-    const Index& index = normalised ? normalised_ : raw_;
+std::vector<Piece> AddedTokens::cut(std::string_view text, bool normalized, bool parse_special) const {
+    const Index& index = normalized ? normalized_ : raw_;
     std::vector<Piece> pieces;
     size_t done = 0;
     for (size_t at = 0; at < text.size();) {

@@ -22,7 +22,7 @@ std::string normal_form(const std::string& text, int form) {
                                     static_cast<utf8proc_option_t>(UTF8PROC_STABLE | form));
     const std::unique_ptr<utf8proc_uint8_t, void (*)(void*)> owner(result, std::free);
     if (bytes < 0)
-        throw Error(std::string("The text cannot be normalised: ") + utf8proc_errmsg(bytes), "Give text in UTF-8");
+        throw Error(std::string("The text cannot be normalized: ") + utf8proc_errmsg(bytes), "Give text in UTF-8");
     return {reinterpret_cast<const char*>(result), static_cast<size_t>(bytes)};
 }
 

@@ -49,7 +49,7 @@ FAMILIES = (
 def random_texts(rng: np.random.Generator, count: int, *, old: bool = False) -> list[str]:
     """Characters from everywhere, in runs of one block, with much white space between.
 
-    `old`: only those of Unicode 3.2. The `tokenizers` package normalises by tables older than some combining marks.
+    `old`: only those of Unicode 3.2. The `tokenizers` package normalizes by tables older than some combining marks.
     """
     spaces = [" ", "  ", "\n", "\r\n", "\t", " \n ", "\u00a0", "\u3000", "\u180e", "\u2028", "\x85", "\x0b"]
     known = list(map(chr, [*range(0x20, 0x3000), *range(0x3000, 0xD800, 7), *range(0x1F300, 0x1F650)]))

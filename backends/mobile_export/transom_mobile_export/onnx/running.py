@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from transom.errors import EngineError, MissingExtra
+from transom.errors import EngineError, MissingExtra, message_lines
 from transom.graph.weights import Array
 from transom.sessions.buffered import Buffers
 from transom.signature import Decoder
@@ -57,7 +57,7 @@ class Runner:
         except KeyError as e:
             raise EngineError(f"{model.name} was not written by this backend: it lacks {e}", DAMAGED) from e
         except Exception as e:  # ONNX Runtime's exceptions have no common base
-            raise EngineError(f"ONNX Runtime cannot open {model.name}: {_first_line(e)}", DAMAGED) from e
+            raise EngineError(f"ONNX Runtime cannot open {model.name}: {message_lines(e)[0]}", DAMAGED) from e
 
     def capacity(self, tokens: int) -> int:
         return -(-tokens // GRAIN) * GRAIN
@@ -102,13 +102,11 @@ class Runner:
         try:
             self._session.run_with_iobinding(binding)
         except Exception as e:  # as above
-            raise EngineError(f"ONNX Runtime cannot run the decoder: {_first_line(e)}", "Load the model again") from e
+            raise EngineError(
+                f"ONNX Runtime cannot run the decoder: {message_lines(e)[0]}", "Load the model again"
+            ) from e
         found: Array = logits[0]
         return found
 
     def close(self) -> None:
         self._session = None
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
