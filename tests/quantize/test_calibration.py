@@ -21,6 +21,7 @@ from transom.graph.weights import dense
 from transom.quantize import calibration
 from transom.quantize.calibration import Activations, calibrate
 from transom.reference.executor import Executor
+from transom.sessions.inputs import decoder_inputs, empty_cache
 from transom.signature import Decoder, LayerCache
 from transom.testing.models import tiny_decoder
 
@@ -46,16 +47,8 @@ def observed(graph: Graph, text: Sequence[int]) -> dict[tuple[str, int], Array]:
             found[str(node.name), -1] = node.outputs[0]
     known = {id(v) for v in model.graph.outputs}
     model.graph.outputs.extend({id(v): v for v in found.values() if id(v) not in known}.values())
-    decoder, count = graph.decoder, len(text)
-    assert decoder is not None
-    index, none = np.arange(count), np.zeros(0, np.int64)
-    inputs: dict[str, Array] = {
-        "input_ids": np.array(text), "positions": index, "sequences": index * 0, "past_positions": none,
-        "past_sequences": none, "logit_rows": index,
-    }  # fmt: skip
-    for i, layer in enumerate(decoder.layers):
-        inputs[f"past_key.{i}"] = np.zeros((0, layer.kv_heads * layer.head_dim), np.float32)
-        inputs[f"past_value.{i}"] = np.zeros((0, layer.kv_heads * layer.value_dim), np.float32)
+    assert graph.decoder is not None
+    inputs = decoder_inputs([text], range(len(text)), empty_cache(graph.decoder))
     outputs = Executor(Graph(model, weights_hash="")).run(inputs)
     return {key: outputs[str(value.name)] for key, value in found.items()}
 

@@ -1,7 +1,7 @@
 """Quantized graphs: standard ONNX that other runtimes run alike, the original unchanged, errors as computed by hand.
 
-Draws: `CLOSE` is some times what a hundred models had; where a code on the edge may fall otherwise the sixth best of
-nine prompts is judged.
+Draws: what rounding costs a random model has no formula: one of six draws must be within `CLOSE`, or within the bounds
+for activations that fall between two codes (`redraws.one_within`). Errors of single products are compared exactly.
 """
 
 from __future__ import annotations
@@ -18,15 +18,18 @@ import onnxruntime
 import pytest
 from checkpoints import tiny
 from graph_fidelity import fidelity
+from redraws import one_within
 
 from transom.errors import OptionError, SourceError
 from transom.graph import Blocked, DecoderBuilder, Dense, Graph
 from transom.graph.reading import constant_of, linear_weight, vocabulary_products, weight_of
 from transom.graph.weights import Weight, dense, dequantize
+from transom.preparation.agreement import Agreement
 from transom.quantize import passes
 from transom.quantize.calibration import calibrate
 from transom.quantize.passes import QuantizedGraph, Scheme, quantize
 from transom.reference.executor import Executor
+from transom.sessions.inputs import decoder_inputs, empty_cache
 from transom.signature import Decoder, LayerCache
 from transom.sources import resolve
 from transom.testing.bench import ReferenceOracle
@@ -52,8 +55,8 @@ FAMILIES: list[tuple[str, dict[str, Any]]] = [
     ("gemma3", {"head_dim": 32, "tie_word_embeddings": False}),
 ]
 CLOSE = {"int4": (1.0, 0.3), "int8": (0.01, 0.98), "fp8": (0.2, 0.8)}
-"""Largest mean divergence and smallest correlation of these random models: some times what a hundred of them had. A
-wrong scale or a row in the wrong place is far beyond."""
+"""Largest mean divergence and smallest correlation, which `redraws.one_within` requires of these random models. A wrong
+scale or a row in the wrong place is far beyond."""
 
 
 def texts_of(rng: np.random.Generator, vocabulary: int = 61) -> list[list[int]]:
@@ -82,15 +85,8 @@ def onnx_runtime(graph: Graph, folder: Path) -> onnxruntime.InferenceSession:
 
 
 def logits_of(session: onnxruntime.InferenceSession, graph: Graph, tokens: list[int]) -> Array:
-    decoder, index, none = graph.decoder, np.arange(len(tokens)), np.zeros(0, np.int64)
-    assert decoder is not None
-    inputs = {
-        "input_ids": np.array(tokens), "positions": index, "sequences": index * 0, "past_positions": none,
-        "past_sequences": none, "logit_rows": index,
-    }  # fmt: skip
-    for i, layer in enumerate(decoder.layers):
-        inputs[f"past_key.{i}"] = np.zeros((0, layer.kv_heads * layer.head_dim), np.float32)
-        inputs[f"past_value.{i}"] = np.zeros((0, layer.kv_heads * layer.value_dim), np.float32)
+    assert graph.decoder is not None
+    inputs = decoder_inputs([tokens], range(len(tokens)), empty_cache(graph.decoder))
     return np.asarray(session.run(["logits"], inputs)[0])
 
 
@@ -101,43 +97,59 @@ def forms_of(quantized: QuantizedGraph) -> list[str]:
 
 # quantized ----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(("name", "settings"), FAMILIES, ids=[f"{n} {', '.join(s)}" for n, s in FAMILIES])
-def test_families_are_rounded_whole_and_say_nearly_the_same(
+def test_every_product_of_a_family_is_quantized_and_the_logits_stay_close(
     name: str, settings: dict[str, Any], tmp_path: Path, rng: np.random.Generator
 ) -> None:
-    graph = family(name, settings, tmp_path / "model", rng)
-    before = graph.digest()
-    texts = texts_of(rng, 256)
-    seen = calibrate(graph, texts, rows=8)
-    plain = products(graph)
-    assert all(isinstance(w, Dense) for w in plain.values())
-    for scheme in (Scheme("int4"), Scheme("int8"), Scheme("fp8", activations="fp8")):
-        found = quantize(graph, scheme, seen)
-        found.graph.check()
-        assert {layer.node for layer in found.layers} == set(plain)
-        assert forms_of(found) == [{"fp8": "float8e4m3fn"}.get(scheme.weights, scheme.weights)]
-        agreement = fidelity(graph, found.graph, [texts[1], texts[0]])
-        divergence, correlation = CLOSE[scheme.weights]
-        assert 0 < agreement.kl_mean < divergence, agreement
-        assert agreement.correlation_min > correlation, agreement
-        assert agreement.positions == 26
-    assert graph.digest() == before
+    def measure(draw: int) -> dict[str, Agreement]:
+        graph = family(name, settings, tmp_path / f"model {draw}", rng)
+        before = graph.digest()
+        texts = texts_of(rng, 256)
+        seen = calibrate(graph, texts, rows=8)
+        plain = products(graph)
+        assert all(isinstance(w, Dense) for w in plain.values())
+        agreements = {}
+        for scheme in (Scheme("int4"), Scheme("int8"), Scheme("fp8", activations="fp8")):
+            found = quantize(graph, scheme, seen)
+            found.graph.check()
+            assert {layer.node for layer in found.layers} == set(plain)
+            assert forms_of(found) == [{"fp8": "float8e4m3fn"}.get(scheme.weights, scheme.weights)]
+            agreement = fidelity(graph, found.graph, [texts[1], texts[0]])
+            assert agreement.kl_mean > 0
+            assert agreement.positions == 26
+            agreements[scheme.weights] = agreement
+        assert graph.digest() == before
+        return agreements
+
+    def bound(agreements: dict[str, Agreement]) -> bool:
+        return all(a.kl_mean < CLOSE[w][0] and a.correlation_min > CLOSE[w][1] for w, a in agreements.items())
+
+    one_within(measure, bound)
 
 
 @pytest.mark.parametrize("name", SCHEMES)
-def test_onnx_runtime_computes_the_same(name: str, tmp_path: Path, rng: np.random.Generator) -> None:
-    """As exactly as sums in another order allow. Of a few prompts, since now and then that makes an activation fall to
-    the other side of the middle between two codes, which shows."""
-    graph = tiny_decoder(rng, window=5, softcap=8.0, linear_bias=True)
-    found = quantize(graph, SCHEMES[name], calibrate(graph, texts_of(rng)))
-    session, oracle = onnx_runtime(found.graph, tmp_path), ReferenceOracle(found.graph)
-    prompts = [rng.integers(0, 61, 6).tolist() for _ in range(9)]
-    off = sorted(normalized_error(logits_of(session, graph, p), oracle.logits(p)) for p in prompts)
-    assert off[5] < 1e-5
-    assert off[-1] < (0.1 if SCHEMES[name].activations else 1e-5)
+def test_onnx_runtime_computes_a_quantized_graph_like_the_reference(
+    name: str, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    """Up to the order of sums. Where activations are quantized, that order may move one of them to the next code,
+    which changes all logits of a prompt; then six of nine prompts must agree."""
+    rounds_activations = bool(SCHEMES[name].activations)
+
+    def measure(draw: int) -> list[float]:
+        graph = tiny_decoder(rng, window=5, softcap=8.0, linear_bias=True)
+        found = quantize(graph, SCHEMES[name], calibrate(graph, texts_of(rng)))
+        folder = tmp_path / str(draw)
+        folder.mkdir()
+        session, oracle = onnx_runtime(found.graph, folder), ReferenceOracle(found.graph)
+        prompts = [rng.integers(0, 61, 6).tolist() for _ in range(9)]
+        errors = sorted(normalized_error(logits_of(session, graph, p), oracle.logits(p)) for p in prompts)
+        assert rounds_activations or errors[-1] < 1e-5
+        return errors
+
+    one_within(measure, lambda errors: errors[5] < 1e-5 and errors[-1] < 0.1)
 
 
 @pytest.mark.parametrize("name", SCHEMES)
-def test_a_rounded_graph_is_valid_keeps_its_digest_in_a_file_and_is_read_back_in_its_form(
+def test_a_saved_quantized_graph_is_valid_and_has_the_same_digest_and_weights_when_read_back(
     name: str, tmp_path: Path, rng: np.random.Generator
 ) -> None:
     graph = tiny_decoder(rng)
@@ -158,7 +170,7 @@ def test_a_rounded_graph_is_valid_keeps_its_digest_in_a_file_and_is_read_back_in
     assert (tmp_path / "graph.onnx.data").stat().st_size < 0.9 * sum(w.nbytes for w in products(graph).values())
 
 
-def test_graphs_rounded_otherwise_have_other_digests(rng: np.random.Generator) -> None:
+def test_graphs_quantized_differently_have_different_digests(rng: np.random.Generator) -> None:
     graph = tiny_decoder(rng)
     seen = calibrate(graph, texts_of(rng))
     other = calibrate(graph, texts_of(rng), percentile=90.0)
@@ -171,7 +183,9 @@ def test_graphs_rounded_otherwise_have_other_digests(rng: np.random.Generator) -
     assert quantize(unnamed, SCHEMES["int4"]).graph.weights_hash == ""
 
 
-def test_norms_biases_and_the_embedding_stay_and_the_tied_vocabulary_matrix_is_a_copy(rng: np.random.Generator) -> None:
+def test_norms_biases_and_the_embedding_are_not_quantized_and_a_tied_vocabulary_matrix_is_copied(
+    rng: np.random.Generator,
+) -> None:
     graph = tiny_decoder(rng, linear_bias=True)
     found = quantize(graph, Scheme("int8")).graph
     gather = node_of(found, "embedding")
@@ -203,7 +217,7 @@ def shared_weight(rng: np.random.Generator, stored: Callable[[Array], Weight] = 
     return b.finish_decoder(b.linear(x, two, "head"), weights_hash="w")
 
 
-def test_what_is_shared_is_rounded_once(rng: np.random.Generator) -> None:
+def test_shared_weights_and_inputs_are_quantized_once(rng: np.random.Generator) -> None:
     graph = shared_weight(rng)
     found = quantize(graph, Scheme("fp8", activations="fp8"), calibrate(graph, [[1, 2, 3, 30, 31]]))
     weights = products(found.graph)
@@ -219,7 +233,7 @@ def test_what_is_shared_is_rounded_once(rng: np.random.Generator) -> None:
     assert found.layers[0].output_error != found.layers[2].output_error
 
 
-def test_activations_are_rounded_by_their_largest_magnitude_or_the_percentile(rng: np.random.Generator) -> None:
+def test_the_scale_of_activations_is_their_largest_magnitude_or_a_percentile(rng: np.random.Generator) -> None:
     graph = tiny_decoder(rng)
     texts = texts_of(rng)
     for percentile in (None, 95.0):
@@ -244,7 +258,7 @@ def test_activations_are_rounded_by_their_largest_magnitude_or_the_percentile(rn
         assert not any(n.op_type == "QuantizeLinear" for n in quantize(graph, Scheme("fp8"), seen).graph.nodes())
 
 
-def test_activations_beyond_the_bound_are_cut_off_and_zeros_stay(tmp_path: Path, rng: np.random.Generator) -> None:
+def test_activations_beyond_the_bound_are_clipped_and_zeros_stay_zero(tmp_path: Path, rng: np.random.Generator) -> None:
     """In the reference as in ONNX Runtime."""
     b = DecoderBuilder("steps", Decoder("toy", 4, 32, 8, (LayerCache(1, 1, 32, 32),)))
     table = np.zeros((4, 32), np.float32)
@@ -282,7 +296,7 @@ def test_weights_in_blocks_stay_as_they_are(stored: Any, rng: np.random.Generato
     np.testing.assert_array_equal(ReferenceOracle(found.graph).logits(tokens), ReferenceOracle(graph).logits(tokens))
 
 
-def test_products_to_keep_are_named_or_told_by_a_function(rng: np.random.Generator) -> None:
+def test_products_to_keep_are_given_by_name_or_by_a_function(rng: np.random.Generator) -> None:
     graph = tiny_decoder(rng)
     assert vocabulary_products(graph) == {"head"}
     by_name = quantize(graph, Scheme("int4", keep=vocabulary_products(graph)))
@@ -298,7 +312,7 @@ def test_products_to_keep_are_named_or_told_by_a_function(rng: np.random.Generat
     assert "layers.0.q" in str(told.value)
 
 
-def test_a_product_left_beside_rounded_ones_reads_the_exact_input(rng: np.random.Generator) -> None:
+def test_a_product_that_is_kept_reads_the_exact_input_beside_quantized_ones(rng: np.random.Generator) -> None:
     graph = tiny_decoder(rng)
     seen = calibrate(graph, texts_of(rng))
     found = quantize(graph, Scheme("fp8", activations="fp8", keep=["layers.0.k"]), seen).graph
@@ -310,7 +324,7 @@ def test_a_product_left_beside_rounded_ones_reads_the_exact_input(rng: np.random
 
 # errors ---------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", SCHEMES)
-def test_errors_are_those_measured_by_hand(
+def test_reported_errors_equal_those_computed_by_hand(
     name: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     graph = tiny_decoder(rng)
@@ -339,7 +353,7 @@ def test_errors_are_those_measured_by_hand(
     assert [a.weight_error for a in unseen.layers] == [b.weight_error for b in found.layers]
 
 
-def test_table_has_every_product_the_worst_first_and_the_notes_have_one_line(rng: np.random.Generator) -> None:
+def test_the_table_lists_every_product_worst_first_and_the_summary_is_one_line(rng: np.random.Generator) -> None:
     graph = tiny_decoder(rng)
     found = quantize(graph, Scheme("int4", keep=["head"]), calibrate(graph, texts_of(rng)))
     head, *lines = found.table().splitlines()
@@ -356,7 +370,7 @@ def test_table_has_every_product_the_worst_first_and_the_notes_have_one_line(rng
     assert "\n" not in found.summary
 
 
-def test_what_cannot_be_rounded_is_refused_by_the_name_of_its_product(rng: np.random.Generator) -> None:
+def test_an_error_names_the_product_that_cannot_be_quantized(rng: np.random.Generator) -> None:
     graph = tiny_decoder(rng, hidden=48)
     with pytest.raises(OptionError, match=r"layers\.0\.q: Blocks of 32 columns do not fit into the 48 columns"):
         quantize(graph, Scheme("int4"))
@@ -396,7 +410,7 @@ def test_schemes_that_do_not_exist_are_refused(settings: dict[str, Any], words: 
         Scheme(**settings)
 
 
-def test_no_weight_is_rounded_before_the_graph_runs_but_for_the_errors(rng: np.random.Generator) -> None:
+def test_weights_are_read_only_to_quantize_them_and_to_measure_the_error(rng: np.random.Generator) -> None:
     reads = 0
 
     def stored(array: Array) -> Weight:
@@ -416,21 +430,25 @@ def test_no_weight_is_rounded_before_the_graph_runs_but_for_the_errors(rng: np.r
 
 
 @pytest.mark.parametrize("variant", ["everything", "float16", "bfloat16", "value_width"])
-def test_every_form_of_decoder_is_rounded(variant: str, rng: np.random.Generator) -> None:
+def test_every_form_of_decoder_is_quantized_and_its_logits_stay_close(variant: str, rng: np.random.Generator) -> None:
     settings = {**VARIANTS[variant]}
     if variant == "everything":
         settings["weights"] = "bfloat16"
-    graph = tiny_decoder(rng, **settings)
-    texts = texts_of(rng)
-    found = quantize(graph, Scheme("int8", activations="fp8"), calibrate(graph, texts))
-    found.graph.check()
-    assert len(found.layers) == len(products(graph))
-    agreement = fidelity(graph, found.graph, texts)
-    assert 0 < agreement.kl_mean < 0.05, agreement
-    assert agreement.correlation_min > 0.98
+
+    def measure(draw: int) -> Agreement:
+        graph = tiny_decoder(rng, **settings)
+        texts = texts_of(rng)
+        found = quantize(graph, Scheme("int8", activations="fp8"), calibrate(graph, texts))
+        found.graph.check()
+        assert len(found.layers) == len(products(graph))
+        agreement = fidelity(graph, found.graph, texts)
+        assert agreement.kl_mean > 0
+        return agreement
+
+    one_within(measure, lambda a: a.kl_mean < 0.05 and a.correlation_min > 0.98)
 
 
-def test_fidelity_is_that_of_all_positions_of_all_texts(rng: np.random.Generator) -> None:
+def test_fidelity_covers_all_positions_of_all_texts(rng: np.random.Generator) -> None:
     graph, texts = tiny_decoder(rng), texts_of(rng)
     other = quantize(graph, Scheme("int4")).graph
     shares: list[float] = []
@@ -445,16 +463,12 @@ def test_fidelity_is_that_of_all_positions_of_all_texts(rng: np.random.Generator
     assert (same.kl_mean, same.top1, same.max_abs) == (0.0, 1.0, 0.0)
 
 
-def test_a_rounded_graph_streams_its_weights_like_any_other(rng: np.random.Generator) -> None:
+def test_a_quantized_graph_runs_with_weights_that_are_loaded_node_by_node(rng: np.random.Generator) -> None:
     """The executor keeps only what one node needs, including quantized weights."""
     graph = tiny_decoder(rng)
     found = quantize(graph, Scheme("fp8")).graph
     tokens = rng.integers(0, 61, 7).tolist()
     wanted = ReferenceOracle(found).logits(tokens)
-    index, none = np.arange(7), np.zeros(0, np.int64)
-    inputs: dict[str, Array] = {
-        "input_ids": np.array(tokens), "positions": index, "sequences": index * 0, "past_positions": none,
-        "past_sequences": none, "logit_rows": index,
-        **{f"past_{part}.{i}": np.zeros((0, 32), np.float32) for part in ("key", "value") for i in range(2)},
-    }  # fmt: skip
+    assert found.decoder is not None
+    inputs = decoder_inputs([tokens], range(7), empty_cache(found.decoder))
     np.testing.assert_array_equal(Executor(found).run(inputs)["logits"], wanted)

@@ -15,11 +15,12 @@ import onnx_ir as ir
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from redraws import without_close_choices
 from running import Running, parted, reference, session
 
 from transom.graph import Graph
 from transom.graph.sparse import with_sparsity
-from transom.ops import Array, sparse_attention
+from transom.ops import Array
 from transom.ops.sparse_routing import ScoreParams, route
 from transom.preparation.agreement import compare
 from transom.programs.onnx_writing import BOOL, FLOAT, INT64, OnnxWriter
@@ -56,22 +57,12 @@ CLOSE = 1e-5
 
 def clear(rng: np.random.Generator, graph: Graph, lengths: Sequence[int]) -> tuple[list[list[int]], Array]:
     """Random parts of these lengths of which no choice is a near one, and the reference's logits of them."""
-    choose, margins = sparse_attention.choose, []
 
-    def watched(*arguments: Any) -> Any:
-        found = choose(*arguments)
-        margins.extend(choice.route.margin for choice in found)
-        return found
-
-    for _ in range(40):
-        margins.clear()
+    def draw() -> tuple[list[list[int]], Array]:
         parts = parted(rng, 61, lengths)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sparse_attention, "choose", watched)
-            wanted = reference(graph, parts)
-        if min(margins) > CLOSE:
-            return parts, wanted
-    raise AssertionError("no choice in 40 draws was clear")
+        return parts, reference(graph, parts)
+
+    return without_close_choices(draw, CLOSE)
 
 
 def policy(**fields: Any) -> Sparsity:

@@ -16,12 +16,12 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from qnn_models import CPU, draw, needs_qnn, opened, options
+from redraws import without_close_choices
 
 from transom.contract import Limits, Work
 from transom.errors import OptionError
 from transom.graph import Graph
 from transom.graph.sparse import with_sparsity
-from transom.ops import sparse_attention
 from transom.ops.sparse_attention import OBSERVER, attend
 from transom.ops.sparse_routing import HeadRoute
 from transom.preparation.agreement import compare
@@ -283,22 +283,12 @@ def clearly_wanted(
     rng: np.random.Generator, graph: Graph, begin: Sequence[Sequence[int]] = (), close: float = CLOSE
 ) -> tuple[Any, Array]:
     """Random chunks that begin with some, in the sizes of `STEPS`, and their `wanted`; no choice is a near one."""
-    choose, margins = sparse_attention.choose, []
 
-    def watched(*arguments: Any) -> Any:
-        found = choose(*arguments)
-        margins.extend(choice.route.margin for choice in found)
-        return found
-
-    for _ in range(40):
-        margins.clear()
+    def drawn_chunks() -> tuple[list[Sequence[int]], Array]:
         chunks = [*begin, *cut(draw(rng, graph, sum(STEPS)))[len(begin) :]]
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sparse_attention, "choose", watched)
-            expected = wanted(graph, chunks)
-        if min(margins) > close:
-            return chunks, expected
-    raise AssertionError("no choice in 40 draws was clear")
+        return chunks, wanted(graph, chunks)
+
+    return without_close_choices(drawn_chunks, close)
 
 
 def rows(session: Any, state: Any, chunks: Sequence[Sequence[int]]) -> Array:
