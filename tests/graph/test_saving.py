@@ -17,6 +17,7 @@ import pytest
 
 from transom.errors import SourceError
 from transom.graph import Dense, Graph, GraphBuilder
+from transom.sessions.inputs import decoder_inputs, empty_cache
 from transom.testing.bench import ReferenceOracle
 from transom.testing.compare import compare_rows
 from transom.testing.models import VARIANTS, tiny_decoder
@@ -49,15 +50,7 @@ def test_saved_graph_runs_in_onnx_runtime_without_transom(
     decoder = graph.decoder
     assert decoder is not None
     tokens = rng.integers(0, decoder.vocabulary, 9)
-    index, none = np.arange(9, dtype=np.int64), np.zeros(0, np.int64)
-    inputs = {
-        "input_ids": tokens, "positions": index, "sequences": index * 0, "past_positions": none,
-        "past_sequences": none, "logit_rows": index,
-    }  # fmt: skip
-    for i, layer in enumerate(decoder.layers):
-        inputs[f"past_key.{i}"] = np.zeros((0, layer.kv_heads * layer.head_dim), np.float32)
-        inputs[f"past_value.{i}"] = np.zeros((0, layer.kv_heads * layer.value_dim), np.float32)
-    logits = session.run(["logits"], inputs)[0]
+    logits = session.run(["logits"], decoder_inputs([tokens], range(9), empty_cache(decoder)))[0]
     compare_rows(logits, ReferenceOracle(graph).logits(tokens.tolist()), 1e-5, "logits in ONNX Runtime")
 
 

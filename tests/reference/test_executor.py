@@ -19,6 +19,7 @@ from transom.errors import UnsupportedError
 from transom.graph import Blocked, BlockedArrays, Dense, Graph, GraphBuilder
 from transom.graph.weights import dense
 from transom.reference.executor import Executor
+from transom.sessions.inputs import decoder_inputs, empty_cache
 from transom.testing.bench import ReferenceOracle
 from transom.testing.models import VARIANTS, tiny_decoder
 
@@ -282,13 +283,9 @@ def test_an_observer_sees_each_node_with_what_it_read_and_made(rng: np.random.Ge
         assert len(inputs) == len(node.inputs)
         seen[str(node.name)] = inputs, outputs
 
-    executor, tokens = Executor(graph), np.arange(5)
-    none = np.zeros(0, np.int64)
-    inputs: dict[str, Any] = {
-        "input_ids": tokens, "positions": tokens, "sequences": tokens * 0, "past_positions": none,
-        "past_sequences": none, "logit_rows": tokens,
-        **{f"past_{part}.{i}": np.zeros((0, 32), np.float32) for part in ("key", "value") for i in range(2)},
-    }  # fmt: skip
+    assert graph.decoder is not None
+    executor = Executor(graph)
+    inputs = decoder_inputs([range(5)], range(5), empty_cache(graph.decoder))
     logits = executor.run(inputs, observe=observe)["logits"]
     assert set(seen) == {str(n.name) for n in graph.nodes()} - {"embedding"}
     left, right = seen["layers.0.q"][0]

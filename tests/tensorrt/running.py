@@ -1,4 +1,4 @@
-"""Runs a lowered network in onnxruntime as it stands, every optimisation off, step by step with its caches."""
+"""Runs a lowered network in onnxruntime without optimizations, step by step with its caches."""
 
 from __future__ import annotations
 
@@ -10,11 +10,8 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 
-from transom.contract import Limits, Work
 from transom.graph import Graph
 from transom.programs.reading import GraphReader
-from transom.reference.executor import Executor
-from transom.sessions import PackedSession
 from transom_tensorrt.compiling import requantize
 from transom_tensorrt.lowering import LoweredNetwork, RtxKernels, lower
 from transom_tensorrt.precision import RtxPrecision
@@ -65,15 +62,3 @@ class Running:
             found.append(self.step(caches, [part], [at]))
             at += len(part)
         return np.concatenate(found)
-
-
-def reference(graph: Graph, parts: Sequence[Sequence[int]]) -> Array:
-    """The NumPy reference's logits of the same, float32 [tokens, vocabulary]."""
-    assert graph.decoder is not None
-    packed = PackedSession(Executor(graph, keep_weights=True).run, graph.decoder, Limits(1, 4096, 4096, 0))
-    state = packed.new_state()
-    return np.concatenate([np.asarray(packed.step([Work(state, part, "all")])[0]) for part in parts])
-
-
-def parted(rng: np.random.Generator, vocabulary: int, lengths: Sequence[int]) -> list[list[int]]:
-    return [rng.integers(0, vocabulary, n).tolist() for n in lengths]

@@ -13,8 +13,9 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 from models import sample_model
+from parted import reference
 from rtx_parts.decoders import changed, plain
-from running import Running, reference
+from running import Running
 from targets import built, content, summaries
 
 from transom.graph.reading import vocabulary_products

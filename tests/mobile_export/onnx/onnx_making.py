@@ -11,11 +11,10 @@ from typing import Any
 import numpy as np
 import onnxruntime_genai as og
 
-from transom.contract import Artifact, Device, Limits, Work
+from transom.contract import Artifact, Device, Work
 from transom.graph import Graph
 from transom.hardware.cpu import probe_cpu
-from transom.reference.executor import Executor
-from transom.sessions import BufferedSession, PackedSession
+from transom.sessions import BufferedSession
 from transom.text.defaults import GenerationDefaults
 from transom_mobile_export.onnx.backend import OnnxDecoder
 
@@ -87,18 +86,6 @@ def logits(session: BufferedSession, parts: Sequence[Sequence[int]]) -> Array:
     """Of one sequence that comes in parts, float32 [tokens, vocabulary]."""
     state = session.new_state()
     return np.concatenate([np.asarray(session.step([Work(state, part, "all")])[0]) for part in parts])
-
-
-def reference(graph: Graph, parts: Sequence[Sequence[int]]) -> Array:
-    """The NumPy reference's logits of the same."""
-    assert graph.decoder is not None
-    packed = PackedSession(Executor(graph, keep_weights=True).run, graph.decoder, Limits(1, 4096, 4096, 0))
-    state = packed.new_state()
-    return np.concatenate([np.asarray(packed.step([Work(state, part, "all")])[0]) for part in parts])
-
-
-def parted(rng: np.random.Generator, vocabulary: int, lengths: Sequence[int]) -> list[list[int]]:
-    return [rng.integers(0, vocabulary, n).tolist() for n in lengths]
 
 
 def greedy(session: BufferedSession, ids: Sequence[int], count: int, ends: Sequence[int] = ()) -> list[int]:

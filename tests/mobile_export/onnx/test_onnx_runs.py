@@ -17,7 +17,8 @@ import numpy as np
 import onnxruntime_genai as og
 import pytest
 from models import sample_model
-from onnx_making import Made, app_files, genai_greedy, genai_logits, greedy, logits, made, parted, reference
+from onnx_making import Made, app_files, genai_greedy, genai_logits, greedy, logits, made
+from parted import parted, reference
 
 from transom.preparation.agreement import compare
 from transom.sources import resolve

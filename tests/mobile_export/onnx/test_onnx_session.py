@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from onnx_making import CPU, Made, logits, made, options, parted, reference
+from onnx_making import CPU, Made, logits, made, options
+from parted import parted, reference
 
 from transom.contract import Artifact, Work
 from transom.errors import EngineError, MissingExtra
