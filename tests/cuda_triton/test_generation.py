@@ -2,7 +2,7 @@
 
 Draws: float32 agrees to 1e-4 of the largest logit, a hundred times its rounding. Models are drawn again until no greedy
 token leads by less than that, and no sparse choice is closer to another one than `CLOSE`. What float16, int8 and fp8
-cost a random model has no formula: one of six draws must be within each bound (`redraws.one_within`).
+cost a random model has no formula: one of eight draws must be within each bound (`redraws.one_within`).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Whole decoders: lowered to a program, run by the native library, and compared with the NumPy reference.
 
 Draws: float32 agrees to 1e-5, a hundred times its rounding. What narrower arithmetic costs a random model has no
-formula: one of six draws must be within `GARBAGE` (`redraws.one_within`).
+formula: one of eight draws must be within `GARBAGE` (`redraws.one_within`).
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ def _assert_near(
     precisions: Sequence[CpuPrecision],
     levels: Sequence[str],
 ) -> None:
-    """The worst row of logits is within `GARBAGE`, for all precisions and levels of one of six draws.
+    """The worst row of logits is within `GARBAGE`, for all precisions and levels of one of eight draws.
 
     Args:
         graph_of: draws a model; takes the number of the draw.

@@ -1,7 +1,7 @@
 """Sparse attention over whole decoders: what the native library chooses and gives, beside the NumPy reference.
 
 Draws: a model is drawn again until no choice is closer to another one than `CLOSE`. Narrow caches are judged by a
-quarter of their rows, since one unit at the edge of a choice changes all later rows; one of six draws must be within
+quarter of their rows, since one unit at the edge of a choice changes all later rows; one of eight draws must be within
 the bound (`redraws.one_within`).
 """
 

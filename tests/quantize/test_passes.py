@@ -1,6 +1,6 @@
 """Quantized graphs: standard ONNX that other runtimes run alike, the original unchanged, errors as computed by hand.
 
-Draws: what rounding costs a random model has no formula: one of six draws must be within `CLOSE`, or within the bounds
+Draws: what rounding costs a random model has no formula: one of eight draws must be within `CLOSE`, or within the bounds
 for activations that fall between two codes (`redraws.one_within`). Errors of single products are compared exactly.
 """
 

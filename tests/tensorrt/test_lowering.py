@@ -1,7 +1,7 @@
 """The network for TensorRT computes the same as the NumPy reference: onnxruntime runs it unchanged.
 
 Draws: float32 agrees to 1e-4, a hundred times its rounding. What 16 or 8 bits cost a random model has no formula: one
-of six draws must be within each bound (`redraws.one_within`).
+of eight draws must be within each bound (`redraws.one_within`).
 """
 
 from __future__ import annotations

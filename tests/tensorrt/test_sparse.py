@@ -1,7 +1,7 @@
 """Sparse attention in static shapes chooses what the reference chooses, and reads nothing else.
 
 Draws: `clear` draws again until no choice is closer to another one than float32 rounding. What float16 costs has no
-formula: one of six draws must be within the bound (`redraws.one_within`).
+formula: one of eight draws must be within the bound (`redraws.one_within`).
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -64,9 +65,16 @@ def tiny(rng: np.random.Generator, *, vocabulary: int = 96, context: int = 40, w
 # ----------------------------------------------------------------------------------------------------------- reference
 
 
-def reference(model: Tiny, ids: Sequence[int], kind: str = "float32", scale: float = 1.0) -> Array:
-    """Logits [tokens, vocabulary], computed at once; keys and values as a cache of that kind holds them."""
-    tokens = len(ids)
+def reference(
+    model: Tiny, ids: Sequence[int], kind: str = "float32", scale: float = 1.0, edges: list[float] | None = None
+) -> Array:
+    """Logits [tokens, vocabulary], computed at once.
+
+    Args:
+        kind: the type of the cache, whose rounding keys and values get.
+        edges: for uint8, gets the distance of the nearest key or value to the middle between two codes, in codes.
+    """
+    tokens, edges = len(ids), [] if edges is None else edges
     x = model.embedding[list(ids)] * np.float32(scale) + model.positions[:tokens]
     for layer, window in zip(model.layers, model.windows, strict=True):
 
@@ -74,7 +82,7 @@ def reference(model: Tiny, ids: Sequence[int], kind: str = "float32", scale: flo
             return (x @ layer[matrix]).reshape(tokens, count, COLUMNS).transpose(1, 0, 2)
 
         q = heads("q", HEADS)
-        k, v = (np.repeat(_kept(heads(name, KV_HEADS), kind), HEADS // KV_HEADS, axis=0) for name in "kv")
+        k, v = (np.repeat(_kept(heads(name, KV_HEADS), kind, edges), HEADS // KV_HEADS, axis=0) for name in "kv")
         distance = np.arange(tokens)[:, None] - np.arange(tokens)
         seen = (distance >= 0) & ((distance < window) if window else True)
         scores = q @ k.transpose(0, 2, 1) / np.float32(np.sqrt(COLUMNS)) + np.where(seen, 0, np.float32(LOW))
@@ -85,16 +93,84 @@ def reference(model: Tiny, ids: Sequence[int], kind: str = "float32", scale: flo
     return logits
 
 
+LEAD = {"float32": 0.01, "float16": 0.05, "uint8": 0.01}
+"""Smallest lead of a greedy token's logit over the next, by the type of the cache.
+
+float32: a score of attention is a sum of four products of numbers below 30, so it is off by 4 * 30 * 6e-8 = 7e-6.
+Shares of attention, scores of the second layer and logits each multiply an error by less than 10: 1e-3 at most.
+float16: an error may round a number in the cache to its neighbor, up to 2^-9 away. That changes a score by 0.01, a
+share by a quarter of it, and the logits by 0.015 at most; a few such changes add up to 0.05.
+"""
+EDGE = 1e-3
+"""Smallest distance of a number from the middle between two codes of a cache in uint8, in steps of 1/16: six times the
+error of a key or a value in float32."""
+
+
 def greedy(logits_of: Callable[[list[int]], Array], prompt: Sequence[int], count: int) -> list[int]:
     """Tokens that follow a prompt, without a cache."""
-    ids = list(prompt)
+    return _greedy(logits_of, prompt, count)[0]
+
+
+def _greedy(logits_of: Callable[[list[int]], Array], prompt: Sequence[int], count: int) -> tuple[list[int], float]:
+    """And the smallest lead of one of them over the next best token."""
+    ids, lead = list(prompt), np.inf
     for _ in range(count):
-        ids.append(int(np.argmax(logits_of(ids)[-1])))
-    return ids[len(prompt) :]
+        row = logits_of(ids)[-1]
+        second, first = np.sort(row)[-2:]
+        lead = min(lead, float(first - second))
+        ids.append(int(np.argmax(row)))
+    return ids[len(prompt) :], lead
 
 
-def _kept(values: Array, kind: str) -> Array:
+def clear_answer(
+    rng: np.random.Generator,
+    length: int,
+    count: int,
+    *,
+    kind: str = "float32",
+    scale: float = 1.0,
+    wanted: Callable[[list[int]], bool] = lambda answer: True,
+    **form: Any,
+) -> tuple[Tiny, list[int], list[int]]:
+    """A random model and prompt whose greedy tokens do not depend on rounding: the model, the prompt, and the tokens.
+
+    A draw is made again until each token leads by `LEAD` and no number of a uint8 cache is within `EDGE` of two codes;
+    one in twenty is clear or more, so a thousand draws fail once in 10^22 runs.
+
+    Args:
+        length: of the prompt. count: of the answer.
+        wanted: a further condition that the answer must meet.
+        form: arguments of `tiny`.
+    """
+    for _ in range(1000):
+        model = tiny(rng, **form)
+        prompt = [int(token) for token in rng.integers(model.vocabulary, size=length)]
+        edges: list[float] = [np.inf]
+        logits_of = partial(reference, model, kind=kind, scale=scale, edges=edges)
+        answer, lead = _greedy(logits_of, prompt, count)
+        if lead > LEAD[kind] and min(edges) > EDGE and wanted(answer):
+            return model, prompt, answer
+    raise AssertionError("none of 1000 models had a clear answer")
+
+
+CHECKED = (1, 2, 3, 4, 5, 6, 7)
+"""The check prompt of a bundle."""
+
+
+def verified(rng: np.random.Generator, kind: str = "float32", scale: float = 1.0) -> Tiny:
+    """A random model whose most likely tokens for `CHECKED` do not depend on rounding; shifting the head by one column
+    changes all of them."""
+    for _ in range(1000):
+        model, edges = tiny(rng), [np.inf]
+        rows = np.sort(reference(model, CHECKED, kind, scale, edges))
+        if (rows[:, -1] - rows[:, -2]).min() > LEAD[kind] and min(edges) > EDGE:
+            return model
+    raise AssertionError("none of 1000 models had clear tokens")
+
+
+def _kept(values: Array, kind: str, edges: list[float]) -> Array:
     if kind == "uint8":
+        edges.append(float(np.abs(values / STEP % 1 - 0.5).min()))
         kept: Array = ((np.clip(np.rint(values / STEP) + 128, 0, 255) - 128) * STEP).astype(np.float32)
     else:
         kept = values.astype(NUMPY[kind]).astype(np.float32)

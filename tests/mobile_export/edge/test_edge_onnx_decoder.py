@@ -1,7 +1,6 @@
 """The variant `onnx` in the runner: its tokens are those of the same graph in Python, which has no cache there.
 
-Draws: greedy tokens are Python's but for ties nearer than the rounding of float32, once in some 10^5 tokens; where a
-test needs an answer that ends, models are drawn until one has it.
+Draws: `clear_answer` draws models again until no greedy token depends on rounding.
 """
 
 from __future__ import annotations
@@ -15,7 +14,19 @@ import numpy as np
 import onnxruntime
 import pytest
 from edge_bundles import PHONE, variant, write_bundle
-from edge_models import COLUMNS, KV_HEADS, NUMPY, Tiny, genai_graph, greedy, reference, tiny
+from edge_models import (
+    CHECKED,
+    COLUMNS,
+    KV_HEADS,
+    NUMPY,
+    Tiny,
+    clear_answer,
+    genai_graph,
+    greedy,
+    reference,
+    tiny,
+    verified,
+)
 from tokenizers import Tokenizer, decoders, models
 
 Run = Callable[..., Any]
@@ -30,7 +41,7 @@ def letters(vocabulary: int) -> bytes:
 
 
 def make(folder: Path, model: Tiny, *, kind: str = "float32", generation: dict[str, Any] | None = None) -> None:
-    prompt = [1, 2, 3, 4, 5, 6, 7]
+    prompt = list(CHECKED)
     best = [int(token) for token in np.argmax(reference(model, prompt, kind), -1)]
     files = {
         "onnx/model.onnx": genai_graph(model, kind),
@@ -61,10 +72,11 @@ def python_greedy(model: Tiny, kind: str, prompt: list[int], count: int) -> list
 
 
 @pytest.mark.parametrize("kind", ["float32", "float16"])
-def test_greedy_tokens_are_pythons(edge: Run, tmp_path: Path, rng: np.random.Generator, kind: str) -> None:
-    model = tiny(rng)
+def test_greedy_tokens_are_those_of_onnxruntime_in_python(
+    edge: Run, tmp_path: Path, rng: np.random.Generator, kind: str
+) -> None:
+    model, prompt, _ = clear_answer(rng, 9, 25, kind=kind)
     make(tmp_path, model, kind=kind)
-    prompt = [int(token) for token in rng.integers(model.vocabulary, size=9)]
     said = edge(tmp_path, "--ids", ",".join(map(str, prompt)), "--print-ids", "--max-tokens", "25", "--stats")
     assert said.returncode == 0, said.stderr
     assert [int(token) for token in said.stdout.split(",")] == python_greedy(model, kind, prompt, 25)
@@ -73,41 +85,42 @@ def test_greedy_tokens_are_pythons(edge: Run, tmp_path: Path, rng: np.random.Gen
 
 
 def test_a_long_prompt_goes_in_chunks(edge: Run, tmp_path: Path, rng: np.random.Generator) -> None:
-    model = tiny(rng, context=600)
+    model, prompt, _ = clear_answer(rng, 523, 5, context=600)
     make(tmp_path, model)
-    prompt = [int(token) for token in rng.integers(model.vocabulary, size=523)]
     said = edge(tmp_path, "--ids", ",".join(map(str, prompt)), "--print-ids", "--max-tokens", "5")
     assert [int(token) for token in said.stdout.split(",")] == python_greedy(model, "float32", prompt, 5)
 
 
 def test_text_in_and_text_out(edge: Run, tmp_path: Path, rng: np.random.Generator) -> None:
-    model = tiny(rng)
+    model, prompt, _ = clear_answer(rng, 5, 10)
     make(tmp_path, model)
-    prompt = [3, 1, 4, 1, 5]
     said = edge(tmp_path, "--prompt", "".join(chr(0x100 + i) for i in prompt), "--max-tokens", "10")
     assert said.stdout == "".join(chr(0x100 + i) for i in python_greedy(model, "float32", prompt, 10)) + "\n"
 
 
-def test_an_answer_ends_where_the_bundle_says(edge: Run, tmp_path: Path, rng: np.random.Generator) -> None:
-    prompt, end = [5, 6, 7], None
-    for _ in range(100):  # some models repeat a single token
-        model = tiny(rng)
-        wanted = greedy(lambda ids, model=model: reference(model, ids), prompt, 20)
-        end = next((i for i, token in enumerate(wanted) if i > 2 and token not in wanted[:i]), None)
-        if end is not None:
-            break
-    assert end is not None, "no draw in 100 had an answer that ends"
+def test_an_answer_ends_at_the_bundles_end_token_or_stop_string(
+    edge: Run, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    def first_new(answer: list[int]) -> int | None:
+        """The place of the first token behind the third that has not come before; some models repeat a single one."""
+        return next((i for i, token in enumerate(answer) if i > 2 and token not in answer[:i]), None)
+
+    model, prompt, wanted = clear_answer(rng, 3, 20, wanted=lambda answer: first_new(answer) is not None)
+    end, ids = first_new(wanted), ",".join(map(str, prompt))
+    assert end is not None
     make(tmp_path, model, generation={"eos_ids": [wanted[end]]})
-    said = edge(tmp_path, "--ids", "5,6,7", "--print-ids", "--max-tokens", "20", "--stats")
+    said = edge(tmp_path, "--ids", ids, "--print-ids", "--max-tokens", "20", "--stats")
     assert [int(token) for token in said.stdout.split(",")] == wanted[:end]
     assert "(end)" in said.stderr
     make(tmp_path, model, generation={"eos_ids": [], "stop": [chr(0x100 + wanted[end])], "max_new_tokens": 20})
-    said = edge(tmp_path, "--ids", "5,6,7", "--stats")
+    said = edge(tmp_path, "--ids", ids, "--stats")
     assert said.stdout == "".join(chr(0x100 + i) for i in wanted[:end]) + "\n"
     assert "(stop)" in said.stderr
 
 
-def test_the_context_bounds_an_answer_and_a_prompt(edge: Run, tmp_path: Path, rng: np.random.Generator) -> None:
+def test_an_answer_ends_with_the_context_and_a_longer_prompt_is_refused(
+    edge: Run, tmp_path: Path, rng: np.random.Generator
+) -> None:
     model = tiny(rng, context=12)
     make(tmp_path, model)
     said = edge(tmp_path, "--ids", "1,2,3,4", "--print-ids", "--stats")
@@ -118,15 +131,16 @@ def test_the_context_bounds_an_answer_and_a_prompt(edge: Run, tmp_path: Path, rn
     assert said.stderr == "transom-edge: The prompt has 12 tokens, and the context holds 12. Give a shorter prompt.\n"
 
 
-def test_defaults_out_of_their_range_are_left_out(edge: Run, tmp_path: Path, rng: np.random.Generator) -> None:
+def test_sampling_defaults_out_of_range_are_ignored(edge: Run, tmp_path: Path, rng: np.random.Generator) -> None:
     """As Transom leaves them out; none of them keeps an answer from being drawn."""
-    model = tiny(rng)
+    model, prompt, _ = clear_answer(rng, 2, 8)
+    ids = ",".join(map(str, prompt))
     wild = {"min_p": 7, "top_p": -1, "top_k": -1, "temperature": 1e300, "repetition_penalty": 0}
     make(tmp_path, model, generation={"eos_ids": [], "stop": [""], "max_new_tokens": 0, **wild})
-    words = (tmp_path, "--ids", "1,2", "--print-ids", "--max-tokens", "8")
-    assert edge(*words).stdout == ",".join(map(str, python_greedy(model, "float32", [1, 2], 8))) + "\n"
+    words = (tmp_path, "--ids", ids, "--print-ids", "--max-tokens", "8")
+    assert edge(*words).stdout == ",".join(map(str, python_greedy(model, "float32", prompt, 8))) + "\n"
     assert edge(*words, "--temperature", "0.8").returncode == 0
-    assert len(edge(tmp_path, "--ids", "1,2").stdout) == model.context - 2 + 1
+    assert len(edge(tmp_path, "--ids", ids).stdout) == model.context - 2 + 1
     for damage in ({"suppress_ids": [-1]}, {"eos_ids": [1e300]}, {"top_k": "many"}, {"stop": [1]}):
         make(tmp_path, model, generation=damage)
         said = edge(*words)
@@ -134,7 +148,7 @@ def test_defaults_out_of_their_range_are_left_out(edge: Run, tmp_path: Path, rng
         assert "generation.json is damaged" in said.stderr
 
 
-def test_a_seed_draws_the_same_tokens_again(edge: Run, tmp_path: Path, rng: np.random.Generator) -> None:
+def test_a_seed_gives_the_same_tokens_again(edge: Run, tmp_path: Path, rng: np.random.Generator) -> None:
     make(tmp_path, tiny(rng))
     sampled = ("--ids", "1,2", "--print-ids", "--max-tokens", "20", "--temperature", "1.5", "--top-p", "0.9")
     first, again = (edge(tmp_path, *sampled, "--seed", "7").stdout for _ in range(2))
@@ -142,8 +156,8 @@ def test_a_seed_draws_the_same_tokens_again(edge: Run, tmp_path: Path, rng: np.r
     assert len({edge(tmp_path, *sampled, "--seed", str(seed)).stdout for seed in range(4)}) > 1
 
 
-def test_the_reference_is_compared_with(edge: Run, tmp_path: Path, rng: np.random.Generator) -> None:
-    model = tiny(rng)
+def test_verify_compares_with_the_bundles_reference(edge: Run, tmp_path: Path, rng: np.random.Generator) -> None:
+    model = verified(rng)
     make(tmp_path, model)
     said = edge(tmp_path, "--verify")
     assert said.stdout == "onnx: 7 of 7 most likely tokens match the reference\n"
@@ -155,7 +169,9 @@ def test_the_reference_is_compared_with(edge: Run, tmp_path: Path, rng: np.rando
     assert said.returncode == 1
 
 
-def test_a_model_that_cannot_be_opened_is_one_sentence(edge: Run, tmp_path: Path, rng: np.random.Generator) -> None:
+def test_a_model_that_cannot_be_opened_is_reported_in_one_sentence(
+    edge: Run, tmp_path: Path, rng: np.random.Generator
+) -> None:
     make(tmp_path, tiny(rng))
     path = tmp_path / "onnx/model.onnx"
     path.write_bytes(path.read_bytes()[:1000])
@@ -165,7 +181,7 @@ def test_a_model_that_cannot_be_opened_is_one_sentence(edge: Run, tmp_path: Path
     assert "--check" in said.stderr
 
 
-def test_a_device_without_onnxruntime_is_told(built: Path, tmp_path: Path, rng: np.random.Generator) -> None:
+def test_a_missing_onnxruntime_is_reported(built: Path, tmp_path: Path, rng: np.random.Generator) -> None:
     import subprocess
 
     make(tmp_path, tiny(rng))
@@ -178,19 +194,16 @@ def test_a_device_without_onnxruntime_is_told(built: Path, tmp_path: Path, rng: 
 
 @pytest.mark.sweep  # qemu
 def test_arm64_gives_the_same_tokens(edge_arm64: Run, edge: Run, tmp_path: Path, rng: np.random.Generator) -> None:
-    model = tiny(rng)
+    model, prompt, wanted = clear_answer(rng, 9, 20)
     make(tmp_path, model)
-    prompt = [int(token) for token in rng.integers(model.vocabulary, size=9)]
     words = (tmp_path, "--check", "--ids", ",".join(map(str, prompt)), "--print-ids", "--max-tokens", "20")
     said = edge_arm64(*words)
     assert said.returncode == 0, said.stderr
     assert said.stdout == edge(*words).stdout
-    assert [int(t) for t in said.stdout.split("\n")[1].split(",")] == greedy(
-        lambda ids: reference(model, ids), prompt, 20
-    )
+    assert [int(t) for t in said.stdout.split("\n")[1].split(",")] == wanted
 
 
-def test_a_phone_that_is_not_here_is_judged(edge: Run, tmp_path: Path, rng: np.random.Generator) -> None:
+def test_judge_works_for_a_device_described_in_a_file(edge: Run, tmp_path: Path, rng: np.random.Generator) -> None:
     make(tmp_path, tiny(rng))
     device = tmp_path.parent / "device.json"
     from transom.hardware.probe_file import to_json

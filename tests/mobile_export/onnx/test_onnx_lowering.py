@@ -1,7 +1,7 @@
 """Portable decoders compute what the NumPy reference computes, family by family and form by form.
 
 Draws: float32 agrees to 1e-4, a hundred times its rounding. What quantized inputs, int8 or int4 cost a random decoder
-has no formula: one of six draws must be within each bound (`redraws.one_within`).
+has no formula: one of eight draws must be within each bound (`redraws.one_within`).
 """
 
 from __future__ import annotations

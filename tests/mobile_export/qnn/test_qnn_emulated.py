@@ -1,6 +1,6 @@
 """Compiled contexts on Qualcomm's emulator of the HTP, held to the NumPy reference.
 
-Draws: what each precision costs a random model has no formula: one of six draws must be within its bounds
+Draws: what each precision costs a random model has no formula: one of eight draws must be within its bounds
 (`redraws.one_within`). A wrong layer costs more than a nat.
 """
 
