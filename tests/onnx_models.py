@@ -1,4 +1,4 @@
-"""ONNX models written by hand for these tests, and onnxruntime (optimizations off) as what is right."""
+"""ONNX models written by hand for these tests, and onnxruntime without optimizations to compare with."""
 
 from __future__ import annotations
 
@@ -48,6 +48,33 @@ class Writer:
 
 def value(name: str, dtype: int = TensorProto.FLOAT, shape: Any = None) -> Any:
     return helper.make_tensor_value_info(name, dtype, shape)
+
+
+def adding_loop(rng: np.random.Generator, most: int, opset: int = 21) -> Any:
+    """A Loop that adds |x| to a sum until its largest element reaches 4, at most so many times: x [3] gives the `total`
+    [3] and the `steps` [k, 3], which are x times the sum after each turn.
+
+    It carries a value, collects one, and reads two of the outer graph.
+    """
+    nodes = [
+        helper.make_node("Add", ["sum_in", "step"], ["sum_out"]),
+        helper.make_node("Mul", ["sum_out", "x"], ["collected"]),
+        helper.make_node("ReduceMax", ["sum_out"], ["top"], keepdims=0),
+        helper.make_node("Less", ["top", "limit"], ["more"]),
+    ]
+    body = helper.make_graph(
+        nodes,
+        "body",
+        [value("i", TensorProto.INT64, []), value("c", TensorProto.BOOL, []), value("sum_in", shape=[3])],
+        [value("more", TensorProto.BOOL, []), value("sum_out", shape=[3]), value("collected", shape=[3])],
+    )
+    w = Writer(rng)
+    w.op("Abs", "x", outputs=["step"])
+    w.weights.append(numpy_helper.from_array(np.float32(4), "limit"))
+    count, start = w.constant(np.int64(most)), w.constant(np.zeros(3, np.float32))
+    w.op("Loop", count, w.constant(np.bool_(True)), start, body=body, outputs=["total", "steps"])
+    outputs = [value("total", shape=[3]), value("steps", shape=["k", 3])]
+    return w.model([value("x", shape=[3])], outputs, opset=opset)
 
 
 def cache_values(dtype: int = TensorProto.FLOAT) -> tuple[list[Any], list[Any]]:

@@ -13,7 +13,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
-from onnx_models import Writer, value
+from onnx_models import Writer, adding_loop, value
 
 import transom
 from transom import hardware
@@ -85,29 +85,6 @@ def test_a_graph_with_if_takes_the_branch_that_its_condition_says(
             assert_same(loaded.run(inputs), as_onnx_says(model, inputs))
 
 
-def with_loop(rng: np.random.Generator) -> Any:
-    """Turns until the sum is above a limit, at most 9 times; carries a value, collects one, reads one from outside."""
-    nodes = [
-        helper.make_node("Add", ["sum_in", "step"], ["sum_out"]),
-        helper.make_node("Mul", ["sum_out", "x"], ["collected"]),
-        helper.make_node("ReduceMax", ["sum_out"], ["top"], keepdims=0),
-        helper.make_node("Less", ["top", "limit"], ["more"]),
-    ]
-    body = helper.make_graph(
-        nodes,
-        "body",
-        [value("i", INT, []), value("c", BOOL, []), value("sum_in", shape=[3])],
-        [value("more", BOOL, []), value("sum_out", shape=[3]), value("collected", shape=[3])],
-    )
-    w = Writer(rng)
-    w.op("Abs", "x", outputs=["step"])
-    w.weights.append(numpy_helper.from_array(np.float32(4), "limit"))
-    start = w.constant(np.zeros(3, np.float32))
-    count, go = w.constant(np.int64(9)), w.constant(np.bool_(True))
-    w.op("Loop", count, go, start, body=body, outputs=["total", "steps"])
-    return w.model([value("x", shape=[3])], [value("total", shape=[3]), value("steps", shape=["k", 3])])
-
-
 def turning(rng: np.random.Generator, *, count: str = "", condition: str = "", collects: bool) -> Any:
     """A Loop whose count and condition are inputs of the graph where they are named."""
     nodes = [helper.make_node("Add", ["in", "step"], ["out"]), helper.make_node("Identity", ["c"], ["more"])]
@@ -132,7 +109,7 @@ def turning(rng: np.random.Generator, *, count: str = "", condition: str = "", c
 def test_a_graph_with_loop_turns_until_its_condition_or_its_count_ends_it(
     cache: Cache, tmp_path: Path, rng: np.random.Generator
 ) -> None:
-    model = with_loop(rng)
+    model = adding_loop(rng, 9)
     path = save(model, tmp_path / "loop.onnx")
     turns = set()
     with transom.load(path, backend="openvino_cpu", device="cpu", cache=cache) as loaded:

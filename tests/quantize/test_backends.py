@@ -1,7 +1,7 @@
 """Backends either compute a quantized graph correctly or refuse it with a reason.
 
-Draws: float32 agrees to 1e-5, a hundred times its rounding. What int8 costs a random decoder has no formula: one of six
-draws must be within 0.1 (`redraws.one_within`).
+Draws: float32 agrees to 1e-5, a hundred times its rounding. What int8 costs a random decoder has no formula: one of
+eight draws must be within 0.1 (`redraws.one_within`).
 """
 
 from __future__ import annotations

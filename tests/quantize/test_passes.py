@@ -1,7 +1,7 @@
 """Quantized graphs: standard ONNX that other runtimes run alike, the original unchanged, errors as computed by hand.
 
-Draws: what rounding costs a random model has no formula: one of eight draws must be within `CLOSE`, or within the bounds
-for activations that fall between two codes (`redraws.one_within`). Errors of single products are compared exactly.
+Draws: what rounding costs a random model has no formula: one of eight draws must be within `CLOSE`, or within the
+bounds for activations that fall between two codes (`redraws.one_within`). Errors of products are compared exactly.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper
-from onnx_models import Writer, runtime, save, value
+from onnx_models import Writer, adding_loop, runtime, save, value
 
 from transom.reference.executor import Executor
 from transom.sources.onnx import OnnxSource
@@ -162,24 +162,7 @@ def test_if_takes_the_branch_that_its_condition_says(tmp_path: Path, rng: np.ran
 
 
 def test_loop_carries_values_and_collects_others(tmp_path: Path, rng: np.random.Generator) -> None:
-    nodes = [
-        helper.make_node("Add", ["sum_in", "step"], ["sum_out"]),
-        helper.make_node("Mul", ["sum_out", "x"], ["collected"]),
-        helper.make_node("ReduceMax", ["sum_out"], ["top"], keepdims=0),
-        helper.make_node("Less", ["top", "limit"], ["more"]),
-    ]
-    body = helper.make_graph(
-        nodes,
-        "body",
-        [value("i", INT, []), value("c", BOOL, []), value("sum_in", shape=[3])],
-        [value("more", BOOL, []), value("sum_out", shape=[3]), value("collected", shape=[3])],
-    )
-    w = Writer(rng)
-    w.op("Abs", "x", outputs=["step"])
-    w.weights.append(numpy_helper.from_array(np.float32(4), "limit"))
-    w.op("Loop", w.constant(np.int64(20)), w.constant(np.bool_(True)), w.constant(np.zeros(3, np.float32)), body=body,
-         outputs=["total", "steps"])  # fmt: skip
-    model = w.model([value("x", shape=[3])], [value("total", shape=[3]), value("steps", shape=["k", 3])], opset=18)
+    model = adding_loop(rng, 20, opset=18)
     assert_like_runtime(model, {"x": rng.standard_normal(3).astype(np.float32) + 1.0}, tmp_path)
 
 

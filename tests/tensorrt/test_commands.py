@@ -103,7 +103,7 @@ def test_a_bundle_has_an_engine_and_says_what_it_is(bundle: Path) -> None:
     }
 
 
-def test_its_layers_are_explained(bundle: Path, cache: Path) -> None:
+def test_explain_lists_the_layers_of_an_engine(bundle: Path, cache: Path) -> None:
     done = command("explain", str(bundle), "--device", "rtx-4090", cache=cache)
     assert done.returncode == 0, done.stderr
     assert "fp8 x fp8" in done.stdout
@@ -112,7 +112,7 @@ def test_its_layers_are_explained(bundle: Path, cache: Path) -> None:
     assert "built for sm_89, and this is sm_86" in other.stdout
 
 
-def test_without_a_card_one_sentence_is_said(bundle: Path, cache: Path) -> None:
+def test_a_missing_card_is_reported_in_one_sentence(bundle: Path, cache: Path) -> None:
     done = command("run", str(bundle), "Hello", cache=cache)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr

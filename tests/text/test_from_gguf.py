@@ -1,6 +1,6 @@
 """Tokenizers built from GGUF metadata agree with the tokenizers the metadata was made from.
 
-Draws: tokens are equal but for unigrams of equal score, which may be cut either way: three texts in a hundred may.
+Draws: tokens are equal. Of unigrams the scores are: two splits with equal scores are both correct.
 """
 
 from __future__ import annotations
@@ -114,10 +114,12 @@ def test_unigram_agrees_with_sentencepiece(
         ):  # the last: the package reads it as a byte where "<" is unknown
             continue
         ids = ours.encode(text, add_special=False)
-        assert oracle.decode(ids) == oracle.decode(oracle.encode(text)), repr(text)
+        theirs = oracle.encode(text)
+        assert oracle.decode(ids) == oracle.decode(theirs), repr(text)
+        # With equal scores, either split may result. SentencePiece adds scores in float32: 6e-8 of the sum each time.
+        scores = [sum(oracle.get_score(i) for i in split) for split in (ids, theirs)]
+        assert scores[0] == pytest.approx(scores[1], rel=6e-8 * max(1, len(ids))), repr(text)
         assert ours.decode(ids) == text
-    agreeing = sum(ours.encode(text, add_special=False) == oracle.encode(text) for text in texts)
-    assert agreeing > 0.97 * len(texts)  # with equal scores, either split may result
     assert ours.encode("a")[-1] == 2
 
 
