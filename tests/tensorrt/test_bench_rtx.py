@@ -250,13 +250,15 @@ def test_a_child_process_gets_a_request_and_returns_a_result(parts: Any, tmp_pat
     assert found == {"dry": True, "folder": str(tmp_path / "a")}
 
 
-def test_a_child_that_fails_has_its_last_words(parts: Any, tmp_path: Path, child: Any) -> None:
+def test_the_last_output_of_a_failed_child_is_reported(parts: Any, tmp_path: Path, child: Any) -> None:
     child("import sys; sys.exit('no memory left')")
     with pytest.raises(RuntimeError, match="status 1: no memory left"):
         parts.children.ask(bench_for(parts, tmp_path), "build")
 
 
-def test_an_error_in_a_child_is_told_by_its_cause(parts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_in_a_child_is_reported_with_its_cause(
+    parts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv(EMULATE, "1")
     nowhere = {"form": "f16", "layers": 1, "sparse": False}
     with pytest.raises(RuntimeError, match="OptionError: The sparsity policy has the unknown key 'nothing'"):
@@ -266,7 +268,7 @@ def test_an_error_in_a_child_is_told_by_its_cause(parts: Any, tmp_path: Path, mo
         )  # fmt: skip
 
 
-def test_a_child_that_is_late_is_ended(parts: Any, tmp_path: Path, child: Any) -> None:
+def test_a_child_that_exceeds_its_time_is_killed(parts: Any, tmp_path: Path, child: Any) -> None:
     child("import time; time.sleep(1000)")
     bench = bench_for(parts, tmp_path, limit=0.2)
     with pytest.raises(parts.timing.OutOfTime):
@@ -274,7 +276,7 @@ def test_a_child_that_is_late_is_ended(parts: Any, tmp_path: Path, child: Any) -
     assert bench.child is None
 
 
-def test_a_run_that_is_given_up_ends_its_child_and_removes_its_folder(parts: Any, tmp_path: Path) -> None:
+def test_an_interrupted_run_kills_its_child_and_removes_its_folder(parts: Any, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
     bench = bench_for(parts, folder)
@@ -442,7 +444,7 @@ def test_a_result_becomes_tables_in_its_own_section(parts: Any, result: dict[str
     assert parts.report.replaced(made, [], "rtx") == parts.report.replaced(text, [], "rtx")
 
 
-def test_results_of_dry_runs_are_no_figures(tmp_path: Path) -> None:
+def test_results_of_dry_runs_are_not_published(tmp_path: Path) -> None:
     path = tmp_path / "dry.json"
     path.write_text(json.dumps({"script": "rtx", "dry": True}))
     done = started("--docs", str(path))

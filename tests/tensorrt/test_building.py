@@ -43,7 +43,7 @@ def test_an_input_that_the_parser_does_not_use_is_an_error(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("case", ["circular", "past and present", "zero point", "uint4"])
-def test_what_is_known_to_fail_still_fails(case: str, tmp_path: Path) -> None:
+def test_known_failures_of_tensorrt_still_fail(case: str, tmp_path: Path) -> None:
     """Forms that are written otherwise because TensorRT refuses them. Should one of these be taken one day, the way
     round it can go."""
     w = OnnxWriter("refused")
@@ -74,9 +74,7 @@ def test_what_is_known_to_fail_still_fails(case: str, tmp_path: Path) -> None:
         build(saved(w, tmp_path), tmp_path / "plan", BuildSpec(NETWORK, inputs, 89), installed()[0], lambda s, x: None)
 
 
-def test_a_builder_that_cannot_be_made_is_an_error_with_tensorrts_words(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_error_of_a_failed_builder_quotes_tensorrt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trt = building.library("tensorrt-rtx")
 
     def broken(logger: Any) -> None:
@@ -89,7 +87,7 @@ def test_a_builder_that_cannot_be_made_is_an_error_with_tensorrts_words(
     assert caught.value.details == ("no driver to speak of",)
 
 
-def test_a_builder_that_dies_is_an_error_with_its_last_words(tmp_path: Path) -> None:
+def test_the_error_of_a_crashed_build_process_quotes_its_last_output(tmp_path: Path) -> None:
     """TensorRT aborts the process in some places: when a plug-in is made from Python, for one. The host compiles in a
     child process of its own."""
     (tmp_path / "dying_builder.py").write_text(
@@ -144,7 +142,7 @@ def test_layers_are_read() -> None:
     assert inspecting.memory(SAID) == {"activations": 8278528, "weights": 13768192}
 
 
-def test_layers_are_summed_up() -> None:
+def test_a_summary_counts_the_layers() -> None:
     layers = inspecting.parse(SAID)
     prefill = inspecting.summary(layers, 0, ["present_key.0"])
     assert prefill.products == {"fp8 x fp8": 1}

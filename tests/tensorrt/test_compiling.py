@@ -77,7 +77,7 @@ FORMS = {
         "sparse-bf16",
     )
 )
-def test_products_attention_and_weights_are_what_they_should_be(
+def test_an_engine_has_the_expected_products_attention_and_weights(
     precision: str, policy: Sparsity | None, rng: np.random.Generator
 ) -> None:
     """Every product multiplies what was asked for, attention is fused, no cache is copied to decode a token."""
@@ -120,13 +120,13 @@ def test_float8_products_are_summed_in_float32(rng: np.random.Generator) -> None
     assert {t.dtype for x in products for t in x.outputs} == {"Float"}
 
 
-def test_fast_has_attention_in_float8(rng: np.random.Generator) -> None:
+def test_precision_fast_computes_attention_in_float8(rng: np.random.Generator) -> None:
     for summary in summaries(built(wide(rng), precision="fast", calibration=TEXT)):
         assert summary.attention == {"fp8": 2}
         assert summary.cache_copies > 0  # as its description says
 
 
-def test_exact_is_float32_throughout(rng: np.random.Generator) -> None:
+def test_precision_exact_computes_everything_in_float32(rng: np.random.Generator) -> None:
     for summary in summaries(built(wide(rng), precision="exact")):
         assert summary.products == {"float32 x float32": 9}
         assert not summary.attention
@@ -169,7 +169,7 @@ def test_other_cards_are_built_for_from_the_same_code(card: str, rng: np.random.
 # -------------------------------------------------------------------------------------------------------------- reports
 
 
-def test_what_was_built_is_told(rng: np.random.Generator) -> None:
+def test_the_notes_describe_the_engine(rng: np.random.Generator) -> None:
     artifact = built(wide(rng), calibration=TEXT)
     notes = "\n".join(artifact.notes)
     assert "precision: fp8 and int8 weights, fp8 inputs of products, float16 products and cache" in notes
@@ -187,7 +187,7 @@ def test_what_was_built_is_told(rng: np.random.Generator) -> None:
     assert 0 < facts["activations"] < facts["build_memory"]
 
 
-def test_without_texts_inputs_are_left_alone(rng: np.random.Generator) -> None:
+def test_without_calibration_texts_activations_are_not_quantized(rng: np.random.Generator) -> None:
     artifact = built(wide(rng), precision="fp8")
     prefill, _ = summaries(artifact)
     assert set(prefill.products) == {"float16 x fp8", "float16 x int8"}
@@ -195,7 +195,7 @@ def test_without_texts_inputs_are_left_alone(rng: np.random.Generator) -> None:
 
 
 @pytest.mark.parametrize("stored", ["int4", "uint4_minimums", "uint4_zero_points", "int8"])
-def test_quantised_checkpoints_stay_as_they_are_where_that_can_be(stored: Any, rng: np.random.Generator) -> None:
+def test_quantized_checkpoints_are_kept_where_possible(stored: Any, rng: np.random.Generator) -> None:
     artifact = built(wide(rng, weights=stored))
     _, decode = summaries(artifact)
     if stored == "int8":
@@ -208,7 +208,7 @@ def test_quantised_checkpoints_stay_as_they_are_where_that_can_be(stored: Any, r
 
 
 @pytest.mark.parametrize("precision", ["fast", "fp8", "int8", "int4"])
-def test_rounding_that_finds_nothing_to_round_says_so(precision: str, rng: np.random.Generator) -> None:
+def test_a_note_says_when_there_is_nothing_to_quantize(precision: str, rng: np.random.Generator) -> None:
     artifact = built(wide(rng, weights="int4"), precision=precision, calibration=TEXT)
     assert artifact.notes[0] == "precision: int4 weights, float16 products and cache, float32 between them"
     said = f"precision {precision!r} quantizes plain matrices, and all of the checkpoint's are quantized"
@@ -217,7 +217,7 @@ def test_rounding_that_finds_nothing_to_round_says_so(precision: str, rng: np.ra
     assert not any("tokenizer" in note for note in artifact.notes)
 
 
-def test_exact_keeps_8_bit_blocks_as_they_are(rng: np.random.Generator) -> None:
+def test_precision_exact_keeps_8_bit_blocks(rng: np.random.Generator) -> None:
     graph = wide(rng, weights="int8")
     artifact = built(graph, precision="exact")
     assert not any("rounded anew" in note for note in artifact.notes)
@@ -228,7 +228,7 @@ def test_exact_keeps_8_bit_blocks_as_they_are(rng: np.random.Generator) -> None:
         assert all(c.exact for c in claims) == exact
 
 
-def test_what_is_rounded_anew_is_told_and_can_be_stopped(rng: np.random.Generator, tmp_path: Path) -> None:
+def test_quantizing_again_is_noted_and_can_be_cancelled(rng: np.random.Generator, tmp_path: Path) -> None:
     graph = wide(rng, weights="int8")
     shares: list[float] = []
 
@@ -305,7 +305,7 @@ def test_nothing_is_built_where_memory_is_short(
         "int8-exact",
     )
 )
-def test_the_plan_is_what_weights_take(precision: str, stored: Any, rng: np.random.Generator) -> None:
+def test_planned_memory_is_what_the_weights_take(precision: str, stored: Any, rng: np.random.Generator) -> None:
     graph = wide(rng, weights=stored)
     options = {"precision": precision, "context": None, "threads": None, "calibration": TEXT}
     card = target("rtx-4090")
@@ -359,7 +359,7 @@ def test_bfloat16_is_refused_on_turing(rng: np.random.Generator) -> None:
         BACKEND.claim(wide(rng), target("t4"), {"precision": "bf16"})
 
 
-def test_odd_heads_are_built_with_caches_where_tensorrt_takes_them(rng: np.random.Generator) -> None:
+def test_heads_of_odd_sizes_are_built_with_aligned_caches(rng: np.random.Generator) -> None:
     artifact = built(wide(rng, kv_heads=1, value_dim=17, context=64), precision="f16")
     made = Network.from_json(content(artifact, network.NETWORK_FILE))
     assert {k.shape for k in made.kept} == {(1, 128, 64), (1, 128, 17)}
@@ -393,7 +393,7 @@ def test_policies_without_static_shapes_are_refused(policy: Sparsity, rng: np.ra
     assert "use top_k=…" in refused.reason or "use columns=0" in refused.reason
 
 
-def test_claims_say_what_is_exact(rng: np.random.Generator) -> None:
+def test_claims_are_inexact_where_the_precision_rounds(rng: np.random.Generator) -> None:
     graph = wide(rng)
     claims = {c.node: c.exact for c in BACKEND.claim(graph, target("rtx-4090"), {"precision": "f16"})}
     assert all(claims.values())
@@ -405,7 +405,7 @@ def test_claims_say_what_is_exact(rng: np.random.Generator) -> None:
     assert {str(n.name) for n in graph.nodes() if is_attention(n)} < inexact
 
 
-def test_heads_whose_means_would_lie_askew_are_refused_before_anything_is_done(rng: np.random.Generator) -> None:
+def test_heads_whose_means_would_be_unaligned_are_refused_at_once(rng: np.random.Generator) -> None:
     for columns, ok in ((16, True), (24, True), (20, False), (2, False)):
         graph = tiny_decoder(rng, q_heads=2, kv_heads=1, head_dim=columns)
         for policy in (STATIC, Sparsity(1.0)):
@@ -482,7 +482,7 @@ def test_a_full_disk_is_an_oserror_and_leaves_nothing(
     assert not list(tmp_path.iterdir())
 
 
-def test_tensorrts_own_words_are_in_the_error(rng: np.random.Generator, tmp_path: Path) -> None:
+def test_an_error_quotes_tensorrt(rng: np.random.Generator, tmp_path: Path) -> None:
     from transom_tensorrt.building import BuildSpec, build
     from transom_tensorrt.network import ShapeProfile
     from transom_tensorrt.sdk import installed

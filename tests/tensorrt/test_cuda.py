@@ -57,7 +57,7 @@ def test_each_of_two_cards_gives_its_own_memory_in_whatever_thread() -> None:
     assert [cuda.placed[pointer] for _, pointer in given] == [number for number, _ in given]
 
 
-def test_all_that_a_card_is_asked_for_is_asked_of_that_card() -> None:
+def test_every_call_selects_the_card_first() -> None:
     cuda = Cuda()
     card, other = CudaCard(CARD, cuda), CudaCard(OTHER, cuda)
     pointer, rows = card.allocate(20), np.zeros((1, 20), np.uint8)
@@ -73,7 +73,7 @@ def test_all_that_a_card_is_asked_for_is_asked_of_that_card() -> None:
         assert cuda.current == 3
 
 
-def test_a_card_that_fails_for_good_is_closed_without_a_word() -> None:
+def test_closing_after_a_fatal_card_error_raises_nothing() -> None:
     """An error that is under way would be hidden."""
     cuda = Cuda()
     card = CudaCard(CARD, cuda)
@@ -84,7 +84,7 @@ def test_a_card_that_fails_for_good_is_closed_without_a_word() -> None:
     assert cuda.calls[-1][0] == "cudaStreamDestroy"
 
 
-def test_memory_is_zero_and_given_back() -> None:
+def test_memory_is_zeroed_and_freed() -> None:
     cuda = Cuda()
     card = CudaCard(CARD, cuda)
     pointer = card.allocate(1000)
@@ -100,7 +100,7 @@ def test_memory_is_zero_and_given_back() -> None:
     assert not cuda.blocks
 
 
-def test_memory_that_is_not_there_is_no_error_for_others_to_find() -> None:
+def test_a_failed_allocation_leaves_no_pending_cuda_error() -> None:
     cuda = Cuda(memory=1000)
     with pytest.raises(OutOfMemory):
         CudaCard(CARD, cuda).allocate(1001)
@@ -122,7 +122,7 @@ def test_rows_are_copied_and_cleared_up_to_their_width(rng: np.random.Generator)
     np.testing.assert_array_equal(got, want)
 
 
-def test_nothing_is_asked_for_rows_of_no_bytes() -> None:
+def test_empty_rows_need_no_cuda_call() -> None:
     cuda = Cuda()
     card = CudaCard(CARD, cuda)
     card.copy_rows(256, 512, 20, 0, 3)
@@ -143,7 +143,7 @@ def test_nothing_is_asked_for_rows_of_no_bytes() -> None:
         ("cudaStreamSynchronize", "finish its work"),
     ],
 )
-def test_what_cuda_says_is_passed_on(function: str, what: str) -> None:
+def test_an_error_quotes_cuda(function: str, what: str) -> None:
     def work() -> None:
         card = CudaCard(CARD, Cuda(**{function: Status.LAUNCH_FAILED}))
         card.free_bytes()
@@ -159,7 +159,7 @@ def test_what_cuda_says_is_passed_on(function: str, what: str) -> None:
     assert "nvidia-smi" in error.value.fix
 
 
-def test_the_made_up_cuda_has_nothing_that_the_real_one_has_not() -> None:
+def test_the_fake_cuda_has_only_functions_of_the_real_one() -> None:
     from cuda.bindings import runtime
 
     functions = {name.removeprefix("_") for name in vars(Cuda) if name.startswith("_cuda")}
@@ -172,7 +172,7 @@ def test_the_made_up_cuda_has_nothing_that_the_real_one_has_not() -> None:
     assert runtime.cudaStreamNonBlocking == 1
 
 
-def test_the_real_cuda_says_why_a_card_that_is_nowhere_is_not_shown() -> None:
+def test_the_real_cuda_explains_why_an_absent_card_is_missing() -> None:
     """With or without a driver."""
     with pytest.raises(EngineError, match=r"cuda:0 \(pci:ffff:7f:1f.0 none\).*\(CUDA \d+\)"):
         CudaCard(replace(CARD, identity="pci:ffff:7f:1f.0 none"))

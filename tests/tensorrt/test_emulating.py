@@ -46,7 +46,7 @@ def test_runs_write_to_their_own_slots_alone(rng: np.random.Generator, tmp_path:
             assert changed[start:end].all(), (slot, name)
 
 
-def test_slots_are_copied_cleared_and_written_down(rng: np.random.Generator, tmp_path: Path) -> None:
+def test_slots_are_copied_cleared_read_and_written(rng: np.random.Generator, tmp_path: Path) -> None:
     made = compiled(rng, tmp_path)
     executor = OnnxExecutor(made.network, made.model)
     assert executor.allocate(99) == SLOTS
@@ -77,7 +77,7 @@ def test_what_onnx_runtime_refuses_to_run_is_an_error(rng: np.random.Generator, 
         executor.run("prefill", np.full((1, 2), 10**6), np.array([0]), np.zeros(1, int), 0)
 
 
-def test_weights_count_by_their_files(rng: np.random.Generator, tmp_path: Path) -> None:
+def test_weight_bytes_are_the_size_of_the_files(rng: np.random.Generator, tmp_path: Path) -> None:
     made = compiled(rng, tmp_path)
     files = [path for path in tmp_path.iterdir() if path.name.startswith("model.")]
     assert len(files) == 2

@@ -142,7 +142,7 @@ def test_sequences_with_one_new_token_run_together_and_prompts_alone(rng: np.ran
     assert rig.executor.ran == [("prefill", 1, 1, 3), ("decode", 0, 3, 1)]
 
 
-def test_what_is_too_short_for_a_run_by_itself_goes_token_by_token(rng: np.random.Generator) -> None:
+def test_a_prompt_too_short_for_a_run_goes_token_by_token(rng: np.random.Generator) -> None:
     rig = Rig(rng, 3, least=3)
     a, b, c = (rig.state() for _ in range(3))
     rig.session.step([Work(a, [1, 2]), Work(b, [3, 4, 5]), Work(c, [6])])
@@ -169,7 +169,7 @@ def test_a_full_sequence_is_not_within_a_run_of_others(rng: np.random.Generator)
     assert rig.executor.ran == [("decode", 0, 1, 1), ("decode", 2, 1, 1)]
 
 
-def test_the_slot_of_a_full_sequence_that_is_gone_parts_nobody(rng: np.random.Generator) -> None:
+def test_the_slot_of_a_freed_full_sequence_separates_no_runs(rng: np.random.Generator) -> None:
     rig = Rig(rng, 3)
     a, full, c = rig.state(2), rig.state(4), rig.state(3)
     rig.step({full: 4})
@@ -179,7 +179,7 @@ def test_the_slot_of_a_full_sequence_that_is_gone_parts_nobody(rng: np.random.Ge
     assert rig.executor.ran == [("decode", 0, 3, 1)]
 
 
-def test_a_full_sequence_that_was_cut_is_still_not_overwritten(rng: np.random.Generator) -> None:
+def test_a_full_sequence_is_not_overwritten_after_a_truncation(rng: np.random.Generator) -> None:
     rig = Rig(rng, 3)
     a, full, c = rig.state(2), rig.state(4), rig.state(3)
     rig.step({full: 4})
@@ -205,7 +205,7 @@ def test_where_weights_are_cheap_idle_sequences_are_left_out(rng: np.random.Gene
 
 
 @pytest.mark.parametrize("least", [1, 3])
-def test_whatever_is_done_nobodys_tokens_change(rng: np.random.Generator, least: int) -> None:
+def test_no_operation_changes_the_tokens_of_other_sequences(rng: np.random.Generator, least: int) -> None:
     rig = Rig(rng, 7, least=least)
     context = rig.network.context
     full = failed = 0
@@ -240,7 +240,7 @@ def test_whatever_is_done_nobodys_tokens_change(rng: np.random.Generator, least:
     assert rig.session.pages() == (7, 7)
 
 
-def test_what_is_not_finite_is_an_error_and_spoils_nobody_else(rng: np.random.Generator) -> None:
+def test_logits_that_are_not_finite_are_an_error_for_their_sequence_alone(rng: np.random.Generator) -> None:
     """A value behind a sequence's tokens is seen by no token, and yet nought times NaN is NaN."""
     rig = Rig(rng, 2)
     a = rig.state(3)
@@ -260,7 +260,7 @@ def test_what_is_not_finite_is_an_error_and_spoils_nobody_else(rng: np.random.Ge
     np.testing.assert_array_equal(got, logits_of([*rig.held[a], 4]))
 
 
-def test_a_card_that_fails_for_good_says_why_and_not_that_it_cannot_clear(rng: np.random.Generator) -> None:
+def test_a_fatal_card_error_is_reported_rather_than_the_failed_cleanup(rng: np.random.Generator) -> None:
     rig = Rig(rng, 3)
     a, b, c = (rig.state(2) for _ in range(3))
     asked = []
@@ -277,7 +277,7 @@ def test_a_card_that_fails_for_good_says_why_and_not_that_it_cannot_clear(rng: n
 
 
 @pytest.mark.parametrize("how", ["new", "one token", "fork", "restore"])
-def test_what_a_sequence_left_behind_does_not_reach_the_next_one(rng: np.random.Generator, how: str) -> None:
+def test_a_reused_slot_shows_nothing_of_its_former_sequence(rng: np.random.Generator, how: str) -> None:
     rig = Rig(rng, 2)
     kept = rig.state(3)
     saved = rig.session.save(kept)

@@ -54,7 +54,7 @@ def here(name: str, **changes: Any) -> Device:
         (Device("cpu", "cpu", "x86_64", 1), (NEW,), "wrong_device: runs on NVIDIA GPUs only; cpu is a device of kind"),
     ],
 )  # fmt: skip
-def test_answers(device: Device, sdks: tuple[Sdk, ...], answer: str) -> None:
+def test_each_device_gets_its_offer_or_refusal(device: Device, sdks: tuple[Sdk, ...], answer: str) -> None:
     found = probing.answer(device, sdks, ALL)
     said = f"{found.band}: {found.why}" if isinstance(found, Offer) else f"{found.code}: {found.reason}"
     assert said.startswith(answer)
@@ -81,13 +81,13 @@ def test_v100_is_pointed_to_our_own_kernels() -> None:
         (replace(here("b200"), members=(here("b200"),) * 2), "Name one of the cards"),
     ],
 )
-def test_nobody_is_sent_to_kernels_that_are_not_there(device: Device, fix: str) -> None:
+def test_a_refusal_names_only_kernels_that_exist(device: Device, fix: str) -> None:
     found = probing.answer(device, (NEW, BIG), ALL)
     assert isinstance(found, Refusal)
     assert found.fix == fix
 
 
-def test_our_own_kernels_are_there_for_the_architectures_that_are_sent_to_them() -> None:
+def test_the_kernels_that_a_refusal_names_exist_for_that_architecture() -> None:
     from transom_cuda_triton.probing import ARCHITECTURES
 
     assert probing.OUR_KERNELS == ARCHITECTURES
@@ -115,7 +115,9 @@ def test_a_package_or_a_driver_that_is_missing_is_refused() -> None:
         (13, "13.5.0", "", ""),
     ],
 )
-def test_a_driver_is_as_new_as_what_is_installed_needs(made_for: int, bindings: str, driver: str, needs: str) -> None:
+def test_a_driver_older_than_the_installed_package_needs_is_refused(
+    made_for: int, bindings: str, driver: str, needs: str
+) -> None:
     device = replace(here("rtx-4090"), drivers={"nvidia": "570.86"} | ({"cuda": driver} if driver else {}))
     found = probing.answer(device, (Sdk(RTX, "1.7", made_for),), {"cuda": bindings})
     if not needs:
@@ -152,7 +154,7 @@ def test_an_engine_is_judged_by_what_it_was_built_for(monkeypatch: pytest.Monkey
     assert "here is none" in probing.judge(good, device).reason
 
 
-def test_emulation_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_emulation_needs_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = Device("cpu", "cpu", "x86_64", 1)
     monkeypatch.setenv(probing.EMULATE, "1")
     found = probing.answer(cpu, (), ALL)
@@ -180,7 +182,7 @@ def test_a_value_of_the_variable_that_means_nothing_is_refused(monkeypatch: pyte
     assert isinstance(probing.answer(here("rtx-4090"), (NEW,), ALL), Offer)
 
 
-def test_what_is_installed_is_found() -> None:
+def test_the_installed_package_is_found() -> None:
     (found,) = sdk.installed()
     assert found.name == RTX
     assert not found.old
@@ -196,7 +198,7 @@ def test_what_is_installed_is_found() -> None:
         (("tensorrt", "tensorrt-cu12"), 12),
     ],
 )
-def test_which_cuda_it_is_made_for_is_in_the_packages_name(
+def test_the_cuda_version_is_read_from_the_packages_name(
     monkeypatch: pytest.MonkeyPatch, packages: tuple[str, ...], cuda: int
 ) -> None:
     monkeypatch.setattr(sdk, "installed_version", lambda package: "9.9" if package in packages else None)
@@ -239,7 +241,7 @@ def test_nothing_that_only_runs_is_imported_by_what_compiles() -> None:
     assert not seen & probing.RUN_ONLY
 
 
-def test_asking_imports_no_tensorrt() -> None:
+def test_probing_imports_no_tensorrt() -> None:
     code = (
         "import sys; from transom.hardware.catalogue import catalogue; from transom_tensorrt import TensorRt\n"
         "TensorRt().probe(catalogue())\n"

@@ -55,7 +55,9 @@ def random_run(rng: np.random.Generator, made: Compiled, way: Any, slots: int) -
 
 
 @pytest.mark.parametrize("sparse", [False, True])
-def test_it_computes_what_the_emulated_network_does(rng: np.random.Generator, tmp_path: Path, sparse: bool) -> None:
+def test_the_executor_computes_what_the_emulated_network_does(
+    rng: np.random.Generator, tmp_path: Path, sparse: bool
+) -> None:
     policy = Sparsity(1.0, columns=0, top_k=1, dense_below=0, max_density=0.6) if sparse else None
     made = compiled(rng, tmp_path / "model", policy=policy, context=100 if sparse else 64)
     executor, other = opened(made, Trt(Cuda()), tmp_path), OnnxExecutor(made.network, made.model)
@@ -123,7 +125,7 @@ def test_queries_share_one_place_that_holds_the_widest(made: Compiled, tmp_path:
         assert cuda.blocks[place][1] == max(made.network.queries) * most * 2
 
 
-def test_what_is_bound_already_is_not_bound_again(made: Compiled, tmp_path: Path) -> None:
+def test_an_address_is_bound_once(made: Compiled, tmp_path: Path) -> None:
     trt = Trt(Cuda())
     executor = opened(made, trt, tmp_path)
     executor.allocate(4)
@@ -169,7 +171,7 @@ def test_slots_take_a_share_of_what_is_free(made: Compiled, tmp_path: Path) -> N
     assert cuda.memory - cuda._cudaMemGetInfo()[0] - used == sum(aligned(5 * k.nbytes) for k in made.network.kept)
 
 
-def test_as_many_slots_are_made_as_can_be_had_in_one_piece(
+def test_there_are_as_many_slots_as_fit_in_one_allocation(
     made: Compiled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     executor = opened(made, Trt(cuda := Cuda()), tmp_path)
@@ -246,9 +248,7 @@ def test_an_engine_that_is_merely_slower_is_opened(made: Compiled, tmp_path: Pat
         ("profile", "use the shapes"),
     ],
 )
-def test_what_tensorrt_says_while_opening_is_passed_on(
-    made: Compiled, tmp_path: Path, refusing: str, what: str
-) -> None:
+def test_an_error_while_opening_quotes_tensorrt(made: Compiled, tmp_path: Path, refusing: str, what: str) -> None:
     with pytest.raises(EngineError, match=what) as error:
         opened(made, Trt(Cuda(), refusing=refusing), tmp_path)
     assert "warning" not in str(error.value)
@@ -267,7 +267,7 @@ class Contexts(list[Any]):
 
 
 @pytest.mark.parametrize("why", ["names", "aligned", "memory", "context", "profile", "kernels"])
-def test_what_fails_while_opening_leaves_no_engine_on_the_card(
+def test_a_failure_while_opening_leaves_no_engine_on_the_card(
     made: Compiled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, why: str
 ) -> None:
     """The host keeps the error, and its frames with it, while another backend loads."""
@@ -288,7 +288,7 @@ def test_what_fails_while_opening_leaves_no_engine_on_the_card(
     assert cuda.calls.count(("context gone",)) == (why == "profile")
 
 
-def test_contexts_go_before_the_memory_that_they_were_given(made: Compiled, tmp_path: Path) -> None:
+def test_contexts_are_freed_before_their_memory(made: Compiled, tmp_path: Path) -> None:
     for close in (True, False):
         trt = Trt(cuda := Cuda(), refusing="" if close else "profile")
         trt.contexts = Contexts(cuda)
@@ -305,7 +305,7 @@ def test_contexts_go_before_the_memory_that_they_were_given(made: Compiled, tmp_
 
 
 @pytest.mark.parametrize("function", ["cudaSetDevice", "serialize"])
-def test_an_executor_whose_card_fails_for_good_lets_go_of_it(
+def test_an_executor_releases_a_card_after_a_fatal_error(
     made: Compiled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str
 ) -> None:
     trt = Trt(cuda := Cuda())
@@ -322,7 +322,7 @@ def test_an_executor_whose_card_fails_for_good_lets_go_of_it(
     assert not cuda.blocks
 
 
-def test_what_tensorrt_says_of_a_step_is_passed_on_once(made: Compiled, tmp_path: Path) -> None:
+def test_the_error_of_a_step_quotes_tensorrt_once(made: Compiled, tmp_path: Path) -> None:
     trt = Trt(Cuda())
     executor = opened(made, trt, tmp_path)
     executor.allocate(1)
@@ -362,7 +362,7 @@ def test_a_missing_engine_is_a_damaged_model(made: Compiled, tmp_path: Path) -> 
         opened(made, Trt(Cuda()), tmp_path)
 
 
-def test_warming_up_runs_both_ways_and_leaves_no_token_behind(made: Compiled, tmp_path: Path) -> None:
+def test_warming_up_runs_prefill_and_decode_and_leaves_no_token(made: Compiled, tmp_path: Path) -> None:
     trt = Trt(Cuda())
     executor = opened(made, trt, tmp_path)
     executor.allocate(2)
@@ -383,7 +383,7 @@ def test_classic_tensorrt_is_driven_by_the_same_calls(rng: np.random.Generator, 
     assert not list(tmp_path.glob("*.cache"))
 
 
-def test_the_made_up_tensorrt_has_nothing_that_the_real_one_has_not() -> None:
+def test_the_fake_tensorrt_has_only_names_of_the_real_one() -> None:
     import tensorrt_rtx
 
     for made_up, real in (
@@ -404,7 +404,7 @@ def test_the_made_up_tensorrt_has_nothing_that_the_real_one_has_not() -> None:
         assert names <= set(dir(getattr(tensorrt_rtx, real))), real
 
 
-def test_the_real_tensorrt_says_of_nonsense_that_it_is_damaged(tmp_path: Path) -> None:
+def test_the_real_tensorrt_reports_a_meaningless_file_as_damaged(tmp_path: Path) -> None:
     """This needs no card."""
     import tensorrt_rtx
 
@@ -452,7 +452,7 @@ def test_kernels_of_later_steps_are_kept_on_closing(made: Compiled, tmp_path: Pa
     assert not cuda.blocks
 
 
-def test_kernels_that_are_known_are_not_written_again(made: Compiled, tmp_path: Path) -> None:
+def test_kernels_that_were_read_are_not_written_again(made: Compiled, tmp_path: Path) -> None:
     executor = opened(made, Trt(Cuda()), tmp_path)
     executor.allocate(2)
     executor.warm_up()
@@ -462,7 +462,7 @@ def test_kernels_that_are_known_are_not_written_again(made: Compiled, tmp_path: 
     assert not kernel_files(tmp_path)
 
 
-def test_kernels_of_another_version_or_driver_are_not_read_and_go(made: Compiled, tmp_path: Path) -> None:
+def test_kernels_of_another_version_or_driver_are_removed_unread(made: Compiled, tmp_path: Path) -> None:
     for version, device in (("1.6", CARD), ("1.7.1.116", replace(CARD, drivers={"nvidia": "1"}))):
         KernelCache(tmp_path, version, device).path.write_text('["foreign"]')
     assert len(kernel_files(tmp_path)) == 2
@@ -499,7 +499,7 @@ def test_kernels_that_tensorrt_does_not_take_are_compiled_again(made: Compiled, 
     assert path.read_bytes() != b"nonsense"
 
 
-def test_a_disk_that_takes_no_kernels_stops_nothing(
+def test_kernels_that_cannot_be_written_to_disk_are_no_error(
     made: Compiled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def full(path: Path, data: bytes) -> None:
@@ -513,7 +513,7 @@ def test_a_disk_that_takes_no_kernels_stops_nothing(
     executor.close()
 
 
-def test_a_tensorrt_that_gives_no_kernels_writes_no_file(made: Compiled, tmp_path: Path) -> None:
+def test_no_file_is_written_if_tensorrt_gives_no_kernels(made: Compiled, tmp_path: Path) -> None:
     executor = opened(made, Trt(Cuda(), refusing="cache"), tmp_path)
     executor.allocate(1)
     executor.warm_up()

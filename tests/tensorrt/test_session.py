@@ -213,7 +213,7 @@ def test_a_step_that_fails_in_its_second_run_can_be_repeated(
     session.close()
 
 
-def test_a_state_is_written_down_and_made_again_elsewhere(rng: np.random.Generator, made: Compiled) -> None:
+def test_a_saved_state_is_restored_in_another_session(rng: np.random.Generator, made: Compiled) -> None:
     session, other = opened(made, 2), opened(made, 2)
     assert isinstance(session, SavingSession)
     text = draw(rng, made, 8)
@@ -233,7 +233,7 @@ def test_a_state_is_written_down_and_made_again_elsewhere(rng: np.random.Generat
     other.close()
 
 
-def test_a_state_is_written_down_once_the_session_is_warm(made: Compiled, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_state_can_be_saved_after_the_session_has_warmed_up(made: Compiled, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing may wait for a stream that is being recorded."""
     reading, order = threading.Event(), []
 
@@ -254,7 +254,7 @@ def test_a_state_is_written_down_once_the_session_is_warm(made: Compiled, monkey
     assert order == ["warm", "read"]
 
 
-def test_what_is_no_saved_state_is_refused(made: Compiled) -> None:
+def test_arrays_that_are_no_saved_state_are_refused(made: Compiled) -> None:
     session = opened(made, 2)
     state = session.new_state()
     session.step([Work(state, [1, 2, 3], "none")])
@@ -274,7 +274,7 @@ def test_what_is_no_saved_state_is_refused(made: Compiled) -> None:
     session.close()
 
 
-def test_a_state_that_cannot_be_made_again_takes_no_slot(made: Compiled, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_restore_takes_no_slot(made: Compiled, monkeypatch: pytest.MonkeyPatch) -> None:
     def failing(self: OnnxExecutor, slot: int, arrays: Any) -> None:
         raise EngineError("made up", "")
 
