@@ -20,7 +20,7 @@ from redraws import one_within
 from running import Running, session
 
 from transom.preparation.agreement import Agreement, compare
-from transom.programs.reading import GraphReader, NoForm
+from transom.programs.reading import GraphReader, UnsupportedNode
 from transom.quantize.calibration import calibrate
 from transom.quantize.passes import Scheme, quantize
 from transom.reference.executor import Executor
@@ -52,7 +52,7 @@ def test_every_form_of_decoder_agrees_with_the_reference(form: str, rng: np.rand
 
 @pytest.mark.parametrize("form", sorted(REFUSED))
 def test_a_decoder_without_a_lowering_is_refused(form: str, rng: np.random.Generator) -> None:
-    with pytest.raises(NoForm, match=REFUSED[form]):
+    with pytest.raises(UnsupportedNode, match=REFUSED[form]):
         GraphReader(tiny_decoder(rng, **VARIANTS[form]), RtxKernels())
 
 

@@ -103,7 +103,7 @@ def test_two_parts_give_what_one_gives(rng: np.random.Generator, tmp_path: Path)
         asked = options(rng, graph, "int8")
         ids = draw(rng, graph, 12)
         found, variants = [], []
-        layers = drafted(graph, QnnPrecision("int8", "uint8")).layers
+        layers = read_decoder(graph, QnnPrecision("int8", "uint8")).layers
         for name, largest in (("one", LARGEST), ("two", layers[0].bytes + layers[1].bytes)):
             artifact = compiled(graph, asked, largest=largest)
             session = opened(artifact, tmp_path / f"{name} {number}", asked)
