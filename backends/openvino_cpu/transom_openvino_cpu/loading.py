@@ -10,6 +10,7 @@ import numpy as np
 
 from transom.authoring.opening import context_of, paths_of, reading_artifact, threads_of
 from transom.contract import Artifact, Device, Limits, Options, Session
+from transom.signature import Decoder
 from transom_openvino_cpu import names
 from transom_openvino_cpu.plan import EnginePlan
 
@@ -38,7 +39,7 @@ def load_artifact(artifact: Artifact, device: Device, options: Options) -> Sessi
     if plan.native and plan.decoder is not None:
         from transom_openvino_cpu.sparse_session import NativeSession
 
-        native = _native(plan, files, threads_of(options, device))
+        native = _native(plan, plan.decoder, files, threads_of(options, device))
         context = context_of(options, plan.decoder.context)
         return NativeSession(native, plan.decoder, context=context, pages=_pool_pages(native, device, context))
     from transom_openvino_cpu.engine import OpenVinoEngine
@@ -53,14 +54,19 @@ def load_artifact(artifact: Artifact, device: Device, options: Options) -> Sessi
     return PagedSession(paged, plan.decoder, context=context, pages=_pool_pages(paged, device, context))
 
 
-def _native(plan: EnginePlan, files: Mapping[str, Path], threads: int) -> NativeEngine:
-    """The engine of a native artifact."""
+def _native(plan: EnginePlan, decoder: Decoder, files: Mapping[str, Path], threads: int) -> NativeEngine:
+    """The engine of a native artifact.
+
+    Raises:
+        EngineError: the program is damaged, or computes another model than the plan describes.
+    """
     from transom_openvino_cpu.native.engine import NativeEngine
     from transom_openvino_cpu.native.program import NativeProgram
 
     with reading_artifact():
         program = NativeProgram.from_json(files[names.PROGRAM_FILE].read_text())
         weights = files[names.WEIGHTS_FILE]
+        program.check(decoder)
     return NativeEngine(program, weights, plan.native, threads)
 
 

@@ -219,7 +219,7 @@ class NativeEngine:
         for i in range(len(self.program.layers)):
             memory = PageMemory(pages, self.layer_page_bytes(i))
             self._pages.append(memory)
-            self._lib.tr_set_cache(self._engine, i, memory.bytes.ctypes.data)
+            self._lib.tr_set_cache(self._engine, i, memory.bytes.ctypes.data, pages)
 
     def copy_page(self, source: int, target: int) -> None:
         for memory in self._pages:
@@ -263,7 +263,7 @@ class NativeEngine:
 
         Raises:
             EngineError: there is not enough memory, attention or the last layer computed numbers that are not finite,
-                or this is a fork of the process that opened the engine.
+                a token id, page or row is outside the program's memory, or this is a fork of the process that opened the engine.
         """
         self._need_own_process()
         flat = tokens[0] if len(tokens) == 1 else np.concatenate(tokens)

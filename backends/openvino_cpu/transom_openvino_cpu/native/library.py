@@ -124,6 +124,7 @@ ERRORS = {
     -2: "the threads cannot be started",
     -3: "the library was built without this instruction set",
     -4: "the program does not fit the library",
+    -6: "a token, a page or a row of the step is outside the program's memory",
 }
 BAD_PROGRAM, NOT_FINITE = -4, -5
 
@@ -157,7 +158,7 @@ def library() -> Any:
     lib.tr_open.argtypes = [POINTER(CProgram), c_char_p, c_void_p, POINTER(c_void_p)]
     lib.tr_close.argtypes, lib.tr_close.restype = [c_void_p], None
     lib.tr_page_bytes.argtypes, lib.tr_page_bytes.restype = [c_void_p, c_int32], c_int64
-    lib.tr_set_cache.argtypes, lib.tr_set_cache.restype = [c_void_p, c_int32, c_void_p], None
+    lib.tr_set_cache.argtypes, lib.tr_set_cache.restype = [c_void_p, c_int32, c_void_p, c_int32], None
     lib.tr_route_new.argtypes = [c_void_p, POINTER(c_void_p)]
     lib.tr_route_copy.argtypes = [c_void_p, c_void_p, POINTER(c_void_p)]
     lib.tr_route_free.argtypes, lib.tr_route_free.restype = [c_void_p], None

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from transom.programs.buffers import Buffer
 from transom.programs.written import NOWHERE, AttentionLayer, RopeTable, View, from_json, to_json
+from transom.signature import Decoder, LayerCache
 from transom_openvino_cpu.native.packing import NativeMatrix
 
 KINDS = (
@@ -53,6 +54,21 @@ class NativeProgram:
     """Size of the file of weights."""
     sparsity: str
     """The sparsity policy for steps that have none of their own, in canonical form."""
+
+    def check(self, decoder: Decoder) -> None:
+        """Check that the program computes a model of this signature: a session trusts it for ids and cache shapes.
+
+        Raises:
+            ValueError: it does not.
+        """
+        if (width := self.buffers[self.output].width) != decoder.vocabulary:
+            raise ValueError(f"the program has {width} logits for a vocabulary of {decoder.vocabulary}")
+        for op in self.ops:
+            if op.kind == "embed" and (rows := self.matrices[op.matrix].rows) < decoder.vocabulary:
+                raise ValueError(f"an embedding has {rows} rows for a vocabulary of {decoder.vocabulary}")
+        layers = tuple(LayerCache(x.heads, x.kv_heads, x.head_dim, x.value_dim, x.window) for x in self.layers)
+        if layers != decoder.layers:
+            raise ValueError("the program has other attention layers than the model")
 
     def to_json(self) -> str:
         return to_json(self)

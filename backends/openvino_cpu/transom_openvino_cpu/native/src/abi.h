@@ -132,7 +132,15 @@ struct tr_step {
   float *logits;      // [rows, vocabulary]
 };
 
-enum { TR_OK = 0, TR_NO_MEMORY = -1, TR_NO_THREADS = -2, TR_NO_LEVEL = -3, TR_BAD_PROGRAM = -4, TR_NOT_FINITE = -5 };
+enum {
+  TR_OK = 0,
+  TR_NO_MEMORY = -1,
+  TR_NO_THREADS = -2,
+  TR_NO_LEVEL = -3,
+  TR_BAD_PROGRAM = -4,
+  TR_NOT_FINITE = -5,
+  TR_BAD_STEP = -6
+};
 
 // Names of the instruction sets that this library was built with, separated by spaces, best last.
 const char *tr_levels(void);
@@ -148,7 +156,7 @@ void tr_close(void *engine);
 // Bytes of one page of a layer, for keys and values; the caller provides pages of zeros.
 int64_t tr_page_bytes(void *engine, int32_t layer);
 // Sets the memory of a layer's pages: [pages][kv_heads][keys, then values], 64-byte aligned.
-void tr_set_cache(void *engine, int32_t layer, void *memory);
+void tr_set_cache(void *engine, int32_t layer, void *memory, int32_t pages);
 
 // The state of sparse attention for one sequence: its columns, which attract mass from everywhere, and its latest
 // queries. It may be ahead of the sequence: a step drops everything behind the tokens that are cached.
@@ -183,6 +191,7 @@ enum {
 int32_t tr_times(void *engine, double *seconds);
 
 // Runs the program on one step. Returns TR_OK or an error. On an error *layer is the layer that failed, or -1;
-// TR_NOT_FINITE with -1 means that logits are not finite.
+// TR_NOT_FINITE with -1 means that logits are not finite. TR_BAD_STEP means that nothing was computed: a token has no row
+// in the embedding, a page does not exist, or the parts and rows do not match the step.
 int32_t tr_run(void *engine, const struct tr_step *step, int32_t *layer);
 }

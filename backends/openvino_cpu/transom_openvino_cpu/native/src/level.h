@@ -16,7 +16,7 @@ struct Level {
   int32_t (*open)(const tr_program *program, Pool *pool, void **engine);
   void (*close)(void *engine);
   int64_t (*page_bytes)(void *engine, int32_t layer);
-  void (*set_cache)(void *engine, int32_t layer, void *memory);
+  void (*set_cache)(void *engine, int32_t layer, void *memory, int32_t pages);
   int32_t (*new_route)(void *engine, void **route);
   int32_t (*copy_route)(void *engine, const void *from, void **route);
   void (*route_counts)(void *engine, void *route, double *read, double *seen);

@@ -81,9 +81,15 @@ bool program_fits(const tr_program &p) {
         (blocks && (m.block < 8 || m.block % 8 || m.columns % m.block || m.zero < 0 || m.zero > 255)))
       return false;
   }
-  int choice = -1; // the operator after which only the rows that need logits remain
+  // The operator after which only the rows that need logits remain. There is one, and those rows belong to no token:
+  // whatever depends on tokens comes before it.
+  int choice = -1;
   for (int x = 0; x < p.ops; x++)
-    choice = p.op[x].kind == TR_OP_ROWS ? x : choice;
+    if (p.op[x].kind == TR_OP_ROWS) {
+      if (choice >= 0)
+        return false;
+      choice = x;
+    }
   if (choice < 0 || p.op[choice].a.buffer == p.output)
     return false;
   for (int x = 0; x < p.ops; x++) {
@@ -96,6 +102,8 @@ bool program_fits(const tr_program &p) {
     if (o.kind != TR_OP_ATTEND && o.b.buffer >= 0 && !view_fits(p, o.b, o.width))
       return false;
     if (x < choice && (o.dst.buffer == p.output || o.a.buffer == p.output || o.b.buffer == p.output))
+      return false;
+    if (x > choice && (o.kind == TR_OP_EMBED || o.kind == TR_OP_ROPE || o.kind == TR_OP_ATTEND))
       return false;
     switch (o.kind) {
     case TR_OP_EMBED:
@@ -189,8 +197,11 @@ int32_t open_engine(const tr_program *program, Pool *pool, void **engine) {
     e->table_at[i] = e->table_width;
     e->table_width += 2 * (size_t)p.rope[i].count;
   }
+  e->vocabulary = e->pages = INT32_MAX;
   for (int x = 0; x < p.ops; x++) {
     const tr_op &o = p.op[x];
+    if (o.kind == TR_OP_EMBED && p.matrix[o.matrix].rows < e->vocabulary)
+      e->vocabulary = p.matrix[o.matrix].rows;
     if (o.kind != TR_OP_LINEAR)
       continue;
     const tr_matrix &m = p.matrix[o.matrix];
@@ -220,7 +231,11 @@ int64_t page_bytes_of(void *engine, int32_t layer) {
          (int64_t)by_cache(e->program, [&](auto c) { return head_bytes<decltype(c)>(l, e->program.routed); });
 }
 
-void set_cache_of(void *engine, int32_t layer, void *memory) { ((Engine *)engine)->cache[layer] = memory; }
+void set_cache_of(void *engine, int32_t layer, void *memory, int32_t pages) {
+  Engine *e = (Engine *)engine;
+  e->cache[layer] = memory;
+  e->pages = pages < e->pages ? pages : e->pages;
+}
 
 template <class C> void reset_route(Engine *e, Route *r) {
   tr_part part = {};

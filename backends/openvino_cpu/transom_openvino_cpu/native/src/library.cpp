@@ -70,9 +70,9 @@ TR_EXPORT int64_t tr_page_bytes(void *engine, int32_t layer) {
   return o->level->page_bytes(o->engine, layer);
 }
 
-TR_EXPORT void tr_set_cache(void *engine, int32_t layer, void *memory) {
+TR_EXPORT void tr_set_cache(void *engine, int32_t layer, void *memory, int32_t pages) {
   Opened *o = (Opened *)engine;
-  o->level->set_cache(o->engine, layer, memory);
+  o->level->set_cache(o->engine, layer, memory, pages);
 }
 
 TR_EXPORT int32_t tr_route_new(void *engine, void **route) {

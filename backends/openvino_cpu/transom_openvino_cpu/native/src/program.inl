@@ -14,6 +14,8 @@ struct Engine {
   Pool *pool;
   char *copies;        // everything that tr_program points to, except vectors and matrices
   void **cache;        // per layer
+  int pages;           // in the cache of each layer
+  int vocabulary;      // rows that every embedding has
   size_t local_bytes, acts_bytes, panel_bytes, scratch_bytes;
   size_t *local_at;    // offset of each local buffer in the scratch memory
   float **global;      // per buffer, [global_rows][width]
@@ -811,19 +813,54 @@ static void make_tables(Engine *e, const tr_step *step) {
   });
 }
 
+// Whether everything that the step points to lies in the engine's memory. Looks at each token and page once, which is
+// nothing beside computing them.
+static bool step_fits(const Engine *e, const tr_step *step) {
+  if (step->tokens < 1 || step->parts < 1 || step->rows < 0)
+    return false;
+  for (int i = 0; i < e->program.layers; i++)
+    if (!e->cache[i])
+      return false;
+  int64_t begin = 0;
+  for (int x = 0; x < step->parts; x++) {
+    const tr_part &part = step->part[x];
+    if (part.begin != begin || part.count < 1 || part.past < 0 || (part.sparsity && !part.route))
+      return false;
+    begin += part.count;
+    const int64_t end = (int64_t)part.past + part.count;
+    if (begin > step->tokens || end > INT32_MAX - PAGE || part.pages < (end + PAGE - 1) / PAGE)
+      return false;
+    for (int i = 0; i < part.pages; i++)
+      if (part.page[i] < 0 || part.page[i] >= e->pages)
+        return false;
+  }
+  if (begin != step->tokens)
+    return false;
+  for (int i = 0; i < step->tokens; i++)
+    if (step->token[i] < 0 || step->token[i] >= e->vocabulary)
+      return false;
+  for (int i = 0; i < step->rows; i++)
+    if (step->row[i] < 0 || step->row[i] >= step->tokens)
+      return false;
+  return true;
+}
+
 static int32_t run(Engine *e, const tr_step *step, int32_t *layer) {
   *layer = -1;
   const tr_program &p = e->program;
+  if (!step_fits(e, step))
+    return TR_BAD_STEP;
   if (!grow(e, step->tokens > step->rows ? step->tokens : step->rows, step->tokens))
     return TR_NO_MEMORY;
   const size_t attention = by_cache(p, [&](auto c) { return attention_bytes<decltype(c)>(e, step); });
-  e->scratch_bytes = attention > e->scratch_bytes ? attention : e->scratch_bytes;
+  const size_t scratch = attention > e->scratch_bytes ? attention : e->scratch_bytes;
   for (int x = 0; x < step->parts; x++)
     if (step->part[x].route)
       by_cache(p, [&](auto c) { forget_later<decltype(c)>(e, step->part[x]); });
   for (int t = 0; t < pool_threads(e->pool); t++)
-    if (!pool_scratch(e->pool, t, e->scratch_bytes))
+    if (!pool_scratch(e->pool, t, scratch))
       return TR_NO_MEMORY;
+  e->scratch_bytes = scratch; // only now: a step that asks for more than there is must not fail those after it
   e->global[p.output] = step->logits;
   make_tables(e, step);
   int rows = step->tokens, first = 0;

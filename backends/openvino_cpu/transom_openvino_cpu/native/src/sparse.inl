@@ -105,11 +105,16 @@ INLINE float coverage_of(const tr_sparsity &rule, float loose) {
   return c > 0 ? c : 0;
 }
 
+// Scores of the keys in the local window. A window may be larger than the sequence.
+INLINE size_t near_bytes(const tr_sparsity &rule, int pages) {
+  return align64((size_t)((rule.local < pages ? rule.local : pages) + 3) * 64 * 4 * TOGETHER);
+}
+
 INLINE size_t choice_bytes(const tr_layer &l, const tr_sparsity &rule, int pages, int sampled) {
   const size_t width = (size_t)pages * PAGE / rule.unit + 64;
   return align64((size_t)sampled * width * 4) + align64((size_t)(pages * PAGE / rule.unit / 64 + 2) * 8) +
-         align64((size_t)(pages / 8 + 2) * 8) + align64((size_t)(rule.local + 3) * 64 * 4 * TOGETHER) +
-         align64((size_t)sampled * 4) + plan_bytes(pages + 1, rule.unit) + 256 + (size_t)l.heads * 0;
+         align64((size_t)(pages / 8 + 2) * 8) + near_bytes(rule, pages) + align64((size_t)sampled * 4) +
+         plan_bytes(pages + 1, rule.unit) + 256 + (size_t)l.heads * 0;
 }
 
 // Scores the units for the query block at positions p0 ... p1 - 1, and plans which keys it reads. n keys are cached,
@@ -135,7 +140,7 @@ static bool plan_block(const Heads<C> &s, const tr_part &part, int h, int p0, in
   else
     sample(s, part, h, last, a);
   float *x = (float *)memory;
-  memory += align64((size_t)(rule.local + 3) * 64 * 4 * TOGETHER);
+  memory += near_bytes(rule, pages);
   uint64_t *patched = (uint64_t *)memory;
   memory += align64((size_t)(pages / 8 + 2) * 8);
   uint64_t *bits = (uint64_t *)memory;
