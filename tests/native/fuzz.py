@@ -75,13 +75,21 @@ TESTS = [
     and arguments(test) - {"rng", "level"} == set(choices(test)[0])
 ]
 """Those that need nothing from pytest."""
+DAMAGED = 40
+"""Damaged programs for every ten tests."""
 
 
 def damage(rng: np.random.Generator, program: NativeProgram) -> NativeProgram:
-    """One number of it is another one."""
-    what = str(rng.choice(["ops", "ops", "ops", "matrices", "ropes", "layers", "buffers", "output"]))
+    """One number of it is another one, or its operators are others or in another order."""
+    what = str(rng.choice(["ops", "ops", "ops", "order", "matrices", "ropes", "layers", "buffers", "output"]))
     if what == "output":
         return replace(program, output=int(rng.integers(-2, len(program.buffers) + 2)))
+    if what == "order":
+        ops = list(program.ops)
+        moved = ops[rng.integers(len(ops))] if rng.random() < 0.5 else ops.pop(rng.integers(len(ops)))
+        if rng.random() < 0.8:
+            ops.insert(int(rng.integers(len(ops) + 1)), moved)
+        return replace(program, ops=tuple(ops))
     items = list(getattr(program, what))
     index = int(rng.integers(len(items)))
     item = items[index]
@@ -110,15 +118,18 @@ def run_damaged(rng: np.random.Generator, level: str) -> None:
     graph = tiny_decoder(rng, weights=str(rng.choice(kinds)), layers=1, final_softcap=5.0)
     precisions = (test_decoders.EXACT, test_decoders.INT8_NARROW, test_decoders.BFLOAT16)
     program, weights = test_decoders.built(graph, precisions[rng.integers(3)])
-    for _ in range(40):
-        broken = damage(rng, program)
+    for _ in range(DAMAGED):
+        broken = program
+        for _ in range(int(rng.choice([1, 1, 2, 4]))):
+            broken = damage(rng, broken)
         try:
             with Machine((broken, weights), level, pages=3) as machine:
                 for count in (1, 5, 40):
-                    tokens = rng.integers(0, min(61, broken.matrices[0].rows), count)
-                    machine.engine.step([tokens], [0], [[0, 1, 2]], [0])
-        except (EngineError, MemoryError):
-            continue
+                    tokens = rng.integers(0, 61, count)
+                    rows = rng.integers(0, count, int(rng.choice([1, count, 50])))
+                    machine.engine.step([tokens], [0], [[0, 1, 2]], rows.tolist())
+        except (EngineError, MemoryError, IndexError, ValueError):
+            continue  # refused, by the library or by what reads the program
 
 
 def main() -> None:
@@ -140,7 +151,7 @@ def main() -> None:
             print(level, "damage", flush=True)
             run_damaged(rng, level)
         done += 1
-    print(f"{done} cases")
+    print(f"{done} cases, {(done + 9) // 10 * DAMAGED} damaged programs")
 
 
 if __name__ == "__main__":

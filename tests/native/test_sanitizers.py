@@ -81,4 +81,4 @@ def test_no_test_and_no_damaged_program_makes_the_sanitizers_report(
     assert done.returncode == 0, said[-6000:]
     assert "runtime error" not in said, said[-6000:]
     assert "AddressSanitizer" not in said, said[-6000:]
-    assert said.splitlines()[-1].endswith(" cases")
+    assert said.splitlines()[-1].endswith(" damaged programs")

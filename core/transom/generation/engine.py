@@ -12,8 +12,10 @@ its state, so an interrupted step is simply repeated.
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import time
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -33,6 +35,16 @@ class ModelClosed(TransomError):
 
     def __init__(self) -> None:
         super().__init__("The model is closed", "Load it again, and close it only after its last generation has ended.")
+
+
+class ModelForked(TransomError):
+    """The process is a fork of the one that loaded the model."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "The process was forked after this model was loaded, and a model's threads and memory belong to one process",
+            "Load the model in the new process, or start that with multiprocessing's 'spawn' method.",
+        )
 
 
 class Engine:
@@ -62,7 +74,8 @@ class Engine:
         self._arrivals = 0
         self._steps = 0
         self._preemptions = 0
-        self._closed = self._shut = False
+        self._closed = self._shut = self._forked = False
+        _engines.add(self)
         self._busy = self._led_since = 0.0
 
     @property
@@ -94,7 +107,9 @@ class Engine:
 
         Raises:
             ModelClosed: the engine is closed.
+            ModelForked: this is a fork of the process that loaded the model.
         """
+        self._need_own_process()
         with self._lock:
             if self._closed:
                 raise ModelClosed
@@ -108,7 +123,9 @@ class Engine:
 
         Raises:
             TransomError: the request ended with an error: a failed step, a full pool, a closed model.
+            ModelForked: this is a fork of the process that loaded the model.
         """
+        self._need_own_process()
         while True:
             if request.events:
                 return request.events.popleft()
@@ -164,7 +181,9 @@ class Engine:
 
         Raises:
             ModelClosed: the engine is closed.
+            ModelForked: this is a fork of the process that loaded the model.
         """
+        self._need_own_process()
         with self._lock:
             self._exclusive += 1
             try:
@@ -232,14 +251,31 @@ class Engine:
             pass
 
     def close(self) -> None:
-        """Close the session after the current step. Requests that have not ended raise ModelClosed. Idempotent."""
+        """Close the session after the current step. Requests that have not ended raise ModelClosed. Idempotent.
+
+        In a fork of the process that loaded the model this leaves the session alone, which is that process's."""
         with self._lock:
             self._closed = True
+            if self._forked:
+                return
             if self._leader == threading.get_ident():
                 return  # called from within a step: _release does the rest
             while self._leader is not None:
                 self._free.wait()
             self._shut_down()
+
+    # Forks: only the thread that forked lives on in the child. Another one may have held the lock, or led a step.
+
+    def _leave_behind(self) -> None:
+        """In a forked child: nothing may wait for threads that do not exist there."""
+        self._forked = True
+        self._lock = threading.Lock()
+        self._free = threading.Condition(self._lock)
+        self._leader, self._exclusive, self._requests = None, 0, []
+
+    def _need_own_process(self) -> None:
+        if self._forked:
+            raise ModelForked
 
     # Leadership: the leader may use the session.
 
@@ -576,3 +612,16 @@ def _step_failed(error: Exception) -> TransomError:
     )
     failure.__cause__ = error
     return failure
+
+
+_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
+"""Every engine of this process."""
+
+
+def _leave_all_behind() -> None:
+    for engine in list(_engines):
+        engine._leave_behind()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_all_behind)

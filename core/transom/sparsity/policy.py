@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 BLOCK = 64
 """Queries that share one selection of keys, and tokens in a page of a paged cache."""
+LARGEST = 2**30
+"""Of a count of tokens, columns or units: more than any context, and kernels may add two of them as 32-bit integers."""
 SCORES = ("rms", "mean")
 DENSE = "dense"
 """The canonical string of a layer, and of a policy, that reads every key."""
@@ -330,8 +332,8 @@ def _share(name: str, value: object, low: float, open_low: bool) -> float:
 
 def _count(name: str, value: object, least: int) -> int:
     whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
-    if isinstance(value, bool) or not whole or int(value) < least:  # type: ignore[call-overload]
-        raise OptionError(f"{name}={value!r} is not allowed", f"Allowed: a whole number of {least} or more.")
+    if isinstance(value, bool) or not whole or not least <= int(value) <= LARGEST:  # type: ignore[call-overload]
+        raise OptionError(f"{name}={value!r} is not allowed", f"Allowed: a whole number from {least} to {LARGEST}.")
     return int(value)  # type: ignore[call-overload, no-any-return]
 
 
