@@ -42,6 +42,7 @@ from transom.text import GenerationDefaults
         ("n", 0, "from 1 to"),
         ("logprobs", -1, "0 or more"),
         ("ignore_eos", "yes", "True or False"),
+        ("cache_salt", 7, "a string"),
         ("json_schema", 5, "pydantic"),
         ("regex", "", "not empty"),
         ("choice", [], "at least one"),

@@ -60,6 +60,17 @@ def test_answers_are_the_same_whatever_is_kept(data: Any) -> None:
     settled(session, engine)
 
 
+def test_a_prompt_is_reused_only_with_the_same_salt() -> None:
+    session = FakeSession(page_tokens=4, pages=60)
+    engine = Engine(session)
+    prompt = list(range(24))
+    first, _ = _answer(engine, session, prompt, salt="one tenant")
+    for salt, expected in (("one tenant", 16), ("another", 0), ("another", 16), ("", 0), ("", 16)):
+        answer, cached = _answer(engine, session, prompt, salt=salt)
+        assert (answer, cached) == (first, expected), salt
+    settled(session, engine)
+
+
 def test_only_what_is_new_is_read() -> None:
     session = FakeSession(page_tokens=4, pages=40)
     engine = Engine(session)

@@ -420,7 +420,7 @@ class Engine:
         """A state for a branch: a kept prefix, or an empty state."""
         request = branch.request
         if branch.sampler is not None:
-            kept = self._prefixes.take(branch.tokens, request.sparsity, selects_keys=request.selects_keys)
+            kept = self._prefixes.take(branch.tokens, request.sparsity, request.salt, selects_keys=request.selects_keys)
             if kept is not None:
                 if branch.index == 0 and len(branch.tokens) == request.prompt_tokens:
                     request.cached_tokens = kept.length
@@ -567,7 +567,7 @@ class Engine:
             branch.request.error = branch.request.error or _step_failed(error)
         finally:
             if keep and not self._shut and branch.request.error is None:
-                self._prefixes.keep(branch.tokens, state, branch.request.sparsity)
+                self._prefixes.keep(branch.tokens, state, branch.request.sparsity, branch.request.salt)
             else:
                 state.free()
 

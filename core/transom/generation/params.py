@@ -69,6 +69,9 @@ class SamplingParams:
     logprobs: int | None = None
     """None: no log-probabilities. N: those of each chosen token and of the N most likely ones, before penalties,
     bias, guide and temperature."""
+    cache_salt: str = ""
+    """A prompt reuses the beginning of an earlier prompt only if both have the same salt. How soon an answer comes shows
+    whether somebody used its prompt before: give each tenant a salt that others cannot guess."""
     ignore_eos: bool = False
     """Continue after the model's end-of-text tokens (for benchmarks)."""
     json_schema: Mapping[str, Any] | str | bool | None = None
@@ -96,6 +99,8 @@ class SamplingParams:
             put("max_new_tokens", _integer("max_new_tokens", self.max_new_tokens, 1))
         if self.logprobs is not None:
             put("logprobs", _integer("logprobs", self.logprobs, 0))
+        if not isinstance(self.cache_salt, str):
+            raise _refused("cache_salt", self.cache_salt, "a string")
         if not isinstance(self.ignore_eos, bool):
             raise _refused("ignore_eos", self.ignore_eos, "True or False")
         put("stop", _strings("stop", self.stop))

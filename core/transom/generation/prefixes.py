@@ -30,6 +30,7 @@ class CachedPrefix(NamedTuple):
     """The tokens that the state holds."""
     state: State
     sparsity: str | None
+    salt: str
 
 
 class PrefixCache:
@@ -54,26 +55,28 @@ class PrefixCache:
         """The most recently used sequence."""
         return self._kept[-1] if self._kept else None
 
-    def keep(self, tokens: Sequence[int], state: State, sparsity: str | None) -> None:
+    def keep(self, tokens: Sequence[int], state: State, sparsity: str | None, salt: str = "") -> None:
         """Keep an ended sequence's state, or free it. It replaces sequences that it extends.
 
         Args:
             tokens: tokens of the sequence, at least as many as the state holds.
             sparsity: the policy of its steps.
+            salt: that of its request.
         """
         held = list(tokens[: state.length])
         if not self._page or len(held) < self._page:
             state.free()
             return
         for other in list(self._kept):
-            if other.sparsity == sparsity and held[: len(other.tokens)] == other.tokens:
+            if (other.sparsity, other.salt) == (sparsity, salt) and held[: len(other.tokens)] == other.tokens:
                 self._drop(other)
-        self._kept.append(CachedPrefix(held, state, sparsity))
+        self._kept.append(CachedPrefix(held, state, sparsity, salt))
         while len(self._kept) > MAX_SEQUENCES:
             self._drop(self._kept[0])
 
-    def take(self, tokens: Sequence[int], sparsity: str | None, *, selects_keys: bool) -> State | None:
-        """A state, owned by the caller, with the longest kept beginning of a prompt; None if there is none.
+    def take(self, tokens: Sequence[int], sparsity: str | None, salt: str = "", *, selects_keys: bool) -> State | None:
+        """A state, owned by the caller, with the longest kept beginning of a prompt, of those with the same policy and
+        salt; None if there is none.
 
         Args:
             selects_keys: a policy selects keys step by step.
@@ -84,7 +87,7 @@ class PrefixCache:
         best: CachedPrefix | None = None
         longest = 0
         for kept in self._kept:
-            if kept.sparsity != sparsity:
+            if (kept.sparsity, kept.salt) != (sparsity, salt):
                 continue
             usable = self._usable(_common(kept.tokens, tokens), len(tokens), selects_keys=selects_keys)
             if usable > longest:

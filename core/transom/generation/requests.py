@@ -114,6 +114,7 @@ class Request:
         sparsity: the policy for its steps, in canonical form; None: the loaded model's policy.
         count_keys: count the keys that are read.
         selects_keys: a policy selects keys, so that results depend on where steps begin.
+        salt: caches are shared with requests of the same salt.
     """
 
     def __init__(
@@ -129,6 +130,7 @@ class Request:
         sparsity: str | None = None,
         count_keys: bool = False,
         selects_keys: bool = False,
+        salt: str = "",
     ) -> None:
         self.prompt_tokens = len(prompt)
         self.stop_ids = stop_ids
@@ -137,6 +139,7 @@ class Request:
         self.sparsity = sparsity
         self.count_keys = count_keys
         self.selects_keys = selects_keys
+        self.salt = salt
         self.cached_tokens = 0
         """Number of prompt tokens taken from the cache of an earlier sequence."""
         self.branches = [

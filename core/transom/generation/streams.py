@@ -130,6 +130,7 @@ class Generator:
             sparsity=sparsity,
             count_keys=count_keys,
             selects_keys=selects_keys,
+            salt=params.cache_salt,
         )
         request.submitted = began
         answers = [_Answer(i, tokenizer, stops, stop_ids, params, continues) for i in range(params.n)]
