@@ -42,7 +42,7 @@ class ModelForked(TransomError):
 
     def __init__(self) -> None:
         super().__init__(
-            "The process was forked after this model was loaded, and a model's threads and memory belong to one process",
+            "The process was forked after this model was loaded, which belongs to the process that loaded it",
             "Load the model in the new process, or start that with multiprocessing's 'spawn' method.",
         )
 

@@ -70,8 +70,8 @@ class SamplingParams:
     """None: no log-probabilities. N: those of each chosen token and of the N most likely ones, before penalties,
     bias, guide and temperature."""
     cache_salt: str = ""
-    """A prompt reuses the beginning of an earlier prompt only if both have the same salt. How soon an answer comes shows
-    whether somebody used its prompt before: give each tenant a salt that others cannot guess."""
+    """A prompt reuses the beginning of an earlier prompt only if both have the same salt. The time to the first token
+    shows whether a prompt was used before: give each tenant a salt that others cannot guess."""
     ignore_eos: bool = False
     """Continue after the model's end-of-text tokens (for benchmarks)."""
     json_schema: Mapping[str, Any] | str | bool | None = None

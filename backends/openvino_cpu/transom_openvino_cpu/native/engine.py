@@ -263,7 +263,8 @@ class NativeEngine:
 
         Raises:
             EngineError: there is not enough memory, attention or the last layer computed numbers that are not finite,
-                a token id, page or row is outside the program's memory, or this is a fork of the process that opened the engine.
+                a token id, page or row is outside the program's memory, or this is a fork of the process that opened
+                the engine.
         """
         self._need_own_process()
         flat = tokens[0] if len(tokens) == 1 else np.concatenate(tokens)
