@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from transom.artifacts import Cache, StoredArtifact, files
+from transom.artifacts.samples import PIECE, PIECES, same_samples, take_samples
 
 Build = Callable[..., StoredArtifact]
 Damage = Callable[[Path], object]
@@ -131,14 +132,93 @@ def test_a_damaged_record_of_the_hashing_means_hashing_again(cache: Cache, build
     assert Cache(cache.root).lookup("key") is None
 
 
-def test_a_flipped_bit_under_an_old_time_is_found_by_a_full_check(cache: Cache, build: Build) -> None:
-    path = build(cache, "key").path / "files" / "model.xml"
-    assert cache.lookup("key") is not None
+def _written_again(path: Path) -> None:
+    """Another bit, and the old times."""
     stat = path.stat()
     flip(path)
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+def _replaced(path: Path) -> None:
+    """Another file of the same size under the name, with the old times."""
+    stat = path.stat()
+    other = path.with_name("other")
+    shutil.copy(path, other)
+    flip(other)
+    os.utime(other, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    os.replace(other, path)
+
+
+def _within_a_second(path: Path) -> None:
+    """Another bit, in the same second."""
+    stat = path.stat()
+    flip(path)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns // 10**9 * 10**9 + (stat.st_mtime_ns + 1) % 10**9))
+
+
+@pytest.mark.parametrize("alter", [_written_again, _replaced, _within_a_second])
+def test_a_change_that_hides_behind_size_and_time_is_found(
+    alter: Callable[[Path], None], cache: Cache, build: Build
+) -> None:
+    path = build(cache, "key").path / "files" / "model.xml"
+    assert cache.lookup("key") is not None
+    alter(path)
+    assert Cache(cache.root).lookup("key") is None
+
+
+def _unnoticed(entry: Path, change: Callable[[Path], None]) -> None:
+    """A change that the file system does not record."""
+    path = entry / "files" / "model.xml"
+    change(path)
+    noted = json.loads((entry / "verified.json").read_text())
+    stat = path.stat()
+    noted["files"]["model.xml"] = [stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns]
+    (entry / "verified.json").write_text(json.dumps(noted))
+
+
+def test_a_change_that_the_file_system_does_not_record_is_found_in_a_small_file(cache: Cache, build: Build) -> None:
+    entry = build(cache, "key").path
+    assert cache.lookup("key") is not None
+    _unnoticed(entry, lambda path: None)
     assert Cache(cache.root).lookup("key") is not None
-    assert Cache(cache.root).lookup("key", verify="full") is None
+    _unnoticed(entry, flip)
+    assert Cache(cache.root).lookup("key") is None
+
+
+def test_a_change_that_the_file_system_does_not_record_is_found_in_a_large_file_by_its_samples(
+    cache: Cache, tmp_path: Path
+) -> None:
+    large = tmp_path / "large"
+    large.write_bytes(os.urandom(3_000_001))
+    samples = take_samples(large)
+    assert same_samples(large, samples)
+    assert len(samples) in (PIECES - 2, PIECES - 1, PIECES)
+    assert {offset for offset, _ in samples} >= {0, 3_000_001 // PIECE * PIECE}
+    data = bytearray(large.read_bytes())
+    for offset, _ in samples:
+        other = bytearray(data)
+        other[offset] ^= 1
+        large.write_bytes(other)
+        assert not same_samples(large, samples)
+    large.write_bytes(bytes(len(data)))  # such as a file whose blocks were never written
+    assert not same_samples(large, samples)
+
+
+def test_a_full_check_finds_what_samples_miss(cache: Cache, tmp_path: Path) -> None:
+    content = bytearray(os.urandom(3_000_000))
+    entry = cache.sources.write("print", {"model.bin": bytes(content)}).path
+    assert cache.sources.lookup("print") is not None
+    sampled = {offset for offset, _ in json.loads((entry / "verified.json").read_text())["samples"]["model.bin"]}
+    missed = next(offset for offset in range(0, len(content), PIECE) if offset not in sampled)
+    content[missed] ^= 1
+    path = entry / "files" / "model.bin"
+    path.write_bytes(content)
+    noted = json.loads((entry / "verified.json").read_text())
+    stat = path.stat()
+    noted["files"]["model.bin"] = [stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns]
+    (entry / "verified.json").write_text(json.dumps(noted))
+    assert Cache(cache.root).sources.lookup("print") is not None
+    assert Cache(cache.root).sources.lookup("print", verify="full") is None
 
 
 def test_an_entry_that_another_process_rebuilt_meanwhile_is_left_alone(cache: Cache, build: Build) -> None:

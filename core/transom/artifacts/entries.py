@@ -1,9 +1,9 @@
 """Entries of the cache: folders that appear complete or not at all, and are checked each time they are opened.
 
 An `EntryStore` is a folder of entries of one kind. An `EntryWriter` builds an entry under `building/`, writes the
-manifest last and renames the folder into place. Opening an entry checks its manifest and the sizes of its files; the
-contents are hashed the first time and whenever a file's size or time has changed since. A corrupt entry counts as
-absent.
+manifest last and renames the folder into place. Opening an entry checks its manifest, the sizes of its files, and
+samples of their contents; the whole contents are hashed the first time, and whenever a file was written or replaced
+since. A corrupt entry counts as absent.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from transom.artifacts.files import (
     MARK,
@@ -35,12 +35,13 @@ from transom.artifacts.files import (
     write_durably,
 )
 from transom.artifacts.keys import FORMAT, check_key
+from transom.artifacts.samples import Samples, same_samples, take_samples
 
 if TYPE_CHECKING:
     from transom.contract import Progress
 
 Verify = Literal["auto", "full", "sizes"]
-"""How to check an entry: hashes on first use and after a change, hashes always, or sizes only."""
+"""How to check an entry: hashes on first use and after a change, and samples; hashes always; or sizes only."""
 
 MANIFEST = "manifest.json"
 VERIFIED = "verified.json"
@@ -177,7 +178,8 @@ class EntryStore:
         self.folder = root / kind
         self.trash = root / "trash"
         self._owner = owner  # keeps the temporary cache alive, whose end removes the folder
-        self._verified: dict[str, object] = {}
+        self._verified: dict[str, Any] = {}
+        """What `verified.json` of an entry says, or would say in a cache that cannot be written."""
 
     def lookup(self, key: str, *, verify: Verify = "auto", progress: Progress | None = None) -> Entry | None:
         """The open entry, or None when there is no sound one. A corrupt one is removed and logged."""
@@ -218,7 +220,7 @@ class EntryStore:
         manifest = EntryManifest.read(path)
         if manifest.key != path.name:
             raise CorruptEntry(f"it belongs to the key {manifest.key}")
-        signature: dict[str, list[int]] = {}
+        identities: dict[str, list[int]] = {}
         for name, record in manifest.files.items():
             try:
                 found = os.lstat(path / FILES / name)
@@ -228,23 +230,33 @@ class EntryStore:
                 raise CorruptEntry(f"its file {name} is not a plain file")
             if found.st_size != record.bytes:
                 raise CorruptEntry(f"its file {name} has {found.st_size} bytes instead of {record.bytes}")
-            signature[name] = [found.st_size, int(found.st_mtime)]
-        if verify == "full" or (verify == "auto" and signature != self._last_verified(path)):
+            # The change time cannot be set by a program, unlike the modification time; the inode tells a replaced file.
+            identities[name] = [found.st_size, found.st_ino, found.st_mtime_ns, found.st_ctime_ns]
+        if verify == "full" or (verify == "auto" and not self._is_verified(path, identities)):
             self._compare_hashes(path, manifest, progress)
-            self._verified[path.name] = signature
-            try:
-                replace_atomically(path / VERIFIED, json.dumps(signature).encode())
-            except OSError as error:
-                _log.debug("cannot note that %s is intact: %s", path, error)
+            self._note_verified(path, identities)
         return Entry(self, path, manifest, lock)
 
-    def _last_verified(self, path: Path) -> object:
-        if path.name in self._verified:
-            return self._verified[path.name]
+    def _is_verified(self, path: Path, identities: Mapping[str, list[int]]) -> bool:
+        """Whether the files are those that were hashed last, and still have the samples of then."""
         try:
-            return json.loads((path / VERIFIED).read_bytes())
-        except (OSError, ValueError, RecursionError):
-            return None
+            noted = self._verified.get(path.name) or json.loads((path / VERIFIED).read_bytes())
+            return bool(noted["files"] == identities) and all(
+                same_samples(
+                    path / FILES / name, [(int(offset), str(digest)) for offset, digest in noted["samples"][name]]
+                )
+                for name in identities
+            )
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            return False
+
+    def _note_verified(self, path: Path, identities: Mapping[str, list[int]]) -> None:
+        try:
+            samples = {name: take_samples(path / FILES / name) for name in identities}
+            self._verified[path.name] = noted = {"files": identities, "samples": samples}
+            replace_atomically(path / VERIFIED, json.dumps(noted).encode())
+        except OSError as error:
+            _log.debug("cannot note that %s is intact: %s", path, error)
 
     def _compare_hashes(self, path: Path, manifest: EntryManifest, progress: Progress | None) -> None:
         for name, record in manifest.files.items():

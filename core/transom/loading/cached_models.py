@@ -52,7 +52,11 @@ class CachedModels:
         if source is None:
             return NotReady()
         plan = self._plan(source, attempt)
-        compiled = self.state.cache.lookup(source.artifact_key(job), progress=self.state.progress)
+        compiled = self.state.cache.lookup(
+            source.artifact_key(job),
+            verify="full" if self.state.options.verify == "always" else "auto",
+            progress=self.state.progress,
+        )
         if compiled is None:
             return NotReady()
         verdict = check_artifact(attempt.plugin.backend, compiled.artifact, attempt.device)
