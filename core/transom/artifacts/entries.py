@@ -35,7 +35,7 @@ from transom.artifacts.files import (
     write_durably,
 )
 from transom.artifacts.keys import FORMAT, check_key
-from transom.artifacts.samples import Samples, same_samples, take_samples
+from transom.artifacts.samples import same_samples, take_samples
 
 if TYPE_CHECKING:
     from transom.contract import Progress
@@ -241,12 +241,10 @@ class EntryStore:
         """Whether the files are those that were hashed last, and still have the samples of then."""
         try:
             noted = self._verified.get(path.name) or json.loads((path / VERIFIED).read_bytes())
-            return bool(noted["files"] == identities) and all(
-                same_samples(
-                    path / FILES / name, [(int(offset), str(digest)) for offset, digest in noted["samples"][name]]
-                )
-                for name in identities
-            )
+            if noted["files"] != identities:
+                return False
+            samples = noted["samples"]
+            return all(same_samples(path / FILES / name, samples[name]) for name in identities)
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return False
 
