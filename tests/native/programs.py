@@ -22,6 +22,7 @@ from transom.programs.written import NOWHERE, AttentionLayer, RopeTable, View
 from transom.sparsity import DENSE
 from transom_openvino_cpu.native import packing
 from transom_openvino_cpu.native.engine import NativeEngine
+from transom_openvino_cpu.native.layout import NativeMatrix
 from transom_openvino_cpu.native.program import NativeOp, NativeProgram
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -87,7 +88,7 @@ class Draft:
 
     weights: io.BytesIO = field(default_factory=io.BytesIO)
     ops: list[NativeOp] = field(default_factory=list)
-    matrices: list[packing.NativeMatrix] = field(default_factory=list)
+    matrices: list[NativeMatrix] = field(default_factory=list)
     ropes: list[RopeTable] = field(default_factory=list)
     layers: list[AttentionLayer] = field(default_factory=list)
     buffers: list[Buffer] = field(default_factory=list)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from transom.graph.weights import Blocked, Weight
 from transom.sparsity import Sparsity
 from transom_openvino_cpu.native import packing
+from transom_openvino_cpu.native.layout import TILE
 from transom_openvino_cpu.native.policies import unsupported
 from transom_openvino_cpu.precision import CpuPrecision
 
@@ -12,7 +13,7 @@ from transom_openvino_cpu.precision import CpuPrecision
 class NativeKernels:
     """The native kernels at one precision."""
 
-    tile = packing.TILE
+    tile = TILE
     largest_head = 256
     largest_group = 64
     interleaved = False

@@ -16,8 +16,8 @@ from transom.errors import EngineError, OptionError, option
 from transom.programs.written import View
 from transom.signature import LayerCache
 from transom.sparsity import Sparsity
+from transom_openvino_cpu.native import layout
 from transom_openvino_cpu.native import library as native
-from transom_openvino_cpu.native import packing
 from transom_openvino_cpu.native.policies import NativePolicy
 from transom_openvino_cpu.native.program import ACTIVATIONS, BY, CACHES, KINDS, NativeProgram
 from transom_openvino_cpu.page_memory import PageMemory
@@ -89,7 +89,7 @@ class NativeEngine:
         """The address of `size` bytes at offset `at` of the weights; None for -1."""
         if at == -1:
             return None
-        if at < 0 or at % packing.ALIGNMENT or at + size > self.program.weight_bytes:
+        if at < 0 or at % layout.ALIGNMENT or at + size > self.program.weight_bytes:
             self._check(native.BAD_PROGRAM)
         return self._base + at
 
@@ -120,7 +120,7 @@ class NativeEngine:
                     m.has_minimums,
                     m.wide_scales,
                     0,
-                    self._place(m.at, packing.matrix_bytes(m)),
+                    self._place(m.at, layout.matrix_bytes(m)),
                 )
                 for m in p.matrices
             )

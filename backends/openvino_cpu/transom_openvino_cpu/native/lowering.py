@@ -13,7 +13,7 @@ from transom.programs.buffers import BufferAllocator
 from transom.programs.reading import GraphReader, Op, Value
 from transom.programs.written import NOWHERE, AttentionLayer, RopeTable, View
 from transom_openvino_cpu.native import packing
-from transom_openvino_cpu.native.packing import TILE
+from transom_openvino_cpu.native.layout import TILE, NativeMatrix
 from transom_openvino_cpu.native.program import NativeOp, NativeProgram
 from transom_openvino_cpu.precision import CpuPrecision
 
@@ -38,7 +38,7 @@ def write(
     """The program; its weights are written to `file`."""
     fused = fuse(reader)
     buffers = BufferAllocator(fused, reader.logits, BARRIERS)
-    matrices: list[packing.NativeMatrix] = []
+    matrices: list[NativeMatrix] = []
     known: dict[tuple[int, str], int] = {}
     vectors: dict[bytes, int] = {}
 

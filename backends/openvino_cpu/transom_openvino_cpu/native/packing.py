@@ -6,7 +6,6 @@ minimum.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import BinaryIO
 
 import ml_dtypes
@@ -14,44 +13,14 @@ import numpy as np
 
 from transom.graph.weights import Array, Blocked, Dense, Weight, affine
 from transom.quantize import rounding
+from transom_openvino_cpu.native.layout import ALIGNMENT, KINDS, TILE, NativeMatrix
 
-TILE = 16
-"""Rows in a tile."""
-ALIGNMENT = 64
-"""Bytes."""
-KINDS = {"float32": 0, "float16": 1, "bfloat16": 2, "uint4": 3, "uint8": 4}
 CENTERS = {"int4": 8, "int8": 128, "uint4": 0, "uint8": 0}
 """Added to a signed number to make it unsigned."""
 GROUP = 64
 """Columns that share a scale when a plain matrix is quantized to int8."""
 SMALLEST_BLOCK = 8
 """Columns; all block sizes are multiples of it."""
-
-
-@dataclass(frozen=True)
-class NativeMatrix:
-    """A matrix as in `tr_matrix`; `at` is its offset in the file."""
-
-    kind: int
-    rows: int
-    columns: int
-    block: int
-    zero: int
-    has_minimums: bool
-    wide_scales: bool
-    at: int
-
-
-def matrix_bytes(m: NativeMatrix) -> int:
-    """Size of a matrix in the file."""
-    tiles = -(-m.rows // TILE)
-    if m.kind in (KINDS["uint4"], KINDS["uint8"]):
-        quants = TILE * m.block // (2 if m.kind == KINDS["uint4"] else 1)
-        scales = TILE * (4 if m.wide_scales else 2) * (2 if m.has_minimums else 1)
-        return tiles * (m.columns // max(m.block, 1)) * (quants + scales)
-    if m.kind == KINDS["bfloat16"]:
-        return tiles * TILE * 4 * (-(-m.columns // 2))
-    return tiles * TILE * m.columns * (2 if m.kind == KINDS["float16"] else 4)
 
 
 def packable(weight: Weight) -> str:

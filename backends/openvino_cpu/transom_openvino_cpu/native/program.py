@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from transom.programs.buffers import Buffer
 from transom.programs.written import NOWHERE, AttentionLayer, RopeTable, View, from_json, to_json
 from transom.signature import Decoder, LayerCache
-from transom_openvino_cpu.native.packing import NativeMatrix
+from transom_openvino_cpu.native.layout import NativeMatrix
 
 KINDS = (
     "embed", "norm", "linear", "add", "glu", "rope", "attend", "rows", "scale", "softcap", "bias",
