@@ -62,7 +62,7 @@ def load(
             warning in `report.warnings`.
         precision: `"auto"`, `"exact"`, `"fast"`, or a format by name. The backend defines what they mean, and reports
             it in `model.report.precision`.
-        threads: processor threads; None for every core that this process may use.
+        threads: processor threads, at most one for each core; None for every core that this process may use.
         sparsity: which keys attention reads (`transom.sparsity.Sparsity.parse`): `"off"` for all, `"safe"`,
             `"balanced"`, `"fast"`, `"classic"`, a coverage such as 0.94, a JSON file, or a `Sparsity`.
         calibration: texts, or text files as `pathlib.Path`, similar to the model's later input, for a backend that

@@ -106,6 +106,16 @@ def test_the_cache_is_listed_pruned_and_cleared(fresh: Any, model: Path) -> None
     assert '"lots"' in err
 
 
+@pytest.mark.parametrize("days", ["-3", "-0.001", "nan", "-inf"])
+def test_an_age_that_is_none_removes_nothing(fresh: Any, model: Path, days: str) -> None:
+    assert fresh("run", model, "x", "--backend", "toy", "--verify", "off").status == 0
+    status, out, err = fresh("cache", "prune", "--unused-days", days)
+    assert (status, out) == (2, "")
+    assert f"--unused-days {days}" in err
+    assert len(json.loads(fresh("cache", "list", "--json").out)["entries"]) == 2
+    assert "Removed 0 entries" in fresh("cache", "prune", "--unused-days", "1").out
+
+
 def test_clear_says_what_is_in_use(fresh: Any, model: Path) -> None:
     environment = {"TOY_DELAY": "0.2", "TOY_ENDLESS": "1"}
     child = fresh.begin("run", model, "x", "--backend", "toy", "--verify", "off", env=environment)

@@ -198,3 +198,23 @@ def test_a_cache_or_progress_of_the_wrong_type_is_refused_with_the_fix(here: Any
 
 def test_a_cache_may_be_made_of_a_path_as_text(tmp_path: Path) -> None:
     assert transom.Cache(str(tmp_path)).root == tmp_path
+
+
+@pytest.mark.parametrize("threads", [1, 4, 5, 10_000])
+def test_no_more_threads_are_used_than_there_are_cores(here: Any, threads: int) -> None:
+    backend = MadeUp("engine")
+    here.use(backend, devices=[replace(CPU, cores=4)])
+    with here.load(threads=threads, backend="engine", verify="off") as model:
+        assert backend.loaded_with["threads"] == min(threads, 4)
+        said = [text for text in model.report.warnings if "threads" in text]
+    lowered = [f"threads={threads} is more than this process has cores: 4 threads are used"]
+    assert said == (lowered if threads > 4 else [])
+
+
+def test_a_bundle_uses_no_more_threads_than_there_are_cores(here: Any, export: Any) -> None:
+    backend = MadeUp("engine")
+    here.use(backend, devices=[replace(CPU, cores=4)])
+    made = export(verify="off")
+    with here.load(made.folder, threads=10_000, verify="off") as model:
+        assert backend.loaded_with["threads"] == 4
+        assert any("threads=10000" in text for text in model.report.warnings)

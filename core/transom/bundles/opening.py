@@ -18,7 +18,7 @@ from transom.loading.attempts import first_that_works
 from transom.loading.child_jobs import ChildJobs
 from transom.loading.identity import ModelIdentity
 from transom.loading.load_state import LoadState
-from transom.loading.machine import Machine, choose, has_fix, survey
+from transom.loading.machine import Machine, choose, has_fix, limit_threads, survey
 from transom.loading.opening import open_model
 from transom.loading.options import LoadOptions
 from transom.preparation.plugin_calls import check_artifact
@@ -58,6 +58,8 @@ def load_bundle(
             machine = survey(probe_file, target=device)
             bundle, choice = _best_variant(bundle, machine, device, backend, variant)
         state.options = _merged_options(bundle.manifest, bundle.variant, folder, state.options)
+        if "threads" not in bundle.variant.requires:
+            limit_threads(state, machine)
         jobs = ChildJobs(state, _identity(bundle, state.options.sparsity))
         models = BundleModels(jobs, bundle)
         return first_that_works(jobs, machine, choice, lambda attempt: open_model(models, attempt))

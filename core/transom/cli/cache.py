@@ -54,12 +54,18 @@ def show(as_json: bool) -> None:
 
 @cache.command()
 @click.option("--size", "limit", help="Maximum size, such as 5GB. [default: TRANSOM_CACHE_SIZE or 20GB]")
-@click.option("--unused-days", type=float, help="Also remove entries not used for this many days.")
+@click.option("--unused-days", type=float, help="Also remove entries not used for this many days; 0 or more.")
 @JSON
 def prune(limit: str | None, unused_days: float | None, as_json: bool) -> None:
     """Remove left-overs and the least recently used entries until the cache fits its limit."""
     from transom.artifacts import Cache, parse_size
+    from transom.errors import OptionError
 
+    if unused_days is not None and not unused_days >= 0:  # also refuses NaN
+        raise OptionError(
+            f"--unused-days {unused_days:g} is not a number of days: every entry would be removed, or none",
+            "Give 0 or more; transom cache clear removes everything",
+        )
     since = None if unused_days is None else time.time() - unused_days * 86400
     removed = Cache.default().prune(limit=parse_size(limit, "--size") if limit else None, unused_since=since)
     _tell(removed, as_json)

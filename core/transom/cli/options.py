@@ -63,7 +63,9 @@ def _precision(default: str) -> Callable[[F], F]:
 
 
 PRECISION = _precision("auto")
-THREADS = click.option("--threads", type=int, help="CPU threads. [default: all cores available to this process]")
+THREADS = click.option(
+    "--threads", type=int, help="CPU threads, at most one for each core. [default: all cores available to this process]"
+)
 SPARSITY = click.option(
     "--sparsity",
     metavar="NAME|FILE|SHARE",

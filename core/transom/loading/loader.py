@@ -13,7 +13,7 @@ from transom.loading.attempts import first_that_works
 from transom.loading.cached_models import CachedModels
 from transom.loading.child_jobs import ChildJobs
 from transom.loading.identity import identify
-from transom.loading.machine import choose, survey
+from transom.loading.machine import choose, limit_threads, survey
 from transom.loading.opening import open_model
 from transom.loading.options import auto_policy
 
@@ -29,6 +29,7 @@ def load_model(
     with state.stages.time("probe"):
         machine = survey(probe_file, target=device)
         choice = choose(machine, device=device, backend=backend)
+    limit_threads(state, machine)
     with state.stages.time("read"):
         jobs = ChildJobs(state, identify(model, state, machine.plugins))
     models = CachedModels(jobs)

@@ -6,13 +6,17 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from transom import hardware
 from transom.artifacts import artifact_key
 from transom.contract import Device, Offer, Refusal
+from transom.errors import option
 from transom.plugins import PluginFailure, Plugins, load_plugins
 from transom.selection import Candidate, Selection, select
+
+if TYPE_CHECKING:
+    from transom.loading.load_state import LoadState
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,19 @@ def choose(
         purpose=purpose,
         measured=measured,
         notes=machine.found.notes,
+    )
+
+
+def limit_threads(state: LoadState, machine: Machine) -> None:
+    """Lower the option `threads` to the cores of the machine, and warn: further threads would only wait for a core."""
+    threads = state.options.for_backend["threads"]
+    cores = next((device.cores for device in machine.devices if device.kind == "cpu" and device.cores), None)
+    if threads is None or cores is None or threads <= cores:
+        return
+    state.options = replace(state.options, for_backend={**state.options.for_backend, "threads": cores})
+    state.warnings.append(
+        f"{option('threads', threads)} is more than this process has cores: {cores} "
+        f"{'thread is' if cores == 1 else 'threads are'} used"
     )
 
 
