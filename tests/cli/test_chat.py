@@ -73,7 +73,7 @@ def test_params_are_shown_checked_and_used(chat: Callable[..., Any]) -> None:
     assert status == 2
     assert out == f"Hel\n{toy.TEXT}\n"
     assert "temperature = 0.5 (set)" in err
-    assert "truncated by --max-tokens" in err
+    assert "cut off by --max-tokens" in err
     assert "Error: top_p=7 is not allowed" in err
 
 

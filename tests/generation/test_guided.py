@@ -109,7 +109,26 @@ def test_several_answers_and_batch_mates_do_not_disturb_each_other(model: Model)
 
 def test_output_cut_short_says_so(model: Model) -> None:
     result = model.generate("x", json_schema=SCHEMA, max_new_tokens=3)
-    assert result.finish_reason == "length"
+    (choice,) = result.choices
+    assert (choice.finish_reason, choice.cut_by, choice.conforms) == ("length", "max_new_tokens", False)
+
+
+@pytest.mark.parametrize(
+    ("options", "conforms"),
+    [
+        ({"choice": ("abc",)}, True),
+        ({"regex": "a{3,}", "max_new_tokens": 3}, True),
+        ({"regex": "a{4,}", "max_new_tokens": 3}, False),
+        ({"regex": "a{9}", "stop": "aaa"}, False),
+        ({"regex": "a{9}", "stop_token_ids": ord("a")}, False),
+        ({"max_new_tokens": 3}, None),
+    ],
+    ids=str,
+)
+def test_an_answer_says_whether_it_conforms_to_its_guide(model: Model, options: Any, conforms: bool | None) -> None:
+    (choice,) = model.generate("x", **options).choices
+    assert choice.conforms is conforms
+    assert model.generate("x", **options).to_dict()["choices"][0]["conforms"] is conforms
 
 
 def test_white_space_between_json_tokens_has_an_end() -> None:

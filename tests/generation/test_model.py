@@ -108,6 +108,8 @@ def test_without_a_limit_generation_ends_when_the_context_is_full() -> None:
 def test_the_models_own_limit_holds_where_the_caller_gives_none() -> None:
     session = text_session()
     model = Model(loaded(session, defaults=GenerationDefaults(max_new_tokens=3)))
+    (choice,) = model.generate("x").choices
+    assert (choice.finish_reason, choice.cut_by) == ("length", "model_default")
     assert len(model.generate("Q").token_ids) == 3
     assert len(model.generate("Q", max_new_tokens=5).token_ids) == 5
 

@@ -11,7 +11,7 @@ import click
 
 from transom.cli.message_input import without_echo
 from transom.cli.options import MODEL, load_arguments, loading, sampling, sampling_arguments
-from transom.cli.output import AnswerPrinter, ProgressLine, aside, is_terminal, print_json_line, warn
+from transom.cli.output import AnswerPrinter, ProgressLine, aside, error_facts, is_terminal, print_json_line, warn
 
 if TYPE_CHECKING:
     from transom.generation.model import Model
@@ -169,9 +169,13 @@ class _ChatSession:
             raise KeyboardInterrupt
 
     def _tell(self, result: Generation, stopped: bool) -> None:
+        from transom.generation.report import incomplete
+
+        error = incomplete(self.model.report, result)
         if self.as_json:
             room = {"used": self.used, "size": self.model.context}
-            print_json_line({**result.to_dict(), "context": room})
+            about = {} if error is None else {"error": error_facts(error)}
+            print_json_line({**result.to_dict(), "context": room, **about})
         elif not self.quiet:
             timings, usage = result.timings, result.usage
             parts = [f"{usage.prompt_tokens} + {usage.completion_tokens} tokens", self._room()]
@@ -181,9 +185,16 @@ class _ChatSession:
             if stopped:
                 parts.insert(0, "stopped" if result.text else "stopped, and your message removed")
             elif result.finish_reason == "length":
-                full = self.used >= self.model.context
-                parts.insert(0, "the context is full: /undo, or /reset" if full else "truncated by --max-tokens")
+                causes = {
+                    "context": "the context is full: /undo, or /reset",
+                    "max_new_tokens": "cut off by --max-tokens",
+                    "model_default": "cut off by the model's own limit; --max-tokens allows more",
+                }
+                parts.insert(0, causes[result.choices[0].cut_by or "context"])
             aside("[" + ", ".join(parts) + "]")
+        if error is not None:
+            self.status = 2
+            click.echo(f"{click.style('Error:', fg='red')} {error}", err=True)
 
     def _room(self) -> str:
         return f"context {self.used} of {self.model.context} ({self.used / max(self.model.context, 1):.0%})"

@@ -39,6 +39,7 @@ _STAGES = {
     "store": "Writing the compiled model",
     "load": "Loading the model",
     "prompt": "Reading the prompt",
+    "answer": "Generating",
     "calibrate": "Measuring the heads",
     "observe": "Measuring the activations",
     "round": "Quantizing the weights",
@@ -61,6 +62,17 @@ def print_json(value: Any) -> None:
 def print_json_line(value: Any) -> None:
     """One JSON document in one line, for output of which programs read one line at a time."""
     click.echo(json.dumps(value, ensure_ascii=False, default=_plain))
+
+
+def error_facts(error: Exception) -> dict[str, Any]:
+    """An error as JSON types: its type, cause, fix and details."""
+    facts = {name: getattr(error, name, "") for name in ("cause", "fix")}
+    return {
+        "type": type(error).__name__,
+        "cause": facts["cause"] or str(error),
+        "fix": facts["fix"],
+        "details": list(getattr(error, "details", ())),
+    }
 
 
 def _plain(value: Any) -> Any:
@@ -223,7 +235,7 @@ class AnswerPrinter:
 
     def collect(self, stream: Stream) -> None:
         """Generate everything without printing."""
-        self._each(stream, lambda piece: None)
+        self._each(stream, lambda piece: self._progress("answer", None))
 
     def _each(self, stream: Stream, use: Callable[[str], None]) -> None:
         try:

@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from transom.cli.options import MODEL, load_arguments, loading, sampling, sampling_arguments
-from transom.cli.output import AnswerPrinter, ProgressLine, aside, is_terminal, print_json, warn
+from transom.cli.output import AnswerPrinter, ProgressLine, aside, error_facts, is_terminal, print_json, warn
 
 if TYPE_CHECKING:
     from transom.generation.model import Model
     from transom.generation.streams import Stream
 
+TOKENS_OF_SEVERAL = 512
+"""The default of --max-tokens for several answers, which are shown only when all have ended."""
 WORTH_KEEPING = 0.9
 """A prompt cache that covered this share of the prompt is not rewritten."""
 
@@ -45,7 +47,10 @@ Examples:
     metavar="NAME=VALUE",
     help="A variable of the chat template; can be repeated.",
 )
-@click.option("--n", type=int, default=1, help="Number of answers; more than one needs a temperature above 0.")
+@click.option(
+    "--n", type=int, default=1,
+    help="Number of answers; more than one needs a temperature above 0. [max tokens of each: 512, if not given]",
+)  # fmt: skip
 @click.option(
     "--logprobs", type=int, help="With --json: log-probabilities of each token and of the N most likely alternatives."
 )
@@ -76,7 +81,7 @@ def run(
     """
     import transom
     from transom.errors import OptionError
-    from transom.generation.report import answer_line
+    from transom.generation.report import answer_line, cut_cause, incomplete
     from transom.loading.template_check import require_sound_template
 
     generation = sampling_arguments(options, n=n, logprobs=logprobs)
@@ -106,20 +111,25 @@ def run(
             if os.path.exists(prompt_cache):
                 loaded.load_prompt_cache(prompt_cache)
         with ProgressLine(quiet=quiet, stage="prompt") as progress:
-            stream = _start(loaded, text, raw, system, variables, {**generation, "progress": progress.prompt})
+            generation["progress"] = progress.prompt
+            stream = _start(loaded, text, raw, system, variables, generation)
             answer = AnswerPrinter(progress)
             if as_json or n > 1:
                 answer.collect(stream)
             else:
                 answer.print(stream)
         result = stream.result
+        error = incomplete(loaded.report, result)
         if as_json:
-            print_json({**result.to_dict(), "report": loaded.report.to_dict()})
+            about = {} if error is None else {"error": error_facts(error)}
+            print_json({**result.to_dict(), "report": loaded.report.to_dict(), **about})
         elif n > 1:
             for choice in result.choices:
                 click.secho(f"[{choice.index + 1} of {n}]", bold=True)
                 click.echo(choice.text)
         if not quiet and not as_json:
+            if error is None and (cut := cut_cause(loaded.report, result)):
+                aside(". ".join(cut) + ".")
             aside(answer_line(loaded.report, result))
         if prompt_cache is not None and result.usage.cached_tokens < WORTH_KEEPING * result.usage.prompt_tokens:
             saved = loaded.save_prompt_cache(prompt_cache)
@@ -127,6 +137,8 @@ def run(
                 aside("The prompt is too short for a prompt cache: nothing was written.")
     if answer.stopped:
         raise KeyboardInterrupt
+    if error is not None:
+        raise error
     return 0
 
 
@@ -162,8 +174,14 @@ def _prompt(prompt: str | None, *, keep: bool) -> str:
 def _start(
     model: Model, prompt: str, raw: bool, system: str | None, variables: tuple[str, ...], options: dict[str, Any]
 ) -> Stream:
-    from transom.errors import OptionError
+    from transom.errors import ContextExceeded, OptionError
 
+    unlimited = "max_new_tokens" not in options and model.generation_defaults.max_new_tokens is None
+    if options["n"] > 1 and unlimited:
+        try:
+            return _start(model, prompt, raw, system, variables, {**options, "max_new_tokens": TOKENS_OF_SEVERAL})
+        except ContextExceeded:  # then the context is the limit
+            pass
     if raw or (model.chat_template is None and model.decoder is not None):
         if system is not None or variables:
             raise OptionError(

@@ -59,6 +59,16 @@ class Guide:
             raise GuideFailed(f"The guide does not allow token {token}", "This is a bug in Transom; please report it.")
         return bool(self._matcher.is_stopped())
 
+    @property
+    def satisfied(self) -> bool:
+        """Whether the output so far is complete, even if more may follow."""
+        return bool(self._matcher.is_stopped() or self._matcher.is_accepting())
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the output is complete and nothing may follow."""
+        return bool(self._matcher.is_stopped())
+
     def _check(self) -> None:
         if self._matcher.is_error():
             raise GuideFailed(

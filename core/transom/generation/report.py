@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from transom.contract import Device, Refusal
+from transom.errors import TransomError, option
+from transom.generation.prompts import larger_context
 from transom.generation.results import Generation
 
 
@@ -143,6 +145,34 @@ def answer_line(report: Report, generation: Generation) -> str:
     known = f" ({usage.cached_tokens} of them known)" if usage.cached_tokens else ""
     parts.append(f"{usage.prompt_tokens}{known} + {usage.completion_tokens} tokens")
     return ", ".join(parts)
+
+
+def cut_cause(report: Report, generation: Generation) -> tuple[str, str] | None:
+    """Which limit cut answers off and what allows more, in one sentence each; None if every answer ended by itself."""
+    cut = [choice for choice in generation.choices if choice.cut_by is not None]
+    if not cut:
+        return None
+    several = len(generation.choices) > 1
+    tokens = max(len(choice.token_ids) for choice in cut)
+    who = f"{len(cut)} of {len(generation.choices)} answers were" if several else "The answer was"
+    cause = f"{who} cut off after {tokens} tokens"
+    if cut[0].cut_by == "context":
+        cause += f", because the context of {report.context} tokens is full"
+        if report.context >= report.model_context > 0:
+            return cause, "The model has no larger one, so shorten the prompt"
+        more = f"more than {option('context', report.context)}"
+        return cause, f"Shorten the prompt, or {larger_context(more, built_in=report.context_built_in)}"
+    if cut[0].cut_by == "model_default":
+        cause += ", the limit that the model's own settings give"
+    return cause, f"More are allowed by {option('max_new_tokens')}"
+
+
+def incomplete(report: Report, generation: Generation) -> TransomError | None:
+    """The error that a guided answer was cut off before it conformed to its schema or grammar; None if none was."""
+    cut = cut_cause(report, generation)
+    if cut is None or all(choice.conforms is not False for choice in generation.choices if choice.cut_by is not None):
+        return None
+    return TransomError(f"{cut[0]}, before it conformed to what was asked for", cut[1])
 
 
 def _device(device: Device) -> str:

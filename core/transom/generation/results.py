@@ -16,6 +16,9 @@ FinishReason = Literal["stop", "length", "cancelled"]
 """`stop`: the model, a stop string, a stop token or the guide ended the answer; `length`: it reached `max_new_tokens`
 or the end of the context; `cancelled`: it was cancelled."""
 
+Limit = Literal["max_new_tokens", "model_default", "context"]
+"""What bounds an answer: the option `max_new_tokens`, the model's own default for it, or the end of the context."""
+
 
 class TokenAlternative(NamedTuple):
     """A candidate token, and the natural log of its probability."""
@@ -83,6 +86,11 @@ class Choice:
     """The stop string or the token id that ended it."""
     logprobs: tuple[TokenLogprobs, ...] | None = None
     """One entry per id of `token_ids`; None unless requested."""
+    cut_by: Limit | None = None
+    """The limit that ended it, if `finish_reason` is "length"; otherwise None."""
+    conforms: bool | None = None
+    """Whether the whole answer conforms to its schema, expression, choice or grammar; False for one that was cut before
+    its end. None: the output was not guided."""
 
 
 @dataclass(frozen=True)
@@ -134,6 +142,8 @@ class Generation:
                     "token_ids": list(choice.token_ids),
                     "finish_reason": choice.finish_reason,
                     "stop": choice.stop,
+                    "cut_by": choice.cut_by,
+                    "conforms": choice.conforms,
                     "logprobs": None if choice.logprobs is None else [_logprobs_dict(t) for t in choice.logprobs],
                 }
                 for choice in self.choices

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from transom.errors import OptionError
 from transom.generation.engine import Engine
-from transom.generation.guided import GuideCompiler
+from transom.generation.guided import Guide, GuideCompiler
 from transom.generation.params import SamplingParams
 from transom.generation.prompts import check_fits, require_tokenizer
 from transom.generation.requests import PrefillEvent, Request, TokenEvent
@@ -24,6 +24,7 @@ from transom.generation.results import (
     Choice,
     FinishReason,
     Generation,
+    Limit,
     StreamPiece,
     Timings,
     TokenLogprobs,
@@ -105,8 +106,9 @@ class Generator:
         room = check_fits(
             len(prompt), params.max_new_tokens, self.context, self._model_context, built_in=self._built_in
         )
-        if params.max_new_tokens is None and defaults.max_new_tokens:
-            room = min(room, defaults.max_new_tokens)
+        limit: Limit = "context" if params.max_new_tokens is None else "max_new_tokens"
+        if params.max_new_tokens is None and defaults.max_new_tokens and defaults.max_new_tokens < room:
+            room, limit = defaults.max_new_tokens, "model_default"
         params = self._for_this_model(params)
         if params.stop:
             tokenizer = require_tokenizer(tokenizer)
@@ -116,9 +118,9 @@ class Generator:
             require_tokenizer(tokenizer)
             assert self._guides is not None
             guide = self._guides.compile(params)
+        guides = [guide.copy() if guide else None for _ in range(params.n)]
         samplers = [
-            Sampler(params, self._vocabulary, prompt=prompt, index=i, guide=guide.copy() if guide else None)
-            for i in range(params.n)
+            Sampler(params, self._vocabulary, prompt=prompt, index=i, guide=own) for i, own in enumerate(guides)
         ]
         request = Request(
             prompt,
@@ -133,7 +135,9 @@ class Generator:
             salt=params.cache_salt,
         )
         request.submitted = began
-        answers = [_Answer(i, tokenizer, stops, stop_ids, params, continues) for i in range(params.n)]
+        answers = [
+            _Answer(i, tokenizer, stops, stop_ids, params, continues, limit, own) for i, own in enumerate(guides)
+        ]
         self._engine.submit(request)
         return Stream(self._engine, request, answers, progress, tuple(prompt))
 
@@ -327,6 +331,8 @@ class _Answer:
         stop_ids: frozenset[int],
         params: SamplingParams,
         continues: bool,
+        limit: Limit,
+        guide: Guide | None,
     ) -> None:
         self.index = index
         self.token_ids: list[int] = []
@@ -334,6 +340,9 @@ class _Answer:
         self._stop: str | int | None = None
         self._tokenizer = tokenizer
         self._stop_ids = stop_ids
+        self._limit = limit
+        self._guide = guide
+        """The guide of its sampler, which the engine no longer uses once the answer has ended."""
         self._text: list[str] = []
         self._logprobs: list[TokenLogprobs] | None = None if params.logprobs is None else []
         self._shown = 0
@@ -383,7 +392,24 @@ class _Answer:
     def choice(self) -> Choice:
         assert self.finish_reason is not None
         logprobs = None if self._logprobs is None else tuple(self._logprobs)
-        return Choice(self.index, "".join(self._text), tuple(self.token_ids), self.finish_reason, self._stop, logprobs)
+        return Choice(
+            self.index,
+            "".join(self._text),
+            tuple(self.token_ids),
+            self.finish_reason,
+            self._stop,
+            logprobs,
+            cut_by=self._limit if self.finish_reason == "length" else None,
+            conforms=self._conforms(),
+        )
+
+    def _conforms(self) -> bool | None:
+        if self._guide is None:
+            return None
+        if self.finish_reason == "length":
+            return self._guide.satisfied
+        # A stop string, or a stop token of the caller, may end the text anywhere.
+        return self.finish_reason == "stop" and not isinstance(self._stop, str) and self._guide.stopped
 
 
 def _with_bytes(entry: TokenLogprobs, tokenizer: Tokenizer | None) -> TokenLogprobs:
