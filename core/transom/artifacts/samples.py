@@ -7,7 +7,6 @@ positions are drawn when a file is hashed in full, and stay until it is again.
 from __future__ import annotations
 
 import os
-import random
 from pathlib import Path
 
 PIECE = 4096
@@ -25,6 +24,8 @@ def take_samples(path: Path) -> Samples:
     if size <= PIECE * PIECES:
         offsets = list(range(0, size, PIECE))
     else:
+        import random  # a warm start compares samples, and takes none
+
         pieces = -(-size // PIECE)
         chosen = {0, pieces - 1, *random.SystemRandom().sample(range(pieces), PIECES - 2)}
         offsets = [piece * PIECE for piece in sorted(chosen)]
