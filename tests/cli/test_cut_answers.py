@@ -26,7 +26,7 @@ def test_max_tokens_is_named_where_it_cut_the_answer(say: Callable[..., Any]) ->
 
 
 def test_the_context_is_named_where_it_cut_the_answer(say: Callable[..., Any]) -> None:
-    status, out, err = say("x", "--context", "64", env=ENDLESS)
+    status, _, err = say("x", "--context", "64", env=ENDLESS)
     assert status == 0
     assert "because the context of 64 tokens is full" in err
     assert "more than --context 64" in err

@@ -51,7 +51,7 @@ def test_a_warm_start_imports_no_format_and_no_template_unless_it_needs_one(tran
     assert templated & HEAVY == {"jinja2"}
 
 
-@pytest.mark.parametrize("command", ["", *COMMANDS, "cache list", "cache prune", "cache clear"])
+@pytest.mark.parametrize("command", ["", *COMMANDS, "cache list", "cache verify", "cache prune", "cache clear"])
 def test_every_command_has_help_with_a_line_that_says_what_it_does(
     command: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -64,7 +64,8 @@ def test_every_command_has_help_with_a_line_that_says_what_it_does(
 
 
 def test_every_command_that_reports_has_json(capsys: pytest.CaptureFixture[str]) -> None:
-    groups = ["cache list", "cache prune", "cache clear", "bundle verify", "bundle judge", "bundle libraries"]
+    of_cache, of_bundle = ("list", "verify", "prune", "clear"), ("verify", "judge", "libraries")
+    groups = [*(f"cache {c}" for c in of_cache), *(f"bundle {c}" for c in of_bundle)]
     for command in [c for c in COMMANDS if c not in ("bundle", "cache", "completion")] + groups:
         run([*command.split(), "--help"])
         assert "--json" in capsys.readouterr().out, command

@@ -106,6 +106,24 @@ def test_the_cache_is_listed_pruned_and_cleared(fresh: Any, model: Path) -> None
     assert '"lots"' in err
 
 
+def test_the_content_of_the_cache_is_verified_on_request(fresh: Any, model: Path, tmp_path: Path) -> None:
+    assert fresh("run", model, "x", "--backend", "toy", "--verify", "off").status == 0
+    before = [e["last_used"] for e in json.loads(fresh("cache", "list", "--json").out)["entries"]]
+    status, out, _ = fresh("cache", "verify")
+    assert status == 0
+    assert "2 entries are intact" in out
+    listed = json.loads(fresh("cache", "list", "--json").out)["entries"]
+    assert [e["last_used"] for e in listed] == before  # not a use
+    artifact = next(e for e in listed if e["kind"] == "artifacts")
+    changed = next(path for path in (Path(artifact["path"]) / "files").rglob("*") if path.stat().st_size)
+    changed.write_bytes(bytes(changed.stat().st_size))
+    status, out, _ = fresh("cache", "verify")
+    assert status == 1
+    assert "1 entries are intact" in out
+    assert f"artifacts/{artifact['key']} had changed and is removed" in out
+    assert fresh("cache", "verify", "--json").status == 0
+
+
 @pytest.mark.parametrize("days", ["-3", "-0.001", "nan", "-inf"])
 def test_an_age_that_is_none_removes_nothing(fresh: Any, model: Path, days: str) -> None:
     assert fresh("run", model, "x", "--backend", "toy", "--verify", "off").status == 0

@@ -28,7 +28,7 @@ from transom.artifacts.json_store import JsonStore
 from transom.artifacts.keys import artifact_key, content_hash, parse_size
 
 if TYPE_CHECKING:
-    from transom.artifacts.housekeeping import Item, KindStats, Removed, Stats
+    from transom.artifacts.housekeeping import Item, KindStats, Removed, Stats, Verified
 
 __all__ = [
     "ArtifactBuild",
@@ -45,6 +45,7 @@ __all__ = [
     "Stats",
     "StoredArtifact",
     "TemporaryCache",
+    "Verified",
     "Verify",
     "artifact_key",
     "content_hash",
@@ -54,7 +55,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    if name in ("Item", "KindStats", "Removed", "Stats"):  # a warm start does not need housekeeping
+    if name in ("Item", "KindStats", "Removed", "Stats", "Verified"):  # a warm start does not need housekeeping
         from transom.artifacts import housekeeping
 
         return getattr(housekeeping, name)

@@ -21,7 +21,7 @@ from transom.contract import Artifact
 from transom.errors import CacheError
 
 if TYPE_CHECKING:
-    from transom.artifacts.housekeeping import Item, Removed, Stats
+    from transom.artifacts.housekeeping import Item, Removed, Stats, Verified
     from transom.contract import Device, Progress
 
 DEFAULT_LIMIT = 20 * 1000**3
@@ -301,6 +301,15 @@ class Cache:
         from transom.artifacts import housekeeping
 
         return housekeeping.stats(self.root, self.limit)
+
+    def verify(self, progress: Progress | None = None) -> Verified:
+        """Compare the whole content of every entry with its hashes; entries that differ are removed.
+
+        Opening an entry does this only the first time and after a change, and compares samples otherwise.
+        """
+        from transom.artifacts import housekeeping
+
+        return housekeeping.verify(self.root, progress)
 
     def sweep(self) -> None:
         """Remove what killed processes left half-written, as `building` and `prune` do too. Never raises OSError."""

@@ -5,14 +5,19 @@ Not imported on a warm start.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transom.artifacts.entries import SCRATCH, CorruptEntry, EntryManifest, EntryStore
 from transom.artifacts.files import MARK, delete, folder_size, is_locked, remove_unless_locked
+
+if TYPE_CHECKING:
+    from transom.contract import Progress
 
 KINDS = ("artifacts", "sources", "golden")
 _ORPHAN_SECONDS = 3600.0
@@ -46,6 +51,17 @@ class Removed:
     bytes: int
     kept: tuple[str, ...] = ()
     """"kind/key" of entries that should have been removed but are in use or cannot be deleted."""
+
+
+@dataclass(frozen=True)
+class Verified:
+    """The result of `verify`."""
+
+    entries: int
+    """How many are intact."""
+    bytes: int
+    corrupt: tuple[str, ...] = ()
+    """"kind/key" of entries that were not. They are removed where the cache can be written."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +115,31 @@ def _modified(path: Path) -> float:
         return path.stat().st_mtime
     except OSError:
         return 0.0
+
+
+def verify(root: Path, progress: Progress | None = None) -> Verified:
+    """Compare the whole content of every entry with its hashes, and remove those that differ. This is not a use.
+
+    Args:
+        progress: called with ("verify", share of the bytes).
+    """
+    entries, size, corrupt = 0, 0, []
+    all_items = [item for item in items(root, usage=False) if item.kind != SCRATCH]
+    total = sum(item.bytes for item in all_items) or 1
+    seen = 0
+    for item in all_items:
+        entry = EntryStore(root, item.kind).lookup(item.key, verify="full")
+        if entry is not None:
+            entries, size = entries + 1, size + item.bytes
+            with suppress(OSError):  # a cache that cannot be written notes no use
+                os.utime(item.path / MARK, (item.last_used, item.last_used))
+            entry.release()
+        else:
+            corrupt.append(f"{item.kind}/{item.key}")
+        seen += item.bytes
+        if progress is not None:
+            progress("verify", seen / total)
+    return Verified(entries, size, tuple(corrupt))
 
 
 def evict(root: Path, *, limit: int | None = None, unused_since: float | None = None) -> Removed:

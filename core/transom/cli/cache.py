@@ -1,4 +1,4 @@
-"""`transom cache`: list, prune and clear the artifact cache."""
+"""`transom cache`: list, verify, prune and clear the artifact cache."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ Examples:
   transom cache list
   transom cache prune --size 5GB
   transom cache prune --unused-days 30
+  transom cache verify
   transom cache clear
 """
 )
 def cache() -> None:
-    """List, prune or clear the compiled models (in TRANSOM_CACHE, or the user's cache folder)."""
+    """List, verify, prune or clear the compiled models (in TRANSOM_CACHE, or the user's cache folder)."""
 
 
 @cache.command("list")
@@ -69,6 +70,24 @@ def prune(limit: str | None, unused_days: float | None, as_json: bool) -> None:
     since = None if unused_days is None else time.time() - unused_days * 86400
     removed = Cache.default().prune(limit=parse_size(limit, "--size") if limit else None, unused_since=since)
     _tell(removed, as_json)
+
+
+@cache.command("verify")
+@JSON
+def verify_content(as_json: bool) -> None:
+    """Compare the content of every entry with its hashes, and remove what has changed."""
+    from transom.artifacts import Cache
+    from transom.preparation.memory import size
+
+    found = Cache.default().verify()
+    if as_json:
+        print_json(found)
+    else:
+        click.echo(f"{found.entries} entries are intact, {size(found.bytes)}")
+        for name in found.corrupt:
+            click.echo(f"{name} had changed and is removed; the next load makes it again")
+    if found.corrupt:
+        raise SystemExit(1)
 
 
 @cache.command()
