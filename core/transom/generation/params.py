@@ -55,7 +55,7 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     """Subtracted from a token's logit for each occurrence in the output."""
     seed: int | None = None
-    """Same seed, same model, same device: same tokens. Other generations may change the rounding of precisions other than
+    """Same seed, model and device: same tokens. Other generations may change the rounding of precisions other than
     "exact". None: a random seed."""
     stop: tuple[str, ...] = ()
     """Strings that end the output; they are not part of the text."""
