@@ -130,9 +130,71 @@ def test_bytes_that_are_not_utf8_are_named(refused: Callable[..., str], model: P
     assert "iconv" in said
 
 
-def test_an_argument_that_is_not_utf8_is_refused(refused: Callable[..., str], model: Path) -> None:
-    said = refused("run", model, os.fsdecode(b"caf\xe9"), "--backend", "reference")
-    assert "not valid Unicode" in said
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        (("caf\udce9",), "The argument PROMPT"),
+        (("--raw", "caf\udce9"), "The argument PROMPT"),
+        (("x", "--system", "caf\udce9"), "--system"),
+        (("x", "--stop", "caf\udce9"), "--stop"),
+        (("x", "--choice", "caf\udce9"), "--choice"),
+        (("x", "--template-variable", "caf\udce9"), "--template-variable"),
+    ],
+)
+def test_an_argument_that_is_not_utf8_is_refused(
+    refused: Callable[..., str], model: Path, arguments: tuple[str, ...], name: str
+) -> None:
+    said = refused("run", model, *arguments, "--backend", "reference")
+    assert f"{name} is not UTF-8 text: byte 0xe9 at position 3" in said
+    assert "iconv" in said
+
+
+def test_log_probabilities_that_nothing_would_print_are_refused(refused: Callable[..., str], model: Path) -> None:
+    assert "--logprobs prints nothing without --json" in refused("run", model, "x", "--logprobs", "2")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind"),
+    [
+        (("run", "none.gguf", "x"), "SourceError"),
+        (("run", "none.gguf", "x", "--top-p", "2"), "OptionError"),
+        (("run", "none.gguf", "x", "--nosuch"), "NoSuchOption"),
+        (("run",), "MissingParameter"),
+        (("chat", "none.gguf"), "SourceError"),
+        (("inspect", "none.gguf"), "SourceError"),
+        (("cache", "prune", "--size", "lots"), "OptionError"),
+        (("devices", "--probe-file", "none.json"), "OptionError"),
+    ],
+)
+def test_with_json_an_error_is_an_object_on_stdout_too(bare: Any, arguments: tuple[str, ...], kind: str) -> None:
+    status, out, err = bare(*arguments, "--json")
+    error = json.loads(out)["error"]
+    assert (error["type"], error["status"], status) == (kind, 2, 2)
+    assert error["cause"].split(".")[0] in err
+    assert bare(*arguments).out == ""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="closes streams as a shell does")
+@pytest.mark.parametrize("verb", [("run", "x"), ("chat",), ("inspect",)])
+def test_a_closed_output_is_one_sentence_before_any_work(transom: Any, model: Path, verb: tuple[str, ...]) -> None:
+    arguments = (verb[0], model, *verb[1:])
+    child = transom.begin(*arguments, stdout=None, preexec_fn=lambda: os.close(1))
+    _, err = child.communicate(timeout=60)
+    assert child.returncode == 2
+    assert err.decode().startswith("Error: Standard output is closed")
+    assert len(err.splitlines()) == 1
+
+
+@pytest.mark.skipif(os.name != "posix", reason="closes streams as a shell does")
+def test_closed_input_and_closed_messages_do_no_harm(transom: Any, model: Path) -> None:
+    arguments = ("run", model, "x", "--backend", "toy", "--verify", "off")
+    for options in (
+        {"stdin": None, "preexec_fn": lambda: os.close(0)},
+        {"stderr": None, "preexec_fn": lambda: os.close(2)},
+    ):
+        child = transom.begin(*arguments, **options)
+        out, _ = child.communicate(timeout=60)
+        assert (child.returncode, out.decode()) == (0, toy.TEXT + "\n")
 
 
 def test_a_probe_file_that_is_none_is_named(refused: Callable[..., str], model: Path) -> None:
@@ -167,7 +229,8 @@ def test_a_full_cache_warns_and_runs(fresh: Any, model: Path) -> None:
     (warning,) = (line for line in err.splitlines() if line.startswith("Warning: "))
     assert "No space left on device" in warning
     assert "TRANSOM_CACHE" in warning
-    assert fresh(*arguments, "--quiet").err == ""  # with room again it is as always
+    assert fresh(*arguments, "--quiet", env={"TOY_FAIL": "full"}).err == ""
+    assert fresh(*arguments).err.count("\n") == 1  # with room again it is as always
 
 
 def test_no_room_to_compile_in_anywhere_is_one_sentence(fresh: Any, model: Path) -> None:

@@ -6,6 +6,7 @@ Draws: the numbers are only carried along; what is checked does not depend on th
 from __future__ import annotations
 
 import json
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -23,7 +24,13 @@ def test_the_answer_goes_to_stdout_and_one_line_about_it_to_stderr(say: Callable
     assert status == 0
     assert out == toy.TEXT + "\n"
     assert len(err.splitlines()) == 1
-    for part in ("cpu", "by toy 1.0", "made up", "first token after", "tokens/s", "tokens"):
+    assert re.fullmatch(r"cpu · toy · [\d.]+ m?s to first token · [\d.]+ tokens/s\n", err)
+
+
+def test_the_reasons_are_told_to_those_who_ask(say: Callable[..., Any]) -> None:
+    status, out, err = say("Hello", "--verbose")
+    assert (status, out) == (0, toy.TEXT + "\n")
+    for part in (" to first token", "tokens: 8 of the prompt", "why:", "made up", "artifact:", "not used:"):
         assert part in err
 
 
@@ -40,6 +47,9 @@ def test_a_model_without_a_template_completes_the_text(transom: Any, tmp_path: P
     options = ("--backend", "toy", "--verify", "off")
     found = json.loads(transom("run", model, "ab", *options, "--json").out)
     assert found["usage"]["prompt_tokens"] == 2
+    assert "has no chat template, so it continues the prompt" in transom("run", model, "ab", *options).err
+    assert "no chat template" not in transom("run", model, "ab", *options, "--raw").err
+    assert transom("run", model, "ab", *options, "--quiet").err == ""
     done = transom("run", model, "ab", *options, "--system", "x")
     assert done.status == 2
     assert "no chat template" in done.err
@@ -56,6 +66,14 @@ def test_json_gives_the_whole_result_and_the_report(say: Callable[..., Any]) -> 
     assert found["report"]["device"]["id"] == "cpu"
     assert found["timings"]["time_to_first_token"] > 0
     assert err == ""
+
+
+def test_the_module_is_the_command(transom: Any, say: Callable[..., Any]) -> None:
+    start = (
+        "import runpy, sys; sys.argv[0] = 'transom'; runpy.run_module('transom', run_name='__main__', alter_sys=True)"
+    )
+    assert transom("--version", start=start) == transom("--version")
+    assert transom("nosuch", start=start).status == 2
 
 
 def test_quiet_says_nothing_beside_the_answer(say: Callable[..., Any]) -> None:
@@ -125,7 +143,7 @@ def test_ctrl_c_stops_cleanly_and_leaves_what_was_generated(transom: Any, model:
     assert (first + out).decode().startswith("Hell")
     assert out.endswith(b"\n")
     assert b"Traceback" not in err
-    assert "first token after" in err.decode().splitlines()[-2]
+    assert "to first token" in err.decode().splitlines()[-2]
     assert err.decode().splitlines()[-1] == "Interrupted."
 
 

@@ -16,9 +16,31 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 
+def _stdout_closed() -> bool:
+    """Whether the process was started without standard output.
+
+    Standard streams that are closed are replaced by the null device. Otherwise the next file that is opened, such as a
+    model, would get their numbers, and libraries would write their messages into it.
+    """
+    closed = sys.stdout is None
+    if closed or sys.stderr is None or sys.stdin is None:
+        import os
+
+        while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+            pass
+        os.close(number)
+        sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115  for the whole run
+        sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    return closed
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit."""
     try:
+        if _stdout_closed():
+            print("Error: Standard output is closed, so there is nowhere to print to. Leave out >&-, or discard the "
+                  "output with >/dev/null.", file=sys.stderr)  # fmt: skip
+            sys.exit(2)
         from transom.cli.app import run
 
         status = run(arguments)

@@ -96,21 +96,23 @@ def run(arguments: Sequence[str] | None) -> int:
     from transom.contract import Cancelled
 
     _prepare_streams()
-    debug = bool(os.environ.get("TRANSOM_DEBUG"))
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    as_json = "--json" in given[: given.index("--") if "--" in given else None]
     try:
-        result: Any = transom.main(args=None if arguments is None else list(arguments), standalone_mode=False)
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        result: Any = transom.main(args=given, standalone_mode=False)
+        sys.stdout.flush()
         return result if isinstance(result, int) else 0
     except TransomError as e:
-        return _fail(str(e), 2, debug)
+        return _fail(e, 2, as_json)
     except click.exceptions.Exit as e:
         return e.exit_code
     except (_Interrupted, click.Abort, KeyboardInterrupt, Cancelled):
         click.echo("Interrupted.", err=True)
+        _print_error(TransomError("Interrupted"), 130, as_json, "Interrupted")
         return 130
     except click.ClickException as e:
         e.show()
+        _print_error(TransomError(e.format_message()), 2, as_json, type(e).__name__)
         return 2
     except (_ReaderGone, BrokenPipeError):
         _discard_stdout()  # else Python reports the broken pipe again when it closes stdout
@@ -119,19 +121,20 @@ def run(arguments: Sequence[str] | None) -> int:
         if e.filename is None and e.errno == errno.ENOSPC:
             _discard_stdout()
         where = f" {e.filename}" if e.filename is not None else ""
-        return _fail(f"The operating system reported an error:{where} {e.strerror or e}.", 2, debug)
+        error = TransomError(f"The operating system reported an error:{where} {e.strerror or e}")
+        return _fail(error, 2, as_json, type(e).__name__)
     except MemoryError:
-        return _fail("There is not enough memory. Try a smaller --context, or a smaller model.", 2, debug)
+        error = TransomError("There is not enough memory", "Try a smaller --context, or a smaller model")
+        return _fail(error, 2, as_json, "MemoryError")
     except Exception as e:
-        if debug:
+        if os.environ.get("TRANSOM_DEBUG"):
             raise
         text = " ".join(str(e).split())
-        return _fail(
-            f"This is a bug in Transom: {type(e).__name__}: {text[:300]}. Run again with TRANSOM_DEBUG=1 for a "
-            "traceback, and report it.",
-            1,
-            debug,
+        error = TransomError(
+            f"This is a bug in Transom: {type(e).__name__}: {text[:300]}",
+            "Run again with TRANSOM_DEBUG=1 for a traceback, and report it",
         )
+        return _fail(error, 1, as_json, type(e).__name__)
     finally:
         name_options(None)
 
@@ -146,13 +149,31 @@ def flags_of(command: click.Command | None) -> dict[str, str]:
     return flags
 
 
-def _fail(text: str, status: int, debug: bool) -> int:
-    click.echo(f"{click.style('Error:', fg='red')} {text}", err=True)
-    if debug:
+def _fail(error: TransomError, status: int, as_json: bool, kind: str = "") -> int:
+    """Print an error; `kind`: the type of the exception, if it is another one."""
+    from transom.cli.output import print_error
+
+    print_error(error)
+    if os.environ.get("TRANSOM_DEBUG"):
         import traceback
 
         traceback.print_exc()
+    _print_error(error, status, as_json, kind)
     return status
+
+
+def _print_error(error: TransomError, status: int, as_json: bool, kind: str = "") -> None:
+    """With --json, print the error as one line on stdout, unless a result was printed there."""
+    from transom.cli.output import error_facts, print_json_line, printed_json
+
+    if not as_json or printed_json():
+        return
+    facts = {**error_facts(error), "status": status}
+    try:
+        print_json_line({"error": facts | ({"type": kind} if kind else {})})
+        sys.stdout.flush()
+    except OSError:  # the sentence on stderr has to do
+        _discard_stdout()
 
 
 def _prepare_streams() -> None:

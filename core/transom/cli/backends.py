@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+
 import click
 
 from transom.cli.options import JSON, PROBE_FILE
-from transom.cli.output import print_json, table
+from transom.cli.output import print_json, table, wrapped
 
 
 @click.command(
@@ -38,4 +40,4 @@ def backends(probe_file: str | None, as_json: bool) -> None:
                 rows.append((*name, answer.device_id, "no", answer.reason + (f" ({answer.fix})" if answer.fix else "")))
     table(("backend", "package", "device", "band", "reason"), rows)
     for failure in found.failures:
-        click.echo(f"\nBroken: {failure}")
+        click.echo("\n" + wrapped(f"Broken: {failure}", sys.stdout))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +11,7 @@ from typing import Any
 import click
 
 from transom.cli.options import JSON
-from transom.cli.output import print_json, table
+from transom.cli.output import print_json, table, wrapped
 
 
 @click.group(
@@ -50,7 +52,7 @@ def show(as_json: bool) -> None:
     ]
     table(("kind", "key", "content", "size", "last used"), rows, right=(3,))
     limit = "no limit" if store.limit is None else f"limit {size(store.limit)}"
-    click.echo(f"\n{size(stats.bytes)} in {len(items)} entries under {store.root} ({limit})")
+    click.echo("\n" + wrapped(f"{size(stats.bytes)} in {len(items)} entries under {store.root} ({limit})", sys.stdout))
 
 
 @cache.command()
@@ -102,7 +104,8 @@ def clear(as_json: bool) -> None:
 def _what(facts: Mapping[str, Any]) -> str:
     """A short description of an entry: model, backend and device of an artifact."""
     if "backend" in facts:
-        return f"{facts.get('source', '')} for {facts['backend']} on {facts.get('device', {}).get('id', '')}"
+        file = os.path.basename(str(facts.get("source", "")))
+        return f"{file} for {facts['backend']} on {facts.get('device', {}).get('id', '')}"
     return str(facts.get("name", ""))
 
 

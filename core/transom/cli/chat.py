@@ -10,8 +10,17 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from transom.cli.message_input import without_echo
-from transom.cli.options import MODEL, load_arguments, loading, sampling, sampling_arguments
-from transom.cli.output import AnswerPrinter, ProgressLine, aside, error_facts, is_terminal, print_json_line, warn
+from transom.cli.options import MODEL, QUIET, UTF8, load_arguments, loading, sampling, sampling_arguments
+from transom.cli.output import (
+    AnswerPrinter,
+    ProgressLine,
+    aside,
+    error_facts,
+    is_terminal,
+    print_error,
+    print_json_line,
+    warn,
+)
 
 if TYPE_CHECKING:
     from transom.generation.model import Model
@@ -47,8 +56,8 @@ with / are commands, see /help; // sends a message that starts with /.
 """
 )
 @MODEL
-@click.option("--system", help="The system message.")
-@click.option("-q", "--quiet", is_flag=True, help="Nothing on stderr but errors.")
+@click.option("--system", type=UTF8, help="The system message.")
+@QUIET
 @sampling
 @loading
 def chat(model: str, system: str | None, quiet: bool, as_json: bool, **options: Any) -> int:
@@ -129,10 +138,10 @@ class _ChatSession:
         except ContextExceeded as e:
             self.status = 2
             error = ContextExceeded(e.cause, self._fix(e.room))
-            click.echo(f"{click.style('Error:', fg='red')} {error}", err=True)
+            print_error(error)
         except TransomError as e:
             self.status = 2
-            click.echo(f"{click.style('Error:', fg='red')} {e}", err=True)
+            print_error(e)
         return True
 
     def _fix(self, room: int) -> str:
@@ -194,7 +203,7 @@ class _ChatSession:
             aside("[" + ", ".join(parts) + "]")
         if error is not None:
             self.status = 2
-            click.echo(f"{click.style('Error:', fg='red')} {error}", err=True)
+            print_error(error)
 
     def _room(self) -> str:
         return f"context {self.used} of {self.model.context} ({self.used / max(self.model.context, 1):.0%})"

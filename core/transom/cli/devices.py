@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+
 import click
 
 from transom.cli.options import JSON, PROBE_FILE
-from transom.cli.output import print_json, table
+from transom.cli.output import print_json, table, wrapped
 
 
 @click.command(
@@ -26,6 +28,7 @@ def devices(everything: bool, probe_file: str | None, as_json: bool) -> None:
     from pathlib import Path
 
     from transom import hardware
+    from transom.hardware.catalogue import PREFIX
     from transom.hardware.probe_file import to_json
     from transom.preparation.memory import size
 
@@ -37,7 +40,7 @@ def devices(everything: bool, probe_file: str | None, as_json: bool) -> None:
         return
     rows = [
         (
-            d.id,
+            d.id.removeprefix(PREFIX),  # as --device and --target take it
             d.name,
             d.arch,
             str(d.cores or ""),
@@ -47,9 +50,9 @@ def devices(everything: bool, probe_file: str | None, as_json: bool) -> None:
         )
         for d in shown
     ]
-    table(("id", "name", "architecture", "cores", "memory", "free", "features"), rows, right=(3, 4, 5))
+    table(("id", "name", "architecture", "cores", "memory", "free", "features"), rows, right=(3, 4, 5), spare=(6,))
     for note in found.notes:
-        click.echo(f"Note: {note}")
+        click.echo(wrapped(f"Note: {note}", sys.stdout))
     if not everything:
         click.echo(f"\n{len(remote)} more targets can be compiled for: transom devices --all")
 

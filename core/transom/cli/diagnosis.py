@@ -77,15 +77,16 @@ class Diagnosis:
         return any(trial.outcome in ("works", "not tried") for trial in self.trials)
 
     def fixes(self) -> list[str]:
-        """The fixes, most important first and without duplicates; empty when nothing is wrong."""
+        """The fixes, most important first and without duplicates; empty when nothing is wrong.
+
+        A backend that refuses a device is nothing to fix where another one runs it.
+        """
+        served = {t.device for t in self.trials if t.outcome != "fails" and t.backend != "reference"}
         found = [f.fix for f in self.failures]
         found += [t.fix for t in self.trials if t.outcome == "fails"]
-        found += [r.fix for _, r in self.refusals if r.code != "wrong_device"]
+        found += [r.fix for _, r in self.refusals if r.code != "wrong_device" and r.device_id not in served]
         found.append(str(self.cache.get("fix", "")))
-        if (
-            not any(t.outcome == "works" and t.backend != "reference" for t in self.trials)
-            and "openvino" in self.missing
-        ):
+        if not served and "openvino" in self.missing:
             found.append("pip install 'transom[openvino]'")
         return [fix for fix in dict.fromkeys(found) if fix]
 

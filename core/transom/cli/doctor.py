@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 import click
 
 from transom.cli.options import JSON, PROBE_FILE
-from transom.cli.output import ProgressLine, heading, print_json
+from transom.cli.output import ProgressLine, heading, print_json, wrapped
 
 if TYPE_CHECKING:
     from transom.cli.diagnosis import Diagnosis
@@ -54,7 +55,8 @@ def _print(found: Diagnosis) -> None:
     system, packages = found.system, found.packages
     heading(f"Transom {packages.get('transom', '')}")
     click.echo(f"  Python {system['python']}, {system['platform']}")
-    click.echo("  " + ", ".join(f"{name} {version}" for name, version in packages.items() if name != "transom"))
+    versions = ", ".join(f"{name} {version}" for name, version in packages.items() if name != "transom")
+    click.echo(wrapped(versions, sys.stdout, "  "))
 
     heading("\nDevices" + ("" if found.source == "this machine" else f" in {found.source}"))
     for d in found.devices:
@@ -62,7 +64,7 @@ def _print(found: Diagnosis) -> None:
         free = "" if d.free_bytes is None else f", {size(d.free_bytes)} free"
         click.echo(f"  {d.id:<8} {d.name or d.arch}{cores}, {size(d.memory_bytes)}{free}")
     for note in found.notes:
-        click.echo(f"  {note}")
+        click.echo(wrapped(note, sys.stdout, "  "))
 
     heading("\nBackends")
     width = max([len(f"{t.backend} on {t.device}") for t in found.trials], default=0)
@@ -72,12 +74,12 @@ def _print(found: Diagnosis) -> None:
         took = f" ({trial.seconds:.1f} s)" if trial.seconds else ""
         click.echo(f"  {click.style(f'{mark:<5}', fg=color)} {who:<{width}}  {trial.says}{took}")
         for line in [line for line in trial.details if line.strip()][:4]:  # all of them are in the JSON
-            click.secho(f"        {line}", dim=True)
+            click.secho(wrapped(line, sys.stdout, "        "), dim=True)
     if not found.trials:
         click.echo("  none can run on any of these devices")
     for name, refusal in found.refusals:
         fix = f" ({refusal.fix})" if refusal.fix else ""
-        click.echo(f"  {'-':<5} {name} on {refusal.device_id}: {refusal.reason}{fix}")
+        click.echo(wrapped(f"{'-':<5} {name} on {refusal.device_id}: {refusal.reason}{fix}", sys.stdout, "  "))
     for failure in found.failures:
         click.echo(f"  {click.style('BROKEN', fg='red')} {failure}")
 
@@ -91,7 +93,7 @@ def _print(found: Diagnosis) -> None:
         click.echo(f"  {cache['root']}: {size(cache['bytes'])}, {limit}{free}")
 
     if found.missing:
-        heading("\nNot installed")
+        heading("\nNot installed, and needed only for")
         for extra, what in found.missing.items():
             click.echo(f"  {what}: pip install 'transom[{extra}]'")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from transom.cli.options import (
     VERIFY,
     complete_device,
 )
-from transom.cli.output import ProgressLine, print_json, table, warn
+from transom.cli.output import ProgressLine, print_json, table, warn, wrapped
 
 if TYPE_CHECKING:
     from transom.bundles.exported import Exported
@@ -152,21 +153,30 @@ def _list(probe_file: str | None, as_json: bool) -> None:
         print_json({"targets": [_facts(target) for target in found]})
         return
     rows = []
+    reasons: dict[str, int] = {}
     for target in found:
         able = [name for name, answer in target.answers if isinstance(answer, Offer)]
-        rows.append((target.name, target.device.name, target.device.arch, ", ".join(able) or _way(target.answers)))
+        cell = ", ".join(able)
+        if not able:
+            numbers = [reasons.setdefault(text, len(reasons) + 1) for text in _reasons(target.answers)]
+            cell = "none: see " + ", ".join(f"({number})" for number in numbers)
+        rows.append((target.name, target.device.name, target.device.arch, cell))
     table(("target", "name", "architecture", "backends that compile for it"), rows)
+    if reasons:
+        click.echo()
+    for text, number in reasons.items():
+        click.echo(wrapped(f"({number}) {text}", sys.stdout))
 
 
-def _way(answers: Sequence[tuple[str, Offer | Refusal]]) -> str:
+def _reasons(answers: Sequence[tuple[str, Offer | Refusal]]) -> list[str]:
     """Why no backend compiles for a target, and the fixes, limited to the backends made for it if there are any."""
     from transom.contract import Refusal
 
     refused = [(name, answer) for name, answer in answers if isinstance(answer, Refusal)]
     close = [(name, answer) for name, answer in refused if answer.code != "wrong_device"]
     if not close:
-        return "none: no installed backend is made for it"
-    return "none: " + "; ".join(f"{n}: {a.reason}" + (f" ({a.fix})" if a.fix else "") for n, a in close)
+        return ["no installed backend is made for it"]
+    return [f"{name}: {a.reason}" + (f" ({a.fix})" if a.fix else "") for name, a in close]
 
 
 def _facts(target: Target) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,8 @@ from transom.errors import MissingExtra, OptionError
 if TYPE_CHECKING:
     from transom.evaluation.densities import Densities
 
+TITLE_WIDTH = 90
+"""Characters of a line of the title of a picture; a policy is often longer."""
 ENDINGS = (".png", ".html")
 
 _PAGE = """<!doctype html>
@@ -80,7 +83,8 @@ def _picture(found: Densities, path: Path, title: str, about: str) -> None:
         found.by_layer, aspect="auto", vmin=0, vmax=1, cmap="viridis", interpolation="nearest",
         extent=(0, found.ends[-1], layers - 0.5, -0.5),
     )  # fmt: skip
-    axes.set(xlabel="position, tokens", ylabel="layer", title=title)
+    axes.set(xlabel="position, tokens", ylabel="layer")
+    figure.suptitle(textwrap.fill(title, TITLE_WIDTH), fontsize=11)
     figure.colorbar(image, label="share of the keys read")
     figure.text(0.01, 0.005, about, fontsize=7)
     figure.savefig(path, dpi=120)

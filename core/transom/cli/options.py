@@ -14,6 +14,36 @@ VERIFIES = ("auto", "off", "always")
 """The values of `transom.api.load`, repeated here because `--help` must not import it."""
 
 
+class _Utf8(click.ParamType[str]):
+    """Text for the model. An argument that is not UTF-8 contains surrogates, which no tokenizer takes."""
+
+    name = "text"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, str) and any("\ud800" <= c <= "\udfff" for c in value):
+            import os
+
+            from transom.errors import OptionError
+
+            try:
+                os.fsencode(value).decode()
+            except UnicodeDecodeError as e:
+                raise OptionError(
+                    f"{_shown_name(param)} is not UTF-8 text: byte 0x{e.object[e.start]:02x} at position {e.start}",
+                    'Convert it first, as in: transom run MODEL "$(iconv -f latin1 -t utf-8 FILE)"',
+                ) from None
+        return value
+
+
+def _shown_name(parameter: click.Parameter | None) -> str:
+    if isinstance(parameter, click.Option):
+        return max(parameter.opts, key=len)
+    return f"The argument {parameter.human_readable_name}" if parameter is not None else "The argument"
+
+
+UTF8 = _Utf8()
+
+
 def _starting_with(incomplete: str, names: Iterable[str]) -> list[str]:
     return [name for name in names if name.startswith(incomplete)]
 
@@ -86,6 +116,16 @@ PROBE_FILE = click.option(
     type=click.Path(dir_okay=False),
     help="Read the devices from this file, as `transom doctor --json` writes it.",
 )
+
+
+def _be_quiet(context: click.Context, parameter: click.Parameter, quiet: bool) -> bool:
+    from transom.cli.output import be_quiet
+
+    be_quiet(quiet)
+    return quiet
+
+
+QUIET = click.option("-q", "--quiet", is_flag=True, callback=_be_quiet, help="Nothing on stderr but errors.")
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 _LOADING = (DEVICE, BACKEND, CONTEXT, PRECISION, THREADS, SPARSITY, VERIFY, PROBE_FILE, JSON)
@@ -109,16 +149,22 @@ _SAMPLING = (
         "--frequency-penalty", type=float, help="Subtracted from a token's logit for each occurrence in the answer."
     ),
     click.option("--seed", type=int, help="Random seed. Same seed, model and device: same answer."),
-    click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this text; can be repeated."),
+    click.option(
+        "--stop", type=UTF8, multiple=True, metavar="TEXT", help="End the answer before this text; can be repeated."
+    ),
     click.option(
         "--stop-token-id", "stop_token_ids", type=int, multiple=True, help="End after this token; can be repeated."
     ),
     click.option("--logit-bias", multiple=True, metavar="ID=NUMBER", help="Add to a token's logit; -inf bans it."),
     click.option("--ignore-eos", is_flag=True, help="Continue after the model's end-of-text token."),
-    click.option("--json-schema", metavar="FILE|JSON", help="The answer is JSON that conforms to this schema."),
-    click.option("--regex", help="The answer matches this regular expression as a whole."),
-    click.option("--choice", multiple=True, metavar="TEXT", help="The answer is one of these; can be repeated."),
-    click.option("--grammar", metavar="FILE|TEXT", help="The answer follows this Lark or GBNF grammar."),
+    click.option(
+        "--json-schema", type=UTF8, metavar="FILE|JSON", help="The answer is JSON that conforms to this schema."
+    ),
+    click.option("--regex", type=UTF8, help="The answer matches this regular expression as a whole."),
+    click.option(
+        "--choice", type=UTF8, multiple=True, metavar="TEXT", help="The answer is one of these; can be repeated."
+    ),
+    click.option("--grammar", type=UTF8, metavar="FILE|TEXT", help="The answer follows this Lark or GBNF grammar."),
 )
 _SAMPLING_NAMES = (
     *("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty"),

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 
 PATIENCE = 0.6
 """Seconds before progress is shown on a terminal."""
+WIDTH_OF_FILES = 200
+"""Columns of a table that does not go to a terminal."""
+GAP = 2
+"""Spaces between the columns of a table."""
 LONG = 2.0
 """Seconds before a stage gets a line where stderr is not a terminal."""
 
@@ -47,6 +51,8 @@ _STAGES = {
     "build": "Building the engine",
 }
 _said: set[str] = set()
+_quiet = False
+_printed_json = False
 
 
 def stage_text(stage: str) -> str:
@@ -54,14 +60,32 @@ def stage_text(stage: str) -> str:
     return _STAGES.get(stage, stage[:1].upper() + stage[1:])
 
 
+def be_quiet(quiet: bool) -> None:
+    """Whether warnings are kept back, those of log records included."""
+    global _quiet
+    _quiet = quiet
+
+
+def printed_json() -> bool:
+    """Whether this process has printed a JSON document."""
+    return _printed_json
+
+
 def print_json(value: Any) -> None:
     """One JSON document on stdout."""
+    _note_json()
     click.echo(json.dumps(value, indent=2, ensure_ascii=False, default=_plain))
 
 
 def print_json_line(value: Any) -> None:
     """One JSON document in one line, for output of which programs read one line at a time."""
+    _note_json()
     click.echo(json.dumps(value, ensure_ascii=False, default=_plain))
+
+
+def _note_json() -> None:
+    global _printed_json
+    _printed_json = True
 
 
 def error_facts(error: Exception) -> dict[str, Any]:
@@ -87,25 +111,80 @@ def _plain(value: Any) -> Any:
     return str(value)
 
 
-def table(headers: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> None:
-    """A table as wide as the terminal allows; `right`: columns to align to the right."""
+def table(
+    headers: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[int] = (), spare: Sequence[int] = ()
+) -> None:
+    """A table as wide as the terminal allows.
+
+    Cells are wrapped between words. Where even the longest words do not fit side by side, each row becomes a paragraph.
+
+    Args:
+        right: columns to align to the right; their cells are not wrapped.
+        spare: columns that are left out of a terminal that has no room for them.
+    """
+    terminal = is_terminal(sys.stdout)
+    width = shutil.get_terminal_size().columns if terminal else WIDTH_OF_FILES
+    narrowest = [
+        max((len(part) for cell in column for part in ([cell] if i in right else cell.split())), default=0)
+        for i, column in enumerate(zip(headers, *rows, strict=True))
+    ]
+    if sum(narrowest) + GAP * (len(headers) - 1) > width:
+        if spare:
+            kept = [i for i in range(len(headers)) if i not in spare]
+            aligned = [place for place, i in enumerate(kept) if i in right]
+            table([headers[i] for i in kept], [[row[i] for i in kept] for row in rows], right=aligned)
+            return
+        click.echo("\n".join(_paragraph(headers, row, width) for row in rows))
+        return
+
     from io import StringIO
 
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    shown = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    widths = [max(map(len, column)) for column in zip(headers, *rows, strict=True)]
+    while sum(widths) + GAP * (len(headers) - 1) > width:  # rich would break words in columns of other widths
+        widest = max(range(len(widths)), key=lambda i: widths[i] if widths[i] > narrowest[i] else 0)
+        widths[widest] -= 1
+    shown = Table(box=None, pad_edge=False, header_style="bold", padding=(0, GAP, 0, 0))
     for i, header in enumerate(headers):
-        shown.add_column(header, justify="right" if i in right else "left", overflow="fold")
+        justify: Literal["left", "right"] = "right" if i in right else "left"
+        shown.add_column(header, justify=justify, width=widths[i], no_wrap=i in right)
     for row in rows:
         shown.add_row(*(Text(cell) for cell in row))
     # Print into a string first, because rich handles a closed pipe in its own way.
     text = StringIO()
-    terminal = is_terminal(sys.stdout)
-    width = shutil.get_terminal_size().columns if terminal else 200
     Console(file=text, width=width, force_terminal=terminal, highlight=False).print(shown)
     click.echo("\n".join(line.rstrip() for line in text.getvalue().splitlines()))
+
+
+def _paragraph(headers: Sequence[str], row: Sequence[str], width: int) -> str:
+    """A row of a table in lines: its first cell, and below it the others that are not empty, with their headers."""
+    cells = zip(headers[1:], row[1:], strict=True)
+    return "\n".join([row[0], *(_filled(f"{header}: {cell}", width, "  ") for header, cell in cells if cell)])
+
+
+def wrapped(text: str, stream: Any, indent: str = "") -> str:
+    """Each line of a text, wrapped between words where the stream is a terminal; `indent`: before each line."""
+    if not is_terminal(stream):
+        return "\n".join(indent + line for line in text.splitlines())
+    width = shutil.get_terminal_size().columns
+    lines = (line if line.strip() else "" for line in text.splitlines())
+    return "\n".join(_filled(line.lstrip(), width, indent + line[: len(line) - len(line.lstrip())]) for line in lines)
+
+
+def _filled(text: str, width: int, indent: str) -> str:
+    import textwrap
+
+    return textwrap.fill(
+        text,
+        width,
+        initial_indent=indent,
+        subsequent_indent=indent + "  ",
+        break_long_words=False,  # ids, paths and commands are copied
+        break_on_hyphens=False,
+    )
 
 
 def heading(text: str) -> None:
@@ -113,10 +192,11 @@ def heading(text: str) -> None:
 
 
 def warn(text: str) -> None:
-    """Print a warning on stderr, once per process."""
-    if text not in _said:
+    """Print a warning on stderr, once per process; nothing with --quiet."""
+    if text not in _said and not _quiet:
         _said.add(text)
-        click.echo(f"{click.style('Warning:', fg='yellow')} {text}", err=True)
+        label, _, rest = wrapped(f"Warning: {text}", sys.stderr).partition(":")
+        click.echo(f"{click.style(label + ':', fg='yellow')}{rest}", err=True)
 
 
 class WarnHandler(logging.Handler):
@@ -126,9 +206,15 @@ class WarnHandler(logging.Handler):
         warn(record.getMessage())
 
 
+def print_error(error: Exception) -> None:
+    """Print an error on stderr."""
+    label, _, rest = wrapped(f"Error: {error}", sys.stderr).partition(":")
+    click.echo(f"{click.style(label + ':', fg='red')}{rest}", err=True)
+
+
 def aside(text: str) -> None:
     """Print a dimmed line on stderr."""
-    click.secho(text, err=True, dim=True)
+    click.secho(wrapped(text, sys.stderr), err=True, dim=True)
 
 
 def is_terminal(stream: Any) -> bool:

@@ -1,4 +1,4 @@
-"""`transom run`: one prompt, one answer, and one line with backend, device and speed.
+"""`transom run`: one prompt, one answer, and one line with device, backend and speed.
 
 On the warm start path: imports nothing that an answer does not need.
 """
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from transom.cli.options import MODEL, load_arguments, loading, sampling, sampling_arguments
+from transom.cli.options import MODEL, QUIET, UTF8, load_arguments, loading, sampling, sampling_arguments
 from transom.cli.output import AnswerPrinter, ProgressLine, aside, error_facts, is_terminal, print_json, warn
 
 if TYPE_CHECKING:
@@ -37,12 +37,13 @@ Examples:
 """
 )
 @MODEL
-@click.argument("prompt", required=False)
+@click.argument("prompt", type=UTF8, required=False)
 @click.option("--raw", is_flag=True, help="Complete the text directly, without the model's chat template.")
-@click.option("--system", help="A system message before the prompt.")
+@click.option("--system", type=UTF8, help="A system message before the prompt.")
 @click.option(
     "--template-variable",
     "variables",
+    type=UTF8,
     multiple=True,
     metavar="NAME=VALUE",
     help="A variable of the chat template; can be repeated.",
@@ -58,7 +59,10 @@ Examples:
     "--prompt-cache", type=click.Path(dir_okay=False), metavar="FILE",
     help="Reuse the part of the prompt that is cached in FILE; update FILE if that was less than 90%.",
 )  # fmt: skip
-@click.option("-q", "--quiet", is_flag=True, help="Nothing on stderr but errors.")
+@QUIET
+@click.option(
+    "-v", "--verbose", is_flag=True, help="Also print why the device and backend were chosen, memory, and notes."
+)
 @sampling
 @loading
 def run(
@@ -71,17 +75,18 @@ def run(
     logprobs: int | None,
     prompt_cache: str | None,
     quiet: bool,
+    verbose: bool,
     as_json: bool,
     **options: Any,
 ) -> int:
     """Answer PROMPT, or standard input (if piped, or if PROMPT is -), and exit.
 
     MODEL is a GGUF file, a Hugging Face directory, an ONNX file, or a bundle. The answer goes to stdout; device,
-    backend, the reason of the choice and the speed go to stderr.
+    backend and speed go to stderr.
     """
     import transom
     from transom.errors import OptionError
-    from transom.generation.report import answer_line, cut_cause, incomplete
+    from transom.generation.report import answer_line, cut_cause, incomplete, token_line
     from transom.loading.template_check import require_sound_template
 
     generation = sampling_arguments(options, n=n, logprobs=logprobs)
@@ -90,6 +95,8 @@ def run(
             "--raw uses no chat template, so --system and --template-variable cannot be used with it",
             "Leave out --raw, or write everything into the prompt",
         )
+    if logprobs is not None and not as_json:
+        raise OptionError("--logprobs prints nothing without --json", "Add --json, or leave it out")
     text = _prompt(prompt, keep=raw)
     if prompt_cache is not None and not os.path.isdir(os.path.dirname(prompt_cache) or "."):
         raise OptionError(
@@ -103,6 +110,8 @@ def run(
         if not quiet:
             for warning in loaded.report.warnings:
                 warn(warning)
+            if not raw and loaded.chat_template is None and loaded.decoder is not None:
+                warn(f"{loaded.name} has no chat template, so it continues the prompt as text; --raw says it is meant")
         if prompt_cache is not None:
             if not loaded.saves_prompts:
                 raise OptionError(
@@ -131,6 +140,8 @@ def run(
             if error is None and (cut := cut_cause(loaded.report, result)):
                 aside(". ".join(cut) + ".")
             aside(answer_line(loaded.report, result))
+            if verbose:
+                aside(f"{token_line(result)}\n{loaded.report}")
         if prompt_cache is not None and result.usage.cached_tokens < WORTH_KEEPING * result.usage.prompt_tokens:
             saved = loaded.save_prompt_cache(prompt_cache)
             if not saved and not quiet:

@@ -131,20 +131,21 @@ class Report:
 
 
 def answer_line(report: Report, generation: Generation) -> str:
-    """The line after an answer: device, backend, why, time to first token, tokens/s."""
-    timings, usage = generation.timings, generation.usage
-    parts = [f"{_device(report.device)} by {_joined(report.backend, report.backend_version)}"]
-    # The reason begins with the names of backend and device, which this line already contains.
-    if why := report.why.removeprefix(f"{report.backend} on {_device(report.device)}: ").rstrip("."):
-        parts[0] += f" ({why})"
-    parts.append(f"first token after {_seconds(timings.time_to_first_token)}")
-    if timings.decode_tokens_per_second:
-        parts.append(f"{timings.decode_tokens_per_second:.1f} tokens/s")
+    """The line after an answer: device, backend, time to first token, tokens/s, and what sparse attention read."""
+    timings = generation.timings
+    parts = [report.device.id, report.backend, f"{_seconds(timings.time_to_first_token)} to first token"]
+    if rate := timings.decode_tokens_per_second:
+        parts.append(f"{rate:.0f} tokens/s" if rate >= 10 else f"{rate:.1f} tokens/s")
     if generation.density is not None:
         parts.append(f"{generation.density:.0%} of the keys read")
+    return " · ".join(parts)
+
+
+def token_line(generation: Generation) -> str:
+    """How many tokens the prompt and the answers have, and how many of the prompt's were known."""
+    usage = generation.usage
     known = f" ({usage.cached_tokens} of them known)" if usage.cached_tokens else ""
-    parts.append(f"{usage.prompt_tokens}{known} + {usage.completion_tokens} tokens")
-    return ", ".join(parts)
+    return f"tokens: {usage.prompt_tokens} of the prompt{known}, {usage.completion_tokens} generated"
 
 
 def cut_cause(report: Report, generation: Generation) -> tuple[str, str] | None:
