@@ -16,6 +16,9 @@ NATIVE = hatch_build.py $(wildcard backends/openvino_cpu/transom_openvino_cpu/na
 
 run: .venv/.ready $(if $(MODEL),,$(SAMPLE))
 	@.venv/bin/transom run "$(if $(MODEL),$(MODEL),$$(cat $(SAMPLE)))" "$$PROMPT" $(ARGS)
+	@model="$(if $(MODEL),$(MODEL),$$(cat $(SAMPLE)))"; { echo; echo "The command is .venv/bin/transom. What to try next:"; \
+	echo "  .venv/bin/transom chat '$$model'"; echo "  .venv/bin/transom run '$$model' 'Name three rivers.' --verbose"; \
+	echo "  .venv/bin/transom doctor"; } >&2
 export PROMPT
 
 # Two processes side by side, so that two cores have about as much to do; what the second one said comes last. Triton's

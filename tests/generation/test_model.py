@@ -531,3 +531,32 @@ def test_an_array_of_another_dtype_is_refused(dtype: Any) -> None:
 def test_numbers_that_the_dtype_cannot_hold_are_refused(dtype: str, values: list[float]) -> None:
     with pytest.raises(OptionError, match=f'"x" has numbers that {dtype} cannot represent'):
         plain_graph(x=InputSpec(dtype, (2,))).run({"x": values})
+
+
+def test_a_content_in_parts_is_read_as_its_text() -> None:
+    model = Model(loaded(text_session()))
+    parts = [{"type": "text", "text": "Hello"}, {"type": "text", "text": "there"}]
+    whole = [{"role": "system", "content": "x"}, {"role": "user", "content": "Hello\nthere"}]
+    split = [{"role": "system", "content": [{"type": "text", "text": "x"}]}, {"role": "user", "content": parts}]
+    assert model.chat(split, max_new_tokens=3).prompt_token_ids == model.chat(whole, max_new_tokens=3).prompt_token_ids
+    assert model.count_tokens(split) == model.count_tokens(whole)
+    assert list(model.stream_chat(split, max_new_tokens=3)) == list(model.stream_chat(whole, max_new_tokens=3))
+
+
+@pytest.mark.parametrize(
+    "part",
+    [{"type": "image_url", "image_url": {"url": "x"}}, {"type": "text"}, {"type": "text", "text": 3}, 7, None, {}],
+    ids=str,
+)
+def test_a_part_that_is_no_text_is_refused(part: Any) -> None:
+    model = Model(loaded(text_session()))
+    with pytest.raises(OptionError, match="Message 0 has a part of the type"):
+        model.chat([{"role": "user", "content": [{"type": "text", "text": "x"}, part]}])
+
+
+def test_tokens_are_counted_as_chat_reads_them() -> None:
+    model = Model(loaded(text_session()))
+    for messages in ("Hello", [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Yes?"}]):
+        assert model.count_tokens(messages) == model.chat(messages, max_new_tokens=1).usage.prompt_tokens
+    with pytest.raises(OptionError, match="no chat template"):
+        Model(loaded(text_session(), chat_template=None)).count_tokens("Hi")

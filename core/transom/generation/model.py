@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
@@ -32,6 +33,7 @@ from transom.sparsity import PRESETS, Heads, Sparsity
 from transom.text import GenerationDefaults
 
 if TYPE_CHECKING:
+    from transom.generation.async_streams import AsyncStream
     from transom.text import ChatTemplate, Tokenizer
 
 
@@ -209,7 +211,8 @@ class Model:
         """Answer a conversation, which the model's chat template formats.
 
         Args:
-            messages: `[{"role": "user", "content": "Hello"}]`; a string is a single user message.
+            messages: `[{"role": "user", "content": "Hello"}]`; a string is a single user message. A content may be a
+                list of parts, `[{"type": "text", "text": "Hello"}]`, whose texts are joined by line breaks.
             tools: JSON schemas of functions that the model may call.
             template_variables: variables for the template, such as `{"enable_thinking": False}`.
             params, sparsity, progress, cancel, options: as for `generate`.
@@ -250,17 +253,63 @@ class Model:
         began = time.perf_counter()
         generator = self._require_generator()
         sampling = resolve(options, params=params, defaults=self._loaded.defaults)
-        ids = chat_ids(
-            messages,
-            self._loaded.tokenizer,
-            self._loaded.chat_template,
-            tools=tools,
-            variables=template_variables or {},
-        )
-        # A template may render an empty text, which is handled like an empty prompt.
-        ids = ids or prompt_ids((), None, self._vocabulary, self._bos_id)
+        ids = self._chat_ids(messages, tools, template_variables)
         reading = self._sparsity_arguments(sparsity)
         return generator.start(ids, sampling, continues=False, progress=progress, cancel=cancel, began=began, **reading)
+
+    def astream(self, prompt: Prompt, params: SamplingParams | None = None, **options: Any) -> AsyncStream:
+        """Like `stream`, for asyncio: `async for piece in model.astream(prompt)`.
+
+        Cancelling the task cancels the generation. Arguments and errors are those of `stream`; errors are raised where
+        the stream is awaited, and `progress` is called in another thread.
+        """
+        from transom.generation.async_streams import AsyncStream
+
+        return AsyncStream(partial(self.stream, prompt, params, **options))
+
+    async def agenerate(self, prompt: Prompt, params: SamplingParams | None = None, **options: Any) -> Generation:
+        """Like `generate`, for asyncio. Cancelling the task cancels the generation."""
+        return await self.astream(prompt, params, **options).result()
+
+    def astream_chat(
+        self, messages: str | Sequence[Mapping[str, Any]], params: SamplingParams | None = None, **options: Any
+    ) -> AsyncStream:
+        """Like `stream_chat`, for asyncio, in the same way as `astream`."""
+        from transom.generation.async_streams import AsyncStream
+
+        return AsyncStream(partial(self.stream_chat, messages, params, **options))
+
+    async def achat(
+        self, messages: str | Sequence[Mapping[str, Any]], params: SamplingParams | None = None, **options: Any
+    ) -> Generation:
+        """Like `chat`, for asyncio. Cancelling the task cancels the generation."""
+        return await self.astream_chat(messages, params, **options).result()
+
+    def count_tokens(
+        self,
+        messages: str | Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_variables: Mapping[str, Any] | None = None,
+    ) -> int:
+        """How many tokens of prompt `chat` would read for these arguments, the start of the answer included.
+
+        Raises:
+            OptionError, ChatTemplateError: as for `chat`.
+        """
+        self._require_generator()
+        return len(self._chat_ids(messages, tools, template_variables))
+
+    def _chat_ids(
+        self,
+        messages: str | Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None,
+        variables: Mapping[str, Any] | None,
+    ) -> list[int]:
+        tokenizer, template = self._loaded.tokenizer, self._loaded.chat_template
+        ids = chat_ids(messages, tokenizer, template, tools=tools, variables=variables or {})
+        # A template may render an empty text, which is handled like an empty prompt.
+        return ids or prompt_ids((), None, self._vocabulary, self._bos_id)
 
     def logits(
         self,

@@ -100,10 +100,11 @@ def chat_ids(
 
 
 def checked_messages(messages: str | Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The messages; a single string becomes one user message.
+    """The messages; a single string becomes one user message, and a content in parts becomes its text.
 
     Raises:
-        OptionError: there is no message, or one is not a mapping, has no known role, or has no content.
+        OptionError: there is no message, or one is not a mapping, has no known role, has no content, or has a part that
+            is not text.
     """
     if isinstance(messages, str):
         return [{"role": "user", "content": messages}]
@@ -122,7 +123,31 @@ def checked_messages(messages: str | Sequence[Mapping[str, Any]]) -> list[Mappin
             raise OptionError(f"Message {place} {problem}", nearest(str(role or ""), ROLES))
         if message.get("content") is None and not message.get("tool_calls"):
             raise OptionError(f"Message {place} (role {role}) has no content", example)
-    return list(chat)
+    return [{**message, "content": _joined_text(place, message)} if _in_parts(message) else message for message in chat]
+
+
+def _in_parts(message: Mapping[str, Any]) -> bool:
+    content = message.get("content")
+    return isinstance(content, Sequence) and not isinstance(content, str | bytes)
+
+
+def _joined_text(place: int, message: Mapping[str, Any]) -> str:
+    """The text of a content that is a list of parts, one below the other as other servers join them.
+
+    Raises:
+        OptionError: a part is not text.
+    """
+    texts = []
+    for part in message["content"]:
+        kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+        text = part.get("text") if isinstance(part, Mapping) else part
+        if not isinstance(text, str) or kind not in ("text", "str"):
+            raise OptionError(
+                f"Message {place} has a part of the type {kind!r}, and the model reads text only",
+                'Pass parts like {"type": "text", "text": "Hello"}.',
+            )
+        texts.append(text)
+    return "\n".join(texts)
 
 
 def require_tokenizer(tokenizer: Tokenizer | None) -> Tokenizer:
