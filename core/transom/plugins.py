@@ -3,7 +3,8 @@
 Every distribution may register an object with hooks under the entry-point group `transom.backends`. This module finds
 these objects, imports them one at a time, checks each backend against the contract, and calls the hooks one plugin at a
 time. Every error becomes a `PluginFailure` with the cause and the fix. No exception of a plugin leaves this module,
-except `KeyboardInterrupt`. It cannot protect against a plugin that kills the process while it is imported.
+except `KeyboardInterrupt`. A plugin of others is imported, and asked about new devices, in a child process first, in
+case it ends the process (`transom.plugin_trials`).
 
 The module does not depend on devices, graphs or engines, imports no plugin's SDK, and is on the warm start-up path.
 """
@@ -19,6 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, get_args, get_type_hints
 
@@ -29,6 +31,7 @@ from transom.errors import OptionError, option
 
 if TYPE_CHECKING:
     from transom.ops import OpSchema
+    from transom.plugin_trials import Killed
 
 Stage = Literal["import", "api", "contract", "name", "hook", "probe", "ops"]
 T = TypeVar("T")
@@ -71,6 +74,8 @@ class LoadedBackend:
     version: str
     """The distribution's version."""
     entry_point: str
+    found: _EntryPoint | None = field(default=None, compare=False, repr=False)
+    """Where it was found, to try it in a child process; None for an object that a program made itself."""
 
     @property
     def core(self) -> bool:
@@ -97,6 +102,7 @@ class _Plugin:
     distribution: str
     version: str
     manager: pluggy.PluginManager
+    found: _EntryPoint | None = None
 
     @property
     def label(self) -> str:
@@ -277,10 +283,10 @@ class Plugins:
         failures: list[PluginFailure] = []
         seconds: dict[str, float] = {}
         for name, loaded in self.backends.items():
-            failure = self._given_up.get(name)
+            known, groups = _known_to(loaded, devices)
+            failure = self._given_up.get(name) or self._try_probe(loaded, known)
             if failure is None:
                 started = time.perf_counter()
-                known, groups = _known_to(loaded, devices)
                 judged = self._probe_one(loaded, known, budget)
                 seconds[name] = time.perf_counter() - started
                 if not isinstance(judged, PluginFailure):
@@ -290,6 +296,14 @@ class Plugins:
             failures.append(failure)
             answers += [(name, Refusal(d.id, "failed", failure.error, failure.fix)) for d in devices]
         return ProbeAnswers(tuple(answers), tuple(failures), seconds)
+
+    def _try_probe(self, loaded: LoadedBackend, devices: tuple[Device, ...]) -> PluginFailure | None:
+        how = None if loaded.found is None else _kills(loaded.found, devices)
+        if how is None:
+            return None
+        failure = self._record(_failure(loaded, "probe", f"the probe of {loaded.name} {how}", "", how.output))
+        self._given_up[loaded.name] = failure
+        return failure
 
     def _probe_one(
         self, loaded: LoadedBackend, devices: tuple[Device, ...], budget: float
@@ -405,6 +419,13 @@ def _collision(what: str, owners: Sequence[_Plugin], stage: Stage) -> PluginFail
     )
 
 
+def _taken(what: str, plugin: _Plugin, stage: Stage) -> PluginFailure:
+    """A plugin of others uses a name of Transom's own: ours stays."""
+    error = f"{what} belongs to a backend that comes with Transom, which is used; this one is not"
+    fix = f"Ask its authors for another name, or remove it with: pip uninstall {plugin.distribution}"
+    return _failure(plugin, stage, error, fix)
+
+
 @dataclass(frozen=True)
 class _EntryPoint:
     """An entry point of our group and its distribution."""
@@ -451,6 +472,33 @@ def _read(distribution: importlib.metadata.Distribution) -> list[_EntryPoint]:
     return [_EntryPoint(point, name, str(version or "unknown")) for point in points]
 
 
+def _kills(found: _EntryPoint, devices: Sequence[Device] = ()) -> Killed | None:
+    """How a plugin of others ends a child process that imports it, and probes the devices; None if it does not."""
+    if found.distribution == _OWN_DISTRIBUTION:
+        return None
+    from transom.plugin_trials import Killed, try_first  # imports what starts a process
+
+    try:
+        try_first(found.point, found.version, devices, f"{__name__}:{rehearse.__name__}")
+    except Killed as killed:
+        return killed
+    return None
+
+
+def rehearse(name: str, value: str, devices: Sequence[Device]) -> None:
+    """Import a plugin and have its backends probe these devices, in a child process.
+
+    What it raises, and a probe that hangs, are met again in the host.
+    """
+    point = importlib.metadata.EntryPoint(name, value, ENTRY_POINT_GROUP)
+    plugin = _import(_EntryPoint(point, "", ""))
+    if isinstance(plugin, PluginFailure):
+        return
+    for backend in list(_backends_of(plugin)):
+        if isinstance(backend, LoadedBackend) and devices:
+            _within(PROBE_BUDGET_SECONDS, partial(backend.backend.probe, tuple(devices)))
+
+
 def _import(found: _EntryPoint) -> _Plugin | PluginFailure:
     point, distribution = found.point, found.distribution
     result: _Result[Any] = _shield(point.load)
@@ -468,7 +516,7 @@ def _import(found: _EntryPoint) -> _Plugin | PluginFailure:
     if registered.raised:
         trace = registered.raised.traceback
         return _failure(found, "hook", f"a hook does not fit the contract: {trace.strip().splitlines()[-1]}", "", trace)
-    return _Plugin(point.name, distribution, found.version, manager)
+    return _Plugin(point.name, distribution, found.version, manager, found)
 
 
 def _hook_complaints(plugin: _Plugin) -> Iterator[str]:
@@ -505,7 +553,9 @@ def _backends_of(plugin: _Plugin) -> Iterator[LoadedBackend | PluginFailure]:
             stage, error, fix = judged.value
             yield _failure(plugin, stage, f"{_kind(backend)}: {error}", fix.format(distribution=plugin.distribution))
         else:
-            yield LoadedBackend(backend, backend.name, plugin.distribution, plugin.version, plugin.entry_point)
+            yield LoadedBackend(
+                backend, backend.name, plugin.distribution, plugin.version, plugin.entry_point, plugin.found
+            )
 
 
 def _kind(backend: object) -> str:
@@ -553,6 +603,9 @@ def _load() -> Plugins:
         found.append(item) if isinstance(item, _EntryPoint) else failures.append(item)
     found.sort(key=lambda f: (f.distribution != _OWN_DISTRIBUTION, f.distribution, f.point.name))
     for one in found:
+        if (how := _kills(one)) is not None:
+            failures.append(_failure(one, "import", f"its import {how}", "", how.output))
+            continue
         imported = _import(one)
         if isinstance(imported, PluginFailure):
             failures.append(imported)
@@ -567,8 +620,11 @@ def _load() -> Plugins:
                 owners.setdefault(made.name, []).append((plugin, made))
     backends: list[LoadedBackend] = []
     for name in sorted(owners):
-        if len(owners[name]) == 1:
-            backends.append(owners[name][0][1])
+        ours = [one for one in owners[name] if one[1].core]
+        if len(owners[name]) == 1 or len(ours) == 1:
+            backends.append((ours or owners[name])[0][1])
+            others = [plugin for plugin, made in owners[name] if made is not backends[-1]]
+            failures += [_taken(f'the name "{name}"', plugin, "name") for plugin in others]
         else:
             failures.append(_collision(f'the backend "{name}"', [plugin for plugin, _ in owners[name]], "name"))
     return Plugins(plugins, backends, failures)

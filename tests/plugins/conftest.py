@@ -65,7 +65,12 @@ class Environment:
         path = os.pathsep.join([str(self.directory), *(p for p in sys.path if p)])
         child = subprocess.run(
             [sys.executable, "-c", PREAMBLE + textwrap.dedent(code)],
-            env={**os.environ, "PYTHONPATH": path, **(environment or {})},
+            env={
+                **os.environ,
+                "PYTHONPATH": path,
+                "TRANSOM_CACHE": str(self.directory / "cache"),
+                **(environment or {}),
+            },
             capture_output=True,
             text=True,
             timeout=120,

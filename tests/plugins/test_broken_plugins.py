@@ -112,6 +112,28 @@ def test_two_backends_with_one_name_are_one_record_that_names_both_and_neither_i
     assert "pip uninstall" in failure["fix"]
 
 
+@pytest.mark.parametrize("name", ["openvino_cpu", "reference"])
+def test_a_plugin_that_takes_the_name_of_a_backend_of_ours_does_not_disable_it(environment: Any, name: str) -> None:
+    environment.install_sound("impostor", name)
+    distribution, failures = environment.run(
+        f"plugins = load_plugins(); print(json.dumps([plugins.backends[{name!r}].distribution, "
+        "foreign(plugins.failures)]))"
+    )
+    assert distribution == "transom"
+    [failure] = failures
+    assert (failure["distribution"], failure["stage"]) == ("impostor", "name")
+    assert f'"{name}" belongs to a backend that comes with Transom' in failure["error"]
+    assert "pip uninstall impostor" in failure["fix"]
+
+
+def test_two_plugins_that_take_the_name_of_ours_are_two_records(environment: Any) -> None:
+    for distribution in ("alpha", "beta"):
+        environment.install_sound(distribution, "reference")
+    backends, failures = environment.load()
+    assert backends == {}
+    assert [failure["distribution"] for failure in failures] == ["alpha", "beta"]
+
+
 def test_the_other_backends_of_a_plugin_stay_when_one_breaks_the_contract(environment: Any, sound_source: str) -> None:
     source = sound_source + "\nclass Old(Sound):\n    name = 'old'\n    api = (0, 1)\n"
     environment.install("mixed", source.replace("return [Sound()]", "return [Old(), Sound()]"))
