@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from transom.errors import ContextExceeded, EngineError, OptionError, TransomError
 from transom.generation.engine import ModelClosed
 from transom.generation.model import InputSpec, Loaded, Model
-from transom.text import GenerationDefaults
+from transom.text import ChatTemplate, GenerationDefaults
 
 
 def saying(text: str, prompt: str = "Q", *, ends: bool = True, **options: Any) -> Model:
@@ -560,3 +560,35 @@ def test_tokens_are_counted_as_chat_reads_them() -> None:
         assert model.count_tokens(messages) == model.chat(messages, max_new_tokens=1).usage.prompt_tokens
     with pytest.raises(OptionError, match="no chat template"):
         Model(loaded(text_session(), chat_template=None)).count_tokens("Hi")
+
+
+TOOLS = [{"type": "function", "function": {"name": "a", "parameters": {"type": "object"}}}]
+WITH_TOOLS = (
+    "{{ tools | tojson }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% for c in m.tool_calls or [] %}"
+    '<tool_call>{"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments | tojson }}}</tool_call>'
+    "{% endfor %}{% endfor %}<assistant>"
+)
+
+
+def test_tool_calls_in_an_answer_are_parsed_where_the_template_has_a_known_form() -> None:
+    prompt = ChatTemplate(WITH_TOOLS).render([{"role": "user", "content": "Q"}], tools=TOOLS)
+    session = text_session(context=4000)
+    Script(session, list(prompt.encode()), [*b'<tool_call>{"name": "a", "arguments": {"x": 1}}</tool_call>', EOS])
+    model = Model(loaded(session, chat_template=ChatTemplate(WITH_TOOLS)))
+    result = model.chat("Q", tools=TOOLS)
+    (choice,) = result.choices
+    assert choice.tool_calls is not None
+    assert [(call.name, call.arguments) for call in choice.tool_calls] == [("a", {"x": 1})]
+    calls = result.to_dict()["choices"][0]["tool_calls"]
+    assert calls == [{"id": "call00000", "type": "function", "function": {"name": "a", "arguments": '{"x": 1}'}}]
+    assert model.chat("Q", tools=TOOLS, max_new_tokens=5).choices[0].tool_calls == ()
+    assert model.chat("Q", max_new_tokens=5).choices[0].tool_calls is None
+    # What was parsed may be sent back as it is.
+    turn = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "", "tool_calls": calls}]
+    ids = model.chat(turn, tools=TOOLS, max_new_tokens=1).prompt_token_ids
+    assert b'"arguments": {"x": 1}' in bytes(ids)
+
+
+def test_tool_calls_are_not_guessed_where_the_form_is_not_known() -> None:
+    model = Model(loaded(text_session(context=4000), chat_template=ChatTemplate("{{ tools }}{{ messages }}")))
+    assert model.chat("Q", tools=TOOLS, max_new_tokens=5).choices[0].tool_calls is None

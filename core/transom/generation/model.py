@@ -22,7 +22,15 @@ from transom.contract import Session
 from transom.errors import ContextExceeded, EngineError, OptionError, TransomError, nearest, option
 from transom.generation.engine import Engine
 from transom.generation.params import SamplingParams, resolve
-from transom.generation.prompts import Prompt, chat_ids, larger_context, prompt_ids, require_tokenizer, token_ids
+from transom.generation.prompts import (
+    Prompt,
+    chat_ids,
+    checked_messages,
+    larger_context,
+    prompt_ids,
+    require_tokenizer,
+    token_ids,
+)
 from transom.generation.report import Report
 from transom.generation.requests import PrefillEvent, Request
 from transom.generation.results import Generation
@@ -35,6 +43,7 @@ from transom.text import GenerationDefaults
 if TYPE_CHECKING:
     from transom.generation.async_streams import AsyncStream
     from transom.text import ChatTemplate, Tokenizer
+    from transom.text.tool_calls import ToolForm
 
 
 class _SparsityArguments(TypedDict):
@@ -91,6 +100,8 @@ class Model:
         self._engine = Engine(loaded.session, loaded.policy)
         self._generator: Generator | None = None
         self._closing = threading.Lock()
+        self._tool_forms: tuple[ToolForm | None, ...] = ()
+        """The form of tool calls, once it was tried."""
         if loaded.decoder is not None:
             self._generator = Generator(
                 self._engine,
@@ -213,7 +224,7 @@ class Model:
         Args:
             messages: `[{"role": "user", "content": "Hello"}]`; a string is a single user message. A content may be a
                 list of parts, `[{"type": "text", "text": "Hello"}]`, whose texts are joined by line breaks.
-            tools: JSON schemas of functions that the model may call.
+            tools: JSON schemas of functions that the model may call. The calls in an answer are in `Choice.tool_calls`.
             template_variables: variables for the template, such as `{"enable_thinking": False}`.
             params, sparsity, progress, cancel, options: as for `generate`.
 
@@ -254,8 +265,20 @@ class Model:
         generator = self._require_generator()
         sampling = resolve(options, params=params, defaults=self._loaded.defaults)
         ids = self._chat_ids(messages, tools, template_variables)
+        form = self._tool_form() if tools else None
         reading = self._sparsity_arguments(sparsity)
-        return generator.start(ids, sampling, continues=False, progress=progress, cancel=cancel, began=began, **reading)
+        return generator.start(
+            ids, sampling, continues=False, progress=progress, cancel=cancel, began=began, tool_calls=form, **reading
+        )
+
+    def _tool_form(self) -> ToolForm | None:
+        """The form in which the chat template writes tool calls, tried once."""
+        if not self._tool_forms:
+            from transom.text.tool_calls import form_of
+
+            template = self._loaded.chat_template
+            self._tool_forms = (None if template is None else form_of(template),)
+        return self._tool_forms[0]
 
     def astream(self, prompt: Prompt, params: SamplingParams | None = None, **options: Any) -> AsyncStream:
         """Like `stream`, for asyncio: `async for piece in model.astream(prompt)`.
@@ -307,6 +330,10 @@ class Model:
         variables: Mapping[str, Any] | None,
     ) -> list[int]:
         tokenizer, template = self._loaded.tokenizer, self._loaded.chat_template
+        if template is not None and not isinstance(messages, str):
+            messages = checked_messages(messages)
+            if any(m.get("tool_calls") for m in messages) and (form := self._tool_form()) is not None:
+                messages = form.adapted(messages)
         ids = chat_ids(messages, tokenizer, template, tools=tools, variables=variables or {})
         # A template may render an empty text, which is handled like an empty prompt.
         return ids or prompt_ids((), None, self._vocabulary, self._bos_id)

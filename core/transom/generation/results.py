@@ -5,12 +5,15 @@ Also `StreamPiece`, the item of a stream: a `str` with its answer, tokens and lo
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+    from transom.text.tool_calls import ToolCall
 
 FinishReason = Literal["stop", "length", "cancelled"]
 """`stop`: the model, a stop string, a stop token or the guide ended the answer; `length`: it reached `max_new_tokens`
@@ -91,6 +94,9 @@ class Choice:
     conforms: bool | None = None
     """Whether the whole answer conforms to its schema, expression, choice or grammar; False for one that was cut before
     its end. None: the output was not guided."""
+    tool_calls: tuple[ToolCall, ...] | None = None
+    """The complete calls of functions in the answer, which `text` contains as the model wrote them. None: the call had
+    no tools, or the form that the chat template gives to tool calls is not known."""
 
 
 @dataclass(frozen=True)
@@ -144,6 +150,9 @@ class Generation:
                     "stop": choice.stop,
                     "cut_by": choice.cut_by,
                     "conforms": choice.conforms,
+                    "tool_calls": None
+                    if choice.tool_calls is None
+                    else [_tool_call_dict(i, call) for i, call in enumerate(choice.tool_calls)],
                     "logprobs": None if choice.logprobs is None else [_logprobs_dict(t) for t in choice.logprobs],
                 }
                 for choice in self.choices
@@ -207,6 +216,12 @@ def _token_dict(id: int, logprob: float, data: bytes | None) -> dict[str, Any]:
         except UnicodeDecodeError:
             text = list(data)
     return {"id": id, "logprob": logprob, "token": text}
+
+
+def _tool_call_dict(index: int, call: ToolCall) -> dict[str, Any]:
+    """As OpenAI's clients expect it, and as a message of the next call may contain it."""
+    function = {"name": call.name, "arguments": json.dumps(call.arguments, ensure_ascii=False)}
+    return {"id": f"call{index:05d}", "type": "function", "function": function}
 
 
 def _logprobs_dict(entry: TokenLogprobs) -> dict[str, Any]:

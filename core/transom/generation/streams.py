@@ -36,6 +36,7 @@ from transom.generation.stops import StopStrings
 
 if TYPE_CHECKING:
     from transom.text import GenerationDefaults, Tokenizer
+    from transom.text.tool_calls import ToolCall, ToolForm
 
 PrefillProgress = Callable[[int, int], None]
 """Called in the caller's thread with (prompt tokens read, prompt tokens) after each chunk of the prompt."""
@@ -85,6 +86,7 @@ class Generator:
         count_keys: bool = False,
         selects_keys: bool = False,
         began: float | None = None,
+        tool_calls: ToolForm | None = None,
     ) -> Stream:
         """Check everything, then queue a generation.
 
@@ -95,6 +97,7 @@ class Generator:
             count_keys: include the fraction of keys read in the result.
             selects_keys: a policy selects keys.
             began: time of the call (`time.perf_counter`), for the timings.
+            tool_calls: the form in which to look for tool calls.
 
         Raises:
             ContextExceeded: prompt and `max_new_tokens` exceed the context.
@@ -136,7 +139,8 @@ class Generator:
         )
         request.submitted = began
         answers = [
-            _Answer(i, tokenizer, stops, stop_ids, params, continues, limit, own) for i, own in enumerate(guides)
+            _Answer(i, tokenizer, stops, stop_ids, params, continues, limit, own, tool_calls)
+            for i, own in enumerate(guides)
         ]
         self._engine.submit(request)
         return Stream(self._engine, request, answers, progress, tuple(prompt))
@@ -333,6 +337,7 @@ class _Answer:
         continues: bool,
         limit: Limit,
         guide: Guide | None,
+        tool_calls: ToolForm | None,
     ) -> None:
         self.index = index
         self.token_ids: list[int] = []
@@ -343,6 +348,7 @@ class _Answer:
         self._limit = limit
         self._guide = guide
         """The guide of its sampler, which the engine no longer uses once the answer has ended."""
+        self._tool_form = tool_calls
         self._text: list[str] = []
         self._logprobs: list[TokenLogprobs] | None = None if params.logprobs is None else []
         self._shown = 0
@@ -401,7 +407,14 @@ class _Answer:
             logprobs,
             cut_by=self._limit if self.finish_reason == "length" else None,
             conforms=self._conforms(),
+            tool_calls=self._tool_calls(),
         )
+
+    def _tool_calls(self) -> tuple[ToolCall, ...] | None:
+        if self._tool_form is None or self._tokenizer is None:
+            return None
+        # Special tokens mark the calls of some families, and are not in the text.
+        return tuple(self._tool_form.find(self._tokenizer.decode(self.token_ids, skip_special=False)))
 
     def _conforms(self) -> bool | None:
         if self._guide is None:
