@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             sys.exit(2)
         from transom.cli.app import run
 
-        status = run(arguments)
+        status = run(arguments, ends=True)
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         status = 130

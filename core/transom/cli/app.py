@@ -91,8 +91,14 @@ def transom() -> None:
     """Run language models on whatever hardware you have."""
 
 
-def run(arguments: Sequence[str] | None) -> int:
-    """Run the command line and return the exit status."""
+def run(arguments: Sequence[str] | None, *, ends: bool = False) -> int:
+    """Run the command line and return the exit status.
+
+    Args:
+        ends: the process ends after it. Standard output then stays reserved for JSON, because an engine may print when
+            it is shut down.
+    """
+    from transom.cli.output import discard_stdout, release_stdout
     from transom.contract import Cancelled
 
     _prepare_streams()
@@ -115,11 +121,11 @@ def run(arguments: Sequence[str] | None) -> int:
         _print_error(TransomError(e.format_message()), 2, as_json, type(e).__name__)
         return 2
     except (_ReaderGone, BrokenPipeError):
-        _discard_stdout()  # else Python reports the broken pipe again when it closes stdout
+        discard_stdout()  # else Python reports the broken pipe again when it closes stdout
         return 0
     except OSError as e:
         if e.filename is None and e.errno == errno.ENOSPC:
-            _discard_stdout()
+            discard_stdout()
         where = f" {e.filename}" if e.filename is not None else ""
         error = TransomError(f"The operating system reported an error:{where} {e.strerror or e}")
         return _fail(error, 2, as_json, type(e).__name__)
@@ -137,6 +143,8 @@ def run(arguments: Sequence[str] | None) -> int:
         return _fail(error, 1, as_json, type(e).__name__)
     finally:
         name_options(None)
+        if not ends:
+            release_stdout()
 
 
 def flags_of(command: click.Command | None) -> dict[str, str]:
@@ -164,16 +172,15 @@ def _fail(error: TransomError, status: int, as_json: bool, kind: str = "") -> in
 
 def _print_error(error: TransomError, status: int, as_json: bool, kind: str = "") -> None:
     """With --json, print the error as one line on stdout, unless a result was printed there."""
-    from transom.cli.output import error_facts, print_json_line, printed_json
+    from transom.cli.output import discard_stdout, error_facts, print_json_line, printed_json
 
     if not as_json or printed_json():
         return
     facts = {**error_facts(error), "status": status}
     try:
         print_json_line({"error": facts | ({"type": kind} if kind else {})})
-        sys.stdout.flush()
     except OSError:  # the sentence on stderr has to do
-        _discard_stdout()
+        discard_stdout()
 
 
 def _prepare_streams() -> None:
@@ -190,10 +197,3 @@ def _prepare_streams() -> None:
     if not any(isinstance(handler, WarnHandler) for handler in log.handlers):
         log.addHandler(WarnHandler())
         log.propagate = False
-
-
-def _discard_stdout() -> None:
-    try:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (OSError, ValueError, AttributeError):  # stdout is not a file: closing it cannot fail
-        return

@@ -7,6 +7,8 @@ from typing import Any, TypeVar
 
 import click
 
+from transom.cli.output import reserve_stdout
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 PRECISIONS = ("auto", "exact", "fast", "f32", "bf16", "f16", "int8", "fp8", "int4")
@@ -126,7 +128,15 @@ def _be_quiet(context: click.Context, parameter: click.Parameter, quiet: bool) -
 
 
 QUIET = click.option("-q", "--quiet", is_flag=True, callback=_be_quiet, help="Nothing on stderr but errors.")
-JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+def _json(context: click.Context, parameter: click.Parameter, wanted: bool) -> bool:
+    if wanted and not context.resilient_parsing:
+        reserve_stdout()
+    return wanted
+
+
+JSON = click.option("--json", "as_json", is_flag=True, callback=_json, help="Print JSON.")
 
 _LOADING = (DEVICE, BACKEND, CONTEXT, PRECISION, THREADS, SPARSITY, VERIFY, PROBE_FILE, JSON)
 _LOAD_NAMES = ("device", "backend", "context", "precision", "threads", "sparsity", "verify", "probe_file")

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import os
 import shutil
 import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 import click
 
@@ -53,6 +55,10 @@ _STAGES = {
 _said: set[str] = set()
 _quiet = False
 _printed_json = False
+_for_json: TextIO | None = None
+"""The standard output that the process was started with, while it is reserved for JSON."""
+_displaced: TextIO | None = None
+"""`sys.stdout` from before, where it is no file and was replaced."""
 
 
 def stage_text(stage: str) -> str:
@@ -74,13 +80,61 @@ def printed_json() -> bool:
 def print_json(value: Any) -> None:
     """One JSON document on stdout."""
     _note_json()
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False, default=_plain))
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False, default=_plain), file=_for_json)
 
 
 def print_json_line(value: Any) -> None:
     """One JSON document in one line, for output of which programs read one line at a time."""
     _note_json()
-    click.echo(json.dumps(value, ensure_ascii=False, default=_plain))
+    click.echo(json.dumps(value, ensure_ascii=False, default=_plain), file=_for_json)
+
+
+def reserve_stdout() -> None:
+    """Keep standard output for JSON: whatever else is written there goes to stderr.
+
+    That includes what a plugin prints, and what native code and child processes write to the file descriptor.
+    """
+    global _for_json, _displaced
+    if _for_json is not None or sys.stdout is None:
+        return
+    try:
+        place = sys.stdout.fileno()
+        sys.stdout.flush()
+        kept = os.dup(place)
+    except (OSError, ValueError, AttributeError):  # no file, as in a program that captures the output
+        _for_json, _displaced, sys.stdout = sys.stdout, sys.stdout, sys.stderr
+        return
+    _for_json = os.fdopen(kept, "w", encoding=sys.stdout.encoding, errors="backslashreplace")
+    try:
+        os.dup2(2, place)
+    except OSError:  # stderr is closed
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, place)
+        os.close(null)
+
+
+def release_stdout() -> None:
+    """Undo `reserve_stdout`, in a process that goes on."""
+    global _for_json, _displaced
+    if _for_json is None:
+        return
+    if _displaced is not None:
+        sys.stdout, _displaced = _displaced, None
+    else:
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
+        os.dup2(_for_json.fileno(), sys.stdout.fileno())
+        _for_json.close()
+    _for_json = None
+
+
+def discard_stdout() -> None:
+    """Send what is still buffered nowhere, because nobody reads standard output or its disk is full."""
+    try:
+        stream = sys.stdout if _for_json is None else _for_json
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    except (OSError, ValueError, AttributeError):  # stdout is not a file: closing it cannot fail
+        return
 
 
 def _note_json() -> None:
