@@ -7,7 +7,8 @@ see `transom.text.template_sandbox`. Jinja is imported when a template is first 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from transom.errors import OptionError, TransomError, nearest
@@ -43,6 +44,7 @@ class ChatTemplate:
         self.variables = dict(variables or {})
         self.seconds = seconds
         self._compiled: dict[str, jinja2.Template] = {}
+        self._read: dict[str, set[str]] = {}
 
     @property
     def names(self) -> list[str]:
@@ -112,7 +114,7 @@ class ChatTemplate:
         """
         from jinja2.exceptions import SecurityError, TemplateSyntaxError
 
-        from transom.text.template_sandbox import TemplateLimit
+        from transom.text.template_limits import TemplateLimit
 
         try:
             self.render([{"role": "user", "content": "Hello"}])
@@ -150,49 +152,60 @@ class ChatTemplate:
         raise OptionError("The model has several chat templates and no default", f"Name one: {', '.join(self.names)}")
 
     def _variables(self, name: str) -> set[str]:
-        from jinja2 import TemplateSyntaxError, meta
+        from jinja2 import meta
 
-        try:
-            return meta.find_undeclared_variables(_sandbox().parse(self.templates[name]))
-        except TemplateSyntaxError as error:
-            raise _syntax_error(error) from error
+        if name not in self._read:
+            with self._errors():
+                self._read[name] = meta.find_undeclared_variables(_sandbox().parse(self.templates[name]))
+        return self._read[name]
 
     def _render(self, name: str, data: Mapping[str, Any]) -> str:
+        compiled = self._compiled.get(name)
+        if compiled is None:
+            with self._errors():
+                compiled = self._compiled[name] = _sandbox().from_string(self.templates[name])
+        with self._errors():
+            return compiled.render(data)
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        """Context for compiling or rendering, within the limits. Whatever a template raises is a ChatTemplateError."""
         from jinja2.exceptions import SecurityError, TemplateSyntaxError, UndefinedError
 
-        from transom.text.template_sandbox import TemplateLimit, TemplateRefusal, time_limit
+        from transom.text.template_limits import TemplateLimit, limits
+        from transom.text.template_sandbox import TemplateRefusal
 
         try:
-            compiled = self._compiled.get(name)
-            if compiled is None:
-                compiled = self._compiled[name] = _sandbox().from_string(self.templates[name])
-            with time_limit(self.seconds):
-                return compiled.render(data)
+            with limits(self.seconds):
+                yield
         except TemplateSyntaxError as error:
-            raise _syntax_error(error) from error
+            raise ChatTemplateError(
+                f"The model's chat template is not valid Jinja: {_short(error.message)} (line {error.lineno})",
+                "Correct the template, use one of your own, or prompt the model without one (--raw)",
+            ) from error
         except TemplateRefusal as error:
             raise ChatTemplateError(
-                f"The model's chat template rejects these messages: {error}",
+                f"The model's chat template rejects these messages: {_short(error)}",
                 "Change the messages to a form that the model was trained on",
             ) from error
         except SecurityError as error:
             raise ChatTemplateError(
-                f"The model's chat template tries to reach outside its sandbox: {error}",
+                f"The model's chat template tries to reach outside its sandbox: {_short(error)}",
                 "Do not trust this file; use a template of your own, or prompt the model without one (--raw)",
             ) from error
         except (TemplateLimit, OverflowError, MemoryError, RecursionError) as error:
             raise ChatTemplateError(
-                f"The model's chat template was stopped: {error or type(error).__name__}",
+                f"The model's chat template was stopped: {_short(error)}",
                 "Use a template of your own, or prompt the model without one (--raw)",
             ) from error
         except UndefinedError as error:
             raise ChatTemplateError(
-                f"The model's chat template uses something that the messages do not contain: {error}",
+                f"The model's chat template uses something that the messages do not contain: {_short(error)}",
                 "Add the missing field to the messages, or pass the missing variable",
             ) from error
         except Exception as error:  # a template is a program, which can raise anything
             raise ChatTemplateError(
-                f"The model's chat template fails on these messages ({type(error).__name__}: {error})",
+                f"The model's chat template fails on these messages ({type(error).__name__}: {_short(error)})",
                 "Check that the messages have the form the model was trained on",
             ) from error
 
@@ -224,11 +237,10 @@ def _sandbox() -> Sandbox:
     return _shared
 
 
-def _syntax_error(error: jinja2.TemplateSyntaxError) -> ChatTemplateError:
-    return ChatTemplateError(
-        f"The model's chat template is not valid Jinja: {error.message} (line {error.lineno})",
-        "Correct the template, use one of your own, or prompt the model without one (--raw)",
-    )
+def _short(error: object) -> str:
+    """The text of an error that a template raised, which can be of any length."""
+    text = str(error) or type(error).__name__
+    return text if len(text) <= 300 else text[:300] + "…"
 
 
 def _message(place: int, message: object) -> dict[str, Any]:
@@ -261,6 +273,13 @@ def _tools(tools: Sequence[Mapping[str, Any]] | None) -> list[Any] | None:
 
 def _plain(value: Any, where: str) -> Any:
     """A copy that consists of JSON types only, so that a template cannot call methods of other objects."""
+    try:
+        return _copy(value, where)
+    except RecursionError:
+        raise OptionError(f"{where} is nested too deep", "Pass lists and mappings of fewer levels") from None
+
+
+def _copy(value: Any, where: str) -> Any:
     if value is None or type(value) in (str, int, float, bool):
         return value
     if isinstance(value, str):
@@ -270,13 +289,13 @@ def _plain(value: Any, where: str) -> Any:
     if isinstance(value, float):
         return float(value)
     if isinstance(value, Mapping):
-        return {_plain(key, where): _plain(item, where) for key, item in value.items()}
+        return {_copy(key, where): _copy(item, where) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item, where) for item in value]
+        return [_copy(item, where) for item in value]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: _plain(getattr(value, field.name), where) for field in dataclasses.fields(value)}
+        return {field.name: _copy(getattr(value, field.name), where) for field in dataclasses.fields(value)}
     if callable(dump := getattr(value, "model_dump", None)):  # pydantic, as the OpenAI client returns
-        return _plain(dump(), where)
+        return _copy(dump(), where)
     raise OptionError(
         f"A value in {where} is of type {type(value).__name__}, which a chat template cannot use",
         "Pass text, numbers, lists and mappings only",

@@ -1,126 +1,300 @@
 """The Jinja environment in which chat templates run: that of transformers, with limits on time and memory.
 
-A chat template is a program from a downloaded file. Jinja's immutable sandbox protects Python's internals, but does not
-prevent nested loops or doubling a string forty times. So every loop and macro checks the time, and every operation that
-can make a long string checks its length. Imported only when a template is rendered.
+A chat template is a program from a downloaded file. Jinja's immutable sandbox protects Python's internals, but limits
+neither time nor memory. Here every loop, call, operator, filter, test and method pays for its work from the budget of
+the rendering (`transom.text.template_limits`) before it runs, and what has no price is refused. Constant expressions
+are computed while a template is compiled, so compiling has a budget as well. Imported only when a template is rendered.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-import re
-import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+import types
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
-from typing import Any
+from string import Formatter
+from typing import Any, cast
 
 from jinja2 import nodes
-from jinja2.exceptions import SecurityError, TemplateRuntimeError
+from jinja2.exceptions import SecurityError, TemplateRuntimeError, TemplateSyntaxError
 from jinja2.ext import Extension, loopcontrols
+from jinja2.filters import make_attrgetter
 from jinja2.parser import Parser
-from jinja2.runtime import Context
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.utils import Namespace
+from jinja2.runtime import BlockReference, Context, LoopContext, Macro, Undefined
+from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedEscapeFormatter, SandboxedFormatter, safe_range
+from jinja2.utils import Cycler, Joiner, Namespace, pass_context
 from jinja2.visitor import NodeTransformer
+from markupsafe import Markup
 
-MAX_LENGTH = 1 << 24
-"""Maximum length of any string or list that a template makes: far above any prompt, far below available memory."""
-_MAX_BITS = 1 << 16
-_WIDTH = re.compile(r"\d{6,}|\*")
-_MAKES_LENGTH = frozenset({"center", "expandtabs", "ljust", "rjust", "zfill"})
+from transom.text import template_limits as limits
+from transom.text.template_limits import CALL, ITEM, TemplateLimit, read, spend
 
-_deadline: ContextVar[float] = ContextVar("transom_template_deadline")
-
-
-class TemplateLimit(TemplateRuntimeError):
-    """The template ran too long or made something too large."""
+MAX_SOURCE = 1 << 17
+"""Maximum length of a template, in characters. The longest that models have are an eighth of it."""
+_NODE = 4
+"""The price of the smallest expression, in units."""
 
 
 class TemplateRefusal(TemplateRuntimeError):
     """The template called `raise_exception`: it does not accept the messages."""
 
 
-@contextmanager
-def time_limit(seconds: float) -> Iterator[None]:
-    """Context for rendering. The template raises `TemplateLimit` when the time is over."""
-    token = _deadline.set(time.monotonic() + seconds)
-    try:
-        yield
-    finally:
-        _deadline.reset(token)
-
-
 class Sandbox(ImmutableSandboxedEnvironment):
-    """The settings, filters, functions and tags of transformers' template environment, with limits."""
+    """The settings, filters, functions and tags of transformers' template environment, with limits.
 
-    intercepted_binops = frozenset({"+", "*", "**", "%"})
+    Compile and render in the context `template_limits.limits`.
+    """
+
+    intercepted_binops = frozenset({"+", "-", "*", "/", "//", "**", "%"})
 
     def __init__(self) -> None:
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
-        for name in ("batch", "center", "format", "indent", "join", "replace", "slice"):
-            self.filters[name] = _limited_filter(name, self.filters[name])
+        super().__init__(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols], finalize=_printable
+        )
         self.filters["tojson"] = _tojson
+        self.filters["sum"] = _sum
+        self.filters = {
+            name: _paid(function, _FILTERS[name], name in _ITERATORS)
+            for name, function in self.filters.items()
+            if name in _FILTERS
+        }
+        self.tests = {
+            name: _paid(cast(Callable[..., Any], function), _TESTS[name])
+            for name, function in self.tests.items()
+            if name in _TESTS
+        }
+        # Not names of Jinja's grammar, so that templates cannot replace them
+        self.filters.update({"pay!": _pay, "compare!": _compare, "concatenate!": _concatenate})
+        self.filters.update({"slice!": _slice, "key!": _key})
         del self.globals["lipsum"]
         self.globals.update(
             raise_exception=_raise_exception, strftime_now=_strftime_now, namespace=_Namespace, dict=_Dict()
         )
 
-    def tick(self) -> str:
-        """Called by the template in every loop iteration and every macro call."""
-        if time.monotonic() > _deadline.get():
-            raise TemplateLimit("it runs too long")
-        return ""
-
-    @staticmethod
-    def bounded(value: Any) -> Any:
-        """The value, unless it is too long."""
-        if isinstance(value, str | list | tuple) and len(value) > MAX_LENGTH:
-            raise TemplateLimit("it makes a text or list that is too long")
-        return value
-
     @staticmethod
     def concat(parts: Iterable[str]) -> str:
         """Joins the pieces of the output, of a macro and of a `{% set %}` block."""
         pieces = list(parts)
-        if sum(map(len, pieces)) > MAX_LENGTH:
-            raise TemplateLimit("it makes a text that is too long")
+        limits.make(sum(map(limits.size, pieces)))
         return "".join(pieces)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        _check_operation(operator, left, right)
-        return self.bounded(super().call_binop(context, operator, left, right))
+        limits.operate(operator, left, right)
+        return super().call_binop(context, operator, left, right)
 
-    def call(self, context: Context, obj: Any, *args: Any, **kwargs: Any) -> Any:
-        owner = getattr(obj, "__self__", None)
-        if isinstance(owner, str):
-            _check_method(owner, getattr(obj, "__name__", ""), args)
-        return super().call(context, obj, *args, **kwargs)
+    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
+        spend(CALL + ITEM * (len(args) + len(kwargs)))
+        kind = type(__obj)
+        if kind is types.BuiltinFunctionType:  # the methods of built-in types
+            args = limits.call(__obj, args, kwargs)
+        elif kind is types.MethodType:
+            if isinstance(__obj.__self__, str):  # of Markup
+                args = limits.call(__obj, args, kwargs)
+            elif not isinstance(__obj.__self__, LoopContext | Cycler | _Dict):
+                raise TemplateLimit(f"it calls a method of {type(__obj.__self__).__name__}, which templates may not")
+            else:
+                read(args)
+        elif isinstance(__obj, type | _Dict):
+            if isinstance(__obj, type) and __obj not in _CLASSES:
+                raise TemplateLimit(f"it calls {__obj.__name__}, which templates may not")
+            read((args, kwargs))
+        elif not isinstance(__obj, _CALLABLE) and not (kind is types.FunctionType and __obj in _FUNCTIONS):
+            raise TemplateLimit(f"it calls a {kind.__name__}, which templates may not")
+        return super().call(__context, __obj, *args, **kwargs)
+
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        """A limited form of the methods `format` and `format_map` of a text; None for anything else."""
+        if not isinstance(value, types.BuiltinMethodType | types.MethodType) or not isinstance(value.__self__, str):
+            return None
+        if value.__name__ not in ("format", "format_map"):
+            return None
+        return _Format(self, value.__self__, value.__name__ == "format_map")
+
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        """Jinja's own answer, found faster for what templates read most."""
+        kind = type(obj)
+        if kind is _Namespace or kind is str:
+            return not attr.startswith("_")
+        if kind is dict and attr in _READING:
+            return True
+        return super().is_safe_attribute(obj, attr, value)
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
-        tree = super()._parse(source, name, filename)
-        checked = _Checks().visit(tree)
+        if len(source) > MAX_SOURCE:
+            raise TemplateLimit(f"it is longer than {MAX_SOURCE} characters")
+        checked = _Payments().visit(super()._parse(source, name, filename))
         checked.set_environment(self)
         assert isinstance(checked, nodes.Template)
         return checked
 
 
-class _Checks(NodeTransformer):
-    """Inserts the time check into every loop and macro, and the length check around every `~`."""
+class _Payments(NodeTransformer):
+    """Inserts the price of every body, and of the operators that Jinja compiles to plain Python."""
 
-    def _with_tick(self, node: Any) -> Any:
+    def __init__(self) -> None:
+        self.nodes = 0
+
+    def visit(self, node: nodes.Node, *args: Any, **kwargs: Any) -> Any:
+        self.nodes += 8 if isinstance(node, _SLOWER) else 2
+        return super().visit(node, *args, **kwargs)
+
+    def _body(self, node: Any) -> Any:
+        outside, self.nodes = self.nodes, 0
         self.generic_visit(node)
-        tick = nodes.Call(nodes.EnvironmentAttribute("tick"), [], [], None, None)
-        node.body.insert(0, nodes.ExprStmt(tick).set_lineno(node.lineno))
+        node.body.insert(0, nodes.ExprStmt(_filter("pay!", nodes.Const(self._price()))).set_lineno(node.lineno))
+        self.nodes += outside
         return node
 
-    visit_For = visit_Macro = visit_CallBlock = _with_tick
+    def _price(self) -> int:
+        return CALL // 2 + _NODE * self.nodes
+
+    visit_Template = visit_Block = visit_Macro = visit_CallBlock = _body
+
+    def visit_For(self, node: nodes.For) -> nodes.Node:
+        paid = self._body(node)
+        if node.test is not None:  # runs also for items that the body does not see
+            node.test = nodes.Or(_filter("pay!", nodes.Const(CALL)), node.test)
+        assert isinstance(paid, nodes.Node)
+        return paid
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
         self.generic_visit(node)
-        return nodes.Call(nodes.EnvironmentAttribute("bounded"), [node], [], None, None).set_lineno(node.lineno)
+        return _filter("concatenate!", *node.nodes)
+
+    def visit_Compare(self, node: nodes.Compare) -> nodes.Node:
+        self.generic_visit(node)
+        if len(node.ops) == 1 and node.ops[0].op in ("eq", "ne"):
+            for side in (node.expr, node.ops[0].expr):
+                if isinstance(side, nodes.Const) and isinstance(side.value, str | bool | int | float | None):
+                    return node  # the cost is limited by the constant
+        names = nodes.Const(tuple(operand.op for operand in node.ops))
+        return _filter("compare!", names, node.expr, *(operand.expr for operand in node.ops))
+
+    def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
+        self.generic_visit(node)
+        if isinstance(node.arg, nodes.Slice):
+            parts = (node.arg.start, node.arg.stop, node.arg.step)
+            return _filter("slice!", node.node, *(part or nodes.Const(None) for part in parts))
+        if not isinstance(node.arg, nodes.Const):
+            node.arg = _filter("key!", node.arg)
+        return node
+
+    def visit_Pair(self, node: nodes.Pair) -> nodes.Node:
+        self.generic_visit(node)
+        if not isinstance(node.key, nodes.Const):
+            node.key = _filter("key!", node.key)
+        return node
+
+    def _automatic_escaping(self, node: nodes.Node) -> nodes.Node:
+        raise TemplateSyntaxError("prompts are not escaped automatically", node.lineno)
+
+    visit_EvalContextModifier = visit_ScopedEvalContextModifier = _automatic_escaping
+
+
+_SLOWER = (nodes.Assign, nodes.AssignBlock, nodes.Getattr, nodes.Getitem, nodes.Output)
+
+
+def _filter(name: str, *values: nodes.Expr) -> nodes.Filter:
+    """A call of one of our functions, which Jinja compiles to a plain call only if it is a filter."""
+    call = nodes.Filter(values[0], name, list(values[1:]), [], None, None)
+    call.set_lineno(values[0].lineno or 1)
+    return call
+
+
+@pass_context  # so that it is not computed once, as a constant
+def _pay(_: Context, units: int) -> str:
+    spend(units)
+    return ""
+
+
+_COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
+    "eq": lambda left, right: left == right,
+    "ne": lambda left, right: left != right,
+    "lt": lambda left, right: left < right,
+    "lteq": lambda left, right: left <= right,
+    "gt": lambda left, right: left > right,
+    "gteq": lambda left, right: left >= right,
+    "in": lambda left, right: left in right,
+    "notin": lambda left, right: left not in right,
+}
+
+
+def _compare(operators: Sequence[str], *values: Any) -> Any:
+    result: Any = True
+    for operator, left, right in zip(operators, values, values[1:], strict=False):
+        limits.compare(operator, left, right)
+        result = _COMPARISONS[operator](left, right)
+        if not result:
+            break
+    return result
+
+
+def _concatenate(*values: Any) -> str:
+    for value in values:
+        if isinstance(value, str):
+            limits.make(limits.size(value) + ITEM)
+        else:
+            read(value)
+    return "".join(map(str, values))
+
+
+def _slice(value: Any, start: Any, stop: Any, step: Any) -> Any:
+    part = slice(start, stop, step)
+    if isinstance(value, str | list | tuple):
+        length = len(range(*part.indices(len(value))))
+        if isinstance(value, str):
+            limits.make(length if value.isascii() else 4 * length)
+        else:
+            spend(ITEM * length)
+    return value[part]
+
+
+def _key(value: Any) -> Any:
+    limits.read_key(value)
+    return value
+
+
+def _printable(value: Any) -> Any:
+    """Jinja prints what this returns."""
+    if type(value) is not str:  # a text is paid for when the pieces are joined
+        read(value)
+    return value
+
+
+class _Format:
+    """`text.format` or `text.format_map`."""
+
+    def __init__(self, environment: Sandbox, text: str, mapped: bool) -> None:
+        self._text = text
+        self._mapped = mapped
+        self._formatter: Formatter = _Fields(environment)
+        if isinstance(text, Markup):
+            self._formatter = _EscapedFields(environment, escape=text.escape)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> str:
+        if self._mapped:
+            (kwargs,), args = args, ()
+        spend(4 * limits.size(self._text) + 4 * CALL * self._text.count("{"))
+        return type(self._text)(self._formatter.vformat(self._text, args, kwargs))
+
+
+class _PaidFields(Formatter):
+    def format_field(self, value: Any, format_spec: str) -> Any:
+        spend(4 * limits.width(format_spec) + 8 * limits.weight(value))
+        return super().format_field(value, format_spec)
+
+    def convert_field(self, value: Any, conversion: Any) -> Any:
+        spend(8 * limits.weight(value))
+        return super().convert_field(value, conversion)
+
+
+class _Fields(_PaidFields, SandboxedFormatter):
+    pass
+
+
+class _EscapedFields(_PaidFields, SandboxedEscapeFormatter):
+    pass
 
 
 class _Generation(Extension):
@@ -164,77 +338,280 @@ def _check_name(name: object) -> None:
         raise SecurityError(f"a namespace may not contain the name {name!r}")
 
 
-def _check_operation(operator: str, left: Any, right: Any) -> None:
-    """Refuse operations whose computation alone would exceed the limits."""
-    if operator == "%":
-        if isinstance(left, str) and _WIDTH.search(left):
-            raise TemplateLimit("it asks for a field that is too wide")
-        return
-    if operator == "**":
-        if isinstance(left, int) and isinstance(right, int) and left.bit_length() * right > _MAX_BITS:
-            raise TemplateLimit("it makes a number that is too large")
-        return
-    sizes = [len(side) for side in (left, right) if isinstance(side, str | list | tuple)]
-    if operator == "+" and len(sizes) == 2 and sum(sizes) > MAX_LENGTH:
-        raise TemplateLimit("it makes a text or list that is too long")
-    if operator == "*":
-        numbers = [side for side in (left, right) if isinstance(side, int)]
-        if sizes and numbers and sizes[0] * numbers[0] > MAX_LENGTH:
-            raise TemplateLimit("it makes a text or list that is too long")
-        if len(numbers) == 2 and sum(number.bit_length() for number in numbers) > _MAX_BITS:
-            raise TemplateLimit("it makes a number that is too large")
-
-
-def _check_method(text: str, method: str, args: tuple[Any, ...]) -> None:
-    if method in _MAKES_LENGTH and any(isinstance(arg, int) and arg > MAX_LENGTH for arg in args):
-        raise TemplateLimit("it makes a text that is too long")
-    if method == "replace" and len(args) >= 2 and isinstance(args[1], str):
-        _check_replace(text, str(args[0]), args[1])
-    if method == "join" and args and isinstance(args[0], list | tuple):
-        _check_join(text, args[0])
-    if method in ("format", "format_map") and _WIDTH.search(text):
-        raise TemplateLimit("it asks for a field that is too wide")
-
-
-def _check_replace(text: str, old: str, new: str) -> None:
-    if (text.count(old) if old else len(text) + 1) * len(new) > MAX_LENGTH:
-        raise TemplateLimit("it makes a text that is too long")
-
-
-def _check_join(separator: str, items: list[Any] | tuple[Any, ...]) -> None:
-    if len(separator) * len(items) + sum(len(item) for item in items if isinstance(item, str)) > MAX_LENGTH:
-        raise TemplateLimit("it makes a text that is too long")
-
-
-def _limited_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(function)  # keeps Jinja's marker for passing the context
-    def limited(*args: Any, **kwargs: Any) -> Any:
-        own = list(args[1:] if hasattr(function, "jinja_pass_arg") else args)
-        if any(isinstance(value, int) and value > MAX_LENGTH for value in [*own, *kwargs.values()]):
-            raise TemplateLimit("it makes a text or list that is too long")
-        if name == "format" and _WIDTH.search(str(own[0])):
-            raise TemplateLimit("it asks for a field that is too wide")
-        if name == "replace" and len(own) >= 3:
-            _check_replace(str(own[0]), str(own[1]), str(own[2]))
-        if name == "join" and isinstance(own[0], list | tuple):
-            _check_join(str(own[1]) if len(own) > 1 else str(kwargs.get("d", "")), own[0])
-        return Sandbox.bounded(function(*args, **kwargs))
-
-    return limited
-
-
 def _tojson(
     value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
 ) -> str:
     # Jinja's own filter escapes HTML, unlike the prompts in training
-    if isinstance(indent, int) and indent > 64:
-        raise TemplateLimit("it asks for an indent that is too wide")
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
+@pass_context
+def _sum(context: Context, iterable: Any, attribute: str | int | None = None, start: Any = 0) -> Any:
+    environment = context.environment
+    if attribute is not None:
+        iterable = map(make_attrgetter(environment, attribute), iterable)
+    values = list(iterable)
+    if all(isinstance(value, int | float) for value in (start, *values)):
+        return sum(values, start)
+    assert isinstance(environment, Sandbox)
+    if isinstance(start, str):
+        raise TypeError("sum() can't sum strings [use ''.join(seq) instead]")
+    for value in values:  # each step pays for the lists that it makes
+        start = environment.call_binop(context, "+", start, value)
+    return start
+
+
 def _raise_exception(message: object) -> None:
+    read(message)
     raise TemplateRefusal(str(message))
 
 
 def _strftime_now(pattern: str) -> str:
+    if len(pattern) > 256 or limits.width(pattern):
+        raise TemplateLimit("it asks for a time in too long a form")
     return datetime.now().strftime(pattern)
+
+
+_FUNCTIONS = frozenset({safe_range, _raise_exception, _strftime_now})
+_READING = frozenset({"get", "items", "keys", "values"})
+_CLASSES = frozenset({Cycler, Joiner, _Namespace})
+_CALLABLE = (BlockReference, LoopContext, Joiner, Macro, Undefined, _Format)
+
+
+# ------------------------------------------------------- filters and tests
+
+_Price = Callable[[Any, list[Any], dict[str, Any]], None]
+
+
+def _paid(function: Callable[..., Any], price: _Price, iterates: bool = False) -> Callable[..., Any]:
+    """A filter or test that pays first. Results that are computed while they are read are computed at once."""
+    skipped = 1 if hasattr(function, "jinja_pass_arg") else 0
+
+    @functools.wraps(function)  # keeps Jinja's marker for passing the context
+    def paid(*args: Any, **kwargs: Any) -> Any:
+        spend(4 * ITEM)
+        given = list(args)
+        if price is not _nothing:
+            if price in _READS_ITEMS and len(given) > skipped:
+                given[skipped] = limits.items(given[skipped])
+            own = given[skipped + 1 :]
+            price(given[skipped] if len(given) > skipped else None, own, kwargs)
+        result = function(*given, **kwargs)
+        return iter(list(result)) if iterates and hasattr(result, "__next__") else result
+
+    return paid
+
+
+def _argument(args: list[Any], kwargs: Mapping[str, Any], place: int, name: str, default: Any = None) -> Any:
+    return args[place] if place < len(args) else kwargs.get(name, default)
+
+
+def _text(value: Any) -> str:
+    """The text that a filter makes of its value, paid for."""
+    if isinstance(value, str):
+        return value
+    read(value)
+    return str(value)
+
+
+def _nothing(value: Any, args: list[Any], kwargs: dict[str, Any]) -> None:
+    """The price of what takes constant time."""
+
+
+def _arguments(value: Any, args: list[Any], kwargs: dict[str, Any]) -> None:
+    limits.paid((*args, *kwargs.values()))
+
+
+def _all(value: Any, args: list[Any], kwargs: dict[str, Any]) -> None:
+    spend(2 * limits.weight(value))
+    limits.paid((*args, *kwargs.values()))
+
+
+def _per_unit(units: int) -> _Price:
+    """The price of filters that take some time for each character, and make as much text."""
+
+    def pay(value: Any, args: list[Any], kwargs: dict[str, Any]) -> None:
+        spend(units * limits.weight(value))
+        spend(units * limits.weight((args, kwargs)))
+
+    return pay
+
+
+def _case(value: Any, args: list[Any], kwargs: dict[str, Any]) -> None:
+    spend(limits.case(_text(value)))
+
+
+def _quadratic(value: Any, args: list[Any], kwargs: dict[str, Any]) -> None:
+    spend(limits.slow(limits.weight(value) + limits.weight((args, kwargs))))
+
+
+def _each(value: Any, args: list[Any], kwargs: dict[str, Any]) -> None:
+    """For filters that call a filter or test for each item."""
+    spend((CALL + limits.weight((args, kwargs))) * (1 + limits.count(value)))
+
+
+def _ordering(value: Any, args: list[Any], kwargs: dict[str, Any]) -> None:
+    number = limits.count(value)
+    spend((CALL + limits.weight((args, kwargs))) * (1 + number))
+    spend(limits.weight(value) * (4 + number.bit_length()))
+
+
+def _center(value: Any, args: list[Any], kwargs: dict[str, Any]) -> None:
+    spend(limits.size(_text(value)) + 4 * limits.whole(_argument(args, kwargs, 0, "width", 80)))
+
+
+def _batch(value: Any, args: list[Any], kwargs: dict[str, Any]) -> None:
+    filled = _argument(args, kwargs, 1, "fill_with") is not None
+    size = limits.whole(_argument(args, kwargs, 0, "linecount")) if filled else 0
+    spend(4 * ITEM * limits.count(value) + ITEM * size)
+
+
+def _slices(value: Any, args: list[Any], kwargs: dict[str, Any]) -> None:
+    spend(4 * ITEM * limits.count(value) + 8 * ITEM * limits.whole(_argument(args, kwargs, 0, "slices")))
+
+
+def _number(value: Any, args: list[Any], kwargs: dict[str, Any]) -> None:
+    if isinstance(value, str) and len(value) > limits.MAX_BITS // 4:
+        raise TemplateLimit("it makes a number that is too large")
+    spend(limits.weight(value) * 4)
+
+
+def _round(value: Any, args: list[Any], kwargs: dict[str, Any]) -> None:
+    limits.whole(_argument(args, kwargs, 0, "precision", 0), most=400)
+    limits.operate("+", value, 0)
+
+
+def _format(value: Any, args: list[Any], kwargs: dict[str, Any]) -> None:
+    limits.fill(_text(value), kwargs or tuple(args))
+
+
+def _indent(value: Any, args: list[Any], kwargs: dict[str, Any]) -> None:
+    spend(limits.indent(_text(value), _argument(args, kwargs, 0, "width", 4)))
+
+
+def _join(value: Any, args: list[Any], kwargs: dict[str, Any]) -> None:
+    spend(limits.weight((args, kwargs)) + ITEM * limits.count(value))
+    separator = _argument(args, kwargs, 0, "d", "")
+    attribute = _argument(args, kwargs, 1, "attribute")
+    if attribute is not None:
+        spend(limits.weight(attribute) * limits.count(value))
+    escaping = 8 if isinstance(separator, Markup) else 1
+    spend(escaping * 2 * limits.weight(value))
+    spend(escaping * limits.count(value) * limits.weight(separator))
+
+
+def _list(value: Any, args: list[Any], kwargs: dict[str, Any]) -> None:
+    wide = isinstance(value, str) and not value.isascii()
+    spend(limits.count(value) * (6 * ITEM if wide or isinstance(value, dict) else ITEM))
+
+
+def _replace(value: Any, args: list[Any], kwargs: dict[str, Any]) -> None:
+    old, new = _text(_argument(args, kwargs, 0, "old")), _text(_argument(args, kwargs, 1, "new"))
+    escaping = 8 if isinstance(value, Markup) or isinstance(old, Markup) or isinstance(new, Markup) else 1
+    spend(escaping * limits.replace(_text(value), old, new))
+
+
+def _reverse(value: Any, args: list[Any], kwargs: dict[str, Any]) -> None:
+    spend(limits.size(value) if isinstance(value, str) else ITEM * limits.count(value))
+
+
+def _trim(value: Any, args: list[Any], kwargs: dict[str, Any]) -> None:
+    spend(limits.strip(_text(value), _argument(args, kwargs, 0, "chars")))
+
+
+def _wrap(value: Any, args: list[Any], kwargs: dict[str, Any]) -> None:
+    text = limits.weight(value)
+    end = _argument(args, kwargs, 2, "wrapstring")
+    spend(limits.slow(text))
+    width = limits.whole(_argument(args, kwargs, 0, "width", 79))
+    spend(text // max(width, 1) * (limits.weight(end) + 4 * ITEM) + text)
+
+
+def _json(value: Any, args: list[Any], kwargs: dict[str, Any]) -> None:
+    names = ("ensure_ascii", "indent", "separators", "sort_keys")
+    ascii_only, indent, separators, _ = (_argument(args, kwargs, place, name) for place, name in enumerate(names))
+    weight = limits.weight(value)
+    spend((12 if ascii_only else 2) * weight)
+    if indent is not None:
+        depth = limits.measure(value)[2]
+        spend(weight * (1 + depth * (limits.size(indent) if isinstance(indent, str) else limits.whole(indent)) // ITEM))
+    if separators is not None:
+        spend(weight // ITEM * limits.weight(separators))
+
+
+def _sums(value: Any, args: list[Any], kwargs: dict[str, Any]) -> None:
+    spend((ITEM + limits.weight(_argument(args, kwargs, 0, "attribute"))) * (1 + limits.count(value)))
+
+
+_FILTERS: dict[str, _Price] = {
+    **dict.fromkeys(("count", "d", "default", "first", "last", "length", "random"), _nothing),
+    **dict.fromkeys(("map", "reject", "rejectattr", "select", "selectattr"), _each),
+    **dict.fromkeys(("dictsort", "groupby", "max", "min", "sort", "unique"), _ordering),
+    **dict.fromkeys(("capitalize", "lower", "upper"), _case),
+    **dict.fromkeys(("pprint", "striptags", "urlize"), _quadratic),
+    **dict.fromkeys(("e", "escape", "forceescape"), _per_unit(8)),
+    **dict.fromkeys(("title", "urlencode", "wordcount", "xmlattr"), _per_unit(40)),
+    "abs": _arguments,
+    "attr": _arguments,
+    "batch": _batch,
+    "center": _center,
+    "filesizeformat": _number,
+    "float": _number,
+    "format": _format,
+    "indent": _indent,
+    "int": _number,
+    "join": _join,
+    "items": _list,
+    "list": _list,
+    "replace": _replace,
+    "reverse": _reverse,
+    "round": _round,
+    "safe": _all,
+    "slice": _slices,
+    "string": _all,
+    "sum": _sums,
+    "tojson": _json,
+    "trim": _trim,
+    "truncate": _per_unit(4),
+    "wordwrap": _wrap,
+}
+_READS_ITEMS = frozenset({_batch, _each, _join, _ordering, _reverse, _slices, _sums})
+_ITERATORS = frozenset({"batch", "items", "map", "reject", "rejectattr", "reverse", "select", "selectattr", "slice"})
+_ITERATORS |= {"unique"}
+
+
+def _equality(value: Any, args: list[Any], kwargs: dict[str, Any]) -> None:
+    for other in (*args, *kwargs.values()):
+        limits.compare("eq", value, other)
+
+
+def _membership(value: Any, args: list[Any], kwargs: dict[str, Any]) -> None:
+    for holder in (*args, *kwargs.values()):
+        limits.compare("in", value, holder)
+
+
+def _division(value: Any, args: list[Any], kwargs: dict[str, Any]) -> None:
+    for divisor in args or list(kwargs.values()) or [2]:
+        limits.operate("%", value, divisor)
+
+
+_TESTS: dict[str, _Price] = {
+    **dict.fromkeys(
+        (
+            *("boolean", "callable", "defined", "escaped", "false", "float", "integer", "iterable", "mapping"),
+            *("none", "number", "sameas", "sequence", "string", "true", "undefined"),
+        ),
+        _nothing,
+    ),
+    **dict.fromkeys(
+        (
+            *("!=", "<", "<=", "==", ">", ">=", "eq", "equalto", "ge", "greaterthan", "gt", "le", "lessthan", "lt"),
+            "ne",
+        ),
+        _equality,
+    ),
+    **dict.fromkeys(("divisibleby", "even", "odd"), _division),
+    **dict.fromkeys(("lower", "upper"), _per_unit(4)),
+    **dict.fromkeys(("filter", "test"), _all),
+    "in": _membership,
+}
