@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
 import toy
 
 QUICK = ("--rounds", "2", "--prompt-tokens", "8", "--prompt-tokens", "16", "--new-tokens", "4")
@@ -114,3 +115,18 @@ def test_a_graph_that_does_not_generate_is_refused_in_one_sentence(bare: Any, tm
         assert status == 2
         assert not out
         assert err.count("is not a decoder") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--runs", "3"), "--runs has no effect without --startup"),
+        (("--empty-cache",), "--empty-cache has no effect without --startup"),
+        (("--startup", "--rounds", "2"), "--rounds has no effect with --startup"),
+        (("--heat-map", "a.html", "--startup"), "--startup has no effect with --heat-map"),
+    ],
+)
+def test_an_option_without_an_effect_is_refused(bare: Any, model: Path, arguments: tuple[str, ...], said: str) -> None:
+    status, out, err = bare("bench", model, *arguments)
+    assert (status, out) == (2, "")
+    assert said in err

@@ -92,6 +92,7 @@ def bench(
     from transom.sources import bundle_at, resolve
     from transom.sparsity import Sparsity
 
+    _refuse_unused("--heat-map" if heat_maps else "--startup" if startup else "")
     bundle = bundle_at(model)
     if bundle is None:
         resolve(model)  # report a wrong path before anything is started
@@ -120,6 +121,30 @@ def bench(
     else:
         _print(model, facts, plan.prompts, new_tokens, rounds, rows)
     return 0 if any(not row.error for row in rows) else 2
+
+
+_UNUSED = {
+    "--heat-map": ("startup", "runs", "empty_cache", "new_tokens", "rounds", "patience"),
+    "--startup": ("prompts", "new_tokens", "rounds", "patience"),
+    "": ("runs", "empty_cache"),
+}
+"""The options that each way to measure does not use."""
+
+
+def _refuse_unused(way: str) -> None:
+    """Raise OptionError for an option that would have no effect."""
+    from click.core import ParameterSource
+
+    from transom.errors import OptionError
+
+    context = click.get_current_context()
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        if name in _UNUSED[way] and context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            flag = parameter.opts[0]
+            if way:
+                raise OptionError(f"{flag} has no effect with {way}", "Leave one of them out")
+            raise OptionError(f"{flag} has no effect without --startup", "Add --startup, or leave it out")
 
 
 def _heat_maps(
