@@ -18,7 +18,7 @@ def test_max_tokens_is_named_where_it_cut_the_answer(say: Callable[..., Any]) ->
     say("x")
     status, out, err = say("x", "--max-tokens", "4")
     assert (status, out) == (0, "Hell\n")
-    assert err.splitlines()[0] == "The answer was cut off after 4 tokens. More are allowed by --max-tokens …."
+    assert err.splitlines()[0] == "The answer was cut off after 4 tokens. A larger --max-tokens allows more."
     assert len(err.splitlines()) == 2
     (choice,) = json.loads(say("x", "--max-tokens", "4", "--json").out)["choices"]
     assert (choice["finish_reason"], choice["cut_by"], choice["conforms"]) == ("length", "max_new_tokens", None)

@@ -34,7 +34,7 @@ def test_run_chat_and_bench_open_a_bundle(transom: Any, model: Path, tmp_path: P
         status, out, err = transom("run", "bundle", "ab", "--verify", "off")
         assert (status, out) == (0, toy.TEXT + "\n"), err
         assert "cpu" in err
-        assert "by toy 1.0" in err
+        assert " · toy · " in err
     status, out, err = transom("chat", "bundle", "--verify", "off", input="Hello\n")
     assert status == 0, err
     assert toy.TEXT in out

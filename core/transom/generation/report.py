@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from transom.contract import Device, Refusal
-from transom.errors import TransomError, option
+from transom.errors import TransomError, option, option_prefix
 from transom.generation.prompts import larger_context
 from transom.generation.results import Generation
 
@@ -165,7 +165,7 @@ def cut_cause(report: Report, generation: Generation) -> tuple[str, str] | None:
         return cause, f"Shorten the prompt, or {larger_context(more, built_in=report.context_built_in)}"
     if cut[0].cut_by == "model_default":
         cause += ", the limit that the model's own settings give"
-    return cause, f"More are allowed by {option('max_new_tokens')}"
+    return cause, f"A larger {option_prefix('max_new_tokens').strip(' =')} allows more"
 
 
 def incomplete(report: Report, generation: Generation) -> TransomError | None:
