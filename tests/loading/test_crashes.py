@@ -10,6 +10,9 @@ from typing import Any
 
 import pytest
 
+from transom.errors import OptionError
+from transom.preparation.child import run_in_child
+
 DEATHS = [
     ("compile:segv", "SIGSEGV"),
     ("compile:exit", "status 3"),
@@ -63,6 +66,33 @@ def test_a_backend_that_hangs_can_be_cancelled_and_leaves_nothing(packages: Any,
     after = packages.run('show(**outcome(backend="shady"))')
     assert after["report"]["check"].startswith("passed")
     assert os.listdir(packages.cache / "building") == []
+
+
+def test_a_backend_that_hangs_is_set_aside_at_the_time_limit_and_remembered(packages: Any) -> None:
+    packages.use({"name": "a_hanging", "does": "compile:hang", "band": "tuned"}, {"name": "a_sound", "band": "tuned"})
+    # Only the first backend has a limit, and never answers: how busy the machine is does not decide.
+    result = packages.run("""
+    from transom.preparation import child
+    child._silence_limit = lambda: limits.pop(0)
+    limits = [1.0, float("inf")]
+    auto = outcome()
+    show(auto=auto, again=outcome(), left=limits)
+    """)
+    for load in (result["auto"], result["again"]):
+        assert load["report"]["backend"] == "a_sound"
+        [warning] = [w for w in load["report"]["warnings"] if "set aside" in w]
+        assert "a_hanging on cpu" in warning
+    assert "it did not report any progress for 1 s" in warning
+    assert "at an earlier load" in warning
+
+
+@pytest.mark.parametrize("value", ["soon", "-1", "nan", "inf"])
+def test_a_time_limit_that_is_not_a_number_of_seconds_is_refused(
+    value: str, here: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRANSOM_TIME_LIMIT", value)
+    with pytest.raises(OptionError, match=f'TRANSOM_TIME_LIMIT is "{value}"'):
+        run_in_child("json:dumps", {})
 
 
 def test_a_process_that_is_killed_in_the_middle_of_a_compile_breaks_nothing(packages: Any) -> None:

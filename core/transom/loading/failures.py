@@ -14,9 +14,11 @@ _CRASHES = ("SIGABRT", "SIGBUS", "SIGFPE", "SIGILL", "SIGSEGV", "SIGSYS", "SIGTR
 
 
 def remember(cache: Cache, job: Job, error: TransomError) -> None:
-    """Remember a failure that would occur again: a crash, a failed check, an unsupported graph."""
-    crashed = isinstance(error, ChildFailed) and error.failure is not None and error.failure.signal in _CRASHES
-    if crashed or isinstance(error, SelfCheckFailed | UnsupportedError):
+    """Remember a failure that would occur again: a crash, a hang, a failed check, an unsupported graph."""
+    failure = error.failure if isinstance(error, ChildFailed) else None
+    if (failure is not None and (failure.signal in _CRASHES or failure.kind == "timeout")) or isinstance(
+        error, SelfCheckFailed | UnsupportedError
+    ):
         cache.remember("failures", job.failure_key, error.cause)
 
 

@@ -30,7 +30,7 @@ from dataclasses import dataclass, field
 from typing import IO, TYPE_CHECKING, Any, Literal, NoReturn
 
 from transom.contract import Cancelled
-from transom.errors import TransomError, name_options, option_names
+from transom.errors import OptionError, TransomError, name_options, option, option_names
 
 if TYPE_CHECKING:
     from transom.contract import Progress
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 HEARTBEAT_SECONDS = 0.25
 GRACE_SECONDS = 3.0
 """Time that a child has to stop after it was asked to; then it is killed."""
+SILENCE_SECONDS = 3600.0
+"""How long a child without a timeout may report nothing, unless `TRANSOM_TIME_LIMIT` says otherwise."""
 EXIT_SECONDS = 5.0
 """Time that a child has to end after it has answered."""
 
@@ -108,7 +110,10 @@ class ChildFailure:
         if self.kind == "cancelled":
             return Cancelled(self.message)
         output = (self.traceback or self.stderr).strip().splitlines()[-8:]
-        return ChildFailed(f"{job} failed in its child process: {self.message}", "", tuple(output), self)
+        fix = ""
+        if self.kind == "timeout":
+            fix = f"Choose another with {option('backend')}, or set TRANSOM_TIME_LIMIT to more seconds"
+        return ChildFailed(f"{job} failed in its child process: {self.message}", fix, tuple(output), self)
 
 
 @dataclass(frozen=True)
@@ -141,7 +146,8 @@ def run_in_child(
     Args:
         entry: "module:function"; the function returns JSON types.
         payload: JSON types. Large data is passed in files that the payload names.
-        timeout: seconds until the child is killed; None for no limit.
+        timeout: seconds until the child is killed; None: when it has reported no progress for the seconds of
+            `TRANSOM_TIME_LIMIT` (0: no limit), else `SILENCE_SECONDS`.
         progress: gets the child's reports, and the last one again four times a second, so that it can stop a child that
             reports nothing. If it raises (`Cancelled`), the child is asked to stop, killed after `GRACE_SECONDS`, and
             the exception is raised unchanged.
@@ -149,6 +155,7 @@ def run_in_child(
     Raises:
         ValueError: `entry` has another form.
         TypeError: `payload` is not JSON.
+        OptionError: `TRANSOM_TIME_LIMIT` is not a number of seconds.
         KeyboardInterrupt, Cancelled: as `progress` raised them. Failures of the child are in the result.
     """
     module, _, function = entry.partition(":")
@@ -158,6 +165,7 @@ def run_in_child(
     request = {"token": token, "parent": os.getpid(), "module": module, "function": function, "payload": payload}
     request |= {"option_names": option_names()}
     line = json.dumps(request).encode() + b"\n"
+    silence = _silence_limit() if timeout is None else math.inf
     start = time.monotonic()
     try:
         child = _Child(line, token.encode())
@@ -166,10 +174,12 @@ def run_in_child(
         failure = ChildFailure("exception", message, exception="builtins.OSError", errno=error.errno)
         return ChildResult(None, failure, time.monotonic() - start)
     try:
-        answer = child.listen(None if timeout is None else start + timeout, progress)
+        answer = child.listen(None if timeout is None else start + timeout, silence, progress)
         if answer is None:
             child.kill()
-            failure = ChildFailure("timeout", f"it did not end within {timeout:g} s", stderr=child.stderr())
+            end = f"end within {timeout:g} s" if timeout is not None else f"report any progress for {silence:g} s"
+            late = f"it did not {end}"
+            failure = ChildFailure("timeout", late, stderr=child.stderr())
             return ChildResult(None, failure, time.monotonic() - start)
         child.wait(EXIT_SECONDS)
     except BaseException:
@@ -181,6 +191,19 @@ def run_in_child(
     if "value" in answer:
         return ChildResult(answer["value"], None, seconds)
     return ChildResult(None, _failure(answer, child.process.returncode, child.stderr()), seconds)
+
+
+def _silence_limit() -> float:
+    text = os.environ.get("TRANSOM_TIME_LIMIT", "").strip()
+    if not text:
+        return SILENCE_SECONDS
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0.0 <= value < math.inf:
+        raise OptionError(f'TRANSOM_TIME_LIMIT is "{text}", not a number of seconds', "Give seconds, or 0 for no limit")
+    return value or math.inf
 
 
 class _Child:
@@ -215,17 +238,24 @@ class _Child:
         for thread in self._threads:
             thread.start()
 
-    def listen(self, deadline: float | None, progress: Progress | None) -> dict[str, Any] | None:
-        """The child's answer; empty when the child ended without one, None when the time is up."""
+    def listen(self, deadline: float | None, silence: float, progress: Progress | None) -> dict[str, Any] | None:
+        """The child's answer; empty when the child ended without one, None when the time is up.
+
+        Args:
+            silence: seconds that may pass without a report.
+        """
         last: tuple[str, float | None] = ("start", None)
+        heard = time.monotonic()
         while True:
-            left = math.inf if deadline is None else deadline - time.monotonic()
+            left = min(math.inf if deadline is None else deadline, heard + silence) - time.monotonic()
             if left <= 0:
                 return None
             try:
                 answer = self._answers.get(timeout=min(left, HEARTBEAT_SECONDS))
             except queue.Empty:
                 answer = {"progress": last}
+            else:
+                heard = time.monotonic() if answer is not None else heard
             if answer is None:  # the child has closed its end of the pipe
                 try:
                     self.process.wait(timeout=min(left, HEARTBEAT_SECONDS))
