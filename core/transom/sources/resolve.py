@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +24,10 @@ BUNDLE_MANIFEST = "manifest.json"
 BUNDLE_KEY = "transom_bundle"
 """The first key of a bundle's manifest. File name and key identify a bundle; only `transom.bundles` reads the rest."""
 
+ADAPTER = "adapter_config.json"
+"""The file that a LoRA adapter of the package peft has in place of config.json."""
+
+_FILE_SUFFIXES = frozenset({".gguf", ".ggml", ".onnx", ".safetensors", ".bin", ".pt", ".pth", ".json", ".zip"})
 _WAYS = "Give the path of a .gguf file, of a Hugging Face directory (config.json, *.safetensors), or of an .onnx file"
 
 
@@ -49,6 +54,8 @@ def resolve(spec: Spec) -> Source:
         _require_readable(spec, path)
         if bundle_at(path) is not None:
             raise SourceError(f"{path} is a bundle, which is compiled already", "Give the model that it was made from")
+        if (adapter := path / ADAPTER).is_file() and not (path / "config.json").is_file():
+            raise _adapter(path, adapter)
     for source in sources():
         if source.matches(spec):
             return source
@@ -95,13 +102,30 @@ def _no_such_path(spec: Spec, path: Path) -> SourceError:
         if "Did you mean" in hint:
             return SourceError(f"There is no {path}", hint)
     text = str(spec)
-    if text.count("/") == 1 and not text.startswith((".", "~", "/")) and not path.suffix:
+    if "://" in text:
+        return SourceError(
+            f"{text} is an address, and Transom downloads no models", "Download the file, and give its path"
+        )
+    # The suffix of a name such as Qwen2.5-0.5B is none of a file.
+    if text.count("/") == 1 and not text.startswith((".", "~", "/")) and path.suffix.lower() not in _FILE_SUFFIXES:
         return SourceError(
             f"There is no directory {path} here, and Transom downloads no models",
             f"If it is a model of the Hugging Face hub: hf download {text} --local-dir {path.name}, then load "
             f"{path.name}",
         )
     return SourceError(f"There is no {path}", _WAYS)
+
+
+def _adapter(path: Path, settings: Path) -> SourceError:
+    try:
+        base = json.loads(settings.read_bytes())["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        base = ""
+    of = f" of {base}" if isinstance(base, str) and base.strip() else ""
+    return SourceError(
+        f"{path} is an adapter (LoRA){of}, not a whole model",
+        "Merge it into its base model, for example with merge_and_unload of the package peft, and load the result",
+    )
 
 
 def _no_model_inside(path: Path) -> SourceError:
