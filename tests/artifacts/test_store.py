@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import subprocess
 import sys
 from collections.abc import Callable
@@ -270,3 +271,16 @@ def test_an_artifact_is_removed_where_it_lies_with_its_scratch_folder_unless_ano
     assert not scratch.exists()
     assert not other.remove()
     assert cache.lookup("key") is None
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no modes")
+def test_only_its_owner_can_enter_the_cache(tmp_path: Path) -> None:
+    root = tmp_path / "new" / "cache"
+    old = os.umask(0)
+    try:
+        cache = Cache(root)
+        cache.remember("speeds", "key", 1)
+        cache.recall("speeds", "key")
+    finally:
+        os.umask(old)
+    assert [stat.S_IMODE(p.stat().st_mode) for p in (root, root.parent, root / "remembered")] == [0o700] * 3

@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from transom.artifacts.entries import SCRATCH, VERDICTS, Entry, EntryStore, EntryWriter, Verify
-from transom.artifacts.files import delete, is_left_over, lock_folder, unique
+from transom.artifacts.files import delete, is_left_over, lock_folder, make_private, unique
 from transom.artifacts.json_store import JsonStore
 from transom.artifacts.keys import canonical, check_key, content_hash, parse_size
 from transom.contract import Artifact
@@ -105,10 +105,10 @@ class StoredArtifact:
         root = self.path.parent.parent
         try:
             folder = root / SCRATCH / self.key
-            folder.mkdir(parents=True, exist_ok=True)
+            make_private(folder)
         except OSError as error:
             folder = self._cache._temporary_cache(error).root / SCRATCH / self.key
-            folder.mkdir(parents=True, exist_ok=True)
+            make_private(folder)
         return folder
 
     def verdict(self, where: str) -> object:
@@ -466,7 +466,7 @@ class Cache:
         if not self.root.is_dir():
             if os.path.lexists(self.root):
                 raise NotADirectoryError(errno.ENOTDIR, "it is not a directory", str(self.root))
-            self.root.mkdir(parents=True, exist_ok=True)
+            make_private(self.root)
             (self.root / "CACHEDIR.TAG").write_bytes(_TAG)
 
     def _make_room(self) -> None:
@@ -490,7 +490,7 @@ class Cache:
 
         try:
             self._make_root()
-            (self.root / "locks").mkdir(exist_ok=True)
+            make_private(self.root / "locks")
             lock = FileLock(self.root / "locks" / f"{key}.lock")
         except OSError:
             return nullcontext()

@@ -26,6 +26,7 @@ from transom.artifacts.files import (
     FolderLock,
     hash_file,
     lock_folder,
+    make_private,
     move_aside,
     remove_unless_locked,
     replace_atomically,
@@ -288,11 +289,11 @@ class EntryStore:
     def begin(self, key: str) -> EntryWriter:
         """Start an entry. Raises OSError when nothing can be written here."""
         building = self.root / "building"
-        building.mkdir(parents=True, exist_ok=True)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_private(building)
+        make_private(self.folder)
         while True:
             path = building / unique(check_key(key))
-            path.mkdir()
+            path.mkdir(mode=0o700)
             lock = lock_folder(path, create=True)
             if lock is not None:
                 return EntryWriter(self, key, path, lock)

@@ -69,6 +69,15 @@ def _hash_chunk(path: Path, offset: int) -> bytes:
     return digest.digest()
 
 
+def make_private(folder: Path) -> None:
+    """Create a folder and its parents, as far as they are missing, that only their owner can enter. Raises OSError."""
+    if not folder.is_dir():
+        if os.path.lexists(folder):
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
+        make_private(folder.parent)
+        folder.mkdir(mode=0o700, exist_ok=True)
+
+
 def unique(name: str) -> str:
     """`name` with a suffix that no other process or thread uses."""
     return f"{name}-{os.getpid()}-{os.urandom(6).hex()}"
@@ -83,12 +92,12 @@ def write_durably(path: Path, data: bytes) -> None:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
+def replacing(path: Path, *, private: bool = False) -> Iterator[BinaryIO]:
     """A file to write to that replaces `path` at the end of the `with`, or is deleted if that fails. Readers see the
-    old content or the new, never a part. Raises OSError."""
+    old content or the new, never a part. A private file can only be read by its owner. Raises OSError."""
     temporary = path.with_name("." + unique(path.name))
     try:
-        with temporary.open("wb") as file:
+        with open(temporary, "wb", opener=_open_privately if private else None) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -97,6 +106,10 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def _open_privately(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 def replace_atomically(path: Path, data: bytes) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from transom.artifacts.files import replace_atomically
+from transom.artifacts.files import make_private, replace_atomically
 
 _log = logging.getLogger("transom.artifacts")
 _LOCK_SECONDS = 10.0
@@ -69,7 +69,7 @@ class JsonStore:
     def _locked(self) -> Iterator[None]:
         from filelock import FileLock  # takes 30 ms to import, and `recall` does not need it
 
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        make_private(self.path.parent)
         with FileLock(self.path.with_name(self.path.name + ".lock"), timeout=_LOCK_SECONDS):
             yield
 

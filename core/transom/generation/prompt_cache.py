@@ -1,14 +1,15 @@
 """Prompt caches on disk: a session's state of a sequence, with its tokens and the identity of the compiled model.
 
 The file is a NumPy archive (.npz), whose checksums detect damage: `about`, JSON as bytes; `tokens`, int64; and the
-session's arrays. It contains the prompt, so it is as private as the prompt.
+session's arrays, stored without compression. It contains the prompt, so it is as private as the prompt: only its owner
+can read it.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import zipfile
-import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,7 +45,7 @@ def write(path: Path, saved: SavedPrompt, identity: str) -> None:
     about = json.dumps({"transom_prompt_cache": FORMAT, "identity": identity, "sparsity": saved.sparsity})
     arrays = {_STATE + name: array for name, array in saved.arrays.items()}
     header = {"about": np.frombuffer(about.encode(), np.uint8), "tokens": np.array(saved.tokens, np.int64)}
-    with replacing(path) as file:
+    with replacing(path, private=True) as file:
         np.savez(file, **header, **arrays)  # type: ignore[arg-type]  # arguments after the file are named arrays
 
 
@@ -56,14 +57,13 @@ def read(path: Path, identity: str) -> SavedPrompt:
     """
     again = "Use another file, or delete this one; it will be created again"
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            found = {name: archive[name] for name in archive.files}
+        found = _arrays(path)
         about = json.loads(found.pop("about").tobytes())
         tokens = [int(t) for t in found.pop("tokens")]
         known = about["transom_prompt_cache"], about["identity"], about["sparsity"]
     except OSError as error:
         raise OptionError(f"The prompt cache {path} cannot be read: {error.strerror or error}", again) from None
-    except (ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except Exception as error:  # zipfile and numpy raise almost anything for a damaged file
         raise OptionError(f"{path} is not a prompt cache, or it is damaged", again) from error
     if known[0] != FORMAT:
         raise OptionError(f"The prompt cache {path} has format {known[0]!r}; this Transom reads {FORMAT}", again)
@@ -72,3 +72,33 @@ def read(path: Path, identity: str) -> SavedPrompt:
             f"The prompt cache {path} was made with another model, or with a different compilation of this one", again
         )
     return SavedPrompt(tokens, str(known[2]), {name.removeprefix(_STATE): array for name, array in found.items()})
+
+
+def _arrays(path: Path) -> dict[str, Array]:
+    """The arrays of an archive by name. Nothing is larger in memory than the file: no entry is compressed.
+
+    Raises:
+        ValueError: an entry is compressed, or its shape differs from its size.
+        OSError: the file cannot be read. zipfile and numpy also raise errors of their own.
+    """
+    found: dict[str, Array] = {}
+    with zipfile.ZipFile(path) as archive:
+        size = path.stat().st_size
+        if sum(entry.file_size for entry in archive.infolist()) > size:
+            raise ValueError("it is larger than the file")
+        for entry in archive.infolist():
+            if entry.compress_type != zipfile.ZIP_STORED:
+                raise ValueError(f"{entry.filename} is compressed")
+            with archive.open(entry) as file:
+                version = np.lib.format.read_magic(file)
+                header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+                shape, columns_first, dtype = header[version](file)
+                if dtype.hasobject or any(length < 0 for length in shape):
+                    raise ValueError(f"{entry.filename} is no array of numbers")
+                if math.prod(shape) * dtype.itemsize != entry.file_size - file.tell():
+                    raise ValueError(f"the shape of {entry.filename} differs from its size")
+                data = bytearray(file.read())
+                values = np.frombuffer(data, dtype) if data else np.zeros(0, dtype)
+            name = entry.filename.removesuffix(".npy")
+            found[name] = values.reshape(shape, order="F" if columns_first else "C")
+    return found

@@ -22,6 +22,8 @@ from transom.text.tokenizer import SpecialIds, Tokenizer
 if TYPE_CHECKING:
     import tokenizers
 
+_LONGEST = 1 << 16
+"""How many times as long the rules of a tokenizer may make a text. Those of real models stay below a hundred."""
 _ROLES = ("bos", "eos", "unk", "pad")
 _CONVERT = (
     "Write a tokenizer.json with the transformers package: "
@@ -127,6 +129,7 @@ def _from_tokenizer_json(folder: Path, config: Mapping[str, Any]) -> Tokenizer:
 
     path = folder / "tokenizer.json"
     text = _read(path)
+    _require_short_rules(path, text)
     try:
         rust = Rust.from_str(text)
     except Exception as error:  # the package raises plain Exception (and nothing finer) on a bad description
@@ -142,7 +145,13 @@ def _from_tokenizer_json(folder: Path, config: Mapping[str, Any]) -> Tokenizer:
     roles = {role: rust.token_to_id(name) for role, name in names.items()}
     if roles.get("unk") is None and (unk := getattr(rust.model, "unk_token", None)):
         roles["unk"] = rust.token_to_id(unk)
-    before, after = _ends(rust.post_processor)
+    try:
+        before, after = _ends(rust.post_processor)
+    except (KeyError, TypeError, IndexError) as error:
+        raise SourceError(
+            f"The post-processor in {path} adds the special token {error}, which it does not define",
+            "Download the file again",
+        ) from error
     model_config = read_json(folder / "config.json", {})
     for role in ("bos", "eos", "pad"):  # the tokenizer's files may omit what config.json states
         if role not in names and isinstance(token := model_config.get(f"{role}_token_id"), int):
@@ -183,6 +192,48 @@ def _from_sentencepiece(folder: Path, config: Mapping[str, Any]) -> Tokenizer:
 
 
 # -------------------------------------------------------------------- parts
+
+
+def _require_short_rules(path: Path, text: str) -> None:
+    """Refuse rules that lengthen a text so often that encoding or decoding a short one never ends.
+
+    Raises:
+        SourceError: the rules may make a text more than `_LONGEST` times as long.
+    """
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError):
+        return  # the package says what is wrong
+    if not isinstance(data, dict):
+        return
+    for parts in (("normalizer", "pre_tokenizer"), ("decoder",)):
+        steps, factor = [data.get(part) for part in parts], 1.0
+        while steps:
+            step = steps.pop()
+            if not isinstance(step, dict):
+                continue
+            for name in ("normalizers", "pretokenizers", "decoders"):
+                if isinstance(inner := step.get(name), list):
+                    steps.extend(inner)
+            factor *= _lengthens(step, parts)
+            if factor > _LONGEST:
+                raise SourceError(
+                    f"The {' and '.join(parts)} in {path} can make a text {_LONGEST} times as long, so it would not end",
+                    "Do not trust this file; get the tokenizer from the model's original source",
+                )
+
+
+def _lengthens(step: Mapping[str, Any], parts: tuple[str, ...]) -> float:
+    """How many times as long one rule may make a text."""
+    if step.get("type") == "ByteLevel" and "decoder" not in parts:
+        return 4.0  # each byte of a character becomes a character
+    if step.get("type") != "Replace":
+        return 1.0
+    pattern, content = step.get("pattern"), len(str(step.get("content", "")))
+    old = pattern.get("String") if isinstance(pattern, dict) else None
+    if isinstance(old, str) and old:
+        return max(1.0, content / len(old))
+    return content + 1.0  # an expression may match nothing, between any two characters
 
 
 def _add_tokens(rust: tokenizers.Tokenizer, folder: Path, config: Mapping[str, Any], names: Mapping[str, str]) -> None:

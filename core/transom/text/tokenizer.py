@@ -86,12 +86,24 @@ class Tokenizer:
 
         Raises:
             OptionError: the text is not a `str`, or contains surrogates (from bytes that are not UTF-8).
+            SourceError: the tokenizer's own rules fail on the text, such as an expression that takes too many steps.
         """
         _check_text(text)
         with self._lock:
             if self._rust.encode_special_tokens == parse_special:  # the property means "encode them as plain text"
                 self._rust.encode_special_tokens = not parse_special
+            return self._ids_of(text, add_special)
+
+    def _ids_of(self, text: str, add_special: bool) -> list[int]:
+        try:
             return list(self._rust.encode(text, add_special_tokens=add_special).ids)
+        except (KeyboardInterrupt, SystemExit, MemoryError):
+            raise
+        except BaseException as error:  # noqa: BLE001 - a panic of the package is one, and is not exported
+            raise SourceError(
+                f"The model's tokenizer fails on this text: {str(error)[:200] or type(error).__name__}",
+                "Get the model's tokenizer files again, from their original source",
+            ) from None
 
     def tokens_for(self, text: str, *, add_special: bool = True, parse_special: bool = True) -> list[TokenPiece]:
         """The tokens of a text, each with its own text and bytes. Raises what `encode` raises."""
