@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from transom.errors import SourceError
-from transom.text.from_hf import tokenizer_from_hf
+from transom.text.from_gguf import tokenizer_from_gguf
+from transom.text.from_hf import read_json, tokenizer_from_hf
 
 PLAIN: dict[str, Any] = {
     "version": "1.0",
@@ -40,10 +41,10 @@ def test_normalizers_that_lengthen_a_text_without_end_are_refused(tmp_path: Path
 
 def test_other_rules_that_lengthen_a_text_without_end_are_refused(tmp_path: Path) -> None:
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    with pytest.raises(SourceError, match="pre_tokenizer in .* it would not end"):
+    with pytest.raises(SourceError, match=r"pre_tokenizer in .* it would not end"):
         tokenizer_from_hf(written(tmp_path, pre_tokenizer={"type": "Sequence", "pretokenizers": [level] * 40}))
-    with pytest.raises(SourceError, match="decoder in .* it would not end"):
-        decoders = [replaced({"String": "a"}, "aa")] * 40
+    decoders = [replaced({"String": "a"}, "aa")] * 40
+    with pytest.raises(SourceError, match=r"decoder in .* it would not end"):
         tokenizer_from_hf(written(tmp_path, decoder={"type": "Sequence", "decoders": decoders}))
 
 
@@ -67,3 +68,25 @@ def test_a_special_token_without_a_definition_is_an_error(tmp_path: Path) -> Non
     processor = {"type": "TemplateProcessing", "single": single, "pair": [text, other], "special_tokens": {}}
     with pytest.raises(SourceError, match="special token 'X', which it does not define"):
         tokenizer_from_hf(written(tmp_path, post_processor=processor))
+
+
+@pytest.mark.parametrize("digits", [400, 5000])
+def test_a_number_that_no_float_holds_is_an_error(tmp_path: Path, digits: int) -> None:
+    (tmp_path / "config.json").write_text('{"hidden_size": 1' + "0" * digits + "}")
+    with pytest.raises(SourceError, match=f"a number of {digits + 1} digits"):
+        read_json(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "cause"),
+    [
+        ("merges", [1, 2], "the merge 1 .* is not text"),
+        ("merges", 7, "the merge 7 .* is not text"),
+        ("bos_token_id", "one", "bos_token_id is 'one', not a token id"),
+        ("eos_token_id", [1], "eos_token_id is"),
+        ("unknown_token_id", 1.5, "unknown_token_id is"),
+    ],
+)
+def test_a_gguf_field_of_another_type_is_an_error(smollm2: dict[str, Any], key: str, value: Any, cause: str) -> None:
+    with pytest.raises(SourceError, match=cause):
+        tokenizer_from_gguf({**smollm2, f"tokenizer.ggml.{key}": value})

@@ -7,6 +7,7 @@ tokenizer is known to differ.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -217,7 +218,12 @@ def _merges(metadata: Mapping[str, Any], vocabulary: Mapping[str, int]) -> list[
     if not lines:
         return None
     merges = []
-    for line in lines:
+    for line in lines if isinstance(lines, list | tuple) else [lines]:
+        if not isinstance(line, str):
+            raise SourceError(
+                f"The GGUF file's vocabulary is damaged: the merge {line!r} (tokenizer.ggml.merges) is not text",
+                _REPAIR,
+            )
         cut = line.find(" ", 1)  # a part may begin with a space
         left, right = line[:cut], line[cut + 1 :]
         if cut < 0 or left not in vocabulary or right not in vocabulary or left + right not in vocabulary:
@@ -238,7 +244,14 @@ def _ids(metadata: Mapping[str, Any], tokens: list[str], default: SpecialIds) ->
         value = metadata.get(f"tokenizer.ggml.{key}_token_id")
         if value is None:
             return fallback if fallback is not None and fallback < len(tokens) else None
-        value = int(value)
+        try:
+            value = operator.index(value)
+        except TypeError:
+            raise SourceError(
+                f"The GGUF file's vocabulary is damaged: tokenizer.ggml.{key}_token_id is {str(value)[:40]!r}, "
+                "not a token id",
+                _REPAIR,
+            ) from None
         if value in (_NO_ID, -1):  # -1, possibly as an unsigned number: none
             return None
         if not 0 <= value < len(tokens):

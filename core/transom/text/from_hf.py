@@ -113,12 +113,19 @@ def read_json(path: Path, default: dict[str, Any] | None = None) -> dict[str, An
     if default is not None and not path.exists():
         return default
     try:
-        value = json.loads(_read(path))
-    except (json.JSONDecodeError, RecursionError) as error:
+        value = json.loads(_read(path), parse_int=_whole)
+    except (ValueError, RecursionError) as error:
         raise SourceError(f"{path} is not valid JSON: {error}", "Download the file again") from error
     if not isinstance(value, dict):
         raise SourceError(f"{path} does not contain a JSON object", "Download the file again")
     return value
+
+
+def _whole(digits: str) -> int:
+    """A whole number that is also a float. Some files state 10^30 for "no limit"."""
+    if len(digits) > 300:
+        raise ValueError(f"it contains a number of {len(digits)} digits")
+    return int(digits)
 
 
 # -------------------------------------------------------------------- kinds
@@ -218,7 +225,7 @@ def _require_short_rules(path: Path, text: str) -> None:
             factor *= _lengthens(step, parts)
             if factor > _LONGEST:
                 raise SourceError(
-                    f"The {' and '.join(parts)} in {path} can make a text {_LONGEST} times as long, so it would not end",
+                    f"The {' and '.join(parts)} in {path} can make a text {_LONGEST} times longer, so it would not end",
                     "Do not trust this file; get the tokenizer from the model's original source",
                 )
 
