@@ -16,7 +16,7 @@ import pytest
 from fakes import BYTE_VOCABULARY, EOS, ByteTokenizer, loaded, text_session
 
 from transom.errors import MissingExtra, OptionError
-from transom.generation.guided import GuideCompiler
+from transom.generation.guided import GuideCompiler, _grammar
 from transom.generation.model import Model
 from transom.generation.params import SamplingParams
 from transom.text import GenerationDefaults
@@ -193,3 +193,17 @@ def test_without_the_library_the_fix_is_the_command(model: Model, monkeypatch: p
         monkeypatch.delitem(sys.modules, name)
     with pytest.raises(MissingExtra, match=r"pip install 'transom\[guided\]'"):
         model.generate("x", regex="a")
+
+
+@pytest.mark.parametrize("depth", [300, 5000])
+def test_a_schema_nested_too_deep_is_an_error(depth: int) -> None:
+    schema: dict[str, Any] = {}
+    for _ in range(depth):
+        schema = {"type": "object", "properties": {"a": schema}}
+    with pytest.raises(OptionError, match=r"json_schema cannot be used: .*recursion"):
+        _grammar(SamplingParams(json_schema=schema))
+
+
+def test_a_schema_text_nested_too_deep_is_an_error() -> None:
+    with pytest.raises(OptionError, match="json_schema is not JSON"):
+        SamplingParams(json_schema="[" * 99999)

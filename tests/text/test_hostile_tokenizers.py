@@ -1,4 +1,4 @@
-"""A tokenizer.json that would hang, panic or lack a token is one error."""
+"""A tokenizer or a header that would hang, panic or holds a value of another type is one error."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from transom.errors import SourceError
+from transom.sources.safetensors_file import _entry
 from transom.text.from_gguf import tokenizer_from_gguf
 from transom.text.from_hf import read_json, tokenizer_from_hf
 
@@ -90,3 +91,9 @@ def test_a_number_that_no_float_holds_is_an_error(tmp_path: Path, digits: int) -
 def test_a_gguf_field_of_another_type_is_an_error(smollm2: dict[str, Any], key: str, value: Any, cause: str) -> None:
     with pytest.raises(SourceError, match=cause):
         tokenizer_from_gguf({**smollm2, f"tokenizer.ggml.{key}": value})
+
+
+@pytest.mark.parametrize("dtype", [["F32"], {"a": 1}, None, 7])
+def test_a_tensor_type_that_is_no_text_is_an_error(tmp_path: Path, dtype: Any) -> None:
+    with pytest.raises(SourceError):
+        _entry(tmp_path / "model.safetensors", "weight", {"dtype": dtype, "shape": [1], "data_offsets": [0, 4]})

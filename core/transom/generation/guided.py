@@ -123,8 +123,11 @@ def _grammar(params: SamplingParams) -> tuple[str, str]:
     from llguidance import LLMatcher, grammar_from
 
     if params.json_schema is not None:
-        schema = json.dumps(params.json_schema if params.json_schema is not True else {})
-        return "json_schema", LLMatcher.grammar_from_json_schema(schema, defaults=_JSON_DEFAULTS)
+        try:
+            schema = json.dumps(params.json_schema if params.json_schema is not True else {})
+            return "json_schema", LLMatcher.grammar_from_json_schema(schema, defaults=_JSON_DEFAULTS)
+        except (RecursionError, ValueError, TypeError) as error:  # nested too deep for Python or for the library
+            raise OptionError(f"json_schema cannot be used: {_first_line(str(error))}", "Simplify it.") from None
     if params.regex is not None:
         return "regex", LLMatcher.grammar_from_regex(params.regex)
     if params.choice is not None:

@@ -262,7 +262,7 @@ def _schema(value: object) -> Mapping[str, Any] | bool:
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise OptionError(f"json_schema is not JSON: {error}", "Pass a dictionary or JSON text.") from None
     if isinstance(value, (bool, Mapping)):
         return value

@@ -132,7 +132,7 @@ def _entry(path: Path, name: str, entry: Any) -> tuple[str, tuple[int, ...], int
         raise SourceError(
             f"The tensor {name} in {path} has an impossible shape or position: {shape}, {begin} … {end}", _DAMAGED
         )
-    if dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise SourceError(
             f"The tensor {name} in {path} is of the type {dtype}, which Transom does not read",
             "Get the model in float16, bfloat16 or float32",

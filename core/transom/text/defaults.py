@@ -150,7 +150,9 @@ def defaults_from_gguf(metadata: Mapping[str, Any], tokenizer: Tokenizer | None)
     ends = end_ids(tokenizer) if tokenizer else set()
     for key in ("eos", "eot", "eom"):
         value = metadata.get(f"tokenizer.ggml.{key}_token_id")
-        if hasattr(value, "__index__") and tokenizer is not None and 0 <= int(value) < tokenizer.vocabulary_size:
+        if value is None or not hasattr(value, "__index__") or tokenizer is None:
+            continue
+        if 0 <= int(value) < tokenizer.vocabulary_size:
             ends.add(int(value))
     values = _Values(metadata, "the GGUF metadata", "general.sampling.")
     suppress = metadata.get("tokenizer.ggml.suppress_tokens")
