@@ -40,7 +40,11 @@ def has_body(model: ir.Model, node: ir.Node) -> bool:
     import onnx
 
     theirs: Any = onnx.defs.get_schema(node.op_type, OPSET, "")
-    return bool(theirs.has_function or theirs.has_context_dependent_function)
+    if not theirs.has_function and not theirs.has_context_dependent_function:
+        return False
+    if any(v is not None and v.dtype is None for v in node.inputs):
+        return True  # decompose infers the types, which such bodies depend on
+    return _body_in_onnx(node) is not None
 
 
 def _body_in_onnx(node: ir.Node) -> ir.Function | None:
@@ -54,12 +58,7 @@ def _body_in_onnx(node: ir.Node) -> ir.Function | None:
             if value is not None:
                 if value.dtype is None:
                     return None  # ONNX generates this body only for known element types
-                proto.tensor_type.elem_type = int(value.dtype)
-                if value.shape is not None:
-                    proto.tensor_type.shape.SetInParent()
-                    for dim in value.shape:
-                        known = {"dim_value": dim} if isinstance(dim, int) else {}
-                        proto.tensor_type.shape.dim.add(**known)
+                proto.CopyFrom(ir.to_proto(value).type)
             types.append(proto.SerializeToString())
         version = max(v for v in schema.context_dependent_function_opset_versions if v <= OPSET)
         data = schema.get_context_dependent_function_with_opset_version(

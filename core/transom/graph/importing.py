@@ -6,7 +6,8 @@ converted to opset 24; ONNX Runtime's own operators are expanded. Weights are ne
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 
 import onnx_ir as ir
 from onnx_ir.passes.common import (
@@ -26,10 +27,16 @@ from transom.graph.contrib import DOMAIN as CONTRIB
 from transom.graph.contrib import expand_contrib, has_expansion, is_contrib
 from transom.graph.editing import all_nodes, all_values
 from transom.graph.graph import Graph
-from transom.graph.shapes import infer_shapes
+from transom.graph.shapes import infer_shapes, without_negative_dims
 from transom.ops import find
 from transom.ops.functions import OPSET
 
+MOST_NODES = 200_000
+"""Nodes of a graph whose functions are written out. Exported models have up to some ten thousand."""
+MOST_CALLS = 100
+"""Functions that call each other in a row."""
+MOST_BYTES = 1 << 36
+"""Bytes of one computed tensor."""
 ML_OPSET = 5
 """The version of `ai.onnx.ml` in a neutral graph."""
 
@@ -44,6 +51,9 @@ def import_model(model: ir.Model, *, name: str, weights_hash: str, notes: Sequen
     """
     noted = list(notes)
     graph = model.graph
+    for value in all_values(graph):
+        without_negative_dims(value)
+    _check_calls(model)
     graph.name = graph.name or name
     for old in ("ai.onnx",):
         if old in graph.opset_imports:
@@ -81,7 +91,60 @@ def import_model(model: ir.Model, *, name: str, weights_hash: str, notes: Sequen
             node.resize_inputs(2)
     result = Graph(model, weights_hash=weights_hash, notes=noted)
     infer_shapes(result)
+    _check_sizes(result)
     return result
+
+
+def _check_calls(model: ir.Model) -> None:
+    """Check that the calls of functions end, fit the functions, and make no graph too large to run."""
+    sizes: dict[ir.OperatorIdentifier, int] = {}
+
+    def count(nodes: Iterable[ir.Node], callers: tuple[ir.OperatorIdentifier, ...]) -> int:
+        """Nodes after inlining; more than `MOST_NODES` where they are too many."""
+        total = 0
+        for node in nodes:
+            function = model.functions.get(node.op_identifier())
+            if function is None:
+                total += 1
+                continue
+            name, identifier = f"{function.domain}::{function.name}", function.identifier()
+            if identifier in callers:
+                raise SourceError(f"the function {name} calls itself", "Export the model again")
+            if len(callers) == MOST_CALLS:
+                raise UnsupportedError(
+                    f"the function {name} is called by {MOST_CALLS} functions inside of each other",
+                    "Export the model again, with fewer calls of functions inside of functions",
+                )
+            if len(node.inputs) > len(function.inputs) or len(node.outputs) > len(function.outputs):
+                raise SourceError(
+                    f"the node {node.name} calls {name} with more inputs or outputs than it has",
+                    "Export the model again",
+                )
+            if identifier not in sizes:
+                sizes[identifier] = count(all_nodes(function.graph), (*callers, identifier))
+            total += sizes[identifier]
+        return total
+
+    if count(all_nodes(model.graph), ()) > MOST_NODES:
+        raise UnsupportedError(
+            f"the model has more than {MOST_NODES} nodes where its functions are written out",
+            "Export the model again, with fewer calls of functions inside of functions",
+        )
+
+
+def _check_sizes(graph: Graph) -> None:
+    """Check that no node has an output too large for any machine, such as `Range(0, 10**12)`."""
+    for node in graph.nodes():
+        for value in node.outputs:
+            dims = [] if value.shape is None else list(value.shape)
+            if value.dtype is None or not all(isinstance(d, int) for d in dims):
+                continue
+            size = math.prod(int(d) for d in dims if isinstance(d, int)) * value.dtype.bitwidth // 8
+            if size > MOST_BYTES:
+                raise UnsupportedError(
+                    f"the node {node.name} ({node.op_type}) makes a tensor of {size / 1e9:.0f} GB",
+                    "Export the model with smaller inputs, or get the file from a source you trust",
+                )
 
 
 def _remove_functions(model: ir.Model) -> None:
@@ -150,6 +213,8 @@ def _align_function_opsets(model: ir.Model, version: int) -> None:
 def _since(op_type: str, version: int, domain: str = "") -> int | None:
     import onnx
 
+    if not 0 < version < 1 << 31:
+        raise SourceError(f"the model states the impossible opset {version}", "Export the model again")
     try:
         return int(onnx.defs.get_schema(op_type, version, domain).since_version)
     except onnx.defs.SchemaError:
@@ -169,7 +234,7 @@ def _check_operators(model: ir.Model, version: int) -> None:
             if version > onnx.defs.onnx_opset_version():
                 raise UnsupportedError(
                     f"the node {node.name} uses the operator {node.op_type} of opset {version}; the installed onnx "
-                    f"package has_expansion opset {onnx.defs.onnx_opset_version()}",
+                    f"package has opset {onnx.defs.onnx_opset_version()}",
                     "pip install --upgrade onnx",
                 )
         elif domain == "ai.onnx.ml":

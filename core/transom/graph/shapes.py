@@ -27,6 +27,7 @@ def infer_shapes(graph: Graph) -> None:
                 value.type = value.shape = None
     try:
         inferred = _inferred(graph.structure())
+        onnx.checker.check_model(_with_shapes(inferred))
     except _ERRORS as e:
         raise SourceError(
             f"{graph.name} is not valid ONNX: {message_lines(e)[-1]}", "Export the model again, or get the file again"
@@ -40,6 +41,17 @@ def infer_shapes(graph: Graph) -> None:
             if proto is not None and proto.type.WhichOneof("value") is not None:
                 value.type = ir.serde.deserialize_type_proto_for_type(proto.type)
                 value.shape = ir.serde.deserialize_type_proto_for_shape(proto.type)
+                without_negative_dims(value)
+
+
+def _with_shapes(structure: Any) -> Any:
+    """A copy whose inputs and outputs have shapes, which the checker requires and does not compare."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(structure)
+    for value in (*copy.graph.input, *copy.graph.output):
+        if value.type.HasField("tensor_type") and not value.type.tensor_type.HasField("shape"):
+            value.type.tensor_type.shape.SetInParent()
+    return copy
 
 
 def _inferred(structure: Any) -> Any:
@@ -47,6 +59,12 @@ def _inferred(structure: Any) -> Any:
         return onnx.shape_inference.infer_shapes(structure, strict_mode=True, data_prop=True)
     except ValueError:  # onnx's data propagation fails on some loops
         return onnx.shape_inference.infer_shapes(structure, strict_mode=True, data_prop=False)
+
+
+def without_negative_dims(value: ir.Value) -> None:
+    """Forget the dimensions of a value that are below zero: some exporters write -1 for one that is not known."""
+    if value.shape is not None and any(isinstance(d, int) and d < 0 for d in value.shape):
+        value.shape = ir.Shape([None if isinstance(d, int) and d < 0 else d for d in value.shape])
 
 
 def infer_node(node: ir.Node) -> None:

@@ -6,7 +6,7 @@ Weights inside the file are kept as parsed. Weights in files beside it are mappe
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -48,10 +48,12 @@ def open_onnx(path: Path) -> tuple[ir.Model, list[Path]]:
     if proto.ir_version < 3:
         raise SourceError(f"{path} has the ONNX IR version {proto.ir_version}; Transom reads 3 and later", _AGAIN)
     files = _check_tensors(proto, path)
+    _check_names(proto.graph, path)
+    _check_functions(proto, path)
     _check_wiring(proto, path)
     try:
         model = ir.from_proto(proto)
-    except (ValueError, TypeError, KeyError, AttributeError) as e:
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as e:
         raise SourceError(f"{path} is not valid ONNX: {e}", _AGAIN) from e
     return model, [path, *files]
 
@@ -110,10 +112,43 @@ def _expected_bytes(tensor: Any, path: Path) -> int | None:
     return -(-count * dtype.bitwidth // 8)
 
 
+_FIELDS = ("float_data", "int32_data", "int64_data", "double_data", "uint64_data", "string_data")
+
+
+def _numbers(tensor: Any) -> tuple[str, int]:
+    """(the field that holds the numbers of a tensor without raw bytes, how many of them its shape needs)."""
+    dtype = ir.DataType(tensor.data_type)
+    count = 1
+    for dim in tensor.dims:
+        count *= dim
+    if dtype in (ir.DataType.FLOAT, ir.DataType.COMPLEX64):
+        return "float_data", count * (1 + (dtype == ir.DataType.COMPLEX64))
+    if dtype in (ir.DataType.DOUBLE, ir.DataType.COMPLEX128):
+        return "double_data", count * (1 + (dtype == ir.DataType.COMPLEX128))
+    if dtype == ir.DataType.INT64:
+        return "int64_data", count
+    if dtype in (ir.DataType.UINT32, ir.DataType.UINT64):
+        return "uint64_data", count
+    if dtype == ir.DataType.STRING:
+        return "string_data", count
+    packed = 8 // dtype.bitwidth if dtype.bitwidth < 8 else 1
+    return "int32_data", -(-count // packed)
+
+
 def _check_inside(tensor: Any, path: Path) -> None:
     expected = _expected_bytes(tensor, path)
-    if expected is None or not tensor.HasField("raw_data"):
+    if not tensor.HasField("raw_data"):
+        field, count = _numbers(tensor)
+        filled = [f for f in _FIELDS if len(getattr(tensor, f))]
+        if len(getattr(tensor, field)) != count or any(f != field for f in filled):
+            raise SourceError(
+                f"The tensor {tensor.name} in {path} has {len(getattr(tensor, field))} numbers; its shape "
+                f"{list(tensor.dims)} needs {count}",
+                _AGAIN,
+            )
         return
+    if expected is None:
+        raise SourceError(f"The tensor {tensor.name} in {path} has raw bytes, which cannot be strings", _AGAIN)
     if len(tensor.raw_data) != expected:
         raise SourceError(
             f"The tensor {tensor.name} in {path} has {len(tensor.raw_data)} bytes; its shape {list(tensor.dims)} needs "
@@ -185,6 +220,54 @@ def inside(location: str, path: Path, tensor: str) -> Path:
     if not real.is_relative_to(home) and real.parent != path.resolve().parent:
         raise outside
     return where
+
+
+def _twice(names: Iterable[str]) -> str:
+    """The first name that comes twice; empty if none does."""
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            return name
+        seen.add(name)
+    return ""
+
+
+def _check_names(graph: Any, path: Path) -> None:
+    """Check that each value of a graph, and of the graphs inside its nodes, has one origin, and each output a name."""
+    inputs, weights = [v.name for v in graph.input], [t.name for t in graph.initializer]
+    made = [name for node in graph.node for name in node.output if name]
+    outputs = [v.name for v in graph.output]
+    if "" in (*inputs, *outputs):
+        raise SourceError(f"An input or output of the graph {graph.name} in {path} has no name", _AGAIN)
+    if name := _twice(outputs):
+        raise SourceError(f"The graph {graph.name} in {path} lists its output {name} twice", _AGAIN)
+    if name := _twice(inputs) or _twice(weights) or _twice([*dict.fromkeys((*inputs, *weights)), *made]):
+        raise SourceError(f"The value {name} of {path} is defined twice", _AGAIN)
+    for node in graph.node:
+        for attribute in node.attribute:
+            inner = [attribute.g] if attribute.HasField("g") else []
+            for part in (*inner, *attribute.graphs):
+                if not part.output:
+                    inside = f"The graph {part.name} inside the node {node.name or node.op_type}"
+                    raise SourceError(f"{inside} of {path} has no outputs", _AGAIN)
+                _check_names(part, path)
+
+
+def _check_functions(proto: Any, path: Path) -> None:
+    """Check that every function is defined once, computes its outputs, and reads what it is given."""
+    if name := _twice(f"{f.domain}::{f.name}:{f.overload}" for f in proto.functions):
+        raise SourceError(f"The function {name.rstrip(':')} of {path} is defined twice", _AGAIN)
+    for function in proto.functions:
+        where = f"The function {function.domain}::{function.name} of {path}"
+        known = set(function.input) | {""}
+        if name := _twice([*function.input, *(o for n in function.node for o in n.output if o)]):
+            raise SourceError(f"{where} defines the value {name} twice", _AGAIN)
+        for node in function.node:
+            if missing := [name for name in node.input if name not in known]:
+                raise SourceError(f"{where} reads {summarize(missing)}, which no node before it produces", _AGAIN)
+            known.update(node.output)
+        if missing := [name for name in function.output if name not in known]:
+            raise SourceError(f"{where} does not compute its output {missing[0]}", _AGAIN)
 
 
 def _check_wiring(proto: Any, path: Path) -> None:
