@@ -20,7 +20,7 @@ from transom import hardware
 from transom.artifacts import Cache
 from transom.graph import Graph
 from transom.sources import resolve
-from transom_openvino_cpu import OpenVinoCpu, claims
+from transom_openvino_cpu import OpenVinoCpu, trial
 
 BOOL, INT = TensorProto.BOOL, TensorProto.INT64
 
@@ -33,7 +33,7 @@ def cache(tmp_path: Path) -> Cache:
 def save(model: Any, path: Path) -> Path:
     onnx.checker.check_model(model, full_check=True)
     onnx.save(model, path)
-    assert claims.whole_through_frontend(resolve(path).open(path).graph)
+    assert trial.whole_through_frontend(resolve(path).open(path).graph)
     return path
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from transom.contract import Claim
-from transom.graph.pageable import unpageable_reason
-from transom.graph.reading import element_type, linear_weight, vocabulary_products
+from transom.graph.reading import linear_weight, vocabulary_products
 from transom.graph.sparse import is_attention
+from transom_openvino_cpu.paged_attention import no_paged_attention
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -18,16 +18,12 @@ if TYPE_CHECKING:
     from transom_openvino_cpu.precision import CpuPrecision
 
 
-def paged(graph: Graph) -> bool:
-    """Whether OpenVINO's PagedAttention runs every layer."""
-    nodes = [n for n in graph.nodes() if is_attention(n)]
-    return bool(nodes) and all(_no_paged_attention(graph, n) == "" for n in nodes)
-
-
 def claims(graph: Graph, precision: CpuPrecision, device: Device) -> Iterator[Claim]:
     """One claim for each node, in order."""
     from transom_openvino_cpu.native.choosing import read_native
     from transom_openvino_cpu.precision import form_of
+    from transom_openvino_cpu.trial import refusals as tried
+    from transom_openvino_cpu.trial import whole_through_frontend
 
     heads = vocabulary_products(graph)
     """Never requantized."""
@@ -37,17 +33,18 @@ def claims(graph: Graph, precision: CpuPrecision, device: Device) -> Iterator[Cl
             yield Claim(str(node.name), True, exact=not inexact)
         return
     attention = [n for n in graph.nodes() if is_attention(n)]
-    refused = next((f"{r} (layer {_layer(n)})" for n in attention if (r := _no_paged_attention(graph, n))), "")
+    refused = next((f"{r} (layer {_layer(n)})" for n in attention if (r := no_paged_attention(graph, n))), "")
     whole = whole_through_frontend(graph)
+    refusals = {str(n.name): r for n in graph.nodes() if not is_attention(n) and (r := _refusal(n, whole))}
+    refusals |= tried(graph, precision, refusals)
     for node in graph.nodes():
         name = str(node.name)
         if is_attention(node):
-            reason = _no_paged_attention(graph, node) or refused
+            reason = no_paged_attention(graph, node) or refused
             yield Claim(name, not reason, reason)
             continue
-        reason = _refusal(node, whole)
-        if reason:
-            yield Claim(name, False, reason)
+        if name in refusals:
+            yield Claim(name, False, refusals[name])
             continue
         weight = linear_weight(node) if precision.dynamic else None
         quantized = weight is not None and form_of(weight, precision).group >= 32 and str(node.name) not in heads
@@ -58,24 +55,9 @@ def _layer(node: ir.Node) -> int:
     return node.attributes.get_int("layer", 0)
 
 
-def _no_paged_attention(graph: Graph, node: ir.Node) -> str:
-    """Why OpenVINO's PagedAttention cannot compute this attention; empty if it can."""
-    if reason := unpageable_reason(graph, node):
-        return reason
-    if node.attributes.get_float("softcap", 0.0):
-        return "OpenVINO's PagedAttention has no soft cap on the scores"
-    if len(node.inputs) > 9 and node.inputs[9] is not None:
-        return "OpenVINO's PagedAttention takes no additive bias"
-    if not node.attributes.get_int("is_causal", 1):
-        return "OpenVINO's PagedAttention is causal"
-    sparsity = node.attributes.get_string("sparsity", "dense")
-    if sparsity != "dense":
-        return f"OpenVINO's PagedAttention has no sparsity policy {sparsity!r}"
-    return ""
-
-
 def _refusal(node: ir.Node, whole: bool) -> str:
     """Why a node other than cached attention cannot run; empty if it can."""
+    from transom_openvino_cpu.differences import difference
     from transom_openvino_cpu.frontend import CONTROL_FLOW, OPERATORS
     from transom_openvino_cpu.operators import ELEMENT_TYPES, TABLE
 
@@ -85,25 +67,16 @@ def _refusal(node: ir.Node, whole: bool) -> str:
         if not whole:
             return "control flow in a graph with operators that are not standard ONNX"
         stale = any(_may_collect_nothing(inner) for inner in _with_inner(node))
-        return "OpenVINO's Loop returns the values of the run before if it runs zero iterations" if stale else ""
+        if stale:
+            return "OpenVINO's Loop returns the values of the run before if it runs zero iterations"
+        return next((r for inner in _with_inner(node) if (r := difference(inner))), "")
     if node.op_type not in TABLE and node.op_type not in OPERATORS:
         return f"no OpenVINO form of {node.op_type}"
     if node.op_type == "Cast":
         to = node.attributes.get_int("to", 0)
         if to != 16 and to not in ELEMENT_TYPES:
             return f"no OpenVINO form of a cast to ONNX type {to}"
-    if node.op_type == "QuantizeLinear" and "FLOAT" in (kind := _code_type(node)):
-        return f"OpenVINO rounds to {kind} differently from ONNX, and turns NaN into numbers"
-    return ""
-
-
-def _code_type(node: ir.Node) -> str:
-    """ONNX's name of the output type of a QuantizeLinear."""
-    import onnx_ir as ir
-
-    zero = node.inputs[2] if len(node.inputs) > 2 else None
-    declared = ir.DataType(node.attributes.get_int("output_dtype", 0))
-    return (element_type(zero) or declared or ir.DataType.UINT8).name
+    return difference(node)
 
 
 def _with_inner(node: ir.Node) -> Iterator[ir.Node]:
@@ -129,11 +102,3 @@ def _may_collect_nothing(node: ir.Node) -> bool:
         if value is not None and not ((known := constant_of(value)) is not None and known.reshape(-1)[0] >= 1):
             return True
     return False
-
-
-def whole_through_frontend(graph: Graph) -> bool:
-    """Whether OpenVINO's frontend reads the whole graph: it has control flow, and standard operators only."""
-    from transom_openvino_cpu.frontend import CONTROL_FLOW
-
-    nodes: list[Any] = list(graph.nodes())
-    return any(n.op_type in CONTROL_FLOW for n in nodes) and all(n.domain in ("", "ai.onnx") for n in nodes)

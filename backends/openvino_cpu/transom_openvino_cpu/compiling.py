@@ -14,10 +14,12 @@ from transom.contract import Artifact, Device, Options, Progress
 from transom.errors import EngineError, message_lines
 from transom.graph.reading import matrices
 from transom.graph.weights import Dense
-from transom_openvino_cpu import claims, names
+from transom_openvino_cpu import names, trial
 from transom_openvino_cpu.engine import openvino
+from transom_openvino_cpu.frontend import read_whole
 from transom_openvino_cpu.lowering import Stage, lower
 from transom_openvino_cpu.native.choosing import level_on, measures, read_native
+from transom_openvino_cpu.paged_attention import paged
 from transom_openvino_cpu.plan import EnginePlan, StagePlan
 from transom_openvino_cpu.precision import GROUP, CpuPrecision, ProductForm, dynamic_group, resolve
 from transom_openvino_cpu.probing import requirements
@@ -87,7 +89,7 @@ def _by_openvino(
 ) -> Artifact:
     """The graph compiled by OpenVINO."""
     progress("lower", 0.0)
-    if claims.whole_through_frontend(graph):
+    if trial.whole_through_frontend(graph) or (graph.decoder is None and trial.refused_alone(graph, precision)):
         stages = [_through_frontend(graph, folder)]
     else:
         stages = lower(graph, precision, lambda share: progress("lower", share), tables_apart=False)
@@ -99,9 +101,7 @@ def _by_openvino(
     assert plans is not None
     shutil.rmtree(folder / FRONTEND_FOLDER, ignore_errors=True)
     progress("compile", 1.0)
-    plan = EnginePlan(
-        tuple(plans), tuple(graph.input_names), tuple(graph.output_names), graph.decoder, claims.paged(graph)
-    )
+    plan = EnginePlan(tuple(plans), tuple(graph.input_names), tuple(graph.output_names), graph.decoder, paged(graph))
     files: dict[str, bytes | Path] = {p.file: small_as_bytes(folder / p.file) for p in plans}
     files[names.PLAN_FILE] = plan.to_json().encode()
     return Artifact(files, requirements(device), notes)
@@ -170,16 +170,9 @@ def _compile_all(
 
 
 def _through_frontend(graph: Graph, folder: Path) -> Stage:
-    """A graph with control flow, which OpenVINO reads as an ONNX file."""
-    path = folder / FRONTEND_FOLDER / "graph.onnx"
-    path.parent.mkdir()
-    graph.save(path)
-    try:
-        model = openvino().Core().read_model(path)
-    except RuntimeError as e:
-        raise EngineError(f"OpenVINO cannot read the graph {graph.name}: {message_lines(e)[-1]}") from e
-    for parameter in model.get_parameters():
-        parameter.set_friendly_name(parameter.output(0).get_any_name())
+    """A graph that OpenVINO reads as an ONNX file."""
+    (folder / FRONTEND_FOLDER).mkdir()
+    model = read_whole(graph, folder / FRONTEND_FOLDER)
     return Stage("body", "f32", model, graph.output_names)
 
 

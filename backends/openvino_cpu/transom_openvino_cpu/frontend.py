@@ -2,30 +2,37 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from transom.errors import EngineError, message_lines
 from transom.graph.reading import constant_of
+from transom.graph.weights import Array
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+
+    from transom.graph import Graph
 
 Node = Any
 
 OPERATORS = frozenset({
     "Acos", "Acosh", "ArgMax", "ArgMin", "Asin", "Asinh", "Atan", "Atanh", "Attention", "AveragePool",
     "BatchNormalization", "BitShift", "BitwiseAnd", "BitwiseNot", "BitwiseOr", "BitwiseXor", "CastLike", "Celu",
-    "Clip", "ConstantOfShape", "Conv", "ConvTranspose", "Cosh", "CumSum", "DepthToSpace", "Einsum", "Elu", "EyeLike",
-    "Flatten", "GRU", "GatherElements", "GatherND", "Gemm", "GlobalAveragePool", "GlobalMaxPool",
-    "GroupNormalization", "HardSigmoid", "HardSwish", "Hardmax", "InstanceNormalization", "IsInf", "IsNaN", "LRN",
-    "LSTM", "LayerNormalization", "LeakyRelu", "LogSoftmax", "LpNormalization", "Max", "MaxPool", "Mean",
-    "MeanVarianceNormalization", "Min", "Mish", "Mod", "NonZero", "OneHot", "PRelu", "Pad", "Pow", "QuantizeLinear",
-    "Range", "ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp", "ReduceMax", "ReduceMean", "ReduceMin",
-    "ReduceProd", "ReduceSum", "ReduceSumSquare", "Resize", "Round", "ScatterElements", "ScatterND", "Selu", "Shrink",
-    "Sinh", "Size", "Softsign", "SpaceToDepth", "Sum", "Tan", "ThresholdedRelu", "Tile", "TopK", "Trilu",
+    "Clip", "Col2Im", "Compress", "ConstantOfShape", "Conv", "ConvInteger", "ConvTranspose", "Cosh", "CumSum",
+    "DepthToSpace", "Einsum", "Elu", "EyeLike", "Flatten", "GRU", "GatherElements", "GatherND", "Gemm",
+    "GlobalAveragePool", "GlobalMaxPool", "GridSample", "GroupNormalization", "HardSigmoid", "HardSwish", "Hardmax",
+    "InstanceNormalization", "IsInf", "IsNaN", "LRN", "LSTM", "LayerNormalization", "LeakyRelu", "LogSoftmax",
+    "LpNormalization", "LpPool", "MatMulInteger", "Max", "MaxPool", "Mean", "MeanVarianceNormalization", "Min", "Mish",
+    "Mod", "NonMaxSuppression", "NonZero", "OneHot", "PRelu", "Pad", "Pow", "QLinearConv", "QLinearMatMul",
+    "QuantizeLinear", "RNN", "Range", "ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp", "ReduceMax",
+    "ReduceMean", "ReduceMin", "ReduceProd", "ReduceSum", "ReduceSumSquare", "Resize", "ReverseSequence", "RoiAlign",
+    "Round", "ScatterElements", "ScatterND", "Selu", "Shrink", "Sinh", "Size", "Softsign", "SpaceToDepth", "Sum",
+    "Tan", "ThresholdedRelu", "Tile", "TopK", "Trilu",
 })  # fmt: skip
 """Operators that this backend converts with the frontend of OpenVINO 2026.4, at opset 24."""
 
@@ -34,6 +41,8 @@ CONTROL_FLOW = frozenset({"If", "Loop", "Scan"})
 
 SMALL = 4096
 """Constants of up to this many bytes are passed to the frontend by value, since it needs axes and shapes."""
+FOLDED_NODES = 64
+"""Nodes behind a value up to which it is folded. Index arithmetic takes a few."""
 
 _ONNX_TYPES = {
     "f32": 1, "u8": 2, "i8": 3, "u16": 4, "i16": 5, "i32": 6, "i64": 7, "boolean": 9, "f16": 10, "f64": 11, "u32": 12,
@@ -64,6 +73,8 @@ def convert(node: ir.Node, inputs: Sequence[Node | None]) -> list[Node]:
         name = f"x{i}"
         proto.input.append(name)
         array = constant_of(value)
+        if array is None:
+            array = folded(lowered)
         if array is not None and array.nbytes <= SMALL and array.dtype.kind in "iufb":
             constants.append(numpy_helper.from_array(np.asarray(array, order="C"), name))
             continue
@@ -80,9 +91,83 @@ def convert(node: ir.Node, inputs: Sequence[Node | None]) -> list[Node]:
     except RuntimeError as e:
         last = message_lines(e)[-1]
         raise EngineError(f"OpenVINO cannot read the node {node.name} ({node.op_type}): {last}") from e
-    for parameter, lowered in zip(read.get_parameters(), given, strict=True):
-        parameter.output(0).replace(lowered)
-    return [result.input_value(0) for result in read.get_results()]
+    inside = [n for n in read.get_ordered_ops() if n.get_type_name() not in ("Parameter", "Result")]
+    by_name = {name: p for p in read.get_parameters() for name in p.output(0).get_names()}
+    for value_info, lowered in zip(declared, given, strict=True):
+        if value_info.name in by_name:  # the frontend drops an input that the node does not need
+            by_name[value_info.name].output(0).replace(lowered)
+    results = [result.input_value(0) for result in read.get_results()]
+    for made in inside:
+        made.constructor_validate_and_infer_types()  # shapes derived from a parameter would stay unknown
+        _sort_stably(made)
+    return results
+
+
+def read_whole(graph: Graph, folder: Path) -> Any:
+    """The graph as an `openvino.Model`, read from a file that is written to the folder.
+
+    Raises:
+        EngineError: the frontend cannot read it; the message quotes it.
+    """
+    import openvino as ov
+
+    path = folder / "graph.onnx"
+    graph.save(path)
+    try:
+        model = ov.Core().read_model(path)
+    except RuntimeError as e:
+        raise EngineError(f"OpenVINO cannot read the graph {graph.name}: {message_lines(e)[-1]}") from e
+    for parameter in model.get_parameters():
+        parameter.set_friendly_name(parameter.output(0).get_any_name())
+    for node in model.get_ordered_ops():
+        _sort_stably(node)
+    return model
+
+
+def _sort_stably(node: Any) -> None:
+    """ONNX: of equal elements, TopK puts the one with the lower index first."""
+    if node.get_type_name() == "TopK" and node.get_attributes().get("sort") in ("value", "index"):
+        node.set_attribute("stable", True)
+
+
+def blamed_operators(error: EngineError) -> frozenset[str]:
+    """The operators that the frontend's message names: `Scan-24` is `Scan`."""
+    return frozenset(re.findall(r"\b([A-Z]\w+)-\d+", error.cause))
+
+
+def unknown_rank(output: Any) -> bool:
+    """Whether the number of axes of a value is not known before it is computed: the CPU plug-in compiles no such
+    graph."""
+    return bool(output.get_partial_shape().rank.is_dynamic)
+
+
+def folded(lowered: Node) -> Array | None:
+    """The content of a small tensor of integers that is computed from constants alone; None for any other value."""
+    import openvino as ov
+
+    kind = lowered.get_element_type() if hasattr(lowered, "get_output_element_type") else lowered.element_type
+    shape = _dimensions(lowered)
+    if kind.to_string() not in ("i32", "i64") or shape is None or any(d is None or d > 64 for d in shape):
+        return None
+    output = lowered if isinstance(lowered, ov.Output) else lowered.output(0)
+    if output.get_node().get_type_name() == "Constant":
+        return np.array(output.get_node().data)
+    waiting, seen = [output.get_node()], set[str]()
+    while waiting:
+        node = waiting.pop()
+        if node.get_type_name() == "Parameter" or len(seen) > FOLDED_NODES:
+            return None
+        if node.get_name() not in seen:
+            seen.add(node.get_name())
+            waiting += [i.get_source_output().get_node() for i in node.inputs()]
+    from openvino.passes import ConstantFolding, Manager
+
+    small = ov.Model([output], [], "constant").clone()
+    manager = Manager()
+    manager.register_pass(ConstantFolding())
+    manager.run_passes(small)
+    found = small.get_results()[0].input_value(0).get_node()
+    return np.array(found.data) if found.get_type_name() == "Constant" else None
 
 
 def _dimensions(lowered: Node) -> list[int | None] | None:

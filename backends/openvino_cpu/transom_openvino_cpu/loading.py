@@ -91,7 +91,7 @@ def _plain(engine: OpenVinoEngine, plan: EnginePlan, options: Options) -> Sessio
             raise ValueError(f"missing inputs: {', '.join(sorted(missing))}")
         if unknown := set(inputs) - known:
             raise ValueError(f"unknown inputs: {', '.join(sorted(unknown))}")
-        arrays = {name: np.asarray(array, order="C") for name, array in inputs.items()}
+        arrays = {name: np.require(array, None, ["C", "W"]) for name, array in inputs.items()}
         return engine.run(arrays, plan.outputs, keep=False)
 
     context = context_of(options, plan.decoder.context) if plan.decoder else 0

@@ -12,7 +12,7 @@ from transom.graph.reading import attributes_of, linear_weight, vocabulary_produ
 from transom.graph.sparse import is_attention
 from transom.graph.weights import Blocked, Weight, concat_rows
 from transom_openvino_cpu.attention import Heads, PageInputs, paged_attention
-from transom_openvino_cpu.claims import paged
+from transom_openvino_cpu.paged_attention import paged
 from transom_openvino_cpu.precision import CpuPrecision, ProductForm, form_of
 from transom_openvino_cpu.stages import Cut, cut
 
@@ -23,6 +23,11 @@ if TYPE_CHECKING:
 
 Node = Any
 Progress = Callable[[float], None]
+SPECIAL_TYPES = {
+    "BFLOAT16": "bf16", "FLOAT8E4M3FN": "f8e4m3", "FLOAT8E5M2": "f8e5m2", "FLOAT8E8M0": "f8e8m0",
+    "FLOAT4E2M1": "f4e2m1", "INT4": "i4", "UINT4": "u4", "STRING": "string",
+}  # fmt: skip
+"""ONNX's element types that NumPy lacks, in OpenVINO's names."""
 FUSE_ROWS = 3
 """Products of one input are fused if their rows are at most this many times their columns: query, key and value. The
 wide pair of a gated MLP is not, since prefill would spend more time on splitting its output."""
@@ -140,7 +145,7 @@ class StageWriter:
             if value.dtype is None or value.shape is None:
                 raise ValueError(f"the input {value.name} has no element type or shape")
             shape = ov.PartialShape([d if isinstance(d, int) else -1 for d in value.shape])
-            parameter = op.parameter(shape, _element_type(value), name=str(value.name))
+            parameter = op.parameter(shape, element_type_of(value), name=str(value.name))
         self._parameters.append(parameter)
         return parameter
 
@@ -169,9 +174,35 @@ class StageWriter:
             self._set(node.outputs[0], self._attention(node))
             return
         function = TABLE.get(node.op_type)
-        results = self.through_frontend(node) if function is None else function(self, node, attributes_of(node))
+        try:
+            results = self.through_frontend(node) if function is None else function(self, node, attributes_of(node))
+        except RuntimeError:  # OpenVINO's own operator takes less than ONNX's
+            if function is None:
+                raise
+            results = self.through_frontend(node)
         for value, result in zip(node.outputs, results, strict=False):
             self._set(value, result)
+
+    def lowered(self, node: ir.Node) -> list[Node]:
+        """The outputs of a node that was lowered, or is a constant that is lowered now; one entry for each output
+        that is used."""
+        return [self.get(v) for v in node.outputs if v.uses() or v.is_graph_output()]
+
+    def assume(self, node: ir.Node) -> None:
+        """Use parameters of the declared types and shapes as the outputs of a node that cannot be lowered."""
+        import openvino as ov
+        from openvino import opset13 as op
+
+        for value in node.outputs:
+            try:
+                kind = ov.Type.f32 if value.dtype is None else element_type_of(value)
+            except (RuntimeError, TypeError):
+                kind = ov.Type.f32
+            if value.shape is None:
+                shape = ov.PartialShape.dynamic()
+            else:
+                shape = ov.PartialShape([d if isinstance(d, int) else -1 for d in value.shape])
+            self._set(value, op.parameter(shape, kind))
 
     def skip(self, node: ir.Node, result: Node) -> None:
         """Use `result` as the only output of a node, which is then not lowered."""
@@ -292,11 +323,11 @@ class StageWriter:
         return Stage(self.part.name, self.part.hint, model, [str(v.name) for v in outputs], self.forms, rotates)
 
 
-def _element_type(value: ir.Value) -> Any:
-    import onnx_ir as ir
+def element_type_of(value: ir.Value) -> Any:
     import openvino as ov
 
     assert value.dtype is not None
-    if value.dtype == ir.DataType.BFLOAT16:
-        return ov.Type.bf16
+    name = SPECIAL_TYPES.get(value.dtype.name)
+    if name is not None:
+        return getattr(ov.Type, name)
     return ov.Type(value.dtype.numpy())

@@ -49,6 +49,13 @@ def ints(values: Any) -> Node:
     return _op().constant(np.asarray(values, np.int64))
 
 
+def _like(value: float, node: Node) -> Node:
+    """A constant of a lowered value's element type."""
+    number = _op().constant(np.float32(value))
+    kind = node.get_element_type()
+    return number if kind.to_string() == "f32" else _op().convert(number, kind.to_string())
+
+
 def _floating(node: Node) -> bool:
     return bool(node.get_element_type().is_real())
 
@@ -86,7 +93,8 @@ def _div(w: StageWriter, node: ir.Node, attributes: Attributes) -> list[Node]:
 
 @lowers("Reciprocal")
 def _reciprocal(w: StageWriter, node: ir.Node, attributes: Attributes) -> list[Node]:
-    return [_op().divide(_op().constant(np.float32(1)), w.get(node.inputs[0]))]
+    x = w.get(node.inputs[0])
+    return [_op().divide(_like(1, x), x)]
 
 
 @lowers("Identity")
@@ -98,7 +106,7 @@ def _identity(w: StageWriter, node: ir.Node, attributes: Attributes) -> list[Nod
 def _swish(w: StageWriter, node: ir.Node, attributes: Attributes) -> list[Node]:
     alpha = float(attributes.get("alpha", 1.0))
     x = w.get(node.inputs[0])
-    return [_op().swish(x) if alpha == 1.0 else _op().swish(x, _op().constant(np.float32(alpha)))]
+    return [_op().swish(x) if alpha == 1.0 else _op().swish(x, _like(alpha, x))]
 
 
 @lowers("Gelu")
@@ -146,6 +154,8 @@ def _transpose(w: StageWriter, node: ir.Node, attributes: Attributes) -> list[No
     x = w.get(node.inputs[0])
     perm = attributes.get("perm")
     if perm is None:
+        if x.get_partial_shape().rank.is_dynamic:
+            return w.through_frontend(node)
         perm = list(range(x.get_partial_shape().rank.get_length()))[::-1]
     return [_op().transpose(x, ints(list(perm)))]
 
@@ -157,8 +167,10 @@ def _unsqueeze(w: StageWriter, node: ir.Node, attributes: Attributes) -> list[No
 
 @lowers("Squeeze")
 def _squeeze(w: StageWriter, node: ir.Node, attributes: Attributes) -> list[Node]:
-    axes = [w.get(v) for v in node.inputs[1:] if v is not None]
-    return [_op().squeeze(w.get(node.inputs[0]), *axes)]
+    axes = node.inputs[1] if len(node.inputs) > 1 else None
+    if axes is None:
+        return w.through_frontend(node)
+    return [_op().squeeze(w.get(node.inputs[0]), w.get(axes))]
 
 
 @lowers("Concat")

@@ -37,6 +37,8 @@ def has_body(model: ir.Model, node: ir.Node) -> bool:
     schema = find(node.domain, node.op_type)
     if schema is None or node.domain not in ("", "ai.onnx"):
         return schema is not None and schema.body is not None
+    if any(a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in node.attributes.values()):
+        return False  # onnx_ir inlines no function that takes a graph
     import onnx
 
     theirs: Any = onnx.defs.get_schema(node.op_type, OPSET, "")

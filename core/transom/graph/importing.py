@@ -137,7 +137,7 @@ def _check_sizes(graph: Graph) -> None:
     for node in graph.nodes():
         for value in node.outputs:
             dims = [] if value.shape is None else list(value.shape)
-            if value.dtype is None or not all(isinstance(d, int) for d in dims):
+            if value.dtype in (None, ir.DataType.STRING) or not all(isinstance(d, int) for d in dims):
                 continue
             size = math.prod(int(d) for d in dims if isinstance(d, int)) * value.dtype.bitwidth // 8
             if size > MOST_BYTES:

@@ -1,0 +1,152 @@
+"""ONNX graphs that OpenVINO does not take as they stand run as in onnxruntime, or are refused before compiling.
+
+Draws: float32 sums in another order differ by about 1e-6 of their size; the tolerances are ten times that or more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from onnx import TensorProto
+from onnx_corpus import compile_model, differences
+from onnx_models import Writer, runtime, value
+
+HALF, INT = TensorProto.FLOAT16, TensorProto.INT64
+Build = Callable[[Writer], Any]
+
+
+def expand_by_where(w: Writer) -> Any:
+    """As torch exports `Tensor.expand` with -1: the target is computed by ConstantOfShape, Mul, Equal and Where."""
+    batch = w.op("Unsqueeze", w.op("Gather", w.op("Shape", "x"), w.constant(np.int64(0)), axis=0), w.constant([0]))
+    target = w.op("Concat", batch, w.constant([-1]), w.constant([-1]), axis=0)
+    ones = w.op("ConstantOfShape", w.constant([3]), value=_tensor(np.int64([1])))
+    absent = w.op("Equal", target, w.op("Mul", ones, w.constant(np.int64(-1))))
+    token = w.op("Expand", w.random(1, 1, 4), w.op("Where", absent, ones, target))
+    w.op("Concat", token, "x", axis=1, outputs=["y"])
+    return w.model([value("x", shape=["n", 3, 4])], [value("y", shape=["n", 4, 4])], opset=17)
+
+
+def squeeze_without_axes(w: Writer) -> Any:
+    w.op("Squeeze", "x", outputs=["y"])
+    return w.model([value("x", shape=[1, 3, 1, 4])], [value("y", shape=[3, 4])])
+
+
+def axes_computed_by_nodes(w: Writer) -> Any:
+    """As ONNX's own body of RMSNormalization: the axes are a Range up to the rank."""
+    rank = w.op("Size", w.op("Shape", "x"))
+    axes = w.op("Range", w.op("Sub", rank, w.constant(np.int64(2))), rank, w.constant(np.int64(1)))
+    w.op("ReduceMean", "x", axes, outputs=["y"])
+    return w.model([value("x", shape=[2, 3, 4])], [value("y", shape=[2, 1, 1])])
+
+
+def reduced_without_axes(w: Writer) -> Any:
+    w.op("ReduceSum", "x", "none", keepdims=1, outputs=["y"])
+    w.weights.append(_tensor(np.zeros(0, np.int64), "none"))
+    return w.model([value("x", shape=[2, 3, 4])], [value("y", shape=[1, 1, 1])])
+
+
+def half_precision(w: Writer) -> Any:
+    x = w.op("Reciprocal", w.op("Add", w.op("Abs", "x"), w.constant(np.float16(1))))
+    w.op("Swish", x, alpha=1.5, outputs=["y"])
+    return w.model([value("x", HALF, [2, 3])], [value("y", HALF, [2, 3])], opset=24)
+
+
+def equal_elements(w: Writer) -> Any:
+    w.op("TopK", w.op("Round", "x"), w.constant([3]), outputs=["best", "places"])
+    return w.model([value("x", shape=[4, 9])], [value("best", shape=[4, 3]), value("places", INT, [4, 3])])
+
+
+def single_inputs(w: Writer) -> Any:
+    w.op("Hardmax", w.op("Max", w.op("Sum", "x")), outputs=["y"])
+    return w.model([value("x", shape=[2, 5])], [value("y", shape=[2, 5])])
+
+
+def integer_products(w: Writer) -> Any:
+    """As dynamically quantized encoders have it."""
+    q, scale, zero = w.op("DynamicQuantizeLinear", "x", outputs=3)
+    weight = w.constant(w.rng.integers(-127, 127, (8, 6)).astype(np.int8))
+    product = w.op("MatMulInteger", q, weight, zero, w.constant(np.int8(0)))
+    w.op("Mul", w.op("Cast", product, to=1), scale, outputs=["y"])
+    return w.model([value("x", shape=["n", 8])], [value("y", shape=["n", 6])], opset=17)
+
+
+def _tensor(array: Any, name: str = "") -> Any:
+    from onnx import numpy_helper
+
+    return numpy_helper.from_array(np.asarray(array), name)
+
+
+RUN = [
+    expand_by_where, squeeze_without_axes, axes_computed_by_nodes, reduced_without_axes, half_precision, equal_elements,
+    integer_products, single_inputs,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("build", RUN)
+def test_a_graph_runs_as_onnxruntime_runs_it(build: Build, rng: np.random.Generator) -> None:
+    model = build(Writer(rng))
+    compiled = compile_model(model)
+    assert compiled.session is not None, compiled.refused
+    for _ in range(2):
+        inputs = {}
+        for i in model.graph.input:
+            shape = [d.dim_value or 2 for d in i.type.tensor_type.shape.dim]
+            kind = np.float16 if i.type.tensor_type.elem_type == HALF else np.float32
+            inputs[i.name] = rng.standard_normal(shape).astype(kind)
+            inputs[i.name].flags.writeable = False  # the caller may hold a mapped file
+        wanted = dict(zip((o.name for o in model.graph.output), runtime(model).run(None, inputs), strict=True))
+        tolerance = 1e-2 if build in (half_precision, integer_products) else 1e-5
+        assert not differences(compiled.session.run(inputs), wanted, tolerance, tolerance)
+
+
+def gru_by_batch(w: Writer) -> Any:
+    w.op("GRU", "x", w.random(1, 12, 3), w.random(1, 12, 4), hidden_size=4, layout=1, outputs=["y"])
+    return w.model([value("x", shape=[2, 5, 3])], [value("y")])
+
+
+def pool_behind_the_input(w: Writer) -> Any:
+    w.op("MaxPool", "x", kernel_shape=[1, 1], strides=[2, 2], ceil_mode=1, outputs=["y"])
+    return w.model([value("x", shape=[1, 1, 2, 2])], [value("y")], opset=24)
+
+
+def filtered_resize(w: Writer) -> Any:
+    w.op("Resize", "x", "", w.constant(np.float32([1, 1, 0.6, 0.6])), mode="linear", antialias=1, outputs=["y"])
+    return w.model([value("x", shape=[1, 1, 4, 4])], [value("y")])
+
+
+def text(w: Writer) -> Any:
+    w.op("Equal", "x", "x", outputs=["y"])
+    return w.model([value("x", TensorProto.STRING, [3])], [value("y", TensorProto.BOOL, [3])])
+
+
+def sequences(w: Writer) -> Any:
+    w.op("SequenceAt", w.op("SequenceConstruct", "x", "x"), w.constant(np.int64(0)), outputs=["y"])
+    return w.model([value("x", shape=[2])], [value("y")])
+
+
+REFUSED = {
+    gru_by_batch: "GRU", pool_behind_the_input: "MaxPool", filtered_resize: "Resize", text: "Equal",
+    sequences: "SequenceAt",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("build", REFUSED)
+def test_a_node_that_openvino_computes_wrong_or_not_is_refused_before_compiling(
+    build: Build, rng: np.random.Generator
+) -> None:
+    compiled = compile_model(build(Writer(rng)))
+    assert compiled.session is None
+    assert REFUSED[build] in compiled.refused
+
+
+def test_only_the_nodes_that_cannot_run_are_refused(rng: np.random.Generator) -> None:
+    w = Writer(rng)
+    x = w.op("Relu", "x")
+    det = w.op("Det", x)
+    w.op("Tanh", det, outputs=["y"])
+    w.op("Squeeze", x, outputs=["z"])
+    compiled = compile_model(w.model([value("x", shape=[1, 3, 3])], [value("y", shape=[1]), value("z")]))
+    assert set(compiled.refused) == {"Det"}
