@@ -11,7 +11,7 @@ variable MADE_UP lists as JSON.
 | `compile:HOW`, `load:HOW`, `step:HOW` | at that point: `segv`, `ill`, `abort`, `exit`, `hang`, `raise`, `slow` |
 | `silent`, `mute`, `odd` | claim leaves a node out, refuses without a reason, answers with a string |
 | `refuse:OPERATOR` | claim refuses it |
-| `inexact` | claims are approximate |
+| `inexact`, `inexact:NATS` | claims are approximate, with this divergence |
 | `check:STATE` | the verdict on every artifact; `check:raise` raises |
 | `bound`, `bound:threads` | the artifact is bound to its context, to its threads |
 """
@@ -60,10 +60,13 @@ class MadeUp:
             raise KeyError("claims")
         operator = self.does.removeprefix("refuse:") if self.does.startswith("refuse:") else ""
         mute = self.does == "mute"
+        nats = self.does.removeprefix("inexact").removeprefix(":")
+        approximate = {"exact": False} if self.does.startswith("inexact") else {}
+        approximate |= {"divergence": float(nats)} if approximate and nats else {}
         return [
             Claim(str(n.name), False, "" if mute else f"there is no {n.op_type} in this engine")
             if n.op_type in operator.split("+") or mute
-            else Claim(str(n.name), True, exact=self.does != "inexact")
+            else Claim(str(n.name), True, **approximate)
             for n in nodes
         ]
 

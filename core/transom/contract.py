@@ -1,4 +1,4 @@
-"""What a backend implements: five methods, API 1.6. This file imports neither torch nor a vendor SDK.
+"""What a backend implements: five methods, API 1.7. This file imports neither torch nor a vendor SDK.
 
 A plugin is an object with a `transom_backends` hook. The host finds it through the entry-point group
 `transom.backends`. The hook returns backends. A backend has the methods `probe`, `claim`, `compile`, `check` and
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from transom.graph import Graph
     from transom.ops import OpSchema
 
-API_VERSION = (1, 6)
+API_VERSION = (1, 7)
 """A backend is accepted when `backend.api[0] == API_VERSION[0]` and `backend.api[1] <= API_VERSION[1]`."""
 
 ENTRY_POINT_GROUP = "transom.backends"
@@ -138,7 +138,8 @@ class Claim:
     node: str
     ok: bool
     reason: str = ""
-    """Required when `ok` is False."""
+    """Required when `ok` is False. When it is True, the reservation under which the backend would run the node, for one
+    that runs a graph as a whole or not at all and refuses other nodes; otherwise empty."""
     exact: bool = True
     """False for an approximation (FP8, sparse attention): the host's accuracy gate applies."""
     group: str = ""
@@ -148,6 +149,10 @@ class Claim:
     decomposes those that have a body, and asks again about the new graph. `compile` gets the whole graph without
     groups, and has to find them again as `claim` did.
     """
+    divergence: float | None = None
+    """For an approximate claim: the mean divergence of the whole model from the reference that the backend expects with
+    all its claims, nats per token, above 0. The self-check allows the largest that is declared, at most 0.5. None: the
+    backend expects no particular one, and the host's default for approximate claims applies. Since API 1.7."""
 
 
 @dataclass(frozen=True)
@@ -283,7 +288,7 @@ class Backend(Protocol):
 
     @property
     def api(self) -> tuple[int, int]:
-        """The API version that the backend was written for. A literal such as `(1, 6)`, never `API_VERSION` itself."""
+        """The API version that the backend was written for. A literal such as `(1, 7)`, never `API_VERSION` itself."""
         ...
 
     def probe(self, devices: Sequence[Device]) -> Sequence[Offer | Refusal]:

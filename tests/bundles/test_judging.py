@@ -36,6 +36,7 @@ def variant(backend: str, target: Device, **requires: str) -> dict[str, Any]:
         requires=requires,
         precision="",
         exact=True,
+        divergence=None,
         notes=(),
         decomposed=(),
         context=4096,

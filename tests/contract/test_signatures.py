@@ -25,6 +25,7 @@ DIGESTS: dict[tuple[int, int], str] = {
     (1, 4): "39af97f387f0d467ec33e28d5ac2044d",  # `Options` has one more key, which no signature shows
     (1, 5): "7e1d2cb656645a1e3c791dd4b74787cc",  # the last one of a single file
     (1, 6): "af480acbedb0229c49aea4e9486425e8",
+    (1, 7): "790982ca411af8d9e34cb258ef770ae6",
 }
 MODULES = (contract, contract_optional)
 

@@ -134,6 +134,18 @@ def test_approximate_claims_get_the_wider_bound(here: Any) -> None:
         assert model.report.backend == "coarse"
 
 
+def test_the_check_holds_a_backend_to_the_divergence_that_it_declares(here: Any) -> None:
+    declared = MadeUp("coarse", "inexact:1e-30")
+    here.use(declared)
+    with pytest.raises(SelfCheckFailed, match=r"allowed are 1e-30 nats and a correlation of 0\.9"):
+        here.load(backend="coarse")
+    declared.does = "inexact:0.2"
+    here.use(declared, devices=[replace(CPU, drivers={"kernel": "7"})])
+    here.versions["coarse"] = "2.0"
+    with here.load(backend="coarse") as model:
+        assert model.report.check.startswith("passed")
+
+
 @pytest.mark.parametrize("context", [1, 2, 3, 5, 8])
 def test_a_context_shorter_than_the_check_prompt_is_checked_as_far_as_it_goes(here: Any, context: int) -> None:
     here.use(MadeUp("sound"))

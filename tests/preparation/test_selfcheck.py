@@ -6,6 +6,7 @@ bfloat16 leaves more than 0.9999.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +16,8 @@ import pytest
 from transom.contract import Limits
 from transom.errors import SelfCheckFailed
 from transom.preparation import reference_outputs, selfcheck
-from transom.preparation.agreement import compare, compare_outputs
+from transom.preparation.agreement import Agreement, compare, compare_outputs
+from transom.preparation.compiled import APPROXIMATE, EXACT, allowed
 from transom.preparation.selfcheck import judge
 from transom.signature import Decoder, LayerCache
 
@@ -28,7 +30,7 @@ def logits(rng: np.random.Generator, spread: float = 3.0) -> Any:
 
 def passes(expected: Any, got: Any, *, exact: bool = True) -> bool:
     try:
-        judge(compare(expected, got), exact=exact, backend="b")
+        judge(compare(expected, got), allowed=EXACT if exact else APPROXIMATE, backend="b")
     except SelfCheckFailed:
         return False
     return True
@@ -90,7 +92,7 @@ def test_numbers_that_are_not_finite_fail_and_are_named(rng: np.random.Generator
     b = a.copy()
     b[3, 4] = bad
     with pytest.raises(SelfCheckFailed, match="not finite"):
-        judge(compare(a, b), exact=False, backend="b")
+        judge(compare(a, b), allowed=APPROXIMATE, backend="b")
 
 
 def test_approximate_claims_get_a_wider_bound(rng: np.random.Generator) -> None:
@@ -168,9 +170,9 @@ def test_outputs_of_a_plain_graph_are_compared_where_they_are_floating_point(rng
     assert compare_outputs(a, a).kl_mean == 0
     assert compare_outputs(a, {"y": a["y"] * 1.001, "n": a["n"]}).kl_mean < 1e-4
     with pytest.raises(SelfCheckFailed):
-        judge(compare_outputs(a, {**a, "y": logits(rng)}), exact=True, backend="b")
+        judge(compare_outputs(a, {**a, "y": logits(rng)}), allowed=EXACT, backend="b")
     with pytest.raises(SelfCheckFailed):
-        judge(compare_outputs(a, {**a, "y": a["y"] * np.nan}), exact=False, backend="b")
+        judge(compare_outputs(a, {**a, "y": a["y"] * np.nan}), allowed=APPROXIMATE, backend="b")
     with pytest.raises(ValueError, match="missing"):
         compare_outputs(a, {"n": a["n"]})
     masked = {"m": np.array([[0, -np.inf]], np.float32)}
@@ -192,6 +194,36 @@ def test_inputs_are_made_up_from_shapes_and_are_the_same_each_time() -> None:
 def test_outputs_without_a_finite_number_are_not_counted_as_checked() -> None:
     for outputs in ({"y": np.full((2, 3), np.nan, np.float32)}, {"y": np.arange(3)}):
         source: Any = SimpleNamespace(decoder=None, inputs={})
-        found = selfcheck.verdict(SimpleNamespace(), outputs, source, backend="b", exact=True)  # type: ignore[arg-type]
+        found = selfcheck.verdict(SimpleNamespace(), outputs, source, backend="b", allowed=EXACT)  # type: ignore[arg-type]
         assert found["checked"] is False
         assert "no finite number" in found["reason"]
+
+
+def model(**ingredients: Any) -> Any:
+    return SimpleNamespace(origin=SimpleNamespace(ingredients=ingredients))
+
+
+@pytest.mark.parametrize(
+    ("ingredients", "kl"),
+    [
+        ({}, 0.05),  # as before there were approximate claims
+        ({"exact": True, "divergence": 0.3}, 0.05),
+        ({"exact": False}, 0.15),
+        ({"exact": False, "divergence": None}, 0.15),
+        ({"exact": False, "divergence": 0.02}, 0.02),
+        ({"exact": False, "divergence": 0.3}, 0.3),
+        ({"exact": False, "divergence": 7}, 0.5),
+        ({"exact": False, "divergence": -1.0}, 0.15),
+        ({"exact": False, "divergence": float("nan")}, 0.15),
+        ({"exact": False, "divergence": "much"}, 0.15),
+    ],
+)
+def test_the_limits_are_those_that_the_claims_declare(ingredients: Any, kl: float) -> None:
+    assert allowed(model(**ingredients)).kl == kl
+
+
+def test_approximate_claims_do_not_excuse_an_attention_scale_that_is_half_too_large() -> None:
+    found = Agreement(14, kl_mean=0.3, kl_max=0.9, correlation_min=0.93, top1=0.8, max_abs=9.0)
+    with pytest.raises(SelfCheckFailed, match=r"0\.3 nats.*allowed are 0\.15 nats"):
+        judge(found, allowed=APPROXIMATE, backend="b")
+    judge(replace(found, kl_mean=0.11), allowed=APPROXIMATE, backend="b")

@@ -27,10 +27,11 @@ def claims(graph: Graph, precision: CpuPrecision, device: Device) -> Iterator[Cl
 
     heads = vocabulary_products(graph)
     """Never requantized."""
+    expected = precision.divergence(graph.decoder.family) if graph.decoder is not None else None
     if not isinstance(read_native(graph, precision, device), str):
         for node in graph.nodes():
             inexact = precision.dynamic and linear_weight(node) is not None and str(node.name) not in heads
-            yield Claim(str(node.name), True, exact=not inexact)
+            yield Claim(str(node.name), True, exact=not inexact, divergence=expected if inexact else None)
         return
     attention = [n for n in graph.nodes() if is_attention(n)]
     refused = next((f"{r} (layer {_layer(n)})" for n in attention if (r := no_paged_attention(graph, n))), "")
@@ -48,7 +49,7 @@ def claims(graph: Graph, precision: CpuPrecision, device: Device) -> Iterator[Cl
             continue
         weight = linear_weight(node) if precision.dynamic else None
         quantized = weight is not None and form_of(weight, precision).group >= 32 and str(node.name) not in heads
-        yield Claim(name, True, exact=not quantized)
+        yield Claim(name, True, exact=not quantized, divergence=expected if quantized else None)
 
 
 def _layer(node: ir.Node) -> int:

@@ -50,7 +50,11 @@ class Bundle:
             backend=variant.backend,
             backend_version=variant.backend_version,
             options=manifest.options,
-            ingredients={"exact": variant.exact, "decomposed": list(variant.decomposed)},
+            ingredients={
+                "exact": variant.exact,
+                "divergence": variant.divergence,
+                "decomposed": list(variant.decomposed),
+            },
         )
 
     def of(self, variant: Variant) -> Bundle:

@@ -34,7 +34,14 @@ from transom.loading.identity import identify
 from transom.loading.load_state import LoadState
 from transom.loading.opening import warnings_of
 from transom.preparation import heads
-from transom.preparation.compiled import CompiledModel, decomposed, is_exact, precision_and_notes, verdict_text
+from transom.preparation.compiled import (
+    CompiledModel,
+    declared_divergence,
+    decomposed,
+    is_exact,
+    precision_and_notes,
+    verdict_text,
+)
 from transom.preparation.jobs import version
 from transom.sources import bundle_at
 from transom.sources.resolve import BUNDLE_MANIFEST
@@ -217,6 +224,7 @@ def _variant_files(name: str, one: _Compiled) -> VariantFiles:
         requires=compiled.artifact.requires,
         precision=precision,
         exact=is_exact(compiled),
+        divergence=declared_divergence(compiled),
         notes=tuple(compiled.artifact.notes),
         decomposed=decomposed(compiled),
         context=plan.context if plan else 0,

@@ -15,7 +15,7 @@ from transom.contract import Offer
 from transom.errors import FidelityError, option
 from transom.hardware.probe_file import to_json
 from transom.loading.attempts import Attempt
-from transom.preparation.compiled import CompiledModel, is_exact, precision_and_notes
+from transom.preparation.compiled import Allowed, CompiledModel, allowed, precision_and_notes
 from transom.preparation.jobs import FIDELITY
 from transom.preparation.plugin_calls import check_artifact
 from transom.selection import Candidate
@@ -63,11 +63,9 @@ def measured_fidelity(
     measured = models.jobs.run(FIDELITY, compiled_for, on=to_json([device]), remove=not own)
     again = "" if own else ", compiled for it again"
     fidelity = {"where": f"{found.offer.why}, on {device.id}{again}", **measured["fidelity"]}
-    from transom.preparation.selfcheck import LIMITS  # imports NumPy
-
-    limits = LIMITS[is_exact(ready.compiled)]
-    _require_bound(attempt, ready, fidelity["kl"], limits[0] if max_kl is None else max_kl, fidelity["where"])
-    if max_kl is None or max_kl <= limits[0]:  # with a wider bound the user accepts more than a load does
+    limits = allowed(ready.compiled)
+    _require_bound(attempt, ready, fidelity["kl"], limits.kl if max_kl is None else max_kl, fidelity["where"])
+    if max_kl is None or max_kl <= limits.kl:  # with a wider bound the user accepts more than a load does
         _require_acceptable(attempt, ready, measured["agreements"], limits, fidelity["where"])
     return fidelity
 
@@ -96,17 +94,17 @@ def _require_acceptable(
     attempt: Attempt,
     ready: Ready,
     agreements: Sequence[tuple[float, float]],
-    limits: tuple[float, float],
+    limits: Allowed,
     where: str,
 ) -> None:
     """Raise FidelityError if the model would fail the self-check of a load."""
     for kl, correlation in agreements:
-        if not (kl <= limits[0] and correlation >= limits[1]):
+        if not limits.accepts(kl, correlation):
             raise FidelityError(
                 f"What {attempt.candidate.backend} compiled would fail the self-check where it is loaded: on the fixed "
                 f"prompt it diverges by {kl:.3g} nats with a correlation of {correlation:.3f} ({where}), and "
-                f"{limits[0]:g} nats and {limits[1]:g} are allowed{_worst_products(ready.compiled)}",
-                f"{_more_exact(ready)}, or accept it with a max_kl above {limits[0]:g}",
+                f"{limits.kl:g} nats and {limits.correlation:g} are allowed{_worst_products(ready.compiled)}",
+                f"{_more_exact(ready)}, or accept it with a max_kl above {limits.kl:g}",
             )
 
 

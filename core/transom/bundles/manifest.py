@@ -48,6 +48,8 @@ class Variant:
     requires: Mapping[str, str]
     precision: str
     exact: bool
+    divergence: float | None
+    """What the backend declared for approximate claims, nats; None if nothing."""
     notes: tuple[str, ...]
     decomposed: tuple[str, ...]
     context: int
@@ -68,6 +70,7 @@ class Variant:
             "requires": dict(self.requires),
             "precision": self.precision,
             "exact": self.exact,
+            "divergence": self.divergence,
             "notes": list(self.notes),
             "decomposed": list(self.decomposed),
             "context": self.context,
@@ -101,6 +104,7 @@ class Variant:
             requires={name: values.text(value) for name, value in whole["requires"].items()},
             precision=values.text(whole["precision"]),
             exact=values.flag(whole["exact"]),
+            divergence=None if whole.get("divergence") is None else values.number(whole["divergence"]),
             notes=values.texts(whole["notes"]),
             decomposed=values.texts(whole["decomposed"]),
             context=values.count(whole["context"]),

@@ -33,6 +33,13 @@ def count(value: object, least: int = 0) -> int:
     return value
 
 
+def number(value: object) -> float:
+    """The value if it is a finite number above 0. Raises ValueError."""
+    if type(value) not in (int, float) or not 0 < value < float("inf"):  # type: ignore[operator]
+        raise ValueError("not a number above 0")
+    return float(value)  # type: ignore[arg-type]
+
+
 def flag(value: object) -> bool:
     """The value if it is a boolean. Raises TypeError."""
     if not isinstance(value, bool):

@@ -81,8 +81,8 @@ def _check_here(models: CompiledModels, attempt: Attempt, ready: Ready, session:
     from transom.preparation import selfcheck
 
     wanted = models.reference_outputs(attempt, ready.source)
-    exact = compiled.is_exact(ready.compiled)
-    return selfcheck.verdict(session, wanted, ready.source, backend=attempt.candidate.backend, exact=exact)
+    allowed = compiled.allowed(ready.compiled)
+    return selfcheck.verdict(session, wanted, ready.source, backend=attempt.candidate.backend, allowed=allowed)
 
 
 def warnings_of(state: LoadState, attempt: Attempt, ready: Ready) -> tuple[str, ...]:

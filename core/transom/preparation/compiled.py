@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -55,6 +56,49 @@ def decomposed(model: CompiledModel) -> tuple[str, ...]:
 def is_exact(model: CompiledModel) -> bool:
     """Whether all claims of the backend were exact, which decides the limits of the self-check."""
     return bool(model.origin.ingredients.get("exact", True))
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """The limits of the self-check."""
+
+    kl: float
+    """Largest mean divergence from the reference, nats."""
+    correlation: float
+    """Lowest correlation of the logits at any position."""
+
+    def accepts(self, kl: float, correlation: float) -> bool:
+        """False for NaN."""
+        return kl <= self.kl and correlation >= self.correlation
+
+    def __str__(self) -> str:
+        return f"allowed are {self.kl:g} nats and a correlation of {self.correlation:g}"
+
+
+EXACT = Allowed(0.05, 0.99)
+"""For exact claims. On the models tried, bfloat16 arithmetic stays below 0.005 nats and above 0.999; a wrong layer or a
+corrupt cache is above 1 nat or below 0.5."""
+APPROXIMATE = Allowed(0.15, 0.9)
+"""For approximate claims without a declared divergence. Int8 weights with int8 activations stay below this on the
+models tried; an attention scale that is half too large does not (0.3 nats)."""
+LARGEST_DIVERGENCE = 0.5
+"""Nats. A backend that declares more is held to this."""
+
+
+def declared_divergence(model: CompiledModel) -> float | None:
+    """The divergence that the backend declared for approximate claims, nats; None if it declared none."""
+    found = model.origin.ingredients.get("divergence")
+    return float(found) if isinstance(found, int | float) and found > 0 else None
+
+
+def allowed(model: CompiledModel) -> Allowed:
+    """The limits of the self-check, as the claims of the backend set them."""
+    if is_exact(model):
+        return EXACT
+    declared = declared_divergence(model)
+    if declared is None:
+        return APPROXIMATE
+    return Allowed(min(declared, LARGEST_DIVERGENCE), APPROXIMATE.correlation)
 
 
 def verdict_text(verdict: object) -> str:

@@ -6,8 +6,8 @@ import time
 
 import numpy as np
 
-from transom.contract import Session
-from transom.preparation import selfcheck
+from transom.contract import Session, State
+from transom.preparation.session_uses import Array, SessionTask, advance
 
 TIMED_TOKENS = 24
 """Tokens generated in a timed decode."""
@@ -20,12 +20,17 @@ def decode_rate(session: Session, ids: list[int]) -> float:
     state = session.new_state()
     try:
         times = []
-        row = selfcheck.feed(session, state, ids)[-1][-1]
+        row = _last_row(session, state, ids)
         for _ in range(min(TIMED_TOKENS, context - len(ids))):
             token = int(row.argmax())
             start = time.perf_counter()
-            row = selfcheck.feed(session, state, [token])[-1][-1]
+            row = _last_row(session, state, [token])
             times.append(time.perf_counter() - start)
     finally:
         state.free()
     return 1.0 / max(float(np.median(times[len(times) // 4 :])), 1e-9) if times else 0.0
+
+
+def _last_row(session: Session, state: State, tokens: list[int]) -> Array:
+    row: Array = advance(session, [SessionTask(state, tokens, "last")])[0]
+    return row

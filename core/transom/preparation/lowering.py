@@ -38,6 +38,11 @@ class Lowered:
         """Whether no claim is approximate."""
         return all(c.exact for c in self.claims)
 
+    @property
+    def divergence(self) -> float | None:
+        """The largest divergence that an approximate claim declares, nats; None if none declares one."""
+        return max((c.divergence for c in self.claims if not c.exact and c.divergence is not None), default=None)
+
     def notes(self) -> list[str]:
         """Lines for the report: the number of nodes for each reason."""
         counts = Counter(self.decomposed.values())

@@ -13,6 +13,7 @@ from typing import Any
 from transom.contract import Progress
 from transom.hardware.probe_file import from_json
 from transom.preparation import agreement, selfcheck
+from transom.preparation.compiled import allowed
 from transom.preparation.decode_speed import decode_rate
 from transom.preparation.plugin_calls import guarded, open_session
 from transom.preparation.stages import Preparation
@@ -70,17 +71,24 @@ def fidelity(payload: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
 
     Raises:
         EngineError: the backend cannot open or run it there.
+        SelfCheckFailed: its logits are right, but what else generation asks for is not.
     """
     arguments = dict(payload)
     on, remove = from_json(arguments.pop("on"))[0], arguments.pop("remove")
-    preparation = Preparation({**arguments, "runs": False}, progress)  # do not raise SelfCheckFailed: the caller judges
+    preparation = Preparation({**arguments, "runs": False}, progress)  # the caller judges the logits
     with preparation.verified_artifact() as stored:
         wanted = preparation.reference_outputs()
         progress("compare", None)
         backend = preparation.plugin.backend
         session = open_session(backend, stored, on, {**preparation.options(), "threads": None})
         try:
-            got = selfcheck.session_logits(session, wanted["ids"].tolist(), backend.name)
+            got = selfcheck.decoder_logits(
+                session,
+                wanted["logits"],
+                wanted["ids"].tolist(),
+                allowed=allowed(stored),
+                backend=backend.name,
+            )
         finally:
             session.close()
         if remove:

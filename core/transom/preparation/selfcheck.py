@@ -1,46 +1,112 @@
 """The self-check: a compiled model is used only after its logits for a fixed prompt agree with the reference logits.
 
-For a graph that is not a decoder, the outputs for fixed inputs are compared.
+Generation uses a session in more ways than that: see `session_uses`. For a graph that is not a decoder, the outputs for
+fixed inputs are compared.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from transom.contract import Session, State, Work
+from transom.contract import Session
 from transom.errors import EngineError, SelfCheckFailed, option
-from transom.generation.scheduling import fit
 from transom.preparation.agreement import DECODES, Agreement, agreements, compare_outputs
+from transom.preparation.compiled import Allowed
 from transom.preparation.plugin_calls import guarded
 from transom.preparation.reference_outputs import plain_inputs
+from transom.preparation.session_uses import (
+    REUSED,
+    Use,
+    WrongResult,
+    checked_rows,
+    difference,
+    distance,
+    named_difference,
+    tolerance,
+    whole_prompt,
+)
 
 if TYPE_CHECKING:
     from transom.preparation.cached_source import CachedSource
 
 Array = np.ndarray[Any, np.dtype[Any]]
+T = TypeVar("T")
 
-LIMITS = {True: (0.05, 0.99), False: (0.5, 0.9)}
-"""Whether all claims are exact -> (largest mean divergence in nats, lowest correlation at any position).
-
-On the models tried, bfloat16 arithmetic stays below 0.005 nats and above 0.999, and int8 weights with dynamic int8
-activations stay below 0.02 nats; a wrong layer or a corrupt cache is above 1 nat or below 0.5. Approximate claims
-(4-bit requantization, FP8, sparse attention) get the wider bound; their fidelity is measured elsewhere.
-"""
+TOGETHER = "gives other numbers where forks, cuts and several sequences in a step meet"
+"""What is said of a session that does each of these rightly alone."""
 
 
-def judge(agreement: Agreement, *, exact: bool, backend: str) -> None:
+def judge(agreement: Agreement, *, allowed: Allowed, backend: str) -> None:
     """Raise SelfCheckFailed, with the numbers, if the agreement is outside of the limits."""
-    kl, correlation = LIMITS[exact]
-    if agreement.kl_mean <= kl and agreement.correlation_min >= correlation:
+    if allowed.accepts(agreement.kl_mean, agreement.correlation_min):
         return
     raise SelfCheckFailed(
         f"The backend {backend} does not compute the outputs of this model: {agreement}, against the NumPy reference "
-        f"(allowed are {kl} nats and a correlation of {correlation})",
+        f"({allowed})",
         f"Update the engine and its driver, choose another backend, or pass {option('verify', 'off')} to run it anyway",
     )
+
+
+def decoder_logits(session: Session, expected: Array, ids: Sequence[int], *, allowed: Allowed, backend: str) -> Array:
+    """The session's logits of the check prompt, float32 [positions, vocabulary], after every use of the session that
+    generation makes has given the same numbers (`session_uses`).
+
+    The logits themselves are not compared with the reference here, except to find out what is wrong.
+
+    Args:
+        expected: the reference's logits.
+
+    Raises:
+        SelfCheckFailed: a use gives other numbers; says which.
+        EngineError: the session failed or returned rows of the wrong shape.
+    """
+    ids = list(ids[: session.limits.context])
+
+    def accepted(rows: Array) -> bool:
+        return all(allowed.accepts(a.kl_mean, a.correlation_min) for a in agreements(expected[: len(rows)], rows))
+
+    def run() -> tuple[Array, str]:
+        rows, uses = checked_rows(session, ids, backend)
+        if not uses:
+            return rows, ""
+        most = tolerance(expected[: len(ids) - DECODES], rows[:-DECODES])
+        decoded = [Use(at, rows[at]) for at in range(len(rows) - DECODES, len(rows))]
+        apart = any(difference(use, expected, most) for use in decoded) or any(
+            difference(use, rows, most) for use in uses
+        )
+        if not apart:
+            return rows, ""
+        together = accepted(rows)
+        alone = whole_prompt(session, ids, backend)
+        if not accepted(alone):
+            first, again = rows[:-DECODES], alone[:-DECODES]  # of the same tokens, before and after states were freed
+            return alone, REUSED if max(map(distance, first, again)) > most else ""
+        named = named_difference(session, ids, alone, tolerance(expected[: len(alone)], alone))
+        if named or together:
+            return alone, named
+        return rows, TOGETHER
+
+    rows, wrong = guarded(backend, "running the check prompt", lambda: _contract_kept(backend, run))
+    if wrong:
+        raise SelfCheckFailed(
+            f"The backend {backend} {wrong}",
+            f"Update the engine and its driver, choose another backend, or pass {option('verify', 'off')} to run it "
+            "anyway",
+        )
+    return rows
+
+
+def _contract_kept(backend: str, run: Callable[[], T]) -> T:
+    try:
+        return run()
+    except WrongResult as error:
+        raise EngineError(
+            f"The backend {backend} does not keep the contract: {error}",
+            f"Choose another with {option('backend')}, or report it to the authors of {backend}",
+        ) from error
 
 
 def session_logits(session: Session, ids: Sequence[int], backend: str) -> Array:
@@ -52,63 +118,32 @@ def session_logits(session: Session, ids: Sequence[int], backend: str) -> Array:
         EngineError: the session failed or returned rows of the wrong shape.
     """
     ids = list(ids[: session.limits.context])
-    head = max(1, len(ids) - DECODES)
-
-    def run() -> list[Array]:
-        state = session.new_state()
-        try:
-            rows = feed(session, state, ids[:head])
-            for token in ids[head:]:
-                rows += feed(session, state, [token])
-            return rows
-        finally:
-            state.free()
-
-    rows = guarded(backend, "running the check prompt", run)
-    if any(row.ndim != 2 or row.shape[1:] != rows[0].shape[1:] for row in rows):
-        shapes = [row.shape for row in rows]
-        raise EngineError(f"The backend {backend} returned logits of the shapes {shapes} on the check prompt")
-    return np.concatenate(rows).astype(np.float32)
-
-
-def feed(session: Session, state: State, tokens: Sequence[int]) -> list[Array]:
-    """Append tokens to a state, in steps within the session's limits. Returns the logits of each step."""
-    limits, left, rows = session.limits, list(tokens), []
-    while left:
-        fitted = fit(len(left), limits.max_tokens, limits.context - state.length, limits.token_classes)
-        if fitted is None:
-            raise ValueError(f"no step of its limits takes {len(left)} tokens after {state.length}")
-        take, width = fitted
-        part = left[:take] + left[take - 1 : take] * (width - take)
-        results = session.step([Work(state, part, "all")])
-        if len(results) != 1 or results[0] is None:
-            raise ValueError(f"step() returned {len(results)} results for one sequence, or none")
-        rows.append(np.array(results[0])[:take])
-        if width > take:
-            state.truncate(state.length - (width - take))
-        left = left[take:]
-    return rows
+    return guarded(
+        backend,
+        "running the check prompt",
+        lambda: _contract_kept(backend, lambda: whole_prompt(session, ids, backend)),
+    )
 
 
 def verdict(
-    session: Session, wanted: Mapping[str, Array], source: CachedSource, *, backend: str, exact: bool
+    session: Session, wanted: Mapping[str, Array], source: CachedSource, *, backend: str, allowed: Allowed
 ) -> dict[str, Any]:
     """Compare a session with the reference outputs. Returns the verdict to remember, in JSON types.
 
     Args:
         wanted: `ids` and `logits` of a decoder; of another graph its outputs, empty where the reference cannot run it.
-        exact: whether no claim of the backend is approximate.
+        allowed: the limits, `compiled.allowed`.
 
     Raises:
         SelfCheckFailed: they disagree; contains the numbers.
         EngineError: the session failed.
     """
     if source.decoder is not None:
-        got = session_logits(session, wanted["ids"].tolist(), backend)
+        got = decoder_logits(session, wanted["logits"], wanted["ids"].tolist(), allowed=allowed, backend=backend)
         expected = wanted["logits"][: len(got)]
         agreement, *others = guarded(backend, "checking logits", lambda: agreements(expected, got))
         for other in others:
-            judge(other, exact=exact, backend=backend)
+            judge(other, allowed=allowed, backend=backend)
     elif any(a.dtype.kind == "f" and np.isfinite(a).any() for a in wanted.values()):
         inputs = plain_inputs(source.inputs)
         agreement = guarded(
@@ -121,5 +156,5 @@ def verdict(
         }
     else:
         return {"checked": False, "reason": "not possible: the reference cannot run this graph on made-up inputs"}
-    judge(agreement, exact=exact, backend=backend)
+    judge(agreement, allowed=allowed, backend=backend)
     return {"checked": True, **agreement.to_dict(), "text": str(agreement)}

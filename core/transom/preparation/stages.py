@@ -24,7 +24,7 @@ from transom.plugins import LoadedBackend, Plugins, load_plugins
 from transom.preparation import cached_source, memory, reference_outputs, selfcheck
 from transom.preparation.cached_source import CachedSource
 from transom.preparation.calibration_texts import Pieces, pieces
-from transom.preparation.compiled import CompiledModel, is_exact
+from transom.preparation.compiled import CompiledModel, allowed
 from transom.preparation.heads import with_shipped_heads
 from transom.preparation.jobs import Job
 from transom.preparation.lowering import Lowered, lower
@@ -193,6 +193,7 @@ class Preparation:
                 options={k: v for k, v in self.job.options.items() if v is not None},
                 ingredients={
                     "exact": lowered.exact,
+                    "divergence": lowered.divergence,
                     "decomposed": [*graph.notes[len(dense.notes) :], *lowered.notes()],
                     "sparsity": self.job.sparsity,
                 },
@@ -284,8 +285,8 @@ class Preparation:
                     if self.source().decoder is not None:
                         selfcheck.session_logits(session, self.prompt(), self.job.backend)
                     return {"checked": False, "reason": "switched off", "ran_only": True}
-                exact = is_exact(stored)
-                return selfcheck.verdict(session, wanted, self.source(), backend=self.job.backend, exact=exact)
+                source, limits = self.source(), allowed(stored)
+                return selfcheck.verdict(session, wanted, source, backend=self.job.backend, allowed=limits)
             finally:
                 session.close()
 
