@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from transom.authoring.refusing import NoAttention, refusals
+from transom.authoring.refusing import NoAttention, claim, refusals
 from transom.contract import Claim
 from transom.graph.reading import linear_weight, matrices, vocabulary_products
 from transom.programs.reading import GraphReader
@@ -16,8 +16,11 @@ from transom_cuda_triton.sharding import CannotShare, shard
 from transom_cuda_triton.tiles import parts
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
+
     from transom.contract import Device, Options
     from transom.graph import Graph
+    from transom.signature import LayerCache
 
 
 def precision_of(graph: Graph, device: Device, options: Options) -> TritonPrecision:
@@ -34,26 +37,30 @@ def claims(graph: Graph, device: Device, options: Options) -> Iterator[Claim]:
     """
     precision = precision_of(graph, device, options)
     kernels = TritonKernels(precision)
-    refused = refusals(graph, lambda: _read(graph, kernels, len(device.members)))
+    refused = refusals(graph, kernels, lambda: _read(graph, kernels, len(device.members)), _untiled)
     heads = vocabulary_products(graph) if graph.decoder is not None else ()
     for node in graph.nodes():
-        if str(node.name) in refused:
-            yield Claim(str(node.name), False, refused[str(node.name)])
+        if (answer := claim(node, refused)) is not None:
+            yield answer
             continue
         weight = linear_weight(node)
         quantized = weight is not None and kernels.by(weight, head=str(node.name) in heads)
         yield Claim(str(node.name), True, exact=not quantized)
 
 
+def _untiled(node: ir.Node, layer: LayerCache) -> str:
+    """Why no tile fits the heads of a layer; empty if one does."""
+    try:
+        parts(layer.head_dim)
+        parts(layer.value_dim)
+    except ValueError as e:
+        return str(e).rstrip(".")
+    return ""
+
+
 def _read(graph: Graph, kernels: TritonKernels, ranks: int) -> None:
     """Raises UnsupportedNode or NoAttention if the kernels cannot run the decoder, or not on `ranks` cards."""
     reader = GraphReader(graph, kernels)
-    try:
-        for layer in reader.decoder.layers:
-            parts(layer.head_dim)
-            parts(layer.value_dim)
-    except ValueError as e:  # no tile fits heads of that size
-        raise NoAttention(str(e).rstrip(".")) from e
     if not ranks:
         return
     try:

@@ -21,7 +21,7 @@ class TensorRt:
     `context`, which is built into an engine, and `calibration`, for float8 activations."""
 
     name = "tensorrt"
-    api = (1, 4)
+    api = (1, 7)
 
     def probe(self, devices: Sequence[Device]) -> Sequence[Offer | Refusal]:
         return [probing.answer(device) for device in devices]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from transom.authoring.refusing import refusals
+from transom.authoring.refusing import claim, refusals
 from transom.contract import Claim
 from transom.graph.reading import linear_weight, matrices
 from transom.graph.sparse import is_attention
@@ -17,8 +17,11 @@ from transom_tensorrt.lowering import RtxKernels
 from transom_tensorrt.precision import RtxPrecision, resolve
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
+
     from transom.contract import Device, Options
     from transom.graph import Graph
+    from transom.signature import LayerCache
 
 
 def precision_of(graph: Graph, device: Device, options: Options) -> RtxPrecision:
@@ -33,23 +36,28 @@ def claims(graph: Graph, device: Device, options: Options) -> Iterator[Claim]:
         OptionError: this device or checkpoint does not support the value of an option.
     """
     precision = precision_of(graph, device, options)
-    refused = refusals(graph, lambda: GraphReader(graph, RtxKernels()))
+    kernels = RtxKernels()
+    refused = refusals(graph, kernels, lambda: GraphReader(graph, kernels), _unaligned)
     for node in graph.nodes():
-        if str(node.name) in refused:
-            yield Claim(str(node.name), False, refused[str(node.name)])
+        if (answer := claim(node, refused)) is not None:
+            yield answer
             continue
         if is_attention(node):
-            assert graph.decoder is not None  # otherwise it was refused
-            policy = Sparsity.parse(node.attributes.get_string("sparsity", "dense"))
-            layer = graph.decoder.layers[node.attributes.get_int("layer", 0)]
-            if reason := sparse.unaligned(policy, layer.head_dim):
-                yield Claim(str(node.name), False, reason)
-            else:
-                yield Claim(str(node.name), True, exact=policy.dense and not precision.attention)
+            yield Claim(str(node.name), True, exact=_policy(node).dense and not precision.attention)
             continue
         weight = linear_weight(node)
         if isinstance(weight, Blocked):
             inexact = precision.number != "float32" and not forms.kept(weight)
         else:
             inexact = weight is not None and bool(precision.quantized)
-        yield Claim(str(node.name), True, exact=not inexact)
+        # Plain matrices rounded to int4 lose the most: 0.32 nats on SmolLM2-135M.
+        rounded = inexact and precision.quantized == "int4" and not isinstance(weight, Blocked)
+        yield Claim(str(node.name), True, exact=not inexact, divergence=0.5 if rounded else None)
+
+
+def _policy(node: ir.Node) -> Sparsity:
+    return Sparsity.parse(node.attributes.get_string("sparsity", "dense"))
+
+
+def _unaligned(node: ir.Node, layer: LayerCache) -> str:
+    return sparse.unaligned(_policy(node), layer.head_dim)

@@ -22,7 +22,8 @@ class NodeAnswer:
     operator: str
     """For example `"MatMul"` or `"transom::CachedAttention"`."""
     outcome: str
-    """`"runs"`, `"decomposed"` (its body in simpler operators runs), or `"refused"`."""
+    """`"runs"`, `"decomposed"` (its body in simpler operators runs), `"refused"`, or `"unused"`: it could run, but the
+    backend runs it only together with nodes that are refused."""
     reason: str = ""
     exact: bool = True
 
@@ -49,7 +50,7 @@ class BackendAnswer:
 
     def counts(self) -> list[tuple[int, str, str, str]]:
         """(nodes, operator, outcome, reason), refused first, then by count."""
-        order = {"refused": 0, "decomposed": 1, "runs": 2}
+        order = {"refused": 0, "decomposed": 1, "runs": 2, "unused": 3}
         counted = Counter((n.operator, n.outcome, n.reason) for n in self.nodes)
         rows = [(count, *key) for key, count in counted.items()]
         return sorted(rows, key=lambda r: (order[r[2]], -r[0], r[1]))
@@ -147,6 +148,8 @@ def _ask(graph: Graph, backend: Backend, device: Device) -> tuple[NodeAnswer, ..
     for node in graph.nodes():
         claim = final.get(str(node.name)) or first[str(node.name)]  # the last claim, if the node is still in the graph
         outcome, reason = "runs", claim.reason
+        if claim.ok and claim.reason and last.refused:
+            outcome = "unused"
         if not claim.ok:
             outcome = "decomposed" if claim.node in last.decomposed and claim.node not in inside else "refused"
         if claim.node in inside:

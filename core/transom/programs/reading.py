@@ -121,12 +121,15 @@ class GraphReader:
 
     Args:
         graph: must be a decoder.
+        refused: None, or a dictionary that gets the reason for each node that the engine cannot run by itself, by the
+            node's name. Reading then goes on after such a node as if it had run; if there is any, the operators are not
+            complete. `unsupported_nodes` is the function for this.
 
     Raises:
-        UnsupportedNode: the engine has no operator for a node; the first such node is reported.
+        UnsupportedNode: the engine has no operator for a node; the first such node is reported. Not with `refused`.
     """
 
-    def __init__(self, graph: Graph, kernels: Kernels) -> None:
+    def __init__(self, graph: Graph, kernels: Kernels, refused: dict[str, str] | None = None) -> None:
         assert graph.decoder is not None
         self.graph, self.decoder, self.kernels = graph, graph.decoder, kernels
         self._heads = vocabulary_products(graph)
@@ -144,15 +147,75 @@ class GraphReader:
         self._skipped: set[int] = set()
         inputs = {v.name: v for v in graph.model.graph.inputs}
         self._ids, self._rows, self._positions = (id(inputs[name]) for name in ("input_ids", "logit_rows", "positions"))
+        self._unknown: set[int] = set()
+        """Values that a refused node would have made, of unknown width."""
         for node in graph.nodes():
-            self._read(node)
+            if refused is None:
+                self._read(node)
+            else:
+                self._judge(node, refused)
+        if refused:
+            return
         (logits,) = (v for v in graph.model.graph.outputs if v.name == "logits")
+        last = logits.producer() or next(iter(graph.nodes()))
         if id(logits) not in self._values:
-            raise UnsupportedNode(next(iter(graph.nodes())), "the logits are computed in an unsupported way")
+            raise UnsupportedNode(last, "the logits are computed in an unsupported way")
         self.logits = self._values[id(logits)]
         if not any(op.kind == "rows" for op in self.ops):
-            raise UnsupportedNode(next(iter(graph.nodes())), "the graph never selects the rows that need logits")
+            raise UnsupportedNode(last, "the graph never selects the rows that need logits")
         self.sparsity = self._policy()
+
+    def _judge(self, node: ir.Node, refused: dict[str, str]) -> None:
+        """Read a node; if that fails, note the node's own reason and make up its outputs."""
+        if id(node) in self._skipped:
+            return
+        if any(v is not None and id(v) in self._unknown for v in node.inputs):
+            if reason := self._own_reason(node):
+                refused[str(node.name)] = reason
+            self._make_up(node)
+            return
+        try:
+            self._read(node)
+        except UnsupportedNode as e:
+            refused.setdefault(str(e.node.name), e.reason)
+            self._make_up(node)
+
+    def _own_reason(self, node: ir.Node) -> str:
+        """Why the engine cannot run a node whatever its inputs are; empty if there is no such reason."""
+        if is_attention(node):
+            return self._unable_to_attend(node)
+        if node.domain not in ("", "ai.onnx") or node.op_type not in (*_READERS, *_INSIDE):
+            return _no_kernel(node)
+        if node.op_type == "RMSNormalization":
+            return self._unable_to_norm(node)
+        weight = linear_weight(node) if node.op_type == "MatMul" else None
+        reason = "" if weight is None else self.kernels.matrix(weight)
+        return f"no kernel for {reason}" if reason else ""
+
+    def _make_up(self, node: ir.Node) -> None:
+        """Note the first output of a node that was not read as rows of their width, and other outputs as unknown."""
+        self._unknown |= {id(value) for value in node.outputs}
+        width, batches = self._width_of(node), node.op_type in ("Unsqueeze", "RotaryEmbedding")
+        if width:
+            self._unknown.discard(id(node.outputs[0]))
+            (self._batches if batches else self._values)[id(node.outputs[0])] = Value(width)
+
+    def _width_of(self, node: ir.Node) -> int:
+        """The width of a node's output; 0 where it is not known."""
+        if is_attention(node):
+            cache = self.decoder.layers[int(attributes_of(node)["layer"])]
+            return cache.q_heads * cache.value_dim
+        if node.op_type == "MatMul":
+            weight = linear_weight(node)
+            return 0 if weight is None else weight.shape[0]
+        if node.op_type == "Gather":
+            table = weight_of(node.inputs[0])
+            if table is not None and len(table.shape) == 2:
+                return table.shape[1]
+        elif node.op_type not in _SAME_WIDTH:
+            return 0
+        known = (self._values.get(id(v)) or self._batches.get(id(v)) for v in node.inputs)
+        return next((value.width for value in known if value is not None), 0)
 
     def _policy(self) -> Sparsity:
         """The sparsity policy of all layers."""
@@ -226,7 +289,7 @@ class GraphReader:
             return
         reader = None if node.domain not in ("", "ai.onnx") else _READERS.get(node.op_type)
         if reader is None:
-            raise UnsupportedNode(node, f"no kernel for {node.domain + '::' if node.domain else ''}{node.op_type}")
+            raise UnsupportedNode(node, _no_kernel(node))
         reader(self, node)
 
     def _gather(self, node: ir.Node) -> None:
@@ -246,15 +309,22 @@ class GraphReader:
         if reason := self.kernels.matrix(weight):
             raise UnsupportedNode(node, f"no kernel for {reason}")
 
-    def _norm(self, node: ir.Node) -> None:
-        x, attributes = self._value(node, 0), attributes_of(node)
+    def _unable_to_norm(self, node: ir.Node) -> str:
+        """Why there is no kernel for a normalization, whatever its input is; empty if there is one."""
         gain = self._vector(node.inputs[1])
-        if gain is None or gain.ndim != 1 or int(attributes.get("axis", -1)) != -1 or x.width % gain.size:
-            raise UnsupportedNode(node, "a normalization whose scale is not a constant vector over the last axis")
+        if gain is None or gain.ndim != 1 or int(attributes_of(node).get("axis", -1)) != -1:
+            return "a normalization whose scale is not a constant vector over the last axis"
         if gain.size % self.kernels.tile:
-            reason = f"a normalization over {gain.size} numbers, not a multiple of {self.kernels.tile}"
+            return f"a normalization over {gain.size} numbers, not a multiple of {self.kernels.tile}"
+        return ""
+
+    def _norm(self, node: ir.Node) -> None:
+        x, gain = self._value(node, 0), self._vector(node.inputs[1])
+        if reason := self._unable_to_norm(node):
             raise UnsupportedNode(node, reason)
-        epsilon = float(attributes.get("epsilon", 1e-5))
+        if gain is None or x.width % gain.size:
+            raise UnsupportedNode(node, "a normalization whose scale is not a constant vector over the last axis")
+        epsilon = float(attributes_of(node).get("epsilon", 1e-5))
         op = Op("norm", Value(x.width), [x], vector=gain, groups=x.width // gain.size, scale=epsilon)
         self._emit(node, op)
 
@@ -439,23 +509,31 @@ class GraphReader:
         self.ops.append(op)
         self._batches[id(node.outputs[0])] = op.dst
 
-    def _attention(self, node: ir.Node) -> None:
+    def _unable_to_attend(self, node: ir.Node) -> str:
+        """Why the kernels cannot compute this attention, whatever its inputs are; empty if they can."""
         attributes = attributes_of(node)
-        layer = int(attributes["layer"])
         if reason := unpageable_reason(self.graph, node):
-            raise UnsupportedNode(node, reason)
+            return reason
         if len(node.inputs) > 9 and node.inputs[9] is not None:
-            raise UnsupportedNode(node, "the attention kernels take no additive bias")
+            return "the attention kernels take no additive bias"
         if not int(attributes["is_causal"]):
-            raise UnsupportedNode(node, "the attention kernels are causal")
-        cache = self.decoder.layers[layer]
+            return "the attention kernels are causal"
+        cache = self.decoder.layers[int(attributes["layer"])]
         for dim in (cache.head_dim, cache.value_dim):
             tile, most = self.kernels.tile, self.kernels.largest_head
             if dim % tile or not 0 < dim <= most:
-                raise UnsupportedNode(node, f"heads of {dim} columns; kernels need a multiple of {tile} up to {most}")
+                return f"heads of {dim} columns; kernels need a multiple of {tile} up to {most}"
         if cache.q_heads > self.kernels.largest_group * cache.kv_heads:
             group, largest = cache.q_heads // cache.kv_heads, self.kernels.largest_group
-            raise UnsupportedNode(node, f"{group} query heads per KV head; kernels support up to {largest}")
+            return f"{group} query heads per KV head; kernels support up to {largest}"
+        return ""
+
+    def _attention(self, node: ir.Node) -> None:
+        if reason := self._unable_to_attend(node):
+            raise UnsupportedNode(node, reason)
+        attributes = attributes_of(node)
+        layer = int(attributes["layer"])
+        cache = self.decoder.layers[layer]
         sinks = self._vector(node.inputs[10]) if len(node.inputs) > 10 else None
         scale = float(attributes["scale"]) or cache.head_dim**-0.5
         self.layers[layer] = (scale, float(attributes["softcap"]), sinks)
@@ -480,3 +558,26 @@ _READERS: dict[str, Callable[[GraphReader, ir.Node], None]] = {
     "RotaryEmbedding": GraphReader._rotate,
     "QuantizeLinear": GraphReader._round,
 }
+_SAME_WIDTH = ("RMSNormalization", "Add", "Mul", "Div", "Reshape", "Unsqueeze", "Squeeze", "RotaryEmbedding")
+"""Operators whose outputs are as wide as their inputs, and that may be read as rows without being read themselves."""
+_INSIDE = ("Cos", "Sin", "Tanh", "DequantizeLinear")
+"""Operators that are read together with the node before them."""
+
+
+def _no_kernel(node: ir.Node) -> str:
+    return f"no kernel for {node.domain + '::' if node.domain else ''}{node.op_type}"
+
+
+def unsupported_nodes(graph: Graph, kernels: Kernels) -> dict[str, str]:
+    """Every node that the engine cannot run, by name, with its own reason; empty if the engine runs the graph.
+
+    A node whose only fault is that it reads the output of such a node is not among them.
+    """
+    refused: dict[str, str] = {}
+    try:
+        GraphReader(graph, kernels, refused)
+    except UnsupportedNode as e:  # the graph as a whole; of attention its policy
+        attention = [n for n in graph.nodes() if is_attention(n)] if is_attention(e.node) else []
+        sparse = [n for n in attention if n.attributes.get_string("sparsity", "dense") != "dense"]
+        refused |= {str(node.name): e.reason for node in sparse or [e.node]}
+    return refused

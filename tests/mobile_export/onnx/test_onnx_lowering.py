@@ -148,8 +148,7 @@ def test_memory_has_room_for_a_chunk_of_a_prompt(rng: np.random.Generator, tmp_p
 def test_a_decoder_without_a_lowering_is_refused(form: str, rng: np.random.Generator) -> None:
     graph = tiny_decoder(rng, **VARIANTS[form])
     claims = BACKEND.claim(graph, CPU, options())
-    (refused,) = (claim for claim in claims if not claim.ok)
-    assert refused.reason == REFUSED[form]
+    assert REFUSED[form] in {claim.reason for claim in claims if not claim.ok}
     assert len(claims) == len(list(graph.nodes()))
 
 
@@ -161,9 +160,9 @@ def test_head_sizes_that_attention_does_not_support_are_refused(rng: np.random.G
 
 def test_a_sparse_policy_is_refused(rng: np.random.Generator) -> None:
     graph = with_sparsity(tiny_decoder(rng), Sparsity(top_k=2))
-    (refused,) = (claim for claim in BACKEND.claim(graph, CPU, options()) if not claim.ok)
-    node = next(n for n in graph.nodes() if is_attention(n))
-    assert (refused.node, "reads all of its cache" in refused.reason) == (node.name, True)
+    refused = [claim for claim in BACKEND.claim(graph, CPU, options()) if not claim.ok]
+    assert [claim.node for claim in refused] == [n.name for n in graph.nodes() if is_attention(n)]
+    assert all("reads all of its cache" in claim.reason for claim in refused)
 
 
 def test_claims_are_inexact_where_something_is_quantized(rng: np.random.Generator) -> None:

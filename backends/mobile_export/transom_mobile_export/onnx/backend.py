@@ -23,7 +23,7 @@ class OnnxDecoder:
     the CPU. Options: `precision` (see `transom_mobile_export.onnx.precision`), `context` and `threads`."""
 
     name = "onnx"
-    api = (1, 6)
+    api = (1, 7)
 
     def probe(self, devices: Sequence[Device]) -> Sequence[Offer | Refusal]:
         return [probing.answer(device) for device in devices]

@@ -23,7 +23,7 @@ from transom.graph.weights import Array, Blocked, Weight, dequantize, preloaded
 from transom.programs import fusing
 from transom.programs.onnx_rows import RowOperators
 from transom.programs.onnx_writing import FLOAT, INT32, INT64
-from transom.programs.reading import GraphReader, Op, UnsupportedNode, Value
+from transom.programs.reading import GraphReader, Op, Value
 from transom.quantize.passes import weight_error
 from transom_mobile_export.onnx.packing import PackedBlocks, pack
 from transom_mobile_export.onnx.precision import OnnxPrecision
@@ -31,6 +31,7 @@ from transom_mobile_export.onnx.quantizing import QuantizedWeight, form_of, name
 from transom_mobile_export.onnx.writing import RuntimeWriter
 
 if TYPE_CHECKING:
+    from transom.signature import LayerCache
     from transom.sparsity import Sparsity
 
 NUMBERS = {"float32": FLOAT, "float16": ir.DataType.FLOAT16}
@@ -66,17 +67,13 @@ class GenAiKernels:
         return "" if policy.dense else "ONNX Runtime's attention reads all of its cache: leave the policy out"
 
 
-def require_heads(reader: GraphReader) -> None:
-    """Raises UnsupportedNode for attention whose heads ONNX Runtime's operators do not support."""
-    for op in reader.ops:
-        if op.kind == "attend":
-            cache = reader.decoder.layers[op.index]
-            if cache.value_dim != cache.head_dim:
-                wrong = f"heads of {cache.head_dim} columns for keys and {cache.value_dim} for values"
-                raise UnsupportedNode(reader.node(op), wrong)
-            if cache.head_dim % HEAD_TILE:
-                reason = f"heads of {cache.head_dim} columns, not a multiple of {HEAD_TILE}"
-                raise UnsupportedNode(reader.node(op), reason)
+def wrong_heads(layer: LayerCache) -> str:
+    """Why ONNX Runtime's operators do not support the heads of a layer; empty if they do."""
+    if layer.value_dim != layer.head_dim:
+        return f"heads of {layer.head_dim} columns for keys and {layer.value_dim} for values"
+    if layer.head_dim % HEAD_TILE:
+        return f"heads of {layer.head_dim} columns, not a multiple of {HEAD_TILE}"
+    return ""
 
 
 @dataclass

@@ -30,7 +30,7 @@ class Qnn:
     """
 
     name = "qnn"
-    api = (1, 6)
+    api = (1, 7)
 
     def __init__(self, chunk: int = CHUNK, largest: int = LARGEST) -> None:
         self.chunk, self.largest = chunk, largest
