@@ -16,6 +16,7 @@ from transom.cli import heat_map, output
 from transom.cli.app import transom
 from transom.cli.diagnosis import Diagnosis, Trial
 from transom.contract import Refusal
+from transom.errors import name_options
 
 LONG = "ab cde a-word-of-thirty-letters-is-long " * 4
 WIDTHS = (20, 40, 41, 60, 79, 80, 120)
@@ -28,7 +29,10 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Any:
     def run(width: int, *arguments: str) -> list[str]:
         monkeypatch.setattr(output, "is_terminal", lambda stream: True)
         monkeypatch.setattr(shutil, "get_terminal_size", lambda *a: os.terminal_size((width, 24)))
-        return lines(CliRunner().invoke(transom, arguments, catch_exceptions=False).stdout)
+        try:
+            return lines(CliRunner().invoke(transom, arguments, catch_exceptions=False).stdout)
+        finally:
+            name_options(None)  # else errors of this process go on to name flags
 
     return run
 

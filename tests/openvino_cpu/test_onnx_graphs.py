@@ -127,8 +127,13 @@ def sequences(w: Writer) -> Any:
     return w.model([value("x", shape=[2])], [value("y")])
 
 
+def doubles(w: Writer) -> Any:
+    w.op("Add", "x", "x", outputs=["y"])
+    return w.model([value("x", TensorProto.DOUBLE, [3])], [value("y", TensorProto.DOUBLE, [3])])
+
+
 REFUSED = {
-    gru_by_batch: "GRU", pool_behind_the_input: "MaxPool", filtered_resize: "Resize", text: "Equal",
+    doubles: "Add", gru_by_batch: "GRU", pool_behind_the_input: "MaxPool", filtered_resize: "Resize", text: "Equal",
     sequences: "SequenceAt",
 }  # fmt: skip
 

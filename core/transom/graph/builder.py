@@ -388,8 +388,13 @@ _ONNX_NAME: Mapping[str, str] = {
     "float32": "FLOAT",
     "float16": "FLOAT16",
     "bfloat16": "BFLOAT16",
+    "float64": "DOUBLE",
     "int64": "INT64",
     "int32": "INT32",
+    "int16": "INT16",
+    "uint64": "UINT64",
+    "uint32": "UINT32",
+    "uint16": "UINT16",
     "bool": "BOOL",
     "int4": "INT4",
     "uint4": "UINT4",
@@ -401,8 +406,9 @@ _NUMPY_NAME = {v: k for k, v in _ONNX_NAME.items()}
 
 
 def spec_of(value: ir.Value) -> TensorSpec:
-    """Type and shape of a value in the form that shape rules take; float32 of unknown shape if unset."""
-    dtype = _NUMPY_NAME.get(value.dtype.name, "float32") if value.dtype is not None else "float32"
+    """Type and shape of a value in the form that shape rules take; float32 of unknown shape if unset. A type without a
+    NumPy name has its ONNX name in lower case."""
+    dtype = "float32" if value.dtype is None else _NUMPY_NAME.get(value.dtype.name, value.dtype.name.lower())
     if value.shape is None:
         return TensorSpec(dtype, None)
     dims = [d if isinstance(d, int) else d.value for d in value.shape]

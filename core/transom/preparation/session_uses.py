@@ -1,9 +1,9 @@
 """What generation asks of a session besides the logits of every token of a prompt, checked in the steps of one prompt.
 
 Generation asks for the last row of a chunk and for the best tokens of a row. It forks states, cuts them, frees them and
-has others take their place, restores saved ones, and runs several in one step. `checked_rows` does all of it in as many
-steps as a plain prompt with `DECODES` decoded tokens takes, if the session runs three sequences in a step. Only when
-something differs is each use tried alone, to name the one that is wrong.
+has others take their place, restores saved ones, and runs several in one step, or one token alone. `checked_rows` does
+all of it in one step more than a plain prompt with `DECODES` decoded tokens takes, if the session runs three sequences
+in a step. Only when something differs is each use tried alone, to name the one that is wrong.
 """
 
 from __future__ import annotations
@@ -215,7 +215,7 @@ def checked_rows(session: Session, ids: Sequence[int], backend: str) -> tuple[Ar
 
 
 def _all_uses(session: Session, ids: Sequence[int], backend: str) -> tuple[Array, list[Use]]:
-    """Four steps. Some of them write tokens that are wrong on purpose, which nothing may read later."""
+    """Five steps. Some of them write tokens that are wrong on purpose, which nothing may read later."""
     end = len(ids) - DECODES
     back, uses = end - BACK, list[Use]()
     with _states() as held:
@@ -249,12 +249,12 @@ def _all_uses(session: Session, ids: Sequence[int], backend: str) -> tuple[Array
         tasks = [
             SessionTask(short, ids[:SHORT], "last", min(BEST, np.shape(rows[0])[-1])),
             SessionTask(second, ids[end : end + 2], "last"),
-            SessionTask(third, [ids[end + 2]]),
         ]
         if restored is not None:
             tasks.append(SessionTask(held(restored), [ids[end + 2]], "last"))
-        best, again, row, *more = advance(session, tasks)
-        rows.append(row)
+        best, again, *more = advance(session, tasks)
+        # Most steps of generation have one token of one sequence, for which engines have code of their own.
+        rows += advance(session, [SessionTask(third, [ids[end + 2]])])
         uses += [Use(SHORT - 1, best), Use(end + 1, again), *(Use(end + 2, row) for row in more)]
     return _joined(rows, backend), uses
 
