@@ -32,9 +32,9 @@ public:
     // The list `added_tokens`. Throws Error for an unsupported option.
     AddedTokens(const nlohmann::json& data, const Normalizer& normalizer);
 
-    // Split a text at tokens that are matched before it is normalised, or at those that are matched afterwards.
+    // Split a text at tokens that are matched before it is normalized, or at those that are matched afterwards.
     // `parse_special`: false leaves special tokens as plain text.
-    std::vector<Piece> cut(std::string_view text, bool normalised, bool parse_special) const;
+    std::vector<Piece> cut(std::string_view text, bool normalized, bool parse_special) const;
     const std::map<int64_t, AddedToken>& by_id() const { return tokens_; }
 
 private:
@@ -46,7 +46,7 @@ private:
     using Index = std::unordered_map<char, std::vector<Entry>>;
 
     std::map<int64_t, AddedToken> tokens_;
-    Index raw_, normalised_;
+    Index raw_, normalized_;
 };
 
 }  // namespace transom

@@ -13,7 +13,7 @@ namespace transom {
 class Spelling {
 public:
     // ByteLevel, or a sequence of Replace, ByteFallback, Fuse, Strip and Metaspace. Throws Error if the text of a
-    // token depends on its neighbours in another way.
+    // token depends on its neighbors in another way.
     explicit Spelling(const nlohmann::json& data);
 
     // The bytes of a token of the vocabulary.
