@@ -131,7 +131,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 def message_lines(error: BaseException) -> list[str]:
-    """The lines of an error's message that are not blank, stripped; the name of its type if there are none."""
+    """The stripped, non-blank lines of an error's message; if there are none, the name of its class."""
     return [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
 
 

@@ -1,8 +1,8 @@
 """Tries what is new of a plugin in a child process first, because native code in it may end the process.
 
-That one ended well is remembered, by the files of the plugin, in the artifact cache: a known plugin costs a look into a
-small file, and no process. Plugins of Transom's own distribution are not tried. What kills the child process is not
-remembered, so that a plugin works again as soon as its cause is mended.
+The artifact cache remembers a successful trial by the plugin's files, so that a known plugin costs a look-up and no
+process. Transom's own plugins are not tried. A failed trial is not remembered: the plugin is tried again at the next
+start, and works once it has been fixed.
 """
 
 from __future__ import annotations

@@ -80,7 +80,7 @@ DAMAGED = 40
 
 
 def damage(rng: np.random.Generator, program: NativeProgram) -> NativeProgram:
-    """One number of it is another one, or its operators are others or in another order."""
+    """Change one number of the program, or move, repeat or remove one of its operators."""
     what = str(rng.choice(["ops", "ops", "ops", "order", "matrices", "ropes", "layers", "buffers", "output"]))
     if what == "output":
         return replace(program, output=int(rng.integers(-2, len(program.buffers) + 2)))

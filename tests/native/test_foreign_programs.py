@@ -137,7 +137,8 @@ def test_an_artifact_whose_program_computes_another_model_is_damaged(
 def test_an_artifact_that_was_not_altered_loads(tmp_path: Path, rng: np.random.Generator) -> None:
     artifact = _artifact(rng, tmp_path, lambda program: program)
     session = OpenVinoCpu().load(artifact, DEVICE, {"precision": "exact"}, tmp_path)
-    session.step([Work(session.new_state(), [1, 2, 3], "last")])
+    (logits,) = session.step([Work(session.new_state(), [1, 2, 3], "last")])
+    assert np.shape(logits) == (VOCABULARY,)
     session.close()
 
 

@@ -158,7 +158,7 @@ def flags_of(command: click.Command | None) -> dict[str, str]:
 
 
 def _fail(error: TransomError, status: int, as_json: bool, kind: str = "") -> int:
-    """Print an error; `kind`: the type of the exception, if it is another one."""
+    """Print an error and return the exit status. `kind` replaces the error's class name in the JSON output."""
     from transom.cli.output import print_error
 
     print_error(error)
