@@ -42,7 +42,8 @@ def write(path: Path, saved: SavedPrompt, identity: str) -> None:
     Raises:
         OSError: the file cannot be written.
     """
-    about = json.dumps({"transom_prompt_cache": FORMAT, "identity": identity, "sparsity": saved.sparsity})
+    facts = {"transom_prompt_cache": FORMAT, "identity": identity, "sparsity": saved.sparsity}
+    about = json.dumps(facts | {"arrays": sorted(saved.arrays)})
     arrays = {_STATE + name: array for name, array in saved.arrays.items()}
     header = {"about": np.frombuffer(about.encode(), np.uint8), "tokens": np.array(saved.tokens, np.int64)}
     with replacing(path, private=True) as file:
@@ -61,6 +62,9 @@ def read(path: Path, identity: str) -> SavedPrompt:
         about = json.loads(found.pop("about").tobytes())
         tokens = [int(t) for t in found.pop("tokens")]
         known = about["transom_prompt_cache"], about["identity"], about["sparsity"]
+        arrays = {name.removeprefix(_STATE): array for name, array in found.items()}
+        if known[0] == FORMAT and sorted(arrays) != about["arrays"]:  # no checksum covers the number of entries
+            raise ValueError("arrays are missing")
     except OSError as error:
         raise OptionError(f"The prompt cache {path} cannot be read: {error.strerror or error}", again) from None
     except Exception as error:  # zipfile and numpy raise almost anything for a damaged file
@@ -71,7 +75,7 @@ def read(path: Path, identity: str) -> SavedPrompt:
         raise OptionError(
             f"The prompt cache {path} was made with another model, or with a different compilation of this one", again
         )
-    return SavedPrompt(tokens, str(known[2]), {name.removeprefix(_STATE): array for name, array in found.items()})
+    return SavedPrompt(tokens, str(known[2]), arrays)
 
 
 def _arrays(path: Path) -> dict[str, Array]:
