@@ -56,6 +56,10 @@ def temporary_files() -> Iterator[None]:
     to remove, and a test is not always one."""
     with tempfile.TemporaryDirectory(prefix="transom-tests-", ignore_cleanup_errors=True) as folder:
         saved, tempfile.tempdir = tempfile.tempdir, folder
+        # Tests start hundreds of processes. Where Python writes no bytecode (PYTHONDONTWRITEBYTECODE, or a read-only
+        # checkout), each of them would compile Transom again, which takes as long as all else that it does.
+        os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+        os.environ["PYTHONPYCACHEPREFIX"] = os.path.join(folder, "bytecode")
         yield
         tempfile.tempdir = saved
 

@@ -25,6 +25,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 import byte_llama
+import forked
 from made_up import CPU
 
 import transom
@@ -190,9 +191,18 @@ class Packages:
             text=True,
         )
 
-    def run(self, code: str, *arguments: str | Path) -> Any:
-        """The JSON that the code prints last."""
-        return self.finish(self.start(code, *arguments))
+    def run(self, code: str, *arguments: str | Path, fresh: bool = False) -> Any:
+        """The JSON that the code prints last. What a test says of imports needs a `fresh` interpreter."""
+        if fresh:
+            return self.finish(self.start(code, *arguments))
+        status, out, err = forked.run(
+            PREAMBLE + textwrap.dedent(code),
+            [str(self.model), *map(str, arguments)],
+            env=self.environment,
+            cwd=Path.cwd(),
+        )
+        assert status == 0, err.decode()
+        return json.loads(out.decode().strip().splitlines()[-1])
 
     def finish(self, process: subprocess.Popen[str]) -> Any:
         out, err = process.communicate(timeout=120)

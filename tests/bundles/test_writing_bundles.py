@@ -381,5 +381,6 @@ def test_a_bundle_opens_without_onnx_and_without_its_model(packages: Any, tmp_pa
             show(modules=sorted(sys.modules))
         """,
         tmp_path / "bundle",
+        fresh=True,
     )
     assert not {"onnx", "onnx_ir", "gguf", "transom.graph", "transom.models"} & set(warm["modules"])

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import byte_llama
+import forked
 import toy
 
 START = "import sys; sys.argv[0] = 'transom'; from transom.cli import main, output; output.LONG = 1e9; main()"
@@ -44,7 +45,18 @@ class CommandLine:
         start: str = START,
         timeout: float = 120,
     ) -> Done:
+        """Run it to its end: forked, or in a fresh interpreter if `start` or Python's own variables are given."""
         data = input.encode() if isinstance(input, str) else input
+        if start == START and not any(name.startswith("PYTHON") and name != "PYTHONPATH" for name in env or ()):
+            status, out, err = forked.run(
+                START,
+                list(map(str, arguments)),
+                env={**self.environment, **(env or {})},
+                cwd=self.folder,
+                input=data,
+                timeout=timeout,
+            )
+            return Done(status, out.decode(), err.decode())
         done = subprocess.run(
             [sys.executable, "-c", start, *map(str, arguments)],
             input=data,

@@ -117,6 +117,7 @@ def lead(row: Array) -> float:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.sweep(but=("llama", "gemma3"))  # interpreted
 def test_families_write_what_the_reference_writes(family: str, opened: Open, tmp_path: Path, rng: Any) -> None:
     """Prompts of different lengths, one beyond a page, together and then token by token."""
     folder = tiny(family, tmp_path / "model", rng, **FAMILIES[family]).folder
@@ -268,6 +269,7 @@ def test_decoding_without_columns_agrees_with_the_reference(opened: Open, rng: n
     assert_reads_and_writes_as_the_reference(opened, rng, NO_COLUMNS, [250, 140], 2)
 
 
+@pytest.mark.sweep  # interpreted; the kit has a smaller one: sparsity.policies
 def test_works_of_different_policies_go_in_one_step(opened: Open, rng: np.random.Generator) -> None:
     graph = tiny_decoder(rng, context=600)
     session, tokens = opened(graph), drawn(rng, 200)
@@ -284,6 +286,7 @@ def test_works_of_different_policies_go_in_one_step(opened: Open, rng: np.random
 
 
 @pytest.mark.parametrize("policy", [SPARSE, NO_COLUMNS], ids=["columns", "no columns"])
+@pytest.mark.sweep(but=("columns",))  # interpreted
 def test_decoding_goes_on_after_forks_and_cuts(policy: Sparsity, opened: Open, rng: np.random.Generator) -> None:
     """The same tokens again: with columns, after the same queries give them, and without, the same logits."""
     session, text = opened(tiny_decoder(rng, context=600)), policy.to_string()
@@ -392,6 +395,7 @@ def test_a_saved_state_goes_on_where_it_was(opened: Open, rng: np.random.Generat
 
 # recorded steps -------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("policy", [None, SPARSE], ids=["dense", "sparse"])
+@pytest.mark.sweep(but=("dense",))  # interpreted
 def test_recorded_steps_give_the_same(policy: Sparsity | None, opened: Open, rng: np.random.Generator) -> None:
     """Where a graph is recorded on a card, the same function runs again here: over the same arrays, padded alike."""
     graph = tiny_decoder(rng, context=400, window=90)

@@ -35,7 +35,10 @@ from transom_cuda_triton.kernels.linear import (
         "33-symmetric-64-8",
         "33-offsets-64-4",
         "33-offsets-64-8",
+        "33-offsets-128-4",
         "33-offsets-128-8",
+        "33-offsets-32-8",
+        "33-symmetric-128-8",
     )
 )
 def test_products_are_those_of_the_unpacked_weights(

@@ -53,7 +53,7 @@ def test_the_first_load_compiles_in_a_child_process_and_the_second_takes_it_from
 def test_a_warm_start_imports_neither_onnx_nor_the_checkpoint_s_reader(packages: Any) -> None:
     packages.use({"name": "a_sound", "band": "tuned"})
     packages.run("show(**outcome())")
-    warm = packages.run(LOAD)
+    warm = packages.run(LOAD, fresh=True)
     assert warm["hit"] is True
     assert not {*HEAVY, *READERS} & set(warm["modules"])
     assert not {"transom.bundles.manifest", "transom.bundles.opening"} & set(warm["modules"])
@@ -63,14 +63,14 @@ def test_a_warm_start_with_a_file_that_has_to_be_named_again_imports_no_onnx(pac
     packages.use({"name": "a_sound", "band": "tuned"})
     packages.run("show(**outcome())")
     (packages.cache / "remembered" / "fingerprints.json").unlink()
-    warm = packages.run(LOAD)
+    warm = packages.run(LOAD, fresh=True)
     assert warm["hit"] is True
     assert not set(HEAVY) & set(warm["modules"])
 
 
 def test_the_first_load_leaves_what_is_heavy_to_the_child_process(packages: Any) -> None:
     packages.use({"name": "a_sound", "band": "tuned"})
-    first = packages.run(LOAD)
+    first = packages.run(LOAD, fresh=True)
     assert first["hit"] is False
     assert len(packages.log) == 1
     assert not set(HEAVY) & set(first["modules"])

@@ -17,6 +17,7 @@ BEGIN, END = markers("rtx_build")
 SCRIPT = str(Path(rtx_build.__file__))
 
 
+@pytest.mark.sweep  # a whole benchmark
 def test_a_build_is_measured_and_becomes_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "tiny.json"
     command = [

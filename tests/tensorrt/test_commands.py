@@ -140,6 +140,7 @@ def test_a_damaged_engine_is_refused_before_it_is_opened(damage: str, bundle: Pa
 
 
 @pytest.mark.parametrize("precision", ["f16", "fp8", "int8"])
+@pytest.mark.sweep(but=("f16",))
 def test_it_writes_what_the_reference_writes(precision: str, model: Path, cache: Path) -> None:
     """In onnxruntime; rounded ones are held to the reference by the self-check, with its wider bound."""
     asked = ["--json", "--max-tokens", str(TOKENS), "--temperature", "0", "--context", "64", "--raw"]

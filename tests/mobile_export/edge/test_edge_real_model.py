@@ -28,6 +28,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
+@pytest.mark.sweep  # a real model
 def test_ids_are_transoms(call: Run, bundle: Path) -> None:
     """Of the bundle's tokenizer.json, which is written for other programs."""
     tokenizer = resolve(sample_model()).open(sample_model()).tokenizer
@@ -37,6 +38,7 @@ def test_ids_are_transoms(call: Run, bundle: Path) -> None:
     assert found == [tokenizer.encode(text) for text in texts]
 
 
+@pytest.mark.sweep  # a real model
 def test_the_runner_answers_what_transom_answers(edge: Run, bundle: Path) -> None:
     said = edge(bundle, "--judge", "--check", "--verify", "--rendered", "--prompt", PROMPT, "--max-tokens", "40")
     assert said.returncode == 0, said.stderr

@@ -125,6 +125,7 @@ def bundle(source: Any, tmp_path_factory: pytest.TempPathFactory) -> Made:
     return it
 
 
+@pytest.mark.sweep  # a real model
 def test_the_real_model_answers_alike(source: Any, bundle: Made) -> None:
     model = og.Model(str(bundle.folder))
     tokenizer = og.Tokenizer(model)
@@ -138,6 +139,7 @@ def test_the_real_model_answers_alike(source: Any, bundle: Made) -> None:
     assert tokenizer.decode(answer) == source.tokenizer.decode(answer)
 
 
+@pytest.mark.sweep  # a real model
 def test_the_real_model_is_near_the_reference(source: Any, bundle: Made) -> None:
     """Its 4-bit blocks with minimums and its 8-bit vocabulary are as stored; inputs of products are rounded."""
     ids = source.tokenizer.encode("The capital of France is Paris, and two plus two is four. Water boils at")
@@ -150,6 +152,7 @@ def test_the_real_model_is_near_the_reference(source: Any, bundle: Made) -> None
 
 
 @pytest.mark.parametrize("chat", [True, False])
+@pytest.mark.sweep  # a real model
 def test_the_lines_in_its_readme_run(chat: bool, source: Any, bundle: Made) -> None:
     texts = hf_files(source.tokenizer, source.chat_template if chat else None, source.generation)
     text = app_files(source.graph, bundle, source.generation, texts)["README.md"].decode()

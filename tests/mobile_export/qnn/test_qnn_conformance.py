@@ -26,7 +26,14 @@ from transom_mobile_export.qnn.backend import Qnn
         "logits.bfloat16",
         "logits.int4",
         "logits.uint4_minimums",
+        "logits.int8",
+        "logits.uint4_zero_points",
+        "logits.whole_context",
+        "operator.transom.CachedAttention",
+        "state.truncate",
+        "step.outputs_belong_to_caller",
         "walk.gqa",
+        "walk.window",
     )
 )
 class TestEmulated(BackendConformance):
