@@ -354,6 +354,7 @@ def test_a_kill_while_it_compiles_leaves_nothing_beside_the_place(packages: Any,
 
 
 @pytest.mark.parametrize(("does", "said"), [("load:abort", "SIGABRT"), ("step:ill", "SIGILL")])
+@pytest.mark.sweep(but=("step:ill-SIGILL",))
 def test_an_engine_that_dies_on_a_bundle_does_so_in_a_child_process(
     packages: Any, tmp_path: Path, does: str, said: str
 ) -> None:

@@ -118,6 +118,7 @@ def test_explain_says_why_a_device_that_is_elsewhere_is_refused(transom: Any, mo
     assert {a["device"] for a in answers.values()} == {"remote:snapdragon-8-gen-3"}
 
 
+@pytest.mark.sweep  # imports torch; tests/evaluation has the comparison itself
 def test_verify_agrees_with_transformers(bare: Any, checkpoint: Path) -> None:
     status, out, _ = bare("verify", checkpoint, "--backend", "reference", "--json", "--prompts", "2", "--seed", "7")
     found = json.loads(out)

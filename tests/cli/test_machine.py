@@ -124,12 +124,12 @@ def test_the_content_of_the_cache_is_verified_on_request(fresh: Any, model: Path
     assert fresh("cache", "verify", "--json").status == 0
 
 
-@pytest.mark.parametrize("days", ["-3", "-0.001", "nan", "-inf"])
-def test_an_age_that_is_none_removes_nothing(fresh: Any, model: Path, days: str) -> None:
+def test_an_age_that_is_none_removes_nothing(fresh: Any, model: Path) -> None:
     assert fresh("run", model, "x", "--backend", "toy", "--verify", "off").status == 0
-    status, out, err = fresh("cache", "prune", "--unused-days", days)
-    assert (status, out) == (2, "")
-    assert f"--unused-days {days}" in err
+    for days in ("-3", "-0.001", "nan", "-inf"):
+        status, out, err = fresh("cache", "prune", "--unused-days", days)
+        assert (status, out) == (2, ""), days
+        assert f"--unused-days {days}" in err
     assert len(json.loads(fresh("cache", "list", "--json").out)["entries"]) == 2
     assert "Removed 0 entries" in fresh("cache", "prune", "--unused-days", "1").out
 

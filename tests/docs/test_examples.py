@@ -79,6 +79,7 @@ def test_the_example_backend_loads_a_model_and_passes_the_self_check(
     run("use.py", packages=folder)
 
 
+@pytest.mark.sweep  # the whole kit
 def test_the_example_backend_passes_the_conformance_kit(plugin: tuple[Path, str], run: Callable[..., str]) -> None:
     folder, _ = plugin
     out = run("-m", "pytest", "-q", "-p", "no:cacheprovider", folder / "test_conformance.py", packages=folder)

@@ -28,6 +28,7 @@ show(named=named, auto=auto, again=again)
 
 
 @pytest.mark.parametrize(("does", "said"), DEATHS)
+@pytest.mark.sweep(but=("compile:exit-status 3", "step:ill-SIGILL"))
 def test_a_backend_that_kills_its_process_is_refused_with_the_reason_and_auto_moves_on(
     packages: Any, does: str, said: str
 ) -> None:
@@ -46,6 +47,7 @@ def test_a_backend_that_kills_its_process_is_refused_with_the_reason_and_auto_mo
 
 
 @pytest.mark.parametrize("does", ["compile:hang", "load:hang"])
+@pytest.mark.sweep(but=("compile:hang",))
 def test_a_backend_that_hangs_can_be_cancelled_and_leaves_nothing(packages: Any, does: str) -> None:
     packages.use({"name": "shady", "does": does})
     result = packages.run("""

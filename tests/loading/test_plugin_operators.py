@@ -83,7 +83,8 @@ def acme(packages: Any, tmp_path: Path) -> Acme:
     return Acme(packages, tmp_path)
 
 
-@pytest.mark.parametrize("options", ['{"backend": "reference"}', "{}"])
+@pytest.mark.parametrize("options", ['{"backend": "reference"}', "{}"], ids=["reference", "auto"])
+@pytest.mark.sweep(but=("auto",))
 def test_a_plugin_whose_operator_changes_gives_new_numbers_and_one_removed_gives_none(acme: Acme, options: str) -> None:
     acme.install(3.0)
     assert acme.run(options)["y"] == 3.0

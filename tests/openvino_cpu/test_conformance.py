@@ -15,6 +15,7 @@ from transom.testing import BackendConformance
 from transom_openvino_cpu.backend import OpenVinoCpu
 
 
+@pytest.mark.sweep(only=("operator.transom.CachedAttention",))  # tests/native has more of them
 class TestExact(BackendConformance):
     """In float32, held to float32's tolerance."""
 
@@ -30,6 +31,7 @@ class TestExactThroughOpenVino(BackendConformance):
     options: ClassVar[Mapping[str, object]] = {"precision": "exact"}
 
 
+@pytest.mark.sweep(only=("operator.transom.CachedAttention",))
 class TestAsChosen(BackendConformance):
     """In the numbers that `auto` takes on this CPU, bfloat16 or int8 among them, held to bfloat16's tolerance."""
 
