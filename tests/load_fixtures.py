@@ -195,14 +195,17 @@ class Packages:
         """The JSON that the code prints last. What a test says of imports needs a `fresh` interpreter."""
         if fresh:
             return self.finish(self.start(code, *arguments))
+        status, out, err = self.fork(code, *arguments)
+        assert status == 0, err
+        return json.loads(out.strip().splitlines()[-1])
+
+    def fork(self, code: str, *arguments: str | Path) -> tuple[int, str, str]:
+        """The status and what was printed; the negative number of the signal that ended it."""
+        everything = [str(self.model), *map(str, arguments)]
         status, out, err = forked.run(
-            PREAMBLE + textwrap.dedent(code),
-            [str(self.model), *map(str, arguments)],
-            env=self.environment,
-            cwd=Path.cwd(),
+            PREAMBLE + textwrap.dedent(code), everything, env=self.environment, cwd=Path.cwd()
         )
-        assert status == 0, err.decode()
-        return json.loads(out.decode().strip().splitlines()[-1])
+        return status, out.decode(), err.decode()
 
     def finish(self, process: subprocess.Popen[str]) -> Any:
         out, err = process.communicate(timeout=120)

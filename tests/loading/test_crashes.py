@@ -142,3 +142,42 @@ def test_a_backend_that_only_the_host_sees_is_a_clear_error(packages: Any) -> No
 def _lives(pid: int) -> bool:
     state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout.strip()
     return bool(state) and not state.startswith("Z")
+
+
+LATER = """
+import os
+with transom.load(model) as loaded:
+    if sys.argv[2] == "in a step":
+        os.environ["MADE_UP_LATER"] = sys.argv[3]  # after the self-check
+        loaded.generate("Hello", max_new_tokens=1)
+    os.kill(os.getpid(), int(sys.argv[3]))
+"""
+
+
+def test_a_step_that_ends_the_process_after_the_check_is_remembered(packages: Any) -> None:
+    packages.use({"name": "a_shady", "band": "tuned"}, {"name": "b_sound", "band": "tuned"})
+    show = "show(**outcome(), running=os.listdir(os.path.join(os.environ['TRANSOM_CACHE'], 'running')))"
+
+    def ended(where: str, number: signal.Signals) -> None:
+        assert packages.fork(LATER, where, str(int(number)))[0] == -number
+
+    # Neither a kill from outside nor a crash of the program's own code is the model's fault.
+    ended("in a step", signal.SIGKILL)
+    ended("elsewhere", signal.SIGSEGV)
+    found = packages.run("import os\n" + show)
+    assert (found["report"]["backend"], found["report"]["warnings"], found["running"]) == ("a_shady", [], [])
+
+    ended("in a step", signal.SIGSEGV)
+    said = "A step of a_shady on cpu ended the process with SIGSEGV (at an earlier run)"
+    found = packages.run("import os\n" + show)
+    assert found["report"]["backend"] == "b_sound"
+    assert found["report"]["warnings"] == [f"a_shady on cpu was set aside: {said}"]
+    named = packages.run('show(**outcome(backend="a_shady"))')
+    assert (named["report"]["backend"], named["report"]["warnings"]) == ("a_shady", [said])
+
+
+def test_a_program_keeps_its_own_faulthandler(packages: Any) -> None:
+    packages.use({"name": "sound"})
+    code = "import faulthandler\nfaulthandler.enable()\n" + LATER
+    _, _, err = packages.fork(code, "in a step", str(int(signal.SIGSEGV)))
+    assert "Fatal Python error: Segmentation fault" in err

@@ -53,10 +53,17 @@ class Engine:
     Args:
         session: owned by the engine; `close` closes it.
         policy: decides which tokens each step computes.
+        watch: entered around each call that computes.
     """
 
-    def __init__(self, session: Session, policy: SchedulingPolicy | None = None) -> None:
+    def __init__(
+        self,
+        session: Session,
+        policy: SchedulingPolicy | None = None,
+        watch: contextlib.AbstractContextManager[None] | None = None,
+    ) -> None:
         self._session = session
+        self.watch = watch or contextlib.nullcontext()
         self._policy = policy or FairPolicy()
         self._sparse = session if isinstance(session, SparseSession) else None
         self._limits = session.limits
@@ -372,7 +379,8 @@ class Engine:
     def _step(self, plan: Sequence[StepSlice]) -> None:
         plan = [self._with_state(part) for part in plan]
         works = [self._work(part) for part in plan]
-        outputs = self._session.step(works)
+        with self.watch:
+            outputs = self._session.step(works)
         if len(outputs) != len(works):
             raise RuntimeError(f"the session returned {len(outputs)} outputs for {len(works)} works")
         for part, output in zip(plan, outputs, strict=True):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -85,6 +86,8 @@ class Loaded:
     """Identity of the compiled model, which a prompt cache must match."""
     heads: Callable[[], Heads | None] = lambda: None
     """Finds the model's calibrated heads, for the policy of a single call."""
+    watch: AbstractContextManager[None] | None = None
+    """Entered around each call that computes: notes a step that ends the process."""
     on_close: Callable[[], None] | None = None
     """Called once after the session is closed: locks and temporary files of the loading pipeline."""
 
@@ -97,7 +100,7 @@ class Model:
 
     def __init__(self, loaded: Loaded) -> None:
         self._loaded = loaded
-        self._engine = Engine(loaded.session, loaded.policy)
+        self._engine = Engine(loaded.session, loaded.policy, loaded.watch)
         self._generator: Generator | None = None
         self._closing = threading.Lock()
         self._tool_forms: tuple[ToolForm | None, ...] = ()
@@ -411,7 +414,8 @@ class Model:
         arrays = _checked_inputs(inputs, self._loaded.inputs)
         with self._engine.exclusive() as session:
             try:
-                outputs = session.run(arrays)
+                with self._engine.watch:
+                    outputs = session.run(arrays)
             except TransomError:
                 raise
             except Exception as error:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
 
 from transom.errors import DoesNotFit, SelectionError, TransomError
-from transom.loading import failures
+from transom.loading import failures, step_crashes
 
 if TYPE_CHECKING:
     from transom.contract import Device
@@ -28,6 +28,8 @@ class Attempt:
     candidate: Candidate
     set_aside: Sequence[tuple[Candidate, TransomError]] = ()
     """The candidates that failed before this one, with their errors."""
+    crashed: TransomError | None = None
+    """The step of an earlier run that ended its process, if this candidate is used all the same: there is no other."""
 
     @property
     def plugin(self) -> LoadedBackend:
@@ -56,7 +58,8 @@ class Attempt:
         return f"{here}. Set aside before it: {names}."
 
     def warnings(self) -> list[str]:
-        return [f"{c.backend} on {c.device.id} was set aside: {error.cause}" for c, error in self.set_aside]
+        before = [f"{c.backend} on {c.device.id} was set aside: {error.cause}" for c, error in self.set_aside]
+        return before if self.crashed is None else [*before, self.crashed.cause]
 
 
 def first_that_works(jobs: ChildJobs, machine: Machine, choice: Selection, use: Callable[[Attempt], T]) -> T:
@@ -68,11 +71,14 @@ def first_that_works(jobs: ChildJobs, machine: Machine, choice: Selection, use: 
         TransomError: as `use` raised it, where there is one candidate only, or none fits into memory.
         SelectionError: no candidate works; the details give the reasons.
     """
+    step_crashes.collect(jobs.state.cache)
     set_aside: list[tuple[Candidate, TransomError]] = []
     alone = len(choice.ranked) == 1
     for candidate in choice.ranked:
         attempt = Attempt(machine, choice, candidate, tuple(set_aside))
-        if not alone and (known := known_failure(jobs, attempt)) is not None:
+        if alone:
+            attempt = replace(attempt, crashed=failures.crashed(jobs.state.cache, jobs.job(attempt)))
+        elif (known := known_failure(jobs, attempt)) is not None:
             set_aside.append((candidate, known))
             continue
         try:

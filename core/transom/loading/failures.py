@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from transom.artifacts import Cache
 from transom.errors import DoesNotFit, EngineError, SelfCheckFailed, TransomError, UnsupportedError
+from transom.loading import step_crashes
 from transom.preparation.child import ChildFailed
 from transom.preparation.jobs import Job
 
@@ -23,8 +24,16 @@ def remember(cache: Cache, job: Job, error: TransomError) -> None:
 
 
 def remembered(cache: Cache, job: Job) -> TransomError | None:
-    """The failure of an earlier load of this job, or None."""
+    """The failure of an earlier load of this job, or of a step after it, or None."""
     cause = cache.recall("failures", job.failure_key)
     if not isinstance(cause, str):
-        return None
+        return crashed(cache, job)
     return EngineError(f"{cause.rstrip('.')} (at an earlier load)", "To try it again: transom cache clear")
+
+
+def crashed(cache: Cache, job: Job) -> TransomError | None:
+    """The step of an earlier run that ended its process, or None. Such a model loads and passes its check."""
+    cause = cache.recall(step_crashes.STORE, job.failure_key)
+    if not isinstance(cause, str):
+        return None
+    return EngineError(f"{cause.rstrip('.')} (at an earlier run)", "To try it again: transom cache clear")

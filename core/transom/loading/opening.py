@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from transom.errors import EngineError
 from transom.generation.report import Report
+from transom.loading import step_crashes
 from transom.loading.compiled_models import CompiledModels, Ready
 from transom.preparation import compiled, heads
 from transom.preparation.plugin_calls import open_session
@@ -129,6 +131,11 @@ def _model(
         bundle=models.bundle,
         startup=dict(state.stages.seconds),
     )
+    watch = step_crashes.watch(
+        state.cache,
+        models.jobs.job(attempt).failure_key,
+        f"A step of {attempt.candidate.backend} on {attempt.device.id} ended the process with {{signal}}",
+    )
     return Model(
         Loaded(
             session=session,
@@ -142,7 +149,8 @@ def _model(
             sparsity=sparsity,
             identity=ready.compiled.key,
             heads=_heads_finder(state, identity, sparsity, source),
-            on_close=_releaser(ready.compiled, state.held),
+            watch=watch,
+            on_close=_releaser(ready.compiled, state.held, watch),
         )
     )
 
@@ -166,8 +174,9 @@ def _heads_finder(
     return find
 
 
-def _releaser(model: CompiledModel, held: list[object]) -> Callable[[], None]:
+def _releaser(model: CompiledModel, held: list[object], watch: AbstractContextManager[None]) -> Callable[[], None]:
     def release() -> None:
+        step_crashes.release(watch)
         model.release()
         held.clear()
 
