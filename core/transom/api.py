@@ -20,7 +20,7 @@ from transom.loading.machine import survey
 from transom.loading.options import LoadOptions, auto_policy, check_objects, checked_options
 from transom.plugins import PluginFailure
 from transom.preparation.plugin_calls import interrupts_kept
-from transom.sources import bundle_at
+from transom.sources import bundle_at, located
 from transom.sparsity import Sparsity
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ def load(
     calibration: Sequence[str | Path] = (),
     verify: str = "auto",
     probe_file: str | Path | None = None,
+    offline: bool = False,
     cache: Cache | None = None,
     progress: Progress | None = None,
     **unknown: Any,
@@ -52,9 +53,10 @@ def load(
 
     Args:
         model: a GGUF file, a Hugging Face directory, an ONNX file, a `torch.nn.Module` wrapped in
-            `transom.TorchSource`, a transformers model, or a bundle that `transom.export` wrote. Backend, `precision`,
-            `sparsity` and other built-in options of a bundle are fixed: `"auto"` and `"off"` keep them, and a different
-            value is an OptionError.
+            `transom.TorchSource`, a transformers model, a bundle that `transom.export` wrote, or the id of a model of
+            the Hugging Face hub, `"owner/name[:file-or-quantization][@revision]"`. Backend, `precision`, `sparsity` and
+            other built-in options of a bundle are fixed: `"auto"` and `"off"` keep them, and a different value is an
+            OptionError.
         device: `"auto"`, or an id from `transom.devices()` (`"cpu"`, `"cuda:0"`), or several for one model on all of
             them (`"cuda:0,cuda:1"`). A named device is never replaced by another.
         backend: `"auto"`, or a name from `transom.backends()`. A named backend is never replaced by another.
@@ -70,12 +72,15 @@ def load(
         verify: `"auto"` compares a new artifact with the reference once on each device, `"always"` at every load,
             `"off"` never.
         probe_file: a JSON file that replaces the probe of devices (`transom doctor --json` writes one).
+        offline: a model of the hub is taken from the hub's cache, and never downloaded. Without it, a model that is not
+            there is downloaded, and a log record says so.
         cache: the artifact cache; None for the default one.
         progress: called with (stage, share done or None). It may raise `transom.Cancelled`, which leaves no partial
             results.
 
     Raises:
-        SourceError: the model cannot be read.
+        SourceError: the model cannot be read, or not be downloaded.
+        MissingExtra: the id of a model of the hub, and huggingface_hub is not installed.
         BundleError: the bundle is damaged, or of a newer Transom.
         SelectionError: no backend can run it with these options; the details contain the answer of each backend.
         DoesNotFit: it needs more memory than is free.
@@ -95,6 +100,7 @@ def load(
         unknown=unknown,
     )
     state = _state(options, cache, progress)
+    model = located(model, offline=offline, progress=state.progress)
     if (bundle := bundle_at(model)) is not None:
         from transom.bundles.opening import load_bundle  # a model from the cache does not need it
 
@@ -117,6 +123,7 @@ def export(
     max_kl: float | None = None,
     app: str | Path | None = None,
     overwrite: bool = False,
+    offline: bool = False,
     cache: Cache | None = None,
     progress: Progress | None = None,
     probe_file: str | Path | None = None,
@@ -143,6 +150,7 @@ def export(
         app: an APK, AAR, app bundle or folder; before anything is written, its native libraries are compared with those
             that the variants need. None for no comparison.
         overwrite: whether a bundle in `out` may be replaced.
+        offline: as for `transom.load`.
         cache: the artifact cache; None for the default one.
         progress: called with (stage, share done or None); may raise `transom.Cancelled`.
         probe_file: a JSON file that replaces the probe of devices.
@@ -169,9 +177,10 @@ def export(
         verify=verify,
         unknown=unknown,
     )
+    state = _state(options, cache, progress)
     return export_model(
-        model,
-        _state(options, cache, progress),
+        located(model, offline=offline, progress=state.progress),
+        state,
         target=target,
         out=out,
         format=format,
@@ -191,6 +200,7 @@ def plan_export(
     precision: str = "auto",
     sparsity: Any = "off",
     probe_file: str | Path | None = None,
+    offline: bool = False,
 ) -> list[ExportPlan]:
     """Plan an export without compiling: what `transom.export` would write for each target, and how fast it could be.
 
@@ -207,7 +217,7 @@ def plan_export(
     from transom.bundles.planning import plan_model
 
     options = checked_options("export", context=context, precision=precision, sparsity=sparsity)
-    return plan_model(model, options, target=target, format=format, probe_file=probe_file)
+    return plan_model(located(model, offline=offline), options, target=target, format=format, probe_file=probe_file)
 
 
 def _state(options: LoadOptions, cache: Cache | None, progress: Progress | None) -> LoadState:
@@ -280,7 +290,12 @@ def backends(probe_file: str | Path | None = None) -> Backends:
 
 
 def explain(
-    model: Any, device: str = "auto", *, sparsity: Any = "off", probe_file: str | Path | None = None
+    model: Any,
+    device: str = "auto",
+    *,
+    sparsity: Any = "off",
+    probe_file: str | Path | None = None,
+    offline: bool = False,
 ) -> Explanation:
     """Explain what each backend does with each device and each node of the model. Compiles nothing.
 
@@ -290,6 +305,7 @@ def explain(
         device: `"auto"` for every device of this machine, or the name of a device or a remote target.
         sparsity: which keys attention reads, as for `load`.
         probe_file: a JSON file that replaces the probe of devices.
+        offline: as for `load`.
 
     Raises:
         SourceError: the model cannot be read.
@@ -310,6 +326,7 @@ def explain(
     register_operators(machine.plugins)  # before a graph that uses them is read
     if device != "auto":
         device = hardware.find(machine.devices, device).id
+    model = located(model, offline=offline)
     if (bundle := bundle_at(model)) is not None:
         return explain_bundle(bundle, machine, device=device)
     if isinstance(model, Graph):

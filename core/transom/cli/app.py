@@ -16,6 +16,7 @@ from transom.errors import TransomError, name_options, nearest
 COMMANDS = {
     "run": "Answer one prompt.",
     "chat": "Chat with a model.",
+    "pull": "Download a model from the Hugging Face hub.",
     "devices": "List the devices of this machine and the targets to compile for.",
     "backends": "List installed backends, those that failed to load, and how to fix them.",
     "doctor": "Run a tiny model on each device and report what works.",
@@ -35,6 +36,7 @@ EPILOG = """\b
 Examples:
   transom run model.gguf "Why is the sky blue?"
   transom chat path/to/checkpoint
+  transom pull Qwen/Qwen2.5-0.5B-Instruct
   transom doctor
   transom explain model.gguf
 """

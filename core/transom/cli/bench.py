@@ -11,11 +11,13 @@ from transom.cli.options import (
     CONTEXT,
     JSON,
     MODEL,
+    OFFLINE,
     PRECISION,
     SPARSITY,
     THREADS,
     complete_backend,
     complete_device,
+    located_model,
 )
 from transom.cli.output import ProgressLine, heading, print_json, table
 
@@ -67,6 +69,7 @@ Examples:
 @PRECISION
 @THREADS
 @SPARSITY
+@OFFLINE
 @JSON
 def bench(
     model: str,
@@ -80,6 +83,7 @@ def bench(
     runs: int,
     empty_cache: bool,
     heat_maps: tuple[str, ...],
+    offline: bool,
     as_json: bool,
     **options: Any,
 ) -> int:
@@ -93,6 +97,8 @@ def bench(
     from transom.sparsity import Sparsity
 
     _refuse_unused("--heat-map" if heat_maps else "--startup" if startup else "")
+    with ProgressLine(stage="Starting") as progress:
+        model = str(located_model(model, offline, progress))
     bundle = bundle_at(model)
     if bundle is None:
         resolve(model)  # report a wrong path before anything is started

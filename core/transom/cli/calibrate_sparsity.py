@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from transom.cli.options import BACKEND, DEVICE, JSON, MODEL, THREADS
+from transom.cli.options import BACKEND, DEVICE, JSON, MODEL, OFFLINE, THREADS, located_model
 from transom.cli.output import ProgressLine, aside, print_json
 
 if TYPE_CHECKING:
@@ -33,8 +33,11 @@ After an interruption, the next run continues where this one stopped.
 @DEVICE
 @BACKEND
 @THREADS
+@OFFLINE
 @JSON
-def calibrate_sparsity(model: str, out: str | None, texts: tuple[str, ...], as_json: bool, **options: Any) -> None:
+def calibrate_sparsity(
+    model: str, out: str | None, texts: tuple[str, ...], offline: bool, as_json: bool, **options: Any
+) -> None:
     """Measure how many keys each head of a model must read, for sparse attention.
 
     Each KV head is made sparse by itself, and the effect on the output is measured on long passages. Sensitive heads
@@ -44,7 +47,11 @@ def calibrate_sparsity(model: str, out: str | None, texts: tuple[str, ...], as_j
 
     with ProgressLine(stage="Loading the model") as progress:
         outcome = calibrate_file(
-            model, out=None if out is None else Path(out), texts=[Path(t) for t in texts], progress=progress, **options
+            located_model(model, offline, progress),
+            out=None if out is None else Path(out),
+            texts=[Path(t) for t in texts],
+            progress=progress,
+            **options,
         )
     if as_json:
         print_json(outcome.to_dict())

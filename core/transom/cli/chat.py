@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from transom.cli.message_input import without_echo
-from transom.cli.options import MODEL, QUIET, UTF8, load_arguments, loading, sampling, sampling_arguments
+from transom.cli.options import MODEL, QUIET, UTF8, load_arguments, loading, located_model, sampling, sampling_arguments
 from transom.cli.output import (
     AnswerPrinter,
     ProgressLine,
@@ -46,6 +46,7 @@ NAMES = tuple(usage.split()[0] for usage in COMMANDS)
     epilog="""\b
 Examples:
   transom chat model.gguf
+  transom chat bartowski/Llama-3.2-1B-Instruct-GGUF:Q4_K_M
   transom chat path/to/checkpoint --system "You are a pirate." --temperature 0.8
   transom chat model.gguf --device cuda:0 --max-tokens 500
   printf 'Hello\\nAnd in French?\\n' | transom chat model.gguf
@@ -71,8 +72,9 @@ def chat(model: str, system: str | None, quiet: bool, as_json: bool, **options: 
 
     generation = sampling_arguments(options)
     with ProgressLine(quiet=quiet, stage="load") as progress:
-        require_sound_template(model)
-        loaded = transom.load(model, **load_arguments(options), progress=progress)
+        path = located_model(model, options["offline"], progress)
+        require_sound_template(path)
+        loaded = transom.load(path, **load_arguments(options), progress=progress)
     with loaded:
         if loaded.chat_template is None:
             raise OptionError(

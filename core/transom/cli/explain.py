@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from transom.cli.options import DEVICE, JSON, MODEL, PROBE_FILE, SPARSITY
+from transom.cli.options import DEVICE, JSON, MODEL, OFFLINE, PROBE_FILE, SPARSITY, located_model
 from transom.cli.output import ProgressLine, print_json, warn
 
 if TYPE_CHECKING:
@@ -30,8 +30,11 @@ Examples:
 )
 @SPARSITY
 @PROBE_FILE
+@OFFLINE
 @JSON
-def explain(model: str, device: str, nodes: bool, sparsity: str, probe_file: str | None, as_json: bool) -> None:
+def explain(
+    model: str, device: str, nodes: bool, sparsity: str, probe_file: str | None, offline: bool, as_json: bool
+) -> None:
     """Show which nodes of a model each backend can run, and the reason for each refusal.
 
     Nothing is compiled. The summary counts, for each operator, the nodes that run directly, run after decomposition
@@ -40,8 +43,9 @@ def explain(model: str, device: str, nodes: bool, sparsity: str, probe_file: str
     import transom
     from transom.plugins import load_plugins
 
-    with ProgressLine(stage="read"):
-        found = transom.explain(model, device, sparsity=sparsity, probe_file=probe_file)
+    with ProgressLine(stage="read") as progress:
+        path = located_model(model, offline, progress)
+        found = transom.explain(path, device, sparsity=sparsity, probe_file=probe_file)
     if as_json:
         print_json(found.to_dict())
         return

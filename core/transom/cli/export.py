@@ -12,11 +12,14 @@ import click
 from transom.cli.options import (
     CONTEXT,
     JSON,
+    OFFLINE,
     PRECISION,
     PROBE_FILE,
     SPARSITY,
     VERIFY,
+    ModelPath,
     complete_device,
+    located_model,
 )
 from transom.cli.output import ProgressLine, print_json, table, warn, wrapped
 
@@ -38,7 +41,7 @@ Examples:
   transom run bundle "Hello"
 """
 )
-@click.argument("model", type=click.Path(), required=False)
+@click.argument("model", type=ModelPath(), required=False)
 @click.option(
     "--target", metavar="NAME", shell_complete=complete_device,
     help="The device to compile for: one of this machine, or one that `--target list` shows; several are separated by "
@@ -73,6 +76,7 @@ Examples:
     help="An APK, AAR, app bundle or folder: write nothing unless it contains the required native libraries.",
 )  # fmt: skip
 @PROBE_FILE
+@OFFLINE
 @JSON
 def export(
     model: str | None,
@@ -112,7 +116,7 @@ def export(
         raise OptionError("No output folder is given", "Name it with --out DIR")
     with ProgressLine(stage="read") as progress:
         made = transom.export(
-            model,
+            located_model(model, options["offline"], progress),
             target=target,
             out=out,
             calibration=[Path(text) for text in calibration],
@@ -130,7 +134,9 @@ def _plan(model: str, target: str, probe_file: str | None, as_json: bool, option
     import transom
 
     chosen = {name: options[name] for name in ("format", "context", "precision", "sparsity")}
-    plans = transom.plan_export(model, target=target, probe_file=probe_file, **chosen)
+    with ProgressLine(stage="read") as progress:
+        path = located_model(model, options["offline"], progress)
+        plans = transom.plan_export(path, target=target, probe_file=probe_file, **chosen)
     if as_json:
         print_json({"plans": [plan.to_dict() for plan in plans]})
         return

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from transom.cli.options import JSON, MODEL
+from transom.cli.options import JSON, MODEL, OFFLINE, located_model
 from transom.cli.output import ProgressLine, heading, print_json, table
 
 if TYPE_CHECKING:
@@ -24,8 +24,9 @@ Examples:
 """
 )
 @MODEL
+@OFFLINE
 @JSON
-def inspect(model: str, as_json: bool) -> None:
+def inspect(model: str, offline: bool, as_json: bool) -> None:
     """Show a model's architecture, sizes, quantization and memory.
 
     Reads headers only, no weights, and compiles nothing.
@@ -33,7 +34,7 @@ def inspect(model: str, as_json: bool) -> None:
     from transom.cli.inspection import inspect_model
 
     with ProgressLine(stage="read") as progress:
-        found = inspect_model(model, progress)
+        found = inspect_model(located_model(model, offline, progress), progress)
     if as_json:
         print_json(found.to_dict())
         return

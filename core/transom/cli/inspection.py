@@ -77,7 +77,7 @@ class Inspection:
         return asdict(self)
 
 
-def inspect_model(model: str, progress: Progress | None = None) -> Inspection:
+def inspect_model(model: str | Path, progress: Progress | None = None) -> Inspection:
     """Open a model and describe it.
 
     Raises:

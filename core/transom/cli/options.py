@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from transom.cli.output import reserve_stdout
+from transom.cli.output import ProgressLine, reserve_stdout
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -68,7 +71,26 @@ def complete_sparsity(context: click.Context, parameter: click.Parameter, incomp
     return _starting_with(incomplete, PRESETS)
 
 
-MODEL = click.argument("model", type=click.Path())
+class ModelPath(click.Path):
+    """A path, or the id of a model of the Hugging Face hub; those in its cache are completed."""
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        from click.shell_completion import CompletionItem
+
+        found = [CompletionItem(name) for name in complete_hub(ctx, param, incomplete)] if incomplete else []
+        return [*found, *super().shell_complete(ctx, param, incomplete)]
+
+
+def complete_hub(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
+    from transom.sources.hub import cached_names
+
+    return _starting_with(incomplete, cached_names())
+
+
+MODEL = click.argument("model", type=ModelPath())
+OFFLINE = click.option(
+    "--offline", is_flag=True, help="Never download: take a model of the Hugging Face hub from its cache."
+)
 DEVICE = click.option(
     "--device",
     default="auto",
@@ -138,8 +160,8 @@ def _json(context: click.Context, parameter: click.Parameter, wanted: bool) -> b
 
 JSON = click.option("--json", "as_json", is_flag=True, callback=_json, help="Print JSON.")
 
-_LOADING = (DEVICE, BACKEND, CONTEXT, PRECISION, THREADS, SPARSITY, VERIFY, PROBE_FILE, JSON)
-_LOAD_NAMES = ("device", "backend", "context", "precision", "threads", "sparsity", "verify", "probe_file")
+_LOADING = (DEVICE, BACKEND, CONTEXT, PRECISION, THREADS, SPARSITY, VERIFY, PROBE_FILE, OFFLINE, JSON)
+_LOAD_NAMES = ("device", "backend", "context", "precision", "threads", "sparsity", "verify", "probe_file", "offline")
 
 _SAMPLING = (
     click.option(
@@ -195,6 +217,17 @@ def loading_exactly(command: F) -> F:
     for option in reversed([_precision("exact") if o is PRECISION else o for o in _LOADING]):
         command = option(command)
     return command
+
+
+def located_model(model: str, offline: bool, progress: ProgressLine) -> Any:
+    """What a command's argument names: a path, or a model of the hub, which is downloaded if need be.
+
+    Raises:
+        MissingExtra, SourceError: as `transom.sources.located`.
+    """
+    from transom.sources import located
+
+    return located(model, offline=offline, progress=progress, announce=progress.say)
 
 
 def load_arguments(options: dict[str, Any]) -> dict[str, Any]:

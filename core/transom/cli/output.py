@@ -30,6 +30,8 @@ LONG = 2.0
 """Seconds before a stage gets a line where stderr is not a terminal."""
 
 _STAGES = {
+    "list": "Asking the Hugging Face hub",
+    "download": "Downloading",
     "start": "Starting a child process",
     "wait": "Waiting for another process that compiles the same model",
     "hash": "Hashing the file",
@@ -294,7 +296,7 @@ class ProgressLine:
         self._shown = 0
         self._lock = threading.Lock()
         self._end = threading.Event()
-        self._written: set[str] = set()
+        self._written = {"download"}  # `say` has announced it
 
     def __enter__(self) -> ProgressLine:
         if self._live:
@@ -327,10 +329,20 @@ class ProgressLine:
             return
         self._end.set()
         with self._lock:
-            if self._shown:
-                sys.stderr.write("\r" + " " * self._shown + "\r")
-                sys.stderr.flush()
-                self._shown = 0
+            self._erase()
+
+    def say(self, text: str) -> None:
+        """Print a dimmed line above the progress; nothing with --quiet."""
+        if not self._quiet:
+            with self._lock:
+                self._erase()
+                aside(text)
+
+    def _erase(self) -> None:
+        if self._shown:
+            sys.stderr.write("\r" + " " * self._shown + "\r")
+            sys.stderr.flush()
+            self._shown = 0
 
     def _tick(self) -> None:
         wait = PATIENCE

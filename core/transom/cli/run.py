@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from transom.cli.options import MODEL, QUIET, UTF8, load_arguments, loading, sampling, sampling_arguments
+from transom.cli.options import MODEL, QUIET, UTF8, load_arguments, loading, located_model, sampling, sampling_arguments
 from transom.cli.output import AnswerPrinter, ProgressLine, aside, error_facts, is_terminal, print_json, warn
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ WORTH_KEEPING = 0.9
     epilog="""\b
 Examples:
   transom run model.gguf "Why is the sky blue?"
+  transom run Qwen/Qwen2.5-0.5B-Instruct "Why is the sky blue?"
   transom run path/to/checkpoint "Say hello" --system "You speak French." --temperature 0.7
   git diff | transom run model.gguf --system "Write a commit message for this change."
   transom run model.gguf --raw "Once upon a time" --max-tokens 100
@@ -81,8 +82,8 @@ def run(
 ) -> int:
     """Answer PROMPT, or standard input (if piped, or if PROMPT is -), and exit.
 
-    MODEL is a GGUF file, a Hugging Face directory, an ONNX file, or a bundle. The answer goes to stdout; device,
-    backend and speed go to stderr.
+    MODEL is a GGUF file, a Hugging Face directory, an ONNX file, a bundle, or the id of a model of the Hugging Face hub
+    (see `transom pull --help`). The answer goes to stdout; device, backend and speed go to stderr.
     """
     import transom
     from transom.errors import OptionError
@@ -103,9 +104,10 @@ def run(
             f"There is no folder for the prompt cache {prompt_cache}", "Create it, or choose another file"
         )
     with ProgressLine(quiet=quiet, stage="load") as progress:
+        path = located_model(model, options["offline"], progress)
         if not raw:
-            require_sound_template(model)
-        loaded = transom.load(model, **load_arguments(options), progress=progress)
+            require_sound_template(path)
+        loaded = transom.load(path, **load_arguments(options), progress=progress)
     with loaded:
         if not quiet:
             for warning in loaded.report.warnings:

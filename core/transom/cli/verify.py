@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from transom.cli.options import MODEL, load_arguments, loading_exactly
+from transom.cli.options import MODEL, load_arguments, loading_exactly, located_model
 from transom.cli.output import ProgressLine, print_json, warn
 
 
@@ -51,13 +51,14 @@ def verify(
     from transom.evaluation.verify import verify_model
     from transom.sources import resolve
 
-    resolve(model)  # report a wrong path, or a bundle, which transformers cannot run, before loading
     with ProgressLine(stage="load") as progress:
-        loaded = transom.load(model, **load_arguments(options), progress=progress)
+        path = located_model(model, options["offline"], progress)
+        resolve(path)  # report a wrong path, or a bundle, which transformers cannot run, before loading
+        loaded = transom.load(path, **load_arguments(options), progress=progress)
         with loaded:
             found = verify_model(
                 loaded,
-                model,
+                path,
                 precision=bound or _bound(loaded.report.precision),
                 prompts=prompts,
                 longest=longest,

@@ -15,7 +15,7 @@ from transom.sparsity import Sparsity
 
 PRECISIONS = ("auto", "exact", "fast", "f32", "bf16", "f16", "int8", "fp8", "int4")
 VERIFY = ("auto", "off", "always")
-_BOTH = ("cache", "calibration", "context", "precision", "probe_file", "progress", "sparsity", "verify")
+_BOTH = ("cache", "calibration", "context", "offline", "precision", "probe_file", "progress", "sparsity", "verify")
 NAMES = {
     "load": (*_BOTH, "backend", "device", "threads"),
     "export": (*_BOTH, "app", "format", "max_kl", "out", "overwrite", "target"),

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from transom.sources.base import Source, SourceModel, local_path
-from transom.sources.resolve import bundle_at, resolve, sources
+from transom.sources.resolve import bundle_at, located, resolve, sources
 
-__all__ = ["Source", "SourceModel", "bundle_at", "local_path", "resolve", "sources"]
+__all__ = ["Source", "SourceModel", "bundle_at", "local_path", "located", "resolve", "sources"]

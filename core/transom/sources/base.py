@@ -147,6 +147,15 @@ def local_path(spec: Spec) -> Path | None:
     return None
 
 
+def folder_name(folder: Path) -> str:
+    """The name of a model's folder; for a snapshot in the hub's cache, which is named after its commit, the model's."""
+    folder = folder.resolve()
+    repository = folder.parent.parent.name
+    if folder.parent.name == "snapshots" and repository.startswith("models--"):
+        return repository.rpartition("--")[2]
+    return folder.name
+
+
 def begins_with(path: Path, magic: bytes) -> bool:
     """Whether the file begins with these bytes."""
     with path.open("rb") as file:

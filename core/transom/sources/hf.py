@@ -15,7 +15,17 @@ from transom.graph.weights import Array, Dense, Weight
 from transom.models import family_for_hf
 from transom.models.tensors import Checkpoint, Tensors
 from transom.models.values import Values
-from transom.sources.base import Contents, Pretrained, Source, SourceModel, Spec, content_hash, local_path, summarize
+from transom.sources.base import (
+    Contents,
+    Pretrained,
+    Source,
+    SourceModel,
+    Spec,
+    content_hash,
+    folder_name,
+    local_path,
+    summarize,
+)
 from transom.sources.finite import require_finite
 from transom.sources.packed import Packing
 from transom.sources.quantized import packing_of
@@ -79,7 +89,7 @@ class HfSource(Source):
             tokenizer,
             template,
             generation,
-            name=Path(name).name if isinstance(name, str) and Path(name).name else folder.resolve().name,
+            name=Path(name).name if isinstance(name, str) and Path(name).name else folder_name(folder),
             kind=self.kind,
             notes=notes,
         )

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from transom.contract import Progress
 from transom.errors import MissingExtra, SourceError, message_lines, nearest
-from transom.sources.base import Pretrained, Source, SourceModel, Spec, content_hash, local_path, summarize
+from transom.sources.base import Pretrained, Source, SourceModel, Spec, content_hash, folder_name, local_path, summarize
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -105,7 +105,7 @@ class MobiusSource(Source):
         graph.notes = tuple(notes)
         tokenizer, template, generation = texts(folder)
         return SourceModel(
-            graph, tokenizer, template, generation, name=folder.resolve().name, kind=self.kind, notes=notes
+            graph, tokenizer, template, generation, name=folder_name(folder), kind=self.kind, notes=notes
         )
 
     def original(self, spec: Spec) -> Pretrained:

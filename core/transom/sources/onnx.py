@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 from transom.contract import Progress
 from transom.errors import SourceError
-from transom.sources.base import OriginalGraph, Source, SourceModel, Spec, content_hash, local_path, summarize
+from transom.sources.base import (
+    OriginalGraph,
+    Source,
+    SourceModel,
+    Spec,
+    content_hash,
+    folder_name,
+    local_path,
+    summarize,
+)
 
 if TYPE_CHECKING:
     from transom.graph import Graph
@@ -207,5 +216,5 @@ def _name(path: Path, config: Mapping[str, Any]) -> str:
     if isinstance(name, str) and Path(name).name:
         return Path(name).name
     generic: Sequence[str] = [*_PREFERRED, "decoder.onnx"]
-    folder = side_folder(path).resolve().name
+    folder = folder_name(side_folder(path))
     return folder if path.name in generic and folder else path.stem

@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 import importlib
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from transom.contract import Progress
 from transom.errors import SourceError, nearest
 from transom.sources.base import Source, Spec, begins_with, local_path, summarize
 
@@ -27,7 +29,6 @@ BUNDLE_KEY = "transom_bundle"
 ADAPTER = "adapter_config.json"
 """The file that a LoRA adapter of the package peft has in place of config.json."""
 
-_FILE_SUFFIXES = frozenset({".gguf", ".ggml", ".onnx", ".safetensors", ".bin", ".pt", ".pth", ".json", ".zip"})
 _WAYS = "Give the path of a .gguf file, of a Hugging Face directory (config.json, *.safetensors), or of an .onnx file"
 
 
@@ -67,6 +68,38 @@ def resolve(spec: Spec) -> Source:
     raise _no_model_inside(path) if path.is_dir() else _other_file(path)
 
 
+def located(
+    spec: Spec,
+    *,
+    offline: bool = False,
+    progress: Progress | None = None,
+    announce: Callable[[str], None] | None = None,
+) -> Spec:
+    """The path of a model that is named by its id on the Hugging Face hub; any other spec as it is.
+
+    A text that is an existing path is that path. An id, `owner/name[:file-or-quantization][@revision]`, is looked up in
+    the hub's cache, and else downloaded.
+
+    Args:
+        offline: nothing is downloaded.
+        progress: called with (stage, share done) during a download.
+        announce: called with a sentence before a download; None: it is logged as a warning.
+
+    Raises:
+        MissingExtra: an id, and the package huggingface_hub is not installed.
+        SourceError: the model is not in the cache and cannot be downloaded; the message has the cause and the fix.
+    """
+    if not isinstance(spec, str) or not spec or os.path.exists(os.path.expanduser(spec)):
+        return spec
+    from transom.sources import hub_names  # a model on disk does not need it
+
+    if not hub_names.may_be_named(spec):
+        return spec
+    from transom.sources import hub
+
+    return hub.find(hub_names.parse(spec), offline=offline, progress=progress, announce=announce)
+
+
 def bundle_at(spec: Spec) -> Path | None:
     """The bundle's folder if the spec is a bundle, intact or damaged; otherwise None."""
     path = local_path(spec)
@@ -101,17 +134,19 @@ def _no_such_path(spec: Spec, path: Path) -> SourceError:
         hint = nearest(path.name, beside) if 0 < len(beside) <= 20 else ""
         if "Did you mean" in hint:
             return SourceError(f"There is no {path}", hint)
+    from transom.sources import hub_names
+
     text = str(spec)
+    if name := hub_names.of_address(text):
+        return SourceError(f"{text} is an address, not a path", f"Give the model's name on the hub: {name}")
     if "://" in text:
         return SourceError(
-            f"{text} is an address, and Transom downloads no models", "Download the file, and give its path"
+            f"{text} is an address, and Transom downloads models only from the Hugging Face hub",
+            "Download the file, and give its path",
         )
-    # The suffix of a name such as Qwen2.5-0.5B is none of a file.
-    if text.count("/") == 1 and not text.startswith((".", "~", "/")) and path.suffix.lower() not in _FILE_SUFFIXES:
+    if hub_names.may_be_named(text):
         return SourceError(
-            f"There is no directory {path} here, and Transom downloads no models",
-            f"If it is a model of the Hugging Face hub: hf download {text} --local-dir {path.name}, then load "
-            f"{path.name}",
+            f"There is no directory {path} here", f"If it is a model of the Hugging Face hub: transom pull {text}"
         )
     return SourceError(f"There is no {path}", _WAYS)
 
