@@ -51,6 +51,7 @@ def test_run_downloads_a_model_once_and_says_so(transom: Any, server: Hub, at_hu
 def test_pull_prints_json_and_says_when_nothing_is_to_be_done(
     transom: Any, server: Hub, at_hub: dict[str, str], model: Path
 ) -> None:
+    server.cut_after.append(1000)  # huggingface_hub would warn about it
     done = transom("pull", f"{NAME}:q8_0", "--json", "--quiet", env=at_hub)
     assert done.err == ""
     first = json.loads(done.out)
@@ -83,6 +84,13 @@ def test_a_download_that_was_interrupted_continues(transom: Any, server: Hub, at
     assert [a.range for a in server.asked if a.storage and a.method == "GET"] == [f"bytes={begun}-"]
 
 
+@pytest.mark.parametrize("verb", ["pull", "run", "export"])
+def test_a_shell_completes_the_models_of_the_cache(bare: Any, at_hub: dict[str, str], verb: str) -> None:
+    (Path(at_hub["HF_HUB_CACHE"]) / "models--o--large-1").mkdir(parents=True)
+    words = {"_TRANSOM_COMPLETE": "bash_complete", "COMP_WORDS": f"transom {verb} o/", "COMP_CWORD": "2"}
+    assert "plain,o/large-1" in bare(env={**at_hub, **words}).out.splitlines()
+
+
 @pytest.mark.parametrize("verb", ["pull", "run"])
 def test_an_error_is_two_sentences_and_status_2(transom: Any, server: Hub, at_hub: dict[str, str], verb: str) -> None:
     prompt = ("Hello",) if verb == "run" else ()
@@ -111,6 +119,12 @@ def test_every_command_takes_a_name_and_downloads_nothing_offline(
     assert done.status == 2
     assert "--offline forbids downloading. Download it once: transom pull" in done.err
     assert server.asked == []
+
+
+def test_run_of_an_address(bare: Any) -> None:
+    done = bare("run", "https://huggingface.co/o/m", "Hello")
+    assert done.status == 2
+    assert "https://huggingface.co/o/m is an address, not a path. Give the model's name on the hub: o/m." in done.err
 
 
 def test_pull_of_what_is_no_name(bare: Any) -> None:

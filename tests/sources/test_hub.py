@@ -12,7 +12,8 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -277,15 +278,15 @@ def test_a_gguf_file_is_fetched_alone(server: Hub, weights: bytes) -> None:
     assert server.asked
 
 
+def stop_in_the_middle(stage: str, share: float | None) -> None:
+    if share is not None and share > 0.5:
+        raise Cancelled
+
+
 def test_a_download_that_was_stopped_continues(server: Hub, weights: bytes) -> None:
     server.repositories["o/m"] = Repository(checkpoint(weights))
-
-    def stop(stage: str, share: float | None) -> None:
-        if share is not None and share > 0.5:
-            raise Cancelled
-
     with pytest.raises(Cancelled):
-        pull("o/m", progress=stop)
+        pull("o/m", progress=stop_in_the_middle)
     (part,) = (Path("hub") / "models--o--m" / "blobs").glob("*.incomplete")
     begun = part.stat().st_size
     assert 0 < begun < len(weights)
@@ -317,6 +318,15 @@ def test_a_connection_that_breaks_again_and_again_is_an_error_and_keeps_what_cam
     assert part.read_bytes() == weights[: part.stat().st_size] != b""
 
 
+def test_two_downloads_of_one_model_at_once_fetch_it_once(server: Hub, weights: bytes) -> None:
+    server.repositories["o/m"] = Repository(checkpoint(weights))
+    with ThreadPoolExecutor(3) as pool:
+        paths = {pulled.path for pulled in pool.map(pull, ["o/m"] * 3)}
+    (path,) = paths
+    assert (path / "model.safetensors").read_bytes() == weights
+    assert len([a for a in server.asked if a.storage and a.method == "GET"]) == 1
+
+
 def test_a_damaged_file_is_not_kept(server: Hub, weights: bytes) -> None:
     server.repositories["o/m"] = Repository(checkpoint(weights))
     server.damage = True
@@ -329,19 +339,11 @@ def test_a_damaged_file_is_not_kept(server: Hub, weights: bytes) -> None:
 def test_a_beginning_of_other_bytes_is_found_by_the_hash(server: Hub, weights: bytes) -> None:
     server.repositories["o/m"] = Repository(checkpoint(weights))
     with pytest.raises(Cancelled):
-        pull("o/m", progress=_cancel_at("download"))
+        pull("o/m", progress=stop_in_the_middle)
     (part,) = (Path("hub") / "models--o--m" / "blobs").glob("*.incomplete")
     part.write_bytes(bytes(part.stat().st_size or 100))
     assert "arrived damaged" in refusal("o/m")
     assert (pull("o/m").path / "model.safetensors").read_bytes() == weights
-
-
-def _cancel_at(stage: str) -> Callable[[str, float | None], None]:
-    def stop(now: str, share: float | None) -> None:
-        if now == stage:
-            raise Cancelled
-
-    return stop
 
 
 def test_the_token_goes_to_the_hub_and_not_to_its_storage(

@@ -13,7 +13,7 @@ import pytest
 from checkpoints import add_tokenizer, tiny, write_gguf
 
 from transom.errors import SourceError
-from transom.sources import resolve, sources
+from transom.sources import located, resolve, sources
 
 
 @pytest.fixture(scope="module")
@@ -105,9 +105,10 @@ def test_a_missing_file_in_a_folder_is_no_name_of_the_hub(path: str) -> None:
     assert "transom pull" not in caught.value.fix
 
 
-def test_an_address_is_not_downloaded() -> None:
+@pytest.mark.parametrize("reads", [resolve, located])
+def test_an_address_is_not_downloaded(reads: Any) -> None:
     with pytest.raises(SourceError) as caught:
-        resolve("https://example.com/org/model.gguf")
+        reads("https://example.com/org/model.gguf")
     assert caught.value.cause.startswith(
         "https://example.com/org/model.gguf is an address, and Transom downloads models"
     )

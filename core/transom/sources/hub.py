@@ -24,7 +24,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from transom.contract import Progress
 from transom.errors import MissingExtra, SourceError, TransomError, option
@@ -215,6 +214,7 @@ class _Download:
             raise _no_room(self._name, f"{shown_size(left)} are to be downloaded, and {shown_size(free)} are free")
         what = shown_size(left) + (f" of {shown_size(self._total)}" if left < self._total else "")
         self._announce(f"Downloading {self._name} ({what}) from {_constants().ENDPOINT} to {_cache()}")
+        self._progress("download", self._done / self._total)
         return left
 
     def _fetch(self, paths: Iterable[str]) -> None:
@@ -243,8 +243,6 @@ class _Download:
         lock = _cache() / ".locks" / self._folder.name / f"{about.etag}.lock"  # the one that huggingface_hub uses
         for folder in (blob.parent, lock.parent):
             folder.mkdir(parents=True, exist_ok=True)
-        if urlsplit(url).netloc != urlsplit(about.location).netloc:
-            headers.pop("authorization", None)  # the signed address of a storage, which must not see the token
         headers["Accept-Encoding"] = "identity"  # a range of a compressed answer is none of the file
         part = _part(blob)
         with FileLock(lock):
@@ -253,10 +251,16 @@ class _Download:
             if part.is_file() and part.stat().st_size > size:
                 part.unlink()
             with part.open("ab") as target:
+                # Not from `about.location`, an address of the storage that expires: each attempt asks the hub for one.
                 package.http_get(
-                    about.location, target, resume_size=target.tell(), headers=headers, expected_size=size,
-                    displayed_filename=path, tqdm_class=self._bar(),
-                )  # fmt: skip
+                    url,
+                    target,
+                    resume_size=target.tell(),
+                    headers=headers,
+                    expected_size=size,
+                    displayed_filename=path,
+                    tqdm_class=self._bar(),
+                )
             self._require_whole(path, part, about.etag)
             part.replace(blob)
 
@@ -371,13 +375,13 @@ def _folder_name(repository: str) -> str:
 @contextlib.contextmanager
 def _package_quiet() -> Iterator[None]:
     """Keep warnings of huggingface_hub from stderr: each retry is one, and what fails in the end becomes an error."""
-    log = logging.getLogger("huggingface_hub")
-    before = log.level
-    log.setLevel(logging.ERROR)
+    log = _module("utils.logging")  # importing it sets the level
+    before = log.get_verbosity()
+    log.set_verbosity_error()
     try:
         yield
     finally:
-        log.setLevel(before)
+        log.set_verbosity(before)
 
 
 @contextlib.contextmanager

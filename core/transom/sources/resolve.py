@@ -93,6 +93,8 @@ def located(
         return spec
     from transom.sources import hub_names  # a model on disk does not need it
 
+    if (error := _address(spec)) is not None:  # as a path it would lose a slash
+        raise error
     if not hub_names.may_be_named(spec):
         return spec
     from transom.sources import hub
@@ -137,6 +139,18 @@ def _no_such_path(spec: Spec, path: Path) -> SourceError:
     from transom.sources import hub_names
 
     text = str(spec)
+    if (error := _address(text)) is not None:
+        return error
+    if hub_names.may_be_named(text):
+        return SourceError(
+            f"There is no directory {path} here", f"If it is a model of the Hugging Face hub: transom pull {text}"
+        )
+    return SourceError(f"There is no {path}", _WAYS)
+
+
+def _address(text: str) -> SourceError | None:
+    from transom.sources import hub_names
+
     if name := hub_names.of_address(text):
         return SourceError(f"{text} is an address, not a path", f"Give the model's name on the hub: {name}")
     if "://" in text:
@@ -144,11 +158,7 @@ def _no_such_path(spec: Spec, path: Path) -> SourceError:
             f"{text} is an address, and Transom downloads models only from the Hugging Face hub",
             "Download the file, and give its path",
         )
-    if hub_names.may_be_named(text):
-        return SourceError(
-            f"There is no directory {path} here", f"If it is a model of the Hugging Face hub: transom pull {text}"
-        )
-    return SourceError(f"There is no {path}", _WAYS)
+    return None
 
 
 def _adapter(path: Path, settings: Path) -> SourceError:
