@@ -130,3 +130,24 @@ def test_the_title_of_a_heat_map_is_within_the_picture(tmp_path: Any, monkeypatc
     assert box.x0 >= 0
     assert box.x1 <= figure.bbox.x1
     assert box.y1 <= figure.bbox.y1
+
+
+@pytest.mark.parametrize(
+    ("seconds", "first", "share", "text"),
+    [
+        (10.0, 0.0, 0.5, ", about 10 s left"),
+        (60.0, 0.5, 0.6, ", about 4 min left"),  # what an earlier download left says nothing about the speed
+        (2.0, 0.0, 0.5, ""),
+        (60.0, 0.5, 0.5, ""),
+        (60.0, 0.0, 1.0, ""),
+    ],
+)
+def test_the_time_that_a_download_still_takes(seconds: float, first: float, share: float, text: str) -> None:
+    assert output.time_left(seconds, first, share) == text
+
+
+def test_a_sentence_is_printed_above_the_progress_unless_quiet(capsys: pytest.CaptureFixture[str]) -> None:
+    for quiet in (False, True):
+        with output.ProgressLine(quiet=quiet) as progress:
+            progress.say("Downloading o/m")
+    assert capsys.readouterr().err == "Downloading o/m\n"

@@ -12,6 +12,8 @@ import json
 import logging
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -111,9 +113,18 @@ def test_other_texts_are_no_names(text: str) -> None:
 
 
 def test_the_address_of_a_page_of_the_hub_is_answered_with_its_name() -> None:
-    for address in ("https://huggingface.co/o/m", "https://huggingface.co/o/m/tree/main", "hf.co/o/m"):
-        with pytest.raises(SourceError, match=r"o/m\.$"):
+    for address, name in (
+        ("https://huggingface.co/o/m", "o/m"),
+        ("https://huggingface.co/o/m/tree/main", "o/m"),
+        ("https://huggingface.co/o/m/tree/v2?show=all", "o/m@v2"),
+        ("https://huggingface.co/o/m/resolve/main/a/m-Q8_0.gguf?download=true", "o/m:a/m-Q8_0.gguf"),
+        ("https://huggingface.co/o/m/blob/main/README.md", "o/m"),
+        ("hf.co/o/m:Q4_K_M", "o/m:Q4_K_M"),
+    ):
+        assert hub_names.of_address(address) == name
+        with pytest.raises(SourceError) as caught:
             hub_names.parse(address)
+        assert caught.value.fix == f"Write it like {name}"
     with pytest.raises(SourceError, match=r"Give the model's name on the hub: o/m"):
         resolve("https://huggingface.co/o/m/blob/main/config.json")
 
@@ -247,6 +258,24 @@ def test_a_folder_of_the_cache_has_the_name_of_its_model(server: Hub, weights: b
     server.repositories["some-one/Tiny-Model.5"] = Repository(checkpoint(weights))
     assert folder_name(pull("some-one/Tiny-Model.5").path) == "Tiny-Model.5"
     assert folder_name(tmp_path) == tmp_path.name
+
+
+def test_a_model_of_the_cache_is_found_without_the_slow_parts_of_the_package(server: Hub, weights: bytes) -> None:
+    server.repositories["o/m"] = Repository(checkpoint(weights))
+    path = pull("o/m").path
+    program = """
+import sys
+from transom.sources import located
+assert not any(name.startswith("huggingface_hub") for name in sys.modules)
+assert located(sys.argv[0]) == sys.argv[0]
+print(located("o/m"))
+print(sorted(name for name in sys.modules if name.startswith(("huggingface_hub.", "httpx", "tqdm"))))
+"""
+    environment = {**os.environ, "HF_HUB_CACHE": str(path.parents[2]), "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    found, modules = done.stdout.splitlines()
+    assert found == str(path)
+    assert modules == "['huggingface_hub.constants']"
 
 
 def test_a_sharded_model_needs_the_shards_of_its_index(server: Hub, weights: bytes) -> None:

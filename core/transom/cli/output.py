@@ -290,6 +290,8 @@ class ProgressLine:
     def __init__(self, *, quiet: bool = False, stage: str = "") -> None:
         self._stage = stage
         self._share: float | None = None
+        self._first_share = 0.0
+        """The share with which the stage began: that of a download which continues."""
         self._quiet = quiet
         self._live = not quiet and is_terminal(sys.stderr)
         self._stage_start = time.monotonic()
@@ -312,7 +314,7 @@ class ProgressLine:
         """A `transom.contract.Progress`."""
         with self._lock:
             if stage != self._stage:
-                self._stage, self._stage_start = stage, time.monotonic()
+                self._stage, self._stage_start, self._first_share = stage, time.monotonic(), share or 0.0
             self._share = share
         late = time.monotonic() - self._stage_start > LONG
         if not self._quiet and not self._live and late and stage not in self._written and share != 1.0:
@@ -353,11 +355,14 @@ class ProgressLine:
                     self._draw()
 
     def _draw(self) -> None:
-        bar = ""
+        bar, left = "", ""
+        seconds = time.monotonic() - self._stage_start
         if self._share is not None:
             full = round(24 * min(max(self._share, 0.0), 1.0))
             bar = f"  {'█' * full}{'░' * (24 - full)} {self._share:4.0%}"
-        line = f"{stage_text(self._stage)}{bar}  {time.monotonic() - self._stage_start:.0f} s"
+            if self._stage == "download":
+                left = time_left(seconds, self._first_share, self._share)
+        line = f"{stage_text(self._stage)}{bar}  {seconds:.0f} s{left}"
         line = line[: max(shutil.get_terminal_size().columns - 1, 10)]
         padding = " " * max(self._shown - len(line), 0)
         try:
@@ -366,6 +371,19 @@ class ProgressLine:
             sys.stderr.write("\r" + line.replace("█", "#").replace("░", ".") + padding)
         sys.stderr.flush()
         self._shown = len(line)
+
+
+def time_left(seconds: float, first: float, share: float) -> str:
+    """How long the rest will take if it goes on as in these seconds, as text after them; empty where it is not known.
+
+    Args:
+        first: the share done before.
+        share: the share done now.
+    """
+    if seconds < 3 or share - first < 0.01 or share >= 1:
+        return ""
+    left = seconds * (1 - share) / (share - first)
+    return f", about {left / 60:.0f} min left" if left >= 90 else f", about {left:.0f} s left"
 
 
 class AnswerPrinter:

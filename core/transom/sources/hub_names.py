@@ -13,7 +13,8 @@ from transom.sources.base import summarize
 _PART = r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9_-])?"
 _NAME = re.compile(rf"(?P<repository>{_PART}/{_PART})(?::(?P<part>[^:@\s]+))?(?:@(?P<revision>[^\s@:]+))?")
 _ADDRESS = re.compile(
-    rf"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/(?P<repository>{_PART}/{_PART})(?:[/?:#].*)?"
+    rf"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/(?P<repository>{_PART}/{_PART})"
+    r"(?::(?P<part>[^@?#]+)|/(?:tree|blob|resolve)/(?P<revision>[^/?#]+)(?:/(?P<file>[^?#]+))?)?(?:[/?#].*)?"
 )
 _FILE_SUFFIXES = (".gguf", ".ggml", ".onnx", ".safetensors", ".bin", ".pt", ".pth", ".json", ".zip")
 """The suffix of a name such as Qwen2.5-0.5B is none of a file."""
@@ -85,7 +86,12 @@ def may_be_named(text: str) -> bool:
 def of_address(text: str) -> str:
     """The name of the model whose page on the hub has this address; empty: it is not such an address."""
     found = _ADDRESS.fullmatch(text)
-    return found["repository"] if found else ""
+    if found is None:
+        return ""
+    part = found["part"] or found["file"] or ""
+    if not part.lower().endswith((".gguf", ".onnx")) and found["part"] is None:
+        part = ""  # a page about another file
+    return str(HubName(found["repository"], part, found["revision"] or "main"))
 
 
 def quantization(file: str) -> str:
