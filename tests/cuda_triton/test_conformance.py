@@ -21,6 +21,7 @@ from transom_cuda_triton import CudaTriton
 # The interpreter is an emulator: what takes it seconds, and what test_generation.py has another case of, is a sweep.
 @pytest.mark.sweep(
     only=(
+        "artifact.another_process",
         "walk.gqa", "walk.window", "state.truncate", "state.fork", "state.copy_on_write", "state.outlives_parent",
         "step.forms", "step.outputs_belong_to_caller", "step.top_k", "failure.changes_nothing", "limits.out_of_pages",
         "logits.uint4_minimums", "logits.uint4_zero_points", "logits.int4", "logits.multi_head", "logits.linear_bias",

@@ -42,6 +42,8 @@ def run(call: Call, rng: np.random.Generator, dtype: torch.dtype, splits: int, t
         "16-wide units",
         "16-sparse window",
         "16-soft cap and sinks",
+        "16-sparse, soft cap and sinks",
+        "16-window",
     )
 )
 def test_any_number_of_splits_gives_the_same(kind: str, splits: int, rng: np.random.Generator) -> None:

@@ -61,6 +61,7 @@ def test_logits_are_those_of_one_device(session: TritonSession, graph: Graph, rn
         np.testing.assert_allclose(np.asarray(row), oracle.logits(tokens)[-1], atol=1e-4)
 
 
+@pytest.mark.sweep  # interpreted
 def test_sparse_steps_and_their_counts_are_those_of_one_device(
     session: TritonSession, graph: Graph, tmp_path: Path, rng: np.random.Generator
 ) -> None:

@@ -168,6 +168,7 @@ def test_the_bridge_answers_a_java_program(
     ]
 
 
+@pytest.mark.sweep  # links the whole library for Android
 def test_the_bridge_has_pages_of_16_kb(built: Path) -> None:
     library = built / "libtransom_jni.so"
     if not library.exists() or shutil.which("readelf") is None:

@@ -335,6 +335,7 @@ def divergence(expected: Array, got: Array) -> float:
 
 @needs_qnn
 @pytest.mark.parametrize("precision", ["f16", "int8"])
+@pytest.mark.sweep(but=("int8",))
 def test_the_emulated_htp_reads_by_the_policy(rng: np.random.Generator, tmp_path: Path, precision: str) -> None:
     """Every node is on the HTP: without that nothing is compiled."""
     dense, graph = sparse_decoder(rng)
