@@ -54,18 +54,9 @@ def test_every_family_is_found_by_all_of_its_names() -> None:
         for name in family.model_types:
             assert family_for_hf({"model_type": name}, "x") is family
         for name in family.gguf:
-            assert family_for_gguf(name, "x") is family
-
-
-def test_a_misspelt_architecture_gets_the_nearest_name() -> None:
-    with pytest.raises(SourceError, match='Did you mean "LlamaForCausalLM"'):
-        family_for_hf({"architectures": ["LLamaForCausalLm"]}, "config.json")
-
-
-def test_an_architecture_with_only_the_ending_of_a_known_one_gets_no_suggestion() -> None:
-    with pytest.raises(SourceError) as caught:
-        family_for_hf({"architectures": ["FooForCausalLM"]}, "config.json")
-    assert "Did you mean" not in str(caught.value)
+            assert family_for_gguf(name) is family
+    assert family_for_hf({"architectures": ["FooForCausalLM"], "model_type": "llama"}, "x") is None
+    assert family_for_gguf("qwen3moe") is None
 
 
 SCALINGS: list[dict[str, Any]] = [

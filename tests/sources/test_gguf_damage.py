@@ -236,15 +236,15 @@ def test_impossible_sizes_are_refused_by_name(tmp_path: Path, rng: np.random.Gen
     assert f"llama{key}" in failure(with_metadata(tmp_path, rng, {key: value}))
 
 
-def test_an_unknown_architecture_lists_the_known_ones_and_fixes(tmp_path: Path) -> None:
-    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "mamba")
+def test_an_unknown_architecture_lists_the_known_ones(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "hyena")
     writer.add_tensor("token_embd.weight", np.zeros((4, 32), np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     text = failure(tmp_path / "x.gguf")
-    for word in ('"mamba"', "llama", "qwen3", "gemma3", "transom[families]", "ONNX"):
+    for word in ('"hyena"', "llama", "qwen3", "gemma3"):
         assert word in text
 
 

@@ -100,15 +100,15 @@ def test_without_the_extra_the_command_that_installs_it_is_named(
     with pytest.raises(MissingExtra, match=r"pip install 'transom\[families\]'"):
         mobius.MobiusSource().open(folder)
     (folder / "model.safetensors").write_bytes(b"\x02" + bytes(7) + b"{}")
-    with pytest.raises(SourceError, match=r"transom\[families\]"):
+    with pytest.raises(MissingExtra, match=r"transom\[families\]"):
         resolve(folder).open(folder)
 
 
-@pytest.mark.parametrize("kind", ["cohere", "deepseek_v3"])
-def test_what_mobius_builds_wrongly_is_refused(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "fix"), [("cohere", "from_pretrained"), ("deepseek_v3", "Choose a model")])
+def test_what_mobius_builds_wrongly_is_refused(kind: str, fix: str, tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=f'"{kind}", but wrongly') as caught:
         mobius.MobiusSource().open(config_only(tmp_path, model_type=kind))
-    assert "from_pretrained" in caught.value.fix
+    assert fix in caught.value.fix
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_what_mobius_builds_wrongly_is_refused(kind: str, tmp_path: Path) -> Non
     [
         ("granite", "OtherForCausalLM", "GraniteForCausalLM"),
         ("olmo2", "GraniteForCausalLM", "Olmo2ForCausalLM"),
-        ("llama", "LlamaForSequenceClassification", "LlamaForCausalLM"),
+        ("llama", "ChangedForCausalLM", "LlamaForCausalLM"),
     ],
 )
 def test_a_config_whose_architecture_is_not_its_model_type_s_is_refused(
@@ -148,7 +148,7 @@ def test_a_config_that_names_no_architecture_goes_by_its_model_type(tmp_path: Pa
 def test_an_unknown_architecture_is_reported(tmp_path: Path) -> None:
     folder = config_only(tmp_path, model_type="granito")
     (folder / "model.safetensors").write_bytes(b"\x02" + bytes(7) + b"{}")
-    with pytest.raises(SourceError, match=r'"granito" is known neither .* mobius-onnx, which knows \d+') as caught:
+    with pytest.raises(SourceError, match='does not know the architecture "OtherForCausalLM"') as caught:
         resolve(folder).open(folder)
     assert 'Did you mean "granite"?' in caught.value.fix
 
@@ -161,7 +161,7 @@ def test_missing_tensors_are_named(tmp_path: Path, rng: np.random.Generator) -> 
     tensors = load_file(file)
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, file, {"format": "pt"})
-    with pytest.raises(SourceError, match=r"lacks weights .*up_proj"):
+    with pytest.raises(SourceError, match=r"lacks weights: .*up_proj"):
         resolve(tmp_path).open(tmp_path)
 
 

@@ -103,18 +103,25 @@ def fingerprint_of(path: Path, cache: Cache) -> str:
     """
     state = _state_of(path)
     if not state:
-        return resolve(path).fingerprint(path)
+        return _fingerprint(path)
     where = artifact_key({"path": str(path.absolute()), "files": state, "transom": version()})
     # Not `cache.remember`, which warns about a read-only cache; loading warns when there is something to keep.
     notebook = JsonStore(cache.root / "remembered" / "fingerprints.json")
     known = notebook.recall(where)
     if isinstance(known, str):
         return known
-    content = resolve(path).fingerprint(path)
+    content = _fingerprint(path)
     newest = max(int(changed) for _, _, changed, _ in state)
     if time.time_ns() - newest > _SETTLED_NS:
         notebook.remember(where, content)
     return content
+
+
+def _fingerprint(path: Path) -> str:
+    """The source's fingerprint of a model that it can build: reading all of another one would be in vain."""
+    source = resolve(path)
+    source.require_supported(path)
+    return source.fingerprint(path)
 
 
 def _state_of(path: Path) -> list[list[str | int]]:

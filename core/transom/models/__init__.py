@@ -10,7 +10,7 @@ import importlib
 from collections.abc import Mapping
 from typing import Any
 
-from transom.errors import SourceError, nearest
+from transom.errors import SourceError
 from transom.models.family import Family
 
 _MODULES = ("gemma2", "gemma3", "llama", "mistral", "phi3", "qwen2", "qwen3")
@@ -22,11 +22,11 @@ def families() -> tuple[Family, ...]:
     return tuple(importlib.import_module(f"transom.models.{name}").FAMILY for name in _MODULES)
 
 
-def family_for_hf(config: Mapping[str, Any], where: str) -> Family:
-    """The family of a config.json, by `architectures`, or by `model_type` if that is missing.
+def family_for_hf(config: Mapping[str, Any], where: str) -> Family | None:
+    """The family of a config.json, by `architectures`, or by `model_type` if that is missing; None: it has none.
 
     Raises:
-        SourceError: no family has this name; the message lists alternatives.
+        SourceError: the file names no kind of model.
     """
     architectures = config.get("architectures")
     names = [str(a) for a in architectures] if isinstance(architectures, list) and architectures else []
@@ -43,28 +43,12 @@ def family_for_hf(config: Mapping[str, Any], where: str) -> Family:
             f"{where} names neither architectures nor a model_type, so the kind of model is unknown",
             "Download the file again from the model's publisher",
         )
-    known = {name for family in families() for name in family.architectures}
-    raise _unknown(names[0] if names else str(kind), where, known)
+    return None
 
 
-def family_for_gguf(architecture: str, where: str) -> Family:
-    """The family of a GGUF file, by `general.architecture`.
-
-    Raises:
-        SourceError: no family has this name; the message lists alternatives.
-    """
-    for family in families():
-        if architecture in family.gguf:
-            return family
-    raise _unknown(architecture, where, {name for family in families() for name in family.gguf})
-
-
-def _unknown(name: str, where: str, known: set[str]) -> SourceError:
-    return SourceError(
-        f'Transom has no built-in support for the architecture "{name}" of {where}',
-        "Load its Hugging Face directory with the extra that supports some 290 more (pip install 'transom[families]'), "
-        f"or export the model to ONNX and load that file. {nearest(name, known)}",
-    )
+def family_for_gguf(architecture: str) -> Family | None:
+    """The family of a GGUF file, by `general.architecture`; None: it has none."""
+    return next((family for family in families() if architecture in family.gguf), None)
 
 
 __all__ = ["Family", "families", "family_for_gguf", "family_for_hf"]

@@ -128,7 +128,7 @@ def finish(
     if tensors.has("lm_head.bias"):
         raise SourceError(
             f"The output matrix in {tensors.checkpoint.where} has a bias (lm_head.bias); this family supports none",
-            "Try the mobius source (pip install 'transom[families]'), or export the model to ONNX and load that",
+            "Export the model to ONNX, and load that file",
         )
     if softcap:
         cap = b.constant(float(softcap))

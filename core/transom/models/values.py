@@ -115,7 +115,7 @@ class Values:
         return SourceError(
             f"{self.prefix}{key} in {self.where} is {_short(self.get(key))}, which this family does not support"
             + (f" ({why})" if why else ""),
-            "Try the mobius source (pip install 'transom[families]'), or export the model to ONNX and load that",
+            "Export the model to ONNX, and load that file",
         )
 
     def _value(self, key: str, default: Any) -> Any:

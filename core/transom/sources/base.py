@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from transom.contract import Progress
 
@@ -46,6 +46,16 @@ class Contents:
     architecture: str = ""
     tensors: tuple[tuple[str, int, int], ...] = ()
     """Type, number of elements and bytes of each tensor; empty: the files do not say."""
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    """Layers, hidden size, vocabulary and context (tokens), as far as the files state them under their usual names."""
+
+
+class Texts(NamedTuple):
+    """What turns text into tokens and back, and the model's own sampling options."""
+
+    tokenizer: Tokenizer | None
+    chat_template: ChatTemplate | None
+    generation: GenerationDefaults
 
 
 @dataclass(frozen=True)
@@ -90,6 +100,16 @@ class Source(Protocol):
     def matches(self, spec: Spec) -> bool:
         """Whether this source can open the spec. Cheap: reads at most the first bytes of a file."""
 
+    def require_supported(self, spec: Spec) -> None:
+        """Raise the reason why the model cannot be built, if its headers show one: its architecture or a setting.
+
+        Reads no weight. It is called before the files are hashed and before a child process is started.
+
+        Raises:
+            SourceError: the source cannot build this model, or a file is missing or cannot be read.
+            MissingExtra: it needs a package that is not installed.
+        """
+
     def fingerprint(self, spec: Spec) -> str:
         """A hash of the content: equal content has equal fingerprints. Builds nothing.
 
@@ -131,8 +151,22 @@ class Source(Protocol):
         return None
 
     def contents(self, spec: Spec) -> Contents:
-        """The contents of the files, for `transom inspect`. Reads no weight."""
+        """The contents of the files, for `transom inspect`. Reads no weight.
+
+        Raises:
+            SourceError: the files cannot be read.
+        """
         return Contents()
+
+    def texts(self, spec: Spec) -> Texts:
+        """Tokenizer, chat template and generation defaults, without building the graph.
+
+        Raises:
+            SourceError: the files cannot be read, or the tokenizer is of an unknown kind.
+        """
+        from transom.text.defaults import GenerationDefaults
+
+        return Texts(None, None, GenerationDefaults())
 
 
 def local_path(spec: Spec) -> Path | None:

@@ -12,15 +12,17 @@ from typing import TYPE_CHECKING
 from transom.contract import Progress
 from transom.errors import SourceError
 from transom.graph.weights import Weight
-from transom.models import family_for_gguf
+from transom.models import Family, family_for_gguf
 from transom.models.tensors import Tensors, gguf_names
 from transom.models.values import Values
+from transom.sources.architectures import addition_in, refusal_of_gguf
 from transom.sources.base import (
     Contents,
     Pretrained,
     Source,
     SourceModel,
     Spec,
+    Texts,
     begins_with,
     content_hash,
     local_path,
@@ -31,8 +33,6 @@ from transom.sources.gguf_file import MAGIC, GgufFile, is_first_part, open_gguf,
 
 if TYPE_CHECKING:
     from transom.text.chat_template import ChatTemplate
-    from transom.text.defaults import GenerationDefaults
-    from transom.text.tokenizer import Tokenizer
 
 
 class GgufSource(Source):
@@ -56,16 +56,7 @@ class GgufSource(Source):
         if progress is not None:
             progress("read", None)
         file = open_gguf(path)
-        architecture = file.metadata.get("general.architecture")
-        if not isinstance(architecture, str):
-            raise SourceError(
-                f"{path} does not name its architecture (general.architecture)",
-                "Convert the model again with a current llama.cpp",
-            )
-        family = family_for_gguf(architecture, str(path))
-        checkpoint = GgufCheckpoint(file)
-        tensors = Tensors(checkpoint, gguf_names(family.gguf_names))
-        settings = Values(file.metadata, str(path), f"{architecture}.")
+        family, settings, checkpoint, tensors = _headers(file, path)
         graph = family.build(family.from_gguf(settings, tensors, context), tensors)
         notes = [*graph.notes, *checkpoint.notes()]
         if left := tensors.unused():
@@ -82,6 +73,11 @@ class GgufSource(Source):
             kind=self.kind,
             notes=notes,
         )
+
+    def require_supported(self, spec: Spec) -> None:
+        path = gguf_path(spec)
+        family, settings, _, tensors = _headers(open_gguf(path), path)
+        family.from_gguf(settings, tensors, None)
 
     def original(self, spec: Spec) -> Pretrained:
         from transom.sources.gguf_original import original
@@ -100,7 +96,46 @@ class GgufSource(Source):
     def contents(self, spec: Spec) -> Contents:
         file = open_gguf(gguf_path(spec))
         tensors = tuple((t.type, math.prod(t.shape), t.data.nbytes) for t in file.tensors.values())
-        return Contents(str(file.metadata.get("general.architecture", "")), tensors)
+        architecture = str(file.metadata.get("general.architecture", ""))
+        stated = {what: file.metadata.get(f"{architecture}.{key}") for what, key in _SIZES}
+        vocabulary = file.metadata.get("tokenizer.ggml.tokens")
+        if isinstance(vocabulary, list):
+            stated["vocabulary"] = len(vocabulary)
+        return Contents(architecture, tensors, {what: n for what, n in stated.items() if isinstance(n, int)})
+
+    def texts(self, spec: Spec) -> Texts:
+        return _text(open_gguf(gguf_path(spec)))
+
+
+_SIZES = (
+    ("layers", "block_count"),
+    ("hidden size", "embedding_length"),
+    ("vocabulary", "vocab_size"),
+    ("context", "context_length"),
+)
+"""The sizes that `inspect` shows, and their keys in the metadata behind the architecture's name."""
+
+
+def _headers(file: GgufFile, path: Path) -> tuple[Family, Values, GgufCheckpoint, Tensors]:
+    """Family, settings, checkpoint and tensors of a file. Reads no weight.
+
+    Raises:
+        SourceError: no family builds the architecture, or the file is a part of a model or an addition to one.
+    """
+    architecture = file.metadata.get("general.architecture")
+    if not isinstance(architecture, str):
+        raise SourceError(
+            f"{path} does not name its architecture (general.architecture)",
+            "Convert the model again with a current llama.cpp",
+        )
+    if (addition := addition_in(file.metadata, path)) is not None:
+        raise addition
+    family = family_for_gguf(architecture)
+    if family is None:
+        raise refusal_of_gguf(architecture, path)
+    checkpoint = GgufCheckpoint(file)
+    tensors = Tensors(checkpoint, gguf_names(family.gguf_names))
+    return family, Values(file.metadata, str(path), f"{architecture}."), checkpoint, tensors
 
 
 class GgufCheckpoint:
@@ -132,14 +167,14 @@ class GgufCheckpoint:
         return [f"{count} {kind} tensors: {note}" for (kind, note), count in sorted(self._notes.items())]
 
 
-def _text(file: GgufFile) -> tuple[Tokenizer | None, ChatTemplate | None, GenerationDefaults]:
+def _text(file: GgufFile) -> Texts:
     from transom.text.defaults import defaults_from_gguf
     from transom.text.from_gguf import chat_template_from_gguf, tokenizer_from_gguf
 
     metadata = file.metadata
     has_vocabulary = metadata.get("tokenizer.ggml.model") not in (None, "none", "no_vocab")
     tokenizer = tokenizer_from_gguf(metadata) if has_vocabulary else None
-    return tokenizer, chat_template_from_gguf(metadata, tokenizer), defaults_from_gguf(metadata, tokenizer)
+    return Texts(tokenizer, chat_template_from_gguf(metadata, tokenizer), defaults_from_gguf(metadata, tokenizer))
 
 
 def _models_in(directory: Path) -> list[Path]:

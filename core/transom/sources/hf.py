@@ -12,15 +12,17 @@ from typing import TYPE_CHECKING, Any
 from transom.contract import Progress
 from transom.errors import SourceError
 from transom.graph.weights import Array, Dense, Weight
-from transom.models import family_for_hf
+from transom.models import Family, family_for_hf
 from transom.models.tensors import Checkpoint, Tensors
 from transom.models.values import Values
+from transom.sources.architectures import refusal_of_directory
 from transom.sources.base import (
     Contents,
     Pretrained,
     Source,
     SourceModel,
     Spec,
+    Texts,
     content_hash,
     folder_name,
     local_path,
@@ -33,13 +35,18 @@ from transom.sources.safetensors_file import StoredTensor, open_safetensors
 
 if TYPE_CHECKING:
     from transom.text.chat_template import ChatTemplate
-    from transom.text.defaults import GenerationDefaults
-    from transom.text.tokenizer import Tokenizer
 
 _INDEX = "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "tekken.json")
+_SIZES = (
+    ("layers", ("num_hidden_layers", "n_layer", "n_layers", "num_layers")),
+    ("hidden size", ("hidden_size", "n_embd", "d_model")),
+    ("vocabulary", ("vocab_size",)),
+    ("context", ("max_position_embeddings", "n_positions", "max_seq_len")),
+)
+"""The sizes that `inspect` shows, and their keys in config.json."""
 _VISION = ("vision_tower.", "vision_model.", "multi_modal_projector.", "visual.", "audio_tower.")
 
 
@@ -66,14 +73,7 @@ class HfSource(Source):
         if progress is not None:
             progress("read", None)
         config = read_config(folder)
-        where = str(folder / "config.json")
-        family = family_for_hf(config, where)
-        settings = text_settings(config, where)
-        files = weight_files(folder)
-        checkpoint = HfCheckpoint(
-            folder, files, {t.name: t for file in files for t in open_safetensors(file).values()}, config
-        )
-        tensors = Tensors(checkpoint, rename_for(checkpoint), _needless)
+        family, settings, checkpoint, tensors = _headers(folder, config)
         graph = family.build(family.from_hf(settings, tensors, context), tensors)
         notes = [*graph.notes, *checkpoint.notes()]
         left = [name for name in tensors.unused() if not checkpoint.is_part(name)]
@@ -94,6 +94,11 @@ class HfSource(Source):
             notes=notes,
         )
 
+    def require_supported(self, spec: Spec) -> None:
+        folder = _folder(spec)
+        family, settings, _, tensors = _headers(folder, read_config(folder))
+        family.from_hf(settings, tensors, None)
+
     def original(self, spec: Spec) -> Pretrained:
         folder = _folder(spec)
         return Pretrained(folder, {"pretrained_model_name_or_path": str(folder)})
@@ -109,7 +114,35 @@ class HfSource(Source):
         names = config.get("architectures")
         architecture = str(names[0]) if isinstance(names, list) and names else str(config.get("model_type", ""))
         stored = [t for file in weight_files(folder) for t in open_safetensors(file).values()]
-        return Contents(architecture, tuple((t.dtype, math.prod(t.shape), t.data.nbytes) for t in stored))
+        tensors = tuple((t.dtype, math.prod(t.shape), t.data.nbytes) for t in stored)
+        return Contents(architecture, tensors, _sizes(config, str(folder / "config.json")))
+
+    def texts(self, spec: Spec) -> Texts:
+        return _text(_folder(spec))
+
+
+def _headers(folder: Path, config: Mapping[str, Any]) -> tuple[Family, Values, HfCheckpoint, Tensors]:
+    """Family, settings, checkpoint and tensors of a directory. Reads no weight.
+
+    Raises:
+        SourceError, MissingExtra: no family builds the architecture, or the weights' headers cannot be read.
+    """
+    where = str(folder / "config.json")
+    family = family_for_hf(config, where)
+    if family is None:
+        raise refusal_of_directory(config, folder)
+    settings = text_settings(config, where)
+    files = weight_files(folder)
+    checkpoint = HfCheckpoint(
+        folder, files, {t.name: t for file in files for t in open_safetensors(file).values()}, config
+    )
+    return family, settings, checkpoint, Tensors(checkpoint, rename_for(checkpoint), _needless)
+
+
+def _sizes(config: Mapping[str, Any], where: str) -> dict[str, int]:
+    settings = text_settings(config, where)
+    found = {what: next((settings.get(key) for key in keys if settings.has(key)), None) for what, keys in _SIZES}
+    return {what: size for what, size in found.items() if isinstance(size, int)}
 
 
 class HfCheckpoint:
@@ -277,12 +310,12 @@ def _needless(name: str) -> bool:
     return name.endswith((".rotary_emb.inv_freq", ".masked_bias"))
 
 
-def _text(folder: Path) -> tuple[Tokenizer | None, ChatTemplate | None, GenerationDefaults]:
+def _text(folder: Path) -> Texts:
     from transom.text.from_hf import chat_template_from_hf, generation_from_hf, tokenizer_from_hf
 
     has_tokenizer = any((folder / name).exists() for name in _TOKENIZER_FILES)
     tokenizer = tokenizer_from_hf(folder) if has_tokenizer else None
-    return tokenizer, chat_template_from_hf(folder, tokenizer), generation_from_hf(folder, tokenizer)
+    return Texts(tokenizer, chat_template_from_hf(folder, tokenizer), generation_from_hf(folder, tokenizer))
 
 
 def _folder(spec: Spec) -> Path:

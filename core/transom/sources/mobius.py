@@ -14,8 +14,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from transom.contract import Progress
-from transom.errors import MissingExtra, SourceError, message_lines, nearest
-from transom.sources.base import Pretrained, Source, SourceModel, Spec, content_hash, folder_name, local_path, summarize
+from transom.errors import MissingExtra, SourceError, message_lines
+from transom.sources.architectures import (
+    BY_EXTRA,
+    BY_NEITHER,
+    BY_TRANSFORMERS,
+    instead_of,
+    refusal_of_directory,
+    what_it_is,
+)
+from transom.sources.base import (
+    Contents,
+    Pretrained,
+    Source,
+    SourceModel,
+    Spec,
+    Texts,
+    content_hash,
+    folder_name,
+    local_path,
+    summarize,
+)
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -24,26 +43,34 @@ if TYPE_CHECKING:
     from transom.text.chat_template import ChatTemplate
 
 WRONG: Mapping[str, str] = {
+    "biogpt": "logits off by more than the largest",
     "bitnet": "logits off by 65 % of the largest",
+    "codegen": "logits off by 40 % of the largest",
     "cohere": "logits off by 1 % with fresh weights and 50 % with trained norms",
     "cohere2": "logits off by 80 % of the largest",
     "deepseek_v3": "it leaves out the experts of current checkpoints",
     "deepseek_v32": "it leaves out the experts of current checkpoints",
     "ernie4_5": "logits off by 100 % of the largest",
+    "exaone4": "logits off by 50 % of the largest",
+    "gpt_oss": "logits off by 1 % of the largest with small weights and 50 % with large ones",
+    "gptj": "logits off by 30 % of the largest",
     "helium": "logits off by 70 % of the largest",
     "hunyuan_v1_dense": "logits off by 20 % of the largest",
     "nanochat": "logits off by 25 % of the largest",
+    "persimmon": "logits off by 30 % of the largest",
+    "xglm": "logits off by more than the largest",
 }
 """Architectures that mobius-onnx 0.1 builds wrongly, with the measured difference from transformers."""
 
-NEARLY: Mapping[str, str] = {"gpt_oss": "0.1 %", "opt": "0.03 %"}
+NEARLY: Mapping[str, str] = {"openai-gpt": "0.006 %", "opt": "0.03 %"}
 """Architectures whose logits differ slightly, as a share of the largest logit. The notes report it."""
 
 _HALVES = ("FLOAT16", "BFLOAT16")
-_EXPORT = (
-    "Load it through transformers, transom.load(AutoModelForCausalLM.from_pretrained(folder)), which exports it with "
-    "torch; or export it to ONNX yourself and load that file"
+_FAILURES = (
+    *(RuntimeError, ValueError, TypeError, LookupError, AttributeError, OSError, AssertionError),
+    ImportError,
 )
+"""What mobius raises for a checkpoint that it cannot build."""
 
 
 class MobiusSource(Source):
@@ -59,10 +86,17 @@ class MobiusSource(Source):
         from transom.sources.hf import read_config
 
         try:
-            family_for_hf(read_config(path), str(path))
+            return family_for_hf(read_config(path), str(path / "config.json")) is None
         except SourceError:
-            return True
-        return False
+            return False  # the source `hf` says what is wrong with the file
+
+    def require_supported(self, spec: Spec) -> None:
+        from transom.sources.hf import read_config, weight_files
+
+        folder = _folder(spec)
+        config = read_config(folder)
+        _require_built(config, folder)
+        weight_files(folder)
 
     def fingerprint(self, spec: Spec) -> str:
         from transom.sources.hf import HfSource
@@ -75,15 +109,9 @@ class MobiusSource(Source):
         from transom.sources.hf import read_config, weight_files
         from transom.sources.onnx import texts
 
-        folder = local_path(spec)
-        if folder is None:
-            raise SourceError(f"{spec!r} is not the path of a model's directory")
+        folder = _folder(spec)
         config = read_config(folder)
-        kind = _kind(config, folder)
-        if not installed():
-            raise MissingExtra(f'The architecture "{kind}" of {folder} needs mobius-onnx', "families")
-        if kind in WRONG:
-            raise SourceError(f'mobius-onnx builds "{kind}", but wrongly: {WRONG[kind]}', _EXPORT)
+        kind = _require_built(config, folder)
         check_architecture(config, folder, kind)
         files = weight_files(folder)
         if progress is not None:
@@ -95,7 +123,9 @@ class MobiusSource(Source):
         try:
             graph = raise_decoder(graph, DecoderHints(kind, length if isinstance(length, int) else 0))
         except CannotRaise as e:
-            raise SourceError(f'The graph that mobius-onnx builds for "{kind}" cannot generate: {e}', _EXPORT) from e
+            raise SourceError(
+                f'The graph that mobius-onnx builds for "{kind}" cannot generate: {e}', instead_of(kind, folder)
+            ) from e
         decoder = graph.decoder
         assert decoder is not None
         check_windows(decoder, folder, kind)
@@ -118,6 +148,16 @@ class MobiusSource(Source):
 
         return HfSource().chat_template(spec)
 
+    def contents(self, spec: Spec) -> Contents:
+        from transom.sources.hf import HfSource
+
+        return HfSource().contents(spec)
+
+    def texts(self, spec: Spec) -> Texts:
+        from transom.sources.hf import HfSource
+
+        return HfSource().texts(spec)
+
 
 def installed() -> bool:
     """Whether the extra is installed. Imports nothing."""
@@ -133,10 +173,37 @@ def _version() -> str:
         return "unknown"
 
 
+def _folder(spec: Spec) -> Path:
+    folder = local_path(spec)
+    if folder is None:
+        raise SourceError(f"{spec!r} is not the path of a model's directory")
+    return folder
+
+
+def _require_built(config: Mapping[str, Any], folder: Path) -> str:
+    """The `model_type` of an architecture that mobius builds, as far as that is known without importing it.
+
+    Raises:
+        SourceError: mobius builds it wrongly or not at all, or it is no decoder.
+        MissingExtra: mobius is not installed.
+    """
+    kind = _kind(config, folder)
+    if kind in WRONG:
+        raise SourceError(f'mobius-onnx builds "{kind}", but wrongly: {WRONG[kind]}', instead_of(kind, folder))
+    if what_it_is(config) or kind in BY_TRANSFORMERS - BY_EXTRA or kind in BY_NEITHER:
+        raise refusal_of_directory(config, folder, extra=True)
+    if not installed():
+        raise MissingExtra(f'The architecture "{kind}" of {folder} needs mobius-onnx', "families")
+    return kind
+
+
 def _kind(config: Mapping[str, Any], folder: Path) -> str:
     kind = config.get("model_type")
     if not isinstance(kind, str) or not kind:
-        raise SourceError(f"{folder / 'config.json'} names no model_type", "Get the file again")
+        raise SourceError(
+            f"{folder / 'config.json'} names no model_type, so the kind of model is unknown",
+            "Download the file again from the model's publisher",
+        )
     return kind
 
 
@@ -154,12 +221,9 @@ def _build(folder: Path, kind: str) -> ir.Model:
             f'The architecture "{kind}" needs mobius-onnx, which cannot be imported: {e}', "families"
         ) from e
     if kind not in registry:
-        known = [str(a) for a in registry.architectures()]
-        hint = nearest(kind, known).split(" Known:")[0] if nearest(kind, known).startswith("Did") else ""
-        raise SourceError(
-            f'The architecture "{kind}" is known neither to Transom nor to mobius-onnx, which knows {len(known)}',
-            f"{_EXPORT}. {hint}".rstrip(),
-        )
+        from transom.sources.hf import read_config
+
+        raise refusal_of_directory(read_config(folder), folder, extra=True)
     model = _built(mobius, folder, kind)
     if any(str(v.dtype) in _HALVES for v in model.graph.initializers.values()):
         # In 16 bits mobius also rounds its rotary tables and constants; in float32 it does not.
@@ -190,18 +254,22 @@ def with_stored_weights(wide: ir.Model, stored: ir.Model) -> ir.Model:
 def _built(mobius: Any, folder: Path, kind: str, **options: Any) -> ir.Model:
     try:
         package = mobius.build(str(folder), **options)
-    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, NotImplementedError, OSError) as e:
-        raise SourceError(f'mobius-onnx cannot build "{kind}" from {folder}: {message_lines(e)[0]}', _EXPORT) from e
+    except _FAILURES as e:
+        raise SourceError(
+            f'mobius-onnx cannot build "{kind}" from {folder}: {message_lines(e)[0]}', instead_of(kind, folder)
+        ) from e
     if list(package) != ["model"]:
         raise SourceError(
             f'mobius-onnx builds "{kind}" in several parts ({summarize(map(str, package))}), not one text decoder',
-            _EXPORT,
+            instead_of(kind, folder),
         )
     model: ir.Model = package["model"]
     if missing := [str(n) for n, v in model.graph.initializers.items() if v.const_value is None]:
+        if kind in BY_EXTRA:
+            raise SourceError(f"{folder} lacks weights: {summarize(missing)}", "Download the checkpoint again")
         raise SourceError(
-            f'{folder} lacks weights that mobius-onnx expects of "{kind}": {summarize(missing)}',
-            f"Get the checkpoint again; if it is complete, mobius-onnx builds this architecture wrongly. {_EXPORT}",
+            f'mobius-onnx builds "{kind}" with weights that {folder} does not have: {summarize(missing)}',
+            instead_of(kind, folder),
         )
     return model
 
@@ -230,7 +298,7 @@ def check_architecture(config: Mapping[str, Any], folder: Path, kind: str) -> No
         f'{folder / "config.json"} names the architecture {summarize(names)} and the model_type "{kind}", which is '
         f"that of {known[0]}; mobius-onnx would build the latter",
         f"If the model is a {known[0]}, write that name into architectures; if not, correct model_type, or export the "
-        "model to ONNX and load that file",  # not _EXPORT: AutoModelForCausalLM of transformers uses the type too
+        "model to ONNX and load that file",  # AutoModelForCausalLM of transformers goes by the type too
     )
 
 
@@ -257,5 +325,5 @@ def check_windows(decoder: Decoder, folder: Path, kind: str) -> None:
             raise SourceError(
                 f'mobius-onnx builds "{kind}" with a sliding window of {have or "no"} tokens in layer {index}; the '
                 f"checkpoint says {want or 'none'}",
-                _EXPORT,
+                instead_of(kind, folder),
             )

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from transom.graph.weights import Array, Weight
 
 EXPORT_OPSET = 23
+_COLORS = re.compile(r"\x1b\[[0-9;]*m")
+"""Escape sequences in the exporter's messages."""
 _NAMES = {"torch.float32": "float32", "torch.float16": "float16", "torch.bfloat16": "bfloat16"}
 
 
@@ -152,15 +155,17 @@ def _view(tensor: Any) -> Array:
 def _pretrained(model: Any, context: int | None) -> SourceModel:
     from transom.models import family_for_hf
     from transom.models.tensors import Tensors
+    from transom.sources.architectures import refusal_of_object
     from transom.sources.hf import rename_for, text_settings
 
     where = f"the {type(model).__name__} object"
-    config = {"architectures": [type(model).__name__], **model.config.to_dict()}
-    config["architectures"] = config["architectures"] or [type(model).__name__]
-    try:
-        family = family_for_hf(config, where)
-    except SourceError as unknown:
-        return _exported_decoder(model, unknown)
+    # Not the architecture of the checkpoint: the object may be another model, such as a classifier, made from it.
+    config = {**model.config.to_dict(), "architectures": [type(model).__name__]}
+    family = family_for_hf(config, where)
+    if family is None:
+        if (refusal := refusal_of_object(config, where)) is not None:
+            raise refusal
+        return _exported_decoder(model)
     checkpoint = ModuleCheckpoint(model.state_dict(), where)
     tensors = Tensors(checkpoint, rename_for(cast(Any, checkpoint)), lambda name: name.endswith("inv_freq"))
     graph = family.build(family.from_hf(text_settings(config, where), tensors, context), tensors)
@@ -171,7 +176,7 @@ def _pretrained(model: Any, context: int | None) -> SourceModel:
     return _with_texts(graph, getattr(model, "name_or_path", "") or type(model).__name__, None, model, notes)
 
 
-def _exported_decoder(model: Any, unknown: SourceError) -> SourceModel:
+def _exported_decoder(model: Any) -> SourceModel:
     """A decoder of a family that Transom does not build itself, exported by torch.
 
     Raises:
@@ -181,7 +186,10 @@ def _exported_decoder(model: Any, unknown: SourceError) -> SourceModel:
 
     found = _export(TorchSource(**as_decoder(model)))
     if found.graph.decoder is None:
-        raise SourceError(f"{unknown.cause}; exported by torch, it {found.notes[-1]}", unknown.fix) from unknown
+        raise SourceError(
+            f"The {type(model).__name__} object, exported by torch, {found.notes[-1]}",
+            "Load a decoder of text with a cache of keys and values",
+        )
     name = str(getattr(model, "name_or_path", "")) or type(model).__name__
     notes = [*found.notes, "exported by torch: Transom does not build this architecture itself"]
     found.graph.notes = tuple(notes)
@@ -238,9 +246,9 @@ def _program(torch: Any, spec: TorchSource) -> Any:
         raise MissingExtra(f"Exporting a torch module needs {e.name}", "torch") from e
     except (RuntimeError, TypeError, ValueError, KeyError, NotImplementedError, AssertionError) as e:
         raise SourceError(
-            f"torch cannot export {type(spec.module).__name__} to ONNX: {message_lines(e)[0]}",
+            f"torch cannot export {type(spec.module).__name__} to ONNX: {_COLORS.sub('', message_lines(e)[0])}",
             "Make the module exportable (torch.export's messages say where it is not), or export it to ONNX yourself",
-            [line for line in str(e).splitlines() if line.strip()][1:12],
+            [line for line in _COLORS.sub("", str(e)).splitlines() if line.strip()][1:12],
         ) from e
     if program is None:
         raise SourceError(f"torch exported nothing for {type(spec.module).__name__}", "Use torch 2.9 or newer")

@@ -87,4 +87,5 @@ def _wrapped(model: Any) -> Any:
             present = [part for layer in out.past_key_values.layers for part in (layer.keys, layer.values)]
             return (out.logits, *present)
 
+    Decoder.__name__ = type(model).__name__  # messages name the model
     return Decoder()
