@@ -93,6 +93,67 @@ def test_inspect_shows_inputs_outputs_and_operators_of_a_plain_onnx_file(bare: A
         assert part in out
 
 
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with models that Transom cannot load: the directory `falcon`, and `moe.gguf`, `mmproj.gguf`."""
+    import checkpoints
+    import gguf
+    from safetensors.numpy import save_file
+
+    folder = tmp_path_factory.mktemp("foreign")
+    (folder / "falcon").mkdir()
+    config = {"architectures": ["FalconForCausalLM"], "model_type": "falcon", "num_hidden_layers": 3, "n_head": 4}
+    (folder / "falcon" / "config.json").write_text(json.dumps({**config, "hidden_size": 8, "vocab_size": 259}))
+    table = np.zeros((259, 8), np.float16)
+    save_file({"transformer.word_embeddings.weight": table}, folder / "falcon" / "model.safetensors")
+    checkpoints.add_tokenizer(folder / "falcon")
+    for name, architecture in (("moe.gguf", "qwen3moe"), ("mmproj.gguf", "clip")):
+        writer = gguf.GGUFWriter(folder / name, architecture)
+        writer.add_block_count(5)
+        writer.add_embedding_length(32)
+        writer.add_context_length(640)
+        writer.add_tensor("token_embd.weight", np.zeros((4, 32), np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    return folder
+
+
+def test_inspect_shows_the_headers_of_a_directory_that_cannot_be_loaded(bare: Any, foreign: Path) -> None:
+    status, out, err = bare("inspect", foreign / "falcon")
+    assert (status, err) == (0, "")
+    assert "Cannot be loaded: Transom does not build the architecture" in out
+    facts = {line[2:].split("  ")[0]: line.split("  ")[-1].strip() for line in out.splitlines() if line[:2] == "  "}
+    assert facts["architecture"] == "FalconForCausalLM"
+    assert facts["parameters"] == "2.07 K (2072)"
+    assert (facts["layers"], facts["hidden size"], facts["vocabulary"]) == ("3", "8", "259")
+    assert facts["tokenizer"] == "BPE, 259 tokens"
+    assert "Operators" not in out
+    found = json.loads(bare("inspect", foreign / "falcon", "--json").out)
+    assert found["stored"] == [{"type": "F16", "tensors": 1, "parameters": 2072, "bytes": 4144}]
+    assert found["sizes"] == {"layers": 3, "hidden size": 8, "vocabulary": 259}
+    assert "from_pretrained" in found["cannot_load"]
+    assert found["decoder"] is None
+
+
+@pytest.mark.parametrize(("name", "why"), [("moe.gguf", "does not build"), ("mmproj.gguf", "(mmproj)")])
+def test_inspect_shows_the_headers_of_a_gguf_file_that_cannot_be_loaded(
+    bare: Any, foreign: Path, name: str, why: str
+) -> None:
+    found = json.loads(bare("inspect", foreign / name, "--json").out)
+    assert why in found["cannot_load"]
+    assert found["sizes"] == {"layers": 5, "hidden size": 32, "context": 640}
+    assert found["stored"][0]["tensors"] == 1
+    assert bare("inspect", foreign / name).status == 0
+
+
+def test_inspect_of_a_model_that_loads_says_nothing_of_it(bare: Any, model: Path) -> None:
+    found = json.loads(bare("inspect", model, "--json").out)
+    assert (found["cannot_load"], found["sizes"]) == ("", {})
+    assert "Cannot be loaded" not in bare("inspect", model).out
+
+
 def test_explain_counts_first_and_shows_nodes_when_asked(transom: Any, model: Path) -> None:
     environment = {"TOY_REFUSES": "CachedAttention"}
     status, out, _ = transom("explain", model, env=environment)

@@ -39,15 +39,17 @@ def inspect(model: str, offline: bool, as_json: bool) -> None:
         print_json(found.to_dict())
         return
     heading(found.name)
+    if found.cannot_load:
+        click.echo(f"  Cannot be loaded: {found.cannot_load}")
     _facts(_summary(found))
     if found.stored:
         _kinds("Tensors in the file", found.stored)
-    if not found.stored or {k.type for k in found.stored} != {k.type for k in found.kept}:
+    if found.kept and {k.type for k in found.stored} != {k.type for k in found.kept}:
         _kinds("Weights as backends see them", found.kept)
-    if found.decoder is None:
-        _plain_graph(found)
-    else:
+    if found.decoder is not None:
         _memory(found)
+    elif not found.cannot_load:
+        _plain_graph(found)
     if found.notes:
         click.echo()
         heading("Notes")
@@ -81,6 +83,9 @@ def _summary(found: Inspection) -> list[tuple[str, str]]:
             ("vocabulary", str(d.vocabulary)),
             ("context", f"{d.context} tokens"),
         ]
+        facts += _text(found)
+    elif found.cannot_load:
+        facts += [(what, f"{size} tokens" if what == "context" else str(size)) for what, size in found.sizes.items()]
         facts += _text(found)
     return facts
 

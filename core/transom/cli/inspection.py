@@ -8,14 +8,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from transom.errors import TransomError
 from transom.plugins import load_plugins
 from transom.preparation.plugin_operators import explaining_rejected, register_operators
 from transom.sources import local_path, resolve
+from transom.sources.base import Texts
 
 if TYPE_CHECKING:
     from transom.contract import Progress
     from transom.graph import Graph
     from transom.signature import Decoder
+    from transom.sources import Source
     from transom.text import Tokenizer
 
 
@@ -70,6 +73,10 @@ class Inspection:
     inputs: dict[str, str] = field(default_factory=dict)
     outputs: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    sizes: dict[str, int] = field(default_factory=dict)
+    """Layers, hidden size, vocabulary and context, as the headers of a model that cannot be loaded state them."""
+    cannot_load: str = ""
+    """Why the model cannot be loaded, and what helps; empty if it can."""
 
     def to_dict(self) -> dict[str, Any]:
         from dataclasses import asdict
@@ -80,10 +87,17 @@ class Inspection:
 def inspect_model(model: str | Path, progress: Progress | None = None) -> Inspection:
     """Open a model and describe it.
 
+    Only headers are shown of a model that Transom cannot load because of its architecture or a setting.
+
     Raises:
-        SourceError: it cannot be read, or its architecture is unknown.
+        SourceError: it cannot be read.
     """
-    source, plugins = resolve(model), load_plugins()
+    source = resolve(model)
+    try:
+        source.require_supported(model)
+    except TransomError as error:
+        return _headers_of(source, model, error)
+    plugins = load_plugins()
     register_operators(plugins)  # before a graph that uses them is read
     with explaining_rejected(plugins):
         opened = source.open(model, progress=progress)
@@ -102,15 +116,64 @@ def inspect_model(model: str | Path, progress: Progress | None = None) -> Inspec
         weight_bytes=decoder.weight_bytes if decoder and decoder.weight_bytes else sum(k.bytes for k in kept),
         stored=tuple(_kinds(contents.tensors)),
         kept=kept,
-        tokenizer=None if opened.tokenizer is None else _tokenizer(opened.tokenizer),
-        templates=() if opened.chat_template is None else tuple(opened.chat_template.names),
-        defaults={k: v for k, v in opened.generation.to_json().items() if v not in (None, [])},
+        **_texts(Texts(opened.tokenizer, opened.chat_template, opened.generation)),
         memory=() if decoder is None else tuple(sequence_memory(decoder)),
         operators=_operators(graph),
         inputs=_values(graph.model.graph.inputs),
         outputs=_values(graph.model.graph.outputs),
         notes=tuple(dict.fromkeys([*graph.notes, *opened.notes])),
     )
+
+
+def _headers_of(source: Source, model: str, reason: TransomError) -> Inspection:
+    """What the headers say of a model that cannot be loaded.
+
+    Raises:
+        TransomError: the reason, if they do not even name an architecture.
+    """
+    try:
+        contents = source.contents(model)
+    except TransomError:
+        raise reason from None
+    if not contents.architecture:
+        raise reason
+    notes = []
+    try:
+        texts = _texts(source.texts(model))
+    except TransomError as error:
+        texts, notes = _texts(None), [f"the tokenizer cannot be loaded: {error.cause}"]
+    path = local_path(model)
+    assert path is not None
+    stored = tuple(_kinds(contents.tensors))
+    return Inspection(
+        name=path.stem if path.is_file() else path.resolve().name,
+        source=source.kind,
+        path=str(path),
+        file_bytes=_bytes_of(path),
+        architecture=contents.architecture,
+        decoder=None,
+        parameters=sum(k.parameters for k in stored),
+        weight_bytes=sum(k.bytes for k in stored),
+        stored=stored,
+        kept=(),
+        **texts,
+        memory=(),
+        operators={},
+        notes=tuple(notes),
+        sizes=dict(contents.sizes),
+        cannot_load=str(reason),
+    )
+
+
+def _texts(texts: Texts | None) -> dict[str, Any]:
+    """Tokenizer, templates and defaults as fields of `Inspection`."""
+    if texts is None:
+        return {"tokenizer": None, "templates": (), "defaults": {}}
+    return {
+        "tokenizer": None if texts.tokenizer is None else _tokenizer(texts.tokenizer),
+        "templates": () if texts.chat_template is None else tuple(texts.chat_template.names),
+        "defaults": {k: v for k, v in texts.generation.to_json().items() if v not in (None, [])},
+    }
 
 
 def sequence_memory(decoder: Decoder) -> Iterator[SequenceMemory]:
