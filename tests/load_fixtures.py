@@ -39,7 +39,7 @@ from transom.plugins import LoadedBackend, Plugins
 from transom.preparation import child, memory, stages
 from transom.preparation.entry import run as run_job
 from transom.reference import ReferenceBackend
-from transom.sources import SourceModel
+from transom.sources import Source, SourceModel
 from transom.text import GenerationDefaults
 
 
@@ -145,7 +145,7 @@ class Thing:
     graph: Graph
 
 
-class MemorySource:
+class MemorySource(Source):
     """Builds graphs without a file."""
 
     kind = "memory"
