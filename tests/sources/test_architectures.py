@@ -198,7 +198,9 @@ def test_a_gguf_file_that_belongs_to_a_model_is_told_from_one(
 
 def test_a_mixture_of_experts_in_a_known_architecture_is_not_sent_to_the_extra(tmp_path: Path) -> None:
     path = gguf_file(tmp_path / "x.gguf", "llama", llama__expert_count=8)
-    error = refusal(path)
+    with pytest.raises(SourceError) as caught:
+        resolve(path).open(path)
+    error = caught.value
     assert "mixture of experts" in error.cause
     assert "transom[" not in error.fix
 
@@ -213,7 +215,10 @@ def test_no_name_is_in_two_tables() -> None:
         assert not table & text, table & text
         assert not any(table & later for later in others[i + 1 :])
     assert mobius.NEARLY.keys() <= architectures.BY_EXTRA
-    for family in families():  # they are asked first
+    own = families()
+    assert {*architectures.OWN} == {n for family in own for n in (*family.architectures, *family.model_types)}
+    assert {*architectures.OWN_GGUF} == {n for family in own for n in family.gguf}
+    for family in own:  # they are asked first
         assert not {*family.model_types, *family.gguf} & (text.union(*others))
 
 

@@ -101,9 +101,10 @@ class Source(Protocol):
         """Whether this source can open the spec. Cheap: reads at most the first bytes of a file."""
 
     def require_supported(self, spec: Spec) -> None:
-        """Raise the reason why the model cannot be built, if its headers show one: its architecture or a setting.
+        """Raise the reason why the model cannot be built, if its architecture shows one.
 
-        Reads no weight. It is called before the files are hashed and before a child process is started.
+        Reads headers, and imports nothing heavy for a model that it can build. It is called before the files are hashed
+        and before a child process is started.
 
         Raises:
             SourceError: the source cannot build this model, or a file is missing or cannot be read.

@@ -15,7 +15,7 @@ from transom.graph.weights import Weight
 from transom.models import Family, family_for_gguf
 from transom.models.tensors import Tensors, gguf_names
 from transom.models.values import Values
-from transom.sources.architectures import addition_in, refusal_of_gguf
+from transom.sources.architectures import OWN_GGUF, addition_in, refusal_of_gguf
 from transom.sources.base import (
     Contents,
     Pretrained,
@@ -29,7 +29,7 @@ from transom.sources.base import (
     summarize,
 )
 from transom.sources.gguf_blocks import weight_of
-from transom.sources.gguf_file import MAGIC, GgufFile, is_first_part, open_gguf, parts_of
+from transom.sources.gguf_file import MAGIC, GgufFile, general_settings, is_first_part, open_gguf, parts_of
 
 if TYPE_CHECKING:
     from transom.text.chat_template import ChatTemplate
@@ -76,8 +76,12 @@ class GgufSource(Source):
 
     def require_supported(self, spec: Spec) -> None:
         path = gguf_path(spec)
-        family, settings, _, tensors = _headers(open_gguf(path), path)
-        family.from_gguf(settings, tensors, None)
+        general = general_settings(path)
+        if (addition := addition_in(general, path)) is not None:
+            raise addition
+        architecture = general.get("general.architecture")
+        if isinstance(architecture, str) and architecture not in OWN_GGUF:
+            raise refusal_of_gguf(architecture, path)
 
     def original(self, spec: Spec) -> Pretrained:
         from transom.sources.gguf_original import original

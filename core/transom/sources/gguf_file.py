@@ -114,7 +114,16 @@ def parts_of(path: Path) -> list[Path]:
     return [path.with_name(f"{name['stem']}-{i + 1:05d}-of-{count:05d}.gguf") for i in range(count)]
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
+def general_settings(path: Path) -> dict[str, Any]:
+    """The settings under `general.` at the beginning of a file. Reads no further, and imports no other package.
+
+    Raises:
+        SourceError: not a GGUF file, or a damaged one.
+    """
+    return _read(path, general=True)[0]
+
+
+def _read(path: Path, *, general: bool = False) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(24)
@@ -142,6 +151,8 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
     metadata: dict[str, Any] = {}
     for _ in range(cursor.plausible(value_count, 13, "settings")):
         key = cursor.text()
+        if general and not key.startswith("general."):
+            return metadata, {}
         if key in metadata:
             raise SourceError(f"{path} has the setting {key} twice", _DAMAGED)
         metadata[key] = cursor.value(cursor.scalar("I"), key)
