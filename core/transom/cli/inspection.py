@@ -125,7 +125,7 @@ def inspect_model(model: str | Path, progress: Progress | None = None) -> Inspec
     )
 
 
-def _headers_of(source: Source, model: str, reason: TransomError) -> Inspection:
+def _headers_of(source: Source, model: str | Path, reason: TransomError) -> Inspection:
     """What the headers say of a model that cannot be loaded.
 
     Raises:

@@ -343,10 +343,15 @@ def _require_family(snapshot: Path) -> None:
     """Refuse an architecture that no source can build, before its weights are downloaded."""
     from transom.models import family_for_hf
     from transom.sources import mobius
+    from transom.sources.architectures import refusal_of_directory
     from transom.sources.hf import read_config
 
+    config = read_config(snapshot)
+    if family_for_hf(config, str(snapshot / "config.json")) is not None:
+        return
     if not mobius.installed():
-        family_for_hf(read_config(snapshot), str(snapshot / "config.json"))
+        raise refusal_of_directory(config, snapshot)
+    mobius.require_built(config, snapshot)
 
 
 def _require_package(what: str) -> None:

@@ -95,7 +95,7 @@ class MobiusSource(Source):
 
         folder = _folder(spec)
         config = read_config(folder)
-        _require_built(config, folder)
+        require_built(config, folder)
         weight_files(folder)
 
     def fingerprint(self, spec: Spec) -> str:
@@ -111,7 +111,7 @@ class MobiusSource(Source):
 
         folder = _folder(spec)
         config = read_config(folder)
-        kind = _require_built(config, folder)
+        kind = require_built(config, folder)
         check_architecture(config, folder, kind)
         files = weight_files(folder)
         if progress is not None:
@@ -180,7 +180,7 @@ def _folder(spec: Spec) -> Path:
     return folder
 
 
-def _require_built(config: Mapping[str, Any], folder: Path) -> str:
+def require_built(config: Mapping[str, Any], folder: Path) -> str:
     """The `model_type` of an architecture that mobius builds, as far as that is known without importing it.
 
     Raises:
