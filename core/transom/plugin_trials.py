@@ -62,7 +62,7 @@ def try_first(point: EntryPoint, version: str, devices: Sequence[Device], rehear
         }
     )
     cache = _cache()
-    if cache is not None and cache.recall(_STORE, key) is True:
+    if cache is not None and cache.recall(_STORE, key, bool):
         return
     path = [entry for entry in sys.path if isinstance(entry, str)]
     start = f"import sys; sys.path[:] = {path!r}; from transom.plugin_trials import main; main()"

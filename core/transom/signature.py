@@ -1,14 +1,15 @@
 """What the host knows about a decoder without opening its graph: sizes, layers, cache shapes.
 
 A `Decoder` is stored as JSON in the graph's metadata and beside each artifact, so that a warm start can plan memory and
-drive a session without reading ONNX. This module imports no other module of Transom and no third-party package.
+drive a session without reading ONNX. This module imports no third-party package.
 """
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from typing import Any
+
+from transom.typed import from_json
 
 METADATA_KEY = "transom.decoder"
 
@@ -59,11 +60,17 @@ class Decoder:
     def to_json(self) -> str:
         return json.dumps(asdict(self), sort_keys=True)
 
+    def __post_init__(self) -> None:
+        numbers = [self.vocabulary, self.hidden, self.context, self.parameters, self.weight_bytes]
+        for layer in self.layers:
+            numbers += [layer.q_heads, layer.kv_heads, layer.head_dim, layer.value_dim, layer.sliding_window]
+        if min(numbers) < 0:
+            raise ValueError(f"a size of a decoder is {min(numbers)}")
+
     @classmethod
-    def from_json(cls, text: str) -> Decoder:
-        raw: dict[str, Any] = json.loads(text)
-        raw["layers"] = tuple(LayerCache(**layer) for layer in raw["layers"])
-        return cls(**raw)
+    def from_json(cls, text: str | bytes) -> Decoder:
+        """The inverse of `to_json`. Raises ValueError for anything else."""
+        return from_json(cls, text)
 
 
 def cache_input_names(layer: int) -> tuple[str, str]:

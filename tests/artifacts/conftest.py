@@ -30,7 +30,7 @@ def origin() -> Origin:
         device={"kind": "cpu", "id": "cpu", "arch": "x86_64", "identity": "Xeon", "name": "Xeon"},
         drivers={"openvino": "2026.2"},
         options={"precision": "bf16", "threads": 4},
-        ingredients={"graph": "abc"},
+        ingredients={"exact": True},
     )
 
 

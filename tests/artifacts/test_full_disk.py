@@ -68,13 +68,13 @@ def test_on_a_full_disk_the_artifact_is_kept_outside_for_this_run_with_one_warni
     assert found is not None
     assert found.temporary
     stored.record_verdict("here", {"ok": True})
-    assert found.verdict("here") == {"ok": True}
+    assert found.verdict("here", dict[str, bool]) == {"ok": True}
     second = build(cache, "other")
     assert second.temporary
     cache.sources.write("print", {"tokenizer.json": "{}"})
     assert cache.sources.lookup("print") is not None
     cache.remember("speed", "a", 1)
-    assert cache.recall("speed", "a") == 1
+    assert cache.recall("speed", "a", int) == 1
     [record] = caplog.records
     assert "No space left on device" in record.getMessage()
     assert "TRANSOM_CACHE" in record.getMessage()

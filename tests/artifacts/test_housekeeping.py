@@ -136,8 +136,8 @@ def test_clearing_forgets_everything_and_touches_only_what_is_the_caches(cache: 
     removed = cache.clear()
     assert removed.entries == 2
     assert keys(cache) == []
-    assert cache.recall("speed", "a") is None
-    assert Cache(cache.root).recall("speed", "a") is None
+    assert cache.recall("speed", "a", int) is None
+    assert Cache(cache.root).recall("speed", "a", int) is None
     assert mine.exists()
 
 

@@ -15,19 +15,19 @@ Start = Callable[..., "subprocess.Popen[str]"]
 
 def test_what_is_remembered_is_recalled_by_the_next_process(cache: Cache) -> None:
     cache.remember("choices", "Xeon|2026.2", {"device": "cpu", "speed": 12.5})
-    assert Cache(cache.root).recall("choices", "Xeon|2026.2") == {"device": "cpu", "speed": 12.5}
-    assert cache.recall("choices", "other") is None
-    assert cache.recall("verdicts", "Xeon|2026.2") is None
+    assert Cache(cache.root).recall("choices", "Xeon|2026.2", dict[str, object]) == {"device": "cpu", "speed": 12.5}
+    assert cache.recall("choices", "other", object) is None
+    assert cache.recall("verdicts", "Xeon|2026.2", object) is None
 
 
 def test_a_change_by_another_process_is_seen(tmp_path: Path) -> None:
     one, two = JsonStore(tmp_path / "n.json"), JsonStore(tmp_path / "n.json")
     one.remember("a", 1)
-    assert two.recall("a") == 1
+    assert two.recall("a", int) == 1
     one.remember("a", 2)
-    assert two.recall("a") == 2
+    assert two.recall("a", int) == 2
     two.forget("a")
-    assert one.recall("a") is None
+    assert one.recall("a", int) is None
     two.forget("a")
     assert one.all() == {}
 
@@ -54,12 +54,12 @@ def test_a_damaged_notebook_is_empty_with_one_log_line_and_is_mended_by_the_next
     path = tmp_path / "n.json"
     path.write_bytes(content)
     notebook = JsonStore(path)
-    assert notebook.recall("a") is None
-    assert notebook.recall("b") is None
+    assert notebook.recall("a", int) is None
+    assert notebook.recall("b", int) is None
     [record] = caplog.records
     assert str(path) in record.getMessage()
     notebook.remember("a", 1)
-    assert JsonStore(path).recall("a") == 1
+    assert JsonStore(path).recall("a", int) == 1
     assert len(caplog.records) == 1
 
 
@@ -75,10 +75,10 @@ def test_where_nothing_can_be_written_facts_last_for_this_process(tmp_path: Path
     notebook = JsonStore(tmp_path / "file" / "n.json")
     notebook.remember("a", 1)
     assert isinstance(notebook.unwritable, OSError)
-    assert notebook.recall("a") == 1
+    assert notebook.recall("a", int) == 1
     assert notebook.all() == {"a": 1}
     notebook.forget("a")
-    assert notebook.recall("a") is None
+    assert notebook.recall("a", int) is None
     assert notebook.all() == {}
 
 
@@ -89,7 +89,7 @@ def test_what_is_not_json_is_refused_and_changes_nothing(tmp_path: Path) -> None
         notebook.remember("a", object())
     with pytest.raises(ValueError):
         notebook.remember("a", float("inf"))
-    assert notebook.recall("a") == 1
+    assert notebook.recall("a", int) == 1
 
 
 def test_a_name_that_leads_out_of_the_cache_is_refused(cache: Cache) -> None:

@@ -55,7 +55,7 @@ def test_what_was_never_stored_is_absent_and_making_a_cache_touches_nothing(
     cache = Cache(tmp_path / "cache")
     assert cache.lookup("key") is None
     assert cache.sources.lookup("key") is None
-    assert cache.recall("speed", "key") is None
+    assert cache.recall("speed", "key", int) is None
     assert cache.list() == []
     assert not (tmp_path / "cache").exists()
     assert caplog.records == []
@@ -171,12 +171,12 @@ def test_looking_up_counts_as_use(cache: Cache, build: Build) -> None:
 
 def test_verdicts_live_and_die_with_the_artifact(cache: Cache, build: Build) -> None:
     stored = build(cache, "key")
-    assert stored.verdict("Xeon|2026.2") is None
+    assert stored.verdict("Xeon|2026.2", dict[str, object]) is None
     stored.record_verdict("Xeon|2026.2", {"ok": True, "difference": 1e-3})
     stored.record_verdict("Xeon|2026.3", {"ok": False})
     again = Cache(cache.root).lookup("key")
     assert again is not None
-    assert again.verdict("Xeon|2026.2") == {"ok": True, "difference": 1e-3}
+    assert again.verdict("Xeon|2026.2", dict[str, object]) == {"ok": True, "difference": 1e-3}
     assert set(again.verdicts) == {"Xeon|2026.2", "Xeon|2026.3"}
     stored.discard("rebuild")
     assert build(cache, "key").verdicts == {}
@@ -280,7 +280,7 @@ def test_only_its_owner_can_enter_the_cache(tmp_path: Path) -> None:
     try:
         cache = Cache(root)
         cache.remember("speeds", "key", 1)
-        cache.recall("speeds", "key")
+        cache.recall("speeds", "key", int)
     finally:
         os.umask(old)
     assert [stat.S_IMODE(p.stat().st_mode) for p in (root, root.parent, root / "remembered")] == [0o700] * 3

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 from transom.signature import Decoder
+from transom.typed import from_json
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,17 @@ class StagePlan:
     outputs: tuple[str, ...]
     config: dict[str, str]
     """Properties for compiling, which are passed again on import, since the file lacks some of them."""
+
+
+class _Written(TypedDict):
+    """What `EnginePlan.to_json` writes."""
+
+    stages: tuple[StagePlan, ...]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    decoder: str | None
+    paged: bool
+    native: str
 
 
 @dataclass(frozen=True)
@@ -40,7 +52,6 @@ class EnginePlan:
 
     @classmethod
     def from_json(cls, text: str) -> EnginePlan:
-        raw: dict[str, Any] = json.loads(text)
-        stages = tuple(StagePlan(s["name"], s["file"], tuple(s["outputs"]), dict(s["config"])) for s in raw["stages"])
-        decoder = None if raw["decoder"] is None else Decoder.from_json(raw["decoder"])
-        return cls(stages, tuple(raw["inputs"]), tuple(raw["outputs"]), decoder, bool(raw["paged"]), raw["native"])
+        """The inverse of `to_json`. Raises ValueError for anything else."""
+        raw: Any = from_json(_Written, text)
+        return cls(**{**raw, "decoder": None if raw["decoder"] is None else Decoder.from_json(raw["decoder"])})

@@ -11,9 +11,18 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from transom.artifacts.entries import SCRATCH, VERDICTS, Entry, EntryStore, EntryWriter, Verify
+from transom.artifacts.entries import (
+    SCRATCH,
+    VERDICTS,
+    ArtifactFacts,
+    Entry,
+    EntryStore,
+    EntryWriter,
+    Ingredients,
+    Verify,
+)
 from transom.artifacts.files import delete, is_left_over, lock_folder, make_private, unique
 from transom.artifacts.json_store import JsonStore
 from transom.artifacts.keys import canonical, check_key, content_hash, parse_size
@@ -23,6 +32,8 @@ from transom.errors import CacheError
 if TYPE_CHECKING:
     from transom.artifacts.housekeeping import Item, Removed, Stats, Verified
     from transom.contract import Device, Progress
+
+T = TypeVar("T")
 
 DEFAULT_LIMIT = 20 * 1000**3
 
@@ -44,8 +55,7 @@ class Origin:
     """`kind`, `id`, `arch`, `identity`, `name`."""
     drivers: Mapping[str, str] = field(default_factory=dict)
     options: Mapping[str, object] = field(default_factory=dict)
-    ingredients: Mapping[str, object] = field(default_factory=dict)
-    """The values that `artifact_key` computed the key from."""
+    ingredients: Ingredients = field(default_factory=Ingredients)
 
     @classmethod
     def on(
@@ -56,7 +66,7 @@ class Origin:
         backend: str,
         backend_version: str,
         options: Mapping[str, object] | None = None,
-        ingredients: Mapping[str, object] | None = None,
+        ingredients: Ingredients | None = None,
     ) -> Origin:
         """The origin of an artifact compiled for `device`."""
         named = {name: str(getattr(device, name)) for name in ("kind", "id", "arch", "identity", "name")}
@@ -71,21 +81,9 @@ class StoredArtifact:
         self._entry = entry
         self.temporary = temporary
         """Whether the cache could not keep it, so that it is deleted when this process ends."""
-        facts = entry.manifest.facts
-        self.artifact = Artifact(
-            files=entry.files,
-            requires=_strings(facts.get("requires")),
-            notes=tuple(str(note) for note in _sequence(facts.get("notes"))),
-        )
-        self.origin = Origin(
-            source=str(facts.get("source", "")),
-            backend=str(facts.get("backend", "")),
-            backend_version=str(facts.get("backend_version", "")),
-            device=_strings(facts.get("device")),
-            drivers=_strings(facts.get("drivers")),
-            options=_mapping(facts.get("options")),
-            ingredients=_mapping(facts.get("ingredients")),
-        )
+        facts: Any = dict(entry.manifest.facts)
+        self.artifact = Artifact(entry.files, facts.pop("requires"), tuple(facts.pop("notes")))
+        self.origin = Origin(**facts)
 
     @property
     def key(self) -> str:
@@ -111,9 +109,10 @@ class StoredArtifact:
             make_private(folder)
         return folder
 
-    def verdict(self, where: str) -> object:
-        """The verdict recorded for this runtime identity (device identity, driver and SDK versions), or None."""
-        return self._verdicts.recall(where)
+    def verdict(self, where: str, kind: type[T]) -> T | None:
+        """The verdict recorded for this runtime identity (device identity, driver and SDK versions), or None; see
+        `JsonStore.recall`."""
+        return self._verdicts.recall(where, kind)
 
     def record_verdict(self, where: str, verdict: object) -> None:
         """Store the self-check's verdict (JSON types) beside the artifact; it is removed together with the artifact."""
@@ -202,9 +201,9 @@ class BlobStore:
         self._cache = cache
         self._kind = kind
 
-    def lookup(self, key: str, *, verify: Verify = "auto") -> Entry | None:
-        """The open entry (`read(name)`, `files`, `manifest.facts`), or None."""
-        return self._cache._lookup(self._kind, key, verify, None)
+    def lookup(self, key: str, *, facts: type[Any] = dict[str, object], verify: Verify = "auto") -> Entry | None:
+        """The open entry (`read(name)`, `files`, `manifest.facts`), or None; see `EntryStore.lookup`."""
+        return self._cache._lookup(self._kind, key, facts, verify, None)
 
     def write(
         self, key: str, blobs: Mapping[str, bytes | str | Path], facts: Mapping[str, object] | None = None
@@ -252,7 +251,7 @@ class Cache:
 
     def lookup(self, key: str, *, verify: Verify = "auto", progress: Progress | None = None) -> StoredArtifact | None:
         """The open artifact, marked as used now, or None. A corrupt or foreign one is removed and logged."""
-        entry = self._lookup("artifacts", key, verify, progress)
+        entry = self._lookup("artifacts", key, ArtifactFacts, verify, progress)
         return None if entry is None else self._stored(entry)
 
     @contextmanager
@@ -280,9 +279,9 @@ class Cache:
         """The hash of a file's content, memoized by path, size, modification time and inode. Raises SourceError."""
         return content_hash(path, self._remembered("hashes"), progress)
 
-    def recall(self, name: str, key: str) -> object:
-        """The value remembered in the store `name`, or None."""
-        return self._remembered(name).recall(key)
+    def recall(self, name: str, key: str, kind: type[T]) -> T | None:
+        """The value remembered in the store `name`, or None; see `JsonStore.recall`."""
+        return self._remembered(name).recall(key, kind)
 
     def remember(self, name: str, key: str, value: object) -> None:
         """Remember a value (JSON types) for later processes, or only for this one when the cache cannot be written."""
@@ -371,10 +370,10 @@ class Cache:
 
     # --- shared by the classes of this file ---
 
-    def _lookup(self, kind: str, key: str, verify: Verify, progress: Progress | None) -> Entry | None:
-        entry = EntryStore(self.root, kind).lookup(key, verify=verify, progress=progress)
+    def _lookup(self, kind: str, key: str, facts: type[Any], verify: Verify, progress: Progress | None) -> Entry | None:
+        entry = EntryStore(self.root, kind).lookup(key, facts=facts, verify=verify, progress=progress)
         if entry is None and self._temporary is not None:
-            entry = self._temporary.entries(kind).lookup(key, verify=verify, progress=progress)
+            entry = self._temporary.entries(kind).lookup(key, facts=facts, verify=verify, progress=progress)
         return entry
 
     def _stored(self, entry: Entry) -> StoredArtifact:
@@ -547,15 +546,3 @@ def _default_root() -> Path:
 
 def _reason(error: OSError) -> str:
     return error.strerror or str(error) or type(error).__name__
-
-
-def _mapping(value: object) -> dict[str, object]:
-    return {str(k): v for k, v in value.items()} if isinstance(value, dict) else {}
-
-
-def _strings(value: object) -> dict[str, str]:
-    return {key: str(item) for key, item in _mapping(value).items()}
-
-
-def _sequence(value: object) -> list[object]:
-    return value if isinstance(value, list) else []

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, TypedDict
 
 from transom.artifacts.files import (
     MARK,
@@ -37,6 +37,7 @@ from transom.artifacts.files import (
 )
 from transom.artifacts.keys import FORMAT, check_key
 from transom.artifacts.samples import same_samples, take_samples
+from transom.typed import WrongType, from_json, typed
 
 if TYPE_CHECKING:
     from transom.contract import Progress
@@ -68,6 +69,47 @@ class FileRecord:
     """The result of `hash_file`."""
 
 
+class Ingredients(TypedDict, total=False):
+    """What an artifact was compiled with and what the backend claims for it; not part of its key."""
+
+    exact: bool
+    divergence: float | None
+    decomposed: list[str]
+    sparsity: str
+
+
+class ArtifactFacts(TypedDict):
+    """The facts in the manifest of an artifact: of its `Origin`, and of `contract.Artifact`."""
+
+    source: str
+    backend: str
+    backend_version: str
+    device: dict[str, str]
+    drivers: dict[str, str]
+    options: dict[str, object]
+    ingredients: Ingredients
+    requires: dict[str, str]
+    notes: list[str]
+
+
+class _Manifest(TypedDict):
+    """A manifest file."""
+
+    format: int
+    key: str
+    created: float
+    facts: dict[str, object]
+    files: dict[str, FileRecord]
+
+
+class _Verified(TypedDict):
+    """What `verified.json` says."""
+
+    files: dict[str, list[int]]
+    """Size, inode and times of each file when it was hashed."""
+    samples: dict[str, list[tuple[int, str]]]
+
+
 @dataclass(frozen=True)
 class EntryManifest:
     """The contents of an entry's manifest file."""
@@ -91,25 +133,30 @@ class EntryManifest:
         return json.dumps(whole, indent=1, allow_nan=False)
 
     @classmethod
-    def read(cls, folder: Path) -> EntryManifest:
-        """The manifest of the entry in `folder`. Raises CorruptEntry."""
+    def read(cls, folder: Path, facts: type[Any] = dict[str, object]) -> EntryManifest:
+        """The manifest of the entry in `folder`.
+
+        Args:
+            facts: the type of its facts (`transom.typed`).
+
+        Raises:
+            CorruptEntry: it is missing, damaged or of another format, or its facts are of another type.
+        """
         try:
-            whole = json.loads((folder / MANIFEST).read_bytes())
-            if whole["format"] != FORMAT:
-                raise CorruptEntry(f"it has format {whole['format']}, this version reads {FORMAT}")
-            files = {
-                check_file_name(name): FileRecord(int(f["bytes"]), str(f["blake2b"]))
-                for name, f in whole["files"].items()
-            }
-            facts = whole["facts"]
-            if not isinstance(facts, dict):
-                raise TypeError("facts")
-            return cls(key=str(whole["key"]), created=float(whole["created"]), files=files, facts=facts)
+            raw = from_json(dict[str, object], (folder / MANIFEST).read_bytes())
+            if (found := raw.get("format")) != FORMAT:
+                raise CorruptEntry(f"it has format {str(found)[:40]}, this version reads {FORMAT}")
+            whole = typed(_Manifest, raw)
+            files = {check_file_name(name): record for name, record in whole["files"].items()}
+            typed(facts, whole["facts"], "facts")
+            return cls(key=whole["key"], created=whole["created"], files=files, facts=whole["facts"])
         except FileNotFoundError as error:
             raise CorruptEntry("it has no manifest") from error
         except OSError as error:
             raise CorruptEntry(f"its manifest cannot be read ({error.strerror or error})") from error
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        except WrongType as error:
+            raise CorruptEntry(f"its manifest is damaged: {error}") from error
+        except ValueError as error:
             raise CorruptEntry("its manifest is damaged") from error
 
 
@@ -179,11 +226,22 @@ class EntryStore:
         self.folder = root / kind
         self.trash = root / "trash"
         self._owner = owner  # keeps the temporary cache alive, whose end removes the folder
-        self._verified: dict[str, Any] = {}
+        self._verified: dict[str, _Verified] = {}
         """What `verified.json` of an entry says, or would say in a cache that cannot be written."""
 
-    def lookup(self, key: str, *, verify: Verify = "auto", progress: Progress | None = None) -> Entry | None:
-        """The open entry, or None when there is no sound one. A corrupt one is removed and logged."""
+    def lookup(
+        self,
+        key: str,
+        *,
+        facts: type[Any] = dict[str, object],
+        verify: Verify = "auto",
+        progress: Progress | None = None,
+    ) -> Entry | None:
+        """The open entry, or None when there is no sound one. A corrupt one is removed and logged.
+
+        Args:
+            facts: the type of the manifest's facts; an entry with others is corrupt.
+        """
         path = self.folder / check_key(key)
         try:
             lock = self._lock(path)
@@ -195,7 +253,7 @@ class EntryStore:
                 if not os.path.isdir(path):
                     return None
                 raise CorruptEntry("it is incomplete")
-            entry = self._open(path, lock, verify, progress)
+            entry = self._open(path, lock, facts, verify, progress)
         except CorruptEntry as error:
             if lock is None or lock.is_at(path):  # else another process has already made it again
                 self.discard(path, lock, str(error))
@@ -217,8 +275,8 @@ class EntryStore:
             lock = lock_folder(path)  # no mark a moment ago, but the folder may have been replaced since
         return lock
 
-    def _open(self, path: Path, lock: FolderLock, verify: Verify, progress: Progress | None) -> Entry:
-        manifest = EntryManifest.read(path)
+    def _open(self, path: Path, lock: FolderLock, facts: type[Any], verify: Verify, progress: Progress | None) -> Entry:
+        manifest = EntryManifest.read(path, facts)
         if manifest.key != path.name:
             raise CorruptEntry(f"it belongs to the key {manifest.key}")
         identities: dict[str, list[int]] = {}
@@ -241,18 +299,19 @@ class EntryStore:
     def _is_verified(self, path: Path, identities: Mapping[str, list[int]]) -> bool:
         """Whether the files are those that were hashed last, and still have the samples of then."""
         try:
-            noted = self._verified.get(path.name) or json.loads((path / VERIFIED).read_bytes())
-            if noted["files"] != identities:
-                return False
+            noted = self._verified.get(path.name) or from_json(_Verified, (path / VERIFIED).read_bytes())
             samples = noted["samples"]
+            if noted["files"] != identities or samples.keys() != identities.keys():
+                return False
             return all(same_samples(path / FILES / name, samples[name]) for name in identities)
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        except (OSError, WrongType):
             return False
 
     def _note_verified(self, path: Path, identities: Mapping[str, list[int]]) -> None:
         try:
             samples = {name: take_samples(path / FILES / name) for name in identities}
-            self._verified[path.name] = noted = {"files": identities, "samples": samples}
+            noted: _Verified = {"files": dict(identities), "samples": samples}
+            self._verified[path.name] = noted
             replace_atomically(path / VERIFIED, json.dumps(noted).encode())
         except OSError as error:
             _log.debug("cannot note that %s is intact: %s", path, error)

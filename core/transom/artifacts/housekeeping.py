@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transom.artifacts.entries import SCRATCH, CorruptEntry, EntryManifest, EntryStore
+from transom.artifacts.entries import SCRATCH, ArtifactFacts, CorruptEntry, EntryManifest, EntryStore
 from transom.artifacts.files import MARK, delete, folder_size, is_locked, remove_unless_locked
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def _item(root: Path, kind: str, folder: Path, usage: bool) -> Item:
     created, facts, problem = 0.0, {}, ""
     if kind != SCRATCH:
         try:
-            manifest = EntryManifest.read(folder)
+            manifest = EntryManifest.read(folder, _facts_of(kind))
             created, facts = manifest.created, dict(manifest.facts)
             if manifest.key != folder.name:
                 problem = f"it belongs to the key {manifest.key}"
@@ -108,6 +108,10 @@ def _item(root: Path, kind: str, folder: Path, usage: bool) -> Item:
             problem = str(error)
     used = _modified(folder / MARK) or _modified(folder)
     return Item(kind, folder.name, folder, size, created, used, usage and is_locked(folder), facts, problem)
+
+
+def _facts_of(kind: str) -> type[Any]:
+    return ArtifactFacts if kind == "artifacts" else dict[str, object]
 
 
 def _modified(path: Path) -> float:
@@ -128,7 +132,7 @@ def verify(root: Path, progress: Progress | None = None) -> Verified:
     total = sum(item.bytes for item in all_items) or 1
     seen = 0
     for item in all_items:
-        entry = EntryStore(root, item.kind).lookup(item.key, verify="full")
+        entry = EntryStore(root, item.kind).lookup(item.key, facts=_facts_of(item.kind), verify="full")
         if entry is not None:
             entries, size = entries + 1, size + item.bytes
             with suppress(OSError):  # a cache that cannot be written notes no use

@@ -1,8 +1,8 @@
 """A small key-value store in one JSON file, read often, written rarely, safe between processes.
 
 Used for measured choices, verdicts and content hashes: values that can be computed again at the cost of time.
-So a store never raises for the state of the disk: an unreadable file counts as empty (one log line), and a value that
-cannot be written is kept for this process.
+So a store never raises for the state of the disk: an unreadable file counts as empty (one log line), a value of another
+type than its reader expects counts as absent, and a value that cannot be written is kept for this process.
 """
 
 from __future__ import annotations
@@ -13,8 +13,12 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 from transom.artifacts.files import make_private, replace_atomically
+from transom.typed import WrongType, from_json, typed
+
+T = TypeVar("T")
 
 _log = logging.getLogger("transom.artifacts")
 _LOCK_SECONDS = 10.0
@@ -32,11 +36,16 @@ class JsonStore:
         self._seen: tuple[tuple[int, int, int], dict[str, object]] | None = None
         self._complained = False
 
-    def recall(self, key: str) -> object:
-        """The value (JSON types) of a key, or None."""
-        if key in self._here:
-            return self._here[key]
-        return self._read().get(key)
+    def recall(self, key: str, kind: type[T]) -> T | None:
+        """The value of a key; None where there is none, or one that is not a `kind` (`transom.typed`)."""
+        value = self._here[key] if key in self._here else self._read().get(key)
+        if value is None:
+            return None
+        try:
+            return typed(kind, value)
+        except WrongType as error:
+            _log.warning("what %s says of %s counts as absent: %s", self.path, key, error)
+            return None
 
     def all(self) -> dict[str, object]:
         """All values by key."""
@@ -53,7 +62,7 @@ class JsonStore:
                     facts[key] = value
                 for old in list(facts)[: max(0, len(facts) - self.limit)]:
                     del facts[old]
-                replace_atomically(self.path, json.dumps(facts, indent=1).encode())
+                replace_atomically(self.path, _text(facts, key))
         except OSError as error:
             self.unwritable = error
             self._here[key] = value
@@ -80,12 +89,10 @@ class JsonStore:
                 state = (stat.st_ino, stat.st_mtime_ns, stat.st_size)
                 if self._seen is not None and self._seen[0] == state:
                     return self._seen[1]
-                facts = json.loads(file.read())
-            if not isinstance(facts, dict):
-                raise ValueError("not an object")
+                facts = from_json(dict[str, object], file.read())
         except (FileNotFoundError, NotADirectoryError):
             return {}
-        except (OSError, ValueError, RecursionError) as error:
+        except (OSError, WrongType) as error:
             if not self._complained:
                 _log.warning("%s cannot be read (%s) and counts as empty", self.path, error)
                 self._complained = True
@@ -93,3 +100,11 @@ class JsonStore:
         self._complained = False
         self._seen = (state, facts)
         return facts
+
+
+def _text(facts: dict[str, object], key: str) -> bytes:
+    """The file's content; only this key's value where another one is nested deeper than can be written."""
+    try:
+        return json.dumps(facts, indent=1).encode()
+    except RecursionError:
+        return json.dumps({name: value for name, value in facts.items() if name == key}, indent=1).encode()

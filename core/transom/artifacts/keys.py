@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 from transom.artifacts.files import hash_file
 from transom.errors import OptionError, SourceError
@@ -23,6 +23,14 @@ FORMAT = 1
 _KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?")
 _SETTLED_NS = 2_000_000_000
+
+
+class KnownHash(TypedDict):
+    """A remembered hash."""
+
+    mark: str
+    """Size, modification time and inode of the file that was hashed."""
+    hash: str
 
 
 def artifact_key(ingredients: Mapping[str, object]) -> str:
@@ -73,9 +81,9 @@ def content_hash(path: Path, memo: JsonStore, progress: Progress | None = None) 
         try:
             before = path.stat()
             mark = f"{before.st_size}:{before.st_mtime_ns}:{before.st_ino}"
-            known = memo.recall(str(path))
-            if isinstance(known, dict) and known.get("mark") == mark and isinstance(known.get("hash"), str):
-                return str(known["hash"])
+            known = memo.recall(str(path), KnownHash)
+            if known is not None and known["mark"] == mark:
+                return known["hash"]
             settled = abs(time.time_ns() - before.st_mtime_ns) > _SETTLED_NS
             value = hash_file(path, progress)
             after = path.stat()

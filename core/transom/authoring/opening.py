@@ -26,7 +26,7 @@ def reading_artifact(fix: str = REMOVE) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as e:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as e:
         raise EngineError(f"This compiled model is damaged: {e}", fix) from e
 
 

@@ -81,29 +81,15 @@ class Bundle:
         Raises:
             BundleError: they do not match the manifest.
         """
-        import io
-        import zipfile
-        import zlib
-
-        import numpy as np
+        from transom.preparation import reference_outputs
 
         damaged = BundleError(f"The file {REFERENCE_FILE} of the bundle {self.folder} is damaged", COPY_AGAIN)
         try:
-            with np.load(io.BytesIO(self.read(REFERENCE_FILE)), allow_pickle=False) as stored:
-                found = dict(stored.items())
-        except (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+            found = reference_outputs.from_npz(self.read(REFERENCE_FILE), self.manifest.decoder)
+        except (OSError, ValueError) as error:
             raise damaged from error
-        if (decoder := self.manifest.decoder) is not None:
-            tokens = list(self.manifest.tokens)
-            sound = (
-                found.keys() >= {"ids", "logits"}
-                and found["ids"].tolist() == tokens != []
-                and max(tokens) < decoder.vocabulary
-                and found["logits"].shape == (len(tokens), decoder.vocabulary)
-                and found["logits"].dtype.kind == "f"
-            )
-            if not sound:
-                raise damaged
+        if self.manifest.decoder is not None and found["ids"].tolist() != list(self.manifest.tokens):
+            raise damaged
         return found
 
     @property
@@ -122,9 +108,9 @@ class Bundle:
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
-    def verdict(self, where: str) -> object:
+    def verdict(self, where: str, kind: type[T]) -> T | None:
         self._places.add(where)
-        return self._cache.recall(_VERDICTS, self._verdict_key(where))
+        return self._cache.recall(_VERDICTS, self._verdict_key(where), kind)
 
     def record_verdict(self, where: str, verdict: object) -> None:
         self._cache.remember(_VERDICTS, self._verdict_key(where), verdict)

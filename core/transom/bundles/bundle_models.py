@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from transom.errors import EngineError
 from transom.loading.compiled_models import NotReady, Ready
 from transom.preparation import memory
+from transom.preparation.compiled import Checked
 from transom.preparation.plugin_calls import check_artifact
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ class BundleModels:
         self.jobs, self.bundle = jobs, str(bundle.folder)
         self._bundle = bundle
 
-    def find(self, attempt: Attempt, verdict_now: object = None) -> Ready | NotReady:
+    def find(self, attempt: Attempt, verdict_now: Checked | None = None) -> Ready | NotReady:
         """As in `CompiledModels`.
 
         Args:
@@ -39,7 +40,7 @@ class BundleModels:
         plan = memory.plan_for(
             source.decoder, attempt.device, self.jobs.state.options.for_backend, attempt.candidate.offer.band
         )
-        checked = bundle.verdict(job.runtime_identity) or verdict_now
+        checked = bundle.verdict(job.runtime_identity, Checked) or verdict_now
         if not job.accepts(checked):
             return NotReady("it has not passed the self-check here yet")
         return Ready(source, bundle, checked, plan, fits.reason if fits.state == "slower" else "")

@@ -8,10 +8,11 @@ from typing import Any
 
 from transom.bundles.bundle import open_bundle
 from transom.contract import Progress
+from transom.preparation.compiled import Checked
 from transom.preparation.stages import Preparation
 
 
-def check(payload: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
+def check(payload: Mapping[str, Any], progress: Progress) -> Checked:
     """Open a bundle and compare it with the reference outputs that it contains. Returns the verdict.
 
     Args:

@@ -7,16 +7,16 @@ bundle is then written with everything that a load needs.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from transom.artifacts import StoredArtifact
+from transom.authoring.opening import reading_artifact
 from transom.bundles.exported import Exported, ExportedVariant
 from transom.bundles.fidelity import fidelity_text, measured_fidelity, selfcheck_kl
 from transom.bundles.manifest import LICENSES, REFERENCE_FILE, BundleManifest, Variant
@@ -45,6 +45,9 @@ from transom.preparation.compiled import (
 from transom.preparation.jobs import version
 from transom.sources import bundle_at
 from transom.sources.resolve import BUNDLE_MANIFEST
+from transom.typed import from_json
+
+T = TypeVar("T")
 
 _FOREIGN = re.compile(r'[\\:*?"<>|]')
 """Characters that are not allowed in file names on some systems."""
@@ -95,7 +98,7 @@ def export_model(
             compile_one = lambda attempt: _compile(models, attempt, max_kl)  # noqa: E731
             made.append(first_that_works(models.jobs, machine, choice, compile_one))
         if app is not None:
-            needed = [name for one in made for name in _json_file(one.ready.compiled, LIBRARIES_FILE) or ()]
+            needed = [name for one in made for name in _json_file(one.ready.compiled, LIBRARIES_FILE, list[str]) or ()]
             require_libraries(app, needed)
         manifest = _write(models, made, folder, model, overwrite=overwrite)
         if max_kl is not None:
@@ -212,7 +215,7 @@ def _variant_files(name: str, one: _Compiled) -> VariantFiles:
     memory = {}
     if plan is not None:
         memory = {"weights": plan.weights, "cache_per_token": plan.cache // plan.context, "workspace": plan.workspace}
-        known = _json_file(compiled, MEMORY_FILE) or {}
+        known = _json_file(compiled, MEMORY_FILE, dict[str, int]) or {}
         memory |= {use: int(count) for use, count in known.items() if use in memory}
     precision, _ = precision_and_notes(source.notes, compiled)
     variant = Variant(
@@ -229,7 +232,7 @@ def _variant_files(name: str, one: _Compiled) -> VariantFiles:
         decomposed=decomposed(compiled),
         context=plan.context if plan else 0,
         memory=memory,
-        libraries=tuple(map(str, _json_file(compiled, LIBRARIES_FILE) or ())),
+        libraries=tuple(_json_file(compiled, LIBRARIES_FILE, list[str]) or ()),
         fidelity=one.fidelity,
         files={},
     )
@@ -238,10 +241,17 @@ def _variant_files(name: str, one: _Compiled) -> VariantFiles:
     return VariantFiles(variant, compiled.artifact.files, take)
 
 
-def _json_file(compiled: CompiledModel, name: str) -> Any:
-    """The content of a JSON file of an artifact; None if the artifact has no such file."""
+def _json_file(compiled: CompiledModel, name: str, kind: type[T]) -> T | None:
+    """The content of a JSON file of an artifact; None if the artifact has no such file.
+
+    Raises:
+        EngineError: the file is damaged.
+    """
     path = compiled.artifact.files.get(name)
-    return json.loads(path.read_text(encoding="utf-8")) if isinstance(path, Path) else None
+    if not isinstance(path, Path):
+        return None
+    with reading_artifact():
+        return from_json(kind, path.read_bytes())
 
 
 def _exported(

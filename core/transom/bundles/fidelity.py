@@ -6,11 +6,11 @@ much, the bundle is not written.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
+from transom.authoring.opening import reading_artifact
 from transom.contract import Offer
 from transom.errors import FidelityError, option
 from transom.hardware.probe_file import to_json
@@ -19,6 +19,7 @@ from transom.preparation.compiled import Allowed, CompiledModel, allowed, precis
 from transom.preparation.jobs import FIDELITY
 from transom.preparation.plugin_calls import check_artifact
 from transom.selection import Candidate
+from transom.typed import from_json
 
 if TYPE_CHECKING:
     from transom.loading.cached_models import CachedModels
@@ -134,9 +135,18 @@ def _candidate_here(attempt: Attempt) -> Candidate | None:
     return None
 
 
+class _Deviation(TypedDict, total=False):
+    """The error of a quantized product, which backends state with other facts."""
+
+    node: str
+    error: float
+
+
 def _worst_products(model: CompiledModel) -> str:
     path = model.artifact.files.get(ERRORS_FILE)
     if not isinstance(path, Path):
         return ""
-    worst = [f"{e['node']} ({e['error']:.1%})" for e in json.loads(path.read_text(encoding="utf-8"))[:WORST_NAMED]]
+    with reading_artifact():
+        found = from_json(list[_Deviation], path.read_bytes())
+    worst = [f"{e['node']} ({e['error']:.1%})" for e in found[:WORST_NAMED] if "node" in e and "error" in e]
     return f"; the worst products are {', '.join(worst)}" if worst else ""

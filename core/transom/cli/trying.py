@@ -29,6 +29,7 @@ def try_backend(payload: Mapping[str, Any], progress: Any) -> dict[str, Any]:
     from transom.artifacts import Cache
     from transom.hardware.probe_file import from_json
     from transom.preparation.cached_source import keep, keep_graph
+    from transom.preparation.compiled import Checked, verdict_text
     from transom.preparation.jobs import Job
     from transom.preparation.stages import Preparation
     from transom.sources import SourceModel
@@ -59,7 +60,7 @@ def try_backend(payload: Mapping[str, Any], progress: Any) -> dict[str, Any]:
     )
     preparation = Preparation(job.to_payload(), progress)
     with preparation.verified_artifact() as stored:
-        verdict: Any = stored.verdict(job.runtime_identity)
+        verdict = stored.verdict(job.runtime_identity, Checked)
         notes = [str(note) for note in stored.artifact.notes]
     held.clear()
-    return {"seconds": preparation.seconds, "agreement": verdict["text"], "notes": notes}
+    return {"seconds": preparation.seconds, "agreement": verdict_text(verdict).removeprefix("passed, "), "notes": notes}

@@ -51,11 +51,10 @@ class _CachedMeasurements:
     def __init__(self, cache: Cache, key: str) -> None:
         self._cache, self._key = cache, key
 
-    def read(self) -> dict[str, Any]:
-        found = self._cache.recall(NOTEBOOK, self._key)
-        return dict(found) if isinstance(found, dict) else {}
+    def read(self) -> dict[str, list[float]]:
+        return dict(self._cache.recall(NOTEBOOK, self._key, dict[str, list[float]]) or {})
 
-    def write(self, values: Mapping[str, Any]) -> None:
+    def write(self, values: Mapping[str, list[float]]) -> None:
         self._cache.remember(NOTEBOOK, self._key, dict(values))
 
 

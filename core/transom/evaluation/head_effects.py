@@ -49,10 +49,10 @@ Array = np.ndarray[Any, np.dtype[Any]]
 class Measurements(Protocol):
     """Keeps measured heads, so that an interrupted calibration continues where it stopped."""
 
-    def read(self) -> dict[str, Any]:
-        """The kept values by name, JSON types; empty at first."""
+    def read(self) -> dict[str, list[float]]:
+        """The kept values by name; empty at first."""
 
-    def write(self, values: Mapping[str, Any]) -> None: ...
+    def write(self, values: Mapping[str, list[float]]) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def calibrate(
                 row: list[Effect] = []
                 for head in range(heads):
                     name = f"{layer}.{head}"
-                    if name not in kept:
+                    if len(kept.get(name, ())) != len(taken) + 1:
                         found = measure(_alone(counts, layer, head), (layer, head))
                         kept[name] = [*found.divergences, found.density]
                         if memory:

@@ -8,13 +8,12 @@ can read it.
 from __future__ import annotations
 
 import json
-import math
-import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from transom.artifacts.arrays import read_arrays
 from transom.artifacts.files import replacing
 from transom.errors import OptionError
 
@@ -58,7 +57,7 @@ def read(path: Path, identity: str) -> SavedPrompt:
     """
     again = "Use another file, or delete this one; it will be created again"
     try:
-        found = _arrays(path)
+        found = read_arrays(path)
         about = json.loads(found.pop("about").tobytes())
         tokens = [int(t) for t in found.pop("tokens")]
         known = about["transom_prompt_cache"], about["identity"], about["sparsity"]
@@ -76,33 +75,3 @@ def read(path: Path, identity: str) -> SavedPrompt:
             f"The prompt cache {path} was made with another model, or with a different compilation of this one", again
         )
     return SavedPrompt(tokens, str(known[2]), arrays)
-
-
-def _arrays(path: Path) -> dict[str, Array]:
-    """The arrays of an archive by name. Nothing is larger in memory than the file: no entry is compressed.
-
-    Raises:
-        ValueError: an entry is compressed, or its shape differs from its size.
-        OSError: the file cannot be read. zipfile and numpy also raise errors of their own.
-    """
-    found: dict[str, Array] = {}
-    with zipfile.ZipFile(path) as archive:
-        size = path.stat().st_size
-        if sum(entry.file_size for entry in archive.infolist()) > size:
-            raise ValueError("it is larger than the file")
-        for entry in archive.infolist():
-            if entry.compress_type != zipfile.ZIP_STORED:
-                raise ValueError(f"{entry.filename} is compressed")
-            with archive.open(entry) as file:
-                version = np.lib.format.read_magic(file)
-                header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-                shape, columns_first, dtype = header[version](file)
-                if dtype.hasobject or any(length < 0 for length in shape):
-                    raise ValueError(f"{entry.filename} is no array of numbers")
-                if math.prod(shape) * dtype.itemsize != entry.file_size - file.tell():
-                    raise ValueError(f"the shape of {entry.filename} differs from its size")
-                data = bytearray(file.read())
-                values = np.frombuffer(data, dtype) if data else np.zeros(0, dtype)
-            name = entry.filename.removesuffix(".npy")
-            found[name] = values.reshape(shape, order="F" if columns_first else "C")
-    return found

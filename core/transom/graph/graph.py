@@ -16,8 +16,10 @@ import onnx_ir as ir
 from transom.errors import SourceError
 from transom.graph.digest import SMALL, digest
 from transom.signature import METADATA_KEY, Decoder
+from transom.typed import WrongType, from_json
 
 PRODUCER = "transom"
+_NOTES = "transom.notes"
 
 
 class Graph:
@@ -40,9 +42,16 @@ class Graph:
 
     @functools.cached_property
     def decoder(self) -> Decoder | None:
-        """Sizes and cache shapes if the graph is a decoder with the standard inputs and outputs; otherwise None."""
+        """Sizes and cache shapes if the graph is a decoder with the standard inputs and outputs; otherwise None.
+
+        Raises:
+            SourceError: the file states a decoder that cannot be.
+        """
         text = self.model.metadata_props.get(METADATA_KEY)
-        return Decoder.from_json(text) if text else None
+        try:
+            return Decoder.from_json(text) if text else None
+        except ValueError as error:
+            raise _damaged(self.name, METADATA_KEY, error) from error
 
     def nodes(self) -> Iterator[ir.Node]:
         """The nodes of the main graph, in topological order."""
@@ -108,7 +117,7 @@ class Graph:
         """Write the graph as an ONNX file, with its weights in `<name>.data` next to it."""
         model = self.model.clone()  # the file's metadata must not show up in the model, which others may be reading
         model.metadata_props["transom.weights_hash"] = self.weights_hash
-        model.metadata_props["transom.notes"] = json.dumps(self.notes)
+        model.metadata_props[_NOTES] = json.dumps(self.notes)
         ir.save(model, path, external_data=f"{path.name}.data", size_threshold_bytes=SMALL)
 
     @classmethod
@@ -116,12 +125,19 @@ class Graph:
         """Read a graph that `save` wrote. Weights are memory-mapped.
 
         Raises:
-            SourceError: the file is missing or is not an ONNX model.
+            SourceError: the file is missing or is not an ONNX model, or its metadata is damaged.
         """
         try:
             model = ir.load(path)
         except Exception as e:  # onnx_ir and protobuf raise many types; all mean the same to the user
             raise SourceError(f"{path} cannot be read as an ONNX graph: {e}", "Write it again") from e
         props = model.metadata_props
-        weights_hash = props.get("transom.weights_hash", "")
-        return cls(model, weights_hash=weights_hash, notes=json.loads(props.get("transom.notes", "[]")))
+        try:
+            notes = from_json(list[str], props.get(_NOTES, "[]"))
+        except WrongType as error:
+            raise _damaged(str(path), _NOTES, error) from error
+        return cls(model, weights_hash=props.get("transom.weights_hash", ""), notes=notes)
+
+
+def _damaged(graph: str, key: str, error: ValueError) -> SourceError:
+    return SourceError(f"The metadata {key} of the ONNX graph {graph} is damaged: {error}", "Write the file again")

@@ -10,15 +10,35 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NotRequired, TypedDict
 
 from transom.contract import Device
+from transom.typed import WrongType, from_json
 
-Query = Callable[[], list[dict[str, Any]]]
+
+class Answer(TypedDict):
+    """What OpenVINO says of a device, see `openvino_query.py`."""
+
+    id: str
+    name: str
+    type: str
+    architecture: str
+    memory: int
+    capabilities: list[str]
+    driver: NotRequired[str]
+    uuid: NotRequired[str]
+
+
+class _Kept(TypedDict):
+    key: list[str]
+    answer: list[Answer]
+
+
+Query = Callable[[], list[Answer]]
 _TIMEOUT_SECONDS = 30.0
 
 
@@ -92,7 +112,7 @@ def probe_intel(
     return devices, notes
 
 
-def _device(item: Mapping[str, Any], host: Device, version: str, counts: dict[str, int]) -> Device:
+def _device(item: Answer, host: Device, version: str, counts: dict[str, int]) -> Device:
     kind = "npu" if str(item["id"]).startswith("NPU") else "gpu"
     number = counts.get(kind, 0)
     counts[kind] = number + 1
@@ -133,7 +153,7 @@ def _openvino_version() -> str:
         return ""
 
 
-def query_openvino() -> list[dict[str, Any]]:
+def query_openvino() -> list[Answer]:
     """Run the query in a child process.
 
     Raises:
@@ -151,28 +171,21 @@ def query_openvino() -> list[dict[str, Any]]:
     if child.returncode != 0:
         last = (child.stderr.strip().splitlines() or [f"exit status {child.returncode}"])[-1]
         raise ValueError(f"the process that asked died: {last}")
-    answer = json.loads(child.stdout)
-    if not _sound(answer):
-        raise ValueError("the process that asked printed something else")
-    return list(answer)
+    try:
+        return from_json(list[Answer], child.stdout)
+    except WrongType:
+        raise ValueError("the process that asked printed something else") from None
 
 
-def _sound(answer: object) -> bool:
-    keys = {"id", "name", "type", "architecture", "memory", "capabilities"}
-    return isinstance(answer, list) and all(
-        isinstance(item, dict) and keys <= item.keys() and isinstance(item["memory"], int) for item in answer
-    )
-
-
-def _remembered(shown: Sequence[KernelDevice], version: str) -> list[dict[str, Any]]:
+def _remembered(shown: Sequence[KernelDevice], version: str) -> list[Answer]:
     """The answer of an earlier process, else a new one, which is stored if it covers every kind that was listed."""
     release = os.uname().release if hasattr(os, "uname") else sys.platform
     key = [version, release, sys.prefix, *(f"{hint.kind} {hint.key} {hint.node}" for hint in shown)]
     path = _cache_file()
-    with suppress(OSError, ValueError):
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(kept, dict) and kept.get("key") == key and _sound(kept.get("answer")):
-            return list(kept["answer"])
+    with suppress(OSError, WrongType):
+        kept = from_json(_Kept, path.read_bytes())
+        if kept["key"] == key:
+            return kept["answer"]
     answer = query_openvino()
     seen = {str(item["id"]).split(".")[0].lower() for item in answer}
     if shown and {hint.kind for hint in shown} <= seen:

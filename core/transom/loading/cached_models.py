@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from transom.errors import EngineError, option
 from transom.loading.compiled_models import NotReady, Ready
 from transom.preparation import cached_source, memory
+from transom.preparation.compiled import Checked
 from transom.preparation.jobs import PREPARE, READ, RECHECK, REFERENCE
 from transom.preparation.plugin_calls import check_artifact
 
@@ -41,7 +42,7 @@ class CachedModels:
         job = self.jobs.job(attempt)
         return cached_source.find(self.state.cache, job.content, job.source_context)
 
-    def find(self, attempt: Attempt, verdict_now: object = None) -> Ready | NotReady:
+    def find(self, attempt: Attempt, verdict_now: Checked | None = None) -> Ready | NotReady:
         """As in `CompiledModels`.
 
         Args:
@@ -71,7 +72,7 @@ class CachedModels:
             return NotReady(reason)
         if plan is not None and (bound := _bound_context(compiled, plan)):
             plan = replace(plan, context=bound)
-        checked = compiled.verdict(job.runtime_identity) or verdict_now
+        checked = compiled.verdict(job.runtime_identity, Checked) or verdict_now
         if not job.accepts(checked):
             compiled.release()
             return NotReady("it has not passed the self-check here yet")

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from transom.loading.attempts import Attempt
     from transom.loading.child_jobs import ChildJobs
     from transom.preparation.cached_source import CachedSource
-    from transom.preparation.compiled import CompiledModel
+    from transom.preparation.compiled import Checked, CompiledModel
     from transom.preparation.memory import MemoryPlan
 
 
@@ -20,8 +20,8 @@ class Ready:
 
     source: CachedSource
     compiled: CompiledModel
-    verdict: object
-    """Verdict of the self-check, JSON types; None where there was no check."""
+    verdict: Checked | None
+    """Verdict of the self-check; None where there was no check."""
     plan: MemoryPlan | None
     """The memory plan; None for a graph that is not a decoder."""
     slower: str = ""

@@ -25,15 +25,15 @@ def remember(cache: Cache, job: Job, error: TransomError) -> None:
 
 def remembered(cache: Cache, job: Job) -> TransomError | None:
     """The failure of an earlier load of this job, or of a step after it, or None."""
-    cause = cache.recall("failures", job.failure_key)
-    if not isinstance(cause, str):
+    cause = cache.recall("failures", job.failure_key, str)
+    if cause is None:
         return crashed(cache, job)
     return EngineError(f"{cause.rstrip('.')} (at an earlier load)", "To try it again: transom cache clear")
 
 
 def crashed(cache: Cache, job: Job) -> TransomError | None:
     """The step of an earlier run that ended its process, or None. Such a model loads and passes its check."""
-    cause = cache.recall(step_crashes.STORE, job.failure_key)
-    if not isinstance(cause, str):
+    cause = cache.recall(step_crashes.STORE, job.failure_key, str)
+    if cause is None:
         return None
     return EngineError(f"{cause.rstrip('.')} (at an earlier run)", "To try it again: transom cache clear")

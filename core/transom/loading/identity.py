@@ -107,8 +107,8 @@ def fingerprint_of(path: Path, cache: Cache) -> str:
     where = artifact_key({"path": str(path.absolute()), "files": state, "transom": version()})
     # Not `cache.remember`, which warns about a read-only cache; loading warns when there is something to keep.
     notebook = JsonStore(cache.root / "remembered" / "fingerprints.json")
-    known = notebook.recall(where)
-    if isinstance(known, str):
+    known = notebook.recall(where, str)
+    if known is not None:
         return known
     content = _fingerprint(path)
     newest = max(int(changed) for _, _, changed, _ in state)

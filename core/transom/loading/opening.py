@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from transom.errors import EngineError
 from transom.generation.report import Report
 from transom.loading import step_crashes
 from transom.loading.compiled_models import CompiledModels, Ready
 from transom.preparation import compiled, heads
+from transom.preparation.cached_source import DamagedSource
 from transom.preparation.plugin_calls import open_session
 from transom.preparation.plugin_operators import register_operators
 from transom.sparsity import shipped
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from transom.loading.identity import ModelIdentity
     from transom.loading.load_state import LoadState
     from transom.preparation.cached_source import CachedSource
-    from transom.preparation.compiled import CompiledModel
+    from transom.preparation.compiled import Checked, CompiledModel
     from transom.sparsity import Heads, Sparsity
     from transom.text import ChatTemplate, GenerationDefaults, Tokenizer
 
@@ -49,11 +50,14 @@ def open_model(models: CompiledModels, attempt: Attempt) -> Model:
     ready = found if isinstance(found, Ready) else models.prepare(attempt)
     try:
         session, text = _open(models, attempt, ready)
-    except EngineError as error:
+    except (EngineError, DamagedSource) as error:
         if not was_there:
             raise
-        # An earlier process could open it, so the SDK or its own files beside the artifact have changed.
-        ready.compiled.discard(error.cause)
+        if isinstance(error, DamagedSource):  # it is no longer in the cache, and read again
+            ready.compiled.release()
+        else:
+            # An earlier process could open it, so the SDK or its own files beside the artifact have changed.
+            ready.compiled.discard(error.cause)
         ready, was_there = models.prepare(attempt), False
         session, text = _open(models, attempt, ready)
     try:
@@ -76,10 +80,14 @@ def _open(models: CompiledModels, attempt: Attempt, ready: Ready) -> tuple[Sessi
     with ThreadPoolExecutor(1) as beside, state.stages.time("load"):
         text = beside.submit(lambda: _Text(source.tokenizer(), source.chat_template(), source.generation()))
         session = open_session(attempt.plugin.backend, ready.compiled, attempt.device, options)
-        return session, text.result()
+        try:
+            return session, text.result()
+        except BaseException:
+            session.close()
+            raise
 
 
-def _check_here(models: CompiledModels, attempt: Attempt, ready: Ready, session: Session) -> Mapping[str, Any]:
+def _check_here(models: CompiledModels, attempt: Attempt, ready: Ready, session: Session) -> Checked:
     from transom.preparation import selfcheck
 
     wanted = models.reference_outputs(attempt, ready.source)

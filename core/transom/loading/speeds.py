@@ -33,12 +33,12 @@ def measured_speeds(models: CachedModels, machine: Machine, choice: Selection) -
         key = artifact_key(
             {"place": attempt.runtime_identity, "bits": scale, "as": state.options.for_backend["precision"]}
         )
-        known = state.cache.recall("speeds", key)
-        if not isinstance(known, int | float):
+        known = state.cache.recall("speeds", key, float)
+        if known is None or known <= 0:
             known = _measure(models, attempt)
             if known:
                 state.cache.remember("speeds", key, known)
-        found[attempt.candidate.key] = float(known)
+        found[attempt.candidate.key] = known
     return found
 
 

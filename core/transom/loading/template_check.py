@@ -27,7 +27,7 @@ def require_sound_template(model: Any, cache: Cache | None = None) -> None:
         return
     cache = cache or Cache.default()
     key = f"{_FORMAT}-{fingerprint_of(path, cache)}"
-    if cache.recall("templates", key) is True:
+    if cache.recall("templates", key, bool):
         return
     template = resolve(path).chat_template(path)
     if template is not None:

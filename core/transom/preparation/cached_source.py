@@ -7,21 +7,26 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypedDict, TypeVar
 
-from transom.artifacts import artifact_key
+from transom.artifacts import Entry, artifact_key
 from transom.errors import SourceError
 from transom.signature import Decoder
 from transom.text import ChatTemplate, GenerationDefaults, Tokenizer
+from transom.typed import WrongType, from_json, typed
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
-    from transom.artifacts import Cache, Entry
+    from transom.artifacts import Cache
     from transom.graph import Graph
     from transom.preparation.jobs import Job
     from transom.sources import SourceModel
+
+T = TypeVar("T")
+Dimensions = tuple[int | str | None, ...]
+"""Sizes, names of sizes, and None where a size is unknown."""
 
 FORMAT = 2
 """Part of the key. Increase it when the stored content changes, or the way in which a source is read."""
@@ -32,6 +37,22 @@ TOKENIZER_HEADER = "tokenizer.transom.json"
 _GRAPH = "graph.onnx"
 _DOMAINS = ("", "ai.onnx", "ai.onnx.ml", "transom")
 """Domains whose operators mean the same in every installation of one Transom version."""
+
+
+class _Facts(TypedDict):
+    """The facts of an entry that `keep` writes."""
+
+    name: str
+    kind: str
+    notes: list[str]
+    decoder: str | None
+    graph_digest: str
+    inputs: dict[str, tuple[str, Dimensions]]
+    foreign: bool
+
+
+class DamagedSource(SourceError):
+    """A file that Transom keeps of a source is damaged. It is no longer in the cache: the next load reads the model."""
 
 
 class Files(Protocol):
@@ -57,7 +78,7 @@ class CachedSource:
     notes: tuple[str, ...]
     decoder: Decoder | None
     graph_digest: str
-    inputs: Mapping[str, tuple[str, tuple[int | str | None, ...]]]
+    inputs: Mapping[str, tuple[str, Dimensions]]
     """Element type and shape of each input of a graph that is not a decoder."""
     files: Files
     uses_plugin_operators: bool = False
@@ -73,35 +94,49 @@ class CachedSource:
         return artifact_key({"source": self.key, "job": job.artifact_key})
 
     def tokenizer(self) -> Tokenizer | None:
+        """Raises DamagedSource, as `chat_template` and `generation` do."""
         path = self.files.files.get("tokenizer.json")
-        if path is None or TOKENIZER_HEADER not in self.files.files:
-            return None if path is None else Tokenizer.load(path)
-        return Tokenizer.from_parts(self.files.read(TOKENIZER_HEADER), self.files.read("tokenizer.json"), path)
+        if path is None:
+            return None
+        try:
+            if TOKENIZER_HEADER not in self.files.files:
+                return Tokenizer.load(path)
+            return Tokenizer.from_parts(self.files.read(TOKENIZER_HEADER), self.files.read("tokenizer.json"), path)
+        except SourceError as error:
+            self._damaged("tokenizer.json", error)
 
     def chat_template(self) -> ChatTemplate | None:
-        data = self._json("chat_template.json")
-        return None if data is None else ChatTemplate.from_json(data)
+        return self._read("chat_template.json", ChatTemplate.from_json)
 
     def generation(self) -> GenerationDefaults:
-        data = self._json("generation.json")
-        return GenerationDefaults() if data is None else GenerationDefaults.from_json(data)
+        return self._read("generation.json", GenerationDefaults.from_json) or GenerationDefaults()
 
-    def _json(self, name: str) -> Any:
+    def _read(self, name: str, parse: Callable[[object], T]) -> T | None:
         if name not in self.files.files:
             return None
-        return json.loads(self.files.read(name))
+        try:
+            return parse(from_json(dict[str, object], self.files.read(name)))
+        except (OSError, WrongType) as error:
+            self._damaged(name, error)
+
+    def _damaged(self, name: str, error: Exception) -> NoReturn:
+        if isinstance(self.files, Entry):  # a bundle stays as it is
+            self.files.discard(f"its file {name} is damaged")
+        raise DamagedSource(
+            f"The file {name} that the cache keeps of {self.name} is damaged", "Load the model again", [str(error)]
+        ) from error
 
 
 def find(cache: Cache, content: str, context: int | None) -> CachedSource | None:
     """The cached source for this content and context, or None."""
-    base = cache.sources.lookup(content)
+    base = cache.sources.lookup(content, facts=_Facts)
     if base is None:
         return None
     found = _from_entry(base)
-    key = variant(content, context, found.decoder)
-    if key != content:
+    key = variant(content, context, found.decoder if found is not None else None)
+    if found is not None and key != content:
         base.release()
-        entry = cache.sources.lookup(key)
+        entry = cache.sources.lookup(key, facts=_Facts)
         return None if entry is None else _from_entry(entry)
     return found
 
@@ -145,7 +180,9 @@ def keep(cache: Cache, key: str, model: SourceModel) -> CachedSource:
         if model.chat_template is not None:
             blobs["chat_template.json"] = json.dumps(model.chat_template.to_json())
         entry = cache.sources.write(key, blobs, facts)
-    return _from_entry(entry)
+    kept = _from_entry(entry)
+    assert kept is not None
+    return kept
 
 
 def keep_graph(cache: Cache, key: str, graph: Graph) -> Entry:
@@ -187,16 +224,16 @@ def _inputs(graph: Graph) -> dict[str, list[Any]]:
     return {name: [s.dtype, list(s.shape or ())] for name, s in specs.items()}
 
 
-def _from_entry(entry: Entry) -> CachedSource:
-    facts: Any = entry.manifest.facts
-    decoder = Decoder.from_json(facts["decoder"]) if facts["decoder"] else None
+def _from_entry(entry: Entry) -> CachedSource | None:
+    """The source in an entry; None, and the entry is removed, if its decoder is none that can be."""
+    facts = typed(_Facts, dict(entry.manifest.facts))
+    try:
+        decoder = Decoder.from_json(facts["decoder"]) if facts["decoder"] else None
+    except ValueError as error:
+        entry.discard(f"its decoder is damaged: {error}")
+        entry.release()
+        return None
+    notes, inputs = tuple(facts["notes"]), facts["inputs"]
     return CachedSource(
-        facts["name"],
-        facts["kind"],
-        tuple(facts["notes"]),
-        decoder,
-        facts["graph_digest"],
-        {name: (dtype, tuple(shape)) for name, (dtype, shape) in facts["inputs"].items()},
-        entry,
-        bool(facts.get("foreign")),
+        facts["name"], facts["kind"], notes, decoder, facts["graph_digest"], inputs, entry, facts["foreign"]
     )

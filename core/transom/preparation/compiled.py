@@ -5,14 +5,32 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NotRequired, Protocol, TypedDict, TypeVar
 
 if TYPE_CHECKING:
     from transom.artifacts import Origin
     from transom.contract import Artifact
 
+T = TypeVar("T")
+
 PRECISION = "precision: "
 """Prefix of the artifact note that names the compute precision."""
+
+
+class Checked(TypedDict):
+    """The verdict of the self-check, as it is remembered: whether outputs were compared, with the numbers of
+    `Agreement`, or why not."""
+
+    checked: bool
+    text: NotRequired[str]
+    reason: NotRequired[str]
+    ran_only: NotRequired[bool]
+    positions: NotRequired[int]
+    kl_mean: NotRequired[float]
+    kl_max: NotRequired[float]
+    correlation_min: NotRequired[float]
+    top1: NotRequired[float]
+    max_abs: NotRequired[float]
 
 
 class CompiledModel(Protocol):
@@ -27,8 +45,9 @@ class CompiledModel(Protocol):
     @property
     def scratch(self) -> Path: ...
 
-    def verdict(self, where: str) -> object:
-        """The verdict of the self-check for a runtime identity (`Machine.runtime_identity`), or None."""
+    def verdict(self, where: str, kind: type[T]) -> T | None:
+        """The verdict of the self-check for a runtime identity (`Machine.runtime_identity`); None where there is none
+        of this type, which is `Checked`."""
         ...
 
     def record_verdict(self, where: str, verdict: object) -> None: ...
@@ -49,13 +68,12 @@ def precision_and_notes(source_notes: Iterable[str], model: CompiledModel) -> tu
 
 def decomposed(model: CompiledModel) -> tuple[str, ...]:
     """The changes made to the graph for the backend, one sentence each."""
-    changes = model.origin.ingredients.get("decomposed")
-    return tuple(map(str, changes)) if isinstance(changes, list | tuple) else ()
+    return tuple(model.origin.ingredients.get("decomposed", ()))
 
 
 def is_exact(model: CompiledModel) -> bool:
     """Whether all claims of the backend were exact, which decides the limits of the self-check."""
-    return bool(model.origin.ingredients.get("exact", True))
+    return model.origin.ingredients.get("exact", True)
 
 
 @dataclass(frozen=True)
@@ -88,7 +106,7 @@ LARGEST_DIVERGENCE = 0.5
 def declared_divergence(model: CompiledModel) -> float | None:
     """The divergence that the backend declared for approximate claims, nats; None if it declared none."""
     found = model.origin.ingredients.get("divergence")
-    return float(found) if isinstance(found, int | float) and found > 0 else None
+    return found if found is not None and found > 0 else None
 
 
 def allowed(model: CompiledModel) -> Allowed:
@@ -101,8 +119,10 @@ def allowed(model: CompiledModel) -> Allowed:
     return Allowed(min(declared, LARGEST_DIVERGENCE), APPROXIMATE.correlation)
 
 
-def verdict_text(verdict: object) -> str:
+def verdict_text(verdict: Checked | None) -> str:
     """The verdict of the self-check as one sentence; empty where there is none."""
-    if not isinstance(verdict, dict):
+    if verdict is None:
         return ""
-    return f"passed, {verdict['text']}" if verdict.get("checked") else str(verdict.get("reason", ""))
+    if not verdict["checked"]:
+        return verdict.get("reason", "")
+    return f"passed, {verdict['text']}" if "text" in verdict else "passed"

@@ -7,7 +7,7 @@ the warm path: reads a file only where the user asks for a policy.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 from transom.errors import OptionError
 from transom.sparsity import PRESETS, Calibration, Sparsity, beside, shipped
@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 
 NOTEBOOK = "sparsity"
 """Name under which the cache remembers calibrations, by the content of the model's files."""
+
+
+class _Kept(TypedDict):
+    heads: list[list[float]]
 
 
 def remember(cache: Cache, content: str, heads: Heads) -> None:
@@ -38,12 +42,12 @@ def local(path: Path | None, cache: Cache, content: str) -> Calibration | None:
     """
     if path is not None and (found := beside(path)) is not None:
         return found
-    kept = cache.recall(NOTEBOOK, content)
-    if not isinstance(kept, dict):
+    kept = cache.recall(NOTEBOOK, content, _Kept)
+    if kept is None:
         return None
     try:
-        policy = Sparsity.from_dict({"heads": kept.get("heads")})
-    except OptionError:  # not written by `remember`: ignored
+        policy = Sparsity.from_dict({"heads": kept["heads"]})
+    except OptionError:  # no heads that `remember` wrote: ignored
         return None
     return None if policy.heads is None else Calibration(policy.heads, "the cache")
 

@@ -8,12 +8,15 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transom.artifacts import artifact_key
 from transom.contract import Device
 from transom.hardware.probe_file import from_json, to_json
 from transom.sparsity import DENSE
+
+if TYPE_CHECKING:
+    from transom.preparation.compiled import Checked
 
 ENTRY = "transom.preparation.entry:run"
 """The function that every child process calls."""
@@ -97,12 +100,12 @@ class Job:
             {"of": [self.content, self.runtime_identity, precision, context, self.sparsity, version(), self.texts]}
         )
 
-    def accepts(self, verdict: object) -> bool:
+    def accepts(self, verdict: Checked | None) -> bool:
         """Whether the host may open the artifact in its own process after this verdict of the self-check.
 
         An artifact that is never opened here needs no verdict.
         """
-        return not self.runs or (isinstance(verdict, dict) and not (self.verify and verdict.get("ran_only")))
+        return not self.runs or (verdict is not None and not (self.verify and verdict.get("ran_only")))
 
     def to_payload(self) -> dict[str, Any]:
         return {**vars(self), "device": to_json([self.device]), "options": dict(self.options)}

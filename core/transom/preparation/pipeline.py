@@ -13,7 +13,7 @@ from typing import Any
 from transom.contract import Progress
 from transom.hardware.probe_file import from_json
 from transom.preparation import agreement, selfcheck
-from transom.preparation.compiled import allowed
+from transom.preparation.compiled import Checked, allowed
 from transom.preparation.decode_speed import decode_rate
 from transom.preparation.plugin_calls import guarded, open_session
 from transom.preparation.stages import Preparation
@@ -47,7 +47,7 @@ def _prepared(preparation: Preparation, *, again: bool = False) -> dict[str, Any
         return {
             "seconds": preparation.seconds,
             "kept": not stored.temporary,
-            "verdict": stored.verdict(preparation.job.runtime_identity),
+            "verdict": stored.verdict(preparation.job.runtime_identity, Checked),
             "warnings": preparation.cache.warnings,
         }
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from transom.artifacts import artifact_key
+from transom.artifacts.arrays import read_arrays
 from transom.errors import SourceError
 from transom.preparation.agreement import DECODES
 from transom.preparation.jobs import version
@@ -98,10 +99,41 @@ def keep(cache: Cache, source: CachedSource, outputs: Mapping[str, Array]) -> No
     cache.reference_outputs.write(_key(source), {_FILE: to_npz(outputs)})
 
 
+def from_npz(data: bytes, decoder: Decoder | None) -> dict[str, Array]:
+    """The outputs that `to_npz` wrote.
+
+    Args:
+        decoder: the decoder that they are of.
+
+    Raises:
+        ValueError: the file is damaged, or its content is none of such a decoder.
+    """
+    found = read_arrays(data)
+    if decoder is None:
+        return found
+    ids, logits = found.get("ids"), found.get("logits")
+    sound = (
+        ids is not None
+        and logits is not None
+        and (ids.dtype.kind, logits.dtype.kind) == ("i", "f")
+        and ids.ndim == 1
+        and logits.shape == (len(ids), decoder.vocabulary)
+        and len(ids) > 0
+        and ids.min() >= 0
+        and ids.max() < decoder.vocabulary
+    )
+    if not sound:
+        raise ValueError("these are no logits of this model")
+    return found
+
+
 def recall(cache: Cache, source: CachedSource) -> dict[str, Array] | None:
-    """The outputs that `keep` stored, or None."""
+    """The outputs that `keep` stored, or None. What is damaged is removed."""
     entry = cache.reference_outputs.lookup(_key(source))
     if entry is None:
         return None
-    with np.load(io.BytesIO(entry.read(_FILE)), allow_pickle=False) as stored:
-        return dict(stored.items())
+    try:
+        return from_npz(entry.read(_FILE), source.decoder)
+    except (OSError, KeyError, ValueError) as error:
+        entry.discard(f"its file {_FILE} is damaged: {error}")
+        return None

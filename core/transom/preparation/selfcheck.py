@@ -14,7 +14,7 @@ import numpy as np
 from transom.contract import Session
 from transom.errors import EngineError, SelfCheckFailed, option
 from transom.preparation.agreement import DECODES, Agreement, agreements, compare_outputs
-from transom.preparation.compiled import Allowed
+from transom.preparation.compiled import Allowed, Checked
 from transom.preparation.plugin_calls import guarded
 from transom.preparation.reference_outputs import plain_inputs
 from transom.preparation.session_uses import (
@@ -28,6 +28,7 @@ from transom.preparation.session_uses import (
     tolerance,
     whole_prompt,
 )
+from transom.typed import typed
 
 if TYPE_CHECKING:
     from transom.preparation.cached_source import CachedSource
@@ -127,8 +128,8 @@ def session_logits(session: Session, ids: Sequence[int], backend: str) -> Array:
 
 def verdict(
     session: Session, wanted: Mapping[str, Array], source: CachedSource, *, backend: str, allowed: Allowed
-) -> dict[str, Any]:
-    """Compare a session with the reference outputs. Returns the verdict to remember, in JSON types.
+) -> Checked:
+    """Compare a session with the reference outputs. Returns the verdict to remember.
 
     Args:
         wanted: `ids` and `logits` of a decoder; of another graph its outputs, empty where the reference cannot run it.
@@ -157,4 +158,4 @@ def verdict(
     else:
         return {"checked": False, "reason": "not possible: the reference cannot run this graph on made-up inputs"}
     judge(agreement, allowed=allowed, backend=backend)
-    return {"checked": True, **agreement.to_dict(), "text": str(agreement)}
+    return typed(Checked, {"checked": True, **agreement.to_dict(), "text": str(agreement)})

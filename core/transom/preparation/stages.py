@@ -24,7 +24,7 @@ from transom.plugins import LoadedBackend, Plugins, load_plugins
 from transom.preparation import cached_source, memory, reference_outputs, selfcheck
 from transom.preparation.cached_source import CachedSource
 from transom.preparation.calibration_texts import Pieces, pieces
-from transom.preparation.compiled import CompiledModel, allowed
+from transom.preparation.compiled import Checked, CompiledModel, allowed
 from transom.preparation.heads import with_shipped_heads
 from transom.preparation.jobs import Job
 from transom.preparation.lowering import Lowered, lower
@@ -171,7 +171,7 @@ class Preparation:
                 stored.record_verdict(self.job.runtime_identity, None)
             if not self.job.runs:
                 self.reference_outputs()  # the bundle contains them, and the graph is in memory now
-            elif not self.job.accepts(stored.verdict(self.job.runtime_identity)):
+            elif not self.job.accepts(stored.verdict(self.job.runtime_identity, Checked)):
                 wanted = self.reference_outputs() if self.job.verify else {}
                 stored.record_verdict(self.job.runtime_identity, self.check(stored, wanted))
         return stored
@@ -271,7 +271,7 @@ class Preparation:
     def _reference_share(self, share: float) -> None:
         self.progress("reference", share)
 
-    def check(self, stored: CompiledModel, wanted: Mapping[str, selfcheck.Array]) -> dict[str, Any]:
+    def check(self, stored: CompiledModel, wanted: Mapping[str, selfcheck.Array]) -> Checked:
         """Run the artifact and compare it with the reference outputs. Returns the verdict.
 
         Raises:

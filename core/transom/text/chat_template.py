@@ -9,9 +9,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from transom.errors import OptionError, TransomError, nearest
+from transom.typed import WrongType, typed
 
 if TYPE_CHECKING:
     import jinja2
@@ -24,6 +25,13 @@ _REASONING = ("reasoning_content", "thinking", "reasoning")
 
 class ChatTemplateError(TransomError):
     """The chat template is not valid Jinja, rejects the messages, or does something that templates may not do."""
+
+
+class _Kept(TypedDict):
+    """What `ChatTemplate.to_json` returns."""
+
+    templates: dict[str, str]
+    variables: dict[str, object]
 
 
 class ChatTemplate:
@@ -129,9 +137,12 @@ class ChatTemplate:
         return {"templates": self.templates, "variables": self.variables}
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> ChatTemplate:
-        """The inverse of `to_json`."""
-        return cls(data["templates"], data["variables"])
+    def from_json(cls, data: object) -> ChatTemplate:
+        """The inverse of `to_json`. Raises WrongType."""
+        kept = typed(_Kept, data)
+        if not kept["templates"]:
+            raise WrongType("templates is empty")
+        return cls(kept["templates"], kept["variables"])
 
     def __repr__(self) -> str:
         return f"<ChatTemplate {', '.join(self.names)}>"

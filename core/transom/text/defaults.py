@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 from transom.errors import SourceError
+from transom.typed import typed
 
 if TYPE_CHECKING:
     from transom.text.tokenizer import Tokenizer
@@ -60,34 +61,9 @@ class GenerationDefaults:
         return {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self).items()}
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> GenerationDefaults:
-        """The inverse of `to_json`.
-
-        Raises:
-            SourceError: a key is unknown, or a value has the wrong type.
-        """
-        unknown = set(data) - {field.name for field in fields(cls)}
-        if unknown:
-            raise SourceError(
-                f"The cached generation defaults contain the unknown key {sorted(unknown)[0]!r}", "Clear the cache"
-            )
-        values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in data.items()}
-        hints = get_type_hints(cls)
-        for key, value in values.items():
-            if not _is_a(value, hints[key]):
-                raise SourceError(
-                    f"The cached generation defaults contain {key}={value!r}, which has the wrong type",
-                    "Clear the cache",
-                )
-        return cls(**values)
-
-
-def _is_a(value: Any, hint: Any) -> bool:
-    """Whether a value has a field's type: a homogeneous tuple, or one of several types. An int is a valid float."""
-    kinds = get_args(hint)
-    if get_origin(hint) is tuple:
-        return isinstance(value, tuple) and all(type(v) is kinds[0] for v in value)
-    return type(value) in kinds or (float in kinds and type(value) is int)
+    def from_json(cls, data: object) -> GenerationDefaults:
+        """The inverse of `to_json`. Raises WrongType."""
+        return typed(cls, data)
 
 
 def end_ids(tokenizer: Tokenizer) -> set[int]:

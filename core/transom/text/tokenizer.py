@@ -15,17 +15,20 @@ import threading
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypedDict
 
 from transom.errors import OptionError, SourceError
 from transom.text.detokenizer import ByteDetokenizer, Detokenizer, WindowDetokenizer
 from transom.text.spelling import Spelling, spelling_of
+from transom.typed import WrongType, from_json
 
 if TYPE_CHECKING:
     import tokenizers
 
 _FORMAT = "transom-tokenizer"
 _FORMAT_VERSION = 1
+MOST_TOKENS = 1 << 24
+"""Most tokens of a vocabulary; the largest known ones have a quarter of a million."""
 
 
 class SpecialIds(NamedTuple):
@@ -37,6 +40,15 @@ class SpecialIds(NamedTuple):
     pad: int | None = None
     add_bos: bool = False
     add_eos: bool = False
+
+
+class _Header(TypedDict):
+    """What `Tokenizer.header` writes."""
+
+    format: Literal["transom-tokenizer"]
+    version: int
+    ids: SpecialIds
+    vocabulary_size: int
 
 
 class TokenPiece(NamedTuple):
@@ -282,12 +294,14 @@ class Tokenizer:
         damaged = f"{path} is not a tokenizer that Transom wrote, or it is damaged"
         fix = "Delete it; it will be created again from the model"
         try:
-            facts: dict[str, Any] = json.loads(header)
-            if facts["format"] != _FORMAT or facts["version"] != _FORMAT_VERSION:
-                raise SourceError(damaged, fix)
-            ids, size = SpecialIds(**facts["ids"]), int(facts["vocabulary_size"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise SourceError(damaged, fix) from error
+            facts = from_json(_Header, header)
+        except WrongType as error:
+            raise SourceError(damaged, fix, [str(error)]) from error
+        ids, size = facts["ids"], facts["vocabulary_size"]
+        stated = [i for i in (ids.bos, ids.eos, ids.unk, ids.pad) if i is not None]
+        known = all(0 <= i < size for i in stated) and 0 <= size <= MOST_TOKENS
+        if facts["version"] != _FORMAT_VERSION or not known:
+            raise SourceError(damaged, fix)
         try:
             rust = Rust.from_buffer(body)
         except Exception as error:  # the package raises plain Exception (and nothing finer) on a bad description
