@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -54,6 +55,19 @@ class Damage:
 
     def __str__(self) -> str:
         return f"{'.'.join(map(str, self.place)) or 'the document'}: {self.what}"
+
+
+def kind_of(value: Any) -> str:
+    """The kind of a JSON value: a number that no reader may take, and half a surrogate pair, are kinds of their own."""
+    if isinstance(value, bool) or value is None:
+        return str(value is None or type(value))
+    if isinstance(value, int):
+        return "number" if abs(value) < 1 << 64 else "no number"
+    if isinstance(value, float):
+        return "number" if math.isfinite(value) else "no number"
+    if isinstance(value, str):
+        return "half a pair" if "\ud800" in value else "text"
+    return type(value).__name__
 
 
 def places(value: Any, place: Place = ()) -> Iterator[Place]:

@@ -13,7 +13,18 @@ import math
 import types
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
-from typing import Any, Literal, NotRequired, TypeVar, Union, get_args, get_origin, get_type_hints, is_typeddict
+from typing import (
+    Any,
+    Literal,
+    NotRequired,
+    Required,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+    is_typeddict,
+)
 
 T = TypeVar("T")
 
@@ -22,7 +33,29 @@ _LARGEST = 1 << 64
 
 
 class WrongType(ValueError):
-    """A JSON value is not of the expected type; the text names the place and the value."""
+    """A JSON value is not of the expected type.
+
+    Args:
+        place: where it is in its document, `"layers.0.heads"`; empty for the whole document.
+        found: what is there instead, for a sentence: a value, or `"missing"`.
+        wanted: the expected type: `"a text"`; may be empty.
+    """
+
+    def __init__(self, place: str, found: str, wanted: str = "") -> None:
+        super().__init__(place, found, wanted)
+        self.place, self.found, self.wanted = place, found, wanted
+
+    def __str__(self) -> str:
+        return self.sentence("it")
+
+    def sentence(self, document: str) -> str:
+        """What is wrong, without a full stop.
+
+        Args:
+            document: its name: `"special_tokens_map.json"`.
+        """
+        subject = document if not self.place else self.place if document == "it" else f"{self.place} in {document}"
+        return f"{subject} is {self.found}" + (f", not {self.wanted}" if self.wanted else "")
 
 
 def from_json(kind: type[T], text: str | bytes) -> T:
@@ -30,7 +63,7 @@ def from_json(kind: type[T], text: str | bytes) -> T:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:  # a UnicodeDecodeError is a ValueError
-        raise WrongType(f"it is not JSON: {error}") from error
+        raise WrongType("", f"not JSON: {error}") from error
     return typed(kind, value)
 
 
@@ -41,7 +74,8 @@ def typed(kind: type[T], value: object, place: str = "") -> T:
         kind: `str`, `bool`, `int` (of 64 bits), `float` (finite; an integer is one), `None`, `object` for any value,
             unions and literals; `list[X]`, `tuple[X, ...]` and `tuple[X, Y]`, `dict[str, X]`; a TypedDict, a NamedTuple
             or a dataclass, whose keys must be all there unless they have a default or are `NotRequired`. Only a
-            TypedDict with `total=False` may have other keys, which are left as they are.
+            TypedDict with `total=False` may have other keys, which are left as they are; its own may all be missing
+            but the `Required` ones.
         place: of the value in its document, for the message.
 
     Raises:
@@ -50,7 +84,7 @@ def typed(kind: type[T], value: object, place: str = "") -> T:
     try:
         found: T = _typed(kind, value, place)
     except RecursionError:
-        raise WrongType(f"{place or 'it'} is nested too deep") from None
+        raise WrongType(place, "nested too deep") from None
     return found
 
 
@@ -83,12 +117,16 @@ def _typed(kind: Any, value: Any, place: str) -> Any:
 
 
 def _union(kinds: tuple[Any, ...], value: Any, place: str) -> Any:
+    errors = []
     for kind in kinds:
         try:
             return _typed(kind, value, place)
         except WrongType as error:
-            last = error
-    raise last
+            errors.append(error)
+    deepest = max(errors, key=lambda error: len(error.place))  # it is of the kind, but for this
+    if deepest.place == place:
+        _fail(value, place, " or ".join(error.wanted for error in errors))
+    raise deepest
 
 
 def _list(origin: Any, args: tuple[Any, ...], value: Any, place: str) -> Any:
@@ -110,11 +148,11 @@ def _record(kind: Any, value: Any, place: str) -> Any:
     hints, optional, open_ = _fields(kind)
     for key in hints:
         if key not in value and key not in optional:
-            raise WrongType(f"{_inside(place, key)} is missing")
+            raise WrongType(_inside(place, key), "missing")
     if not open_:
         for key in value:
             if key not in hints:
-                raise WrongType(f"{_inside(place, key)} is not known")
+                raise WrongType(_inside(place, key), "not known")
     found = {key: _typed(hints[key], item, _inside(place, key)) for key, item in value.items() if key in hints}
     return {**value, **found} if is_typeddict(kind) else kind(**found)
 
@@ -123,19 +161,17 @@ def _record(kind: Any, value: Any, place: str) -> Any:
 def _fields(kind: Any) -> tuple[dict[str, Any], frozenset[str], bool]:
     """Types of a record's fields, the optional ones, and whether it may have others."""
     if is_typeddict(kind):
-        hints = {name: _required(hint) for name, hint in get_type_hints(kind, include_extras=True).items()}
-        marked = {n for n, h in get_type_hints(kind, include_extras=True).items() if get_origin(h) is NotRequired}
-        return hints, frozenset(marked if kind.__total__ else hints), not kind.__total__
+        # Not `__optional_keys__`, which counts every key of a module with postponed annotations as required.
+        marked = get_type_hints(kind, include_extras=True)
+        left_out = NotRequired if kind.__total__ else Required
+        optional = {key for key, hint in marked.items() if (get_origin(hint) is left_out) == kind.__total__}
+        return get_type_hints(kind), frozenset(optional), not kind.__total__
     hints = get_type_hints(kind)
     if is_dataclass(kind):
         given = [f for f in fields(kind) if f.init]
-        optional = {f.name for f in given if f.default is not MISSING or f.default_factory is not MISSING}
-        return {f.name: hints[f.name] for f in given}, frozenset(optional), False
+        defaults = {f.name for f in given if f.default is not MISSING or f.default_factory is not MISSING}
+        return {f.name: hints[f.name] for f in given}, frozenset(defaults), False
     return hints, frozenset(kind._field_defaults), False
-
-
-def _required(hint: Any) -> Any:
-    return get_args(hint)[0] if get_origin(hint) is NotRequired else hint
 
 
 def _encodes(text: str) -> bool:
@@ -153,4 +189,4 @@ def _inside(place: str, key: object) -> str:
 
 def _fail(value: object, place: str, wanted: str) -> Any:
     text = repr(value) if not isinstance(value, int) or abs(value) < _LARGEST else "a huge number"
-    raise WrongType(f"{place or 'it'} is {text if len(text) <= 80 else text[:79] + '…'}, not {wanted}")
+    raise WrongType(place, text if len(text) <= 80 else text[:79] + "…", wanted)

@@ -110,7 +110,7 @@ def test_a_manifest_that_is_newer_or_wrong_is_refused(here: Any, export: Any) ->
 OTHER_KINDS: dict[type, tuple[Any, ...]] = {
     str: (7, ["x"], None),
     bool: ("true", 1),
-    int: (float("inf"), float("nan"), -1, 1.5, "1", True, None),
+    int: (float("inf"), float("nan"), 10**400, -1, 1.5, "1", True, None),
     type(None): (["x"],),
 }
 READ_BY_NOBODY = {"expected.file", "variants.0.memory.at.512"}

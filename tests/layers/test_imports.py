@@ -18,8 +18,8 @@ CORE = Path(transom.__file__).parent
 ORDER = (
     "errors", "typed", "signature", "sparsity", "contract", "contract_optional", "artifacts", "plugin_trials",
     "plugins", "hardware", "selection", "ops", "graph", "text", "models", "sources", "programs", "authoring",
-    "sessions", "reference", "quantize", "generation", "preparation", "loading", "bundles", "api", "evaluation", "testing",
-    "cli",
+    "sessions", "reference", "quantize", "generation", "preparation", "loading", "bundles", "api", "evaluation",
+    "testing", "cli",
 )  # fmt: skip
 """A room may import those before it. A new room has to be given its place here."""
 

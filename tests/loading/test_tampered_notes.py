@@ -6,14 +6,13 @@ Draws: which damages are tried. Each is to be met in the same way.
 from __future__ import annotations
 
 import json
-import math
 import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 from made_up import MadeUp
-from structural_damage import damages, value_at
+from structural_damage import damages, kind_of, value_at
 
 from transom.artifacts.entries import ArtifactFacts, CorruptEntry, EntryManifest, _Verified
 from transom.artifacts.json_store import JsonStore
@@ -75,18 +74,6 @@ ANYTHING = {("an artifact", ("options", "threads"))}
 """Places of any JSON value."""
 
 
-def kind(value: Any) -> str:
-    if isinstance(value, bool) or value is None:
-        return str(type(value))
-    if isinstance(value, int):
-        return "number" if abs(value) < 1 << 64 else "no number"
-    if isinstance(value, float):
-        return "number" if math.isfinite(value) else "no number"
-    if isinstance(value, str):
-        return "half a pair" if "\ud800" in value else "text"
-    return type(value).__name__
-
-
 @pytest.mark.parametrize("name", NOTES)
 def test_no_note_is_believed_with_a_value_of_another_kind(name: str) -> None:
     expected, sound = NOTES[name]
@@ -101,7 +88,7 @@ def test_no_note_is_believed_with_a_value_of_another_kind(name: str) -> None:
         if (name, damage.place) in ANYTHING or damage.what in ("missing", "one key more", "cut short", "longer"):
             continue
         old, new = value_at(sound, damage.place), value_at(damage.document, damage.place)
-        assert new is None or kind(new) == kind(old), str(damage)
+        assert new is None or kind_of(new) == kind_of(old), str(damage)
         assert not (isinstance(new, float) and isinstance(old, int)), str(damage)
     assert refused >= 10
 

@@ -239,3 +239,16 @@ def test_heads_of_ones_own_are_kept() -> None:
     assert mine.with_heads(((3.0,),)) is mine
     assert mine.calibrated
     assert not PRESETS["safe"].calibrated
+
+
+@pytest.mark.parametrize("value", [10**400, float("inf"), float("nan"), "x", True, [[1]], None, -1], ids=range(8))
+@pytest.mark.parametrize("key", ["coverage", "rows", "heads"])
+def test_a_value_of_another_kind_or_size_is_an_error(key: str, value: object) -> None:
+    if key == "heads":
+        value = [[value]]
+    elif value is None:
+        value = {}
+    with pytest.raises(OptionError) as caught:
+        Sparsity.from_dict({key: value})
+    assert key in str(caught.value)
+    assert len(str(caught.value)) < 300

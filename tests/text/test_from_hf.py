@@ -92,7 +92,7 @@ def test_tokens_only_the_configuration_knows_are_added(folder: Path) -> None:
 
 def test_tokens_whose_ids_contradict_are_refused(folder: Path) -> None:
     edit(folder / "tokenizer_config.json", added_tokens_decoder={"999999": {"content": "<x>", "special": True}})
-    with pytest.raises(SourceError, match="'<x>' has the id 999999 in one file"):
+    with pytest.raises(SourceError, match=r"'<x>' has the id 999999 in tokenizer_config\.json"):
         tokenizer_from_hf(folder)
 
 
@@ -203,7 +203,7 @@ def test_damaged_files_are_refused_with_their_name(name: str, content: str | byt
 def test_templates_that_are_no_templates_are_refused(folder: Path) -> None:
     (folder / "chat_template.jinja").unlink(missing_ok=True)
     edit(folder / "tokenizer_config.json", chat_template=[{"name": "default"}])
-    with pytest.raises(SourceError, match="not a list of names and templates"):
+    with pytest.raises(SourceError, match=r"chat_template.* in .*tokenizer_config\.json"):
         chat_template_from_hf(folder, None)
 
 

@@ -72,10 +72,11 @@ def test_a_special_token_without_a_definition_is_an_error(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("digits", [400, 5000])
-def test_a_number_that_no_float_holds_is_an_error(tmp_path: Path, digits: int) -> None:
-    (tmp_path / "config.json").write_text('{"hidden_size": 1' + "0" * digits + "}")
-    with pytest.raises(SourceError, match=f"a number of {digits + 1} digits"):
-        read_json(tmp_path / "config.json")
+def test_a_number_that_no_float_holds_is_infinite_and_refused_by_name(tmp_path: Path, digits: int) -> None:
+    (tmp_path / "added_tokens.json").write_text('{"<x>": 1' + "0" * digits + "}")
+    assert read_json(tmp_path / "added_tokens.json") == {"<x>": float("inf")}
+    with pytest.raises(SourceError, match=r"<x> in .*added_tokens\.json is inf, not a whole number"):
+        tokenizer_from_hf(written(tmp_path))
 
 
 @pytest.mark.parametrize(

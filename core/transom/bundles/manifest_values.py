@@ -5,6 +5,7 @@ Truncated or forged content is thus found when the manifest is read, not when it
 
 from __future__ import annotations
 
+import sys
 from dataclasses import fields
 from typing import Any
 
@@ -35,7 +36,7 @@ def count(value: object, least: int = 0) -> int:
 
 def number(value: object) -> float:
     """The value if it is a finite number above 0. Raises ValueError."""
-    if type(value) not in (int, float) or not 0 < value < float("inf"):  # type: ignore[operator]
+    if type(value) not in (int, float) or not 0 < value <= sys.float_info.max:  # type: ignore[operator]
         raise ValueError("not a number above 0")
     return float(value)  # type: ignore[arg-type]
 

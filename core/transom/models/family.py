@@ -164,9 +164,9 @@ def layer_windows(values: Values, layers: int, window: int, sliding: Callable[[i
 def _same_in_every_layer(values: Values, key: str, default: int | None, *, high: int = 1 << 12) -> int:
     value = values.get(key)
     if isinstance(value, list):
-        if len(set(value)) != 1:
+        if not value or any(one != value[0] for one in value):
             raise values.unsupported(key, "layers differ")
-        values = Values({key: value[0]}, values.where)
+        values = Values({values.prefix + key: value[0]}, values.where, values.prefix)
     found: int = values.whole(key, high=high) if default is None else values.whole(key, default, high=high)
     return found
 

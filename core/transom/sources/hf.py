@@ -7,7 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Required, TypedDict
 
 from transom.contract import Progress
 from transom.errors import SourceError
@@ -48,6 +48,12 @@ _SIZES = (
 )
 """The sizes that `inspect` shows, and their keys in config.json."""
 _VISION = ("vision_tower.", "vision_model.", "multi_modal_projector.", "visual.", "audio_tower.")
+
+
+class _Index(TypedDict, total=False):
+    """What is read of model.safetensors.index.json."""
+
+    weight_map: Required[dict[str, str]]
 
 
 class HfSource(Source):
@@ -263,16 +269,13 @@ def weight_files(folder: Path) -> list[Path]:
         SourceError: there are none or only pickled weights, a shard is missing, or the index is damaged or points
             outside the directory.
     """
-    from transom.text.from_hf import read_json
+    from transom.text.from_hf import read_typed
 
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]
     index = folder / _INDEX
     if index.is_file():
-        table = read_json(index).get("weight_map")
-        if not isinstance(table, Mapping) or not all(isinstance(v, str) for v in table.values()):
-            raise SourceError(f"{index} has no weight_map", "Download it again")
-        names = sorted(set(table.values()))
+        names = sorted(set(read_typed(index, _Index)["weight_map"].values()))
         if outside := [n for n in names if Path(n).name != n]:
             raise SourceError(
                 f"{index} points outside its directory, to {outside[0]}", "Get the model from a source you trust"

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -322,19 +322,24 @@ def _differing(policy: Sparsity, preset: Sparsity) -> list[str]:
 
 def _share(name: str, value: object, low: float, open_low: bool) -> float:
     allowed = f"Allowed: a number above {low:g}, up to 1." if open_low else f"Allowed: a number from {low:g} to 1."
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise OptionError(f"{name}={value!r} is not allowed", allowed)
-    number = float(value)
-    if math.isnan(number) or number > 1 or number < low or (open_low and number <= low):
-        raise OptionError(f"{name}={value!r} is not allowed", allowed)
-    return number
+    good = isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= 1  # NaN is not
+    if not good or (open_low and value == low):
+        raise OptionError(f"{name}={_short(value)} is not allowed", allowed)
+    return float(value)  # type: ignore[arg-type]
 
 
 def _count(name: str, value: object, least: int) -> int:
     whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
     if isinstance(value, bool) or not whole or not least <= int(value) <= LARGEST:  # type: ignore[call-overload]
-        raise OptionError(f"{name}={value!r} is not allowed", f"Allowed: a whole number from {least} to {LARGEST}.")
+        raise OptionError(
+            f"{name}={_short(value)} is not allowed", f"Allowed: a whole number from {least} to {LARGEST}."
+        )
     return int(value)  # type: ignore[call-overload, no-any-return]
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:79] + "…"
 
 
 def _divisors(of: int) -> str:
@@ -357,10 +362,11 @@ def _heads(value: object) -> Heads | None:
 
 
 def _multiplier(layer: int, head: int, value: object) -> float:
-    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+    good = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= sys.float_info.max
     if not good:
         raise OptionError(
-            f"heads has {value!r} for layer {layer}, head {head}", "Allowed: a number of 0 or more; 0 is a dense head."
+            f"heads has {_short(value)} for layer {layer}, head {head}",
+            "Allowed: a number of 0 or more; 0 is a dense head.",
         )
     return float(value)  # type: ignore[arg-type]
 

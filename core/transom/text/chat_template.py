@@ -141,7 +141,7 @@ class ChatTemplate:
         """The inverse of `to_json`. Raises WrongType."""
         kept = typed(_Kept, data)
         if not kept["templates"]:
-            raise WrongType("templates is empty")
+            raise WrongType("templates", "empty")
         return cls(kept["templates"], kept["variables"])
 
     def __repr__(self) -> str:

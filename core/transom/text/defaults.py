@@ -7,15 +7,19 @@ cache. This module is on the warm start-up path, so it imports nothing heavy.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from transom.errors import SourceError
-from transom.typed import typed
+from transom.typed import WrongType, typed
 
 if TYPE_CHECKING:
     from transom.text.tokenizer import Tokenizer
+
+_NO_LIMIT = (1 << 31) - 1
+_IDS: Any = int | list[int] | None
+_TEXTS: Any = str | list[str] | None
 
 END_MARKERS = frozenset(
     {
@@ -90,17 +94,14 @@ def defaults_from_hf(
         SourceError: a value has the wrong type or is out of range.
     """
     text = config.get("text_config")
-    config = {**(text if isinstance(text, Mapping) else {}), **config}
+    values = _Values(generation_config, "generation_config.json")
+    others = _Values({**(text if isinstance(text, Mapping) else {}), **config}, "config.json")
 
     def token(key: str) -> int | None:
-        value = generation_config.get(key, config.get(key))
-        return _ids(key, value)[0] if value is not None and value != [] else None
+        found = (values if key in generation_config else others).ids(key)
+        return found[0] if found else None
 
-    eos = generation_config.get("eos_token_id")
-    ends = set(_ids("eos_token_id", config.get("eos_token_id") if eos is None else eos))
-    values = _Values(generation_config, "generation_config.json")
-    stop = generation_config.get("stop_strings") or ()
-    stops = (stop,) if isinstance(stop, str) else tuple(map(str, stop))
+    ends = set((others if generation_config.get("eos_token_id") is None else values).ids("eos_token_id"))
     return GenerationDefaults(
         eos_ids=tuple(sorted(ends | (end_ids(tokenizer) if tokenizer else set()))),
         bos_id=token("bos_token_id") if tokenizer is None or tokenizer.bos_id is None else tokenizer.bos_id,
@@ -112,8 +113,8 @@ def defaults_from_hf(
         min_p=values.number("min_p", 0.0, 1.0),
         repetition_penalty=values.number("repetition_penalty", 0.0),
         max_new_tokens=values.count("max_new_tokens"),
-        stop=tuple(s for s in stops if s),  # an empty string would end every answer immediately
-        suppress_ids=tuple(_ids("suppress_tokens", generation_config.get("suppress_tokens"))),
+        stop=tuple(s for s in values.texts("stop_strings") if s),  # an empty string would end every answer immediately
+        suppress_ids=values.ids("suppress_tokens"),
     )
 
 
@@ -131,7 +132,7 @@ def defaults_from_gguf(metadata: Mapping[str, Any], tokenizer: Tokenizer | None)
         if 0 <= int(value) < tokenizer.vocabulary_size:
             ends.add(int(value))
     values = _Values(metadata, "the GGUF metadata", "general.sampling.")
-    suppress = metadata.get("tokenizer.ggml.suppress_tokens")
+    tokens = _Values(metadata, "the GGUF metadata", "tokenizer.ggml.")
     return GenerationDefaults(
         eos_ids=tuple(sorted(ends)),
         bos_id=tokenizer.bos_id if tokenizer else None,
@@ -141,7 +142,7 @@ def defaults_from_gguf(metadata: Mapping[str, Any], tokenizer: Tokenizer | None)
         top_p=values.number("top_p", 0.0, 1.0),
         min_p=values.number("min_p", 0.0, 1.0),
         repetition_penalty=values.number("penalty_repeat", 0.0),
-        suppress_ids=tuple(_ids("suppress_tokens", None if suppress is None else list(suppress))),
+        suppress_ids=tokens.ids("suppress_tokens"),
     )
 
 
@@ -168,9 +169,27 @@ class _Values:
         value = self.data.get(self.prefix + key)
         if value is None:
             return None
-        if isinstance(value, bool) or not isinstance(value, int | float) or value != value or value % 1:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value % 1:
             raise self._wrong(key, value, "a whole number")
-        return max(int(value), 0)  # some files use -1 for "no limit"
+        return min(max(int(value), 0), _NO_LIMIT)  # some files use -1 for "no limit", and others 10^30
+
+    def texts(self, key: str) -> tuple[str, ...]:
+        """A text or a list of them."""
+        value = self.data.get(self.prefix + key)
+        try:
+            found = typed(_TEXTS, value)
+        except WrongType:
+            raise self._wrong(key, value, "a text or a list of texts") from None
+        return (found,) if isinstance(found, str) else tuple(found or ())
+
+    def ids(self, key: str) -> tuple[int, ...]:
+        """A token id or a list of them."""
+        value = self.data.get(self.prefix + key)
+        try:
+            found = typed(_IDS, value)
+        except WrongType:
+            raise self._wrong(key, value, "a token id or a list of them") from None
+        return (found,) if isinstance(found, int) else tuple(found or ())
 
     def flag(self, key: str) -> bool | None:
         value = self.data.get(self.prefix + key)
@@ -179,14 +198,8 @@ class _Values:
         return value
 
     def _wrong(self, key: str, value: object, wanted: str) -> SourceError:
+        text = repr(value)
+        text = text if len(text) <= 80 else text[:79] + "…"
         return SourceError(
-            f"{self.prefix}{key} in {self.where} is {value!r}, not {wanted}", "Correct the value or remove the key"
+            f"{self.prefix}{key} in {self.where} is {text}, not {wanted}", "Correct the value or remove the key"
         )
-
-
-def _ids(key: str, value: Any) -> list[int]:
-    """One id, a list of ids or nothing, as a list."""
-    values = [] if value is None else list(value) if isinstance(value, Iterable) else [value]
-    if any(isinstance(one, bool) or not isinstance(one, int) for one in values):
-        raise SourceError(f"{key} is {value!r}, not a token id or a list of them", "Correct generation_config.json")
-    return values

@@ -7,9 +7,10 @@ tokenizer is known to differ.
 
 from __future__ import annotations
 
+import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from transom.errors import SourceError, nearest
 from transom.text import spm
@@ -21,6 +22,7 @@ from transom.text.tokenizer import SpecialIds, Tokenizer
 if TYPE_CHECKING:
     import tokenizers
 
+T = TypeVar("T")
 _NO_ID = 0xFFFFFFFF
 _REPAIR = "Download the file again, or convert the model again with a current llama.cpp"
 
@@ -37,21 +39,21 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], *, pre: str | None = None) 
         SourceError: the vocabulary is missing, the kind of tokenizer or pre-tokenizer is unknown, or the metadata is
             damaged.
     """
-    model = metadata.get("tokenizer.ggml.model")
-    if model is None:
+    model = _one(metadata, "tokenizer.ggml.model", str, "")
+    if not model:
         raise SourceError(
             "The GGUF file has no tokenizer (tokenizer.ggml.model is missing)",
             "Use a file that was converted with its vocabulary",
         )
-    builder = _BUILDERS.get(str(model))
+    builder = _BUILDERS.get(model)
     if builder is None:
         raise SourceError(
             f'The GGUF file has a tokenizer of the kind "{model}" (tokenizer.ggml.model), which Transom cannot build',
-            f"Load the Hugging Face directory of the model instead. {nearest(str(model), _BUILDERS)}",
+            f"Load the Hugging Face directory of the model instead. {nearest(model, _BUILDERS)}",
         )
     tokens = _tokens(metadata)
-    types = _numbers(metadata, "token_type", len(tokens)) or [spm.NORMAL] * len(tokens)
-    return builder(metadata, tokens, [int(kind) for kind in types], pre)
+    types = _numbers(metadata, "token_type", len(tokens), int) or [spm.NORMAL] * len(tokens)
+    return builder(metadata, tokens, types, pre)
 
 
 def chat_template_from_gguf(metadata: Mapping[str, Any], tokenizer: Tokenizer | None) -> ChatTemplate | None:
@@ -60,10 +62,10 @@ def chat_template_from_gguf(metadata: Mapping[str, Any], tokenizer: Tokenizer | 
     The template is parsed, and a `ChatTemplateError` raised, when it is first rendered.
     """
     key = "tokenizer.chat_template"
-    templates = {name[len(key) + 1 :]: text for name, text in metadata.items() if name.startswith(f"{key}.")}
-    if metadata.get(key):
-        templates["default"] = metadata[key]
-    templates = {name: text for name, text in templates.items() if isinstance(text, str) and text}
+    named = [name for name in metadata if name.startswith(f"{key}.")]
+    templates = {name[len(key) + 1 :]: _one(metadata, name, str, "") for name in named}
+    templates["default"] = _one(metadata, key, str, "") or templates.get("default", "")
+    templates = {name: text for name, text in templates.items() if text}
     return ChatTemplate(templates, tokenizer.special_tokens if tokenizer else {}) if templates else None
 
 
@@ -74,14 +76,14 @@ def _byte_level(metadata: Mapping[str, Any], tokens: list[str], types: list[int]
     from tokenizers import Tokenizer as Rust
     from tokenizers import decoders, models, normalizers
 
-    name = pre or metadata.get("tokenizer.ggml.pre")
+    name = pre or _one(metadata, "tokenizer.ggml.pre", str, "")
     if not name:
         raise SourceError(
             "The GGUF file does not name its pre-tokenizer (tokenizer.ggml.pre), so text cannot be split as in the "
             "model's training",
             "Convert the model again with a current llama.cpp, or use its Hugging Face directory",
         )
-    cut = pre_tokenizer(str(name))
+    cut = pre_tokenizer(name)
     vocabulary = {token: index for index, token in enumerate(tokens)}
     merges = _merges(metadata, vocabulary)
     if merges is None:
@@ -98,7 +100,7 @@ def _sentencepiece(metadata: Mapping[str, Any], tokens: list[str], types: list[i
     ids = _ids(metadata, tokens, SpecialIds(bos=1, eos=2, unk=0, add_bos=True))
     model = spm.SentencePieceModel(
         tokens,
-        _numbers(metadata, "scores", len(tokens)) or [0.0] * len(tokens),
+        _numbers(metadata, "scores", len(tokens), float) or [0.0] * len(tokens),
         types,
         unk_id=ids.unk,
         add_space_prefix=_flag(metadata, "add_space_prefix", True),
@@ -119,7 +121,7 @@ def _gemma4(metadata: Mapping[str, Any], tokens: list[str], types: list[int], pr
 
 def _unigram(metadata: Mapping[str, Any], tokens: list[str], types: list[int], pre: str | None) -> Tokenizer:
     ids = _ids(metadata, tokens, SpecialIds(eos=1, unk=2, pad=0, add_eos=True))
-    scores = _numbers(metadata, "scores", len(tokens))
+    scores = _numbers(metadata, "scores", len(tokens), float)
     if scores is None:
         raise SourceError("The GGUF file has a unigram vocabulary without scores (tokenizer.ggml.scores)", _REPAIR)
     model = spm.SentencePieceModel(
@@ -130,7 +132,7 @@ def _unigram(metadata: Mapping[str, Any], tokens: list[str], types: list[int], p
         unk_id=ids.unk,
         add_space_prefix=_flag(metadata, "add_space_prefix", True),
         remove_extra_spaces=_flag(metadata, "remove_extra_whitespaces", False),
-        charsmap=bytes(value & 0xFF for value in metadata.get("tokenizer.ggml.precompiled_charsmap", ())),
+        charsmap=bytes(value & 0xFF for value in _many(metadata, "precompiled_charsmap", int) or ()),
     )
     return _finish(spm.build(model), metadata, tokens, types, ids)
 
@@ -185,8 +187,8 @@ def set_ends(rust: tokenizers.Tokenizer, ids: SpecialIds) -> None:
 
 
 def _tokens(metadata: Mapping[str, Any]) -> list[str]:
-    tokens = metadata.get("tokenizer.ggml.tokens")
-    if not isinstance(tokens, Sequence) or isinstance(tokens, str) or not tokens:
+    tokens = _many(metadata, "tokens", str)
+    if not tokens:
         raise SourceError("The GGUF file has no vocabulary (tokenizer.ggml.tokens)", _REPAIR)
     # llama.cpp's name for empty tokens; names must be unique
     tokens = [token or f"[EMPTY_{index}]" for index, token in enumerate(tokens)]
@@ -201,16 +203,50 @@ def _tokens(metadata: Mapping[str, Any]) -> list[str]:
     return tokens
 
 
-def _numbers(metadata: Mapping[str, Any], key: str, count: int) -> Sequence[float] | None:
-    values = metadata.get(f"tokenizer.ggml.{key}")
-    if values is None or not len(values):
+def _one(metadata: Mapping[str, Any], key: str, kind: type[T], default: T) -> T:
+    """A setting of this type, or the default where there is none."""
+    value = metadata.get(key)
+    if value is None:
+        return default
+    if not isinstance(value, kind):
+        raise _wrong(key, value, "a text" if kind is str else "true or false")
+    return value
+
+
+def _many(metadata: Mapping[str, Any], key: str, kind: type[T]) -> list[T] | None:
+    """A list of texts, whole numbers or finite numbers, or None where there is none."""
+    key = f"tokenizer.ggml.{key}"
+    values = metadata.get(key)
+    if values is None:
+        return None
+    wanted = "a list of " + ("texts" if kind is str else "whole numbers" if kind is int else "finite numbers")
+    if hasattr(values, "tolist"):
+        values = values.tolist()  # of NumPy
+    if not isinstance(values, list | tuple):
+        raise _wrong(key, values, wanted)
+    for value in values:
+        if type(value) is not kind or (isinstance(value, float) and not math.isfinite(value)):
+            raise _wrong(key, value, wanted)
+    return list(values)
+
+
+def _wrong(key: str, value: object, wanted: str) -> SourceError:
+    text = repr(value)
+    return SourceError(
+        f"{key} of the GGUF file is {text if len(text) < 80 else text[:79] + '…'}, not {wanted}", _REPAIR
+    )
+
+
+def _numbers(metadata: Mapping[str, Any], key: str, count: int, kind: type[T]) -> list[T] | None:
+    values = _many(metadata, key, kind)
+    if not values:
         return None
     if len(values) < count:
         raise SourceError(
             f"The GGUF file's vocabulary is damaged: {count} tokens but {len(values)} values in tokenizer.ggml.{key}",
             _REPAIR,
         )
-    return list(values[:count])
+    return values[:count]
 
 
 def _merges(metadata: Mapping[str, Any], vocabulary: Mapping[str, int]) -> list[tuple[str, str]] | None:
@@ -236,7 +272,7 @@ def _merges(metadata: Mapping[str, Any], vocabulary: Mapping[str, int]) -> list[
 
 
 def _flag(metadata: Mapping[str, Any], key: str, default: bool) -> bool:
-    return bool(metadata.get(f"tokenizer.ggml.{key}", default))
+    return _one(metadata, f"tokenizer.ggml.{key}", bool, default)
 
 
 def _ids(metadata: Mapping[str, Any], tokens: list[str], default: SpecialIds) -> SpecialIds:

@@ -7,9 +7,10 @@ tokens. A directory with only a SentencePiece `tokenizer.model` works as well.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Required, TypedDict, TypeVar
 
 from transom.errors import SourceError
 from transom.text import spm
@@ -18,10 +19,12 @@ from transom.text.defaults import GenerationDefaults, defaults_from_hf
 from transom.text.from_gguf import set_ends
 from transom.text.sentencepiece_model import read_sentencepiece
 from transom.text.tokenizer import SpecialIds, Tokenizer
+from transom.typed import WrongType, typed
 
 if TYPE_CHECKING:
     import tokenizers
 
+T = TypeVar("T")
 _LONGEST = 1 << 16
 """How many times as long the rules of a tokenizer may make a text. Those of real models stay below a hundred."""
 _ROLES = ("bos", "eos", "unk", "pad")
@@ -31,13 +34,50 @@ _CONVERT = (
 )
 
 
+class _Token(TypedDict, total=False):
+    """A token with its flags."""
+
+    content: Required[str]
+    special: bool
+    normalized: bool
+    lstrip: bool
+    rstrip: bool
+    single_word: bool
+
+
+class _Roles(TypedDict, total=False):
+    """What is read of special_tokens_map.json and tokenizer_config.json; both have more."""
+
+    bos_token: str | _Token | None
+    eos_token: str | _Token | None
+    unk_token: str | _Token | None
+    pad_token: str | _Token | None
+
+
+class _NamedTemplate(TypedDict):
+    name: str
+    template: str
+
+
+class _Templates(TypedDict, total=False):
+    """What is read of chat_template.json and tokenizer_config.json."""
+
+    chat_template: str | list[_NamedTemplate] | dict[str, str] | None
+
+
+class _TokenizerConfig(_Roles, _Templates, total=False):
+    add_bos_token: bool | None
+    add_eos_token: bool | None
+    added_tokens_decoder: dict[str, _Token] | None
+
+
 def tokenizer_from_hf(folder: Path) -> Tokenizer:
     """The tokenizer of a Hugging Face model directory.
 
     Raises:
         SourceError: the directory has no tokenizer, or a file is missing, not JSON or damaged.
     """
-    config = read_json(folder / "tokenizer_config.json", {})
+    config = read_typed(folder / "tokenizer_config.json", _TokenizerConfig)
     if (folder / "tokenizer.json").exists():
         return _from_tokenizer_json(folder, config)
     if (folder / "tokenizer.model").exists():
@@ -64,20 +104,15 @@ def chat_template_from_hf(folder: Path, tokenizer: Tokenizer | None) -> ChatTemp
     templates.update({path.stem: path for path in sorted(folder.glob("additional_chat_templates/*.jinja"))})
     sources = {name: _read(path) for name, path in templates.items() if path.exists()}
     if not sources:
-        config = read_json(folder / "tokenizer_config.json", {})
-        stated = read_json(folder / "chat_template.json", {}).get("chat_template") or config.get("chat_template")
+        files = ("chat_template.json", "tokenizer_config.json")
+        found = [read_typed(folder / file, _Templates).get("chat_template") for file in files]
+        stated = found[0] or found[1]
         if isinstance(stated, str):
             sources = {"default": stated}
         elif isinstance(stated, list):
-            try:
-                sources = {str(entry["name"]): str(entry["template"]) for entry in stated}
-            except (KeyError, TypeError) as error:
-                raise SourceError(
-                    f"The chat templates in {folder} are not a list of names and templates",
-                    "Correct chat_template in tokenizer_config.json",
-                ) from error
-        elif isinstance(stated, Mapping):
-            sources = {str(name): str(source) for name, source in stated.items()}
+            sources = {entry["name"]: entry["template"] for entry in stated}
+        elif stated:
+            sources = dict(stated)
     if not sources:
         return None
     variables: dict[str, Any] = dict(tokenizer.special_tokens) if tokenizer else {}
@@ -121,17 +156,28 @@ def read_json(path: Path, default: dict[str, Any] | None = None) -> dict[str, An
     return value
 
 
-def _whole(digits: str) -> int:
-    """A whole number that is also a float. Some files state 10^30 for "no limit"."""
-    if len(digits) > 300:
-        raise ValueError(f"it contains a number of {len(digits)} digits")
-    return int(digits)
+def read_typed(path: Path, kind: type[T]) -> T:
+    """The content of a JSON file as a type (`transom.typed`); that of an empty object if there is no such file.
+
+    Raises:
+        SourceError: as `read_json`, or a value is of another type; the message names it.
+    """
+    whole = read_json(path, {})
+    try:
+        return typed(kind, whole)
+    except WrongType as error:
+        raise SourceError(error.sentence(str(path)), "Download the file again, or correct the value") from error
+
+
+def _whole(digits: str) -> int | float:
+    """A whole number. One that no float holds is infinite, as 1e400 is: who reads it says which value is wrong."""
+    return int(digits) if len(digits) <= 300 else math.copysign(math.inf, -1 if digits.startswith("-") else 1)
 
 
 # -------------------------------------------------------------------- kinds
 
 
-def _from_tokenizer_json(folder: Path, config: Mapping[str, Any]) -> Tokenizer:
+def _from_tokenizer_json(folder: Path, config: _TokenizerConfig) -> Tokenizer:
     from tokenizers import Tokenizer as Rust
 
     path = folder / "tokenizer.json"
@@ -147,7 +193,7 @@ def _from_tokenizer_json(folder: Path, config: Mapping[str, Any]) -> Tokenizer:
         raise SourceError(
             f"{path} cannot be read: {detail}", "Download the file again, or update the tokenizers package"
         ) from error
-    names = {**_role_names(read_json(folder / "special_tokens_map.json", {})), **_role_names(config)}
+    names = {**_role_names(read_typed(folder / "special_tokens_map.json", _Roles)), **_role_names(config)}
     _add_tokens(rust, folder, config, names)
     roles = {role: rust.token_to_id(name) for role, name in names.items()}
     if roles.get("unk") is None and (unk := getattr(rust.model, "unk_token", None)):
@@ -169,7 +215,7 @@ def _from_tokenizer_json(folder: Path, config: Mapping[str, Any]) -> Tokenizer:
     return Tokenizer(rust, ids)
 
 
-def _from_sentencepiece(folder: Path, config: Mapping[str, Any]) -> Tokenizer:
+def _from_sentencepiece(folder: Path, config: _TokenizerConfig) -> Tokenizer:
     model, own = read_sentencepiece(folder / "tokenizer.model")
     rust = spm.build(model)
     from tokenizers import AddedToken
@@ -180,7 +226,7 @@ def _from_sentencepiece(folder: Path, config: Mapping[str, Any]) -> Tokenizer:
         if kind in (spm.CONTROL, spm.UNKNOWN)
     ]
     rust.add_tokens(control)
-    names = {**_role_names(read_json(folder / "special_tokens_map.json", {})), **_role_names(config)}
+    names = {**_role_names(read_typed(folder / "special_tokens_map.json", _Roles)), **_role_names(config)}
     _add_tokens(rust, folder, config, names)
     roles: dict[str, int | None] = {**own, "unk": model.unk_id}
     roles.update({role: rust.token_to_id(name) for role, name in names.items()})
@@ -243,34 +289,35 @@ def _lengthens(step: Mapping[str, Any], parts: tuple[str, ...]) -> float:
     return content + 1.0  # an expression may match nothing, between any two characters
 
 
-def _add_tokens(rust: tokenizers.Tokenizer, folder: Path, config: Mapping[str, Any], names: Mapping[str, str]) -> None:
+def _add_tokens(rust: tokenizers.Tokenizer, folder: Path, config: _TokenizerConfig, names: Mapping[str, str]) -> None:
     """Add tokens that are only in the companion files, and mark tokens as special that are special only there."""
     from tokenizers import AddedToken
 
-    stated: dict[int, Any] = {}
-    for content, token in read_json(folder / "added_tokens.json", {}).items():
-        stated[int(token)] = {"content": content, "normalized": False, "special": content in names.values()}
-    try:
-        stated.update({int(token): entry for token, entry in (config.get("added_tokens_decoder") or {}).items()})
-        known = rust.get_added_tokens_decoder()
-        for token, entry in sorted(stated.items()):
-            content, special = str(entry["content"]), bool(entry.get("special", False))
-            if token in known and known[token].special >= special:
-                continue
-            flags = {key: bool(entry.get(key, False)) for key in ("lstrip", "rstrip", "single_word")}
-            normalized = bool(entry.get("normalized", not special))
-            rust.add_tokens([AddedToken(content, normalized=normalized, special=special, **flags)])
-            if rust.token_to_id(content) != token:
-                raise SourceError(
-                    f"The tokenizer in {folder} is inconsistent: {content!r} has the id {token} in one file and "
-                    f"{rust.token_to_id(content)} in another",
-                    "Download all tokenizer files again, from the same source",
-                )
-    except (TypeError, KeyError, ValueError, AttributeError) as error:
-        raise SourceError(
-            f"added_tokens_decoder in {folder / 'tokenizer_config.json'} is damaged ({error!r})",
-            "Download the file again",
-        ) from error
+    stated: dict[int, tuple[_Token, str]] = {}
+    file = "added_tokens.json"
+    for content, number in read_typed(folder / file, dict[str, int]).items():
+        stated[number] = {"content": content, "normalized": False, "special": content in names.values()}, file
+    file = "tokenizer_config.json"
+    for digits, entry in (config.get("added_tokens_decoder") or {}).items():
+        if not digits.isascii() or not digits.isdigit() or len(digits) > 18:
+            raise SourceError(
+                f"added_tokens_decoder in {folder / file} has the token id {digits[:80]!r}", "Download the file again"
+            )
+        stated[int(digits)] = entry, file
+    known = rust.get_added_tokens_decoder()
+    for stated_id, (entry, file) in sorted(stated.items(), key=lambda item: item[0]):
+        content, special = entry["content"], entry.get("special", False)
+        if stated_id in known and known[stated_id].special >= special:
+            continue
+        flags = {key: bool(entry.get(key, False)) for key in ("lstrip", "rstrip", "single_word")}
+        normalized = entry.get("normalized", not special)
+        rust.add_tokens([AddedToken(content, normalized=normalized, special=special, **flags)])
+        if rust.token_to_id(content) != stated_id:
+            raise SourceError(
+                f"The tokenizer in {folder} is inconsistent: {content!r} has the id {stated_id} in {file} and "
+                f"{rust.token_to_id(content)} in tokenizer.json",
+                "Download all tokenizer files again, from the same source",
+            )
     missing = [
         AddedToken(name, normalized=False, special=True)
         for name in names.values()
