@@ -38,7 +38,13 @@ TEXT_FILES: dict[str, Any] = {
         "max_new_tokens": 5, "eos_token_id": [257], "bos_token_id": 256, "stop_strings": ["x"], "suppress_tokens": [3],
     },
 }  # fmt: skip
-FAMILIES = ("llama", "gemma3", "phi3", "qwen2")
+OWN_SETTINGS: dict[str, tuple[str, ...]] = {
+    "llama": (),
+    "gemma3": ("layer_types", "query_pre_attn_scalar", "rope_parameters", "sliding_window"),
+    "phi3": ("original_max_position_embeddings", "rope_parameters", "sliding_window"),
+    "qwen2": ("layer_types", "max_window_layers", "sliding_window", "use_sliding_window"),
+}
+"""What each family reads that Llama does not, or reads otherwise. Of Llama every setting is tried."""
 
 
 @pytest.fixture(scope="module")
@@ -146,11 +152,12 @@ def test_some_wrong_settings(folder: Any, dice: random.Random) -> None:
 
 
 @pytest.mark.sweep
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", OWN_SETTINGS)
 def test_every_wrong_setting(folder: Any, family: str) -> None:
     path = folder(family) / "config.json"
-    whole = json.loads(path.read_text())
-    assert check(path, damages(whole), lambda: compute(resolve(path.parent).open(path.parent).graph)) > 100
+    every, own = list(damages(json.loads(path.read_text()))), OWN_SETTINGS[family]
+    tried = [d for d in every if family == "llama" or (d.place and d.place[0] in own)]
+    assert check(path, tried, lambda: compute(resolve(path.parent).open(path.parent).graph)) > 20
 
 
 def test_wrong_values_in_an_index_of_weights(folder: Any, tmp_path: Path) -> None:
