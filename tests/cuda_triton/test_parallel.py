@@ -21,6 +21,7 @@ from transom.errors import EngineError
 from transom.graph import Graph
 from transom.testing.bench import ReferenceOracle
 from transom.testing.models import tiny_decoder
+from transom_cuda_triton import parallel
 from transom_cuda_triton.parallel import Team
 from transom_cuda_triton.session import TritonSession
 
@@ -104,7 +105,20 @@ def test_closing_leaves_no_process(graph: Graph, tmp_path: Path) -> None:
     assert process.exitcode == 0
 
 
-def test_a_share_that_cannot_be_opened_is_an_error(graph: Graph, tmp_path: Path) -> None:
+@pytest.mark.parametrize("met", [True, False], ids=["met", "gone"])
+def test_a_share_that_cannot_be_opened_is_an_error(
+    met: bool, graph: Graph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where its process is gone before the leader has met it."""
+
+    meet = parallel.Sums
+
+    def gone(*seat: Any, **how: Any) -> None:
+        meet(*seat, **how)
+        raise RuntimeError("Gloo connectFullMesh failed: Connection closed by peer")
+
+    if not met:
+        monkeypatch.setattr(parallel, "Sums", gone)
     artifact = stored_for_two(graph, tmp_path)
     path = artifact.files["weights-1.bin"]
     assert isinstance(path, Path)

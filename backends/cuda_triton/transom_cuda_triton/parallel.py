@@ -34,6 +34,8 @@ PATIENCE = 60.0
 """Seconds to wait for other processes in a sum, or for an answer."""
 BEGINNING = 600.0
 """Seconds that a process may take to load its weights onto its card."""
+REASON = 5.0
+"""Seconds in which a process that failed says why."""
 LOST = "Load the model again"
 
 
@@ -194,11 +196,27 @@ class Team:
             self._engine, pages = opening(lead, Sums(lead, cuda=lead.device.kind == "cuda"))
             self.room = min(pages, *(f.answer(BEGINNING) for f in self.followers))
             """Pages that fit on every card."""
+        except RuntimeError as e:  # of torch: the others cannot be reached, most often because one of them has failed
+            reason = self._reason_of_a_follower()
+            self._end(gently=False)
+            raise reason or EngineError(f"The cards cannot work together: {_said(e)}", LOST) from e
         except BaseException:
             self._end(gently=False)
             raise
         self.program, self.routes, self.device = self._engine.program, self._engine.routes, self._engine.device
         self.context = self._engine.context
+
+    def _reason_of_a_follower(self) -> EngineError | None:
+        """The error of the card that failed first: the others only miss it."""
+        reasons = []
+        for follower in self.followers:
+            try:
+                follower.answer(REASON)
+            except EngineError as e:
+                reasons.append(e)
+            except OutOfPages as e:
+                reasons.append(EngineError(_said(e), LOST))
+        return min(reasons, key=lambda e: "onnect" in e.cause or "does not answer" in e.cause, default=None)
 
     def page_bytes(self) -> int:
         """Bytes of one page, summed over all cards."""

@@ -120,8 +120,8 @@ def _value(key: str, value: object, where: str) -> object:
     if key in ("memory_bytes", "free_bytes", "cores"):
         if value is None and key == "free_bytes":
             return None
-        if type(value) is not int or value < 0:
-            raise wrong("a whole number, 0 or more")
+        if type(value) is not int or not 0 <= value < 1 << 63:
+            raise wrong("a whole number, 0 or more, that fits into 64 bits")
         return value
     if key == "integrated":
         if not isinstance(value, bool):
