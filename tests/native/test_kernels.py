@@ -170,25 +170,18 @@ def test_a_product_with_bfloat16_rounds_its_input_and_nothing_else(level: str, r
 
 
 @each_level
-@pytest.mark.seeds(399790107)
 @pytest.mark.parametrize("form", [form for form in FORMS if "int" in form])
-def test_a_product_of_blocks_with_bfloat16_rounds_both(form: str, level: str, rng: np.random.Generator) -> None:
-    """Of few rows neither is rounded: then memory is what takes the time."""
+def test_a_product_of_blocks_with_bfloat16_rounds_its_input_and_nothing_else(
+    form: str, level: str, rng: np.random.Generator
+) -> None:
+    """Quants are exact as bfloat16, and scales meet sums in float32."""
     for count in (int(rng.integers(1, 5)), int(rng.integers(5, 70)), 300):
         columns, block = _block(rng, form)
         weight = matrix(rng, form, _size(rng, 250), columns, block)
         table = rng.standard_normal((count, columns)).astype(np.float32)
-        wide = exact(weight)
         with Machine(linear(weight, table, by="bf16", local=bool(rng.random() < 0.5)), level) as machine:
             got = machine.rows(count)
-        if count <= 4:
-            assert _close(got, table, wide), (count, weight.shape, block)
-            continue
-        # A weight near the middle of two bfloat16 values may become either. Its three float32 operations have terms of
-        # at most about three times the largest weight, so together they err by at most 9 * 2^-24 of that.
-        error = 2.0**-20 * np.abs(wide).max()
-        either = np.abs(narrowed(table)) @ (narrowed(wide + error) - narrowed(wide - error)).T
-        assert _close(got, narrowed(table), narrowed(wide), either), (count, weight.shape, block)
+        assert _close(got, narrowed(table), exact(weight)), (count, weight.shape, block)
 
 
 def _minimums_allowed(weight: Blocked, table: Array) -> Array:

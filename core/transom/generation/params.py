@@ -55,8 +55,8 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     """Subtracted from a token's logit for each occurrence in the output."""
     seed: int | None = None
-    """Same seed, model and device: same tokens. Other generations may change the rounding of precisions other than
-    "exact". None: a random seed."""
+    """Same seed, model and device: same tokens. On some engines other generations may change the rounding. None: a
+    random seed."""
     stop: tuple[str, ...] = ()
     """Strings that end the output; they are not part of the text."""
     stop_token_ids: tuple[int, ...] = ()

@@ -5,6 +5,8 @@
 namespace {
 const float NEVER = -1e30f;
 const float SLACK = 8; // unnormalized probabilities stay below 2 ** 8
+const int SPAN = 4;    // pages that a span has at least, see Spans
+const int MOST_SPANS = 16;
 
 // One layer of one step.
 template <class C> struct Heads {
@@ -77,21 +79,76 @@ INLINE void attend_rows(const tr_layer &l, const Tile<C> &t, const Gathered<C> &
   C::template weigh<R>(a, t.kept, out, DV);
 }
 
+// Rows from r on, R at once, as long as there are R left; returns the first of the others.
+template <class C, int R>
+INLINE int attend_some(const tr_layer &l, const Tile<C> &t, const Gathered<C> &g, int r, int rows) {
+  // AMX adds in an order of its own: no row of bfloat16 does without, while sums of bytes are exact in any order.
+  if constexpr (TILED && C::P > 1 && (R == TILE || !C::SCALED)) {
+    if (r + R > rows)
+      return r;
+    Tiles tiles(tile_step(l.head_dim * sizeof(typename C::Q)), R);
+    for (; r + R <= rows; r += R)
+      attend_rows<C, R>(l, t, g, r);
+  } else
+    for (; r + R <= rows; r += R)
+      attend_rows<C, R>(l, t, g, r);
+  return r;
+}
+
 template <class C> static void attend_tile(const tr_layer &l, const Tile<C> &t, const Gathered<C> &g, int rows) {
   int r = 0;
   if constexpr (TILED && C::P > 1)
-    if (rows >= TILE) {
-      Tiles tiles(tile_step(l.head_dim * sizeof(typename C::Q)));
-      for (; r + TILE <= rows; r += TILE)
-        attend_rows<C, TILE>(l, t, g, r);
-    }
-  for (; r + ROWS <= rows; r += ROWS)
-    attend_rows<C, ROWS>(l, t, g, r);
+    r = attend_some<C, TILE>(l, t, g, r, rows);
+  r = attend_some<C, ROWS>(l, t, g, r, rows);
   if constexpr (ROWS > 3)
-    for (; r + 3 <= rows; r += 3)
-      attend_rows<C, 3>(l, t, g, r);
-  for (; r < rows; r++)
-    attend_rows<C, 1>(l, t, g, r);
+    r = attend_some<C, 3>(l, t, g, r, rows);
+  attend_some<C, 1>(l, t, g, r, rows);
+}
+
+// The pages that a query reads are divided into spans. Each span has a softmax of its own, and `add_span` adds them up
+// from the last to the first. The spans follow from the query's position alone, so its result does too, whatever it
+// shares a step with and however many threads divide the spans among them.
+struct Spans {
+  int first, last, count; // pages; spans
+  int begin(int span) const { return first + (int)((int64_t)(last - first + 1) * span / count); }
+};
+INLINE Spans spans_of(const tr_layer &l, int position) {
+  // The first page that any query in the page of this one sees.
+  const int last = position / PAGE, start = l.window ? last * PAGE - l.window + 1 : 0;
+  const int first = start > 0 ? start / PAGE : 0, count = (last - first + SPAN) / SPAN;
+  return {first, last, count < MOST_SPANS ? count : MOST_SPANS};
+}
+
+template <class C> static void add_span(const tr_layer &l, const Gathered<C> &to, const Gathered<C> &span, int rows) {
+  for (int row = 0; row < rows; row += 16) {
+    float own[16], its[16];
+    const VF a = load(to.most + row), b = load(span.most + row), most = max(a, b);
+    store(own, exp2v(sub(a, most))), store(its, exp2v(sub(b, most))), store(to.most + row, most);
+    for (int r = row; r < row + 16 && r < rows; r++) {
+      const VF x = set1(own[r - row]), y = set1(its[r - row]);
+      store(to.sums + r * 16, fma(load(span.sums + r * 16), y, mul(load(to.sums + r * 16), x)));
+      float *out = to.out + (size_t)r * l.value_dim;
+      const float *from = span.out + (size_t)r * l.value_dim;
+      for (int d = 0; d < l.value_dim; d += 16)
+        store(out + d, fma(load(from + d), y, mul(load(out + d), x)));
+    }
+  }
+}
+
+// Writes the results of `rows` rows, of consecutive queries from the step's row `row` on. Returns false if a sum is not
+// finite.
+template <class C> static bool write_rows(const Heads<C> &s, const Gathered<C> &g, size_t row, int h, int rows) {
+  const int DV = s.layer->value_dim;
+  bool fine = true;
+  for (int r = 0; r < rows; r++) {
+    float total = sum(load(g.sums + r * 16));
+    fine &= total > 0 && total < 1e30f;
+    VF inverse = set1(1.f / total);
+    float *out = s.out + (row + r / s.group) * s.out_stride + (size_t)(h * s.group + r % s.group) * DV;
+    for (int d = 0; d < DV; d += 16)
+      store(out + d, mul(load(g.out + (size_t)r * DV + d), inverse));
+  }
+  return fine;
 }
 
 template <class C> // routing.inl
@@ -159,20 +216,26 @@ INLINE int queries_at_once(int group) { // in tokens; their rows should fit in t
   return t < 8 ? 8 : t > PAGE ? PAGE : t;
 }
 
+INLINE size_t result_bytes(const tr_layer &l, size_t rows) {
+  return align64(rows * l.value_dim * 4) + rows * 64 + align64(rows * 4);
+}
 template <class C> INLINE size_t attend_bytes(const tr_layer &l) {
   int group = l.heads / l.kv_heads;
   size_t rows = (size_t)queries_at_once(group) * group;
-  return align64(rows * C::query_width(l.head_dim) * sizeof(typename C::Q)) + align64(rows * l.value_dim * 4) + rows * 64 +
-         align64(rows * 4) + align64(rows * 8) + 64;
+  return align64(rows * C::query_width(l.head_dim) * sizeof(typename C::Q)) + 2 * result_bytes(l, rows) +
+         align64(rows * 8) + 64;
 }
 
+template <class C> static void results_in(char *&memory, const tr_layer &l, size_t rows, Gathered<C> &g) {
+  g.out = (float *)memory, memory += align64(rows * l.value_dim * 4);
+  g.sums = (float *)memory, memory += rows * 64;
+  g.most = (float *)memory, memory += align64(rows * 4);
+}
 template <class C> static Gathered<C> gathered_in(char *&memory, const tr_layer &l, size_t rows, typename C::Q *&q) {
   Gathered<C> g;
   q = (typename C::Q *)memory, memory += align64(rows * C::query_width(l.head_dim) * sizeof(typename C::Q));
   g.q = q;
-  g.out = (float *)memory, memory += align64(rows * l.value_dim * 4);
-  g.sums = (float *)memory, memory += rows * 64;
-  g.most = (float *)memory, memory += align64(rows * 4);
+  results_in(memory, l, rows, g);
   return g;
 }
 
@@ -180,35 +243,36 @@ template <class C> static Gathered<C> gathered_in(char *&memory, const tr_layer 
 // is not finite.
 template <class C> static bool attend_dense(const Heads<C> &s, const tr_part &part, int h, int p0, int p1, char *memory) {
   const tr_layer &l = *s.layer;
-  const int DV = l.value_dim, at_once = queries_at_once(s.group);
+  const int at_once = queries_at_once(s.group);
   bool fine = true;
   for (; p0 < p1; p0 += at_once) {
     const int tokens = p1 - p0 < at_once ? p1 - p0 : at_once, rows = tokens * s.group;
     char *m = memory;
     typename C::Q *q;
     Gathered<C> g = gathered_in<C>(m, l, (size_t)at_once * s.group, q);
+    Gathered<C> earlier = g;
+    results_in(m, l, (size_t)at_once * s.group, earlier);
     uint64_t *mask = (uint64_t *)m;
     const size_t row = part.begin + p0 - part.past;
     load_queries<C, C>(s, row, tokens, h, query_factor(l), q);
-    begin_rows(s, g, rows, h, true);
-    const int last = (p0 + tokens - 1) / PAGE, first = l.window && p0 - l.window + 1 > 0 ? (p0 - l.window + 1) / PAGE : 0;
-    for (int j = last; j >= first; j--) {
-      bool whole = j * PAGE + 63 <= p0 && (!l.window || p0 + tokens - l.window <= j * PAGE);
-      if (!whole)
-        for (int t = 0; t < tokens; t++)
-          for (int x = 0; x < s.group; x++)
-            mask[t * s.group + x] = seen(j, p0 + t, l.window);
-      Tile<C> tile = {s.tile(part.page[j], h), whole ? nullptr : mask, 1};
-      attend_tile<C>(l, tile, g, rows);
+    const Spans spans = spans_of(l, p0); // of all these queries
+    for (int span = spans.count - 1, j = spans.last; span >= 0; span--) {
+      const bool own = span == spans.count - 1;
+      const Gathered<C> &to = own ? g : earlier;
+      begin_rows(s, to, rows, h, own);
+      for (; j >= spans.begin(span); j--) {
+        bool whole = j * PAGE + 63 <= p0 && (!l.window || p0 + tokens - l.window <= j * PAGE);
+        if (!whole)
+          for (int t = 0; t < tokens; t++)
+            for (int x = 0; x < s.group; x++)
+              mask[t * s.group + x] = seen(j, p0 + t, l.window);
+        Tile<C> tile = {s.tile(part.page[j], h), whole ? nullptr : mask, 1};
+        attend_tile<C>(l, tile, to, rows);
+      }
+      if (!own)
+        add_span(l, g, earlier, rows);
     }
-    for (int r = 0; r < rows; r++) {
-      float total = sum(load(g.sums + r * 16));
-      fine &= total > 0 && total < 1e30f;
-      VF inverse = set1(1.f / total);
-      float *out = s.out + (row + r / s.group) * s.out_stride + (size_t)(h * s.group + r % s.group) * DV;
-      for (int d = 0; d < DV; d += 16)
-        store(out + d, mul(load(g.out + (size_t)r * DV + d), inverse));
-    }
+    fine &= write_rows(s, g, row, h, rows);
   }
   return fine;
 }
@@ -220,49 +284,19 @@ template <class C> INLINE void ask_for_tile(const Heads<C> &s, int page, int h) 
     __builtin_prefetch(tile + b, 0, 2);
 }
 
-// Attention of one query over part `split` of `splits` of its visible pages. `merge_splits` merges the parts.
+// Attention of one query over one span. `lowest` is the last page that the caller will read.
 template <class C>
-static void attend_split(const Heads<C> &s, const tr_part &part, int h, int split, int splits, const Gathered<C> &g) {
+static void attend_span(const Heads<C> &s, const tr_part &part, int h, const Spans &spans, int span, int lowest,
+                        const Gathered<C> &g) {
   const tr_layer &l = *s.layer;
-  const int p = part.past;
-  load_queries<C, C>(s, part.begin, 1, h, query_factor(l), (typename C::Q *)g.q);
-  begin_rows(s, g, s.group, h, split == 0);
-  const int last = p / PAGE, first = l.window && p - l.window + 1 > 0 ? (p - l.window + 1) / PAGE : 0;
-  const int n = last - first + 1;
-  const int end = first + n * (split + 1) / splits;
-  for (int j = first + n * split / splits; j < end; j++) {
-    if (j + 1 < end)
-      ask_for_tile(s, part.page[j + 1], h);
+  const int p = part.past, begin = spans.begin(span);
+  begin_rows(s, g, s.group, h, span == spans.count - 1);
+  for (int j = spans.begin(span + 1) - 1; j >= begin; j--) {
+    if (j > lowest)
+      ask_for_tile(s, part.page[j - 1], h);
     uint64_t mask = seen(j, p, l.window);
     Tile<C> tile = {s.tile(part.page[j], h), ~mask ? &mask : nullptr, 0};
     attend_tile<C>(l, tile, g, s.group);
   }
-}
-
-// Merges the parts g[0 ... splits - 1] of a query.
-template <class C>
-static bool merge_splits(const Heads<C> &s, const tr_part &part, int h, const Gathered<C> *g, int splits) {
-  const int DV = s.layer->value_dim;
-  bool fine = true;
-  for (int r = 0; r < s.group; r++) {
-    float most = NEVER, total = 0;
-    for (int x = 0; x < splits; x++)
-      most = g[x].most[r] > most ? g[x].most[r] : most;
-    float *out = s.out + part.begin * s.out_stride + (size_t)(h * s.group + r) * DV;
-    for (int d = 0; d < DV; d += 16)
-      store(out + d, zero());
-    for (int x = 0; x < splits; x++) {
-      VF w = exp2v(set1(g[x].most[r] - most));
-      float share = sum(mul(load(g[x].sums + r * 16), w));
-      total += share;
-      for (int d = 0; d < DV; d += 16)
-        store(out + d, fma(load(g[x].out + (size_t)r * DV + d), w, load(out + d)));
-    }
-    fine &= total > 0 && total < 1e30f;
-    VF inverse = set1(1.f / total);
-    for (int d = 0; d < DV; d += 16)
-      store(out + d, mul(load(out + d), inverse));
-  }
-  return fine;
 }
 } // namespace

@@ -65,7 +65,7 @@ template <class F, class Number, int Pair> struct Plain {
     }
   }
   template <int R> INLINE void scores(const Q *q, int dim, const Kept<F> &t, VF (&a)[R][4]) {
-    if constexpr (R == TILE)
+    if constexpr (TILED && P > 1)
       tile_scores<Pairs>(q, dim * sizeof(Q), dim * sizeof(Q), t.k, a);
     else
       products<R>(q, dim, t.k, a);
@@ -77,7 +77,7 @@ template <class F, class Number, int Pair> struct Plain {
     for (int r = 0; r < R; r++)
       F::put64(p + r * 64, a[r]);
     int d = 0;
-    if constexpr (R == TILE) {
+    if constexpr (TILED && P > 1) {
       const size_t apart = (size_t)dim * 4;
       for (; d + 64 <= dim; d += 64) {
         tile_load<0>(out + d, apart), tile_load<1>(out + d + 16, apart);

@@ -3,6 +3,9 @@
 // There are two algorithms. Few rows: the packed matrix is read once and unpacked in registers, at the speed of memory.
 // Many rows: tiles are unpacked to a panel that stays in the L1 or L2 cache and is multiplied by all rows. Activations
 // are float, bfloat16, or int8 in groups with one scale each, whose products are exact integers within a group.
+//
+// Every row is added up in the same order whatever the number of rows, so a sequence gets the same bits whatever shares
+// its step. A change to one algorithm is therefore a change to both, see tests/native/test_sharing.py.
 
 namespace {
 const int WIDE = 6;  // tiles of 16 outputs that are computed together
@@ -19,7 +22,7 @@ struct Acts {
   int group, unit, groups, units;
   int8_t *bytes;   // [rows][columns up to a multiple of 64]
   float *scales;   // [rows][groups]
-  float *sums;     // [rows][units]: of the quantized numbers; for float: of the floats, over blocks
+  float *sums;     // [rows][units]: of the quantized numbers; otherwise [rows][blocks]: of the numbers
   int32_t *starts; // [rows][units]: -center times the sum of bytes
   uint32_t *pairs; // bfloat16: [rows][columns / 2]; int8: the sums of two units
   size_t pair_stride;
@@ -107,6 +110,17 @@ INLINE void pack_pairs(const float *s, int n, uint32_t *d) { // n floats to (n +
   }
 }
 
+// The sum of n columns as a product has them: rounded, if it is by bfloat16. n is a multiple of 8.
+INLINE float sum_of(const Acts &a, int row, int column, int n) {
+  float sums[8] = {};
+  const float *x = a.wide + row * a.stride + column;
+  const uint32_t *pairs = a.pairs ? a.pairs + row * a.pair_stride + column / 2 : nullptr;
+  for (int j = 0; j < n; j += 8)
+    for (int k = 0; k < 8; k++)
+      sums[k] += pairs ? bf16_to_float((uint16_t)(pairs[(j + k) / 2] >> (k & 1 ? 16 : 0))) : x[j + k];
+  return ((sums[0] + sums[4]) + (sums[1] + sums[5])) + ((sums[2] + sums[6]) + (sums[3] + sums[7]));
+}
+
 // Converts x [rows][stride] to the format of a product, in `memory` of acts_bytes.
 static Acts prepare(const tr_matrix &m, int by, const float *x, size_t stride, int rows, void *memory) {
   Acts a = {};
@@ -128,21 +142,15 @@ static Acts prepare(const tr_matrix &m, int by, const float *x, size_t stride, i
   }
   if (by == TR_BY_BF16) {
     a.pairs = (uint32_t *)p, a.pair_stride = (m.columns + 1) / 2;
-    p += align64((size_t)rows * a.pair_stride * 4);
     for (int r = 0; r < rows; r++)
       pack_pairs(x + r * stride, m.columns, a.pairs + r * a.pair_stride);
   }
-  if (in_blocks(m)) { // sums over blocks, for zero points and minimums
+  if (in_blocks(m)) {
     a.units = m.columns / m.block;
-    a.sums = (float *)p;
+    a.sums = (float *)(p + (by == TR_BY_BF16 ? align64((size_t)rows * a.pair_stride * 4) : 0));
     for (int r = 0; r < rows; r++)
-      for (int g = 0; g < a.units; g++) {
-        const float *s = x + r * stride + (size_t)g * m.block;
-        float t = 0;
-        for (int j = 0; j < m.block; j++)
-          t += s[j];
-        a.sums[(size_t)r * a.units + g] = t;
-      }
+      for (int g = 0; g < a.units; g++)
+        a.sums[(size_t)r * a.units + g] = sum_of(a, r, g * m.block, m.block);
   }
   return a;
 }
@@ -164,32 +172,87 @@ INLINE size_t tile_bytes(const tr_matrix &m) {
 }
 INLINE const char *tile_at(const tr_matrix &m, int t) { return (const char *)m.data + tile_bytes(m) * t; }
 
+INLINE Acts from_row(Acts a, int row) {
+  a.wide += row * a.stride;
+  if (a.sums)
+    a.sums += (size_t)row * a.units;
+  if (a.pairs)
+    a.pairs += row * a.pair_stride;
+  if (a.bytes) {
+    a.bytes += row * align64(a.columns);
+    a.scales += (size_t)row * a.groups;
+    a.starts += (size_t)row * a.units;
+  }
+  return a;
+}
+
+// A block of 16 rows: quants, scales, minimums.
+INLINE const char *block_at(const tr_matrix &m, int t, int column) {
+  return tile_at(m, t) + column / m.block * block_bytes(m);
+}
+INLINE VF scales_of(const tr_matrix &m, const char *block) {
+  return load_scales(block + (size_t)16 * m.block / (m.kind == TR_U4 ? 2 : 1), m.wide_scales);
+}
+INLINE VF minimums_of(const tr_matrix &m, const char *block) {
+  const size_t quants = (size_t)16 * m.block / (m.kind == TR_U4 ? 2 : 1), scale = m.wide_scales ? 64 : 32;
+  return load_scales(block + quants + scale, m.wide_scales);
+}
+// Quants of four columns. HIGH: those in the high halves of bytes.
+template <bool NIBBLES, bool HIGH> INLINE void four_quants(const char *p, VF *x) {
+  const VI byte = iset1(0xff), low = iset1(0x0f0f0f0f);
+  VI w = iload(p);
+  if (NIBBLES)
+    w = iand(HIGH ? right<4>(w) : w, low);
+  x[0] = to_float(iand(w, byte)), x[1] = to_float(iand(right<8>(w), byte));
+  x[2] = to_float(iand(right<16>(w), byte)), x[3] = to_float(right<24>(w));
+}
+// Eight columns at p.
+template <bool NIBBLES> INLINE void eight_quants(const char *p, VF *x) {
+  four_quants<NIBBLES, false>(p, x);
+  four_quants<NIBBLES, true>(NIBBLES ? p : p + 64, x + 4);
+}
+// Quants as bfloat16, which holds them exactly.
+INLINE VI quant_pairs(VF low, VF high) { return ior(right<16>(as_int(low)), as_int(high)); }
+
 // --- few rows -------------------------------------------------------------------------------------------------------
 // The minimums of 16 rows of a block, relative to the center.
 INLINE VF least_of(const tr_matrix &m, const char *scales, size_t scale, VF d) {
   return fma(d, set1((float)(center_of(m) - m.zero)), load_scales(scales + scale, m.wide_scales));
 }
 
-template <int R, bool NIBBLES> INLINE void few_bytes(const tr_matrix &m, int t, const Acts &a, VF *y) {
+// UNIT and PER: as in `many_bytes`.
+template <int R, bool NIBBLES, int UNIT, int PER>
+static void few_bytes(const tr_matrix &m, int t, const Acts &a, VF *y) {
   const char *p = tile_at(m, t);
-  const size_t quants = (size_t)16 * m.block / (NIBBLES ? 2 : 1), scale = m.wide_scales ? 64 : 32, bytes = block_bytes(m);
+  const size_t quants = (size_t)16 * m.block / (NIBBLES ? 2 : 1), scale = m.wide_scales ? 64 : 32;
+  const size_t bytes = block_bytes(m);
   const VI low = iset1(0x0f0f0f0f);
   const size_t ld = align64(m.columns);
-  const int per_group = a.group / a.unit;
-  VF part[R];
+  const int unit = UNIT ? UNIT : a.unit, per_group = PER ? PER : a.group / a.unit;
+  VF part[R], minimums[R], even = zero(); // of an even unit, which waits for the odd one
   for (int r = 0; r < R; r++)
-    y[r] = part[r] = zero();
+    y[r] = part[r] = minimums[r] = zero();
+  auto add_minimums = [&](VF first, VF second, int pair) {
+    const VI two = to_pairs(first, second);
+    for (int r = 0; r < R; r++)
+      minimums[r] = dot_pairs(minimums[r], two, iset1_at(a.pairs + r * a.pair_stride + pair));
+  };
+  int group = 0, left = per_group; // units of the group that are left
   for (int u = 0, column = 0; column < m.columns; p += bytes) {
-    VF d = load_scales(p + quants, m.wide_scales), least = zero();
-    if (m.has_minimums)
-      least = least_of(m, p + quants, scale, d);
+    const VF d = load_scales(p + quants, m.wide_scales);
+    const VF least = m.has_minimums ? least_of(m, p + quants, scale, d) : zero();
     const char *q = p;
-    for (int in = 0; in < m.block; in += a.unit, u++, column += a.unit) {
+    for (int in = 0; in < m.block; in += unit, u++, column += unit) {
+      if (u & 1) {
+        if (m.has_minimums)
+          add_minimums(even, least, u / 2);
+      } else
+        even = least;
       VI i[R], k[R];
       for (int r = 0; r < R; r++)
         i[r] = iset1(a.starts[r * a.units + u]), k[r] = izero();
       const int8_t *b = a.bytes + column;
-      for (int j = 0; j < a.unit; j += 8, q += NIBBLES ? 64 : 128) {
+      for (int j = 0; j < unit; j += 8, q += NIBBLES ? 64 : 128) {
         VI w = iload(q), w0 = NIBBLES ? iand(w, low) : w, w1 = NIBBLES ? iand(right<4>(w), low) : iload(q + 64);
         for (int r = 0; r < R; r++) {
           VI x0 = iset1_at(b + r * ld + j), x1 = iset1_at(b + r * ld + j + 4);
@@ -197,117 +260,180 @@ template <int R, bool NIBBLES> INLINE void few_bytes(const tr_matrix &m, int t, 
           k[r] = NIBBLES ? dot_nibbles(k[r], w1, x1) : dot_bytes(k[r], w1, x1);
         }
       }
-      const bool last = (u + 1) % per_group == 0;
+      for (int r = 0; r < R; r++)
+        part[r] = fma(to_float(iadd(i[r], k[r])), d, part[r]);
+      if (--left)
+        continue;
       for (int r = 0; r < R; r++) {
-        part[r] = fma(add(to_float(i[r]), to_float(k[r])), d, part[r]);
-        if (m.has_minimums)
-          y[r] = fma(least, set1(a.sums[r * a.units + u]), y[r]);
-        if (last) {
-          y[r] = fma(part[r], set1(a.scales[r * a.groups + u / per_group]), y[r]);
-          part[r] = zero();
-        }
+        y[r] = fma(part[r], set1(a.scales[r * a.groups + group]), y[r]);
+        part[r] = zero();
       }
+      group++, left = per_group;
     }
   }
+  if (!m.has_minimums)
+    return;
+  if (a.units & 1)
+    add_minimums(even, zero(), a.units / 2);
+  for (int r = 0; r < R; r++)
+    y[r] = add(y[r], minimums[r]);
 }
 
-template <int R> INLINE void few_wide_blocks(const tr_matrix &m, int t, const Acts &a, VF *y) {
-  const char *p = tile_at(m, t);
-  const bool nibbles = m.kind == TR_U4;
-  const size_t quants = (size_t)16 * m.block / (nibbles ? 2 : 1), scale = m.wide_scales ? 64 : 32, bytes = block_bytes(m);
-  const VI byte = iset1(0xff), low = iset1(0x0f0f0f0f);
+template <int R, bool NIBBLES> INLINE void few_bytes(const tr_matrix &m, int t, const Acts &a, VF *y) {
+  if (a.unit == 32 && a.group == 64)
+    few_bytes<R, NIBBLES, 32, 2>(m, t, a, y);
+  else if (a.unit == 64 && a.group == 64)
+    few_bytes<R, NIBBLES, 64, 1>(m, t, a, y);
+  else
+    few_bytes<R, NIBBLES, 0, 0>(m, t, a, y);
+}
+
+// The others compute NV tiles at once, for a single row two: a sum waits for the one before it, so a single chain of
+// sums would be slow. Tiles are short, so the processor does not notice in time that there are two streams.
+const size_t AHEAD = 2048; // bytes
+INLINE void ask_ahead(const char *tile, size_t at, size_t bytes, int tiles) {
+  at += AHEAD;
+  __builtin_prefetch(tile + at + (at < bytes ? 0 : (tiles - 1) * bytes), 0, 3);
+}
+
+template <int R, int NV, bool NIBBLES, bool PAIRS>
+static void few_blocks(const tr_matrix &m, int t, const Acts &a, VF (&y)[R][NV]) {
+  const size_t bytes = block_bytes(m);
+  const char *p[NV];
+  for (int v = 0; v < NV; v++)
+    p[v] = tile_at(m, t + v);
   for (int r = 0; r < R; r++)
-    y[r] = zero();
-  for (int g = 0; g < m.columns / m.block; g++, p += bytes) {
-    VF part[R], other[R];
+    for (int v = 0; v < NV; v++)
+      y[r][v] = zero();
+  const float *sums = a.sums, *x = a.wide;
+  const uint32_t *pairs = a.pairs;
+  for (int g = 0; g < a.units; g++, sums++) {
+    VF part[R][NV];
     for (int r = 0; r < R; r++)
-      part[r] = set1(-(float)m.zero * a.sums[r * a.units + g]), other[r] = zero();
-    const float *x = a.wide + (size_t)g * m.block;
-    for (int j = 0; j < m.block; j += 4) {
-      VI w = nibbles ? iload(p + j / 8 * 64) : iload(p + j * 16);
-      if (nibbles)
-        w = iand(j & 4 ? right<4>(w) : w, low);
-      VF w0 = to_float(iand(w, byte)), w1 = to_float(iand(right<8>(w), byte));
-      VF w2 = to_float(iand(right<16>(w), byte)), w3 = to_float(right<24>(w));
-      for (int r = 0; r < R; r++) {
-        const float *s = x + r * a.stride + j;
-        part[r] = fma(w0, set1(s[0]), part[r]);
-        other[r] = fma(w1, set1(s[1]), other[r]);
-        part[r] = fma(w2, set1(s[2]), part[r]);
-        other[r] = fma(w3, set1(s[3]), other[r]);
-      }
+      for (int v = 0; v < NV; v++)
+        part[r][v] = set1(-(float)m.zero * sums[r * (size_t)a.units]);
+    for (int j = 0; j < m.block; j += 8, x += 8, pairs += 4) {
+      VF w[NV][8];
+      for (int v = 0; v < NV; v++)
+        eight_quants<NIBBLES>(p[v] + (size_t)j * (NIBBLES ? 8 : 16), w[v]);
+      for (int k = 0; k < 8; k += PAIRS ? 2 : 1)
+        for (int r = 0; r < R; r++)
+          for (int v = 0; v < NV; v++)
+            if (PAIRS)
+              part[r][v] = dot_pairs(part[r][v], quant_pairs(w[v][k], w[v][k + 1]),
+                                     iset1_at(pairs + r * a.pair_stride + k / 2));
+            else
+              part[r][v] = fma(w[v][k], set1(x[r * a.stride + k]), part[r][v]);
     }
-    VF d = load_scales(p + quants, m.wide_scales);
-    for (int r = 0; r < R; r++) {
-      y[r] = fma(add(part[r], other[r]), d, y[r]);
+    if (NV > 1)
+      for (int v = 0; v < NV; v++)
+        for (size_t b = 0; b < bytes; b += 64)
+          ask_ahead(tile_at(m, t + v), g * bytes + b, a.units * bytes, NV);
+    for (int v = 0; v < NV; p[v++] += bytes) {
+      const VF d = scales_of(m, p[v]);
+      for (int r = 0; r < R; r++)
+        y[r][v] = fma(part[r][v], d, y[r][v]);
       if (m.has_minimums)
-        y[r] = fma(load_scales(p + quants + scale, m.wide_scales), set1(a.sums[r * a.units + g]), y[r]);
+        for (int r = 0; r < R; r++)
+          y[r][v] = fma(minimums_of(m, p[v]), set1(sums[r * (size_t)a.units]), y[r][v]);
     }
   }
 }
+template <int R, int NV> INLINE void few_blocks(const tr_matrix &m, int t, const Acts &a, VF (&y)[R][NV]) {
+  const bool pairs = a.by == TR_BY_BF16;
+  if (m.kind == TR_U4)
+    pairs ? few_blocks<R, NV, true, true>(m, t, a, y) : few_blocks<R, NV, true, false>(m, t, a, y);
+  else
+    pairs ? few_blocks<R, NV, false, true>(m, t, a, y) : few_blocks<R, NV, false, false>(m, t, a, y);
+}
 
-template <int R> INLINE void few_wide(const tr_matrix &m, int t, const Acts &a, VF *y) {
-  const char *p = tile_at(m, t);
-  VF z[R];
+template <int R, int NV> INLINE void few_wide(const tr_matrix &m, int t, const Acts &a, VF (&y)[R][NV]) {
+  const char *p[NV];
+  for (int v = 0; v < NV; v++)
+    p[v] = tile_at(m, t + v);
   for (int r = 0; r < R; r++)
-    y[r] = z[r] = zero();
-  int j = 0;
+    for (int v = 0; v < NV; v++)
+      y[r][v] = zero();
+  auto column = [&](int c, const VF *w) {
+    for (int r = 0; r < R; r++) {
+      const VF x = set1(a.wide[r * a.stride + c]);
+      for (int v = 0; v < NV; v++)
+        y[r][v] = fma(w[v], x, y[r][v]);
+    }
+  };
+  VF w[NV];
+  const size_t bytes = tile_bytes(m);
   if (m.kind == TR_BF16) {
     const VI high = iset1((int)0xffff0000);
-    for (; j + 2 <= m.columns; j += 2) {
-      VI w = iload(p + j * 32);
-      for (int r = 0; r < R; r++) {
-        y[r] = fma(as_float(left<16>(w)), set1(a.wide[r * a.stride + j]), y[r]);
-        z[r] = fma(as_float(iand(w, high)), set1(a.wide[r * a.stride + j + 1]), z[r]);
-      }
+    for (int c = 0; c < m.columns; c += 2) {
+      VI pair[NV];
+      for (int v = 0; v < NV; v++)
+        pair[v] = iload(p[v] + c * 32), w[v] = as_float(left<16>(pair[v]));
+      for (int v = 0; v < NV && NV > 1; v++)
+        ask_ahead(p[v], (size_t)c * 32, bytes, NV);
+      column(c, w);
+      if (c + 1 == m.columns)
+        break;
+      for (int v = 0; v < NV; v++)
+        w[v] = as_float(iand(pair[v], high));
+      column(c + 1, w);
     }
-    if (j < m.columns)
-      for (int r = 0; r < R; r++)
-        y[r] = fma(as_float(left<16>(iload(p + j * 32))), set1(a.wide[r * a.stride + j]), y[r]);
-  } else {
-    bool narrow = m.kind == TR_F16;
-    for (; j < m.columns; j++) {
-      VF w = narrow ? load_half((const uint16_t *)p + 16 * j) : load((const float *)p + 16 * j);
-      for (int r = 0; r < R; r++)
-        if (j & 1)
-          z[r] = fma(w, set1(a.wide[r * a.stride + j]), z[r]);
-        else
-          y[r] = fma(w, set1(a.wide[r * a.stride + j]), y[r]);
+    return;
+  }
+  const bool narrow = m.kind == TR_F16;
+  for (int c = 0; c < m.columns; c++) {
+    for (int v = 0; v < NV && NV > 1; v++)
+      ask_ahead(p[v], (size_t)c * (narrow ? 32 : 64), bytes, NV);
+    for (int v = 0; v < NV; v++)
+      w[v] = narrow ? load_half((const uint16_t *)p[v] + 16 * c) : load((const float *)p[v] + 16 * c);
+    column(c, w);
+  }
+}
+
+template <int R, int NV> INLINE void few_pairs(const tr_matrix &m, int t, const Acts &a, VF (&y)[R][NV]) {
+  const char *p[NV];
+  for (int v = 0; v < NV; v++)
+    p[v] = tile_at(m, t + v);
+  for (int r = 0; r < R; r++)
+    for (int v = 0; v < NV; v++)
+      y[r][v] = zero();
+  const size_t bytes = tile_bytes(m);
+  for (int j = 0; j < (m.columns + 1) / 2; j++) {
+    for (int v = 0; v < NV && NV > 1; v++)
+      ask_ahead(p[v], (size_t)j * 64, bytes, NV);
+    for (int r = 0; r < R; r++) {
+      const VI x = iset1_at(a.pairs + r * a.pair_stride + j);
+      for (int v = 0; v < NV; v++)
+        y[r][v] = dot_pairs(y[r][v], iload(p[v] + j * 64), x);
     }
   }
-  for (int r = 0; r < R; r++)
-    y[r] = add(y[r], z[r]);
 }
 
-template <int R> INLINE void few_pairs(const tr_matrix &m, int t, const Acts &a, VF *y) {
-  const char *p = tile_at(m, t);
-  const int half = (m.columns + 1) / 2;
-  VF z[R];
-  for (int r = 0; r < R; r++)
-    y[r] = z[r] = zero();
-  int j = 0;
-  for (; j + 2 <= half; j += 2)
-    for (int r = 0; r < R; r++) {
-      y[r] = dot_pairs(y[r], iload(p + j * 64), iset1_at(a.pairs + (size_t)r * half + j));
-      z[r] = dot_pairs(z[r], iload(p + j * 64 + 64), iset1_at(a.pairs + (size_t)r * half + j + 1));
-    }
-  for (; j < half; j++)
-    for (int r = 0; r < R; r++)
-      y[r] = dot_pairs(y[r], iload(p + j * 64), iset1_at(a.pairs + (size_t)r * half + j));
-  for (int r = 0; r < R; r++)
-    y[r] = add(y[r], z[r]);
-}
-
-// Computes one tile of outputs for R rows.
-template <int R> static void few(const tr_matrix &m, int t, const Acts &a, VF *y) {
+// Computes NV tiles of outputs for R rows, to y [R][WIDE * 16].
+template <int R, int NV> static void few(const tr_matrix &m, int t, const Acts &a, float *y) {
+  VF sums[R][NV];
   if (a.by == TR_BY_INT8)
-    m.kind == TR_U4 ? few_bytes<R, true>(m, t, a, y) : few_bytes<R, false>(m, t, a, y);
-  else if (in_blocks(m)) // for bfloat16 too: memory is the limit, so rounding activations saves nothing
-    few_wide_blocks<R>(m, t, a, y);
+    for (int v = 0; v < NV; v++) {
+      VF one[R];
+      m.kind == TR_U4 ? few_bytes<R, true>(m, t + v, a, one) : few_bytes<R, false>(m, t + v, a, one);
+      for (int r = 0; r < R; r++)
+        sums[r][v] = one[r];
+    }
+  else if (in_blocks(m))
+    few_blocks<R, NV>(m, t, a, sums);
   else if (a.by == TR_BY_BF16)
-    few_pairs<R>(m, t, a, y);
+    few_pairs<R, NV>(m, t, a, sums);
   else
-    few_wide<R>(m, t, a, y);
+    few_wide<R, NV>(m, t, a, sums);
+  for (int r = 0; r < R; r++)
+    for (int v = 0; v < NV; v++)
+      store(y + (size_t)r * WIDE * 16 + 16 * v, sums[r][v]);
+}
+template <int NV> static void few_rows(const tr_matrix &m, int t, const Acts &a, int rows, float *y) {
+  for (int v = 0; v < NV && rows > 1; v++)
+    rows == 4 ? few<4, 1>(m, t + v, a, y + 16 * v) : few<2, 1>(m, t + v, a, y + 16 * v);
+  if (rows & 1)
+    few<1, NV>(m, t, from_row(a, rows - 1), y + (size_t)(rows - 1) * WIDE * 16);
 }
 
 // --- many rows ------------------------------------------------------------------------------------------------------
@@ -347,26 +473,45 @@ template <int NV> static void unpack_bytes(const tr_matrix &m, int t, int u0, in
   }
 }
 
-// Minimums of units u0 ... u1 - 1 in bfloat16, interleaved by two units: [units / 2][NV][16][2]; u0 is even.
-template <int NV> static void unpack_minimums(const tr_matrix &m, int t, int u0, int u1, char *out) {
+// All minimums in bfloat16, interleaved by two units: [units / 2][NV][16][2].
+template <int NV> static void unpack_minimums(const tr_matrix &m, int t, int units, char *out) {
   const int per = m.block / unit_of(m);
   const size_t quants = (size_t)16 * m.block / (m.kind == TR_U4 ? 2 : 1), scale = m.wide_scales ? 64 : 32;
-  for (int u = u0; u < u1; u += 2)
+  for (int u = 0; u < units; u += 2)
     for (int v = 0; v < NV; v++) {
       VF least[2] = {zero(), zero()};
-      for (int i = 0; i < 2 && u + i < u1; i++) {
+      for (int i = 0; i < 2 && u + i < units; i++) {
         const char *scales = tile_at(m, t + v) + (u + i) / per * block_bytes(m) + quants;
         least[i] = least_of(m, scales, scale, load_scales(scales, m.wide_scales));
       }
-      istore(out + ((size_t)(u - u0) / 2 * NV + v) * 64, to_pairs(least[0], least[1]));
+      istore(out + ((size_t)u / 2 * NV + v) * 64, to_pairs(least[0], least[1]));
     }
 }
 
-// Multiplies R rows from `row` on by a panel of units u0 ... u1 - 1; adds to y if `more`. `minimums` may be null. UNIT
-// and PER are the columns of a unit and the units of a group; 0: those of the activations.
+// Adds the minimums of all units, times their sums, to y.
+template <int R, int NV> static void add_minimums(const char *minimums, const Acts &a, int row, float *y) {
+  const uint32_t *x = a.pairs + row * a.pair_stride;
+  VF acc[R][NV];
+  for (int r = 0; r < R; r++)
+    for (int v = 0; v < NV; v++)
+      acc[r][v] = zero();
+  for (int u = 0; u < a.units; u += 2, minimums += NV * 64, x++)
+    for (int r = 0; r < R; r++) {
+      VI s = iset1_at(x + r * a.pair_stride);
+      for (int v = 0; v < NV; v++)
+        acc[r][v] = dot_pairs(acc[r][v], iload(minimums + v * 64), s);
+    }
+  for (int r = 0; r < R; r++)
+    for (int v = 0; v < NV; v++) {
+      float *out = y + (size_t)r * WIDE * 16 + 16 * v;
+      store(out, add(load(out), acc[r][v]));
+    }
+}
+
+// Multiplies R rows from `row` on by a panel of units u0 ... u1 - 1; adds to y if `more`. UNIT and PER are the columns
+// of a unit and the units of a group; 0: those of the activations.
 template <int R, int NV, bool NIBBLES, int UNIT, int PER>
-static void many_bytes(const char *panel, const char *minimums, int u0, int u1, const Acts &a, int row, float *y,
-                       bool more) {
+static void many_bytes(const char *panel, int u0, int u1, const Acts &a, int row, float *y, bool more) {
   const size_t ld = align64(a.columns);
   const int unit = UNIT ? UNIT : a.unit, per_group = PER ? PER : a.group / a.unit, groups = a.groups, units = a.units;
   const int8_t *b = a.bytes + row * ld + (size_t)u0 * unit;
@@ -376,15 +521,6 @@ static void many_bytes(const char *panel, const char *minimums, int u0, int u1, 
   for (int r = 0; r < R; r++)
     for (int v = 0; v < NV; v++)
       acc[r][v] = more ? load(y + (size_t)r * WIDE * 16 + 16 * v) : zero();
-  if (minimums) {
-    const uint32_t *x = a.pairs + row * a.pair_stride + u0 / 2;
-    for (int u = u0; u < u1; u += 2, minimums += NV * 64, x++)
-      for (int r = 0; r < R; r++) {
-        VI s = iset1_at(x + r * a.pair_stride);
-        for (int v = 0; v < NV; v++)
-          acc[r][v] = dot_pairs(acc[r][v], iload(minimums + v * 64), s);
-      }
-  }
   for (int u = u0; u < u1; u += per_group, scales++) {
     VF part[R][NV]; // sums of a group
     for (int r = 0; r < R; r++)
@@ -425,8 +561,7 @@ static void many_bytes(const char *panel, const char *minimums, int u0, int u1, 
 // Sixteen rows by AMX tiles, with the same sums in the same order as `many_bytes`. One tile product is one unit.
 INLINE bool tiles_take_units(const Acts &a) { return a.unit >= 16 && a.unit <= 64 && a.group <= 4 * a.unit; }
 template <int NV>
-static void tiled_bytes(const char *panel, const char *minimums, int u0, int u1, const Acts &a, int row, float *y,
-                        bool more) {
+static void tiled_bytes(const char *panel, int u0, int u1, const Acts &a, int row, float *y, bool more) {
   const size_t ld = align64(a.columns), quants = (size_t)NV * 16 * a.unit, size = quants + NV * 64;
   const int per_group = a.group / a.unit;
   VI sums[4][NV][TILE];
@@ -448,11 +583,6 @@ static void tiled_bytes(const char *panel, const char *minimums, int u0, int u1,
       for (int v = 0; v < NV; v++) {
         float *out = y + (size_t)r * WIDE * 16 + 16 * v;
         VF acc = more || u > u0 ? load(out) : zero(), part = zero();
-        if (minimums && u == u0) {
-          const uint32_t *x = a.pairs + (row + r) * a.pair_stride + u0 / 2;
-          for (int p = 0; u0 + 2 * p < u1; p++)
-            acc = dot_pairs(acc, iload(minimums + ((size_t)p * NV + v) * 64), iset1_at(x + p));
-        }
         for (int k = 0; k < per_group; k++)
           part = fma(to_float(iadd(sums[k][v][r], iset1_at(starts + k))),
                      load((const float *)(panel + k * size + quants) + 16 * v), part);
@@ -462,40 +592,135 @@ static void tiled_bytes(const char *panel, const char *minimums, int u0, int u1,
   }
 }
 
-// Calls put(column, four) with the floats of 16 rows and four columns, for columns c0 ... c1 - 1 of a tile in blocks;
-// c0 and c1 are multiples of the block.
-template <class F> INLINE void unpack_blocks(const tr_matrix &m, int t, int c0, int c1, const F &put) {
-  const bool nibbles = m.kind == TR_U4;
-  const VI byte = iset1(0xff), low = iset1(0x0f0f0f0f);
-  const size_t quants = (size_t)16 * m.block / (nibbles ? 2 : 1), scale = m.wide_scales ? 64 : 32;
-  for (int c = c0; c < c1; c += m.block) {
-    const char *p = tile_at(m, t) + c / m.block * block_bytes(m);
-    VF d = load_scales(p + quants, m.wide_scales), z = set1((float)m.zero);
-    VF least = m.has_minimums ? load_scales(p + quants + scale, m.wide_scales) : zero();
-    for (int j = 0; j < m.block; j += 4) {
-      VI w = nibbles ? iload(p + j / 8 * 64) : iload(p + j * 16);
-      if (nibbles)
-        w = iand(j & 4 ? right<4>(w) : w, low);
-      const VI four[4] = {iand(w, byte), iand(right<8>(w), byte), iand(right<16>(w), byte), right<24>(w)};
-      VF x[4];
-      for (int k = 0; k < 4; k++)
-        x[k] = add(mul(d, sub(to_float(four[k]), z)), least);
-      put(c + j, x);
+// Columns of a panel of floats or bfloat16, in whole blocks.
+INLINE int columns_at_once(const tr_matrix &m) {
+  const int whole = in_blocks(m) ? m.block : 1;
+  return whole > CUT ? whole : CUT / whole * whole;
+}
+
+// A panel of NV tiles in blocks for floats or bfloat16. Each block has its quants, as floats [block][NV][16] or pairs
+// of bfloat16 [block / 2][NV][16][2], then scales and minimums [2][NV][16].
+INLINE size_t quants_bytes(const tr_matrix &m, int by) { return (size_t)m.block * (by == TR_BY_BF16 ? 32 : 64); }
+template <int NV, bool NIBBLES, bool PAIRS>
+static void unpack_blocks(const tr_matrix &m, int t, int c0, int c1, char *panel) {
+  for (int v = 0; v < NV; v++) {
+    char *out = panel + 64 * v;
+    for (int c = c0; c < c1; c += m.block) {
+      const char *block = block_at(m, t + v, c);
+      for (int j = 0; j < m.block; j += 8) {
+        VF x[8];
+        eight_quants<NIBBLES>(block + (size_t)j * (NIBBLES ? 8 : 16), x);
+        for (int k = 0; k < 8; k += PAIRS ? 2 : 1, out += 64 * NV)
+          if (PAIRS)
+            istore(out, quant_pairs(x[k], x[k + 1]));
+          else
+            store((float *)out, x[k]);
+      }
+      store((float *)out, scales_of(m, block)), out += 64 * NV;
+      store((float *)out, m.has_minimums ? minimums_of(m, block) : zero()), out += 64 * NV;
     }
   }
 }
 
-// Unpacks columns c0 ... c1 - 1 of NV tiles, in whole blocks, to floats [column][NV][16].
+// Adds `part` of a block, without the zero point, to y.
+INLINE void add_block(const tr_matrix &m, VF part, const float *scales, int apart, float total, bool more, float *y) {
+  VF sum = fma(part, load(scales), more ? load(y) : zero());
+  if (m.has_minimums)
+    sum = fma(load(scales + apart), set1(total), sum);
+  store(y, sum);
+}
+
+template <int R, int NV, bool PAIRS>
+static void many_blocks(const tr_matrix &m, const char *panel, int c0, int c1, const Acts &a, int row, float *y) {
+  const float *sums = a.sums + (size_t)row * a.units + c0 / m.block, *x = a.wide + row * a.stride + c0;
+  const uint32_t *pairs = a.pairs + row * a.pair_stride + c0 / 2;
+  for (int c = c0; c < c1; c += m.block, sums++) {
+    VF part[R][NV];
+    for (int r = 0; r < R; r++)
+      for (int v = 0; v < NV; v++)
+        part[r][v] = set1(-(float)m.zero * sums[r * (size_t)a.units]);
+    for (int j = 0; j < m.block; j += PAIRS ? 2 : 1, panel += NV * 64, PAIRS ? (void)pairs++ : (void)x++)
+      for (int r = 0; r < R; r++)
+        for (int v = 0; v < NV; v++)
+          if (PAIRS)
+            part[r][v] = dot_pairs(part[r][v], iload(panel + 64 * v), iset1_at(pairs + r * a.pair_stride));
+          else
+            part[r][v] = fma(load((const float *)panel + 16 * v), set1(x[r * a.stride]), part[r][v]);
+    for (int r = 0; r < R; r++)
+      for (int v = 0; v < NV; v++)
+        add_block(m, part[r][v], (const float *)panel + 16 * v, NV * 16, sums[r * (size_t)a.units], c > 0,
+                  y + (size_t)r * WIDE * 16 + 16 * v);
+    panel += NV * 128;
+  }
+}
+
+// As many rows as the tiles of AMX have, by bfloat16; blocks are multiples of 32.
+template <int NV>
+static void tiled_blocks(const tr_matrix &m, const char *panel, int c0, int c1, const Acts &a, int row, int rows,
+                         float *y) {
+  VF parts[NV][TILE];
+  for (int c = c0; c < c1; c += m.block, panel += NV * 128) {
+    tile_zero<0>(), tile_zero<1>();
+    for (int j = 0; j < m.block; j += 32, panel += NV * 16 * 64) {
+      tile_load<6>(a.pairs + row * a.pair_stride + (c + j) / 2, a.pair_stride * 4);
+      tile_load<7>(panel, NV * 64), Pairs::product<0, 6, 7>();
+      if constexpr (NV > 1)
+        tile_load<7>(panel + 64, NV * 64), Pairs::product<1, 6, 7>();
+    }
+    tile_store<0>(parts[0], 64);
+    if constexpr (NV > 1)
+      tile_store<1>(parts[1], 64);
+    for (int r = 0; r < rows; r++) {
+      const float total = a.sums[(size_t)(row + r) * a.units + c / m.block];
+      for (int v = 0; v < NV; v++)
+        add_block(m, add(parts[v][r], set1(-(float)m.zero * total)), (const float *)panel + 16 * v, NV * 16, total,
+                  c > 0, y + (size_t)r * WIDE * 16 + 16 * v);
+    }
+  }
+}
+
+// Calls some(row, rows) for all rows, at most sixteen at once, each with tiles of so many rows.
+template <class F> INLINE void by_tiles(int rows, const F &some) {
+  if (rows >= TILE) {
+    Tiles tiles(64);
+    for (int r = 0; r + TILE <= rows; r += TILE)
+      some(r, TILE);
+  }
+  if (rows % TILE) {
+    Tiles tiles(64, rows % TILE);
+    some(rows - rows % TILE, rows % TILE);
+  }
+}
+
+template <int NV, bool PAIRS>
+static void all_blocks(const tr_matrix &m, const char *panel, int c0, int c1, const Acts &a, int rows, float *y) {
+  if constexpr (TILED && PAIRS) // tiles add in an order of their own, so all rows take them, also the last few
+    if (m.block % 32 == 0)
+      return by_tiles(rows, [&](int r, int n) {
+        tiled_blocks<NV>(m, panel, c0, c1, a, r, n, y + (size_t)r * WIDE * 16);
+      });
+  int r = 0;
+  for (; r + ROWS <= rows; r += ROWS)
+    many_blocks<ROWS, NV, PAIRS>(m, panel, c0, c1, a, r, y + (size_t)r * WIDE * 16);
+  for (; r + 2 <= rows; r += 2)
+    many_blocks<2, NV, PAIRS>(m, panel, c0, c1, a, r, y + (size_t)r * WIDE * 16);
+  for (; r < rows; r++)
+    many_blocks<1, NV, PAIRS>(m, panel, c0, c1, a, r, y + (size_t)r * WIDE * 16);
+}
+template <int NV, bool NIBBLES, bool PAIRS>
+static void many_in_blocks(const tr_matrix &m, int t, const Acts &a, int rows, float *y, char *panel) {
+  const int cut = columns_at_once(m);
+  for (int c = 0; c < m.columns; c += cut) {
+    const int end = c + cut < m.columns ? c + cut : m.columns;
+    unpack_blocks<NV, NIBBLES, PAIRS>(m, t, c, end, panel);
+    all_blocks<NV, PAIRS>(m, panel, c, end, a, rows, y);
+  }
+}
+
+// Unpacks columns c0 ... c1 - 1 of NV tiles to floats [column][NV][16].
 template <int NV> static void unpack_wide(const tr_matrix &m, int t, int c0, int c1, float *panel) {
   for (int v = 0; v < NV; v++) {
     float *out = panel + 16 * v;
-    if (in_blocks(m)) {
-      unpack_blocks(m, t + v, c0, c1, [&](int c, const VF *x) {
-        for (int k = 0; k < 4; k++)
-          store(out + (size_t)(c + k - c0) * NV * 16, x[k]);
-      });
-      continue;
-    }
     const char *tile = tile_at(m, t + v);
     for (int c = c0; c < c1; c++, out += NV * 16) {
       if (m.kind == TR_BF16) {
@@ -507,16 +732,6 @@ template <int NV> static void unpack_wide(const tr_matrix &m, int t, int c0, int
         store(out, load((const float *)tile + 16 * c));
     }
   }
-}
-
-// Unpacks columns c0 ... c1 - 1 of NV tiles in blocks to bfloat16 [column / 2][NV][16][2].
-template <int NV> static void unpack_pairs(const tr_matrix &m, int t, int c0, int c1, char *panel) {
-  for (int v = 0; v < NV; v++)
-    unpack_blocks(m, t + v, c0, c1, [&](int c, const VF *x) {
-      char *out = panel + ((size_t)(c - c0) / 2 * NV + v) * 64;
-      istore(out, to_pairs(x[0], x[1]));
-      istore(out + NV * 64, to_pairs(x[2], x[3]));
-    });
 }
 
 template <int R, int NV>
@@ -536,18 +751,17 @@ static void many_wide(const float *panel, int columns, const float *x, size_t st
       store(y + (size_t)r * WIDE * 16 + 16 * v, acc[r][v]);
 }
 
-// Multiplies pairs of columns j0 ... j1 - 1 of NV tiles at p, where `apart` is the stride of pairs in bytes.
-template <int R, int NV>
-static void many_pairs(const char *const *p, size_t apart, int j0, int j1, const Acts &a, int row, float *y) {
+// Multiplies all pairs of NV tiles at p.
+template <int R, int NV> static void many_pairs(const char *const *p, const Acts &a, int row, float *y) {
   const uint32_t *x = a.pairs + row * a.pair_stride;
   VF acc[R][NV];
   for (int r = 0; r < R; r++)
     for (int v = 0; v < NV; v++)
-      acc[r][v] = j0 ? load(y + (size_t)r * WIDE * 16 + 16 * v) : zero();
-  for (int j = j0; j < j1; j++) {
+      acc[r][v] = zero();
+  for (int j = 0; j < (a.columns + 1) / 2; j++) {
     VI w[NV];
     for (int v = 0; v < NV; v++)
-      w[v] = iload(p[v] + (j - j0) * apart);
+      w[v] = iload(p[v] + j * 64);
     for (int r = 0; r < R; r++) {
       VI s = iset1_at(x + r * a.pair_stride + j);
       for (int v = 0; v < NV; v++)
@@ -559,84 +773,71 @@ static void many_pairs(const char *const *p, size_t apart, int j0, int j1, const
       store(y + (size_t)r * WIDE * 16 + 16 * v, acc[r][v]);
 }
 
-// Sixteen rows by AMX tiles; j1 - j0 is a multiple of 16.
-template <int NV>
-static void tiled_pairs(const char *const *p, size_t apart, int j0, int j1, const Acts &a, int row, float *y) {
-  const size_t from_row = a.pair_stride * 4, to_row = WIDE * 64;
-  if (j0) {
-    tile_load<0>(y, to_row);
+// As many rows as the tiles of AMX have; the columns are a multiple of 32.
+template <int NV> static void tiled_pairs(const char *const *p, const Acts &a, int row, float *y) {
+  tile_zero<0>(), tile_zero<1>();
+  for (int j = 0; j < a.columns / 2; j += 16) {
+    tile_load<6>(a.pairs + row * a.pair_stride + j, a.pair_stride * 4);
+    tile_load<7>(p[0] + j * 64, 64), Pairs::product<0, 6, 7>();
     if constexpr (NV > 1)
-      tile_load<1>(y + 16, to_row);
-  } else
-    tile_zero<0>(), tile_zero<1>();
-  for (int j = j0; j < j1; j += 16) {
-    tile_load<6>(a.pairs + row * a.pair_stride + j, from_row);
-    tile_load<7>(p[0] + (j - j0) * apart, apart), Pairs::product<0, 6, 7>();
-    if constexpr (NV > 1)
-      tile_load<7>(p[1] + (j - j0) * apart, apart), Pairs::product<1, 6, 7>();
+      tile_load<7>(p[1] + j * 64, 64), Pairs::product<1, 6, 7>();
   }
-  tile_store<0>(y, to_row);
+  tile_store<0>(y, WIDE * 64);
   if constexpr (NV > 1)
-    tile_store<1>(y + 16, to_row);
+    tile_store<1>(y + 16, WIDE * 64);
 }
 
 // Bytes of the panel of one call of `tiles_of`.
 INLINE size_t panel_bytes(const tr_matrix &m, int by) {
-  if (by == TR_BY_INT8)
-    return align64((size_t)2 * panel_units(m, 2) * (16 * unit_of(m) + 64)) + (size_t)panel_units(m, 2) * 64 + 64;
-  int cut = m.block > CUT ? m.block : CUT;
-  return by == TR_BY_F32 ? (size_t)cut * 2 * 64 : in_blocks(m) ? (size_t)cut * 64 : 0;
+  if (by == TR_BY_INT8) {
+    const size_t quants = (size_t)2 * panel_units(m, 2) * (16 * unit_of(m) + 64);
+    const size_t minimums = m.has_minimums ? (size_t)(m.columns / unit_of(m) + 1) * 64 : 0;
+    return quants > minimums ? quants : minimums;
+  }
+  if (in_blocks(m))
+    return (size_t)(columns_at_once(m) / m.block) * 2 * (quants_bytes(m, by) + 128);
+  return by == TR_BY_F32 ? (size_t)CUT * 2 * 64 : 0;
 }
 
 template <int NV, bool NIBBLES, int UNIT, int PER>
-static void all_rows(const char *panel, const char *minimums, int u0, int u1, const Acts &a, int rows, float *y) {
+static void all_rows(const char *panel, int u0, int u1, const Acts &a, int rows, float *y) {
   int r = 0;
   if constexpr (TILED)
     if (tiles_take_units(a) && rows >= TILE) {
       Tiles tiles(a.unit);
       for (; r + TILE <= rows; r += TILE)
-        tiled_bytes<NV>(panel, minimums, u0, u1, a, r, y + (size_t)r * WIDE * 16, u0 > 0);
+        tiled_bytes<NV>(panel, u0, u1, a, r, y + (size_t)r * WIDE * 16, u0 > 0);
     }
   const int AT_ONCE = PER > 1 && ROWS > 4 ? 4 : ROWS;
   for (; r + AT_ONCE <= rows; r += AT_ONCE)
-    many_bytes<AT_ONCE, NV, NIBBLES, UNIT, PER>(panel, minimums, u0, u1, a, r, y + (size_t)r * WIDE * 16, u0 > 0);
+    many_bytes<AT_ONCE, NV, NIBBLES, UNIT, PER>(panel, u0, u1, a, r, y + (size_t)r * WIDE * 16, u0 > 0);
   for (; r + 2 <= rows; r += 2)
-    many_bytes<2, NV, NIBBLES, 0, 0>(panel, minimums, u0, u1, a, r, y + (size_t)r * WIDE * 16, u0 > 0);
+    many_bytes<2, NV, NIBBLES, 0, 0>(panel, u0, u1, a, r, y + (size_t)r * WIDE * 16, u0 > 0);
   for (; r < rows; r++)
-    many_bytes<1, NV, NIBBLES, 0, 0>(panel, minimums, u0, u1, a, r, y + (size_t)r * WIDE * 16, u0 > 0);
+    many_bytes<1, NV, NIBBLES, 0, 0>(panel, u0, u1, a, r, y + (size_t)r * WIDE * 16, u0 > 0);
 }
 // The most common formats have specialized code: unrolled, their sums stay in registers.
 template <int NV, bool NIBBLES>
-static void all_rows(const char *panel, const char *minimums, int u0, int u1, const Acts &a, int rows, float *y) {
+static void all_rows(const char *panel, int u0, int u1, const Acts &a, int rows, float *y) {
   if (a.unit == 32 && a.group == 64)
-    all_rows<NV, NIBBLES, 32, 2>(panel, minimums, u0, u1, a, rows, y);
+    all_rows<NV, NIBBLES, 32, 2>(panel, u0, u1, a, rows, y);
   else if (a.unit == 64 && a.group == 64)
-    all_rows<NV, NIBBLES, 64, 1>(panel, minimums, u0, u1, a, rows, y);
+    all_rows<NV, NIBBLES, 64, 1>(panel, u0, u1, a, rows, y);
   else
-    all_rows<NV, NIBBLES, 0, 0>(panel, minimums, u0, u1, a, rows, y);
+    all_rows<NV, NIBBLES, 0, 0>(panel, u0, u1, a, rows, y);
 }
 
-template <int NV>
-static void all_pairs(const char *const *p, size_t apart, int j0, int j1, const Acts &a, int rows, float *y) {
-  int r = 0;
+template <int NV> static void all_pairs(const char *const *p, const Acts &a, int rows, float *y) {
   if constexpr (TILED)
-    if (rows >= TILE && (j1 - j0) % 16 == 0) {
-      Tiles tiles(64);
-      for (; r + TILE <= rows; r += TILE)
-        tiled_pairs<NV>(p, apart, j0, j1, a, r, y + (size_t)r * WIDE * 16);
-    }
+    if (a.columns % 32 == 0)
+      return by_tiles(rows, [&](int r, int) { tiled_pairs<NV>(p, a, r, y + (size_t)r * WIDE * 16); });
+  int r = 0;
   for (; r + ROWS <= rows; r += ROWS)
-    many_pairs<ROWS, NV>(p, apart, j0, j1, a, r, y + (size_t)r * WIDE * 16);
+    many_pairs<ROWS, NV>(p, a, r, y + (size_t)r * WIDE * 16);
   for (; r + 2 <= rows; r += 2)
-    many_pairs<2, NV>(p, apart, j0, j1, a, r, y + (size_t)r * WIDE * 16);
+    many_pairs<2, NV>(p, a, r, y + (size_t)r * WIDE * 16);
   for (; r < rows; r++)
-    many_pairs<1, NV>(p, apart, j0, j1, a, r, y + (size_t)r * WIDE * 16);
-}
-
-// Columns of a panel of floats or bfloat16, in whole blocks.
-INLINE int columns_at_once(const tr_matrix &m) {
-  const int whole = in_blocks(m) ? m.block : 1;
-  return whole > CUT ? whole : CUT / whole * whole;
+    many_pairs<1, NV>(p, a, r, y + (size_t)r * WIDE * 16);
 }
 
 // NV is 1 or 2.
@@ -644,33 +845,36 @@ template <int NV> static void many(const tr_matrix &m, int t, const Acts &a, int
   if (a.by == TR_BY_INT8) {
     const bool nibbles = NIBBLES_APART && m.kind == TR_U4;
     const int most = panel_units(m, 2);
-    char *minimums = panel + align64((size_t)2 * most * (16 * unit_of(m) + 64));
     for (int u = 0; u < a.units; u += most) {
       const int end = u + most < a.units ? u + most : a.units;
       unpack_bytes<NV>(m, t, u, end, panel);
-      if (m.has_minimums)
-        unpack_minimums<NV>(m, t, u, end, minimums);
-      const char *least = m.has_minimums ? minimums : nullptr;
       if (nibbles)
-        all_rows<NV, true>(panel, least, u, end, a, rows, y);
+        all_rows<NV, true>(panel, u, end, a, rows, y);
       else
-        all_rows<NV, false>(panel, least, u, end, a, rows, y);
+        all_rows<NV, false>(panel, u, end, a, rows, y);
     }
-  } else if (a.by == TR_BY_BF16 && !in_blocks(m)) {
+    if (!m.has_minimums)
+      return;
+    unpack_minimums<NV>(m, t, a.units, panel);
+    int r = 0;
+    for (; r + ROWS <= rows; r += ROWS)
+      add_minimums<ROWS, NV>(panel, a, r, y + (size_t)r * WIDE * 16);
+    for (; r + 2 <= rows; r += 2)
+      add_minimums<2, NV>(panel, a, r, y + (size_t)r * WIDE * 16);
+    for (; r < rows; r++)
+      add_minimums<1, NV>(panel, a, r, y + (size_t)r * WIDE * 16);
+  } else if (in_blocks(m)) {
+    if (a.by == TR_BY_BF16)
+      m.kind == TR_U4 ? many_in_blocks<NV, true, true>(m, t, a, rows, y, panel)
+                      : many_in_blocks<NV, false, true>(m, t, a, rows, y, panel);
+    else
+      m.kind == TR_U4 ? many_in_blocks<NV, true, false>(m, t, a, rows, y, panel)
+                      : many_in_blocks<NV, false, false>(m, t, a, rows, y, panel);
+  } else if (a.by == TR_BY_BF16) {
     const char *p[NV];
     for (int v = 0; v < NV; v++)
       p[v] = tile_at(m, t + v);
-    all_pairs<NV>(p, 64, 0, (m.columns + 1) / 2, a, rows, y);
-  } else if (a.by == TR_BY_BF16) {
-    const int cut = columns_at_once(m);
-    const char *p[NV];
-    for (int v = 0; v < NV; v++)
-      p[v] = panel + 64 * v;
-    for (int c = 0; c < m.columns; c += cut) {
-      const int end = c + cut < m.columns ? c + cut : m.columns;
-      unpack_pairs<NV>(m, t, c, end, panel);
-      all_pairs<NV>(p, NV * 64, c / 2, end / 2, a, rows, y);
-    }
+    all_pairs<NV>(p, a, rows, y);
   } else {
     const int cut = columns_at_once(m);
     for (int c = 0; c < m.columns; c += cut) {
@@ -687,37 +891,16 @@ template <int NV> static void many(const tr_matrix &m, int t, const Acts &a, int
   }
 }
 
-INLINE Acts from_row(Acts a, int row) {
-  a.wide += row * a.stride;
-  if (a.sums)
-    a.sums += (size_t)row * a.units;
-  if (a.pairs)
-    a.pairs += row * a.pair_stride;
-  if (a.bytes) {
-    a.bytes += row * align64(a.columns);
-    a.scales += (size_t)row * a.groups;
-    a.starts += (size_t)row * a.units;
-  }
-  return a;
-}
-
 // Computes tiles t ... t + count - 1 (count <= WIDE) for up to MOST rows, to y [rows][WIDE * 16].
 static void tiles_of(const tr_matrix &m, int t, int count, const Acts &a, int rows, float *y, char *panel) {
-  if (rows <= FEW) {
-    for (int x = 0; x < count; x++) {
-      VF v[FEW];
-      if (rows == 4)
-        few<4>(m, t + x, a, v);
-      else if (rows >= 2)
-        few<2>(m, t + x, a, v);
-      if (rows == 1 || rows == 3)
-        few<1>(m, t + x, from_row(a, rows - 1), v + rows - 1);
-      for (int r = 0; r < rows; r++)
-        store(y + (size_t)r * WIDE * 16 + 16 * x, v[r]);
-    }
+  int x = 0;
+  if (rows <= FEW && !(TILED && a.by == TR_BY_BF16)) {
+    for (; x + 2 <= count; x += 2)
+      few_rows<2>(m, t + x, a, rows, y + 16 * x);
+    if (x < count)
+      few_rows<1>(m, t + x, a, rows, y + 16 * x);
     return;
   }
-  int x = 0;
   for (; x + 2 <= count; x += 2)
     many<2>(m, t + x, a, rows, y + 16 * x, panel);
   for (; x < count; x++)

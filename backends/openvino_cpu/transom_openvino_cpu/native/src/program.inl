@@ -7,7 +7,6 @@
 namespace {
 const int BLOCK = MOST;      // rows of a block
 const int MANY_ROWS = 32;    // from this many rows on, rows are divided into blocks
-const int MOST_SPLITS = 16;  // in the attention of one query
 
 struct Engine {
   tr_program program;
@@ -534,13 +533,10 @@ template <class C> struct Attention {
   }
 
   void run_singles() {
-    int count = 0, longest = 1;
+    int count = 0;
     for (int x = 0; x < step->parts; x++)
-      if (!chunk(step->part[x])) {
+      if (!chunk(step->part[x]))
         count += step->part[x].count;
-        const int pages = (step->part[x].past + step->part[x].count - 1) / PAGE + 1;
-        longest = pages > longest ? pages : longest;
-      }
     if (!count)
       return;
     Single *singles = (Single *)malloc(sizeof(Single) * count);
@@ -562,14 +558,14 @@ template <class C> struct Attention {
     }
     // Queries of one sequence run one after another, since each may read the state that the previous one left.
     if (!any)
-      attend_singles(singles, count, longest);
+      attend_singles(singles, count);
     else
       for (int x = 0; x < count && !failed; x++) {
         const tr_part &part = singles[x].part;
         if (singles[x].sparse)
           refresh_columns(part);
         if (!failed)
-          attend_singles(singles + x, 1, part.past / PAGE + 1);
+          attend_singles(singles + x, 1);
         if (!failed && part.route && part.past % 4 == 3)
           for (int h = 0; h < l.kv_heads; h++)
             remember(part, h, part.past);
@@ -577,14 +573,18 @@ template <class C> struct Attention {
     free(singles);
   }
 
-  void attend_singles(const Single *singles, int count, int longest) {
+  // Threads share the spans of a query, or the items of its plan.
+  void attend_singles(const Single *singles, int count) {
     const int threads = pool_threads(e->pool), tasks = count * l.kv_heads;
+    int most = 1; // spans of a query
+    for (int x = 0; x < count; x++) {
+      const int n = spans_of(l, singles[x].part.past).count;
+      most = n > most ? n : most;
+    }
     int splits = (2 * threads + tasks - 1) / tasks;
-    splits = splits > MOST_SPLITS ? MOST_SPLITS : splits;
-    splits = splits > (longest + 3) / 4 ? (longest + 3) / 4 : splits;
+    splits = splits > most ? most : splits;
     const size_t share_bytes = align64((size_t)s.group * C::query_width(l.head_dim) * sizeof(Q)) +
-                               align64((size_t)s.group * l.value_dim * 4) + (size_t)s.group * 64 +
-                               align64((size_t)s.group * 4);
+                               result_bytes(l, (size_t)s.group);
     size_t choice = align64(sizeof(Plan));
     for (int x = 0; x < count; x++)
       if (singles[x].sparse) {
@@ -592,15 +592,15 @@ template <class C> struct Attention {
                          plan_block_bytes<C>(l, *singles[x].part.sparsity, (singles[x].keys - 1) / PAGE + 1, 1);
         choice = n > choice ? n : choice;
       }
-    char *m = big((share_bytes * splits + choice) * tasks);
+    char *m = big((share_bytes * most + choice) * tasks);
     if (!m)
       return;
-    auto share = [&](int i) {
-      char *p = m + share_bytes * i;
+    auto share = [&](int task, int x) {
+      char *p = m + share_bytes * ((size_t)task * most + x);
       Q *q;
       return gathered_in<C>(p, l, s.group, q);
     };
-    auto plan_at = [&](int task) { return m + share_bytes * splits * tasks + choice * task; };
+    auto plan_at = [&](int task) { return m + share_bytes * most * tasks + choice * task; };
     auto routed = [&](int task) {
       const Single &one = singles[task / l.kv_heads];
       return one.sparse && loose_of(e, *one.part.sparsity, index, task % l.kv_heads) > 0;
@@ -628,12 +628,23 @@ template <class C> struct Attention {
       Clock clock(e, thread, TR_TIME_ATTEND);
       const int split = i % splits, task = i / splits, h = task % l.kv_heads;
       const tr_part &part = singles[task / l.kv_heads].part;
-      if (!routed(task))
-        return attend_split<C>(s, part, h, split, splits, share(i));
+      if (!routed(task)) {
+        const Spans spans = spans_of(l, part.past);
+        const int begin = spans.count * split / splits, end = spans.count * (split + 1) / splits;
+        const Q *q = share(task, begin).q;
+        if (begin < end)
+          load_queries<C, C>(s, part.begin, 1, h, query_factor(l), (Q *)q);
+        for (int x = end - 1; x >= begin; x--) {
+          Gathered<C> g = share(task, x);
+          g.q = q;
+          attend_span<C>(s, part, h, spans, x, spans.begin(begin), g);
+        }
+        return;
+      }
       const Plan &plan = *(const Plan *)plan_at(task);
-      const Gathered<C> g = share(i);
+      const Gathered<C> g = share(task, split);
       load_queries<C, C>(s, part.begin, 1, h, query_factor(l), (Q *)g.q);
-      begin_rows(s, g, s.group, h, split == 0);
+      begin_rows(s, g, s.group, h, split == splits - 1);
       RouteView<C> v = route_of<C>(e, part, index, h);
       char *buffer = memory(thread);
       int32_t position[64];
@@ -646,10 +657,11 @@ template <class C> struct Attention {
     });
     for (int i = 0; i < tasks; i++) {
       const tr_part &part = singles[i / l.kv_heads].part;
-      Gathered<C> g[MOST_SPLITS];
-      for (int x = 0; x < splits; x++)
-        g[x] = share(i * splits + x);
-      if (!merge_splits<C>(s, part, i % l.kv_heads, g, splits))
+      const int last = (routed(i) ? splits : spans_of(l, part.past).count) - 1;
+      const Gathered<C> g = share(i, last);
+      for (int x = last - 1; x >= 0; x--)
+        add_span<C>(l, g, share(i, x), s.group);
+      if (!write_rows<C>(s, g, part.begin, i % l.kv_heads, s.group))
         fail(TR_NOT_FINITE);
       if (part.route && !routed(i))
         count_all(part, i % l.kv_heads, part.past);

@@ -210,7 +210,7 @@ template <class C>
 static bool attend_plan(const Heads<C> &s, const tr_part &part, int h, int p0, int p1, const Plan &plan, int unit,
                         const RouteView<C> &v, char *memory) {
   const tr_layer &l = *s.layer;
-  const int DV = l.value_dim, at_once = queries_at_once(s.group);
+  const int at_once = queries_at_once(s.group);
   bool fine = true;
   for (; p0 < p1; p0 += at_once) {
     const int tokens = p1 - p0 < at_once ? p1 - p0 : at_once, rows = tokens * s.group;
@@ -232,14 +232,7 @@ static bool attend_plan(const Heads<C> &s, const tr_part &part, int h, int p0, i
       ask_ahead(s, part, h, plan, unit, x + 1);
       attend_tile<C>(l, plan_tile<C>(s, part, h, plan, unit, &v, x, position, rows, buffer, mask), g, rows);
     }
-    for (int r = 0; r < rows; r++) {
-      float total = sum(load(g.sums + r * 16));
-      fine &= total > 0 && total < 1e30f;
-      VF inverse = set1(1.f / total);
-      float *out = s.out + (row + r / s.group) * s.out_stride + (size_t)(h * s.group + r % s.group) * DV;
-      for (int d = 0; d < DV; d += 16)
-        store(out + d, mul(load(g.out + (size_t)r * DV + d), inverse));
-    }
+    fine &= write_rows(s, g, row, h, rows);
   }
   return fine;
 }

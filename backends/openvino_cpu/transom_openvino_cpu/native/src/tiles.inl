@@ -10,10 +10,10 @@ const int TILE = 16; // rows in one product
 #ifdef TRANSOM_AMX
 const bool TILED = true;
 
-// Configures the shapes of tiles while it exists: 0 to 3 are sums; 4 and 5 are factors with rows of `bytes`, a multiple
-// of 4; 6 and 7 are factors with rows of 64.
+// Configures the shapes of tiles while it exists. The left factors 4 and 6 and the sums 0 to 3 have `rows` rows. The
+// pair of factors 4 and 5 has rows of `bytes`, a multiple of 4; the pair 6 and 7 has rows of 64.
 struct Tiles {
-  explicit Tiles(int bytes) {
+  explicit Tiles(int bytes, int rows = TILE) {
     struct alignas(64) {
       uint8_t palette, start, unused[14];
       uint16_t row_bytes[16];
@@ -21,8 +21,8 @@ struct Tiles {
     } shapes = {};
     shapes.palette = 1;
     for (int t = 0; t < 8; t++)
-      shapes.row_bytes[t] = 64, shapes.rows[t] = TILE;
-    shapes.row_bytes[4] = (uint16_t)bytes, shapes.rows[5] = (uint8_t)(bytes / 4);
+      shapes.row_bytes[t] = 64, shapes.rows[t] = (uint8_t)rows;
+    shapes.row_bytes[4] = (uint16_t)bytes, shapes.rows[5] = (uint8_t)(bytes / 4), shapes.rows[7] = TILE;
     __asm__ volatile("ldtilecfg %0" ::"m"(shapes));
   }
   ~Tiles() { __asm__ volatile("tilerelease"); }
@@ -56,7 +56,7 @@ struct Pairs {
 #else // never instantiated
 const bool TILED = false;
 struct Tiles {
-  explicit Tiles(int bytes);
+  explicit Tiles(int bytes, int rows = TILE);
 };
 template <int T> void tile_load(const void *p, size_t apart);
 template <int T> void tile_store(void *p, size_t apart);
@@ -82,7 +82,7 @@ INLINE void four_tiles_to(char *p, size_t apart) {
   tile_store<0>(p, apart), tile_store<1>(p + 64, apart), tile_store<2>(p + 128, apart), tile_store<3>(p + 192, apart);
 }
 
-// x [16][64 words] = rows of `bytes` at q, with stride `apart`, times the 64 keys at k.
+// x [rows][64 words] = rows of `bytes` at q, with stride `apart`, times the 64 keys at k.
 template <class D> INLINE void tile_scores(const void *q, size_t apart, int bytes, const void *k, void *x) {
   const int step = tile_step(bytes);
   tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
