@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import signal
@@ -20,6 +21,9 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 from draws import Draws
 from sweeps import Sweeps
+
+# What torch and others import leaves a million objects, and a fifth of the time went into looking at them.
+gc.set_threshold(50_000, 20, 50)
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     # A run that a shell started in the background ignores interrupts, and so would every process that tests start.

@@ -41,12 +41,15 @@ template <class C> struct Gathered {
   float *out, *most, *sums;
 };
 
+// AMX adds in an order of its own: no row of bfloat16 does without, while sums of bytes are exact in any order.
+template <class C, int R> constexpr bool in_tiles() { return TILED && C::P > 1 && (R == TILE || !C::SCALED); }
+
 template <class C, int R>
 INLINE void attend_rows(const tr_layer &l, const Tile<C> &t, const Gathered<C> &g, int row) {
   const int DV = l.value_dim;
   VF a[R][4];
   float *out = g.out + (size_t)row * DV;
-  C::template scores<R>(g.q + (size_t)row * C::query_width(l.head_dim), l.head_dim, t.kept, a);
+  C::template scores<R, in_tiles<C, R>()>(g.q + (size_t)row * C::query_width(l.head_dim), l.head_dim, t.kept, a);
   for (int r = 0; r < R; r++) {
     if (l.softcap > 0) {
       const VF cap = set1(l.softcap * LOG2E);
@@ -82,8 +85,7 @@ INLINE void attend_rows(const tr_layer &l, const Tile<C> &t, const Gathered<C> &
 // Rows from r on, R at once, as long as there are R left; returns the first of the others.
 template <class C, int R>
 INLINE int attend_some(const tr_layer &l, const Tile<C> &t, const Gathered<C> &g, int r, int rows) {
-  // AMX adds in an order of its own: no row of bfloat16 does without, while sums of bytes are exact in any order.
-  if constexpr (TILED && C::P > 1 && (R == TILE || !C::SCALED)) {
+  if constexpr (in_tiles<C, R>()) {
     if (r + R > rows)
       return r;
     Tiles tiles(tile_step(l.head_dim * sizeof(typename C::Q)), R);

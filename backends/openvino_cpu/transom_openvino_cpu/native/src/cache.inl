@@ -64,8 +64,9 @@ template <class F, class Number, int Pair> struct Plain {
       }
     }
   }
-  template <int R> INLINE void scores(const Q *q, int dim, const Kept<F> &t, VF (&a)[R][4]) {
-    if constexpr (TILED && P > 1)
+  // IN_TILES: with the tiles that the caller has configured for R rows.
+  template <int R, bool IN_TILES = false> INLINE void scores(const Q *q, int dim, const Kept<F> &t, VF (&a)[R][4]) {
+    if constexpr (IN_TILES)
       tile_scores<Pairs>(q, dim * sizeof(Q), dim * sizeof(Q), t.k, a);
     else
       products<R>(q, dim, t.k, a);
@@ -282,7 +283,7 @@ struct Int8 {
   }
   INLINE VF exp2(VF x) { return near_exp2v(x); }
 
-  template <int R> INLINE void scores(const Q *q, int dim, const Kept<Int8> &t, VF (&a)[R][4]) {
+  template <int R, bool IN_TILES = false> INLINE void scores(const Q *q, int dim, const Kept<Int8> &t, VF (&a)[R][4]) {
     VI s[R][4];
     const int width = query_width(dim);
     auto start = [&](int r) { // minus 128 times the sum of a query, to compensate for the offset of keys
@@ -290,7 +291,7 @@ struct Int8 {
       __builtin_memcpy(&offset, q + (size_t)r * width + dim + 4, 4);
       return iset1(-offset);
     };
-    if constexpr (R == TILE) {
+    if constexpr (IN_TILES) {
       tile_scores<SignedUnsigned>(q, width, dim, t.k, s);
       for (int r = 0; r < R; r++)
         for (int c = 0; c < 4; c++)
