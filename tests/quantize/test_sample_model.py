@@ -6,6 +6,7 @@ Draws: the weights are a real model's; whichever twelve matrices are drawn, each
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from transom.graph.weights import dense, dequantize
 from transom.quantize.calibration import Activations, calibrate
 from transom.quantize.passes import Scheme, quantize
 from transom.quantize.rounding import to_float8, to_int4, to_int8
+from transom.signature import METADATA_KEY
 from transom.sources import resolve
 
 TEXT = "The capital of France is Paris. Water boils at one hundred degrees.\n\ndef double(x):\n    return 2 * x\n"
@@ -56,6 +58,9 @@ def plain(graph: Graph) -> Graph:
             wide = editor.weight(dense(dequantize(weight).astype(np.float16)), f"{node.name}.plain")
             node.replace_input_with(1, editor.op("Transpose", wide, perm=[1, 0]))
     editor.finish_edit()
+    assert graph.decoder is not None
+    stored = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+    model.metadata_props[METADATA_KEY] = replace(graph.decoder, weight_bytes=stored).to_json()
     return Graph(model, weights_hash=f"{graph.weights_hash} plain")
 
 
