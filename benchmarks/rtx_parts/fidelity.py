@@ -25,8 +25,9 @@ from rtx_parts.stored import load, store
 from transom.errors import OptionError
 from transom.graph import Graph
 from transom.preparation.agreement import Agreement, compare
+from transom.preparation.compiled import EXACT
 from transom.preparation.reference_outputs import reference_logits
-from transom.preparation.selfcheck import LIMITS, session_logits
+from transom.preparation.selfcheck import session_logits
 from transom.sources import resolve
 from transom.testing.models import tiny_decoder
 from transom_tensorrt.claims import precision_of
@@ -110,7 +111,7 @@ def _row(bench: RtxBench, table: Table, name: str, asked: str, found: dict[str, 
 
 
 def _judge(bench: RtxBench, what: str, agreement: dict[str, Any], *, exact: bool) -> None:
-    found, (divergence, correlation) = Agreement(**agreement), LIMITS[True] if exact else WRONG
+    found, (divergence, correlation) = Agreement(**agreement), (EXACT.kl, EXACT.correlation) if exact else WRONG
     right = found.kl_mean <= divergence and found.correlation_min >= correlation
     reason = "" if right else f"{found}; allowed are {divergence} nats and a correlation of {correlation}"
     bench.check(what, "passed" if right else "failed", reason, found.kl_mean)
