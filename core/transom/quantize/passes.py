@@ -200,6 +200,8 @@ def quantize(
     after = _bytes(model)
     if graph.decoder is not None:
         changed = graph.decoder.weight_bytes + after - before
+        if changed < 0:
+            changed = after  # the graph's weights were replaced by larger ones, and its decoder did not say so
         model.metadata_props[METADATA_KEY] = replace(graph.decoder, weight_bytes=changed).to_json()
     layers = tuple(errors[str(n.name)] for n, _ in products if str(n.name) in errors)
     result = QuantizedGraph(graph, scheme, layers, tuple(left.items()), before, after)
