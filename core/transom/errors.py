@@ -131,7 +131,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 def message_lines(error: BaseException) -> list[str]:
-    """The stripped, non-blank lines of an error's message; if there are none, the name of its class."""
+    """The lines of an error's message, stripped and without empty ones; the name of its class if there are none."""
     return [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
 
 

@@ -37,7 +37,7 @@ class ChangedBest(Changed):
     said = "(top_k)"
 
     def change(self, ids: Any, values: Any, vocabulary: int) -> Any:
-        raise NotImplementedError
+        raise NotImplementedError  # each subclass makes one change
 
     def step(self, work: Sequence[Work]) -> Any:
         vocabulary = self._need_decoder().vocabulary

@@ -29,7 +29,7 @@ class Attempt:
     set_aside: Sequence[tuple[Candidate, TransomError]] = ()
     """The candidates that failed before this one, with their errors."""
     crashed: TransomError | None = None
-    """The step of an earlier run that ended its process, if this candidate is used all the same: there is no other."""
+    """The error of an earlier run in which a step ended the process. Set only if there is no other candidate."""
 
     @property
     def plugin(self) -> LoadedBackend:

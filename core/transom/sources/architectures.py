@@ -127,7 +127,7 @@ _SPELLINGS = {
     "phi2": "phi",
     "starcoder": "gpt_bigcode",
 }
-"""Names in GGUF files whose `model_type` is another word. Else they differ in dashes and underscores at most."""
+"""The `model_type` for the GGUF names that differ from it in more than dashes and underscores."""
 
 _TEXT_ALONE = frozenset({"gemma3n", "gemma4", "llama4", "mistral3"})
 """Names in GGUF files that are decoders of text, while their Hugging Face directories read images too."""
@@ -284,7 +284,7 @@ def _unknown(name: str, known: Iterable[str], kind: str) -> str:
 
 
 def _misspelt(name: str, kind: str, known: str) -> bool:
-    """Whether a name was probably meant to be a known one. A longer name, or another number, is another model."""
+    """Whether a name is probably a misspelling of a known one. A longer name or another number means another model."""
     known = _letters(known)
     for word in {_letters(name), _letters(kind)}:
         if word == known:
