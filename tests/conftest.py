@@ -6,6 +6,7 @@ import gc
 import os
 import random
 import signal
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -19,8 +20,12 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
+import forked
 from draws import Draws
 from sweeps import Sweeps
+
+from transom import plugin_trials
+from transom.preparation import child
 
 # What torch and others import leaves a million objects, and a fifth of the time went into looking at them.
 gc.set_threshold(50_000, 20, 50)
@@ -43,6 +48,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "seeds(number, ...): further cases, with seeds that once made the test fail")
     config.addinivalue_line("markers", "sweep(but=names, only=names): left out of a usual run; see sweeps.py")
+    fresh = "fresh_interpreters: processes of the test are started anew, not forked; see forked.py"
+    config.addinivalue_line("markers", fresh)
     config.pluginmanager.register(Sweeps(config), "sweeps")
     config.pluginmanager.register(Draws(config), "draws")
 
@@ -66,6 +73,19 @@ def temporary_files() -> Iterator[None]:
         os.environ["PYTHONPYCACHEPREFIX"] = os.path.join(folder, "bytecode")
         yield
         tempfile.tempdir = saved
+
+
+@pytest.fixture(scope="session", autouse=True)
+def forked_processes() -> None:
+    """Processes in which Transom compiles and tries plugins are forked, see forked.py."""
+    child.subprocess = plugin_trials.subprocess = forked  # type: ignore[attr-defined]
+
+
+@pytest.fixture(autouse=True)
+def fresh_interpreters(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.node.get_closest_marker("fresh_interpreters") is not None:
+        monkeypatch.setattr(child, "subprocess", subprocess)
+        monkeypatch.setattr(plugin_trials, "subprocess", subprocess)
 
 
 @pytest.fixture

@@ -201,11 +201,11 @@ class Packages:
 
     def fork(self, code: str, *arguments: str | Path) -> tuple[int, str, str]:
         """The status and what was printed; the negative number of the signal that ended it."""
-        everything = [str(self.model), *map(str, arguments)]
-        status, out, err = forked.run(
-            PREAMBLE + textwrap.dedent(code), everything, env=self.environment, cwd=Path.cwd()
+        command = [sys.executable, "-c", PREAMBLE + textwrap.dedent(code), str(self.model), *map(str, arguments)]
+        done = forked.run(
+            command, env=self.environment, stdin=forked.DEVNULL, capture_output=True, text=True, timeout=120
         )
-        return status, out.decode(), err.decode()
+        return done.returncode, done.stdout, done.stderr
 
     def finish(self, process: subprocess.Popen[str]) -> Any:
         out, err = process.communicate(timeout=120)

@@ -47,17 +47,8 @@ class CommandLine:
     ) -> Done:
         """Run it to its end: forked, or in a fresh interpreter if `start` or Python's own variables are given."""
         data = input.encode() if isinstance(input, str) else input
-        if start == START and not any(name.startswith("PYTHON") and name != "PYTHONPATH" for name in env or ()):
-            status, out, err = forked.run(
-                START,
-                list(map(str, arguments)),
-                env={**self.environment, **(env or {})},
-                cwd=self.folder,
-                input=data,
-                timeout=timeout,
-            )
-            return Done(status, out.decode(), err.decode())
-        done = subprocess.run(
+        forks = start == START and not any(name.startswith("PYTHON") and name != "PYTHONPATH" for name in env or ())
+        done = (forked if forks else subprocess).run(
             [sys.executable, "-c", start, *map(str, arguments)],
             input=data,
             capture_output=True,

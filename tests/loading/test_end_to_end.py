@@ -30,7 +30,7 @@ def test_the_first_load_compiles_in_a_child_process_and_the_second_takes_it_from
     import os
     show(**outcome(), pid=os.getpid())
     """
-    first = packages.run(code)
+    first = packages.run(code, fresh=True)
     assert first["report"]["backend"] == "a_sound"
     assert first["report"]["cache_hit"] is False
     assert first["report"]["check"].startswith("passed")
@@ -43,7 +43,7 @@ def test_the_first_load_compiles_in_a_child_process_and_the_second_takes_it_from
     [compiled] = packages.log
     assert compiled.split()[1] != str(first["pid"])
 
-    second = packages.run(code)
+    second = packages.run(code, fresh=True)
     assert second["report"]["cache_hit"] is True
     assert second["text"] == first["text"]
     assert not any(stage.startswith("child") for stage in second["report"]["startup"])

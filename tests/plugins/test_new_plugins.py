@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.fresh_interpreters
+
 DEATHS = {
     "segv": ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "SIGSEGV"),
     "abort": ("import os; os.abort()", "SIGABRT"),

@@ -23,6 +23,8 @@ from transom.errors import DoesNotFit, MissingExtra, TransomError
 from transom.preparation import child
 from transom.preparation.child import ChildFailed, ChildResult, run_in_child
 
+pytestmark = pytest.mark.fresh_interpreters
+
 JOBS = """
 import ctypes, errno, json, os, signal, subprocess, sys, threading, time
 from transom.contract import Cancelled
