@@ -51,7 +51,7 @@ Drawn = list[tuple[str, list[int]]]
 def run(folder: Path, *arguments: str, seed: int | None = None) -> tuple[Drawn, str]:
     """Run the tests of `FILE` in a folder, and return what they recorded and pytest's output."""
     folder.mkdir(exist_ok=True)
-    for name in ("conftest.py", "draws.py", "sweeps.py"):
+    for name in ("conftest.py", "draws.py", "forked.py", "sweeps.py"):
         shutil.copy(TESTS / name, folder)
     (folder / "test_small.py").write_text(FILE)
     (folder / "drawn.txt").unlink(missing_ok=True)
