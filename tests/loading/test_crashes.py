@@ -75,7 +75,7 @@ def test_a_backend_that_hangs_is_set_aside_at_the_time_limit_and_remembered(pack
     # Only the first backend has a limit, and never answers: how busy the machine is does not decide.
     result = packages.run("""
     from transom.preparation import child
-    child._silence_limit = lambda: limits.pop(0)
+    child.silence_limit = lambda: limits.pop(0)
     limits = [1.0, float("inf")]
     auto = outcome()
     show(auto=auto, again=outcome(), left=limits)

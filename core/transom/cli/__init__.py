@@ -12,6 +12,7 @@ import sys
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from typing import NoReturn
 
 __all__ = ["main"]
 
@@ -34,6 +35,20 @@ def _stdout_closed() -> bool:
     return closed
 
 
+def _end(status: int) -> NoReturn:
+    """Exit, also if a load that was given up is still in native code, whose shutdown would wait for it or crash."""
+    calls = sys.modules.get("transom.preparation.plugin_calls")
+    if calls is not None and calls.loads_run_on():
+        import atexit
+        import os
+
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit."""
     try:
@@ -47,4 +62,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         status = 130
-    sys.exit(status)
+    _end(status)

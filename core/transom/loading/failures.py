@@ -7,6 +7,7 @@ from transom.errors import DoesNotFit, EngineError, SelfCheckFailed, TransomErro
 from transom.loading import step_crashes
 from transom.preparation.child import ChildFailed
 from transom.preparation.jobs import Job
+from transom.preparation.plugin_calls import LoadTimedOut
 
 MOVES_ON = (SelfCheckFailed, EngineError, UnsupportedError, DoesNotFit, ChildFailed)
 """Errors after which `auto` tries the next offer. Others are not the backend's fault and would occur again."""
@@ -18,7 +19,7 @@ def remember(cache: Cache, job: Job, error: TransomError) -> None:
     """Remember a failure that would occur again: a crash, a hang, a failed check, an unsupported graph."""
     failure = error.failure if isinstance(error, ChildFailed) else None
     if (failure is not None and (failure.signal in _CRASHES or failure.kind == "timeout")) or isinstance(
-        error, SelfCheckFailed | UnsupportedError
+        error, SelfCheckFailed | UnsupportedError | LoadTimedOut
     ):
         cache.remember("failures", job.failure_key, error.cause)
 

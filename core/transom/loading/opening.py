@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
@@ -14,7 +13,7 @@ from transom.loading import step_crashes
 from transom.loading.compiled_models import CompiledModels, Ready
 from transom.preparation import compiled, heads
 from transom.preparation.cached_source import DamagedSource
-from transom.preparation.plugin_calls import open_session
+from transom.preparation.plugin_calls import LoadTimedOut, open_session_beside
 from transom.preparation.plugin_operators import register_operators
 from transom.sparsity import shipped
 
@@ -51,7 +50,7 @@ def open_model(models: CompiledModels, attempt: Attempt) -> Model:
     try:
         session, text = _open(models, attempt, ready)
     except (EngineError, DamagedSource) as error:
-        if not was_there:
+        if not was_there or isinstance(error, LoadTimedOut):
             raise
         if isinstance(error, DamagedSource):  # it is no longer in the cache, and read again
             ready.compiled.release()
@@ -77,14 +76,12 @@ def _open(models: CompiledModels, attempt: Attempt, ready: Ready) -> tuple[Sessi
     options = {**state.options.for_backend, "context": context, "calibration": ()}
     if models.jobs.identity.uses_plugin_operators:
         register_operators(attempt.machine.plugins)  # a backend may open a graph that uses them
-    with ThreadPoolExecutor(1) as beside, state.stages.time("load"):
-        text = beside.submit(lambda: _Text(source.tokenizer(), source.chat_template(), source.generation()))
-        session = open_session(attempt.plugin.backend, ready.compiled, attempt.device, options)
-        try:
-            return session, text.result()
-        except BaseException:
-            session.close()
-            raise
+
+    def text() -> _Text:
+        return _Text(source.tokenizer(), source.chat_template(), source.generation())
+
+    with state.stages.time("load"):
+        return open_session_beside(attempt.plugin.backend, ready.compiled, attempt.device, options, text)
 
 
 def _check_here(models: CompiledModels, attempt: Attempt, ready: Ready, session: Session) -> Checked:

@@ -110,9 +110,7 @@ class ChildFailure:
         if self.kind == "cancelled":
             return Cancelled(self.message)
         output = (self.traceback or self.stderr).strip().splitlines()[-8:]
-        fix = ""
-        if self.kind == "timeout":
-            fix = f"Choose another with {option('backend')}, or set TRANSOM_TIME_LIMIT to more seconds"
+        fix = late_fix() if self.kind == "timeout" else ""
         return ChildFailed(f"{job} failed in its child process: {self.message}", fix, tuple(output), self)
 
 
@@ -165,7 +163,7 @@ def run_in_child(
     request = {"token": token, "parent": os.getpid(), "module": module, "function": function, "payload": payload}
     request |= {"option_names": option_names()}
     line = json.dumps(request).encode() + b"\n"
-    silence = _silence_limit() if timeout is None else math.inf
+    silence = silence_limit() if timeout is None else math.inf
     start = time.monotonic()
     try:
         child = _Child(line, token.encode())
@@ -193,7 +191,12 @@ def run_in_child(
     return ChildResult(None, _failure(answer, child.process.returncode, child.stderr()), seconds)
 
 
-def _silence_limit() -> float:
+def silence_limit() -> float:
+    """Seconds that a child process may report nothing, and that a backend may take to load a model in this process.
+
+    Raises:
+        OptionError: `TRANSOM_TIME_LIMIT` is not a number of seconds.
+    """
     text = os.environ.get("TRANSOM_TIME_LIMIT", "").strip()
     if not text:
         return SILENCE_SECONDS
@@ -204,6 +207,11 @@ def _silence_limit() -> float:
     if not 0.0 <= value < math.inf:
         raise OptionError(f'TRANSOM_TIME_LIMIT is "{text}", not a number of seconds', "Give seconds, or 0 for no limit")
     return value or math.inf
+
+
+def late_fix() -> str:
+    """What the user can do about a backend that exceeded `silence_limit`."""
+    return f"Choose another with {option('backend')}, or set TRANSOM_TIME_LIMIT to more seconds"
 
 
 class _Child:
