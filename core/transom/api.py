@@ -43,6 +43,7 @@ def load(
     sparsity: Any = "off",
     calibration: Sequence[str | Path] = (),
     verify: str = "auto",
+    deterministic: bool = False,
     probe_file: str | Path | None = None,
     offline: bool = False,
     cache: Cache | None = None,
@@ -71,6 +72,9 @@ def load(
             quantizes activations; empty for passages that come with Python.
         verify: `"auto"` compares a new artifact with the reference once on each device, `"always"` at every load,
             `"off"` never.
+        deterministic: the same request gives the same tokens whatever else the model runs. Only backends that promise
+            the same bits for the same steps are used. Where the steps of an engine change with what shares them, each
+            sequence gets steps of its own.
         probe_file: a JSON file that replaces the probe of devices (`transom doctor --json` writes one).
         offline: a model of the hub is taken from the hub's cache, and never downloaded. Without it, a model that is not
             there is downloaded, and a log record says so.
@@ -97,6 +101,7 @@ def load(
         sparsity=sparsity,
         calibration=calibration,
         verify=verify,
+        deterministic=deterministic,
         unknown=unknown,
     )
     state = _state(options, cache, progress)

@@ -1,4 +1,4 @@
-"""What a backend implements: five methods, API 1.7. This file imports neither torch nor a vendor SDK.
+"""What a backend implements: five methods, API 1.8. This file imports neither torch nor a vendor SDK.
 
 A plugin is an object with a `transom_backends` hook. The host finds it through the entry-point group
 `transom.backends`. The hook returns backends. A backend has the methods `probe`, `claim`, `compile`, `check` and
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from transom.graph import Graph
     from transom.ops import OpSchema
 
-API_VERSION = (1, 7)
+API_VERSION = (1, 8)
 """A backend is accepted when `backend.api[0] == API_VERSION[0]` and `backend.api[1] <= API_VERSION[1]`."""
 
 ENTRY_POINT_GROUP = "transom.backends"
@@ -117,6 +117,12 @@ class Offer:
     by_name: bool = False
     """True: the backend is used only when the user names it or opens a bundle made by it. `"auto"` never selects it.
     For an emulator, or an engine that another backend outperforms. Since API 1.5."""
+    deterministic: bool = False
+    """True: of one compiled model on this device, a step with the same tokens on states that were made by the same
+    steps gives the same bits, in every process, whatever ran before or between. False: the backend does not promise
+    it, for example because it adds in the order in which threads finish, or changes its kernels while it runs.
+
+    `transom.load(..., deterministic=True)` takes only offers that promise it. Since API 1.8."""
 
 
 @dataclass(frozen=True)
@@ -240,6 +246,10 @@ class Limits:
     """Tokens in a page of the cache pool. 0: the cache is contiguous."""
     token_classes: tuple[int, ...] = ()
     """The lengths that a chunk may have, for a backend with static shapes. Empty: any length."""
+    batch_invariant: bool = False
+    """True: with dense attention, the logits of a sequence have the same bits whatever other sequences its steps
+    contain, and however its tokens are divided among steps. False: for `deterministic=True` the host gives each
+    sequence steps of its own, whose borders follow from positions. Since API 1.8."""
 
 
 @runtime_checkable
@@ -288,7 +298,7 @@ class Backend(Protocol):
 
     @property
     def api(self) -> tuple[int, int]:
-        """The API version that the backend was written for. A literal such as `(1, 7)`, never `API_VERSION` itself."""
+        """The API version that the backend was written for. A literal such as `(1, 8)`, never `API_VERSION` itself."""
         ...
 
     def probe(self, devices: Sequence[Device]) -> Sequence[Offer | Refusal]:

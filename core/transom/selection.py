@@ -96,6 +96,7 @@ def select(
     purpose: Literal["run", "export"] = "run",
     measured: Mapping[str, float] | None = None,
     notes: Sequence[str] = (),
+    deterministic: bool = False,
 ) -> Selection:
     """Choose a backend and a device.
 
@@ -110,6 +111,7 @@ def select(
         purpose: `"run"` leaves out offers that can only compile. `"export"` takes them too.
         measured: tokens per second by `Candidate.key`; 0.0 for one that was tried and failed.
         notes: the probe's notes, for warnings and errors.
+        deterministic: leave out offers that do not promise the same bits for the same steps.
 
     Raises:
         OptionError: an unknown device or backend; names the nearest one.
@@ -132,6 +134,10 @@ def select(
         elif answer.by_name and backend != name:
             reason = f"is used only when it is named ({answer.why})"
             refusals.append((name, Refusal(answer.device_id, "wrong_device", reason, f"Use {option('backend', name)}")))
+        elif deterministic and not answer.deterministic:
+            reason = f"does not promise the same bits each time ({answer.why})"
+            fix = f"Leave out {option('deterministic', True)}"
+            refusals.append((name, Refusal(answer.device_id, "missing_feature", reason, fix)))
         else:
             offers.append(Candidate(name, by_id[answer.device_id], answer))
     pool = [candidate for candidate in offers if backend in ("auto", candidate.backend)]

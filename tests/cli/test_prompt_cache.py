@@ -31,7 +31,11 @@ def test_a_prompt_is_read_once(bare: Any, model: Path, tmp_path: Path) -> None:
     [
         (("--prompt-cache", "none/p.cache"), "There is no folder for the prompt cache none/p.cache"),
         (("--prompt-cache", "notes.txt"), "notes.txt is not a prompt cache, or it is damaged"),
-        (("--prompt-cache", "p.cache", "--backend", "reference"), "cannot write prompt caches"),
+        (("--prompt-cache", "p.cache", "--backend", "reference"), "cannot write prompt caches."),
+        (
+            ("--prompt-cache", "p.cache", "--backend", "reference", "--deterministic"),
+            "cannot write prompt caches with --deterministic",
+        ),
     ],
 )
 def test_what_cannot_be_one_is_refused_before_the_answer(

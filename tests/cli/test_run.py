@@ -76,6 +76,16 @@ def test_the_module_is_the_command(transom: Any, say: Callable[..., Any]) -> Non
     assert transom("nosuch", start=start).status == 2
 
 
+def test_deterministic_takes_only_backends_that_promise_it(bare: Any, transom: Any, model: Path) -> None:
+    command = ("run", model, "Hi", "--max-tokens", "2", "--deterministic")
+    status, out, err = bare(*command, "--json")
+    assert status == 0, err
+    assert json.loads(out)["report"]["determinism"] == "the same bits whatever else runs"
+    status, _, err = transom(*command, "--backend", "toy")
+    assert status == 2
+    assert "Leave out --deterministic" in err
+
+
 def test_quiet_says_nothing_beside_the_answer(say: Callable[..., Any]) -> None:
     status, out, err = say("Hello", "--quiet")
     assert (status, out, err) == (0, toy.TEXT + "\n", "")

@@ -26,6 +26,7 @@ DIGESTS: dict[tuple[int, int], str] = {
     (1, 5): "7e1d2cb656645a1e3c791dd4b74787cc",  # the last one of a single file
     (1, 6): "af480acbedb0229c49aea4e9486425e8",
     (1, 7): "790982ca411af8d9e34cb258ef770ae6",
+    (1, 8): "c1f6da09109c1c8cab5c96decae19255",
 }
 MODULES = (contract, contract_optional)
 

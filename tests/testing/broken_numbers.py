@@ -13,9 +13,7 @@ import numpy as np
 import onnx_ir as ir
 from changed_reference import Changed, ChangedLogits
 
-from transom.contract import (
-    Work,
-)
+from transom.contract import Limits, Work
 from transom.graph import Graph
 from transom.reference.executor import Executor
 from transom.sessions import PackedSession, best
@@ -46,6 +44,28 @@ class OnePercentOff(ChangedLogits):
 
     def alter(self, results: Results, work: Sequence[Work]) -> Results:
         return [r * np.float32(1.01) if isinstance(r, np.ndarray) else r for r in results]
+
+
+class AddsInAnotherOrder(ChangedLogits):
+    """The last bits differ each time, as they do where threads add what they have in the order in which they end."""
+
+    caught_by = ("step.deterministic",)
+    calls = 0
+
+    def alter(self, results: Results, work: Sequence[Work]) -> Results:
+        self.calls += 1
+        return [r * np.float32(1 + 1e-6 * self.calls) if isinstance(r, np.ndarray) else r for r in results]
+
+
+class RoundsByTheBatch(ChangedLogits):
+    """The last bits depend on the size of the step, although the session is said to be batch-invariant."""
+
+    caught_by = ("step.batch_invariant",)
+    limits = Limits(64, 4096, 0, 0, batch_invariant=True)
+
+    def alter(self, results: Results, work: Sequence[Work]) -> Results:
+        size = sum(len(w.tokens) for w in work)
+        return [r * np.float32(1 + 1e-6 * size) if isinstance(r, np.ndarray) else r for r in results]
 
 
 class LastRowOff(ChangedLogits):

@@ -22,7 +22,7 @@ class CudaTriton:
     `transom_cuda_triton.precision`) and `context`; an artifact may be loaded with other values of `context`."""
 
     name = "cuda_triton"
-    api = (1, 3)
+    api = (1, 8)
 
     def probe(self, devices: Sequence[Device]) -> Sequence[Offer | Refusal]:
         return [probing.answer(device) for device in devices]

@@ -97,7 +97,9 @@ def answer(
     if refusal := _torch_refusal(device, arch, torch, install):
         return refusal
     assert torch is not None
-    return Offer(device.id, _band(arch), f"{device.arch}, Triton {triton}, torch {torch.version}{_products(arch)}")
+    why = f"{device.arch}, Triton {triton}, torch {torch.version}{_products(arch)}"
+    # Kernels add in an order that follows from the step, without atomics, and cuBLAS repeats its bits on one stream.
+    return Offer(device.id, _band(arch), why, deterministic=True)
 
 
 def _band(arch: int) -> Literal["tuned", "native"]:
@@ -114,7 +116,8 @@ def _together(answers: list[Offer | Refusal], device: Device) -> Offer | Refusal
     assert isinstance(first, Offer)
     linked = all(other.id in d.peers for d in device.members for other in device.members if other is not d)
     link = "NVLink" if linked else "no NVLink between all of them"
-    return replace(first, device_id=device.id, why=f"{first.why}, {len(answers)} devices together, {link}")
+    why = f"{first.why}, {len(answers)} devices together, {link}"
+    return replace(first, device_id=device.id, why=why, deterministic=False)  # NCCL promises no order of its sums
 
 
 def _products(arch: int) -> str:
@@ -155,7 +158,8 @@ def _interpreted(device: Device, torch: Torch | None, triton: str | None) -> Off
     for name, there in (("triton", triton), ("torch", torch)):
         if there is None:
             return Refusal(device.id, "missing_dep", f"the package {name} is not installed", INSTALL)
-    return Offer(device.id, "fallback", f"Triton {triton}'s interpreter, for tests: some thousand times slower")
+    why = f"Triton {triton}'s interpreter, for tests: some thousand times slower"
+    return Offer(device.id, "fallback", why, deterministic=True)
 
 
 @functools.cache

@@ -22,7 +22,7 @@ class OpenVinoCpu:
     `threads`; an artifact may be loaded with other values of the last two."""
 
     name = "openvino_cpu"
-    api = (1, 7)
+    api = (1, 8)
 
     def probe(self, devices: Sequence[Device]) -> Sequence[Offer | Refusal]:
         return [probing.answer(device) for device in devices]

@@ -44,15 +44,16 @@ def answer(device: Device) -> Offer | Refusal:
         return Refusal(device.id, "missing_feature", f"openvino has no kernels for {device.arch}")
     if device.arch != "x86_64":
         # OpenVINO supports it; this backend has not been measured on it.
-        return Offer(device.id, "generic", f"{device.arch}, OpenVINO {version}")
+        return Offer(device.id, "generic", f"{device.arch}, OpenVINO {version}", deterministic=True)
     if (setting := os.environ.get(SWITCH, "")) not in ("", "0", "measure", "require"):
         fix = f"Set {SWITCH} to 0 or to measure, or do not set it"
         return Refusal(device.id, "failed", f"the environment variable {SWITCH} is {setting!r}", fix)
     kind = isa(device)
     if kind == "generic":
-        return Offer(device.id, "generic", f"x86-64 without AVX2 (slow), OpenVINO {version}")
+        why = f"x86-64 without AVX2 (slow), OpenVINO {version}"
+        return Offer(device.id, "generic", why, deterministic=True)
     kernels = "native kernels, " if level_on(device) else ""
-    return Offer(device.id, "native", f"x86-64 with {kind}, {kernels}OpenVINO {version}")
+    return Offer(device.id, "native", f"x86-64 with {kind}, {kernels}OpenVINO {version}", deterministic=True)
 
 
 def requirements(device: Device) -> dict[str, str]:

@@ -76,7 +76,7 @@ class NativeSession(PagedSession):
 
     def __init__(self, engine: NativeEngine, decoder: Decoder, *, context: int, pages: int) -> None:
         self._native = engine
-        super().__init__(engine, decoder, context=context, pages=pages)
+        super().__init__(engine, decoder, context=context, pages=pages, batch_invariant=True)
 
     def new_state(self) -> SparseState:
         self._need_open()

@@ -56,7 +56,8 @@ def load_bundle(
     try:
         with state.stages.time("probe"):
             machine = survey(probe_file, target=device)
-            bundle, choice = _best_variant(bundle, machine, device, backend, variant)
+            deterministic = state.options.deterministic
+            bundle, choice = _best_variant(bundle, machine, device, backend, variant, deterministic=deterministic)
         state.options = _merged_options(bundle.manifest, bundle.variant, folder, state.options)
         if "threads" not in bundle.variant.requires:
             limit_threads(state, machine)
@@ -115,7 +116,9 @@ def _merged_options(manifest: BundleManifest, variant: Variant, folder: Path, op
 # -------------------------------------------------------------------------------------------------------------- devices
 
 
-def _best_variant(bundle: Bundle, machine: Machine, device: str, backend: str, name: str) -> tuple[Bundle, Selection]:
+def _best_variant(
+    bundle: Bundle, machine: Machine, device: str, backend: str, name: str, *, deterministic: bool
+) -> tuple[Bundle, Selection]:
     """The variant that fits best, with the devices that it fits. Raises the first variant's error if none does."""
     variants, folder = bundle.manifest.variants, bundle.folder
     wanted = [v for v in variants if backend in ("auto", v.backend) and name in ("", v.name)]
@@ -128,7 +131,8 @@ def _best_variant(bundle: Bundle, machine: Machine, device: str, backend: str, n
     for variant in wanted:
         one = bundle.of(variant)
         try:
-            found.append((one, _fitting_devices(one, machine, choice_for(variant, folder, machine, device))))
+            choice = choice_for(variant, folder, machine, device, deterministic=deterministic)
+            found.append((one, _fitting_devices(one, machine, choice)))
         except SelectionError as error:
             errors.append(error)
     if not found:
@@ -137,11 +141,13 @@ def _best_variant(bundle: Bundle, machine: Machine, device: str, backend: str, n
     return min(found, key=lambda pair: (pair[1].offer.by_name, -BANDS.index(pair[1].offer.band)))
 
 
-def choice_for(variant: Variant, folder: Path, machine: Machine, device: str) -> Selection:
+def choice_for(
+    variant: Variant, folder: Path, machine: Machine, device: str, *, deterministic: bool = False
+) -> Selection:
     """The devices that a variant's backend offers to run on. Raises OptionError, SelectionError."""
     require_backend(variant, folder, machine)
     try:
-        return choose(machine, device=device, backend=variant.backend)
+        return choose(machine, device=device, backend=variant.backend, deterministic=deterministic)
     except SelectionError as error:
         cause = f"The bundle {folder} was compiled for {_label(variant.target)}. {error.cause}"
         answers = [answer for name, answer in machine.answers if name == variant.backend]

@@ -135,6 +135,11 @@ VERIFY = click.option(
     show_default=True,
     help="Compare the compiled model with the reference. auto: once on each device.",
 )
+DETERMINISTIC = click.option(
+    "--deterministic",
+    is_flag=True,
+    help="The same request gives the same tokens whatever else runs: only backends that promise it.",
+)
 PROBE_FILE = click.option(
     "--probe-file",
     type=click.Path(dir_okay=False),
@@ -160,8 +165,11 @@ def _json(context: click.Context, parameter: click.Parameter, wanted: bool) -> b
 
 JSON = click.option("--json", "as_json", is_flag=True, callback=_json, help="Print JSON.")
 
-_LOADING = (DEVICE, BACKEND, CONTEXT, PRECISION, THREADS, SPARSITY, VERIFY, PROBE_FILE, OFFLINE, JSON)
-_LOAD_NAMES = ("device", "backend", "context", "precision", "threads", "sparsity", "verify", "probe_file", "offline")
+_LOADING = (DEVICE, BACKEND, CONTEXT, PRECISION, THREADS, SPARSITY, VERIFY, DETERMINISTIC, PROBE_FILE, OFFLINE, JSON)
+_LOAD_NAMES = (
+    *("device", "backend", "context", "precision", "threads", "sparsity", "verify", "deterministic", "probe_file"),
+    "offline",
+)
 
 _SAMPLING = (
     click.option(

@@ -104,6 +104,7 @@ def run(
             f"There is no folder for the prompt cache {prompt_cache}", "Create it, or choose another file"
         )
     with ProgressLine(quiet=quiet, stage="load") as progress:
+        deterministic = options["deterministic"]
         path = located_model(model, options["offline"], progress)
         if not raw:
             require_sound_template(path)
@@ -116,8 +117,9 @@ def run(
                 warn(f"{loaded.name} has no chat template, so it continues the prompt as text; --raw says it is meant")
         if prompt_cache is not None:
             if not loaded.saves_prompts:
+                under = " with --deterministic" if deterministic else ""
                 raise OptionError(
-                    f"The backend {loaded.report.backend} cannot write prompt caches", "Leave out --prompt-cache"
+                    f"The backend {loaded.report.backend} cannot write prompt caches{under}", "Leave out --prompt-cache"
                 )
             if os.path.exists(prompt_cache):
                 loaded.load_prompt_cache(prompt_cache)

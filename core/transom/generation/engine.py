@@ -23,11 +23,11 @@ import numpy as np
 
 from transom.contract import OutOfPages, Session, State, Work
 from transom.contract_optional import SavingSession, SparseSession
-from transom.errors import DoesNotFit, EngineError, OptionError, TransomError
+from transom.errors import DoesNotFit, EngineError, OptionError, TransomError, option
 from transom.generation.prefixes import CachedPrefix, PrefixCache
 from transom.generation.requests import Branch, Event, PrefillEvent, Request, TokenEvent
 from transom.generation.results import FinishReason
-from transom.generation.scheduling import FairPolicy, SchedulingPolicy, StepSlice
+from transom.generation.scheduling import FairPolicy, SchedulingPolicy, SeparatePolicy, StepSlice
 
 
 class ModelClosed(TransomError):
@@ -54,6 +54,7 @@ class Engine:
         session: owned by the engine; `close` closes it.
         policy: decides which tokens each step computes.
         watch: entered around each call that computes.
+        deterministic: what a request gives follows from the request alone, to the last bit; see `SeparatePolicy`.
     """
 
     def __init__(
@@ -61,16 +62,22 @@ class Engine:
         session: Session,
         policy: SchedulingPolicy | None = None,
         watch: contextlib.AbstractContextManager[None] | None = None,
+        *,
+        deterministic: bool = False,
     ) -> None:
         self._session = session
         self.watch = watch or contextlib.nullcontext()
-        self._policy = policy or FairPolicy()
         self._sparse = session if isinstance(session, SparseSession) else None
         self._limits = session.limits
+        self._deterministic = deterministic
+        self._separate = deterministic and not self._limits.batch_invariant
+        """Whether every sequence has steps of its own."""
+        self._policy = policy or (SeparatePolicy(every=self._separate) if deterministic else FairPolicy())
         self.context = _usable_context(session)
         """Maximum number of tokens of a sequence, prompt and answer together."""
         chunk = min(self._limits.max_tokens, FairPolicy.chunk)
-        self._prefixes = PrefixCache(self._limits.page_tokens, chunk, self.context)
+        # A prefix has the bits of the steps that made it, which need not be those that would read this prompt.
+        self._prefixes = PrefixCache(0 if self._separate else self._limits.page_tokens, chunk, self.context)
         self._lock = threading.Lock()
         self._free = threading.Condition(self._lock)
         """Signalled when the leader steps down."""
@@ -96,8 +103,8 @@ class Engine:
 
     @property
     def saves(self) -> bool:
-        """Whether the session can save its states."""
-        return isinstance(self._session, SavingSession)
+        """Whether the session can save its states, and sequences may begin with a state that was saved."""
+        return isinstance(self._session, SavingSession) and not self._separate
 
     @property
     def requests(self) -> int:
@@ -223,7 +230,7 @@ class Engine:
             ModelClosed: the engine is closed.
         """
         with self.exclusive(keep=True) as session:
-            saving = _saving(session)
+            saving = self._saving(session)
             kept = self._prefixes.latest
             return None if kept is None else (kept, {n: np.asarray(a) for n, a in saving.save(kept.state).items()})
 
@@ -236,7 +243,7 @@ class Engine:
             ModelClosed: the engine is closed.
         """
         with self.exclusive() as session:
-            saving = _saving(session)
+            saving = self._saving(session)
             try:
                 state = saving.restore(len(tokens), arrays)
             except OutOfPages as error:
@@ -247,6 +254,18 @@ class Engine:
             except ValueError as error:
                 raise OptionError(f"The saved prompt does not fit this model: {error}", "Create it again.") from error
             self._prefixes.keep(tokens, state, sparsity)
+
+    def _saving(self, session: Session) -> SavingSession:
+        if not isinstance(session, SavingSession):
+            raise OptionError("This backend cannot save prompt caches", "Do not use a prompt cache.")
+        if self._separate:
+            asked = option("deterministic", True)
+            raise OptionError(
+                f"With {asked}, this backend reads every prompt anew, because the bits of a prompt cache depend on the "
+                "steps that made it",
+                f"Leave out {asked}, or do not use a prompt cache.",
+            )
+        return session
 
     def forget(self) -> None:
         """Free the caches of ended sequences.
@@ -360,6 +379,8 @@ class Engine:
             branches = [b for request in self._requests for b in request.branches if b.finish is None]
         if not branches:
             return
+        for branch in branches:
+            _undo_interrupted(branch)
         self._make_room_for_waiting(branches)
         plan = self._policy.plan(branches, self._limits, self._session.pages)
         if not plan:
@@ -403,9 +424,7 @@ class Engine:
             request.started = time.perf_counter()
             request.busy_started = self._busy_now()
         branch.served = self._steps
-        done = branch.computed
-        if state.length > done:
-            state.truncate(done)  # computed in an interrupted step, which lost the logits
+        done = branch.began = branch.computed
         tokens = branch.tokens[done : done + count]
         if branch.sampler is None:
             return Work(state, _padded(tokens, width), "all", sparsity=request.sparsity)
@@ -427,7 +446,7 @@ class Engine:
     def _new_state(self, branch: Branch) -> State:
         """A state for a branch: a kept prefix, or an empty state."""
         request = branch.request
-        if branch.sampler is not None:
+        if branch.sampler is not None and not (self._deterministic and request.selects_keys):
             kept = self._prefixes.take(branch.tokens, request.sparsity, request.salt, selects_keys=request.selects_keys)
             if kept is not None:
                 if branch.index == 0 and len(branch.tokens) == request.prompt_tokens:
@@ -441,6 +460,7 @@ class Engine:
         request = branch.request
         state = branch.state
         assert state is not None
+        branch.began = None
         if width > count:
             state.truncate(state.length - (width - count))
         length = state.length
@@ -584,10 +604,11 @@ class Engine:
         return self._busy + time.perf_counter() - self._led_since
 
 
-def _saving(session: Session) -> SavingSession:
-    if not isinstance(session, SavingSession):
-        raise OptionError("This backend cannot save prompt caches", "Do not use a prompt cache.")
-    return session
+def _undo_interrupted(branch: Branch) -> None:
+    """Remove from a state what a step computed that Ctrl-C interrupted: its logits are lost, and it is repeated."""
+    if branch.began is not None and branch.state is not None and branch.state.length > branch.began:
+        branch.state.truncate(branch.began)
+    branch.began = None
 
 
 def _padded(tokens: list[int], width: int) -> list[int]:

@@ -86,6 +86,8 @@ class Loaded:
     """Identity of the compiled model, which a prompt cache must match."""
     heads: Callable[[], Heads | None] = lambda: None
     """Finds the model's calibrated heads, for the policy of a single call."""
+    deterministic: bool = False
+    """Whether the same request gives the same bits whatever else runs."""
     watch: AbstractContextManager[None] | None = None
     """Entered around each call that computes: notes a step that ends the process."""
     on_close: Callable[[], None] | None = None
@@ -100,7 +102,7 @@ class Model:
 
     def __init__(self, loaded: Loaded) -> None:
         self._loaded = loaded
-        self._engine = Engine(loaded.session, loaded.policy, loaded.watch)
+        self._engine = Engine(loaded.session, loaded.policy, loaded.watch, deterministic=loaded.deterministic)
         self._generator: Generator | None = None
         self._closing = threading.Lock()
         self._tool_forms: tuple[ToolForm | None, ...] = ()
@@ -150,7 +152,7 @@ class Model:
 
     @property
     def saves_prompts(self) -> bool:
-        """Whether the backend can save prompt caches."""
+        """Whether prompt caches can be saved and loaded: the backend can, and `deterministic` does not exclude it."""
         return self._engine.saves
 
     @property
@@ -482,6 +484,12 @@ class Model:
         from transom.generation import prompt_cache
 
         saved = prompt_cache.read(Path(path), self._loaded.identity)
+        if self._loaded.deterministic and saved.sparsity != PRESETS["off"].to_string():
+            asked = option("deterministic", True)
+            raise OptionError(
+                f"The prompt cache {path} was made with sparse attention, which depends on the steps that made it",
+                f"Leave out {asked}, or do not use it.",
+            )
         same = saved.sparsity == self._loaded.sparsity.to_string()
         self._engine.restore(saved.tokens, None if same else saved.sparsity, saved.arrays)
         return len(saved.tokens)

@@ -48,6 +48,8 @@ class Report:
     """The result of the self-check against the reference."""
     sparsity: str = ""
     """Which keys attention reads, and whether the model's heads are calibrated; empty: all keys."""
+    determinism: str = ""
+    """Whether what else runs may change results; empty for a graph that is not a decoder."""
     cache_hit: bool = False
     """Whether the compiled artifact was in the cache."""
     bundle: str = ""
@@ -65,6 +67,7 @@ class Report:
             ("memory", self._memory()),
             ("sparsity", self.sparsity),
             ("self-check", self.check),
+            ("determinism", self.determinism),
             ("artifact", self._artifact()),
             ("start-up", self._startup()),
         ]
@@ -99,6 +102,7 @@ class Report:
             "memory": dict(self.memory),
             "sparsity": self.sparsity,
             "check": self.check,
+            "determinism": self.determinism,
             "cache_hit": self.cache_hit,
             "bundle": self.bundle,
             "startup": dict(self.startup),

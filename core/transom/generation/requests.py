@@ -51,6 +51,7 @@ class Branch:
 
     __slots__ = (
         "awaiting_fork",
+        "began",
         "cancelled",
         "finish",
         "index",
@@ -71,6 +72,8 @@ class Branch:
         self.sampler = sampler
         """None: the request is for logits, not tokens."""
         self.state: State | None = None
+        self.began: int | None = None
+        """Tokens in the cache when the step began that computes this sequence; None between steps."""
         self.awaiting_fork = awaiting_fork
         """Whether it waits until the first branch has read the prompt, to share its cache."""
         self.finish: FinishReason | None = None

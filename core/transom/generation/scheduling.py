@@ -8,7 +8,7 @@ policy.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 from transom.contract import Limits
@@ -124,6 +124,34 @@ class FairPolicy:
         if not holders:
             return None
         return min(holders, key=lambda b: (b.runnable, b.computed, (-b.age[0], -b.age[1])))
+
+
+@dataclass(frozen=True)
+class SeparatePolicy(FairPolicy):
+    """Steps that follow from one sequence alone, so that its numbers do too: no other sequence shares them, the prompt
+    is cut at multiples of `chunk`, and each token after it has a step, also when it is computed again after a
+    preemption.
+    """
+
+    every: bool = True
+    """Whether all sequences need it. False: only those whose policy selects keys, for a batch-invariant session."""
+
+    def plan(self, branches: Sequence[Branch], limits: Limits, pages: Pages) -> list[StepSlice]:
+        if not self.every and not any(branch.request.selects_keys for branch in branches):
+            return super().plan(branches, limits, pages)
+        return [self._cut(part, limits) for part in super().plan(branches, replace(limits, max_sequences=1), pages)[:1]]
+
+    def _cut(self, part: StepSlice, limits: Limits) -> StepSlice:
+        branch, done = part.branch, part.branch.computed
+        prompt, space = branch.request.prompt_tokens, limits.context - done
+        if done >= prompt:
+            pending = room = 1
+        else:
+            pending = prompt - done
+            room = min(self.chunk - done % self.chunk, limits.max_tokens)
+        fitted = fit(pending, room, space, limits.token_classes)
+        fitted = fitted or fit(pending, limits.max_tokens, space, limits.token_classes)
+        return part if fitted is None else StepSlice(branch, *fitted)
 
 
 def fit(pending: int, room: int, space: int, classes: tuple[int, ...]) -> tuple[int, int] | None:

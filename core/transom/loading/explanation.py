@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from transom.contract import Backend, Device, Offer, Refusal, Verdict
-from transom.errors import TransomError
+from transom.errors import TransomError, option
 from transom.graph import Graph
 from transom.loading.machine import Machine
 from transom.preparation.lowering import claims_of, operator_name, try_lower
@@ -75,7 +75,13 @@ class Explanation:
                 {
                     "backend": a.backend,
                     "device": a.device,
-                    "offer": {"band": a.answer.band, "why": a.answer.why} if isinstance(a.answer, Offer) else None,
+                    "offer": {
+                        "band": a.answer.band,
+                        "why": a.answer.why,
+                        "deterministic": a.answer.deterministic,
+                    }
+                    if isinstance(a.answer, Offer)
+                    else None,
                     "refusal": {"code": a.answer.code, "reason": a.answer.reason, "fix": a.answer.fix}
                     if isinstance(a.answer, Refusal)
                     else None,
@@ -109,6 +115,8 @@ class Explanation:
                 yield f"  {a.verdict.reason or a.verdict.state}"
             for count, operator, outcome, reason in a.counts():
                 yield f"  {count:5} × {operator} {outcome}" + (f": {reason}" if reason else "")
+            if not a.answer.deterministic:
+                yield f"  not for {option('deterministic', True)}: it does not promise the same bits each time"
 
 
 def explain_graph(graph: Graph, name: str, machine: Machine, *, device: str = "auto") -> Explanation:

@@ -26,9 +26,10 @@ def load_model(
     model: Any, state: LoadState, *, device: str = "auto", backend: str = "auto", probe_file: str | Path | None = None
 ) -> Model:
     """Load a model that is not a bundle; arguments and errors are those of `transom.load`."""
+    deterministic = state.options.deterministic
     with state.stages.time("probe"):
         machine = survey(probe_file, target=device)
-        choice = choose(machine, device=device, backend=backend)
+        choice = choose(machine, device=device, backend=backend, deterministic=deterministic)
     limit_threads(state, machine)
     with state.stages.time("read"):
         jobs = ChildJobs(state, identify(model, state, machine.plugins))
@@ -37,5 +38,5 @@ def load_model(
         from transom.loading.speeds import measured_speeds
 
         speeds = measured_speeds(models, machine, choice)
-        choice = choose(machine, device=device, backend=backend, measured=speeds)
+        choice = choose(machine, device=device, backend=backend, measured=speeds, deterministic=deterministic)
     return first_that_works(jobs, machine, choice, lambda attempt: open_model(models, attempt))

@@ -82,6 +82,7 @@ def choose(
     backend: str = "auto",
     measured: Mapping[str, float] | None = None,
     purpose: Literal["run", "export"] = "run",
+    deterministic: bool = False,
 ) -> Selection:
     """Select, with the environment variable and the plugins' hooks. Raises as `selection.select`."""
     hook = machine.plugins.choose([(name, answer) for name, answer in machine.answers if isinstance(answer, Offer)])
@@ -96,6 +97,7 @@ def choose(
         purpose=purpose,
         measured=measured,
         notes=machine.found.notes,
+        deterministic=deterministic,
     )
 
 

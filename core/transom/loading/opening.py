@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
-from transom.errors import EngineError
+from transom.errors import EngineError, option
 from transom.generation.report import Report
 from transom.loading import step_crashes
 from transom.loading.compiled_models import CompiledModels, Ready
@@ -18,7 +18,7 @@ from transom.preparation.plugin_operators import register_operators
 from transom.sparsity import shipped
 
 if TYPE_CHECKING:
-    from transom.contract import Session
+    from transom.contract import Limits, Session
     from transom.generation.model import Model
     from transom.loading.attempts import Attempt
     from transom.loading.identity import ModelIdentity
@@ -132,6 +132,7 @@ def _model(
         memory=plan.parts() if plan else {},
         check=compiled.verdict_text(ready.verdict),
         sparsity=heads.description(sparsity, heads_from),
+        determinism=_determinism(state, attempt, session.limits, sparsity) if source.decoder else "",
         cache_hit=was_there or bool(models.bundle),
         bundle=models.bundle,
         startup=dict(state.stages.seconds),
@@ -154,10 +155,22 @@ def _model(
             sparsity=sparsity,
             identity=ready.compiled.key,
             heads=_heads_finder(state, identity, sparsity, source),
+            deterministic=state.options.deterministic,
             watch=watch,
             on_close=_releaser(ready.compiled, state.held, watch),
         )
     )
+
+
+def _determinism(state: LoadState, attempt: Attempt, limits: Limits, sparsity: Sparsity) -> str:
+    """What the report says about results beside other generations."""
+    always, shared = "the same bits whatever else runs", limits.batch_invariant and sparsity.dense
+    if state.options.deterministic:
+        return always if shared else f"{always}; each sequence has steps of its own"
+    if not attempt.candidate.offer.deterministic:
+        return "the backend does not promise the same bits each time"
+    asked = option("deterministic", True)
+    return always if shared else f"what else runs may change the rounding; {asked} prevents it"
 
 
 def _heads_finder(

@@ -17,7 +17,7 @@ PRECISIONS = ("auto", "exact", "fast", "f32", "bf16", "f16", "int8", "fp8", "int
 VERIFY = ("auto", "off", "always")
 _BOTH = ("cache", "calibration", "context", "offline", "precision", "probe_file", "progress", "sparsity", "verify")
 NAMES = {
-    "load": (*_BOTH, "backend", "device", "threads"),
+    "load": (*_BOTH, "backend", "deterministic", "device", "threads"),
     "export": (*_BOTH, "app", "format", "max_kl", "out", "overwrite", "target"),
 }
 """Names of the options by function."""
@@ -33,6 +33,7 @@ class LoadOptions:
     texts: tuple[str, ...]
     """The user's calibration texts; empty for the default passages."""
     verify: str
+    deterministic: bool = False
 
 
 def auto_policy() -> str:
@@ -55,6 +56,7 @@ def checked_options(
     threads: int | None = None,
     calibration: Sequence[str | Path] = (),
     verify: str = "auto",
+    deterministic: bool = False,
     unknown: Mapping[str, Any] | None = None,
 ) -> LoadOptions:
     """Check the options of a call.
@@ -74,8 +76,10 @@ def checked_options(
     for name, value in (("context", context), ("threads", threads)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise OptionError(f"{option(name, value)} is not a positive whole number", "Leave it out for the default")
+    if not isinstance(deterministic, bool):
+        raise OptionError(f"{option('deterministic', deterministic)} is not True or False", "Leave it out for False")
     for_backend = {"context": context, "precision": precision, "threads": threads}
-    return LoadOptions(for_backend, Sparsity.parse(sparsity), user_texts(calibration), verify)
+    return LoadOptions(for_backend, Sparsity.parse(sparsity), user_texts(calibration), verify, deterministic)
 
 
 def _require_known(name: str, value: object, known: Sequence[str]) -> None:

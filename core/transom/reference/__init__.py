@@ -22,11 +22,11 @@ FORMAT = "1"
 
 class ReferenceBackend:
     name = "reference"
-    api = (1, 1)
+    api = (1, 8)
 
     def probe(self, devices: Sequence[Device]) -> Sequence[Offer | Refusal]:
         return [
-            Offer(d.id, "fallback", "NumPy reference: exact, float32, slow")
+            Offer(d.id, "fallback", "NumPy reference: exact, float32, slow", deterministic=True)
             if d.kind == "cpu"
             else Refusal(
                 d.id, "wrong_device", f"runs on the CPU only, not on {d.kind}", f"Use {option('device', 'cpu')}"

@@ -92,6 +92,7 @@ class PagedSession:
         context: maximum tokens of one state.
         pages: pages in the pool, for all sequences together.
         max_sequences, max_tokens: maximum sequences and new tokens of one step.
+        batch_invariant: as `transom.contract.Limits.batch_invariant`.
     """
 
     def __init__(
@@ -103,11 +104,12 @@ class PagedSession:
         pages: int,
         max_sequences: int = MAX_SEQUENCES,
         max_tokens: int = MAX_TOKENS,
+        batch_invariant: bool = False,
     ) -> None:
         self._engine, self._decoder = engine, decoder
         self._page_bytes = engine.page_bytes()
         self._pool = PagePool(pages, engine.page_tokens, engine.drop_pages)
-        self._limits = Limits(max_sequences, max_tokens, context, engine.page_tokens)
+        self._limits = Limits(max_sequences, max_tokens, context, engine.page_tokens, batch_invariant=batch_invariant)
         self._closed = False
         engine.bind_pages(pages)
         self._failed: EngineError | None = None
