@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -216,10 +218,41 @@ def test_no_name_is_in_two_tables() -> None:
         assert not any(table & later for later in others[i + 1 :])
     assert mobius.NEARLY.keys() <= architectures.BY_EXTRA
     own = families()
-    assert {*architectures.OWN} == {n for family in own for n in (*family.architectures, *family.model_types)}
     assert {*architectures.OWN_GGUF} == {n for family in own for n in family.gguf}
     for family in own:  # they are asked first
         assert not {*family.model_types, *family.gguf} & (text.union(*others))
+
+
+UNSUPPORTED: list[tuple[str, dict[str, Any], str]] = [
+    ("llama", {"hidden_act": "relu2"}, "hidden_act in"),
+    ("llama", {"rope_scaling": {"type": "spiral", "factor": 2.0}}, "type in rope_scaling of"),
+    ("qwen2", {"layer_types": ["linear_attention"], "use_sliding_window": True}, "layer_types in"),
+    ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention in"),
+]
+
+
+def own_directory(folder: Path, kind: str, **settings: Any) -> Path:
+    sizes = {**SMALL, "max_position_embeddings": 64, "rms_norm_eps": 1e-6}
+    return directory(folder, model_type=kind, **sizes, **settings)
+
+
+@pytest.mark.parametrize(("kind", "settings", "named"), UNSUPPORTED)
+def test_a_setting_that_our_own_family_does_not_support_is_refused_by_the_headers(
+    kind: str, settings: dict[str, Any], named: str, tmp_path: Path
+) -> None:
+    error = refusal(own_directory(tmp_path, kind, **settings))
+    assert error.cause.startswith(named)
+    assert "which this family does not support" in error.cause
+
+
+def test_settings_are_read_without_onnx(tmp_path: Path) -> None:
+    code = (
+        "import sys; from transom.sources import resolve; resolve(sys.argv[1]).require_supported(sys.argv[1]); "
+        "print(sorted({'onnx', 'onnx_ir', 'onnxscript', 'torch', 'transformers', 'tokenizers'} & {*sys.modules}))"
+    )
+    folder = own_directory(tmp_path, "llama")
+    done = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
 
 
 def test_loading_refuses_before_it_hashes_or_starts_a_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,13 +266,15 @@ def test_loading_refuses_before_it_hashes_or_starts_a_process(tmp_path: Path, mo
     monkeypatch.setenv("TRANSOM_CACHE", str(tmp_path / "cache"))
     for module, name in ((child_jobs, "run_in_child"), (gguf_source, "content_hash"), (hf, "content_hash")):
         monkeypatch.setattr(module, name, never)
-    (tmp_path / "hf").mkdir()
+    for name in ("hf", "own"):
+        (tmp_path / name).mkdir()
     for spec in (
+        own_directory(tmp_path / "own", "llama", hidden_act="relu2"),
         directory(tmp_path / "hf", model_type="bert", architectures=["BertForMaskedLM"]),
         gguf_file(tmp_path / "x.gguf", "mamba"),
     ):
         for _ in range(2):
-            with pytest.raises(SourceError, match=r"is an encoder|keep a state"):
+            with pytest.raises(SourceError, match=r"is an encoder|keep a state|hidden_act"):
                 transom.load(spec, backend="reference")
 
 

@@ -87,7 +87,7 @@ class Inspection:
 def inspect_model(model: str | Path, progress: Progress | None = None) -> Inspection:
     """Open a model and describe it.
 
-    Only headers are shown of a model that Transom cannot load because of its architecture.
+    Only headers are shown of a model that Transom cannot load because of its architecture or its settings.
 
     Raises:
         SourceError: it cannot be read.

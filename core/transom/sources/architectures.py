@@ -22,16 +22,8 @@ def _names(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-OWN = _names(
-    """
-    Gemma2ForCausalLM Gemma3ForCausalLM Gemma3ForConditionalGeneration LlamaForCausalLM MistralForCausalLM
-    Phi3ForCausalLM Qwen2ForCausalLM Qwen3ForCausalLM gemma2 gemma3 gemma3_text llama mistral phi3 qwen2 qwen3
-    """
-)
-"""The names of our own families in config.json: class and `model_type`. The families are not imported to read them."""
-
 OWN_GGUF = _names("gemma2 gemma3 llama phi3 qwen2 qwen3")
-"""Their names in GGUF files."""
+"""The names of our own families in GGUF files. The families are not imported to read them."""
 
 BY_EXTRA = _names(
     """

@@ -101,7 +101,7 @@ class Source(Protocol):
         """Whether this source can open the spec. Cheap: reads at most the first bytes of a file."""
 
     def require_supported(self, spec: Spec) -> None:
-        """Raise the reason why the model cannot be built, if its architecture shows one.
+        """Raise the reason why the model cannot be built, if its architecture or its settings show one.
 
         Reads headers, and imports nothing heavy for a model that it can build. It is called before the files are hashed
         and before a child process is started.

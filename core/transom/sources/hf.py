@@ -15,7 +15,7 @@ from transom.graph.weights import Array, Dense, Weight
 from transom.models import Family, family_for_hf
 from transom.models.tensors import Checkpoint, Tensors
 from transom.models.values import Values
-from transom.sources.architectures import OWN, refusal_of_directory
+from transom.sources.architectures import refusal_of_directory
 from transom.sources.base import (
     Contents,
     Pretrained,
@@ -102,11 +102,8 @@ class HfSource(Source):
 
     def require_supported(self, spec: Spec) -> None:
         folder = _folder(spec)
-        config = read_config(folder)
-        names = config.get("architectures") or [config.get("model_type")]
-        known = isinstance(names, list) and any(name in OWN for name in names if isinstance(name, str))
-        if not known and family_for_hf(config, str(folder / "config.json")) is None:
-            raise refusal_of_directory(config, folder)
+        family, settings, _, tensors = _headers(folder, read_config(folder))
+        family.from_hf(settings, tensors, None)  # raises for a setting that the family does not support
 
     def original(self, spec: Spec) -> Pretrained:
         folder = _folder(spec)
