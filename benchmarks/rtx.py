@@ -5,7 +5,6 @@
     python benchmarks/rtx.py --only dense                   # only decoding and prompts of an 8B-shaped model
     python benchmarks/rtx.py --full                         # all 32 layers instead of a few; about half an hour
     python benchmarks/rtx.py --dry-run                      # no card: tiny shapes in ONNX Runtime, no real times
-    python benchmarks/rtx.py --docs benchmarks/results/rtx-*.json   # writes a section of docs/performance.md
 
 First the card's bandwidth, and the logits of SmolLM2-135M in every precision against the reference. Then engines of an
 8B-shaped model with random weights and few layers are built. They separate the cost of a layer from the cost of the
@@ -27,7 +26,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from parts.running import NO_CARD, OK, WRONG, NoCard, begin, document, finish, function, options, perform
+from parts.running import NO_CARD, OK, WRONG, NoCard, begin, finish, function, options, perform
 
 LIMIT, FULL_LIMIT = 560.0, 3600.0
 """Seconds of a run, and of one with `--full`."""
@@ -103,8 +102,6 @@ def main(command: Sequence[str] | None = None) -> int:
     parser.add_argument("--scratch", default=tempfile.gettempdir(), help="a folder for engines, 20 GB, on a disk")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args(command)
-    if arguments.docs is not None:
-        return document(arguments.docs, "rtx")
     if arguments.layers and (len(set(arguments.layers)) < 2 or min(arguments.layers) < 1):
         parser.error("--layers takes two or more different depths; for the whole model there is --full")
     if arguments.child is not None:

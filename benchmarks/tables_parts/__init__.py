@@ -1,0 +1,1 @@
+"""Writes the rows of results as tables of Markdown, one benchmark a file."""

@@ -1,0 +1,98 @@
+"""Tables of `cpu_engines.py`: medians over the rounds, and ratios to the best peer."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+
+from parts.markdown import table
+from parts.results import BenchResult, Row
+
+NAMES = {
+    "transom": "Transom", "transom-openvino": "Transom through OpenVINO", "openvino-genai": "openvino-genai",
+    "llama-cpp-python": "llama-cpp-python, flash attention",
+}  # fmt: skip
+
+
+def name_of(engine: str) -> str:
+    """The engine and its sparse setting in words."""
+    name, _, sparsity = engine.partition(" ")
+    return f"{NAMES[name]}, `{sparsity}`" if sparsity else NAMES[name]
+
+
+def medians(result: BenchResult) -> dict[str, Row]:
+    """Medians of the measurements of each engine, in SI units."""
+    rounds: dict[str, list[Row]] = {}
+    for row in result.rows("rounds"):
+        rounds.setdefault(row["engine"], []).append(row)
+    return {
+        engine: {
+            name: statistics.median(row[name] for row in rows) for name in rows[0] if name not in ("engine", "round")
+        }
+        for engine, rows in rounds.items()
+    }
+
+
+def lengths(result: BenchResult) -> list[int]:
+    """Lengths of the prompts."""
+    return [int(name.split()[1]) for name in result.rows("rounds")[0] if name.startswith("prefill ")]
+
+
+def best_peer_ratio(found: dict[str, Row], engine: str, measurement: str) -> float:
+    """The best other program, over one of Transom's settings."""
+    peers = [row[measurement] for name, row in found.items() if name.partition(" ")[0] != "transom"]
+    return float(min(peers) / found[engine][measurement])
+
+
+def engine_table(result: BenchResult, *, ratios: bool = True) -> list[str]:
+    """A row for each engine; then, for each setting of Transom, the best peer over it."""
+    found = medians(result)
+    columns: list[tuple[str, str, Callable[[float], str]]] = [
+        *((f"prefill {n}", f"{n} tokens, s", "{:.2f}".format) for n in lengths(result)),
+        *((f"decode {n}", f"Decode at {n}, ms", lambda s: f"{s * 1e3:.1f}") for n in lengths(result)),
+        ("resident", "Resident, MB", lambda b: f"{b / 1e6:.0f}"),
+        ("load", "Load, s", "{:.2f}".format),
+    ]
+    rows = [[name_of(e), *(shown(row[name]) for name, _, shown in columns)] for e, row in found.items()]
+    ours = [engine for engine in found if engine.partition(" ")[0] == "transom"]
+    if ratios and 0 < len(ours) < len(found):
+        rows += [
+            [f"best peer / {name_of(e)}", *(f"{best_peer_ratio(found, e, name):.2f}" for name, *_ in columns)]
+            for e in ours
+        ]
+    return table(["Engine", *(title for _, title, _ in columns)], rows)
+
+
+def comparison(results: Sequence[BenchResult]) -> list[str]:
+    return engine_table(results[0])
+
+
+def measured_only(results: Sequence[BenchResult]) -> list[str]:
+    """Without ratios."""
+    return engine_table(results[0], ratios=False)
+
+
+def through_openvino(results: Sequence[BenchResult]) -> list[str]:
+    """OpenVINO over the native kernels, by length, for Transom alone."""
+    (result,) = results
+    found, prompts = medians(result), lengths(result)
+    rows = [
+        [what, *(f"{best_peer_ratio(found, 'transom', f'{key} {n}'):.2f}" for n in prompts), ""]
+        for what, key in (("Prefill", "prefill"), ("Decode", "decode"))
+    ]
+    rows.append(["Resident", *[""] * len(prompts), f"{best_peer_ratio(found, 'transom', 'resident'):.2f}"])
+    return table(["OpenVINO / native", *(f"{n} tokens" for n in prompts), "Process"], rows)
+
+
+def by_length(results: Sequence[BenchResult]) -> list[str]:
+    """Each engine at each length, with the time for one token of the prompt."""
+    (result,) = results
+    rows = [
+        [
+            name_of(engine), str(n), f"{row[f'prefill {n}']:.1f}", f"{row[f'prefill {n}'] / n * 1e3:.2f}",
+            f"{row[f'decode {n}'] * 1e3:.1f}",
+        ]
+        for engine, row in medians(result).items()
+        for n in lengths(result)
+    ]  # fmt: skip
+    return table(["Engine", "Tokens", "Prompt, s", "For each of its tokens, ms", "Decode, ms"], rows)
