@@ -222,8 +222,8 @@ def _prompt(bench: GpuBench, table: Table, layered: Layered, length: int) -> flo
         if bench.clock.left < 20 and not bench.dry:
             add(said, None, density, "there was no time")
             continue
-        seconds, note = _timed(bench, make)
-        add(said, seconds, density, note)
+        taken, note = _timed(bench, make)
+        add(said, taken, density, note)
     return times["dense"]
 
 
@@ -308,8 +308,8 @@ def _token(bench: GpuBench, table: Table, layered: Layered, length: int, copies:
             add(said, seconds, density_of(), note, ours=True)
     caches = [peers.drawn(bench, 1, length) for _ in range(copies)]
     for said, make in peers.tokens(caches):
-        seconds, note = _timed_all(bench, make, copies)
-        add(said, seconds, 1.0, note)
+        taken, note = _timed_all(bench, make, copies)
+        add(said, taken, 1.0, note)
 
 
 def _timed_all(bench: GpuBench, make: Callable[[], list[Run]], copies: int) -> tuple[float | None, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from parts.running import PartContext
 
@@ -51,7 +52,7 @@ class GpuSizes:
         return self.heads // self.kv_heads
 
 
-QUICK = {"lengths": (4096, 16384), "densities": (0.2,), "product_rows": (1, 1024)}
+QUICK: dict[str, Any] = {"lengths": (4096, 16384), "densities": (0.2,), "product_rows": (1, 1024)}
 TOY = GpuSizes(
     heads=2, kv_heads=1, head_dim=16, hidden=64, inner=64, layers=1, vocabulary=64, lengths=(256, 384),
     densities=(0.6,), near=128, end_to_end=144, chunk=96, decodes=1, batch=2, product_rows=(1, 3), peak=64,

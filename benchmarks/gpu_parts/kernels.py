@@ -204,7 +204,7 @@ class Kit:
         (x, x_is), (before, before_is) = (self.random(rng, 5, width) for _ in range(2))
         weight, out, residual = rng.standard_normal(columns).astype(np.float32), self.empty(5, width), before.clone()
         wide = power_of_two(columns)
-        given = {
+        given: dict[str, Any] = {
             "X": x, "RESIDUAL": residual, "WEIGHT": torch.from_numpy(weight), "OUT": out, "rows": 5 * groups,
             "groups": groups, "columns": columns, "x_token": width, "residual_token": width, "out_token": width,
             "epsilon": 1e-5, "ROWS": max(1, 2048 // wide), "WIDTH": wide, "ADD": add,
@@ -251,7 +251,7 @@ class Kit:
         angles = rng.random((50, rotated // 2)).astype(np.float32) * 6
         positions = rng.permutation(50)[:7].astype(np.int32)
         width = power_of_two(rotated // 2)
-        given = {
+        given: dict[str, Any] = {
             "X": x, "POSITIONS": torch.from_numpy(positions), "COS": torch.from_numpy(np.cos(angles)),
             "SIN": torch.from_numpy(np.sin(angles)), "rows": 7 * heads, "heads": heads, "x_token": heads * head,
             "HEAD": head, "ROTATED": rotated, "INTERLEAVED": interleaved, "ROWS": max(1, 2048 // width),
@@ -383,14 +383,14 @@ def append(launch: Launcher, rng: np.random.Generator, head: int, rotated: int, 
     module.test_keys_are_rotated_and_nodes_follow(head, rotated, interleaved, TORCH[number], rng)
 
 
-def routing(launch: Launcher, rng: np.random.Generator, kind: str, noting: bool) -> None:
+def routing(launch: Launcher, rng: np.random.Generator, kind: str) -> None:
     """The choice of dynamic sparse attention, as in tests/cuda_triton/test_routing.py."""
     import pytest
 
     module = tests("test_routing")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "interpret", launch)
-        if noting:
+        if isinstance(launch, Noted):
             patch.setattr(module.Layer, "check", lambda *given: None)
         module.test_the_choice_is_the_references(kind, rng, patch)
 
@@ -417,9 +417,7 @@ def cases(arch: int, dry: bool, quick: bool) -> Iterator[Case]:
             how = {"head": head, "rotated": rotated, "interleaved": bool(i % 2), "number": number}
             yield Case(f"append, heads of {head}, {number}", partial(_keyed, append, how))
     for kind in ROUTINGS[:1] if dry else ROUTINGS[:3] if quick else ROUTINGS:
-        yield Case(
-            f"routing, {kind}", lambda launch, rng, kind=kind: routing(launch, rng, kind, isinstance(launch, Noted))
-        )  # type: ignore[misc]
+        yield Case(f"routing, {kind}", partial(_keyed, routing, {"kind": kind}))
 
 
 def _row_cases(kit: Kit, dry: bool) -> Iterator[Case]:

@@ -53,7 +53,9 @@ class Open:
 
     @property
     def engine(self) -> TritonEngine:
-        return self.session._triton
+        engine = self.session._triton
+        assert isinstance(engine, TritonEngine)  # one card
+        return engine
 
     def close(self) -> None:
         self.session.close()
