@@ -35,7 +35,7 @@ def main() -> None:
             empty_cache=cache == "empty", tell=tell,
         )  # fmt: skip
         rows += [{"cache": cache, **starts} for starts in found["all"]]
-    made = result({"starts": rows})
+    made = result({"starts": rows}, "openvino")
     finish(made, options.out, stages([made]))
 
 

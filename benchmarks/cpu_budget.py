@@ -71,7 +71,7 @@ def main() -> None:
         command += ["--sparsity", options.sparsity, "--child"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         rows.append(told(done.returncode, done.stdout, done.stderr))
-    found = result({"budgets": rows})
+    found = result({"budgets": rows}, "openvino")
     refusals = [f"{row['gib']:g} GiB: {row['refused']}" for row in rows if row["refused"]]
     finish(found, options.out, [*budgets([found]), "", *refusals])
 

@@ -304,7 +304,7 @@ def main() -> None:
         shown = ", ".join(f"{name} {value:.4g}" for name, value in measured["measured"].items())
         print(f"round {number + 1} {engine}: {shown}", file=sys.stderr, flush=True)
     versions = {distribution(engine): row["version"] for engine, row in about.items()}
-    found = result({"rounds": rounds, "engines": list(about.values())}, versions)
+    found = result({"rounds": rounds, "engines": list(about.values())}, "openvino", versions=versions)
     settings = [f"{row['engine']}: {row['about']}" for row in about.values()]
     said = [*engine_table(found), "", *settings, *warnings(found, len(os.sched_getaffinity(0)))]
     finish(found, arguments.out, said)

@@ -175,7 +175,7 @@ def main() -> None:
     print(f"{Path(path).name}; " + "; ".join(f"{p}: {m.report.precision}" for p, m in models.items()))
     texts_found = on_texts(models, settings, options.tokens, options.passages)
     tasks_found = on_tasks(models, settings, options.tokens, options.seeds)
-    found = result({"texts": [asdict(f) for f in texts_found], "tasks": [asdict(f) for f in tasks_found]})
+    found = result({"texts": [asdict(f) for f in texts_found], "tasks": [asdict(f) for f in tasks_found]}, "openvino")
     tables = (retrieval([found], precision) for precision in options.precisions if tasks_found)
     finish(found, options.out, [*every_setting([found]), *(line for each in tables for line in ("", *each))])
 

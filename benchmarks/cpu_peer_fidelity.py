@@ -116,7 +116,7 @@ def main() -> None:
             note(f"openvino-genai {sparsity}", domain, gained)
         del genai
         gc.collect()
-    made = result({"retention": rows})
+    made = result({"retention": rows}, "openvino", "openvino-genai")
     finish(made, options.out, peers([made]))
 
 

@@ -135,7 +135,7 @@ def main() -> None:
                 "reading": profile.decode_bytes(later) / (sum(decode.values()) / NEW / threads),
             })  # fmt: skip
             profile.model.close()
-    found = result({"peaks": peaks(threads), "work": work, "rates": rates})
+    found = result({"peaks": peaks(threads), "work": work, "rates": rates}, "openvino")
     finish(found, options.out, whole([found]))
 
 

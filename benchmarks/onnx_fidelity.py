@@ -29,11 +29,13 @@ from parts.storing import stored
 from rtx_parts.decoders import changed, plain
 from tables_parts.phones import portable
 
+from transom.bundles.weighing import plan_variants
 from transom.contract import Session, Work
 from transom.graph import Blocked, Graph
 from transom.graph.reading import matrices
 from transom.hardware.cpu import probe_cpu
 from transom_mobile_export.onnx.backend import OnnxDecoder
+from transom_mobile_export.onnx.storage import FORMS
 
 BACKEND = OnnxDecoder()
 PRECISIONS = ("f16", "int8", "int4")
@@ -47,6 +49,8 @@ class FidelityRow:
     weights: str
     precision: str
     megabytes: float
+    planned: float
+    """Megabytes that `transom export --plan` gives for it."""
     divergence: float
     same_best: float
     cosine: float
@@ -62,6 +66,13 @@ def session_of(graph: Graph, precision: str, folder: Path) -> tuple[Session, flo
     artifact = stored(BACKEND.compile(graph, device, options, lambda stage, share: None), folder)
     session = BACKEND.load(artifact, device, options, folder)
     return session, sum(Path(str(path)).stat().st_size for path in artifact.files.values()) / 1e6
+
+
+def planned_megabytes(graph: Graph, precision: str) -> float:
+    """The planned size of the files, in megabytes."""
+    assert graph.decoder is not None
+    plan = plan_variants(graph, graph.decoder, probe_cpu(), [FORMS[precision]], graph.decoder.context)
+    return sum(plan.variants[0].files.values()) / 1e6
 
 
 def logits(session: Session, ids: Sequence[int], steps: int) -> tuple[Any, float, float]:
@@ -104,7 +115,8 @@ def measured(graph: Graph, passages: Sequence[Any], steps: int) -> Iterator[Fide
             ]
             retention, _, divergence, same, cosine = (float(np.mean(column)) for column in zip(*numbers, strict=True))
             prefill, decode = (float(np.max([f[i] for f in found])) for i in (1, 2))
-            yield FidelityRow(weights, precision, size, divergence, same, cosine, retention, prefill, decode)
+            planned = planned_megabytes(form, precision)
+            yield FidelityRow(weights, precision, size, planned, divergence, same, cosine, retention, prefill, decode)
 
 
 def main() -> None:
@@ -124,7 +136,7 @@ def main() -> None:
     for row in measured(graph, passages, options.steps):
         rows.append(asdict(row))
         print(row, flush=True)
-    found = result({"precisions": rows})
+    found = result({"precisions": rows}, "onnxruntime")
     finish(found, options.out, portable([found]))
 
 

@@ -34,7 +34,9 @@ from parts.results import add_out, finish, result
 from parts.storing import stored
 from tables_parts.phones import precisions
 
+from transom.bundles.weighing import plan_variants
 from transom.contract import Artifact, Device, Work
+from transom.graph import Graph
 from transom.hardware.catalogue import PREFIX, catalogue
 from transom.preparation.reference_outputs import reference_logits
 from transom_mobile_export.qnn.backend import Qnn
@@ -44,6 +46,7 @@ from transom_mobile_export.qnn.lowering import lower
 from transom_mobile_export.qnn.observing import RunningPart, embedded, grouped, observe, prefill
 from transom_mobile_export.qnn.precision import resolve as resolve_precision
 from transom_mobile_export.qnn.probing import EMULATED
+from transom_mobile_export.qnn.storage import FORMS, on_chip
 
 Array = np.ndarray[Any, np.dtype[Any]]
 CPU = Device("cpu", "cpu", "x86_64", 1 << 33)
@@ -62,6 +65,8 @@ class CompiledTarget:
     target: str
     context: int
     bytes: int
+    planned: int
+    """Bytes that `transom export --plan` gives for it."""
     apart: int
     """Bytes without sharing; 0 if it was not compiled without."""
     weight_bits: float
@@ -151,9 +156,18 @@ def main() -> None:
             with compiled(graph, device, {**options, "context": asked.context}, 128) as artifact:
                 size = context_bytes(artifact)
                 bits = 8 * size / products(graph)
-                sizes.append(CompiledTarget(name, asked.target, asked.context, size, apart, bits))
-    made = result({"agreement": [asdict(row) for row in found], "compiled": [asdict(row) for row in sizes]})
+                planned = planned_bytes(graph, device, name, asked.context)
+                sizes.append(CompiledTarget(name, asked.target, asked.context, size, planned, apart, bits))
+    tables = {"agreement": [asdict(row) for row in found], "compiled": [asdict(row) for row in sizes]}
+    made = result(tables, "onnxruntime", "onnxruntime-qnn")
     finish(made, asked.out, precisions([made]))
+
+
+def planned_bytes(graph: Graph, device: Device, precision: str, context: int) -> int:
+    """Bytes of the contexts: all weights but the embeddings, which are in a file of their own."""
+    assert graph.decoder is not None
+    form = on_chip(FORMS[precision], device)
+    return plan_variants(graph, graph.decoder, device, [form], context).variants[0].weight_bytes
 
 
 def products(graph: Any) -> int:

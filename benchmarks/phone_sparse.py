@@ -202,9 +202,8 @@ def main() -> None:
                     found.append(agreement("emulated, same policy", asked.precision, domain, expected, got))
                     print(found[-1], *artifact.notes, sep="\n", flush=True)
     run = {"prompt": asked.tokens, "context": asked.context, "top_k": policy.top_k, "node": policy.node}
-    made = result({
-        "run": [run], "cost": [asdict(row) for row in costs], "agreement": [asdict(row) for row in found],
-    })  # fmt: skip
+    tables = {"run": [run], "cost": [asdict(row) for row in costs], "agreement": [asdict(row) for row in found]}
+    made = result(tables, "onnxruntime", "onnxruntime-qnn")
     finish(made, asked.out, [*sparse_cost([made]), "", *(sparse_fidelity([made]) if found else [])])
 
 

@@ -25,7 +25,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent))
 
 from models import sample_model
-from parts.results import add_out, finish, installed, result
+from parts.results import add_out, finish, result
 from parts.running import OK
 from parts.telling import tell, told
 from rtx_parts.bench import RtxSizes
@@ -117,7 +117,7 @@ def main() -> int:
         print(f"{precision:<12} {built['seconds']:>7} {built['peak_gb']:>9} {built['engine_gb']:>11}")
         for note in built["notes"]:
             print(f"    {note}")
-    made = result({"builds": results}, installed(["tensorrt-rtx"]))
+    made = result({"builds": results}, "tensorrt-rtx")
     finish(made, arguments.out, builds([made]))
     return int(any("failed" in r for r in results))
 

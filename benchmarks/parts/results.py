@@ -16,9 +16,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-FOLDER = Path(__file__).resolve().parents[1] / "results"
-PACKAGES = ("transom", "numpy", "openvino", "openvino-genai", "llama-cpp-python", "onnxruntime", "onnxruntime-qnn")
-"""Packages whose versions a result has, where they are installed."""
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "benchmarks" / "results"
 
 Row = dict[str, Any]
 Tables = dict[str, list[Row]]
@@ -31,7 +30,7 @@ class BenchResult:
     script: str
     """Name of the script without `.py`."""
     command: list[str]
-    """Its arguments; of an absolute path, the file's name."""
+    """Its arguments, without absolute paths."""
     date: str
     machine: dict[str, Any]
     """`processor`, `cores`, and `instruction_sets`, sorted."""
@@ -48,24 +47,32 @@ class BenchResult:
         return shlex.join(["python", f"benchmarks/{self.script}.py", *self.command])
 
 
-def result(tables: Tables, versions: dict[str, str] | None = None) -> BenchResult:
+def result(tables: Tables, *packages: str, versions: dict[str, str] | None = None) -> BenchResult:
     """The result of this process.
 
     Args:
+        packages: those whose versions matter, in addition to Transom and NumPy.
         versions: of packages in other environments.
     """
     from transom.hardware.cpu import probe_cpu
 
     cpu = probe_cpu()
-    command = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
     return BenchResult(
         script=Path(sys.argv[0]).stem,
-        command=command,
+        command=[shared(word) for word in sys.argv[1:]],
         date=datetime.datetime.now(datetime.UTC).date().isoformat(),
         machine={"processor": cpu.name, "cores": cpu.cores, "instruction_sets": sorted(cpu.features)},
-        versions=installed(PACKAGES) | (versions or {}),
+        versions=installed(("transom", "numpy", *packages)) | (versions or {}),
         tables=tables,
     )
+
+
+def shared(word: str) -> str:
+    """An argument as others can use it: an absolute path becomes one from the root of the project, or a file's name."""
+    path = Path(word)
+    if not path.is_absolute():
+        return word
+    return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name
 
 
 def installed(packages: Iterable[str]) -> dict[str, str]:
@@ -117,4 +124,5 @@ def about(found: BenchResult) -> str:
 def console(found: Iterable[BenchResult]) -> list[str]:
     """The commands of results, as a block for a page."""
     wrap = textwrap.TextWrapper(112, break_long_words=False, break_on_hyphens=False, subsequent_indent="      ")
-    return ["```console", *(" \\\n".join(wrap.wrap(f"$ {each.line}")) for each in found), "```"]
+    glued = (f"$ {each.line}".replace("--out ", "--out\xa0") for each in found)
+    return ["```console", *(" \\\n".join(wrap.wrap(line)).replace("\xa0", " ") for line in glued), "```"]

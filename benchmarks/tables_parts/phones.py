@@ -27,12 +27,13 @@ def precisions(results: Sequence[BenchResult]) -> list[str]:
         rows.append([
             f"`{size['precision']}`", span(rounded, "divergence", "{:.4f}".format),
             span(rounded, "same_best", "{:.1%}".format), span(rounded, "cosine", "{:.4f}".format),
-            span(emulated, "divergence", "{:.4f}".format), f"{size['bytes'] / 1e6:.1f}", f"{size['weight_bits']:.2f}",
+            span(emulated, "divergence", "{:.4f}".format), f"{size['bytes'] / 1e6:.1f}",
+            f"{size['planned'] / 1e6:.1f}", f"{size['weight_bits']:.2f}",
             f"{size['apart'] / 1e6:.1f}" if size["apart"] else "-",
         ])  # fmt: skip
     head = (
-        "`precision`", "Divergence, nats", "Same best token", "Cosine", "Emulated: divergence", "MB", "Bits a weight",
-        "MB, nothing shared",
+        "`precision`", "Divergence, nats", "Same best token", "Cosine", "Emulated: divergence", "MB", "Planned, MB",
+        "Bits a weight", "MB, nothing shared",
     )  # fmt: skip
     return table(head, rows)
 
@@ -75,8 +76,9 @@ def portable(results: Sequence[BenchResult]) -> list[str]:
     for row in result.rows("precisions"):
         speeds = [f"{row['prefill']:.0f}", f"{row['decode']:.0f}"] if timed else []
         rows.append([
-            row["weights"], f"`{row['precision']}`", f"{row['megabytes']:.0f}", f"{row['divergence']:.4f}",
+            row["weights"], f"`{row['precision']}`", f"{row['megabytes']:.1f}", f"{row['planned']:.1f}",
+            f"{row['divergence']:.4f}",
             f"{row['same_best']:.1%}", f"{row['cosine']:.4f}", f"{row['retention']:.3f}", *speeds,
         ])  # fmt: skip
-    head = ["Weights", "Precision", "Files, MB", "KL, nats", "Same best", "Cosine", "Retention"]
+    head = ["Weights", "Precision", "Files, MB", "Planned, MB", "KL, nats", "Same best", "Cosine", "Retention"]
     return table([*head, "Prompt, tokens/s", "Decode, tokens/s"] if timed else head, rows)

@@ -6,7 +6,7 @@ import json
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from doc_pages import ROOT
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import tables
 from parts.markdown import between, markers
-from parts.results import FOLDER, BenchResult, about
+from parts.results import FOLDER, BenchResult, about, console, shared
 from tables_parts import budgets, builds, engines, fidelity, phones, plans, profiles, starts
 
 PAGES = (tables.PERFORMANCE, tables.SPARSITY, tables.MOBILE)
@@ -139,6 +139,11 @@ def test_results_of_another_script_and_of_dry_runs_are_no_figures(
         tables.bodies(tables.PERFORMANCE, tmp_path)
 
 
+def test_a_command_has_no_path_of_a_machine() -> None:
+    given = ["--model", "/somewhere/x.gguf", "--out", str(FOLDER / "x.json"), "results/x.json", "fast"]
+    assert list(map(shared, given)) == ["--model", "x.gguf", "--out", "benchmarks/results/x.json", *given[4:]]
+
+
 def test_a_file_that_is_no_result_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "cold-start.json"
     path.write_text("{}")
@@ -147,7 +152,11 @@ def test_a_file_that_is_no_result_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_section_says_how_it_was_measured() -> None:
-    assert made().line == "python benchmarks/some.py --model x.gguf"
+    assert console([made()]) == ["```console", "$ python benchmarks/some.py --model x.gguf", "```"]
+    long = replace(made(), command=["word"] * 15 + ["--out", "x.json"])
+    (_, first, second, _) = "\n".join(console([long])).split("\n")
+    assert first.endswith("word \\")
+    assert second == "      --out x.json"
     assert about(made()) == "2026-01-02 on X, 2 cores (avx2): python 3.11."
 
 
@@ -276,14 +285,22 @@ def agreement(table: str, text: str, divergence: float, precision: str = "int8")
 
 
 def test_precisions_of_a_phone_span_the_texts() -> None:
-    size = {"precision": "int8", "target": "x", "context": 8, "bytes": 2_000_000, "apart": 0, "weight_bits": 8.1}
+    size = {
+        "precision": "int8",
+        "target": "x",
+        "context": 8,
+        "bytes": 2_000_000,
+        "planned": 1_900_000,
+        "apart": 0,
+        "weight_bits": 8.1,
+    }
     found = made(
         agreement=[agreement("rounded", "a", 0.01), agreement("rounded", "b", 0.02)],
         compiled=[size, size | {"precision": "f16", "apart": 3_000_000}],
     )
     assert rows(phones.precisions([found]))[1:] == [
-        ["`int8`", "0.0100 to 0.0200", "90.0%", "0.9900", "", "2.0", "8.10", "-"],
-        ["`f16`", "", "", "", "", "2.0", "8.10", "3.0"],
+        ["`int8`", "0.0100 to 0.0200", "90.0%", "0.9900", "", "2.0", "1.9", "8.10", "-"],
+        ["`f16`", "", "", "", "", "2.0", "1.9", "8.10", "3.0"],
     ]
 
 
@@ -300,10 +317,10 @@ def test_sparse_attention_of_a_phone_is_compared_in_four_ways() -> None:
 
 def test_speeds_of_a_portable_decoder_are_shown_where_they_were_measured() -> None:
     row = {
-        "weights": "plain", "precision": "int4", "megabytes": 1.0, "divergence": 0.1, "same_best": 0.9, "cosine": 0.9,
-        "retention": 0.9, "prefill": 0.0, "decode": 0.0,
+        "weights": "plain", "precision": "int4", "megabytes": 1.0, "planned": 0.9, "divergence": 0.1,
+        "same_best": 0.9, "cosine": 0.9, "retention": 0.9, "prefill": 0.0, "decode": 0.0,
     }  # fmt: skip
-    assert len(rows(phones.portable([made(precisions=[row])]))[1]) == 7
+    assert len(rows(phones.portable([made(precisions=[row])]))[1]) == 8
     assert rows(phones.portable([made(precisions=[row | {"prefill": 90.0, "decode": 9.0}])]))[1][-2:] == ["90", "9"]
 
 
