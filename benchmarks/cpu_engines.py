@@ -32,6 +32,7 @@ from typing import Any
 
 from models import sample_model
 from parts.results import BenchResult, Row, add_out, finish, result
+from parts.telling import tell, told
 from tables_parts.engines import engine_table, lengths, medians
 
 PROMPTS = (1024, 4096)
@@ -216,11 +217,10 @@ def measure(engine: str, python: str, **arguments: Any) -> dict[str, Any]:
     done = subprocess.run(
         [python, str(Path(__file__).resolve()), "--child"], input=request, capture_output=True, text=True, check=False
     )
-    for line in reversed(done.stdout.splitlines()):
-        if line.startswith("RESULT "):
-            result: dict[str, Any] = json.loads(line.removeprefix("RESULT "))
-            return result
-    raise SystemExit(f"{engine} failed with status {done.returncode}:\n{done.stderr[-2000:]}")
+    try:
+        return told(done.returncode, done.stdout, done.stderr)
+    except RuntimeError as e:
+        raise SystemExit(f"{engine} failed: {e}\n{done.stderr[-2000:]}") from e
 
 
 def installed(engine: str, python: str) -> bool:
@@ -273,7 +273,7 @@ def main() -> None:
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        print("RESULT " + json.dumps(child(**json.load(sys.stdin))), flush=True)
+        tell(child(**json.load(sys.stdin)))
         return
     model = arguments.model or sample_model()
     prompts: list[int] = arguments.tokens
