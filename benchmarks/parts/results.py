@@ -36,7 +36,7 @@ class BenchResult:
     """`processor`, `cores`, and `instruction_sets`, sorted."""
     versions: dict[str, str]
     tables: Tables
-    """Rows in SI units, by the name of the table."""
+    """Rows by the name of the table; numbers are not rounded."""
 
     def rows(self, table: str) -> list[Row]:
         return self.tables.get(table, [])
