@@ -76,7 +76,7 @@ def published(results: Sequence[BenchResult]) -> list[str]:
     """Published speeds, as shares of the bound of `int4` at the same context."""
     (result,) = results
     groups: dict[tuple[str, str], list[Row]] = {}
-    for row in sorted(result.rows("published"), key=lambda row: row["source"]):
+    for row in sorted(result.rows("published"), key=lambda row: (row["source"], row["target"])):
         groups.setdefault((row["source"], row["target"]), []).append(row)
     lines = [
         [
