@@ -59,6 +59,16 @@ class Cache:
 @pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "neighbors"])
 @pytest.mark.parametrize(("head", "rotated"), [(16, 16), (64, 32), (80, 80), (96, 48)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
+@pytest.mark.sweep(  # interpreted
+    but=(
+        "float32-16-16-neighbors",
+        "float16-16-16-halves",
+        "float32-64-32-halves",
+        "float16-64-32-neighbors",
+        "float32-80-80-halves",
+        "float16-96-48-neighbors",
+    )
+)
 def test_keys_are_rotated_and_nodes_follow(
     head: int, rotated: int, interleaved: bool, dtype: torch.dtype, rng: np.random.Generator
 ) -> None:

@@ -106,6 +106,7 @@ def test_closing_leaves_no_process(graph: Graph, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("met", [True, False], ids=["met", "gone"])
+@pytest.mark.sweep(but=("gone",))  # interpreted
 def test_a_share_that_cannot_be_opened_is_an_error(
     met: bool, graph: Graph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

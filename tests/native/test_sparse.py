@@ -106,6 +106,7 @@ def test_choice_and_result_are_those_of_the_reference(name: str, rng: np.random.
 
 @pytest.mark.parametrize("cache", ["bf16", "int8"])
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.sweep(only=[f"{name}-bf16" for name in CASES if name not in ("plain", "all of it", "classic")])
 def test_narrow_caches_choose_and_give_nearly_the_same(name: str, cache: str, rng: np.random.Generator) -> None:
     """Compared with a float32 cache, which the test above compares with the reference."""
     keywords, policy = CASES[name]

@@ -24,6 +24,7 @@ class TestExact(BackendConformance):
 
 
 @pytest.mark.usefixtures("through_openvino")
+@pytest.mark.sweep(only=("operator.transom.CachedAttention",))
 class TestExactThroughOpenVino(BackendConformance):
     """The same where the native library cannot be had: OpenVINO's own attention lacks some of it, and says so."""
 

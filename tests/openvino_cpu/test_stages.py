@@ -65,6 +65,7 @@ def in_other_words(graph: Graph) -> Graph:
 
 
 @pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.sweep(but=("True",))
 def test_rotations_that_the_engine_does_not_fuse_get_their_tables_from_a_stage(
     fused: bool, tmp_path: Path, rng: np.random.Generator
 ) -> None:

@@ -36,6 +36,7 @@ def model(request: pytest.FixtureRequest, tmp_path: Path, rng: np.random.Generat
     return tmp_path / "tiny.gguf"
 
 
+@pytest.mark.sweep(but=("gguf",))
 def test_neither_the_first_load_nor_a_later_one_imports_what_builds_graphs(model: Path, tmp_path: Path) -> None:
     def load() -> Any:
         environment = {**os.environ, "TRANSOM_CACHE": str(tmp_path / "cache")}
