@@ -7,6 +7,7 @@ cost a random model has no formula: one of eight draws must be within each bound
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -24,6 +25,9 @@ from transom import hardware
 from transom.contract import Artifact, Device, Limits, OutOfPages, SavingSession, SparseSession, Work
 from transom.errors import DoesNotFit, EngineError, OptionError
 from transom.graph import Graph
+from transom.preparation import agreement, selfcheck
+from transom.preparation.compiled import Allowed
+from transom.preparation.reference_outputs import check_prompt, reference_logits
 from transom.quantize.passes import Scheme, quantize
 from transom.reference.executor import Executor
 from transom.reference.session import ReferenceSession
@@ -33,6 +37,7 @@ from transom.testing.bench import ReferenceOracle
 from transom.testing.models import tiny_decoder
 from transom_cuda_triton import CudaTriton, graphs
 from transom_cuda_triton.engine import TritonEngine
+from transom_cuda_triton.precision import DIVERGENCES
 from transom_cuda_triton.routes import SequenceRoute
 from transom_cuda_triton.session import TritonSession
 
@@ -43,6 +48,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {}, "qwen3": {}, "gemma3": {"head_dim": 32}, "gemma2": {"head_dim": 48}, "mistral": {"head_dim": 16},
     "qwen2": {}, "phi3": {},
 }  # fmt: skip
+ANY = Allowed(kl=math.inf, correlation=-1.0)
+"""What is measured is not judged by the self-check."""
 SPARSE = Sparsity(0.3, columns=16, dense_below=64, local_window=64, max_density=0.6)
 NO_COLUMNS = Sparsity(1.0, columns=0, top_k=1, dense_below=64, local_window=64, max_density=0.6)
 """At this `max_density` no block falls back to reading everything."""
@@ -167,6 +174,25 @@ def test_int8_quantizes_matrices_of_floats_and_says_so(tmp_path: Path, rng: np.r
         return off
 
     one_within(measure, lambda off: off < 0.1)
+
+
+@pytest.mark.parametrize(("family", "precision"), [(f, p) for f in FAMILIES for p in ("int8", "fp8")])
+@pytest.mark.sweep(but=("qwen3-int8",))  # interpreted
+def test_every_family_keeps_within_the_divergence_that_is_declared(
+    family: str, precision: str, opened: Open, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    def measure(i: int) -> list[agreement.Agreement]:
+        folder = tiny(family, tmp_path / f"model{i}", rng, **FAMILIES[family]).folder
+        graph = resolve(folder).open(folder).graph
+        assert graph.decoder is not None
+        claims = BACKEND.claim(graph, cpu(), {"precision": precision})
+        assert {c.divergence for c in claims if not c.exact} == {DIVERGENCES[precision]}
+        assert {c.divergence for c in claims if c.exact} == {None}
+        ids = check_prompt(graph.decoder, None)
+        session, wanted = opened(graph, precision=precision), reference_logits(graph, ids)
+        return agreement.agreements(wanted, selfcheck.decoder_logits(session, wanted, ids, allowed=ANY, backend="mine"))
+
+    one_within(measure, lambda found: all(a.kl_mean <= DIVERGENCES[precision] for a in found))
 
 
 @pytest.mark.parametrize("stored_as", ["int4", "uint4_minimums", "int8"])

@@ -11,7 +11,7 @@ from transom.graph.reading import linear_weight, matrices, vocabulary_products
 from transom.programs.reading import GraphReader
 from transom_cuda_triton import probing
 from transom_cuda_triton.lowering import TritonKernels
-from transom_cuda_triton.precision import TritonPrecision, resolve
+from transom_cuda_triton.precision import DIVERGENCES, TritonPrecision, resolve
 from transom_cuda_triton.sharding import CannotShare, shard
 from transom_cuda_triton.tiles import parts
 
@@ -44,8 +44,8 @@ def claims(graph: Graph, device: Device, options: Options) -> Iterator[Claim]:
             yield answer
             continue
         weight = linear_weight(node)
-        quantized = weight is not None and kernels.by(weight, head=str(node.name) in heads)
-        yield Claim(str(node.name), True, exact=not quantized)
+        by = "" if weight is None else kernels.by(weight, head=str(node.name) in heads)
+        yield Claim(str(node.name), True, exact=not by, divergence=DIVERGENCES.get(by))
 
 
 def _untiled(node: ir.Node, layer: LayerCache) -> str:

@@ -15,7 +15,7 @@ from transom.programs.reading import GraphReader, Op, Value
 from transom.programs.written import NOWHERE, AttentionLayer, RopeTable, View
 from transom.sparsity import Sparsity
 from transom_cuda_triton import packing
-from transom_cuda_triton.precision import TritonPrecision
+from transom_cuda_triton.precision import QuantizedType, TritonPrecision
 from transom_cuda_triton.program import TritonOp, TritonProgram
 
 TILE = 16
@@ -37,7 +37,7 @@ class TritonKernels:
     def matrix(self, weight: Weight) -> str:
         return packing.packable(weight)
 
-    def by(self, weight: Weight, *, head: bool) -> str:
+    def by(self, weight: Weight, *, head: bool) -> QuantizedType:
         """The type that a plain matrix is quantized to, `"int8"` or `"fp8"`, or `""`; never the vocabulary matrix."""
         quantized = self._precision.quantized
         return quantized if packing.quantizable(weight, quantized) and not head else ""

@@ -34,6 +34,14 @@ NAMES = ("auto", "exact", "fast", "f32", "bf16", "f16", "int8", "fp8", "int4")
 Number = Literal["fp32", "bf16", "fp16"]
 """Triton's name of a number format."""
 QuantizedType = Literal["", "int8", "fp8"]
+DIVERGENCES: dict[QuantizedType, float] = {"int8": 0.05, "fp8": 0.15}
+"""Mean divergence from the reference, nats, by the type that plain matrices are quantized to.
+
+Measured in Triton's interpreter, with float32 elsewhere, on random tiny models of every family: at most 0.001 with
+int8, and 0.05 with fp8. These have no large columns. SmolLM2-135M measures 0.05 to 0.1 with weights and inputs of
+products in E4M3 in another engine, so fp8 has room for that; int8 leaves the inputs as they are, and is held to what
+exact claims are held to. No card has been measured.
+"""
 LONG: dict[str, str] = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
