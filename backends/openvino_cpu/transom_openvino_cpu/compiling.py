@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from transom.graph import Graph
     from transom.graph.weights import Weight
     from transom.programs.reading import GraphReader
+    from transom_openvino_cpu.native.mixed_precision import MixedPrecision
+    from transom_openvino_cpu.native.program import NativeProgram
 
 FRONTEND_FOLDER = "graph"
 
@@ -52,7 +54,7 @@ def compile_graph(graph: Graph, device: Device, options: Options, progress: Prog
                 note = f"OpenVINO's kernels run this model, not the native ones: {reader}"
                 artifact = replace(artifact, notes=[*artifact.notes, note])
         else:
-            artifact = _native(graph, reader, precision, device, folder, progress)
+            artifact = _native(graph, reader, precision, device, options, folder, progress)
             if measures(device):
                 artifact = _faster(artifact, graph, precision, device, options, folder, progress)
         return artifact
@@ -108,15 +110,25 @@ def _by_openvino(
 
 
 def _native(
-    graph: Graph, reader: GraphReader, precision: CpuPrecision, device: Device, folder: Path, progress: Progress
+    graph: Graph,
+    reader: GraphReader,
+    precision: CpuPrecision,
+    device: Device,
+    options: Options,
+    folder: Path,
+    progress: Progress,
 ) -> Artifact:
     """The graph as a native program and its packed weights."""
     from transom_openvino_cpu.native import lowering
 
-    with (folder / names.WEIGHTS_FILE).open("w+b") as file:
+    weights = folder / names.WEIGHTS_FILE
+    with weights.open("w+b") as file:
         program = lowering.write(reader, precision, file, lambda share: progress("compile", share))
     level = level_on(device)
     assert level is not None
+    mixed = _mixed(program, weights, precision, device, options, progress) if precision.mixes else None
+    if mixed is not None:
+        program = mixed.program
     plan = EnginePlan((), tuple(graph.input_names), tuple(graph.output_names), graph.decoder, True, level)
     files: dict[str, bytes | Path] = {
         names.PLAN_FILE: plan.to_json().encode(),
@@ -124,11 +136,37 @@ def _native(
         names.WEIGHTS_FILE: small_as_bytes(folder / names.WEIGHTS_FILE),
     }
     progress("compile", 1.0)
-    return Artifact(files, requirements(device), _native_notes(reader, precision))
+    return Artifact(files, requirements(device), _native_notes(reader, precision, mixed))
 
 
-def _native_notes(reader: GraphReader, precision: CpuPrecision) -> list[str]:
+def _mixed(
+    program: NativeProgram, weights: Path, precision: CpuPrecision, device: Device, options: Options, progress: Progress
+) -> MixedPrecision | None:
+    """The program with the widths that this model needs; None where this computer cannot run it to find out."""
+    from transom.hardware.cpu import probe_cpu
+    from transom_openvino_cpu.native import library, mixed_precision
+
+    here = probe_cpu()
+    level = library.level_for(here)
+    if level is None:
+        return None
+    given: Any = options.get("calibration") or ()
+    texts = mixed_precision.cut(given, program.buffers[program.output].width)
+    return mixed_precision.choose(
+        program,
+        mixed_precision.runner(weights, level, min(threads_of(options, device), here.cores), texts),
+        len(texts),
+        limit=mixed_precision.LIMIT,
+        products="bf16" if precision.hint == "bf16" else "f32",
+        cache="bf16" if precision.hint == "bf16" else "f32",
+        progress=lambda share: progress("measure", share),
+    )
+
+
+def _native_notes(reader: GraphReader, precision: CpuPrecision, mixed: MixedPrecision | None) -> list[str]:
     """Notes for a native program."""
+    if mixed is not None:
+        return [f"precision: {_described(mixed, precision)}"]
     products = [d for d in reader.ops if d.kind == "linear" and d.weight is not None]
     integers = [d for d in products if d.by == "int8"]
     if integers:
@@ -145,6 +183,18 @@ def _native_notes(reader: GraphReader, precision: CpuPrecision) -> list[str]:
             "precision='exact' keeps them as stored"
         )
     return notes
+
+
+def _described(mixed: MixedPrecision, precision: CpuPrecision) -> str:
+    wide = {"bf16": "bfloat16", "f32": "float32"}
+    inside = "int8 matrix products"
+    if mixed.wide:
+        inside += f" ({' and '.join(mixed.wide)} in {wide[precision.hint]})"
+    cache = wide.get(mixed.program.cache, "int8")
+    return (
+        f"{inside}, float32 elsewhere, {cache} cache; mean divergence {mixed.divergence:.2g} nats a token on "
+        f"calibration text"
+    )
 
 
 def _compile_all(

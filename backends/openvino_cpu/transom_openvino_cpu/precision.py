@@ -18,7 +18,9 @@ int8 in the cache and in both products of attention, with a scale per token and 
 
 `auto` runs a graph that is not a decoder in float32. For a decoder it depends on the CPU's features:
 
-- AVX-512 VNNI or AVX-VNNI, quantized checkpoint: as `fast`;
+- AVX-512 VNNI or AVX-VNNI, quantized checkpoint: as `fast`, but natively those kinds of products, and the cache, are
+  bfloat16 (float32 without bf16 hardware) that int8 would cost more than `native.mixed_precision.LIMIT`, which is
+  measured on calibration texts when the model is compiled;
 - bf16 hardware (avx512_bf16, amx_bf16), checkpoint in float32, float16 or bfloat16: as `bf16`;
 - otherwise: as `exact`.
 
@@ -49,9 +51,9 @@ DIVERGENCES = {"llama": 0.1, "mistral": 0.1, "gemma3": 0.2, "qwen2": 0.2, "onnx"
 SmolLM2-135M (4-bit, a Llama) measures 0.013 on the check prompt, natively and by OpenVINO, and 0.008 on 81 tokens. The
 rest is room for larger models. Mistral is computed as Llama is, and its GGUF files are of that family.
 
-Inputs of products and keys of Gemma 3 and Qwen2 have a few large columns, which share the scales of the others: Gemma 3
-270M (4-bit) measures 0.095 on documentation, Qwen2.5-Coder 0.5B (4-bit) 0.105 on prose. An ONNX file may hold any
-family.
+Inputs of products and keys of Gemma 3 and Qwen2 have a few large columns, which share the scales of the others: with
+`fast`, Gemma 3 270M (4-bit) measures 0.095 on documentation, Qwen2.5-Coder 0.5B (4-bit) 0.105 on prose. `auto` widens
+what loses most where the native library runs the model, but not in OpenVINO. An ONNX file may hold any family.
 
 Gemma 2, Phi-3 and Qwen3 were measured on random tiny models alone. These have no large columns, and measure less than
 0.004 in every family; so they show that the arithmetic is right, and not what a real model loses.
@@ -76,6 +78,11 @@ class CpuPrecision:
     def divergence(self, family: str) -> float | None:
         """What the self-check may find with int8 products, nats; None without them or where it was not measured."""
         return DIVERGENCES.get(family) if self.dynamic else None
+
+    @property
+    def mixes(self) -> bool:
+        """Whether the native library may keep some products, and the cache, wider than int8: `auto` measures which."""
+        return self.dynamic and not self.dense_to_int8
 
     @property
     def cache(self) -> str:

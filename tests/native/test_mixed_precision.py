@@ -1,0 +1,142 @@
+"""`auto` widens, by measuring, the products and the cache in which a model loses too much, and no others.
+
+Draws: losses are made up, or compared with a formula in double precision; of a drawn decoder it is only said that int8
+loses more than nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from levels import DEVICE, LEVELS, pytestmark  # noqa: F401  pytest reads the mark from here
+from test_decoders import built
+
+from transom.contract import Artifact
+from transom.preparation.agreement import compare
+from transom.testing.models import tiny_decoder
+from transom_openvino_cpu.backend import OpenVinoCpu
+from transom_openvino_cpu.native import mixed_precision
+from transom_openvino_cpu.native.mixed_precision import CACHE, Expected, choose, kinds, widened
+from transom_openvino_cpu.native.program import NativeProgram
+from transom_openvino_cpu.precision import CpuPrecision
+
+Array = np.ndarray[Any, np.dtype[Any]]
+KINDS = {"q/k/v", "attention output", "gate/up", "down"}
+MEASURED = CpuPrecision("int8", "bf16", True)
+
+
+@pytest.fixture
+def program(rng: np.random.Generator) -> NativeProgram:
+    made: NativeProgram = built(tiny_decoder(rng, weights="int4", layers=2), MEASURED)[0]
+    return made
+
+
+def test_products_are_told_apart_by_their_place(program: NativeProgram) -> None:
+    found = list(kinds(program).values())
+    assert found == ["q/k/v", "attention output", "gate/up", "down"] * 2
+    assert all(program.ops[index].by == "int8" for index in kinds(program))
+
+
+def test_only_what_is_named_becomes_wider(program: NativeProgram) -> None:
+    made = widened(program, frozenset({"down"}), products="bf16", cache="f32")
+    assert [op.by for op in made.ops if op.by != "f32"] == ["int8", "int8", "int8", "bf16"] * 2
+    assert made.cache == "int8"
+    made = widened(program, frozenset({CACHE}), products="bf16", cache="f32")
+    assert (made.ops, made.cache) == (program.ops, "f32")
+
+
+class MadeUp:
+    """Runs programs whose narrow parts cost a made-up divergence each, the same on every text."""
+
+    def __init__(self, losses: dict[str, float]) -> None:
+        self.losses, self.runs = losses, 0
+
+    def __call__(self, program: NativeProgram, which: Sequence[int]) -> Iterator[Array]:
+        self.runs += 1
+        narrow = {name for index, name in kinds(program).items()} | ({CACHE} if program.cache == "int8" else set())
+        lost = sum(self.losses.get(name, 0.0) for name in narrow)
+        # From probabilities of (1/2, 1/2): the divergence from (p, 1 - p) is -log(4 p (1 - p)) / 2.
+        p = 0.5 + 0.5 * math.sqrt(1 - math.exp(-2 * lost))
+        for _ in which:
+            yield np.log(np.array([[p, 1 - p]], np.float32))
+
+
+@pytest.mark.parametrize(
+    ("losses", "wide", "cache"),
+    [
+        ({}, (), "int8"),
+        ({"q/k/v": 0.001, "down": 0.002, CACHE: 0.003}, (), "int8"),
+        ({"q/k/v": 0.001, CACHE: 0.05}, (), "bf16"),
+        ({"q/k/v": 0.001, "down": 0.05, CACHE: 0.001}, ("down",), "int8"),
+        ({"q/k/v": 0.02, "down": 0.05, CACHE: 0.03}, ("q/k/v", "down"), "bf16"),
+        (dict.fromkeys([*KINDS, CACHE], 1.0), ("q/k/v", "attention output", "gate/up", "down"), "bf16"),
+    ],
+    ids=["nothing lost", "little lost", "in the cache", "in one kind of product", "in three places", "everywhere"],
+)
+def test_what_loses_too_much_becomes_wider_and_nothing_else(
+    losses: dict[str, float], wide: tuple[str, ...], cache: str, program: NativeProgram
+) -> None:
+    run, shares = MadeUp(losses), list[float]()
+    found = choose(program, run, 4, limit=0.01, products="bf16", cache="bf16", progress=shares.append)
+    assert (found.wide, found.program.cache) == (wide, cache)
+    left = sum(loss for name, loss in losses.items() if name not in wide and (name, cache) != (CACHE, "bf16"))
+    assert found.divergence == pytest.approx(left, abs=1e-4)
+    assert all(0 <= share < 1 for share in shares)
+    if not wide and cache == "int8":
+        assert run.runs == 2  # a model that loses little costs two runs
+
+
+def test_divergences_are_those_of_all_tokens(rng: np.random.Generator) -> None:
+    logits = (rng.standard_normal((20, 500)) * 4).astype(np.float32)
+    other = logits + (rng.standard_normal(logits.shape) * 0.3).astype(np.float32)
+    found = Expected.of(logits).divergences(other)
+    for row, value in enumerate(found):
+        exact = compare(logits[row : row + 1], other[row : row + 1]).kl_mean
+        assert 0.8 * exact - 1e-6 < value < exact + 1e-6  # tokens that count as one can only hide a difference
+    assert np.allclose(Expected.of(logits).divergences(logits), 0, atol=1e-6)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_finite_diverges_without_end(value: float, rng: np.random.Generator) -> None:
+    logits = rng.standard_normal((2, 50)).astype(np.float32)
+    other = logits.copy()
+    other[1, 7] = value
+    found = Expected.of(logits).divergences(other)
+    assert found[0] < 1e-6
+    assert found[1] == math.inf
+
+
+def _compiled(rng: np.random.Generator, precision: str = "auto") -> tuple[NativeProgram, Artifact]:
+    graph = tiny_decoder(rng, weights="int4", layers=2)
+    vocabulary = graph.decoder.vocabulary if graph.decoder is not None else 0
+    texts = tuple(tuple(rng.integers(0, vocabulary, 50).tolist()) for _ in range(2))
+    device = replace(DEVICE, features=DEVICE.features | {"avx512_vnni", "avx512_bf16"})
+    options = {"precision": precision, "calibration": texts}
+    artifact = OpenVinoCpu().compile(graph, device, options, lambda stage, share: None)
+    written = artifact.files["program.json"]
+    assert isinstance(written, bytes)
+    return NativeProgram.from_json(written.decode()), artifact
+
+
+@pytest.mark.skipif("avx512_bf16" not in LEVELS, reason="`auto` takes int8 on processors with VNNI")
+def test_the_limit_decides_what_is_compiled_and_the_note_says_so(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mixed_precision, "LIMIT", 10.0)
+    program, artifact = _compiled(rng)
+    assert (set(kinds(program).values()), program.cache) == (KINDS, "int8")
+    assert artifact.notes[0].startswith(
+        "precision: int8 matrix products, float32 elsewhere, int8 cache; mean divergence"
+    )
+    monkeypatch.setattr(mixed_precision, "LIMIT", 1e-12)
+    program, artifact = _compiled(rng)
+    assert (kinds(program), program.cache) == ({}, "bf16")
+    assert "(q/k/v and attention output and gate/up and down in bfloat16)" in artifact.notes[0]
+    program, artifact = _compiled(rng, "fast")
+    assert (set(kinds(program).values()), program.cache) == (KINDS, "int8")  # who asks for int8 gets it
+    assert "divergence" not in artifact.notes[0]
