@@ -23,7 +23,8 @@ from transom_cuda_triton import CudaTriton
     only=(
         "artifact.another_process",
         "walk.gqa", "walk.window", "state.truncate", "state.fork", "state.copy_on_write", "state.outlives_parent",
-        "step.forms", "step.outputs_belong_to_caller", "step.top_k", "failure.changes_nothing", "limits.out_of_pages",
+        "step.forms", "step.deterministic", "step.outputs_belong_to_caller", "step.top_k", "failure.changes_nothing",
+        "limits.out_of_pages",
         "logits.uint4_minimums", "logits.uint4_zero_points", "logits.int4", "logits.multi_head", "logits.linear_bias",
         "logits.value_width", "logits.partial_rotary", "logits.scale", "logits.softcap", "logits.bfloat16",
     )

@@ -29,6 +29,7 @@ def run(
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
+@pytest.mark.sweep(only=[f"float32-{kind}" for kind in KINDS if kind not in ("dense", "sparse")])  # interpreted
 def test_what_the_lists_name_is_attended_to(kind: str, dtype: torch.dtype, rng: np.random.Generator) -> None:
     call = Call(RAGGED, **KINDS[kind]).draw(rng, np.float16)
     got, wanted = run(call, rng, dtype, tile=int(rng.choice([16, 32, 64]))), call.wanted()
