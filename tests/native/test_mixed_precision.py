@@ -43,11 +43,11 @@ def test_products_are_told_apart_by_their_place(program: NativeProgram) -> None:
 
 
 def test_only_what_is_named_becomes_wider(program: NativeProgram) -> None:
-    made = widened(program, frozenset({"down"}), products="bf16", cache="f32")
+    made = widened(program, frozenset({"down"}), "bf16")
     assert [op.by for op in made.ops if op.by != "f32"] == ["int8", "int8", "int8", "bf16"] * 2
     assert made.cache == "int8"
-    made = widened(program, frozenset({CACHE}), products="bf16", cache="f32")
-    assert (made.ops, made.cache) == (program.ops, "f32")
+    made = widened(program, frozenset({CACHE}), "f32")
+    assert (made.ops, made.cache) == (program.ops, "bf16")
 
 
 class MadeUp:
@@ -82,7 +82,7 @@ def test_what_loses_too_much_becomes_wider_and_nothing_else(
     losses: dict[str, float], wide: tuple[str, ...], cache: str, program: NativeProgram
 ) -> None:
     run, shares = MadeUp(losses), list[float]()
-    found = choose(program, run, 4, limit=0.01, products="bf16", cache="bf16", progress=shares.append)
+    found = choose(program, run, 4, limit=0.01, form="bf16", progress=shares.append)
     assert (found.wide, found.program.cache) == (wide, cache)
     left = sum(loss for name, loss in losses.items() if name not in wide and (name, cache) != (CACHE, "bf16"))
     assert found.divergence == pytest.approx(left, abs=1e-4)
@@ -138,5 +138,5 @@ def test_the_limit_decides_what_is_compiled_and_the_note_says_so(
     assert (kinds(program), program.cache) == ({}, "bf16")
     assert "(q/k/v and attention output and gate/up and down in bfloat16)" in artifact.notes[0]
     program, artifact = _compiled(rng, "fast")
-    assert (set(kinds(program).values()), program.cache) == (KINDS, "int8")  # who asks for int8 gets it
+    assert (set(kinds(program).values()), program.cache) == (KINDS, "int8")  # `fast` is never widened
     assert "divergence" not in artifact.notes[0]

@@ -154,11 +154,10 @@ def _mixed(
     texts = mixed_precision.cut(given, program.buffers[program.output].width)
     return mixed_precision.choose(
         program,
-        mixed_precision.runner(weights, level, min(threads_of(options, device), here.cores), texts),
+        mixed_precision.runner(weights, level, min(threads_of(options, device), here.cores), texts, precision.wide),
         len(texts),
         limit=mixed_precision.LIMIT,
-        products="bf16" if precision.hint == "bf16" else "f32",
-        cache="bf16" if precision.hint == "bf16" else "f32",
+        form=precision.wide,
         progress=lambda share: progress("measure", share),
     )
 
@@ -189,7 +188,7 @@ def _described(mixed: MixedPrecision, precision: CpuPrecision) -> str:
     wide = {"bf16": "bfloat16", "f32": "float32"}
     inside = "int8 matrix products"
     if mixed.wide:
-        inside += f" ({' and '.join(mixed.wide)} in {wide[precision.hint]})"
+        inside += f" ({' and '.join(mixed.wide)} in {wide[precision.wide]})"
     cache = wide.get(mixed.program.cache, "int8")
     return (
         f"{inside}, float32 elsewhere, {cache} cache; mean divergence {mixed.divergence:.2g} nats a token on "

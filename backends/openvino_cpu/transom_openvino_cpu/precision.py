@@ -18,9 +18,9 @@ int8 in the cache and in both products of attention, with a scale per token and 
 
 `auto` runs a graph that is not a decoder in float32. For a decoder it depends on the CPU's features:
 
-- AVX-512 VNNI or AVX-VNNI, quantized checkpoint: as `fast`, but natively those kinds of products, and the cache, are
-  bfloat16 (float32 without bf16 hardware) that int8 would cost more than `native.mixed_precision.LIMIT`, which is
-  measured on calibration texts when the model is compiled;
+- AVX-512 VNNI or AVX-VNNI, quantized checkpoint: as `fast`. When the native library compiles such a model, it measures
+  on calibration texts what int8 costs (`native.mixed_precision`). Kinds of products that cost too much
+  become bfloat16, or float32 without bf16 hardware, and the cache becomes bfloat16;
 - bf16 hardware (avx512_bf16, amx_bf16), checkpoint in float32, float16 or bfloat16: as `bf16`;
 - otherwise: as `exact`.
 
@@ -83,6 +83,11 @@ class CpuPrecision:
     def mixes(self) -> bool:
         """Whether the native library may keep some products, and the cache, wider than int8: `auto` measures which."""
         return self.dynamic and not self.dense_to_int8
+
+    @property
+    def wide(self) -> Literal["bf16", "f32"]:
+        """The format of products that `mixes` keeps wider than int8."""
+        return "bf16" if self.hint == "bf16" else "f32"
 
     @property
     def cache(self) -> str:

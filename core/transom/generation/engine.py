@@ -76,7 +76,7 @@ class Engine:
         self.context = _usable_context(session)
         """Maximum number of tokens of a sequence, prompt and answer together."""
         chunk = min(self._limits.max_tokens, FairPolicy.chunk)
-        # A prefix has the bits of the steps that made it, which need not be those that would read this prompt.
+        # The bits of a kept prefix depend on the steps that computed it. Other steps would read this prompt.
         self._prefixes = PrefixCache(0 if self._separate else self._limits.page_tokens, chunk, self.context)
         self._lock = threading.Lock()
         self._free = threading.Condition(self._lock)

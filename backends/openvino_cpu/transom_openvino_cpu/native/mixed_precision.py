@@ -39,6 +39,8 @@ WORST = 1
 LEAST = 1e-4
 """Least probability of a token that is compared alone; all others are compared as one."""
 CACHE = "cache"
+WIDE_CACHE = "bf16"
+"""On every processor: two bytes a number are what the host counts when it plans memory."""
 CACHE_COST = 0.3
 """What a wider cache costs, in parts of what it costs to make all products wider."""
 
@@ -83,11 +85,11 @@ def _after_attention(products: Sequence[int]) -> dict[int, str]:
     return found
 
 
-def widened(program: NativeProgram, names: frozenset[str], *, products: str, cache: str) -> NativeProgram:
-    """The program with these kinds of products, and the cache if it is among them, in wider formats."""
+def widened(program: NativeProgram, names: frozenset[str], form: str) -> NativeProgram:
+    """The program with these kinds of products in `"bf16"` or `"f32"`, and the cache, if it is among them, wide."""
     wide = {index for index, name in kinds(program).items() if name in names}
-    ops = tuple(replace(op, by=products) if index in wide else op for index, op in enumerate(program.ops))
-    return replace(program, ops=ops, cache=cache if CACHE in names else program.cache)
+    ops = tuple(replace(op, by=form) if index in wide else op for index, op in enumerate(program.ops))
+    return replace(program, ops=ops, cache=WIDE_CACHE if CACHE in names else program.cache)
 
 
 def choose(
@@ -96,8 +98,7 @@ def choose(
     texts: int,
     *,
     limit: float,
-    products: str,
-    cache: str,
+    form: str,
     progress: Callable[[float], None],
 ) -> MixedPrecision:
     """The program as it is if it keeps the limit, else with as few wide products as keep it by a margin.
@@ -107,7 +108,7 @@ def choose(
         run: computes logits with a program, float32 [positions, vocabulary] for each text of these numbers.
         texts: how many there are.
         limit: nats a token.
-        products, cache: the wider formats.
+        form: the wider format of products, `"bf16"` or `"f32"`.
     """
     size: dict[str, int] = {}
     for index, name in kinds(program).items():
@@ -115,7 +116,7 @@ def choose(
         size[name] = size.get(name, 0) + matrix.rows * matrix.columns
     costs: dict[str, float] = {name: number / sum(size.values()) for name, number in size.items()}
     costs[CACHE] = CACHE_COST
-    wide = widened(program, frozenset(costs), products=products, cache=cache)
+    wide = widened(program, frozenset(costs), form)
     expected = [Expected.of(rows) for rows in run(wide, range(texts))]
     which: Sequence[int] = range(texts)
     known: dict[frozenset[str], list[float]] = {}
@@ -124,7 +125,7 @@ def choose(
         """The mean divergence on each text of `which`."""
         if names not in known:
             progress(min(0.99, len(known) / (2 * len(costs))))
-            got = run(widened(program, names, products=products, cache=cache), which)
+            got = run(widened(program, names, form), which)
             known[names] = [
                 float(expected[text].divergences(rows).mean()) for text, rows in zip(which, got, strict=True)
             ]
@@ -146,7 +147,7 @@ def choose(
                 taken -= {name}
         which = range(texts)
         known.clear()
-    chosen = widened(program, taken, products=products, cache=cache)
+    chosen = widened(program, taken, form)
     return MixedPrecision(chosen, tuple(name for name in size if name in taken), sum(losses(taken)) / texts)
 
 
@@ -198,16 +199,16 @@ def cut(texts: Sequence[Sequence[int]], vocabulary: int) -> list[list[int]]:
 
 
 def runner(
-    weights: Path, level: str, threads: int, texts: Sequence[Sequence[int]]
+    weights: Path, level: str, threads: int, texts: Sequence[Sequence[int]], form: str
 ) -> Callable[[NativeProgram, Sequence[int]], Iterator[Array]]:
     """`run` of `choose`: every few positions of some texts.
 
-    Products with a vocabulary matrix in blocks are by bfloat16, which takes half the time and leaves nearly the same
-    difference between two programs.
+    Products with a vocabulary matrix in blocks have inputs in `form`. In bfloat16 they take half the time of float32,
+    and two programs differ nearly as much.
     """
 
     def run(program: NativeProgram, which: Sequence[int]) -> Iterator[Array]:
-        ops = tuple(replace(op, by="bf16") if _is_vocabulary_in_blocks(program, op) else op for op in program.ops)
+        ops = tuple(replace(op, by=form) if _is_vocabulary_in_blocks(program, op) else op for op in program.ops)
         engine = NativeEngine(replace(program, ops=ops), weights, level, threads)
         try:
             pages = list(range(-(-TOKENS // engine.page_tokens)))
