@@ -26,7 +26,7 @@ export PROMPT
 # after it. Processes in the background do not hear of Ctrl-C, so whatever ends this shell ends them; a shell runs no
 # EXIT trap when a signal ends it. test-sweeps runs what test leaves out: see tests/sweeps.py.
 # Seeds come from the names of the tests, and sets have one order: a run is the same everywhere.
-SECOND = tests/cuda_triton tests/tensorrt tests/mobile_export tests/native tests/models tests/testing tests/text
+SECOND = tests/cuda_triton tests/tensorrt tests/mobile_export tests/native tests/testing
 test: SWEEPS = without
 test-sweeps: SWEEPS = only
 test test-sweeps: export PYTHONHASHSEED = 0
@@ -39,7 +39,7 @@ ifeq ($(strip $(ARGS)),)
 	$(ENV)/bin/python -m pytest --sweeps $(SWEEPS) $(SECOND) & child=$$!; wait $$child; \
 	exit $$((first | $$?))) > $$log 2>&1 & other=$$!; \
 	$(ENV)/bin/python -m pytest --sweeps $(SWEEPS) $(addprefix --ignore ,$(SECOND)); mine=$$?; \
-	echo "CUDA kernels (interpreted, then compiled), TensorRT, phones, native kernels, families, the conformance kit, text:"; \
+	echo "CUDA kernels (interpreted, then compiled), TensorRT, phones, native kernels, the conformance kit:"; \
 	wait $$other; theirs=$$?; cat $$log; \
 	test $(SWEEPS) = only || echo "Not run: sweeps, emulators, sanitizers, whole benchmarks and real models (make test-sweeps), and" \
 	"fresh seeds (make test-seeds). make test-all runs everything."; \
