@@ -17,6 +17,7 @@ SOURCES = ROOT / BUILD.PACKAGE / BUILD.NATIVE / "src"
 
 
 @pytest.mark.parametrize("level", EVERY)
+@pytest.mark.sweep(only=[n for n in EVERY if n in ("avx_vnni", "avx512_bf16")])  # the lanes of avx2 and of avx512
 def test_the_lanes_do_what_plain_formulas_do(level: str, seed: int, tmp_path: Path) -> None:
     unit = (SOURCES / f"level_{level}.cpp").read_text(encoding="utf-8")
     defines = [f"-D{line.split()[1]}" for line in unit.splitlines() if line.startswith("#define TRANSOM_")]

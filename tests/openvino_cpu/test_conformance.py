@@ -24,7 +24,20 @@ class TestExact(BackendConformance):
 
 
 @pytest.mark.usefixtures("through_openvino")
-@pytest.mark.sweep(only=("operator.transom.CachedAttention",))
+@pytest.mark.sweep(  # the other cases of each kind go through the same operators of OpenVINO
+    only=(
+        "operator.transom.CachedAttention",
+        "walk.window",
+        "logits.float16",
+        "logits.int8",
+        "logits.uint4_zero_points",
+        "logits.multi_head",
+        "logits.multi_query",
+        "logits.scale",
+        "logits.partial_rotary",
+        "logits.linear_bias",
+    )
+)
 class TestExactThroughOpenVino(BackendConformance):
     """The same where the native library cannot be had: OpenVINO's own attention lacks some of it, and says so."""
 

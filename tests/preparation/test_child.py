@@ -260,16 +260,16 @@ def test_a_system_exit_is_an_exit() -> None:
 def test_a_hang_ends_at_the_timeout_and_the_child_is_dead(tmp_path: Path, job: str) -> None:
     if job == "hang_in_native_code" and sys.platform == "win32":
         job = "hang"
-    result = run(job, {"file": str(tmp_path / "pid")}, timeout=5)
+    result = run(job, {"file": str(tmp_path / "pid")}, timeout=2)
     assert result.failure is not None
     assert result.failure.kind == "timeout"
-    assert "5 s" in result.failure.message
+    assert "2 s" in result.failure.message
     assert dies(read_pid(tmp_path / "pid"))
 
 
 @posix
 def test_the_processes_of_a_child_that_is_killed_are_killed_too(tmp_path: Path) -> None:
-    assert run("fork_and_hang", {"file": str(tmp_path / "pid")}, timeout=5).failure is not None
+    assert run("fork_and_hang", {"file": str(tmp_path / "pid")}, timeout=2).failure is not None
     assert dies(read_pid(tmp_path / "pid"))
 
 
