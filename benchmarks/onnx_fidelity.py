@@ -129,8 +129,8 @@ def main() -> None:
     name, graph, tokenizer = opened(options.model)
     passages = []
     for _, text in texts():
-        ids = np.asarray(tokenizer.encode(text[len(text) // 3 :][: 16 * options.tokens], add_special=False))
-        passages.append(ids[: options.tokens])
+        ids = tokenizer.encode(text[len(text) // 3 :][: 16 * options.tokens], add_special=False)
+        passages.append(np.asarray([*tokenizer.beginning, *ids][: options.tokens]))
     print(f"{name}, {len(passages)} × {options.tokens} tokens", flush=True)
     rows = []
     for row in measured(graph, passages, options.steps):

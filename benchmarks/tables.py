@@ -71,6 +71,10 @@ SECTIONS = (
     Section(PERFORMANCE, "profile_16k", ("cpu-profile-16k.json",), profiles.summary),
     Section(PERFORMANCE, "starts", ("cold-start.json",), starts.stages),
     Section(PERFORMANCE, "precision", ("cpu-fidelity.json",), fidelity.precision_alone),
+    Section(
+        PERFORMANCE, "precision_models",
+        ("cpu-fidelity-smollm2.json", "cpu-fidelity-gemma3.json", "cpu-fidelity-qwen2.json"), fidelity.by_model,
+    ),
     Section(SPARSITY, "presets", ("cpu-fidelity.json",), fidelity.presets, command=False),
     Section(SPARSITY, "lengths", ("cpu-fidelity-lengths.json", "cpu-fidelity-16k.json"), fidelity.lengths),
     Section(

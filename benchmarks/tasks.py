@@ -29,17 +29,18 @@ class Task:
     """Positions of the answers' tokens in `ids`."""
 
 
-def tasks(encode: Encode, text: str, tokens: int, seed: int) -> Iterator[Task]:
+def tasks(encode: Encode, text: str, tokens: int, seed: int, beginning: Sequence[int] = ()) -> Iterator[Task]:
     """One task of each kind, of `tokens` tokens.
 
     Args:
         encode: text to ids, without special tokens.
         text: the text that the facts are hidden in.
+        beginning: ids that the model expects before a text (`Tokenizer.beginning`).
     """
     rng = np.random.default_rng(seed)
     words = encode(text)
     at = int(rng.integers(0, max(1, len(words) - tokens)))
-    words = words[at:]
+    words = [*beginning, *words[at:]]
     yield _needles("single needle", encode, words, tokens, rng, 1)
     yield _needles("eight needles", encode, words, tokens, rng, 8)
     yield _variables(encode, words, tokens, rng)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Callable, Iterable, Sequence
 
 from parts.markdown import table
@@ -84,6 +86,29 @@ def precision_alone(results: Sequence[BenchResult]) -> list[str]:
         if (precision, sparsity) == ("auto", "off")
     ]
     return table(["Text", "Tokens", *(title for _, title, _ in columns)], rows)
+
+
+def by_model(results: Sequence[BenchResult]) -> list[str]:
+    """The default precision with dense attention on several models: means, with intervals of 95 % over the passages."""
+    lines = []
+    for result in results:
+        (model,) = (row for row in result.rows("models") if row["precision"] == "auto")
+        rows = [r for r in result.rows("texts") if (r["precision"], r["sparsity"]) == ("auto", "off")]
+        for domain in dict.fromkeys(row["domain"] for row in rows):
+            own = [row for row in rows if row["domain"] == domain]
+            figures = [
+                interval([row[name] for row in own], digits) for name, digits in (("divergence", 4), ("same_best", 3))
+            ]
+            kept = sum(row["retention"] for row in own) / len(own)
+            lines.append([model["file"], domain, f"{len(own)} × {own[0]['tokens']}", f"{kept:.3f}", *figures])
+    return table(["Model", "Text", "Passages × tokens", RETENTION[1], DIVERGENCE[1], SAME[1]], lines)
+
+
+def interval(values: Sequence[float], digits: int) -> str:
+    """The mean, and twice its standard error."""
+    mean = statistics.fmean(values)
+    error = 2 * statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else math.inf
+    return f"{mean:.{digits}f} ± {error:.{digits}f}"
 
 
 def retrieval(results: Sequence[BenchResult], precision: str = "exact") -> list[str]:

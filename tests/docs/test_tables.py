@@ -242,6 +242,15 @@ def test_fidelity_is_the_mean_over_passages() -> None:
     assert len(fidelity.every_setting([found])) == 5
 
 
+def test_a_model_has_the_mean_of_its_passages_and_an_interval() -> None:
+    model = {"file": "m.gguf", "precision": "auto", "report": "int8"}
+    several = [text_row("auto", "off", 0.7) | {"divergence": d, "same_best": 0.9} for d in (0.01, 0.02, 0.03, 0.02)]
+    found = made(models=[model, model | {"precision": "exact"}], texts=[*several, text_row("exact", "fast", 0.9)])
+    assert rows(fidelity.by_model([found]))[1:] == [
+        ["m.gguf", "code", "4 × 64", "0.700", "0.0200 ± 0.0082", "0.900 ± 0.000"]
+    ]
+
+
 def test_retrieval_has_a_column_for_each_setting() -> None:
     task = {"precision": "exact", "task": "counting", "tokens": 64, "answers": 2, "right": 0.5, "same": 1.0}
     found = made(tasks=[task | {"sparsity": "off"}, task | {"sparsity": "fast", "tokens": 32}])

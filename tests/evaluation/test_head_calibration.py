@@ -75,6 +75,16 @@ def test_passages_are_as_long_as_asked_and_ask_for_what_is_hidden(here: dict[str
             passages(tokenizer, {"a": "abc"}, 1600)
 
 
+def test_passages_begin_as_the_tokenizer_begins_a_text(here: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    with transom.load(here["path"], device="cpu", cache=here["cache"], verify="off") as model:
+        tokenizer = model._loaded.tokenizer
+        assert tokenizer is not None
+        monkeypatch.setattr(type(tokenizer), "beginning", property(lambda tokenizer: [7]))
+        found = passages(tokenizer, {"a": "some words of a text " * 400}, 1600)
+        assert {ids[0] for ids in found.values()} == {7}
+        assert {len(ids) for ids in found.values()} == {1600}
+
+
 def test_a_calibration_is_kept_and_found(here: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(head_effects, "MEASURED", 10.0)  # the attention of random weights is flat
     outcome = head_calibration.calibrate_file(**here)

@@ -221,9 +221,11 @@ def test_the_ends_follow_the_flags_and_the_defaults_of_the_kind(
         assert ours.encode("Hi") == expected
         assert ours.encode("Hi", add_special=False) == plain
         assert (ours.add_bos, ours.add_eos) == (expected[0] == 0, expected[-1] == 1)
+        assert [*ours.beginning, *plain] == expected[: len(ours.beginning) + len(plain)]
     no_bos = tokenizer_from_gguf(gguf_metadata(trained, "llama-bpe", bos_token_id=0xFFFFFFFF))
     assert no_bos.encode("Hi") == plain
     assert no_bos.bos_id is None
+    assert no_bos.beginning == []
     spm = tokenizer_from_gguf(sentencepiece_metadata(train_sentencepiece("bpe")))
     assert (spm.unk_id, spm.bos_id, spm.eos_id, spm.add_bos, spm.add_eos) == (0, 1, 2, True, False)
     assert spm.encode("") == [1]

@@ -126,9 +126,9 @@ def _native(
         program = lowering.write(reader, precision, file, lambda share: progress("compile", share))
     level = level_on(device)
     assert level is not None
-    mixed = _mixed(program, weights, precision, device, options, progress) if precision.mixes else None
-    if mixed is not None:
-        program = mixed.program
+    mixed = None
+    if program.cache == "int8":
+        program, mixed = _calibrated(program, weights, precision, device, options, progress)
     plan = EnginePlan((), tuple(graph.input_names), tuple(graph.output_names), graph.decoder, True, level)
     files: dict[str, bytes | Path] = {
         names.PLAN_FILE: plan.to_json().encode(),
@@ -139,27 +139,35 @@ def _native(
     return Artifact(files, requirements(device), _native_notes(reader, precision, mixed))
 
 
-def _mixed(
+def _calibrated(
     program: NativeProgram, weights: Path, precision: CpuPrecision, device: Device, options: Options, progress: Progress
-) -> MixedPrecision | None:
-    """The program with the widths that this model needs; None where this computer cannot run it to find out."""
+) -> tuple[NativeProgram, MixedPrecision | None]:
+    """The program as calibration texts make it: without the means of its keys, and with the widths that this model
+    needs, if they are to be chosen. As it is where this computer cannot run it to find out."""
     from transom.hardware.cpu import probe_cpu
-    from transom_openvino_cpu.native import library, mixed_precision
+    from transom_openvino_cpu.native import key_means, library, mixed_precision
 
     here = probe_cpu()
     level = library.level_for(here)
     if level is None:
-        return None
+        return program, None
     given: Any = options.get("calibration") or ()
     texts = mixed_precision.cut(given, program.buffers[program.output].width)
-    return mixed_precision.choose(
+    threads = min(threads_of(options, device), here.cores)
+    progress("measure", None)
+    means = key_means.measure(program, weights, level, threads, texts, precision.wide)
+    program = key_means.subtracted(program, weights, means)
+    if not precision.mixes:
+        return program, None
+    mixed = mixed_precision.choose(
         program,
-        mixed_precision.runner(weights, level, min(threads_of(options, device), here.cores), texts, precision.wide),
+        mixed_precision.runner(weights, level, threads, texts, precision.wide),
         len(texts),
         limit=mixed_precision.LIMIT,
         form=precision.wide,
         progress=lambda share: progress("measure", share),
     )
+    return mixed.program, mixed
 
 
 def _native_notes(reader: GraphReader, precision: CpuPrecision, mixed: MixedPrecision | None) -> list[str]:

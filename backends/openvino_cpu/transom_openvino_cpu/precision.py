@@ -10,17 +10,17 @@ differences:
 vocabulary matrix; native: float32 between operators |
 | `f16` | as stored | float16; needs avx512_fp16 and OpenVINO |
 | `fast`, `int8` | native: stored blocks, plain matrices quantized to int8 in groups of 64; OpenVINO: blocks with \
-minimums are requantized too | int8 inputs of matrix products, quantized on the fly in groups of 64 or less; native: \
-int8 in the cache and in both products of attention, with a scale per token and head; OpenVINO: bfloat16 cache \
-(float32 without bf16 hardware) |
+minimums are requantized too | int8 inputs of matrix products, quantized on the fly in groups of 32 or less (OpenVINO: \
+64 or less); native: int8 in the cache and in both products of attention, with a scale per token and head; OpenVINO: \
+bfloat16 cache (float32 without bf16 hardware) |
 | `int4` | the stored 4-bit blocks; refused if the checkpoint has none | as `bf16` |
 | `auto` | see below | |
 
 `auto` runs a graph that is not a decoder in float32. For a decoder it depends on the CPU's features:
 
-- AVX-512 VNNI or AVX-VNNI, quantized checkpoint: as `fast`. When the native library compiles such a model, it measures
-  on calibration texts what int8 costs (`native.mixed_precision`). Kinds of products that cost too much
-  become bfloat16, or float32 without bf16 hardware, and the cache becomes bfloat16;
+- AVX-512 VNNI or AVX-VNNI, quantized checkpoint: as `fast`. The native library takes the mean of keys off an int8 cache
+  (`native.key_means`). For `auto` it also measures on calibration texts what int8 costs (`native.mixed_precision`).
+  Kinds of products that cost too much, and the cache, become bfloat16 (products float32 without bf16 hardware);
 - bf16 hardware (avx512_bf16, amx_bf16), checkpoint in float32, float16 or bfloat16: as `bf16`;
 - otherwise: as `exact`.
 

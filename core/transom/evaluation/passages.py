@@ -24,14 +24,14 @@ REPEATED = 128
 
 
 def passages(tokenizer: Tokenizer, texts: Mapping[str, str], tokens: int) -> dict[str, list[int]]:
-    """`tokens` token ids of each text, and of each passage made from the first one.
+    """`tokens` token ids of each text, and of each passage made from the first one, all as the tokenizer starts a text.
 
     Raises:
         OptionError: a text is too short.
     """
     found: dict[str, list[int]] = {}
     for name, text in texts.items():
-        ids = _ids(tokenizer, text[: tokens * CHARACTERS_PER_TOKEN])
+        ids = tokenizer.beginning + _ids(tokenizer, text[: tokens * CHARACTERS_PER_TOKEN])
         if len(ids) < tokens:
             raise OptionError(
                 f"The text {name} has {len(ids)} tokens", f"Give one of at least {tokens}, or put some together"
@@ -52,7 +52,7 @@ def _recall(tokenizer: Tokenizer, text: str, tokens: int) -> list[int]:
     recalled: list[int] = []
     for i in rng.permutation(NEEDLES):
         recalled += _ids(tokenizer, f"\nThe secret number of box {i} is {numbers[i]}.")
-    words = _ids(tokenizer, text[: tokens * CHARACTERS_PER_TOKEN])
+    words = tokenizer.beginning + _ids(tokenizer, text[: tokens * CHARACTERS_PER_TOKEN])
     step = (tokens - len(recalled) - sum(map(len, facts))) // NEEDLES
     ids: list[int] = []
     for i, line in enumerate(facts):

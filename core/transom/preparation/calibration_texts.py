@@ -115,8 +115,7 @@ def pieces(tokenizer: Tokenizer | None, vocabulary: int, context: int, texts: Se
             raise OptionError("The model has no tokenizer, so it cannot be calibrated on texts", "Leave the texts out")
         return ()
     each = _share(len(texts)) if texts else DEFAULT_PIECES // 2
-    first = tokenizer.bos_id
-    start = [first] if tokenizer.add_bos and first is not None and first < vocabulary else []
+    start = [first for first in tokenizer.beginning if first < vocabulary]
     length = max(1, min(PIECE_TOKENS, context) - len(start))
     found: list[tuple[int, ...]] = []
     for number, text in enumerate(texts or _passages(), 1):

@@ -137,7 +137,7 @@ def _config(tokenizer: Tokenizer, template: ChatTemplate | None, generation: Gen
 
 def _only_its_ends(tokenizer: Tokenizer) -> bool:
     """Whether `encode` adds only the beginning and end token to a text."""
-    before = [tokenizer.bos_id] if tokenizer.add_bos else []
+    before = tokenizer.beginning
     after = [tokenizer.eos_id] if tokenizer.add_eos else []
     return tokenizer.encode("a") == [*before, *tokenizer.encode("a", add_special=False), *after]
 

@@ -199,6 +199,12 @@ class Tokenizer:
         return self._ids.pad
 
     @property
+    def beginning(self) -> list[int]:
+        """What `encode` puts before a text: the id of the beginning token, or nothing. A model that was trained with
+        one predicts poorly without it, and small errors grow."""
+        return [self._ids.bos] if self._ids.add_bos and self._ids.bos is not None else []
+
+    @property
     def add_bos(self) -> bool:
         """Whether `encode` begins with the beginning token."""
         return self._ids.add_bos
