@@ -44,6 +44,7 @@ def load(
     calibration: Sequence[str | Path] = (),
     verify: str = "auto",
     deterministic: bool = False,
+    max_kl: float | None = None,
     probe_file: str | Path | None = None,
     offline: bool = False,
     cache: Cache | None = None,
@@ -75,6 +76,9 @@ def load(
         deterministic: the same request gives the same tokens whatever else the model runs. Only backends that promise
             the same bits for the same steps are used. Where the steps of an engine change with what shares them, each
             sequence gets steps of its own.
+        max_kl: largest mean divergence of the logits from the reference, in nats. A compiled model above it in the
+            self-check is not used, and a backend that chooses number formats by measuring keeps it; None for the limits
+            of both.
         probe_file: a JSON file that replaces the probe of devices (`transom doctor --json` writes one).
         offline: a model of the hub is taken from the hub's cache, and never downloaded. Without it, a model that is not
             there is downloaded, and a log record says so.
@@ -102,6 +106,7 @@ def load(
         calibration=calibration,
         verify=verify,
         deterministic=deterministic,
+        max_kl=max_kl,
         unknown=unknown,
     )
     state = _state(options, cache, progress)
@@ -180,6 +185,7 @@ def export(
         sparsity=sparsity,
         calibration=calibration,
         verify=verify,
+        max_kl=max_kl,
         unknown=unknown,
     )
     state = _state(options, cache, progress)
@@ -189,7 +195,6 @@ def export(
         target=target,
         out=out,
         format=format,
-        max_kl=max_kl,
         app=app,
         overwrite=overwrite,
         probe_file=probe_file,

@@ -1,4 +1,4 @@
-"""What a backend implements: five methods, API 1.8. This file imports neither torch nor a vendor SDK.
+"""What a backend implements: five methods, API 1.9. This file imports neither torch nor a vendor SDK.
 
 A plugin is an object with a `transom_backends` hook. The host finds it through the entry-point group
 `transom.backends`. The hook returns backends. A backend has the methods `probe`, `claim`, `compile`, `check` and
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from transom.graph import Graph
     from transom.ops import OpSchema
 
-API_VERSION = (1, 8)
+API_VERSION = (1, 9)
 """A backend is accepted when `backend.api[0] == API_VERSION[0]` and `backend.api[1] <= API_VERSION[1]`."""
 
 ENTRY_POINT_GROUP = "transom.backends"
@@ -35,7 +35,7 @@ hookspec = pluggy.HookspecMarker("transom")
 hookimpl = pluggy.HookimplMarker("transom")
 
 Options = Mapping[str, object]
-"""The user's options. The host always passes four keys. A backend ignores keys that it does not know.
+"""The user's options. The host always passes five keys. A backend ignores keys that it does not know.
 
 - `precision`: `"auto"`, `"exact"`, `"fast"`, `"f32"`, `"bf16"`, `"f16"`, `"int8"`, `"fp8"` or `"int4"`. The backend
   decides what each means and documents it in `Artifact.notes`. `claim` raises `transom.errors.OptionError` for a
@@ -45,6 +45,9 @@ Options = Mapping[str, object]
 - `calibration`: a sequence of texts, for a backend that needs sample inputs to quantize activations. Each text is a
   sequence of token ids within the vocabulary, no longer than the context. Only `claim` and `compile` get texts; the
   sequence is empty for `load` and for a model without a tokenizer. Since API 1.4.
+- `max_kl`: float, the largest mean divergence in nats that the user accepts, for a backend that chooses number formats
+  by measuring. None: the backend's own limit. The host refuses a model that is above it in the self-check. Since API
+  1.9.
 """
 Tensor = Any
 Progress = Callable[[str, float | None], None]

@@ -282,6 +282,7 @@ def test_a_bug_is_said_to_be_one(bare: Any, model: Path) -> None:
         ("run", "backend", ..., "backend=…", "--backend …"),
         ("run", "max_new_tokens", 4000, "max_new_tokens=4000", "--max-tokens 4000"),
         ("run", "top_k", 5, "top_k=5", "--top-k 5"),
+        ("run", "max_kl", 0.1, "max_kl=0.1", "--max-kl 0.1"),
         ("run", "stop_token_ids", 5, "stop_token_ids=5", "--stop-token-id 5"),
         ("export", "calibration", ..., "calibration=…", "--text …"),
         ("export", "max_kl", 0.1, "max_kl=0.1", "--max-kl 0.1"),

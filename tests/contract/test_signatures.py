@@ -27,6 +27,7 @@ DIGESTS: dict[tuple[int, int], str] = {
     (1, 6): "af480acbedb0229c49aea4e9486425e8",
     (1, 7): "790982ca411af8d9e34cb258ef770ae6",
     (1, 8): "c1f6da09109c1c8cab5c96decae19255",
+    (1, 9): "c1f6da09109c1c8cab5c96decae19255",  # `Options` has one more key
 }
 MODULES = (contract, contract_optional)
 

@@ -111,12 +111,14 @@ def test_what_is_not_finite_diverges_without_end(value: float, rng: np.random.Ge
     assert found[1] == math.inf
 
 
-def _compiled(rng: np.random.Generator, precision: str = "auto") -> tuple[NativeProgram, Artifact]:
+def _compiled(
+    rng: np.random.Generator, precision: str = "auto", max_kl: float | None = None
+) -> tuple[NativeProgram, Artifact]:
     graph = tiny_decoder(rng, weights="int4", layers=2)
     vocabulary = graph.decoder.vocabulary if graph.decoder is not None else 0
     texts = tuple(tuple(rng.integers(0, vocabulary, 50).tolist()) for _ in range(2))
     device = replace(DEVICE, features=DEVICE.features | {"avx512_vnni", "avx512_bf16"})
-    options = {"precision": precision, "calibration": texts}
+    options = {"precision": precision, "calibration": texts, "max_kl": max_kl}
     artifact = OpenVinoCpu().compile(graph, device, options, lambda stage, share: None)
     written = artifact.files["program.json"]
     assert isinstance(written, bytes)
@@ -140,3 +142,11 @@ def test_the_limit_decides_what_is_compiled_and_the_note_says_so(
     program, artifact = _compiled(rng, "fast")
     assert (set(kinds(program).values()), program.cache) == (KINDS, "int8")  # `fast` is never widened
     assert "divergence" not in artifact.notes[0]
+
+
+@pytest.mark.skipif("avx512_bf16" not in LEVELS, reason="`auto` takes int8 on processors with VNNI")
+def test_the_user_may_set_the_limit(rng: np.random.Generator) -> None:
+    program, _ = _compiled(rng, max_kl=10.0)
+    assert program.cache == "int8"
+    program, _ = _compiled(rng, max_kl=1e-12)
+    assert (kinds(program), program.cache) == ({}, "bf16")

@@ -163,7 +163,7 @@ def _calibrated(
         program,
         mixed_precision.runner(weights, level, threads, texts, precision.wide),
         len(texts),
-        limit=mixed_precision.LIMIT,
+        limit=mixed_precision.LIMIT if (bound := options.get("max_kl")) is None else float(str(bound)),
         form=precision.wide,
         progress=lambda share: progress("measure", share),
     )

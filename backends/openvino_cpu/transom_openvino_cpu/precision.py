@@ -48,12 +48,10 @@ NAMES = ("auto", "exact", "fast", "f32", "bf16", "f16", "int8", "int4")
 DIVERGENCES = {"llama": 0.1, "mistral": 0.1, "gemma3": 0.2, "qwen2": 0.2, "onnx": 0.2}
 """Mean divergence from the reference with int8 products and cache, nats, by family; others declare none.
 
-SmolLM2-135M (4-bit, a Llama) measures 0.013 on the check prompt, natively and by OpenVINO, and 0.008 on 81 tokens. The
-rest is room for larger models. Mistral is computed as Llama is, and its GGUF files are of that family.
-
-Inputs of products and keys of Gemma 3 and Qwen2 have a few large columns, which share the scales of the others: with
-`fast`, Gemma 3 270M (4-bit) measures 0.095 on documentation, Qwen2.5-Coder 0.5B (4-bit) 0.105 on prose. `auto` widens
-what loses most where the native library runs the model, but not in OpenVINO. An ONNX file may hold any family.
+On the check prompt, 4-bit files measure 0.005 (SmolLM2-135M, a Llama), 0.003 (Gemma 3 270M) and 0.001 (Qwen2.5-Coder
+0.5B) natively. OpenVINO has wider groups, and `transom verify` finds 0.016 and 0.043 for the first two. The rest is
+room for larger models. Mistral is computed as Llama is, and its GGUF files are of that family. An ONNX file may hold
+any family.
 
 Gemma 2, Phi-3 and Qwen3 were measured on random tiny models alone. These have no large columns, and measure less than
 0.004 in every family; so they show that the arithmetic is right, and not what a real model loses.

@@ -7,7 +7,6 @@ bundle is then written with everything that a load needs.
 
 from __future__ import annotations
 
-import math
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -75,15 +74,13 @@ def export_model(
     target: str | Sequence[str],
     out: str | Path,
     format: str | Sequence[str] = "auto",
-    max_kl: float | None = None,
     app: str | Path | None = None,
     overwrite: bool = False,
     probe_file: str | Path | None = None,
 ) -> Exported:
     """Compile a model and write a bundle; arguments and errors are those of `transom.export`."""
     start = time.perf_counter()
-    pairs = pairs_of(target, format)
-    _check_bound(max_kl, state.options.verify)
+    pairs, max_kl = pairs_of(target, format), state.options.max_kl
     if bundle_at(model) is not None:
         raise OptionError(f"{model} is a bundle, which is compiled already", "Export the model that it was made of")
     folder = _place(out)
@@ -120,17 +117,6 @@ def _compile(models: CachedModels, attempt: Attempt, max_kl: float | None) -> _C
     except BaseException:
         ready.compiled.release()
         raise
-
-
-def _check_bound(max_kl: object, verify: str) -> None:
-    number = isinstance(max_kl, int | float) and not isinstance(max_kl, bool)
-    if max_kl is not None and not (number and 0 < max_kl < math.inf):  # type: ignore[operator]
-        raise OptionError(f"{option('max_kl', max_kl)} is not a bound", "Give nats above 0, such as 0.1")
-    if max_kl is not None and verify == "off":
-        raise OptionError(
-            f"{option('max_kl', max_kl)} needs the comparison that {option('verify', 'off')} leaves out",
-            "Leave one of the two out",
-        )
 
 
 def _uncompared(variants: Sequence[Variant], made: Sequence[_Compiled], max_kl: float) -> list[str]:

@@ -15,7 +15,7 @@ from transom.contract import Offer
 from transom.errors import FidelityError, option
 from transom.hardware.probe_file import to_json
 from transom.loading.attempts import Attempt
-from transom.preparation.compiled import Allowed, CompiledModel, allowed, precision_and_notes
+from transom.preparation.compiled import Allowed, CompiledModel, allowed, divergence, precision_and_notes
 from transom.preparation.jobs import FIDELITY
 from transom.preparation.plugin_calls import check_artifact
 from transom.selection import Candidate
@@ -73,10 +73,7 @@ def measured_fidelity(
 
 def selfcheck_kl(ready: Ready) -> float | None:
     """The divergence in nats from the self-check on this machine; None without a check or for another graph."""
-    verdict = ready.verdict
-    if ready.source.decoder is None or not isinstance(verdict, dict) or not verdict.get("checked"):
-        return None
-    return float(verdict["kl_mean"])
+    return divergence(ready.source.decoder, ready.verdict)
 
 
 def _require_bound(attempt: Attempt, ready: Ready, kl: float, bound: float, where: str) -> None:

@@ -109,7 +109,7 @@ def _merged_options(manifest: BundleManifest, variant: Variant, folder: Path, op
     if variant.requires.get("threads", str(threads)) != str(threads):
         raise contradicts("threads", threads, variant.requires["threads"])
     context = context or manifest.options["context"]
-    for_backend = {"context": context, "precision": precision, "threads": threads}
+    for_backend = {**options.for_backend, "context": context, "precision": precision, "threads": threads}
     return replace(options, for_backend=for_backend, sparsity=policy)
 
 

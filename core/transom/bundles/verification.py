@@ -68,7 +68,7 @@ def verify_bundle(
 def _verify_variant(
     folder: Path, name: str, device: str, probe_file: str | Path | None, cache: Cache, progress: Progress
 ) -> VariantResult:
-    options: dict[str, Any] = {"context": None, "precision": "auto", "threads": None}
+    options: dict[str, Any] = {"context": None, "precision": "auto", "threads": None, "max_kl": None}
     state = LoadState(LoadOptions(options, Sparsity.parse("off"), (), "always"), cache, progress)
     try:
         with load_bundle(folder, state, device=device, probe_file=probe_file, variant=name) as model:

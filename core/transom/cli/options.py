@@ -140,6 +140,12 @@ DETERMINISTIC = click.option(
     is_flag=True,
     help="The same request gives the same tokens whatever else runs: only backends that promise it.",
 )
+MAX_KL = click.option(
+    "--max-kl",
+    type=float,
+    metavar="NATS",
+    help="Largest mean divergence from the reference that is accepted. [default: the backend's own limit]",
+)
 PROBE_FILE = click.option(
     "--probe-file",
     type=click.Path(dir_okay=False),
@@ -165,10 +171,12 @@ def _json(context: click.Context, parameter: click.Parameter, wanted: bool) -> b
 
 JSON = click.option("--json", "as_json", is_flag=True, callback=_json, help="Print JSON.")
 
-_LOADING = (DEVICE, BACKEND, CONTEXT, PRECISION, THREADS, SPARSITY, VERIFY, DETERMINISTIC, PROBE_FILE, OFFLINE, JSON)
+_LOADING = (
+    *(DEVICE, BACKEND, CONTEXT, PRECISION, THREADS, SPARSITY, VERIFY, DETERMINISTIC, MAX_KL, PROBE_FILE, OFFLINE, JSON),
+)
 _LOAD_NAMES = (
-    *("device", "backend", "context", "precision", "threads", "sparsity", "verify", "deterministic", "probe_file"),
-    "offline",
+    *("device", "backend", "context", "precision", "threads", "sparsity", "verify", "deterministic", "max_kl"),
+    *("probe_file", "offline"),
 )
 
 _SAMPLING = (

@@ -52,7 +52,7 @@ def try_backend(payload: Mapping[str, Any], progress: Any) -> dict[str, Any]:
         backend_version="",
         band="generic",
         device=device,
-        options={"context": None, "precision": "auto", "threads": None},
+        options={"context": None, "precision": "auto", "threads": None, "max_kl": None},
         cache=payload["folder"],
         cache_limit=None,
         runtime_identity="here",

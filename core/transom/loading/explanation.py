@@ -143,7 +143,7 @@ def explain_graph(graph: Graph, name: str, machine: Machine, *, device: str = "a
 
 def _ask(graph: Graph, backend: Backend, device: Device) -> tuple[NodeAnswer, ...]:
     """The outcome for each node when the graph is lowered as far as possible (`lowering.try_lower`)."""
-    options = {"context": None, "precision": "auto", "threads": None, "calibration": ()}
+    options = {"context": None, "precision": "auto", "threads": None, "max_kl": None, "calibration": ()}
     first = {c.node: c for c in claims_of(graph, backend, device, options)}
     last = try_lower(graph, backend, device, options)
     final = {c.node: c for c in last.claims}

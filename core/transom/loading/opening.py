@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
-from transom.errors import EngineError, option
+from transom.errors import EngineError, SelfCheckFailed, option
 from transom.generation.report import Report
 from transom.loading import step_crashes
 from transom.loading.compiled_models import CompiledModels, Ready
@@ -63,11 +63,23 @@ def open_model(models: CompiledModels, attempt: Attempt) -> Model:
         if state.options.verify == "always":
             with state.stages.time("check"):
                 ready = replace(ready, verdict=_check_here(models, attempt, ready, session))
+        _require_bound(state, attempt, ready)
         return _model(models, attempt, ready, session, text, was_there)
     except BaseException:
         session.close()
         ready.compiled.release()
         raise
+
+
+def _require_bound(state: LoadState, attempt: Attempt, ready: Ready) -> None:
+    """Raise SelfCheckFailed if the model diverges by more than the user accepts. It stays in the cache."""
+    bound, kl = state.options.max_kl, compiled.divergence(ready.source.decoder, ready.verdict)
+    if bound is not None and kl is not None and not kl <= bound:
+        raise SelfCheckFailed(
+            f"What {attempt.candidate.backend} compiled diverges by {kl:.3g} nats from the reference on the check "
+            f"prompt, and {option('max_kl', bound)} allows less",
+            f"Use {option('precision', 'exact')}, or allow more",
+        )
 
 
 def _open(models: CompiledModels, attempt: Attempt, ready: Ready) -> tuple[Session, _Text]:

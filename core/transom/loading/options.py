@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,10 +16,13 @@ from transom.sparsity import Sparsity
 
 PRECISIONS = ("auto", "exact", "fast", "f32", "bf16", "f16", "int8", "fp8", "int4")
 VERIFY = ("auto", "off", "always")
-_BOTH = ("cache", "calibration", "context", "offline", "precision", "probe_file", "progress", "sparsity", "verify")
+_BOTH = (
+    *("cache", "calibration", "context", "max_kl", "offline", "precision", "probe_file", "progress", "sparsity"),
+    "verify",
+)
 NAMES = {
     "load": (*_BOTH, "backend", "deterministic", "device", "threads"),
-    "export": (*_BOTH, "app", "format", "max_kl", "out", "overwrite", "target"),
+    "export": (*_BOTH, "app", "format", "out", "overwrite", "target"),
 }
 """Names of the options by function."""
 
@@ -28,12 +32,19 @@ class LoadOptions:
     """The checked options of a call."""
 
     for_backend: Mapping[str, Any]
-    """Options for the backend: `precision`, `context` (None: the model's own) and `threads` (None: all)."""
+    """Options for the backend: `precision`, `context` (None: the model's own), `threads` (None: all) and `max_kl`
+    (None: the backend's own)."""
     sparsity: Sparsity
     texts: tuple[str, ...]
     """The user's calibration texts; empty for the default passages."""
     verify: str
     deterministic: bool = False
+
+    @property
+    def max_kl(self) -> float | None:
+        """Largest mean divergence from the reference that the user accepts, nats; None for the usual limits."""
+        bound: float | None = self.for_backend["max_kl"]
+        return bound
 
 
 def auto_policy() -> str:
@@ -57,6 +68,7 @@ def checked_options(
     calibration: Sequence[str | Path] = (),
     verify: str = "auto",
     deterministic: bool = False,
+    max_kl: float | None = None,
     unknown: Mapping[str, Any] | None = None,
 ) -> LoadOptions:
     """Check the options of a call.
@@ -78,8 +90,20 @@ def checked_options(
             raise OptionError(f"{option(name, value)} is not a positive whole number", "Leave it out for the default")
     if not isinstance(deterministic, bool):
         raise OptionError(f"{option('deterministic', deterministic)} is not True or False", "Leave it out for False")
-    for_backend = {"context": context, "precision": precision, "threads": threads}
+    _check_bound(max_kl, verify)
+    for_backend = {"context": context, "precision": precision, "threads": threads, "max_kl": max_kl}
     return LoadOptions(for_backend, Sparsity.parse(sparsity), user_texts(calibration), verify, deterministic)
+
+
+def _check_bound(max_kl: object, verify: str) -> None:
+    number = isinstance(max_kl, int | float) and not isinstance(max_kl, bool)
+    if max_kl is not None and not (number and 0 < max_kl < math.inf):  # type: ignore[operator]
+        raise OptionError(f"{option('max_kl', max_kl)} is not a bound", "Give nats above 0, such as 0.1")
+    if max_kl is not None and verify == "off":
+        raise OptionError(
+            f"{option('max_kl', max_kl)} needs the comparison that {option('verify', 'off')} leaves out",
+            "Leave one of the two out",
+        )
 
 
 def _require_known(name: str, value: object, known: Sequence[str]) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NotRequired, Protocol, TypedDict, TypeVar
 if TYPE_CHECKING:
     from transom.artifacts import Origin
     from transom.contract import Artifact
+    from transom.signature import Decoder
 
 T = TypeVar("T")
 
@@ -117,6 +118,14 @@ def allowed(model: CompiledModel) -> Allowed:
     if declared is None:
         return APPROXIMATE
     return Allowed(min(declared, LARGEST_DIVERGENCE), APPROXIMATE.correlation)
+
+
+def divergence(decoder: Decoder | None, verdict: Checked | None) -> float | None:
+    """The mean divergence that the self-check found, nats; None without a check, or for another graph than a
+    decoder's."""
+    if decoder is None or verdict is None or not verdict["checked"]:
+        return None
+    return verdict.get("kl_mean")
 
 
 def verdict_text(verdict: Checked | None) -> str:

@@ -52,7 +52,7 @@ class Job:
     """Band of the backend's offer. Memory for `fallback` is planned with everything in float32."""
     device: Device
     options: Mapping[str, Any]
-    """The user's `precision`, `context` (None: the model's own) and `threads` (None: all)."""
+    """The user's `precision`, `context` (None: the model's own), `threads` (None: all) and `max_kl`."""
     cache: str
     cache_limit: int | None
     runtime_identity: str
@@ -89,6 +89,7 @@ class Job:
                 "sparsity": self.sparsity,
                 "transom": version(),
                 **({"calibration": self.texts} if self.texts else {}),
+                **self._bound,
             }
         )
 
@@ -96,9 +97,14 @@ class Job:
     def failure_key(self) -> str:
         """Key under which a failure of this job is remembered."""
         precision, context = self.options["precision"], self.source_context
-        return artifact_key(
-            {"of": [self.content, self.runtime_identity, precision, context, self.sparsity, version(), self.texts]}
-        )
+        of = [self.content, self.runtime_identity, precision, context, self.sparsity, version(), self.texts]
+        return artifact_key({"of": of, **self._bound})
+
+    @property
+    def _bound(self) -> dict[str, Any]:
+        """The part of keys that states `max_kl`: empty without one."""
+        bound = self.options.get("max_kl")
+        return {} if bound is None else {"max_kl": float(bound)}
 
     def accepts(self, verdict: Checked | None) -> bool:
         """Whether the host may open the artifact in its own process after this verdict of the self-check.

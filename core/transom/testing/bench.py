@@ -26,7 +26,9 @@ from transom.testing.result import Failed, Refused
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-UNASKED: Mapping[str, object] = {"precision": "auto", "context": None, "threads": None, "calibration": ()}
+UNASKED: Mapping[str, object] = {
+    "precision": "auto", "context": None, "threads": None, "max_kl": None, "calibration": (),
+}  # fmt: skip
 """The options of a load without user options. The host always passes these keys."""
 
 
