@@ -107,6 +107,29 @@ def test_a_manifest_that_is_newer_or_wrong_is_refused(here: Any, export: Any) ->
             assert ("pip install --upgrade transom" in caught.value.fix) == (said == newer), changes
 
 
+FIDELITY = {"where": "an emulator, on cpu", "tokens": 12, "kl": 0.001, "top1": 1.0, "cosine": 0.999}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("where", 3), ("tokens", "12"), ("tokens", True), ("tokens", -1), ("kl", "0.001"), ("kl", float("nan")),
+        ("kl", 10**400), ("top1", None), ("cosine", [1.0]), ("cosine", float("inf")),
+    ],
+)  # fmt: skip
+def test_a_comparison_of_another_type_is_damage(here: Any, export: Any, key: str, value: object) -> None:
+    here.use(MadeUp("sound"))
+    made = export()
+    [variant] = json.loads((made.folder / "manifest.json").read_text())["variants"]
+    _edited(made.folder, variants=[{**variant, "fidelity": {**FIDELITY, "later": 1}}])
+    assert read_manifest(made.folder).variants[0].fidelity == FIDELITY
+    _edited(made.folder, variants=[{**variant, "fidelity": {**FIDELITY, key: value}}])
+    assert _is_damaged(made.folder)
+    missing = {name: number for name, number in FIDELITY.items() if name != key}
+    _edited(made.folder, variants=[{**variant, "fidelity": missing}])
+    assert _is_damaged(made.folder)
+
+
 OTHER_KINDS: dict[type, tuple[Any, ...]] = {
     str: (7, ["x"], None),
     bool: ("true", 1),

@@ -93,8 +93,6 @@ class Variant:
     def from_json(cls, whole: Any) -> Variant:
         """Raises an error of `MALFORMED` for invalid content. Unknown keys are ignored."""
         backend, fidelity, memory = whole["backend"], whole["fidelity"], whole["memory"]
-        if fidelity is not None and not isinstance(fidelity, dict):
-            raise TypeError("fidelity")
         return cls(
             name=check_file_name(whole["name"]),
             backend=values.text(backend["name"]),
@@ -110,7 +108,7 @@ class Variant:
             context=values.count(whole["context"]),
             memory={name: values.count(memory[name]) for name in _MEMORY} if memory else {},
             libraries=values.texts(whole["libraries"]),
-            fidelity=fidelity,
+            fidelity=None if fidelity is None else values.fidelity(fidelity),
             files={check_file_name(name): check_file_name(path) for name, path in whole["files"].items()},
         )
 

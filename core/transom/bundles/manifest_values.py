@@ -41,6 +41,19 @@ def number(value: object) -> float:
     return float(value)  # type: ignore[arg-type]
 
 
+def finite(value: object) -> float:
+    """The value if it is a finite number. Raises ValueError."""
+    if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:  # type: ignore[arg-type]
+        raise ValueError("not a finite number")
+    return float(value)  # type: ignore[arg-type]
+
+
+def fidelity(whole: Any) -> dict[str, Any]:
+    """An object `fidelity`; unknown keys are ignored. Raises an error of `MALFORMED`."""
+    numbers = {name: finite(whole[name]) for name in ("kl", "top1", "cosine")}
+    return {"where": text(whole["where"]), "tokens": count(whole["tokens"]), **numbers}
+
+
 def flag(value: object) -> bool:
     """The value if it is a boolean. Raises TypeError."""
     if not isinstance(value, bool):
