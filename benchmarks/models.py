@@ -61,7 +61,7 @@ def licenses() -> list[str]:
     found: dict[str, str] = {}
     for distribution in importlib.metadata.distributions():
         for file in distribution.files or ():
-            if "licen" in file.name.lower() and not file.name.endswith(".py"):
+            if "licen" in file.name.lower() and not file.name.endswith((".py", ".pdf")):
                 path = Path(str(file.locate()))
                 if path.is_file() and path.stat().st_size < 1 << 20:
                     text = path.read_text(encoding="utf-8", errors="ignore")
