@@ -152,18 +152,20 @@ def _calibrated(
     if level is None:
         return program, None
     given: Any = options.get("calibration") or ()
+    bound: Any = options.get("max_kl")
     texts = mixed_precision.cut(given, program.buffers[program.output].width)
     threads = min(threads_of(options, device), here.cores)
     progress("measure", None)
-    means = key_means.measure(program, weights, level, threads, texts, precision.wide)
-    program = key_means.subtracted(program, weights, means)
+    if key_means.movable(program):
+        means = key_means.measure(program, weights, level, threads, texts, precision.wide)
+        program = key_means.subtracted(program, weights, means)
     if not precision.mixes:
         return program, None
     mixed = mixed_precision.choose(
         program,
         mixed_precision.runner(weights, level, threads, texts, precision.wide),
         len(texts),
-        limit=mixed_precision.LIMIT if (bound := options.get("max_kl")) is None else float(str(bound)),
+        limit=mixed_precision.LIMIT if bound is None else bound,
         form=precision.wide,
         progress=lambda share: progress("measure", share),
     )
