@@ -192,7 +192,8 @@ def child(engine: str, model: str, ids: list[int], prompts: list[int], precision
 
 
 # in the parent --------------------------------------------------------------------------------------------------------
-def documentation_ids(model: str) -> list[int]:
+def documentation_ids(model: str, needed: int) -> list[int]:
+    """At least so many tokens of Python's documentation, which is repeated if it is shorter."""
     from pydoc_data.topics import topics
 
     from transom.sources import resolve
@@ -200,7 +201,8 @@ def documentation_ids(model: str) -> list[int]:
     tokenizer = resolve(model).open(model, context=None, progress=None).tokenizer
     if tokenizer is None:
         raise SystemExit(f"{model} has no tokenizer")
-    return tokenizer.encode("\n\n".join(topics[name] for name in sorted(topics)), add_special=False)
+    ids = tokenizer.encode("\n\n".join(topics[name] for name in sorted(topics)), add_special=False)
+    return ids * -(-needed // len(ids))
 
 
 def turns(rounds: int, engines: Sequence[str]) -> Iterator[tuple[int, str]]:
@@ -287,8 +289,8 @@ def main() -> None:
     engines = [e for e in asked if installed(e, pythons[e])]
     for missing in set(asked) - set(engines):
         print(f"{missing} is not installed, so it is left out: pip install 'transom[bench]'")
-    ids = documentation_ids(model)
     needed = sum(prompts) + max(prompts) + DECODE_TOKENS * (DECODE_REPEATS * len(prompts) + 1)
+    ids = documentation_ids(model, needed)
     print(f"{Path(model).name}, {arguments.rounds} rounds; text: pydoc_data.topics", flush=True)
     rounds: list[Row] = []
     about: dict[str, Row] = {}

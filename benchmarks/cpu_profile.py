@@ -7,9 +7,9 @@
 
 The library's clocks count thread seconds. Prefill is one prompt, decoding the 32 tokens after it. Shares are of the
 peaks that `cpu_peaks.cpp` reaches here, compiled by the system's compiler: 8-bit integer products, products of bfloat16
-pairs, and memory reads; "-" if the machine or the compiler lacks one. Attention is compared with the peak of bfloat16.
-Its operations count only the keys that were read, its time includes choosing them (columns and routing), and "of dense"
-is dense time x density / sparse time.
+pairs, and memory reads; "-" if the machine or the compiler lacks one. Attention is compared with the peak of the
+arithmetic that its cache makes it use. Its operations count only the keys that were read, its time includes choosing
+them (columns and routing), and "of dense" is dense time x density / sparse time.
 """
 
 from __future__ import annotations
@@ -132,6 +132,7 @@ def main() -> None:
                 **setting,
                 "products": profile.product_operations() * tokens / prefill["matrix products"] * threads,
                 "attention": profile.attention_operations(read) / attending * threads,
+                "arithmetic": profile.cache,
                 "reading": profile.decode_bytes(later) / (sum(decode.values()) / NEW / threads),
             })  # fmt: skip
             profile.model.close()

@@ -51,8 +51,9 @@ def engine_table(result: BenchResult, *, ratios: bool = True) -> list[str]:
         *((f"prefill {n}", f"{n} tokens, s", "{:.2f}".format) for n in lengths(result)),
         *((f"decode {n}", f"Decode at {n}, ms", lambda s: f"{s * 1e3:.1f}") for n in lengths(result)),
         ("resident", "Resident, MB", lambda b: f"{b / 1e6:.0f}"),
-        ("load", "Load, s", "{:.2f}".format),
     ]
+    if sum(row["engine"] == "transom" for row in result.rows("rounds")) > 2:  # in the first round it may compile
+        columns.append(("load", "Load, s", "{:.2f}".format))
     rows = [[name_of(e), *(shown(row[name]) for name, _, shown in columns)] for e, row in found.items()]
     ours = [engine for engine in found if engine.partition(" ")[0] == "transom"]
     if ratios and 0 < len(ours) < len(found):

@@ -42,14 +42,14 @@ def rates(result: BenchResult) -> list[str]:
         [
             str(row["tokens"]), row["sparsity"],
             f"{row['products'] / 1e9:.0f}", share(row["products"], peaks.get("int8")),
-            f"{row['attention'] / 1e9:.0f}", share(row["attention"], peaks.get("bf16")),
+            f"{row['attention'] / 1e9:.0f}", row["arithmetic"], share(row["attention"], peaks.get(row["arithmetic"])),
             share(row["attention"], dense.get(row["tokens"])), f"{row['reading'] / 1e9:.1f}",
             share(row["reading"], peaks.get("memory")),
         ]
         for row in result.rows("rates")
     ]  # fmt: skip
     head = (
-        "Tokens", "Sparsity", "Products, G/s", "of the int8 peak", "Attention, G/s", "of the bf16 peak", "of dense",
+        "Tokens", "Sparsity", "Products, G/s", "of the int8 peak", "Attention, G/s", "in", "of that peak", "of dense",
         "Decoding reads, GB/s", "of memory's",
     )  # fmt: skip
     return table(head, rows)

@@ -185,6 +185,8 @@ def test_ratios_are_those_of_medians_to_the_best_peer() -> None:
     assert found[5] == ["best peer / Transom", "2.00", "2.00", "1.00", "1.00"]
     assert found[6][:2] == ["best peer / Transom, `fast`", "4.00"]
     assert len(engines.measured_only([ENGINES])) == 6
+    twice = made(rounds=[round_of("transom", n, 0.5) for n in range(2)])
+    assert rows(engines.comparison([twice]))[1] == ["Transom", "0.50", "5.0", "300"]  # the first round may compile
     assert rows(engines.by_length([ENGINES]))[1] == ["Transom", "64", "0.5", "7.81", "5.0"]
 
 
@@ -209,11 +211,14 @@ def test_rates_are_shares_of_peaks_and_of_dense_attention() -> None:
             for s in ("off", "fast") for k in kinds
         ],
         rates=[
-            {"tokens": 8, "sparsity": s, "products": 5e11, "attention": a, "reading": 1e10}
-            for s, a in (("off", 1e11), ("fast", 2e11))
+            {"tokens": 8, "sparsity": s, "products": 5e11, "attention": a, "arithmetic": by, "reading": 1e10}
+            for s, a, by in (("off", 1e11, "int8"), ("fast", 2e11, "bf16"))
         ],
     )  # fmt: skip
-    assert rows(profiles.rates(found))[2] == ["8", "fast", "500", "50%", "200", "-", "200%", "10.0", "50%"]
+    assert rows(profiles.rates(found))[1:] == [
+        ["8", "off", "500", "50%", "100", "int8", "10%", "100%", "10.0", "50%"],
+        ["8", "fast", "500", "50%", "200", "bf16", "-", "200%", "10.0", "50%"],
+    ]
     assert rows(profiles.shares(found))[1] == ["8", "off", "prefill", "10", "20%", "20%", "20%", "20%", "20%"]
     assert rows(profiles.thread_seconds(found))[1] == ["matrix products", "2.0000", "1.0000", "2.0000", "1.0000"]
     assert rows(profiles.peaks(found))[1] == ["int8", "1000 billion operations"]
