@@ -114,7 +114,7 @@ def _other(rng: np.random.Generator, value: Any, name: str) -> Any:
 
 
 def run_damaged(rng: np.random.Generator, level: str) -> None:
-    kinds: Any = ["float32", "int4", "uint4_zero_points", "bfloat16"]
+    kinds: Any = ["float32", "int4", "uint4_zero_points", "int8", "bfloat16"]
     graph = tiny_decoder(rng, weights=str(rng.choice(kinds)), layers=1, final_softcap=5.0)
     precisions = (test_decoders.EXACT, test_decoders.INT8_NARROW, test_decoders.BFLOAT16)
     program, weights = test_decoders.built(graph, precisions[rng.integers(3)])

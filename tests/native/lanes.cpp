@@ -152,20 +152,20 @@ void integers() {
   store_bytes(bytes, iload(b));
   for (int i = 0; i < 16; i++)
     check(bytes[i] == (int8_t)b[i], "store_bytes", i, bytes[i], (int8_t)b[i]);
-  for (int nibbles = 0; nibbles < 2; nibbles++) {
+  for (int small = 0; small < 2; small++) {
     EACH(a, bits32() % 3 ? bits32() : 0xffffffffu);
     EACH(b, bits32() % 3 ? bits32() : bits32() % 2 ? 0x7f7f7f7fu : 0x81818181u);
     EACH(w, bits32() & 0xffffff);
-    if (nibbles)
-      EACH(a, a[i] & 0x0f0f0f0fu);
+    if (small)
+      EACH(a, a[i] & 0x7f7f7f7fu);
     for (int i = 0; i < 16; i++) {
       int32_t s = (int32_t)w[i];
       for (int k = 0; k < 32; k += 8)
         s += (int32_t)(a[i] >> k & 255) * (int8_t)(b[i] >> k);
       y[i] = (uint32_t)s;
     }
-    if (nibbles)
-      IARE("dot_nibbles", dot_nibbles(iload(w), iload(a), iload(b)), y[i]);
+    if (small)
+      IARE("dot_small", dot_small(iload(w), iload(a), iload(b)), y[i]);
     else
       IARE("dot_bytes", dot_bytes(iload(w), iload(a), iload(b)), y[i]);
   }

@@ -36,6 +36,14 @@ FORMS: dict[str, dict[str, Any]] = {
     "uint4, one zero point": {"zeros": "one"},
     "uint4, zero points": {"zeros": "many"},
     "uint4, minimums and zero points": {"minimums": True, "zeros": "many"},
+    "int8, of 4 bits": {"bits": 4},
+    "int8, of 5 bits": {"bits": 5},
+    "int8, of 6 bits": {"bits": 6},
+    "int8, of 6 bits, wide scales": {"bits": 6, "wide": True},
+    "uint8, of 5 bits, wide minimums": {"bits": 5, "minimums": True, "wide": True},
+    "uint8, of 6 bits": {"bits": 6},
+    "uint8, of 6 bits, minimums": {"bits": 6, "minimums": True},
+    "int8, of 5 bits, zero points": {"bits": 5, "zeros": "many"},
     "int8, zero points": {"zeros": "many"},
     "uint8, minimums": {"minimums": True},
     "uint8, one zero point": {"zeros": "one"},
@@ -56,7 +64,7 @@ def matrix(
     spread = columns**-0.5
     if dtype in ("float32", "float16", "bfloat16"):
         return dense((rng.standard_normal((rows, columns)) * spread).astype(DENSE_DTYPES[dtype]))
-    bits, signed = int(dtype.lstrip("uint")), not dtype.startswith("u")
+    bits, signed = options.get("bits") or int(dtype.lstrip("uint")), not dtype.startswith("u")
     low, high = (-(1 << bits - 1), 1 << bits - 1) if signed else (0, 1 << bits)
     kept = np.int8 if signed else np.uint8
     quants = rng.integers(low, high, (rows, columns))

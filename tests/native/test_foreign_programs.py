@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from levels import DEVICE, LEVELS, pytestmark  # noqa: F401  pytest reads the mark from here
-from programs import Machine
+from programs import Machine, linear, matrix
 from test_decoders import EXACT, built
 
 from transom.contract import Artifact, Work
@@ -22,6 +22,7 @@ from transom.errors import EngineError
 from transom.sparsity import Sparsity
 from transom.testing.models import tiny_decoder
 from transom_openvino_cpu import OpenVinoCpu, names
+from transom_openvino_cpu.native.layout import KINDS
 from transom_openvino_cpu.native.program import NativeProgram
 
 each_level = pytest.mark.parametrize("level", LEVELS)
@@ -79,6 +80,23 @@ def test_a_program_that_needs_tokens_after_its_rows_were_chosen_is_refused(
     program, weights = built(tiny_decoder(rng, layers=1), EXACT)
     with pytest.raises(EngineError, match="does not fit the library"), Machine((_moved(program, kind), weights), level):
         pass
+
+
+@each_level
+@pytest.mark.parametrize(
+    ("bits", "block", "columns"), [(5, 16, 64), (5, 40, 80), (6, 8, 64), (6, 24, 48), (6, 16, 48), (6, 48, 96)]
+)
+def test_quants_whose_planes_do_not_fit_their_blocks_are_refused(
+    bits: int, block: int, columns: int, level: str, rng: np.random.Generator
+) -> None:
+    """The code for few rows reads the planes of whole units."""
+    program, weights = linear(matrix(rng, "int8", 32, columns, block), np.ones((1, columns), np.float32), by="int8")
+    with Machine((program, weights), level):
+        pass
+    kind = KINDS[f"uint{bits}"]
+    matrices = tuple(replace(m, kind=kind) if m.kind == KINDS["uint8"] else m for m in program.matrices)
+    with pytest.raises(EngineError, match="does not fit the library"):
+        Machine((replace(program, matrices=matrices), weights), level)
 
 
 def _artifact(rng: np.random.Generator, folder: Path, damage: Callable[[NativeProgram], NativeProgram]) -> Artifact:

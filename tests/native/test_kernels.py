@@ -32,6 +32,8 @@ from transom.errors import EngineError
 from transom.graph.weights import Blocked, dequantize
 from transom.programs.written import AttentionLayer, View
 from transom.sparsity import Sparsity
+from transom_openvino_cpu.native.layout import BITS, matrix_bytes
+from transom_openvino_cpu.native.packing import bits_of
 from transom_openvino_cpu.native.program import ACTIVATIONS
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -89,6 +91,34 @@ def test_an_embedding_gives_back_the_stored_numbers(form: str, level: str, rng: 
     if exact and "wide scales, zero points" not in form:  # there a float32 scale is multiplied twice
         assert np.array_equal(got.astype(np.float32).view(np.uint32), stored.view(np.uint32))
     assert np.allclose(got, stored, rtol=1e-6, atol=1e-6 * columns**-0.5)
+
+
+@pytest.mark.parametrize(
+    ("form", "block", "bits"),
+    [
+        ("int8, of 4 bits", 8, 4),
+        ("int8, of 5 bits", 32, 5),
+        ("int8, of 5 bits", 16, 6),  # planes of the fifth bits have 32 columns
+        ("int8, of 6 bits", 16, 6),
+        ("int8, of 6 bits", 8, 8),
+        ("int8", 32, 8),
+        ("uint8, of 5 bits, wide minimums", 64, 5),
+        ("uint8, of 6 bits, minimums", 32, 6),
+        ("int8, of 5 bits, zero points", 32, 8),  # a zero point may need all bits
+        ("uint4", 32, 4),
+    ],
+)
+def test_quants_take_as_few_bits_as_hold_all_of_them(
+    form: str, block: int, bits: int, rng: np.random.Generator
+) -> None:
+    weight = matrix(rng, form, 48, 320, block, extreme=True)
+    assert isinstance(weight, Blocked)
+    draft = Draft()
+    draft.matrix(weight)
+    made = draft.matrices[0]
+    assert BITS[made.kind] == bits
+    scale = (4 if made.wide_scales else 2) * (2 if made.has_minimums else 1)
+    assert matrix_bytes(made) == len(draft.weights.getvalue()) == 48 * 320 * bits // 8 + 48 * 320 // block * scale
 
 
 @each_level
@@ -192,7 +222,7 @@ def _minimums_allowed(weight: Blocked, table: Array) -> Array:
     quants, scales, minimums, zeros = weight.load()
     least = np.zeros(scales.shape) if minimums is None else minimums.astype(np.float64)
     wide = scales.astype(np.float64)
-    centre = {"int4": 0, "int8": 0, "uint4": 8, "uint8": 128}[weight.dtype]
+    centre = 1 << bits_of(weight, weight.load()) - 1 if weight.dtype.startswith("u") else 0
     if zeros is not None and (zeros != zeros.flat[0]).any():
         least = least - wide * zeros
     elif minimums is None:

@@ -1,7 +1,7 @@
 """Writes weights in the layout that the library reads in place: tiles of 16 rows, with 16 outputs interleaved.
 
-`src/abi.h` defines the layouts. Blocks are kept bit for bit; a zero point that differs between blocks becomes a
-minimum.
+`src/abi.h` defines the layouts. Blocks are kept number for number, in as many bits as the quants of a matrix need; a
+zero point that differs between blocks becomes a minimum.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from typing import BinaryIO
 import ml_dtypes
 import numpy as np
 
-from transom.graph.weights import Array, Blocked, Dense, Weight, affine
+from transom.graph.weights import Array, Blocked, BlockedArrays, Dense, Weight, affine
 from transom.quantize import rounding
 from transom_openvino_cpu.native.layout import ALIGNMENT, KINDS, TILE, NativeMatrix
 
-CENTERS = {"int4": 8, "int8": 128, "uint4": 0, "uint8": 0}
-"""Added to a signed number to make it unsigned."""
+BLOCKED = ("int4", "uint4", "int8", "uint8")
+"""Types of quants."""
 GROUP = 64
 """Columns that share a scale when a plain matrix is quantized to int8."""
 SMALLEST_BLOCK = 8
@@ -27,7 +27,7 @@ def packable(weight: Weight) -> str:
     """Why the library cannot read such a matrix; empty if it can."""
     if len(weight.shape) != 2:
         return f"a matrix with {len(weight.shape)} axes"
-    if isinstance(weight, Blocked) and weight.dtype not in CENTERS:
+    if isinstance(weight, Blocked) and weight.dtype not in BLOCKED:
         return f"a matrix of {weight.dtype}"
     if isinstance(weight, Blocked) and (weight.block % SMALLEST_BLOCK or weight.shape[1] % weight.block):
         return f"blocks of {weight.block} columns"
@@ -93,29 +93,68 @@ def _write_dense(file: BinaryIO, weight: Dense, *, narrow: bool) -> NativeMatrix
     return NativeMatrix(kind, rows, columns, 0, 0, False, False, at)
 
 
+def bits_of(weight: Blocked, parts: BlockedArrays) -> int:
+    """Bits in which the library keeps each quant: 4, 5, 6 or 8, as few as hold all of them and suit the block. GGUF's
+    Q5_0 and Q6_K are int8 with quants of 5 and 6 bits."""
+    quants, block = parts.quants, weight.block
+    stored = int(weight.dtype.lstrip("uint"))
+    if stored == 4 or parts.zero_points is not None or not quants.size:  # a zero point may need all bits
+        return stored
+    signed = weight.dtype == "int8"
+    low, high = int(quants.min()), int(quants.max())
+    in_groups = block % 32 == 0 or (block == 16 and quants.shape[1] % 32 == 0)
+    for bits in (4, 5, 6):
+        least = -(1 << bits - 1) if signed else 0
+        fits = bits == 4 or (in_groups and block % (32 if bits == 5 else 16) == 0)
+        if fits and least <= low and high < least + (1 << bits):
+            return bits
+    return 8
+
+
 def _write_blocks(file: BinaryIO, weight: Blocked) -> NativeMatrix:
     parts = weight.load()
     rows, columns = weight.shape
-    block, center = weight.block, CENTERS[weight.dtype]
-    four = weight.dtype in ("int4", "uint4")
+    block = weight.block
+    bits = bits_of(weight, parts)
+    center = 0 if weight.dtype.startswith("u") else 1 << bits - 1  # makes a signed number unsigned
     quants = np.ascontiguousarray(parts.quants).view(np.uint8)
     if center:
         quants = quants + np.uint8(center)
     words = _tiles(quants.view("<u4"))  # of four columns, which stay adjacent
     tiles = len(words)
     scales, minimums, zero = affine(parts, center)
-    if four:
-        pairs = words.reshape(tiles, TILE, columns // 8, 2).transpose(0, 2, 3, 1)
-        packed = np.left_shift(pairs[:, :, 1], np.uint32(4), order="C")
-        packed |= pairs[:, :, 0]
+    if bits == 8:
+        packed = [words.transpose(0, 2, 1)]
     else:
-        packed = np.ascontiguousarray(words.transpose(0, 2, 1))
-    columns_of: list[Array] = [packed.view(np.uint8).reshape(tiles, columns // block, -1)]
+        lowest = words if bits == 4 else words & np.uint32(0x0F0F0F0F)
+        pairs = lowest.reshape(tiles, TILE, columns // 8, 2).transpose(0, 2, 3, 1)
+        packed = [np.left_shift(pairs[:, :, 1], np.uint32(4), order="C")]
+        packed[0] |= pairs[:, :, 0]
+        if bits > 4:
+            packed.append(_planes(words, bits - 4))
+    columns_of: list[Array] = []
+    for piece in packed:
+        columns_of.append(np.ascontiguousarray(piece).view(np.uint8).reshape(tiles, columns // block, -1))
     for part in (scales, minimums):
         if part is not None:
             wide = np.ascontiguousarray(_tiles(part).transpose(0, 2, 1))
             columns_of.append(wide.view(np.uint8).reshape(tiles, columns // block, -1))
     at = align(file)
     file.write(np.concatenate(columns_of, -1).data)
-    kind = KINDS["uint4" if four else "uint8"]
+    kind = KINDS[f"uint{bits}"]
     return NativeMatrix(kind, rows, columns, block, zero, minimums is not None, bool(scales.dtype == np.float32), at)
+
+
+def _planes(words: Array, bits: int) -> Array:
+    """The bits above the fourth, those of several words in one: uint32 [tiles, columns / columns of a plane, 16].
+
+    Args:
+        words: the quants of four columns in one number, uint32 [tiles, 16, columns / 4].
+        bits: 1 or 2.
+    """
+    mask = np.uint32(((1 << bits) - 1) * 0x01010101)
+    high = (words >> np.uint32(4) & mask).reshape(len(words), TILE, -1, 8 // bits).transpose(0, 2, 1, 3)
+    planes = high[..., 0].copy()
+    for v in range(1, 8 // bits):
+        planes |= high[..., v] << np.uint32(v * bits)
+    return planes

@@ -16,12 +16,16 @@ enum {
   TR_U4 = 3,   // [tile][block] of quants, scales, minimums. Quants: [block / 8] groups of 64 bytes with 8 columns of
                // 16 rows: byte 4 r + c is row r, columns c (low half) and 4 + c (high half)
   TR_U8 = 4,   // the same, with quants in [block / 4] groups of 64 bytes: byte 4 r + c is row r, column c
+  TR_U5 = 5,   // as TR_U4, with the lowest four bits first, then the fifth ones: [block / 32] planes of 64 bytes, whose
+               // byte 4 r + c has in bit v that of row r, column 4 v + c
+  TR_U6 = 6,   // the same, with [block / 16] planes, whose bits 2 v and 2 v + 1 are the highest two
 };
 
-// A matrix [rows, columns]. In TR_U4 and TR_U8 a number is scale * (quant - zero) + minimum.
+// A matrix [rows, columns]. From TR_U4 on a number is scale * (quant - zero) + minimum.
 struct tr_matrix {
   int32_t kind, rows, columns;
-  int32_t block;        // columns that share a scale; a multiple of 8, and a divisor of columns
+  int32_t block;        // columns that share a scale; a multiple of 8, and a divisor of columns. TR_U5: a multiple of 32;
+                        // TR_U6: that too, or 16 if columns are a multiple of 32
   int32_t zero;         // subtracted from every quant
   int32_t has_minimums; // 0: the data has none
   int32_t wide_scales;  // 1: scales and minimums are float; 0: IEEE half

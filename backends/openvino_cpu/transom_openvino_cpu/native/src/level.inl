@@ -76,9 +76,9 @@ bool program_fits(const tr_program &p) {
   }
   for (int x = 0; x < p.matrices; x++) {
     const tr_matrix &m = p.matrix[x];
-    const bool blocks = m.kind == TR_U4 || m.kind == TR_U8;
-    if (m.kind < TR_F32 || m.kind > TR_U8 || m.rows < 1 || m.columns < 1 || !m.data ||
-        (blocks && (m.block < 8 || m.block % 8 || m.columns % m.block || m.zero < 0 || m.zero > 255)))
+    if (m.kind < TR_F32 || m.kind > TR_U6 || m.rows < 1 || m.columns < 1 || !m.data ||
+        (in_blocks(m) && (m.block < 8 || m.block % 8 || m.columns % m.block || m.zero < 0 || m.zero > 255 ||
+                          !planes_fit(m))))
       return false;
   }
   // The operator after which only the rows that need logits remain. There is one, and those rows belong to no token:
@@ -114,7 +114,7 @@ bool program_fits(const tr_program &p) {
       const tr_matrix &m = p.matrix[o.matrix];
       if (!view_fits(p, o.a, m.columns) || (o.act ? m.rows % 32 || m.rows / 2 != o.width : m.rows != o.width))
         return false;
-      const bool blocks = m.kind == TR_U4 || m.kind == TR_U8;
+      const bool blocks = in_blocks(m);
       if (o.by != TR_BY_F32 && !(o.by == TR_BY_INT8 && blocks) && !(o.by == TR_BY_BF16 && (blocks || m.kind == TR_BF16)))
         return false;
       break;

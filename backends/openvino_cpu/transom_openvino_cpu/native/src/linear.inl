@@ -28,16 +28,39 @@ struct Acts {
   size_t pair_stride;
 };
 
-INLINE bool in_blocks(const tr_matrix &m) { return m.kind == TR_U4 || m.kind == TR_U8; }
+INLINE bool in_blocks(const tr_matrix &m) { return m.kind >= TR_U4; }
+INLINE int bits_of(const tr_matrix &m) {
+  return m.kind == TR_U4 ? 4 : m.kind == TR_U5 ? 5 : m.kind == TR_U6 ? 6 : 8;
+}
+// Calls f with the bits of a quant as a constant.
+template <int BITS> struct Bits {
+  enum { value = BITS };
+};
+template <class F> INLINE void by_bits(const tr_matrix &m, const F &f) {
+  switch (m.kind) {
+  case TR_U4:
+    return f(Bits<4>());
+  case TR_U5:
+    return f(Bits<5>());
+  case TR_U6:
+    return f(Bits<6>());
+  default:
+    return f(Bits<8>());
+  }
+}
 // Activations that share a scale. Larger groups need fewer multiplications and lose more to rounding.
 INLINE int group_of(const tr_matrix &m) {
   if (m.block >= 32)
     return m.block % 32 == 0 ? 32 : 8;
   return 32 % m.block == 0 && m.columns % 32 == 0 ? 32 : m.block;
 }
+// Whether units begin where planes do.
+INLINE bool planes_fit(const tr_matrix &m) {
+  return (m.kind != TR_U5 && m.kind != TR_U6) || (group_of(m) == 32 && m.block % (m.kind == TR_U5 ? 32 : 16) == 0);
+}
 INLINE int unit_of(const tr_matrix &m) { return m.block < group_of(m) ? m.block : group_of(m); }
 // Subtracted from quants to make integers. With minimums it is the middle, so that the remaining term is small.
-INLINE int center_of(const tr_matrix &m) { return m.has_minimums ? (m.kind == TR_U4 ? 8 : 128) : m.zero; }
+INLINE int center_of(const tr_matrix &m) { return m.has_minimums ? 1 << (bits_of(m) - 1) : m.zero; }
 
 // Bytes that `prepare` needs.
 INLINE size_t acts_bytes(const tr_matrix &m, int by, int rows) {
@@ -154,9 +177,10 @@ static Acts prepare(const tr_matrix &m, int by, const float *x, size_t stride, i
   return a;
 }
 
-INLINE size_t block_bytes(const tr_matrix &m) { // for 16 rows
-  size_t quants = (size_t)16 * m.block / (m.kind == TR_U4 ? 2 : 1), scale = m.wide_scales ? 64 : 32;
-  return quants + scale * (m.has_minimums ? 2 : 1);
+// Of a block of 16 rows.
+INLINE size_t quants_size(const tr_matrix &m) { return (size_t)2 * bits_of(m) * m.block; }
+INLINE size_t block_bytes(const tr_matrix &m) {
+  return quants_size(m) + (m.wide_scales ? 64 : 32) * (m.has_minimums ? 2 : 1);
 }
 INLINE size_t tile_bytes(const tr_matrix &m) {
   switch (m.kind) {
@@ -190,25 +214,81 @@ INLINE const char *block_at(const tr_matrix &m, int t, int column) {
   return tile_at(m, t) + column / m.block * block_bytes(m);
 }
 INLINE VF scales_of(const tr_matrix &m, const char *block) {
-  return load_scales(block + (size_t)16 * m.block / (m.kind == TR_U4 ? 2 : 1), m.wide_scales);
+  return load_scales(block + quants_size(m), m.wide_scales);
 }
 INLINE VF minimums_of(const tr_matrix &m, const char *block) {
-  const size_t quants = (size_t)16 * m.block / (m.kind == TR_U4 ? 2 : 1), scale = m.wide_scales ? 64 : 32;
-  return load_scales(block + quants + scale, m.wide_scales);
+  return load_scales(block + quants_size(m) + (m.wide_scales ? 64 : 32), m.wide_scales);
 }
-// Quants of four columns. HIGH: those in the high halves of bytes.
-template <bool NIBBLES, bool HIGH> INLINE void four_quants(const char *p, VF *x) {
-  const VI byte = iset1(0xff), low = iset1(0x0f0f0f0f);
-  VI w = iload(p);
-  if (NIBBLES)
-    w = iand(HIGH ? right<4>(w) : w, low);
-  x[0] = to_float(iand(w, byte)), x[1] = to_float(iand(right<8>(w), byte));
-  x[2] = to_float(iand(right<16>(w), byte)), x[3] = to_float(right<24>(w));
-}
-// Eight columns at p.
-template <bool NIBBLES> INLINE void eight_quants(const char *p, VF *x) {
-  four_quants<NIBBLES, false>(p, x);
-  four_quants<NIBBLES, true>(NIBBLES ? p : p + 64, x + 4);
+
+// The quants of a block from a column on, which is the first of a plane: `low` has those of eight bits, or their lowest
+// four bits; `planes` the others, of 32 columns (one bit) or 16 (two bits) in 64 bytes.
+template <int BITS> struct Quants {
+  const char *low, *planes;
+  Quants(const tr_matrix &m, const char *block, int column)
+      : low(block + (size_t)column * (BITS == 8 ? 16 : 8)),
+        planes(block + (size_t)m.block * 8 + (size_t)column * (BITS - 4) * 2) {}
+
+  // The bits above the fourth of vector V (four columns) of a plane.
+  template <int V> static INLINE_MEMBER VI high(VI plane) {
+    constexpr int AT = V * (BITS - 4);
+    if constexpr (AT <= 4)
+      plane = left<4 - AT>(plane);
+    else
+      plane = right<AT - 4>(plane);
+    return iand(plane, iset1(BITS == 5 ? 0x10101010 : 0x30303030));
+  }
+  template <int V> static INLINE_MEMBER void add_high(VI plane, VI &first, VI &second) {
+    first = ior(first, high<V>(plane)), second = ior(second, high<V + 1>(plane));
+  }
+  // Eight columns from column j on, as bytes: byte 4 r + c is row r, column c, of the first four and the second four.
+  INLINE_MEMBER void eight(int j, VI &first, VI &second) const {
+    if constexpr (BITS == 8) {
+      first = iload(low + (size_t)j * 16), second = iload(low + (size_t)j * 16 + 64);
+      return;
+    }
+    const VI half = iset1(0x0f0f0f0f), w = iload(low + (size_t)j * 8);
+    first = iand(w, half), second = iand(right<4>(w), half);
+    if constexpr (BITS == 5) {
+      const VI plane = iload(planes + j / 32 * 64);
+      switch (j / 8 % 4) {
+      case 0:
+        return add_high<0>(plane, first, second);
+      case 1:
+        return add_high<2>(plane, first, second);
+      case 2:
+        return add_high<4>(plane, first, second);
+      default:
+        return add_high<6>(plane, first, second);
+      }
+    }
+    if constexpr (BITS == 6) {
+      const VI plane = iload(planes + j / 16 * 64);
+      j / 8 % 2 ? add_high<2>(plane, first, second) : add_high<0>(plane, first, second);
+    }
+  }
+  // The same as floats.
+  INLINE_MEMBER void eight(int j, VF *x) const {
+    VI w[2];
+    eight(j, w[0], w[1]);
+    const VI byte = iset1(0xff);
+    for (int i = 0; i < 2; i++, x += 4) {
+      x[0] = to_float(iand(w[i], byte)), x[1] = to_float(iand(right<8>(w[i]), byte));
+      x[2] = to_float(iand(right<16>(w[i]), byte)), x[3] = to_float(right<24>(w[i]));
+    }
+  }
+};
+// One of the 16 rows, one of the columns.
+INLINE uint8_t quant_at(const tr_matrix &m, const char *block, int row, int column) {
+  const int byte = row * 4 + column % 4;
+  if (m.kind == TR_U8)
+    return (uint8_t)block[column / 4 * 64 + byte];
+  const uint8_t w = (uint8_t)block[column / 8 * 64 + byte];
+  const int low = column & 4 ? w >> 4 : w & 15, bits = bits_of(m) - 4;
+  if (!bits)
+    return (uint8_t)low;
+  const int columns = 32 / bits; // of a plane
+  const uint8_t plane = (uint8_t)block[(size_t)m.block * 8 + column / columns * 64 + byte];
+  return (uint8_t)(low | (plane >> column % columns / 4 * bits & ((1 << bits) - 1)) << 4);
 }
 // Quants as bfloat16, which holds them exactly.
 INLINE VI quant_pairs(VF low, VF high) { return ior(right<16>(as_int(low)), as_int(high)); }
@@ -220,12 +300,10 @@ INLINE VF least_of(const tr_matrix &m, const char *scales, size_t scale, VF d) {
 }
 
 // UNIT and PER: as in `many_bytes`.
-template <int R, bool NIBBLES, int UNIT, int PER>
+template <int R, int BITS, int UNIT, int PER>
 static void few_bytes(const tr_matrix &m, int t, const Acts &a, VF *y) {
   const char *p = tile_at(m, t);
-  const size_t quants = (size_t)16 * m.block / (NIBBLES ? 2 : 1), scale = m.wide_scales ? 64 : 32;
-  const size_t bytes = block_bytes(m);
-  const VI low = iset1(0x0f0f0f0f);
+  const size_t quants = (size_t)2 * BITS * m.block, scale = m.wide_scales ? 64 : 32, bytes = block_bytes(m);
   const size_t ld = align64(m.columns);
   const int unit = UNIT ? UNIT : a.unit, per_group = PER ? PER : a.group / a.unit;
   VF total[R], part[R], minimums[R], even = zero(); // of an even unit, which waits for the odd one
@@ -240,7 +318,6 @@ static void few_bytes(const tr_matrix &m, int t, const Acts &a, VF *y) {
   for (int u = 0, column = 0; column < m.columns; p += bytes) {
     const VF d = load_scales(p + quants, m.wide_scales);
     const VF least = m.has_minimums ? least_of(m, p + quants, scale, d) : zero();
-    const char *q = p;
     for (int in = 0; in < m.block; in += unit, u++, column += unit) {
       if (u & 1) {
         if (m.has_minimums)
@@ -251,12 +328,14 @@ static void few_bytes(const tr_matrix &m, int t, const Acts &a, VF *y) {
       for (int r = 0; r < R; r++)
         i[r] = iset1(a.starts[r * a.units + u]), k[r] = izero();
       const int8_t *b = a.bytes + column;
-      for (int j = 0; j < unit; j += 8, q += NIBBLES ? 64 : 128) {
-        VI w = iload(q), w0 = NIBBLES ? iand(w, low) : w, w1 = NIBBLES ? iand(right<4>(w), low) : iload(q + 64);
+      const Quants<BITS> q(m, p, in);
+      for (int j = 0; j < unit; j += 8) {
+        VI w0, w1;
+        q.eight(j, w0, w1);
         for (int r = 0; r < R; r++) {
           VI x0 = iset1_at(b + r * ld + j), x1 = iset1_at(b + r * ld + j + 4);
-          i[r] = NIBBLES ? dot_nibbles(i[r], w0, x0) : dot_bytes(i[r], w0, x0);
-          k[r] = NIBBLES ? dot_nibbles(k[r], w1, x1) : dot_bytes(k[r], w1, x1);
+          i[r] = BITS < 8 ? dot_small(i[r], w0, x0) : dot_bytes(i[r], w0, x0);
+          k[r] = BITS < 8 ? dot_small(k[r], w1, x1) : dot_bytes(k[r], w1, x1);
         }
       }
       if (per_group == 1) {
@@ -281,13 +360,16 @@ static void few_bytes(const tr_matrix &m, int t, const Acts &a, VF *y) {
     y[r] = m.has_minimums ? add(total[r], minimums[r]) : total[r];
 }
 
-template <int R, bool NIBBLES> INLINE void few_bytes(const tr_matrix &m, int t, const Acts &a, VF *y) {
-  if (a.unit == 32 && a.group == 32)
-    few_bytes<R, NIBBLES, 32, 1>(m, t, a, y);
-  else if (a.unit == 16 && a.group == 32)
-    few_bytes<R, NIBBLES, 16, 2>(m, t, a, y);
-  else
-    few_bytes<R, NIBBLES, 0, 0>(m, t, a, y);
+template <int R, int BITS> INLINE void few_bytes(const tr_matrix &m, int t, const Acts &a, VF *y) {
+  // Quants with planes have no other units: `planes_fit`.
+  if constexpr (BITS == 5)
+    few_bytes<R, 5, 32, 1>(m, t, a, y);
+  else if (a.unit == 32 && a.group == 32)
+    few_bytes<R, BITS, 32, 1>(m, t, a, y);
+  else if (BITS == 6 || (a.unit == 16 && a.group == 32))
+    few_bytes<R, BITS, 16, 2>(m, t, a, y);
+  else if constexpr (BITS != 6)
+    few_bytes<R, BITS, 0, 0>(m, t, a, y);
 }
 
 // The others compute NV tiles at once, for a single row two: a sum waits for the one before it, so a single chain of
@@ -298,7 +380,7 @@ INLINE void ask_ahead(const char *tile, size_t at, size_t bytes, int tiles) {
   __builtin_prefetch(tile + at + (at < bytes ? 0 : (tiles - 1) * bytes), 0, 3);
 }
 
-template <int R, int NV, bool NIBBLES, bool PAIRS>
+template <int R, int NV, int BITS, bool PAIRS>
 static void few_blocks(const tr_matrix &m, int t, const Acts &a, VF (&y)[R][NV]) {
   const size_t bytes = block_bytes(m);
   const char *p[NV];
@@ -317,7 +399,7 @@ static void few_blocks(const tr_matrix &m, int t, const Acts &a, VF (&y)[R][NV])
     for (int j = 0; j < m.block; j += 8, x += 8, pairs += 4) {
       VF w[NV][8];
       for (int v = 0; v < NV; v++)
-        eight_quants<NIBBLES>(p[v] + (size_t)j * (NIBBLES ? 8 : 16), w[v]);
+        Quants<BITS>(m, p[v], 0).eight(j, w[v]);
       for (int k = 0; k < 8; k += PAIRS ? 2 : 1)
         for (int r = 0; r < R; r++)
           for (int v = 0; v < NV; v++)
@@ -342,11 +424,12 @@ static void few_blocks(const tr_matrix &m, int t, const Acts &a, VF (&y)[R][NV])
   }
 }
 template <int R, int NV> INLINE void few_blocks(const tr_matrix &m, int t, const Acts &a, VF (&y)[R][NV]) {
-  const bool pairs = a.by == TR_BY_BF16;
-  if (m.kind == TR_U4)
-    pairs ? few_blocks<R, NV, true, true>(m, t, a, y) : few_blocks<R, NV, true, false>(m, t, a, y);
-  else
-    pairs ? few_blocks<R, NV, false, true>(m, t, a, y) : few_blocks<R, NV, false, false>(m, t, a, y);
+  by_bits(m, [&](auto bits) {
+    if (a.by == TR_BY_BF16)
+      few_blocks<R, NV, bits.value, true>(m, t, a, y);
+    else
+      few_blocks<R, NV, bits.value, false>(m, t, a, y);
+  });
 }
 
 template <int R, int NV> INLINE void few_wide(const tr_matrix &m, int t, const Acts &a, VF (&y)[R][NV]) {
@@ -417,7 +500,7 @@ template <int R, int NV> static void few(const tr_matrix &m, int t, const Acts &
   if (a.by == TR_BY_INT8)
     for (int v = 0; v < NV; v++) {
       VF one[R];
-      m.kind == TR_U4 ? few_bytes<R, true>(m, t + v, a, one) : few_bytes<R, false>(m, t + v, a, one);
+      by_bits(m, [&](auto bits) { few_bytes<R, bits.value>(m, t + v, a, one); });
       for (int r = 0; r < R; r++)
         sums[r][v] = one[r];
     }
@@ -449,28 +532,22 @@ INLINE int panel_units(const tr_matrix &m, int tiles) { // whole groups, an even
   return n < step ? step : n;
 }
 
-template <int NV> static void unpack_bytes(const tr_matrix &m, int t, int u0, int u1, char *panel) {
+template <int NV, int BITS> static void unpack_bytes(const tr_matrix &m, int t, int u0, int u1, char *panel) {
   const int unit = unit_of(m), per = m.block / unit;
-  const size_t quants = (size_t)16 * m.block / (m.kind == TR_U4 ? 2 : 1), bytes = block_bytes(m);
-  const VI low = iset1(0x0f0f0f0f);
+  const size_t bytes = block_bytes(m);
   for (int v = 0; v < NV; v++) {
     const char *tile = tile_at(m, t + v);
     char *out = panel;
     for (int u = u0; u < u1; u++, out += (size_t)NV * (16 * unit + 64)) {
       const char *block = tile + u / per * bytes;
-      if (m.kind == TR_U4) {
-        const char *p = block + (size_t)(u % per) * unit * 8;
-        for (int j = 0; j < unit / 8; j++) {
-          VI w = iload(p + 64 * j);
-          istore(out + ((size_t)(2 * j) * NV + v) * 64, iand(w, low));
-          istore(out + ((size_t)(2 * j + 1) * NV + v) * 64, iand(right<4>(w), low));
-        }
-      } else {
-        const char *p = block + (size_t)(u % per) * unit * 16;
-        for (int j = 0; j < unit / 4; j++)
-          istore(out + ((size_t)j * NV + v) * 64, iload(p + 64 * j));
+      const Quants<BITS> q(m, block, u % per * unit);
+      for (int j = 0; j < unit; j += 8) {
+        VI first, second;
+        q.eight(j, first, second);
+        istore(out + ((size_t)(j / 4) * NV + v) * 64, first);
+        istore(out + ((size_t)(j / 4 + 1) * NV + v) * 64, second);
       }
-      store((float *)(out + (size_t)NV * 16 * unit) + v * 16, load_scales(block + quants, m.wide_scales));
+      store((float *)(out + (size_t)NV * 16 * unit) + v * 16, scales_of(m, block));
     }
   }
 }
@@ -478,7 +555,7 @@ template <int NV> static void unpack_bytes(const tr_matrix &m, int t, int u0, in
 // All minimums in bfloat16, interleaved by two units: [units / 2][NV][16][2].
 template <int NV> static void unpack_minimums(const tr_matrix &m, int t, int units, char *out) {
   const int per = m.block / unit_of(m);
-  const size_t quants = (size_t)16 * m.block / (m.kind == TR_U4 ? 2 : 1), scale = m.wide_scales ? 64 : 32;
+  const size_t quants = quants_size(m), scale = m.wide_scales ? 64 : 32;
   for (int u = 0; u < units; u += 2)
     for (int v = 0; v < NV; v++) {
       VF least[2] = {zero(), zero()};
@@ -512,7 +589,7 @@ template <int R, int NV> static void add_minimums(const char *minimums, const Ac
 
 // Multiplies R rows from `row` on by a panel of units u0 ... u1 - 1; adds to y if `more`. UNIT and PER are the columns
 // of a unit and the units of a group; 0: those of the activations.
-template <int R, int NV, bool NIBBLES, int UNIT, int PER>
+template <int R, int NV, bool SMALL, int UNIT, int PER>
 static void many_bytes(const char *panel, int u0, int u1, const Acts &a, int row, float *y, bool more) {
   const size_t ld = align64(a.columns);
   const int unit = UNIT ? UNIT : a.unit, per_group = PER ? PER : a.group / a.unit, groups = a.groups, units = a.units;
@@ -540,7 +617,7 @@ static void many_bytes(const char *panel, int u0, int u1, const Acts &a, int row
         for (int r = 0; r < R; r++) {
           VI x = iset1_at(b + r * ld);
           for (int v = 0; v < NV; v++)
-            i[r][v] = NIBBLES ? dot_nibbles(i[r][v], w[v], x) : dot_bytes(i[r][v], w[v], x);
+            i[r][v] = SMALL ? dot_small(i[r][v], w[v], x) : dot_bytes(i[r][v], w[v], x);
         }
       }
       const float *d = (const float *)panel;
@@ -613,7 +690,7 @@ INLINE int columns_at_once(const tr_matrix &m) {
 // A panel of NV tiles in blocks for floats or bfloat16. Each block has its quants, as floats [block][NV][16] or pairs
 // of bfloat16 [block / 2][NV][16][2], then scales and minimums [2][NV][16].
 INLINE size_t quants_bytes(const tr_matrix &m, int by) { return (size_t)m.block * (by == TR_BY_BF16 ? 32 : 64); }
-template <int NV, bool NIBBLES, bool PAIRS>
+template <int NV, int BITS, bool PAIRS>
 static void unpack_blocks(const tr_matrix &m, int t, int c0, int c1, char *panel) {
   for (int v = 0; v < NV; v++) {
     char *out = panel + 64 * v;
@@ -621,7 +698,7 @@ static void unpack_blocks(const tr_matrix &m, int t, int c0, int c1, char *panel
       const char *block = block_at(m, t + v, c);
       for (int j = 0; j < m.block; j += 8) {
         VF x[8];
-        eight_quants<NIBBLES>(block + (size_t)j * (NIBBLES ? 8 : 16), x);
+        Quants<BITS>(m, block, 0).eight(j, x);
         for (int k = 0; k < 8; k += PAIRS ? 2 : 1, out += 64 * NV)
           if (PAIRS)
             istore(out, quant_pairs(x[k], x[k + 1]));
@@ -719,12 +796,12 @@ static void all_blocks(const tr_matrix &m, const char *panel, int c0, int c1, co
   for (; r < rows; r++)
     many_blocks<1, NV, PAIRS>(m, panel, c0, c1, a, r, y + (size_t)r * WIDE * 16);
 }
-template <int NV, bool NIBBLES, bool PAIRS>
+template <int NV, int BITS, bool PAIRS>
 static void many_in_blocks(const tr_matrix &m, int t, const Acts &a, int rows, float *y, char *panel) {
   const int cut = columns_at_once(m);
   for (int c = 0; c < m.columns; c += cut) {
     const int end = c + cut < m.columns ? c + cut : m.columns;
-    unpack_blocks<NV, NIBBLES, PAIRS>(m, t, c, end, panel);
+    unpack_blocks<NV, BITS, PAIRS>(m, t, c, end, panel);
     all_blocks<NV, PAIRS>(m, panel, c, end, a, rows, y);
   }
 }
@@ -811,7 +888,7 @@ INLINE size_t panel_bytes(const tr_matrix &m, int by) {
   return by == TR_BY_F32 ? (size_t)CUT * 2 * 64 : 0;
 }
 
-template <int NV, bool NIBBLES, int UNIT, int PER>
+template <int NV, bool SMALL, int UNIT, int PER>
 static void all_rows(const char *panel, int u0, int u1, const Acts &a, int rows, float *y) {
   int r = 0;
   if constexpr (TILED)
@@ -822,21 +899,21 @@ static void all_rows(const char *panel, int u0, int u1, const Acts &a, int rows,
     }
   const int AT_ONCE = PER > 1 && ROWS > 4 ? 4 : ROWS;
   for (; r + AT_ONCE <= rows; r += AT_ONCE)
-    many_bytes<AT_ONCE, NV, NIBBLES, UNIT, PER>(panel, u0, u1, a, r, y + (size_t)r * WIDE * 16, u0 > 0);
+    many_bytes<AT_ONCE, NV, SMALL, UNIT, PER>(panel, u0, u1, a, r, y + (size_t)r * WIDE * 16, u0 > 0);
   for (; r + 2 <= rows; r += 2)
-    many_bytes<2, NV, NIBBLES, 0, 0>(panel, u0, u1, a, r, y + (size_t)r * WIDE * 16, u0 > 0);
+    many_bytes<2, NV, SMALL, 0, 0>(panel, u0, u1, a, r, y + (size_t)r * WIDE * 16, u0 > 0);
   for (; r < rows; r++)
-    many_bytes<1, NV, NIBBLES, 0, 0>(panel, u0, u1, a, r, y + (size_t)r * WIDE * 16, u0 > 0);
+    many_bytes<1, NV, SMALL, 0, 0>(panel, u0, u1, a, r, y + (size_t)r * WIDE * 16, u0 > 0);
 }
 // The most common formats have specialized code: unrolled, their sums stay in registers.
-template <int NV, bool NIBBLES>
+template <int NV, bool SMALL>
 static void all_rows(const char *panel, int u0, int u1, const Acts &a, int rows, float *y) {
   if (a.unit == 32 && a.group == 32)
-    all_rows<NV, NIBBLES, 32, 1>(panel, u0, u1, a, rows, y);
+    all_rows<NV, SMALL, 32, 1>(panel, u0, u1, a, rows, y);
   else if (a.unit == 16 && a.group == 32)
-    all_rows<NV, NIBBLES, 16, 2>(panel, u0, u1, a, rows, y);
+    all_rows<NV, SMALL, 16, 2>(panel, u0, u1, a, rows, y);
   else
-    all_rows<NV, NIBBLES, 0, 0>(panel, u0, u1, a, rows, y);
+    all_rows<NV, SMALL, 0, 0>(panel, u0, u1, a, rows, y);
 }
 
 template <int NV> static void all_pairs(const char *const *p, const Acts &a, int rows, float *y) {
@@ -855,12 +932,12 @@ template <int NV> static void all_pairs(const char *const *p, const Acts &a, int
 // NV is 1 or 2.
 template <int NV> static void many(const tr_matrix &m, int t, const Acts &a, int rows, float *y, char *panel) {
   if (a.by == TR_BY_INT8) {
-    const bool nibbles = NIBBLES_APART && m.kind == TR_U4;
+    const bool small = SMALL_APART && m.kind != TR_U8;
     const int most = panel_units(m, 2);
     for (int u = 0; u < a.units; u += most) {
       const int end = u + most < a.units ? u + most : a.units;
-      unpack_bytes<NV>(m, t, u, end, panel);
-      if (nibbles)
+      by_bits(m, [&](auto bits) { unpack_bytes<NV, bits.value>(m, t, u, end, panel); });
+      if (small)
         all_rows<NV, true>(panel, u, end, a, rows, y);
       else
         all_rows<NV, false>(panel, u, end, a, rows, y);
@@ -876,12 +953,12 @@ template <int NV> static void many(const tr_matrix &m, int t, const Acts &a, int
     for (; r < rows; r++)
       add_minimums<1, NV>(panel, a, r, y + (size_t)r * WIDE * 16);
   } else if (in_blocks(m)) {
-    if (a.by == TR_BY_BF16)
-      m.kind == TR_U4 ? many_in_blocks<NV, true, true>(m, t, a, rows, y, panel)
-                      : many_in_blocks<NV, false, true>(m, t, a, rows, y, panel);
-    else
-      m.kind == TR_U4 ? many_in_blocks<NV, true, false>(m, t, a, rows, y, panel)
-                      : many_in_blocks<NV, false, false>(m, t, a, rows, y, panel);
+    by_bits(m, [&](auto bits) {
+      if (a.by == TR_BY_BF16)
+        many_in_blocks<NV, bits.value, true>(m, t, a, rows, y, panel);
+      else
+        many_in_blocks<NV, bits.value, false>(m, t, a, rows, y, panel);
+    });
   } else if (a.by == TR_BY_BF16) {
     const char *p[NV];
     for (int v = 0; v < NV; v++)

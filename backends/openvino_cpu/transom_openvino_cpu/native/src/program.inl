@@ -80,15 +80,9 @@ static void embed(const Rows &w, const tr_op &o) {
       else if (m.kind == TR_BF16)
         x = bf16_to_float(((const uint16_t *)tile)[(c / 2 * 16 + lane) * 2 + c % 2]);
       else {
-        const size_t quants = (size_t)16 * m.block / (m.kind == TR_U4 ? 2 : 1), wide = m.wide_scales;
-        const char *p = tile + c / m.block * block_bytes(m), *scales = p + quants;
-        const int j = c % m.block;
-        uint8_t q;
-        if (m.kind == TR_U4) {
-          q = (uint8_t)p[j / 8 * 64 + lane * 4 + j % 4];
-          q = j & 4 ? q >> 4 : q & 15;
-        } else
-          q = (uint8_t)p[j / 4 * 64 + lane * 4 + j % 4];
+        const char *p = tile + c / m.block * block_bytes(m), *scales = p + quants_size(m);
+        const bool wide = m.wide_scales;
+        const uint8_t q = quant_at(m, p, lane, c % m.block);
         float d = wide ? ((const float *)scales)[lane] : half_to_float(((const uint16_t *)scales)[lane]);
         x = d * ((float)q - (float)m.zero);
         if (m.has_minimums)

@@ -11,7 +11,8 @@ struct VI {
   __m256i a, b;
 };
 #define INLINE static inline __attribute__((always_inline))
-enum { ROWS = 2, NIBBLES_APART = 1 };
+#define INLINE_MEMBER inline __attribute__((always_inline))
+enum { ROWS = 2, SMALL_APART = 1 };
 
 INLINE VF zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
 INLINE VF set1(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
@@ -119,7 +120,7 @@ INLINE void store_bytes(int8_t *p, VI x) {
 #define TR_DPBUSD _mm256_dpbusd_epi32
 #endif
 INLINE VI dot_bytes(VI acc, VI w, VI x) { return {TR_DPBUSD(acc.a, w.a, x.a), TR_DPBUSD(acc.b, w.b, x.b)}; }
-INLINE VI dot_nibbles(VI acc, VI w, VI x) { return dot_bytes(acc, w, x); }
+INLINE VI dot_small(VI acc, VI w, VI x) { return dot_bytes(acc, w, x); }
 #undef TR_DPBUSD
 #else
 // Two products of 255 * 127 overflow the 16-bit sums of vpmaddubsw, so bytes are first widened to words, separately
@@ -131,10 +132,10 @@ INLINE __m256i dot_words(__m256i acc, __m256i w, __m256i x) {
   return _mm256_add_epi32(acc, _mm256_add_epi32(e, o));
 }
 INLINE VI dot_bytes(VI acc, VI w, VI x) { return {dot_words(acc.a, w.a, x.a), dot_words(acc.b, w.b, x.b)}; }
-INLINE __m256i dot_small(__m256i acc, __m256i w, __m256i x) {
+INLINE __m256i dot_maddubs(__m256i acc, __m256i w, __m256i x) {
   return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(w, x), _mm256_set1_epi16(1)));
 }
-INLINE VI dot_nibbles(VI acc, VI w, VI x) { return {dot_small(acc.a, w.a, x.a), dot_small(acc.b, w.b, x.b)}; }
+INLINE VI dot_small(VI acc, VI w, VI x) { return {dot_maddubs(acc.a, w.a, x.a), dot_maddubs(acc.b, w.b, x.b)}; }
 #endif
 
 INLINE VF dot_pairs(VF acc, VI x, VI y) {

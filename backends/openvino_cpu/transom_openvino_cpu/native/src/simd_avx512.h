@@ -7,9 +7,10 @@ namespace {
 typedef __m512 VF;
 typedef __m512i VI;
 #define INLINE static inline __attribute__((always_inline))
+#define INLINE_MEMBER inline __attribute__((always_inline))
 enum {
   ROWS = 6,        // rows multiplied at once by four registers, or two tiles: their sums fill the 32 registers
-  NIBBLES_APART = 0 // 1: dot_nibbles is faster than dot_bytes
+  SMALL_APART = 0 // 1: dot_small is faster than dot_bytes
 };
 
 INLINE VF zero() { return _mm512_setzero_ps(); }
@@ -86,8 +87,8 @@ INLINE VI dot_bytes(VI acc, VI w, VI a) {
   return acc;
 #endif
 }
-// The same where w <= 15
-INLINE VI dot_nibbles(VI acc, VI w, VI a) { return dot_bytes(acc, w, a); }
+// The same where w <= 127
+INLINE VI dot_small(VI acc, VI w, VI a) { return dot_bytes(acc, w, a); }
 
 #ifdef TRANSOM_BF16
 // acc + sums of 2 products each of bfloat16 pairs

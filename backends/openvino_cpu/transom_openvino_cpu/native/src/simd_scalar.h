@@ -17,7 +17,8 @@ struct VI { // unsigned, so that shifts and sums are defined for every number
   U4 v[4];
 };
 #define INLINE static inline __attribute__((always_inline))
-enum { ROWS = 2, NIBBLES_APART = 0 };
+#define INLINE_MEMBER inline __attribute__((always_inline))
+enum { ROWS = 2, SMALL_APART = 0 };
 // Evaluates an expression for each of the four quarters i.
 #define TR_QUARTERS(V, EXPRESSION)                                                                                     \
   V r;                                                                                                                 \
@@ -161,7 +162,7 @@ INLINE U4 dot4(U4 acc, U4 w, U4 x) {
   return acc + (U4)((((I4)((U4)e << 16) >> 16) + (e >> 16)) + (((I4)((U4)o << 16) >> 16) + (o >> 16)));
 }
 INLINE VI dot_bytes(VI acc, VI w, VI x) { TR_QUARTERS(VI, dot4(acc.v[i], w.v[i], x.v[i])); }
-INLINE VI dot_nibbles(VI acc, VI w, VI x) { return dot_bytes(acc, w, x); }
+INLINE VI dot_small(VI acc, VI w, VI x) { return dot_bytes(acc, w, x); }
 
 INLINE VF dot_pairs(VF acc, VI x, VI y) {
   const VI high = iset1((int)0xffff0000);
