@@ -23,9 +23,9 @@ from transom.reference.session import ReferenceSession
 from transom.sparsity import Sparsity
 from transom.testing.bench import ReferenceOracle
 from transom.testing.models import tiny_decoder
-from transom_openvino_cpu.native import key_means
+from transom_openvino_cpu.native.calibration_run import CalibrationRun
 from transom_openvino_cpu.native.engine import NativeEngine
-from transom_openvino_cpu.native.key_means import measure, movable, subtracted
+from transom_openvino_cpu.native.key_means import KeyMeans, movable, subtracted
 from transom_openvino_cpu.native.program import NativeProgram
 from transom_openvino_cpu.sparse_session import NativeSession
 
@@ -35,6 +35,13 @@ Array = np.ndarray[Any, np.dtype[Any]]
 def _stored(made: tuple[NativeProgram, bytes], folder: Path) -> tuple[NativeProgram, Path]:
     (folder / "weights.bin").write_bytes(made[1])
     return made[0], folder / "weights.bin"
+
+
+def _measured(program: NativeProgram, weights: Path, level: str, texts: list[list[int]]) -> list[Array]:
+    means = KeyMeans(program)
+    for _, keys in CalibrationRun(weights, level, 2, texts, "f32").wide(program):
+        means.add(keys)
+    return means.means()
 
 
 def _logits(program: NativeProgram, weights: Path, tokens: list[int], level: str) -> Array:
@@ -78,10 +85,10 @@ def test_keys_that_are_values_too_keep_their_mean(rng: np.random.Generator) -> N
 def test_what_was_measured_and_subtracted_is_gone(rng: np.random.Generator, tmp_path: Path) -> None:
     program, weights = _stored(built(tiny_decoder(rng, head_dim=32), EXACT), tmp_path)
     texts = [rng.integers(0, 50, n).tolist() for n in (70, 3, 128)]
-    before = measure(program, weights, NATIVE[0], 2, texts, "f32")
+    before = _measured(program, weights, NATIVE[0], texts)
     shifted = subtracted(program, weights, before)
     assert [m.shape for m in before] == [(layer.kv_heads, layer.head_dim) for layer in program.layers]
-    for mean, left in zip(before, measure(shifted, weights, NATIVE[0], 2, texts, "f32"), strict=True):
+    for mean, left in zip(before, _measured(shifted, weights, NATIVE[0], texts), strict=True):
         assert np.abs(mean).max() > 1e-3
         assert np.abs(left).max() < 1e-4 * max(1.0, float(np.abs(mean).max()))
 
@@ -98,7 +105,7 @@ def test_a_large_mean_costs_the_int8_cache_nothing(level: str, rng: np.random.Ge
     biased = replace(biased, cache="int8")
     texts = [rng.integers(0, 50, 100).tolist() for _ in range(3)]
     lost = error(_logits(biased, weights, tokens, level), wanted)
-    smoothed = subtracted(biased, weights, measure(biased, weights, level, 2, texts, "f32"))
+    smoothed = subtracted(biased, weights, _measured(biased, weights, level, texts))
     assert error(_logits(smoothed, weights, tokens, level), wanted) < lost / 10
 
 
@@ -138,10 +145,10 @@ def test_a_sparse_policy_chooses_the_same(policy: Sparsity, rng: np.random.Gener
 
 def test_a_program_with_means_is_stored_and_opened_again(rng: np.random.Generator, tmp_path: Path) -> None:
     program, weights = _stored(built(tiny_decoder(rng, weights="int4"), INT8), tmp_path)
-    means = measure(program, weights, NATIVE[0], 1, [[1, 2, 3]], "f32")
+    means = _measured(program, weights, NATIVE[0], [[1, 2, 3]])
     shifted = subtracted(program, weights, means)
     assert weights.stat().st_size == shifted.weight_bytes > program.weight_bytes
     again = NativeProgram.from_json(shifted.to_json())
     assert again == shifted
-    assert sum(op.kind == "bias" for op in again.ops) == len(key_means.movable(program))
+    assert sum(op.kind == "bias" for op in again.ops) == len(movable(program))
     assert np.isfinite(_logits(again, weights, [1, 2, 3], NATIVE[0])).all()

@@ -145,7 +145,7 @@ def _calibrated(
     """The program as calibration texts make it: without the means of its keys, and with the widths that this model
     needs, if they are to be chosen. As it is where this computer cannot run it to find out."""
     from transom.hardware.cpu import probe_cpu
-    from transom_openvino_cpu.native import key_means, library, mixed_precision
+    from transom_openvino_cpu.native import calibration_run, key_means, library, mixed_precision
 
     here = probe_cpu()
     level = library.level_for(here)
@@ -153,18 +153,23 @@ def _calibrated(
         return program, None
     given: Any = options.get("calibration") or ()
     bound: Any = options.get("max_kl")
-    texts = mixed_precision.cut(given, program.buffers[program.output].width)
+    texts = calibration_run.cut(given, program.buffers[program.output].width)
+    if not precision.mixes:
+        texts = texts[: key_means.TEXTS] if key_means.movable(program) else []
     threads = min(threads_of(options, device), here.cores)
+    run = calibration_run.CalibrationRun(weights, level, threads, texts, precision.wide)
     progress("measure", None)
-    if key_means.movable(program):
-        means = key_means.measure(program, weights, level, threads, texts, precision.wide)
-        program = key_means.subtracted(program, weights, means)
+    means, expected = key_means.KeyMeans(program), list[mixed_precision.Expected]()
+    for logits, keys in run.wide(program):
+        means.add(keys)
+        expected.append(mixed_precision.Expected.of(logits))
+    program = key_means.subtracted(program, weights, means.means())
     if not precision.mixes:
         return program, None
     mixed = mixed_precision.choose(
         program,
-        mixed_precision.runner(weights, level, threads, texts, precision.wide),
-        len(texts),
+        expected,
+        run.logits,
         limit=mixed_precision.LIMIT if bound is None else bound,
         form=precision.wide,
         progress=lambda share: progress("measure", share),

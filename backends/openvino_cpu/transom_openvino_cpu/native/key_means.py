@@ -16,16 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from transom.programs.written import AttentionLayer
 from transom_openvino_cpu.native import packing
-from transom_openvino_cpu.native.engine import NativeEngine
 from transom_openvino_cpu.native.program import NativeOp, NativeProgram
 
 Array = np.ndarray[Any, np.dtype[Any]]
-
-TEXTS = 3
-"""Texts that are read. A few hundred tokens are enough: the large channels are nearly the same at every token of every
-text."""
 
 
 def movable(program: NativeProgram) -> dict[int, NativeOp]:
@@ -46,45 +40,30 @@ def movable(program: NativeProgram) -> dict[int, NativeOp]:
     return found
 
 
-def measure(
-    program: NativeProgram, weights: Path, level: str, threads: int, texts: Sequence[Sequence[int]], form: str
-) -> list[Array]:
-    """The mean key of each layer over the first `TEXTS` texts: float32 [kv_heads, head_dim].
-
-    Args:
-        form: the format of products, `"bf16"` or `"f32"`. The cache is float32.
-
-    Raises:
-        EngineError: there is not enough memory, or a layer computed numbers that are not finite.
-    """
-    ops = tuple(replace(op, by=form) if op.by == "int8" else op for op in program.ops)
-    engine = NativeEngine(replace(program, ops=ops, cache="f32"), weights, level, threads)
-    read = [np.asarray(text, np.int64) for text in texts[:TEXTS]]
-    sums = [np.zeros((layer.kv_heads, layer.head_dim)) for layer in program.layers]
-    try:
-        pages = list(range(-(-max(map(len, read)) // engine.page_tokens)))
-        engine.bind_pages(len(pages))
-        for text in read:
-            engine.step([text], [0], [pages], [0])
-            for index, layer in enumerate(program.layers):
-                keys = _keys(engine.page_data(index, pages), layer, engine.page_tokens)
-                sums[index] += keys[:, : len(text)].sum(1, dtype=np.float64)
-    finally:
-        engine.close()
-    return [(total / sum(map(len, read))).astype(np.float32) for total in sums]
+TEXTS = 3
+"""Texts that are enough: the large channels are nearly the same at every token of every text."""
 
 
-def _keys(pages: Array, layer: AttentionLayer, tokens: int) -> Array:
-    """The keys in pages of a float32 cache, whose layout is that of `src/cache.inl`: float32 [kv_heads, tokens,
-    head_dim].
+class KeyMeans:
+    """The mean key of each layer over the tokens of all texts that it was shown."""
 
-    Args:
-        pages: uint8 [pages, bytes].
-        tokens: of a page.
-    """
-    heads = pages.reshape(len(pages), layer.kv_heads, -1)[:, :, : layer.head_dim * tokens * 4]
-    numbers = np.ascontiguousarray(heads).view(np.float32).reshape(len(pages), layer.kv_heads, layer.head_dim, tokens)
-    return numbers.transpose(1, 0, 3, 2).reshape(layer.kv_heads, -1, layer.head_dim)
+    def __init__(self, program: NativeProgram) -> None:
+        self._sums = [np.zeros((layer.kv_heads, layer.head_dim)) for layer in program.layers]
+        self._tokens = 0
+
+    def add(self, keys: Sequence[Array]) -> None:
+        """Count a text.
+
+        Args:
+            keys: of each layer, float32 [kv_heads, tokens, head_dim].
+        """
+        for total, of_layer in zip(self._sums, keys, strict=True):
+            total += of_layer.sum(1, dtype=np.float64)
+        self._tokens += keys[0].shape[1] if keys else 0
+
+    def means(self) -> list[Array]:
+        """float32 [kv_heads, head_dim] of each layer."""
+        return [(total / max(1, self._tokens)).astype(np.float32) for total in self._sums]
 
 
 def subtracted(program: NativeProgram, weights: Path, means: Sequence[Array]) -> NativeProgram:

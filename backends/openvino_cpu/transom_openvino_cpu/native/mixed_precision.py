@@ -10,16 +10,13 @@ curvature).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from transom_openvino_cpu.native.engine import NativeEngine
-from transom_openvino_cpu.native.layout import KINDS
-from transom_openvino_cpu.native.program import NativeOp, NativeProgram
+from transom_openvino_cpu.native.program import NativeProgram
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -28,12 +25,8 @@ LIMIT = 0.01
 MARGIN = 0.25
 """Share of the limit that a program with wide products may reach. Where int8 loses much, a few positions lose nats, and
 other texts have other such positions."""
-TOKENS = 192
-"""Tokens of each text that are read."""
 KEPT = 0.7
 """Share of the limit that int8 may reach on a calibration text, because other texts differ from it."""
-EVERY = 2
-"""One position of so many is compared. Those that lose nats come in groups."""
 WORST = 1
 """Texts that the search looks at: those that lose most in int8."""
 LEAST = 1e-4
@@ -94,8 +87,8 @@ def widened(program: NativeProgram, names: frozenset[str], form: str) -> NativeP
 
 def choose(
     program: NativeProgram,
+    expected: Sequence[Expected],
     run: Callable[[NativeProgram, Sequence[int]], Iterable[Array]],
-    texts: int,
     *,
     limit: float,
     form: str,
@@ -105,8 +98,9 @@ def choose(
 
     Args:
         program: its products and cache are int8.
-        run: computes logits with a program, float32 [positions, vocabulary] for each text of these numbers.
-        texts: how many there are.
+        expected: what a program with nothing in 8 bits predicts, of each text.
+        run: computes logits with a program at the same positions, float32 [positions, vocabulary] for each text of
+            these numbers.
         limit: nats a token.
         form: the wider format of products, `"bf16"` or `"f32"`.
     """
@@ -116,8 +110,7 @@ def choose(
         size[name] = size.get(name, 0) + matrix.rows * matrix.columns
     costs: dict[str, float] = {name: number / sum(size.values()) for name, number in size.items()}
     costs[CACHE] = CACHE_COST
-    wide = widened(program, frozenset(costs), form)
-    expected = [Expected.of(rows) for rows in run(wide, range(texts))]
+    texts = len(expected)
     which: Sequence[int] = range(texts)
     known: dict[frozenset[str], list[float]] = {}
 
@@ -191,38 +184,3 @@ def _log_sum(row: Array) -> np.float32:
     most = row.max()
     with np.errstate(invalid="ignore"):  # infinity less itself
         return np.float32(most + np.log(np.exp(row - most).sum(dtype=np.float64)))
-
-
-def cut(texts: Sequence[Sequence[int]], vocabulary: int) -> list[list[int]]:
-    """The tokens that are read: the first `TOKENS` of each text, or where there is none, ids over the vocabulary."""
-    return [list(text[:TOKENS]) for text in texts] or [[(i * 7919 + 13) % vocabulary for i in range(TOKENS)]]
-
-
-def runner(
-    weights: Path, level: str, threads: int, texts: Sequence[Sequence[int]], form: str
-) -> Callable[[NativeProgram, Sequence[int]], Iterator[Array]]:
-    """`run` of `choose`: every few positions of some texts.
-
-    Products with a vocabulary matrix in blocks have inputs in `form`. In bfloat16 they take half the time of float32,
-    and two programs differ nearly as much.
-    """
-
-    def run(program: NativeProgram, which: Sequence[int]) -> Iterator[Array]:
-        ops = tuple(replace(op, by=form) if _is_vocabulary_in_blocks(program, op) else op for op in program.ops)
-        engine = NativeEngine(replace(program, ops=ops), weights, level, threads)
-        try:
-            pages = list(range(-(-TOKENS // engine.page_tokens)))
-            engine.bind_pages(len(pages))
-            for text in which:
-                yield engine.step(
-                    [np.asarray(texts[text], np.int64)], [0], [pages], list(range(0, len(texts[text]), EVERY))
-                )
-        finally:
-            engine.close()
-
-    return run
-
-
-def _is_vocabulary_in_blocks(program: NativeProgram, op: NativeOp) -> bool:
-    is_head = op.kind == "linear" and op.dst.buffer == program.output
-    return is_head and program.matrices[op.matrix].kind in (KINDS["uint4"], KINDS["uint8"])
