@@ -20,7 +20,7 @@ from transom.contract import Artifact
 from transom.preparation.agreement import compare
 from transom.testing.models import tiny_decoder
 from transom_openvino_cpu.backend import OpenVinoCpu
-from transom_openvino_cpu.native import mixed_precision
+from transom_openvino_cpu.native import calibration_run, mixed_precision
 from transom_openvino_cpu.native.mixed_precision import CACHE, Expected, choose, kinds, widened
 from transom_openvino_cpu.native.program import NativeProgram
 from transom_openvino_cpu.precision import CpuPrecision
@@ -119,9 +119,9 @@ def test_what_is_not_finite_diverges_without_end(value: float, rng: np.random.Ge
 
 
 def _compiled(
-    rng: np.random.Generator, precision: str = "auto", max_kl: float | None = None
+    rng: np.random.Generator, precision: str = "auto", max_kl: float | None = None, **model: Any
 ) -> tuple[NativeProgram, Artifact]:
-    graph = tiny_decoder(rng, weights="int4", layers=2)
+    graph = tiny_decoder(rng, weights="int4", layers=2, **model)
     vocabulary = graph.decoder.vocabulary if graph.decoder is not None else 0
     texts = tuple(tuple(rng.integers(0, vocabulary, 50).tolist()) for _ in range(2))
     device = replace(DEVICE, features=DEVICE.features | {"avx512_vnni", "avx512_bf16"})
@@ -149,6 +149,16 @@ def test_the_limit_decides_what_is_compiled_and_the_note_says_so(
     program, artifact = _compiled(rng, "fast")
     assert (set(kinds(program).values()), program.cache) == (KINDS, "int8")  # `fast` is never widened
     assert "divergence" not in artifact.notes[0]
+
+
+@pytest.mark.skipif("avx512_bf16" not in LEVELS, reason="`auto` takes int8 on processors with VNNI")
+def test_fast_measures_nothing_where_keys_must_keep_their_mean(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibration_run, "CalibrationRun", None)  # a run would fail
+    program, _ = _compiled(rng, "fast", softcap=20.0)
+    assert program.cache == "int8"
+    assert not any(op.kind == "bias" for op in program.ops)
 
 
 @pytest.mark.skipif("avx512_bf16" not in LEVELS, reason="`auto` takes int8 on processors with VNNI")

@@ -149,13 +149,13 @@ def _calibrated(
 
     here = probe_cpu()
     level = library.level_for(here)
-    if level is None:
+    if level is None or not (precision.mixes or key_means.movable(program)):
         return program, None
     given: Any = options.get("calibration") or ()
     bound: Any = options.get("max_kl")
     texts = calibration_run.cut(given, program.buffers[program.output].width)
     if not precision.mixes:
-        texts = texts[: key_means.TEXTS] if key_means.movable(program) else []
+        texts = texts[: key_means.TEXTS]
     threads = min(threads_of(options, device), here.cores)
     run = calibration_run.CalibrationRun(weights, level, threads, texts, precision.wide)
     progress("measure", None)

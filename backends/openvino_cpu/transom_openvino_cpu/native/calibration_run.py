@@ -37,9 +37,8 @@ class CalibrationRun:
     texts: Sequence[Sequence[int]]
     """Each of at most `TOKENS` ids."""
     form: str
-    """`"bf16"` or `"f32"`: the format of inputs of products that are not in int8 here though they might be. Products
-    with a vocabulary matrix in blocks are among them: in bfloat16 they take half the time of float32, and two programs
-    differ nearly as much."""
+    """`"bf16"` or `"f32"`: takes the place of int8, and of float32 where a vocabulary matrix in blocks is multiplied,
+    because bfloat16 takes half the time there, and two programs differ nearly as much."""
 
     def logits(self, program: NativeProgram, which: Sequence[int]) -> Iterator[Array]:
         """The logits of every `EVERY`-th position of each text of these numbers: float32 [positions, vocabulary].
