@@ -32,7 +32,7 @@ from transom.errors import EngineError
 from transom.graph.weights import Blocked, dequantize
 from transom.programs.written import AttentionLayer, View
 from transom.sparsity import Sparsity
-from transom_openvino_cpu.native.layout import BITS, matrix_bytes
+from transom_openvino_cpu.native.layout import QUANT_BITS, matrix_bytes
 from transom_openvino_cpu.native.packing import bits_of
 from transom_openvino_cpu.native.program import ACTIVATIONS
 
@@ -116,7 +116,7 @@ def test_quants_take_as_few_bits_as_hold_all_of_them(
     draft = Draft()
     draft.matrix(weight)
     made = draft.matrices[0]
-    assert BITS[made.kind] == bits
+    assert QUANT_BITS[made.kind] == bits
     scale = (4 if made.wide_scales else 2) * (2 if made.has_minimums else 1)
     assert matrix_bytes(made) == len(draft.weights.getvalue()) == 48 * 320 * bits // 8 + 48 * 320 // block * scale
 
@@ -255,7 +255,7 @@ def test_products_of_integers_are_exact(form: str, level: str, rng: np.random.Ge
 
 @each_level
 @pytest.mark.parametrize("form", [form for form in FORMS if "int" in form])
-def test_activations_are_rounded_to_int8_in_groups_of_64_or_less(
+def test_activations_are_rounded_to_int8_in_groups_of_32_or_less(
     form: str, level: str, rng: np.random.Generator
 ) -> None:
     for _ in range(3):
@@ -264,7 +264,10 @@ def test_activations_are_rounded_to_int8_in_groups_of_64_or_less(
         table = rng.standard_normal((count, columns)) * np.exp(rng.standard_normal((1, columns)))
         with Machine(linear(weight, table, by="int8", local=bool(rng.random() < 0.5)), level) as machine:
             got = machine.rows(count)
-        group = 64 if columns % 64 == 0 else block
+        if block >= 32:
+            group = 32 if block % 32 == 0 else 8
+        else:
+            group = 32 if 32 % block == 0 and columns % 32 == 0 else block
         most = np.repeat(np.abs(table).reshape(count, -1, group).max(-1), group, -1)
         assert isinstance(weight, Blocked)
         allowed = most * (0.5 / 127 * 1.0001) @ np.abs(exact(weight)).T + _minimums_allowed(weight, table) * 1.1

@@ -11,7 +11,7 @@ import numpy as np
 
 from transom.programs.written import AttentionLayer
 from transom_openvino_cpu.native.engine import NativeEngine
-from transom_openvino_cpu.native.layout import BITS
+from transom_openvino_cpu.native.layout import QUANT_BITS
 from transom_openvino_cpu.native.program import NativeOp, NativeProgram
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -83,7 +83,7 @@ class CalibrationRun:
 
 def _is_vocabulary_in_blocks(program: NativeProgram, op: NativeOp) -> bool:
     is_head = op.kind == "linear" and op.dst.buffer == program.output
-    return is_head and program.matrices[op.matrix].kind in BITS
+    return is_head and program.matrices[op.matrix].kind in QUANT_BITS
 
 
 def _keys(pages: Array, layer: AttentionLayer, tokens: int) -> Array:

@@ -12,7 +12,7 @@ TILE = 16
 ALIGNMENT = 64
 """Bytes."""
 KINDS = {"float32": 0, "float16": 1, "bfloat16": 2, "uint4": 3, "uint8": 4, "uint5": 5, "uint6": 6}
-BITS = {KINDS[f"uint{bits}"]: bits for bits in (4, 5, 6, 8)}
+QUANT_BITS = {KINDS[f"uint{bits}"]: bits for bits in (4, 5, 6, 8)}
 """Kind of a matrix in blocks -> bits of a quant."""
 
 
@@ -33,8 +33,8 @@ class NativeMatrix:
 def matrix_bytes(m: NativeMatrix) -> int:
     """Size of a matrix in the file."""
     tiles = -(-m.rows // TILE)
-    if m.kind in BITS:
-        quants = TILE * m.block * BITS[m.kind] // 8
+    if m.kind in QUANT_BITS:
+        quants = TILE * m.block * QUANT_BITS[m.kind] // 8
         scales = TILE * (4 if m.wide_scales else 2) * (2 if m.has_minimums else 1)
         return tiles * (m.columns // max(m.block, 1)) * (quants + scales)
     if m.kind == KINDS["bfloat16"]:

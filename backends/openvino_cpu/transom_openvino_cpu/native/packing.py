@@ -11,7 +11,7 @@ from typing import BinaryIO
 import ml_dtypes
 import numpy as np
 
-from transom.graph.weights import Array, Blocked, BlockedArrays, Dense, Weight, affine
+from transom.graph.weights import BITS, Array, Blocked, BlockedArrays, Dense, Weight, affine
 from transom.quantize import rounding
 from transom_openvino_cpu.native.layout import ALIGNMENT, KINDS, TILE, NativeMatrix
 
@@ -97,7 +97,7 @@ def bits_of(weight: Blocked, parts: BlockedArrays) -> int:
     """Bits in which the library keeps each quant: 4, 5, 6 or 8, as few as hold all of them and suit the block. GGUF's
     Q5_0 and Q6_K are int8 with quants of 5 and 6 bits."""
     quants, block = parts.quants, weight.block
-    stored = int(weight.dtype.lstrip("uint"))
+    stored = BITS[weight.dtype]
     if stored == 4 or parts.zero_points is not None or not quants.size:  # a zero point may need all bits
         return stored
     signed = weight.dtype == "int8"
