@@ -5,6 +5,7 @@
     python benchmarks/cpu_engines.py --peer-python other/bin/python   # the peers are in another environment
     python benchmarks/cpu_engines.py --engines transom transom-openvino --tokens 16 128 512 1024 4096
     python benchmarks/cpu_engines.py --tokens 1024 7680 --sparsity balanced --peer-sparsity xattention=0.9 trishape
+    python benchmarks/cpu_engines.py --levels avx512_bf16 avx2   # Transom with lower instruction sets, too
     python benchmarks/cpu_engines.py --beside 1             # with another process that is always busy
 
 Every engine runs in its own process, the engines take turns, and the table shows medians over the rounds. The text is
@@ -33,7 +34,7 @@ from typing import Any
 from models import sample_model
 from parts.results import BenchResult, Row, add_out, finish, result
 from parts.telling import tell, told
-from tables_parts.engines import engine_table, lengths, medians
+from tables_parts.engines import AT_LEVEL, engine_table, lengths, medians
 
 PROMPTS = (1024, 4096)
 """Default lengths of the prompts in tokens. Decoding is measured after each."""
@@ -55,7 +56,7 @@ Measured = dict[str, float]
 def distribution(engine: str) -> str:
     """The distribution that an engine, with or without a sparse setting, comes from."""
     name = engine.partition(" ")[0]
-    return OURS.get(name, name)
+    return "transom" if name.startswith(AT_LEVEL) else OURS.get(name, name)
 
 
 # in the child process -------------------------------------------------------------------------------------------------
@@ -77,14 +78,16 @@ def clocked(call: Callable[[], object]) -> tuple[float, float]:
 class Transom:
     """Transom through its public interface, with the backend that `auto` chooses on the CPU."""
 
-    def __init__(self, model: str, sparsity: str, precision: str, *, native: bool) -> None:
+    def __init__(self, model: str, sparsity: str, precision: str, *, native: bool, level: str = "") -> None:
         cache = None
         if not native:
             os.environ["TRANSOM_NATIVE"] = "0"
-            self._folder = tempfile.TemporaryDirectory()  # compiled models do not record what was missing
+        if level:
+            os.environ["TRANSOM_NATIVE_LEVEL"] = level
         import transom
 
-        if not native:
+        if level or not native:  # compiled models do not record what was missing
+            self._folder = tempfile.TemporaryDirectory()
             cache = transom.Cache(Path(self._folder.name))
         self.model = transom.load(model, device="cpu", sparsity=sparsity, precision=precision, cache=cache)
         self.about = f"{self.model.report.precision}; sparsity {sparsity}"
@@ -165,7 +168,9 @@ def child(engine: str, model: str, ids: list[int], prompts: list[int], precision
     start = time.perf_counter()
     name, _, sparsity = engine.partition(" ")
     made: Any
-    if name in OURS:
+    if name.startswith(AT_LEVEL):
+        made = Transom(model, sparsity or "off", precision, native=True, level=name.removeprefix(AT_LEVEL))
+    elif name in OURS:
         made = Transom(model, sparsity or "off", precision, native=name != THROUGH_OPENVINO)
     elif name == "openvino-genai":
         made = Genai(model, sparsity)
@@ -225,10 +230,12 @@ def measure(engine: str, python: str, **arguments: Any) -> dict[str, Any]:
         raise SystemExit(f"{engine} failed: {e}\n{done.stderr[-2000:]}") from e
 
 
+def module_of(engine: str) -> str:
+    return "transom" if engine.startswith(AT_LEVEL) else MODULES[engine.partition(" ")[0]]
+
+
 def installed(engine: str, python: str) -> bool:
-    code = (
-        f"import importlib.util, sys; sys.exit(importlib.util.find_spec({MODULES[engine.partition(' ')[0]]!r}) is None)"
-    )
+    code = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({module_of(engine)!r}) is None)"
     return subprocess.run([python, "-c", code], check=False).returncode == 0
 
 
@@ -269,6 +276,9 @@ def main() -> None:
         "--peer-sparsity", nargs="+", default=[], help="sparse settings of openvino-genai: xattention=0.9, trishape"
     )
     parser.add_argument("--precision", default="auto", help="precision of Transom")
+    parser.add_argument(
+        "--levels", nargs="+", default=[], help="instruction sets of Transom's native library, in addition to the best"
+    )
     parser.add_argument("--beside", type=int, default=0, help="number of busy processes in the background")
     parser.add_argument("--peer-python", default=sys.executable, help="the interpreter that has the peers installed")
     add_out(parser)
@@ -281,6 +291,7 @@ def main() -> None:
     prompts: list[int] = arguments.tokens
     ours = ["transom", *(name for name in OURS if name != "transom" and name in arguments.engines)]
     asked = [*arguments.engines, *(f"{name} {policy}" for policy in arguments.sparsity for name in ours)]
+    asked += [AT_LEVEL + level for level in arguments.levels]
     for setting in arguments.peer_sparsity:
         if setting.partition("=")[0] not in GENAI_SPARSE:
             parser.error(f"--peer-sparsity {setting}: use one of {', '.join(GENAI_SPARSE)}")

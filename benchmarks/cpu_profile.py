@@ -7,9 +7,10 @@
 
 The library's clocks count thread seconds. Prefill is one prompt, decoding the 32 tokens after it. Shares are of the
 peaks that `cpu_peaks.cpp` reaches here, compiled by the system's compiler: 8-bit integer products, products of bfloat16
-pairs, and memory reads; "-" if the machine or the compiler lacks one. Attention is compared with the peak of the
-arithmetic that its cache makes it use. Its operations count only the keys that were read, its time includes choosing
-them (columns and routing), and "of dense" is dense time x density / sparse time.
+pairs (both in AMX tiles where there are any), and memory reads; "-" if the machine or the compiler lacks one. Products
+and attention are compared with the peak of the arithmetic that they use. Operations of attention count only the keys
+that were read, its time includes choosing them (columns and routing), and "of dense" is dense time x density / sparse
+time.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +95,13 @@ class StepProfile:
         ))  # fmt: skip
 
     @property
+    def products(self) -> str:
+        """The number format of most products' activations."""
+        program = self.model._engine._session._native.program  # type: ignore[attr-defined]
+        formats = Counter(o.by for o in program.ops if o.kind == "linear")
+        return str(formats.most_common(1)[0][0])
+
+    @property
     def cache(self) -> str:
         """The number format of keys and values."""
         return str(self.model._engine._session._native.program.cache)  # type: ignore[attr-defined]
@@ -132,6 +141,7 @@ def main() -> None:
                 **setting,
                 "products": profile.product_operations() * tokens / prefill["matrix products"] * threads,
                 "attention": profile.attention_operations(read) / attending * threads,
+                "product_arithmetic": profile.products,
                 "arithmetic": profile.cache,
                 "reading": profile.decode_bytes(later) / (sum(decode.values()) / NEW / threads),
             })  # fmt: skip

@@ -12,11 +12,15 @@ NAMES = {
     "transom": "Transom", "transom-openvino": "Transom through OpenVINO", "openvino-genai": "openvino-genai",
     "llama-cpp-python": "llama-cpp-python, flash attention",
 }  # fmt: skip
+AT_LEVEL = "transom@"
+"""Begins the name of Transom with a level of its native library."""
 
 
 def name_of(engine: str) -> str:
     """The engine and its sparse setting in words."""
     name, _, sparsity = engine.partition(" ")
+    if name.startswith(AT_LEVEL):
+        return f"Transom with the level `{name.removeprefix(AT_LEVEL)}`"
     return f"{NAMES[name]}, `{sparsity}`" if sparsity else NAMES[name]
 
 
@@ -38,9 +42,14 @@ def lengths(result: BenchResult) -> list[int]:
     return [int(name.split()[1]) for name in result.rows("rounds")[0] if name.startswith("prefill ")]
 
 
+def is_transom(engine: str) -> bool:
+    """Whether it is Transom with its native library."""
+    return engine.partition(" ")[0] == "transom" or engine.startswith(AT_LEVEL)
+
+
 def best_peer_ratio(found: dict[str, Row], engine: str, measurement: str) -> float:
     """The best other program, over one of Transom's settings."""
-    peers = [row[measurement] for name, row in found.items() if name.partition(" ")[0] != "transom"]
+    peers = [row[measurement] for name, row in found.items() if not is_transom(name)]
     return float(min(peers) / found[engine][measurement])
 
 
@@ -55,7 +64,7 @@ def engine_table(result: BenchResult, *, ratios: bool = True) -> list[str]:
     if sum(row["engine"] == "transom" for row in result.rows("rounds")) > 2:  # in the first round it may compile
         columns.append(("load", "Load, s", "{:.2f}".format))
     rows = [[name_of(e), *(shown(row[name]) for name, _, shown in columns)] for e, row in found.items()]
-    ours = [engine for engine in found if engine.partition(" ")[0] == "transom"]
+    ours = [engine for engine in found if is_transom(engine)]
     if ratios and 0 < len(ours) < len(found):
         rows += [
             [f"best peer / {name_of(e)}", *(f"{best_peer_ratio(found, e, name):.2f}" for name, *_ in columns)]

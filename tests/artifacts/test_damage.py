@@ -67,6 +67,7 @@ DAMAGES: dict[str, Damage] = {
     "other key": lambda e: edit(e, key="other"),
     "path out of the entry": lambda e: edit(e, files={"../manifest.json": {"bytes": 1, "blake2b": "0"}}),
     "missing file": lambda e: (e / "files" / "weights" / "0.bin").unlink(),
+    "manifest names no file": lambda e: edit(e, files={}),
     "missing folder": lambda e: shutil.rmtree(e / "files"),
     "cut file": lambda e: os.truncate(e / "files" / "model.xml", 999),
     "longer file": lambda e: os.truncate(e / "files" / "model.xml", 1001),

@@ -190,6 +190,16 @@ def test_ratios_are_those_of_medians_to_the_best_peer() -> None:
     assert rows(engines.by_length([ENGINES]))[1] == ["Transom", "64", "0.5", "7.81", "5.0"]
 
 
+def test_a_level_of_the_library_is_no_peer() -> None:
+    one, lower, peer = round_of("transom", 0, 1.0), round_of("transom@avx2", 0, 0.5), round_of("openvino-genai", 0, 3.0)
+    found = rows(engines.comparison([made(rounds=[one, lower, peer])]))
+    assert [row[0] for row in found[1:]] == [
+        "Transom", "Transom with the level `avx2`", "openvino-genai", "best peer / Transom",
+        "best peer / Transom with the level `avx2`",
+    ]  # fmt: skip
+    assert [row[1] for row in found[4:]] == ["3.00", "6.00"]
+
+
 def test_openvino_is_a_peer_of_the_native_kernels() -> None:
     found = made(rounds=[round_of("transom", 0, 1.0), round_of("transom-openvino", 0, 3.0)])
     assert [row[1] for row in rows(engines.through_openvino([found]))] == ["64 tokens", "3.00", "3.00", ""]
@@ -211,13 +221,13 @@ def test_rates_are_shares_of_peaks_and_of_dense_attention() -> None:
             for s in ("off", "fast") for k in kinds
         ],
         rates=[
-            {"tokens": 8, "sparsity": s, "products": 5e11, "attention": a, "arithmetic": by, "reading": 1e10}
-            for s, a, by in (("off", 1e11, "int8"), ("fast", 2e11, "bf16"))
+            {"tokens": 8, "sparsity": s, "products": 5e11, "attention": a, "arithmetic": by, "reading": 1e10, **more}
+            for s, a, by, more in (("off", 1e11, "int8", {}), ("fast", 2e11, "bf16", {"product_arithmetic": "bf16"}))
         ],
     )  # fmt: skip
     assert rows(profiles.rates(found))[1:] == [
-        ["8", "off", "500", "50%", "100", "int8", "10%", "100%", "10.0", "50%"],
-        ["8", "fast", "500", "50%", "200", "bf16", "-", "200%", "10.0", "50%"],
+        ["8", "off", "500", "int8", "50%", "100", "int8", "10%", "100%", "10.0", "50%"],
+        ["8", "fast", "500", "bf16", "-", "200", "bf16", "-", "200%", "10.0", "50%"],
     ]
     assert rows(profiles.shares(found))[1] == ["8", "off", "prefill", "10", "20%", "20%", "20%", "20%", "20%"]
     assert rows(profiles.thread_seconds(found))[1] == ["matrix products", "2.0000", "1.0000", "2.0000", "1.0000"]

@@ -115,9 +115,9 @@ def test_ctrl_c_ends_a_load_and_its_session_is_closed(
     monkeypatch.setattr(plugin_calls, "GRACE_SECONDS", 0.0 if grace == "no time" else math.inf)
 
     def interrupt() -> None:
+        _thread.interrupt_main()  # first, or the load may end before it
         if grace == "time enough":
             stuck.release.set()
-        _thread.interrupt_main()
 
     stuck.meanwhile = interrupt
     previous = signal.signal(signal.SIGINT, signal.default_int_handler)

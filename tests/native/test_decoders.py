@@ -244,6 +244,14 @@ def test_the_library_has_the_code_of_every_unit_and_the_processors_best_is_taken
     assert library.level_for(DEVICE) == NATIVE[0]
 
 
+def test_the_variable_limits_the_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    for level in library.LEVELS:
+        monkeypatch.setenv("TRANSOM_NATIVE_LEVEL", level)
+        order = list(library.LEVELS)
+        best = next(name for name in order[order.index(level) :] if name in NATIVE)
+        assert library.level_for(DEVICE) == best
+
+
 # --------------------------------------------------------------------------------------------------------------- damage
 @pytest.mark.parametrize(
     "damage",

@@ -29,7 +29,7 @@ from programs import (
 )
 
 from transom.errors import EngineError
-from transom.graph.weights import Blocked, dequantize
+from transom.graph.weights import Blocked, affine, dequantize
 from transom.programs.written import AttentionLayer, View
 from transom.sparsity import Sparsity
 from transom_openvino_cpu.native.layout import QUANT_BITS, matrix_bytes
@@ -207,14 +207,48 @@ def test_a_product_with_bfloat16_rounds_its_input_and_nothing_else(level: str, r
 def test_a_product_of_blocks_with_bfloat16_rounds_its_input_and_nothing_else(
     form: str, level: str, rng: np.random.Generator
 ) -> None:
-    """Quants are exact as bfloat16, and scales meet sums in float32."""
+    """Quants are exact as bfloat16, and scales meet sums in float32. Only AMX rounds weights, too."""
     for count in (int(rng.integers(1, 5)), int(rng.integers(5, 70)), 300):
         columns, block = _block(rng, form)
         weight = matrix(rng, form, _size(rng, 250), columns, block)
         table = rng.standard_normal((count, columns)).astype(np.float32)
         with Machine(linear(weight, table, by="bf16", local=bool(rng.random() < 0.5)), level) as machine:
             got = machine.rows(count)
-        assert _close(got, narrowed(table), exact(weight)), (count, weight.shape, block)
+        wanted = cut(weight) if level == "amx" else exact(weight)
+        assert _close(got, narrowed(table), wanted), (count, weight.shape, block)
+
+
+UP = np.float32(1 + 1 / 384)
+"""See `src/tiled_linear.inl`."""
+
+
+def cut(weight: Blocked) -> Array:
+    """The weights that the tiles of AMX multiply: computed in float32, enlarged by half a unit in the last place of
+    bfloat16, give or take a sixth, and cut to bfloat16."""
+    parts = weight.load()
+    centre = 0 if weight.dtype.startswith("u") else 1 << bits_of(weight, parts) - 1  # quants are stored unsigned
+    scales, minimums, zero = affine(parts, centre)
+    quants = (parts.quants.astype(np.float64) + centre).reshape(*scales.shape, weight.block)
+    d = scales.astype(np.float32) * UP
+    least = (-d.astype(np.float64) * zero + (0 if minimums is None else minimums.astype(np.float32) * UP)).astype(
+        np.float32
+    )
+    numbers = quants * d[..., None].astype(np.float64) + least[..., None]
+    whole: Array = (numbers.astype(np.float32).view(np.uint32) & 0xFFFF0000).view(np.float32)
+    return whole.reshape(weight.shape)
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS if "int" in form])
+def test_cutting_loses_two_thirds_of_a_unit_in_the_last_place_at_most(form: str, rng: np.random.Generator) -> None:
+    weight = matrix(rng, form, 200, *_block(rng, form))
+    wanted = exact(weight)
+    parts = weight.load()
+    scales, minimums, zero = affine(parts, 0)
+    # Where a quant times its scale and the minimum cancel, what float32 loses in them is left.
+    terms = np.abs(scales.astype(np.float64)) * (256 + abs(zero)) + (0 if minimums is None else np.abs(minimums))
+    unit = 2.0 ** (np.floor(np.log2(np.maximum(np.abs(wanted), 1e-30))) - 7)
+    allowed = 2 / 3 * unit + 4e-7 * np.repeat(terms, weight.block, 1)
+    assert (np.abs(cut(weight) - wanted) <= allowed).all()
 
 
 def _minimums_allowed(weight: Blocked, table: Array) -> Array:

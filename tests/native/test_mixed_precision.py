@@ -20,12 +20,13 @@ from transom.contract import Artifact
 from transom.preparation.agreement import compare
 from transom.testing.models import tiny_decoder
 from transom_openvino_cpu.backend import OpenVinoCpu
-from transom_openvino_cpu.native import calibration_run, mixed_precision
+from transom_openvino_cpu.native import calibration_run, library, mixed_precision
 from transom_openvino_cpu.native.mixed_precision import CACHE, Expected, choose, kinds, widened
 from transom_openvino_cpu.native.program import NativeProgram
 from transom_openvino_cpu.precision import CpuPrecision
 
 Array = np.ndarray[Any, np.dtype[Any]]
+AMX = frozenset({"amx_tile", "amx_int8", "amx_bf16"})
 KINDS = {"q/k/v", "attention output", "gate/up", "down"}
 MEASURED = CpuPrecision("int8", "bf16", True)
 
@@ -119,12 +120,13 @@ def test_what_is_not_finite_diverges_without_end(value: float, rng: np.random.Ge
 
 
 def _compiled(
-    rng: np.random.Generator, precision: str = "auto", max_kl: float | None = None, **model: Any
+    rng: np.random.Generator, precision: str = "auto", max_kl: float | None = None, *, tiles: bool = False, **model: Any
 ) -> tuple[NativeProgram, Artifact]:
     graph = tiny_decoder(rng, weights="int4", layers=2, **model)
     vocabulary = graph.decoder.vocabulary if graph.decoder is not None else 0
     texts = tuple(tuple(rng.integers(0, vocabulary, 50).tolist()) for _ in range(2))
-    device = replace(DEVICE, features=DEVICE.features | {"avx512_vnni", "avx512_bf16"})
+    features = (DEVICE.features | {"avx512_vnni", "avx512_bf16"}) - AMX
+    device = replace(DEVICE, features=features | (AMX if tiles else set()))
     options = {"precision": precision, "calibration": texts, "max_kl": max_kl}
     artifact = OpenVinoCpu().compile(graph, device, options, lambda stage, share: None)
     written = artifact.files["program.json"]
@@ -145,7 +147,7 @@ def test_the_limit_decides_what_is_compiled_and_the_note_says_so(
     monkeypatch.setattr(mixed_precision, "LIMIT", 1e-12)
     program, artifact = _compiled(rng)
     assert (kinds(program), program.cache) == ({}, "bf16")
-    assert "(q/k/v and attention output and gate/up and down in bfloat16)" in artifact.notes[0]
+    assert artifact.notes[0].startswith("precision: bfloat16 matrix products, float32 elsewhere, bfloat16 cache")
     program, artifact = _compiled(rng, "fast")
     assert (set(kinds(program).values()), program.cache) == (KINDS, "int8")  # `fast` is never widened
     assert "divergence" not in artifact.notes[0]
@@ -159,6 +161,24 @@ def test_fast_measures_nothing_where_keys_must_keep_their_mean(
     program, _ = _compiled(rng, "fast", softcap=20.0)
     assert program.cache == "int8"
     assert not any(op.kind == "bias" for op in program.ops)
+
+
+@pytest.mark.skipif("avx512_bf16" not in LEVELS, reason="AMX has the code of AVX-512 BF16, too")
+@pytest.mark.parametrize(("max_kl", "cache"), [(10.0, "int8"), (1e-12, "bf16")])
+def test_on_amx_products_are_bfloat16_and_the_cache_is_measured(
+    max_kl: float, cache: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(library, "permitted", lambda level: True)
+    program, artifact = _compiled(rng, max_kl=max_kl, tiles=True)
+    assert {op.by for op in program.ops if op.kind == "linear"} == {"bf16", "f32"}
+    assert (kinds(program), program.cache) == ({}, cache)
+    described = {"int8": "int8", "bf16": "bfloat16"}[cache]
+    assert artifact.notes[0].startswith(
+        f"precision: bfloat16 matrix products, float32 elsewhere, {described} cache; mean divergence"
+    )
+    program, artifact = _compiled(rng, "fast", tiles=True)
+    assert (kinds(program), program.cache) == ({}, "int8")
+    assert artifact.notes[0] == "precision: bfloat16 matrix products, float32 elsewhere, int8 cache"
 
 
 @pytest.mark.skipif("avx512_bf16" not in LEVELS, reason="`auto` takes int8 on processors with VNNI")

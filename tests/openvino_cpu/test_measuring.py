@@ -17,9 +17,9 @@ from transom.contract import Artifact, Device, Options
 from transom.errors import EngineError
 from transom.hardware.cpu import probe_cpu
 from transom.testing.models import tiny_decoder
-from transom_openvino_cpu import OpenVinoCpu, compiling, measuring, probing
+from transom_openvino_cpu import OpenVinoCpu, compiling, measuring
 from transom_openvino_cpu.measuring import RunTimes
-from transom_openvino_cpu.native import choosing, library
+from transom_openvino_cpu.native import choosing
 
 CPU = probe_cpu()
 pytestmark = pytest.mark.skipif(choosing.level_on(CPU) is None, reason="there is one engine: no native library")
@@ -94,15 +94,18 @@ def test_without_memory_for_both_the_native_one_is_kept_unmeasured(
 
 def test_one_engine_is_compiled_where_nobody_asks(rng: np.random.Generator, measured: pytest.MonkeyPatch) -> None:
     measured.delenv("TRANSOM_NATIVE")
-    assert choosing.level_on(CPU) not in choosing.UNMEASURED
     assert not any("measured" in note for note in _compile(rng).notes)
 
 
-def test_what_nobody_has_measured_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(library, "permitted", lambda level: True)
-    amx = replace(CPU, features=CPU.features | library.LEVELS["amx"])
-    assert choosing.measures(amx)
-    assert probing.requirements(amx)["native"] == "amx, or what is faster"
+def test_a_decoder_that_openvino_cannot_run_is_native_without_measuring(
+    rng: np.random.Generator, measured: pytest.MonkeyPatch
+) -> None:
+    graph = tiny_decoder(rng, softcap=20.0)
+    artifact = OpenVinoCpu().compile(graph, CPU, {"precision": "exact"}, lambda stage, share: None)
+    assert "weights.bin" in artifact.files
+    assert artifact.notes[-1] == (
+        "native kernels were chosen without measuring: OpenVINO's PagedAttention has no soft cap on the scores"
+    )
 
 
 def test_an_artifact_that_was_not_measured_is_made_again_where_it_is_asked_for(

@@ -44,6 +44,14 @@ def test_a_value_of_the_variable_that_means_nothing_is_refused(version: pytest.M
     assert "measure" in answer.fix
 
 
+def test_a_level_that_is_unknown_is_refused(version: pytest.MonkeyPatch) -> None:
+    version.setenv("TRANSOM_NATIVE_LEVEL", "avx3")
+    (answer,) = OpenVinoCpu().probe([CPU])
+    assert isinstance(answer, Refusal)
+    assert "TRANSOM_NATIVE_LEVEL is 'avx3'" in answer.reason
+    assert "amx, avx512_bf16, avx512, avx_vnni, avx2, scalar" in answer.fix
+
+
 @pytest.mark.parametrize("kind", ["cuda", "gpu", "npu", "remote"])
 def test_any_other_device_is_the_wrong_one(kind: str, version: pytest.MonkeyPatch) -> None:
     (answer,) = OpenVinoCpu().probe([replace(CPU, kind=kind, id=f"{kind}:0")])  # type: ignore[arg-type]

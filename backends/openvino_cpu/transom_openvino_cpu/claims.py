@@ -22,8 +22,6 @@ def claims(graph: Graph, precision: CpuPrecision, device: Device) -> Iterator[Cl
     """One claim for each node, in order."""
     from transom_openvino_cpu.native.choosing import read_native
     from transom_openvino_cpu.precision import form_of
-    from transom_openvino_cpu.trial import refusals as tried
-    from transom_openvino_cpu.trial import whole_through_frontend
 
     heads = vocabulary_products(graph)
     """Never requantized."""
@@ -33,23 +31,31 @@ def claims(graph: Graph, precision: CpuPrecision, device: Device) -> Iterator[Cl
             inexact = precision.dynamic and linear_weight(node) is not None and str(node.name) not in heads
             yield Claim(str(node.name), True, exact=not inexact, divergence=expected if inexact else None)
         return
-    attention = [n for n in graph.nodes() if is_attention(n)]
-    refused = next((f"{r} (layer {_layer(n)})" for n in attention if (r := no_paged_attention(graph, n))), "")
-    whole = whole_through_frontend(graph)
-    refusals = {str(n.name): r for n in graph.nodes() if not is_attention(n) and (r := _refusal(n, whole))}
-    refusals |= tried(graph, precision, refusals)
+    refusals = openvino_refusals(graph, precision)
     for node in graph.nodes():
         name = str(node.name)
-        if is_attention(node):
-            reason = no_paged_attention(graph, node) or refused
-            yield Claim(name, not reason, reason)
-            continue
         if name in refusals:
             yield Claim(name, False, refusals[name])
             continue
         weight = linear_weight(node) if precision.dynamic else None
         quantized = weight is not None and form_of(weight, precision).group >= 32 and str(node.name) not in heads
         yield Claim(name, True, exact=not quantized, divergence=expected if quantized else None)
+
+
+def openvino_refusals(graph: Graph, precision: CpuPrecision) -> dict[str, str]:
+    """Node -> why OpenVINO cannot run it, without the native library; empty if it runs the graph."""
+    from transom_openvino_cpu.trial import refusals as tried
+    from transom_openvino_cpu.trial import whole_through_frontend
+
+    attention = [n for n in graph.nodes() if is_attention(n)]
+    refused = {str(n.name): r for n in attention if (r := no_paged_attention(graph, n))}
+    if refused:  # attention is paged in all layers or in none
+        first = next(n for n in attention if str(n.name) in refused)
+        because = f"{refused[str(first.name)]} (layer {_layer(first)})"
+        refused |= {str(n.name): because for n in attention if str(n.name) not in refused}
+    whole = whole_through_frontend(graph)
+    others = {str(n.name): r for n in graph.nodes() if not is_attention(n) and (r := _refusal(n, whole))}
+    return {**refused, **others, **tried(graph, precision, others)}
 
 
 def _layer(node: ir.Node) -> int:

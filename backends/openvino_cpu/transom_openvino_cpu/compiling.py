@@ -70,16 +70,20 @@ def _faster(
     progress: Progress,
 ) -> Artifact:
     """The faster of the native artifact and OpenVINO's, with a note of why. The native one if the other fails."""
-    from transom_openvino_cpu.measuring import faster, short_of_memory
+    from transom_openvino_cpu.claims import openvino_refusals
+    from transom_openvino_cpu.measuring import UNMEASURED, faster, short_of_memory
 
-    if note := short_of_memory(native, device):
+    note = short_of_memory(native, device)
+    if not note and (refused := openvino_refusals(graph, precision)):
+        note = f"{UNMEASURED}: {next(iter(refused.values()))}"
+    if note:
         return replace(native, notes=[*native.notes, note])
     try:
         other = _by_openvino(graph, precision, device, options, folder, progress)
         progress("measure", None)
         kept = faster(native, other, device, options)
     except EngineError as error:
-        kept = replace(native, notes=[*native.notes, f"native kernels were chosen without measuring: {error.cause}"])
+        kept = replace(native, notes=[*native.notes, f"{UNMEASURED}: {error.cause}"])
     for path in folder.iterdir():  # files of the other artifact
         if path.is_file() and path not in kept.files.values():
             path.unlink()
@@ -119,13 +123,15 @@ def _native(
     progress: Progress,
 ) -> Artifact:
     """The graph as a native program and its packed weights."""
-    from transom_openvino_cpu.native import lowering
+    from transom_openvino_cpu.native import library, lowering
 
     weights = folder / names.WEIGHTS_FILE
     with weights.open("w+b") as file:
         program = lowering.write(reader, precision, file, lambda share: progress("compile", share))
     level = level_on(device)
     assert level is not None
+    if level in library.BFLOAT16_FIRST:
+        program = program.without_int8_products("bf16")
     mixed = None
     if program.cache == "int8":
         program, mixed = _calibrated(program, weights, precision, device, options, progress)
@@ -136,7 +142,7 @@ def _native(
         names.WEIGHTS_FILE: small_as_bytes(folder / names.WEIGHTS_FILE),
     }
     progress("compile", 1.0)
-    return Artifact(files, requirements(device), _native_notes(reader, precision, mixed))
+    return Artifact(files, requirements(device), _native_notes(reader, program, precision, mixed))
 
 
 def _calibrated(
@@ -177,20 +183,15 @@ def _calibrated(
     return mixed.program, mixed
 
 
-def _native_notes(reader: GraphReader, precision: CpuPrecision, mixed: MixedPrecision | None) -> list[str]:
+def _native_notes(
+    reader: GraphReader, program: NativeProgram, precision: CpuPrecision, mixed: MixedPrecision | None
+) -> list[str]:
     """Notes for a native program."""
     if mixed is not None:
         return [f"precision: {_described(mixed, precision)}"]
+    notes = [f"precision: {_products(program)}, float32 elsewhere, {precision.describe_cache()} cache"]
     products = [d for d in reader.ops if d.kind == "linear" and d.weight is not None]
-    integers = [d for d in products if d.by == "int8"]
-    if integers:
-        inside = "int8 matrix products"
-    elif any(d.by == "bf16" for d in products):
-        inside = "bfloat16 matrix products"
-    else:
-        inside = "float32 matrix products"
-    notes = [f"precision: {inside}, float32 elsewhere, {precision.describe_cache()} cache"]
-    quantized = [d for d in integers if isinstance(d.weight, Dense)]
+    quantized = [d for d in products if d.by == "int8" and isinstance(d.weight, Dense)]
     if quantized:
         notes.append(
             f"{len(quantized)} of {len(products)} matrices were quantized to int8 in groups of {GROUP}; "
@@ -199,10 +200,17 @@ def _native_notes(reader: GraphReader, precision: CpuPrecision, mixed: MixedPrec
     return notes
 
 
+def _products(program: NativeProgram) -> str:
+    """The narrowest number format of the program's products, for a report."""
+    formats = {op.by for op in program.ops if op.kind == "linear"}
+    names = {"int8": "int8", "bf16": "bfloat16", "f32": "float32"}
+    return f"{next(name for form, name in names.items() if form in formats or form == 'f32')} matrix products"
+
+
 def _described(mixed: MixedPrecision, precision: CpuPrecision) -> str:
     wide = {"bf16": "bfloat16", "f32": "float32"}
-    inside = "int8 matrix products"
-    if mixed.wide:
+    inside = _products(mixed.program)
+    if mixed.wide and inside.startswith("int8"):
         inside += f" ({' and '.join(mixed.wide)} in {wide[precision.wide]})"
     cache = wide.get(mixed.program.cache, "int8")
     return (

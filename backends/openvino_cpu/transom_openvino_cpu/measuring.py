@@ -24,6 +24,9 @@ MEMORY = 4
 """Free memory needed, in sizes of the model: OpenVINO holds its weights, mostly in 8 bits, and the exported file."""
 
 
+UNMEASURED = "native kernels were chosen without measuring"
+
+
 class RunTimes(NamedTuple):
     """Seconds for the prompt and for the answer."""
 
@@ -46,7 +49,7 @@ def short_of_memory(native: Artifact, device: Device) -> str:
     if MEMORY * size <= free:
         return ""
     return (
-        f"native kernels were chosen without measuring: compiling with OpenVINO too needs {MEMORY * size / 1e9:.1f} GB "
+        f"{UNMEASURED}: compiling with OpenVINO too needs {MEMORY * size / 1e9:.1f} GB "
         f"of free memory, and {free / 1e9:.1f} GB are free"
     )
 

@@ -20,7 +20,8 @@ bfloat16 cache (float32 without bf16 hardware) |
 
 - AVX-512 VNNI or AVX-VNNI, quantized checkpoint: as `fast`. The native library takes the mean of keys off an int8 cache
   (`native.key_means`). For `auto` it also measures on calibration texts what int8 costs (`native.mixed_precision`).
-  Kinds of products that cost too much, and the cache, become bfloat16 (products float32 without bf16 hardware);
+  Kinds of products that cost too much, and the cache, become bfloat16 (products float32 without bf16 hardware). With
+  AMX all products are bfloat16, for `fast` too, because they are faster than int8 there; blocks are rounded to it;
 - bf16 hardware (avx512_bf16, amx_bf16), checkpoint in float32, float16 or bfloat16: as `bf16`;
 - otherwise: as `exact`.
 

@@ -9,6 +9,7 @@ from transom.authoring.packages import installed_version, package_refusal
 from transom.contract import Device, Offer, Refusal
 from transom.errors import option
 from transom_openvino_cpu.native.choosing import SWITCH, level_on, measures
+from transom_openvino_cpu.native.library import LEVEL_SWITCH, LEVELS
 
 OLDEST = (2026, 4)
 """The first release whose PagedAttention has the inputs that `attention` writes."""
@@ -48,6 +49,9 @@ def answer(device: Device) -> Offer | Refusal:
     if (setting := os.environ.get(SWITCH, "")) not in ("", "0", "measure", "require"):
         fix = f"Set {SWITCH} to 0 or to measure, or do not set it"
         return Refusal(device.id, "failed", f"the environment variable {SWITCH} is {setting!r}", fix)
+    if (limit := os.environ.get(LEVEL_SWITCH)) and limit not in LEVELS:
+        fix = f"Set {LEVEL_SWITCH} to one of {', '.join(LEVELS)}, or do not set it"
+        return Refusal(device.id, "failed", f"the environment variable {LEVEL_SWITCH} is {limit!r}", fix)
     kind = isa(device)
     if kind == "generic":
         why = f"x86-64 without AVX2 (slow), OpenVINO {version}"
@@ -68,5 +72,5 @@ def requirements(device: Device) -> dict[str, str]:
     }
 
 
-FORMAT = "3"
+FORMAT = "4"
 """Version of the files that this backend writes."""

@@ -291,6 +291,9 @@ class EntryStore:
                 raise CorruptEntry(f"its file {name} has {found.st_size} bytes instead of {record.bytes}")
             # The change time cannot be set by a program, unlike the modification time; the inode tells a replaced file.
             identities[name] = [found.st_size, found.st_ino, found.st_mtime_ns, found.st_ctime_ns]
+        # A damaged manifest may name too few: a model without its tokenizer would load.
+        if unnamed := set(os.listdir(path / FILES)) - {name.partition("/")[0] for name in manifest.files}:
+            raise CorruptEntry(f"its manifest does not name its file {min(unnamed)}")
         if verify == "full" or (verify == "auto" and not self._is_verified(path, identities)):
             self._compare_hashes(path, manifest, progress)
             self._note_verified(path, identities)

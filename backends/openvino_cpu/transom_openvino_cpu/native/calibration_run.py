@@ -52,10 +52,8 @@ class CalibrationRun:
     def wide(self, program: NativeProgram) -> Iterator[tuple[Array, list[Array]]]:
         """The same of every text with no product in int8 and a float32 cache, and the keys of each layer: float32
         [kv_heads, tokens, head_dim]."""
-        ops = tuple(replace(op, by=self.form) if op.by == "int8" else op for op in program.ops)
-        for (rows, engine), text in zip(
-            self._steps(replace(program, ops=ops, cache="f32"), range(len(self.texts))), self.texts, strict=True
-        ):
+        wide = replace(program.without_int8_products(self.form), cache="f32")
+        for (rows, engine), text in zip(self._steps(wide, range(len(self.texts))), self.texts, strict=True):
             pages = self._pages(engine)
             yield (
                 rows,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
 
 FILE = "libtransom_cpu.so"
 REASON = "not_built.txt"
+LEVEL_SWITCH = "TRANSOM_NATIVE_LEVEL"
+"""Environment variable: the best instruction set that may be used, one of `LEVELS`."""
 PAGE_TOKENS = 64
 """Tokens in a page of the cache: TR_PAGE."""
 
@@ -26,6 +29,8 @@ LEVELS = {
     "scalar": frozenset(),
 }
 """CPU features that each instruction set needs, best first."""
+BFLOAT16_FIRST = frozenset({"amx"})
+"""Instruction sets that multiply bfloat16 faster than int8, whose sums have to be scaled."""
 
 
 class CMatrix(Structure):
@@ -177,9 +182,11 @@ def built_levels() -> list[str]:
 
 
 def level_for(device: Device) -> str | None:
-    """The best instruction set that the device, the library and this process's permissions allow."""
-    built = built_levels()
-    fit = (name for name, needed in LEVELS.items() if name in built and needed <= device.features)
+    """The best instruction set that the device, the library, this process's permissions and `LEVEL_SWITCH` allow."""
+    names = list(LEVELS)
+    limit = os.environ.get(LEVEL_SWITCH)
+    allowed = set(names[names.index(limit) :] if limit in names else names).intersection(built_levels())
+    fit = (name for name, needed in LEVELS.items() if name in allowed and needed <= device.features)
     return next((name for name in fit if permitted(name)), None)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transom.programs.buffers import Buffer
 from transom.programs.written import NOWHERE, AttentionLayer, RopeTable, View, from_json, to_json
@@ -69,6 +69,10 @@ class NativeProgram:
         layers = tuple(LayerCache(x.heads, x.kv_heads, x.head_dim, x.value_dim, x.window) for x in self.layers)
         if layers != decoder.layers:
             raise ValueError("the program has other attention layers than the model")
+
+    def without_int8_products(self, form: str) -> NativeProgram:
+        """The same with products in `"bf16"` or `"f32"` in place of int8."""
+        return replace(self, ops=tuple(replace(op, by=form) if op.by == "int8" else op for op in self.ops))
 
     def to_json(self) -> str:
         return to_json(self)

@@ -42,44 +42,107 @@ template <class C> struct Gathered {
 };
 
 // AMX adds in an order of its own: no row of bfloat16 does without, while sums of bytes are exact in any order.
-template <class C, int R> constexpr bool in_tiles() { return TILED && C::P > 1 && (R == TILE || !C::SCALED); }
+template <class C, int R> constexpr bool in_tiles() { return TILED && C::P > 1 && !C::SCALED; }
+
+// Logits of one row of queries to probabilities, relative to the row's reference; overwrites `a`.
+template <class C> INLINE void soften(const tr_layer &l, const Tile<C> &t, const Gathered<C> &g, int row, VF (&a)[4]) {
+  const int DV = l.value_dim;
+  if (l.softcap > 0) {
+    const VF cap = set1(l.softcap * LOG2E);
+    for (int c = 0; c < 4; c++)
+      a[c] = mul(cap, tanhv(a[c]));
+  }
+  if (t.mask) {
+    uint64_t m = t.mask[row * t.step];
+    for (int c = 0; c < 4; c++)
+      a[c] = pick((unsigned)(m >> (16 * c)) & 0xffff, a[c], set1(NEVER));
+  }
+  float *sums = g.sums + (size_t)row * 16, *out = g.out + (size_t)row * DV;
+  const VF highest = max(max(a[0], a[1]), max(a[2], a[3]));
+  const float before = g.most[row];
+  if (at_least(highest, set1(before + SLACK))) {
+    const float now = top(highest);
+    const VF keep = exp2v(set1(before - now));
+    g.most[row] = now;
+    store(sums, mul(load(sums), keep));
+    for (int d = 0; d < DV; d += 16)
+      store(out + d, mul(load(out + d), keep));
+  }
+  VF m = set1(g.most[row]), s = load(sums);
+  for (int c = 0; c < 4; c++) {
+    a[c] = C::exp2(sub(a[c], m));
+    s = add(s, a[c]);
+  }
+  store(sums, s);
+}
 
 template <class C, int R>
 INLINE void attend_rows(const tr_layer &l, const Tile<C> &t, const Gathered<C> &g, int row) {
-  const int DV = l.value_dim;
   VF a[R][4];
-  float *out = g.out + (size_t)row * DV;
   C::template scores<R, in_tiles<C, R>()>(g.q + (size_t)row * C::query_width(l.head_dim), l.head_dim, t.kept, a);
-  for (int r = 0; r < R; r++) {
-    if (l.softcap > 0) {
-      const VF cap = set1(l.softcap * LOG2E);
-      for (int c = 0; c < 4; c++)
-        a[r][c] = mul(cap, tanhv(a[r][c]));
+  for (int r = 0; r < R; r++)
+    soften(l, t, g, row + r, a[r]);
+  C::template weigh<R>(a, t.kept, g.out + (size_t)row * l.value_dim, l.value_dim);
+}
+
+// int8 in AMX tiles: blocks of sixteen rows as far as there are any; returns the first of the other rows. While one
+// block's logits become probabilities, the tiles multiply the next block's queries and the block before's probabilities.
+template <class C> static int attend_in_tiles(const tr_layer &l, const Tile<C> &t, const Gathered<C> &g, int rows) {
+  const int D = l.head_dim, DV = l.value_dim, width = C::query_width(D), blocks = rows / TILE;
+  if (!blocks)
+    return 0;
+  Tiles tiles(tile_step(D));
+  VI s[2][TILE][4], sums[TILE * 256 / 16];
+  VF back[2][TILE];
+  alignas(64) int8_t p[2][TILE * 64];
+  auto multiply = [&](int block) {
+    tile_scores<SignedUnsigned>(g.q + (size_t)block * TILE * width, width, D, t.kept.k, s[block & 1]);
+  };
+  auto weigh = [&](int block) { // to sums [DV / 16][TILE]
+    const char *v = (const char *)t.kept.v;
+    const size_t apart = (size_t)DV * 4;
+    tile_load<6>(p[block & 1], 64);
+    int d = 0;
+    for (; d + 64 <= DV; d += 64) {
+      tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
+      tile_products<UnsignedSigned, 6, 7>(v + (size_t)d * 4, apart);
+      VI *to = sums + d;
+      tile_store<0>(to, 64), tile_store<1>(to + 16, 64), tile_store<2>(to + 32, 64), tile_store<3>(to + 48, 64);
     }
-    if (t.mask) {
-      uint64_t m = t.mask[(row + r) * t.step];
-      for (int c = 0; c < 4; c++)
-        a[r][c] = pick((unsigned)(m >> (16 * c)) & 0xffff, a[r][c], set1(NEVER));
+    for (; d < DV; d += 16) {
+      tile_zero<0>(), tile_load<7>(v + (size_t)d * 4, apart), UnsignedSigned::product<0, 6, 7>();
+      tile_store<0>(sums + d, 64);
     }
-    float *sums = g.sums + (size_t)(row + r) * 16;
-    const VF highest = max(max(a[r][0], a[r][1]), max(a[r][2], a[r][3]));
-    const float before = g.most[row + r];
-    if (at_least(highest, set1(before + SLACK))) {
-      const float now = top(highest);
-      const VF keep = exp2v(set1(before - now));
-      g.most[row + r] = now;
-      store(sums, mul(load(sums), keep));
+  };
+  auto add = [&](int block) {
+    float *out = g.out + (size_t)block * TILE * DV;
+    for (int r = 0; r < TILE; r++, out += DV)
       for (int d = 0; d < DV; d += 16)
-        store(out + (size_t)r * DV + d, mul(load(out + (size_t)r * DV + d), keep));
-    }
-    VF m = set1(g.most[row + r]), s = load(sums);
-    for (int c = 0; c < 4; c++) {
-      a[r][c] = C::exp2(sub(a[r][c], m));
-      s = add(s, a[r][c]);
-    }
-    store(sums, s);
+        store(out + d, fma(to_float(sums[d + r]), back[block & 1][r], load(out + d)));
+  };
+  multiply(0);
+  for (int block = 0; block <= blocks; block++) {
+    if (block + 1 < blocks)
+      multiply(block + 1);
+    if (block)
+      weigh(block - 1);
+    if (block < blocks)
+      for (int r = 0; r < TILE; r++) {
+        const int row = block * TILE + r;
+        const typename C::Q *q = g.q + (size_t)row * width;
+        VF a[4];
+        VI(&own)[4] = s[block & 1][r];
+        const VI start = C::start(q, D);
+        for (int c = 0; c < 4; c++)
+          own[c] = iadd(own[c], start);
+        C::logits(own, q, D, t.kept, a);
+        soften(l, t, g, row, a);
+        back[block & 1][r] = C::to_bytes_of(a, t.kept, p[block & 1] + r * 64);
+      }
+    if (block)
+      add(block - 1);
   }
-  C::template weigh<R>(a, t.kept, out, DV);
+  return blocks * TILE;
 }
 
 // Rows from r on, R at once, as long as there are R left; returns the first of the others.
@@ -99,7 +162,9 @@ INLINE int attend_some(const tr_layer &l, const Tile<C> &t, const Gathered<C> &g
 
 template <class C> static void attend_tile(const tr_layer &l, const Tile<C> &t, const Gathered<C> &g, int rows) {
   int r = 0;
-  if constexpr (TILED && C::P > 1)
+  if constexpr (TILED && C::SCALED)
+    r = attend_in_tiles<C>(l, t, g, rows);
+  else if constexpr (TILED && C::P > 1)
     r = attend_some<C, TILE>(l, t, g, r, rows);
   r = attend_some<C, ROWS>(l, t, g, r, rows);
   if constexpr (ROWS > 3)

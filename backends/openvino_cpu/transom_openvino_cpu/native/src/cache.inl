@@ -283,82 +283,58 @@ struct Int8 {
   }
   INLINE VF exp2(VF x) { return near_exp2v(x); }
 
+  // Logits of R rows with 64 keys.
   template <int R, bool IN_TILES = false> INLINE void scores(const Q *q, int dim, const Kept<Int8> &t, VF (&a)[R][4]) {
+    static_assert(!IN_TILES, "see attend_in_tiles");
     VI s[R][4];
     const int width = query_width(dim);
-    auto start = [&](int r) { // minus 128 times the sum of a query, to compensate for the offset of keys
-      int32_t offset;
-      __builtin_memcpy(&offset, q + (size_t)r * width + dim + 4, 4);
-      return iset1(-offset);
-    };
-    if constexpr (IN_TILES) {
-      tile_scores<SignedUnsigned>(q, width, dim, t.k, s);
-      for (int r = 0; r < R; r++)
-        for (int c = 0; c < 4; c++)
-          s[r][c] = iadd(s[r][c], start(r));
-    } else {
-      for (int r = 0; r < R; r++)
-        for (int c = 0; c < 4; c++)
-          s[r][c] = start(r);
-      const T *k = t.k;
-      for (int d = 0; d < dim; d += 4, k += 256) {
-        VI kv[4];
-        for (int c = 0; c < 4; c++)
-          kv[c] = iload(k + 64 * c);
-        for (int r = 0; r < R; r++) {
-          const VI x = iset1_at(q + (size_t)r * width + d);
-          for (int c = 0; c < 4; c++)
-            s[r][c] = dot_bytes(s[r][c], kv[c], x);
-        }
-      }
-    }
-    for (int c = 0; c < 4; c++) {
-      const VF scale = load(t.scales + 16 * c);
+    for (int r = 0; r < R; r++)
+      for (int c = 0; c < 4; c++)
+        s[r][c] = start(q + (size_t)r * width, dim);
+    const T *k = t.k;
+    for (int d = 0; d < dim; d += 4, k += 256) {
+      VI kv[4];
+      for (int c = 0; c < 4; c++)
+        kv[c] = iload(k + 64 * c);
       for (int r = 0; r < R; r++) {
-        float own;
-        __builtin_memcpy(&own, q + (size_t)r * width + dim, 4);
-        a[r][c] = mul(to_float(s[r][c]), mul(scale, set1(own)));
+        const VI x = iset1_at(q + (size_t)r * width + d);
+        for (int c = 0; c < 4; c++)
+          s[r][c] = dot_bytes(s[r][c], kv[c], x);
       }
     }
+    for (int r = 0; r < R; r++)
+      logits(s[r], q + (size_t)r * width, dim, t, a[r]);
+  }
+  // Minus 128 times the sum of a query, to compensate for the offset of keys.
+  INLINE VI start(const Q *q, int dim) {
+    int32_t offset;
+    __builtin_memcpy(&offset, q + dim + 4, 4);
+    return iset1(-offset);
+  }
+  // The integers of a row to logits.
+  INLINE void logits(const VI (&s)[4], const Q *q, int dim, const Kept<Int8> &t, VF (&a)[4]) {
+    float own;
+    __builtin_memcpy(&own, q + dim, 4);
+    for (int c = 0; c < 4; c++)
+      a[c] = mul(to_float(s[c]), mul(load(t.scales + 16 * c), set1(own)));
   }
 
+  // Probabilities of a row times the scales of values, to bytes from 0 to 255; overwrites `a`. Returns what a byte is.
+  INLINE VF to_bytes_of(VF (&a)[4], const Kept<Int8> &t, int8_t *p) {
+    for (int c = 0; c < 4; c++)
+      a[c] = mul(a[c], load(t.scales + PAGE + 16 * c));
+    const float most = top(max(max(a[0], a[1]), max(a[2], a[3])));
+    const VF inverse = set1(most > 1e-30f ? 255.f / most : 0.f);
+    for (int c = 0; c < 4; c++)
+      store_bytes(p + 16 * c, to_int(mul(a[c], inverse)));
+    return set1(most * (1.f / 255.f));
+  }
   template <int R> INLINE void weigh(VF (&a)[R][4], const Kept<Int8> &t, float *out, int dim) {
-    alignas(64) int8_t p[R * 64]; // from 0 to 255
+    alignas(64) int8_t p[R * 64];
     VF back[R];
-    for (int r = 0; r < R; r++) {
-      for (int c = 0; c < 4; c++)
-        a[r][c] = mul(a[r][c], load(t.scales + PAGE + 16 * c));
-      const float most = top(max(max(a[r][0], a[r][1]), max(a[r][2], a[r][3])));
-      const VF inverse = set1(most > 1e-30f ? 255.f / most : 0.f);
-      back[r] = set1(most * (1.f / 255.f));
-      for (int c = 0; c < 4; c++)
-        store_bytes(p + r * 64 + 16 * c, to_int(mul(a[r][c], inverse)));
-    }
+    for (int r = 0; r < R; r++)
+      back[r] = to_bytes_of(a[r], t, p + r * 64);
     int d = 0;
-    if constexpr (R == TILE) {
-      const size_t apart = (size_t)dim * 4;
-      VI s[R][4];
-      tile_load<6>(p, 64);
-      for (; d + 64 <= dim; d += 64) {
-        tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
-        tile_products<UnsignedSigned, 6, 7>((const char *)t.v + (size_t)d * 4, apart);
-        four_tiles_to((char *)s, 256);
-        for (int r = 0; r < R; r++)
-          for (int c = 0; c < 4; c++) {
-            float *o = out + (size_t)r * dim + d + 16 * c;
-            store(o, fma(to_float(s[r][c]), back[r], load(o)));
-          }
-      }
-      for (; d < dim; d += 16) {
-        tile_zero<0>(), tile_load<7>((const char *)t.v + (size_t)d * 4, apart), UnsignedSigned::product<0, 6, 7>();
-        tile_store<0>(s, 256);
-        for (int r = 0; r < R; r++) {
-          float *o = out + (size_t)r * dim + d;
-          store(o, fma(to_float(s[r][0]), back[r], load(o)));
-        }
-      }
-      return;
-    }
     for (; d + 64 <= dim; d += 64) {
       VI s[R][4];
       for (int r = 0; r < R; r++)

@@ -10,6 +10,9 @@
 #include "math.inl"
 #include "tiles.inl"
 #include "linear.inl"
+#ifdef TRANSOM_AMX
+#include "tiled_linear.inl"
+#endif
 #include "cache.inl"
 #include "attention.inl"
 #include "routing.inl"

@@ -24,7 +24,8 @@ struct Acts {
   float *scales;   // [rows][groups]
   float *sums;     // [rows][units]: of the quantized numbers; otherwise [rows][blocks]: of the numbers
   int32_t *starts; // [rows][units]: -center times the sum of bytes
-  uint32_t *pairs; // bfloat16: [rows][columns / 2]; int8: the sums of two units
+  uint32_t *pairs; // bfloat16: [rows][columns / 2], or see prepare_tiles; int8: the sums of two units
+  float *floats;   // the columns of a single row for tiles, rounded to bfloat16
   size_t pair_stride;
 };
 
@@ -62,6 +63,13 @@ INLINE int unit_of(const tr_matrix &m) { return m.block < group_of(m) ? m.block 
 // Subtracted from quants to make integers. With minimums it is the middle, so that the remaining term is small.
 INLINE int center_of(const tr_matrix &m) { return m.has_minimums ? 1 << (bits_of(m) - 1) : m.zero; }
 
+// Whether a product is computed in tiles, see tiled_linear.inl.
+INLINE bool in_tiles(int by) { return TILED && by == TR_BY_BF16; }
+const size_t TILED_PANEL = 8 << 10; // bytes of a panel of one tile
+INLINE size_t tiled_acts_bytes(const tr_matrix &m, int rows) {
+  return ((size_t)(rows + TILE - 1) / TILE * 1024 + 128) * ((m.columns + 31) / 32);
+}
+
 // Bytes that `prepare` needs.
 INLINE size_t acts_bytes(const tr_matrix &m, int by, int rows) {
   if (by == TR_BY_INT8) {
@@ -69,6 +77,8 @@ INLINE size_t acts_bytes(const tr_matrix &m, int by, int rows) {
     return rows * align64(m.columns) + align64(rows * groups * 4) + 2 * align64(rows * units * 4) +
            align64(rows * ((units + 1) / 2) * 4) + 64;
   }
+  if (in_tiles(by))
+    return tiled_acts_bytes(m, rows);
   const size_t pairs = by == TR_BY_BF16 ? align64((size_t)rows * ((m.columns + 1) / 2) * 4) : 0;
   return pairs + (in_blocks(m) ? align64((size_t)rows * (m.columns / m.block) * 4) : 0) + 64;
 }
@@ -132,6 +142,20 @@ INLINE void pack_pairs(const float *s, int n, uint32_t *d) { // n floats to (n +
   }
 }
 
+// To a.pairs, sixteen rows at a time: [rows / 16][steps of 32 columns][16 rows][16 pairs], the last columns padded with
+// zeros. Each row of a step is one row of a tile.
+static void prepare_tiles(const Acts &a, int rows) {
+  const int steps = (a.columns + 31) / 32;
+  for (int r = 0; r < rows; r++)
+    for (int s = 0; s < steps; s++) {
+      uint32_t *to = a.pairs + (((size_t)(r / TILE) * steps + s) * TILE + r % TILE) * 16;
+      const int left = a.columns - s * 32, n = left < 32 ? left : 32;
+      if (n < 32)
+        __builtin_memset(to, 0, 64);
+      pack_pairs(a.wide + r * a.stride + s * 32, n, to);
+    }
+}
+
 // The sum of n columns as a product has them: rounded, if it is by bfloat16. n is a multiple of 8.
 INLINE float sum_of(const Acts &a, int row, int column, int n) {
   float sums[8] = {};
@@ -148,6 +172,17 @@ static Acts prepare(const tr_matrix &m, int by, const float *x, size_t stride, i
   Acts a = {};
   a.wide = x, a.stride = stride, a.by = by, a.columns = m.columns;
   char *p = (char *)memory;
+  if (in_tiles(by)) {
+    a.pairs = (uint32_t *)p;
+    prepare_tiles(a, rows);
+    if (rows == 1) {
+      const int steps = (m.columns + 31) / 32;
+      a.floats = (float *)(p + (size_t)steps * 1024);
+      for (int i = 0; i < steps * 32; i++)
+        a.floats[i] = bf16_to_float((uint16_t)(a.pairs[i / 32 * 256 + i % 32 / 2] >> (i & 1 ? 16 : 0)));
+    }
+    return a;
+  }
   if (by == TR_BY_INT8) {
     a.group = group_of(m), a.unit = unit_of(m), a.groups = m.columns / a.group, a.units = m.columns / a.unit;
     a.bytes = (int8_t *)p, p += rows * align64(m.columns);
@@ -224,9 +259,9 @@ INLINE VF minimums_of(const tr_matrix &m, const char *block) {
 // four bits; `planes` the others, of 32 columns (one bit) or 16 (two bits) in 64 bytes.
 template <int BITS> struct Quants {
   const char *low, *planes;
-  Quants(const tr_matrix &m, const char *block, int column)
+  Quants(int columns, const char *block, int column) // `columns` of the block
       : low(block + (size_t)column * (BITS == 8 ? 16 : 8)),
-        planes(block + (size_t)m.block * 8 + (size_t)column * (BITS - 4) * 2) {}
+        planes(block + (size_t)columns * 8 + (size_t)column * (BITS - 4) * 2) {}
 
   // The bits above the fourth of vector V (four columns) of a plane.
   template <int V> static INLINE_MEMBER VI high(VI plane) {
@@ -328,7 +363,7 @@ static void few_bytes(const tr_matrix &m, int t, const Acts &a, VF *y) {
       for (int r = 0; r < R; r++)
         i[r] = iset1(a.starts[r * a.units + u]), k[r] = izero();
       const int8_t *b = a.bytes + column;
-      const Quants<BITS> q(m, p, in);
+      const Quants<BITS> q(m.block, p, in);
       for (int j = 0; j < unit; j += 8) {
         VI w0, w1;
         q.eight(j, w0, w1);
@@ -399,7 +434,7 @@ static void few_blocks(const tr_matrix &m, int t, const Acts &a, VF (&y)[R][NV])
     for (int j = 0; j < m.block; j += 8, x += 8, pairs += 4) {
       VF w[NV][8];
       for (int v = 0; v < NV; v++)
-        Quants<BITS>(m, p[v], 0).eight(j, w[v]);
+        Quants<BITS>(m.block, p[v], 0).eight(j, w[v]);
       for (int k = 0; k < 8; k += PAIRS ? 2 : 1)
         for (int r = 0; r < R; r++)
           for (int v = 0; v < NV; v++)
@@ -540,7 +575,7 @@ template <int NV, int BITS> static void unpack_bytes(const tr_matrix &m, int t, 
     char *out = panel;
     for (int u = u0; u < u1; u++, out += (size_t)NV * (16 * unit + 64)) {
       const char *block = tile + u / per * bytes;
-      const Quants<BITS> q(m, block, u % per * unit);
+      const Quants<BITS> q(m.block, block, u % per * unit);
       for (int j = 0; j < unit; j += 8) {
         VI first, second;
         q.eight(j, first, second);
@@ -642,45 +677,6 @@ static void many_bytes(const char *panel, int u0, int u1, const Acts &a, int row
       store(y + (size_t)r * WIDE * 16 + 16 * v, acc[r][v]);
 }
 
-// Sixteen rows by AMX tiles, with the same sums in the same order as `many_bytes`. One tile product is one unit.
-INLINE bool tiles_take_units(const Acts &a) { return a.unit >= 16 && a.unit <= 64 && a.group <= 4 * a.unit; }
-template <int NV>
-static void tiled_bytes(const char *panel, int u0, int u1, const Acts &a, int row, float *y, bool more) {
-  const size_t ld = align64(a.columns), quants = (size_t)NV * 16 * a.unit, size = quants + NV * 64;
-  const int per_group = a.group / a.unit;
-  VI sums[4][NV][TILE];
-  for (int u = u0; u < u1; u += per_group, panel += per_group * size) {
-    for (int k = 0; k < per_group; k++) {
-      tile_load<4>(a.bytes + row * ld + (size_t)(u + k) * a.unit, ld);
-      tile_zero<0>();
-      tile_load<5>(panel + k * size, NV * 64), SignedUnsigned::product<0, 4, 5>();
-      tile_store<0>(sums[k][0], 64);
-      if constexpr (NV > 1) {
-        tile_zero<1>();
-        tile_load<5>(panel + k * size + 64, NV * 64), SignedUnsigned::product<1, 4, 5>();
-        tile_store<1>(sums[k][1], 64);
-      }
-    }
-    for (int r = 0; r < TILE; r++) {
-      const int32_t *starts = a.starts + (size_t)(row + r) * a.units + u;
-      const VF scale = set1(a.scales[(size_t)(row + r) * a.groups + u / per_group]);
-      for (int v = 0; v < NV; v++) {
-        float *out = y + (size_t)r * WIDE * 16 + 16 * v;
-        VF acc = more || u > u0 ? load(out) : zero(), part = zero();
-        if (per_group == 1) {
-          const VF d = load((const float *)(panel + quants) + 16 * v);
-          store(out, fma(to_float(iadd(sums[0][v][r], iset1_at(starts))), mul(d, scale), acc));
-          continue;
-        }
-        for (int k = 0; k < per_group; k++)
-          part = fma(to_float(iadd(sums[k][v][r], iset1_at(starts + k))),
-                     load((const float *)(panel + k * size + quants) + 16 * v), part);
-        store(out, fma(part, scale, acc));
-      }
-    }
-  }
-}
-
 // Columns of a panel of floats or bfloat16, in whole blocks.
 INLINE int columns_at_once(const tr_matrix &m) {
   const int whole = in_blocks(m) ? m.block : 1;
@@ -698,7 +694,7 @@ static void unpack_blocks(const tr_matrix &m, int t, int c0, int c1, char *panel
       const char *block = block_at(m, t + v, c);
       for (int j = 0; j < m.block; j += 8) {
         VF x[8];
-        Quants<BITS>(m, block, 0).eight(j, x);
+        Quants<BITS>(m.block, block, 0).eight(j, x);
         for (int k = 0; k < 8; k += PAIRS ? 2 : 1, out += 64 * NV)
           if (PAIRS)
             istore(out, quant_pairs(x[k], x[k + 1]));
@@ -743,51 +739,8 @@ static void many_blocks(const tr_matrix &m, const char *panel, int c0, int c1, c
   }
 }
 
-// As many rows as the tiles of AMX have, by bfloat16; blocks are multiples of 32.
-template <int NV>
-static void tiled_blocks(const tr_matrix &m, const char *panel, int c0, int c1, const Acts &a, int row, int rows,
-                         float *y) {
-  VF parts[NV][TILE];
-  for (int c = c0; c < c1; c += m.block, panel += NV * 128) {
-    tile_zero<0>(), tile_zero<1>();
-    for (int j = 0; j < m.block; j += 32, panel += NV * 16 * 64) {
-      tile_load<6>(a.pairs + row * a.pair_stride + (c + j) / 2, a.pair_stride * 4);
-      tile_load<7>(panel, NV * 64), Pairs::product<0, 6, 7>();
-      if constexpr (NV > 1)
-        tile_load<7>(panel + 64, NV * 64), Pairs::product<1, 6, 7>();
-    }
-    tile_store<0>(parts[0], 64);
-    if constexpr (NV > 1)
-      tile_store<1>(parts[1], 64);
-    for (int r = 0; r < rows; r++) {
-      const float total = a.sums[(size_t)(row + r) * a.units + c / m.block];
-      for (int v = 0; v < NV; v++)
-        add_block(m, add(parts[v][r], set1(-(float)m.zero * total)), (const float *)panel + 16 * v, NV * 16, total,
-                  c > 0, y + (size_t)r * WIDE * 16 + 16 * v);
-    }
-  }
-}
-
-// Calls some(row, rows) for all rows, at most sixteen at once, each with tiles of so many rows.
-template <class F> INLINE void by_tiles(int rows, const F &some) {
-  if (rows >= TILE) {
-    Tiles tiles(64);
-    for (int r = 0; r + TILE <= rows; r += TILE)
-      some(r, TILE);
-  }
-  if (rows % TILE) {
-    Tiles tiles(64, rows % TILE);
-    some(rows - rows % TILE, rows % TILE);
-  }
-}
-
 template <int NV, bool PAIRS>
 static void all_blocks(const tr_matrix &m, const char *panel, int c0, int c1, const Acts &a, int rows, float *y) {
-  if constexpr (TILED && PAIRS) // tiles add in an order of their own, so all rows take them, also the last few
-    if (m.block % 32 == 0)
-      return by_tiles(rows, [&](int r, int n) {
-        tiled_blocks<NV>(m, panel, c0, c1, a, r, n, y + (size_t)r * WIDE * 16);
-      });
   int r = 0;
   for (; r + ROWS <= rows; r += ROWS)
     many_blocks<ROWS, NV, PAIRS>(m, panel, c0, c1, a, r, y + (size_t)r * WIDE * 16);
@@ -862,20 +815,6 @@ template <int R, int NV> static void many_pairs(const char *const *p, const Acts
       store(y + (size_t)r * WIDE * 16 + 16 * v, acc[r][v]);
 }
 
-// As many rows as the tiles of AMX have; the columns are a multiple of 32.
-template <int NV> static void tiled_pairs(const char *const *p, const Acts &a, int row, float *y) {
-  tile_zero<0>(), tile_zero<1>();
-  for (int j = 0; j < a.columns / 2; j += 16) {
-    tile_load<6>(a.pairs + row * a.pair_stride + j, a.pair_stride * 4);
-    tile_load<7>(p[0] + j * 64, 64), Pairs::product<0, 6, 7>();
-    if constexpr (NV > 1)
-      tile_load<7>(p[1] + j * 64, 64), Pairs::product<1, 6, 7>();
-  }
-  tile_store<0>(y, WIDE * 64);
-  if constexpr (NV > 1)
-    tile_store<1>(y + 16, WIDE * 64);
-}
-
 // Bytes of the panel of one call of `tiles_of`.
 INLINE size_t panel_bytes(const tr_matrix &m, int by) {
   if (by == TR_BY_INT8) {
@@ -883,6 +822,8 @@ INLINE size_t panel_bytes(const tr_matrix &m, int by) {
     const size_t minimums = m.has_minimums ? (size_t)(m.columns / unit_of(m) + 1) * 64 : 0;
     return quants > minimums ? quants : minimums;
   }
+  if (in_tiles(by))
+    return 2 * TILED_PANEL;
   if (in_blocks(m))
     return (size_t)(columns_at_once(m) / m.block) * 2 * (quants_bytes(m, by) + 128);
   return by == TR_BY_F32 ? (size_t)CUT * 2 * 64 : 0;
@@ -891,12 +832,6 @@ INLINE size_t panel_bytes(const tr_matrix &m, int by) {
 template <int NV, bool SMALL, int UNIT, int PER>
 static void all_rows(const char *panel, int u0, int u1, const Acts &a, int rows, float *y) {
   int r = 0;
-  if constexpr (TILED)
-    if (tiles_take_units(a) && rows >= TILE) {
-      Tiles tiles(a.unit);
-      for (; r + TILE <= rows; r += TILE)
-        tiled_bytes<NV>(panel, u0, u1, a, r, y + (size_t)r * WIDE * 16, u0 > 0);
-    }
   const int AT_ONCE = PER > 1 && ROWS > 4 ? 4 : ROWS;
   for (; r + AT_ONCE <= rows; r += AT_ONCE)
     many_bytes<AT_ONCE, NV, SMALL, UNIT, PER>(panel, u0, u1, a, r, y + (size_t)r * WIDE * 16, u0 > 0);
@@ -917,9 +852,6 @@ static void all_rows(const char *panel, int u0, int u1, const Acts &a, int rows,
 }
 
 template <int NV> static void all_pairs(const char *const *p, const Acts &a, int rows, float *y) {
-  if constexpr (TILED)
-    if (a.columns % 32 == 0)
-      return by_tiles(rows, [&](int r, int) { tiled_pairs<NV>(p, a, r, y + (size_t)r * WIDE * 16); });
   int r = 0;
   for (; r + ROWS <= rows; r += ROWS)
     many_pairs<ROWS, NV>(p, a, r, y + (size_t)r * WIDE * 16);
@@ -980,10 +912,18 @@ template <int NV> static void many(const tr_matrix &m, int t, const Acts &a, int
   }
 }
 
+#ifdef TRANSOM_AMX
+static void tiled_products(const tr_matrix &m, int t, int count, const Acts &a, int rows, float *y, char *panel);
+#endif
+
 // Computes tiles t ... t + count - 1 (count <= WIDE) for up to MOST rows, to y [rows][WIDE * 16].
 static void tiles_of(const tr_matrix &m, int t, int count, const Acts &a, int rows, float *y, char *panel) {
+#ifdef TRANSOM_AMX
+  if (in_tiles(a.by))
+    return tiled_products(m, t, count, a, rows, y, panel);
+#endif
   int x = 0;
-  if (rows <= FEW && !(TILED && a.by == TR_BY_BF16)) {
+  if (rows <= FEW) {
     for (; x + 2 <= count; x += 2)
       few_rows<2>(m, t + x, a, rows, y + 16 * x);
     if (x < count)

@@ -257,7 +257,8 @@ static void run_rows(Engine *e, const tr_step *step, int first, int last, int ro
   if (rows >= MANY_ROWS) {
     int blocks = (rows + BLOCK - 1) / BLOCK;
     blocks = (blocks + threads - 1) / threads * threads; // so that all threads finish together
-    const int each = ((rows + blocks - 1) / blocks + 3) / 4 * 4; // rows that `many` processes at once
+    const int whole = TILED ? TILE : 4; // rows that products process at once
+    const int each = ((rows + blocks - 1) / blocks + whole - 1) / whole * whole;
     parallel(e->pool, (rows + each - 1) / each, [=](int i, int thread) {
       int r0 = i * each, r1 = r0 + each < rows ? r0 + each : rows;
       Rows w = rows_of(e, step, r0, r1, thread, true);

@@ -1,8 +1,8 @@
 // AMX: registers of sixteen rows of up to 64 bytes, called tiles, and products of two of them. The words of the cache
 // and of panels, [words of a row][16], are the right factor of a product without conversion.
 //
-// Intel 64 and IA-32 Architectures Software Developer's Manual, volume 1, chapter 18, and volume 2. This code has not
-// yet run on a processor with AMX; the tests trap the instructions and emulate them in tests/native/tiles.cpp.
+// Intel 64 and IA-32 Architectures Software Developer's Manual, volume 1, chapter 18, and volume 2. Where a processor
+// lacks them, the tests trap the instructions and do the same in tests/native/traps.cpp.
 
 namespace {
 const int TILE = 16; // rows in one product
