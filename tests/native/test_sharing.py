@@ -57,6 +57,19 @@ def test_a_row_of_a_product_is_the_same_beside_any_others(
             assert np.array_equal(got, every[rows]), (count, weight.shape)
 
 
+@each_level
+@pytest.mark.parametrize("by", ["f32", "bf16"])
+def test_a_row_of_tiny_numbers_is_the_same_beside_any_others(by: str, level: str, rng: np.random.Generator) -> None:
+    """Tiles take subnormal numbers for zero."""
+    weight = matrix(rng, "bfloat16", 40, 100)
+    table = (rng.standard_normal((64, 100)) * 10.0 ** rng.uniform(-41, -35, (64, 100))).astype(np.float32)
+    with Machine(linear(weight, table, by=by), level) as machine:
+        every = machine.rows(64)
+        for count in COUNTS:
+            rows = rng.permutation(64)[:count]
+            assert np.array_equal(machine.engine.step([rows], [0], [[0]], list(range(count))), every[rows]), count
+
+
 def _steps(rng: np.random.Generator, lengths: list[int], sizes: list[int]) -> list[list[tuple[int, int, int]]]:
     """Steps that compute all sequences, in parts: (sequence, tokens before, new tokens)."""
     done, steps = [0] * len(lengths), []

@@ -45,6 +45,12 @@ float number(uint32_t bits) {
   return x;
 }
 
+float flushed(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  return number(bits);
+}
+
 // sums [m][n] += a [m][k] times b [k][n], k in words of four bytes or of two bfloat16
 bool multiply(int sums, int a, int b, int prefix, bool bytes) {
   const int m = tiles.shapes.rows[a], k = tiles.shapes.row_bytes[a] / 4, n = tiles.shapes.row_bytes[b] / 4;
@@ -75,10 +81,10 @@ bool multiply(int sums, int a, int b, int prefix, bool bytes) {
           uint32_t p, q;
           memcpy(&p, tiles.row[a][i] + 4 * x, 4);
           memcpy(&q, tiles.row[b][x] + 4 * j, 4);
-          even = __builtin_fmaf(number(p << 16), number(q << 16), even);
-          odd = __builtin_fmaf(number(p & 0xffff0000), number(q & 0xffff0000), odd);
+          even = flushed(__builtin_fmaf(number(p << 16), number(q << 16), even));
+          odd = flushed(__builtin_fmaf(number(p & 0xffff0000), number(q & 0xffff0000), odd));
         }
-        sum += even + odd;
+        sum = flushed(flushed(sum) + flushed(even + odd));
         memcpy(out, &sum, 4);
       }
     }

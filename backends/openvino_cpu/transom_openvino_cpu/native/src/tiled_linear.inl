@@ -82,6 +82,13 @@ template <int BITS, bool WHOLE> INLINE void pack_step(const Layout &l, Place &at
     istore(out + c * 32, izero());
 }
 
+// While it exists, subnormal numbers count as zero, as in tiles.
+struct NoSubnormals {
+  const unsigned before = _mm_getcsr();
+  NoSubnormals() { _mm_setcsr(before | 0x8040); } // FTZ, DAZ
+  ~NoSubnormals() { _mm_setcsr(before); }
+};
+
 // One row, NV tiles of weights, without tiles but with their sums bit by bit: in each step those of even and of odd columns
 // (Intel 64 and IA-32 Architectures Software Developer's Manual, volume 2, TDPBF16PS). Weights stay in registers.
 template <int NV, int BITS, bool WHOLE> static void one_row(const Layout &l, const char *first, const Acts &a, float *y) {
@@ -227,6 +234,7 @@ static void tiled_products(const tr_matrix &m, int t, int count, const Acts &a, 
   const char *first = tile_at(m, t);
   int x = 0;
   if (rows == 1) {
+    NoSubnormals here;
     for (; x + 2 <= count; x += 2)
       one_row<2, BITS, WHOLE>(l, first + x * l.tile, a, y + 16 * x);
     if (x < count)
