@@ -15,7 +15,6 @@ from transom.testing.documentation import document, first_party, main
 FILE = Path(__file__).parents[2] / "docs" / "operators.md"
 
 
-@pytest.mark.sweep  # asks every backend about every operator
 def test_file_is_up_to_date() -> None:
     assert FILE.read_text(encoding="utf-8") == document(first_party()), "stale; run: make docs"
 

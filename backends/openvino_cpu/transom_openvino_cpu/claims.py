@@ -54,8 +54,8 @@ def openvino_refusals(graph: Graph, precision: CpuPrecision) -> dict[str, str]:
         because = f"{refused[str(first.name)]} (layer {_layer(first)})"
         refused |= {str(n.name): because for n in attention if str(n.name) not in refused}
     whole = whole_through_frontend(graph)
-    others = {str(n.name): r for n in graph.nodes() if not is_attention(n) and (r := _refusal(n, whole))}
-    return {**refused, **others, **tried(graph, precision, others)}
+    refused |= {str(n.name): r for n in graph.nodes() if not is_attention(n) and (r := _refusal(n, whole))}
+    return {**refused, **tried(graph, precision, refused)}
 
 
 def _layer(node: ir.Node) -> int:
