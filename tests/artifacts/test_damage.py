@@ -14,8 +14,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from structural_damage import damages
 
 from transom.artifacts import Cache, StoredArtifact, files
+from transom.artifacts.entries import CorruptEntry, EntryManifest, FileRecord
 from transom.artifacts.samples import PIECE, PIECES, same_samples, take_samples
 
 Build = Callable[..., StoredArtifact]
@@ -63,7 +65,7 @@ DAMAGES: dict[str, Damage] = {
     "no manifest": lambda e: (e / "manifest.json").unlink(),
     "files is a number": lambda e: edit(e, files=1),
     "no facts": lambda e: edit(e, facts=None),
-    "other format": lambda e: edit(e, format=2),
+    "other format": lambda e: edit(e, format=99),
     "other key": lambda e: edit(e, key="other"),
     "path out of the entry": lambda e: edit(e, files={"../manifest.json": {"bytes": 1, "blake2b": "0"}}),
     "missing file": lambda e: (e / "files" / "weights" / "0.bin").unlink(),
@@ -97,6 +99,25 @@ def test_a_damaged_entry_is_absent_with_one_log_line_and_is_built_again(
     build(cache, "key")
     assert cache.lookup("key", verify="full") is not None
     assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize("decoder", [{"layers": 2}, None])
+def test_no_damage_of_a_manifest_goes_unseen(tmp_path: Path, decoder: object) -> None:
+    """A fact of another value is found too, if its type may be."""
+    written = EntryManifest("key", 12.5, {"a/b": FileRecord(1, "ab")}, {"decoder": decoder, "notes": ["é"], "n": 1})
+    sound = json.loads(written.to_json())
+    path = tmp_path / "manifest.json"
+    path.write_text(json.dumps(sound))
+    assert EntryManifest.read(tmp_path) == written
+    count = 0
+    for damage in damages(sound):
+        if json.dumps(damage.document) == json.dumps(sound):
+            continue
+        path.write_text(json.dumps(damage.document))
+        with pytest.raises(CorruptEntry):
+            EntryManifest.read(tmp_path)
+        count += 1
+    assert count > 100
 
 
 def test_a_damaged_source_is_absent_too(cache: Cache, caplog: pytest.LogCaptureFixture) -> None:

@@ -40,7 +40,7 @@ def test_an_artifact_comes_back_with_every_file_as_a_path(cache: Cache, build: B
 
 def test_the_manifest_is_plain_json_with_sizes_and_hashes(cache: Cache, build: Build) -> None:
     manifest = json.loads((build(cache, "key").path / "manifest.json").read_text())
-    assert manifest["format"] == 1
+    assert manifest["format"] == 2
     assert manifest["key"] == "key"
     assert manifest["files"]["weights/0.bin"]["bytes"] == 1000
     assert len(manifest["files"]["weights/0.bin"]["blake2b"]) == 40

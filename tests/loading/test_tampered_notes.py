@@ -153,7 +153,7 @@ def test_a_load_makes_every_damaged_note_again(here: Any, kept: Any, dice: rando
 
 
 @pytest.mark.sweep
-@pytest.mark.seeds(4122286574)
+@pytest.mark.seeds(4122286574, 805699298)
 def test_a_load_survives_each_damage_of_a_note(here: Any, kept: Any, dice: random.Random) -> None:
     expected, paths = kept
     for path in paths:

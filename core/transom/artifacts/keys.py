@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from transom.artifacts.json_store import JsonStore
     from transom.contract import Progress
 
-FORMAT = 1
+FORMAT = 2
 """Version of the layout on disk. Part of every key, so that versions with different layouts can share a cache."""
 
 _KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
