@@ -287,7 +287,9 @@ class NotCleared(CutForgetsNothing):
                 super().free()
 
             def truncate(self, length: int) -> None:
-                PackedState.truncate(self, length)
+                hidden, self.hidden = self.hidden, 0
+                PackedState.truncate(self, length + hidden)
+                self.hidden = hidden
 
         self.state = Freed
 

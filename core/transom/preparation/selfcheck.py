@@ -82,9 +82,11 @@ def decoder_logits(session: Session, expected: Array, ids: Sequence[int], *, all
             return rows, ""
         together = accepted(rows)
         alone = whole_prompt(session, ids, backend)
+        first, again = rows[:-DECODES], alone[:-DECODES]  # of the same tokens, before and after states were freed
+        if max(map(distance, first, again)) > most:
+            return alone, REUSED
         if not accepted(alone):
-            first, again = rows[:-DECODES], alone[:-DECODES]  # of the same tokens, before and after states were freed
-            return alone, REUSED if max(map(distance, first, again)) > most else ""
+            return alone, ""
         named = named_difference(session, ids, alone, tolerance(expected[: len(alone)], alone))
         if named or together:
             return alone, named
