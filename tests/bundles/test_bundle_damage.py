@@ -182,6 +182,18 @@ def test_no_value_of_a_manifest_may_be_of_another_kind(here: Any, export: Any) -
         assert _is_damaged(folder), text[:40]
 
 
+@pytest.mark.parametrize("place", [("decoder",), ("expected", "tokens"), ("inputs",)])
+def test_a_decoder_that_is_gone_is_damage_and_no_plain_graph(here: Any, export: Any, place: tuple[str, ...]) -> None:
+    here.use(MadeUp("sound"))
+    folder = export().folder
+    holder = changed = json.loads((folder / "manifest.json").read_text())
+    for key in place[:-1]:
+        holder = holder[key]
+    holder[place[-1]] = {"decoder": None, "tokens": [], "inputs": {"x": ["float32", [1]]}}[place[-1]]
+    (folder / "manifest.json").write_text(json.dumps(changed))
+    assert _is_damaged(folder)
+
+
 def test_two_variants_of_one_name_are_damage(here: Any, export: Any) -> None:
     here.use(MadeUp("sound"))
     folder = export().folder

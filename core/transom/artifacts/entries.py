@@ -9,7 +9,6 @@ since. A corrupt entry counts as absent.
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import logging
 import os
@@ -36,7 +35,7 @@ from transom.artifacts.files import (
     unique,
     write_durably,
 )
-from transom.artifacts.keys import FORMAT, check_key
+from transom.artifacts.keys import FORMAT, check_key, json_hash
 from transom.artifacts.samples import same_samples, take_samples
 from transom.typed import WrongType, from_json, typed
 
@@ -102,7 +101,7 @@ class _Manifest(TypedDict):
     facts: dict[str, object]
     files: dict[str, FileRecord]
     blake2b: str
-    """Hash of the content without this."""
+    """`json_hash` of the other values."""
 
 
 class _Verified(TypedDict):
@@ -133,7 +132,7 @@ class EntryManifest:
         """Raises TypeError or ValueError when the facts are not JSON."""
         files = {name: {"bytes": f.bytes, "blake2b": f.blake2b} for name, f in self.files.items()}
         whole = {"format": self.format, "key": self.key, "created": self.created, "facts": self.facts, "files": files}
-        return json.dumps(whole | {"blake2b": _content_hash(whole)}, indent=1, allow_nan=False)
+        return json.dumps(whole | {"blake2b": json_hash(whole)}, indent=1, allow_nan=False)
 
     @classmethod
     def read(cls, folder: Path, facts: type[Any] = dict[str, object]) -> EntryManifest:
@@ -152,8 +151,9 @@ class EntryManifest:
             whole = typed(_Manifest, raw)
             files = {check_file_name(name): record for name, record in whole["files"].items()}
             typed(facts, whole["facts"], "facts")
-            if _content_hash({k: v for k, v in raw.items() if k != "blake2b"}) != whole["blake2b"]:
-                raise CorruptEntry("its manifest is damaged: its content does not have the hash that it names")
+            # Types do not show every damage: a model may have a decoder or none.
+            if json_hash({name: value for name, value in raw.items() if name != "blake2b"}) != whole["blake2b"]:
+                raise CorruptEntry("its manifest is damaged: its content does not match its hash")
             return cls(key=whole["key"], created=whole["created"], files=files, facts=whole["facts"])
         except FileNotFoundError as error:
             raise CorruptEntry("it has no manifest") from error
@@ -163,12 +163,6 @@ class EntryManifest:
             raise CorruptEntry(f"its manifest is damaged: {error}") from error
         except ValueError as error:
             raise CorruptEntry("its manifest is damaged") from error
-
-
-def _content_hash(manifest: Mapping[str, object]) -> str:
-    """Of a manifest without its own hash. Types alone do not show every damage: a model has a decoder or none."""
-    text = json.dumps(manifest, sort_keys=True, allow_nan=False)
-    return hashlib.blake2b(text.encode(), digest_size=20).hexdigest()
 
 
 def check_file_name(name: str) -> str:

@@ -39,10 +39,17 @@ def artifact_key(ingredients: Mapping[str, object]) -> str:
     `ingredients` holds strings, numbers, booleans, None, bytes, and mappings (string keys), sequences and sets of
     them; order matters only in sequences. Raises TypeError for anything else and ValueError for NaN or infinity.
     """
+    return json_hash({"format": FORMAT, "of": canonical(ingredients)})
+
+
+def json_hash(value: Mapping[str, object]) -> str:
+    """The hash of an object in JSON types, whatever the order of its keys: 40 hexadecimal digits.
+
+    Raises TypeError for a value that is not JSON and ValueError for NaN or infinity.
+    """
     from hashlib import blake2b
 
-    text = json.dumps({"format": FORMAT, "of": canonical(ingredients)}, sort_keys=True, allow_nan=False)
-    return blake2b(text.encode(), digest_size=20).hexdigest()
+    return blake2b(json.dumps(value, sort_keys=True, allow_nan=False).encode(), digest_size=20).hexdigest()
 
 
 def canonical(value: object) -> object:

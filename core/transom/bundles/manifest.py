@@ -176,6 +176,8 @@ class BundleManifest:
         named = {REFERENCE_FILE, *(path for variant in variants for path in variant.files.values())}
         if not variants or len({v.name for v in variants}) < len(variants) or not named <= files.keys():
             raise ValueError("variants")
+        if (decoder is None) != (not expected["tokens"]) or (decoder is not None and whole["inputs"]):
+            raise ValueError("decoder")  # else a model would open as a plain graph
         return cls(
             transom=values.text(whole["transom"]),
             created=values.text(whole["created"]),
