@@ -23,6 +23,7 @@ import numpy as np
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
+import test_attention_kernels  # noqa: E402
 import test_decoders  # noqa: E402
 import test_kernels  # noqa: E402
 from programs import Machine  # noqa: E402
@@ -68,7 +69,7 @@ def arguments(test: Callable[..., None]) -> set[str]:
 
 TESTS = [
     test
-    for module in (test_kernels, test_decoders)
+    for module in (test_kernels, test_attention_kernels, test_decoders)
     for name, test in vars(module).items()
     if name.startswith("test_")
     and "rng" in arguments(test)
