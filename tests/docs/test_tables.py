@@ -250,7 +250,7 @@ def test_fidelity_is_the_mean_over_passages() -> None:
         ]
     )  # fmt: skip
     assert [row[:4] for row in rows(fidelity.presets([found]))[1:3]] == [
-        ["fast", "code", "0.50", "0.850"], ["off", "code", "1.00", "1.000"],
+        ["off", "code", "1.00", "1.000"], ["fast", "code", "0.50", "0.850"],
     ]  # fmt: skip
     assert rows(fidelity.precision_alone([found]))[1][:3] == ["code", "64", "0.700"]
     assert [row[0] for row in rows(fidelity.lengths([found]))[1:]] == ["32", "64"]
