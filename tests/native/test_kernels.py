@@ -7,6 +7,7 @@ Draws: bounds are those of sums over the columns in the arithmetic at hand, and 
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -79,7 +80,8 @@ def test_an_embedding_gives_back_the_stored_numbers(form: str, level: str, rng: 
         got = machine.rows(rows)
     stored = dequantize(weight)
     plain = not isinstance(weight, Blocked) or not weight.has_minimums
-    exact = plain or not (isinstance(weight, Blocked) and (weight.has_zero_points or "wide" in form))
+    wide = isinstance(weight, Blocked) and weight.scale_dtype == "float32"
+    exact = plain or not (isinstance(weight, Blocked) and (weight.has_zero_points or wide))
     if exact and "wide scales, zero points" not in form:  # there a float32 scale is multiplied twice
         assert np.array_equal(got.astype(np.float32).view(np.uint32), stored.view(np.uint32))
     assert np.allclose(got, stored, rtol=1e-6, atol=1e-6 * columns**-0.5)
@@ -111,6 +113,40 @@ def test_quants_take_as_few_bits_as_hold_all_of_them(
     assert QUANT_BITS[made.kind] == bits
     scale = (4 if made.wide_scales else 2) * (2 if made.has_minimums else 1)
     assert matrix_bytes(made) == len(draft.weights.getvalue()) == 48 * 320 * bits // 8 + 48 * 320 // block * scale
+
+
+@pytest.mark.parametrize("block", [16, 32])
+@pytest.mark.parametrize("form", [form for form in FORMS if "two levels" in form])
+def test_scales_of_two_levels_take_a_byte_and_a_share_of_a_half(
+    form: str, block: int, rng: np.random.Generator
+) -> None:
+    draft = Draft()
+    draft.matrix(matrix(rng, form, 48, 512, block, extreme=True))
+    made = draft.matrices[0]
+    assert made.outer == 16 * block
+    codes = 48 * 512 // block * (2 if made.has_minimums else 1)
+    halves = 48 * 512 // made.outer * 4  # the place of the minimums is there without them, too
+    assert matrix_bytes(made) == len(draft.weights.getvalue()) == 48 * 512 * QUANT_BITS[made.kind] // 8 + codes + halves
+
+
+@each_level
+@pytest.mark.parametrize("form", [form for form in FORMS if "two levels" in form])
+@pytest.mark.parametrize("by", ["f32", "int8", "bf16"])
+def test_scales_of_two_levels_give_the_same_bits_as_their_products(
+    by: str, form: str, level: str, rng: np.random.Generator
+) -> None:
+    """A scale and a minimum are exact in float32, whichever way they are stored."""
+    for count in (int(rng.integers(1, 5)), int(rng.integers(5, 70))):
+        columns, block = 256 * _size(rng, 4), int(rng.choice([16, 32]))
+        two = matrix(rng, form, _size(rng, 120), columns, block)
+        assert isinstance(two, Blocked)
+        assert two.outer
+        one, table = replace(two, outer=0), rng.standard_normal((count, columns))
+        got = []
+        for weight in (one, two):
+            with Machine(linear(weight, table, by=by, local=bool(rng.random() < 0.5)), level) as machine:
+                got.append(machine.rows(count))
+        assert np.array_equal(*got), (count, two.shape, block)
 
 
 @each_level
@@ -245,7 +281,7 @@ def test_cutting_loses_two_thirds_of_a_unit_in_the_last_place_at_most(form: str,
 
 def _minimums_allowed(weight: Blocked, table: Array) -> Array:
     """What may be lost where the minimums of blocks and sums over them meet as bfloat16."""
-    quants, scales, minimums, zeros = weight.load()
+    quants, scales, minimums, zeros, _ = weight.load()
     least = np.zeros(scales.shape) if minimums is None else minimums.astype(np.float64)
     wide = scales.astype(np.float64)
     centre = 1 << bits_of(weight, weight.load()) - 1 if weight.dtype.startswith("u") else 0

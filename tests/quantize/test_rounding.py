@@ -71,7 +71,7 @@ def slowly(form: Form, wide: Array, scale_type: Any, floats: bool) -> tuple[Arra
 
 def assert_rounded_as(got: Blocked, form: Form, wide: Array) -> None:
     """Scales may differ in the last bit, as divisions in float64 and float32 do; then codes are those of the scale."""
-    quants, scales, minimums, zeros = got.load()
+    quants, scales, minimums, zeros, _ = got.load()
     assert (minimums, zeros) == (None, None)
     assert got.shape == wide.shape
     assert quants.dtype == UNPACKED[got.dtype]

@@ -51,7 +51,7 @@ def test_blocks_stay_blocks_and_equal_the_package_bit_for_bit(kind: str, rng: np
         wanted = gguf.quants.dequantize(raw, GGMLQuantizationType[kind])
         got = dequantize(weight)
     np.testing.assert_array_equal(got, wanted)
-    assert ("folded" in note) == (kind.endswith("_K") or kind == "IQ4_XS")
+    assert note == ""
     arrays = weight.load()
     low, high = arrays.quants.min(), arrays.quants.max()
     bits = BITS[weight.dtype]
@@ -62,6 +62,18 @@ def test_blocks_stay_blocks_and_equal_the_package_bit_for_bit(kind: str, rng: np
     assert arrays.scales.dtype == weight.scale_dtype
     assert (arrays.minimums is not None) == weight.has_minimums
     assert arrays.scales.shape == (ROWS, 512 // weight.block)
+    assert weight.outer == (256 if kind.endswith("_K") or kind == "IQ4_XS" else 0)
+    if not weight.outer:
+        assert arrays.levels is None
+        return
+    assert arrays.levels is not None
+    halves, codes, least, least_codes = arrays.levels
+    for half, code, folded in ((halves, codes, arrays.scales), (least, least_codes, arrays.minimums)):
+        assert (half is None) == (code is None) == (folded is None)
+        if half is not None and code is not None:
+            assert (half.dtype, half.shape, code.dtype) == (np.float16, (ROWS, 2), np.int8)
+            spread = np.repeat(half.astype(np.float64), 256 // weight.block, 1)
+            np.testing.assert_array_equal(spread * code, folded)
 
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "MXFP4"])

@@ -72,5 +72,5 @@ def requirements(device: Device) -> dict[str, str]:
     }
 
 
-FORMAT = "4"
+FORMAT = "5"
 """Version of the files that this backend writes."""

@@ -9,7 +9,7 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import onnx_ir as ir
@@ -35,7 +35,7 @@ class _LastLoaded:
         self._weight: Blocked | None = None
         self._arrays: BlockedArrays | None = None
 
-    def part(self, weight: Blocked, index: int) -> Array:
+    def part(self, weight: Blocked, index: Literal[0, 1, 2, 3]) -> Array:
         with self._lock:
             if self._weight is not weight or self._arrays is None:
                 self._weight, self._arrays = weight, weight.load()
@@ -207,7 +207,7 @@ class GraphBuilder:
         (rows, columns), block = weight.shape, weight.block
         blocks = (rows, columns // block)
 
-        def part(index: int) -> Callable[[], Array]:
+        def part(index: Literal[0, 1, 2, 3]) -> Callable[[], Array]:
             return lambda: _last_loaded.part(weight, index)
 
         quants = self._lazy(f"{name}.quants", weight.dtype, weight.shape, part(0), weight)

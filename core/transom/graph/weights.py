@@ -55,6 +55,22 @@ class Dense:
         return math.prod(self.shape) * int(DENSE_DTYPES[self.dtype].itemsize)
 
 
+class ScaleLevels(NamedTuple):
+    """Scales, and minimums, in two levels: a number for `Blocked.outer` columns times a small integer for each block.
+
+    Their products are `BlockedArrays.scales` and `.minimums`, exactly.
+    """
+
+    scales: Array
+    """float16 [N, K / outer]."""
+    scale_codes: Array
+    """int8 [N, K / block]."""
+    minimums: Array | None = None
+    """As `scales`."""
+    minimum_codes: Array | None = None
+    """As `scale_codes`."""
+
+
 class BlockedArrays(NamedTuple):
     """The parts of a `Blocked` matrix [N, K], unpacked to one array element per number."""
 
@@ -66,6 +82,8 @@ class BlockedArrays(NamedTuple):
     """Same shape and dtype as `scales`; added after scaling."""
     zero_points: Array | None = None
     """Same dtype as `quants`, [N, K / block]; subtracted before scaling."""
+    levels: ScaleLevels | None = None
+    """Where `scales` and `minimums` come from, if they were stored in two levels."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +97,9 @@ class Blocked:
     load: Callable[[], BlockedArrays]
     has_minimums: bool = False
     has_zero_points: bool = False
+    outer: int = 0
+    """Columns whose scales were stored in two levels, and which share the outer one: `BlockedArrays.levels`. 0: one
+    level."""
 
     @property
     def nbytes(self) -> int:
@@ -106,7 +127,7 @@ def dequantize(weight: Weight, rows: Array | slice | None = None) -> Array:
     if isinstance(weight, Dense):
         part: Array = weight.load()[pick].astype(np.float32)
         return part
-    q, scales, minimums, zeros = weight.load()
+    q, scales, minimums, zeros, _ = weight.load()
     q = q[pick]
     n, k = q.shape
     out: Array = q.reshape(n, k // weight.block, weight.block).astype(np.float32)
@@ -139,9 +160,13 @@ def take_rows(weight: Weight, index: Array | slice) -> Weight:
     inner = weight.load
 
     def load() -> BlockedArrays:
-        quants, scales, minimums, zeros = inner()
-        rest = [None if part is None else part[index] for part in (minimums, zeros)]
-        return BlockedArrays(quants[index], scales[index], *rest)
+        parts = inner()
+        minimums, zeros = (None if part is None else part[index] for part in (parts.minimums, parts.zero_points))
+        levels = parts.levels
+        if levels is not None:
+            least, codes = (None if p is None else p[index] for p in (levels.minimums, levels.minimum_codes))
+            levels = ScaleLevels(levels.scales[index], levels.scale_codes[index], least, codes)
+        return BlockedArrays(parts.quants[index], parts.scales[index], minimums, zeros, levels)
 
     return replace(weight, shape=(rows, weight.shape[1]), load=load)
 
@@ -149,23 +174,32 @@ def take_rows(weight: Weight, index: Array | slice) -> Weight:
 def concat_rows(weights: Sequence[Weight]) -> Weight | None:
     """The weights stacked along the first axis, or None if their forms differ."""
     first = weights[0]
-    parts = [w.load for w in weights]
     rows = sum(w.shape[0] for w in weights)
     if isinstance(first, Dense):
         if any(not isinstance(w, Dense) or w.dtype != first.dtype or w.shape[1:] != first.shape[1:] for w in weights):
             return None
-        return replace(first, shape=(rows, *first.shape[1:]), load=lambda: np.concatenate([p() for p in parts]))
+        plain = [w.load for w in weights if isinstance(w, Dense)]
+        return replace(first, shape=(rows, *first.shape[1:]), load=lambda: np.concatenate([p() for p in plain]))
+    blocked = [w for w in weights if isinstance(w, Blocked)]
     form = replace(first, shape=(0, first.shape[1]), load=first.load)
     for w in weights:
         if not isinstance(w, Blocked) or replace(w, shape=(0, w.shape[1]), load=first.load) != form:
             return None
 
     def load() -> BlockedArrays:
-        loaded = [p() for p in parts]
-        columns = zip(*loaded, strict=True)
-        return BlockedArrays(*(None if c[0] is None else np.concatenate(c) for c in columns))  # type: ignore[arg-type]
+        loaded: list[BlockedArrays] = [w.load() for w in blocked]
+        levels = [each.levels for each in loaded if each.levels is not None]
+        both = ScaleLevels(*_stacked(levels)) if len(levels) == len(loaded) else None
+        quants, scales, minimums, zeros = _stacked([each[:4] for each in loaded])
+        return BlockedArrays(quants, scales, minimums, zeros, both)
 
     return replace(first, shape=(rows, first.shape[1]), load=load)
+
+
+def _stacked(parts: Sequence[tuple[Array | None, ...]]) -> list[Any]:
+    """Each field of all parts, one behind the other."""
+    columns: Any = zip(*parts, strict=True)
+    return [None if column[0] is None else np.concatenate(column) for column in columns]
 
 
 def affine(parts: BlockedArrays, center: int) -> tuple[Array, Array | None, int]:

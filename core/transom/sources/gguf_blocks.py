@@ -15,7 +15,8 @@
 | IQ4_XS | int8 | 32 | float32: d·s | |
 
 The K-quants (and IQ4_XS) have two levels of scales: a float16 for 256 numbers and a small integer for each 16 or 32.
-Their product is folded into one scale in float32, because float16 would round it. So every type in the table equals
+Their product is folded into one scale in float32, because float16 would round it; both levels are kept beside it, for
+backends that can use them. So every type in the table equals
 `gguf.quants.dequantize` bit for bit. Other types are dequantized by that function, with a note in the report.
 
 Layouts: `ggml-common.h` and `ggml-quants.c` of https://github.com/ggml-org/ggml.
@@ -25,13 +26,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import ml_dtypes
 import numpy as np
 
 from transom.errors import SourceError
-from transom.graph.weights import Array, Blocked, BlockedArrays, Dense, Weight
+from transom.graph.weights import Array, Blocked, BlockedArrays, Dense, ScaleLevels, Weight
 from transom.sources.finite import require_finite
 from transom.sources.gguf_file import GgufTensor
 
@@ -59,8 +60,8 @@ class BlockType:
     """Numbers in `bytes` bytes: 32, or 256 for a K-quant."""
     decode: Decode
     minimums: bool = False
-    folded: bool = False
-    """Two levels of scales are folded into one."""
+    outer: int = 0
+    """Numbers that share the outer one of two levels of scales; 0: one level."""
 
 
 def weight_of(tensor: GgufTensor, where: object) -> tuple[Weight, str]:
@@ -74,8 +75,7 @@ def weight_of(tensor: GgufTensor, where: object) -> tuple[Weight, str]:
         return Dense(tensor.shape, name, _dense_loader(tensor, dtype, where)), ""
     kind = BLOCK_TYPES.get(tensor.type)
     if kind is not None and len(tensor.shape) == 2:
-        note = "two-level scales folded into one (float32, lossless)" if kind.folded else ""
-        return _blocked(tensor, kind, where), note
+        return _blocked(tensor, kind, where), ""
     return Dense(tensor.shape, "float32", _dequantizer(tensor, where)), "dequantized to float32"
 
 
@@ -99,18 +99,20 @@ def _blocked(tensor: GgufTensor, kind: BlockType, where: object) -> Blocked:
 
     def load() -> BlockedArrays:
         nonlocal checked
-        quants, scales, minimums, _ = kind.decode(tensor.data.reshape(-1, kind.bytes))
+        quants, scales, minimums, _, levels = kind.decode(tensor.data.reshape(-1, kind.bytes))
         if not checked:
             require_finite(scales, tensor.name, where, " among its scales")
             if minimums is not None:
                 require_finite(minimums, tensor.name, where, " among its minimums")
             checked = True
-        shape = (rows, columns // kind.block)
-        return BlockedArrays(
-            quants.reshape(rows, columns), scales.reshape(shape), None if minimums is None else minimums.reshape(shape)
-        )
 
-    return Blocked((rows, columns), kind.block, kind.dtype, kind.scale_dtype, load, kind.minimums)
+        def by_rows(part: Array | None) -> Any:
+            return None if part is None else part.reshape(rows, -1)
+
+        both = levels and ScaleLevels(*map(by_rows, levels))
+        return BlockedArrays(by_rows(quants), by_rows(scales), by_rows(minimums), None, both)
+
+    return Blocked((rows, columns), kind.block, kind.dtype, kind.scale_dtype, load, kind.minimums, outer=kind.outer)
 
 
 def _dequantizer(tensor: GgufTensor, where: object) -> Callable[[], Array]:
@@ -214,6 +216,21 @@ def _six_bit_scales(packed: Array) -> tuple[Array, Array]:
     return scales, minimums
 
 
+def _two_levels(
+    quants: Array, d: Array, codes: Array, least: Array | None = None, least_codes: Array | None = None
+) -> BlockedArrays:
+    """Blocks whose scales are d * s, and whose minimums are -least * m.
+
+    Args:
+        d, least: float16 [blocks].
+        codes, least_codes: s and m, from -128 to 127, [blocks, small blocks].
+    """
+    minimums = None if least is None else -least
+    levels = ScaleLevels(d, codes.view(np.int8), minimums, None if least_codes is None else least_codes.view(np.int8))
+    folded = None if minimums is None or least_codes is None else _folded(minimums, least_codes)
+    return BlockedArrays(quants, _folded(d, codes), folded, None, levels)
+
+
 def _folded(d: Array, small: Array) -> Array:
     """d * s for each small block, float32 [blocks, n]."""
     return d.astype(np.float32)[:, None] * small.astype(np.float32)
@@ -221,35 +238,31 @@ def _folded(d: Array, small: Array) -> Array:
 
 def _q2_k(raw: Array) -> BlockedArrays:
     scales = raw[:, :16]
-    return BlockedArrays(
-        _fields(raw[:, 16:80], 2, 32), _folded(_float16(raw, 80), scales & 15), -_folded(_float16(raw, 82), scales >> 4)
-    )
+    return _two_levels(_fields(raw[:, 16:80], 2, 32), _float16(raw, 80), scales & 15, _float16(raw, 82), scales >> 4)
 
 
 def _q3_k(raw: Array) -> BlockedArrays:
     high = _fields(raw[:, :32], 1, 32)  # a set bit means no offset
     quants = _fields(raw[:, 32:96], 2, 32) + np.left_shift(high, np.uint8(2)) - np.uint8(4)
     scales = _nibbles(raw[:, 96:104], 8) | np.left_shift(_fields(raw[:, 104:108], 2, 4), np.uint8(4))
-    return BlockedArrays(quants.view(np.int8), _folded(_float16(raw, 108), scales.astype(np.int8) - np.int8(32)))
+    return _two_levels(quants.view(np.int8), _float16(raw, 108), scales.astype(np.int8) - np.int8(32))
 
 
 def _q4_k(raw: Array) -> BlockedArrays:
     scales, minimums = _six_bit_scales(raw[:, 4:16])
-    return BlockedArrays(
-        _nibbles(raw[:, 16:], 32), _folded(_float16(raw, 0), scales), -_folded(_float16(raw, 2), minimums)
-    )
+    return _two_levels(_nibbles(raw[:, 16:], 32), _float16(raw, 0), scales, _float16(raw, 2), minimums)
 
 
 def _q5_k(raw: Array) -> BlockedArrays:
     scales, minimums = _six_bit_scales(raw[:, 4:16])
     quants = _nibbles(raw[:, 48:], 32) | np.left_shift(_fields(raw[:, 16:48], 1, 32), np.uint8(4))
-    return BlockedArrays(quants, _folded(_float16(raw, 0), scales), -_folded(_float16(raw, 2), minimums))
+    return _two_levels(quants, _float16(raw, 0), scales, _float16(raw, 2), minimums)
 
 
 def _q6_k(raw: Array) -> BlockedArrays:
     quants = _nibbles(raw[:, :128], 64) | np.left_shift(_fields(raw[:, 128:192], 2, 32), np.uint8(4))
     scales = np.ascontiguousarray(raw[:, 192:208]).view(np.int8)
-    return BlockedArrays((quants - np.uint8(32)).view(np.int8), _folded(_float16(raw, 208), scales))
+    return _two_levels((quants - np.uint8(32)).view(np.int8), _float16(raw, 208), scales)
 
 
 def _iq4_xs(raw: Array) -> BlockedArrays:
@@ -257,7 +270,7 @@ def _iq4_xs(raw: Array) -> BlockedArrays:
     high = (high >> (2 * np.arange(8, dtype=np.uint16))).astype(np.uint8) & np.uint8(3)
     low = np.stack([raw[:, 4:8] & 15, raw[:, 4:8] >> 4], axis=2).reshape(-1, 8)
     scales = (low | (high << np.uint8(4))).astype(np.int8) - np.int8(32)
-    return BlockedArrays(_KVALUES_IQ4[_nibbles(raw[:, 8:], 16)], _folded(_float16(raw, 0), scales))
+    return _two_levels(_KVALUES_IQ4[_nibbles(raw[:, 8:], 16)], _float16(raw, 0), scales)
 
 
 BLOCK_TYPES = {
@@ -268,10 +281,10 @@ BLOCK_TYPES = {
     "Q8_0": BlockType("int8", 32, "float16", 34, 32, _q8_0),
     "IQ4_NL": BlockType("int8", 32, "float16", 18, 32, _iq4_nl),
     "MXFP4": BlockType("int8", 32, "float32", 17, 32, _mxfp4),
-    "Q2_K": BlockType("uint4", 16, "float32", 84, 256, _q2_k, minimums=True, folded=True),
-    "Q3_K": BlockType("int4", 16, "float32", 110, 256, _q3_k, folded=True),
-    "Q4_K": BlockType("uint4", 32, "float32", 144, 256, _q4_k, minimums=True, folded=True),
-    "Q5_K": BlockType("uint8", 32, "float32", 176, 256, _q5_k, minimums=True, folded=True),
-    "Q6_K": BlockType("int8", 16, "float32", 210, 256, _q6_k, folded=True),
-    "IQ4_XS": BlockType("int8", 32, "float32", 136, 256, _iq4_xs, folded=True),
+    "Q2_K": BlockType("uint4", 16, "float32", 84, 256, _q2_k, minimums=True, outer=256),
+    "Q3_K": BlockType("int4", 16, "float32", 110, 256, _q3_k, outer=256),
+    "Q4_K": BlockType("uint4", 32, "float32", 144, 256, _q4_k, minimums=True, outer=256),
+    "Q5_K": BlockType("uint8", 32, "float32", 176, 256, _q5_k, minimums=True, outer=256),
+    "Q6_K": BlockType("int8", 16, "float32", 210, 256, _q6_k, outer=256),
+    "IQ4_XS": BlockType("int8", 32, "float32", 136, 256, _iq4_xs, outer=256),
 }

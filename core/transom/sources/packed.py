@@ -109,7 +109,7 @@ def scattered(weight: Blocked, g_idx: StoredTensor) -> Dense:
     groups = weight.shape[1] // weight.block
 
     def dense() -> Array:
-        quants, scales, _, zeros = weight.load()
+        quants, scales, _, zeros, _ = weight.load()
         group = g_idx.array().astype(np.int64)
         if np.min(group) < 0 or np.max(group) >= groups:
             raise SourceError(f"The tensor {g_idx.name} in {g_idx.path} names groups that do not exist", _DAMAGED)

@@ -85,7 +85,7 @@ class _Weights:
         if self._stored == "uint4_zero_points":
             zeros = self._rng.integers(6, 11, blocks).astype(np.uint8)
         parts = BlockedArrays(quants, scales, minimums, zeros)
-        for part in parts:
+        for part in parts[:4]:
             if part is not None:
                 self._note(part)
         name: Any = self._stored.split("_")[0]

@@ -119,7 +119,7 @@ class NativeEngine:
                     m.zero,
                     m.has_minimums,
                     m.wide_scales,
-                    0,
+                    m.outer,
                     self._place(m.at, layout.matrix_bytes(m)),
                 )
                 for m in p.matrices

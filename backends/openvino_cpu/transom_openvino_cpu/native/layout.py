@@ -27,6 +27,7 @@ class NativeMatrix:
     zero: int
     has_minimums: bool
     wide_scales: bool
+    outer: int
     at: int
 
 
@@ -35,6 +36,9 @@ def matrix_bytes(m: NativeMatrix) -> int:
     tiles = -(-m.rows // TILE)
     if m.kind in QUANT_BITS:
         quants = TILE * m.block * QUANT_BITS[m.kind] // 8
+        if m.outer:
+            codes = TILE * (2 if m.has_minimums else 1)
+            return tiles * (m.columns // m.outer) * (4 * TILE + m.outer // max(m.block, 1) * (codes + quants))
         scales = TILE * (4 if m.wide_scales else 2) * (2 if m.has_minimums else 1)
         return tiles * (m.columns // max(m.block, 1)) * (quants + scales)
     if m.kind == KINDS["bfloat16"]:

@@ -38,7 +38,7 @@ class CMatrix(Structure):
 
     _fields_ = [
         ("kind", c_int32), ("rows", c_int32), ("columns", c_int32), ("block", c_int32), ("zero", c_int32),
-        ("has_minimums", c_int32), ("wide_scales", c_int32), ("unused", c_int32), ("data", c_void_p),
+        ("has_minimums", c_int32), ("wide_scales", c_int32), ("outer", c_int32), ("data", c_void_p),
     ]  # fmt: skip
 
 

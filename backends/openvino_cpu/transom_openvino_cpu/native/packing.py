@@ -1,7 +1,7 @@
 """Writes weights in the layout that the library reads in place: tiles of 16 rows, with 16 outputs interleaved.
 
 `src/abi.h` defines the layouts. Blocks are kept number for number, in as many bits as the quants of a matrix need; a
-zero point that differs between blocks becomes a minimum.
+zero point that differs between blocks becomes a minimum. Scales of two levels stay in two levels.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import BinaryIO
 import ml_dtypes
 import numpy as np
 
-from transom.graph.weights import BITS, Array, Blocked, BlockedArrays, Dense, Weight, affine
+from transom.graph.weights import BITS, Array, Blocked, BlockedArrays, Dense, ScaleLevels, Weight, affine
 from transom.quantize import rounding
 from transom_openvino_cpu.native.layout import ALIGNMENT, KINDS, TILE, NativeMatrix
 
@@ -90,7 +90,7 @@ def _write_dense(file: BinaryIO, weight: Dense, *, narrow: bool) -> NativeMatrix
         file.write(np.ascontiguousarray(pairs.transpose(0, 2, 1, 3)).tobytes())
     else:
         file.write(np.ascontiguousarray(_tiles(np.asarray(array)).transpose(0, 2, 1)).tobytes())
-    return NativeMatrix(kind, rows, columns, 0, 0, False, False, at)
+    return NativeMatrix(kind, rows, columns, 0, 0, False, False, 0, at)
 
 
 def bits_of(weight: Blocked, parts: BlockedArrays) -> int:
@@ -123,6 +123,7 @@ def _write_blocks(file: BinaryIO, weight: Blocked) -> NativeMatrix:
     words = _tiles(quants.view("<u4"))  # of four columns, which stay adjacent
     tiles = len(words)
     scales, minimums, zero = affine(parts, center)
+    levels = parts.levels if parts.zero_points is None and superblocks_fit(weight) else None
     if bits == 8:
         packed = [words.transpose(0, 2, 1)]
     else:
@@ -132,17 +133,37 @@ def _write_blocks(file: BinaryIO, weight: Blocked) -> NativeMatrix:
         packed[0] |= pairs[:, :, 0]
         if bits > 4:
             packed.append(_planes(words, bits - 4))
-    columns_of: list[Array] = []
+    blocks: list[Array] = []
     for piece in packed:
-        columns_of.append(np.ascontiguousarray(piece).view(np.uint8).reshape(tiles, columns // block, -1))
-    for part in (scales, minimums):
-        if part is not None:
-            wide = np.ascontiguousarray(_tiles(part).transpose(0, 2, 1))
-            columns_of.append(wide.view(np.uint8).reshape(tiles, columns // block, -1))
-    at = align(file)
-    file.write(np.concatenate(columns_of, -1).data)
-    kind = KINDS[f"uint{bits}"]
-    return NativeMatrix(kind, rows, columns, block, zero, minimums is not None, bool(scales.dtype == np.float32), at)
+        blocks.append(np.ascontiguousarray(piece).view(np.uint8).reshape(tiles, columns // block, -1))
+    at, kind, wide = align(file), KINDS[f"uint{bits}"], bool(scales.dtype == np.float32)
+    if levels is None:
+        blocks += [_by_columns(part, columns // block) for part in (scales, minimums) if part is not None]
+        file.write(np.concatenate(blocks, -1).data)
+        return NativeMatrix(kind, rows, columns, block, zero, minimums is not None, wide, 0, at)
+    superblocks = columns // weight.outer
+    header = [_by_columns(part, superblocks) for part in _level_parts(levels)]
+    quants = np.concatenate(blocks, -1).reshape(tiles, superblocks, -1)
+    file.write(np.concatenate([*header, quants], -1).data)
+    return NativeMatrix(kind, rows, columns, block, zero, minimums is not None, False, weight.outer, at)
+
+
+def superblocks_fit(weight: Blocked) -> bool:
+    """Whether the library can keep the scales of a matrix in two levels: `superblocks_fit` in `src/blocks.inl`."""
+    return bool(weight.outer) and weight.outer % (4 * weight.block) == 0
+
+
+def _by_columns(part: Array, columns: int) -> Array:
+    """[rows, columns or a multiple] to bytes [tiles, columns, …], with 16 rows interleaved."""
+    turned = np.ascontiguousarray(_tiles(part).transpose(0, 2, 1))
+    return turned.view(np.uint8).reshape(len(turned), columns, -1)
+
+
+def _level_parts(levels: ScaleLevels) -> list[Array]:
+    """What comes before the quants of a superblock, in this order."""
+    if levels.minimums is None or levels.minimum_codes is None:
+        return [levels.scales, np.zeros_like(levels.scales), levels.scale_codes]
+    return [levels.scales, levels.minimums, levels.scale_codes, levels.minimum_codes]
 
 
 def _planes(words: Array, bits: int) -> Array:

@@ -20,6 +20,9 @@ enum {
                // byte 4 r + c has in bit v that of row r, column 4 v + c
   TR_U6 = 6,   // the same, with [block / 16] planes, whose bits 2 v and 2 v + 1 are the highest two
 };
+// With scales of two levels, blocks lie in superblocks of `outer` columns: [tile][superblock] of 16 IEEE halves for the
+// scales and 16 for the minimums (zeros if there are none), [block] 16 signed bytes for the scales, the same for the
+// minimums if there are any, and [block] quants. A scale, or a minimum, is its half times its byte.
 
 // A matrix [rows, columns]. From TR_U4 on a number is scale * (quant - zero) + minimum.
 struct tr_matrix {
@@ -29,7 +32,7 @@ struct tr_matrix {
   int32_t zero;         // subtracted from every quant
   int32_t has_minimums; // 0: the data has none
   int32_t wide_scales;  // 1: scales and minimums are float; 0: IEEE half
-  int32_t unused;
+  int32_t outer;        // columns of a superblock, a multiple of 4 blocks, and a divisor of columns; 0: one level
   const void *data;
 };
 

@@ -9,6 +9,7 @@
 // The order matters: each uses those before it.
 #include "math.inl"
 #include "tiles.inl"
+#include "blocks.inl"
 #include "linear.inl"
 #ifdef TRANSOM_AMX
 #include "tiled_linear.inl"
@@ -80,8 +81,9 @@ bool program_fits(const tr_program &p) {
   for (int x = 0; x < p.matrices; x++) {
     const tr_matrix &m = p.matrix[x];
     if (m.kind < TR_F32 || m.kind > TR_U6 || m.rows < 1 || m.columns < 1 || !m.data ||
+        (!in_blocks(m) && m.outer) ||
         (in_blocks(m) && (m.block < 8 || m.block % 8 || m.columns % m.block || m.zero < 0 || m.zero > 255 ||
-                          !planes_fit(m))))
+                          !planes_fit(m) || !superblocks_fit(m))))
       return false;
   }
   // The operator after which only the rows that need logits remain. There is one, and those rows belong to no token:

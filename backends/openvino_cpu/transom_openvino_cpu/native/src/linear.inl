@@ -29,26 +29,6 @@ struct Acts {
   size_t pair_stride;
 };
 
-INLINE bool in_blocks(const tr_matrix &m) { return m.kind >= TR_U4; }
-INLINE int bits_of(const tr_matrix &m) {
-  return m.kind == TR_U4 ? 4 : m.kind == TR_U5 ? 5 : m.kind == TR_U6 ? 6 : 8;
-}
-// Calls f with the bits of a quant as a constant.
-template <int BITS> struct Bits {
-  enum { value = BITS };
-};
-template <class F> INLINE void by_bits(const tr_matrix &m, const F &f) {
-  switch (m.kind) {
-  case TR_U4:
-    return f(Bits<4>());
-  case TR_U5:
-    return f(Bits<5>());
-  case TR_U6:
-    return f(Bits<6>());
-  default:
-    return f(Bits<8>());
-  }
-}
 // Activations that share a scale. Larger groups need fewer multiplications and lose more to rounding.
 INLINE int group_of(const tr_matrix &m) {
   if (m.block >= 32)
@@ -212,24 +192,6 @@ static Acts prepare(const tr_matrix &m, int by, const float *x, size_t stride, i
   return a;
 }
 
-// Of a block of 16 rows.
-INLINE size_t quants_size(const tr_matrix &m) { return (size_t)2 * bits_of(m) * m.block; }
-INLINE size_t block_bytes(const tr_matrix &m) {
-  return quants_size(m) + (m.wide_scales ? 64 : 32) * (m.has_minimums ? 2 : 1);
-}
-INLINE size_t tile_bytes(const tr_matrix &m) {
-  switch (m.kind) {
-  case TR_F32:
-    return (size_t)64 * m.columns;
-  case TR_F16:
-    return (size_t)32 * m.columns;
-  case TR_BF16:
-    return (size_t)64 * ((m.columns + 1) / 2);
-  }
-  return block_bytes(m) * (m.columns / m.block);
-}
-INLINE const char *tile_at(const tr_matrix &m, int t) { return (const char *)m.data + tile_bytes(m) * t; }
-
 INLINE Acts from_row(Acts a, int row) {
   a.wide += row * a.stride;
   if (a.sums)
@@ -244,101 +206,18 @@ INLINE Acts from_row(Acts a, int row) {
   return a;
 }
 
-// A block of 16 rows: quants, scales, minimums.
-INLINE const char *block_at(const tr_matrix &m, int t, int column) {
-  return tile_at(m, t) + column / m.block * block_bytes(m);
-}
-INLINE VF scales_of(const tr_matrix &m, const char *block) {
-  return load_scales(block + quants_size(m), m.wide_scales);
-}
-INLINE VF minimums_of(const tr_matrix &m, const char *block) {
-  return load_scales(block + quants_size(m) + (m.wide_scales ? 64 : 32), m.wide_scales);
-}
-
-// The quants of a block from a column on, which is the first of a plane: `low` has those of eight bits, or their lowest
-// four bits; `planes` the others, of 32 columns (one bit) or 16 (two bits) in 64 bytes.
-template <int BITS> struct Quants {
-  const char *low, *planes;
-  Quants(int columns, const char *block, int column) // `columns` of the block
-      : low(block + (size_t)column * (BITS == 8 ? 16 : 8)),
-        planes(block + (size_t)columns * 8 + (size_t)column * (BITS - 4) * 2) {}
-
-  // The bits above the fourth of vector V (four columns) of a plane.
-  template <int V> static INLINE_MEMBER VI high(VI plane) {
-    constexpr int AT = V * (BITS - 4);
-    if constexpr (AT <= 4)
-      plane = left<4 - AT>(plane);
-    else
-      plane = right<AT - 4>(plane);
-    return iand(plane, iset1(BITS == 5 ? 0x10101010 : 0x30303030));
-  }
-  template <int V> static INLINE_MEMBER void add_high(VI plane, VI &first, VI &second) {
-    first = ior(first, high<V>(plane)), second = ior(second, high<V + 1>(plane));
-  }
-  // Eight columns from column j on, as bytes: byte 4 r + c is row r, column c, of the first four and the second four.
-  INLINE_MEMBER void eight(int j, VI &first, VI &second) const {
-    if constexpr (BITS == 8) {
-      first = iload(low + (size_t)j * 16), second = iload(low + (size_t)j * 16 + 64);
-      return;
-    }
-    const VI half = iset1(0x0f0f0f0f), w = iload(low + (size_t)j * 8);
-    first = iand(w, half), second = iand(right<4>(w), half);
-    if constexpr (BITS == 5) {
-      const VI plane = iload(planes + j / 32 * 64);
-      switch (j / 8 % 4) {
-      case 0:
-        return add_high<0>(plane, first, second);
-      case 1:
-        return add_high<2>(plane, first, second);
-      case 2:
-        return add_high<4>(plane, first, second);
-      default:
-        return add_high<6>(plane, first, second);
-      }
-    }
-    if constexpr (BITS == 6) {
-      const VI plane = iload(planes + j / 16 * 64);
-      j / 8 % 2 ? add_high<2>(plane, first, second) : add_high<0>(plane, first, second);
-    }
-  }
-  // The same as floats.
-  INLINE_MEMBER void eight(int j, VF *x) const {
-    VI w[2];
-    eight(j, w[0], w[1]);
-    const VI byte = iset1(0xff);
-    for (int i = 0; i < 2; i++, x += 4) {
-      x[0] = to_float(iand(w[i], byte)), x[1] = to_float(iand(right<8>(w[i]), byte));
-      x[2] = to_float(iand(right<16>(w[i]), byte)), x[3] = to_float(right<24>(w[i]));
-    }
-  }
-};
-// One of the 16 rows, one of the columns.
-INLINE uint8_t quant_at(const tr_matrix &m, const char *block, int row, int column) {
-  const int byte = row * 4 + column % 4;
-  if (m.kind == TR_U8)
-    return (uint8_t)block[column / 4 * 64 + byte];
-  const uint8_t w = (uint8_t)block[column / 8 * 64 + byte];
-  const int low = column & 4 ? w >> 4 : w & 15, bits = bits_of(m) - 4;
-  if (!bits)
-    return (uint8_t)low;
-  const int columns = 32 / bits; // of a plane
-  const uint8_t plane = (uint8_t)block[(size_t)m.block * 8 + column / columns * 64 + byte];
-  return (uint8_t)(low | (plane >> column % columns / 4 * bits & ((1 << bits) - 1)) << 4);
-}
-// Quants as bfloat16, which holds them exactly.
-INLINE VI quant_pairs(VF low, VF high) { return ior(right<16>(as_int(low)), as_int(high)); }
-
 // --- few rows -------------------------------------------------------------------------------------------------------
 // The minimums of 16 rows of a block, relative to the center.
-INLINE VF least_of(const tr_matrix &m, const char *scales, size_t scale, VF d) {
-  return fma(d, set1((float)(center_of(m) - m.zero)), load_scales(scales + scale, m.wide_scales));
+INLINE VF least_of(const tr_matrix &m, VF scales, VF minimums) {
+  return fma(scales, set1((float)(center_of(m) - m.zero)), minimums);
 }
 
+const size_t AHEAD = 4096; // bytes of a matrix that are asked for before they are needed: alone, processors ask too late
 // UNIT and PER: as in `many_bytes`.
 template <int R, int BITS, int UNIT, int PER>
 static void few_bytes(const tr_matrix &m, int t, const Acts &a, VF *y) {
-  const char *p = tile_at(m, t);
-  const size_t quants = (size_t)2 * BITS * m.block, scale = m.wide_scales ? 64 : 32, bytes = block_bytes(m);
+  const Blocks blocks(m);
+  BlockAt at = {tile_at(m, t), 0};
   const size_t ld = align64(m.columns);
   const int unit = UNIT ? UNIT : a.unit, per_group = PER ? PER : a.group / a.unit;
   VF total[R], part[R], minimums[R], even = zero(); // of an even unit, which waits for the odd one
@@ -350,9 +229,15 @@ static void few_bytes(const tr_matrix &m, int t, const Acts &a, VF *y) {
       minimums[r] = dot_pairs(minimums[r], two, iset1_at(a.pairs + r * a.pair_stride + pair));
   };
   int group = 0, left = per_group; // units of the group that are left
-  for (int u = 0, column = 0; column < m.columns; p += bytes) {
-    const VF d = load_scales(p + quants, m.wide_scales);
-    const VF least = m.has_minimums ? least_of(m, p + quants, scale, d) : zero();
+  VF outer = zero(), outer_least = zero(); // of the superblock
+  for (int u = 0, column = 0; column < m.columns; blocks.next(at)) {
+    if (blocks.levels && at.place == 0)
+      outer = blocks.outer(at), outer_least = blocks.outer_minimums(at);
+    const VF d = blocks.levels ? mul(outer, blocks.codes(at)) : blocks.scales(at);
+    VF least = zero();
+    if (m.has_minimums)
+      least = least_of(m, d, blocks.levels ? mul(outer_least, blocks.minimum_codes(at)) : blocks.minimums(at));
+    const char *quants = blocks.quants(at);
     for (int in = 0; in < m.block; in += unit, u++, column += unit) {
       if (u & 1) {
         if (m.has_minimums)
@@ -363,7 +248,9 @@ static void few_bytes(const tr_matrix &m, int t, const Acts &a, VF *y) {
       for (int r = 0; r < R; r++)
         i[r] = iset1(a.starts[r * a.units + u]), k[r] = izero();
       const int8_t *b = a.bytes + column;
-      const Quants<BITS> q(m.block, p, in);
+      const Quants<BITS> q(m.block, quants, in);
+      for (int b = 0; b < unit * BITS * 2; b += 64)
+        __builtin_prefetch(quants + in * BITS * 2 + b + AHEAD, 0, 3);
       for (int j = 0; j < unit; j += 8) {
         VI w0, w1;
         q.eight(j, w0, w1);
@@ -409,7 +296,6 @@ template <int R, int BITS> INLINE void few_bytes(const tr_matrix &m, int t, cons
 
 // The others compute NV tiles at once, for a single row two: a sum waits for the one before it, so a single chain of
 // sums would be slow. Tiles are short, so the processor does not notice in time that there are two streams.
-const size_t AHEAD = 2048; // bytes
 INLINE void ask_ahead(const char *tile, size_t at, size_t bytes, int tiles) {
   at += AHEAD;
   __builtin_prefetch(tile + at + (at < bytes ? 0 : (tiles - 1) * bytes), 0, 3);
@@ -417,10 +303,11 @@ INLINE void ask_ahead(const char *tile, size_t at, size_t bytes, int tiles) {
 
 template <int R, int NV, int BITS, bool PAIRS>
 static void few_blocks(const tr_matrix &m, int t, const Acts &a, VF (&y)[R][NV]) {
-  const size_t bytes = block_bytes(m);
-  const char *p[NV];
+  const Blocks blocks(m);
+  const size_t whole = tile_bytes(m), each = whole / a.units;
+  BlockAt at[NV];
   for (int v = 0; v < NV; v++)
-    p[v] = tile_at(m, t + v);
+    at[v] = {tile_at(m, t + v), 0};
   for (int r = 0; r < R; r++)
     for (int v = 0; v < NV; v++)
       y[r][v] = zero();
@@ -434,7 +321,7 @@ static void few_blocks(const tr_matrix &m, int t, const Acts &a, VF (&y)[R][NV])
     for (int j = 0; j < m.block; j += 8, x += 8, pairs += 4) {
       VF w[NV][8];
       for (int v = 0; v < NV; v++)
-        Quants<BITS>(m.block, p[v], 0).eight(j, w[v]);
+        Quants<BITS>(m.block, blocks.quants(at[v]), 0).eight(j, w[v]);
       for (int k = 0; k < 8; k += PAIRS ? 2 : 1)
         for (int r = 0; r < R; r++)
           for (int v = 0; v < NV; v++)
@@ -446,15 +333,15 @@ static void few_blocks(const tr_matrix &m, int t, const Acts &a, VF (&y)[R][NV])
     }
     if (NV > 1)
       for (int v = 0; v < NV; v++)
-        for (size_t b = 0; b < bytes; b += 64)
-          ask_ahead(tile_at(m, t + v), g * bytes + b, a.units * bytes, NV);
-    for (int v = 0; v < NV; p[v++] += bytes) {
-      const VF d = scales_of(m, p[v]);
+        for (size_t b = 0; b < each; b += 64)
+          ask_ahead(tile_at(m, t + v), g * each + b, whole, NV);
+    for (int v = 0; v < NV; blocks.next(at[v++])) {
+      const VF d = blocks.scales(at[v]);
       for (int r = 0; r < R; r++)
         y[r][v] = fma(part[r][v], d, y[r][v]);
       if (m.has_minimums)
         for (int r = 0; r < R; r++)
-          y[r][v] = fma(minimums_of(m, p[v]), set1(sums[r * (size_t)a.units]), y[r][v]);
+          y[r][v] = fma(blocks.minimums(at[v]), set1(sums[r * (size_t)a.units]), y[r][v]);
     }
   }
 }
@@ -569,20 +456,21 @@ INLINE int panel_units(const tr_matrix &m, int tiles) { // whole groups, an even
 
 template <int NV, int BITS> static void unpack_bytes(const tr_matrix &m, int t, int u0, int u1, char *panel) {
   const int unit = unit_of(m), per = m.block / unit;
-  const size_t bytes = block_bytes(m);
+  const Blocks blocks(m);
   for (int v = 0; v < NV; v++) {
-    const char *tile = tile_at(m, t + v);
+    BlockAt block = blocks.at(tile_at(m, t + v), u0 / per);
     char *out = panel;
     for (int u = u0; u < u1; u++, out += (size_t)NV * (16 * unit + 64)) {
-      const char *block = tile + u / per * bytes;
-      const Quants<BITS> q(m.block, block, u % per * unit);
+      const Quants<BITS> q(m.block, blocks.quants(block), u % per * unit);
       for (int j = 0; j < unit; j += 8) {
         VI first, second;
         q.eight(j, first, second);
         istore(out + ((size_t)(j / 4) * NV + v) * 64, first);
         istore(out + ((size_t)(j / 4 + 1) * NV + v) * 64, second);
       }
-      store((float *)(out + (size_t)NV * 16 * unit) + v * 16, scales_of(m, block));
+      store((float *)(out + (size_t)NV * 16 * unit) + v * 16, blocks.scales(block));
+      if (u % per == per - 1)
+        blocks.next(block);
     }
   }
 }
@@ -590,13 +478,13 @@ template <int NV, int BITS> static void unpack_bytes(const tr_matrix &m, int t, 
 // All minimums in bfloat16, interleaved by two units: [units / 2][NV][16][2].
 template <int NV> static void unpack_minimums(const tr_matrix &m, int t, int units, char *out) {
   const int per = m.block / unit_of(m);
-  const size_t quants = quants_size(m), scale = m.wide_scales ? 64 : 32;
+  const Blocks blocks(m);
   for (int u = 0; u < units; u += 2)
     for (int v = 0; v < NV; v++) {
       VF least[2] = {zero(), zero()};
       for (int i = 0; i < 2 && u + i < units; i++) {
-        const char *scales = tile_at(m, t + v) + (u + i) / per * block_bytes(m) + quants;
-        least[i] = least_of(m, scales, scale, load_scales(scales, m.wide_scales));
+        const BlockAt block = blocks.at(tile_at(m, t + v), (u + i) / per);
+        least[i] = least_of(m, blocks.scales(block), blocks.minimums(block));
       }
       istore(out + ((size_t)u / 2 * NV + v) * 64, to_pairs(least[0], least[1]));
     }
@@ -688,21 +576,22 @@ INLINE int columns_at_once(const tr_matrix &m) {
 INLINE size_t quants_bytes(const tr_matrix &m, int by) { return (size_t)m.block * (by == TR_BY_BF16 ? 32 : 64); }
 template <int NV, int BITS, bool PAIRS>
 static void unpack_blocks(const tr_matrix &m, int t, int c0, int c1, char *panel) {
+  const Blocks blocks(m);
   for (int v = 0; v < NV; v++) {
     char *out = panel + 64 * v;
-    for (int c = c0; c < c1; c += m.block) {
-      const char *block = block_at(m, t + v, c);
+    BlockAt block = blocks.at(tile_at(m, t + v), c0 / m.block);
+    for (int c = c0; c < c1; c += m.block, blocks.next(block)) {
       for (int j = 0; j < m.block; j += 8) {
         VF x[8];
-        Quants<BITS>(m.block, block, 0).eight(j, x);
+        Quants<BITS>(m.block, blocks.quants(block), 0).eight(j, x);
         for (int k = 0; k < 8; k += PAIRS ? 2 : 1, out += 64 * NV)
           if (PAIRS)
             istore(out, quant_pairs(x[k], x[k + 1]));
           else
             store((float *)out, x[k]);
       }
-      store((float *)out, scales_of(m, block)), out += 64 * NV;
-      store((float *)out, m.has_minimums ? minimums_of(m, block) : zero()), out += 64 * NV;
+      store((float *)out, blocks.scales(block)), out += 64 * NV;
+      store((float *)out, m.has_minimums ? blocks.minimums(block) : zero()), out += 64 * NV;
     }
   }
 }

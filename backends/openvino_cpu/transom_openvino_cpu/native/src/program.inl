@@ -66,6 +66,7 @@ INLINE size_t stride(const Rows &w, tr_view v) { return w.e->program.buffer[v.bu
 
 static void embed(const Rows &w, const tr_op &o) {
   const tr_matrix &m = w.e->program.matrix[o.matrix];
+  const Blocks blocks(m);
   for (int r = w.r0; r < w.r1; r++) {
     const int64_t token = w.step->token[r];
     const char *tile = tile_at(m, (int)(token / 16));
@@ -80,13 +81,11 @@ static void embed(const Rows &w, const tr_op &o) {
       else if (m.kind == TR_BF16)
         x = bf16_to_float(((const uint16_t *)tile)[(c / 2 * 16 + lane) * 2 + c % 2]);
       else {
-        const char *p = tile + c / m.block * block_bytes(m), *scales = p + quants_size(m);
-        const bool wide = m.wide_scales;
-        const uint8_t q = quant_at(m, p, lane, c % m.block);
-        float d = wide ? ((const float *)scales)[lane] : half_to_float(((const uint16_t *)scales)[lane]);
-        x = d * ((float)q - (float)m.zero);
+        const BlockAt block = blocks.at(tile, c / m.block);
+        const uint8_t q = quant_at(m, blocks.quants(block), lane, c % m.block);
+        x = blocks.scale(block, lane) * ((float)q - (float)m.zero);
         if (m.has_minimums)
-          x += wide ? ((const float *)scales)[16 + lane] : half_to_float(((const uint16_t *)scales)[16 + lane]);
+          x += blocks.minimum(block, lane);
       }
       y[c] = x * o.scale;
     }

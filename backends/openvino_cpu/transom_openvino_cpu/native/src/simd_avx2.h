@@ -105,6 +105,10 @@ INLINE VI as_int(VF x) { return {_mm256_castps_si256(x.a), _mm256_castps_si256(x
 INLINE VF load_half(const uint16_t *p) {
   return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)), _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p + 1))};
 }
+INLINE VI load_bytes(const int8_t *p) {
+  return {_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)),
+          _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(p + 8)))};
+}
 INLINE __m256i low_words(VI x) { // of lanes below 2 ** 16
   return _mm256_permute4x64_epi64(_mm256_packus_epi32(x.a, x.b), 0xd8);
 }

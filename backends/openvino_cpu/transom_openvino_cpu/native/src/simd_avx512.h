@@ -76,6 +76,8 @@ INLINE VF as_float(VI a) { return _mm512_castsi512_ps(a); }
 INLINE VI as_int(VF a) { return _mm512_castps_si512(a); }
 
 INLINE VF load_half(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
+// 16 signed bytes
+INLINE VI load_bytes(const int8_t *p) { return _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)); }
 // 16 numbers to signed bytes
 INLINE void store_bytes(int8_t *p, VI a) { _mm_storeu_si128((__m128i *)p, _mm512_cvtepi32_epi8(a)); }
 // acc + sums of 4 products each of unsigned bytes w and signed bytes a; |w * a| summed never leaves 32 bits

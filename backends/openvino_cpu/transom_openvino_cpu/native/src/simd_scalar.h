@@ -150,6 +150,12 @@ INLINE F4 halves(const uint16_t *p) {
   return (F4)((U4)x | (h & all(0x8000u)) << 16);
 }
 INLINE VF load_half(const uint16_t *p) { TR_QUARTERS(VF, halves(p + 4 * i)); }
+INLINE VI load_bytes(const int8_t *p) {
+  VI x;
+  for (int i = 0; i < 16; i++)
+    x.v[i / 4][i % 4] = (uint32_t)(int32_t)p[i];
+  return x;
+}
 INLINE void store_bytes(int8_t *p, VI x) {
   for (int i = 0; i < 16; i++)
     p[i] = (int8_t)x.v[i / 4][i % 4];

@@ -24,29 +24,30 @@ INLINE VI cut_pairs(VF low, VF high) { return _mm512_mask_blend_epi16(0xaaaaaaaa
 // What stays the same for all tiles of a matrix.
 struct Layout {
   int columns, steps, block;
-  size_t quants, scales, bytes, tile; // bytes of the quants, of the scales of a block, of a block, of a tile
-  bool wide_scales, has_minimums;
+  size_t tile; // bytes of a tile
+  bool has_minimums;
   float zero;
+  Blocks blocks;
   explicit Layout(const tr_matrix &m)
-      : columns(m.columns), steps((m.columns + STEP - 1) / STEP), block(m.block), quants(quants_size(m)),
-        scales(m.wide_scales ? 64 : 32), bytes(block_bytes(m)), tile(tile_bytes(m)), wide_scales(m.wide_scales),
-        has_minimums(m.has_minimums), zero((float)m.zero) {}
+      : columns(m.columns), steps((m.columns + STEP - 1) / STEP), block(m.block), tile(tile_bytes(m)),
+        has_minimums(m.has_minimums), zero((float)m.zero), blocks(m) {}
 };
 
 // Where the next columns of a tile of weights are.
 struct Place {
-  const char *block;
+  BlockAt block;
   int in; // columns of the block before them; without blocks, of the tile
 };
 
 // Calls to(column, first, second) with each two of the next `columns` (at most 32) columns of a tile of weights, not yet
 // cut. BITS is 0 for weights that are bfloat16. WHOLE: blocks are multiples of 32.
-template <int BITS, bool WHOLE, class F> INLINE void step_of(const Layout &l, Place &at, int columns, const F &to) {
+template <int BITS, bool WHOLE, class F>
+INLINE void step_of(const Layout &l, Place &at, int columns, bool two_levels, const F &to) {
   if (WHOLE)
     columns = STEP;
   if constexpr (BITS == 0) {
     for (int c = 0; c < columns; c += 2) {
-      const VI pair = iload(at.block + (size_t)(at.in + c) * 32);
+      const VI pair = iload(at.block.superblock + (size_t)(at.in + c) * 32);
       to(c, as_float(left<16>(pair)), as_float(pair));
     }
     at.in += columns;
@@ -54,11 +55,10 @@ template <int BITS, bool WHOLE, class F> INLINE void step_of(const Layout &l, Pl
   }
   for (int done = 0; done < columns;) {
     const int left = WHOLE ? STEP : l.block - at.in, n = left < columns - done ? left : columns - done;
-    const char *scales = at.block + l.quants;
-    const VF up = set1(UP), d = mul(load_scales(scales, l.wide_scales), up);
-    const VF minimum = l.has_minimums ? mul(load_scales(scales + l.scales, l.wide_scales), up) : zero();
+    const VF up = set1(UP), d = mul(l.blocks.scales(at.block, two_levels), up);
+    const VF minimum = l.has_minimums ? mul(l.blocks.minimums(at.block, two_levels), up) : zero();
     const VF least = fma(d, set1(-l.zero), minimum);
-    const Quants<BITS> quants(l.block, at.block, at.in);
+    const Quants<BITS> quants(l.block, l.blocks.quants(at.block, two_levels), at.in);
     for (int j = 0; j < n; j += 8) {
       VF x[8];
       if constexpr (BITS == 4) {
@@ -72,12 +72,13 @@ template <int BITS, bool WHOLE, class F> INLINE void step_of(const Layout &l, Pl
     }
     done += n, at.in += n;
     if (at.in == l.block)
-      at.block += l.bytes, at.in = 0;
+      l.blocks.next(at.block, two_levels), at.in = 0;
   }
 }
 // The same columns as bfloat16, then zeros, [16][16][2].
 template <int BITS, bool WHOLE> INLINE void pack_step(const Layout &l, Place &at, int columns, char *out) {
-  step_of<BITS, WHOLE>(l, at, columns, [&](int c, VF first, VF second) { istore(out + c * 32, cut_pairs(first, second)); });
+  step_of<BITS, WHOLE>(l, at, columns, l.blocks.levels,
+                       [&](int c, VF first, VF second) { istore(out + c * 32, cut_pairs(first, second)); });
   for (int c = WHOLE ? STEP : (columns + 1) / 2 * 2; c < STEP; c += 2)
     istore(out + c * 32, izero());
 }
@@ -91,11 +92,12 @@ struct NoSubnormals {
 
 // One row, NV tiles of weights, without tiles but with their sums bit by bit: in each step those of even and of odd columns
 // (Intel 64 and IA-32 Architectures Software Developer's Manual, volume 2, TDPBF16PS). Weights stay in registers.
-template <int NV, int BITS, bool WHOLE> static void one_row(const Layout &l, const char *first, const Acts &a, float *y) {
+template <int NV, int BITS, bool WHOLE, bool TWO_LEVELS>
+static void one_row(const Layout &l, const char *first, const Acts &a, float *y) {
   Place at[NV];
   VF sums[NV];
   for (int v = 0; v < NV; v++)
-    at[v] = {first + v * l.tile, 0}, sums[v] = zero();
+    at[v] = {{first + v * l.tile, 0}, 0}, sums[v] = zero();
   const size_t each = l.tile / l.steps;
   size_t ahead = 0;
   for (int s = 0; s < l.steps; s++) {
@@ -103,7 +105,7 @@ template <int NV, int BITS, bool WHOLE> static void one_row(const Layout &l, con
     const int left = l.columns - s * STEP, columns = left < STEP ? left : STEP;
     for (int v = 0; v < NV; v++) {
       VF even = zero(), odd = zero();
-      step_of<BITS, WHOLE>(l, at[v], columns, [&](int column, VF first, VF second) {
+      step_of<BITS, WHOLE>(l, at[v], columns, TWO_LEVELS, [&](int column, VF first, VF second) {
         even = fma(cut(first), set1(x[column]), even), odd = fma(cut(second), set1(x[column + 1]), odd);
       });
       sums[v] = add(sums[v], add(even, odd));
@@ -133,7 +135,7 @@ static void few_tiled(const Layout &l, const char *first, const Acts &a, int row
         ask_ahead(first + v * l.tile, ahead, l.tile, NV);
   };
   for (int v = 0; v < NV; v++)
-    at[v] = {first + v * l.tile, 0};
+    at[v] = {{first + v * l.tile, 0}, 0};
   Tiles tiles(64, rows);
   tile_zero<0>(), tile_zero<1>(), tile_zero<2>();
   unpack(0);
@@ -201,7 +203,7 @@ static void many_tiled(const Layout &l, const char *first, const Acts &a, int ro
   const char *p[NV];
   Place at[NV];
   for (int v = 0; v < NV; v++)
-    p[v] = panel + v * TILED_PANEL, at[v] = {first + v * l.tile, 0};
+    p[v] = panel + v * TILED_PANEL, at[v] = {{first + v * l.tile, 0}, 0};
   for (int s = 0; s < l.steps; s += most) {
     const int n = l.steps - s < most ? l.steps - s : most;
     for (int v = 0; v < NV; v++)
@@ -236,9 +238,11 @@ static void tiled_products(const tr_matrix &m, int t, int count, const Acts &a, 
   if (rows == 1) {
     NoSubnormals here;
     for (; x + 2 <= count; x += 2)
-      one_row<2, BITS, WHOLE>(l, first + x * l.tile, a, y + 16 * x);
+      l.blocks.levels ? one_row<2, BITS, WHOLE, true>(l, first + x * l.tile, a, y + 16 * x)
+                      : one_row<2, BITS, WHOLE, false>(l, first + x * l.tile, a, y + 16 * x);
     if (x < count)
-      one_row<1, BITS, WHOLE>(l, first + x * l.tile, a, y + 16 * x);
+      l.blocks.levels ? one_row<1, BITS, WHOLE, true>(l, first + x * l.tile, a, y + 16 * x)
+                      : one_row<1, BITS, WHOLE, false>(l, first + x * l.tile, a, y + 16 * x);
     return;
   }
   if (rows <= TILE) {
