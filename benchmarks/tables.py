@@ -69,6 +69,9 @@ SECTIONS = (
         ("cpu-amx-fidelity-smollm2.json", "cpu-amx-fidelity-gemma3.json", "cpu-amx-fidelity-qwen2.json"),
         fidelity.by_model,
     ),
+    Section(
+        PERFORMANCE, "k_quants", ("cpu-k-gemma3.json", "cpu-k-qwen2.json", "cpu-k-1b.json"), engines.by_model,
+    ),
     Section(PERFORMANCE, "random", ("cpu-1b.json",), engines.comparison),
     Section(PERFORMANCE, "random_16k", ("cpu-1b-16k.json",), engines.comparison),
     Section(PERFORMANCE, "random_profile", ("cpu-1b-profile.json",), profiles.summary),

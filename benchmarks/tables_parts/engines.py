@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from parts.markdown import table
 from parts.results import BenchResult, Row
@@ -53,8 +54,8 @@ def best_peer_ratio(found: dict[str, Row], engine: str, measurement: str) -> flo
     return float(min(peers) / found[engine][measurement])
 
 
-def engine_table(result: BenchResult, *, ratios: bool = True) -> list[str]:
-    """A row for each engine; then, for each setting of Transom, the best peer over it."""
+def engine_rows(result: BenchResult, *, ratios: bool = True) -> list[list[str]]:
+    """The head; a row for each engine; then, for each setting of Transom, the best peer over it."""
     found = medians(result)
     columns: list[tuple[str, str, Callable[[float], str]]] = [
         *((f"prefill {n}", f"{n} tokens, s", "{:.2f}".format) for n in lengths(result)),
@@ -70,11 +71,33 @@ def engine_table(result: BenchResult, *, ratios: bool = True) -> list[str]:
             [f"best peer / {name_of(e)}", *(f"{best_peer_ratio(found, e, name):.2f}" for name, *_ in columns)]
             for e in ours
         ]
-    return table(["Engine", *(title for _, title, _ in columns)], rows)
+    return [["Engine", *(title for _, title, _ in columns)], *rows]
+
+
+def engine_table(result: BenchResult, *, ratios: bool = True) -> list[str]:
+    head, *rows = engine_rows(result, ratios=ratios)
+    return table(head, rows)
 
 
 def comparison(results: Sequence[BenchResult]) -> list[str]:
     return engine_table(results[0])
+
+
+def by_model(results: Sequence[BenchResult]) -> list[str]:
+    """The same for several models; `-` for a length that was not measured with one of them."""
+    tables = [(model_of(result), engine_rows(result)) for result in results]
+    head = max((head for _, (head, *_) in tables), key=len)
+    rows = [
+        [model, *(dict(zip(own, row, strict=True)).get(title, "-") for title in head)]
+        for model, (own, *found) in tables
+        for row in found
+    ]
+    return table(["Model", *head], rows)
+
+
+def model_of(result: BenchResult) -> str:
+    """Name of the file, without its ending."""
+    return Path(result.command[result.command.index("--model") + 1]).stem
 
 
 def measured_only(results: Sequence[BenchResult]) -> list[str]:

@@ -200,6 +200,21 @@ def test_a_level_of_the_library_is_no_peer() -> None:
     assert [row[1] for row in found[4:]] == ["3.00", "6.00"]
 
 
+def test_several_models_share_a_table() -> None:
+    one, peer = round_of("transom", 0, 1.0), round_of("openvino-genai", 0, 3.0)
+    first, second = made(rounds=[one, peer]), replace(made(rounds=[one]), command=["--model", "folder/y.gguf"])
+    longer = round_of("transom", 0, 1.0) | {"prefill 128": 2.0, "decode 128": 0.01}
+    third = replace(made(rounds=[longer]), command=["--model", "z.gguf"])
+    wide = rows(engines.by_model([first, third]))
+    assert [row[3] for row in wide] == ["128 tokens, s", "-", "-", "-", "2.00"]
+    found = rows(engines.by_model([first, second]))
+    assert found[0][:3] == ["Model", "Engine", "64 tokens, s"]
+    assert [row[:3] for row in found[1:]] == [
+        ["x", "Transom", "1.00"], ["x", "openvino-genai", "3.00"], ["x", "best peer / Transom", "3.00"],
+        ["y", "Transom", "1.00"],
+    ]  # fmt: skip
+
+
 def test_openvino_is_a_peer_of_the_native_kernels() -> None:
     found = made(rounds=[round_of("transom", 0, 1.0), round_of("transom-openvino", 0, 3.0)])
     assert [row[1] for row in rows(engines.through_openvino([found]))] == ["64 tokens", "3.00", "3.00", ""]
