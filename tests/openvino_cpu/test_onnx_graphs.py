@@ -59,6 +59,12 @@ def equal_elements(w: Writer) -> Any:
     return w.model([value("x", shape=[4, 9])], [value("best", shape=[4, 3]), value("places", INT, [4, 3])])
 
 
+def tiles_as_many_as_computed(w: Writer) -> Any:
+    """OpenVINO's own Tile leaves parts unwritten where three last axes are repeated."""
+    w.op("Tile", "x", w.op("Shape", "x"), outputs=["y"])
+    return w.model([value("x", shape=["a", "b", "c", "d"])], [value("y")])
+
+
 def single_inputs(w: Writer) -> Any:
     w.op("Hardmax", w.op("Max", w.op("Sum", "x")), outputs=["y"])
     return w.model([value("x", shape=[2, 5])], [value("y", shape=[2, 5])])
@@ -81,7 +87,7 @@ def _tensor(array: Any, name: str = "") -> Any:
 
 RUN = [
     expand_by_where, squeeze_without_axes, axes_computed_by_nodes, reduced_without_axes, half_precision, equal_elements,
-    integer_products, single_inputs,
+    integer_products, single_inputs, tiles_as_many_as_computed,
 ]  # fmt: skip
 
 
@@ -132,9 +138,23 @@ def doubles(w: Writer) -> Any:
     return w.model([value("x", TensorProto.DOUBLE, [3])], [value("y", TensorProto.DOUBLE, [3])])
 
 
+def tiles_in_a_branch(w: Writer) -> Any:
+    """Where the backend cannot replace OpenVINO's own Tile."""
+    from onnx import helper
+
+    def branch(name: str) -> Any:
+        shape, out = f"{name}_shape", f"{name}_out"
+        nodes = [helper.make_node("Shape", ["x"], [shape]), helper.make_node("Tile", ["x", shape], [out])]
+        return helper.make_graph(nodes, name, [], [value(out, shape=["e", "f", "g", "h"])])
+
+    w.op("If", "condition", then_branch=branch("yes"), else_branch=branch("no"), outputs=["y"])
+    inputs = [value("x", shape=["a", "b", "c", "d"]), value("condition", TensorProto.BOOL, [])]
+    return w.model(inputs, [value("y", shape=["i", "j", "k", "l"])])
+
+
 REFUSED = {
     doubles: "Add", gru_by_batch: "GRU", pool_behind_the_input: "MaxPool", filtered_resize: "Resize", text: "Equal",
-    sequences: "SequenceAt",
+    sequences: "SequenceAt", tiles_in_a_branch: "If",
 }  # fmt: skip
 
 

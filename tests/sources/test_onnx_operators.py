@@ -14,6 +14,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnx_models import Writer, adding_loop, runtime, save, value
 
+from transom.errors import UnsupportedError
 from transom.reference.executor import Executor
 from transom.sources.onnx import OnnxSource
 
@@ -144,6 +145,23 @@ def test_models_of_every_age_mean_what_they_meant(opset: int, tmp_path: Path, rn
         w.op("Clip", "a", min=0.1, outputs=["z"])
     model = w.model([value("x", shape=["n", 5])], [value("y"), value("z")], opset=opset)
     assert_like_runtime(model, {"x": rng.standard_normal((3, 5)).astype(np.float32)}, tmp_path)
+
+
+def test_a_scan_through_a_batch_is_refused(tmp_path: Path) -> None:
+    """Opset 9 took the batch away, and onnx's converter does not notice."""
+    body = helper.make_graph(
+        [helper.make_node("Add", ["sum_in", "each"], ["sum_out"]), helper.make_node("Identity", ["sum_out"], ["out"])],
+        "body",
+        [value("sum_in", shape=[2]), value("each", shape=[2])],
+        [value("sum_out", shape=[2]), value("out", shape=[2])],
+    )
+    node = helper.make_node("Scan", ["", "start", "x"], ["y", "z"], name="old", body=body, num_scan_inputs=1)
+    inputs = [value("start", shape=[1, 2]), value("x", shape=[1, 3, 2])]
+    graph = helper.make_graph([node], "g", inputs, [value("y", shape=[1, 2]), value("z", shape=[1, 3, 2])])
+    path = tmp_path / "scan.onnx"
+    save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 8)], ir_version=3), path)
+    with pytest.raises(UnsupportedError, match=r"old is a Scan of opset 8.*\n?.*opset 9 or later"):
+        OnnxSource().open(path)
 
 
 def test_if_takes_the_branch_that_its_condition_says(tmp_path: Path, rng: np.random.Generator) -> None:

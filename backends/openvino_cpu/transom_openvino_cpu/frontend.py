@@ -96,11 +96,11 @@ def convert(node: ir.Node, inputs: Sequence[Node | None]) -> list[Node]:
     for value_info, lowered in zip(declared, given, strict=True):
         if value_info.name in by_name:  # the frontend drops an input that the node does not need
             by_name[value_info.name].output(0).replace(lowered)
-    results = [result.input_value(0) for result in read.get_results()]
     for made in inside:
         made.constructor_validate_and_infer_types()  # shapes derived from a parameter would stay unknown
         _sort_stably(made)
-    return results
+        _tile_in_two(made)
+    return [result.input_value(0) for result in read.get_results()]
 
 
 def read_whole(graph: Graph, folder: Path) -> Any:
@@ -121,6 +121,7 @@ def read_whole(graph: Graph, folder: Path) -> Any:
         parameter.set_friendly_name(parameter.output(0).get_any_name())
     for node in model.get_ordered_ops():
         _sort_stably(node)
+        _tile_in_two(node)
     return model
 
 
@@ -128,6 +129,28 @@ def _sort_stably(node: Any) -> None:
     """ONNX: of equal elements, TopK puts the one with the lower index first."""
     if node.get_type_name() == "TopK" and node.get_attributes().get("sort") in ("value", "index"):
         node.set_attribute("stable", True)
+
+
+def _tile_in_two(node: Any) -> None:
+    """Give the last axis a Tile of its own, where the repeats are read when the graph runs.
+
+    OpenVINO 2026.4 leaves parts of the result unwritten if such a Tile repeats each of the last three of four or more
+    axes.
+    """
+    import openvino as ov
+    from openvino import opset15 as op
+
+    if node.get_type_name() != "Tile" or node.input_value(1).get_node().get_type_name() == "Constant":
+        return
+    data, repeats = node.input_value(0), node.input_value(1)
+    rank = data.get_partial_shape().rank
+    if rank.is_dynamic or rank.get_length() < 4:
+        return
+    ones = np.ones(rank.get_length(), np.int64)
+    last = op.constant(np.arange(rank.get_length()) == rank.get_length() - 1)
+    whole = op.convert(repeats, ov.Type.i64)
+    others = op.tile(data, op.select(last, op.constant(ones), whole))
+    node.output(0).replace(op.tile(others, op.select(last, whole, op.constant(ones))).output(0))
 
 
 def blamed_operators(error: EngineError) -> frozenset[str]:

@@ -268,6 +268,12 @@ def _to_opset(model: ir.Model, version: int, notes: list[str]) -> ir.Model:
             f"Transom's graphs are opset {OPSET}",
             f"Export the model with opset {OPSET} or lower",
         )
+    if batched := [n for n in changed if n.op_type == "Scan" and version < 9]:
+        # onnx's converter leaves it as it is, with another meaning
+        raise UnsupportedError(
+            f"the node {batched[0].name} is a Scan of opset {version}, which goes through a batch",
+            "Export the model with opset 9 or later",
+        )
     notes.append(f"converted from opset {version} to {OPSET}")
     return _convert(model, version)
 
