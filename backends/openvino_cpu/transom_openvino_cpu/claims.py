@@ -83,7 +83,7 @@ def _refusal(node: ir.Node, whole: bool) -> str:
         stale = any(_may_collect_nothing(inner) for inner in _with_inner(node))
         if stale:
             return "OpenVINO's Loop returns the values of the run before if it runs zero iterations"
-        if any(inner is not node and _tiles_as_computed(inner) for inner in _with_inner(node)):
+        if any(_tiles_as_computed(inner) for inner in _with_inner(node)):
             return "OpenVINO's Tile with computed repeats leaves memory unwritten"
         return next((r for inner in _with_inner(node) if (r := difference(inner))), "")
     if node.op_type not in TABLE and node.op_type not in OPERATORS:
