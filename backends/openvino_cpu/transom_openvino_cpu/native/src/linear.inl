@@ -249,8 +249,8 @@ static void few_bytes(const tr_matrix &m, int t, const Acts &a, VF *y) {
         i[r] = iset1(a.starts[r * a.units + u]), k[r] = izero();
       const int8_t *b = a.bytes + column;
       const Quants<BITS> q(m.block, quants, in);
-      for (int b = 0; b < unit * BITS * 2; b += 64)
-        __builtin_prefetch(quants + in * BITS * 2 + b + AHEAD, 0, 3);
+      for (int line = 0; line < unit * BITS * 2; line += 64)
+        __builtin_prefetch(quants + in * BITS * 2 + line + AHEAD, 0, 3);
       for (int j = 0; j < unit; j += 8) {
         VI w0, w1;
         q.eight(j, w0, w1);

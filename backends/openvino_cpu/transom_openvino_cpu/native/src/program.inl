@@ -72,21 +72,27 @@ static void embed(const Rows &w, const tr_op &o) {
     const char *tile = tile_at(m, (int)(token / 16));
     const int lane = (int)(token % 16);
     float *y = at(w, o.dst, r);
+    if (in_blocks(m)) {
+      BlockAt block = {tile, 0};
+      for (int c = 0; c < m.columns; c += m.block, blocks.next(block)) {
+        const float scale = blocks.scale(block, lane), minimum = m.has_minimums ? blocks.minimum(block, lane) : 0;
+        for (int j = 0; j < m.block; j++) {
+          float x = scale * ((float)quant_at(m, blocks.quants(block), lane, j) - (float)m.zero);
+          if (m.has_minimums)
+            x += minimum;
+          y[c + j] = x * o.scale;
+        }
+      }
+      continue;
+    }
     for (int c = 0; c < m.columns; c++) {
       float x;
       if (m.kind == TR_F32)
         x = ((const float *)tile)[c * 16 + lane];
       else if (m.kind == TR_F16)
         x = half_to_float(((const uint16_t *)tile)[c * 16 + lane]);
-      else if (m.kind == TR_BF16)
+      else
         x = bf16_to_float(((const uint16_t *)tile)[(c / 2 * 16 + lane) * 2 + c % 2]);
-      else {
-        const BlockAt block = blocks.at(tile, c / m.block);
-        const uint8_t q = quant_at(m, blocks.quants(block), lane, c % m.block);
-        x = blocks.scale(block, lane) * ((float)q - (float)m.zero);
-        if (m.has_minimums)
-          x += blocks.minimum(block, lane);
-      }
       y[c] = x * o.scale;
     }
   }
