@@ -65,6 +65,31 @@ def tiles_as_many_as_computed(w: Writer) -> Any:
     return w.model([value("x", shape=["a", "b", "c", "d"])], [value("y")])
 
 
+def in_branches(w: Writer, op_type: str, second: str, outputs: list[Any]) -> Any:
+    """An operator in both branches of an If, which takes the second one: the sum of `x` is no number above 1e9."""
+    from onnx import helper
+
+    def branch(name: str) -> Any:
+        names = [f"{name}_{o.name}" for o in outputs]
+        made = [value(n, o.type.tensor_type.elem_type) for n, o in zip(names, outputs, strict=True)]
+        return helper.make_graph([helper.make_node(op_type, ["x", second], names)], name, [], made)
+
+    condition = w.op("Greater", w.op("ReduceSum", "x", keepdims=0), w.constant(np.float32(1e9)))
+    w.op("If", condition, then_branch=branch("yes"), else_branch=branch("no"), outputs=[o.name for o in outputs])
+    return outputs
+
+
+def tiles_in_a_branch(w: Writer) -> Any:
+    outputs = in_branches(w, "Tile", w.op("Shape", "x"), [value("y")])
+    return w.model([value("x", shape=["a", "b", "c", "d"])], outputs)
+
+
+def equal_elements_in_a_branch(w: Writer) -> Any:
+    w.op("Round", "z", outputs=["x"])
+    outputs = in_branches(w, "TopK", w.constant([20]), [value("best"), value("places", INT)])
+    return w.model([value("z", shape=[2, 40])], outputs)
+
+
 def single_inputs(w: Writer) -> Any:
     w.op("Hardmax", w.op("Max", w.op("Sum", "x")), outputs=["y"])
     return w.model([value("x", shape=[2, 5])], [value("y", shape=[2, 5])])
@@ -87,7 +112,7 @@ def _tensor(array: Any, name: str = "") -> Any:
 
 RUN = [
     expand_by_where, squeeze_without_axes, axes_computed_by_nodes, reduced_without_axes, half_precision, equal_elements,
-    integer_products, single_inputs, tiles_as_many_as_computed,
+    integer_products, single_inputs, tiles_as_many_as_computed, tiles_in_a_branch, equal_elements_in_a_branch,
 ]  # fmt: skip
 
 
@@ -138,23 +163,9 @@ def doubles(w: Writer) -> Any:
     return w.model([value("x", TensorProto.DOUBLE, [3])], [value("y", TensorProto.DOUBLE, [3])])
 
 
-def tiles_in_a_branch(w: Writer) -> Any:
-    """Where the backend cannot replace OpenVINO's own Tile."""
-    from onnx import helper
-
-    def branch(name: str) -> Any:
-        shape, out = f"{name}_shape", f"{name}_out"
-        nodes = [helper.make_node("Shape", ["x"], [shape]), helper.make_node("Tile", ["x", shape], [out])]
-        return helper.make_graph(nodes, name, [], [value(out, shape=["e", "f", "g", "h"])])
-
-    w.op("If", "condition", then_branch=branch("yes"), else_branch=branch("no"), outputs=["y"])
-    inputs = [value("x", shape=["a", "b", "c", "d"]), value("condition", TensorProto.BOOL, [])]
-    return w.model(inputs, [value("y", shape=["i", "j", "k", "l"])])
-
-
 REFUSED = {
     doubles: "Add", gru_by_batch: "GRU", pool_behind_the_input: "MaxPool", filtered_resize: "Resize", text: "Equal",
-    sequences: "SequenceAt", tiles_in_a_branch: "If",
+    sequences: "SequenceAt",
 }  # fmt: skip
 
 

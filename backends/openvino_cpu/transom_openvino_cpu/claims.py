@@ -58,13 +58,6 @@ def openvino_refusals(graph: Graph, precision: CpuPrecision) -> dict[str, str]:
     return {**refused, **tried(graph, precision, refused)}
 
 
-def _tiles_as_computed(node: ir.Node) -> bool:
-    """Whether a Tile's repeats are computed: `frontend` replaces those that are not inside of control flow."""
-    from transom.graph.reading import constant_of
-
-    return node.op_type == "Tile" and constant_of(node.inputs[1]) is None
-
-
 def _layer(node: ir.Node) -> int:
     return node.attributes.get_int("layer", 0)
 
@@ -83,8 +76,6 @@ def _refusal(node: ir.Node, whole: bool) -> str:
         stale = any(_may_collect_nothing(inner) for inner in _with_inner(node))
         if stale:
             return "OpenVINO's Loop returns the values of the run before if it runs zero iterations"
-        if any(_tiles_as_computed(inner) for inner in _with_inner(node)):
-            return "OpenVINO's Tile with computed repeats leaves memory unwritten"
         return next((r for inner in _with_inner(node) if (r := difference(inner))), "")
     if node.op_type not in TABLE and node.op_type not in OPERATORS:
         return f"no OpenVINO form of {node.op_type}"

@@ -119,10 +119,20 @@ def read_whole(graph: Graph, folder: Path) -> Any:
         raise EngineError(f"OpenVINO cannot read the graph {graph.name}: {message_lines(e)[-1]}") from e
     for parameter in model.get_parameters():
         parameter.set_friendly_name(parameter.output(0).get_any_name())
+    _mend(model)
+    return model
+
+
+def _mend(model: Any) -> None:
+    """Replace what OpenVINO computes differently from ONNX, in the bodies of control flow, too."""
     for node in model.get_ordered_ops():
         _sort_stably(node)
         _tile_in_two(node)
-    return model
+        if node.get_type_name() == "If":
+            _mend(node.get_then_body())
+            _mend(node.get_else_body())
+        elif node.get_type_name() in ("Loop", "TensorIterator"):
+            _mend(node.get_function())
 
 
 def _sort_stably(node: Any) -> None:
