@@ -90,6 +90,17 @@ def equal_elements_in_a_branch(w: Writer) -> Any:
     return w.model([value("z", shape=[2, 40])], outputs)
 
 
+def boxes_that_overlap_by_the_threshold(w: Writer) -> Any:
+    """Of equal boxes and boxes apart, with thresholds of 0 (the default) and of what two of them overlap by."""
+    corners = np.float32([[0, 0, 2, 2], [0, 0, 2, 1], [0, 0, 2, 1], [4, 4, 6, 6], [4, 4, 6, 7], [8, 8, 8, 9]])
+    scores = w.op("Softmax", "x")
+    boxes, most, least = w.constant(corners[None]), w.constant([9]), w.constant(np.float32([0]))
+    w.op("NonMaxSuppression", boxes, scores, most, outputs=["apart"])
+    w.op("NonMaxSuppression", boxes, scores, most, w.constant(np.float32([0.5])), least, outputs=["half"])
+    w.op("NonMaxSuppression", boxes, scores, most, w.constant(np.float32([2 / 3])), least, outputs=["thirds"])
+    return w.model([value("x", shape=[1, 1, 6])], [value(name, INT) for name in ("apart", "half", "thirds")])
+
+
 def single_inputs(w: Writer) -> Any:
     w.op("Hardmax", w.op("Max", w.op("Sum", "x")), outputs=["y"])
     return w.model([value("x", shape=[2, 5])], [value("y", shape=[2, 5])])
@@ -113,6 +124,7 @@ def _tensor(array: Any, name: str = "") -> Any:
 RUN = [
     expand_by_where, squeeze_without_axes, axes_computed_by_nodes, reduced_without_axes, half_precision, equal_elements,
     integer_products, single_inputs, tiles_as_many_as_computed, tiles_in_a_branch, equal_elements_in_a_branch,
+    boxes_that_overlap_by_the_threshold,
 ]  # fmt: skip
 
 

@@ -98,8 +98,7 @@ def convert(node: ir.Node, inputs: Sequence[Node | None]) -> list[Node]:
             by_name[value_info.name].output(0).replace(lowered)
     for made in inside:
         made.constructor_validate_and_infer_types()  # shapes derived from a parameter would stay unknown
-        _sort_stably(made)
-        _tile_in_two(made)
+        _mend_node(made)
     return [result.input_value(0) for result in read.get_results()]
 
 
@@ -126,13 +125,18 @@ def read_whole(graph: Graph, folder: Path) -> Any:
 def _mend(model: Any) -> None:
     """Replace what OpenVINO computes differently from ONNX, in the bodies of control flow, too."""
     for node in model.get_ordered_ops():
-        _sort_stably(node)
-        _tile_in_two(node)
+        _mend_node(node)
         if node.get_type_name() == "If":
             _mend(node.get_then_body())
             _mend(node.get_else_body())
         elif node.get_type_name() in ("Loop", "TensorIterator"):
             _mend(node.get_function())
+
+
+def _mend_node(node: Any) -> None:
+    _sort_stably(node)
+    _tile_in_two(node)
+    _keep_equal_overlap(node)
 
 
 def _sort_stably(node: Any) -> None:
@@ -161,6 +165,19 @@ def _tile_in_two(node: Any) -> None:
     whole = op.convert(repeats, ov.Type.i64)
     others = op.tile(data, op.select(last, op.constant(ones), whole))
     node.output(0).replace(op.tile(others, op.select(last, whole, op.constant(ones))).output(0))
+
+
+def _keep_equal_overlap(node: Any) -> None:
+    """ONNX: NonMaxSuppression drops boxes that overlap by more than the threshold. OpenVINO 2026.4 drops those that
+    overlap as much, which are all boxes if the threshold is 0, ONNX's default: it gets the next larger float32."""
+    from openvino import opset15 as op
+
+    if node.get_type_name() != "NonMaxSuppression" or node.get_input_size() < 4:
+        return
+    given = node.input_value(3)
+    step = op.multiply(given, op.constant(np.float32(0.75 * 2.0**-23)))  # three quarters of a unit to one and a half
+    larger = op.maximum(op.add(given, step), op.constant(np.finfo(np.float32).tiny))
+    node.input(3).replace_source_output(larger.output(0))
 
 
 def blamed_operators(error: EngineError) -> frozenset[str]:
