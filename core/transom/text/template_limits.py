@@ -231,10 +231,10 @@ def _contain(item: Any, holder: Any) -> None:
             spend(_search(holder, item))
     elif isinstance(holder, Mapping):
         read_key(item)
-    elif type(item) in _SCALARS or (isinstance(item, str) and len(item) < 256):
-        spend(ITEM * (1 + count(holder)))
     else:
-        compare("eq", item, holder)
+        spend(ITEM * (1 + count(holder)))  # a range compares each of its numbers with what is no number
+        if type(item) not in _SCALARS and not (isinstance(item, str) and len(item) < 256):
+            compare("eq", item, holder)
 
 
 def operate(operator: str, left: Any, right: Any) -> None:
