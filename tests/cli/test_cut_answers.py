@@ -47,11 +47,23 @@ def test_a_guided_answer_that_was_cut_is_an_error(say: Callable[..., Any], guide
     status, out, err = say("x", *guide, "--max-tokens", "4", "--quiet")
     assert status == 2
     assert len(out) == 5  # what there was of it, and a line break
-    assert err.startswith("Error: The answer was cut off after 4 tokens, before it conformed to what was asked for.")
+    assert err.startswith("Error: The answer was cut off after 4 tokens, before the text conformed to what was asked")
     status, out, err = say("x", *guide, "--max-tokens", "4", "--json")
     found = json.loads(out)
     assert status == 2
     assert found["choices"][0]["conforms"] is False
+    assert found["error"]["cause"] in err
+
+
+def test_a_guided_answer_that_a_stop_string_ended_is_an_error(say: Callable[..., Any]) -> None:
+    asked = ("x", "--choice", "abcabc", "--stop", "c")
+    status, out, err = say(*asked, "--quiet")
+    assert (status, out) == (2, "ab\n")
+    assert err.startswith("Error: A stop string or a stop token ended the answer before it conformed")
+    assert "Leave out --stop" in err
+    status, out, err = say(*asked, "--json")
+    found = json.loads(out)
+    assert (status, found["choices"][0]["conforms"]) == (2, False)
     assert found["error"]["cause"] in err
 
 

@@ -27,6 +27,7 @@ For each function call, return
 </tool_call>{% endfor %}<|im_end|>
 {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
+THINKING = HERMES.replace("<|im_start|>assistant\n", "<|im_start|>assistant\n<think>\n")
 LLAMA = """{{ '<|begin_of_text|>' }}{% if tools %}{% for tool in tools %}{{ tool | tojson }}{% endfor %}{% endif %}
 {%- for message in messages %}<|start_header_id|>{{ message.role }}<|end_header_id|>
 
@@ -65,6 +66,8 @@ GEMMA = """{{ tools | tojson }}{% for message in messages %}<start_of_turn>{{ me
 SAID = {
     "hermes": (HERMES, 'Let me see.\n<tool_call>\n{"name": "a", "arguments": {"x": 1}}\n</tool_call>\n<tool_call>'
                '{"name": "b", "arguments": {}}</tool_call><|im_end|>'),
+    "a prompt that ends in a tag": (THINKING, '<tool_call>{"name": "a", "arguments": {"x": 1}}</tool_call>\n'
+                                    '<tool_call>{"name": "b", "arguments": {}}</tool_call>'),
     "llama": (LLAMA, '<|python_tag|>{"name": "a", "parameters": {"x": 1}}; {"name": "b", "parameters": {}}<|eot_id|>'),
     "mistral": (MISTRAL, '[TOOL_CALLS] [{"name": "a", "arguments": {"x": 1}}, {"name": "b", "arguments": {}}]</s>'),
     "mistral with arguments": (MISTRAL_ARGS, '[TOOL_CALLS]a[ARGS]{"x": 1}[TOOL_CALLS]b[CALL_ID]123456789[ARGS]{}</s>'),

@@ -173,11 +173,18 @@ def cut_cause(report: Report, generation: Generation) -> tuple[str, str] | None:
 
 
 def incomplete(report: Report, generation: Generation) -> TransomError | None:
-    """The error that a guided answer was cut off before it conformed to its schema or grammar; None if none was."""
-    cut = cut_cause(report, generation)
-    if cut is None or all(choice.conforms is not False for choice in generation.choices if choice.cut_by is not None):
+    """The error that a guided answer ended before it conformed to its schema or grammar; None if none did.
+
+    A limit ends an answer, or a stop string or token of the request.
+    """
+    short = [choice for choice in generation.choices if choice.conforms is False]
+    if not short:
         return None
-    return TransomError(f"{cut[0]}, before it conformed to what was asked for", cut[1])
+    cut = cut_cause(report, generation)
+    if cut is not None and any(choice.cut_by is not None for choice in short):
+        return TransomError(f"{cut[0]}, before the text conformed to what was asked for", cut[1])
+    cause = "A stop string or a stop token ended the answer before it conformed to what was asked for"
+    return TransomError(cause, f"Leave out {option_prefix('stop').strip(' =')}, or name what no such answer has")
 
 
 def _device(device: Device) -> str:

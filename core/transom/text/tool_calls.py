@@ -101,9 +101,15 @@ def form_of(template: ChatTemplate) -> ToolForm | None:
 
 
 def _added(before: str, whole: str) -> str:
-    """What `whole` has after the beginning that both share."""
+    """What `whole` has after the beginning that both share, with the whole of a tag that both begin alike.
+
+    A generation prompt may end in `<think>` where the call begins with `<tool_call>`.
+    """
     shared = next((i for i, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b), None)
-    return whole[min(len(before), len(whole)) if shared is None else shared :]
+    if shared is None:
+        return whole[min(len(before), len(whole)) :]
+    tag = whole.rfind("<", 0, shared)
+    return whole[tag if tag >= 0 and ">" not in whole[tag:shared] else shared :]
 
 
 def _tagged(text: str) -> list[ToolCall]:
