@@ -55,16 +55,23 @@ def test_a_guided_answer_that_was_cut_is_an_error(say: Callable[..., Any], guide
     assert found["error"]["cause"] in err
 
 
-def test_a_guided_answer_that_a_stop_string_ended_is_an_error(say: Callable[..., Any]) -> None:
-    asked = ("x", "--choice", "abcabc", "--stop", "c")
-    status, out, err = say(*asked, "--quiet")
+@pytest.mark.parametrize(
+    ("end", "cause"),
+    [(("--stop", "c"), "The stop string 'c' ended the answer"), (("--stop-token-id", "99"), "The stop token 99 ended")],
+)
+def test_a_guided_answer_that_stops_early_is_an_error(
+    say: Callable[..., Any], end: tuple[str, str], cause: str
+) -> None:
+    status, out, err = say("x", "--choice", "abcabc", *end, "--quiet")
     assert (status, out) == (2, "ab\n")
-    assert err.startswith("Error: A stop string or a stop token ended the answer before it conformed")
-    assert "Leave out --stop" in err
-    status, out, err = say(*asked, "--json")
+    assert err.startswith(f"Error: {cause}")
+    assert f"Leave out {end[0]}, or" in err
+    status, out, err = say("x", "--choice", "abcabc", *end, "--json")
     found = json.loads(out)
     assert (status, found["choices"][0]["conforms"]) == (2, False)
     assert found["error"]["cause"] in err
+    status, out, _ = say("x", "--choice", "abcabc", "--choice", "ab", *end)
+    assert (status, out) == (0, "ab\n")  # what is left conforms
 
 
 def test_a_guided_answer_that_was_cut_where_it_may_end_is_none(say: Callable[..., Any]) -> None:

@@ -19,6 +19,7 @@ from transom.errors import MissingExtra, OptionError
 from transom.generation.guided import GuideCompiler, _grammar
 from transom.generation.model import Model
 from transom.generation.params import SamplingParams
+from transom.generation.report import incomplete
 from transom.text import GenerationDefaults
 
 SCHEMA: dict[str, Any] = {
@@ -121,6 +122,10 @@ def test_output_cut_short_says_so(model: Model) -> None:
         ({"regex": "a{4,}", "max_new_tokens": 3}, False),
         ({"regex": "a{9}", "stop": "aaa"}, False),
         ({"regex": "a{9}", "stop_token_ids": ord("a")}, False),
+        ({"regex": "a{0,9}éb", "stop": "b"}, False),
+        ({"regex": "aé?b?", "stop": "b", "logit_bias": {EOS: -99.0}}, True),
+        ({"regex": "(aé)?b", "stop_token_ids": ord("b")}, False),
+        ({"regex": "b?", "stop_token_ids": ord("b"), "logit_bias": {EOS: -99.0}}, True),
         ({"max_new_tokens": 3}, None),
     ],
     ids=str,
@@ -129,6 +134,14 @@ def test_an_answer_says_whether_it_conforms_to_its_guide(model: Model, options: 
     (choice,) = model.generate("x", **options).choices
     assert choice.conforms is conforms
     assert model.generate("x", **options).to_dict()["choices"][0]["conforms"] is conforms
+
+
+def test_a_cancelled_answer_conforms_to_nothing_and_is_no_error(model: Model) -> None:
+    cancel = threading.Event()
+    cancel.set()
+    result = model.generate("x", json_schema=SCHEMA, cancel=cancel)
+    assert (result.finish_reason, result.choices[0].conforms) == ("cancelled", False)
+    assert incomplete(model.report, result) is None
 
 
 def test_white_space_between_json_tokens_has_an_end() -> None:

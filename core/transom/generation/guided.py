@@ -37,12 +37,15 @@ class GuideFailed(TransomError):
 class Guide:
     """The position of one answer in its grammar. Not shared between answers: use `copy`."""
 
-    def __init__(self, matcher: LLMatcher, vocabulary: int) -> None:
+    def __init__(self, matcher: LLMatcher, vocabulary: int, grammar: str, eos_ids: tuple[int, ...]) -> None:
         self._matcher = matcher
         self._vocabulary = vocabulary
+        self._grammar = grammar
+        self.eos_ids = eos_ids
+        """Tokens that end an output; allowed once the grammar is satisfied."""
 
     def copy(self) -> Guide:
-        return Guide(self._matcher.deep_copy(), self._vocabulary)
+        return Guide(self._matcher.deep_copy(), self._vocabulary, self._grammar, self.eos_ids)
 
     def restrict(self, scores: NDArray[np.float32]) -> None:
         """Set the logits of all tokens that may not come next to -inf, in place; float32 [vocabulary]."""
@@ -64,10 +67,12 @@ class Guide:
         """Whether the output so far is complete, even if more may follow."""
         return bool(self._matcher.is_stopped() or self._matcher.is_accepting())
 
-    @property
-    def stopped(self) -> bool:
-        """Whether the output is complete and nothing may follow."""
-        return bool(self._matcher.is_stopped())
+    def matches(self, text: bytes) -> bool:
+        """Whether these bytes are a complete output; False for a grammar that names special tokens."""
+        from llguidance import LLMatcher, LLTokenizer
+
+        matcher = LLMatcher(LLTokenizer("byte"), self._grammar, log_level=0)
+        return bool(matcher.consume_tokens(list(text)) and matcher.is_accepting())
 
     def _check(self) -> None:
         if self._matcher.is_error():
@@ -109,7 +114,7 @@ class GuideCompiler:
             raise OptionError(
                 f"{option} is not usable: {_first_line(matcher.get_error())}", "Correct it, or simplify it."
             )
-        return Guide(matcher, self._vocabulary)
+        return Guide(matcher, self._vocabulary, text, self._eos_ids)
 
     def _ll_tokenizer(self) -> LLTokenizer:
         with self._lock:

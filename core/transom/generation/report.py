@@ -175,16 +175,20 @@ def cut_cause(report: Report, generation: Generation) -> tuple[str, str] | None:
 def incomplete(report: Report, generation: Generation) -> TransomError | None:
     """The error that a guided answer ended before it conformed to its schema or grammar; None if none did.
 
-    A limit ends an answer, or a stop string or token of the request.
+    A limit ended it, or a stop string or token of the request. One that was cancelled is no error.
     """
-    short = [choice for choice in generation.choices if choice.conforms is False]
+    short = [c for c in generation.choices if c.conforms is False and c.finish_reason != "cancelled"]
     if not short:
         return None
     cut = cut_cause(report, generation)
     if cut is not None and any(choice.cut_by is not None for choice in short):
         return TransomError(f"{cut[0]}, before the text conformed to what was asked for", cut[1])
-    cause = "A stop string or a stop token ended the answer before it conformed to what was asked for"
-    return TransomError(cause, f"Leave out {option_prefix('stop').strip(' =')}, or name what no such answer has")
+    stop = short[0].stop
+    what, name = (f"string {stop!r}", "stop") if isinstance(stop, str) else (f"token {stop}", "stop_token_ids")
+    return TransomError(
+        f"The stop {what} ended the answer before it conformed to what was asked for",
+        f"Leave out {option_prefix(name).strip(' =')}, or name what no such answer has",
+    )
 
 
 def _device(device: Device) -> str:

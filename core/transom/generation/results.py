@@ -92,8 +92,8 @@ class Choice:
     cut_by: Limit | None = None
     """The limit that ended it, if `finish_reason` is "length"; otherwise None."""
     conforms: bool | None = None
-    """Whether the whole answer conforms to its schema, expression, choice or grammar; False for one that was cut before
-    its end. None: the output was not guided."""
+    """Whether the answer, without the stop string or token that ended it, is complete by its schema, expression, choice
+    or grammar; False if it was cancelled. None: the output was not guided."""
     tool_calls: tuple[ToolCall, ...] | None = None
     """The complete calls of functions in the answer, which `text` contains as the model wrote them. None: the call had
     no tools, or the form that the chat template gives to tool calls is not known."""

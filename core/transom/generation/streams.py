@@ -421,8 +421,16 @@ class _Answer:
             return None
         if self.finish_reason == "length":
             return self._guide.satisfied
-        # A stop string, or a stop token of the caller, may end the text anywhere.
-        return self.finish_reason == "stop" and not isinstance(self._stop, str) and self._guide.stopped
+        if self.finish_reason != "stop":
+            return False
+        if self._stop is None or self._stop in self._guide.eos_ids:
+            return True  # the guide allows neither before the end
+        # A stop string, or a stop token of the caller, may end the text anywhere, and is no part of it.
+        assert self._tokenizer is not None  # without one, there is no guide
+        text = b"".join(self._tokenizer.token_bytes(token) for token in self.token_ids)
+        end = self._stop.encode() if isinstance(self._stop, str) else self._tokenizer.token_bytes(self._stop)
+        before = text.partition(end)[0] if isinstance(self._stop, str) else text.removesuffix(end)
+        return self._guide.matches(before)
 
 
 def _with_bytes(entry: TokenLogprobs, tokenizer: Tokenizer | None) -> TokenLogprobs:
