@@ -1,9 +1,9 @@
 """The self-check asks a session for what generation asks for: it refuses one that is wrong in a single use, and names
-that use; and it takes as many steps as the plain prompt did.
+that use; and it takes three steps more than the plain prompt.
 
 Draws: the sessions compute in float32 what the reference computes, about 1e-6 from it, or something else on purpose.
-The smallest of these errors, the loss of one key of thirteen, is 0.11 of a row's spread with six layers, and 0.05 is
-allowed.
+The smallest of these errors, a few foreign keys among those of the prompt, is 0.08 of a row's spread with six layers,
+and 0.05 is allowed.
 """
 
 from __future__ import annotations
@@ -123,10 +123,10 @@ def test_prompts_of_every_length_pass(rng: np.random.Generator, length: int) -> 
     assert len(bench.check(ids=bench.ids[:length])) == length
 
 
-def test_the_check_takes_one_step_more_than_the_prompt_alone(rng: np.random.Generator) -> None:
+def test_the_check_takes_three_steps_more_than_the_prompt_alone(rng: np.random.Generator) -> None:
     bench = Bench(rng)
     bench.check()
-    assert bench.widths == [[13], [2, 1], [2, 2, 1], [4, 2], [1]]
+    assert bench.widths == [[13], [2, 1], [2, 2, 1], [4, 2, 4], [1], [1, 1, 1, 1], [1]]
 
 
 def test_wrong_logits_of_the_prompt_itself_are_left_to_the_comparison_with_the_reference(

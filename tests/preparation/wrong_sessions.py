@@ -33,6 +33,48 @@ class WrongLastRow(Changed):
         return [np.asarray(r)[-2] if s else r for r, s in zip(found, shifted, strict=True)]
 
 
+class WrongLastOfOne(Changed):
+    """A single token, as each step of decoding has it."""
+
+    said = "only those of the last token"
+
+    def step(self, work: Sequence[Work]) -> Any:
+        single = [w.logits == "last" and not w.top_k and len(w.tokens) == 1 for w in work]
+        return [-r if s else r for r, s in zip(super().step(work), single, strict=True)]
+
+
+class _WrongTop(Changed):
+    said = "(top_k)"
+
+    def wrong(self, w: Work) -> bool:
+        raise NotImplementedError  # each subclass says which
+
+    def step(self, work: Sequence[Work]) -> Any:
+        wrong = [self.wrong(w) for w in work]  # before the states are longer
+        found = super().step(work)
+        return [(r[0], -r[1]) if bad else r for r, bad in zip(found, wrong, strict=True)]
+
+
+class WrongGreedy(_WrongTop):
+    def wrong(self, w: Work) -> bool:
+        return w.top_k == 1
+
+
+class WrongBestOfOne(_WrongTop):
+    def wrong(self, w: Work) -> bool:
+        return w.top_k > 0 and len(w.tokens) == 1
+
+
+class WrongMany(_WrongTop):
+    def wrong(self, w: Work) -> bool:
+        return w.top_k > 8
+
+
+class WrongBestOfSecondChunk(_WrongTop):
+    def wrong(self, w: Work) -> bool:
+        return w.top_k > 0 and len(w.tokens) > 1 and w.state.length > 0
+
+
 class ChangedBest(Changed):
     said = "(top_k)"
 
@@ -88,6 +130,14 @@ class MixedSequences(Changed):
             return run({**inputs, **zeros})
 
         return super()._compute(work, mixed)
+
+
+class DecodesMixed(MixedSequences):
+    """Only in steps that have single tokens alone."""
+
+    def _compute(self, work: Sequence[Work], run: Callable[..., Mapping[str, Any]]) -> Any:
+        decodes = all(len(w.tokens) == 1 for w in work)
+        return super()._compute(work, run) if decodes else PackedSession._compute(self, work, run)
 
 
 class SwappedResults(Changed):
@@ -333,4 +383,4 @@ class WithoutForks(Changed):
 def wrong() -> list[type[Changed]]:
     """All sessions of this module that say what is wrong with them."""
     kinds = [k for k in globals().values() if isinstance(k, type) and issubclass(k, Changed) and k.said]
-    return [kind for kind in kinds if kind is not ChangedBest]
+    return [kind for kind in kinds if kind not in (ChangedBest, _WrongTop)]

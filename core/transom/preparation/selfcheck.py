@@ -87,10 +87,12 @@ def decoder_logits(session: Session, expected: Array, ids: Sequence[int], *, all
             return alone, REUSED
         if not accepted(alone):
             return alone, ""
-        named = named_difference(session, ids, alone, tolerance(expected[: len(alone)], alone))
-        if named or together:
+        most = tolerance(expected[: len(alone)], alone)
+        if named := named_difference(session, ids, alone, most):
             return alone, named
-        return rows, TOGETHER
+        if any(difference(use, alone, most) for use in uses):
+            return alone, TOGETHER
+        return (alone, "") if together else (rows, TOGETHER)
 
     rows, wrong = guarded(backend, "running the check prompt", lambda: _contract_kept(backend, run))
     if wrong:

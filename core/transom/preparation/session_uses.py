@@ -2,8 +2,9 @@
 
 Generation asks for the last row of a chunk and for the best tokens of a row. It forks states, cuts them, frees them and
 has others take their place, restores saved ones, and runs several in one step, or one token alone. `checked_rows` does
-all of it in one step more than a plain prompt with `DECODES` decoded tokens takes, if the session runs three sequences
-in a step. Only when something differs is each use tried alone, to name the one that is wrong.
+all of it in three steps more than a plain prompt with `DECODES` decoded tokens takes, if the session runs four
+sequences in a step; those three have single tokens. Only when something differs is each use tried alone, to name the
+one that is wrong.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from transom.preparation.agreement import DECODES, SAME
 Array = np.ndarray[Any, np.dtype[Any]]
 Wanted = Literal["none", "last", "all"]
 
-BEST = 8
-"""Tokens that are asked for as `top_k`."""
+GREEDY, BEST, MANY = 1, 8, 40
+"""Tokens that are asked for as `top_k`: by greedy decoding, and by sampling."""
 BACK = 2
 """Tokens that a cut or a fork takes back."""
 SHORT = 4
@@ -41,10 +42,11 @@ NO_FORK = (OutOfPages, MemoryError, NotImplementedError)
 
 
 class Best(NamedTuple):
-    """The `top_k` of a row."""
+    """The `top_k` of a row, and how many were asked for."""
 
     ids: Array
     values: Array
+    asked: int
 
 
 @dataclass
@@ -130,7 +132,7 @@ def _taken(work: Work, result: Any, take: int, wanted: Wanted) -> Any:
         ids, values = (np.array(part) for part in result)
         if work.logits == "all" and ids.ndim == values.ndim == 2:
             ids, values = ids[take - 1], values[take - 1]
-        return Best(ids, values)
+        return Best(ids, values, work.top_k)
     rows = np.array(result)
     if rows.ndim != (1 if work.logits == "last" else 2) or (work.logits == "all" and len(rows) != len(work.tokens)):
         tokens = len(work.tokens)
@@ -215,19 +217,21 @@ def checked_rows(session: Session, ids: Sequence[int], backend: str) -> tuple[Ar
 
 
 def _all_uses(session: Session, ids: Sequence[int], backend: str) -> tuple[Array, list[Use]]:
-    """Five steps. Some of them write tokens that are wrong on purpose, which nothing may read later."""
+    """Seven steps. Some of them write tokens that are wrong on purpose, which nothing may read later."""
     end = len(ids) - DECODES
     back, uses = end - BACK, list[Use]()
     with _states() as held:
         parent = held(session.new_state())
         rows = advance(session, [SessionTask(parent, ids[:end])])
-        wrong = _others(ids[back:end], np.shape(rows[0])[-1])
+        vocabulary = np.shape(rows[0])[-1]
+        wrong = _others(ids[back:end], vocabulary)
 
         # A fork writes over tokens of its parent, which then goes on.
         fork = _fork_or_none(parent, back)
         second = held(session.new_state() if fork is None else fork)
         before = ids[:back] if fork is None else []
-        rows += advance(session, [SessionTask(second, [*before, *wrong], "none"), SessionTask(parent, [ids[end]])])[1:]
+        tasks = [SessionTask(second, [*before, *wrong], "none"), SessionTask(parent, [ids[end]], "last")]
+        rows.append(advance(session, tasks)[1][None])
 
         # The fork forgets them. The parent writes over tokens of another fork, which then goes on.
         _cut(second, back)
@@ -244,18 +248,32 @@ def _all_uses(session: Session, ids: Sequence[int], backend: str) -> tuple[Array
         # The forks outlive their parent, whose memory another state gets.
         if third is not parent:
             parent.free()
-        short = held(session.new_state())
-        restored = _restored(session, third)
+        short, foreign = held(session.new_state()), held(session.new_state())
+        others = _others(ids[:SHORT], vocabulary)
         tasks = [
-            SessionTask(short, ids[:SHORT], "last", min(BEST, np.shape(rows[0])[-1])),
-            SessionTask(second, ids[end : end + 2], "last"),
+            SessionTask(short, ids[:SHORT], "last", min(BEST, vocabulary)),
+            SessionTask(second, ids[end : end + 2], "last", min(MANY, vocabulary)),
+            SessionTask(foreign, others, "none"),
         ]
-        if restored is not None:
-            tasks.append(SessionTask(held(restored), [ids[end + 2]], "last"))
-        best, again, *more = advance(session, tasks)
-        # Most steps of generation have one token of one sequence, for which engines have code of their own.
-        rows += advance(session, [SessionTask(third, [ids[end + 2]])])
-        uses += [Use(SHORT - 1, best), Use(end + 1, again), *(Use(end + 2, row) for row in more)]
+        first, again, _ = advance(session, tasks)
+        uses += [Use(SHORT - 1, first), Use(end + 1, again)]
+
+        # Most steps of generation have one token of each sequence, for which engines have code of their own.
+        rows.append(advance(session, [SessionTask(third, [ids[end + 2]], "last")])[0][None])
+        _cut(third, end + 2)
+        if (restored := _restored(session, third)) is not None:
+            third.free()
+            third = held(restored)
+        tasks = [
+            SessionTask(second, [ids[end + 2]], "last", GREEDY),
+            SessionTask(short, [ids[SHORT]], "last", min(MANY, vocabulary)),
+            SessionTask(third, [ids[end + 2]], "last"),
+            SessionTask(foreign, others[:1], "none"),
+        ]
+        best, many, row, _ = advance(session, tasks)
+        uses += [Use(end + 2, best), Use(SHORT, many), Use(end + 2, row)]
+        (best,) = advance(session, [SessionTask(short, [ids[SHORT + 1]], "last", GREEDY)])
+        uses.append(Use(SHORT + 1, best))
     return _joined(rows, backend), uses
 
 
@@ -321,17 +339,17 @@ def difference(use: Use, rows: Array, most: float) -> str:
 
 def _wrong_best(best: Best, row: Array, most: float) -> str:
     """What is wrong with the best tokens of a row; empty if nothing is."""
-    count, (ids, values) = min(BEST, len(row)), best
-    if ids.shape != (count,) or values.shape != (count,):
-        return f"ids and values of the shapes {ids.shape} and {values.shape}, not {count} of each"
-    if ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() >= len(row) or len(set(ids.tolist())) < count:
+    ids, values, asked = best
+    if ids.shape != (asked,) or values.shape != (asked,):
+        return f"ids and values of the shapes {ids.shape} and {values.shape}, not {asked} of each"
+    if ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() >= len(row) or len(set(ids.tolist())) < asked:
         return "ids that are not different tokens of the vocabulary"
     if not (np.diff(values) <= 0).all():
         return "values that are not in order, best first"
     near = max(SAME, 2 * most * float(row.std()))  # twice, as it is the largest error of several values
     if not (np.abs(row[ids] - values) <= near).all():
         return "values that are not those of their ids"
-    return "" if row[ids].min() >= np.sort(row)[-count] - near else "ids that are not the best"
+    return "" if row[ids].min() >= np.sort(row)[-asked] - near else "ids that are not the best"
 
 
 def named_difference(session: Session, ids: Sequence[int], rows: Array, most: float) -> str:
@@ -378,16 +396,25 @@ class _Trial:
         rows = advance(self.session, [SessionTask(state, self.ids[state.length : end + 1])])[0]
         return Use(end, rows[-1])
 
+    def last(self, start: int, end: int, top_k: int = 0) -> Use:
+        """What only the last token from `start` up to `end` is asked for, after the tokens before `start`."""
+        (got,) = advance(self.session, [SessionTask(self.state(start), self.ids[start:end], "last", top_k)])
+        return Use(end - 1, got)
+
 
 def _last(t: _Trial) -> Iterator[Use]:
-    (row,) = advance(t.session, [SessionTask(t.held(t.session.new_state()), t.ids[: t.end], "last")])
-    yield Use(t.end - 1, row)
+    yield t.last(0, t.end)
+    yield t.last(t.end, t.end + 1)
 
 
 def _top_k(t: _Trial) -> Iterator[Use]:
-    state = t.held(t.session.new_state())
-    (best,) = advance(t.session, [SessionTask(state, t.ids[:SHORT], "last", min(BEST, t.vocabulary))])
-    yield Use(SHORT - 1, best)
+    for start, end in ((0, SHORT), (t.end, t.end + 1)):
+        for count in (GREEDY, BEST, MANY):
+            yield t.last(start, end, min(count, t.vocabulary))
+
+
+def _top_k_of_a_chunk(t: _Trial) -> Iterator[Use]:
+    yield t.last(t.back, t.end, min(MANY, t.vocabulary))
 
 
 def _chunks(t: _Trial) -> Iterator[Use]:
@@ -450,14 +477,19 @@ def _beside(t: _Trial) -> Iterator[Use]:
         t.end + 1,
         advance(t.session, [SessionTask(foreign, tokens, "none"), SessionTask(one, [t.ids[t.end + 1]], "last")])[1],
     )
+    tasks = [SessionTask(one, [t.ids[t.end + 2]], "last", GREEDY), SessionTask(other, [t.ids[t.end]], "last")]
+    *rows, _ = advance(t.session, [*tasks, SessionTask(foreign, tokens[:1], "none")])
+    yield from (Use(at, row) for at, row in zip((t.end + 2, t.end), rows, strict=True))
 
 
+WRONG_BEST = "gives wrong tokens or values where the best are asked for (top_k)"
 REUSED = "computes otherwise in a state that has the memory of a freed one"
 _ALONE: tuple[tuple[str, Callable[[_Trial], Iterator[Use]]], ...] = (
     (REUSED, _reused),
     ("gives wrong logits where only those of the last token are asked for", _last),
-    ("gives wrong tokens or values where the best are asked for (top_k)", _top_k),
+    (WRONG_BEST, _top_k),
     ("reads a prompt in two chunks otherwise than in one", _chunks),
+    (WRONG_BEST, _top_k_of_a_chunk),
     ("forgets tokens of a truncated state, or not all that it has to", _truncated),
     ("goes on from a fork of a state otherwise than from the state", _forked),
     ("lets a state and its fork change each other", _shared),
