@@ -123,6 +123,20 @@ def test_models_without_a_cache_run(build: Build, tmp_path: Path, rng: np.random
     assert_like_runtime(model, inputs_for(model, rng), tmp_path, 1e-4)
 
 
+def test_a_model_with_texts_runs_and_its_digest_depends_on_them(tmp_path: Path, rng: np.random.Generator) -> None:
+    digests = set()
+    for word in ("c", "d"):
+        w = Writer(rng)
+        words = w.constant(np.array(["a", "b", word], object))
+        picked = w.op("Gather", words, w.op("Cast", w.op("Ceil", w.op("Sigmoid", "x")), to=INT))
+        same = w.op("Equal", picked, w.constant(np.array(["b", "c", "a"], object)))
+        w.op("Cast", same, to=TensorProto.FLOAT, outputs=["y"])
+        model = w.model([value("x", shape=[3])], [value("y", shape=[3])])
+        assert_like_runtime(model, inputs_for(model, rng), tmp_path)
+        digests.add(OnnxSource().open(save(model, tmp_path / f"{word}.onnx")).graph.digest())
+    assert len(digests) == 2
+
+
 @pytest.mark.parametrize("opset", [9, 11, 13, 17, 21, 23, 24])
 def test_models_of_every_age_mean_what_they_meant(opset: int, tmp_path: Path, rng: np.random.Generator) -> None:
     w = Writer(rng)

@@ -139,6 +139,8 @@ STRANGE: dict[str, Callable[[], Any]] = {
         [node("Constant", [], ["w"], value=tensor()), node("Add", ["x", "w"], ["y"])]
     ),
     "a constant without a value": lambda: model([node("Constant", [], ["w"]), node("Add", ["x", "w"], ["y"])]),
+    "a Concat along the axis 2 ** 62": lambda: model([node("Concat", ["x", "x"], ["y"], axis=2**62)]),
+    "a Softmax along the axis -(2 ** 32)": lambda: model([node("Softmax", ["x"], ["y"], axis=-(2**32))]),
     "an attribute of another type": lambda: model([node("Softmax", ["x"], ["y"], axis="last")]),
     "a node without its input": lambda: model([node("Add", ["x"], ["y"])]),
     "a node with too many inputs": lambda: model([node("Neg", ["x", "x"], ["y"])]),

@@ -65,6 +65,10 @@ class _Hasher:
 
     def add_tensor(self, tensor: ir.TensorProtocol, *, read: bool) -> None:
         self.add(str(tensor.dtype), [int(d) if isinstance(d, int) else str(d) for d in tensor.shape])
+        if isinstance(tensor, ir.StringTensor):
+            for text in tensor.string_data():
+                self.add_bytes(text)
+            return
         if read or tensor.nbytes <= SMALL:
             self.add_bytes(tensor.tobytes())
 

@@ -37,6 +37,8 @@ MOST_CALLS = 100
 """Functions that call each other in a row."""
 MOST_BYTES = 1 << 36
 """Bytes of one computed tensor."""
+MOST_AXIS = (1 << 31) - 1
+"""The largest axis that onnx's inference of shapes tells from others."""
 ML_OPSET = 5
 """The version of `ai.onnx.ml` in a neutral graph."""
 
@@ -90,6 +92,7 @@ def import_model(model: ir.Model, *, name: str, weights_hash: str, notes: Sequen
         if node.op_type == "Loop" and len(node.inputs) < 2:  # a pass dropped the empty condition, which ONNX requires
             node.resize_inputs(2)
     result = Graph(model, weights_hash=weights_hash, notes=noted)
+    _check_axes(result)
     infer_shapes(result)
     _check_sizes(result)
     return result
@@ -130,6 +133,17 @@ def _check_calls(model: ir.Model) -> None:
             f"the model has more than {MOST_NODES} nodes where its functions are written out",
             "Export the model again, with fewer calls of functions inside of functions",
         )
+
+
+def _check_axes(graph: Graph) -> None:
+    """Check that each axis is one that an int32 holds: onnx's inference would cut it to another, which may exist."""
+    for node in all_nodes(graph.model.graph):
+        axis = node.attributes.get("axis")
+        if axis is not None and axis.type == ir.AttributeType.INT and abs(int(axis.value)) > MOST_AXIS:
+            raise SourceError(
+                f"the node {node.name} ({node.op_type}) goes along the axis {axis.value}, which no tensor has",
+                "Export the model again, or get the file again",
+            )
 
 
 def _check_sizes(graph: Graph) -> None:
