@@ -83,9 +83,12 @@ def differences(
             lines.append(f"{name} is {have.dtype}{list(have.shape)}, not {want.dtype}{list(want.shape)}")
         elif want.dtype.kind == "f":
             if not np.allclose(have, want, rtol=relative, atol=absolute, equal_nan=True):
+                if (strange := np.isnan(have) != np.isnan(want)).any():
+                    lines.append(f"{name} has NaN on one side in {strange.sum()} of {want.size} elements")
+                    continue
                 with np.errstate(invalid="ignore"):
-                    worst = np.nanmax(np.abs(have.astype(np.float64) - want.astype(np.float64)))
-                lines.append(f"{name} differs by {worst:.3g}")
+                    apart = np.abs(have.astype(np.float64) - want.astype(np.float64))
+                lines.append(f"{name} differs by {np.nanmax(apart[have != want]):.3g}")
         elif not (have == want).all():
             lines.append(f"{name} differs in {(have != want).sum()} of {want.size} elements")
     return lines

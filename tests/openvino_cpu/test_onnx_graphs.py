@@ -14,6 +14,8 @@ from onnx import TensorProto
 from onnx_corpus import compile_model, differences
 from onnx_models import Writer, runtime, value
 
+from transom.errors import EngineError
+
 HALF, INT = TensorProto.FLOAT16, TensorProto.INT64
 Build = Callable[[Writer], Any]
 
@@ -145,6 +147,13 @@ def test_a_graph_runs_as_onnxruntime_runs_it(build: Build, rng: np.random.Genera
         assert not differences(compiled.session.run(inputs), wanted, tolerance, tolerance)
 
 
+def test_nan_on_one_side_is_a_difference() -> None:
+    nan, one = {"y": np.float32([np.nan, 1])}, {"y": np.float32([1, 1])}
+    assert not differences(nan, nan)
+    assert differences(nan, one)
+    assert differences(one, nan)
+
+
 def gru_by_batch(w: Writer) -> Any:
     w.op("GRU", "x", w.random(1, 12, 3), w.random(1, 12, 4), hidden_size=4, layout=1, outputs=["y"])
     return w.model([value("x", shape=[2, 5, 3])], [value("y")])
@@ -198,3 +207,17 @@ def test_only_the_nodes_that_cannot_run_are_refused(rng: np.random.Generator) ->
     w.op("Squeeze", x, outputs=["z"])
     compiled = compile_model(w.model([value("x", shape=[1, 3, 3])], [value("y", shape=[1]), value("z")]))
     assert set(compiled.refused) == {"Det"}
+
+
+def test_inputs_whose_shapes_do_not_fit_are_an_error_and_never_the_answer_before(rng: np.random.Generator) -> None:
+    """With one thread OpenVINO itself reports none."""
+    w = Writer(rng)
+    w.op("MatMul", "x", "z", outputs=["y"])
+    compiled = compile_model(w.model([value("x", shape=["a", "b"]), value("z", shape=["c", "d"])], [value("y")]))
+    assert compiled.session is not None, compiled.refused
+    ones = np.ones((2, 3), np.float32)
+    with pytest.raises(EngineError, match="stage body"):
+        compiled.session.run({"x": ones, "z": ones})
+    assert (compiled.session.run({"x": ones, "z": ones.T})["y"] == 3).all()
+    with pytest.raises(EngineError, match="stage body"):
+        compiled.session.run({"x": ones, "z": ones})
