@@ -129,7 +129,7 @@ def test_a_loop_that_turns_no_times_gives_what_it_began_with(
     model = turning(rng, count="n", condition="go", collects=False)
     path = save(model, tmp_path / "loop.onnx")
     with transom.load(path, backend="openvino_cpu", device="cpu", cache=cache) as loaded:
-        for count, go in ((0, True), (2, True), (0, True), (3, False), (1, True)):
+        for count, go in ((0, True), (2, True), (-5, True), (0, True), (-1, True), (3, False), (1, True)):
             inputs = {
                 "x": rng.standard_normal(3).astype(np.float32),
                 "n": np.asarray(count),

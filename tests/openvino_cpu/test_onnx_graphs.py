@@ -117,6 +117,113 @@ def integer_products(w: Writer) -> Any:
     return w.model([value("x", shape=["n", 8])], [value("y", shape=["n", 6])], opset=17)
 
 
+def elements_by_fewer_rows(w: Writer) -> Any:
+    """Where the indices are constants, and where they are computed; from the end, too."""
+    w.op("GatherElements", "x", w.constant([[-1, 0]]), axis=1, outputs=["y"])
+    best = w.op("ArgMax", w.op("Slice", "x", w.constant([0]), w.constant([1]), w.constant([0])), axis=1)
+    w.op("GatherElements", "x", w.op("Sub", best, w.constant([[3]])), axis=-1, outputs=["z"])
+    w.op("GatherElements", "x", w.constant([[1], [0], [1]]), axis=0, outputs=["u"])
+    return w.model([value("x", shape=["n", 3])], [value("y"), value("z"), value("u")])
+
+
+def parts_that_the_axis_does_not_divide_into(w: Writer) -> Any:
+    w.op("Split", "x", num_outputs=3, axis=-1, outputs=["a", "b", "c"])
+    w.op("Split", w.op("Concat", "x", "x", axis=0), num_outputs=3, outputs=["d", "e", "f"])
+    names = [value(name) for name in "abcdef"]
+    return w.model([value("x", shape=["n", 7])], names, opset=18)
+
+
+def elements_in_a_branch(w: Writer) -> Any:
+    outputs = in_branches(w, "GatherElements", w.constant([[1], [-2], [0]]), [value("y")])
+    return w.model([value("x", shape=["n", "m"])], outputs)
+
+
+def parts_in_a_branch(w: Writer) -> Any:
+    from onnx import helper
+
+    def branch(name: str) -> Any:
+        parts = [f"{name}.{i}" for i in range(3)]
+        nodes = [helper.make_node("Split", ["x"], parts, num_outputs=3)]
+        nodes += [helper.make_node("Concat", parts[::-1], [f"{name}.y"], axis=0)]
+        return helper.make_graph(nodes, name, [], [value(f"{name}.y")])
+
+    condition = w.op("Greater", w.op("ReduceSum", "x", keepdims=0), w.constant(np.float32(1e9)))
+    w.op("If", condition, then_branch=branch("yes"), else_branch=branch("no"), outputs=["y"])
+    return w.model([value("x", shape=["n", 3])], [value("y")])
+
+
+def masked(w: Writer, number: float) -> str:
+    """Each row of `x` [2, 4] with less of its elements; the last row with none."""
+    mask = w.constant(np.array([[True, False, True, True], [False] * 4]))
+    return str(w.op("Where", mask, "x", w.constant(np.float32(number))))
+
+
+def softmax_of_rows_without_elements(w: Writer) -> Any:
+    x, axis = masked(w, -np.inf), w.constant([1])
+    none = w.op("Equal", w.op("ReduceMax", x, axis), w.constant(np.float32(-np.inf)))
+    w.op("Where", none, w.constant(np.float32(0)), w.op("Softmax", x), outputs=["y"])
+    w.op("ReduceMin", w.op("Neg", x), keepdims=0, outputs=["z"])
+    w.op("ReduceMin", w.op("Neg", x), axis, outputs=["u"])
+    w.op("ReduceMax", masked(w, float(np.finfo(np.float32).min)), axis, outputs=["v"])
+    w.op("ReduceLogSumExp", x, axis, outputs=["s"])
+    return w.model([value("x", shape=["n", 4])], [value(name) for name in "yzuvs"])
+
+
+def truth_of_nan(w: Writer) -> Any:
+    w.op("Cast", masked(w, np.nan), to=TensorProto.BOOL, outputs=["y"])
+    return w.model([value("x", shape=["n", 4])], [value("y", TensorProto.BOOL)])
+
+
+def positions_behind_padding(w: Writer) -> Any:
+    """As RoBERTa has it."""
+    real = w.op("Cast", w.op("Not", w.op("Equal", "ids", w.constant(np.int64(1)))), to=TensorProto.INT32)
+    counted = w.op("Mul", w.op("CumSum", real, w.constant(np.int64(1))), real)
+    positions = w.op("Add", w.op("Cast", counted, to=INT), w.constant(np.int64(1)))
+    w.op("Gather", w.random(9, 4), positions, outputs=["y"])
+    w.op("ReduceSum", "ids", w.constant([1]), outputs=["z"])
+    return w.model([value("ids", INT, ["n", 5])], [value("y"), value("z", INT)])
+
+
+def buckets_of_distances(w: Writer) -> Any:
+    """As T5 has it: the logarithm of a distance of 0 is -inf."""
+    length = w.op("Gather", w.op("Shape", "x"), w.constant(np.int64(1)))
+    places = w.op("Range", w.constant(np.int64(0)), length, w.constant(np.int64(1)))
+    distance = w.op("Sub", w.op("Unsqueeze", places, w.constant([0])), w.op("Unsqueeze", places, w.constant([1])))
+    behind = w.op("Mul", w.op("Cast", w.op("Greater", distance, w.constant(np.int64(0))), to=INT), w.constant([4]))
+    distance = w.op("Abs", distance)
+    part = w.op("Div", w.op("Cast", distance, to=TensorProto.FLOAT), w.constant(np.float32(2)))
+    wide = w.op("Div", w.op("Mul", w.op("Log", part), w.constant(np.float32(2))), w.constant(np.float32(1.4)))
+    bucket = w.op("Add", w.op("Cast", wide, to=INT), w.constant(np.int64(2)))
+    bucket = w.op("Min", bucket, w.constant(np.int64(3)))
+    small = w.op("Where", w.op("Less", distance, w.constant(np.int64(2))), distance, bucket)
+    w.op("Gather", w.random(8, 2), w.op("Add", behind, small), outputs=["y"])
+    return w.model([value("x", shape=["n", 7])], [value("y")])
+
+
+def places_in_a_flattened_map(w: Writer) -> Any:
+    width = w.op("Gather", w.op("Shape", "x"), w.constant(np.int64(2)))
+    flat = w.op("Reshape", "x", w.constant([0, -1]))
+    _, places = w.op("TopK", flat, w.constant([4]), outputs=["best", "places"])
+    w.op("Div", places, width, outputs=["rows"])
+    w.op("Mod", places, width, outputs=["columns"])
+    w.op("Add", w.op("Mul", "rows", width), "columns", outputs=["again"])
+    names = ("places", "rows", "columns", "again")
+    return w.model([value("x", shape=["n", "h", "w"])], [value(name, INT) for name in names])
+
+
+def sliced_to_the_end(w: Writer) -> Any:
+    """Ends that int32 does not hold."""
+    last = w.constant([np.iinfo(np.int64).max])
+    rows = w.op("Slice", "x", w.constant([1]), last, w.constant([0]))
+    w.op("Slice", rows, w.constant([0, -3]), w.op("Concat", last, last, axis=0), outputs=["y"])
+    return w.model([value("x", shape=["n", 5])], [value("y")])
+
+
+def whole_parts(w: Writer) -> Any:
+    w.op("Cast", w.op("Mul", "x", w.constant(np.float32(1e6))), to=INT, outputs=["y"])
+    return w.model([value("x", shape=[3, 5])], [value("y", INT)])
+
+
 def _tensor(array: Any, name: str = "") -> Any:
     from onnx import numpy_helper
 
@@ -126,8 +233,17 @@ def _tensor(array: Any, name: str = "") -> Any:
 RUN = [
     expand_by_where, squeeze_without_axes, axes_computed_by_nodes, reduced_without_axes, half_precision, equal_elements,
     integer_products, single_inputs, tiles_as_many_as_computed, tiles_in_a_branch, equal_elements_in_a_branch,
-    boxes_that_overlap_by_the_threshold,
+    boxes_that_overlap_by_the_threshold, elements_by_fewer_rows, elements_in_a_branch, parts_in_a_branch,
+    parts_that_the_axis_does_not_divide_into,
+    softmax_of_rows_without_elements, truth_of_nan, positions_behind_padding, buckets_of_distances,
+    places_in_a_flattened_map, sliced_to_the_end, whole_parts,
 ]  # fmt: skip
+
+
+def numbers(rng: np.random.Generator, kind: int, shape: list[int]) -> Any:
+    if kind == INT:
+        return rng.integers(0, 4, shape)
+    return rng.standard_normal(shape).astype(np.float16 if kind == HALF else np.float32)
 
 
 @pytest.mark.parametrize("build", RUN)
@@ -139,8 +255,7 @@ def test_a_graph_runs_as_onnxruntime_runs_it(build: Build, rng: np.random.Genera
         inputs = {}
         for i in model.graph.input:
             shape = [d.dim_value or 2 for d in i.type.tensor_type.shape.dim]
-            kind = np.float16 if i.type.tensor_type.elem_type == HALF else np.float32
-            inputs[i.name] = rng.standard_normal(shape).astype(kind)
+            inputs[i.name] = numbers(rng, i.type.tensor_type.elem_type, shape)
             inputs[i.name].flags.writeable = False  # the caller may hold a mapped file
         wanted = dict(zip((o.name for o in model.graph.output), runtime(model).run(None, inputs), strict=True))
         tolerance = 1e-2 if build in (half_precision, integer_products) else 1e-5
@@ -184,7 +299,38 @@ def doubles(w: Writer) -> Any:
     return w.model([value("x", TensorProto.DOUBLE, [3])], [value("y", TensorProto.DOUBLE, [3])])
 
 
+def of_type(op_type: str, kind: int, count: int = 2, **attributes: Any) -> Build:
+    """An operator on integers of a type."""
+
+    def build(w: Writer) -> Any:
+        w.op(op_type, *["x"] * count, outputs=["y"], **attributes)
+        return w.model([value("x", kind, [3])], [value("y", kind)])
+
+    build.__name__ = f"{op_type}_{TensorProto.DataType.Name(kind)}"
+    return build
+
+
+def endless_loop(w: Writer) -> Any:
+    """ONNX: a Loop with a negative trip count does not turn."""
+    from onnx import helper
+
+    nodes = [helper.make_node("Identity", ["c"], ["more"]), helper.make_node("Neg", ["n"], ["m"])]
+    inputs = [value("i", INT, []), value("c", TensorProto.BOOL, []), value("n", shape=[3])]
+    body = helper.make_graph(nodes, "body", inputs, [value("more", TensorProto.BOOL, []), value("m", shape=[3])])
+    w.op("Loop", w.constant(np.int64(-5)), w.constant(np.bool_(True)), "x", body=body, outputs=["y"])
+    return w.model([value("x", shape=[3])], [value("y", shape=[3])])
+
+
+INTEGERS = {
+    of_type(op_type, kind): op_type
+    for op_type, kind in (
+        ("Add", TensorProto.UINT8), ("Sub", TensorProto.INT8), ("Mul", TensorProto.UINT8), ("Div", TensorProto.INT8),
+    )
+}  # fmt: skip
+
 REFUSED = {
+    **INTEGERS, of_type("BitShift", TensorProto.UINT8, direction="LEFT"): "BitShift",
+    endless_loop: "Loop",
     doubles: "Add", gru_by_batch: "GRU", pool_behind_the_input: "MaxPool", filtered_resize: "Resize", text: "Equal",
     sequences: "SequenceAt",
 }  # fmt: skip

@@ -20,6 +20,9 @@ _BOUNDARY = frozenset({
 """Element types that OpenVINO does not take or return as NumPy arrays."""
 
 
+_BYTES = frozenset({"INT8", "UINT8"})
+
+
 def difference(node: ir.Node) -> str:
     """Why OpenVINO would compute the node wrong, or could not take its values; empty if there is nothing known."""
     import onnx_ir as ir
@@ -50,6 +53,12 @@ def _rank(value: ir.Value | None) -> int | None:
 
 def _used(node: ir.Node, index: int) -> bool:
     return index < len(node.outputs) and bool(node.outputs[index].uses() or node.outputs[index].is_graph_output())
+
+
+def _narrow(node: ir.Node, attributes: dict[str, Any]) -> str:
+    """OpenVINO computes 8-bit integers in float32. What it rounds or cuts, ONNX cuts or wraps."""
+    kind = node.outputs[0].dtype or next((v.dtype for v in node.inputs if v is not None), None)
+    return f"OpenVINO's {node.op_type} does not wrap {kind.name}" if kind is not None and kind.name in _BYTES else ""
 
 
 def _attention(node: ir.Node, attributes: dict[str, Any]) -> str:
@@ -120,6 +129,12 @@ def _roi_align(node: ir.Node, attributes: dict[str, Any]) -> str:
     return "OpenVINO's RoiAlign takes another maximum" if attributes.get("mode", "avg") == "max" else ""
 
 
+def _loop(node: ir.Node, attributes: dict[str, Any]) -> str:
+    known = constant_of(_input(node, 0))
+    endless = known is not None and known.reshape(-1)[0] < 0
+    return "OpenVINO's Loop with a negative trip count never ends" if endless else ""
+
+
 _RULES = {
     "Attention": _attention,
     "AveragePool": _pool,
@@ -127,10 +142,12 @@ _RULES = {
     "GRU": _recurrent,
     "LSTM": _recurrent,
     "LpPool": _pool,
+    "Loop": _loop,
     "MaxPool": _pool,
     "QuantizeLinear": _quantize,
     "RNN": _recurrent,
     "Resize": _resize,
     "RoiAlign": _roi_align,
+    **dict.fromkeys(("Abs", "Add", "BitShift", "Div", "Mul", "Neg", "Sub", "Sum"), _narrow),
     **{f"Reduce{kind}": _reduce for kind in ("Max", "Min", "Mean", "Prod")},
 }

@@ -137,6 +137,11 @@ def _mend_node(node: Any) -> None:
     _sort_stably(node)
     _tile_in_two(node)
     _keep_equal_overlap(node)
+    _keep_infinities(node)
+    _turn_never(node)
+    _cast_to_the_nearest(node)
+    _gather_within(node)
+    _split_unevenly(node)
 
 
 def _sort_stably(node: Any) -> None:
@@ -178,6 +183,97 @@ def _keep_equal_overlap(node: Any) -> None:
     step = op.multiply(given, op.constant(np.float32(0.75 * 2.0**-23)))  # three quarters of a unit to one and a half
     larger = op.maximum(op.add(given, step), op.constant(np.finfo(np.float32).tiny))
     node.input(3).replace_source_output(larger.output(0))
+
+
+def _keep_infinities(node: Any) -> None:
+    """OpenVINO 2026.4 begins a ReduceMax at the least finite number, which it gives for a row of -inf; and a ReduceMin
+    at the greatest. No half of a finite number is that, so that of halves only infinities leave it, and twice it is
+    infinite."""
+    from openvino import opset15 as op
+
+    if node.get_type_name() not in ("ReduceMax", "ReduceMin") or not node.get_element_type().is_real():
+        return
+    if not node.output(0).get_names():
+        return  # part of another operator
+    readers = list(node.output(0).get_target_inputs())
+    half, two = (op.convert(op.constant(np.float32(f)), node.get_element_type()) for f in (0.5, 2))
+    node.input(0).replace_source_output(op.multiply(node.input_value(0), half).output(0))
+    doubled = op.multiply(node, two)
+    for reader in readers:
+        reader.replace_source_output(doubled.output(0))
+
+
+def _turn_never(node: Any) -> None:
+    """ONNX: a Loop with a negative trip count does not turn. OpenVINO's never ends. (It has a constant -1 where the
+    ONNX node has no trip count.)"""
+    from openvino import opset15 as op
+
+    if node.get_type_name() != "Loop" or node.input_value(0).get_node().get_type_name() == "Constant":
+        return
+    count = node.input_value(0)
+    none = op.convert(op.constant(np.int64(0)), count.get_element_type())
+    node.input(0).replace_source_output(op.maximum(count, none).output(0))
+
+
+def _cast_to_the_nearest(node: Any) -> None:
+    """OpenVINO's int64 has 32 bits, and greater numbers become the least integer: they become the greatest."""
+    if node.get_type_name() == "Convert" and node.get_element_type().to_string() == "i64":
+        source = node.input_value(0)
+        if source.get_element_type().to_string() in ("f32", "bf16"):
+            node.input(0).replace_source_output(bounded(source))
+
+
+def bounded(source: Any) -> Any:
+    """An `openvino.Output` of floats in float32, with each number above int32's as the greatest that both hold."""
+    from openvino import opset15 as op
+
+    wide = op.convert(source, np.float32)  # bfloat16, too, has such numbers
+    return op.minimum(wide, op.constant(np.float32(2**31 - 128))).output(0)
+
+
+def _gather_within(node: Any) -> None:
+    if node.get_type_name() == "GatherElements":
+        data, indices = node.input_value(0), node.input_value(1)
+        node.input(0).replace_source_output(within(data, indices, int(node.get_attributes()["axis"])))
+
+
+def within(data: Any, indices: Any, along: int) -> Any:
+    """The data of a GatherElements, cut to its indices, which may be shorter on the axes that they do not go along.
+    OpenVINO then reads memory of others, or fails. (It takes a Slice away again, and no Gather.)"""
+    from openvino import opset15 as op
+
+    mine, theirs = data.get_partial_shape(), indices.get_partial_shape()
+    rank = mine.rank if mine.rank.is_static else theirs.rank
+    for axis in range(rank.get_length() if rank.is_static else 0):
+        fixed = mine.rank.is_static and theirs.rank.is_static and mine[axis].is_static
+        if axis != along % rank.get_length() and not (fixed and mine[axis] == theirs[axis]):
+            none, one, place = (op.constant(np.int64(i)) for i in (0, 1, axis))
+            rows = op.gather(op.shape_of(indices, "i64"), place, none)
+            data = op.gather(data, op.range(none, rows, one, "i64"), place).output(0)
+    return data
+
+
+def _split_unevenly(node: Any) -> None:
+    from openvino import opset15 as op
+
+    if node.get_type_name() != "Split":
+        return
+    data, axis, parts = node.input_value(0), node.input_value(1), node.get_output_size()
+    made = op.variadic_split(data, axis, even_lengths(data, axis, parts))
+    for old, new in zip(node.outputs(), made.outputs(), strict=True):
+        old.replace(new)
+
+
+def even_lengths(data: Any, axis: Any, parts: int) -> Any:
+    """The lengths of a Split that states none: ONNX's last part is smaller where the axis does not divide. OpenVINO's
+    own Split then fails."""
+    from openvino import opset15 as op
+
+    count = op.constant(np.int64(parts))
+    whole = op.reshape(op.gather(op.shape_of(data, "i64"), axis, op.constant(np.int64(0))), op.constant([1]), False)
+    length = op.divide(op.add(whole, op.constant(np.int64(parts - 1))), count)
+    starts, ends = (op.multiply(op.constant(np.arange(i, i + parts)), length) for i in (0, 1))
+    return op.subtract(op.minimum(ends, whole), op.minimum(starts, whole))
 
 
 def blamed_operators(error: EngineError) -> frozenset[str]:

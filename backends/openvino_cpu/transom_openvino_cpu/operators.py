@@ -12,6 +12,7 @@ import numpy as np
 
 from transom.graph.reading import constant_of, weight_of
 from transom.graph.weights import Array, Blocked, Dense
+from transom_openvino_cpu.frontend import bounded, even_lengths, within
 from transom_openvino_cpu.weights import constant, dense, rows_of
 
 if TYPE_CHECKING:
@@ -133,6 +134,10 @@ def _cast(w: StageWriter, node: ir.Node, attributes: Attributes) -> list[Node]:
     x = w.get(node.inputs[0])
     if to == 16:
         return [_op().convert(x, ov.Type.bf16)]
+    if to == 9 and x.get_element_type() != ov.Type.boolean:
+        return [_op().not_equal(x, _op().convert(_op().constant(np.int8(0)), x.get_element_type()))]  # NaN is true
+    if to == 7 and x.get_element_type() in (ov.Type.f32, ov.Type.bf16):
+        x = bounded(x)
     return [_op().convert(x, ELEMENT_TYPES[to])]
 
 
@@ -192,10 +197,10 @@ def _slice(w: StageWriter, node: ir.Node, attributes: Attributes) -> list[Node]:
 
 @lowers("Split")
 def _split(w: StageWriter, node: ir.Node, attributes: Attributes) -> list[Node]:
-    if len(node.inputs) < 2 or node.inputs[1] is None:
-        return w.through_frontend(node)
-    axis = ints(int(attributes.get("axis", 0)))
-    return list(_op().variadic_split(w.get(node.inputs[0]), axis, w.get(node.inputs[1])).outputs())
+    op, data, axis = _op(), w.get(node.inputs[0]), ints(int(attributes.get("axis", 0)))
+    if len(node.inputs) > 1 and node.inputs[1] is not None:
+        return list(op.variadic_split(data, axis, w.get(node.inputs[1])).outputs())
+    return list(op.variadic_split(data, axis, even_lengths(data, axis, len(node.outputs))).outputs())
 
 
 @lowers("Expand")
@@ -225,6 +230,12 @@ def _gather(w: StageWriter, node: ir.Node, attributes: Attributes) -> list[Node]
         shape = _op().concat([_op().shape_of(indices, "i64"), ints([weight.shape[1]])], 0)
         return [_op().reshape(found, shape, False)]
     return [_op().gather(w.get(node.inputs[0]), w.get(ids), ints(axis))]
+
+
+@lowers("GatherElements")
+def _gather_elements(w: StageWriter, node: ir.Node, attributes: Attributes) -> list[Node]:
+    data, indices, axis = w.get(node.inputs[0]), w.get(node.inputs[1]), int(attributes.get("axis", 0))
+    return [_op().gather_elements(within(data, indices, axis), indices, axis)]
 
 
 # operators of decoders -----------------------------------------------------------------------------------------------
