@@ -310,6 +310,51 @@ def of_type(op_type: str, kind: int, count: int = 2, **attributes: Any) -> Build
     return build
 
 
+def hashes(w: Writer) -> Any:
+    w.op("Mod", w.op("Mul", "x", w.constant(np.int64(2654435761))), w.constant(np.int64(1000)), outputs=["y"])
+    return w.model([value("x", INT, [3])], [value("y", INT)])
+
+
+def floats_without_fractions(w: Writer) -> Any:
+    """OpenVINO's int64 does not hold 3e9."""
+    w.op("Cast", w.op("Cast", "x", to=INT), to=TensorProto.FLOAT, outputs=["y"])
+    return w.model([value("x", shape=[3])], [value("y")])
+
+
+def squares_of_places(w: Writer) -> Any:
+    places = w.op("Range", w.constant(np.int64(0)), w.op("Size", "x"), w.constant(np.int64(1)))
+    w.op("Mul", places, places, outputs=["y"])
+    return w.model([value("x", shape=["n"])], [value("y", INT)])
+
+
+def sums_of_places(w: Writer) -> Any:
+    places = w.op("Range", w.constant(np.int64(0)), w.op("Size", "x"), w.constant(np.int64(1)))
+    w.op("CumSum", places, w.constant(np.int64(0)), outputs=["y"])
+    return w.model([value("x", shape=["n"])], [value("y", INT)])
+
+
+def counting_loop(step: int | None) -> Build:
+    """A Loop that carries an integer: it adds a step, or the integer itself."""
+
+    def build(w: Writer) -> Any:
+        from onnx import helper
+
+        nodes = [helper.make_node("Identity", ["c"], ["more"])]
+        nodes += [helper.make_node("Add", ["n", "n" if step is None else "step"], ["m"])]
+        w.weights.append(_tensor(np.int64(step or 0), "step"))
+        inputs = [value("i", INT, []), value("c", TensorProto.BOOL, []), value("n", INT, [])]
+        body = helper.make_graph(nodes, "body", inputs, [value("more", TensorProto.BOOL, []), value("m", INT, [])])
+        count = w.op("Size", "x")
+        w.op("Loop", count, w.constant(np.bool_(True)), w.constant(np.int64(1)), body=body, outputs=["y"])
+        return w.model([value("x", shape=["n"])], [value("y", INT)])
+
+    build.__name__ = f"counting_loop_{step}"
+    return build
+
+
+RUN.append(counting_loop(3))
+
+
 def endless_loop(w: Writer) -> Any:
     """ONNX: a Loop with a negative trip count does not turn."""
     from onnx import helper
@@ -325,12 +370,15 @@ INTEGERS = {
     of_type(op_type, kind): op_type
     for op_type, kind in (
         ("Add", TensorProto.UINT8), ("Sub", TensorProto.INT8), ("Mul", TensorProto.UINT8), ("Div", TensorProto.INT8),
+        ("Sub", TensorProto.UINT32), ("Mul", TensorProto.UINT64), ("Mul", INT), ("Pow", INT),
     )
 }  # fmt: skip
 
 REFUSED = {
     **INTEGERS, of_type("BitShift", TensorProto.UINT8, direction="LEFT"): "BitShift",
-    endless_loop: "Loop",
+    of_type("ReduceProd", INT, 1): "ReduceProd", of_type("ReduceProd", TensorProto.INT32, 1): "ReduceProd",
+    hashes: "Mul", squares_of_places: "Mul", sums_of_places: "CumSum", floats_without_fractions: "Cast",
+    counting_loop(None): "Loop", endless_loop: "Loop",
     doubles: "Add", gru_by_batch: "GRU", pool_behind_the_input: "MaxPool", filtered_resize: "Resize", text: "Equal",
     sequences: "SequenceAt",
 }  # fmt: skip
@@ -353,6 +401,54 @@ def test_only_the_nodes_that_cannot_run_are_refused(rng: np.random.Generator) ->
     w.op("Squeeze", x, outputs=["z"])
     compiled = compile_model(w.model([value("x", shape=[1, 3, 3])], [value("y", shape=[1]), value("z")]))
     assert set(compiled.refused) == {"Det"}
+
+
+def added(kind: int) -> Build:
+    def build(w: Writer) -> Any:
+        w.op("Add", "x", w.constant([1]), outputs=["y"])
+        return w.model([value("x", kind, ["n"])], [value("y", kind)])
+
+    return build
+
+
+def summed(w: Writer) -> Any:
+    w.op("ReduceSum", "x", outputs=["y"])
+    return w.model([value("x", INT, ["n"])], [value("y", INT)])
+
+
+def widened(w: Writer) -> Any:
+    w.op("Cast", "x", to=INT, outputs=["y"])
+    return w.model([value("x", TensorProto.UINT32, ["n"])], [value("y", INT)])
+
+
+def halves(w: Writer) -> Any:
+    w.op("Div", "x", w.constant(np.array([2], np.int32)), outputs=["y"])
+    return w.model([value("x", TensorProto.INT32, ["n"])], [value("y", TensorProto.INT32)])
+
+
+@pytest.mark.parametrize(
+    ("build", "right", "wrong", "named"),
+    [
+        (added(INT), np.int64([2**30 - 1, -5]), np.int64([7, 1764763200000]), "The input x holds 1764763200000"),
+        (added(INT), np.int64([-(2**30) + 1]), np.int64([-(2**31)]), "The input x holds -2147483648"),
+        (summed, np.int64([2**23, -5, 2**22]), np.int64([2**24, -(2**24), 3]), "The elements of the input x"),
+        (widened, np.uint32([2**31 - 1, 0]), np.uint32([2**32 - 1, 5]), "The input x holds 4294967295"),
+        (halves, np.int32([2**24, -7, -(2**24)]), np.int32([2**31 - 1]), "The input x holds 2147483647"),
+        (whole_parts, np.full((3, 5), 2e3, np.float32), np.full((3, 5), 3e3, np.float32), "The output y has numbers"),
+        (whole_parts, np.full((3, 5), -2e3, np.float32), np.full((3, 5), -3e3, np.float32), "The output y has numbers"),
+    ],
+)
+def test_integers_that_openvino_would_cut_are_an_error(
+    build: Build, right: Any, wrong: Any, named: str, rng: np.random.Generator
+) -> None:
+    model = build(Writer(rng))
+    compiled = compile_model(model)
+    assert compiled.session is not None, compiled.refused
+    wanted = dict(zip((o.name for o in model.graph.output), runtime(model).run(None, {"x": right}), strict=True))
+    assert not differences(compiled.session.run({"x": right}), wanted, 0, 0)
+    with pytest.raises(EngineError, match=named):
+        compiled.session.run({"x": wrong})
+    assert not differences(compiled.session.run({"x": right}), wanted, 0, 0)
 
 
 def test_inputs_whose_shapes_do_not_fit_are_an_error_and_never_the_answer_before(rng: np.random.Generator) -> None:

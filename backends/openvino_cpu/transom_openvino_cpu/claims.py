@@ -44,6 +44,7 @@ def claims(graph: Graph, precision: CpuPrecision, device: Device) -> Iterator[Cl
 
 def openvino_refusals(graph: Graph, precision: CpuPrecision) -> dict[str, str]:
     """Node -> why OpenVINO cannot run it, without the native library; empty if it runs the graph."""
+    from transom_openvino_cpu.integers import integers
     from transom_openvino_cpu.trial import refusals as tried
     from transom_openvino_cpu.trial import whole_through_frontend
 
@@ -55,6 +56,8 @@ def openvino_refusals(graph: Graph, precision: CpuPrecision) -> dict[str, str]:
         refused |= {str(n.name): because for n in attention if str(n.name) not in refused}
     whole = whole_through_frontend(graph)
     refused |= {str(n.name): r for n in graph.nodes() if not is_attention(n) and (r := _refusal(n, whole))}
+    if graph.decoder is None:  # a decoder's ids and positions are small
+        refused = integers(graph).refused | refused
     return {**refused, **tried(graph, precision, refused)}
 
 

@@ -17,6 +17,7 @@ from transom.graph.weights import Dense
 from transom_openvino_cpu import names, trial
 from transom_openvino_cpu.engine import openvino
 from transom_openvino_cpu.frontend import read_whole
+from transom_openvino_cpu.integers import integers
 from transom_openvino_cpu.lowering import Stage, lower
 from transom_openvino_cpu.native.choosing import level_on, measures, read_native
 from transom_openvino_cpu.paged_attention import paged
@@ -108,6 +109,9 @@ def _by_openvino(
     shutil.rmtree(folder / FRONTEND_FOLDER, ignore_errors=True)
     progress("compile", 1.0)
     plan = EnginePlan(tuple(plans), tuple(graph.input_names), tuple(graph.output_names), graph.decoder, paged(graph))
+    if graph.decoder is None:
+        found = integers(graph)
+        plan = replace(plan, limit=found.limit, summed=found.summed, cut=found.cut)
     files: dict[str, bytes | Path] = {p.file: small_as_bytes(folder / p.file) for p in plans}
     files[names.PLAN_FILE] = plan.to_json().encode()
     return Artifact(files, requirements(device), notes)

@@ -83,6 +83,7 @@ def _pool_pages(engine: PagedEngine, device: Device, context: int) -> int:
 def _plain(engine: OpenVinoEngine, plan: EnginePlan, options: Options) -> Session:
     """A session that runs the graph as a whole; `PackedSession` keeps the cache if it has one."""
     from transom.sessions import PackedSession
+    from transom_openvino_cpu.integer_limits import check_inputs, check_outputs
 
     known = set(plan.inputs)
 
@@ -92,7 +93,11 @@ def _plain(engine: OpenVinoEngine, plan: EnginePlan, options: Options) -> Sessio
         if unknown := set(inputs) - known:
             raise ValueError(f"unknown inputs: {', '.join(sorted(unknown))}")
         arrays = {name: np.require(array, None, ["C", "W"]) for name, array in inputs.items()}
-        return engine.run(arrays, plan.outputs, keep=False)
+        if plan.limit:
+            check_inputs(arrays, plan.limit, plan.summed)
+        results = engine.run(arrays, plan.outputs, keep=False)
+        check_outputs(results, plan.cut)
+        return results
 
     context = context_of(options, plan.decoder.context) if plan.decoder else 0
     limits = Limits(max_sequences=64, max_tokens=1024, context=context, page_tokens=0)

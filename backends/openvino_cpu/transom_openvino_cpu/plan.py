@@ -30,6 +30,9 @@ class _Written(TypedDict):
     decoder: str | None
     paged: bool
     native: str
+    limit: int
+    summed: tuple[str, ...]
+    cut: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,10 @@ class EnginePlan:
     paged: bool
     native: str = ""
     """The instruction set of the native library that runs the decoder; empty if OpenVINO runs it."""
+    limit: int = 0
+    """What integers of the inputs may reach, as in `integers.Integers`, like the next two; 0: they are not checked."""
+    summed: tuple[str, ...] = ()
+    cut: tuple[str, ...] = ()
 
     def to_json(self) -> str:
         raw = asdict(self)
