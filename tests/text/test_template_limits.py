@@ -18,6 +18,9 @@ from transom.text import ChatTemplate, ChatTemplateError, template_limits
 DOUBLED = "{% set n = namespace(a=[1], t=(1,)) %}{% for i in range(99) %}{% set n.a = [n.a, n.a] %}{% endfor %}"
 DEEP = "{% set n = namespace(a=()) %}{% for i in range(99999) %}{% set n.a = (n.a,) %}{% endfor %}"
 LONG = "{% set s = 'x' * 16000000 %}"
+WIDE = "{% set n = namespace(l=[]) %}{% set s = 'x' * 1000000 %}{% for i in range(40) %}"
+KEEP = "{% set n.l = n.l + [t] %}{% endfor %}"
+AROUND = "{% for x in ['x' * 100000] * 3 %}"
 COSTLY = {
     "doubled lists, printed": DOUBLED + "{{ n.a }}",
     "doubled lists, as JSON": DOUBLED + "{{ n.a | tojson }}",
@@ -64,6 +67,28 @@ COSTLY = {
     "constants": "{{ ('x' | center(16000000)) | wordwrap(1) }}",
     "automatic escaping": "{% autoescape true %}{{ messages }}{% endautoescape %}",
     "a time of any length": "{{ strftime_now('%999999999Y') }}",
+    "links in brackets": "{{ (')' * 11000 ~ 'x)') | urlize }}",
+    "links in dots": "{{ ('.' * 11000 ~ 'x.') | urlize }}",
+    "keys that may collide": "{{ dict.fromkeys(range(999)) }}",
+    "keys that may collide, in pairs": "{{ dict(range(999) | batch(2, 1)) }}",
+    "keys that may collide, in a namespace": "{{ namespace(range(999) | batch(2, 1)) }}",
+    "keys that may collide, unique": "{{ range(999) | unique | list }}",
+    "keys that may collide, literally": "{{ {" + ", ".join(f"{i}: 1" for i in range(999)) + "} }}",
+    "sorted by many attributes": "{{ ([{'a': 'x' * 100000}] * 2) | sort(attribute='a,' * 1000 ~ 'a') }}",
+    "attributes of attributes": "{{ range(500) | map(attribute='real.' * 2000 ~ 'real') | list }}",
+    "attributes of attributes, summed": "{{ range(500) | sum(attribute='real.' * 2000 ~ 'real') }}",
+    "attributes of a loop": AROUND + "{{ ([loop] * 2000) | sort(attribute='nextitem') | length }}{% endfor %}",
+    "attributes of a loop, joined": AROUND + "{{ ([loop] * 2000) | join(attribute='nextitem') | length }}{% endfor %}",
+    "attributes of a joiner": "{{ ([joiner('x' * 100000)] * 2000) | sort(attribute='sep') }}",
+    "views of mappings": "{{ ([dict(a='x' * 100000).keys().mapping] * 2000) | string | length }}",
+    "sets": "{{ ([dict.fromkeys(['x' * 100000]).keys() - []] * 2000) | string | length }}",
+    "constant lists": "{% for i in range(999) %}{% set q = 'x' | center(100000) | list %}{% endfor %}",
+    "constant lists, filled": "{% for i in range(999) %}{% set q = [1] | batch(100000, 'x') | list %}{% endfor %}",
+    "wide texts, joined": WIDE + "{% set t = s ~ '😀' %}" + KEEP,
+    "wide texts, added": WIDE + "{% set t = s + '😀' %}" + KEEP,
+    "wide texts, in blocks": WIDE + "{% set t %}{{ s }}😀{% endset %}" + KEEP,
+    "long calls": "{{ f(" + "a, " * 20000 + "a) }}",
+    "many branches": "{% if a %}" + "{% elif a %}x" * 9000 + "{% endif %}",
     "long templates": "{{ x }}" * 99999,
     "deep parentheses": "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
 }
@@ -78,6 +103,13 @@ def test_a_costly_template_is_stopped_with_one_sentence(name: str, monkeypatch: 
     assert "was stopped" in caught.value.cause or name in ("automatic escaping", "long numbers, literally")
     assert "Memory" not in caught.value.cause
     assert caught.value.fix
+
+
+def test_a_mapping_may_have_many_keys_that_are_texts_and_some_that_are_not() -> None:
+    source = "{{ dict.fromkeys(range(9999) | map('string')) | length }} {{ dict([[1, 2], ['a', 'b']], c=3) }} "
+    source += "{{ dict.fromkeys(range(99) | list + [1] * 999) | length }} {{ ['a', 'A', 1, 1.0] | unique | join }} "
+    source += "{{ [{'a': 1, 'b': 2}, {'a': 1, 'b': 3}] | unique(attribute='a') | map(attribute='b') | join }}"
+    assert ChatTemplate(source).render([]) == "9999 {1: 2, 'a': 'b', 'c': 3} 99 a1 2"
 
 
 def test_what_a_template_reports_is_cut() -> None:

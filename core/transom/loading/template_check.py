@@ -11,7 +11,7 @@ from transom.artifacts import Cache
 from transom.loading.identity import fingerprint_of
 from transom.sources import bundle_at, local_path, resolve
 
-_FORMAT = "2"
+_FORMAT = "3"
 """Part of the key. Change it when the check covers more."""
 
 

@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from operator import length_hint
+from types import MappingProxyType
 from typing import Any
 
 from jinja2.exceptions import TemplateRuntimeError
 from jinja2.runtime import LoopContext
-from jinja2.utils import Cycler, Namespace
+from jinja2.utils import Cycler, Joiner, Namespace
 from markupsafe import Markup
 
 UNITS = 1 << 26
@@ -33,6 +34,9 @@ MAX_DEPTH = 400
 """Lists in lists: below the depth at which Python's own C functions overflow their stack."""
 MAX_BITS = 1 << 12
 """Size of a whole number: beyond it, some operations take more than linear time."""
+MAX_KEYS = 1 << 8
+"""Keys of a mapping that are no texts. Python's hashes of numbers and of tuples are no secret, so a template can choose
+keys that collide, and each look-up then compares with all of them. The hashes of texts differ in each process."""
 
 _CLOCK = UNITS >> 6
 _SCALARS = frozenset({bool, int, float, type(None)})
@@ -42,6 +46,7 @@ _SPACES = "\t\n\v\f\r\x1c\x1d\x1e\x1f \x85\xa0\u1680\u2028\u2029\u202f\u205f\u30
 )
 _LINE_ENDS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"
 _VIEWS: tuple[Any, ...] = (type({}.keys()), type({}.values()), type({}.items()))
+_BESIDE = "é".__sizeof__() - 2  # bytes of a text besides its characters and the one that ends them
 _SIZED = (str, list, tuple, Mapping, range, *_VIEWS)
 
 
@@ -111,6 +116,16 @@ def make(size: int) -> None:
 def size(text: str) -> int:
     """Bytes of a text in memory."""
     return len(text) if text.isascii() else text.__sizeof__()
+
+
+def together(texts: Sequence[str]) -> int:
+    """Bytes of the text that several make: all its characters are as wide as the widest of them."""
+    return sum(map(len, texts)) * (1 if all(map(str.isascii, texts)) else max(map(_wide, texts)))
+
+
+def _wide(text: str) -> int:
+    """Bytes of a character. Too many where Python keeps the UTF-8 of a text beside it, but at most four."""
+    return 1 if text.isascii() else min(4, (text.__sizeof__() - _BESIDE) // (len(text) + 1))
 
 
 def weight(value: Any) -> int:
@@ -190,15 +205,19 @@ def measure(value: Any) -> tuple[int, int, int]:
 
 
 def _inside(value: Any) -> Iterator[Any] | None:
-    if isinstance(value, dict):
+    if isinstance(value, dict | MappingProxyType):
         return (part for pair in value.items() for part in pair)
-    if isinstance(value, list | tuple) or type(value) in _VIEWS:
+    if isinstance(value, list | tuple | set) or type(value) in _VIEWS:
         parts: Iterator[Any] = iter(value)
         return parts
     if isinstance(value, Namespace):
         return iter((object.__getattribute__(value, "_Namespace__attrs"),))
     if isinstance(value, Cycler):
         return iter(tuple(value.items))
+    if isinstance(value, LoopContext):  # a path of attributes leads to its neighbours
+        return iter((value.previtem, value.nextitem))
+    if isinstance(value, Joiner):
+        return iter((value.sep,))
     return None
 
 
@@ -209,6 +228,27 @@ def read_key(key: Any) -> None:
     """Pay for hashing or printing what stands in brackets."""
     if type(key) is not str and type(key) not in _SCALARS:
         read(key)
+
+
+def hashed(keys: Iterable[Any]) -> None:
+    """Pay for a table of these keys.
+
+    Raises:
+        TemplateLimit: more than `MAX_KEYS` of them are no texts.
+    """
+    others: set[Any] = set()
+    for key in keys:
+        spend(4 * ITEM)
+        if not isinstance(key, str):
+            spend(weight(key) * (1 + (len(others) >> 3)))
+            others.add(key)
+            require_few_keys(len(others))
+
+
+def require_few_keys(number: int) -> None:
+    """Raises TemplateLimit: a mapping has more than `MAX_KEYS` keys that are no texts."""
+    if number > MAX_KEYS:
+        raise TemplateLimit(f"it makes a mapping with more than {MAX_KEYS} keys that are no texts")
 
 
 def compare(operator: str, left: Any, right: Any) -> None:
@@ -255,7 +295,9 @@ def operate(operator: str, left: Any, right: Any) -> None:
         return fill(left, right)
     if operator == "+":
         if isinstance(left, str) and isinstance(right, str):
-            return make(_made(left) + _made(right) + ITEM)
+            wide = 1 if left.isascii() and right.isascii() else max(_wide(left), _wide(right))
+            escaped = 1 if type(left) is type(right) is str else 8
+            return make(escaped * wide * (len(left) + len(right)) + ITEM)
         if isinstance(left, list | tuple) and isinstance(right, list | tuple):
             return spend(ITEM * (len(left) + len(right)))
     if operator == "*":

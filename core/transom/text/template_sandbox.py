@@ -2,8 +2,9 @@
 
 A chat template is a program from a downloaded file. Jinja's immutable sandbox protects Python's internals, but limits
 neither time nor memory. Here every loop, call, operator, filter, test and method pays for its work from the budget of
-the rendering (`transom.text.template_limits`) before it runs, and what has no price is refused. Constant expressions
-are computed while a template is compiled, so compiling has a budget as well. Imported only when a template is rendered.
+the rendering (`transom.text.template_limits`) before it runs, and what has no price is refused. Some constant
+expressions are computed while a template is compiled, so compiling has a budget as well. Imported only when a template
+is rendered.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import functools
 import json
 import types
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from string import Formatter
 from typing import Any, cast
@@ -19,11 +20,11 @@ from typing import Any, cast
 from jinja2 import nodes
 from jinja2.exceptions import SecurityError, TemplateRuntimeError, TemplateSyntaxError
 from jinja2.ext import Extension, loopcontrols
-from jinja2.filters import make_attrgetter
+from jinja2.filters import ignore_case, make_attrgetter
 from jinja2.parser import Parser
 from jinja2.runtime import BlockReference, Context, LoopContext, Macro, Undefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedEscapeFormatter, SandboxedFormatter, safe_range
-from jinja2.utils import Cycler, Joiner, Namespace, pass_context
+from jinja2.utils import Cycler, Joiner, Namespace, pass_context, pass_environment
 from jinja2.visitor import NodeTransformer
 from markupsafe import Markup
 
@@ -32,6 +33,9 @@ from transom.text.template_limits import CALL, ITEM, TemplateLimit, read, spend
 
 MAX_SOURCE = 1 << 17
 """Maximum length of a template, in characters. The longest that models have are an eighth of it."""
+MAX_NODES = 1 << 14
+"""Maximum number of expressions and statements: those of a template of `MAX_SOURCE` that is like the models' ones. What
+Python takes to compile a statement can be more than linear in its parts."""
 _NODE = 4
 """The price of the smallest expression, in units."""
 
@@ -50,10 +54,13 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def __init__(self) -> None:
         super().__init__(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols], finalize=_printable
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=[_Generation, loopcontrols],
+            finalize=_printable,
+            optimized=False,  # a list that a constant filter makes would be paid for once, and made again in each pass
         )
-        self.filters["tojson"] = _tojson
-        self.filters["sum"] = _sum
+        self.filters.update(tojson=_tojson, sum=_sum, unique=_unique)
         self.filters = {
             name: _paid(function, _FILTERS[name], name in _ITERATORS)
             for name, function in self.filters.items()
@@ -76,7 +83,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
     def concat(parts: Iterable[str]) -> str:
         """Joins the pieces of the output, of a macro and of a `{% set %}` block."""
         pieces = list(parts)
-        limits.make(sum(map(limits.size, pieces)))
+        limits.make(limits.together(pieces))
         return "".join(pieces)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
@@ -134,8 +141,12 @@ class _Payments(NodeTransformer):
 
     def __init__(self) -> None:
         self.nodes = 0
+        self._all = 0
 
     def visit(self, node: nodes.Node, *args: Any, **kwargs: Any) -> Any:
+        self._all += 1
+        if self._all > MAX_NODES:
+            raise TemplateLimit(f"it has more than {MAX_NODES} expressions and statements")
         self.nodes += 8 if isinstance(node, _SLOWER) else 2
         return super().visit(node, *args, **kwargs)
 
@@ -186,6 +197,17 @@ class _Payments(NodeTransformer):
             node.key = _filter("key!", node.key)
         return node
 
+    def visit_Dict(self, node: nodes.Dict) -> nodes.Node:
+        limits.require_few_keys(
+            sum(not (isinstance(pair.key, nodes.Const) and isinstance(pair.key.value, str)) for pair in node.items)
+        )
+        return self.generic_visit(node)
+
+    def visit_Neg(self, node: nodes.Neg) -> nodes.Node:
+        if isinstance(node.node, nodes.Const) and isinstance(node.node.value, int | float):
+            return nodes.Const(-node.node.value).set_lineno(node.lineno)  # `messages[-1]` looks up a constant
+        return self.generic_visit(node)
+
     def _automatic_escaping(self, node: nodes.Node) -> nodes.Node:
         raise TemplateSyntaxError("prompts are not escaped automatically", node.lineno)
 
@@ -231,12 +253,9 @@ def _compare(operators: Sequence[str], *values: Any) -> Any:
 
 
 def _concatenate(*values: Any) -> str:
-    for value in values:
-        if isinstance(value, str):
-            limits.make(limits.size(value) + ITEM)
-        else:
-            read(value)
-    return "".join(map(str, values))
+    texts = [_text(value) for value in values]
+    limits.make(limits.together(texts) + ITEM * len(texts))
+    return "".join(texts)
 
 
 def _slice(value: Any, start: Any, stop: Any, step: Any) -> Any:
@@ -313,7 +332,7 @@ class _Namespace(Namespace):
 
     def __init__(*args: Any, **kwargs: Any) -> None:  # `self` may be one of the names, as in Jinja's own
         self, args = args[0], args[1:]
-        values = dict(*args, **kwargs)
+        values = _mapping(*args, **kwargs)
         for name in values:
             _check_name(name)
         Namespace.__init__(self, values)
@@ -327,10 +346,19 @@ class _Dict:
     """`dict(...)` without the type's attributes."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
-        return dict(*args, **kwargs)
+        return _mapping(*args, **kwargs)
 
-    def fromkeys(self, *args: Any) -> dict[Any, Any]:
-        return dict.fromkeys(*args)
+    def fromkeys(self, keys: Any, *value: Any) -> dict[Any, Any]:
+        keys = limits.items(keys)
+        limits.hashed(keys)
+        return dict.fromkeys(keys, *value)
+
+
+def _mapping(*args: Any, **kwargs: Any) -> dict[Any, Any]:
+    if args and not isinstance(args[0], Mapping):
+        args = ([(key, value) for key, value in args[0]], *args[1:])
+        limits.hashed(key for key, _ in args[0])
+    return dict(*args, **kwargs)
 
 
 def _check_name(name: object) -> None:
@@ -359,6 +387,19 @@ def _sum(context: Context, iterable: Any, attribute: str | int | None = None, st
     for value in values:  # each step pays for the lists that it makes
         start = environment.call_binop(context, "+", start, value)
     return start
+
+
+@pass_environment
+def _unique(
+    environment: Sandbox, value: Iterable[Any], case_sensitive: bool = False, attribute: str | int | None = None
+) -> Iterator[Any]:
+    key_of = make_attrgetter(environment, attribute, postprocess=None if case_sensitive else ignore_case)
+    keys = [key_of(item) for item in value]
+    limits.hashed(keys)
+    first: dict[Any, Any] = {}
+    for key, item in zip(keys, value, strict=True):
+        first.setdefault(key, item)
+    return iter(list(first.values()))
 
 
 def _raise_exception(message: object) -> None:
@@ -445,15 +486,30 @@ def _quadratic(value: Any, args: list[Any], kwargs: dict[str, Any]) -> None:
     spend(limits.slow(limits.weight(value) + limits.weight((args, kwargs))))
 
 
+def _links(value: Any, args: list[Any], kwargs: dict[str, Any]) -> None:
+    """For each word, an expression tries every end of each of its parts."""
+    more = limits.weight((args, kwargs))
+    text = _text(value)
+    spend(limits.size(text) * 8)
+    for word in text.split():
+        spend(4 * (len(word) + more) ** 2)
+
+
+def _steps(*paths: Any) -> int:
+    """Look-ups that paths of attributes ask for."""
+    return 1 + sum(path.count(".") + path.count(",") for path in paths if isinstance(path, str))
+
+
 def _each(value: Any, args: list[Any], kwargs: dict[str, Any]) -> None:
-    """For filters that call a filter or test for each item."""
-    spend((CALL + limits.weight((args, kwargs))) * (1 + limits.count(value)))
+    """For filters that look up attributes, or call a filter or test, for each item."""
+    steps = _steps(*args[:1], kwargs.get("attribute"))
+    spend((CALL * steps + limits.weight((args, kwargs))) * (1 + limits.count(value)))
 
 
 def _ordering(value: Any, args: list[Any], kwargs: dict[str, Any]) -> None:
-    number = limits.count(value)
-    spend((CALL + limits.weight((args, kwargs))) * (1 + number))
-    spend(limits.weight(value) * (4 + number.bit_length()))
+    number, steps = limits.count(value), _steps(*args, *kwargs.values())
+    spend((CALL * steps + limits.weight((args, kwargs))) * (1 + number))
+    spend(limits.weight(value) * steps * (4 + number.bit_length()))
 
 
 def _center(value: Any, args: list[Any], kwargs: dict[str, Any]) -> None:
@@ -494,7 +550,7 @@ def _join(value: Any, args: list[Any], kwargs: dict[str, Any]) -> None:
     separator = _argument(args, kwargs, 0, "d", "")
     attribute = _argument(args, kwargs, 1, "attribute")
     if attribute is not None:
-        spend(limits.weight(attribute) * limits.count(value))
+        spend((CALL * _steps(attribute) + limits.weight(attribute)) * limits.count(value))
     escaping = 8 if isinstance(separator, Markup) else 1
     spend(escaping * 2 * limits.weight(value))
     spend(escaping * limits.count(value) * limits.weight(separator))
@@ -540,7 +596,8 @@ def _json(value: Any, args: list[Any], kwargs: dict[str, Any]) -> None:
 
 
 def _sums(value: Any, args: list[Any], kwargs: dict[str, Any]) -> None:
-    spend((ITEM + limits.weight(_argument(args, kwargs, 0, "attribute"))) * (1 + limits.count(value)))
+    attribute = _argument(args, kwargs, 0, "attribute")
+    spend((CALL * _steps(attribute) + limits.weight(attribute)) * (1 + limits.count(value)))
 
 
 _FILTERS: dict[str, _Price] = {
@@ -548,7 +605,7 @@ _FILTERS: dict[str, _Price] = {
     **dict.fromkeys(("map", "reject", "rejectattr", "select", "selectattr"), _each),
     **dict.fromkeys(("dictsort", "groupby", "max", "min", "sort", "unique"), _ordering),
     **dict.fromkeys(("capitalize", "lower", "upper"), _case),
-    **dict.fromkeys(("pprint", "striptags", "urlize"), _quadratic),
+    **dict.fromkeys(("pprint", "striptags"), _quadratic),
     **dict.fromkeys(("e", "escape", "forceescape"), _per_unit(8)),
     **dict.fromkeys(("title", "urlencode", "wordcount", "xmlattr"), _per_unit(40)),
     "abs": _arguments,
@@ -573,11 +630,11 @@ _FILTERS: dict[str, _Price] = {
     "tojson": _json,
     "trim": _trim,
     "truncate": _per_unit(4),
+    "urlize": _links,
     "wordwrap": _wrap,
 }
 _READS_ITEMS = frozenset({_batch, _each, _join, _ordering, _reverse, _slices, _sums})
 _ITERATORS = frozenset({"batch", "items", "map", "reject", "rejectattr", "reverse", "select", "selectattr", "slice"})
-_ITERATORS |= {"unique"}
 
 
 def _equality(value: Any, args: list[Any], kwargs: dict[str, Any]) -> None:
