@@ -124,6 +124,12 @@ def _unigram(metadata: Mapping[str, Any], tokens: list[str], types: list[int], p
     scores = _numbers(metadata, "scores", len(tokens), float)
     if scores is None:
         raise SourceError("The GGUF file has a unigram vocabulary without scores (tokenizer.ggml.scores)", _REPAIR)
+    charsmap = bytes(value & 0xFF for value in _many(metadata, "precompiled_charsmap", int) or ())
+    if charsmap:
+        try:
+            spm.longest_replacement(charsmap)
+        except ValueError as error:
+            raise SourceError(f"The GGUF file is damaged: tokenizer.ggml.{error}", _REPAIR) from error
     model = spm.SentencePieceModel(
         tokens,
         scores,
@@ -132,7 +138,7 @@ def _unigram(metadata: Mapping[str, Any], tokens: list[str], types: list[int], p
         unk_id=ids.unk,
         add_space_prefix=_flag(metadata, "add_space_prefix", True),
         remove_extra_spaces=_flag(metadata, "remove_extra_whitespaces", False),
-        charsmap=bytes(value & 0xFF for value in _many(metadata, "precompiled_charsmap", int) or ()),
+        charsmap=charsmap,
     )
     return _finish(spm.build(model), metadata, tokens, types, ids)
 

@@ -6,19 +6,21 @@ tokens. A directory with only a SentencePiece `tokenizer.model` works as well.
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Required, TypedDict, TypeVar
 
-from transom.errors import SourceError
+from transom.errors import SourceError, TransomError
 from transom.text import spm
 from transom.text.chat_template import ChatTemplate
 from transom.text.defaults import GenerationDefaults, defaults_from_hf
 from transom.text.from_gguf import set_ends
 from transom.text.sentencepiece_model import read_sentencepiece
-from transom.text.tokenizer import SpecialIds, Tokenizer
+from transom.text.spm import longest_replacement
+from transom.text.tokenizer import NOT_OF_THE_PACKAGE, SpecialIds, Tokenizer
 from transom.typed import WrongType, typed
 
 if TYPE_CHECKING:
@@ -26,7 +28,23 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _LONGEST = 1 << 16
-"""How many times as long the rules of a tokenizer may make a text. Those of real models stay below a hundred."""
+"""How many times as long the rules of a tokenizer may make a text. Those of real models stay below a few thousand, even
+if every character were the worst one for every rule."""
+_MOST_STEPS = 256
+"""How many rules a tokenizer may have one after the other. Those of real models have fewer than twenty."""
+_GROWTH = {
+    **dict.fromkeys(("NFKC", "NFKD"), 18.0),  # the most characters that Unicode makes of one
+    "NFD": 4.0,
+    "NFC": 3.0,
+    "Lowercase": 2.0,
+    "BertNormalizer": 24.0,  # spaces around it, NFD and lower case
+    "ByteLevel": 5.0,  # each byte of a character becomes a character, and a space is put before it
+    "None": 24.0,  # without a type
+    "Metaspace": 2.0,  # a space is put before each part, which can be one character
+    **dict.fromkeys(("BPEDecoder", "CTC", "WordPiece"), 2.0),  # spaces at the ends of words, which can be anywhere
+}
+"""How many times as long some rules make a text at most. Those of other names do not lengthen it, or by what they
+contain."""
 _ROLES = ("bos", "eos", "unk", "pad")
 _CONVERT = (
     "Write a tokenizer.json with the transformers package: "
@@ -183,18 +201,20 @@ def _from_tokenizer_json(folder: Path, config: _TokenizerConfig) -> Tokenizer:
     path = folder / "tokenizer.json"
     text = _read(path)
     _require_short_rules(path, text)
+    names = {**_role_names(read_typed(folder / "special_tokens_map.json", _Roles)), **_role_names(config)}
     try:
         rust = Rust.from_str(text)
-    except Exception as error:  # the package raises plain Exception (and nothing finer) on a bad description
+        _add_tokens(rust, folder, config, names)
+    except (*NOT_OF_THE_PACKAGE, TransomError):
+        raise
+    except BaseException as error:
         if "{" not in text[:1000]:
             detail = "it is not JSON; a Git LFS pointer file looks like this" if "git-lfs" in text else "it is not JSON"
         else:
-            detail = str(error)
+            detail = str(error)[:1000]
         raise SourceError(
             f"{path} cannot be read: {detail}", "Download the file again, or update the tokenizers package"
         ) from error
-    names = {**_role_names(read_typed(folder / "special_tokens_map.json", _Roles)), **_role_names(config)}
-    _add_tokens(rust, folder, config, names)
     roles = {role: rust.token_to_id(name) for role, name in names.items()}
     if roles.get("unk") is None and (unk := getattr(rust.model, "unk_token", None)):
         roles["unk"] = rust.token_to_id(unk)
@@ -248,10 +268,11 @@ def _from_sentencepiece(folder: Path, config: _TokenizerConfig) -> Tokenizer:
 
 
 def _require_short_rules(path: Path, text: str) -> None:
-    """Refuse rules that lengthen a text so often that encoding or decoding a short one never ends.
+    """Refuse rules that lengthen a text so often that encoding or decoding a short one never ends, and too many rules.
 
     Raises:
-        SourceError: the rules may make a text more than `_LONGEST` times as long.
+        SourceError: the rules may make a text more than `_LONGEST` times as long, are more than `_MOST_STEPS`, or one
+            is damaged in a way that would end the process.
     """
     try:
         data = json.loads(text)
@@ -259,16 +280,25 @@ def _require_short_rules(path: Path, text: str) -> None:
         return  # the package says what is wrong
     if not isinstance(data, dict):
         return
-    for parts in (("normalizer", "pre_tokenizer"), ("decoder",)):
-        steps, factor = [data.get(part) for part in parts], 1.0
+    for parts in (("normalizer", "pre_tokenizer"), ("decoder",), ("post_processor",)):
+        steps, factor, number = [data.get(part) for part in parts], 1.0, 0
         while steps:
             step = steps.pop()
             if not isinstance(step, dict):
                 continue
-            for name in ("normalizers", "pretokenizers", "decoders"):
+            for name in ("normalizers", "pretokenizers", "decoders", "processors"):
                 if isinstance(inner := step.get(name), list):
                     steps.extend(inner)
-            factor *= _lengthens(step, parts)
+            number += 1
+            if number > _MOST_STEPS:
+                raise SourceError(
+                    f"There are more than {_MOST_STEPS} steps in the {' and '.join(parts)} of {path}",
+                    "Do not trust this file; get the tokenizer from the model's original source",
+                )
+            try:
+                factor *= _lengthens(step, parts)
+            except ValueError as error:
+                raise SourceError(f"The {parts[0]} in {path} is damaged: {error}", "Download the file again") from error
             if factor > _LONGEST:
                 raise SourceError(
                     f"The {' and '.join(parts)} in {path} can make a text {_LONGEST} times longer, so it would not end",
@@ -277,12 +307,25 @@ def _require_short_rules(path: Path, text: str) -> None:
 
 
 def _lengthens(step: Mapping[str, Any], parts: tuple[str, ...]) -> float:
-    """How many times as long one rule may make a text."""
-    if step.get("type") == "ByteLevel" and "decoder" not in parts:
-        return 4.0  # each byte of a character becomes a character
-    if step.get("type") != "Replace":
-        return 1.0
-    pattern, content = step.get("pattern"), len(str(step.get("content", "")))
+    """How many times as long one rule may make a text.
+
+    The package knows a rule without a type by what it contains.
+
+    Raises:
+        ValueError: it is damaged in a way that would end the process.
+    """
+    if parts == ("post_processor",):
+        single, tokens = step.get("single"), step.get("special_tokens")
+        ids = [len(token.get("ids") or ()) for token in tokens.values()] if isinstance(tokens, dict) else []
+        return float(len(single) * max(ids, default=1)) if isinstance(single, list) else 1.0
+    if isinstance(charsmap := step.get("precompiled_charsmap"), str):
+        return float(longest_replacement(base64.b64decode(charsmap, validate=True)))
+    if isinstance(before := step.get("prepend"), str):
+        return 1.0 + len(before)
+    if "pattern" not in step or "content" not in step:
+        kind = str(step.get("type"))
+        return 1.0 if kind == "ByteLevel" and parts == ("decoder",) else _GROWTH.get(kind, 1.0)
+    pattern, content = step.get("pattern"), len(str(step["content"]))
     old = pattern.get("String") if isinstance(pattern, dict) else None
     if isinstance(old, str) and old:
         return max(1.0, content / len(old))

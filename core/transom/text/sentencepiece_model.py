@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from transom.errors import SourceError
-from transom.text.spm import BYTE, NORMAL, SentencePieceModel
+from transom.text.spm import BYTE, NORMAL, SentencePieceModel, longest_replacement
 
 _UNIGRAM, _BPE = 1, 2
 _KINDS = {1: "unigram", 2: "bpe", 3: "word", 4: "char"}
@@ -65,6 +65,9 @@ def _parse(data: bytes, path: Path, fix: str) -> tuple[SentencePieceModel, dict[
         )
     # Field numbers of TrainerSpec: 40 to 43 are the ids, signed, with these defaults
     ids = {"bos": _int(trainer.get(41, 1)), "eos": _int(trainer.get(42, 2)), "pad": _int(trainer.get(43, -1))}
+    charsmap = _bytes(normalizer.get(2, b""))
+    if charsmap:
+        longest_replacement(charsmap)
     model = SentencePieceModel(
         tokens,
         scores,
@@ -74,7 +77,7 @@ def _parse(data: bytes, path: Path, fix: str) -> tuple[SentencePieceModel, dict[
         byte_fallback=bool(trainer.get(35, 0)) and BYTE in types,
         add_space_prefix=bool(normalizer.get(3, 1)),
         remove_extra_spaces=bool(normalizer.get(4, 1)),
-        charsmap=_bytes(normalizer.get(2, b"")),
+        charsmap=charsmap,
         isolate_user_defined=True,
     )
     return model, {role: token for role, token in ids.items() if 0 <= token < len(tokens)}

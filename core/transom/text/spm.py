@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from tokenizers import decoders, normalizers, pre_tokenizers
 
 SPACE = "▁"
+MAX_REPLACEMENT = 1 << 10
+"""Characters in place of one. The most that Unicode's own rules make are 18."""
 _NEVER = -1e6
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
@@ -43,6 +45,26 @@ class SentencePieceModel:
     isolate_user_defined: bool = False
     """Split user-defined tokens from the normalized text, as SentencePiece does. Otherwise the caller adds them as
     tokens that are split from the text before normalization, as llama.cpp does."""
+
+
+def longest_replacement(charsmap: bytes) -> int:
+    """The most characters that precompiled rules put in place of one.
+
+    The package reads only the size of the trie, and ends the process if that is not true.
+
+    Raises:
+        ValueError: the rules are damaged, or replace a character by more than `MAX_REPLACEMENT`.
+    """
+    size = int.from_bytes(charsmap[:4], "little")
+    if size < 4 or size % 4 or size > len(charsmap) - 4:
+        raise ValueError(f"precompiled_charsmap states a trie of {size} bytes and has {max(len(charsmap) - 4, 0)}")
+    try:
+        longest = max(map(len, charsmap[4 + size :].decode().split("\0")))
+    except UnicodeDecodeError as error:
+        raise ValueError("precompiled_charsmap replaces by something that is not UTF-8") from error
+    if longest > MAX_REPLACEMENT:
+        raise ValueError(f"precompiled_charsmap replaces a character by {longest}")
+    return longest
 
 
 def build(model: SentencePieceModel) -> tokenizers.Tokenizer:

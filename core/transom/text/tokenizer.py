@@ -29,6 +29,9 @@ _FORMAT = "transom-tokenizer"
 _FORMAT_VERSION = 1
 MOST_TOKENS = 1 << 24
 """Most tokens of a vocabulary; the largest known ones have a quarter of a million."""
+NOT_OF_THE_PACKAGE = (KeyboardInterrupt, SystemExit, MemoryError)
+"""What a call of the tokenizers package raises without having failed. All else is its error: a panic of it is a
+BaseException, and not exported."""
 
 
 class SpecialIds(NamedTuple):
@@ -109,13 +112,10 @@ class Tokenizer:
     def _ids_of(self, text: str, add_special: bool) -> list[int]:
         try:
             return list(self._rust.encode(text, add_special_tokens=add_special).ids)
-        except (KeyboardInterrupt, SystemExit, MemoryError):
+        except NOT_OF_THE_PACKAGE:
             raise
-        except BaseException as error:  # noqa: BLE001 - a panic of the package is one, and is not exported
-            raise SourceError(
-                f"The model's tokenizer fails on this text: {str(error)[:200] or type(error).__name__}",
-                "Get the model's tokenizer files again, from their original source",
-            ) from None
+        except BaseException as error:  # noqa: BLE001 - as stated at NOT_OF_THE_PACKAGE
+            raise _fails_on("text", error) from None
 
     def tokens_for(self, text: str, *, add_special: bool = True, parse_special: bool = True) -> list[TokenPiece]:
         """The tokens of a text, each with its own text and bytes. Raises what `encode` raises."""
@@ -138,6 +138,7 @@ class Tokenizer:
 
         Raises:
             OptionError: an id is negative.
+            SourceError: the tokenizer's own rules fail on the tokens.
         """
         skip = self.special_ids if skip_special else frozenset[int]()
         if self.spelling is None:
@@ -310,7 +311,9 @@ class Tokenizer:
             raise SourceError(damaged, fix)
         try:
             rust = Rust.from_buffer(body)
-        except Exception as error:  # the package raises plain Exception (and nothing finer) on a bad description
+        except NOT_OF_THE_PACKAGE:
+            raise
+        except BaseException as error:
             raise SourceError(damaged, fix, [str(error)]) from error
         return cls(rust, ids, size)
 
@@ -327,8 +330,12 @@ class Tokenizer:
     def _decode_whole(self, ids: Sequence[int]) -> str:
         if ids and min(ids) < 0:
             raise OptionError(f"Token id {min(ids)} is negative", "Token ids are 0 or more")
-        text: str = self._rust.decode(ids, skip_special_tokens=False)
-        return text
+        try:
+            return str(self._rust.decode(ids, skip_special_tokens=False))
+        except NOT_OF_THE_PACKAGE:
+            raise
+        except BaseException as error:  # noqa: BLE001 - as stated at NOT_OF_THE_PACKAGE
+            raise _fails_on("answer", error) from None
 
 
 class _Pieces(dict[int, bytes]):
@@ -364,6 +371,13 @@ def _compact_json(description: str) -> str:
     if merges and not any(" " in part for merge in merges for part in merge):
         whole["model"]["merges"] = [" ".join(merge) for merge in merges]
     return json.dumps(whole, ensure_ascii=False, separators=(",", ":"))
+
+
+def _fails_on(what: str, error: BaseException) -> SourceError:
+    return SourceError(
+        f"The model's tokenizer fails on this {what}: {str(error)[:200] or type(error).__name__}",
+        "Get the model's tokenizer files again, from their original source",
+    )
 
 
 def _check_text(text: object) -> None:
