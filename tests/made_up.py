@@ -14,6 +14,9 @@ variable MADE_UP lists as JSON.
 | `inexact`, `inexact:NATS` | claims are approximate, with this divergence |
 | `check:STATE` | the verdict on every artifact; `check:raise` raises |
 | `bound`, `bound:threads` | the artifact is bound to its context, to its threads |
+
+The variable MADE_UP_LATER, such as `load:11`, raises a signal at a point: `check`, `load`, `new_state`, `step` or
+`close`.
 """
 
 from __future__ import annotations
@@ -33,6 +36,12 @@ CPU = Device("cpu", "cpu", "x86_64", 1 << 34, identity="made-up CPU", name="CPU"
 NPU = Device("npu", "npu:0", "npu_3720", 1 << 34, identity="made-up NPU", name="NPU", drivers={"npu": "1.0"})
 
 SIGNALS = {"segv": signal.SIGSEGV, "ill": signal.SIGILL, "abort": signal.SIGABRT}
+
+
+def _later(here):
+    where, _, number = os.environ.get("MADE_UP_LATER", "").partition(":")
+    if where == here:
+        signal.raise_signal(int(number))  # in this thread, as native code does
 
 
 class MadeUp:
@@ -83,6 +92,7 @@ class MadeUp:
         return Artifact({p.name: p for p in folder.iterdir()}, {"made_up": "1", **bound}, ("precision: wood",))
 
     def check(self, artifact, device):
+        _later("check")
         if self.does.startswith("check:"):
             state = self.does.removeprefix("check:")
             if state == "raise":
@@ -98,6 +108,7 @@ class MadeUp:
         self.calls.append("load")
         self.loaded_with = dict(options)
         self._happen("load")
+        _later("load")
         graph = Graph.open(artifact.files["graph.onnx"])
         if self.does == "layer":
             import onnx_ir as ir
@@ -109,8 +120,7 @@ class MadeUp:
         def run(inputs):
             time.sleep(self.delay)
             self._happen("step")
-            if signal := os.environ.get("MADE_UP_LATER"):
-                os.kill(os.getpid(), int(signal))
+            _later("step")
             outputs = dict(executor.run(inputs))
             if "logits" in outputs:
                 self._spoil(inputs, outputs)
@@ -118,7 +128,17 @@ class MadeUp:
 
         decoder = graph.decoder
         context = options["context"] or 0
-        return PackedSession(run, decoder, Limits(8, self.chunk or 256, context, 0, (4, 1) if self.chunk else ()))
+
+        class Session(PackedSession):
+            def new_state(self):
+                _later("new_state")
+                return super().new_state()
+
+            def close(self):
+                _later("close")
+                super().close()
+
+        return Session(run, decoder, Limits(8, self.chunk or 256, context, 0, (4, 1) if self.chunk else ()))
 
     def _spoil(self, inputs, outputs):
         logits = outputs["logits"]

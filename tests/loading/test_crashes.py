@@ -146,15 +146,21 @@ def _lives(pid: int) -> bool:
 
 LATER = """
 import os
+if sys.argv[2] in ("check", "load"):
+    with transom.load(model):
+        pass
+    os.environ["MADE_UP_LATER"] = ":".join(sys.argv[2:])  # of the next load, for which nothing is compiled
 with transom.load(model) as loaded:
-    if sys.argv[2] == "in a step":
-        os.environ["MADE_UP_LATER"] = sys.argv[3]  # after the self-check
+    if sys.argv[2] != "elsewhere":
+        os.environ["MADE_UP_LATER"] = ":".join(sys.argv[2:])  # after the self-check
         loaded.generate("Hello", max_new_tokens=1)
-    os.kill(os.getpid(), int(sys.argv[3]))
+    else:
+        os.kill(os.getpid(), int(sys.argv[3]))
 """
 
 
-def test_a_step_that_ends_the_process_after_the_check_is_remembered(packages: Any) -> None:
+@pytest.mark.parametrize("where", ["check", "load", "new_state", "step", "close"])
+def test_a_backend_that_ends_the_process_after_the_self_check_is_remembered(packages: Any, where: str) -> None:
     packages.use({"name": "a_shady", "band": "tuned"}, {"name": "b_sound", "band": "tuned"})
     show = "show(**outcome(), running=os.listdir(os.path.join(os.environ['TRANSOM_CACHE'], 'running')))"
 
@@ -162,13 +168,13 @@ def test_a_step_that_ends_the_process_after_the_check_is_remembered(packages: An
         assert packages.fork(LATER, where, str(int(number)))[0] == -number
 
     # Neither a kill from outside nor a crash of the program's own code is the model's fault.
-    ended("in a step", signal.SIGKILL)
+    ended(where, signal.SIGKILL)
     ended("elsewhere", signal.SIGSEGV)
     found = packages.run("import os\n" + show)
     assert (found["report"]["backend"], found["report"]["warnings"], found["running"]) == ("a_shady", [], [])
 
-    ended("in a step", signal.SIGSEGV)
-    said = "A step of a_shady on cpu ended the process with SIGSEGV (at an earlier run)"
+    ended(where, signal.SIGSEGV)
+    said = "a_shady ended the process with SIGSEGV while it opened or ran this model on cpu (at an earlier run)"
     found = packages.run("import os\n" + show)
     assert found["report"]["backend"] == "b_sound"
     assert found["report"]["warnings"] == [f"a_shady on cpu was set aside: {said}"]
@@ -179,5 +185,5 @@ def test_a_step_that_ends_the_process_after_the_check_is_remembered(packages: An
 def test_a_program_keeps_its_own_faulthandler(packages: Any) -> None:
     packages.use({"name": "sound"})
     code = "import faulthandler\nfaulthandler.enable()\n" + LATER
-    _, _, err = packages.fork(code, "in a step", str(int(signal.SIGSEGV)))
+    _, _, err = packages.fork(code, "step", str(int(signal.SIGSEGV)))
     assert "Fatal Python error: Segmentation fault" in err

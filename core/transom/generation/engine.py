@@ -362,8 +362,9 @@ class Engine:
                 self._fail(request, ModelClosed())
             self._wake(request)
         self._requests = []
-        self._prefixes.clear()
-        self._session.close()
+        with self.watch:
+            self._prefixes.clear()
+            self._session.close()
 
     @staticmethod
     def _wake(request: Request) -> None:
@@ -398,9 +399,9 @@ class Engine:
                     self._wake(part.branch.request)
 
     def _step(self, plan: Sequence[StepSlice]) -> None:
-        plan = [self._with_state(part) for part in plan]
-        works = [self._work(part) for part in plan]
         with self.watch:
+            plan = [self._with_state(part) for part in plan]
+            works = [self._work(part) for part in plan]
             outputs = self._session.step(works)
         if len(outputs) != len(works):
             raise RuntimeError(f"the session returned {len(outputs)} outputs for {len(works)} works")

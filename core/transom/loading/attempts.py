@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
 
 from transom.errors import DoesNotFit, SelectionError, TransomError
-from transom.loading import failures, step_crashes
+from transom.loading import crashes, failures
 
 if TYPE_CHECKING:
     from transom.contract import Device
@@ -71,7 +71,7 @@ def first_that_works(jobs: ChildJobs, machine: Machine, choice: Selection, use: 
         TransomError: as `use` raised it, where there is one candidate only, or none fits into memory.
         SelectionError: no candidate works; the details give the reasons.
     """
-    step_crashes.collect(jobs.state.cache)
+    crashes.collect(jobs.state.cache)
     set_aside: list[tuple[Candidate, TransomError]] = []
     alone = len(choice.ranked) == 1
     for candidate in choice.ranked:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transom.artifacts import Cache
 from transom.errors import DoesNotFit, EngineError, SelfCheckFailed, TransomError, UnsupportedError
-from transom.loading import step_crashes
+from transom.loading import crashes
 from transom.preparation.child import ChildFailed
 from transom.preparation.jobs import Job
 from transom.preparation.plugin_calls import LoadTimedOut
@@ -34,7 +34,7 @@ def remembered(cache: Cache, job: Job) -> TransomError | None:
 
 def crashed(cache: Cache, job: Job) -> TransomError | None:
     """The step of an earlier run that ended its process, or None. Such a model loads and passes its check."""
-    cause = cache.recall(step_crashes.STORE, job.failure_key, str)
+    cause = cache.recall(crashes.STORE, job.failure_key, str)
     if cause is None:
         return None
     return EngineError(f"{cause.rstrip('.')} (at an earlier run)", "To try it again: transom cache clear")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from transom.errors import EngineError, SelfCheckFailed, option
 from transom.generation.report import Report
-from transom.loading import step_crashes
+from transom.loading import crashes
 from transom.loading.compiled_models import CompiledModels, Ready
 from transom.preparation import compiled, heads
 from transom.preparation.cached_source import DamagedSource
@@ -43,12 +43,28 @@ def open_model(models: CompiledModels, attempt: Attempt) -> Model:
     Raises:
         TransomError: it cannot be compiled or opened, or does not pass the self-check.
     """
+    watch = crashes.watch(
+        models.jobs.state.cache,
+        models.jobs.job(attempt).failure_key,
+        f"{attempt.candidate.backend} ended the process with {{signal}} while it opened or ran this model on "
+        f"{attempt.device.id}",
+    )
+    try:
+        return _watched(models, attempt, watch)
+    except BaseException:
+        crashes.release(watch)
+        raise
+
+
+def _watched(models: CompiledModels, attempt: Attempt, watch: AbstractContextManager[None]) -> Model:
     state = models.jobs.state
-    found = models.find(attempt)
+    with watch:
+        found = models.find(attempt)
     was_there = isinstance(found, Ready)
     ready = found if isinstance(found, Ready) else models.prepare(attempt)
     try:
-        session, text = _open(models, attempt, ready)
+        with watch:
+            session, text = _open(models, attempt, ready)
     except (EngineError, DamagedSource) as error:
         if not was_there or isinstance(error, LoadTimedOut):
             raise
@@ -58,13 +74,14 @@ def open_model(models: CompiledModels, attempt: Attempt) -> Model:
             # An earlier process could open it, so the SDK or its own files beside the artifact have changed.
             ready.compiled.discard(error.cause)
         ready, was_there = models.prepare(attempt), False
-        session, text = _open(models, attempt, ready)
+        with watch:
+            session, text = _open(models, attempt, ready)
     try:
         if state.options.verify == "always":
-            with state.stages.time("check"):
+            with state.stages.time("check"), watch:
                 ready = replace(ready, verdict=_check_here(models, attempt, ready, session))
         _require_bound(state, attempt, ready)
-        return _model(models, attempt, ready, session, text, was_there)
+        return _model(models, attempt, ready, session, text, was_there, watch)
     except BaseException:
         session.close()
         ready.compiled.release()
@@ -116,7 +133,13 @@ def warnings_of(state: LoadState, attempt: Attempt, ready: Ready) -> tuple[str, 
 
 
 def _model(
-    models: CompiledModels, attempt: Attempt, ready: Ready, session: Session, text: _Text, was_there: bool
+    models: CompiledModels,
+    attempt: Attempt,
+    ready: Ready,
+    session: Session,
+    text: _Text,
+    was_there: bool,
+    watch: AbstractContextManager[None],
 ) -> Model:
     from transom.generation.model import InputSpec, Loaded, Model
 
@@ -148,11 +171,6 @@ def _model(
         cache_hit=was_there or bool(models.bundle),
         bundle=models.bundle,
         startup=dict(state.stages.seconds),
-    )
-    watch = step_crashes.watch(
-        state.cache,
-        models.jobs.job(attempt).failure_key,
-        f"A step of {attempt.candidate.backend} on {attempt.device.id} ended the process with {{signal}}",
     )
     return Model(
         Loaded(
@@ -206,7 +224,7 @@ def _heads_finder(
 
 def _releaser(model: CompiledModel, held: list[object], watch: AbstractContextManager[None]) -> Callable[[], None]:
     def release() -> None:
-        step_crashes.release(watch)
+        crashes.release(watch)
         model.release()
         held.clear()
 

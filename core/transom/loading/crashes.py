@@ -1,9 +1,9 @@
-"""Remembers a step that ended the process, which no `except` can catch, so that the next load does not repeat it.
+"""Remembers a backend that ended the process, which no `except` can catch, so that the next load does not repeat it.
 
 While models are open, `running/<unique>/` in the cache, locked by this process, holds the file `fault`, into which
-Python's faulthandler writes if native code crashes, and for each open model a file of one byte that is 1 while a step
-runs. `collect` reads the folders of processes that are gone. A process that was killed from outside leaves no fault
-and is not blamed on the model, nor is a crash of the program's own code in another thread.
+Python's faulthandler writes if native code crashes, and for each model a file of one byte that is 1 while its backend
+opens it, runs a step or closes it. `collect` reads the folders of processes that are gone. A process that was killed
+from outside leaves no fault and is not blamed on the model, nor is a crash of the program's own code in another thread.
 
 A program that has enabled faulthandler itself keeps it; its crashes are not remembered.
 """
@@ -38,8 +38,10 @@ SIGNALS = {
     "Floating point exception": "SIGFPE",
 }
 """The signals of faulthandler, by the words that it writes."""
-_OWN = re.compile(r'File ".*[/\\]generation[/\\](engine|model)\.py"')
-"""A frame that runs a step."""
+_OWN = re.compile(
+    r'File ".*[/\\](generation[/\\](engine|model)\.py"|preparation[/\\]plugin_calls\.py", line \d+ in guarded)'
+)
+"""A frame that calls the backend."""
 
 _log = logging.getLogger("transom.loading")
 _guard = threading.Lock()
@@ -49,7 +51,7 @@ it."""
 
 
 def watch(cache: Cache, failure_key: str, cause: str) -> AbstractContextManager[None]:
-    """A context that marks the steps of a model that this process has opened. `release` ends it.
+    """A context that marks the calls of a backend for a model of this process. `release` ends it.
 
     Args:
         failure_key: `Job.failure_key`.
@@ -65,7 +67,7 @@ def watch(cache: Cache, failure_key: str, cause: str) -> AbstractContextManager[
                     return nullcontext()
                 _open_folders.clear()
                 folder = _open_folders[cache.root] = _Folder(cache.root)
-            return Steps(folder, failure_key, cause)
+            return Calls(folder, failure_key, cause)
         except OSError as error:
             _log.debug("crashes of steps are not remembered: %s", error)
             return nullcontext()
@@ -73,7 +75,7 @@ def watch(cache: Cache, failure_key: str, cause: str) -> AbstractContextManager[
 
 def release(context: AbstractContextManager[None]) -> None:
     """End what `watch` began, when the model is closed."""
-    if isinstance(context, Steps):
+    if isinstance(context, Calls):
         context.close()
 
 
@@ -98,7 +100,7 @@ def _crashes(folder: Path) -> list[tuple[str, str]]:
     fault = (folder / FAULT).read_text(errors="replace")
     found = re.match(r"Fatal Python error: (.+)", fault)
     signal = SIGNALS.get(found[1].strip()) if found else None
-    if signal is None or not _in_a_step(fault):
+    if signal is None or not _in_a_call(fault):
         return []
     crashes = []
     for file in folder.glob("*.step"):
@@ -108,8 +110,8 @@ def _crashes(folder: Path) -> list[tuple[str, str]]:
     return crashes
 
 
-def _in_a_step(fault: str) -> bool:
-    """Whether the thread that crashed ran a step, or belongs to native code."""
+def _in_a_call(fault: str) -> bool:
+    """Whether the thread that crashed called a backend, or belongs to native code."""
     _, here, trace = fault.partition("Current thread ")
     return not here or "<no Python frame>" in trace or bool(_OWN.search(trace.partition("\n\n")[0]))
 
@@ -142,8 +144,8 @@ def _end(path: Path, fault: BinaryIO, lock: FolderLock | None, owner: int) -> No
     delete(path)
 
 
-class Steps:
-    """Marks the steps of one open model; entered for each step, by one thread at a time."""
+class Calls:
+    """Marks the calls for one model; entered for each, by one thread at a time."""
 
     def __init__(self, folder: _Folder, failure_key: str, cause: str) -> None:
         self._folder: _Folder | None = folder
