@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from transom.ops import dequantize_linear, quantize_linear, rms_normalization, rotary_embedding
+from transom.ops import conv_transpose, dequantize_linear, quantize_linear, rms_normalization, rotary_embedding
 from transom.ops.functions import OPSET
 from transom.ops.schema import Array, Attributes, OpSchema, Param, Reference, Sample
 
@@ -97,6 +97,7 @@ def _swish(inputs: Sequence[Array | None], attributes: Attributes) -> tuple[Arra
 
 _REFERENCES: Mapping[str, Reference] = {
     "Add": _direct(np.add),
+    "ConvTranspose": conv_transpose.reference,
     "DequantizeLinear": dequantize_linear.reference,
     "MatMul": _direct(np.matmul),
     "Mul": _direct(np.multiply),
