@@ -1,12 +1,15 @@
 """Tries what is new of a plugin in a child process first, because native code in it may end the process.
 
 The artifact cache remembers a successful trial by the plugin's files, so that a known plugin costs a look-up and no
-process. Transom's own plugins are not tried. A failed trial is not remembered: the plugin is tried again at the next
-start, and works once it has been fixed.
+process. What the plugin imports may change later, such as an engine that is updated. So a file in the cache stands for
+each plugin from its trial until it has answered in this process. Where a process ended before, the file is left, and
+the plugin is tried again. Transom's own plugins are not tried. A failed trial is not remembered: the plugin is tried
+again at the next start, and works once it has been fixed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.machinery
 import importlib.util
@@ -21,6 +24,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from transom.artifacts import Cache, artifact_key
+from transom.artifacts.files import make_private
 from transom.contract import Device
 from transom.errors import TransomError
 
@@ -30,7 +34,11 @@ SOUND = 84
 """Exit status of a child process that has done everything; a plugin that ends the process hardly uses it."""
 
 _STORE = "plugins"
+_FOLDER = "running"
 _TAIL = 2000
+
+_begun: set[Path] = set()
+"""The files of this process."""
 
 
 class Killed(Exception):
@@ -62,8 +70,23 @@ def try_first(point: EntryPoint, version: str, devices: Sequence[Device], rehear
         }
     )
     cache = _cache()
-    if cache is not None and cache.recall(_STORE, key, bool):
+    mark = None if cache is None else cache.root / _FOLDER / f"plugin-{key}"
+    if cache is not None and mark is not None and not _begin(mark) and cache.recall(_STORE, key, bool):
         return
+    try:
+        _try(point, devices, rehearse)
+    except Killed:
+        if mark is not None:
+            _begun.discard(mark)  # it stays, so that the next start tries again
+        raise
+    except OSError:  # no process can be started
+        return
+    if cache is not None:
+        cache.remember(_STORE, key, True)
+
+
+def _try(point: EntryPoint, devices: Sequence[Device], rehearse: str) -> None:
+    """The child process. Raises Killed, or OSError where it cannot be started."""
     path = [entry for entry in sys.path if isinstance(entry, str)]
     start = f"import sys; sys.path[:] = {path!r}; from transom.plugin_trials import main; main()"
     request = pickle.dumps((rehearse, point.name, point.value, tuple(devices)))
@@ -77,12 +100,29 @@ def try_first(point: EntryPoint, version: str, devices: Sequence[Device], rehear
         )
     except subprocess.TimeoutExpired as error:
         raise Killed(f"did not end within {SECONDS:g} s", _text(error.stderr)) from None
-    except OSError:
-        return
     if done.returncode != SOUND:
         raise Killed(f"ended the process with {_how(done.returncode)}", _text(done.stderr))
-    if cache is not None:
-        cache.remember(_STORE, key, True)
+
+
+def went_well() -> None:
+    """The plugins that were tried have been imported, and have answered, in this process."""
+    while _begun:
+        with contextlib.suppress(OSError):  # the plugin is tried once more
+            _begun.pop().unlink()
+
+
+def _begin(mark: Path) -> bool:
+    """Leave a file until `went_well`. Returns whether one was there, which another process may have left just now."""
+    if mark in _begun:
+        return False
+    try:
+        make_private(mark.parent)
+        was_there = mark.exists()
+        mark.touch(mode=0o600)
+    except OSError:
+        return False
+    _begun.add(mark)
+    return was_there
 
 
 def main() -> NoReturn:

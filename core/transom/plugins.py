@@ -295,6 +295,7 @@ class Plugins:
                 failure = judged
             failures.append(failure)
             answers += [(name, Refusal(d.id, "failed", failure.error, failure.fix)) for d in devices]
+        _went_well(loaded.found for loaded in self.backends.values())
         return ProbeAnswers(tuple(answers), tuple(failures), seconds)
 
     def _try_probe(self, loaded: LoadedBackend, devices: tuple[Device, ...]) -> PluginFailure | None:
@@ -485,6 +486,14 @@ def _kills(found: _EntryPoint, devices: Sequence[Device] = ()) -> Killed | None:
     return None
 
 
+def _went_well(found: Iterable[_EntryPoint | None]) -> None:
+    """The plugins have been imported, or have answered."""
+    if any(one is not None and one.distribution != _OWN_DISTRIBUTION for one in found):
+        from transom.plugin_trials import went_well
+
+        went_well()
+
+
 def rehearse(name: str, value: str, devices: Sequence[Device]) -> None:
     """Import a plugin and have its backends probe these devices, in a child process.
 
@@ -618,6 +627,7 @@ def _load() -> Plugins:
                 failures.append(made)
             else:
                 owners.setdefault(made.name, []).append((plugin, made))
+    _went_well(found)
     backends: list[LoadedBackend] = []
     for name in sorted(owners):
         ours = [one for one in owners[name] if one[1].core]

@@ -72,6 +72,28 @@ def test_a_known_plugin_costs_no_process_until_its_files_change(
     assert imports() == 3
 
 
+@pytest.mark.parametrize("where", ["import", "probe"])
+def test_a_plugin_that_what_it_imports_ends_later_is_a_record(
+    where: str, environment: Any, sound_source: str, tmp_path: Path
+) -> None:
+    engine, use = tmp_path / "engine.py", "exec(open({!r}).read())".format(str(tmp_path / "engine.py"))
+    engine.write_text("")
+    changed = sound_source.replace("return [Offer", f"{use}\n        return [Offer")
+    environment.install("shady", f"{use}\n{sound_source}" if where == "import" else changed)
+    ask = "asked((CPU,))" if where == "probe" else "show(load_plugins())"
+    for _ in range(2):
+        assert not environment.run(ask)[1]
+    engine.write_text("import os; os.abort()")
+    with pytest.raises(AssertionError, match="-6"):  # nothing is known yet
+        environment.run(ask)
+    for _ in range(2):
+        [failure] = environment.run(ask)[1]
+        assert "SIGABRT" in failure["error"]
+    engine.write_text("")
+    for _ in range(2):
+        assert not environment.run(ask)[1]
+
+
 def test_what_raises_at_import_is_reported_from_this_process_with_its_cause(
     environment: Any, sound_source: str
 ) -> None:

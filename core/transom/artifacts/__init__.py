@@ -8,7 +8,8 @@ One `Cache` is one folder on disk:
     scratch/<key>/       the persistent folder that a backend gets in `load`
     remembered/*.json    measured choices and verdicts; remembered/hashes.json memoizes content hashes
     building/ trash/     entries that are being written or removed; what killed processes left here is swept
-    running/             a folder per process that has models open, see transom.loading.crashes
+    running/             a folder per process that has models open, see transom.loading.crashes; a file per plugin that
+                         is being imported, see transom.plugin_trials
     locks/               one lock file per key that is being built
 
 Loading never fails because of the cache. A corrupt, foreign or unreadable entry counts as absent and is logged in one
